@@ -1,0 +1,195 @@
+"""Checkpoints of the adapter alone, with the adapter's files beside them."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from weakref import proxy
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+from peft import PeftModel
+from torch import distributed
+from torch.utils.hooks import RemovableHandle
+
+from lit_lora.adapters import adapter_keys, check_adapter_config, check_adapter_state, keep_only_adapter, plain_config
+from lit_lora.callbacks.adapter_ema import AdapterEMA
+from lit_lora.files import atomic_folder, sync, writable_folder
+
+
+class AdapterCheckpoint(ModelCheckpoint):
+    """A :class:`~lightning.pytorch.callbacks.ModelCheckpoint`, all options included, that saves the adapter alone.
+
+    A checkpoint holds the adapter's weights, the optimizer and loops, the datamodule's position and the random number
+    generators of every process. Where the module has ``save_adapter`` (as :class:`~lit_lora.LoraDiffusion` does), the
+    folder ``NAME.adapter`` beside ``NAME.ckpt`` holds the same adapter as PEFT's and diffusers' files, and with
+    :class:`AdapterEMA` the folder ``NAME.ema.adapter`` its average. Checkpoints and folders are either absent or whole.
+
+    Works for any LightningModule that PEFT layers or frozen parameters are in. Resuming with another adapter raises
+    :class:`~lit_lora.UserError`.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run and "://" not in str(self.dirpath):
+            writable_folder(str(self.dirpath))
+        pl_module.strict_loading = False
+        self._saved_rng: list[dict[str, Any]] | None = None
+        self._hooks: list[RemovableHandle] = [
+            pl_module.register_state_dict_post_hook(_keep_only_adapter),
+            pl_module.register_load_state_dict_pre_hook(_check_adapter_state),
+        ]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["lit_lora"] = {
+            "adapters": _adapter_configs(pl_module),
+            "rng": _gather(_rng_state(), trainer.world_size),
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        ours = checkpoint.get("lit_lora", {})
+        here = _adapter_configs(pl_module)
+        for name, saved in ours.get("adapters", {}).items():
+            check_adapter_config(here.get(name, {}), saved)
+        self._saved_rng = ours.get("rng")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._saved_rng is None:
+            return
+        if len(self._saved_rng) == trainer.world_size:
+            _set_rng_state(self._saved_rng[trainer.global_rank])
+        else:
+            rank_zero_warn(
+                f"the checkpoint was saved by {len(self._saved_rng)} processes, this run has {trainer.world_size}: dropout draws "
+                f"other numbers than it would have"
+            )
+        self._saved_rng = None
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        # ModelCheckpoint's own, with the file renamed into place once it is whole and on the disk.
+        part = f"{filepath}.part"
+        trainer.save_checkpoint(part, self.save_weights_only)
+        if trainer.is_global_zero:
+            self._save_adapter_folders(trainer, filepath)
+            if os.path.exists(part):  # not so for remote file systems, which rename by themselves
+                sync(Path(part))
+                os.replace(part, filepath)
+                sync(Path(filepath).parent)
+        trainer.strategy.barrier()
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _save_adapter_folders(self, trainer: Trainer, filepath: str) -> None:
+        module = trainer.lightning_module
+        if not hasattr(module, "save_adapter"):
+            return
+        plain, averaged = _adapter_folders(filepath)
+        ema = next((c for c in trainer.callbacks if isinstance(c, AdapterEMA) and c.ready), None)  # type: ignore[attr-defined]
+        for folder, weights in ((plain, nullcontext()), (averaged, ema.averaged(module) if ema else None)):
+            if weights is not None:
+                with weights, atomic_folder(folder) as part:
+                    module.save_adapter(part)
+
+    def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        super()._remove_checkpoint(trainer, filepath)
+        if trainer.is_global_zero:
+            for folder in _adapter_folders(filepath):
+                if folder.is_symlink():
+                    folder.unlink()
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    @staticmethod
+    def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
+        if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
+            _link(Path(filepath), Path(linkpath))
+            for folder, link in zip(_adapter_folders(filepath), _adapter_folders(linkpath), strict=True):
+                if folder.exists():
+                    _link(folder, link)
+        trainer.strategy.barrier()
+
+
+def _keep_only_adapter(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    keep_only_adapter(state_dict, {prefix + key for key in adapter_keys(module)})
+
+
+def _check_adapter_state(module: torch.nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    check_adapter_state(module, state_dict)
+
+
+def _adapter_folders(filepath: str) -> tuple[Path, Path]:
+    """Where the adapter's files of a checkpoint are: the weights' and their average's."""
+    stem = filepath.removesuffix(ModelCheckpoint.FILE_EXTENSION)
+    return Path(f"{stem}.adapter"), Path(f"{stem}.ema.adapter")
+
+
+def _link(target: Path, link: Path) -> None:
+    """Point ``link`` at ``target``; a reader finds the old target or the new one, never nothing."""
+    part = link.with_name(link.name + ".part")
+    part.unlink(missing_ok=True)
+    part.symlink_to(os.path.relpath(target, link.parent))
+    if link.is_dir() and not link.is_symlink():
+        shutil.rmtree(link)
+    part.replace(link)
+
+
+def _adapter_configs(module: LightningModule) -> dict[str, dict[str, Any]]:
+    return {
+        f"{path}.{name}": plain_config(config)
+        for path, child in _peft_models(module)
+        for name, config in child.peft_config.items()
+    }
+
+
+def _peft_models(module: LightningModule) -> Iterator[tuple[str, PeftModel]]:
+    return ((path, child) for path, child in module.named_modules() if isinstance(child, PeftModel))
+
+
+def _rng_state() -> dict[str, Any]:
+    """Of this process, in types that ``torch.load(weights_only=True)`` reads."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def _gather(value: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
+    if world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world_size
+    distributed.all_gather_object(values, value)
+    return values

@@ -1,0 +1,97 @@
+"""Exponential moving average of what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.training_utils import EMAModel
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lit_lora.adapters import trainable_parameters
+from lit_lora.errors import UserError
+
+
+class AdapterEMA(Callback):
+    """Keeps an exponential moving average of the trainable parameters, for any LightningModule.
+
+    Unlike Lightning's ``WeightAveraging`` it copies only what is trained. :class:`SampleImages` draws with the average,
+    :class:`AdapterCheckpoint` writes it as files, and validation logs ``val/loss_ema`` beside ``val/loss``
+    (for modules that have ``validation_loss``, as :class:`~lit_lora.LoraDiffusion` has).
+
+    Args:
+        decay: Share of the average that stays at each optimizer step. In the first steps it is smaller,
+            ``(1 + step) / (10 + step)``, so that the average follows.
+
+    Raises:
+        UserError: ``decay`` is not in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise UserError(f"decay must be in [0, 1), not {decay}")
+        self.decay = decay
+        self._average: EMAModel | None = None
+        self._restored: dict[str, Any] | None = None
+        self._step = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an average: not before training has begun."""
+        return self._average is not None
+
+    @contextmanager
+    def averaged(self, pl_module: LightningModule) -> Iterator[None]:
+        """Inside the block the module has the averaged weights."""
+        assert self._average is not None, "no average before training has begun"
+        parameters = _parameters(pl_module)
+        self._average.store(parameters)
+        self._average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self._average.restore(parameters)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._average = EMAModel(_parameters(pl_module), decay=self.decay)
+        if self._restored is not None:
+            self._average.load_state_dict(self._restored)
+            self._restored = None
+        self._average.to(device=pl_module.device)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._average is not None and trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self._average.step(_parameters(pl_module))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not self.ready or trainer.sanity_checking or not hasattr(pl_module, "validation_loss"):
+            return
+        with self.averaged(pl_module):
+            loss, count = pl_module.validation_loss(batch, batch_idx)
+        pl_module.log("val/loss_ema", loss, batch_size=count, sync_dist=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._average.state_dict() if self._average is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+
+def _parameters(module: LightningModule) -> list[nn.Parameter]:
+    return list(trainable_parameters(module).values())

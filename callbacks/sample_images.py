@@ -1,0 +1,98 @@
+"""Pictures of fixed prompts while training."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.utils import make_grid, save_image
+
+from lit_lora.callbacks.adapter_ema import AdapterEMA
+from lit_lora.errors import UserError
+from lit_lora.files import atomic_file
+
+
+class SampleImages(Callback):
+    """Draws the same prompts from the same seeds every so many steps.
+
+    A grid goes to TensorBoard (``samples``) and to ``samples/step-NNNNNN.png`` in the log folder. With
+    :class:`AdapterEMA` the averaged weights draw. Training is not disturbed: no random number is taken from it. The module
+    needs a ``generate`` method as that of :class:`~lit_lora.LoraDiffusion`.
+
+    Args:
+        prompts: What to draw, one picture each.
+        every_n_steps: Optimizer steps between two grids; there is one before the first step too.
+        seed: Prompt ``i`` is drawn from ``seed + i``.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 turns it off.
+        height: Of a picture in pixels; the model's own by default.
+        width: Of a picture in pixels; the model's own by default.
+        columns: Pictures in a row of the grid.
+
+    Raises:
+        UserError: No prompts, or a number below 1.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        every_n_steps: int = 500,
+        seed: int = 0,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 5.0,
+        height: int | None = None,
+        width: int | None = None,
+        columns: int = 4,
+    ) -> None:
+        if not prompts:
+            raise UserError("SampleImages needs at least one prompt")
+        for name, value in (
+            ("every_n_steps", every_n_steps),
+            ("num_inference_steps", num_inference_steps),
+            ("columns", columns),
+        ):
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        self.prompts = prompts
+        self.every_n_steps = every_n_steps
+        self.seed = seed
+        self.columns = columns
+        self.options = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+        }
+        self._step = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        if trainer.global_step == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            if self._step % self.every_n_steps == 0:
+                self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        ema = next((c for c in trainer.callbacks if isinstance(c, AdapterEMA) and c.ready), None)  # type: ignore[attr-defined]
+        with ema.averaged(pl_module) if ema else nullcontext():
+            seeds = [self.seed + i for i in range(len(self.prompts))]
+            images = pl_module.generate(self.prompts, seeds, **self.options)
+        grid = make_grid([pil_to_tensor(image).float() / 255 for image in images], nrow=self.columns)
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        with atomic_file(folder / f"step-{trainer.global_step:06d}.png") as part:
+            save_image(grid, part, format="png")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", grid, trainer.global_step)

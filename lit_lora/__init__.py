@@ -1,0 +1,57 @@
+"""Adapter training for diffusion models as PyTorch Lightning parts."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, ImageWriter, SampleImages
+    from lit_lora.datamodules import WebDatasetDataModule
+    from lit_lora.errors import UserError
+    from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+    from lit_lora.module import LoraDiffusion
+    from lit_lora.objectives import DDPM, Objective
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdapterCheckpoint": "lit_lora.callbacks",
+    "AdapterEMA": "lit_lora.callbacks",
+    "DDPM": "lit_lora.objectives",
+    "ImageWriter": "lit_lora.callbacks",
+    "LoraDiffusion": "lit_lora.module",
+    "ModelFamily": "lit_lora.families",
+    "Objective": "lit_lora.objectives",
+    "SampleImages": "lit_lora.callbacks",
+    "StableDiffusion": "lit_lora.families",
+    "StableDiffusionXL": "lit_lora.families",
+    "UserError": "lit_lora.errors",
+    "WebDatasetDataModule": "lit_lora.datamodules",
+}
+
+__all__ = [
+    "DDPM",
+    "AdapterCheckpoint",
+    "AdapterEMA",
+    "ImageWriter",
+    "LoraDiffusion",
+    "ModelFamily",
+    "Objective",
+    "SampleImages",
+    "StableDiffusion",
+    "StableDiffusionXL",
+    "UserError",
+    "WebDatasetDataModule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a part when it is first asked for: importing the package alone stays light (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,186 @@
+"""The adapter: how it is put into a model, which keys are its own, and how it becomes files."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_lora.errors import UserError
+
+ADAPTER_NAME = "default"
+
+_NOT_PART_OF_THE_FUNCTION = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
+    | {"init_lora_weights", "init_weights", "runtime_config", "task_type", "loftq_config", "target_modules"}
+)
+"""Fields of a PEFT config that two interchangeable adapters may differ in."""
+
+
+def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...]) -> PeftModel:
+    """Freeze ``model`` and put the adapter into it.
+
+    Args:
+        model: The model to adapt; changed in place.
+        config: Any PEFT config whose method sits in the layers. Without ``target_modules`` it takes the defaults.
+        default_targets: The layers that a family adapts where the config names none.
+
+    Raises:
+        UserError: The targets match no layer, match layers that the method cannot adapt, or the method needs a model
+            of another kind.
+    """
+    if config.is_prompt_learning:
+        raise UserError(f"{type(config).__name__} adapts prompts, not layers; use one of LoRA's kind, as peft.LoraConfig")
+    if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
+        config.target_modules = set(default_targets)
+    _warn_of_small_alpha(config)
+    model.requires_grad_(False)
+    try:
+        adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    except ValueError as error:
+        raise UserError(
+            f"the adapter {type(config).__name__} does not fit {type(model).__name__}: {error}\n"
+            f"target_modules is {_shown(getattr(config, 'target_modules', None))}; names that occur in this model are "
+            f"{', '.join(_layer_names(model))}"
+        ) from error
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise UserError(f"the adapter {type(config).__name__} has no trainable parameter: check its target_modules")
+    return adapted
+
+
+def adapter_keys(module: nn.Module) -> set[str]:
+    """The keys of ``module.state_dict()`` that are the adapter's.
+
+    These are the trainable parameters, and in every layer that PEFT has put in, whatever the layer itself declares
+    as its adapter's (AdaLoRA's ``ranknum`` and the frozen halves of some methods are not trainable, yet needed).
+    """
+    keys = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for path, layer in module.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            own = {*layer.adapter_layer_names, *layer.other_param_names}
+            prefix = f"{path}." if path else ""
+            keys |= {prefix + key for key in layer.state_dict() if key.split(".", 1)[0] in own}
+    return keys
+
+
+def keep_only_adapter(state_dict: dict[str, Any], keys: set[str]) -> None:
+    """Drop every entry that is not the adapter's, in place."""
+    for key in [key for key in state_dict if key not in keys]:
+        del state_dict[key]
+
+
+def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Make sure that a checkpoint's weights are those of this module's adapter.
+
+    Raises:
+        UserError: Keys are missing or left over, or shapes differ.
+    """
+    expected = {key: value for key, value in module.state_dict().items() if key in adapter_keys(module)}
+    missing = sorted(expected.keys() - state_dict.keys())
+    unknown = sorted(state_dict.keys() - module.state_dict().keys())
+    shapes = [
+        f"{key} {tuple(state_dict[key].shape)} in the checkpoint, {tuple(value.shape)} here"
+        for key, value in expected.items()
+        if key in state_dict and state_dict[key].shape != value.shape
+    ]
+    problems = [
+        f"{len(found)} {what}, the first: {found[0]}"
+        for what, found in (
+            ("tensors of this adapter are not in the checkpoint", missing),
+            ("tensors of the checkpoint are not in this adapter", unknown),
+            ("tensors have another shape", shapes),
+        )
+        if found
+    ]
+    if problems:
+        raise UserError(
+            "the checkpoint holds another adapter:\n  " + "\n  ".join(problems) + "\n"
+            "Resume with the adapter settings that the checkpoint was made with, or start without ckpt_path."
+        )
+
+
+def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Make sure that a checkpoint's adapter computes the same function of its weights as this one.
+
+    Raises:
+        UserError: A setting such as ``lora_alpha`` differs.
+    """
+    changed = [
+        f"{name} is {here[name]!r}, in the checkpoint {saved[name]!r}"
+        for name in sorted(here.keys() & saved.keys() - _NOT_PART_OF_THE_FUNCTION)
+        if here[name] != saved[name]
+    ]
+    if changed:
+        raise UserError(
+            "the checkpoint holds another adapter: " + "; ".join(changed) + ". "
+            "Resume with the adapter settings that the checkpoint was made with, or start without ckpt_path."
+        )
+
+
+def plain_config(config: PeftConfig) -> dict[str, Any]:
+    """The config as JSON has it: no sets, enums or classes."""
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain))
+    return plain
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names without the adapter's name, on the CPU."""
+    state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def save_peft_files(model: PeftModel, folder: Path, base_model: str) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, which ``PeftModel.from_pretrained`` reads."""
+    save_file(adapter_state(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = plain_config(model.peft_config[ADAPTER_NAME])
+    config |= {"base_model_name_or_path": base_model, "inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def is_lora(config: PeftConfig) -> bool:
+    """Whether diffusers' LoRA loader can read the adapter (LoRA and DoRA, not AdaLoRA or LoHa)."""
+    return type(config) is LoraConfig
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _warn_of_small_alpha(config: PeftConfig) -> None:
+    rank, alpha = getattr(config, "r", None), getattr(config, "lora_alpha", None)
+    if isinstance(rank, int) and isinstance(alpha, int | float) and alpha * 4 <= rank:
+        warnings.warn(
+            f"lora_alpha={alpha} is far below r={rank}: the update is scaled by {alpha / rank:.3g}, so the usual learning "
+            f"rates train it very slowly. Set lora_alpha={rank}, or raise the learning rate by about {rank / alpha:.0f}.",
+            stacklevel=2,
+        )
+
+
+def _layer_names(model: nn.Module) -> list[str]:
+    layers = (nn.Linear, nn.Conv2d)
+    names = {name for name, layer in model.named_modules() if isinstance(layer, layers)}
+    last = {name.rsplit(".", 1)[-1] for name in names} - {str(i) for i in range(100)}
+    return sorted(last)[:24]
+
+
+def _shown(targets: Any) -> Any:
+    return sorted(targets) if isinstance(targets, set) else targets
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | tuple):
+        return sorted(value)
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return getattr(value, "value", None) or repr(value)

@@ -1,0 +1,57 @@
+"""Random draws that depend on what is drawn and for which sample, never on how much was drawn before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed from a sequence of numbers and names, the same on every platform."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+class Draws:
+    """The random numbers of one batch.
+
+    Sample ``i`` of the batch draws from generators that are seeded by ``(seed, name, slots[i])``. A slot is the number
+    of a sample's place in the whole run (pass, batch and position in the global batch in one integer), so a resumed
+    run, other loader workers and another number of processes all see the same values. They are drawn on the CPU, which
+    makes them the same on every device too.
+
+    Args:
+        seed: The run's seed.
+        slots: One integer for each sample of the batch.
+        device: Where the values are wanted.
+    """
+
+    def __init__(self, seed: int, slots: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.seed = seed
+        self.slots = slots
+        self.device = torch.device(device)
+
+    def normal(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal values, ``(B, *shape)``."""
+        values = [torch.randn(tuple(shape), generator=g) for g in self._generators(name)]
+        return self._to_device(torch.stack(values)).to(dtype)
+
+    def uniform(self, name: str) -> Tensor:
+        """Uniform values in [0, 1), float32, ``(B,)``."""
+        return self._to_device(torch.stack([torch.rand((), generator=g) for g in self._generators(name)]))
+
+    def integers(self, name: str, high: int) -> Tensor:
+        """Integers in [0, high), int64, ``(B,)``."""
+        values = [torch.randint(high, (), generator=g) for g in self._generators(name)]
+        return self._to_device(torch.stack(values))
+
+    def _generators(self, name: str) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed_of(self.seed, name, slot)) for slot in self.slots]
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)

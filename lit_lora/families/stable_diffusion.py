@@ -1,0 +1,40 @@
+"""Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lit_lora.draws import Draws
+from lit_lora.families.base import Batch, Conditioning, ModelFamily
+
+
+class StableDiffusion(ModelFamily):
+    """Stable Diffusion 1.x and 2.x, and whatever shares their pipeline (Rombach et al. 2022).
+
+    Args:
+        pretrained_model_name_or_path: A folder that diffusers' ``save_pretrained`` wrote, a hub id, or ``embedded`` for
+            the small model that ships with the package.
+        revision: Branch, tag or commit on the hub.
+        variant: Weight files of this variant, such as ``fp16``.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
+    denoiser_class: ClassVar[type[nn.Module]] = UNet2DConditionModel
+    denoiser_name: ClassVar[str] = "unet"
+    encoder_classes: ClassVar[dict[str, type[Any]]] = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
+    block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
+    default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    pipeline_options: ClassVar[dict[str, Any]] = {
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+    def encode(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning]:
+        latents = self.encode_images(batch["pixel_values"], draws)
+        ids = self.tokenize(self.encoders["tokenizer"], batch["caption"])
+        return latents, {"encoder_hidden_states": self.encoders["text_encoder"](ids)[0]}

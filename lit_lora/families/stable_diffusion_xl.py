@@ -1,0 +1,69 @@
+"""Stable Diffusion XL."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lit_lora.draws import Draws
+from lit_lora.families.base import Batch, Conditioning, ModelFamily
+
+
+class StableDiffusionXL(ModelFamily):
+    """Stable Diffusion XL, base models (Podell et al. 2023).
+
+    Its VAE overflows in half precision, so it runs in float32 whatever the base's dtype.
+
+    Args:
+        pretrained_model_name_or_path: A folder that diffusers' ``save_pretrained`` wrote, or a hub id.
+        revision: Branch, tag or commit on the hub.
+        variant: Weight files of this variant, such as ``fp16``.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
+    denoiser_class: ClassVar[type[nn.Module]] = UNet2DConditionModel
+    denoiser_name: ClassVar[str] = "unet"
+    encoder_classes: ClassVar[dict[str, type[Any]]] = {
+        "tokenizer": CLIPTokenizer,
+        "tokenizer_2": CLIPTokenizer,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": CLIPTextModelWithProjection,
+    }
+    block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
+    default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    # diffusers would import a watermarking package if it finds one; what we sample is for looking at while training.
+    pipeline_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+
+    def load(self, dtype: torch.dtype, vae_dtype: torch.dtype | None = torch.float32) -> None:
+        super().load(dtype, vae_dtype)
+
+    def encode(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning]:
+        latents = self.encode_images(batch["pixel_values"], draws)
+        hidden, pooled = self._encode_captions(batch["caption"])
+        time_ids = self._time_ids(batch).to(hidden)
+        return latents, {
+            "encoder_hidden_states": hidden,
+            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
+        }
+
+    def _encode_captions(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Both encoders' last but one hidden states side by side, and the second one's pooled output."""
+        hidden_states = []
+        for suffix in ("", "_2"):
+            ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
+            output = self.encoders[f"text_encoder{suffix}"](ids, output_hidden_states=True)
+            hidden_states.append(output.hidden_states[-2])
+        return torch.cat(hidden_states, dim=-1), output[0]
+
+    @staticmethod
+    def _time_ids(batch: Batch) -> Tensor:
+        """Original size, crop and target size, ``(B, 6)``: SDXL's micro-conditioning."""
+        pixel_values = batch["pixel_values"]
+        target = torch.tensor([pixel_values.shape[-2:]], device=pixel_values.device).expand(len(pixel_values), 2)
+        original = batch.get("original_size", target)
+        corner = batch.get("crop_top_left", torch.zeros_like(target))
+        return torch.cat([original, corner, target], dim=1)

@@ -1,0 +1,216 @@
+"""The training step: a diffusion model's denoiser, adapted through PEFT, under Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import PeftConfig
+from PIL import Image
+from torch import Tensor
+
+from lit_lora.adapters import trainable_parameters
+from lit_lora.draws import Draws
+from lit_lora.errors import UserError
+from lit_lora.families import Batch, ModelFamily
+from lit_lora.objectives import DDPM, Objective
+from lit_lora.sampling import generate
+
+VALIDATION_SEED = 20_240_229
+"""Seed of validation's timesteps and noise, the same in every run, so that losses compare between runs."""
+
+
+def _adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-4)
+
+
+class LoraDiffusion(LightningModule):
+    """Trains an adapter in the denoiser of a diffusion model; everything else is frozen.
+
+    Adapter and optimizer state are float32; the frozen base is stored in ``base_dtype`` and computed with under autocast,
+    which is why ``Trainer(precision=...)`` stays at its default.
+
+    Args:
+        family: The kind of model and where its weights are.
+        adapter: Any PEFT config whose method sits in layers. Without ``target_modules`` the family's defaults are taken.
+        objective: What is drawn and what the loss is; by default :class:`~lit_lora.objectives.DDPM` with the prediction
+            type of the base's scheduler.
+        optimizer: Makes the optimizer of the trainable parameters.
+        lr_scheduler: Makes the learning rate schedule of the optimizer, stepped at every optimizer step.
+        base_dtype: Precision of the frozen weights and of the forward pass. With ``float16`` also set the trainer's
+            ``precision: 16-mixed``, which scales the loss.
+        caption_dropout: Probability that a sample is trained with the empty caption (for classifier-free guidance).
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        num_inference_steps: Denoising steps of ``predict``.
+        guidance_scale: Classifier-free guidance of ``predict``.
+        seed: Of timesteps, noise and caption dropout; of pictures in ``predict``.
+
+    Raises:
+        UserError: A value is outside its range.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        adapter: PeftConfig,
+        objective: Objective | None = None,
+        optimizer: OptimizerCallable = _adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        base_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+        caption_dropout: float = 0.0,
+        gradient_checkpointing: bool = False,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 5.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= caption_dropout <= 1:
+            raise UserError(f"caption_dropout is a probability in [0, 1], not {caption_dropout}")
+        if num_inference_steps < 1:
+            raise UserError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
+        self.family = family
+        self.adapter = adapter
+        self.objective = objective or DDPM()
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.base_dtype: torch.dtype = getattr(torch, base_dtype)
+        self.caption_dropout = caption_dropout
+        self.gradient_checkpointing = gradient_checkpointing
+        self.num_inference_steps = num_inference_steps
+        self.guidance_scale = guidance_scale
+        self.seed = seed
+        # A checkpoint holds the adapter alone; AdapterCheckpoint makes sure that it holds all of it.
+        self.strict_loading = False
+        self._configured = False
+
+    def setup(self, stage: str) -> None:
+        precision = str(self.trainer.precision)
+        if precision.endswith("-true") and precision != "32-true":
+            raise UserError(
+                f"trainer.precision={precision!r} would cast the adapter and its optimizer state too; leave it at 32-true and "
+                f"set model.base_dtype, which is {str(self.base_dtype).removeprefix('torch.')!r} now"
+            )
+        if self.base_dtype == torch.float16 and stage == "fit" and precision != "16-mixed":
+            raise UserError(
+                f"base_dtype='float16' needs a scaled loss: set trainer.precision to '16-mixed' (it is {precision!r}), or "
+                f"base_dtype to 'bfloat16'"
+            )
+
+    def configure_model(self) -> None:
+        """Load the base, freeze it and put the adapter in. Lightning calls this; a second call changes nothing."""
+        if self._configured:
+            return
+        self.family.load(self.base_dtype)
+        self.family.scheduler_config = self.objective.prepare(self.family.scheduler_config)
+        if self.gradient_checkpointing:
+            self.family.denoiser.enable_gradient_checkpointing()
+        self.family.add_adapter(self.adapter)
+        self.family.train()
+        self._configured = True
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.optimizer(list(trainable_parameters(self).values()))
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        on_plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        timing = {"interval": "epoch", "monitor": "val/loss"} if on_plateau else {"interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **timing}}  # type: ignore[typeddict-item]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        draws = Draws(self.seed, self._slots(batch, self.trainer.fit_loop.total_batch_idx), self.device)
+        losses, _ = self._losses(self._drop_captions(batch, draws), draws)
+        loss = losses.mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(losses))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, count = self.validation_loss(batch, batch_idx)
+        self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+        return loss
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss, count = self.validation_loss(batch, batch_idx)
+        self.log("test/loss", loss, batch_size=count, sync_dist=True)
+        return loss
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[Image.Image]:
+        """One picture for each caption, in the size of the batch's own pictures."""
+        height, width = batch["pixel_values"].shape[-2:]
+        return self.generate(
+            batch["caption"],
+            seeds=[self.seed + slot for slot in self._slots(batch, batch_idx)],
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            height=height,
+            width=width,
+        )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Keep the slots on the host: reading them back from a device would make every step wait for it."""
+        if isinstance(batch, dict) and isinstance(batch.get("slot"), Tensor):
+            return {**batch, "slot": batch["slot"].tolist()}
+        return batch
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
+        """One picture for each prompt with the weights as they are; takes the options of :func:`sampling.generate`."""
+        was_training = self.training
+        self.eval()
+        try:
+            with self.autocast():
+                return generate(self.family.pipeline(), prompts, seeds, **options)
+        finally:
+            self.train(was_training)
+
+    def save_adapter(self, folder: Path) -> None:
+        """Write the adapter's files into an existing folder: PEFT's, and diffusers' LoRA file where that can hold it."""
+        self.family.save_adapter(folder)
+
+    def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
+        """Mean loss of the batch at fixed timesteps and noise, and how many samples count in it."""
+        draws = Draws(VALIDATION_SEED, self._slots(batch, batch_idx), self.device)
+        losses, weight = self._losses(batch, draws)
+        return losses.sum() / weight.sum().clamp(min=1), int(weight.sum())
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Compute in the base's dtype; the adapter's float32 weights are cast as they are used."""
+        enabled = self.base_dtype != torch.float32
+        if enabled or not torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, self.base_dtype, enabled=enabled):
+                yield
+        else:  # the trainer's own mixed precision over a float32 base
+            yield
+
+    def _losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Each sample's loss, times its weight in the batch, and these weights: float32 ``(B,)``."""
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            latents, conditioning = self.family.encode(batch, draws)
+        noisy, timesteps, target, weight = self.objective.sample(latents, draws)
+        with self.autocast():
+            prediction = self.family.denoise(noisy, timesteps, conditioning)
+        counts = batch["weight"] if "weight" in batch else torch.ones_like(weight)
+        return self.objective.loss(prediction, target, weight * counts), counts
+
+    def _drop_captions(self, batch: Batch, draws: Draws) -> Batch:
+        """Empty the captions of a share of the samples."""
+        if not self.caption_dropout:
+            return batch
+        dropped = (draws.uniform("caption dropout") < self.caption_dropout).tolist()
+        captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped, strict=True)]
+        return {**batch, "caption": captions}
+
+    def _slots(self, batch: Batch, batch_number: int) -> list[int]:
+        """The samples' places in the run: from the batch, or counted here for a datamodule that does not number them."""
+        if "slot" in batch:
+            slots = batch["slot"]
+            return slots.tolist() if isinstance(slots, Tensor) else list(slots)
+        count = len(batch["pixel_values"])
+        first = (batch_number * self.trainer.world_size + self.trainer.global_rank) * count
+        return list(range(first, first + count))

@@ -1,0 +1,90 @@
+"""Denoising diffusion: noise, velocity or sample prediction."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from lit_lora.draws import Draws
+from lit_lora.errors import UserError
+from lit_lora.objectives.base import NoisySample, Objective
+
+
+class DDPM(Objective):
+    """The objective of Ho et al. 2020 over the base's own noise schedule.
+
+    Args:
+        prediction_type: What the denoiser predicts; by default what the base's scheduler says.
+        snr_gamma: Min-SNR weighting with this gamma (Hang et al. 2023), 5 is usual; none by default.
+        noise_offset: Adds this times a standard normal value per sample and channel to the noise.
+        input_perturbation: Adds this times more noise to the denoiser's input, not to its target (Ning et al. 2023).
+
+    Raises:
+        UserError: A value is outside its range.
+    """
+
+    def __init__(
+        self,
+        prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
+        snr_gamma: float | None = None,
+        noise_offset: float = 0.0,
+        input_perturbation: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if snr_gamma is not None and snr_gamma <= 0:
+            raise UserError(f"snr_gamma must be above 0, not {snr_gamma}; leave it out for no weighting")
+        for name, value in (("noise_offset", noise_offset), ("input_perturbation", input_perturbation)):
+            if value < 0:
+                raise UserError(f"{name} must be at least 0, not {value}")
+        self.prediction_type = prediction_type
+        self.snr_gamma = snr_gamma
+        self.noise_offset = noise_offset
+        self.input_perturbation = input_perturbation
+
+    def prepare(self, scheduler_config: dict[str, Any]) -> dict[str, Any]:
+        config = scheduler_config.copy()
+        if self.prediction_type is not None:
+            config["prediction_type"] = self.prediction_type
+        self.scheduler = DDPMScheduler.from_config(config)
+        self.prediction_type = self.scheduler.config.prediction_type
+        if self.prediction_type == "epsilon" and self.scheduler.alphas_cumprod[-1] == 0:
+            raise UserError(
+                "the base's schedule ends in pure noise (rescale_betas_zero_snr), where predicting epsilon says nothing "
+                "about the picture; use prediction_type: v_prediction"
+            )
+        return config
+
+    def sample(self, latents: Tensor, draws: Draws) -> NoisySample:
+        noise = draws.normal("noise", latents.shape[1:])
+        if self.training and self.noise_offset:
+            noise = noise + self.noise_offset * draws.normal("noise offset", (latents.shape[1], 1, 1))
+        timesteps = draws.integers("timestep", self.scheduler.config.num_train_timesteps)
+        added = noise
+        if self.training and self.input_perturbation:
+            added = noise + self.input_perturbation * draws.normal("input perturbation", latents.shape[1:])
+        noisy = self.scheduler.add_noise(latents, added, timesteps)
+        return NoisySample(noisy, timesteps, self._target(latents, noise, timesteps), self._weight(timesteps))
+
+    def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "v_prediction":
+            velocity: Tensor = self.scheduler.get_velocity(latents, noise, timesteps)
+            return velocity
+        return latents
+
+    def _weight(self, timesteps: Tensor) -> Tensor:
+        """Min-SNR weights: min(SNR, gamma) over SNR for epsilon, over SNR + 1 for v, over 1 for the sample."""
+        if self.snr_gamma is None or not self.training:
+            return torch.ones(len(timesteps), device=timesteps.device)
+        snr = compute_snr(self.scheduler, timesteps)
+        clipped = snr.clamp(max=self.snr_gamma)
+        if self.prediction_type == "epsilon":
+            return clipped / snr
+        if self.prediction_type == "v_prediction":
+            return clipped / (snr + 1)
+        return clipped

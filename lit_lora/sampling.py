@@ -1,0 +1,48 @@
+"""Pictures from a diffusers pipeline, one seed each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+
+@torch.no_grad()
+def generate(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 16,
+) -> list[Image.Image]:
+    """One picture for each prompt.
+
+    Args:
+        pipeline: Any text-to-image pipeline.
+        prompts: What to draw.
+        seeds: Of the initial noise, one for each prompt; drawn on the CPU, so that a picture is the same on any device
+            up to rounding.
+        num_inference_steps: Denoising steps.
+        guidance_scale: Classifier-free guidance; 1 turns it off.
+        height: In pixels; the model's own by default.
+        width: In pixels; the model's own by default.
+        batch_size: Pictures made at a time.
+    """
+    images: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        images += pipeline(
+            list(prompts[start : start + batch_size]),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            generator=generators,
+        ).images
+    return images
