@@ -110,6 +110,11 @@ class AdapterCheckpoint(ModelCheckpoint):
                     module.save_adapter(part)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        if self.save_last == "link" and trainer.is_global_zero and os.path.islink(self.last_model_path):
+            # ModelCheckpoint removes the old checkpoint first and moves the link then: killed in between, a run would
+            # have nothing to resume from.
+            if os.path.realpath(self.last_model_path) == os.path.realpath(filepath):
+                _link_with_folders(self._last_checkpoint_saved, self.last_model_path)
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             for folder in _adapter_folders(filepath):
@@ -121,10 +126,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
-            _link(Path(filepath), Path(linkpath))
-            for folder, link in zip(_adapter_folders(filepath), _adapter_folders(linkpath), strict=True):
-                if folder.exists():
-                    _link(folder, link)
+            _link_with_folders(filepath, linkpath)
         trainer.strategy.barrier()
 
 
@@ -140,6 +142,13 @@ def _adapter_folders(filepath: str) -> tuple[Path, Path]:
     """Where the adapter's files of a checkpoint are: the weights' and their average's."""
     stem = filepath.removesuffix(ModelCheckpoint.FILE_EXTENSION)
     return Path(f"{stem}.adapter"), Path(f"{stem}.ema.adapter")
+
+
+def _link_with_folders(filepath: str, linkpath: str) -> None:
+    _link(Path(filepath), Path(linkpath))
+    for folder, link in zip(_adapter_folders(filepath), _adapter_folders(linkpath), strict=True):
+        if folder.exists():
+            _link(folder, link)
 
 
 def _link(target: Path, link: Path) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers.training_utils import EMAModel
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lit_lora.adapters import trainable_parameters
 from lit_lora.errors import UserError
@@ -57,7 +59,9 @@ class AdapterEMA(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._average = EMAModel(_parameters(pl_module), decay=self.decay)
         if self._restored is not None:
-            self._average.load_state_dict(self._restored)
+            shadow = [torch.empty_like(parameter) for parameter in _parameters(pl_module)]
+            vector_to_parameters(self._restored["shadow_params"].to(pl_module.device), shadow)
+            self._average.load_state_dict({**self._restored, "shadow_params": shadow})
             self._restored = None
         self._average.to(device=pl_module.device)
 
@@ -87,7 +91,12 @@ class AdapterEMA(Callback):
         pl_module.log("val/loss_ema", loss, batch_size=count, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:
-        return self._average.state_dict() if self._average is not None else {}
+        if self._average is None:
+            return {}
+        state = self._average.state_dict()
+        # One tensor: every tensor of its own costs half a kilobyte in a checkpoint.
+        state["shadow_params"] = parameters_to_vector(state["shadow_params"])
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

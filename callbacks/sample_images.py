@@ -8,12 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import save_image
 
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
+from lit_lora.sampling import image_grid
 
 
 class SampleImages(Callback):
@@ -89,7 +89,7 @@ class SampleImages(Callback):
         with ema.averaged(pl_module) if ema else nullcontext():
             seeds = [self.seed + i for i in range(len(self.prompts))]
             images = pl_module.generate(self.prompts, seeds, **self.options)
-        grid = make_grid([pil_to_tensor(image).float() / 255 for image in images], nrow=self.columns)
+        grid = image_grid(images, self.columns)
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         with atomic_file(folder / f"step-{trainer.global_step:06d}.png") as part:
             save_image(grid, part, format="png")

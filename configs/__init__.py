@@ -1,0 +1,1 @@
+"""Ready-to-run configurations: ``importlib.resources.files("lit_lora.configs")``."""

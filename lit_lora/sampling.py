@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.utils import make_grid
 
 
 @torch.no_grad()
@@ -46,3 +49,8 @@ def generate(
             generator=generators,
         ).images
     return images
+
+
+def image_grid(images: Sequence[Image.Image], columns: int) -> Tensor:
+    """Pictures of one size side by side: float32 in [0, 1], ``(3, H, W)``."""
+    return make_grid([pil_to_tensor(image).float() / 255 for image in images], nrow=columns)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
@@ -86,7 +86,7 @@ class ModelFamily(nn.Module, ABC):
         Raises:
             UserError: A part is missing or cannot be read.
         """
-        self.scheduler_config = dict(self._part("scheduler", ConfigMixin.load_config))
+        self.scheduler_config = dict(self._part("scheduler", DDPMScheduler.load_config))
         for name, encoder_class in self.encoder_classes.items():
             options = {"dtype": dtype} if issubclass(encoder_class, nn.Module) else {}
             part = self._part(name, encoder_class.from_pretrained, **options)

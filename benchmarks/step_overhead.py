@@ -1,0 +1,117 @@
+"""Time of a training step under the Trainer against a bare loop: ``python benchmarks/step_overhead.py``.
+
+The same model, adapter, optimizer and batch, in one process, the two in turn step by step, so that a machine whose speed
+drifts slows both. The bare loop is plain PyTorch: encode, add noise, denoise, loss, backward, clip, step. Under the
+Trainer run progress bar, TensorBoard logging at every step and the checkpoint callback. The time is the loop's own:
+what the Trainer does between the end of one step and the end of the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from peft import LoraConfig
+from torch.utils.data import DataLoader
+
+from lit_lora import AdapterCheckpoint, LoraDiffusion, StableDiffusion
+
+
+class BareLoop:
+    """What the training step computes, without Lightning and without this project's step."""
+
+    def __init__(self, batch: dict[str, Any]) -> None:
+        self.family = StableDiffusion("embedded")
+        self.family.load(torch.float32)
+        self.family.add_adapter(LoraConfig(r=16, lora_alpha=16))
+        self.scheduler = DDPMScheduler.from_config(self.family.scheduler_config)
+        self.parameters = [p for p in self.family.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+        self.batch = batch
+
+    def step(self) -> None:
+        vae, encoders = self.family.vae, self.family.encoders
+        with torch.no_grad():
+            pixels = self.batch["pixel_values"].float() / 127.5 - 1
+            latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
+            ids = encoders["tokenizer"](
+                self.batch["caption"], padding="max_length", truncation=True, return_tensors="pt"
+            ).input_ids
+            hidden = encoders["text_encoder"](ids)[0]
+        noise = torch.randn_like(latents)
+        t = torch.randint(1000, (len(latents),))
+        prediction = self.family.denoiser(self.scheduler.add_noise(latents, noise, t), t, hidden).sample
+        F.mse_loss(prediction, noise).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class TakeTurns(Callback):
+    """After each step under the Trainer, one of the bare loop; both timed."""
+
+    def __init__(self, bare: BareLoop) -> None:
+        self.bare = bare
+        self.trainer_times: list[float] = []
+        self.bare_times: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.mark = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        self.trainer_times.append(now - self.mark)
+        self.bare.step()
+        self.mark = time.perf_counter()
+        self.bare_times.append(self.mark - now)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--warm-up", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    seed_everything(0)
+    size = (options.batch_size, 3, 32, 32)
+    batch = {
+        "pixel_values": torch.randint(256, size, dtype=torch.uint8),
+        "caption": ["a red seven on white"] * options.batch_size,
+    }
+    turns = TakeTurns(BareLoop(batch))
+    steps = options.steps + options.warm_up
+    module = LoraDiffusion(StableDiffusion("embedded"), LoraConfig(r=16, lora_alpha=16), base_dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            max_epochs=-1,
+            gradient_clip_val=1.0,
+            log_every_n_steps=1,
+            logger=TensorBoardLogger(folder),
+            callbacks=[turns, AdapterCheckpoint(every_n_train_steps=steps)],
+            enable_model_summary=False,
+        ).fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
+    under, bare = turns.trainer_times[options.warm_up :], turns.bare_times[options.warm_up :]
+    ratio = statistics.median(a / b for a, b in zip(under, bare, strict=True))
+    print(f"\n{options.steps} steps of {options.batch_size} pictures, {torch.get_num_threads()} threads")
+    print(f"bare loop      {statistics.median(bare) * 1000:8.1f} ms (median)")
+    print(f"under Trainer  {statistics.median(under) * 1000:8.1f} ms (median)")
+    print(f"ratio          {ratio:8.3f} (median of the pairs), {sum(under) / sum(bare):.3f} (of the sums)")
+
+
+if __name__ == "__main__":
+    main()

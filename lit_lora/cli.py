@@ -1,0 +1,88 @@
+"""The command line: ``lit-lora COMMAND …``.
+
+Help and dispatch are static, so that they answer at once; what a command needs is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+USAGE = """usage: lit-lora COMMAND [options]
+
+Adapter training for diffusion models.
+
+train
+  fit       train an adapter: lit-lora fit --config configs/sd15.yaml
+  validate  validation loss of a checkpoint
+  test      the same on the test shards
+  predict   draw the validation captions
+
+tools
+  demo      train on handwritten digits, from nothing, in minutes
+  sample    draw pictures with an adapter
+  shards    pack: image folders to WebDataset shards
+
+Options of a command: lit-lora COMMAND --help
+"""
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def _demo(arguments: list[str]) -> None:
+    from lit_lora.tools import demo, run_tool
+
+    run_tool(demo.demo, arguments, "lit-lora demo")
+
+
+def _sample(arguments: list[str]) -> None:
+    from lit_lora.tools import run_tool, sample
+
+    run_tool(sample.sample, arguments, "lit-lora sample")
+
+
+def _shards(arguments: list[str]) -> None:
+    from lit_lora.tools import run_tool, shards
+
+    run_tool({"pack": shards.pack}, arguments, "lit-lora shards")
+
+
+TOOLS: dict[str, Callable[[list[str]], None]] = {"demo": _demo, "sample": _sample, "shards": _shards}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, 2 for a mistake of the user's."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if arguments[0] == "--version":
+        from lit_lora import __version__
+
+        print(f"lit-lora {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in (*TRAINER_COMMANDS, *TOOLS):
+        known = ", ".join((*TRAINER_COMMANDS, *TOOLS))
+        print(f"lit-lora: error\nno command {command!r}; the commands are {known}", file=sys.stderr)
+        return 2
+    from lit_lora.errors import UserError
+
+    try:
+        if command in TOOLS:
+            TOOLS[command](rest)
+        else:
+            from lit_lora.lightning_cli import run
+
+            run(arguments)
+    except UserError as error:
+        print(f"lit-lora: error\n{error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lit-lora: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

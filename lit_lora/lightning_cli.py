@@ -1,0 +1,122 @@
+"""LightningCLI for ``fit``, ``validate``, ``test`` and ``predict``."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Bare names such as LoraConfig or AdapterCheckpoint work as class_path for what is imported here.
+import lightning.pytorch.loggers
+import peft  # noqa: F401
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import lit_lora.callbacks
+import lit_lora.datamodules.webdataset_datamodule
+import lit_lora.families
+import lit_lora.objectives  # noqa: F401
+from lit_lora.errors import UserError
+from lit_lora.files import writable_folder
+from lit_lora.module import LoraDiffusion
+
+
+class Parser(LightningArgumentParser):
+    """Config errors are one message: no usage dump, no traceback; exit status 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"lit-lora: config error\n{message}", file=sys.stderr)
+        self.exit(2)
+
+
+class LitLoraCLI(LightningCLI):
+    """A :class:`~lightning.pytorch.cli.LightningCLI` with this project's rules."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", ["lit_lora config"])
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML format.")
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """What the user wrote holds: Lightning would let the checkpoint's hyperparameters override it."""
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (UserError, MisconfigurationException):
+            raise
+        except (TypeError, ValueError) as error:
+            raise UserError(f"a part of the config cannot be built: {error}") from error
+
+    def before_fit(self) -> None:
+        """Look before the work: can the output be written, is there a checkpoint to resume from."""
+        writable_folder(self.trainer.default_root_dir)
+        for logger in self.trainer.loggers:
+            if logger.save_dir:
+                writable_folder(logger.save_dir)
+        self._check_ckpt_path()
+
+    def _check_ckpt_path(self) -> None:
+        path = self._get(self.config, "ckpt_path")
+        if path and path not in ("last", "best", "hpc", "registry") and "://" not in path and not Path(path).exists():
+            raise UserError(f"ckpt_path: there is no file {path}")
+        if path and Path(path).is_file():
+            try:
+                torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+                raise UserError(f"ckpt_path: {path} is no checkpoint that can be read: {error}") from error
+
+    before_validate = before_test = before_predict = _check_ckpt_path
+
+
+def build_cli(arguments: Sequence[str], run: bool = True) -> LitLoraCLI:
+    """Parse, build trainer, model and data, and with ``run`` call the trainer.
+
+    Args:
+        arguments: ``["fit", "--config", …]``.
+        run: Otherwise the parts are built and returned, nothing starts.
+    """
+    arguments = [_shipped_config(argument) for argument in arguments]
+    return LitLoraCLI(
+        LoraDiffusion,
+        LightningDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        args=arguments if run else arguments[1:],
+        run=run,
+    )
+
+
+def run(arguments: Sequence[str]) -> LitLoraCLI:
+    """Run ``fit --config …`` and the like.
+
+    Raises:
+        UserError: Whatever the user can put right.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
+    # Frozen encoders are meant to be in evaluation mode; the other one is Lightning's own use of torch.
+    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
+    warnings.filterwarnings("ignore", r".*isinstance.treespec, LeafSpec")
+    try:
+        return build_cli(arguments)
+    except MisconfigurationException as error:
+        raise UserError(str(error)) from error
+    except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"{error.strerror}: {error.filename}") from error
+
+
+def _shipped_config(argument: str) -> str:
+    """``configs/sd15.yaml`` where there is no such file: the one that ships with the package."""
+    path = Path(argument)
+    shipped = Path(str(files("lit_lora.configs"))) / path.name
+    return str(shipped) if path.parent.name == "configs" and not path.exists() and shipped.is_file() else argument

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA
+from lit_lora.errors import UserError
+from lit_lora.families import StableDiffusion
+from lit_lora.module import LoraDiffusion
+from tests.helpers import loader_of, make_batches
+
+
+def module_for(folder: Path, **lora: Any) -> LoraDiffusion:
+    config = LoraConfig(**({"r": 2, "lora_alpha": 2, "lora_dropout": 0.2} | lora))
+    return LoraDiffusion(StableDiffusion(str(folder)), config, base_dtype="float32")
+
+
+def fit(
+    folder: Path,
+    options: dict[str, Any],
+    checkpoints: AdapterCheckpoint,
+    *,
+    max_steps: int,
+    resume: str | None = None,
+    first_batch: int = 0,
+    ema: bool = False,
+    **lora: Any,
+) -> LoraDiffusion:
+    torch.manual_seed(0)
+    module = module_for(folder, **lora)
+    callbacks = [checkpoints, AdapterEMA(0.9)] if ema else [checkpoints]
+    trainer = Trainer(**options | {"enable_checkpointing": True, "max_steps": max_steps, "callbacks": callbacks})
+    # Lightning does not rewind a plain list of batches: give it what is left.
+    trainer.fit(module, loader_of(make_batches(8)[first_batch:]), ckpt_path=resume)
+    return module
+
+
+def adapter_of(module: LightningModule) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+
+def every(steps: int, folder: Path, **options: Any) -> AdapterCheckpoint:
+    return AdapterCheckpoint(folder, every_n_train_steps=steps, enable_version_counter=False, **options)
+
+
+def test_a_checkpoint_holds_the_adapter_alone_and_its_files_are_beside_it(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    module = fit(sd_folder, trainer_options, every(2, tmp_path, save_last="link"), max_steps=4)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["epoch=0-step=4.adapter", "epoch=0-step=4.ckpt", "last.adapter", "last.ckpt"]
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == adapter_of(module).keys()
+    assert {key for key in load_file(tmp_path / "last.adapter" / "adapter_model.safetensors")} == {
+        name.removeprefix("family.denoiser.").replace(".default", "") for name in adapter_of(module)
+    }
+    # The module itself is whole again when the callback has gone.
+    assert any("vae" in key for key in module.state_dict())
+
+
+def test_size_is_bounded_by_the_adapters(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    fit(sd_folder, trainer_options, every(2, tmp_path), max_steps=2, ema=True, r=16, lora_alpha=16)
+    adapter = (tmp_path / "epoch=0-step=2.adapter" / "adapter_model.safetensors").stat().st_size
+    assert (tmp_path / "epoch=0-step=2.ckpt").stat().st_size <= 4 * adapter + 200_000
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_resuming_equals_not_stopping(
+    ema: bool, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = fit(sd_folder, trainer_options, every(2, tmp_path / "a"), max_steps=6, ema=ema)
+    fit(sd_folder, trainer_options, every(2, tmp_path / "b"), max_steps=4, ema=ema)
+    torch.rand(7)  # what other code drew must not matter
+    resumed = fit(
+        sd_folder,
+        trainer_options,
+        every(2, tmp_path / "b"),
+        max_steps=6,
+        ema=ema,
+        first_batch=4,
+        resume=str(tmp_path / "b" / "epoch=0-step=4.ckpt"),
+    )
+    for name, value in adapter_of(whole).items():
+        assert torch.equal(value, adapter_of(resumed)[name]), name
+    if ema:
+        folders = [tmp_path / run / "epoch=0-step=6.ema.adapter" for run in "ab"]
+        averages = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+        assert all(torch.equal(averages[0][key], averages[1][key]) for key in averages[0])
+        raw = load_file(tmp_path / "a" / "epoch=0-step=6.adapter" / "adapter_model.safetensors")
+        assert any(not torch.equal(averages[0][key], raw[key]) for key in raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 4, "lora_alpha": 4}, "have another shape"),
+        ({"target_modules": ["to_q"]}, "tensors of the checkpoint are not in this adapter"),
+        ({"lora_alpha": 4}, "lora_alpha is 4, in the checkpoint 2"),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_is_refused(
+    change: dict[str, Any], message: str, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    fit(sd_folder, trainer_options, every(2, tmp_path), max_steps=2)
+    resume = str(tmp_path / "epoch=0-step=2.ckpt")
+    with pytest.raises(UserError, match=message):
+        fit(sd_folder, trainer_options, every(2, tmp_path / "new"), max_steps=4, resume=resume, **change)
+
+
+def test_old_checkpoints_go_with_their_folders(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    fit(sd_folder, trainer_options, every(1, tmp_path, save_top_k=-1), max_steps=3, ema=True)
+    assert len(list(tmp_path.iterdir())) == 9
+    fit(sd_folder, trainer_options, every(1, tmp_path / "one", save_top_k=1), max_steps=3, ema=True)
+    assert sorted(p.suffix for p in (tmp_path / "one").iterdir()) == [".adapter", ".adapter", ".ckpt"]
+
+
+def test_the_last_link_always_leads_somewhere(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the moment when an old checkpoint has gone, ``last.ckpt`` already names the new one."""
+    seen = []
+    original = AdapterCheckpoint._remove_checkpoint
+
+    def remove(self: AdapterCheckpoint, trainer: Trainer, filepath: str) -> None:
+        original(self, trainer, filepath)
+        seen.append((tmp_path / "last.ckpt").exists())
+
+    monkeypatch.setattr(AdapterCheckpoint, "_remove_checkpoint", remove)
+    fit(sd_folder, trainer_options, every(1, tmp_path, save_last="link"), max_steps=3)
+    assert seen == [True, True]
+
+
+def test_weights_only_checkpoints_are_adapter_only_too(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    module = fit(sd_folder, trainer_options, every(2, tmp_path, save_weights_only=True), max_steps=2)
+    checkpoint = torch.load(tmp_path / "epoch=0-step=2.ckpt", weights_only=True)
+    assert checkpoint["state_dict"].keys() == adapter_of(module).keys()
+    assert "optimizer_states" not in checkpoint
+
+
+def test_an_unwritable_folder_is_found_before_training(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot create the folder"):
+        fit(sd_folder, trainer_options, every(1, tmp_path / "file" / "below"), max_steps=1)
+
+
+class Plain(LightningModule):
+    """Somebody's module with PEFT layers that knows nothing of this project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        body = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        self.net = get_peft_model(body, LoraConfig(r=2, target_modules=["0"]))
+        self.head = nn.Linear(2, 1)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.head(self.net(batch)).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+
+
+def test_any_module_with_peft_layers(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    def run(max_steps: int, resume: str | None = None) -> Plain:
+        torch.manual_seed(0)
+        module = Plain()
+        checkpoints = every(1, tmp_path, save_top_k=-1)
+        options = trainer_options | {"enable_checkpointing": True, "max_steps": max_steps}
+        batches = [torch.ones(3, 4)] * (max_steps - (2 if resume else 0))
+        Trainer(callbacks=[checkpoints], **options).fit(module, loader_of(batches), ckpt_path=resume)  # type: ignore[arg-type]
+        return module
+
+    whole = run(4)
+    checkpoint = torch.load(tmp_path / "epoch=0-step=2.ckpt", weights_only=True)
+    assert sorted(checkpoint["state_dict"]) == sorted(adapter_of(whole))
+    assert "head.weight" in checkpoint["state_dict"]
+    resumed = run(4, str(tmp_path / "epoch=0-step=2.ckpt"))
+    assert all(torch.equal(value, adapter_of(resumed)[name]) for name, value in adapter_of(whole).items())
+
+
+@pytest.mark.slow
+def test_two_processes_keep_their_own_random_numbers(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("ddp_rng_script.py")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    for phase in ("whole", "first", "rest"):
+        result = subprocess.run(
+            [sys.executable, str(script), str(tmp_path), phase], env=environment, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+    draws = {name: (tmp_path / name).read_text() for name in ("whole-0", "whole-1", "rest-0", "rest-1")}
+    assert draws["whole-0"] != draws["whole-1"]
+    assert draws["rest-0"] == draws["whole-0"]
+    assert draws["rest-1"] == draws["whole-1"]
+

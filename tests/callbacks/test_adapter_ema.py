@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lit_lora.callbacks import AdapterEMA
+from lit_lora.errors import UserError
+from lit_lora.module import LoraDiffusion
+from tests.helpers import loader_of, make_batches
+
+
+class Counting(LightningModule):
+    """Its only trainable weight is 1, 2, 3, … after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return -self.weight
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.weight], lr=1.0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_average_follows_the_formula(accumulate: int, trainer_options: dict[str, Any]) -> None:
+    ema, module = AdapterEMA(decay=0.5), Counting()
+    batches = loader_of([torch.zeros(1)] * 4 * accumulate)  # type: ignore[list-item]
+    options = trainer_options | {"max_steps": 4, "accumulate_grad_batches": accumulate}
+    Trainer(callbacks=[ema], **options).fit(module, batches)
+    average = 0.0
+    for step in range(1, 5):
+        decay = 0.0 if step == 1 else min(0.5, step / (9 + step))
+        average = decay * average + (1 - decay) * step
+    with ema.averaged(module):
+        assert module.weight.item() == pytest.approx(average)
+    assert module.weight.item() == 4
+
+
+def test_validation_with_and_without(sd_module: LoraDiffusion, trainer_options: dict[str, Any]) -> None:
+    options = trainer_options | {"max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    sd_module.optimizer = lambda p: torch.optim.SGD(p, lr=10.0)
+    trainer = Trainer(callbacks=[AdapterEMA()], **options)
+    batches = loader_of(make_batches(2))
+    trainer.fit(sd_module, batches, batches)
+    assert trainer.callback_metrics["val/loss"] != trainer.callback_metrics["val/loss_ema"]
+
+
+def test_decay_out_of_range() -> None:
+    with pytest.raises(UserError, match=r"decay must be in \[0, 1\), not 1.0"):
+        AdapterEMA(1.0)
+
+
+def test_it_copies_only_what_is_trained(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    ema = AdapterEMA()
+    Trainer(callbacks=[ema], **trainer_options | {"max_steps": 1}).fit(Counting(), loader_of([torch.zeros(1)]))  # type: ignore[list-item]
+    assert ema.state_dict()["shadow_params"].numel() == 1

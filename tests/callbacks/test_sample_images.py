@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_lora.callbacks import AdapterEMA, ImageWriter, SampleImages
+from lit_lora.errors import UserError
+from lit_lora.module import LoraDiffusion
+from tests.helpers import loader_of, make_batches
+
+
+def fit(module: LoraDiffusion, options: dict[str, Any], callbacks: list[Any], steps: int = 4) -> Trainer:
+    trainer = Trainer(**options | {"max_steps": steps, "callbacks": callbacks})
+    trainer.fit(module, loader_of(make_batches(steps)))
+    return trainer
+
+
+def test_grids_go_to_png_and_tensorboard(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    sampler = SampleImages(["a star", "a heart", "a two"], every_n_steps=2, num_inference_steps=2, columns=2)
+    logger = TensorBoardLogger(tmp_path, name="run", version=0)
+    fit(sd_module, trainer_options | {"logger": logger}, [sampler])
+    folder = tmp_path / "run" / "version_0"
+    names = sorted(p.name for p in (folder / "samples").iterdir())
+    assert names == ["step-000000.png", "step-000002.png", "step-000004.png"]
+    with Image.open(folder / "samples" / "step-000004.png") as grid:
+        assert grid.size == (2 * 18 + 2, 2 * 18 + 2)
+    events = EventAccumulator(str(folder), {"images": 0}).Reload()
+    assert [event.step for event in events.Images("samples")] == [0, 2, 4]
+
+
+def test_sampling_does_not_disturb_training(sd_module: LoraDiffusion, trainer_options: dict[str, Any]) -> None:
+    sampler = SampleImages(["a star"], every_n_steps=1, num_inference_steps=2)
+    sd_module.adapter.lora_dropout = 0.5  # type: ignore[attr-defined]
+    torch.manual_seed(0)
+    fit(sd_module, trainer_options, [sampler])
+    with_samples = [p.detach().clone() for p in sd_module.parameters() if p.requires_grad]
+    torch.manual_seed(0)
+    other = LoraDiffusion(type(sd_module.family)(sd_module.family.pretrained_model_name_or_path), sd_module.adapter)
+    other.base_dtype = sd_module.base_dtype
+    fit(other, trainer_options, [])
+    without = [p for p in other.parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(with_samples, without, strict=True))
+    assert sd_module.family.denoiser.training
+
+
+def test_the_average_draws_if_there_is_one(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    sd_module.optimizer = lambda p: torch.optim.SGD(p, lr=1e4)
+    sampler = SampleImages(["a star"], every_n_steps=4, num_inference_steps=2)
+    drawn: list[np.ndarray[Any, Any]] = []
+    original = sd_module.generate
+
+    def generate(*arguments: Any, **options: Any) -> list[Image.Image]:
+        images = original(*arguments, **options)
+        drawn.append(np.asarray(images[0]))
+        return images
+
+    sd_module.generate = generate  # type: ignore[method-assign]
+    ema = AdapterEMA(0.999)
+    fit(sd_module, trainer_options, [ema, sampler])
+    options = sampler.options
+    raw = np.asarray(original(["a star"], [0], **options)[0])
+    with ema.averaged(sd_module):
+        averaged = np.asarray(original(["a star"], [0], **options)[0])
+    assert np.array_equal(drawn[-1], averaged)
+    assert not np.array_equal(drawn[-1], raw)
+
+
+def test_image_writer(sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    sd_module.num_inference_steps = 2
+    batch = make_batches(1)[0]
+    batch["weight"] = torch.tensor([1.0, 0.0])
+    writer = ImageWriter(str(tmp_path / "drawn"))
+    Trainer(**trainer_options, callbacks=[writer]).predict(sd_module, loader_of([batch]), return_predictions=False)
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["0-0.png", "0-0.txt"]
+    assert (tmp_path / "drawn" / "0-0.txt").read_text() == "a red seven on white\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": ["x"], "every_n_steps": 0}, "every_n_steps must be at least 1, not 0"),
+    ],
+)
+def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SampleImages(**arguments)

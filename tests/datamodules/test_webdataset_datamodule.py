@@ -1,0 +1,363 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lit_lora.datamodules import Plan, ShardIndex, WebDatasetDataModule
+from lit_lora.errors import UserError
+
+pytestmark = [
+    # Lightning says the first to everyone whose validation loaders are an empty list, the second to everyone who
+    # resumes.
+    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+CRASH = "crash on purpose"
+
+
+class Recorder(LightningModule):
+    """Trains one number and records what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.train_seen: list[tuple[list[int], list[str], float]] = []
+        self.val_seen: list[list[tuple[str, float, int]]] = []
+
+    def training_step(self, batch, batch_idx):
+        pixels = batch["pixel_values"].float()
+        self.train_seen.append((batch["slot"].tolist(), batch["key"], float(pixels.mean())))
+        return self.weight * pixels.mean()
+
+    def on_validation_epoch_start(self):
+        self.val_seen.append([])
+
+    def validation_step(self, batch, batch_idx):
+        self.val_seen[-1] += zip(batch["key"], batch["weight"].tolist(), batch["slot"].tolist(), strict=True)
+
+    def predict_step(self, batch, batch_idx):
+        return batch["key"]
+
+    def test_step(self, batch, batch_idx):
+        self.log("weights", batch["weight"].sum(), reduce_fx="sum")
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class Crash(Callback):
+    """Raises before a step, as a kill would end the run."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise RuntimeError(CRASH)
+
+
+class ReadsSteppingBatches(Recorder):
+    """Asks for the number of steps, which makes Lightning forget the loader's own state."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
+
+
+def _data(paths, **options):
+    options = {"batch_size": 2, "resolution": 8, "num_workers": 0, "random_flip": True, "seed": 4} | options
+    return WebDatasetDataModule([str(path) for path in paths], **options)
+
+
+def _fit(folder, data, callbacks=(), ckpt_path=None, model=None, **options):
+    model = model or Recorder()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(callbacks),
+        callbacks=list(callbacks),
+        **options,
+    )
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    return model
+
+
+def _save_each_step(folder):
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+# Twelve training samples make six batches a pass.
+RUNS = {
+    "steps": {"max_steps": 15, "max_epochs": -1},
+    "epochs": {"max_epochs": 3},
+    "validation within the pass": {"max_epochs": 3, "val_check_interval": 2},
+    "validation across passes": {"max_steps": 15, "val_check_interval": 4, "check_val_every_n_epoch": None},
+}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("run", RUNS)
+def test_resumed_run_sees_what_an_uninterrupted_one_sees(tmp_path, make_shards, run, num_workers):
+    paths = make_shards(9, 7)
+    whole = _fit(tmp_path, _data(paths, val_samples=4), **RUNS[run])
+
+    for crash in (2, 5, 6, 7, 11) if num_workers == 0 else (5,):
+        folder = tmp_path / str(crash)
+        with pytest.raises(RuntimeError, match=CRASH):
+            _fit(folder, _data(paths, val_samples=4), [_save_each_step(folder), Crash(crash)], **RUNS[run])
+        data = _data(paths, val_samples=4, num_workers=num_workers)
+        resumed = _fit(folder, data, [_save_each_step(folder)], folder / f"step={crash}.ckpt", **RUNS[run])
+        assert resumed.train_seen == whole.train_seen[crash:], crash
+        assert resumed.val_seen[-1] == whole.val_seen[-1]
+
+
+def test_no_worker_processes_are_left(tmp_path, make_shards):
+    paths = make_shards(16)
+    options = {"max_epochs": 3, "reload_dataloaders_every_n_epochs": 1}
+    _fit(tmp_path, _data(paths, num_workers=2), **options)
+    assert multiprocessing.active_children() == []
+    with pytest.raises(RuntimeError, match=CRASH):
+        _fit(tmp_path, _data(paths, val_samples=4, num_workers=2), [Crash(3)], max_epochs=3)
+    assert multiprocessing.active_children() == []
+
+
+def test_each_pass_takes_all_samples_once(tmp_path, make_shards):
+    model = _fit(tmp_path, _data(make_shards(9, 3)), max_epochs=2)
+    for number in range(2):
+        keys = [key for _, keys, _ in model.train_seen[6 * number : 6 * number + 6] for key in keys]
+        assert sorted(keys) == [f"{sample:04}" for sample in range(12)]
+    assert [slot for slots, *_ in model.train_seen for slot in slots] == list(range(24))
+
+
+def test_place_survives_where_lightning_drops_the_loader_state(tmp_path, make_shards):
+    paths = make_shards(12)
+    whole = _fit(tmp_path, _data(paths), max_epochs=2)
+    save, model = _save_each_step(tmp_path), ReadsSteppingBatches()
+    with pytest.raises(RuntimeError, match=CRASH):
+        _fit(tmp_path, _data(paths), [save, Crash(4)], model=model, max_epochs=2)
+    save, model = _save_each_step(tmp_path), ReadsSteppingBatches()
+    resumed = _fit(tmp_path, _data(paths), [save], tmp_path / "step=4.ckpt", model, max_epochs=2)
+
+    assert resumed.train_seen == whole.train_seen[4:]
+
+
+def test_checkpoint_of_other_data(tmp_path, make_shards):
+    paths = make_shards(12)
+    _fit(tmp_path, _data(paths), [_save_each_step(tmp_path)], max_steps=2)
+    data = _data(paths, batch_size=3)
+    with pytest.raises(UserError, match="the checkpoint has global_batch_size 2, this run 3"):
+        _fit(tmp_path, data, [_save_each_step(tmp_path)], tmp_path / "step=2.ckpt", max_steps=4)
+
+
+def test_reloading_the_loader_goes_on(tmp_path, make_shards):
+    paths = make_shards(12)
+    whole = _fit(tmp_path, _data(paths), max_epochs=3)
+    reloaded = _fit(tmp_path, _data(paths), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+    assert reloaded.train_seen == whole.train_seen
+
+
+def test_fitting_again_goes_on(tmp_path, make_shards):
+    paths = make_shards(12)
+    whole = _fit(tmp_path, _data(paths), max_epochs=2)
+    data = _data(paths)
+    parts = [_fit(tmp_path, data, max_epochs=1).train_seen for _ in range(2)]
+    assert parts[0] + parts[1] == whole.train_seen
+
+
+def test_overfit_batches_repeats_the_same_batches(tmp_path, make_shards):
+    model = _fit(tmp_path, _data(make_shards(12)), max_epochs=3, overfit_batches=2)
+    assert model.train_seen == 3 * model.train_seen[:2]
+
+
+def test_held_out_samples(tmp_path, make_shards):
+    paths = make_shards(9, 7)
+    model = _fit(tmp_path, _data(paths, val_samples=5), max_epochs=2)
+    held_out = [key for key, weight, _ in model.val_seen[-1] if weight]
+    trained = {key for _, keys, _ in model.train_seen for key in keys}
+
+    assert len(held_out) == len(set(held_out)) == 5
+    assert not trained & set(held_out)
+    assert len(model.val_seen[-1]) == 6
+    assert model.val_seen[-1] == model.val_seen[-2]
+    other = _fit(tmp_path, _data(paths, val_samples=5, seed=5), max_epochs=1)
+    assert [key for key, *_ in other.val_seen[-1]] != [key for key, *_ in model.val_seen[-1]]
+
+
+def test_validate_test_and_predict(tmp_path, make_shards):
+    train, other = make_shards(6), make_shards(5, folder="other")
+    data = _data(train, val_shards=str(other[0]), test_shards=str(other[0].parent))
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    model = Recorder()
+
+    trainer.validate(model, data, verbose=False)
+    assert [key for key, weight, _ in model.val_seen[0] if weight] == [f"{number:04}" for number in range(5)]
+    assert trainer.test(model, data, verbose=False) == [{"weights": 5.0}]
+    predicted = [key for batch in trainer.predict(model, data) for key in batch]
+    assert predicted == ["0000", "0001", "0002", "0003", "0004", "0000"]
+
+
+def test_without_validation_data(make_shards):
+    data = _data(make_shards(6))
+    data.setup("fit")
+    assert data.val_dataloader() == []
+    assert len(data.train_dataloader()) == 3
+
+
+def test_evaluation_does_not_draw(make_shards):
+    data = _data(make_shards(6), val_samples=3)
+    data.setup("fit")
+    framing = data.val_dataloader()._dataset.framing
+    assert framing.center_crop
+    assert not framing.random_flip
+
+
+def test_prepare_data_indexes_all_shards(make_shards):
+    train, val, test = (make_shards(2, folder=name)[0] for name in ("train", "val", "test"))
+    WebDatasetDataModule(str(train), str(val), str(test)).prepare_data()
+    assert all(path.with_name(path.name + ".index").is_file() for path in (train, val, test))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0 is too small; it must be at least 1"),
+        ({"resolution": 0}, "resolution=0"),
+        ({"val_samples": -1}, "val_samples=-1"),
+        ({"num_workers": -1}, "num_workers=-1"),
+        ({"max_bad_samples": -1}, "max_bad_samples=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"caption": "csv"}, "caption='csv' is not known; choose txt, json or null"),
+        ({"val_shards": "x.tar", "val_samples": 3}, "exclude each other"),
+    ],
+)
+def test_arguments_are_checked(options, message):
+    with pytest.raises(UserError, match=message):
+        WebDatasetDataModule("train.tar", **options)
+
+
+def test_missing_data_is_reported_by_stage(make_shards):
+    with pytest.raises(UserError, match="no data to train on; set train_shards"):
+        WebDatasetDataModule().setup("fit")
+    data = _data(make_shards(3))
+    with pytest.raises(UserError, match="no data to validate on; set val_shards or val_samples"):
+        data.setup("validate")
+    with pytest.raises(UserError, match="no data to test on; set test_shards"):
+        data.setup("test")
+
+
+def test_too_few_samples_are_reported_in_setup(make_shards):
+    paths = make_shards(3)
+    with pytest.raises(UserError, match="3 samples do not fill one batch of 4"):
+        _data(paths, batch_size=4).setup("fit")
+    with pytest.raises(UserError, match="val_samples=3 leaves nothing of 3 samples"):
+        _data(paths, val_samples=3).setup("fit")
+
+
+def test_package_exports_load_lazily():
+    code = (
+        "import sys, lit_lora.datamodules as d; heavy = {'torch', 'lightning', 'numpy', 'PIL'} & set(sys.modules);"
+        "assert not heavy, heavy; assert d.Plan.__name__ == 'Plan'; assert 'lightning' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    assert ShardIndex.__module__ == "lit_lora.datamodules.index"
+    assert Plan.__module__ == "lit_lora.datamodules.plan"
+
+
+def test_becomes_yaml(tmp_path):
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(WebDatasetDataModule, "data")
+    config = parser.parse_args(["--data.train_shards=[a.tar, b.tar]", "--data.caption=null", "--data.batch_size=3"])
+    again = parser.parse_string(parser.dump(config))
+    assert again.data == config.data
+    assert parser.instantiate_classes(again).data.train_shards == ["a.tar", "b.tar"]
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+import torch
+from lit_lora.datamodules import WebDatasetDataModule
+
+
+class Recorder(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen, self.val_seen = [], []
+
+    def training_step(self, batch, batch_idx):
+        pixels = batch["pixel_values"].float()
+        self.seen.append(list(zip(batch["slot"].tolist(), batch["key"])))
+        return self.weight * pixels.mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.val_seen += zip(batch["key"], batch["weight"].tolist())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+if __name__ == "__main__":
+    shards, out, ckpt_path = sys.argv[1:4]
+    save = ModelCheckpoint(out, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=8, default_root_dir=out, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, callbacks=[save],
+    )
+    model = Recorder()
+    data = WebDatasetDataModule(
+        shards, val_samples=4, batch_size=1, resolution=8, num_workers=1, random_flip=True, seed=4
+    )
+    trainer.fit(model, data, ckpt_path=ckpt_path or None)
+    result = {"seen": model.seen, "val": model.val_seen}
+    Path(out, f"rank{trainer.global_rank}.json").write_text(json.dumps(result))
+"""
+
+
+def _run_pair(out, shards, ckpt_path=""):
+    """What the processes of a run with two of them saw, the batches put together."""
+    out.mkdir()
+    script = out / "script.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(script), str(shards), str(out), str(ckpt_path)]
+    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+    seen = [low + high for low, high in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)]
+    return seen, ranks[0]["val"] + ranks[1]["val"]
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_see_the_same_global_batches(tmp_path, make_shards):
+    paths = make_shards(9, 8)
+    save = _save_each_step(tmp_path / "alone")
+    alone = _fit(tmp_path, _data(paths, val_samples=4), [save], max_steps=8)
+    whole = [[list(pair) for pair in zip(slots, keys, strict=True)] for slots, keys, _ in alone.train_seen]
+
+    seen, val = _run_pair(tmp_path / "pair", paths[0].parent)
+    assert seen == whole
+    counted = [key for key, weight in val if weight]
+    assert sorted(counted) == sorted(key for key, weight, _ in alone.val_seen[-1] if weight)
+    assert _run_pair(tmp_path / "again", paths[0].parent, tmp_path / "alone" / "step=5.ckpt")[0] == whole[5:]
+
+    save = _save_each_step(tmp_path / "pair")
+    resumed = _fit(tmp_path, _data(paths, val_samples=4), [save], tmp_path / "pair" / "step=3.ckpt", max_steps=8)
+    assert resumed.train_seen == alone.train_seen[3:]

@@ -1,0 +1,31 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+
+def make_batches(count: int, batch_size: int = 2, size: int = 16, seed: int = 3) -> list[dict[str, Any]]:
+    """Random pictures as a datamodule gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch_size, 3, size, size)
+    return [
+        {
+            "pixel_values": torch.randint(256, shape, generator=generator, dtype=torch.uint8),
+            "caption": [f"a red {name} on white" for name in ("seven", "star", "heart", "two")[:batch_size]],
+            "original_size": torch.tensor([[20 + number, 24]] * batch_size),
+            "crop_top_left": torch.tensor([[1, number]] * batch_size),
+            "weight": torch.ones(batch_size),
+            "slot": torch.arange(number * batch_size, (number + 1) * batch_size),
+            "key": [f"{number}-{i}" for i in range(batch_size)],
+        }
+        for number in range(count)
+    ]
+
+
+def loader_of(batches: list[dict[str, Any]]) -> DataLoader[Any]:
+    """A dataloader that gives ready-made batches in order."""
+    return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]

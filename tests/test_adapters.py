@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+
+from lit_lora.adapters import adapter_keys, check_adapter_config, check_adapter_state, inject, plain_config
+from lit_lora.errors import UserError
+from lit_lora.families import StableDiffusion
+
+TARGETS = ("to_q", "to_k")
+
+
+@pytest.fixture
+def unet(sd_folder: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(sd_folder, subfolder="unet")
+
+
+CONFIGS = {
+    "LoRA": peft.LoraConfig(r=2, lora_alpha=2),
+    "convolutions": peft.LoraConfig(r=2, lora_alpha=2, target_modules=["conv1", "conv2"]),
+    "DoRA": peft.LoraConfig(r=2, lora_alpha=2, use_dora=True),
+    "ranks per layer": peft.LoraConfig(r=2, lora_alpha=2, rank_pattern={"to_q": 4}),
+    "LoHa": peft.LoHaConfig(r=2, alpha=2),
+    "LoKr": peft.LoKrConfig(r=2, alpha=2),
+    "OFT": peft.OFTConfig(r=0, oft_block_size=8),
+    "IA3": peft.IA3Config(feedforward_modules=[]),
+    "VeRA": peft.VeraConfig(r=2, target_modules=["attn1.to_q"]),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_layer_method_goes_in_and_its_keys_restore_it(name: str, unet: UNet2DConditionModel) -> None:
+    model = inject(unet, CONFIGS[name], TARGETS)
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable
+    keys = adapter_keys(model)
+    assert trainable <= keys
+    state = model.state_dict()
+    assert keys <= state.keys()
+    assert not [key for key in keys if "base_layer" in key]
+    # Change what is trained, put the saved keys back: the same function of its input again.
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.randn(1, 5, 16)
+    saved = {key: value.clone() for key, value in state.items() if key in keys}
+    with torch.no_grad():
+        before = model(x, t, text).sample
+        for key, parameter in model.named_parameters():
+            if key in trainable:
+                parameter.add_(0.5)
+        assert not torch.allclose(model(x, t, text).sample, before)
+        model.load_state_dict(saved, strict=False)
+        torch.testing.assert_close(model(x, t, text).sample, before)
+
+
+def test_targets_that_match_nothing_raise_and_say_what_there_is(unet: UNet2DConditionModel) -> None:
+    config = peft.LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(UserError, match=r"q_proj(.|\n)*names that occur in this model are .*to_q"):
+        inject(unet, config, TARGETS)
+
+
+def test_methods_for_prompts_are_refused(unet: UNet2DConditionModel) -> None:
+    with pytest.raises(UserError, match="adapts prompts, not layers"):
+        inject(unet, peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), TARGETS)
+
+
+def test_an_alpha_far_below_the_rank_warns(unet: UNet2DConditionModel) -> None:
+    with pytest.warns(UserWarning, match="lora_alpha=1 is far below r=16"):
+        inject(unet, peft.LoraConfig(r=16, lora_alpha=1), TARGETS)
+
+
+def test_default_targets_are_the_familys(unet: UNet2DConditionModel) -> None:
+    model = inject(unet, peft.LoraConfig(r=2, lora_alpha=2), ("to_q",))
+    assert all(".to_q." in key for key in adapter_keys(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": 4, "lora_alpha": 4}, r"have another shape, the first: .* in the checkpoint, \(2, "),
+        ({"target_modules": ["to_q", "to_k", "to_v"]}, "tensors of the checkpoint are not in this adapter"),
+        ({"target_modules": ["to_q"]}, "tensors of this adapter are not in the checkpoint"),
+    ],
+)
+def test_another_adapters_state_is_refused(change: dict[str, Any], message: str, sd_folder: Path) -> None:
+    def adapted(**options: Any) -> torch.nn.Module:
+        model = UNet2DConditionModel.from_pretrained(sd_folder, subfolder="unet")
+        return inject(model, peft.LoraConfig(**({"r": 2, "lora_alpha": 2} | options)), TARGETS)
+
+    saved = adapted(**change)
+    state = {key: value for key, value in saved.state_dict().items() if key in adapter_keys(saved)}
+    with pytest.raises(UserError, match=message):
+        check_adapter_state(adapted(), state)
+    check_adapter_state(saved, state)
+
+
+def test_another_alpha_is_refused_and_another_dropout_is_not() -> None:
+    here = plain_config(peft.LoraConfig(r=4, lora_alpha=8))
+    check_adapter_config(here, plain_config(peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5)))
+    with pytest.raises(UserError, match="lora_alpha is 8, in the checkpoint 4"):
+        check_adapter_config(here, plain_config(peft.LoraConfig(r=4, lora_alpha=4)))
+
+
+@pytest.mark.parametrize("name", ["LoRA", "convolutions", "DoRA", "ranks per layer", "LoHa", "OFT"])
+def test_files_load_in_plain_peft_and_plain_diffusers(name: str, sd_folder: Path, tmp_path: Path) -> None:
+    family = StableDiffusion(str(sd_folder))
+    family.load(torch.float32)
+    family.add_adapter(CONFIGS[name])
+    with torch.no_grad():
+        for parameter in family.denoiser.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    family.save_adapter(tmp_path)
+
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.randn(1, 5, 16)
+    family.denoiser.eval()
+    with torch.no_grad():
+        expected = family.denoiser(x, t, text).sample
+        base = UNet2DConditionModel.from_pretrained(sd_folder, subfolder="unet")
+        assert not torch.allclose(base(x, t, text).sample, expected, atol=1e-3)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+        torch.testing.assert_close(loaded(x, t, text).sample, expected)
+        lora_file = tmp_path / "pytorch_lora_weights.safetensors"
+        assert lora_file.exists() == (name not in ("LoHa", "OFT"))
+        if lora_file.exists():
+            pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
+            pipeline.load_lora_weights(tmp_path)
+            torch.testing.assert_close(pipeline.unet(x, t, text).sample, expected)
+            with safe_open(lora_file, "pt") as file:
+                assert str(sd_folder) in file.metadata()["lora_adapter_metadata"]

@@ -1,0 +1,273 @@
+"""The command line: configs parse, runs run, mistakes are one message and exit status 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lit_lora import __version__
+from lit_lora.cli import main
+from lit_lora.datamodules.pack import pack_folder
+from lit_lora.lightning_cli import LitLoraCLI, build_cli
+from lit_lora.module import LoraDiffusion
+
+CONFIGS = sorted(file.name for file in files("lit_lora.configs").iterdir() if file.name.endswith(".yaml"))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(10):
+        Image.new("RGB", (20, 18), (20 * i, 90, 200)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text(f"a blue star {i}")
+    pack_folder(pictures, tmp_path / "shards", samples_per_shard=5)
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def config(tmp_path: Path, shards: Path, sd_folder: Path) -> Callable[..., Path]:
+    """Writes a small config; dotted keys change it."""
+
+    def write(**changes: Any) -> Path:
+        values: dict[str, Any] = {
+            "seed_everything": 0,
+            "trainer": {
+                "accelerator": "cpu",
+                "max_steps": 4,
+                "max_epochs": -1,
+                "default_root_dir": str(tmp_path / "run"),
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 1,
+                "callbacks": [
+                    {
+                        "class_path": "AdapterCheckpoint",
+                        "init_args": {"every_n_train_steps": 2, "save_last": "link", "dirpath": str(tmp_path / "ck")},
+                    }
+                ],
+            },
+            "model": {
+                "family": {
+                    "class_path": "StableDiffusion",
+                    "init_args": {"pretrained_model_name_or_path": str(sd_folder)},
+                },
+                "adapter": {"class_path": "LoraConfig", "init_args": {"r": 2, "lora_alpha": 2}},
+                "base_dtype": "float32",
+                "num_inference_steps": 2,
+            },
+            "data": {
+                "class_path": "WebDatasetDataModule",
+                "init_args": {
+                    "train_shards": str(shards),
+                    "val_samples": 2,
+                    "batch_size": 2,
+                    "resolution": 16,
+                    "num_workers": 0,
+                },
+            },
+        }
+        for dotted, value in changes.items():
+            *parents, last = dotted.split("__")
+            place = values
+            for parent in parents:
+                place = place[parent]
+            place[last] = value
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that must exit with 2; returns its error message."""
+    capsys.readouterr()
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    message = capsys.readouterr().err
+    assert status == 2, message
+    assert "Traceback" not in message
+    assert "usage:" not in message
+    assert message.count("error\n") == 1
+    return message
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_parses_and_builds_and_names_its_command(name: str) -> None:
+    source = files("lit_lora.configs") / name
+    assert source.read_text().startswith("# lit-lora ")
+    cli: LitLoraCLI = build_cli(["fit", "--config", str(source), "--trainer.accelerator", "cpu"], run=False)
+    assert isinstance(cli.model, LoraDiffusion)
+    assert cli.trainer.max_steps > 0
+
+
+def test_a_shipped_config_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli = build_cli(["fit", "--config", "configs/sdxl.yaml", "--trainer.accelerator=cpu"], run=False)
+    assert type(cli.model.family).__name__ == "StableDiffusionXL"
+
+
+def test_fit_validate_test_predict(config: Callable[..., Path], tmp_path: Path, shards: Path) -> None:
+    path = config()
+    assert main(["fit", "--config", str(path)]) == 0
+    last = tmp_path / "ck" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    assert main(["validate", "--config", str(path), "--ckpt_path", str(last)]) == 0
+    test_shards = ["--data.init_args.test_shards", str(shards)]
+    assert main(["test", "--config", str(path), "--ckpt_path", str(last), *test_shards]) == 0
+    out = tmp_path / "drawn"
+    writer = ["--trainer.callbacks+=ImageWriter", f"--trainer.callbacks.output_dir={out}"]
+    predict = ["predict", "--config", str(path), "--ckpt_path", str(last), "--return_predictions", "false", *writer]
+    assert main(predict) == 0
+    assert len(list(out.glob("*.png"))) == 2
+
+
+def test_the_command_line_wins_over_the_checkpoint(config: Callable[..., Path], tmp_path: Path) -> None:
+    path = config()
+    assert main(["fit", "--config", str(path)]) == 0
+    last = str(tmp_path / "ck" / "last.ckpt")
+    resume = ["fit", "--config", str(path), "--ckpt_path", last]
+    cli = build_cli([*resume, "--model.seed", "7"], run=False)
+    assert cli.model.seed == 7
+
+
+def test_samples_from_a_trained_adapter(config: Callable[..., Path], tmp_path: Path) -> None:
+    assert main(["fit", "--config", str(config())]) == 0
+    adapter = str(tmp_path / "ck" / "last.adapter")
+    out = tmp_path / "out"
+    arguments = ["sample", "--adapter", adapter, "--prompts", "a blue star", "--count", "3", "--steps", "2"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == ["0000.png", "0001.png", "0002.png"]
+    assert main([*arguments, "--out", str(tmp_path / "grid.png"), "--columns", "2"]) == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (2 * 18 + 2, 2 * 18 + 2)
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "demo", "sample", "shards"):
+        assert f"\n  {command} " in text
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"lit-lora {__version__}\n"
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no command 'fti'; the commands are fit, validate" in failure(capsys, "fti")
+
+
+class TestMistakes:
+    """Each is one clear message and leaves nothing behind."""
+
+    def test_unknown_key(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+        assert "caption_dropuot" in failure(capsys, "fit", "--config", config(model__caption_dropuot=0.1))
+
+    def test_wrong_type(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+        assert "caption_dropout" in failure(capsys, "fit", "--config", config(model__caption_dropout="much"))
+
+    def test_value_out_of_range(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+        assert "caption_dropout" in failure(capsys, "fit", "--config", config(model__caption_dropout=2.0))
+
+    def test_no_such_config(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "nowhere.yaml" in failure(capsys, "fit", "--config", "nowhere.yaml")
+
+    def test_no_such_shard(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+        path = config(data__init_args__train_shards="nowhere/shard-{0..2}.tar")
+        assert "nowhere/shard-0.tar" in failure(capsys, "fit", "--config", path)
+
+    def test_empty_tar(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        (tmp_path / "empty.tar").write_bytes(bytes(10240))
+        path = config(data__init_args__train_shards=str(tmp_path / "empty.tar"))
+        assert "holds no samples" in failure(capsys, "fit", "--config", path)
+
+    def test_targets_that_match_nothing(
+        self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        path = config(model__adapter__init_args={"target_modules": ["q_proj"]})
+        message = failure(capsys, "fit", "--config", path)
+        assert "q_proj" in message
+        assert "to_q" in message
+        assert not list(tmp_path.rglob("*.ckpt"))
+
+    def test_base_without_a_unet(
+        self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        (tmp_path / "base" / "vae").mkdir(parents=True)
+        path = config(model__family__init_args__pretrained_model_name_or_path=str(tmp_path / "base"))
+        assert "has no folder" in failure(capsys, "fit", "--config", path)
+
+    def test_checkpoint_of_another_adapter(
+        self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        assert main(["fit", "--config", str(config())]) == 0
+        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "ck").iterdir()}
+        path = config(model__adapter__init_args={"r": 4, "lora_alpha": 4})
+        message = failure(capsys, "fit", "--config", path, "--ckpt_path", tmp_path / "ck" / "last.ckpt")
+        assert "the checkpoint holds another adapter" in message
+        assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "ck").iterdir()}
+
+    def test_no_such_checkpoint(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+        assert "there is no file x.ckpt" in failure(capsys, "fit", "--config", config(), "--ckpt_path", "x.ckpt")
+
+    def test_something_that_is_no_checkpoint(
+        self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        (tmp_path / "x.ckpt").write_text("hello")
+        assert "x.ckpt" in failure(capsys, "fit", "--config", config(), "--ckpt_path", tmp_path / "x.ckpt")
+
+    def test_output_folder_not_writable(
+        self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").write_text("")
+        path = config(trainer__default_root_dir=str(tmp_path / "file" / "below"))
+        assert "cannot create the folder" in failure(capsys, "fit", "--config", path)
+
+    def test_peft_config_that_contradicts_itself(
+        self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = config(model__adapter__init_args={"layers_to_transform": [1], "target_modules": "x.*"})
+        assert "layers_to_transform" in failure(capsys, "fit", "--config", path)
+
+    def test_sample(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        assert "give --prompts" in failure(capsys, "sample", "--base", "embedded")
+        assert "give --base" in failure(capsys, "sample", "--prompts", "x")
+        assert "is no adapter folder" in failure(capsys, "sample", "--prompts", "x", "--adapter", tmp_path)
+        assert "cannot load the base" in failure(capsys, "sample", "--prompts", "x", "--base", tmp_path)
+
+    def test_demo(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        assert "cannot create the folder" in failure(capsys, "demo", "--out", tmp_path / "file" / "x")
+        assert "must be at least 1" in failure(capsys, "demo", "--out", tmp_path, "--steps", "0")
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_is_one_message_in_a_process_of_its_own(config: Callable[..., Path], shards: Path) -> None:
+    """An image that does not decode, met by a loader worker: exit status 2 and the sample's name."""
+    for shard in shards.glob("*.tar"):
+        data = bytearray(shard.read_bytes())
+        for start in range(len(data)):
+            if data[start : start + 4] == b"IDAT":
+                data[start + 4 : start + 12] = b"\xff" * 8
+        shard.write_bytes(data)
+    path = config(data__init_args__num_workers=1)
+    command = [sys.executable, "-m", "lit_lora.cli", "fit", "--config", str(path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert "Traceback" not in result.stderr
+    assert "cannot be decoded" in result.stderr

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from lit_lora.draws import Draws, seed_of
+
+
+def test_a_sample_draws_the_same_in_any_batch() -> None:
+    together = Draws(3, [10, 11, 12]).normal("noise", (2, 4))
+    alone = [Draws(3, [slot]).normal("noise", (2, 4)) for slot in (10, 11, 12)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_earlier_draws_change_nothing() -> None:
+    draws = Draws(3, [1, 2])
+    draws.normal("something else", (100,))
+    torch.rand(5)
+    assert torch.equal(draws.uniform("x"), Draws(3, [1, 2]).uniform("x"))
+
+
+@pytest.mark.parametrize("other", [Draws(4, [1]), Draws(3, [2])])
+def test_seed_and_slot_matter(other: Draws) -> None:
+    assert not torch.equal(Draws(3, [1]).normal("noise", (8,)), other.normal("noise", (8,)))
+
+
+def test_names_are_independent() -> None:
+    draws = Draws(0, range(4000))
+    a, b = draws.normal("a", ()), draws.normal("b", ())
+    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.06
+    assert abs(a.mean()) < 0.06
+    assert a.std() == pytest.approx(1, abs=0.05)
+
+
+def test_integers_cover_their_range() -> None:
+    values = Draws(0, range(3000)).integers("t", 10)
+    assert values.dtype == torch.int64
+    assert torch.bincount(values, minlength=10).min() > 200
+
+
+def test_seed_of_is_pinned() -> None:
+    # A change here would change every run's data order and noise.
+    assert seed_of(0, "noise", 1) == 7044213871302263226
+    assert 0 <= seed_of("x") < 2**63

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+
+from lit_lora.errors import UserError
+from lit_lora.files import atomic_file, atomic_folder, writable_folder
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    with atomic_file(path) as part:
+        part.write_text("one")
+        assert not path.exists()
+    assert path.read_text() == "one"
+    with pytest.raises(RuntimeError), atomic_file(path) as part:
+        part.write_text("tw")
+        raise RuntimeError
+    assert path.read_text() == "one"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_is_replaced_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for text in ("one", "two"):
+        with atomic_folder(path) as part:
+            (part / text).write_text(text)
+    assert [p.name for p in path.iterdir()] == ["two"]
+    with pytest.raises(RuntimeError), atomic_folder(path) as part:
+        (part / "three").write_text("x")
+        raise RuntimeError
+    assert [p.name for p in path.iterdir()] == ["two"]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot create the folder .*file/below.*name another folder"):
+        writable_folder(tmp_path / "file" / "below")

@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import LoraConfig
+
+from lit_lora.draws import Draws
+from lit_lora.errors import UserError
+from lit_lora.families import StableDiffusion
+from lit_lora.module import LoraDiffusion
+from lit_lora.objectives import DDPM
+from tests.helpers import loader_of, make_batches
+
+
+def module_for(folder: Path, **options: Any) -> LoraDiffusion:
+    options = {"base_dtype": "float32"} | options
+    return LoraDiffusion(StableDiffusion(str(folder)), LoraConfig(r=2, lora_alpha=2), **options)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        self.norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.losses.append(outputs["loss"].item())
+
+
+def fit(module: LoraDiffusion, batches: list[dict[str, Any]], options: dict[str, Any], **more: Any) -> Losses:
+    losses = Losses()
+    options = options | {"max_steps": len(batches)} | more
+    options["callbacks"] = [losses, *options.get("callbacks", [])]
+    Trainer(**options).fit(module, loader_of(batches))
+    return losses
+
+
+def test_the_base_stays_as_it_was(sd_module: LoraDiffusion, sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    fit(sd_module, make_batches(2), trainer_options)
+    fresh = StableDiffusion(str(sd_folder))
+    fresh.load(torch.float32)
+    trained = dict(sd_module.family.denoiser.get_base_model().named_parameters())
+    for name, value in fresh.denoiser.named_parameters():
+        ours = trained.get(name)
+        if ours is None:  # an adapted layer keeps its weight one level down
+            head, _, last = name.rpartition(".")
+            ours = trained[f"{head}.base_layer.{last}"]
+        assert torch.equal(ours, value)
+    for name, value in fresh.vae.named_parameters():
+        assert torch.equal(dict(sd_module.family.vae.named_parameters())[name], value)
+
+
+def test_precision_is_split(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    module = module_for(sd_folder, base_dtype="bfloat16")
+    fit(module, make_batches(2), trainer_options)
+    for parameter in module.family.denoiser.parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    state = module.optimizers().state_dict()["state"]  # type: ignore[union-attr]
+    assert {value["exp_avg"].dtype for value in state.values()} == {torch.float32}
+
+
+def test_the_optimizer_has_the_adapter_alone(sd_module: LoraDiffusion, trainer_options: dict[str, Any]) -> None:
+    fit(sd_module, make_batches(1), trainer_options)
+    given = {id(p) for group in sd_module.optimizers().param_groups for p in group["params"]}  # type: ignore[union-attr]
+    assert given == {id(p) for name, p in sd_module.named_parameters() if "lora_" in name}
+
+
+def test_clipping_works(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    free = fit(module_for(sd_folder), make_batches(1), trainer_options)
+    bound = free.norms[0] / 3
+    clipped_norms: list[float] = []
+
+    class After(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            clipped_norms.append(torch.nn.utils.get_total_norm(gradients).item())
+
+    torch.manual_seed(0)
+    fit(
+        module_for(sd_folder), make_batches(1), trainer_options, gradient_clip_val=bound, callbacks=[After()]
+    )
+    assert clipped_norms == [pytest.approx(bound, rel=1e-3)]
+
+
+def test_gradient_checkpointing_changes_no_loss(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    losses = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        module = module_for(sd_folder, gradient_checkpointing=checkpointing)
+        losses.append(fit(module, make_batches(3), trainer_options).losses)
+        assert module.family.denoiser.get_base_model().is_gradient_checkpointing == checkpointing
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_slot_with_weight_zero_does_not_count(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    def gradient(batch: dict[str, Any]) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = module_for(sd_folder, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+        fit(module, [batch], trainer_options)
+        return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+
+    batch = make_batches(1)[0]
+    spoiled = {**batch, "weight": torch.tensor([1.0, 0.0]), "pixel_values": batch["pixel_values"].clone()}
+    other = {**spoiled, "pixel_values": spoiled["pixel_values"].clone()}
+    other["pixel_values"][1] = 0
+    assert torch.equal(gradient(spoiled), gradient(other))
+    assert not torch.equal(gradient(spoiled), gradient(batch))
+
+
+def test_caption_dropout_follows_the_slots(sd_folder: Path) -> None:
+    module = module_for(sd_folder, caption_dropout=0.5)
+    batch = {"caption": ["x"] * 400}
+    dropped = module._drop_captions(batch, Draws(0, range(400)))["caption"]
+    assert 150 < dropped.count("") < 250
+    assert set(dropped) == {"", "x"}
+    assert module._drop_captions({"caption": ["x"] * 200}, Draws(0, range(200, 400)))["caption"] == dropped[200:]
+
+
+def test_validation_loss_is_the_same_in_every_run_and_weighted(
+    sd_folder: Path, trainer_options: dict[str, Any]
+) -> None:
+    def validate(batches: list[dict[str, Any]], **options: Any) -> float:
+        torch.manual_seed(0)
+        module = module_for(sd_folder, **options)
+        return Trainer(**trainer_options).validate(module, loader_of(batches), verbose=False)[0]["val/loss"]
+
+    batches = make_batches(3)
+    plain = validate(batches)
+    assert plain == validate(batches, seed=9, objective=DDPM(snr_gamma=5.0, noise_offset=0.1), caption_dropout=1.0)
+    # Splitting into other batches, with a padded one at the end, gives the same mean over the same samples.
+    halves = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(2)]
+    padding = {**halves[0], "weight": torch.zeros(1)}
+    assert validate([*halves, padding]) == pytest.approx(plain, rel=1e-5)
+
+
+def test_accumulating_equals_one_larger_batch(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    def trained(batches: list[dict[str, Any]], **options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = module_for(sd_folder, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        fit(module, batches, trainer_options, max_steps=1, **options)
+        return torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
+
+    small = make_batches(2)
+    joined = {
+        key: torch.cat([b[key] for b in small]) if torch.is_tensor(small[0][key]) else small[0][key] + small[1][key]
+        for key in small[0]
+    }
+    torch.testing.assert_close(
+        trained(small, accumulate_grad_batches=2), trained([joined]), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_batches_without_numbers_get_them_here(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    """A datamodule of somebody else's gives pictures and captions only."""
+    numbered = make_batches(3)
+    bare = [{key: batch[key] for key in ("pixel_values", "caption")} for batch in numbered]
+    torch.manual_seed(0)
+    ours = fit(module_for(sd_folder), numbered, trainer_options).losses
+    torch.manual_seed(0)
+    theirs = fit(module_for(sd_folder), bare, trainer_options).losses
+    assert ours == theirs
+    assert len(set(ours)) == 3
+
+
+def test_learning_rate_schedules_step_with_the_optimizer(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    module = module_for(
+        sd_folder,
+        optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=3),
+    )
+    fit(module, make_batches(3), trainer_options)
+    assert module.optimizers().param_groups[0]["lr"] == pytest.approx(1.0)  # type: ignore[union-attr]
+
+
+def test_predict_draws_the_captions(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    module = module_for(sd_folder, num_inference_steps=2)
+    [images] = Trainer(**trainer_options).predict(module, loader_of(make_batches(1)))  # type: ignore[misc]
+    assert [image.size for image in images] == [(16, 16)] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"caption_dropout": 1.5}, r"caption_dropout is a probability in \[0, 1\], not 1.5"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
+    ],
+)
+def test_values_out_of_range(options: dict[str, Any], message: str, sd_folder: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        module_for(sd_folder, **options)
+
+
+def test_precisions_that_would_cast_the_adapter_are_refused(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match="'bf16-true' would cast the adapter"):
+        fit(sd_module, make_batches(1), trainer_options, precision="bf16-true")
+
+
+def test_float16_needs_a_scaled_loss(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="set trainer.precision to '16-mixed'"):
+        fit(module_for(sd_folder, base_dtype="float16"), make_batches(1), trainer_options)
+
+
+def test_somebody_elses_mixed_precision_works(sd_module: LoraDiffusion, trainer_options: dict[str, Any]) -> None:
+    seen = []
+    original = sd_module.family.denoise
+
+    def denoise(*arguments: Any) -> torch.Tensor:
+        prediction = original(*arguments)
+        seen.append(prediction.dtype)
+        return prediction
+
+    sd_module.family.denoise = denoise  # type: ignore[method-assign]
+    fit(sd_module, make_batches(1), trainer_options, precision="bf16-mixed")
+    assert seen == [torch.bfloat16]

@@ -1,0 +1,74 @@
+"""What is installed, and what importing costs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import lit_lora
+from lit_lora.embedded import base_path
+from tests.unrelated_project import make_project
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+MAPPED = ("callbacks", "datamodules", "configs")
+
+
+def test_the_list_of_packages_is_complete() -> None:
+    """One left out works when editable and is missing from the wheel."""
+    found = {
+        ".".join(init.parent.relative_to(ROOT).parts)
+        for top in ("lit_lora", *MAPPED)
+        for init in (ROOT / top).rglob("__init__.py")
+        if not (top == "lit_lora" and init.relative_to(ROOT / "lit_lora").parts[0] in MAPPED)
+    }
+    expected = {name if name.startswith("lit_lora") else f"lit_lora.{name}" for name in found}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
+
+
+def test_every_folder_with_code_is_a_package() -> None:
+    for top in ("lit_lora", *MAPPED):
+        for file in (ROOT / top).rglob("*.py"):
+            assert (file.parent / "__init__.py").exists(), file
+
+
+def test_all_exported_names_exist() -> None:
+    assert all(getattr(lit_lora, name) is not None for name in lit_lora.__all__)
+    assert sorted(lit_lora.__all__) == sorted(lit_lora._HOME)
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = lit_lora.Nothing
+
+
+def test_importing_is_light() -> None:
+    """The package, its command line and its datamodules' package import no library of weight."""
+    script = (
+        "import sys, lit_lora, lit_lora.cli, lit_lora.datamodules\n"
+        "lit_lora.cli.main(['--help'])\n"
+        "heavy = {'torch', 'numpy', 'lightning', 'diffusers', 'peft', 'transformers', 'jsonargparse', 'PIL'}\n"
+        "sys.exit(repr(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+
+
+def test_configs_and_base_are_package_data() -> None:
+    names = {file.name for file in files("lit_lora.configs").iterdir()}
+    assert {"demo.yaml", "sd15.yaml", "sd21_v.yaml", "sdxl.yaml"} <= names
+    size = sum(file.stat().st_size for file in base_path().rglob("*") if file.is_file())
+    assert size <= 10_000_000
+
+
+@pytest.mark.slow
+def test_an_unrelated_project_with_packages_of_the_same_names(tmp_path: Path) -> None:
+    main = make_project(tmp_path / "project")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    result = subprocess.run([sys.executable, main], cwd=main.parent, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "trained two steps" in result.stdout
