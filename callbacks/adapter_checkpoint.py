@@ -39,7 +39,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run and "://" not in str(self.dirpath):
+        if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
             writable_folder(str(self.dirpath))
         pl_module.strict_loading = False
         self._saved_rng: list[dict[str, Any]] | None = None
@@ -99,7 +99,7 @@ class AdapterCheckpoint(ModelCheckpoint):
                 logger.after_save_checkpoint(proxy(self))
 
     def _save_adapter_folders(self, trainer: Trainer, filepath: str) -> None:
-        module = trainer.lightning_module
+        module: Any = trainer.lightning_module
         if not hasattr(module, "save_adapter"):
             return
         plain, averaged = _adapter_folders(filepath)
@@ -110,11 +110,11 @@ class AdapterCheckpoint(ModelCheckpoint):
                     module.save_adapter(part)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        if self.save_last == "link" and trainer.is_global_zero and os.path.islink(self.last_model_path):
+        link = self.last_model_path
+        if trainer.is_global_zero and os.path.islink(link) and os.path.realpath(link) == os.path.realpath(filepath):
             # ModelCheckpoint removes the old checkpoint first and moves the link then: killed in between, a run would
             # have nothing to resume from.
-            if os.path.realpath(self.last_model_path) == os.path.realpath(filepath):
-                _link_with_folders(self._last_checkpoint_saved, self.last_model_path)
+            _link_with_folders(self._last_checkpoint_saved, link)
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             for folder in _adapter_folders(filepath):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -87,7 +87,7 @@ class AdapterEMA(Callback):
         if not self.ready or trainer.sanity_checking or not hasattr(pl_module, "validation_loss"):
             return
         with self.averaged(pl_module):
-            loss, count = pl_module.validation_loss(batch, batch_idx)
+            loss, count = cast(Any, pl_module).validation_loss(batch, batch_idx)
         pl_module.log("val/loss_ema", loss, batch_size=count, sync_dist=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -88,7 +88,7 @@ class SampleImages(Callback):
         ema = next((c for c in trainer.callbacks if isinstance(c, AdapterEMA) and c.ready), None)  # type: ignore[attr-defined]
         with ema.averaged(pl_module) if ema else nullcontext():
             seeds = [self.seed + i for i in range(len(self.prompts))]
-            images = pl_module.generate(self.prompts, seeds, **self.options)
+            images = cast(Any, pl_module).generate(self.prompts, seeds, **self.options)
         grid = image_grid(images, self.columns)
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         with atomic_file(folder / f"step-{trainer.global_step:06d}.png") as part:

@@ -82,7 +82,7 @@ class ShardDataset(Dataset[Batch]):
 
         Returns:
             ``pixel_values`` uint8 (B, 3, R, R), ``caption`` list[str], ``original_size`` int64 (B, 2) height and width,
-            ``crop_top_left`` int64 (B, 2), ``weight`` float32 (B,), ``slot`` int64 (B,), ``key`` list[str], ``bad``
+            ``crop_top_left`` int64 (B, 2), ``weight`` float32 (B,), ``slot`` list[int], ``key`` list[str], ``bad``
             list[BadSampleReport].
         """
         loaded: list[_Sample | None] = []
@@ -103,7 +103,7 @@ class ShardDataset(Dataset[Batch]):
             "original_size": torch.tensor([sample.image.original_size for sample in samples]),
             "crop_top_left": torch.tensor([sample.image.crop_top_left for sample in samples]),
             "weight": torch.tensor(weights),
-            "slot": torch.tensor([request.slot for request in requests]),
+            "slot": [request.slot for request in requests],
             "key": [sample.key for sample in samples],
             "bad": bad,
         }

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused: they cost 300 MB and more for one sample, and a few bytes can claim any size."""
+
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class BadSampleError(Exception):
@@ -38,11 +43,12 @@ def decode_rgb(data: bytes) -> Tensor:
     Raises:
         BadSampleError: The bytes are no such image.
     """
-    from torchvision.io import decode_image
-    from torchvision.transforms.v2.functional import to_dtype
-
     if not data:
         raise BadSampleError("the image is empty")
+    if data.startswith(_PNG):
+        return _decode_png(data)
+    from torchvision.io import decode_image
+
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         with warnings.catch_warnings():
@@ -51,9 +57,25 @@ def decode_rgb(data: bytes) -> Tensor:
             image: Tensor = decode_image(buffer, mode="RGB", apply_exif_orientation=True)
     except RuntimeError as error:
         raise BadSampleError(f"the image cannot be decoded ({str(error).splitlines()[0]})") from error
-    if image.dtype != torch.uint8:  # a PNG of 16 bits
-        image = to_dtype(image, torch.uint8, scale=True)
+    if image.ndim != 3:
+        raise BadSampleError("the image is an animation")
     return image
+
+
+def _decode_png(data: bytes) -> Tensor:
+    """By Pillow: torchvision 0.29's PNG decoder kills the process on damaged data."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels has the say
+            image = Image.open(io.BytesIO(data), formats=("PNG",))
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow's readers raise about any exception on damaged bytes
+        raise BadSampleError(f"the image cannot be decoded ({error})") from error
+    if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
+        grey = torch.from_numpy(np.asarray(upright).astype(np.int64))
+        return ((grey * 255 + 32767) // 65535).to(torch.uint8).expand(3, -1, -1).contiguous()
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
 def decode_text(data: bytes) -> str:

@@ -49,5 +49,5 @@ def _match(pattern: str) -> list[Path]:
         return sorted(path.glob("*.tar"))
     if path.exists() or not glob.has_magic(pattern):
         return [path]
-    found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    found = glob.glob(str(path), recursive=True)
     return sorted(Path(name) for name in found)

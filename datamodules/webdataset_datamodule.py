@@ -33,7 +33,7 @@ class WebDatasetDataModule(LightningDataModule):
 
     A batch is a dict: ``pixel_values`` uint8 (B, 3, R, R); ``caption`` list of str; ``original_size`` int64 (B, 2),
     height and width; ``crop_top_left`` int64 (B, 2), top and left; ``weight`` float32 (B,), 0 for a place that must not
-    count; ``slot`` int64 (B,), the number of each place in the whole run; ``key`` list of str.
+    count; ``slot`` list of int, the number of each place in the whole run; ``key`` list of str.
 
     Training can be resumed at any step, with another number of loader workers, and with another number of processes
     where ``batch_size`` times that number stays the same: the batches are those of an uninterrupted run.

@@ -39,7 +39,9 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
             of another kind.
     """
     if config.is_prompt_learning:
-        raise UserError(f"{type(config).__name__} adapts prompts, not layers; use one of LoRA's kind, as peft.LoraConfig")
+        raise UserError(
+            f"{type(config).__name__} adapts prompts, not layers; use one of LoRA's kind, as peft.LoraConfig"
+        )
     if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
         config.target_modules = set(default_targets)
     _warn_of_small_alpha(config)

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Bare names such as LoraConfig or AdapterCheckpoint work as class_path for what is imported here.
-import lightning.pytorch.loggers
 import peft  # noqa: F401
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import lit_lora.callbacks
 import lit_lora.datamodules.webdataset_datamodule
@@ -26,6 +25,16 @@ import lit_lora.objectives  # noqa: F401
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.module import LoraDiffusion
+
+_HARMLESS = (
+    r"LightningCLI's args parameter",  # we are the command line
+    r"Found \d+ module\(s\) in eval mode",  # the frozen encoders
+    r".*isinstance.treespec, LeafSpec",  # Lightning's own use of torch
+    r"`loftq_config` specified but will be ignored",  # a default that jsonargparse spells out
+    r"Total length of `list` across ranks is zero",  # no validation data is a choice
+    r"The .*dataloader.* does not have many workers",  # num_workers has a default and a reason
+)
+"""Warnings of Lightning that tell our users nothing."""
 
 
 class Parser(LightningArgumentParser):
@@ -85,16 +94,19 @@ def build_cli(arguments: Sequence[str], run: bool = True) -> LitLoraCLI:
         run: Otherwise the parts are built and returned, nothing starts.
     """
     arguments = [_shipped_config(argument) for argument in arguments]
-    return LitLoraCLI(
-        LoraDiffusion,
-        LightningDataModule,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        seed_everything_default=0,
-        args=arguments if run else arguments[1:],
-        run=run,
-    )
+    with warnings.catch_warnings():
+        for harmless in _HARMLESS:
+            warnings.filterwarnings("ignore", harmless)
+        return LitLoraCLI(
+            LoraDiffusion,
+            LightningDataModule,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            args=arguments if run else arguments[1:],
+            run=run,
+        )
 
 
 def run(arguments: Sequence[str]) -> LitLoraCLI:
@@ -104,9 +116,6 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
         UserError: Whatever the user can put right.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
-    # Frozen encoders are meant to be in evaluation mode; the other one is Lightning's own use of torch.
-    warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode")
-    warnings.filterwarnings("ignore", r".*isinstance.treespec, LeafSpec")
     try:
         return build_cli(arguments)
     except MisconfigurationException as error:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
@@ -119,9 +119,10 @@ class LoraDiffusion(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        on_plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-        timing = {"interval": "epoch", "monitor": "val/loss"} if on_plateau else {"interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **timing}}  # type: ignore[typeddict-item]
+        config: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            config = {"scheduler": scheduler, "interval": "epoch", "monitor": "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         draws = Draws(self.seed, self._slots(batch, self.trainer.fit_loop.total_batch_idx), self.device)
@@ -151,12 +152,6 @@ class LoraDiffusion(LightningModule):
             height=height,
             width=width,
         )
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Keep the slots on the host: reading them back from a device would make every step wait for it."""
-        if isinstance(batch, dict) and isinstance(batch.get("slot"), Tensor):
-            return {**batch, "slot": batch["slot"].tolist()}
-        return batch
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
         """One picture for each prompt with the weights as they are; takes the options of :func:`sampling.generate`."""
@@ -209,8 +204,7 @@ class LoraDiffusion(LightningModule):
     def _slots(self, batch: Batch, batch_number: int) -> list[int]:
         """The samples' places in the run: from the batch, or counted here for a datamodule that does not number them."""
         if "slot" in batch:
-            slots = batch["slot"]
-            return slots.tolist() if isinstance(slots, Tensor) else list(slots)
+            return list(batch["slot"])
         count = len(batch["pixel_values"])
         first = (batch_number * self.trainer.world_size + self.trainer.global_rank) * count
         return list(range(first, first + count))

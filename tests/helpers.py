@@ -19,7 +19,7 @@ def make_batches(count: int, batch_size: int = 2, size: int = 16, seed: int = 3)
             "original_size": torch.tensor([[20 + number, 24]] * batch_size),
             "crop_top_left": torch.tensor([[1, number]] * batch_size),
             "weight": torch.ones(batch_size),
-            "slot": torch.arange(number * batch_size, (number + 1) * batch_size),
+            "slot": list(range(number * batch_size, (number + 1) * batch_size)),
             "key": [f"{number}-{i}" for i in range(batch_size)],
         }
         for number in range(count)

@@ -140,9 +140,13 @@ def test_the_command_line_wins_over_the_checkpoint(config: Callable[..., Path], 
     path = config()
     assert main(["fit", "--config", str(path)]) == 0
     last = str(tmp_path / "ck" / "last.ckpt")
-    resume = ["fit", "--config", str(path), "--ckpt_path", last]
-    cli = build_cli([*resume, "--model.seed", "7"], run=False)
-    assert cli.model.seed == 7
+    checkpoint = torch.load(last, weights_only=True)
+    torch.save(checkpoint | {"hyper_parameters": {"seed": 3}}, last)
+    resume = ["fit", "--config", str(path), "--ckpt_path", last, "--trainer.max_steps", "6", "--model.seed", "7"]
+    assert main(resume) == 0
+    saved = yaml.safe_load((tmp_path / "run" / "lightning_logs" / "version_1" / "config.yaml").read_text())
+    assert saved["model"]["seed"] == 7
+    assert torch.load(last, weights_only=True)["global_step"] == 6
 
 
 def test_samples_from_a_trained_adapter(config: Callable[..., Path], tmp_path: Path) -> None:

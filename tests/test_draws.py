@@ -38,5 +38,5 @@ def test_integers_cover_their_range() -> None:
 
 def test_seed_of_is_pinned() -> None:
     # A change here would change every run's data order and noise.
-    assert seed_of(0, "noise", 1) == 7044213871302263226
+    assert seed_of(0, "noise", 1) == 6545564728581758268
     assert 0 <= seed_of("x") < 2**63

@@ -87,9 +87,7 @@ def test_clipping_works(sd_folder: Path, trainer_options: dict[str, Any]) -> Non
             clipped_norms.append(torch.nn.utils.get_total_norm(gradients).item())
 
     torch.manual_seed(0)
-    fit(
-        module_for(sd_folder), make_batches(1), trainer_options, gradient_clip_val=bound, callbacks=[After()]
-    )
+    fit(module_for(sd_folder), make_batches(1), trainer_options, gradient_clip_val=bound, callbacks=[After()])
     assert clipped_norms == [pytest.approx(bound, rel=1e-3)]
 
 
@@ -156,9 +154,7 @@ def test_accumulating_equals_one_larger_batch(sd_folder: Path, trainer_options: 
         key: torch.cat([b[key] for b in small]) if torch.is_tensor(small[0][key]) else small[0][key] + small[1][key]
         for key in small[0]
     }
-    torch.testing.assert_close(
-        trained(small, accumulate_grad_batches=2), trained([joined]), rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(trained(small, accumulate_grad_batches=2), trained([joined]), rtol=1e-4, atol=1e-6)
 
 
 def test_batches_without_numbers_get_them_here(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
@@ -209,7 +205,7 @@ def test_precisions_that_would_cast_the_adapter_are_refused(
 
 
 def test_float16_needs_a_scaled_loss(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="set trainer.precision to '16-mixed'"):
+    with pytest.raises(UserError, match=r"set trainer\.precision to '16-mixed'"):
         fit(module_for(sd_folder, base_dtype="float16"), make_batches(1), trainer_options)
 
 

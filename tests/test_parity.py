@@ -80,9 +80,7 @@ class Reference:
         size = batch["pixel_values"].shape[-1]
         time_ids = [
             [*original, *corner, size, size]
-            for original, corner in zip(
-                batch["original_size"].tolist(), batch["crop_top_left"].tolist(), strict=True
-            )
+            for original, corner in zip(batch["original_size"].tolist(), batch["crop_top_left"].tolist(), strict=True)
         ]
         return {
             "encoder_hidden_states": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
@@ -116,7 +114,7 @@ def adapter_of(module: LightningModule) -> dict[str, Tensor]:
 
 
 def draws_of(batch: dict[str, Any], seed: int) -> dict[str, Tensor]:
-    draws = Draws(seed, batch["slot"].tolist())
+    draws = Draws(seed, batch["slot"])
     return {
         "posterior": draws.normal("posterior", (4, 8, 8)),
         "noise": draws.normal("noise", (4, 8, 8)),

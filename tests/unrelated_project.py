@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MAIN = '''
+MAIN = """
 import callbacks, datamodules
 from lightning.pytorch import Trainer
 from peft import LoraConfig
@@ -45,7 +45,7 @@ assert sorted(p.name for p in adapter.iterdir()) == [
     "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 ]
 print("trained two steps with", Path(lit_lora.__file__).parent)
-'''
+"""
 
 
 def make_project(folder: Path) -> Path:

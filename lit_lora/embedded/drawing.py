@@ -89,9 +89,7 @@ def _shade(rgb: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, in
     return int(r), int(g), int(b)
 
 
-def _draw_digit(
-    pen: ImageDraw.ImageDraw, text: str, centre: tuple[float, ...], extent: float, stroke: int
-) -> None:
+def _draw_digit(pen: ImageDraw.ImageDraw, text: str, centre: tuple[float, ...], extent: float, stroke: int) -> None:
     font = ImageFont.load_default(size=extent * 1.15)
     pen.text((centre[0], centre[1]), text, fill=255, font=font, anchor="mm", stroke_width=stroke, stroke_fill=255)
 

@@ -120,7 +120,12 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
 
 
 def fit(
-    name: str, parameters: list[nn.Parameter], loss: Callable[[], Tensor], *, steps: int, lr: float,
+    name: str,
+    parameters: list[nn.Parameter],
+    loss: Callable[[], Tensor],
+    *,
+    steps: int,
+    lr: float,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """Minimise ``loss`` with AdamW, a short warm-up and a cosine to zero."""
@@ -312,7 +317,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     tokenizer = train_tokenizer(pictures.captions)
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
         steps_offset=1,
     )
     vae, error = train_vae(pictures, held_out, options.vae_steps)

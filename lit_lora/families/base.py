@@ -29,7 +29,7 @@ Batch = Mapping[str, Any]
 | ``original_size`` | int64 ``(B, 2)``: height, width before resizing (optional) |
 | ``crop_top_left`` | int64 ``(B, 2)``: top, left of the crop in resized pixels (optional) |
 | ``weight`` | float32 ``(B,)``: 0 for a slot that must not count (optional) |
-| ``slot`` | int64 ``(B,)``: number of the sample's place in the whole run (optional) |
+| ``slot`` | list of ``B`` ints: number of the sample's place in the whole run (optional) |
 | ``key`` | list of ``B`` strings, the samples' names (optional) |
 """
 

@@ -149,11 +149,15 @@ def _fit(folder: Path, steps: int) -> Any:
 
     with as_file(files("lit_lora.configs") / "demo.yaml") as config:
         cli = run(
-            ["fit", "--config", str(config)]
-            + ["--data.init_args.train_shards", str(folder / "shards")]
-            + ["--trainer.default_root_dir", str(folder)]
-            + ["--trainer.max_steps", str(steps), "--trainer.val_check_interval", str(max(1, steps // 2))]
-            + ["--model.lr_scheduler.init_args.T_max", str(steps)]
+            [
+                "fit",
+                f"--config={config}",
+                f"--data.init_args.train_shards={folder / 'shards'}",
+                f"--trainer.default_root_dir={folder}",
+                f"--trainer.max_steps={steps}",
+                f"--trainer.val_check_interval={max(1, steps // 2)}",
+                f"--model.lr_scheduler.init_args.T_max={steps}",
+            ]
         )
     with atomic_folder(folder / "adapter") as part:
         cli.model.save_adapter(part)

@@ -47,7 +47,9 @@ def sample(
     config = _adapter_config(adapter)
     base = base or config.get("base_model_name_or_path")
     if not base:
-        raise UserError("give --base: a folder, a hub id or 'embedded'" + (" (the adapter names none)" if adapter else ""))
+        raise UserError(
+            "give --base: a folder, a hub id or 'embedded'" + (" (the adapter names none)" if adapter else "")
+        )
 
     import torch
     from diffusers import DiffusionPipeline

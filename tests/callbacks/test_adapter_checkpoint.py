@@ -61,16 +61,14 @@ def test_a_checkpoint_holds_the_adapter_alone_and_its_files_are_beside_it(
     assert names == ["epoch=0-step=4.adapter", "epoch=0-step=4.ckpt", "last.adapter", "last.ckpt"]
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["state_dict"].keys() == adapter_of(module).keys()
-    assert {key for key in load_file(tmp_path / "last.adapter" / "adapter_model.safetensors")} == {
+    assert set(load_file(tmp_path / "last.adapter" / "adapter_model.safetensors")) == {
         name.removeprefix("family.denoiser.").replace(".default", "") for name in adapter_of(module)
     }
     # The module itself is whole again when the callback has gone.
     assert any("vae" in key for key in module.state_dict())
 
 
-def test_size_is_bounded_by_the_adapters(
-    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_size_is_bounded_by_the_adapters(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
     fit(sd_folder, trainer_options, every(2, tmp_path), max_steps=2, ema=True, r=16, lora_alpha=16)
     adapter = (tmp_path / "epoch=0-step=2.adapter" / "adapter_model.safetensors").stat().st_size
     assert (tmp_path / "epoch=0-step=2.ckpt").stat().st_size <= 4 * adapter + 200_000
@@ -208,4 +206,3 @@ def test_two_processes_keep_their_own_random_numbers(tmp_path: Path) -> None:
     assert draws["whole-0"] != draws["whole-1"]
     assert draws["rest-0"] == draws["whole-0"]
     assert draws["rest-1"] == draws["whole-1"]
-

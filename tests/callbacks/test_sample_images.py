@@ -56,7 +56,7 @@ def test_sampling_does_not_disturb_training(sd_module: LoraDiffusion, trainer_op
 def test_the_average_draws_if_there_is_one(
     sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
-    sd_module.optimizer = lambda p: torch.optim.SGD(p, lr=1e4)
+    sd_module.optimizer = lambda p: torch.optim.SGD(p, lr=10.0)
     sampler = SampleImages(["a star"], every_n_steps=4, num_inference_steps=2)
     drawn: list[np.ndarray[Any, Any]] = []
     original = sd_module.generate

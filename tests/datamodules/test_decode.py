@@ -81,3 +81,25 @@ def test_json():
     for data in (b"{", b"\xff", b"[" * 100_000):
         with pytest.raises(BadSampleError, match="not valid"):
             decode_json(data, "caption")
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_damaged_bytes_never_kill_the_process(encode_image, format_):
+    """Torchvision's own PNG decoder ends in a segmentation fault on some of these."""
+    data = encode_image(24, 16, format_)
+    rng = np.random.default_rng(0)
+    bad = 0
+    for _ in range(200):
+        damaged = bytearray(data)
+        for place in rng.integers(len(data), size=3):
+            damaged[place] = rng.integers(256)
+        try:
+            decode_rgb(bytes(damaged))
+        except BadSampleError:
+            bad += 1
+    assert bad > 0
+    idat = bytearray(encode_image(24, 16, "PNG"))
+    start = idat.find(b"IDAT")
+    idat[start + 4 : start + 12] = b"\xff" * 8
+    with pytest.raises(BadSampleError, match="cannot be decoded"):
+        decode_rgb(bytes(idat))

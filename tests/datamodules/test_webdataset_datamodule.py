@@ -36,14 +36,14 @@ class Recorder(LightningModule):
 
     def training_step(self, batch, batch_idx):
         pixels = batch["pixel_values"].float()
-        self.train_seen.append((batch["slot"].tolist(), batch["key"], float(pixels.mean())))
+        self.train_seen.append((batch["slot"], batch["key"], float(pixels.mean())))
         return self.weight * pixels.mean()
 
     def on_validation_epoch_start(self):
         self.val_seen.append([])
 
     def validation_step(self, batch, batch_idx):
-        self.val_seen[-1] += zip(batch["key"], batch["weight"].tolist(), batch["slot"].tolist(), strict=True)
+        self.val_seen[-1] += zip(batch["key"], batch["weight"].tolist(), batch["slot"], strict=True)
 
     def predict_step(self, batch, batch_idx):
         return batch["key"]
@@ -305,7 +305,7 @@ class Recorder(LightningModule):
 
     def training_step(self, batch, batch_idx):
         pixels = batch["pixel_values"].float()
-        self.seen.append(list(zip(batch["slot"].tolist(), batch["key"])))
+        self.seen.append(list(zip(batch["slot"], batch["key"])))
         return self.weight * pixels.mean()
 
     def validation_step(self, batch, batch_idx):

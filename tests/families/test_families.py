@@ -33,7 +33,7 @@ def family(request: pytest.FixtureRequest) -> ModelFamily:
 def test_a_step_gives_gradients_to_the_adapter_alone(family: ModelFamily) -> None:
     family.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian"))
     batch = make_batches(1)[0]
-    latents, conditioning = family.encode(batch, Draws(0, batch["slot"].tolist()))
+    latents, conditioning = family.encode(batch, Draws(0, batch["slot"]))
     assert latents.shape == (2, 4, 8, 8)
     assert latents.dtype == torch.float32
     prediction = family.denoise(latents, torch.tensor([1, 999]), conditioning)
@@ -78,9 +78,7 @@ def test_pipeline_draws_with_the_adapted_weights(family: ModelFamily) -> None:
     def draw() -> torch.Tensor:
         pipeline = family.pipeline()
         generator = torch.Generator().manual_seed(0)
-        return torch.from_numpy(
-            pipeline("a star", num_inference_steps=2, generator=generator, output_type="np").images
-        )
+        return torch.from_numpy(pipeline("a star", num_inference_steps=2, generator=generator, output_type="np").images)
 
     before = draw()
     family.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False))
