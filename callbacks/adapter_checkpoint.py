@@ -40,7 +40,15 @@ class AdapterCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
-            writable_folder(str(self.dirpath))
+            folder = writable_folder(str(self.dirpath))
+            for unfinished in (
+                *folder.glob("*.ckpt.part"),
+                *folder.glob("*.adapter.*.part"),
+            ):  # of a run that was killed
+                if unfinished.is_dir():
+                    shutil.rmtree(unfinished)
+                else:
+                    unfinished.unlink()
         pl_module.strict_loading = False
         self._saved_rng: list[dict[str, Any]] | None = None
         self._hooks: list[RemovableHandle] = [
@@ -80,6 +88,17 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"other numbers than it would have"
             )
         self._saved_rng = None
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """Where ``ckpt_path="last"`` looks: without a ``dirpath`` in the log folders of earlier runs too.
+
+        Loggers give every run a new ``version_N`` folder, so ModelCheckpoint alone would find nothing there and start anew.
+        """
+        found: set[str] = super()._find_last_checkpoints(trainer)
+        if found or self.dirpath is not None or trainer.log_dir is None:
+            return found
+        earlier = Path(trainer.log_dir).parent.glob(f"version_*/checkpoints/{self.CHECKPOINT_NAME_LAST}*.ckpt")
+        return {str(path) for path in earlier if path.exists()}
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         # ModelCheckpoint's own, with the file renamed into place once it is whole and on the disk.

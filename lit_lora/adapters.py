@@ -129,9 +129,10 @@ def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> N
 
 
 def plain_config(config: PeftConfig) -> dict[str, Any]:
-    """The config as JSON has it: no sets, enums or classes."""
+    """The config as JSON has it: no sets, enums or classes; the same for the same config, also in another process."""
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain))
-    return plain
+    # PEFT lists a set in the set's order, which differs from process to process.
+    return plain | {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
@@ -181,7 +182,7 @@ def _shown(targets: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, set | tuple):
+    if isinstance(value, set):
         return sorted(value)
     if isinstance(value, torch.dtype):
         return str(value)

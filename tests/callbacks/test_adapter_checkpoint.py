@@ -126,6 +126,16 @@ def test_old_checkpoints_go_with_their_folders(
     assert sorted(p.suffix for p in (tmp_path / "one").iterdir()) == [".adapter", ".adapter", ".ckpt"]
 
 
+def test_what_a_killed_run_left_half_written_goes(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "epoch=0-step=9.ckpt.part").write_text("")
+    (tmp_path / "epoch=0-step=9.ema.adapter.77.part").mkdir()
+    (tmp_path / "mine.part").write_text("")
+    fit(sd_folder, trainer_options, every(1, tmp_path), max_steps=1)
+    assert sorted(p.name for p in tmp_path.glob("*.part")) == ["mine.part"]
+
+
 def test_the_last_link_always_leads_somewhere(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
