@@ -20,6 +20,7 @@ from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily
 from lit_lora.objectives import DDPM, Objective
+from lit_lora.rank_allocation import allocate_ranks, allocation_state, restore_allocation
 from lit_lora.sampling import generate
 
 VALIDATION_SEED = 20_240_229
@@ -130,6 +131,17 @@ class LoraDiffusion(LightningModule):
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(losses))
         return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        step = self.trainer.global_step + 1
+        super().optimizer_step(*args, **kwargs)
+        allocate_ranks(self.family.denoiser, step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rank_allocation"] = allocation_state(self.family.denoiser)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        restore_allocation(self.family.denoiser, checkpoint.get("rank_allocation", {}))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, count = self.validation_loss(batch, batch_idx)

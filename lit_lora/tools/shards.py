@@ -47,4 +47,4 @@ def pack(
     print(f"samples  {summary.samples}")
     print(f"size     {summary.size / 1e6:.1f} MB")
     print(f"left out {len(summary.bad)}" + (f" (see {summary.folder / 'bad.jsonl'})" if summary.bad else ""))
-    print(f"\nNext: lit-lora fit --data.train_shards {summary.folder}")
+    print(f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {summary.folder}")

@@ -40,8 +40,9 @@ def fit(
     module = module_for(folder, **lora)
     callbacks = [checkpoints, AdapterEMA(0.9)] if ema else [checkpoints]
     trainer = Trainer(**options | {"enable_checkpointing": True, "max_steps": max_steps, "callbacks": callbacks})
-    # Lightning does not rewind a plain list of batches: give it what is left.
-    trainer.fit(module, loader_of(make_batches(8)[first_batch:]), ckpt_path=resume)
+    # Lightning does not rewind a plain list: what is left comes first, in a list as long as before.
+    batches = make_batches(8)
+    trainer.fit(module, loader_of(batches[first_batch:] + batches[:first_batch]), ckpt_path=resume)
     return module
 
 

@@ -22,7 +22,7 @@ def test_summary_and_next_step(tmp_path, encode_image, capsys):
     assert "shards   2 (0 were there already)" in printed
     assert "samples  3" in printed
     assert f"left out 1 (see {out / 'bad.jsonl'})" in printed
-    assert f"--data.train_shards {out}" in printed
+    assert f"--data.init_args.train_shards {out}" in printed
     assert len(list(out.glob("*.tar"))) == 2
 
 
