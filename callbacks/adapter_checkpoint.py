@@ -22,14 +22,14 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import adapter_keys, check_adapter_config, check_adapter_state, keep_only_adapter, plain_config
 from lit_lora.callbacks.adapter_ema import AdapterEMA
-from lit_lora.files import atomic_folder, sync, writable_folder
+from lit_lora.files import sync, writable_folder
 
 
 class AdapterCheckpoint(ModelCheckpoint):
     """A :class:`~lightning.pytorch.callbacks.ModelCheckpoint`, all options included, that saves the adapter alone.
 
     A checkpoint holds the adapter's weights, the optimizer and loops, the datamodule's position and the random number
-    generators of every process. Where the module has ``save_adapter`` (as :class:`~lit_lora.LoraDiffusion` does), the
+    generators of every process. Where the module has ``save_adapter(folder)`` (as :class:`~lit_lora.LoraDiffusion` does), the
     folder ``NAME.adapter`` beside ``NAME.ckpt`` holds the same adapter as PEFT's and diffusers' files, and with
     :class:`AdapterEMA` the folder ``NAME.ema.adapter`` its average. Checkpoints and folders are either absent or whole.
 
@@ -125,8 +125,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         ema = next((c for c in trainer.callbacks if isinstance(c, AdapterEMA) and c.ready), None)  # type: ignore[attr-defined]
         for folder, weights in ((plain, nullcontext()), (averaged, ema.averaged(module) if ema else None)):
             if weights is not None:
-                with weights, atomic_folder(folder) as part:
-                    module.save_adapter(part)
+                with weights:
+                    module.save_adapter(folder)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         link = self.last_model_path

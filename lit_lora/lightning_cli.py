@@ -93,7 +93,7 @@ def build_cli(arguments: Sequence[str], run: bool = True) -> LitLoraCLI:
         arguments: ``["fit", "--config", …]``.
         run: Otherwise the parts are built and returned, nothing starts.
     """
-    arguments = [_shipped_config(argument) for argument in arguments]
+    arguments = [_shipped_config(part) for argument in arguments for part in _config_and_path(argument)]
     with warnings.catch_warnings():
         for harmless in _HARMLESS:
             warnings.filterwarnings("ignore", harmless)
@@ -122,6 +122,11 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
         raise UserError(str(error)) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{error.strerror}: {error.filename}") from error
+
+
+def _config_and_path(argument: str) -> list[str]:
+    """``--config=FILE`` as two arguments: as one, jsonargparse 4.47 forgets the file's ``class_path`` of ``data``."""
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
 def _shipped_config(argument: str) -> str:

@@ -19,6 +19,7 @@ from lit_lora.adapters import trainable_parameters
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily
+from lit_lora.files import atomic_folder
 from lit_lora.objectives import DDPM, Objective
 from lit_lora.rank_allocation import allocate_ranks, allocation_state, restore_allocation
 from lit_lora.sampling import generate
@@ -175,9 +176,16 @@ class LoraDiffusion(LightningModule):
         finally:
             self.train(was_training)
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the adapter's files into an existing folder: PEFT's, and diffusers' LoRA file where that can hold it."""
-        self.family.save_adapter(folder)
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write a folder with the adapter's files: PEFT's, and diffusers' LoRA file where that can hold it.
+
+        The folder is replaced if it exists; a reader finds it whole or not at all.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        with atomic_folder(folder) as part:
+            self.family.save_adapter(part)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
         """Mean loss of the batch at fixed timesteps and noise, and how many samples count in it."""

@@ -121,6 +121,11 @@ def test_a_shipped_config_is_found_from_anywhere(tmp_path: Path, monkeypatch: py
     assert type(cli.model.family).__name__ == "StableDiffusionXL"
 
 
+def test_config_with_an_equals_sign(config: Callable[..., Path]) -> None:
+    cli = build_cli(["fit", f"--config={config()}", "--data.init_args.batch_size=3"], run=False)
+    assert cli.datamodule.batch_size == 3
+
+
 def test_fit_validate_test_predict(config: Callable[..., Path], tmp_path: Path, shards: Path) -> None:
     path = config()
     assert main(["fit", "--config", str(path)]) == 0

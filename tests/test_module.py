@@ -221,3 +221,14 @@ def test_somebody_elses_mixed_precision_works(sd_module: LoraDiffusion, trainer_
     sd_module.family.denoise = denoise  # type: ignore[method-assign]
     fit(sd_module, make_batches(1), trainer_options, precision="bf16-mixed")
     assert seen == [torch.bfloat16]
+
+
+def test_saving_replaces_the_folder_as_a_whole(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    fit(sd_module, make_batches(1), trainer_options)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "old").write_text("")
+    sd_module.save_adapter(str(tmp_path / "adapter"))
+    names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == names

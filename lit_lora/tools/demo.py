@@ -75,12 +75,14 @@ def demo(out: str = "runs/demo", steps: int = 500, pictures_per_digit: int = 20)
 
 def _pack(scans: np.ndarray, digits: np.ndarray, out: Path) -> None:
     from lit_lora.datamodules.pack import pack_folder
+    from lit_lora.files import atomic_folder
 
     with tempfile.TemporaryDirectory() as name:
         for i, (image, digit) in enumerate(zip(_scan_images(scans), digits, strict=True)):
             image.save(Path(name) / f"{i:04d}.png")
             (Path(name) / f"{i:04d}.txt").write_text(_prompt(digit), encoding="utf-8")
-        pack_folder(name, out, samples_per_shard=600)
+        with atomic_folder(out) as part:  # anew each time, in place of an earlier demo's
+            pack_folder(name, part, samples_per_shard=600)
 
 
 def _scan_images(scans: np.ndarray) -> list[Image.Image]:
@@ -144,7 +146,6 @@ def _accuracy(classifier: SVC, images: list[Image.Image]) -> float:
 
 def _fit(folder: Path, steps: int) -> Any:
     """The same code path as ``lit-lora fit --config configs/demo.yaml``; the adapter's files go to ``adapter``."""
-    from lit_lora.files import atomic_folder
     from lit_lora.lightning_cli import run
 
     with as_file(files("lit_lora.configs") / "demo.yaml") as config:
@@ -159,8 +160,7 @@ def _fit(folder: Path, steps: int) -> Any:
                 f"--model.lr_scheduler.init_args.T_max={steps}",
             ]
         )
-    with atomic_folder(folder / "adapter") as part:
-        cli.model.save_adapter(part)
+    cli.model.save_adapter(folder / "adapter")
     return cli.model
 
 
