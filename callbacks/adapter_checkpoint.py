@@ -41,11 +41,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = writable_folder(str(self.dirpath))
+            # What a run that was killed left half-way.
             for unfinished in (
-                *folder.glob("*.ckpt.part"),
-                *folder.glob("*.adapter.*.part"),
-            ):  # of a run that was killed
-                if unfinished.is_dir():
+                p for kind in ("*.ckpt.part", "*.adapter*.part", "*.adapter.*.old") for p in folder.glob(kind)
+            ):
+                if unfinished.is_dir() and not unfinished.is_symlink():
                     shutil.rmtree(unfinished)
                 else:
                     unfinished.unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from lit_lora.files import atomic_file, writable_folder
 
 
 class ImageWriter(BasePredictionWriter):
-    """Writes what ``predict`` draws as ``KEY.png``, with the caption beside it in ``KEY.txt``.
+    """Writes what ``predict`` draws as ``NUMBER-KEY.png``, with the caption beside it in ``NUMBER-KEY.txt``.
 
     Args:
         output_dir: Where the files go; created if missing.
@@ -38,12 +39,17 @@ class ImageWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        for image, key, caption, weight in zip(
-            prediction, batch["key"], batch["caption"], batch["weight"].tolist(), strict=True
-        ):
+        count = len(prediction)
+        first = (batch_idx * trainer.world_size + trainer.global_rank) * count
+        slots = batch.get("slot", range(first, first + count))
+        keys = batch.get("key", [""] * count)
+        weights = batch["weight"].tolist() if "weight" in batch else [1.0] * count
+        for image, slot, key, caption, weight in zip(prediction, slots, keys, batch["caption"], weights, strict=True):
             if weight == 0:  # a slot that only fills the batch
                 continue
-            with atomic_file(self.output_dir / f"{key}.png") as part:
+            # The number keeps equal keys of several shards apart; a key may hold any character.
+            name = f"{int(slot):06d}-" + re.sub(r"[^\w-]+", "_", key)
+            with atomic_file(self.output_dir / f"{name}.png") as part:
                 image.save(part, format="png")
-            with atomic_file(self.output_dir / f"{key}.txt") as part:
+            with atomic_file(self.output_dir / f"{name}.txt") as part:
                 part.write_text(caption + "\n", encoding="utf-8")

@@ -83,6 +83,8 @@ class SampleImages(Callback):
                 self._draw(trainer, pl_module)
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Asking for the log folder is a collective call: every process has to, also those that draw nothing.
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         if not trainer.is_global_zero:
             return
         ema = next((c for c in trainer.callbacks if isinstance(c, AdapterEMA) and c.ready), None)  # type: ignore[attr-defined]
@@ -90,7 +92,6 @@ class SampleImages(Callback):
             seeds = [self.seed + i for i in range(len(self.prompts))]
             images = cast(Any, pl_module).generate(self.prompts, seeds, **self.options)
         grid = image_grid(images, self.columns)
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         with atomic_file(folder / f"step-{trainer.global_step:06d}.png") as part:
             save_image(grid, part, format="png")
         for logger in trainer.loggers:

@@ -36,7 +36,8 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
 
     Raises:
         UserError: The targets match no layer, match layers that the method cannot adapt, or the method needs a model
-            of another kind.
+            of another kind; its
+            initialisation would change the base; or biases are trained in a base that is not float32.
     """
     if config.is_prompt_learning:
         raise UserError(
@@ -44,6 +45,17 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         )
     if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
         config.target_modules = set(default_targets)
+    initialisation = getattr(config, "init_lora_weights", True)
+    if initialisation not in (True, False, "gaussian", "orthogonal"):
+        raise UserError(
+            f"init_lora_weights={initialisation!r} changes the base's weights or needs data, so that the adapter's files alone "
+            f"would not give the trained model; use true, gaussian or orthogonal"
+        )
+    bias = getattr(config, "bias", "none")
+    if bias != "none" and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise UserError(
+            f"bias={bias!r} trains weights of the base, which needs base_dtype float32; or leave bias at 'none'"
+        )
     _warn_of_small_alpha(config)
     model.requires_grad_(False)
     try:
@@ -56,6 +68,9 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         ) from error
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise UserError(f"the adapter {type(config).__name__} has no trainable parameter: check its target_modules")
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # modules_to_save and biases come in the base's dtype
+            parameter.data = parameter.data.float()
     return adapted
 
 

@@ -33,16 +33,22 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
     """Yield a new, empty folder beside ``path``; when the block ends without an error, it becomes ``path``.
 
-    A folder that stands at ``path`` already is replaced; between its removal and the rename ``path`` is absent for
-    a moment, never half-written.
+    A folder that stands at ``path`` already is replaced if it is ours; between its removal and the rename ``path`` is
+    absent for a moment, never half-written.
+
+    Args:
+        path: The folder to make.
+        marker: Name of a file by which a folder that may be replaced is known; an empty one may be too.
 
     Raises:
-        UserError: The folder above ``path`` cannot be created or written.
+        UserError: ``path`` holds something else, or the folder above it cannot be created or written.
     """
     path = Path(path)
+    if path.exists() and not (path / marker).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} exists and holds other files ({marker} is not among them); name another folder")
     part = path.with_name(path.name + f".{os.getpid()}.part")
     writable_folder(path.parent)
     shutil.rmtree(part, ignore_errors=True)

@@ -108,12 +108,14 @@ class LoraDiffusion(LightningModule):
         """Load the base, freeze it and put the adapter in. Lightning calls this; a second call changes nothing."""
         if self._configured:
             return
-        self.family.load(self.base_dtype)
-        self.family.scheduler_config = self.objective.prepare(self.family.scheduler_config)
-        if self.gradient_checkpointing:
-            self.family.denoiser.enable_gradient_checkpointing()
-        self.family.add_adapter(self.adapter)
-        self.family.train()
+        # Lightning builds on the device, where the same seed would initialise another adapter and some PEFT methods fail.
+        with torch.device("cpu"):
+            self.family.load(self.base_dtype)
+            self.family.scheduler_config = self.objective.prepare(self.family.scheduler_config)
+            if self.gradient_checkpointing:
+                self.family.denoiser.enable_gradient_checkpointing()
+            self.family.add_adapter(self.adapter)
+            self.family.train()
         self._configured = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -123,7 +125,8 @@ class LoraDiffusion(LightningModule):
         scheduler = self.lr_scheduler(optimizer)
         config: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            config = {"scheduler": scheduler, "interval": "epoch", "monitor": "val/loss"}
+            monitor = getattr(scheduler, "monitor", "val/loss")
+            config = {"scheduler": scheduler, "interval": "epoch", "monitor": monitor, "strict": False}
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -171,7 +174,7 @@ class LoraDiffusion(LightningModule):
         was_training = self.training
         self.eval()
         try:
-            with self.autocast():
+            with self.autocast(), self._vae_in_its_own_dtype():
                 return generate(self.family.pipeline(), prompts, seeds, **options)
         finally:
             self.train(was_training)
@@ -179,12 +182,12 @@ class LoraDiffusion(LightningModule):
     def save_adapter(self, folder: str | Path) -> None:
         """Write a folder with the adapter's files: PEFT's, and diffusers' LoRA file where that can hold it.
 
-        The folder is replaced if it exists; a reader finds it whole or not at all.
+        A folder with an older adapter is replaced; a reader finds it whole or not at all.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: It cannot be written, or holds other files.
         """
-        with atomic_folder(folder) as part:
+        with atomic_folder(folder, marker="adapter_config.json") as part:
             self.family.save_adapter(part)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
@@ -202,6 +205,22 @@ class LoraDiffusion(LightningModule):
                 yield
         else:  # the trainer's own mixed precision over a float32 base
             yield
+
+    @contextmanager
+    def _vae_in_its_own_dtype(self) -> Iterator[None]:
+        """Keep autocast off the VAE's decoder, which overflows in half precision for some families."""
+        vae: Any = self.family.vae
+        decode = vae.decode
+
+        def decode_without_autocast(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(self.device.type, enabled=False):
+                return decode(latents.to(vae.dtype), *args, **kwargs)
+
+        vae.decode = decode_without_autocast
+        try:
+            yield
+        finally:
+            del vae.decode
 
     def _losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Each sample's loss, times its weight in the batch, and these weights: float32 ``(B,)``."""

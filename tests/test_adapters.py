@@ -73,6 +73,27 @@ def test_an_alpha_far_below_the_rank_warns(unet: UNet2DConditionModel) -> None:
         inject(unet, peft.LoraConfig(r=16, lora_alpha=1), TARGETS)
 
 
+def test_initialisations_that_change_the_base_are_refused(unet: UNet2DConditionModel) -> None:
+    with pytest.raises(UserError, match="init_lora_weights='pissa' changes the base"):
+        inject(unet, peft.LoraConfig(r=2, init_lora_weights="pissa"), TARGETS)
+
+
+def test_biases_of_a_bfloat16_base_are_refused(unet: UNet2DConditionModel) -> None:
+    with pytest.raises(UserError, match="bias='all' trains weights of the base"):
+        inject(unet.to(torch.bfloat16), peft.LoraConfig(r=2, bias="all"), TARGETS)
+
+
+def test_whatever_is_trained_is_float32(sd_folder: Path) -> None:
+    family = StableDiffusion(str(sd_folder))
+    family.load(torch.bfloat16)
+    family.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, modules_to_save=["conv_out"]))
+    assert {p.dtype for p in family.denoiser.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in family.denoiser.parameters() if not p.requires_grad} == {torch.bfloat16}
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.randn(1, 5, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        family.denoiser(x, t, text).sample.float().mean().backward()
+
+
 def test_default_targets_are_the_familys(unet: UNet2DConditionModel) -> None:
     model = inject(unet, peft.LoraConfig(r=2, lora_alpha=2), ("to_q",))
     assert all(".to_q." in key for key in adapter_keys(model))

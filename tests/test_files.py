@@ -22,10 +22,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_a_folder_is_replaced_as_one(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for text in ("one", "two"):
-        with atomic_folder(path) as part:
+        with atomic_folder(path, marker="one") as part:
             (part / text).write_text(text)
     assert [p.name for p in path.iterdir()] == ["two"]
-    with pytest.raises(RuntimeError), atomic_folder(path) as part:
+    with pytest.raises(RuntimeError), atomic_folder(path, marker="two") as part:
         (part / "three").write_text("x")
         raise RuntimeError
     assert [p.name for p in path.iterdir()] == ["two"]
@@ -36,3 +36,12 @@ def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot create the folder .*file/below.*name another folder"):
         writable_folder(tmp_path / "file" / "below")
+
+
+def test_a_folder_of_somebody_elses_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "precious").write_text("")
+    with pytest.raises(UserError, match="holds other files"), atomic_folder(path, marker="ours"):
+        raise AssertionError("not reached")
+    assert [p.name for p in path.iterdir()] == ["precious"]

@@ -229,6 +229,9 @@ def test_saving_replaces_the_folder_as_a_whole(
     fit(sd_module, make_batches(1), trainer_options)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old").write_text("")
+    with pytest.raises(UserError, match="holds other files"):
+        sd_module.save_adapter(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     sd_module.save_adapter(str(tmp_path / "adapter"))
     names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == names

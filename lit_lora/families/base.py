@@ -194,7 +194,7 @@ class ModelFamily(nn.Module, ABC):
                 f"{', '.join(sorted(p.name for p in Path(source).iterdir())) or 'nothing'}. Give a folder that diffusers' "
                 f"save_pretrained wrote, or a hub id."
             )
-        if issubclass(getattr(from_pretrained, "__self__", object), diffusers.ModelMixin) and self.variant:
+        if self.variant and issubclass(getattr(from_pretrained, "__self__", object), nn.Module):
             options["variant"] = self.variant
         if self.revision:
             options["revision"] = self.revision

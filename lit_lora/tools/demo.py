@@ -22,6 +22,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 SCAN_SIZE = 8  # edge of scikit-learn's scans, in pixels
 GUIDANCE_SCALE = 2.0
 INFERENCE_STEPS = 25
+_MARKER = "demo.txt"
 
 
 def demo(out: str = "runs/demo", steps: int = 500, pictures_per_digit: int = 20) -> None:
@@ -81,8 +82,9 @@ def _pack(scans: np.ndarray, digits: np.ndarray, out: Path) -> None:
         for i, (image, digit) in enumerate(zip(_scan_images(scans), digits, strict=True)):
             image.save(Path(name) / f"{i:04d}.png")
             (Path(name) / f"{i:04d}.txt").write_text(_prompt(digit), encoding="utf-8")
-        with atomic_folder(out) as part:  # anew each time, in place of an earlier demo's
+        with atomic_folder(out, marker=_MARKER) as part:  # anew each time, in place of an earlier demo's
             pack_folder(name, part, samples_per_shard=600)
+            (part / _MARKER).write_text("made by lit-lora demo, which replaces this folder\n", encoding="utf-8")
 
 
 def _scan_images(scans: np.ndarray) -> list[Image.Image]:

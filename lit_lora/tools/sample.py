@@ -57,7 +57,7 @@ def sample(
     from torchvision.utils import save_image
 
     from lit_lora.embedded import resolve
-    from lit_lora.files import atomic_file, atomic_folder
+    from lit_lora.files import atomic_file
     from lit_lora.sampling import generate, image_grid
 
     try:
@@ -79,9 +79,9 @@ def sample(
         with atomic_file(target) as part:
             save_image(image_grid(images, columns), part, format="png")
     else:
-        with atomic_folder(target) as part:
-            for i, image in enumerate(images):
-                image.save(part / f"{i:04d}.png")
+        for i, image in enumerate(images):
+            with atomic_file(target / f"{i:04d}.png") as part:
+                image.save(part, format="png")
     print(f"{len(images)} pictures: {target}")
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_lora.callbacks import AdapterEMA, ImageWriter, SampleImages
+from lit_lora.datamodules.pack import pack_folder
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from tests.helpers import loader_of, make_batches
@@ -81,10 +85,11 @@ def test_image_writer(sd_module: LoraDiffusion, trainer_options: dict[str, Any],
     sd_module.num_inference_steps = 2
     batch = make_batches(1)[0]
     batch["weight"] = torch.tensor([1.0, 0.0])
+    batch["key"][0] = "../x"
     writer = ImageWriter(str(tmp_path / "drawn"))
     Trainer(**trainer_options, callbacks=[writer]).predict(sd_module, loader_of([batch]), return_predictions=False)
-    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["0-0.png", "0-0.txt"]
-    assert (tmp_path / "drawn" / "0-0.txt").read_text() == "a red seven on white\n"
+    assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["000000-_x.png", "000000-_x.txt"]
+    assert (tmp_path / "drawn" / "000000-_x.txt").read_text() == "a red seven on white\n"
 
 
 @pytest.mark.parametrize(
@@ -97,3 +102,22 @@ def test_image_writer(sd_module: LoraDiffusion, trainer_options: dict[str, Any],
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SampleImages(**arguments)
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_sample(sd_folder: Path, tmp_path: Path) -> None:
+    """Only the first draws, and the other one's collective calls stay in step."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(12):
+        Image.new("RGB", (20, 20), (20 * i, 0, 90)).save(pictures / f"{i}.png")
+        (pictures / f"{i}.txt").write_text("a star")
+    pack_folder(pictures, tmp_path / "shards")
+    script = Path(__file__).with_name("ddp_samples_script.py")
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(tmp_path), str(sd_folder)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-2000:]
+    samples = sorted(p.name for p in tmp_path.glob("lightning_logs/version_0/samples/*"))
+    assert samples == [f"step-{step:06d}.png" for step in range(5)]
+    assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*step=4.ema.adapter"))

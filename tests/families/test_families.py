@@ -124,7 +124,7 @@ def test_a_folder_with_a_broken_part(sd_folder: Path, tmp_path: Path) -> None:
 def test_variant_files(sd_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(sd_folder, tmp_path / "base")
     unet = UNet2DConditionModel.from_pretrained(sd_folder, subfolder="unet")
-    for part in ("unet", "vae"):
+    for part in ("unet", "vae", "text_encoder"):
         for file in (tmp_path / "base" / part).glob("*.safetensors"):
             file.rename(file.with_suffix(".fp16.safetensors"))
     family = StableDiffusion(str(tmp_path / "base"), variant="fp16")
