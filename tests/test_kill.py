@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_lora.datamodules.pack import pack_folder
 
-STEPS = 40
+STEPS = 42  # a multiple of the steps between checkpoints
 
 
 def write_config(folder: Path, base: Path, shards: Path) -> Path:
