@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -122,11 +120,10 @@ class AdapterCheckpoint(ModelCheckpoint):
         if not hasattr(module, "save_adapter"):
             return
         plain, averaged = _adapter_folders(filepath)
-        ema = next((c for c in trainer.callbacks if isinstance(c, AdapterEMA) and c.ready), None)  # type: ignore[attr-defined]
-        for folder, weights in ((plain, nullcontext()), (averaged, ema.averaged(module) if ema else None)):
-            if weights is not None:
-                with weights:
-                    module.save_adapter(folder)
+        module.save_adapter(plain)
+        if ema := AdapterEMA.of(trainer):
+            with ema.averaged(module):
+                module.save_adapter(averaged)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         link = self.last_model_path
@@ -183,13 +180,10 @@ def _link(target: Path, link: Path) -> None:
 def _adapter_configs(module: LightningModule) -> dict[str, dict[str, Any]]:
     return {
         f"{path}.{name}": plain_config(config)
-        for path, child in _peft_models(module)
+        for path, child in module.named_modules()
+        if isinstance(child, PeftModel)
         for name, config in child.peft_config.items()
     }
-
-
-def _peft_models(module: LightningModule) -> Iterator[tuple[str, PeftModel]]:
-    return ((path, child) for path, child in module.named_modules() if isinstance(child, PeftModel))
 
 
 def _rng_state() -> dict[str, Any]:

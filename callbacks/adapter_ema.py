@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from diffusers.training_utils import EMAModel
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lit_lora.adapters import trainable_parameters
@@ -39,16 +38,17 @@ class AdapterEMA(Callback):
         self._restored: dict[str, Any] | None = None
         self._step = 0
 
-    @property
-    def ready(self) -> bool:
-        """Whether there is an average: not before training has begun."""
-        return self._average is not None
+    @classmethod
+    def of(cls, trainer: Trainer) -> AdapterEMA | None:
+        """The trainer's average, if it keeps one and training has begun."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return next((c for c in callbacks if isinstance(c, cls) and c._average is not None), None)
 
     @contextmanager
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
         """Inside the block the module has the averaged weights."""
         assert self._average is not None, "no average before training has begun"
-        parameters = _parameters(pl_module)
+        parameters = trainable_parameters(pl_module)
         self._average.store(parameters)
         self._average.copy_to(parameters)
         try:
@@ -57,9 +57,9 @@ class AdapterEMA(Callback):
             self._average.restore(parameters)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._average = EMAModel(_parameters(pl_module), decay=self.decay)
+        self._average = EMAModel(trainable_parameters(pl_module), decay=self.decay)
         if self._restored is not None:
-            shadow = [torch.empty_like(parameter) for parameter in _parameters(pl_module)]
+            shadow = [torch.empty_like(parameter) for parameter in trainable_parameters(pl_module)]
             vector_to_parameters(self._restored["shadow_params"].to(pl_module.device), shadow)
             self._average.load_state_dict({**self._restored, "shadow_params": shadow})
             self._restored = None
@@ -73,7 +73,7 @@ class AdapterEMA(Callback):
     ) -> None:
         if self._average is not None and trainer.global_step != self._step:
             self._step = trainer.global_step
-            self._average.step(_parameters(pl_module))
+            self._average.step(trainable_parameters(pl_module))
 
     def on_validation_batch_end(
         self,
@@ -84,7 +84,7 @@ class AdapterEMA(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if not self.ready or trainer.sanity_checking or not hasattr(pl_module, "validation_loss"):
+        if self._average is None or trainer.sanity_checking or not hasattr(pl_module, "validation_loss"):
             return
         with self.averaged(pl_module):
             loss, count = cast(Any, pl_module).validation_loss(batch, batch_idx)
@@ -100,7 +100,3 @@ class AdapterEMA(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-
-def _parameters(module: LightningModule) -> list[nn.Parameter]:
-    return list(trainable_parameters(module).values())

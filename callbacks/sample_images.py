@@ -87,7 +87,7 @@ class SampleImages(Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
         if not trainer.is_global_zero:
             return
-        ema = next((c for c in trainer.callbacks if isinstance(c, AdapterEMA) and c.ready), None)  # type: ignore[attr-defined]
+        ema = AdapterEMA.of(trainer)
         with ema.averaged(pl_module) if ema else nullcontext():
             seeds = [self.seed + i for i in range(len(self.prompts))]
             images = cast(Any, pl_module).generate(self.prompts, seeds, **self.options)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lit_lora.datamodules.columns import SampleColumns
 from lit_lora.datamodules.scan import EXTENSIONS, scan_shard
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
@@ -30,7 +30,7 @@ _COLUMNS: dict[str, type[np.generic]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class ShardIndex:
+class ShardIndex(SampleColumns):
     """The samples of a tar shard (N) and their members (M), as columns.
 
     It is kept beside the shard in ``NAME.tar.index``, a safetensors file.
@@ -39,35 +39,11 @@ class ShardIndex:
         path: The shard.
         shard_size: Its size in bytes.
         shard_mtime_ns: Its time of modification in nanoseconds.
-        key_bytes: All keys one after the other in UTF-8, uint8.
-        key_ends: Where each key ends in ``key_bytes``, int64 (N,).
-        width: Width of the image as it is shown, in pixels, int32 (N,); 0 where there is no readable image.
-        height: The same for its height.
-        member_sample: The sample that a member belongs to, int64 (M,), ascending.
-        member_extension: Its number in ``scan.EXTENSIONS``, uint8 (M,).
-        member_offset: Where its data start in the shard, in bytes, int64 (M,).
-        member_size: How long they are, in bytes, int64 (M,).
     """
 
     path: Path
     shard_size: int
     shard_mtime_ns: int
-    key_bytes: NDArray[np.uint8]
-    key_ends: NDArray[np.int64]
-    width: NDArray[np.int32]
-    height: NDArray[np.int32]
-    member_sample: NDArray[np.int64]
-    member_extension: NDArray[np.uint8]
-    member_offset: NDArray[np.int64]
-    member_size: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.key_ends)
-
-    def key(self, sample: int) -> str:
-        """The key of a sample."""
-        start = self.key_ends[sample - 1] if sample else 0
-        return self.key_bytes[start : self.key_ends[sample]].tobytes().decode("utf-8", "surrogateescape")
 
     @classmethod
     def load_or_build(cls, path: str | Path) -> ShardIndex:

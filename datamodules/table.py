@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_lora.datamodules.columns import SampleColumns
 from lit_lora.datamodules.index import ShardIndex
 from lit_lora.datamodules.scan import EXTENSIONS
 
 
 @dataclass(frozen=True, eq=False)
-class SampleTable:
+class SampleTable(SampleColumns):
     """The samples (N) of all shards, numbered in the order of the shards, and their members (M).
 
-    The columns are those of :class:`ShardIndex`, and no sample is a Python object of its own: 10 million samples take
-    about 1 GB.
+    10 million samples take about 1 GB.
 
     Attributes:
         paths: The shards.
@@ -27,14 +27,6 @@ class SampleTable:
 
     paths: tuple[Path, ...]
     shard: NDArray[np.int32]
-    key_bytes: NDArray[np.uint8]
-    key_ends: NDArray[np.int64]
-    width: NDArray[np.int32]
-    height: NDArray[np.int32]
-    member_sample: NDArray[np.int64]
-    member_extension: NDArray[np.uint8]
-    member_offset: NDArray[np.int64]
-    member_size: NDArray[np.int64]
 
     @classmethod
     def concatenate(cls, indexes: Sequence[ShardIndex]) -> SampleTable:
@@ -57,14 +49,6 @@ class SampleTable:
             member_offset=np.concatenate([index.member_offset for index in indexes]),
             member_size=np.concatenate([index.member_size for index in indexes]),
         )
-
-    def __len__(self) -> int:
-        return len(self.key_ends)
-
-    def key(self, sample: int) -> str:
-        """The key of a sample."""
-        start = self.key_ends[sample - 1] if sample else 0
-        return self.key_bytes[start : self.key_ends[sample]].tobytes().decode("utf-8", "surrogateescape")
 
     def path(self, sample: int) -> Path:
         """The shard of a sample."""

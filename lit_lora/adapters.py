@@ -35,27 +35,12 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         default_targets: The layers that a family adapts where the config names none.
 
     Raises:
-        UserError: The targets match no layer, match layers that the method cannot adapt, or the method needs a model
-            of another kind; its
-            initialisation would change the base; or biases are trained in a base that is not float32.
+        UserError: The targets match no layer or layers that the method cannot adapt; the method needs a model of another
+            kind; its initialisation would change the base; or biases are trained in a base that is not float32.
     """
-    if config.is_prompt_learning:
-        raise UserError(
-            f"{type(config).__name__} adapts prompts, not layers; use one of LoRA's kind, as peft.LoraConfig"
-        )
+    _check_method(config, model)
     if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
         config.target_modules = set(default_targets)
-    initialisation = getattr(config, "init_lora_weights", True)
-    if initialisation not in (True, False, "gaussian", "orthogonal"):
-        raise UserError(
-            f"init_lora_weights={initialisation!r} changes the base's weights or needs data, so that the adapter's files alone "
-            f"would not give the trained model; use true, gaussian or orthogonal"
-        )
-    bias = getattr(config, "bias", "none")
-    if bias != "none" and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
-        raise UserError(
-            f"bias={bias!r} trains weights of the base, which needs base_dtype float32; or leave bias at 'none'"
-        )
     _warn_of_small_alpha(config)
     model.requires_grad_(False)
     try:
@@ -66,11 +51,11 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
             f"target_modules is {_shown(getattr(config, 'target_modules', None))}; names that occur in this model are "
             f"{', '.join(_layer_names(model))}"
         ) from error
-    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+    trained = trainable_parameters(adapted)
+    if not trained:
         raise UserError(f"the adapter {type(config).__name__} has no trainable parameter: check its target_modules")
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:  # modules_to_save and biases come in the base's dtype
-            parameter.data = parameter.data.float()
+    for parameter in trained:  # modules_to_save and biases come in the base's dtype
+        parameter.data = parameter.data.float()
     return adapted
 
 
@@ -101,9 +86,10 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
     Raises:
         UserError: Keys are missing or left over, or shapes differ.
     """
-    expected = {key: value for key, value in module.state_dict().items() if key in adapter_keys(module)}
+    here, own = module.state_dict(), adapter_keys(module)
+    expected = {key: value for key, value in here.items() if key in own}
     missing = sorted(expected.keys() - state_dict.keys())
-    unknown = sorted(state_dict.keys() - module.state_dict().keys())
+    unknown = sorted(state_dict.keys() - here.keys())
     shapes = [
         f"{key} {tuple(state_dict[key].shape)} in the checkpoint, {tuple(value.shape)} here"
         for key, value in expected.items()
@@ -145,9 +131,10 @@ def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> N
 
 def plain_config(config: PeftConfig) -> dict[str, Any]:
     """The config as JSON has it: no sets, enums or classes; the same for the same config, also in another process."""
-    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain))
     # PEFT lists a set in the set's order, which differs from process to process.
-    return plain | {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
+    sets = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict() | sets, default=_plain))
+    return plain
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
@@ -156,12 +143,16 @@ def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
-def save_peft_files(model: PeftModel, folder: Path, base_model: str) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, which ``PeftModel.from_pretrained`` reads."""
-    save_file(adapter_state(model), folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = plain_config(model.peft_config[ADAPTER_NAME])
-    config |= {"base_model_name_or_path": base_model, "inference_mode": True}
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+def save_peft_files(state: dict[str, Tensor], config: dict[str, Any], folder: Path) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, which ``PeftModel.from_pretrained`` reads.
+
+    Args:
+        state: What :func:`adapter_state` gave.
+        config: What :func:`plain_config` gave, with the base's name.
+        folder: An existing folder.
+    """
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    text = json.dumps(config | {"inference_mode": True}, indent=2, sort_keys=True) + "\n"
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
@@ -170,9 +161,28 @@ def is_lora(config: PeftConfig) -> bool:
     return type(config) is LoraConfig
 
 
-def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained, by name."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What is trained."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _check_method(config: PeftConfig, model: nn.Module) -> None:
+    """Refuse what cannot be trained here, or not so that the adapter's files alone give the trained model."""
+    if config.is_prompt_learning:
+        raise UserError(
+            f"{type(config).__name__} adapts prompts, not layers; use one of LoRA's kind, as peft.LoraConfig"
+        )
+    initialisation = getattr(config, "init_lora_weights", True)
+    if initialisation not in (True, False, "gaussian", "orthogonal"):
+        raise UserError(
+            f"init_lora_weights={initialisation!r} changes the base's weights or needs data, so that the adapter's files alone "
+            f"would not give the trained model; use true, gaussian or orthogonal"
+        )
+    bias = getattr(config, "bias", "none")
+    if bias != "none" and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise UserError(
+            f"bias={bias!r} trains weights of the base, which needs base_dtype float32; or leave bias at 'none'"
+        )
 
 
 def _warn_of_small_alpha(config: PeftConfig) -> None:
@@ -197,8 +207,6 @@ def _shown(targets: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, set):
-        return sorted(value)
     if isinstance(value, torch.dtype):
         return str(value)
     return getattr(value, "value", None) or repr(value)

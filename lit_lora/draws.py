@@ -34,10 +34,10 @@ class Draws:
         self.slots = slots
         self.device = torch.device(device)
 
-    def normal(self, name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """Standard normal values, ``(B, *shape)``."""
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal values, float32, ``(B, *shape)``."""
         values = [torch.randn(tuple(shape), generator=g) for g in self._generators(name)]
-        return self._to_device(torch.stack(values)).to(dtype)
+        return self._to_device(torch.stack(values))
 
     def uniform(self, name: str) -> Tensor:
         """Uniform values in [0, 1), float32, ``(B,)``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,7 +119,7 @@ class LoraDiffusion(LightningModule):
         self._configured = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(list(trainable_parameters(self).values()))
+        optimizer = self.optimizer(trainable_parameters(self))
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -196,15 +196,14 @@ class LoraDiffusion(LightningModule):
         losses, weight = self._losses(batch, draws)
         return losses.sum() / weight.sum().clamp(min=1), int(weight.sum())
 
-    @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Compute in the base's dtype; the adapter's float32 weights are cast as they are used."""
-        enabled = self.base_dtype != torch.float32
-        if enabled or not torch.is_autocast_enabled(self.device.type):
-            with torch.autocast(self.device.type, self.base_dtype, enabled=enabled):
-                yield
-        else:  # the trainer's own mixed precision over a float32 base
-            yield
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in the base's dtype; the adapter's float32 weights are cast as they are used.
+
+        Over a float32 base the trainer's own precision holds.
+        """
+        if self.base_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.base_dtype)
 
     @contextmanager
     def _vae_in_its_own_dtype(self) -> Iterator[None]:

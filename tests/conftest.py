@@ -140,11 +140,4 @@ def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
 
 
 def _scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    return DDIMScheduler.from_pretrained(base_path(), subfolder="scheduler")

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from lit_lora.adapters import adapter_state, inject, is_lora, plain_config, save_peft_files
+from lit_lora.adapters import ADAPTER_NAME, adapter_state, inject, is_lora, plain_config, save_peft_files
 from lit_lora.draws import Draws
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
@@ -151,17 +151,18 @@ class ModelFamily(nn.Module, ABC):
 
     def save_adapter(self, folder: Path) -> None:
         """Write the adapter as PEFT's files and, where diffusers knows the method, as diffusers' LoRA file."""
-        config = self.denoiser.peft_config["default"]
-        save_peft_files(self.denoiser, folder, self.pretrained_model_name_or_path)
+        config = self.denoiser.peft_config[ADAPTER_NAME]
+        plain = plain_config(config) | {"base_model_name_or_path": self.pretrained_model_name_or_path}
+        state = adapter_state(self.denoiser)
+        save_peft_files(state, plain, folder)
         if is_lora(config):
-            prefix = "base_model.model."
-            layers = {key.removeprefix(prefix): value for key, value in adapter_state(self.denoiser).items()}
-            metadata = plain_config(config) | {"base_model_name_or_path": self.pretrained_model_name_or_path}
             self.pipeline_class.save_lora_weights(
                 folder,
                 **{
-                    f"{self.denoiser_name}_lora_layers": layers,
-                    f"{self.denoiser_name}_lora_adapter_metadata": metadata,
+                    f"{self.denoiser_name}_lora_layers": {
+                        key.removeprefix("base_model.model."): value for key, value in state.items()
+                    },
+                    f"{self.denoiser_name}_lora_adapter_metadata": plain,
                 },
             )
 

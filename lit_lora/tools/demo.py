@@ -10,6 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_lora.embedded.drawing import DIGITS
 from lit_lora.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from PIL import Image
     from sklearn.svm import SVC
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SCAN_SIZE = 8  # edge of scikit-learn's scans, in pixels
 GUIDANCE_SCALE = 2.0
 INFERENCE_STEPS = 25

@@ -1,0 +1,41 @@
+"""Samples and their members as columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, eq=False)
+class SampleColumns:
+    """Samples (N) and their members (M); no sample is a Python object of its own.
+
+    Attributes:
+        key_bytes: All keys one after the other in UTF-8, uint8.
+        key_ends: Where each key ends in ``key_bytes``, int64 (N,).
+        width: Width of the image as it is shown, in pixels, int32 (N,); 0 where there is no readable image.
+        height: The same for its height.
+        member_sample: The sample that a member belongs to, int64 (M,), ascending.
+        member_extension: Its number in ``scan.EXTENSIONS``, uint8 (M,).
+        member_offset: Where its data start in the shard, in bytes, int64 (M,).
+        member_size: How long they are, in bytes, int64 (M,).
+    """
+
+    key_bytes: NDArray[np.uint8]
+    key_ends: NDArray[np.int64]
+    width: NDArray[np.int32]
+    height: NDArray[np.int32]
+    member_sample: NDArray[np.int64]
+    member_extension: NDArray[np.uint8]
+    member_offset: NDArray[np.int64]
+    member_size: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.key_ends)
+
+    def key(self, sample: int) -> str:
+        """The key of a sample."""
+        start = self.key_ends[sample - 1] if sample else 0
+        return self.key_bytes[start : self.key_ends[sample]].tobytes().decode("utf-8", "surrogateescape")
