@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from lit_lora.datamodules.decode import BadSampleError, check_pixels, decode_json, decode_rgb, decode_text
-from lit_lora.datamodules.framing import FramedImage, Framing
-from lit_lora.datamodules.scan import EXTENSIONS, IMAGE_EXTENSIONS
-from lit_lora.datamodules.table import SampleTable
-from lit_lora.errors import UserError
+from lit_lora.datamodules.decode import BadSampleError
+from lit_lora.datamodules.remote import redact
+from lit_lora.datamodules.shard_reader import ShardReader
 
 Batch = dict[str, Any]
 
 
 class SlotRequest(NamedTuple):
-    """One place of a batch: the sample that goes there, its weight, and the number of the place in the whole run."""
+    """One place of a batch.
+
+    Attributes:
+        sample: The sample that goes there.
+        weight: Its weight in the batch.
+        slot: The number of this showing of the sample in the whole run.
+        size: Height and width that are wanted, in pixels.
+    """
 
     sample: int
     weight: float
     slot: int
+    size: tuple[int, int]
 
 
 class BadSampleReport(NamedTuple):
@@ -36,43 +40,38 @@ class BadSampleReport(NamedTuple):
     reason: str
 
 
-class _Sample(NamedTuple):
-    key: str
-    caption: str
-    image: FramedImage
+class SampleDecoder(Protocol):
+    """From the members of a sample to its entries in a batch; see :class:`ImageDecoder`."""
+
+    @property
+    def required(self) -> dict[str, tuple[str, ...]]: ...
+
+    @property
+    def extensions(self) -> tuple[str, ...]: ...
+
+    def __call__(
+        self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
+    ) -> dict[str, Any]: ...
+
+    def blank(self, size: tuple[int, int]) -> dict[str, Any]: ...
+
+    def batch_entries(self) -> dict[str, Any]: ...
 
 
 class ShardDataset(Dataset[Batch]):
     """Random access to samples of shards.
 
     Args:
-        table: The samples of all shards.
-        samples: Those that belong to this data set, numbers in ``table``, int64 (N,).
-        framing: How images become squares.
-        caption_extensions: Where the caption is; of several, the first that a sample has.
-        caption_key: The key of the caption in ``.json`` members.
-
-    Raises:
-        UserError: Samples lack an image or a caption.
+        reader: Reads their members.
+        decoder: Makes entries of a batch of them.
     """
 
-    def __init__(
-        self,
-        table: SampleTable,
-        samples: NDArray[np.int64],
-        framing: Framing,
-        caption_extensions: Sequence[str] = ("txt", "json"),
-        caption_key: str = "caption",
-    ) -> None:
-        self.table = table
-        self.samples = samples
-        self.framing = framing
-        self.caption_key = caption_key
-        self._image = self._find("image", IMAGE_EXTENSIONS)
-        self._caption = self._find("caption", caption_extensions)
+    def __init__(self, reader: ShardReader, decoder: SampleDecoder) -> None:
+        self.reader = reader
+        self.decoder = decoder
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.reader.table)
 
     def __getitems__(self, requests: Sequence[SlotRequest]) -> Batch:
         """One batch of B places.
@@ -81,78 +80,47 @@ class ShardDataset(Dataset[Batch]):
         reported under ``"bad"``, because an exception would reach the main process without its type.
 
         Returns:
-            ``pixel_values`` uint8 (B, 3, R, R), ``caption`` list[str], ``original_size`` int64 (B, 2) height and width,
-            ``crop_top_left`` int64 (B, 2), ``weight`` float32 (B,), ``slot`` list[int], ``key`` list[str], ``bad``
-            list[BadSampleReport].
+            The decoder's entries (tensors stacked, others as lists of B); ``weight`` float32 (B,), ``slot`` list[int],
+            ``key`` list[str], ``bad`` list[BadSampleReport].
         """
-        loaded: list[_Sample | None] = []
+        table = self.reader.table
+        loaded: list[dict[str, Any] | None] = []
         bad: list[BadSampleReport] = []
         for request in requests:
-            number = int(self.samples[request.sample])
             try:
-                loaded.append(self._load(number, request.slot))
+                loaded.append(self._load(request))
             except BadSampleError as error:
                 loaded.append(None)
-                bad.append(BadSampleReport(str(self.table.path(number)), self.table.key(number), str(error)))
-        stand_in = next((sample for sample in loaded if sample is not None), self._blank())
+                shard = redact(table.locations[table.shard_of(request.sample)])
+                bad.append(BadSampleReport(shard, table.key(request.sample), str(error)))
+        stand_in = next((sample for sample in loaded if sample is not None), None)
+        if stand_in is None:
+            stand_in = self.decoder.blank(requests[0].size) | {"key": ""}
         samples = [sample or stand_in for sample in loaded]
         weights = [request.weight if sample else 0.0 for request, sample in zip(requests, loaded, strict=True)]
         return {
-            "pixel_values": torch.stack([sample.image.pixels for sample in samples]),
-            "caption": [sample.caption for sample in samples],
-            "original_size": torch.tensor([sample.image.original_size for sample in samples]),
-            "crop_top_left": torch.tensor([sample.image.crop_top_left for sample in samples]),
+            **_collate(samples),
+            **self.decoder.batch_entries(),
             "weight": torch.tensor(weights),
             "slot": [request.slot for request in requests],
-            "key": [sample.key for sample in samples],
             "bad": bad,
         }
 
-    def _find(self, what: str, extensions: Sequence[str]) -> NDArray[np.int64]:
-        members = self.table.find_members(extensions)
-        lacking = self.samples[members[self.samples] < 0]
-        if len(lacking):
-            shard = self.table.shard[lacking[0]]
-            here = lacking[self.table.shard[lacking] == shard]
-            keys = ", ".join(self.table.key(number) for number in here[:3])
-            wanted = " or ".join(f".{extension}" for extension in extensions)
-            raise UserError(
-                f"{len(lacking)} of {len(self.samples)} samples have no {what} ({wanted}); in"
-                f" {self.table.paths[shard]} {len(here)} of {(self.table.shard[self.samples] == shard).sum()},"
-                f" first {keys}; add what is missing or leave these samples out"
-            )
-        return members
+    def _load(self, request: SlotRequest) -> dict[str, Any]:
+        members = self.reader.read(request.sample, self.decoder.extensions)
+        image_size = self.reader.table.image_size(request.sample)
+        entries = self.decoder(members, request.slot, request.size, image_size)
+        return entries | {"key": self.reader.table.key(request.sample)}
 
-    def _load(self, number: int, slot: int) -> _Sample:
-        check_pixels(int(self.table.width[number]), int(self.table.height[number]))
-        image, caption = self._read(number)
-        if EXTENSIONS[self.table.member_extension[self._caption[number]]] == "txt":
-            text = decode_text(caption)
+
+def _collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
+    batch: Batch = {}
+    for name, first in samples[0].items():
+        values = [sample[name] for sample in samples]
+        if isinstance(first, Tensor):
+            batch[name] = torch.stack(values)
+        elif isinstance(first, dict):
+            batch[name] = _collate(values)
         else:
-            text = decode_json(caption, self.caption_key)
-        return _Sample(self.table.key(number), text, self.framing(decode_rgb(image), slot))
-
-    def _read(self, number: int) -> tuple[bytes, bytes]:
-        """The bytes of the image and of the caption.
-
-        The shard is opened anew each time: that takes microseconds, and leaves nothing open in forked workers.
-        """
-        try:
-            descriptor = os.open(self.table.path(number), os.O_RDONLY)
-            try:
-                return self._pread(descriptor, self._image[number]), self._pread(descriptor, self._caption[number])
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise BadSampleError(f"cannot read the shard ({error.strerror})") from error
-
-    def _pread(self, descriptor: int, member: np.int64) -> bytes:
-        size = int(self.table.member_size[member])
-        data = os.pread(descriptor, size, int(self.table.member_offset[member]))
-        if len(data) < size:
-            raise BadSampleError("the shard is shorter than when it was indexed")
-        return data
-
-    def _blank(self) -> _Sample:
-        side = self.framing.resolution
-        return _Sample("", "", FramedImage(torch.zeros(3, side, side, dtype=torch.uint8), (side, side), (0, 0)))
+            batch[name] = values
+    return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -33,7 +34,8 @@ _COLUMNS: dict[str, type[np.generic]] = {
 class ShardIndex(SampleColumns):
     """The samples of a tar shard (N) and their members (M), as columns.
 
-    It is kept beside the shard in ``NAME.tar.index``, a safetensors file.
+    It is kept beside the shard in ``NAME.tar.index``, a safetensors file, or under the user's cache folder where the
+    shard's own is not writable.
 
     Attributes:
         path: The shard.
@@ -90,14 +92,19 @@ class ShardIndex(SampleColumns):
         )
 
     def save(self) -> None:
-        """Write the index beside the shard.
+        """Write the index beside the shard, or under the user's cache folder where that is not possible.
 
         Raises:
-            UserError: The folder is not writable.
+            UserError: Neither folder is writable.
         """
-        with atomic_file(_sidecar(self.path)) as part:
-            columns = {name: getattr(self, name) for name in _COLUMNS}
-            save_file(columns, part, _metadata(self.shard_size, self.shard_mtime_ns))
+        columns = {name: np.ascontiguousarray(getattr(self, name)) for name in _COLUMNS}
+        own, elsewhere = _sidecars(self.path)
+        try:
+            with atomic_file(own) as part:
+                save_file(columns, part, _metadata(self.shard_size, self.shard_mtime_ns))
+        except UserError:
+            with atomic_file(elsewhere) as part:
+                save_file(columns, part, _metadata(self.shard_size, self.shard_mtime_ns))
 
     def moved_to(self, path: Path) -> ShardIndex:
         """The index of the same shard under another name."""
@@ -105,9 +112,14 @@ class ShardIndex(SampleColumns):
 
     @classmethod
     def _load(cls, path: Path) -> ShardIndex | None:
+        found = (cls._load_file(path, file) for file in _sidecars(path))
+        return next((index for index in found if index is not None), None)
+
+    @classmethod
+    def _load_file(cls, path: Path, sidecar: Path) -> ShardIndex | None:
         stat = _stat(path)
         try:
-            with safe_open(_sidecar(path), framework="numpy") as file:
+            with safe_open(sidecar, framework="numpy") as file:
                 if file.metadata() != _metadata(stat.st_size, stat.st_mtime_ns):
                     return None
                 columns: dict[str, Any] = {name: file.get_tensor(name) for name in _COLUMNS}
@@ -137,8 +149,19 @@ class ShardIndex(SampleColumns):
         )
 
 
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".index")
+def index_folders(folder: Path) -> tuple[Path, Path]:
+    """Where indexes of the shards in a folder are: there, or under the user's cache folder if that is not writable."""
+    digest = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
+    return folder, index_cache() / digest
+
+
+def index_cache() -> Path:
+    """Where indexes are kept that cannot lie beside their shards."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_lora" / "indexes"
+
+
+def _sidecars(path: Path) -> list[Path]:
+    return [folder / f"{path.name}.index" for folder in index_folders(path.parent)]
 
 
 def _metadata(size: int, mtime_ns: int) -> dict[str, str]:

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from lit_lora.datamodules.dataset import BadSampleReport, Batch, ShardDataset, SlotRequest
-from lit_lora.datamodules.plan import Plan
+from lit_lora.datamodules.plan import Cursor, Plan, Segment
 from lit_lora.errors import UserError
+
+LoaderState = dict[str, int | list[int]]
+
+
+class ShardStage(Protocol):
+    """Brings shards to where they can be read; see :class:`~lit_lora.datamodules.stager.Stager`."""
+
+    def start(self, visit: int) -> None: ...
+
+    def wait(self, visit: int) -> None: ...
+
+    def passed(self, visit: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class PlannedLoader:
     """One process's share of the planned batches, pass after pass.
 
     An iteration yields the batches of the current pass that are still to come; then the next pass is the current one.
-    ``len`` is the number of batches in a whole pass. The state counts the batches that were handed out, so what
+    ``len`` is the number of batches in the current pass. The state counts the batches that were handed out, so what
     workers have prefetched is not lost when a run is resumed, and it is the same in all processes: it may be resumed
-    with another number of them, as long as the global batch stays as large.
+    with another number of them, and with another global batch size.
 
     Args:
         dataset: Reads the samples.
@@ -30,6 +45,8 @@ class PlannedLoader:
         world_size: The number of processes; the global batch is a multiple of it.
         num_workers: Worker processes that read and decode; 0 does it in this one.
         max_bad_samples: So many different samples may be bad before this process gives up.
+        identity: Numbers that name the data; a state with others is refused.
+        stage: Brings the shards of a visit before they are read.
     """
 
     def __init__(
@@ -40,76 +57,120 @@ class PlannedLoader:
         world_size: int = 1,
         num_workers: int = 0,
         max_bad_samples: int = 0,
+        identity: Mapping[str, int] | None = None,
+        stage: ShardStage | None = None,
     ) -> None:
         self.plan = plan
+        self.cursor = plan.start()
         self.max_bad_samples = max_bad_samples
-        self.pass_number = 0
-        self.batch_number = 0
         self._dataset = dataset
         self._num_workers = num_workers
-        self._share = _Share(plan, rank, world_size)
+        self._identity = dict(identity or {})
+        self._stage = stage
+        self._staged = False
+        self._share = _Share(plan, rank, world_size, stage)
         self._workers: DataLoader[Batch] | None = None
         self._iterator: Any = None  # by this name Lightning looks for worker processes when it ends
         self._bad: dict[tuple[str, str], BadSampleReport] = {}
 
     def __len__(self) -> int:
-        return self.plan.batches_per_pass
+        return self.cursor.pass_batches + self.plan.remaining(self.cursor)
+
+    @property
+    def num_bad_samples(self) -> int:
+        """How many different samples were bad so far, in this process."""
+        return len(self._bad)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current pass.
 
         Raises:
-            UserError: More than ``max_bad_samples`` samples are bad.
+            UserError: More than ``max_bad_samples`` samples are bad, or the stage cannot bring a shard.
         """
-        self._share.start = (self.pass_number, self.batch_number)
+        self._start_stage()
+        self._share.cursor = self.cursor
+        self._share.ahead.clear()
         for batch in self._fetch():
             self._count_bad(batch.pop("bad"))
-            self._step()
+            self._move(self._share.ahead.popleft())
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the loader is, and what that refers to."""
+    def state_dict(self) -> LoaderState:
+        """Where the loader is, and what that refers to: integers and lists of them."""
+        cursor = self.cursor
         return {
-            "pass": self.pass_number,
-            "batch": self.batch_number,
-            "seed": self.plan.seed,
-            "global_batch_size": self.plan.global_batch_size,
-            "num_samples": self.plan.num_samples,
+            "pass": cursor.pass_number,
+            "chunk_position": cursor.position,
+            "repeat": cursor.repeat,
+            "pass_batches": cursor.pass_batches,
+            "visit_batches": cursor.visit_batches,
+            "segments": [number for segment in cursor.segments for number in segment],
+            **self._identities(),
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: LoaderState) -> None:
         """Go to the place of a saved state.
 
         Raises:
-            UserError: The state belongs to another plan.
+            UserError: The state belongs to other data or another plan.
         """
         remedies = {
             "seed": "set the seed back",
-            "global_batch_size": "choose batch_size times the number of processes to match",
-            "num_samples": "use the shards of that run",
+            "chunks": "set chunks back",
+            "samples": "use the shards of that run",
+            "shards": "use the shards of that run in the same order",
+            "bucketing": "set resolution, buckets and max_upscaling back",
         }
-        own = self.state_dict()
-        for name, remedy in remedies.items():
-            if state.get(name) != own[name]:
+        for name, value in self._identities().items():
+            if state.get(name) != value:
                 raise UserError(
-                    f"cannot resume within the data: the checkpoint has {name} {state.get(name)}, this run {own[name]};"
-                    f" {remedy}, or load the checkpoint's weights alone"
+                    f"cannot resume within the data: the checkpoint has {name} {state.get(name)}, this run {value};"
+                    f" {remedies[name]}, or load the checkpoint's weights alone"
                 )
-        self.pass_number, self.batch_number = state["pass"], state["batch"]
+        numbers: Any = state
+        pairs = zip(numbers["segments"][::2], numbers["segments"][1::2], strict=True)
+        self._stop_stage()
+        self.cursor = self.plan.resume(
+            Cursor(
+                numbers["pass"],
+                numbers["chunk_position"],
+                numbers["repeat"],
+                numbers["pass_batches"],
+                numbers["visit_batches"],
+                tuple(Segment(*pair) for pair in pairs),
+            )
+        )
 
     def close(self) -> None:
-        """End the worker processes; the next iteration starts new ones.
+        """End the worker processes and the stage; the next iteration starts new ones.
 
         Left to the garbage collector, they may take seconds to end.
         """
         if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
             self._iterator._shutdown_workers()
         self._iterator = None
+        self._stop_stage()
 
-    def _step(self) -> None:
-        self.batch_number += 1
-        if self.batch_number == len(self):
-            self.pass_number, self.batch_number = self.pass_number + 1, 0
+    def _identities(self) -> dict[str, int]:
+        plan = self.plan
+        return {"seed": plan.seed, "chunks": plan.num_chunks, "samples": plan.num_samples, **self._identity}
+
+    def _move(self, cursor: Cursor) -> None:
+        before, now = self.plan.visit(self.cursor), self.plan.visit(cursor)
+        self.cursor = cursor
+        if self._stage is not None and now != before:
+            # Batches come in order, so nobody reads the chunks before this one any more.
+            self._stage.passed(now - 1)
+
+    def _start_stage(self) -> None:
+        if self._stage is not None and not self._staged:
+            self._stage.start(self.plan.visit(self.cursor))
+            self._staged = True
+
+    def _stop_stage(self) -> None:
+        if self._stage is not None and self._staged:
+            self._stage.close()
+            self._staged = False
 
     def _fetch(self) -> Iterator[Batch]:
         if self._workers is None or self._iterator is None:
@@ -145,19 +206,29 @@ class PlannedLoader:
 
 
 class _Share(Sampler[list[SlotRequest]]):
-    """One process's part of the global batches, from ``start`` (pass, batch) to the end of that pass."""
+    """One process's part of the global batches, from ``cursor`` to the end of that pass.
 
-    def __init__(self, plan: Plan, rank: int, world_size: int) -> None:
-        self.start = (0, 0)
+    Workers ask for batches ahead of time; ``ahead`` has the place after each of them.
+    """
+
+    def __init__(self, plan: Plan, rank: int, world_size: int, stage: ShardStage | None) -> None:
+        self.cursor = plan.start()
+        self.ahead: deque[Cursor] = deque()
         self._plan = plan
+        self._stage = stage
         size = plan.global_batch_size // world_size
         self._places = slice(rank * size, (rank + 1) * size)
 
     def __iter__(self) -> Iterator[list[SlotRequest]]:
-        pass_number, first = self.start
-        for batch_number in range(first, self._plan.batches_per_pass):
-            columns = self._plan.batch(pass_number, batch_number)
-            yield [SlotRequest(*row) for row in zip(*(c[self._places].tolist() for c in columns), strict=True)]
+        ready = -1
+        for batch, after in self._plan.walk(self.cursor):
+            if self._stage is not None and batch.visit != ready:
+                self._stage.wait(batch.visit)
+                ready = batch.visit
+            self.ahead.append(after)
+            samples, weights, slots = (column[self._places].tolist() for column in batch[:3])
+            rows = zip(samples, weights, slots, strict=True)
+            yield [SlotRequest(sample, weight, slot, batch.size) for sample, weight, slot in rows]
 
 
 def _identity(batch: Any) -> Any:

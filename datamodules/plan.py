@@ -2,42 +2,175 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.errors import UserError
 
-_ORDER = 1  # keeps these permutations apart from others that are drawn from the same seed
+Leftovers = Literal["drop", "pad"]
+
+# Keep the permutations apart that are drawn from the same seed.
+_SHARDS, _CHUNKS, _SAMPLES, _BATCHES = 1, 2, 3, 4
+
+_REPEATS_FROM_BIT = 20  # a slot leaves room for a million passes
+
+
+def split_shards(sample_counts: NDArray[np.int64], num_chunks: int, seed: int) -> list[NDArray[np.int64]]:
+    """Deal shards into chunks of about the same number of samples, at random.
+
+    The chunks are the same for all passes, so that the number of batches is too.
+
+    Args:
+        sample_counts: Samples in each shard, (S,).
+        num_chunks: K.
+        seed: Decides which shards come together.
+
+    Returns:
+        K ascending arrays of shard numbers.
+
+    Raises:
+        UserError: There are fewer shards than chunks.
+    """
+    num_shards = len(sample_counts)
+    if not 1 <= num_chunks <= num_shards:
+        raise UserError(
+            f"chunks={num_chunks} does not fit {num_shards} shards: a chunk is one shard or more;"
+            f" choose at most {num_shards} or pack smaller shards"
+        )
+    order = np.random.default_rng([seed, _SHARDS]).permutation(num_shards)
+    ends = np.cumsum(sample_counts[order])
+    cuts = [0]
+    for number in range(1, num_chunks):
+        nearest = int(np.searchsorted(ends, ends[-1] * number / num_chunks + sample_counts.mean() / 2))
+        cuts.append(min(max(nearest, cuts[-1] + 1), num_shards - num_chunks + number))
+    return [np.sort(part) for part in np.split(order, cuts[1:])]
+
+
+def chunk_order(seed: int, pass_number: int, num_chunks: int, shuffle: bool = True) -> NDArray[np.int64]:
+    """The order in which a pass goes through the chunks, int64 (K,)."""
+    if not shuffle:
+        return np.arange(num_chunks)
+    return np.random.default_rng([seed, _CHUNKS, pass_number]).permutation(num_chunks)
+
+
+class Chunks(Protocol):
+    """The samples that are planned, in K chunks and B buckets.
+
+    Attributes:
+        total: All samples of the data set, also those that are not planned; sample numbers are smaller.
+        counts: How many there are in each chunk and bucket, int64 (K, B).
+        sizes: Height and width in pixels of each bucket, int64 (B, 2).
+    """
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def counts(self) -> NDArray[np.int64]: ...
+
+    @property
+    def sizes(self) -> NDArray[np.int64]: ...
+
+    def samples(self, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sample numbers and buckets of a chunk, int64 (n,) both."""
+
+
+@dataclass(frozen=True, eq=False)
+class OneChunk:
+    """All samples, in one chunk and at one size."""
+
+    total: int
+    size: tuple[int, int] = (0, 0)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        return np.array([[self.total]])
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        return np.array([self.size])
+
+    def samples(self, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.arange(self.total), np.zeros(self.total, np.int64)
 
 
 class GlobalBatch(NamedTuple):
-    """One batch over all processes, G samples.
+    """One batch over all processes, G samples of one size.
 
     Attributes:
         samples: Sample numbers, int64 (G,).
         weights: 1 for a sample, 0 for one that only fills the batch up, float32 (G,).
-        slots: The number of each place in the whole run, int64 (G,).
+        slots: A number for each showing of a sample in the whole run, int64 (G,). It depends on the sample, the pass
+            and the repeat within the pass, not on the batch; so what is drawn for it stays the same when batches are
+            made up differently. Samples that fill up share the slot of the sample that they repeat.
+        size: Height and width in pixels.
+        visit: The number of the visit to a chunk: pass times K plus the position in the pass.
     """
 
     samples: NDArray[np.int64]
     weights: NDArray[np.float32]
     slots: NDArray[np.int64]
+    size: tuple[int, int]
+    visit: int
+
+
+class Segment(NamedTuple):
+    """A stretch of batches of one size: so many of them have been taken."""
+
+    global_batch_size: int
+    batches: int
+
+
+class Cursor(NamedTuple):
+    """A place in the run, before a batch.
+
+    A pass visits each chunk once; a visit goes through the chunk's samples once or more: its rounds.
+
+    Attributes:
+        pass_number: From 0.
+        position: Of the visit in the pass, from 0.
+        repeat: Of the round in the visit, from 0.
+        pass_batches: Batches taken in this pass.
+        visit_batches: Batches taken in this visit.
+        segments: What has been taken in this round; the last one has the present global batch size.
+    """
+
+    pass_number: int
+    position: int
+    repeat: int
+    pass_batches: int
+    visit_batches: int
+    segments: tuple[Segment, ...]
+
+
+class _Round(NamedTuple):
+    """The batches of a round that are to come after all segments but the last: ``rows`` (n, G) into its samples."""
+
+    samples: NDArray[np.int64]
+    buckets: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    valid: NDArray[np.int64]
 
 
 class Plan:
     """The batches of every pass over the data, as a pure function of the arguments.
 
-    Nothing depends on the number of processes or loader workers, so a run can change both and go on.
+    Nothing depends on the number of processes or loader workers, so a run can change both and go on. It can go on with
+    another global batch size too: what a round has consumed is worked out, and the rest is planned anew.
 
     Args:
-        num_samples: The number of samples.
+        chunks: The samples.
         global_batch_size: Samples in a batch over all processes, G.
         seed: Decides the order.
         shuffle: Draw a new order for each pass; otherwise samples keep their order.
-        leftovers: What happens to samples that do not fill a batch. ``"drop"`` leaves them out of the pass, ``"pad"``
-            fills their batch up with samples of weight 0.
+        leftovers: What happens to samples of a bucket that do not fill a batch. ``"drop"`` leaves them out of the
+            round, ``"pad"`` fills their batch up with samples of weight 0.
+        passes_per_chunk: So often a visit goes through its chunk.
+        steps_per_chunk: Or so many batches a visit has, in as many rounds as that takes.
 
     Raises:
         UserError: There are no samples, or too few for one batch where leftovers are dropped.
@@ -45,46 +178,205 @@ class Plan:
 
     def __init__(
         self,
-        num_samples: int,
+        chunks: Chunks,
         global_batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
-        leftovers: Literal["drop", "pad"] = "drop",
+        leftovers: Leftovers = "drop",
+        passes_per_chunk: int = 1,
+        steps_per_chunk: int | None = None,
     ) -> None:
-        if num_samples < 1:
-            raise UserError("there are no samples to plan batches of; add data")
-        if leftovers == "drop" and num_samples < global_batch_size:
-            raise UserError(
-                f"{num_samples} samples do not fill one batch of {global_batch_size}"
-                " (batch_size times the number of processes);"
-                " lower batch_size, use fewer processes or add data"
-            )
-        self.num_samples = num_samples
+        self.chunks = chunks
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.shuffle = shuffle
         self.leftovers = leftovers
-        self._order_of_pass: tuple[int, NDArray[np.int64]] | None = None
+        self.passes_per_chunk = passes_per_chunk
+        self.steps_per_chunk = steps_per_chunk
+        self.num_samples = int(chunks.counts.sum())
+        self.num_chunks = len(chunks.counts)
+        self.batches_per_round = self._count_batches(chunks.counts).sum(axis=1)
+        """Batches in one round of each chunk, int64 (K,)."""
+        if not self.num_samples:
+            raise UserError("there are no samples to plan batches of; add data")
+        if not self.batches_per_round.any():
+            raise UserError(self._too_few())
+        if steps_per_chunk is None:
+            self.batches_per_visit = self.batches_per_round * passes_per_chunk
+        else:
+            self.batches_per_visit = np.where(self.batches_per_round > 0, steps_per_chunk, 0)
+        self._orders: dict[int, NDArray[np.int64]] = {}
+        self._round: tuple[tuple[int, int, tuple[Segment, ...]], _Round] | None = None
 
     @property
     def batches_per_pass(self) -> int:
-        """The number of batches in a pass."""
-        full, rest = divmod(self.num_samples, self.global_batch_size)
-        return full + (rest > 0 and self.leftovers == "pad")
+        """The number of batches in a whole pass."""
+        return int(self.batches_per_visit.sum())
 
-    def batch(self, pass_number: int, batch_number: int) -> GlobalBatch:
-        """The batch with this number, from 0, in the pass with this number, from 0."""
-        size = self.global_batch_size
-        places = batch_number * size + np.arange(size)
-        samples = self._order(pass_number)[places % self.num_samples]
-        weights = (places < self.num_samples).astype(np.float32)
-        return GlobalBatch(samples, weights, pass_number * self.batches_per_pass * size + places)
+    @property
+    def samples_per_round(self) -> int:
+        """How many samples are in the batches if each chunk is gone through once; the others are dropped."""
+        counts = self.chunks.counts
+        if self.leftovers == "drop":
+            counts = counts // self.global_batch_size * self.global_batch_size
+        return int(counts.sum())
+
+    @property
+    def padding_per_round(self) -> int:
+        """How many places of weight 0 fill batches up if each chunk is gone through once."""
+        return int(self.batches_per_round.sum()) * self.global_batch_size - self.samples_per_round
+
+    def start(self) -> Cursor:
+        """The place before the first batch."""
+        return self._settle(Cursor(0, 0, 0, 0, 0, (Segment(self.global_batch_size, 0),)))
+
+    def resume(self, cursor: Cursor) -> Cursor:
+        """A place of a run that may have had another global batch size, as a place of this one."""
+        taken = tuple(segment for segment in cursor.segments if segment.batches)
+        if not taken or taken[-1].global_batch_size != self.global_batch_size:
+            taken = (*taken, Segment(self.global_batch_size, 0))
+        return self._settle(cursor._replace(segments=taken))
+
+    def remaining(self, cursor: Cursor) -> int:
+        """The number of batches from there to the end of the pass."""
+        order = self._order(cursor.pass_number)
+        chunk = order[cursor.position]
+        if self.steps_per_chunk is not None:
+            here = int(self.batches_per_visit[chunk]) - cursor.visit_batches
+        else:
+            rounds = self.passes_per_chunk - 1 - cursor.repeat
+            here = self._left_in_round(cursor) + rounds * int(self.batches_per_round[chunk])
+        return here + int(self.batches_per_visit[order[cursor.position + 1 :]].sum())
+
+    def walk(self, cursor: Cursor) -> Iterator[tuple[GlobalBatch, Cursor]]:
+        """The batches from there to the end of the pass, each with the place after it."""
+        pass_number = cursor.pass_number
+        while cursor.pass_number == pass_number:
+            batch = self._batch(cursor)
+            cursor = self._after(cursor)
+            yield batch, cursor
+
+    def visit(self, cursor: Cursor) -> int:
+        """The number of the visit at a place."""
+        return cursor.pass_number * self.num_chunks + cursor.position
+
+    def chunk(self, cursor: Cursor) -> int:
+        """The number of the chunk at a place."""
+        return int(self._order(cursor.pass_number)[cursor.position])
+
+    def _too_few(self) -> str:
+        counts = self.chunks.counts
+        parts = (
+            "" if counts.size == 1 else f" in any of {counts.size} chunks times buckets (at most {counts.max()} in one)"
+        )
+        return (
+            f"{self.num_samples} samples do not fill one batch of {self.global_batch_size}{parts}"
+            " (batch_size times the number of processes);"
+            " lower batch_size, use fewer processes, chunks or buckets, or add data"
+        )
+
+    def _count_batches(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self.leftovers == "pad":
+            return -(-counts // self.global_batch_size)
+        return counts // self.global_batch_size
 
     def _order(self, pass_number: int) -> NDArray[np.int64]:
-        if self._order_of_pass is None or self._order_of_pass[0] != pass_number:
-            if self.shuffle:
-                order = np.random.default_rng([self.seed, _ORDER, pass_number]).permutation(self.num_samples)
+        if pass_number not in self._orders:
+            self._orders = {pass_number: chunk_order(self.seed, pass_number, self.num_chunks, self.shuffle)}
+        return self._orders[pass_number]
+
+    def _left_in_round(self, cursor: Cursor) -> int:
+        if len(cursor.segments) == 1:  # the usual case, without planning the round
+            return int(self.batches_per_round[self.chunk(cursor)]) - cursor.segments[0].batches
+        return len(self._plan_round(cursor).rows) - cursor.segments[-1].batches
+
+    def _after(self, cursor: Cursor) -> Cursor:
+        *before, last = cursor.segments
+        return self._settle(
+            cursor._replace(
+                pass_batches=cursor.pass_batches + 1,
+                visit_batches=cursor.visit_batches + 1,
+                segments=(*before, last._replace(batches=last.batches + 1)),
+            )
+        )
+
+    def _settle(self, cursor: Cursor) -> Cursor:
+        """Move on from the end of a round, visit or pass to the next place where there is a batch."""
+        fresh = (Segment(self.global_batch_size, 0),)
+        while True:
+            if self._visit_is_over(cursor):
+                if cursor.position + 1 < self.num_chunks:
+                    cursor = Cursor(cursor.pass_number, cursor.position + 1, 0, cursor.pass_batches, 0, fresh)
+                else:
+                    cursor = Cursor(cursor.pass_number + 1, 0, 0, 0, 0, fresh)
+            elif self._left_in_round(cursor) <= 0:
+                cursor = cursor._replace(repeat=cursor.repeat + 1, segments=fresh)
             else:
-                order = np.arange(self.num_samples)
-            self._order_of_pass = (pass_number, order)
-        return self._order_of_pass[1]
+                return cursor
+
+    def _visit_is_over(self, cursor: Cursor) -> bool:
+        chunk = self.chunk(cursor)
+        if not self.batches_per_round[chunk]:
+            return True
+        if self.steps_per_chunk is not None:
+            return cursor.visit_batches >= self.steps_per_chunk
+        return cursor.repeat >= self.passes_per_chunk
+
+    def _batch(self, cursor: Cursor) -> GlobalBatch:
+        planned = self._plan_round(cursor)
+        number = cursor.segments[-1].batches
+        rows = planned.rows[number]
+        samples = planned.samples[rows]
+        showing = cursor.pass_number + (cursor.repeat << _REPEATS_FROM_BIT)
+        height, width = self.chunks.sizes[planned.buckets[rows[0]]].tolist()
+        return GlobalBatch(
+            samples,
+            (np.arange(len(rows)) < planned.valid[number]).astype(np.float32),
+            showing * self.chunks.total + samples,
+            (height, width),
+            self.visit(cursor),
+        )
+
+    def _plan_round(self, cursor: Cursor) -> _Round:
+        *before, last = cursor.segments
+        key = (self.visit(cursor), cursor.repeat, (*before, Segment(last.global_batch_size, 0)))
+        if self._round is None or self._round[0] != key:
+            self._round = (key, self._make_round(cursor))
+        return self._round[1]
+
+    def _make_round(self, cursor: Cursor) -> _Round:
+        chunk = self.chunk(cursor)
+        samples, buckets = self.chunks.samples(chunk)
+        seed = [self.seed, _SAMPLES, cursor.pass_number, chunk, cursor.repeat]
+        rest = np.random.default_rng(seed).permutation(len(samples)) if self.shuffle else np.arange(len(samples))
+        for number, segment in enumerate(cursor.segments):
+            rows, valid = self._group(rest, buckets, segment.global_batch_size)
+            if self.shuffle:
+                seed = [self.seed, _BATCHES, cursor.pass_number, chunk, cursor.repeat, number]
+                order = np.random.default_rng(seed).permutation(len(rows))
+                rows, valid = rows[order], valid[order]
+            if number + 1 < len(cursor.segments):
+                taken = np.zeros(len(samples), bool)
+                real = np.arange(segment.global_batch_size) < valid[: segment.batches, None]
+                taken[rows[: segment.batches][real]] = True
+                rest = rest[~taken[rest]]
+        return _Round(samples, buckets, rows, valid)
+
+    def _group(
+        self, rest: NDArray[np.int64], buckets: NDArray[np.int64], size: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Batches of one bucket each: rows int64 (n, G) out of ``rest``, and how many in each are not there to fill up."""
+        by_bucket = rest[np.argsort(buckets[rest], kind="stable")]
+        present = buckets[by_bucket]
+        starts = np.flatnonzero(np.diff(present, prepend=-1))
+        rows = [np.empty((0, size), np.int64)]
+        valid = [np.empty(0, np.int64)]
+        for members in np.split(by_bucket, starts[1:]):
+            full, left = divmod(len(members), size)
+            rows.append(members[: full * size].reshape(full, size))
+            valid.append(np.full(full, size))
+            if left and self.leftovers == "pad":
+                # The members over again, those of the unfilled batch first.
+                rows.append(np.resize(np.roll(members, left), (1, size)))
+                valid.append(np.array([left]))
+        return np.concatenate(rows), np.concatenate(valid)

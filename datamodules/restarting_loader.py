@@ -20,5 +20,5 @@ class RestartingLoader(PlannedLoader):
         Raises:
             UserError: More than ``max_bad_samples`` samples are bad.
         """
-        self.pass_number, self.batch_number = 0, 0
+        self.cursor = self.plan.start()
         yield from super().__iter__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 import warnings
@@ -17,7 +18,10 @@ from lit_lora.errors import UserError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """What torchvision decodes; where a sample has several images, the first of these counts."""
 
-EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
+CACHED_EXTENSION = "safetensors"
+"""In a cache of latents it takes the image's place."""
+
+EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", CACHED_EXTENSION)
 """The members that are indexed; all others are passed over."""
 
 _HEADER_BYTES = 65536
@@ -62,6 +66,8 @@ def scan_shard(path: Path) -> ScannedShard:
             extensions.add(extension)
             if extension < len(IMAGE_EXTENSIONS) and extension == min(extensions):
                 shard.sizes[-1] = _size_in_file(file, offset, size)
+            elif EXTENSIONS[extension] == CACHED_EXTENSION:
+                shard.sizes[-1] = _size_of_cached(file, offset, size)
             shard.members.append((len(shard.keys) - 1, extension, offset, size))
     if not shard.keys:
         raise UserError(f"{path} holds no samples (members that end in {', '.join(EXTENSIONS)}); remove it")
@@ -98,6 +104,16 @@ def _size_in_file(file: io.BufferedReader, offset: int, size: int) -> tuple[int,
     if found == (0, 0) and size > _HEADER_BYTES:
         found = image_size(os.pread(file.fileno(), size, offset))
     return found
+
+
+def _size_of_cached(file: io.BufferedReader, offset: int, size: int) -> tuple[int, int]:
+    """Width and height of the image that a cached sample was made from, out of its safetensors metadata."""
+    try:
+        length = int.from_bytes(os.pread(file.fileno(), 8, offset), "little")
+        metadata = json.loads(os.pread(file.fileno(), min(length, size, _HEADER_BYTES), offset + 8))["__metadata__"]
+        return int(metadata["width"]), int(metadata["height"])
+    except (ValueError, KeyError, TypeError):
+        return 0, 0
 
 
 def _members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int, int, int]]:

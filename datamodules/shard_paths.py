@@ -8,6 +8,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from lit_lora.datamodules.remote import redact
 from lit_lora.errors import UserError
 
 
@@ -22,7 +23,7 @@ def find_shards(specs: str | Iterable[str]) -> list[Path]:
     paths: list[Path] = []
     for spec in [specs] if isinstance(specs, str) else specs:
         if "://" in spec or spec.startswith("pipe:"):
-            raise UserError(f"{spec} is not a local file, and only local shards are supported; download the shards")
+            raise UserError(f"{redact(spec)} is not a local file; name local shards")
         found = [path for pattern in _expand(spec) for path in _match(pattern)]
         if not found:
             raise UserError(f"{spec} matches no shards; name *.tar files or a folder that holds some")

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from numpy.typing import NDArray
-from tqdm import tqdm
+from lightning.pytorch.utilities import rank_zero_only
 
-from lit_lora.datamodules.dataset import ShardDataset
+from lit_lora.callbacks.data_progress import DataProgress
+from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
+from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.chunked_samples import ChunkedSamples
+from lit_lora.datamodules.dataset import SampleDecoder, ShardDataset
 from lit_lora.datamodules.framing import Framing
-from lit_lora.datamodules.index import ShardIndex
+from lit_lora.datamodules.image_decoder import ImageDecoder
+from lit_lora.datamodules.listed_samples import ListedSamples
 from lit_lora.datamodules.loader import PlannedLoader
+from lit_lora.datamodules.open_table import open_table
 from lit_lora.datamodules.plan import Plan
+from lit_lora.datamodules.remote import is_remote, redact
 from lit_lora.datamodules.restarting_loader import RestartingLoader
-from lit_lora.datamodules.shard_paths import find_shards
+from lit_lora.datamodules.shard_reader import ShardReader
 from lit_lora.datamodules.table import SampleTable
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError
 
 Shards = str | list[str] | None
 
-_HINT_AFTER_S = 3.0
+_log = logging.getLogger(__name__)
+
+_MUCH_DROPPED = 0.02
 
 
 class WebDatasetDataModule(LightningDataModule):
     """Images with captions from tar shards in the WebDataset format.
 
-    Shards are paths of ``.tar`` files, folders of them, globs, or braces as in ``data/shard-{000000..000099}.tar``.
-    A sample is an image (``.jpg``, ``.jpeg``, ``.png``, ``.webp``) and a caption (``.txt`` or ``.json``).
+    Shards are ``.tar`` files, folders of them, globs, or braces as in ``data/shard-{000000..000099}.tar``, on a local
+    disk or as URLs that fsspec opens (``https://``, ``s3://`` …). A sample is an image (``.jpg``, ``.jpeg``, ``.png``,
+    ``.webp``) and a caption (``.txt``, ``.json`` or ``.cls``), or an entry of a cache that ``lit-lora cache`` made.
 
-    A batch is a dict: ``pixel_values`` uint8 (B, 3, R, R); ``caption`` list of str; ``original_size`` int64 (B, 2),
-    height and width; ``crop_top_left`` int64 (B, 2), top and left; ``weight`` float32 (B,), 0 for a place that must not
-    count; ``slot`` list of int, the number of each place in the whole run; ``key`` list of str.
+    A batch is a dict: ``pixel_values`` uint8 (B, 3, H, W); ``caption`` list of str; ``original_size`` and
+    ``target_size`` int64 (B, 2), height and width; ``crop_top_left`` int64 (B, 2), top and left; ``weight`` float32
+    (B,), 0 for a place that must not count; ``slot`` list of int, a number for each showing of a sample in the whole
+    run; ``key`` list of str.
 
-    Training can be resumed at any step, with another number of loader workers, and with another number of processes
-    where ``batch_size`` times that number stays the same: the batches are those of an uninterrupted run.
+    Training can be resumed at any step, with another number of loader workers, processes or samples in a batch: no
+    sample of a pass is repeated or lost.
 
     Args:
         train_shards: Shards to train on.
@@ -45,19 +56,32 @@ class WebDatasetDataModule(LightningDataModule):
         val_samples: So many samples of ``train_shards`` are held out to validate on, chosen by ``seed``. It cannot be
             combined with ``val_shards``.
         batch_size: Samples in a batch of one process.
-        resolution: Side of the square images in pixels; the short side is resized to it, the long side is cropped.
+        resolution: Side of the square images in pixels; the image is resized to cover it, what is over is cropped.
+        buckets: Train images near their own shape at about the same area instead of as squares. A batch over all
+            processes has one shape.
+        max_upscaling: Images that would have to be enlarged by more than this factor are left out; null keeps all.
         center_crop: Crop the middle of training images; otherwise a random place. Validation and test images are
             always cropped in the middle.
         random_flip: Mirror half of the training images left to right.
-        caption: Where captions are: ``txt``, ``json``, or null for ``.txt`` where a sample has it and else ``.json``.
-        caption_key: The key of the caption in ``.json`` members.
+        captions: Where captions are, and what is varied in them.
+        chunks: Train on this many parts of the shards one after the other, each a random choice of whole shards. An
+            epoch is a pass through all of them, in an order of its own.
+        chunk_samples: Or so many samples in a chunk, about.
+        passes_per_chunk: Go so often through a chunk before the next.
+        steps_per_chunk: Or take so many batches from it.
+        leftovers: Samples that do not fill a batch of their chunk and bucket are left out of the pass (``drop``), or the
+            batch is filled up with samples of weight 0 (``pad``).
+        staging_dir: Folder on a local disk to which shards are copied, a chunk ahead of the training. Shards that are
+            not on a local disk need it.
+        staging_budget: The most bytes there, for each job on the machine, as in ``200GB``; null for what two chunks
+            take.
         num_workers: Processes that read and decode for each training process; 0 does it in the training process.
         max_bad_samples: So many different samples may be damaged before training stops. Their places in the batch are
             filled by other samples with weight 0. Each process counts its own.
-        seed: Decides the order, the crops, the flips, and which samples are held out.
+        seed: Decides the order, the crops, the flips, the captions, and which samples are held out.
 
     Raises:
-        UserError: A value is out of its bounds, or ``val_shards`` and ``val_samples`` are combined.
+        UserError: A value is out of its bounds, or two arguments exclude each other.
     """
 
     def __init__(
@@ -68,78 +92,114 @@ class WebDatasetDataModule(LightningDataModule):
         val_samples: int = 0,
         batch_size: int = 1,
         resolution: int = 512,
+        buckets: AspectRatioBuckets | None = None,
+        max_upscaling: float | None = None,
         center_crop: bool = False,
         random_flip: bool = False,
-        caption: Literal["txt", "json"] | None = None,
-        caption_key: str = "caption",
+        captions: Captions = Captions(),  # noqa: B008 it is frozen
+        chunks: int = 1,
+        chunk_samples: int | None = None,
+        passes_per_chunk: int = 1,
+        steps_per_chunk: int | None = None,
+        leftovers: Literal["drop", "pad"] = "drop",
+        staging_dir: str | None = None,
+        staging_budget: int | str | None = None,
         num_workers: int = 2,
         max_bad_samples: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check("val_samples", val_samples, 0)
-        _check("batch_size", batch_size, 1)
-        _check("resolution", resolution, 1)
-        _check("num_workers", num_workers, 0)
-        _check("max_bad_samples", max_bad_samples, 0)
-        _check("seed", seed, 0)
-        if caption not in (None, "txt", "json"):
-            raise UserError(f"caption={caption!r} is not known; choose txt, json or null")
-        if val_shards and val_samples:
-            raise UserError(f"val_shards and val_samples={val_samples} exclude each other; drop one of them")
+        _check_least(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
+        _check_least(1, batch_size=batch_size, resolution=resolution, chunks=chunks, chunk_samples=chunk_samples)
+        _check_least(1, passes_per_chunk=passes_per_chunk, steps_per_chunk=steps_per_chunk)
+        if max_upscaling is not None and max_upscaling < 1:
+            raise UserError(f"max_upscaling={max_upscaling} is too small; it must be at least 1, or null for no limit")
+        if leftovers not in ("drop", "pad"):
+            raise UserError(f"leftovers={leftovers!r} is not known; choose drop or pad")
+        _exclude(val_shards=val_shards, val_samples=val_samples or None)
+        _exclude(chunks=chunks if chunks > 1 else None, chunk_samples=chunk_samples)
+        _exclude(passes_per_chunk=passes_per_chunk if passes_per_chunk > 1 else None, steps_per_chunk=steps_per_chunk)
+        if staging_budget is not None and staging_dir is None:
+            raise UserError(f"staging_budget={staging_budget} has no use without staging_dir; set both or neither")
         self.train_shards = train_shards
         self.val_shards = val_shards
         self.test_shards = test_shards
         self.val_samples = val_samples
         self.batch_size = batch_size
         self.resolution = resolution
+        self.buckets = buckets
+        self.max_upscaling = max_upscaling
         self.center_crop = center_crop
         self.random_flip = random_flip
-        self.caption = caption
-        self.caption_key = caption_key
+        self.captions = captions
+        self.chunks = chunks
+        self.chunk_samples = chunk_samples
+        self.passes_per_chunk = passes_per_chunk
+        self.steps_per_chunk = steps_per_chunk
+        self.leftovers = leftovers
+        self.staging_dir = staging_dir
+        self.staging_budget = staging_budget
         self.num_workers = num_workers
         self.max_bad_samples = max_bad_samples
         self.seed = seed
-        self._train: ShardDataset | None = None
-        self._val: ShardDataset | None = None
-        self._test: ShardDataset | None = None
+        self._bucketing = Bucketing.of(resolution, buckets, max_upscaling)
+        self._train: ChunkedSamples | None = None
+        self._val: ListedSamples | None = None
+        self._test: ListedSamples | None = None
         self._train_loader: PlannedLoader | None = None
-        self._loaded_state: dict[str, int] | None = None
+        self._loaded_state: dict[str, Any] | None = None
 
     def prepare_data(self) -> None:
-        """Index the shards that have no index yet, once per node.
+        """Index the shards that have no index yet and copy the indexes of remote ones, once per node.
 
         Raises:
-            UserError: A shard is missing or damaged.
+            UserError: A shard or an index is missing or damaged.
         """
         for shards in (self.train_shards, self.val_shards, self.test_shards):
             if shards:
-                _load_indexes(shards)
+                open_table(shards, refresh=True)
 
     def setup(self, stage: str) -> None:
-        """Read the indexes and check that the samples are complete.
+        """Read the indexes and check that the samples are complete and the plan can be carried out.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``. Prediction runs over the validation samples.
 
         Raises:
-            UserError: There is no data for this stage, samples lack an image or a caption, or there are too few.
+            UserError: There is no data for this stage, samples lack an image or a caption, there are too few, or the
+                shards of two chunks do not fit where they are staged.
         """
         if stage == "test":
             if not self.test_shards:
                 raise UserError("there is no data to test on; set test_shards")
-            self._test = self._evaluation_data(self._table(self.test_shards))
+            self._test = self._evaluation_data(open_table(self.test_shards))
             return
         if stage == "fit" and not self.train_shards:
             raise UserError("there is no data to train on; set train_shards")
         if stage != "fit" and not self.val_shards and not self.val_samples:
             raise UserError(f"there is no data to {stage} on; set val_shards or val_samples")
         if self.train_shards and (stage == "fit" or self.val_samples):
-            self._split_train(self._table(self.train_shards))
+            self._split_train(open_table(self.train_shards))
         if self.val_shards:
-            self._val = self._evaluation_data(self._table(self.val_shards))
+            self._val = self._evaluation_data(open_table(self.val_shards))
         if stage == "fit":
-            self._train_plan()  # so that too few samples are reported before the model is loaded
+            self._prepare_training()
+
+    def plan(self) -> Plan:
+        """The plan of training.
+
+        Raises:
+            UserError: There are too few samples.
+        """
+        assert self._train is not None, "setup('fit') comes first"
+        return Plan(
+            self._train,
+            self.batch_size * self._world_size,
+            self.seed,
+            leftovers=self.leftovers,
+            passes_per_chunk=self.passes_per_chunk,
+            steps_per_chunk=self.steps_per_chunk,
+        )
 
     def train_dataloader(self) -> PlannedLoader:
         """The loader for training, at the place where the checkpoint or the loader before it left off.
@@ -147,16 +207,33 @@ class WebDatasetDataModule(LightningDataModule):
         With ``Trainer(overfit_batches=...)`` each epoch sees the same batches.
 
         Raises:
-            UserError: The checkpoint belongs to other data, another seed or another global batch.
+            UserError: The checkpoint belongs to other data or another seed.
         """
         assert self._train is not None, "setup('fit') comes first"
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
-        loader = self._loader(RestartingLoader if overfit else PlannedLoader, self._train, self._train_plan())
-        before = self._train_loader
-        if before is not None and before.plan.global_batch_size == loader.plan.global_batch_size:
-            loader.load_state_dict(before.state_dict())
-        elif before is None and self._loaded_state is not None:
-            loader.load_state_dict(self._loaded_state)
+        before, state = self._train_loader, self._loaded_state
+        if before is not None:
+            state = before.state_dict()
+            before.close()
+        framing = Framing(self.center_crop, self.random_flip, self.seed)
+        stager = None
+        if self.staging_dir is not None:
+            from lit_lora.datamodules.staging import make_stager
+
+            stager = make_stager(self.staging_dir, self.staging_budget, self._train, self.seed, self.trainer)
+        reader = ShardReader(self._train.table, None if stager is None else stager.path)
+        loader = (RestartingLoader if overfit else PlannedLoader)(
+            ShardDataset(reader, self._decoder(framing)),
+            self.plan(),
+            self._rank,
+            self._world_size,
+            self.num_workers,
+            self.max_bad_samples,
+            {"shards": self._train.table.digest, "bucketing": self._bucketing.digest},
+            stager,
+        )
+        if state is not None:
+            loader.load_state_dict(state)
         self._train_loader = loader
         return loader
 
@@ -174,6 +251,11 @@ class WebDatasetDataModule(LightningDataModule):
         assert self._val is not None, "setup('predict') comes first"
         return self._evaluation_loader(self._val)
 
+    def teardown(self, stage: str) -> None:
+        """End the worker processes and the staging of shards."""
+        if self._train_loader is not None:
+            self._train_loader.close()
+
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data. Lightning keeps the loader's own state too, but loses it in some cases."""
         state = self._loaded_state if self._train_loader is None else self._train_loader.state_dict()
@@ -184,51 +266,91 @@ class WebDatasetDataModule(LightningDataModule):
         self._loaded_state = state_dict.get("train_loader")
         self._train_loader = None
 
-    def _table(self, shards: str | list[str]) -> SampleTable:
-        return SampleTable.concatenate(_load_indexes(shards))
-
     def _split_train(self, table: SampleTable) -> None:
         if self.val_samples >= len(table):
             raise UserError(
                 f"val_samples={self.val_samples} leaves nothing of {len(table)} samples to train on; choose fewer"
             )
-        order = np.random.default_rng(seed_of(self.seed, "held out")).permutation(len(table))
-        framing = Framing(self.resolution, self.center_crop, self.random_flip, self.seed)
-        self._train = self._dataset(table, np.sort(order[self.val_samples :]), framing)
+        generator = np.random.default_rng(seed_of(self.seed, "held out"))
+        held_out = np.sort(generator.choice(len(table), self.val_samples, replace=False))
+        num_chunks = self.chunks
+        if self.chunk_samples is not None:
+            num_chunks = max(1, round(len(table) / self.chunk_samples))
+        self._check_complete(table)
+        self._train = ChunkedSamples.split(table, self._bucketing, num_chunks, self.seed, held_out)
         if self.val_samples:
-            self._val = self._evaluation_data(table, np.sort(order[: self.val_samples]))
+            self._val = ListedSamples(table, held_out, self._evaluation_bucketing)
 
-    def _evaluation_data(self, table: SampleTable, samples: NDArray[np.int64] | None = None) -> ShardDataset:
-        framing = Framing(self.resolution, center_crop=True, random_flip=False, seed=self.seed)
-        return self._dataset(table, np.arange(len(table)) if samples is None else samples, framing)
-
-    def _dataset(self, table: SampleTable, samples: NDArray[np.int64], framing: Framing) -> ShardDataset:
-        extensions = ("txt", "json") if self.caption is None else (self.caption,)
-        return ShardDataset(table, samples, framing, extensions, self.caption_key)
-
-    def _train_plan(self) -> Plan:
+    def _prepare_training(self) -> None:
+        """Report what is wrong with the plan before the model is loaded, and make its progress visible."""
         assert self._train is not None
-        return Plan(len(self._train), self.batch_size * self._world_size, self.seed)
+        plan = self.plan()
+        dropped = plan.num_samples - plan.samples_per_round
+        if dropped > _MUCH_DROPPED * plan.num_samples and rank_zero_only.rank == 0:
+            _log.warning(
+                "each pass leaves out %d of %d samples, which do not fill a batch of %d in their chunk and bucket;"
+                " leftovers=pad trains on them too, and fewer chunks or buckets or smaller batches leave out fewer",
+                dropped,
+                plan.num_samples,
+                plan.global_batch_size,
+            )
+        remote = next((location for location in self._train.table.locations if is_remote(location)), None)
+        if self.staging_dir is not None:
+            from lit_lora.datamodules.staging import staging_budget
 
-    def _evaluation_loader(self, dataset: ShardDataset) -> PlannedLoader:
-        plan = Plan(len(dataset), self.batch_size * self._world_size, self.seed, shuffle=False, leftovers="pad")
-        return self._loader(RestartingLoader, dataset, plan)
+            staging_budget(self.staging_dir, self.staging_budget, self._train)
+        elif remote is not None:
+            raise UserError(
+                f"{redact(remote)} is not on a local disk; set staging_dir to a folder that is (and chunks, so that not"
+                " everything has to fit there), or use WebDatasetStreamDataModule"
+            )
+        if self.trainer is not None and not any(isinstance(c, DataProgress) for c in self.trainer.callbacks):
+            self.trainer.callbacks.insert(0, DataProgress())
 
-    def _loader(self, kind: type[PlannedLoader], dataset: ShardDataset, plan: Plan) -> PlannedLoader:
-        rank = 0 if self.trainer is None else self.trainer.global_rank
-        return kind(dataset, plan, rank, self._world_size, self.num_workers, self.max_bad_samples)
+    def _evaluation_data(self, table: SampleTable) -> ListedSamples:
+        self._check_complete(table)
+        return ListedSamples(table, np.arange(len(table)), self._evaluation_bucketing)
+
+    @property
+    def _evaluation_bucketing(self) -> Bucketing:
+        """All samples are evaluated, however small."""
+        return Bucketing.of(self.resolution, self.buckets)
+
+    def _decoder(self, framing: Framing) -> SampleDecoder:
+        return ImageDecoder(framing, self.captions, self.seed)
+
+    def _check_complete(self, table: SampleTable) -> None:
+        decoder = self._decoder(Framing(self.center_crop, self.random_flip, self.seed))
+        for what, extensions in decoder.required.items():
+            table.check_complete(what, extensions)
+
+    def _evaluation_loader(self, samples: ListedSamples) -> PlannedLoader:
+        framing = Framing(center_crop=True, random_flip=False, seed=self.seed)
+        return RestartingLoader(
+            ShardDataset(ShardReader(samples.table), self._decoder(framing)),
+            Plan(samples, self.batch_size * self._world_size, self.seed, shuffle=False, leftovers="pad"),
+            self._rank,
+            self._world_size,
+            self.num_workers,
+            self.max_bad_samples,
+        )
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
 
     @property
     def _world_size(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
 
 
-def _load_indexes(shards: str | list[str]) -> list[ShardIndex]:
-    # The bar appears only where this takes long, which is when indexes have to be made.
-    paths = tqdm(find_shards(shards), "indexing shards", unit="shard", delay=_HINT_AFTER_S, leave=False)
-    return [ShardIndex.load_or_build(path) for path in paths]
+def _check_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"{name}={value} is too small; it must be at least {least}")
 
 
-def _check(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{name}={value} is too small; it must be at least {least}")
+def _exclude(**values: Any) -> None:
+    given = [f"{name}={value}" for name, value in values.items() if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other; drop one of them")

@@ -3,16 +3,19 @@ from __future__ import annotations
 import multiprocessing
 from itertools import islice
 
-import numpy as np
 import pytest
 import torch
 
 from lit_lora.datamodules import Plan
+from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.dataset import ShardDataset
 from lit_lora.datamodules.framing import Framing
+from lit_lora.datamodules.image_decoder import ImageDecoder
 from lit_lora.datamodules.index import ShardIndex
 from lit_lora.datamodules.loader import PlannedLoader
+from lit_lora.datamodules.plan import OneChunk
 from lit_lora.datamodules.restarting_loader import RestartingLoader
+from lit_lora.datamodules.shard_reader import ShardReader
 from lit_lora.datamodules.table import SampleTable
 from lit_lora.errors import UserError
 
@@ -25,8 +28,13 @@ def dataset(make_shards):
 
 
 def _dataset(paths):
-    table = SampleTable.concatenate([ShardIndex.build(path) for path in paths])
-    return ShardDataset(table, np.arange(len(table)), Framing(8, center_crop=False, random_flip=True, seed=0))
+    table = SampleTable.of([ShardIndex.build(path) for path in paths])
+    framing = Framing(center_crop=False, random_flip=True, seed=0)
+    return ShardDataset(ShardReader(table), ImageDecoder(framing, Captions(), seed=0))
+
+
+def _plan(num_samples, *args, **options):
+    return Plan(OneChunk(num_samples, (8, 8)), *args, **options)
 
 
 def _seen(batches):
@@ -36,13 +44,15 @@ def _seen(batches):
 
 @workers
 def test_passes_follow_the_plan(dataset, num_workers):
-    plan = Plan(13, 3, seed=5)
+    plan = _plan(13, 3, seed=5)
     loader = PlannedLoader(dataset, plan, num_workers=num_workers)
 
     assert len(loader) == 4
     for number in range(3):
         batches = list(loader)
-        expected = [plan.batch(number, batch) for batch in range(4)]
+        expected, cursor = [], plan.start()._replace(pass_number=number)
+        for batch, _ in plan.walk(cursor):
+            expected.append(batch)
         assert [batch["key"] for batch in batches] == [[f"{s:04}" for s in e.samples] for e in expected]
         assert [batch["slot"] for batch in batches] == [e.slots.tolist() for e in expected]
         assert all("bad" not in batch for batch in batches)
@@ -54,14 +64,15 @@ def test_passes_follow_the_plan(dataset, num_workers):
 @pytest.mark.parametrize("consumed", [0, 1, 3, 4, 6])
 def test_resumes_exactly(dataset, num_workers, consumed):
     def make(seed=5):
-        return PlannedLoader(dataset, Plan(13, 3, seed), num_workers=num_workers)
+        return PlannedLoader(dataset, _plan(13, 3, seed), num_workers=num_workers)
 
     straight = make()
     whole = _seen([*straight, *straight, *straight])
     first = make()
     before = _seen(islice((batch for _ in range(3) for batch in first), consumed))
     state = first.state_dict()
-    assert all(type(value) is int for value in state.values())
+    assert all(type(value) is int for name, value in state.items() if name != "segments")
+    assert all(type(value) is int for value in state["segments"])
     second = make()
     second.load_state_dict(state)
     after = _seen(batch for _ in range(3 - consumed // 4) for batch in second)
@@ -73,21 +84,21 @@ def test_resumes_exactly(dataset, num_workers, consumed):
 
 @workers
 def test_abandoned_iteration_goes_on_where_it_was(dataset, num_workers):
-    loader = PlannedLoader(dataset, Plan(13, 3), num_workers=num_workers)
-    whole = _seen(PlannedLoader(dataset, Plan(13, 3)))
+    loader = PlannedLoader(dataset, _plan(13, 3), num_workers=num_workers)
+    whole = _seen(PlannedLoader(dataset, _plan(13, 3)))
 
     assert _seen(islice(loader, 1)) == whole[:1]
-    assert loader.state_dict()["batch"] == 1
+    assert loader.state_dict()["pass_batches"] == 1
     assert _seen(islice(loader, 2)) == whole[1:3]
     assert _seen(loader) == whole[3:]
-    assert (loader.pass_number, loader.batch_number) == (1, 0)
+    assert loader.cursor[:4] == (1, 0, 0, 0)
     loader.close()
     assert multiprocessing.active_children() == []
 
 
 def test_processes_share_the_global_batch(dataset):
-    whole = list(PlannedLoader(dataset, Plan(13, 4)))
-    parts = [list(PlannedLoader(dataset, Plan(13, 4), rank, world_size=2)) for rank in range(2)]
+    whole = list(PlannedLoader(dataset, _plan(13, 4)))
+    parts = [list(PlannedLoader(dataset, _plan(13, 4), rank, world_size=2)) for rank in range(2)]
 
     assert len(whole) == 3
     for batch, low, high in zip(whole, *parts, strict=True):
@@ -98,38 +109,57 @@ def test_processes_share_the_global_batch(dataset):
 
 
 def test_state_serves_another_number_of_processes(dataset):
-    pair = [PlannedLoader(dataset, Plan(13, 4), rank, world_size=2) for rank in range(2)]
+    pair = [PlannedLoader(dataset, _plan(13, 4), rank, world_size=2) for rank in range(2)]
     for loader in pair:
         next(iter(loader))
     assert pair[0].state_dict() == pair[1].state_dict()
-    alone = PlannedLoader(dataset, Plan(13, 4))
+    alone = PlannedLoader(dataset, _plan(13, 4))
     alone.load_state_dict(pair[0].state_dict())
 
-    assert _seen(alone) == _seen(PlannedLoader(dataset, Plan(13, 4)))[1:]
+    assert _seen(alone) == _seen(PlannedLoader(dataset, _plan(13, 4)))[1:]
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"),
+    ("seed", "samples", "identity", "message"),
     [
-        (Plan(13, 4, 1), "the checkpoint has seed 0, this run 1; set the seed back"),
-        (Plan(13, 3, 0), "the checkpoint has global_batch_size 4, this run 3; choose batch_size"),
-        (Plan(12, 4, 0), "the checkpoint has num_samples 13, this run 12; use the shards"),
+        (1, 13, {}, "the checkpoint has seed 0, this run 1; set the seed back"),
+        (0, 12, {}, "the checkpoint has samples 13, this run 12; use the shards"),
+        (0, 13, {"shards": 8}, "the checkpoint has shards 7, this run 8; use the shards of that run in the same order"),
     ],
 )
-def test_state_of_another_plan(dataset, plan, message):
+def test_state_of_other_data(dataset, seed, samples, identity, message):
+    state = PlannedLoader(dataset, _plan(13, 4, 0), identity={"shards": 7}).state_dict()
     with pytest.raises(UserError, match=message):
-        PlannedLoader(dataset, plan).load_state_dict(PlannedLoader(dataset, Plan(13, 4, 0)).state_dict())
+        PlannedLoader(dataset, _plan(samples, 4, seed), identity={"shards": 7} | identity).load_state_dict(state)
+
+
+@workers
+@pytest.mark.parametrize("other", [1, 2, 5])
+def test_resumes_with_another_global_batch(dataset, num_workers, other):
+    first = PlannedLoader(dataset, _plan(13, 3, leftovers="pad"), num_workers=num_workers)
+    before = list(islice(first, 2))
+    second = PlannedLoader(dataset, _plan(13, other, leftovers="pad"), num_workers=num_workers)
+    second.load_state_dict(first.state_dict())
+    assert len(second) == 2 + -(-7 // other)
+    after = list(second)
+
+    shown = [(key, slot) for b in before + after for key, slot, w in zip(b["key"], b["slot"], b["weight"]) if w]  # noqa: B905
+    assert sorted(shown) == [(f"{number:04}", number) for number in range(13)]
+    assert all(len(batch["key"]) == other for batch in after)
+    assert len(second) == -(-13 // other)
+    for loader in (first, second):
+        loader.close()
 
 
 def test_global_generator_is_left_alone(dataset):
     before = torch.get_rng_state()
-    list(PlannedLoader(dataset, Plan(13, 4)))
+    list(PlannedLoader(dataset, _plan(13, 4)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @workers
 def test_restarting_loader_repeats_the_first_pass(dataset, num_workers):
-    loader = RestartingLoader(dataset, Plan(13, 4, shuffle=False, leftovers="pad"), num_workers=num_workers)
+    loader = RestartingLoader(dataset, _plan(13, 4, shuffle=False, leftovers="pad"), num_workers=num_workers)
     first = list(loader)
 
     assert sum(batch["weight"].sum() for batch in first) == 13
@@ -151,19 +181,19 @@ def damaged(tmp_path, write_tar, encode_image):
 
 @workers
 def test_bad_sample_stops_the_run_and_is_named(damaged, num_workers):
-    loader = PlannedLoader(damaged, Plan(10, 2, shuffle=False), num_workers=num_workers)
+    loader = PlannedLoader(damaged, _plan(10, 2, shuffle=False), num_workers=num_workers)
     with pytest.raises(
         UserError, match=r"(?s)1 bad samples, more than max_bad_samples=0.*\n  3 in .*damaged.tar: the image"
     ):
         list(loader)
-    assert loader.batch_number == 1
+    assert loader.cursor.pass_batches == 1
     loader.close()
     assert multiprocessing.active_children() == []
 
 
 @workers
 def test_bad_samples_within_the_limit(damaged, num_workers):
-    loader = PlannedLoader(damaged, Plan(10, 2, shuffle=False), num_workers=num_workers, max_bad_samples=2)
+    loader = PlannedLoader(damaged, _plan(10, 2, shuffle=False), num_workers=num_workers, max_bad_samples=2)
     with pytest.warns(UserWarning, match="bad sample") as caught:
         batches = [*loader, *loader]
 
@@ -175,7 +205,7 @@ def test_bad_samples_within_the_limit(damaged, num_workers):
 
 
 def test_limit_counts_different_samples(damaged):
-    loader = PlannedLoader(damaged, Plan(10, 2, shuffle=False), max_bad_samples=1)
+    loader = PlannedLoader(damaged, _plan(10, 2, shuffle=False), max_bad_samples=1)
     with (
         pytest.warns(UserWarning, match="bad sample 3"),
         pytest.raises(UserError, match=r"(?s)2 bad samples.*  3 in.*  6 in"),

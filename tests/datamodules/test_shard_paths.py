@@ -42,7 +42,7 @@ def test_name_with_braces_that_exists(folder):
 
 @pytest.mark.parametrize("spec", ["pipe:cat c.tar", "https://example.com/c.tar", "s3://bucket/c.tar"])
 def test_remote_shards_are_refused(folder, spec):
-    with pytest.raises(UserError, match="only local shards are supported"):
+    with pytest.raises(UserError, match="is not a local file; name local shards"):
         find_shards(spec)
 
 

@@ -13,6 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lit_lora.datamodules import Plan, ShardIndex, WebDatasetDataModule
+from lit_lora.datamodules.buckets import AspectRatioBuckets
+from lit_lora.datamodules.captions import Captions
 from lit_lora.errors import UserError
 
 pytestmark = [
@@ -140,7 +142,8 @@ def test_each_pass_takes_all_samples_once(tmp_path, make_shards):
     for number in range(2):
         keys = [key for _, keys, _ in model.train_seen[6 * number : 6 * number + 6] for key in keys]
         assert sorted(keys) == [f"{sample:04}" for sample in range(12)]
-    assert [slot for slots, *_ in model.train_seen for slot in slots] == list(range(24))
+    slots = [slot for slots, *_ in model.train_seen for slot in slots]
+    assert sorted(slots) == list(range(24))
 
 
 def test_place_survives_where_lightning_drops_the_loader_state(tmp_path, make_shards):
@@ -158,8 +161,8 @@ def test_place_survives_where_lightning_drops_the_loader_state(tmp_path, make_sh
 def test_checkpoint_of_other_data(tmp_path, make_shards):
     paths = make_shards(12)
     _fit(tmp_path, _data(paths), [_save_each_step(tmp_path)], max_steps=2)
-    data = _data(paths, batch_size=3)
-    with pytest.raises(UserError, match="the checkpoint has global_batch_size 2, this run 3"):
+    data = _data(paths, seed=5)
+    with pytest.raises(UserError, match="the checkpoint has seed 4, this run 5"):
         _fit(tmp_path, data, [_save_each_step(tmp_path)], tmp_path / "step=2.ckpt", max_steps=4)
 
 
@@ -220,7 +223,7 @@ def test_without_validation_data(make_shards):
 def test_evaluation_does_not_draw(make_shards):
     data = _data(make_shards(6), val_samples=3)
     data.setup("fit")
-    framing = data.val_dataloader()._dataset.framing
+    framing = data.val_dataloader()._dataset.decoder.framing
     assert framing.center_crop
     assert not framing.random_flip
 
@@ -240,8 +243,14 @@ def test_prepare_data_indexes_all_shards(make_shards):
         ({"num_workers": -1}, "num_workers=-1"),
         ({"max_bad_samples": -1}, "max_bad_samples=-1"),
         ({"seed": -1}, "seed=-1"),
-        ({"caption": "csv"}, "caption='csv' is not known; choose txt, json or null"),
-        ({"val_shards": "x.tar", "val_samples": 3}, "exclude each other"),
+        ({"val_shards": "x.tar", "val_samples": 3}, "val_shards=x.tar and val_samples=3 exclude each other"),
+        ({"chunks": 0}, "chunks=0 is too small"),
+        ({"chunks": 3, "chunk_samples": 10}, "chunks=3 and chunk_samples=10 exclude each other"),
+        ({"passes_per_chunk": 2, "steps_per_chunk": 10}, "exclude each other"),
+        ({"max_upscaling": 0.5}, "max_upscaling=0.5 is too small"),
+        ({"leftovers": "keep"}, "leftovers='keep' is not known; choose drop or pad"),
+        ({"staging_budget": "1GB"}, "staging_budget=1GB has no use without staging_dir"),
+        ({"resolution": 500, "buckets": AspectRatioBuckets()}, "resolution=500 is not a multiple of .*choose 512"),
     ],
 )
 def test_arguments_are_checked(options, message):
@@ -282,10 +291,19 @@ def test_becomes_yaml(tmp_path):
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(WebDatasetDataModule, "data")
-    config = parser.parse_args(["--data.train_shards=[a.tar, b.tar]", "--data.caption=null", "--data.batch_size=3"])
+    config = parser.parse_args(
+        [
+            "--data.train_shards=[a.tar, b.tar]",
+            "--data.captions.dropout=0.1",
+            "--data.buckets.divisor=32",
+            "--data.batch_size=3",
+        ]
+    )
     again = parser.parse_string(parser.dump(config))
-    assert again.data == config.data
-    assert parser.instantiate_classes(again).data.train_shards == ["a.tar", "b.tar"]
+    data = parser.instantiate_classes(again).data
+    assert data.captions == parser.instantiate_classes(config).data.captions == Captions(dropout=0.1)
+    assert data.buckets == AspectRatioBuckets(divisor=32)
+    assert data.train_shards == ["a.tar", "b.tar"]
 
 
 SCRIPT = """

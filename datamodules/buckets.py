@@ -1,0 +1,113 @@
+"""Sizes that images are trained at, and which image gets which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_lora.draws import seed_of
+from lit_lora.errors import UserError
+
+LEFT_OUT = -1
+"""Stands for the bucket of an image that is too small for any."""
+
+
+@dataclass(frozen=True)
+class AspectRatioBuckets:
+    """Train each image close to its own shape, at about the area of ``resolution`` squared.
+
+    The sizes are those of NovelAI's and SDXL's training: multiples of ``divisor`` whose area is at most that of the
+    square, for each width the tallest and for each height the widest (Podell et al. 2023, appendix I).
+
+    Args:
+        divisor: Widths and heights are multiples of this, in pixels: 64 for Stable Diffusion; at least 8, what its VAE
+            needs.
+        max_aspect_ratio: The longest shape, long side by short side.
+
+    Raises:
+        UserError: A value is out of its bounds.
+    """
+
+    divisor: int = 64
+    max_aspect_ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.divisor < 1:
+            raise UserError(f"buckets: divisor={self.divisor} is too small; it must be at least 1")
+        if not 1 <= self.max_aspect_ratio <= 16:
+            raise UserError(f"buckets: max_aspect_ratio={self.max_aspect_ratio} must lie in [1, 16]")
+
+    def sizes(self, resolution: int) -> NDArray[np.int64]:
+        """The sizes for a resolution, from the tallest to the widest.
+
+        Returns:
+            int64 (B, 2): height, width in pixels.
+
+        Raises:
+            UserError: The resolution is not a multiple of the divisor.
+        """
+        if resolution % self.divisor:
+            nearest = max(self.divisor, round(resolution / self.divisor) * self.divisor)
+            raise UserError(
+                f"resolution={resolution} is not a multiple of buckets.divisor={self.divisor};"
+                f" choose {nearest} or another divisor"
+            )
+        sizes = set()
+        for one in range(self.divisor, int(resolution * self.max_aspect_ratio) + 1, self.divisor):
+            other = resolution**2 // one // self.divisor * self.divisor
+            if 0 < max(one, other) <= min(one, other) * self.max_aspect_ratio:
+                sizes |= {(one, other), (other, one)}
+        return np.array(sorted(sizes, key=lambda size: (size[1] / size[0], size)), np.int64)
+
+
+@dataclass(frozen=True)
+class Bucketing:
+    """Which size each image is trained at.
+
+    Attributes:
+        sizes: int64 (B, 2): height, width in pixels, with rising width by height.
+        max_upscaling: Images that would have to be enlarged by more than this factor are left out; None keeps all.
+    """
+
+    sizes: NDArray[np.int64]
+    max_upscaling: float | None = None
+
+    @classmethod
+    def of(cls, resolution: int, buckets: AspectRatioBuckets | None, max_upscaling: float | None = None) -> Bucketing:
+        """With ``buckets`` as they say, else the square of ``resolution`` alone."""
+        sizes = np.array([[resolution, resolution]], np.int64) if buckets is None else buckets.sizes(resolution)
+        return cls(sizes, max_upscaling)
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether :meth:`assign` looks at the images' sizes at all."""
+        return len(self.sizes) > 1 or self.max_upscaling is not None
+
+    @property
+    def digest(self) -> int:
+        """A number that another choice of sizes would not have."""
+        return seed_of(str(self.sizes.tolist()), str(self.max_upscaling))
+
+    def assign(self, width: NDArray[np.integer], height: NDArray[np.integer]) -> NDArray[np.int64]:
+        """The bucket with the nearest aspect ratio (on a logarithmic scale) for each image.
+
+        An image whose size is not known (0) gets the one nearest to a square; it turns out to be bad when it is read.
+
+        Args:
+            width: In pixels, (N,).
+            height: In pixels, (N,).
+
+        Returns:
+            int64 (N,): a row of :attr:`sizes`, or ``LEFT_OUT``.
+        """
+        known = (width > 0) & (height > 0)
+        shown_width, shown_height = np.where(known, width, 1), np.where(known, height, 1)
+        ratios = np.log(self.sizes[:, 1] / self.sizes[:, 0])
+        middles = (ratios[1:] + ratios[:-1]) / 2
+        bucket = np.searchsorted(middles, np.log(shown_width / shown_height)).astype(np.int64)
+        if self.max_upscaling is not None:
+            scale = np.maximum(self.sizes[bucket, 0] / shown_height, self.sizes[bucket, 1] / shown_width)
+            bucket[known & (scale > self.max_upscaling)] = LEFT_OUT
+        return bucket
