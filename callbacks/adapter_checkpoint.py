@@ -33,7 +33,16 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     Works for any LightningModule that PEFT layers or frozen parameters are in. Resuming with another adapter raises
     :class:`~lit_lora.UserError`.
+
+    Args:
+        *args: As for ``ModelCheckpoint``.
+        save_on_chunk_end: Save at the end of each chunk of the training data too.
+        **kwargs: As for ``ModelCheckpoint``.
     """
+
+    def __init__(self, *args: Any, save_on_chunk_end: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.save_on_chunk_end = save_on_chunk_end
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -86,6 +95,13 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"other numbers than it would have"
             )
         self._saved_rng = None
+
+    def on_train_chunk_end(self, trainer: Trainer, pl_module: LightningModule, chunk: int) -> None:
+        """Called by :class:`~lit_lora.callbacks.DataProgress`."""
+        if self.save_on_chunk_end and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """Where ``ckpt_path="last"`` looks: without a ``dirpath`` in the log folders of earlier runs too.

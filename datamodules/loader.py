@@ -68,7 +68,7 @@ class PlannedLoader:
         self._identity = dict(identity or {})
         self._stage = stage
         self._staged = False
-        self._share = _Share(plan, rank, world_size, stage)
+        self._share = _Share(plan, rank, world_size, within_visit=stage is not None)
         self._workers: DataLoader[Batch] | None = None
         self._iterator: Any = None  # by this name Lightning looks for worker processes when it ends
         self._bad: dict[tuple[str, str], BadSampleReport] = {}
@@ -87,13 +87,19 @@ class PlannedLoader:
         Raises:
             UserError: More than ``max_bad_samples`` samples are bad, or the stage cannot bring a shard.
         """
-        self._start_stage()
-        self._share.cursor = self.cursor
-        self._share.ahead.clear()
-        for batch in self._fetch():
-            self._count_bad(batch.pop("bad"))
-            self._move(self._share.ahead.popleft())
-            yield batch
+        pass_number = self.cursor.pass_number
+        if self._stage is not None and not self._staged:
+            self._stage.start(self.plan.visit(self.cursor))
+            self._staged = True
+        while self.cursor.pass_number == pass_number:
+            if self._stage is not None:
+                self._stage.wait(self.plan.visit(self.cursor))
+            self._share.cursor = self.cursor
+            self._share.ahead.clear()
+            for batch in self._fetch():
+                self._count_bad(batch.pop("bad"))
+                self._move(self._share.ahead.popleft())
+                yield batch
 
     def state_dict(self) -> LoaderState:
         """Where the loader is, and what that refers to: integers and lists of them."""
@@ -162,11 +168,6 @@ class PlannedLoader:
             # Batches come in order, so nobody reads the chunks before this one any more.
             self._stage.passed(now - 1)
 
-    def _start_stage(self) -> None:
-        if self._stage is not None and not self._staged:
-            self._stage.start(self.plan.visit(self.cursor))
-            self._staged = True
-
     def _stop_stage(self) -> None:
         if self._stage is not None and self._staged:
             self._stage.close()
@@ -206,29 +207,29 @@ class PlannedLoader:
 
 
 class _Share(Sampler[list[SlotRequest]]):
-    """One process's part of the global batches, from ``cursor`` to the end of that pass.
+    """One process's part of the global batches, from ``cursor`` to the end of that pass, or of the visit.
 
-    Workers ask for batches ahead of time; ``ahead`` has the place after each of them.
+    Workers ask for batches ahead of time; ``ahead`` has the place after each of them. Over shards that are staged they
+    must not ask beyond the visit: the stage makes room for the one after the next when this one is over.
     """
 
-    def __init__(self, plan: Plan, rank: int, world_size: int, stage: ShardStage | None) -> None:
+    def __init__(self, plan: Plan, rank: int, world_size: int, within_visit: bool) -> None:
         self.cursor = plan.start()
         self.ahead: deque[Cursor] = deque()
         self._plan = plan
-        self._stage = stage
+        self._within_visit = within_visit
         size = plan.global_batch_size // world_size
         self._places = slice(rank * size, (rank + 1) * size)
 
     def __iter__(self) -> Iterator[list[SlotRequest]]:
-        ready = -1
+        visit = self._plan.visit(self.cursor)
         for batch, after in self._plan.walk(self.cursor):
-            if self._stage is not None and batch.visit != ready:
-                self._stage.wait(batch.visit)
-                ready = batch.visit
             self.ahead.append(after)
             samples, weights, slots = (column[self._places].tolist() for column in batch[:3])
             rows = zip(samples, weights, slots, strict=True)
             yield [SlotRequest(sample, weight, slot, batch.size) for sample, weight, slot in rows]
+            if self._within_visit and self._plan.visit(after) != visit:
+                return
 
 
 def _identity(batch: Any) -> Any:

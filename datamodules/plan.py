@@ -195,7 +195,7 @@ class Plan:
         self.steps_per_chunk = steps_per_chunk
         self.num_samples = int(chunks.counts.sum())
         self.num_chunks = len(chunks.counts)
-        self.batches_per_round = self._count_batches(chunks.counts).sum(axis=1)
+        self.batches_per_round = self.count_batches(chunks.counts).sum(axis=1)
         """Batches in one round of each chunk, int64 (K,)."""
         if not self.num_samples:
             raise UserError("there are no samples to plan batches of; add data")
@@ -216,10 +216,8 @@ class Plan:
     @property
     def samples_per_round(self) -> int:
         """How many samples are in the batches if each chunk is gone through once; the others are dropped."""
-        counts = self.chunks.counts
-        if self.leftovers == "drop":
-            counts = counts // self.global_batch_size * self.global_batch_size
-        return int(counts.sum())
+        places = self.count_batches(self.chunks.counts) * self.global_batch_size
+        return int(np.minimum(places, self.chunks.counts).sum())
 
     @property
     def padding_per_round(self) -> int:
@@ -275,7 +273,8 @@ class Plan:
             " lower batch_size, use fewer processes, chunks or buckets, or add data"
         )
 
-    def _count_batches(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    def count_batches(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The batches of one round that so many samples of a chunk and bucket make."""
         if self.leftovers == "pad":
             return -(-counts // self.global_batch_size)
         return counts // self.global_batch_size

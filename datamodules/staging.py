@@ -14,7 +14,7 @@ from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 
 
-def staging_budget(folder: str | Path, budget: int | str | None, chunks: ChunkedSamples) -> int:
+def checked_budget(folder: str | Path, budget: int | str | None, chunks: ChunkedSamples) -> int:
     """The most bytes that staging may take, checked against what two chunks need and what the disk has.
 
     Args:
@@ -55,7 +55,7 @@ def make_stager(
     shards = [StagedShard(*row) for row in zip(table.locations, table.shard_size.tolist(), strict=True)]
     return Stager(
         folder,
-        staging_budget(folder, budget, chunks),
+        checked_budget(folder, budget, chunks),
         shards,
         [part.tolist() for part in chunks.shards],
         seed,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import Checkpoint
 
 from lit_lora.callbacks.data_progress import DataProgress
 from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
@@ -23,6 +25,7 @@ from lit_lora.datamodules.plan import Plan
 from lit_lora.datamodules.remote import is_remote, redact
 from lit_lora.datamodules.restarting_loader import RestartingLoader
 from lit_lora.datamodules.shard_reader import ShardReader
+from lit_lora.datamodules.staging import checked_budget, make_stager
 from lit_lora.datamodules.table import SampleTable
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError
@@ -185,16 +188,24 @@ class WebDatasetDataModule(LightningDataModule):
         if stage == "fit":
             self._prepare_training()
 
-    def plan(self) -> Plan:
+    @property
+    def train_samples(self) -> ChunkedSamples:
+        """What is trained on, after ``setup("fit")``."""
+        assert self._train is not None, "setup('fit') comes first"
+        return self._train
+
+    def plan(self, world_size: int | None = None) -> Plan:
         """The plan of training.
+
+        Args:
+            world_size: Training processes; by default the trainer's.
 
         Raises:
             UserError: There are too few samples.
         """
-        assert self._train is not None, "setup('fit') comes first"
         return Plan(
-            self._train,
-            self.batch_size * self._world_size,
+            self.train_samples,
+            self.batch_size * (world_size or self._world_size),
             self.seed,
             leftovers=self.leftovers,
             passes_per_chunk=self.passes_per_chunk,
@@ -209,33 +220,37 @@ class WebDatasetDataModule(LightningDataModule):
         Raises:
             UserError: The checkpoint belongs to other data or another seed.
         """
-        assert self._train is not None, "setup('fit') comes first"
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         before, state = self._train_loader, self._loaded_state
         if before is not None:
             state = before.state_dict()
             before.close()
-        framing = Framing(self.center_crop, self.random_flip, self.seed)
         stager = None
         if self.staging_dir is not None:
-            from lit_lora.datamodules.staging import make_stager
-
-            stager = make_stager(self.staging_dir, self.staging_budget, self._train, self.seed, self.trainer)
-        reader = ShardReader(self._train.table, None if stager is None else stager.path)
+            stager = make_stager(self.staging_dir, self.staging_budget, self.train_samples, self.seed, self.trainer)
         loader = (RestartingLoader if overfit else PlannedLoader)(
-            ShardDataset(reader, self._decoder(framing)),
+            self.train_dataset(None if stager is None else stager.path),
             self.plan(),
             self._rank,
             self._world_size,
             self.num_workers,
             self.max_bad_samples,
-            {"shards": self._train.table.digest, "bucketing": self._bucketing.digest},
+            {"shards": self.train_samples.table.digest, "bucketing": self._bucketing.digest},
             stager,
         )
         if state is not None:
             loader.load_state_dict(state)
         self._train_loader = loader
         return loader
+
+    def train_dataset(self, locate: Callable[[int], Path] | None = None) -> ShardDataset:
+        """Random access to the training samples.
+
+        Args:
+            locate: The local file of a shard by its number, where they are staged.
+        """
+        framing = Framing(self.center_crop, self.random_flip, self.seed)
+        return ShardDataset(ShardReader(self.train_samples.table, locate), self._decoder(framing))
 
     def val_dataloader(self) -> PlannedLoader | list[PlannedLoader]:
         """The loader for validation, each sample once over all processes; an empty list where there is no data."""
@@ -255,6 +270,10 @@ class WebDatasetDataModule(LightningDataModule):
         """End the worker processes and the staging of shards."""
         if self._train_loader is not None:
             self._train_loader.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End them where training ends by an error: Lightning then leaves out :meth:`teardown`."""
+        self.teardown("fit")
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data. Lightning keeps the loader's own state too, but loses it in some cases."""
@@ -278,15 +297,19 @@ class WebDatasetDataModule(LightningDataModule):
             num_chunks = max(1, round(len(table) / self.chunk_samples))
         self._check_complete(table)
         self._train = ChunkedSamples.split(table, self._bucketing, num_chunks, self.seed, held_out)
+        if not self._train.counts.any():
+            raise UserError(
+                f"{self._train.too_small} samples are all smaller than max_upscaling={self.max_upscaling} allows at"
+                f" resolution={self.resolution}; lower the resolution or raise max_upscaling"
+            )
         if self.val_samples:
             self._val = ListedSamples(table, held_out, self._evaluation_bucketing)
 
     def _prepare_training(self) -> None:
         """Report what is wrong with the plan before the model is loaded, and make its progress visible."""
-        assert self._train is not None
         plan = self.plan()
         dropped = plan.num_samples - plan.samples_per_round
-        if dropped > _MUCH_DROPPED * plan.num_samples and rank_zero_only.rank == 0:
+        if dropped > _MUCH_DROPPED * plan.num_samples and self.trainer is not None and self._rank == 0:
             _log.warning(
                 "each pass leaves out %d of %d samples, which do not fill a batch of %d in their chunk and bucket;"
                 " leftovers=pad trains on them too, and fewer chunks or buckets or smaller batches leave out fewer",
@@ -294,18 +317,16 @@ class WebDatasetDataModule(LightningDataModule):
                 plan.num_samples,
                 plan.global_batch_size,
             )
-        remote = next((location for location in self._train.table.locations if is_remote(location)), None)
+        remote = next((location for location in self.train_samples.table.locations if is_remote(location)), None)
         if self.staging_dir is not None:
-            from lit_lora.datamodules.staging import staging_budget
-
-            staging_budget(self.staging_dir, self.staging_budget, self._train)
+            checked_budget(self.staging_dir, self.staging_budget, self.train_samples)
         elif remote is not None:
             raise UserError(
                 f"{redact(remote)} is not on a local disk; set staging_dir to a folder that is (and chunks, so that not"
                 " everything has to fit there), or use WebDatasetStreamDataModule"
             )
-        if self.trainer is not None and not any(isinstance(c, DataProgress) for c in self.trainer.callbacks):
-            self.trainer.callbacks.insert(0, DataProgress())
+        if self.trainer is not None:
+            _add_progress(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def _evaluation_data(self, table: SampleTable) -> ListedSamples:
         self._check_complete(table)
@@ -342,6 +363,13 @@ class WebDatasetDataModule(LightningDataModule):
     @property
     def _world_size(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
+
+
+def _add_progress(callbacks: list[Callback]) -> None:
+    """Behind the user's callbacks and before checkpoints, so that one at the end of a chunk finds all of them done."""
+    if not any(isinstance(callback, DataProgress) for callback in callbacks):
+        checkpoints = [place for place, callback in enumerate(callbacks) if isinstance(callback, Checkpoint)]
+        callbacks.insert(min(checkpoints, default=len(callbacks)), DataProgress())
 
 
 def _check_least(least: int, **values: int | None) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, ImageWriter, SampleImages
+    from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, DataProgress, ImageWriter, SampleImages
     from lit_lora.datamodules import WebDatasetDataModule
     from lit_lora.errors import UserError
     from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
@@ -19,6 +19,7 @@ _HOME = {
     "AdapterCheckpoint": "lit_lora.callbacks",
     "AdapterEMA": "lit_lora.callbacks",
     "DDPM": "lit_lora.objectives",
+    "DataProgress": "lit_lora.callbacks",
     "ImageWriter": "lit_lora.callbacks",
     "LoraDiffusion": "lit_lora.module",
     "ModelFamily": "lit_lora.families",
@@ -34,6 +35,7 @@ __all__ = [
     "DDPM",
     "AdapterCheckpoint",
     "AdapterEMA",
+    "DataProgress",
     "ImageWriter",
     "LoraDiffusion",
     "ModelFamily",

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 # Bare names such as LoraConfig or AdapterCheckpoint work as class_path for what is imported here.
 import peft  # noqa: F401
@@ -18,10 +18,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import lit_lora.callbacks
-import lit_lora.datamodules.webdataset_datamodule
 import lit_lora.families
 import lit_lora.objectives  # noqa: F401
+from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, DataProgress, ImageWriter, SampleImages  # noqa: F401
+from lit_lora.datamodules import WebDatasetDataModule  # noqa: F401
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.module import LoraDiffusion
@@ -35,6 +35,9 @@ _HARMLESS = (
     r"The .*dataloader.* does not have many workers",  # num_workers has a default and a reason
 )
 """Warnings of Lightning that tell our users nothing."""
+
+
+CLI = TypeVar("CLI", bound="LitLoraCLI")
 
 
 class Parser(LightningArgumentParser):
@@ -86,18 +89,19 @@ class LitLoraCLI(LightningCLI):
     before_validate = before_test = before_predict = _check_ckpt_path
 
 
-def build_cli(arguments: Sequence[str], run: bool = True) -> LitLoraCLI:
+def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] = LitLoraCLI) -> CLI:  # type: ignore[assignment]
     """Parse, build trainer, model and data, and with ``run`` call the trainer.
 
     Args:
         arguments: ``["fit", "--config", …]``.
         run: Otherwise the parts are built and returned, nothing starts.
+        cli_class: A command that takes what ``fit`` takes and builds other parts.
     """
     arguments = [_shipped_config(part) for argument in arguments for part in _config_and_path(argument)]
     with warnings.catch_warnings():
         for harmless in _HARMLESS:
             warnings.filterwarnings("ignore", harmless)
-        return LitLoraCLI(
+        return cli_class(
             LoraDiffusion,
             LightningDataModule,
             subclass_mode_data=True,

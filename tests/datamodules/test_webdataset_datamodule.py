@@ -15,7 +15,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lit_lora.datamodules import Plan, ShardIndex, WebDatasetDataModule
 from lit_lora.datamodules.buckets import AspectRatioBuckets
 from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.data_index import DataIndex
 from lit_lora.errors import UserError
+from tests.datamodules.faulty_server import FaultyServer
 
 pytestmark = [
     # Lightning says the first to everyone whose validation loaders are an empty list, the second to everyone who
@@ -55,6 +57,18 @@ class Recorder(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.01)
+
+
+class CountsShowings(Recorder):
+    """Records the showings that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.showings: list[int] = []
+
+    def training_step(self, batch, batch_idx):
+        self.showings += [slot for slot, weight in zip(batch["slot"], batch["weight"], strict=True) if weight]
+        return super().training_step(batch, batch_idx)
 
 
 class Crash(Callback):
@@ -274,6 +288,100 @@ def test_too_few_samples_are_reported_in_setup(make_shards):
         _data(paths, batch_size=4).setup("fit")
     with pytest.raises(UserError, match="val_samples=3 leaves nothing of 3 samples"):
         _data(paths, val_samples=3).setup("fit")
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": 3}, {"chunks": 2, "buckets": AspectRatioBuckets(8)}])
+def test_another_batch_size_neither_repeats_nor_loses_samples(tmp_path, make_shards, options):
+    paths = make_shards(8, 8, 8)
+    options = {"leftovers": "pad", "resolution": 16} | options
+    first, second = CountsShowings(), CountsShowings()
+    with pytest.raises(RuntimeError, match=CRASH):
+        _fit(tmp_path, _data(paths, **options), [_save_each_step(tmp_path), Crash(5)], model=first, max_epochs=2)
+    data = _data(paths, batch_size=5, **options)
+    _fit(tmp_path, data, [_save_each_step(tmp_path)], tmp_path / "step=5.ckpt", second, max_epochs=2)
+
+    shown = first.showings + second.showings
+    assert sorted(shown) == list(range(48))
+    assert sorted(shown[:24]) == list(range(24))
+
+
+def test_buckets_and_sdxls_conditioning(tmp_path, write_tar, encode_image):
+    sizes = {"square": (90, 90), "wide": (180, 90), "tall": (90, 180), "small": (20, 30)}
+    members = {}
+    for name, (width, height) in sizes.items():
+        for number in range(4):
+            members[f"{name}{number}.png"] = encode_image(width, height, "PNG")
+            members[f"{name}{number}.txt"] = b"x"
+    shard = write_tar(tmp_path / "x.tar", members)
+    data = _data([shard], resolution=64, buckets=AspectRatioBuckets(16), max_upscaling=1.0, val_samples=2)
+    data.setup("fit")
+
+    seen = set()
+    for batch in data.train_dataloader():
+        (name,) = {key[:-1] for key in batch["key"]}
+        seen.add(name)
+        height, width = batch["pixel_values"].shape[-2:]
+        original, target = batch["original_size"], batch["target_size"]
+        assert original.tolist() == [list(sizes[name][::-1])] * 2
+        assert target.tolist() == [[height, width]] * 2
+        assert (height * width <= 64**2) and height % 16 == width % 16 == 0
+        assert (width > height, width < height) == (name == "wide", name == "tall")
+        scale = (target / original).amax(dim=1, keepdim=True)
+        assert (batch["crop_top_left"] <= (original * scale - target).ceil()).all()
+    assert seen == {"square", "wide", "tall"}
+    # Held-out samples are all evaluated, each in its own shape.
+    assert sum(batch["weight"].sum() for batch in data.val_dataloader()) == 2
+
+
+def test_all_samples_too_small(make_shards):
+    with pytest.raises(UserError, match="16 samples are all smaller than max_upscaling=1.5 allows"):
+        _data(make_shards(16), resolution=64, max_upscaling=1.5).setup("fit")
+
+
+@pytest.fixture
+def server(make_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths = make_shards(4, 4, 4)
+    DataIndex.load_or_build(paths)
+    server = FaultyServer(paths[0].parent)
+    yield server
+    server.close()
+
+
+def test_staged_run_sees_what_a_local_one_sees(tmp_path, server):
+    options = {"chunks": 3, "val_samples": 2, "num_workers": 2}
+    local = _fit(tmp_path, _data([server.folder], **options), max_epochs=2)
+    staged = _fit(tmp_path, _data([server.url], staging_dir=str(tmp_path / "stage"), **options), max_epochs=2)
+
+    assert staged.train_seen == local.train_seen
+    assert staged.val_seen == local.val_seen
+    assert multiprocessing.active_children() == []
+    slow = _fit(tmp_path, _data([server.folder], staging_dir=str(tmp_path / "stage"), **options), max_epochs=2)
+    assert slow.train_seen == local.train_seen
+
+
+def test_crash_ends_the_stager(tmp_path, server):
+    data = _data([server.url], chunks=3, staging_dir=str(tmp_path / "stage"))
+    with pytest.raises(RuntimeError, match=CRASH):
+        _fit(tmp_path, data, [Crash(3)], max_epochs=2)
+    assert data._train_loader._stage._process is None
+    assert not list((tmp_path / "stage").glob("lit_lora-job-*"))
+
+
+def test_shard_that_cannot_be_had_ends_the_run(tmp_path, server):
+    server.fault = lambda path: 404 if path.endswith("000001.tar") else None
+    data = _data([server.url], chunks=3, staging_dir=str(tmp_path / "stage"))
+    with pytest.raises(UserError, match=r"shard-000001.tar.*404"):
+        _fit(tmp_path, data, max_epochs=1)
+
+
+def test_remote_shards_need_a_place(server, tmp_path):
+    with pytest.raises(UserError, match=r"http://127.0.0.1:.* is not on a local disk; set staging_dir"):
+        _data([server.url]).setup("fit")
+    with pytest.raises(UserError, match=r"budget for staged shards is 5.0 kB .* the two largest of 3 chunks have"):
+        _data([server.url], chunks=3, staging_dir=str(tmp_path), staging_budget="5 kB").setup("fit")
+    with pytest.raises(UserError, match="staging_budget='much' is no amount of bytes"):
+        _data([server.url], chunks=3, staging_dir=str(tmp_path), staging_budget="much").setup("fit")
 
 
 def test_package_exports_load_lazily():

@@ -1,0 +1,133 @@
+"""Time and memory until training can read, at ten million samples: ``python benchmarks/data_scale.py``.
+
+An index is made up for 10,000 shards of 1,000 samples (the shards are empty files of the right size), and one for ten.
+In a process of its own for each, timed after the imports: the datamodule's ``setup``, the loader, the place nine tenths
+through the pass as from a checkpoint, and the plan of the chunk there up to its first batch. Then the same at other places
+of the pass, to show that the cost does not grow with what has been seen. Memory is the process's peak (VmHWM) over its
+size after the imports; pages of the mapped index that were looked at count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SAMPLES_PER_SHARD = 1000
+CHUNKS = 10
+GLOBAL_BATCH = 256
+BOUND_S, BOUND_MB = 2.0, 400.0
+
+
+def make_up(folder: Path, num_shards: int) -> None:
+    """Shards without content and their index."""
+    from lit_lora.datamodules.data_index import INDEX_NAME, DataIndex
+    from lit_lora.datamodules.scan import EXTENSIONS
+
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    samples = num_shards * SAMPLES_PER_SHARD
+    per_shard = np.arange(SAMPLES_PER_SHARD)
+    names = [f"shard-{number:06}.tar" for number in range(num_shards)]
+    size = 140_000 * SAMPLES_PER_SHARD
+    times = []
+    for name in names:
+        with (folder / name).open("wb") as file:
+            file.truncate(size)
+        times.append((folder / name).stat().st_mtime_ns)
+    members = np.array([EXTENSIONS.index("jpg"), EXTENSIONS.index("txt")], np.uint8)
+    starts = np.arange(num_shards + 1, dtype=np.int64)
+    columns: dict[str, Any] = {
+        "shard_size": np.full(num_shards, size, np.int64),
+        "shard_mtime_ns": np.array(times, np.int64),
+        "sample_start": starts * SAMPLES_PER_SHARD,
+        "member_start": starts * 2 * SAMPLES_PER_SHARD,
+        "key_start": starts * 9 * SAMPLES_PER_SHARD,
+        "key_bytes": np.frombuffer(b"".join(b"%09d" % number for number in range(samples)), np.uint8),
+        "key_ends": np.tile(9 * (per_shard + 1), num_shards).astype(np.int64),
+        "width": generator.integers(300, 2000, samples, dtype=np.int32),
+        "height": generator.integers(300, 2000, samples, dtype=np.int32),
+        "extensions": np.full(samples, (1 << members[0]) | (1 << members[1]), np.uint16),
+        "member_sample": np.tile(np.repeat(per_shard, 2), num_shards).astype(np.int64),
+        "member_extension": np.tile(members, samples),
+        "member_offset": np.tile(140_000 * np.repeat(per_shard, 2), num_shards).astype(np.int64),
+        "member_size": np.full(2 * samples, 1000, np.int64),
+    }
+    DataIndex(names, columns).save(folder / INDEX_NAME)
+
+
+def measure(folder: str, buckets: bool) -> dict[str, Any]:
+    """Seconds and megabytes of one start."""
+    from lit_lora.datamodules import WebDatasetDataModule
+    from lit_lora.datamodules.buckets import AspectRatioBuckets
+
+    before = _memory_mb("VmRSS")
+    start = time.perf_counter()
+    data = WebDatasetDataModule(
+        folder,
+        batch_size=GLOBAL_BATCH,
+        chunks=CHUNKS,
+        val_samples=64,
+        num_workers=0,
+        buckets=AspectRatioBuckets() if buckets else None,
+        leftovers="pad",
+    )
+    data.setup("fit")
+    loader = data.train_dataloader()
+    set_up = time.perf_counter() - start
+    state = loader.state_dict()
+    seeks = {}
+    for tenths in (9, 0, 5):
+        start = time.perf_counter()
+        taken = len(loader) * tenths // 10
+        loader.load_state_dict(state | {"chunk_position": tenths, "segments": [GLOBAL_BATCH, 5], "pass_batches": taken})
+        next(loader.plan.walk(loader.cursor))
+        seeks[tenths] = time.perf_counter() - start
+        if tenths == 9:
+            peak = _memory_mb("VmHWM") - before
+    return {"samples": len(loader._dataset), "set_up_s": set_up, "seeks_s": seeks, "peak_mb": peak}
+
+
+def _memory_mb(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--buckets", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure, arguments.buckets)))
+        return
+    print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}; {CHUNKS} chunks")
+    print(f"bounds: {BOUND_S} s for set-up, plan and seek; {BOUND_MB:.0f} MB more than 10,000 samples take\n")
+    print("    samples  buckets  set-up s  plan and seek to 9/10 s  0/10 s  5/10 s   sum s  peak MB  more MB")
+    with tempfile.TemporaryDirectory() as folder:
+        for num_shards in (10, 10_000):
+            make_up(Path(folder) / str(num_shards), num_shards)
+        for buckets in ([], ["--buckets"]):
+            small = 0.0
+            for num_shards in (10, 10_000):
+                command = [sys.executable, __file__, "--measure", f"{folder}/{num_shards}", *buckets]
+                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                seeks = found["seeks_s"]
+                small = small or found["peak_mb"]
+                print(
+                    f"{found['samples']:11,}  {'yes' if buckets else 'no':>7}  {found['set_up_s']:8.2f}"
+                    f"  {seeks['9']:23.2f}  {seeks['0']:6.2f}  {seeks['5']:6.2f}  {found['set_up_s'] + seeks['9']:6.2f}"
+                    f"  {found['peak_mb']:7.0f}  {found['peak_mb'] - small:7.0f}"
+                )
+
+
+if __name__ == "__main__":
+    main()

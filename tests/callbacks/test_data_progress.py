@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from peft import LoraConfig, inject_adapter_in_model
+
+from lit_lora.callbacks import AdapterCheckpoint, DataProgress
+from lit_lora.datamodules import WebDatasetDataModule
+
+pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = inject_adapter_in_model(
+            LoraConfig(r=1, target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(1, 1))
+        )
+        self.chunks: list[int] = []
+        self.keys: list[str] = []
+
+    def training_step(self, batch, batch_idx):
+        self.keys += batch["key"]
+        return self.net(batch["pixel_values"].float().mean().view(1, 1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        """Lightning warns without it."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 1e-6)
+
+    def on_train_chunk_end(self, chunk):
+        self.chunks.append(chunk)
+
+
+class Watcher(Callback):
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_train_chunk_end(self, trainer, pl_module, chunk):
+        self.seen.append((chunk, trainer.global_step))
+
+
+@pytest.fixture
+def fit(make_shards, trainer_options):
+    paths = make_shards(*[4] * 6)
+
+    def fit(callbacks=(), ckpt_path=None, data=None, **options):
+        data = WebDatasetDataModule(
+            str(paths[0].parent), batch_size=2, resolution=8, num_workers=0, **{"chunks": 3} | (data or {})
+        )
+        module = Module()
+        options = trainer_options | {"enable_checkpointing": True, "callbacks": list(callbacks)} | options
+        Trainer(**options).fit(module, data, ckpt_path=ckpt_path)
+        return module, data
+
+    return fit
+
+
+def test_hooks_see_the_end_of_each_chunk(fit, caplog):
+    watcher = Watcher()
+    with caplog.at_level(logging.INFO):
+        module, data = fit([watcher], max_epochs=2)
+
+    plan = data.plan()
+    cursor, chunks = plan.start(), []
+    for _ in range(2):
+        for _, after in plan.walk(cursor):
+            if plan.visit(after) != plan.visit(cursor):
+                chunks.append(plan.chunk(cursor))
+            cursor = after
+    assert module.chunks == chunks
+    assert watcher.seen == list(zip(chunks, (4, 8, 12, 16, 20, 24), strict=True))
+    lines = [record.getMessage() for record in caplog.records if "chunk" in record.getMessage()]
+    assert lines[0] == f"chunk 1 of 3 in pass 1 is done (number {chunks[0]}), at step 4"
+    assert lines[-1] == f"chunk 3 of 3 in pass 2 is done (number {chunks[5]}), at step 24"
+
+
+def test_metrics(fit, tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit(logger=logger, log_every_n_steps=4, max_epochs=1)
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    names = rows[0].split(",")
+    assert [float(row.split(",")[names.index("data/chunk")]) for row in rows[1:]] == [1.0, 2.0, 3.0]
+    assert "data/bad_samples" not in names
+
+
+def test_bad_samples_are_counted(fit, tmp_path, make_shards):
+    path = tmp_path / "shards" / "shard-000002.tar"
+    data = bytearray(path.read_bytes())
+    start = data.index(b"\xff\xd8")
+    data[start : start + 8] = bytes(8)
+    path.write_bytes(bytes(data))
+    with pytest.warns(UserWarning, match="bad sample 0008"):
+        fit(logger=CSVLogger(tmp_path), log_every_n_steps=12, max_epochs=1, data={"max_bad_samples": 1})
+    rows = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
+    assert float(rows[1].split(",")[rows[0].split(",").index("data/bad_samples")]) == 1.0
+
+
+def test_one_chunk_has_no_end(fit):
+    watcher = Watcher()
+    module, _ = fit([watcher], data={"chunks": 1}, max_epochs=2)
+    assert not watcher.seen
+    assert not module.chunks
+
+
+def test_users_own_is_kept_and_there_is_one(fit):
+    own, watcher = DataProgress(), Watcher()
+    fit([own, watcher], max_epochs=1)
+    assert len(watcher.seen) == 3
+
+
+def test_checkpoint_at_the_end_of_each_chunk(fit, tmp_path):
+    def save():
+        return AdapterCheckpoint(tmp_path / "saved", filename="{step}", save_top_k=-1, save_on_chunk_end=True)
+
+    whole, _ = fit([save()], max_epochs=2)
+    assert {path.stem for path in (tmp_path / "saved").glob("*.ckpt")} == {f"step={n}" for n in (4, 8, 12, 16, 20, 24)}
+    resumed, _ = fit([save()], tmp_path / "saved" / "step=8.ckpt", max_epochs=2)
+    assert resumed.keys == whole.keys[16:]
+    assert resumed.chunks == whole.chunks[2:]
+
+
+@pytest.mark.parametrize(
+    ("options", "epoch"), [({"passes_per_chunk": 2}, 24), ({"steps_per_chunk": 3}, 9), ({"chunk_samples": 12}, 12)]
+)
+def test_an_epoch_is_a_pass_through_all_chunks(fit, options, epoch):
+    if "chunk_samples" in options:
+        options = options | {"chunks": 1}
+    module, data = fit(max_epochs=2, data=options)
+    assert data.plan().num_chunks == (2 if "chunk_samples" in options else 3)
+    assert len(module.keys) == 2 * 2 * epoch
+    assert len(module.chunks) == 2 * data.plan().num_chunks
