@@ -111,22 +111,36 @@ class ShardIndex(SampleColumns):
         return replace(self, path=path)
 
     @classmethod
-    def _load(cls, path: Path) -> ShardIndex | None:
-        found = (cls._load_file(path, file) for file in _sidecars(path))
-        return next((index for index in found if index is not None), None)
+    def read(cls, file: Path, path: Path) -> ShardIndex | None:
+        """The index in a file, of a shard that need not be here; None if it cannot be read.
+
+        Args:
+            file: The index.
+            path: The shard.
+        """
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                metadata = opened.metadata() or {}
+                columns: dict[str, Any] = {name: opened.get_tensor(name) for name in _COLUMNS}
+            index = cls(
+                path=path,
+                shard_size=int(metadata["shard_size"]),
+                shard_mtime_ns=int(metadata["shard_mtime_ns"]),
+                **columns,
+            )
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return None
+        right = metadata == _metadata(index.shard_size, index.shard_mtime_ns) and index._is_consistent()
+        return index if right else None
 
     @classmethod
-    def _load_file(cls, path: Path, sidecar: Path) -> ShardIndex | None:
+    def _load(cls, path: Path) -> ShardIndex | None:
         stat = _stat(path)
-        try:
-            with safe_open(sidecar, framework="numpy") as file:
-                if file.metadata() != _metadata(stat.st_size, stat.st_mtime_ns):
-                    return None
-                columns: dict[str, Any] = {name: file.get_tensor(name) for name in _COLUMNS}
-        except (OSError, SafetensorError):
-            return None
-        index = cls(path=path, shard_size=stat.st_size, shard_mtime_ns=stat.st_mtime_ns, **columns)
-        return index if index._is_consistent() else None
+        for file in _sidecars(path):
+            index = cls.read(file, path)
+            if index is not None and (index.shard_size, index.shard_mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+                return index
+        return None
 
     def _is_consistent(self) -> bool:
         n, m = len(self.key_ends), len(self.member_sample)

@@ -12,7 +12,7 @@ from braceexpand import braceexpand
 
 from lit_lora.datamodules.data_index import INDEX_NAME, DataIndex
 from lit_lora.datamodules.index import index_cache
-from lit_lora.datamodules.remote import fetch, is_remote, redact
+from lit_lora.datamodules.remote import RemoteError, fetch, is_remote, redact
 from lit_lora.datamodules.shard_paths import find_shards
 from lit_lora.datamodules.table import SampleTable
 from lit_lora.errors import UserError
@@ -38,7 +38,7 @@ def open_table(specs: str | Iterable[str], refresh: bool = False, jobs: int = 1)
     local: dict[str, list[Path]] = {}
     for spec in specs:
         if is_remote(spec):
-            for folder, pattern in _split(spec):
+            for folder, pattern in split_url(spec):
                 if folder not in indexes:
                     indexes[folder] = _remote_index(folder, refresh)
                 found += _matching(folder, pattern, indexes[folder])
@@ -51,13 +51,13 @@ def open_table(specs: str | Iterable[str], refresh: bool = False, jobs: int = 1)
     rows = {folder: {name: row for row, name in enumerate(index.names)} for folder, index in indexes.items()}
     shards = []
     for location in found:
-        folder, name = _folder_and_name(location)
+        folder, name = folder_and_name(location)
         shards.append((location, indexes[folder], rows[folder][name]))
     return SampleTable(shards)
 
 
-def _folder_and_name(location: str) -> tuple[str, str]:
-    """For a URL the folder keeps its query, in which there may be a signature."""
+def folder_and_name(location: str) -> tuple[str, str]:
+    """The folder and the file name of a shard; a URL's folder keeps its query, in which there may be a signature."""
     if not is_remote(location):
         return str(Path(location).parent), Path(location).name
     path, mark, query = location.partition("?")
@@ -65,15 +65,19 @@ def _folder_and_name(location: str) -> tuple[str, str]:
     return folder + mark + query, name
 
 
-def _split(spec: str) -> list[tuple[str, str]]:
-    """Folders, and the name or glob of shards in each; an empty one for all."""
+def split_url(spec: str) -> list[tuple[str, str]]:
+    """Remote folders, and the name or glob of shards in each; an empty one for all.
+
+    Raises:
+        UserError: Braces are unbalanced.
+    """
     try:
         urls = list(braceexpand(spec))
     except ValueError as error:
         raise UserError(f"{redact(spec)} has unbalanced braces; write for example shard-{{000..099}}.tar") from error
     pairs = []
     for url in urls:
-        folder, name = _folder_and_name(url)
+        folder, name = folder_and_name(url)
         if name.endswith(".tar") or glob.has_magic(name):
             pairs.append((folder, name))
         else:
@@ -94,25 +98,31 @@ def _matching(folder: str, pattern: str, index: DataIndex) -> list[str]:
             f"the index of {redact(folder)} has no shard {pattern};"
             " check the name, or index the folder again (`lit-lora shards index`)"
         )
-    return [_inside(folder, name) for name in names]
+    return [inside(folder, name) for name in names]
 
 
-def _inside(folder: str, name: str) -> str:
+def inside(folder: str, name: str) -> str:
+    """The path or URL of a file in a folder; the other way round from :func:`folder_and_name`."""
     path, mark, query = folder.partition("?")
     return f"{path}/{name}{mark}{query}"
 
 
+def remote_index_copy(folder: str) -> Path:
+    """Where the index of a remote folder is kept on this machine."""
+    return index_cache() / f"{hashlib.sha256(redact(folder).encode()).hexdigest()[:16]}-{INDEX_NAME}"
+
+
 def _remote_index(folder: str, refresh: bool) -> DataIndex:
-    url = _inside(folder, INDEX_NAME)
-    digest = hashlib.sha256(redact(folder).encode()).hexdigest()[:16]
-    copy = index_cache() / f"{digest}-{INDEX_NAME}"
+    copy = remote_index_copy(folder)
     if refresh or not copy.exists():
         try:
-            fetch(url, copy)
-        except UserError as error:
-            raise UserError(
-                f"the shards at {redact(folder)} need their index beside them: {error}. Make it where the shards are"
-                f" local (`lit-lora shards index`) and copy {INDEX_NAME} there, or read them without index or local"
-                " disk by WebDatasetStreamDataModule"
-            ) from None
+            fetch(inside(folder, INDEX_NAME), copy)
+        except RemoteError as error:
+            if not (error.missing and copy.exists()):  # `lit-lora shards index` of a URL leaves it here alone
+                raise UserError(
+                    f"the shards at {redact(folder)} need their index beside them: {error}. Make it where the shards"
+                    f" are local (`lit-lora shards index`) and copy {INDEX_NAME} there, or index them from here"
+                    " (`lit-lora shards index URL`, which reads all of them once), or read them without an index by"
+                    " WebDatasetStreamDataModule"
+                ) from None
     return DataIndex.load(copy)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lit_lora.callbacks.data_progress import DataProgress
 from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
+from lit_lora.datamodules.cached_decoder import CachedDecoder
 from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.dataset import SampleDecoder, ShardDataset
@@ -20,6 +22,7 @@ from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.image_decoder import ImageDecoder
 from lit_lora.datamodules.listed_samples import ListedSamples
 from lit_lora.datamodules.loader import PlannedLoader
+from lit_lora.datamodules.open_cache import OpenCache, open_cache
 from lit_lora.datamodules.open_table import open_table
 from lit_lora.datamodules.plan import Plan
 from lit_lora.datamodules.remote import is_remote, redact
@@ -145,7 +148,10 @@ class WebDatasetDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.max_bad_samples = max_bad_samples
         self.seed = seed
+        self.cached: frozenset[str] = frozenset()
+        """What the batches have from a cache, known after setup: ``"latents"``, ``"text"``."""
         self._bucketing = Bucketing.of(resolution, buckets, max_upscaling)
+        self._cache_of: dict[SampleTable, OpenCache | None] = {}
         self._train: ChunkedSamples | None = None
         self._val: ListedSamples | None = None
         self._test: ListedSamples | None = None
@@ -175,18 +181,20 @@ class WebDatasetDataModule(LightningDataModule):
         if stage == "test":
             if not self.test_shards:
                 raise UserError("there is no data to test on; set test_shards")
-            self._test = self._evaluation_data(open_table(self.test_shards))
-            return
+            self._test = self._evaluation_data(self.test_shards)
         if stage == "fit" and not self.train_shards:
             raise UserError("there is no data to train on; set train_shards")
-        if stage != "fit" and not self.val_shards and not self.val_samples:
+        if stage in ("validate", "predict") and not self.val_shards and not self.val_samples:
             raise UserError(f"there is no data to {stage} on; set val_shards or val_samples")
-        if self.train_shards and (stage == "fit" or self.val_samples):
-            self._split_train(open_table(self.train_shards))
-        if self.val_shards:
-            self._val = self._evaluation_data(open_table(self.val_shards))
+        if self.train_shards and stage != "test" and (stage == "fit" or self.val_samples):
+            self._split_train(self._open(self.train_shards))
+        if stage != "test" and self.val_shards:
+            self._val = self._evaluation_data(self.val_shards)
         if stage == "fit":
             self._prepare_training()
+        tables = {samples.table for samples in (self._train, self._val, self._test) if samples is not None}
+        caches = [self._cache_of[table] for table in tables]
+        self.cached = frozenset.intersection(*(c.description.cached if c else frozenset() for c in caches))
 
     @property
     def train_samples(self) -> ChunkedSamples:
@@ -249,8 +257,9 @@ class WebDatasetDataModule(LightningDataModule):
         Args:
             locate: The local file of a shard by its number, where they are staged.
         """
-        framing = Framing(self.center_crop, self.random_flip, self.seed)
-        return ShardDataset(ShardReader(self.train_samples.table, locate), self._decoder(framing))
+        table = self.train_samples.table
+        decoder = self._decoder(table, Framing(self.center_crop, self.random_flip, self.seed))
+        return ShardDataset(ShardReader(table, locate), decoder)
 
     def val_dataloader(self) -> PlannedLoader | list[PlannedLoader]:
         """The loader for validation, each sample once over all processes; an empty list where there is no data."""
@@ -295,7 +304,6 @@ class WebDatasetDataModule(LightningDataModule):
         num_chunks = self.chunks
         if self.chunk_samples is not None:
             num_chunks = max(1, round(len(table) / self.chunk_samples))
-        self._check_complete(table)
         self._train = ChunkedSamples.split(table, self._bucketing, num_chunks, self.seed, held_out)
         if not self._train.counts.any():
             raise UserError(
@@ -328,8 +336,28 @@ class WebDatasetDataModule(LightningDataModule):
         if self.trainer is not None:
             _add_progress(self.trainer.callbacks)  # type: ignore[attr-defined]
 
-    def _evaluation_data(self, table: SampleTable) -> ListedSamples:
-        self._check_complete(table)
+    def _open(self, shards: str | list[str]) -> SampleTable:
+        """The samples of shards, after a check that the run can use them."""
+        table = open_table(shards)
+        cache = open_cache(table)
+        self._cache_of[table] = cache
+        if cache is not None:
+            identity = getattr(self.trainer and self.trainer.lightning_module, "cache_identity", dict)
+            cache.description.check(
+                cache.folder,
+                identity=identity(),
+                resolution=self.resolution,
+                buckets=None if self.buckets is None else asdict(self.buckets),
+                center_crop=self.center_crop or shards is not self.train_shards,
+                random_flip=self.random_flip and shards is self.train_shards,
+                captions=self.captions,
+            )
+        for what, extensions in self._decoder(table, self._evaluation_framing).required.items():
+            table.check_complete(what, extensions)
+        return table
+
+    def _evaluation_data(self, shards: str | list[str]) -> ListedSamples:
+        table = self._open(shards)
         return ListedSamples(table, np.arange(len(table)), self._evaluation_bucketing)
 
     @property
@@ -337,18 +365,20 @@ class WebDatasetDataModule(LightningDataModule):
         """All samples are evaluated, however small."""
         return Bucketing.of(self.resolution, self.buckets)
 
-    def _decoder(self, framing: Framing) -> SampleDecoder:
-        return ImageDecoder(framing, self.captions, self.seed)
+    @property
+    def _evaluation_framing(self) -> Framing:
+        return Framing(center_crop=True, random_flip=False, seed=self.seed)
 
-    def _check_complete(self, table: SampleTable) -> None:
-        decoder = self._decoder(Framing(self.center_crop, self.random_flip, self.seed))
-        for what, extensions in decoder.required.items():
-            table.check_complete(what, extensions)
+    def _decoder(self, table: SampleTable, framing: Framing) -> SampleDecoder:
+        cache = self._cache_of[table]
+        if cache is None:
+            return ImageDecoder(framing, self.captions, self.seed)
+        return CachedDecoder(cache.description, framing, self.captions, cache.empty)
 
     def _evaluation_loader(self, samples: ListedSamples) -> PlannedLoader:
-        framing = Framing(center_crop=True, random_flip=False, seed=self.seed)
+        decoder = self._decoder(samples.table, self._evaluation_framing)
         return RestartingLoader(
-            ShardDataset(ShardReader(samples.table), self._decoder(framing)),
+            ShardDataset(ShardReader(samples.table), decoder),
             Plan(samples, self.batch_size * self._world_size, self.seed, shuffle=False, leftovers="pad"),
             self._rank,
             self._world_size,

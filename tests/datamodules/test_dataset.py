@@ -18,9 +18,9 @@ SIZE = (8, 12)
 
 @pytest.fixture
 def dataset_of():
-    def make(paths, captions=Captions()):
+    def make(paths, captions=None):
         table = SampleTable.of([ShardIndex.build(path) for path in paths])
-        return ShardDataset(ShardReader(table), ImageDecoder(FRAMING, captions, seed=3))
+        return ShardDataset(ShardReader(table), ImageDecoder(FRAMING, captions or Captions(), seed=3))
 
     return make
 

@@ -324,7 +324,8 @@ def test_buckets_and_sdxls_conditioning(tmp_path, write_tar, encode_image):
         original, target = batch["original_size"], batch["target_size"]
         assert original.tolist() == [list(sizes[name][::-1])] * 2
         assert target.tolist() == [[height, width]] * 2
-        assert (height * width <= 64**2) and height % 16 == width % 16 == 0
+        assert height * width <= 64**2
+        assert height % 16 == width % 16 == 0
         assert (width > height, width < height) == (name == "wide", name == "tall")
         scale = (target / original).amax(dim=1, keepdim=True)
         assert (batch["crop_top_left"] <= (original * scale - target).ceil()).all()
