@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_lora.datamodules.index import index_cache
 from lit_lora.datamodules.latent_cache import DESCRIPTION, EMPTY, CacheDescription
 from lit_lora.datamodules.open_table import folder_and_name, inside
-from lit_lora.datamodules.remote import fetch, is_remote, redact
+from lit_lora.datamodules.remote import RemoteError, fetch, is_remote, redact
 from lit_lora.datamodules.scan import CACHED_EXTENSION
 from lit_lora.datamodules.table import SampleTable
 from lit_lora.errors import UserError
@@ -40,10 +40,17 @@ def open_cache(table: SampleTable) -> OpenCache | None:
     Raises:
         UserError: Some are of another cache, or its description or embeddings cannot be read.
     """
-    if CACHED_EXTENSION not in table.spans(0):
+    are_cached: dict[str, bool] = {}
+    for location, first_sample in zip(table.locations, table.starts.tolist(), strict=False):
+        folder = folder_and_name(location)[0]
+        if folder not in are_cached:
+            are_cached[folder] = CACHED_EXTENSION in table.spans(first_sample)
+    if not any(are_cached.values()):
         return None
-    folders = dict.fromkeys(folder_and_name(location)[0] for location in table.locations)
-    caches = [_open(folder) for folder in folders]
+    if not all(are_cached.values()):
+        cached, others = (next(f for f, is_cached in are_cached.items() if is_cached is kind) for kind in (True, False))
+        raise UserError(f"{redact(cached)} is a cache and {redact(others)} holds images; name shards of one kind")
+    caches = [_open(folder) for folder in are_cached]
     for other in caches[1:]:
         if differences := caches[0].description.differences(other.description):
             raise UserError(
@@ -66,14 +73,15 @@ def _open(folder: str) -> OpenCache:
 
 
 def _read(folder: str, name: str) -> bytes:
+    unfinished = "the shards there are a cache that is not finished: run `lit-lora cache` again"
     path = Path(inside(folder, name))
     if is_remote(folder):
         path = index_cache() / f"{hashlib.sha256(redact(folder).encode()).hexdigest()[:16]}-{name}"
-        fetch(inside(folder, name), path)
+        try:
+            fetch(inside(folder, name), path)
+        except RemoteError as error:
+            raise UserError(f"{error}. {unfinished}, and copy all of its files") if error.missing else error from None
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror}; the shards there are a cache that is not finished: run `lit-lora"
-            " cache` again"
-        ) from error
+        raise UserError(f"cannot read {path}: {error.strerror}; {unfinished}") from error

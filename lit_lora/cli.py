@@ -21,7 +21,8 @@ train
 tools
   demo      train on handwritten digits, from nothing, in minutes
   sample    draw pictures with an adapter
-  shards    pack: image folders to WebDataset shards
+  cache     encode images and captions once, to train without VAE and text encoders
+  shards    pack, index, check, info, plan: image folders to WebDataset shards, and what is in them
 
 Options of a command: lit-lora COMMAND --help
 """
@@ -41,13 +42,26 @@ def _sample(arguments: list[str]) -> None:
     run_tool(sample.sample, arguments, "lit-lora sample")
 
 
+def _cache(arguments: list[str]) -> None:
+    from lit_lora.tools import cache
+
+    cache.cache(arguments)
+
+
 def _shards(arguments: list[str]) -> None:
+    if arguments[:1] == ["plan"]:
+        from lit_lora.tools import plan
+
+        plan.plan(arguments[1:])
+        return
     from lit_lora.tools import run_tool, shards
 
-    run_tool({"pack": shards.pack}, arguments, "lit-lora shards")
+    commands = {name: getattr(shards, name) for name in ("pack", "index", "check", "info")}
+    epilog = "And: lit-lora shards plan --config FILE, with the options of fit: what a run would read, before it starts."
+    run_tool(commands, arguments, "lit-lora shards", epilog=epilog)
 
 
-TOOLS: dict[str, Callable[[list[str]], None]] = {"demo": _demo, "sample": _sample, "shards": _shards}
+TOOLS: dict[str, Callable[[list[str]], None]] = {"demo": _demo, "sample": _sample, "cache": _cache, "shards": _shards}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,16 +6,16 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 # Bare names such as LoraConfig or AdapterCheckpoint work as class_path for what is imported here.
 import peft  # noqa: F401
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import lit_lora.families
@@ -89,6 +89,31 @@ class LitLoraCLI(LightningCLI):
     before_validate = before_test = before_predict = _check_ckpt_path
 
 
+class ToolCLI(LitLoraCLI):
+    """A command that takes what ``fit`` takes, and the options of a function; it builds the module and the datamodule alone.
+
+    Attributes:
+        function: What the command calls.
+        parts: Those of its parameters that are no options.
+    """
+
+    function: ClassVar[Callable[..., Any]]
+    parts: ClassVar[frozenset[str]]
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # A config may have them.
+        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+        self._names = parser.add_function_arguments(self.function, skip=set(self.parts))
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """None is needed."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the command line says for the function."""
+        return {name: self.config[name] for name in self._names}
+
+
 def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] = LitLoraCLI) -> CLI:  # type: ignore[assignment]
     """Parse, build trainer, model and data, and with ``run`` call the trainer.
 
@@ -97,6 +122,7 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
         run: Otherwise the parts are built and returned, nothing starts.
         cli_class: A command that takes what ``fit`` takes and builds other parts.
     """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
     arguments = [_shipped_config(part) for argument in arguments for part in _config_and_path(argument)]
     with warnings.catch_warnings():
         for harmless in _HARMLESS:
@@ -119,7 +145,6 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
     Raises:
         UserError: Whatever the user can put right.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
     try:
         return build_cli(arguments)
     except MisconfigurationException as error:

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_lora.adapters import trainable_parameters
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.families import Batch, ModelFamily
+from lit_lora.families import Batch, ModelFamily, target_size
 from lit_lora.files import atomic_folder
 from lit_lora.objectives import DDPM, Objective
 from lit_lora.rank_allocation import allocate_ranks, allocation_state, restore_allocation
@@ -26,6 +26,9 @@ from lit_lora.sampling import generate
 
 VALIDATION_SEED = 20_240_229
 """Seed of validation's timesteps and noise, the same in every run, so that losses compare between runs."""
+
+_ENCODER_OF = {"latents": "vae", "text": "text"}
+"""The part of a family that makes what a datamodule may have from a cache: the entries of its ``cached``."""
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -105,12 +108,16 @@ class LoraDiffusion(LightningModule):
             )
 
     def configure_model(self) -> None:
-        """Load the base, freeze it and put the adapter in. Lightning calls this; a second call changes nothing."""
-        if self._configured:
-            return
+        """Load the base, freeze it and put the adapter in; Lightning calls this.
+
+        What the datamodule has from a cache needs no encoder. A second call loads encoders that the first could do without
+        and changes nothing else.
+        """
         # Lightning builds on the device, where the same seed would initialise another adapter and some PEFT methods fail.
         with torch.device("cpu"):
-            self.family.load(self.base_dtype)
+            self.family.load(self.base_dtype, without=self._dispensable_parts())
+            if self._configured:
+                return
             self.family.scheduler_config = self.objective.prepare(self.family.scheduler_config)
             if self.gradient_checkpointing:
                 self.family.denoiser.enable_gradient_checkpointing()
@@ -159,7 +166,7 @@ class LoraDiffusion(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Image.Image]:
         """One picture for each caption, in the size of the batch's own pictures."""
-        height, width = batch["pixel_values"].shape[-2:]
+        height, width = target_size(batch)[0].tolist()
         return self.generate(
             batch["caption"],
             seeds=[self.seed + slot for slot in self._slots(batch, batch_idx)],
@@ -174,10 +181,14 @@ class LoraDiffusion(LightningModule):
         was_training = self.training
         self.eval()
         try:
-            with self.autocast(), self._vae_in_its_own_dtype():
+            with self.family.all_parts(), self.autocast(), self._vae_in_its_own_dtype():
                 return generate(self.family.pipeline(), prompts, seeds, **options)
         finally:
             self.train(was_training)
+
+    def cache_identity(self) -> dict[str, str]:
+        """What a cache of latents (``"vae"``) and text embeddings (``"text"``) must have been made with."""
+        return self.family.identity()
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write a folder with the adapter's files: PEFT's, and diffusers' LoRA file where that can hold it.
@@ -221,6 +232,14 @@ class LoraDiffusion(LightningModule):
         finally:
             del vae.decode
 
+    def _dispensable_parts(self) -> set[str]:
+        """Parts of the family that this run does without: see ``cached`` of the datamodule."""
+        trainer = self._trainer
+        if trainer is None or trainer.predicting:  # pictures need all parts, for each batch
+            return set()
+        datamodule = getattr(trainer, "datamodule", None)
+        return {_ENCODER_OF[cached] for cached in getattr(datamodule, "cached", ())}
+
     def _losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Each sample's loss, times its weight in the batch, and these weights: float32 ``(B,)``."""
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -232,17 +251,26 @@ class LoraDiffusion(LightningModule):
         return self.objective.loss(prediction, target, weight * counts), counts
 
     def _drop_captions(self, batch: Batch, draws: Draws) -> Batch:
-        """Empty the captions of a share of the samples."""
+        """Empty the captions of a share of the samples, or put the empty caption's embeddings in their place."""
         if not self.caption_dropout:
             return batch
-        dropped = (draws.uniform("caption dropout") < self.caption_dropout).tolist()
-        captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped, strict=True)]
+        dropped = draws.uniform("caption dropout") < self.caption_dropout
+        if "text_embeddings" in batch:
+            empty = batch["empty_text_embeddings"]
+            embeddings = {name: _replace(v, dropped, empty[name]) for name, v in batch["text_embeddings"].items()}
+            return {**batch, "text_embeddings": embeddings}
+        captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
         return {**batch, "caption": captions}
 
     def _slots(self, batch: Batch, batch_number: int) -> list[int]:
         """The samples' places in the run: from the batch, or counted here for a datamodule that does not number them."""
         if "slot" in batch:
             return list(batch["slot"])
-        count = len(batch["pixel_values"])
+        count = len(batch["caption"])
         first = (batch_number * self.trainer.world_size + self.trainer.global_rank) * count
         return list(range(first, first + count))
+
+
+def _replace(values: Tensor, rows: Tensor, value: Tensor) -> Tensor:
+    """``values``, ``(B, …)``, with ``value`` in the rows that are true in ``rows``, ``(B,)``."""
+    return torch.where(rows.view(-1, *[1] * value.ndim), value, values)

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from peft import LoraConfig
 
+from lit_lora.callbacks import SampleImages
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.families import StableDiffusion
+from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
 from lit_lora.module import LoraDiffusion
 from lit_lora.objectives import DDPM
 from tests.helpers import loader_of, make_batches
@@ -183,6 +184,118 @@ def test_predict_draws_the_captions(sd_folder: Path, trainer_options: dict[str, 
     module = module_for(sd_folder, num_inference_steps=2)
     [images] = Trainer(**trainer_options).predict(module, loader_of(make_batches(1)))  # type: ignore[misc]
     assert [image.size for image in images] == [(16, 16)] * 2
+
+
+class CachedBatches(LightningDataModule):
+    """What batches become when their latents, and with ``text`` their captions' embeddings, are cached."""
+
+    def __init__(self, folder: Path, family_class: type[ModelFamily], count: int, text: bool = True) -> None:
+        super().__init__()
+        family = family_class(str(folder))
+        family.load(torch.float32, without={"denoiser"})
+        self.cached = {"latents", "text"} if text else {"latents"}
+        self.batches = []
+        with torch.no_grad():
+            for batch in make_batches(count):
+                pixel_values = batch.pop("pixel_values")
+                batch["latents_mean"], batch["latents_std"] = family.posterior(pixel_values)
+                batch["target_size"] = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
+                if text:
+                    batch["text_embeddings"] = family.encode_captions(batch["caption"])
+                    empty = family.encode_captions([""])
+                    batch["empty_text_embeddings"] = {name: value[0] for name, value in empty.items()}
+                self.batches.append(batch)
+
+    def train_dataloader(self) -> Any:
+        return loader_of(self.batches)
+
+    predict_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize(
+    ("family_class", "fixture"), [(StableDiffusion, "sd_folder"), (StableDiffusionXL, "sdxl_folder")]
+)
+def test_training_from_a_cache_is_the_same_training(
+    family_class: type[ModelFamily],
+    fixture: str,
+    text: bool,
+    request: pytest.FixtureRequest,
+    trainer_options: dict[str, Any],
+) -> None:
+    folder = request.getfixturevalue(fixture)
+
+    def losses_of(data: Any) -> tuple[list[float], set[str]]:
+        torch.manual_seed(0)
+        module = LoraDiffusion(family_class(str(folder)), LoraConfig(r=2), base_dtype="float32", caption_dropout=0.5)
+        losses = Losses()
+        Trainer(**trainer_options, max_steps=4, callbacks=[losses]).fit(module, data)
+        return losses.losses, {name for name, _ in module.family.named_children()}
+
+    expected, parts = losses_of(loader_of(make_batches(4)))
+    assert "vae" in parts
+    cached, parts = losses_of(CachedBatches(folder, family_class, 4, text))
+    assert cached == pytest.approx(expected, rel=1e-5)
+    assert "vae" not in parts
+    assert ("text_encoder" in parts) != text
+
+
+def test_cached_captions_are_dropped_like_others(sd_folder: Path) -> None:
+    module = module_for(sd_folder, caption_dropout=0.5)
+    draws = Draws(0, range(8))
+    plain = module._drop_captions({"caption": ["x"] * 8}, draws)["caption"]
+    empty = {"hidden": torch.zeros(3, 2), "pooled": torch.zeros(())}
+    embeddings = {"hidden": torch.ones(8, 3, 2), "pooled": torch.ones(8)}
+    batch = {"caption": ["x"] * 8, "text_embeddings": embeddings, "empty_text_embeddings": empty}
+    dropped = module._drop_captions(batch, draws)["text_embeddings"]
+    kept = torch.tensor([float(caption == "x") for caption in plain])
+    assert 0 < kept.sum() < 8
+    assert torch.equal(dropped["hidden"], kept.view(8, 1, 1).expand(8, 3, 2))
+    assert torch.equal(dropped["pooled"], kept)
+
+
+def test_pictures_while_training_from_a_cache(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    def trained(callbacks: list[Callback]) -> tuple[list[float], LoraDiffusion]:
+        torch.manual_seed(0)
+        module = module_for(sd_folder)
+        module.adapter.lora_dropout = 0.5  # type: ignore[attr-defined]
+        losses = Losses()
+        options = trainer_options | {"max_steps": 3, "callbacks": [losses, *callbacks]}
+        Trainer(**options).fit(module, CachedBatches(sd_folder, StableDiffusion, 3))
+        return losses.losses, module
+
+    losses, module = trained([SampleImages(["a star"], every_n_steps=2, num_inference_steps=2)])
+    names = sorted(path.name for path in tmp_path.glob("samples/*.png"))
+    assert names == ["step-000000.png", "step-000002.png"]
+    assert {name for name, _ in module.family.named_children()} == {"denoiser"}
+    assert losses == trained([])[0]
+    # The same picture as from a module that has all of its parts.
+    image = module.generate(["a star"], [0], num_inference_steps=2, guidance_scale=5.0)[0]
+    module._trainer = None
+    module.configure_model()
+    assert "vae" in dict(module.family.named_children())
+    assert image.tobytes() == module.generate(["a star"], [0], num_inference_steps=2, guidance_scale=5.0)[0].tobytes()
+
+
+def test_predict_from_a_cache(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    def drawn(data: Any) -> list[bytes]:
+        torch.manual_seed(0)
+        module = module_for(sd_folder, num_inference_steps=2)
+        [images] = Trainer(**trainer_options).predict(module, data)  # type: ignore[misc]
+        return [image.tobytes() for image in images]
+
+    assert drawn(CachedBatches(sd_folder, StableDiffusion, 1)) == drawn(loader_of(make_batches(1)))
+
+
+def test_a_run_without_the_cache_after_one_with_it(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    module = module_for(sd_folder)
+    Trainer(**trainer_options, max_steps=1).fit(module, CachedBatches(sd_folder, StableDiffusion, 1))
+    adapter = [p.detach().clone() for p in module.parameters() if p.requires_grad]
+    Trainer(**trainer_options).validate(module, loader_of(make_batches(1)), verbose=False)
+    assert {"vae", "text_encoder"} <= {name for name, _ in module.family.named_children()}
+    assert all(
+        torch.equal(a, p) for a, p in zip(adapter, (p for p in module.parameters() if p.requires_grad), strict=True)
+    )
 
 
 @pytest.mark.parametrize(

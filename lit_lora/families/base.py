@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,6 +19,7 @@ from lit_lora.adapters import ADAPTER_NAME, adapter_state, inject, is_lora, plai
 from lit_lora.draws import Draws
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
+from lit_lora.families.identity import parts_identity
 
 Batch = Mapping[str, Any]
 """What a datamodule gives, ``B`` samples:
@@ -28,13 +30,22 @@ Batch = Mapping[str, Any]
 | ``caption`` | list of ``B`` strings |
 | ``original_size`` | int64 ``(B, 2)``: height, width before resizing (optional) |
 | ``crop_top_left`` | int64 ``(B, 2)``: top, left of the crop in resized pixels (optional) |
+| ``target_size`` | int64 ``(B, 2)``: height, width of the pictures to train on, ``H, W`` (optional) |
 | ``weight`` | float32 ``(B,)``: 0 for a slot that must not count (optional) |
 | ``slot`` | list of ``B`` ints: number of the sample's place in the whole run (optional) |
 | ``key`` | list of ``B`` strings, the samples' names (optional) |
+
+From a cache ``latents_mean`` and ``latents_std``, float ``(B, C, h, w)``, the VAE's posterior, stand in for
+``pixel_values``, and ``target_size`` is there. Where text is cached too, ``text_embeddings`` is a dict of tensors
+``(B, …)``, what :meth:`ModelFamily.encode_captions` gives, and ``empty_text_embeddings`` the same for one empty caption,
+without the batch dimension.
 """
 
 Conditioning = dict[str, Any]
 """Keyword arguments of the denoiser's ``forward``."""
+
+PARTS = ("vae", "text", "denoiser")
+"""What can be left out when a family is loaded: ``text`` is all tokenizers and text encoders."""
 
 
 class ModelFamily(nn.Module, ABC):
@@ -64,8 +75,9 @@ class ModelFamily(nn.Module, ABC):
     pipeline_options: ClassVar[dict[str, Any]] = {}
     """Further arguments of the pipeline's constructor."""
 
-    vae: AutoencoderKL
     scheduler_config: dict[str, Any]
+    vae_config: Mapping[str, Any]
+    """The VAE's config with its defaults filled in; it is there without the VAE too."""
 
     def __init__(
         self, pretrained_model_name_or_path: str, revision: str | None = None, variant: str | None = None
@@ -74,28 +86,69 @@ class ModelFamily(nn.Module, ABC):
         self.pretrained_model_name_or_path = pretrained_model_name_or_path
         self.revision = revision
         self.variant = variant
+        self.vae: Any = None
+        self.denoiser: Any = None
         self.encoders: dict[str, Any] = {}
 
-    def load(self, dtype: torch.dtype, vae_dtype: torch.dtype | None = None) -> None:
-        """Load every part, frozen.
+    def load(self, dtype: torch.dtype, vae_dtype: torch.dtype | None = None, without: Collection[str] = ()) -> None:
+        """Load the parts, frozen. What is loaded already stays as it is.
 
         Args:
             dtype: Of the denoiser and the text encoders.
             vae_dtype: Of the VAE; ``dtype`` if not given.
+            without: Parts to leave out, of :data:`PARTS`; :meth:`all_parts` brings them in for a while.
 
         Raises:
             UserError: A part is missing or cannot be read.
         """
-        self.scheduler_config = dict(self._part("scheduler", DDPMScheduler.load_config))
-        for name, encoder_class in self.encoder_classes.items():
-            options = {"dtype": dtype} if issubclass(encoder_class, nn.Module) else {}
-            part = self._part(name, encoder_class.from_pretrained, **options)
-            self.encoders[name] = part
-            if isinstance(part, nn.Module):
-                self.add_module(name, part.requires_grad_(False))
-        self.vae = self._part("vae", AutoencoderKL.from_pretrained, dtype=vae_dtype or dtype).requires_grad_(False)
-        from_pretrained = self.denoiser_class.from_pretrained  # type: ignore[attr-defined]
-        self.denoiser: Any = self._part(self.denoiser_name, from_pretrained, dtype=dtype).requires_grad_(False)
+        self.dtype = dtype
+        self.vae_dtype = vae_dtype or dtype
+        if not hasattr(self, "scheduler_config"):
+            self.scheduler_config = dict(self._part("scheduler", DDPMScheduler.load_config))
+            self.vae_config = self._part("vae", _complete_vae_config)
+        for name in self._missing():
+            if name not in without:
+                self._load_part(name)
+
+    @contextmanager
+    def all_parts(self) -> Iterator[None]:
+        """Inside the block every part is there; those that were left out of :meth:`load` are freed at its end.
+
+        Raises:
+            UserError: A part is missing or cannot be read.
+        """
+        device = self.device
+        missing = self._missing()
+        try:
+            for name in missing:
+                self._load_part(name, device)
+            yield
+        finally:
+            for name in missing:
+                self._free_part(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def downscale(self) -> int:
+        """Edge of a picture by edge of its latents."""
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+
+    def identity(self) -> dict[str, str]:
+        """What latents (``"vae"``) and embeddings (``"text"``) of a cache depend on, as texts to compare.
+
+        A local folder is known by its contents, wherever it lies: see :mod:`lit_lora.families.identity`. A part whose
+        folder has no weights is not mentioned.
+        """
+        parts = {"vae": ["vae"], "text": list(self.encoder_classes)}
+        source = Path(resolve(self.pretrained_model_name_or_path))
+        if source.is_dir():
+            return parts_identity(source, parts, self.variant)
+        name = f"{source}@{self.revision or 'main'}"
+        return dict.fromkeys(parts, f"{name}:{self.variant}" if self.variant else name)
 
     def add_adapter(self, config: PeftConfig) -> None:
         """Put the adapter into the denoiser; :attr:`denoiser` becomes a :class:`peft.PeftModel`.
@@ -105,9 +158,24 @@ class ModelFamily(nn.Module, ABC):
         """
         self.denoiser = inject(self.denoiser, config, self.default_targets)
 
-    @abstractmethod
     def encode(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning]:
         """Latents, float32 ``(B, C, h, w)``, and the denoiser's conditioning; without gradients."""
+        text = batch["text_embeddings"] if "text_embeddings" in batch else self.encode_captions(batch["caption"])
+        text = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in text.items()}
+        return self.latents(batch, draws), self.conditioning(text, batch)
+
+    @abstractmethod
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        """Everything that the denoiser wants to know of ``B`` captions, by name: ``(B, …)`` each."""
+
+    @abstractmethod
+    def conditioning(self, text: Mapping[str, Tensor], batch: Batch) -> Conditioning:
+        """The denoiser's conditioning.
+
+        Args:
+            text: What :meth:`encode_captions` gave, now or when the cache was made.
+            batch: For what else the denoiser wants to know.
+        """
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The denoiser's prediction, ``(B, C, h, w)``.
@@ -120,23 +188,37 @@ class ModelFamily(nn.Module, ABC):
         prediction: Tensor = self.denoiser(noisy, timesteps, **conditioning).sample
         return prediction
 
-    def encode_images(self, pixel_values: Tensor, draws: Draws) -> Tensor:
-        """Images to scaled latents, drawn from the VAE's posterior: float32 ``(B, C, h, w)``.
+    def latents(self, batch: Batch, draws: Draws) -> Tensor:
+        """Scaled latents, drawn from the VAE's posterior: float32 ``(B, C, h, w)``.
+
+        Args:
+            batch: With the posterior, or with pictures.
+            draws: Gives the posterior's noise.
+        """
+        if "latents_mean" in batch:
+            mean, std = batch["latents_mean"], batch["latents_std"]
+        else:
+            mean, std = self.posterior(batch["pixel_values"])
+        latents = mean.float() + std.float() * draws.normal("posterior", mean.shape[1:])
+        shift = self.vae_config.get("shift_factor") or 0.0
+        return (latents - shift) * float(self.vae_config["scaling_factor"])
+
+    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents before they are scaled, in the VAE's dtype, ``(B, C, h, w)`` each.
 
         Args:
             pixel_values: uint8 in [0, 255] or float in [-1, 1], ``(B, 3, H, W)``.
-            draws: Gives the posterior's noise.
         """
         if pixel_values.dtype == torch.uint8:
             pixel_values = pixel_values.float() / 127.5 - 1
         posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-        mean, std = posterior.mean.float(), posterior.std.float()
-        latents = mean + std * draws.normal("posterior", mean.shape[1:])
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return (latents - shift) * float(self.vae.config.scaling_factor)
+        return posterior.mean, posterior.std
 
     def pipeline(self) -> DiffusionPipeline:
-        """A diffusers pipeline over these very weights, adapter included, with the base's own scheduler."""
+        """A diffusers pipeline over these very weights, adapter included, with the base's own scheduler.
+
+        It needs every part: see :meth:`all_parts`.
+        """
         scheduler_class = getattr(diffusers, self.scheduler_config["_class_name"])
         denoiser = self.denoiser.get_base_model() if isinstance(self.denoiser, PeftModel) else self.denoiser
         pipeline = self.pipeline_class(
@@ -175,7 +257,7 @@ class ModelFamily(nn.Module, ABC):
         return self
 
     def tokenize(self, tokenizer: Any, captions: list[str]) -> Tensor:
-        """int64 ``(B, tokens)``, padded and cut to the tokenizer's length, on the VAE's device."""
+        """int64 ``(B, tokens)``, padded and cut to the tokenizer's length, on the weights' device."""
         encoded = tokenizer(
             captions,
             padding="max_length",
@@ -184,7 +266,38 @@ class ModelFamily(nn.Module, ABC):
             return_tensors="pt",
         )
         ids: Tensor = encoded.input_ids
-        return ids.to(self.vae.device)
+        return ids.to(self.device)
+
+    def _missing(self) -> list[str]:
+        """Those of :data:`PARTS` that are not loaded."""
+        loaded = {"vae": self.vae, "text": self.encoders, "denoiser": self.denoiser}
+        return [name for name in PARTS if not loaded[name]]
+
+    def _load_part(self, part: str, device: torch.device | None = None) -> None:
+        if part == "text":
+            self.encoders = {name: self._model(name, kind, device) for name, kind in self.encoder_classes.items()}
+            for name, encoder in self.encoders.items():
+                if isinstance(encoder, nn.Module):
+                    self.add_module(name, encoder)
+        elif part == "vae":
+            self.vae = self._model("vae", AutoencoderKL, device, self.vae_dtype)
+        else:
+            self.denoiser = self._model(self.denoiser_name, self.denoiser_class, device)
+
+    def _free_part(self, part: str) -> None:
+        if part == "text":
+            for name in self.encoders:
+                self._modules.pop(name, None)
+            self.encoders = {}
+        else:
+            setattr(self, part, None)
+
+    def _model(self, name: str, kind: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
+        """A model, frozen, in evaluation mode; or a tokenizer."""
+        if not issubclass(kind, nn.Module):
+            return self._part(name, kind.from_pretrained)
+        model = self._part(name, kind.from_pretrained, dtype=dtype or self.dtype).requires_grad_(False).eval()
+        return model if device is None else model.to(device)
 
     def _part(self, name: str, from_pretrained: Any, **options: Any) -> Any:
         """One part of the pipeline, or a :class:`UserError` that says which part is missing where."""
@@ -203,3 +316,20 @@ class ModelFamily(nn.Module, ABC):
             return from_pretrained(source, subfolder=name, **options)
         except (OSError, ValueError, json.JSONDecodeError) as error:
             raise UserError(f"cannot load {name!r} of {source!r}: {error}") from error
+
+
+def target_size(batch: Batch) -> Tensor:
+    """Height and width of the pictures to train on, int64 ``(B, 2)``."""
+    if "target_size" in batch:
+        size: Tensor = batch["target_size"]
+        return size
+    pixel_values = batch["pixel_values"]
+    return torch.tensor([pixel_values.shape[-2:]], device=pixel_values.device).expand(len(pixel_values), 2)
+
+
+def _complete_vae_config(source: str, **options: Any) -> Mapping[str, Any]:
+    """The config as the VAE would have it: older files leave out what is now a default, as the scaling factor."""
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(source, **options))
+    config: Mapping[str, Any] = vae.config
+    return config

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lit_lora.draws import Draws
 from lit_lora.families.base import Batch, Conditioning, ModelFamily
 
 
@@ -34,7 +34,9 @@ class StableDiffusion(ModelFamily):
         "requires_safety_checker": False,
     }
 
-    def encode(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning]:
-        latents = self.encode_images(batch["pixel_values"], draws)
-        ids = self.tokenize(self.encoders["tokenizer"], batch["caption"])
-        return latents, {"encoder_hidden_states": self.encoders["text_encoder"](ids)[0]}
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        ids = self.tokenize(self.encoders["tokenizer"], captions)
+        return {"encoder_hidden_states": self.encoders["text_encoder"](ids)[0]}
+
+    def conditioning(self, text: Mapping[str, Tensor], batch: Batch) -> Conditioning:
+        return dict(text)

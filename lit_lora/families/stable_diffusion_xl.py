@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -9,8 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DCondit
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lit_lora.draws import Draws
-from lit_lora.families.base import Batch, Conditioning, ModelFamily
+from lit_lora.families.base import Batch, Conditioning, ModelFamily, target_size
 
 
 class StableDiffusionXL(ModelFamily):
@@ -38,32 +38,29 @@ class StableDiffusionXL(ModelFamily):
     # diffusers would import a watermarking package if it finds one; what we sample is for looking at while training.
     pipeline_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
 
-    def load(self, dtype: torch.dtype, vae_dtype: torch.dtype | None = torch.float32) -> None:
-        super().load(dtype, vae_dtype)
+    def load(
+        self, dtype: torch.dtype, vae_dtype: torch.dtype | None = torch.float32, without: Collection[str] = ()
+    ) -> None:
+        super().load(dtype, vae_dtype, without)
 
-    def encode(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning]:
-        latents = self.encode_images(batch["pixel_values"], draws)
-        hidden, pooled = self._encode_captions(batch["caption"])
-        time_ids = self._time_ids(batch).to(hidden)
-        return latents, {
-            "encoder_hidden_states": hidden,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
-        }
-
-    def _encode_captions(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Both encoders' last but one hidden states side by side, and the second one's pooled output."""
         hidden_states = []
         for suffix in ("", "_2"):
             ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
             output = self.encoders[f"text_encoder{suffix}"](ids, output_hidden_states=True)
             hidden_states.append(output.hidden_states[-2])
-        return torch.cat(hidden_states, dim=-1), output[0]
+        return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1), "pooled": output[0]}
+
+    def conditioning(self, text: Mapping[str, Tensor], batch: Batch) -> Conditioning:
+        hidden = text["encoder_hidden_states"]
+        added = {"text_embeds": text["pooled"], "time_ids": self._time_ids(batch).to(hidden)}
+        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
 
     @staticmethod
     def _time_ids(batch: Batch) -> Tensor:
         """Original size, crop and target size, ``(B, 6)``: SDXL's micro-conditioning."""
-        pixel_values = batch["pixel_values"]
-        target = torch.tensor([pixel_values.shape[-2:]], device=pixel_values.device).expand(len(pixel_values), 2)
+        target = target_size(batch)
         original = batch.get("original_size", target)
         corner = batch.get("crop_top_left", torch.zeros_like(target))
         return torch.cat([original, corner, target], dim=1)

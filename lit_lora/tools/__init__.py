@@ -17,6 +17,6 @@ class ToolParser(ArgumentParser):
         self.exit(2)
 
 
-def run_tool(function: Callable[..., Any] | dict[str, Any], arguments: list[str], prog: str) -> Any:
-    """Call a typed function, or one of several, with what the command line says."""
-    return auto_cli(function, args=arguments, prog=prog, parser_class=ToolParser, as_positional=True)
+def run_tool(function: Callable[..., Any] | dict[str, Any], arguments: list[str], prog: str, **options: Any) -> Any:
+    """Call a typed function, or one of several, with what the command line says; ``options`` are the parser's."""
+    return auto_cli(function, args=arguments, prog=prog, parser_class=ToolParser, as_positional=True, **options)

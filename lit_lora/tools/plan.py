@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch import LightningDataModule
 
 from lit_lora.datamodules.byte_sizes import format_bytes
 from lit_lora.datamodules.plan import Plan
@@ -26,7 +25,7 @@ from lit_lora.datamodules.remote import is_remote
 from lit_lora.datamodules.staging import checked_budget
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError
-from lit_lora.lightning_cli import LitLoraCLI, build_cli
+from lit_lora.lightning_cli import ToolCLI, build_cli
 
 
 def plan(arguments: list[str]) -> None:
@@ -35,7 +34,8 @@ def plan(arguments: list[str]) -> None:
     data, options = cli.datamodule, cli.options
     if not isinstance(data, WebDatasetDataModule):
         raise UserError(f"data is a {type(data).__name__}; only a WebDatasetDataModule follows a plan")
-    options["processes"] = options["processes"] or _processes(cli.config["trainer"])
+    if options["processes"] is None:
+        options["processes"] = _processes(cli.config["trainer"])
     print(describe(data, max_steps=cli.config["trainer"]["max_steps"], **options))
 
 
@@ -88,23 +88,14 @@ def describe(
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-class _PlanCLI(LitLoraCLI):
-    """Takes what ``fit`` takes; builds the datamodule alone."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # A config may have them.
-        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
-        self._options = parser.add_function_arguments(describe, skip={"data", "max_steps"})
+class _PlanCLI(ToolCLI):
+    function = staticmethod(describe)
+    parts = frozenset({"data", "max_steps"})
 
     def instantiate_classes(self) -> None:
         parser = ArgumentParser()
         parser.add_subclass_arguments(LightningDataModule, "data")
         self.datamodule = parser.instantiate_classes(parser.parse_object({"data": self.config["data"]})).data
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the command line says for :func:`describe`."""
-        return {name: self.config[name] for name in self._options}
 
 
 def _processes(trainer: Any) -> int:

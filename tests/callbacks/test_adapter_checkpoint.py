@@ -207,7 +207,9 @@ def test_any_module_with_peft_layers(trainer_options: dict[str, Any], tmp_path: 
 @pytest.mark.slow
 def test_two_processes_keep_their_own_random_numbers(tmp_path: Path) -> None:
     script = Path(__file__).with_name("ddp_rng_script.py")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    # A seed that another test set would be set anew in both processes.
+    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     for phase in ("whole", "first", "rest"):
         result = subprocess.run(
             [sys.executable, str(script), str(tmp_path), phase], env=environment, capture_output=True, text=True

@@ -1,0 +1,66 @@
+"""Which weights a part of a pipeline folder has, told by their contents."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_BLOCKS = 256
+_BLOCK_BYTES = 1 << 16
+
+_WEIGHTS = re.compile(r"[^.]+(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?P<format>safetensors|bin)")
+"""As ``model.safetensors``, ``model.fp16.safetensors``, ``model-00001-of-00002.safetensors``."""
+
+_SETTINGS = (".json", ".txt", ".model")
+
+
+def parts_identity(source: Path, parts: Mapping[str, Sequence[str]], variant: str | None) -> dict[str, str]:
+    """A digest of each part that has weights.
+
+    It covers the names and contents of configs, tokenizer files and the weights that would be loaded. It does not depend
+    on the path, so that a folder that was moved or copied is the same. Of a file above 16 MiB it covers the size and 256
+    evenly spaced blocks of 64 KiB: other weights differ everywhere, and reading all of them takes too long for a start.
+
+    Args:
+        source: A folder that diffusers' ``save_pretrained`` wrote.
+        parts: The sub-folders of each part.
+        variant: The weights' variant.
+    """
+    identities = {}
+    for part, folders in parts.items():
+        files = [file for folder in folders for file in _files(source / folder, variant)]
+        if any(_WEIGHTS.fullmatch(file.name) for file in files):
+            digest = hashlib.blake2b(digest_size=16)
+            for file in files:
+                digest.update(f"{file.relative_to(source).as_posix()}\0".encode())
+                digest.update(_digest(file))
+            identities[part] = f"blake2b:{digest.hexdigest()}"
+    return identities
+
+
+def _files(folder: Path, variant: str | None) -> list[Path]:
+    """The settings and those weights that are loaded: of the variant, and no ``.bin`` where there is a safetensors file."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    named = [(file, _WEIGHTS.fullmatch(file.name)) for file in files]
+    weights = [(file, match["format"]) for file, match in named if match and match["variant"] == variant]
+    formats = {form for _, form in weights}
+    wanted = "safetensors" if "safetensors" in formats else "bin"
+    settings = [file for file in files if file.suffix in _SETTINGS and not file.name.endswith(".index.json")]
+    return sorted([*settings, *(file for file, form in weights if form == wanted)])
+
+
+def _digest(path: Path) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    size = path.stat().st_size
+    digest.update(str(size).encode())
+    with path.open("rb") as file:
+        if size <= _BLOCKS * _BLOCK_BYTES:
+            digest.update(file.read())
+        else:
+            for number in range(_BLOCKS):
+                start = number * (size - _BLOCK_BYTES) // (_BLOCKS - 1)
+                digest.update(os.pread(file.fileno(), _BLOCK_BYTES, start))
+    return digest.digest()

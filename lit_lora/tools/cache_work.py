@@ -1,0 +1,165 @@
+"""The work of ``lit-lora cache``, in one process or several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Generator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lit_lora.datamodules.buckets import Bucketing
+from lit_lora.datamodules.cache_writer import CachedShard, CacheWriter
+from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.latent_cache import CacheDescription
+from lit_lora.datamodules.table import SampleTable
+from lit_lora.errors import UserError
+from lit_lora.families import ModelFamily
+
+_Shards = Generator[CachedShard, None, None]
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class CacheWork:
+    """What is to be encoded, and with what; it can be sent to another process.
+
+    Attributes:
+        family: Not loaded yet.
+        base_dtype: Precision of the text encoders.
+        table: The samples.
+        description: What the cache is to be.
+        bucketing: The size of each image.
+        captions: Where captions are.
+        batch_size: Images that a process encodes at a time.
+        num_workers: Processes that read and decode for each that encodes.
+    """
+
+    family: ModelFamily
+    base_dtype: torch.dtype
+    table: SampleTable
+    description: CacheDescription
+    bucketing: Bucketing
+    captions: Captions
+    batch_size: int
+    num_workers: int
+
+    def writer(self, device: str) -> CacheWriter:
+        """Load the encoders."""
+        unneeded = {"denoiser"} if "text" in self.description.cached else {"denoiser", "text"}
+        self.family.load(self.base_dtype, without=unneeded)
+        self.family.to(device)
+        return CacheWriter(
+            self.family,
+            self.table,
+            self.description,
+            self.bucketing,
+            self.captions,
+            self.batch_size,
+            self.num_workers,
+        )
+
+    def write_all(self, targets: Mapping[Path, int], jobs: int, device: str) -> _Shards:
+        """Write the shards of the cache, in any order.
+
+        Args:
+            targets: For each shard of the cache the number of its shard in the table.
+            jobs: Processes; 1 stays in this one.
+            device: ``auto``, ``cpu`` or ``cuda``.
+
+        Raises:
+            UserError: A part cannot be loaded, a shard was made of other samples, there is no GPU, or a process died.
+        """
+        devices = _devices(device)
+        samples = int(np.diff(self.table.starts)[list(targets.values())].sum())
+        with tqdm(total=samples, desc="caching", unit="sample", disable=None) as bar:
+            if jobs == 1:
+                writer = self.writer(devices[0])
+                for path, shard in targets.items():
+                    yield writer.write(shard, path, bar.update)
+            else:
+                yield from _write_in_parallel(self, targets, jobs, devices, bar)
+
+
+class _Worker:
+    """The state of a process that encodes."""
+
+    current: _Worker
+
+    def __init__(self, work: CacheWork, device: str, done: Any, stop: Any) -> None:
+        self.work = work
+        self.device = device
+        self.done = done
+        self.stop = stop
+        self.writer: CacheWriter | None = None
+
+    @classmethod
+    def start(cls, work: CacheWork, devices: Any, done: Any, stop: Any, jobs: int) -> None:
+        """Begin a process."""
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+        cls.current = cls(work, devices.get(), done, stop)
+
+    @classmethod
+    def write(cls, shard: int, path: Path) -> CachedShard:
+        """Write one shard."""
+        self = cls.current
+        if self.writer is None:  # not at the start, where an error would lose its message
+            self.writer = self.work.writer(self.device)
+        return self.writer.write(shard, path, self.progress)
+
+    def progress(self, samples: int) -> None:
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        with self.done.get_lock():
+            self.done.value += samples
+
+
+def _end_with_parent() -> None:
+    """A process that was spawned would wait for work for ever when its parent is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for([parent.sentinel])
+    os._exit(1)
+
+
+def _devices(device: str) -> list[str]:
+    count = torch.cuda.device_count() if device != "cpu" else 0
+    if device == "cuda" and not count:
+        raise UserError("device=cuda: there is no GPU here; choose cpu or auto")
+    return [f"cuda:{number}" for number in range(count)] or ["cpu"]
+
+
+def _write_in_parallel(
+    work: CacheWork, targets: Mapping[Path, int], jobs: int, devices: list[str], bar: Any
+) -> _Shards:
+    context = multiprocessing.get_context("spawn")
+    done, stop, queue = context.Value("q", 0), context.Event(), context.SimpleQueue()
+    for number in range(jobs):
+        queue.put(devices[number % len(devices)])
+    with ProcessPoolExecutor(jobs, context, _Worker.start, (work, queue, done, stop, jobs)) as pool:
+        pending: set[Future[CachedShard]] = {pool.submit(_Worker.write, shard, path) for path, shard in targets.items()}
+        try:
+            while pending:
+                finished, pending = wait(pending, _POLL_S, "FIRST_COMPLETED")
+                bar.update(done.value - bar.n)
+                for future in finished:
+                    yield future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of {jobs} processes died, perhaps for lack of memory; start again with fewer jobs or a smaller"
+                " batch_size: finished shards are kept"
+            ) from error
+        finally:
+            stop.set()  # shards that are being written when something is wrong are given up
+            for future in pending:
+                future.cancel()

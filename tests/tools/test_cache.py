@@ -1,0 +1,576 @@
+"""Caching, and training from the cache."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from lightning.pytorch import LightningDataModule, Trainer
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file
+
+from lit_lora.cli import main
+from lit_lora.datamodules import WebDatasetDataModule
+from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
+from lit_lora.datamodules.cache_writer import CacheWriter
+from lit_lora.datamodules.cached_decoder import CachedDecoder
+from lit_lora.datamodules.captions import Captions, CaptionSource
+from lit_lora.datamodules.dataset import ShardDataset, SlotRequest
+from lit_lora.datamodules.framing import Framing
+from lit_lora.datamodules.image_decoder import ImageDecoder
+from lit_lora.datamodules.latent_cache import CacheDescription
+from lit_lora.datamodules.open_table import open_table
+from lit_lora.datamodules.shard_reader import ShardReader
+from lit_lora.errors import UserError
+from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+from lit_lora.module import LoraDiffusion
+from lit_lora.tools.cache import cache_shards
+from tests.test_module import Losses
+
+FAMILIES = [(StableDiffusion, "sd_folder"), (StableDiffusionXL, "sdxl_folder")]
+BUCKETS = AspectRatioBuckets(divisor=4)
+SIZES = ((20, 20), (33, 17), (18, 30), (24, 23), (40, 20))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Three shards of five images of several shapes."""
+    for shard in range(3):
+        write_shard(tmp_path / "shards" / f"shard-{shard:06}.tar", range(5 * shard, 5 * shard + 5))
+    return tmp_path / "shards"
+
+
+def write_shard(path: Path, numbers: range, **damaged: bytes) -> None:
+    """Keys ``k00`` and so on; ``damaged`` has bytes to write in place of an image."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for number in numbers:
+            buffer = io.BytesIO()
+            width, height = SIZES[number % len(SIZES)]
+            pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(buffer, "PNG")
+            key = f"k{number:02}"
+            members = {"png": damaged.get(key, buffer.getvalue()), "txt": f"a red star {number}\n".encode()}
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+
+def module_for(family_class: type[ModelFamily], folder: Path, **options: Any) -> LoraDiffusion:
+    torch.manual_seed(0)
+    options = {"base_dtype": "float32"} | options
+    return LoraDiffusion(family_class(str(folder)), LoraConfig(r=2, lora_alpha=2), **options)
+
+
+def data_for(shards: Path, **options: Any) -> WebDatasetDataModule:
+    options = {"batch_size": 2, "resolution": 16, "center_crop": True, "num_workers": 0, "seed": 4} | options
+    return WebDatasetDataModule(str(shards), **options)
+
+
+def members_of(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as archive:
+        return {info.name: archive.extractfile(info).read() for info in archive}  # type: ignore[union-attr]
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def failure(module: LoraDiffusion, data: LightningDataModule, **options: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        cache_shards(module, data, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family_class", "fixture", "buckets", "text"),
+    [
+        (StableDiffusion, "sd_folder", BUCKETS, True),
+        (StableDiffusion, "sd_folder", None, False),
+        (StableDiffusionXL, "sdxl_folder", BUCKETS, False),
+        (StableDiffusionXL, "sdxl_folder", None, True),
+    ],
+)
+def test_training_from_the_cache_equals_training_without(
+    family_class: type[ModelFamily],
+    fixture: str,
+    buckets: AspectRatioBuckets | None,
+    text: bool,
+    shards: Path,
+    tmp_path: Path,
+    trainer_options: dict[str, Any],
+    request: pytest.FixtureRequest,
+) -> None:
+    whole = request.getfixturevalue(fixture)
+    bare = tmp_path / "base"  # has no weights of what is cached
+    shutil.copytree(whole, bare)
+    for part in ("vae", "text_encoder*") if text else ("vae",):
+        for file in bare.glob(f"{part}/*.safetensors"):
+            file.unlink()
+
+    def losses(folder: Path, source: Path) -> list[float]:
+        module = module_for(family_class, folder, caption_dropout=0.4)
+        data = data_for(source, buckets=buckets, random_flip=True, val_samples=3)
+        recorder = Losses()
+        trainer = Trainer(**trainer_options, max_steps=8, callbacks=[recorder])
+        trainer.fit(module, data)
+        return [*recorder.losses, float(trainer.callback_metrics["val/loss"])]
+
+    expected = losses(whole, shards)
+    data = data_for(shards, buckets=buckets, random_flip=True)
+    cache_shards(module_for(family_class, whole), data, text=text, dtype="float32", batch_size=4)
+    shutil.move(shards / "cache", tmp_path / "cache")
+    shutil.rmtree(shards)
+    assert losses(bare, tmp_path / "cache") == pytest.approx(expected, rel=1e-5)
+
+
+def test_predicting_from_the_cache(sd_folder: Path, shards: Path, trainer_options: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"resolution": 32, "buckets": AspectRatioBuckets(divisor=8)}
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards, **options))
+
+    def drawn(source: Path) -> list[tuple[tuple[int, int], bytes]]:
+        module = module_for(StableDiffusion, sd_folder, num_inference_steps=2)
+        data = data_for(source, val_samples=4, **options)
+        batches = Trainer(**trainer_options).predict(module, data)
+        return [(image.size, image.tobytes()) for images in batches or [] for image in images]
+
+    pictures = drawn(shards)
+    assert len({size for size, _ in pictures}) > 1
+    assert drawn(shards / "cache") == pictures
+
+
+@pytest.mark.parametrize(("family_class", "fixture"), FAMILIES)
+def test_what_is_in_a_cache(
+    family_class: type[ModelFamily], fixture: str, shards: Path, request: pytest.FixtureRequest
+) -> None:
+    """Each sample has what encoding it alone gives, mirrored or not."""
+    module = module_for(family_class, request.getfixturevalue(fixture))
+    data = data_for(shards, buckets=BUCKETS, random_flip=True)
+    summary = cache_shards(module, data, dtype="float32", batch_size=3)
+    assert not list(module.family.parameters())
+    module.family.load(torch.float32, without={"denoiser"})
+    assert summary[:3] == (3, 0, 15)
+    assert summary.bad == []
+    folder = shards / "cache"
+    assert summary.size == sum(path.stat().st_size for path in folder.glob("*.tar"))
+    assert summary.arguments == {"train_shards": str(folder)}
+
+    for path in folder.glob("*.tar"):
+        names = [name.replace(".png", ".safetensors") for name in members_of(shards / path.name)]
+        assert list(members_of(path)) == names
+        assert path.with_name(path.name + ".index").exists()
+    description = CacheDescription.read(folder)
+    assert description.channels == 4
+    assert description.downscale == 2
+    framing = Framing(center_crop=True, random_flip=True, seed=4)
+    source, cached = open_table(str(shards)), open_table(str(folder))
+    decoder = CachedDecoder(description, framing, Captions(), load_file(folder / "empty.safetensors"))
+    bucketing = Bucketing.of(16, BUCKETS)
+    width, height = cached.image_sizes(np.arange(3))
+    buckets = bucketing.assign(width, height)
+    assert np.array_equal(buckets, bucketing.assign(*source.image_sizes(np.arange(3))))
+    assert len(set(buckets.tolist())) > 2
+    for sample in range(15):
+        request_ = [SlotRequest(sample, 1.0, 100 + sample, tuple(bucketing.sizes[buckets[sample]].tolist()))]
+        ours = ShardDataset(ShardReader(cached), decoder).__getitems__(request_)
+        live = ShardDataset(ShardReader(source), ImageDecoder(framing, Captions(), 4)).__getitems__(request_)
+        for name in ("original_size", "crop_top_left", "target_size"):
+            assert torch.equal(ours[name], live[name])
+        assert ours["caption"] == live["caption"]
+        assert ours["key"] == live["key"]
+        with torch.no_grad():
+            mean, std = module.family.posterior(live["pixel_values"])
+            text = module.family.encode_captions(live["caption"])
+        torch.testing.assert_close(ours["latents_mean"], mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours["latents_std"], std, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours["text_embeddings"], text, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        empty = {name: value[0] for name, value in module.family.encode_captions([""]).items()}
+    torch.testing.assert_close(decoder.batch_entries()["empty_text_embeddings"], empty)
+
+
+def test_a_shard_that_is_made_in_several_goes(
+    sd_folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "one" / "shard.tar", range(15))
+    data = data_for(tmp_path / "one", buckets=BUCKETS)
+    monkeypatch.setattr("lit_lora.datamodules.cache_writer._BATCHES_AT_A_TIME", 2)
+    cache_shards(module_for(StableDiffusion, sd_folder), data, batch_size=2)
+    names = [name for name in members_of(tmp_path / "one" / "cache" / "shard.tar") if "safetensors" in name]
+    assert names == [f"k{number:02}.safetensors" for number in range(15)]
+
+
+def test_precision_of_what_is_cached(sd_folder: Path, shards: Path) -> None:
+    def dtypes(folder: str, base_dtype: str, **options: Any) -> tuple[str, torch.dtype, torch.dtype]:
+        out = shards.parent / folder
+        cache_shards(
+            module_for(StableDiffusion, sd_folder, base_dtype=base_dtype), data_for(shards), str(out), **options
+        )
+        tensors = next(data for name, data in members_of(out / "shard-000000.tar").items() if "safetensors" in name)
+        (out / "sample").write_bytes(tensors)
+        sample = load_file(out / "sample")
+        described = CacheDescription.read(out).dtype
+        return described, sample["latents_mean"].dtype, sample["text.encoder_hidden_states"].dtype
+
+    assert dtypes("a", "bfloat16") == ("bfloat16", torch.bfloat16, torch.bfloat16)
+    assert dtypes("b", "float32") == ("float16", torch.float16, torch.float32)
+    assert dtypes("c", "bfloat16", dtype="float32") == ("float32", torch.float32, torch.bfloat16)
+
+
+def test_latents_alone(sd_folder: Path, shards: Path) -> None:
+    captions = Captions([CaptionSource("txt")], dropout=0.5, prefix="an image of ")
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards, captions=captions), text=False)
+    folder = shards / "cache"
+    assert CacheDescription.read(folder).cached == {"latents"}
+    assert not (folder / "empty.safetensors").exists()
+    members, source = members_of(folder / "shard-000001.tar"), members_of(shards / "shard-000001.tar")
+    assert members["k05.txt"] == source["k05.txt"]
+    (shards / "sample").write_bytes(members["k05.safetensors"])
+    names = {"latents_mean", "latents_std", "original_size", "crop_top_left", "target_size"}
+    assert set(load_file(shards / "sample")) == names
+
+
+def test_captions_as_they_are_trained(sd_folder: Path, shards: Path) -> None:
+    captions = Captions([CaptionSource("txt", template="this is {}")], suffix="!")
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards, captions=captions))
+    assert members_of(shards / "cache" / "shard-000001.tar")["k05.txt"] == b"this is a red star 5!"
+
+
+def test_an_interrupted_run_goes_on(
+    sd_folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards), str(tmp_path / "whole"))
+    write = CacheWriter.write
+    out = tmp_path / "out"
+
+    def interrupted(self: CacheWriter, shard: int, path: Path, progress: Any) -> Any:
+        if shard == 2:
+            path.with_name(path.name + ".123.part").write_text("left over by a kill")
+            raise KeyboardInterrupt
+        return write(self, shard, path, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards), str(out))
+    # What is there is no cache yet.
+    assert not (out / "cache.json").exists()
+    assert len(tars(out)) == 2
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    message = failure(module_for(StableDiffusion, sd_folder), data_for(shards, resolution=32), out=str(out))
+    assert "latents.resolution: 16 in the cache, 32 here" in message
+
+    summary = cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards), str(out))
+    assert summary[:3] == (3, 2, 15)
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in before.items())
+    assert tars(out) == tars(tmp_path / "whole")
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+    assert "cache.unfinished.json" not in names
+
+
+def test_shards_that_are_added_later(sd_folder: Path, shards: Path) -> None:
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))
+    write_shard(shards / "shard-000003.tar", range(15, 18))
+    summary = cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))
+    assert summary[:3] == (4, 3, 18)
+    assert len(open_table(str(shards / "cache"))) == 18
+
+
+def test_all_shards_of_a_config_in_their_order(sd_folder: Path, shards: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "val" / "v.tar", range(20, 22))
+    train = [str(shards / "shard-00000{1,2}.tar"), str(shards / "shard-000000.tar")]
+    data = WebDatasetDataModule(
+        train,
+        val_shards=str(tmp_path / "val"),
+        test_shards=str(tmp_path / "val" / "v.tar"),
+        resolution=16,
+        center_crop=True,
+        num_workers=0,
+    )
+    summary = cache_shards(module_for(StableDiffusion, sd_folder), data)
+    assert summary[:3] == (4, 0, 17)
+    cached = shards / "cache"
+    assert summary.arguments == {
+        "train_shards": [str(cached / "shard-00000{1,2}.tar"), str(cached / "shard-000000.tar")],
+        "val_shards": str(tmp_path / "val" / "cache"),
+        "test_shards": str(tmp_path / "val" / "cache" / "v.tar"),
+    }
+    before, after = open_table(train), open_table(summary.arguments["train_shards"])
+    assert [after.key(n) for n in range(15)] == [before.key(n) for n in range(15)]
+    out = cache_shards(module_for(StableDiffusion, sd_folder), data, str(tmp_path / "out")).arguments
+    assert out["train_shards"] == [str(tmp_path / "out" / Path(spec).name) for spec in train]
+    assert out["val_shards"] == str(tmp_path / "out")
+
+
+def test_bad_samples(sd_folder: Path, shards: Path, tmp_path: Path) -> None:
+    write_shard(shards / "shard-000001.tar", range(5, 10), k05=b"nothing", k08=b"nothing")
+    write_shard(shards / "shard-000002.tar", range(10, 12), k10=b"nothing", k11=b"nothing")
+    message = failure(module_for(StableDiffusion, sd_folder), data_for(shards, max_bad_samples=1))
+    assert "2 bad samples, more than max_bad_samples=1" in message
+    assert f"k05 in {shards / 'shard-000001.tar'}: " in message
+    folder = shards / "cache"
+    lines = [json.loads(line) for line in (folder / "bad.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["k05", "k08"]
+
+    for resumed in (2, 2):
+        summary = cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards, max_bad_samples=4))
+        assert summary[:3] == (2, resumed, 8)
+        assert sorted(report.key for report in summary.bad) == ["k05", "k08", "k10", "k11"]
+        assert len((folder / "bad.jsonl").read_text().splitlines()) == 4
+    assert [name for name in members_of(folder / "shard-000001.tar") if "safetensors" in name] == [
+        f"k0{number}.safetensors" for number in (6, 7, 9)
+    ]
+    assert not (folder / "shard-000002.tar").exists()
+    assert len(open_table(str(folder))) == 8
+
+
+def test_latents_beyond_the_precision_are_bad(sd_folder: Path, shards: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(sd_folder, base)
+    vae = AutoencoderKL.from_pretrained(base, subfolder="vae")
+    vae.quant_conv.bias.data[0] = 1e6
+    vae.save_pretrained(base / "vae")
+    message = failure(module_for(StableDiffusion, base), data_for(shards))
+    assert "latents_mean has values that are not finite" in message
+    assert not list((shards / "cache").glob("*.tar"))
+    message = failure(module_for(StableDiffusion, base), data_for(shards, max_bad_samples=15))
+    assert "all samples are bad" in message
+    assert cache_shards(module_for(StableDiffusion, base), data_for(shards), dtype="float32").samples == 15
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_a_cached_sample_that_is_damaged_later(sd_folder: Path, shards: Path, trainer_options: dict[str, Any]) -> None:
+    """It gets weight 0 and a warning, like any other bad sample."""
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))
+    for path in (shards / "cache").glob("*.tar"):
+        members = members_of(path)
+        with tarfile.open(path, "w") as archive:
+            for name, data in members.items():
+                if name == "k07.safetensors":
+                    data = data[:-8] + b"\xff" * 8
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    data = data_for(shards / "cache", batch_size=1, max_bad_samples=1)
+    trainer = Trainer(**trainer_options, max_steps=15)
+    with pytest.warns(UserWarning, match="bad sample k07 .* not finite"):
+        trainer.fit(module_for(StableDiffusion, sd_folder), data)
+
+
+def other_base(sd_folder: Path, tmp_path: Path, part: str) -> Path:
+    folder = tmp_path / f"other_{part}"
+    shutil.copytree(sd_folder, folder)
+    [file] = folder.glob(f"{part}/*.safetensors")
+    tensors = bytearray(file.read_bytes())
+    tensors[-1] ^= 1
+    file.write_bytes(tensors)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+@pytest.mark.parametrize(
+    ("options", "part", "line"),
+    [
+        ({}, "vae", "latents.vae: "),
+        ({}, "text_encoder", "text.encoders: "),
+        ({"resolution": 32}, None, "latents.resolution: 16 in the cache, 32 here"),
+        ({"center_crop": False}, None, "latents.center_crop: true in the cache, false here"),
+        ({"random_flip": True}, None, "latents.flipped: false in the cache, true here"),
+        ({"buckets": BUCKETS}, None, "latents.buckets: null in the cache"),
+        ({"captions": Captions(prefix="x")}, None, 'text.captions.prefix: "" in the cache, "x" here'),
+    ],
+)
+def test_a_run_with_something_else_is_refused(
+    options: dict[str, Any],
+    part: str | None,
+    line: str,
+    sd_folder: Path,
+    shards: Path,
+    tmp_path: Path,
+    trainer_options: dict[str, Any],
+) -> None:
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))
+    base = other_base(sd_folder, tmp_path, part) if part else sd_folder
+    with pytest.raises(UserError) as caught:
+        Trainer(**trainer_options, max_steps=1).fit(
+            module_for(StableDiffusion, base), data_for(shards / "cache", **options)
+        )
+    assert line in str(caught.value)
+    assert str(shards / "cache") in str(caught.value)
+
+
+class TestRefusals:
+    """Each names what to do, and nothing is written."""
+
+    @pytest.fixture
+    def module(self, sd_folder: Path) -> LoraDiffusion:
+        return module_for(StableDiffusion, sd_folder)
+
+    def test_random_crops(self, module: LoraDiffusion, shards: Path) -> None:
+        assert "set --data.init_args.center_crop true" in failure(module, data_for(shards, center_crop=False))
+        assert not (shards / "cache").exists()
+
+    def test_captions_that_vary(self, module: LoraDiffusion, shards: Path) -> None:
+        assert "--text false" in failure(module, data_for(shards, captions=Captions(dropout=0.1)))
+        assert "--text false" in failure(module, data_for(shards, captions=Captions(shuffle_tags=True)))
+        assert not (shards / "cache").exists()
+
+    def test_nothing_to_cache(self, module: LoraDiffusion) -> None:
+        assert "set train_shards" in failure(module, WebDatasetDataModule(center_crop=True))
+
+    def test_another_datamodule(self, module: LoraDiffusion) -> None:
+        assert "data is a LightningDataModule" in failure(module, LightningDataModule())
+
+    def test_numbers(self, module: LoraDiffusion, shards: Path) -> None:
+        assert "must be at least 1, not 0 and 8" in failure(module, data_for(shards), jobs=0)
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_no_gpu(self, module: LoraDiffusion, shards: Path) -> None:
+        assert "there is no GPU here" in failure(module, data_for(shards), device="cuda")
+
+    def test_samples_without_an_image(self, module: LoraDiffusion, shards: Path, tmp_path: Path) -> None:
+        with tarfile.open(shards / "x.tar", "w") as archive:
+            archive.addfile(tarfile.TarInfo("a.txt"))
+        assert "1 of 16 samples have no image" in failure(module, data_for(shards))
+
+    def test_a_base_without_weights(self, sd_folder: Path, shards: Path, tmp_path: Path) -> None:
+        shutil.copytree(sd_folder, tmp_path / "base")
+        for file in (tmp_path / "base" / "vae").glob("*.safetensors"):
+            file.unlink()
+        message = failure(module_for(StableDiffusion, tmp_path / "base"), data_for(shards))
+        assert f"{tmp_path / 'base'} has no weights for vae" in message
+
+    def test_other_shards_in_the_folder(self, module: LoraDiffusion, shards: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        write_shard(out / "x.tar", range(2))
+        assert "holds shards that are no cache" in failure(module, data_for(shards), out=str(out))
+        assert [path.name for path in out.iterdir()] == ["x.tar"]
+
+    def test_shards_of_one_name(self, module: LoraDiffusion, shards: Path, tmp_path: Path) -> None:
+        write_shard(tmp_path / "val" / "shard-000000.tar", range(2))
+        data = data_for(shards, val_shards=str(tmp_path / "val"))
+        assert "have the same name" in failure(module, data, out=str(tmp_path / "out"))
+
+    def test_a_cache_of_a_cache(self, module: LoraDiffusion, shards: Path) -> None:
+        cache_shards(module, data_for(shards))
+        assert "is a cache already" in failure(module, data_for(shards / "cache"))
+
+    def test_shards_that_have_changed(self, module: LoraDiffusion, shards: Path) -> None:
+        cache_shards(module, data_for(shards))
+        write_shard(shards / "shard-000001.tar", range(4, 9))
+        message = failure(module, data_for(shards))
+        assert "was made of other samples than" in message
+        assert "it lacks 1 and has 1 others" in message
+
+
+class TestCommand:
+    """``lit-lora cache``."""
+
+    @pytest.fixture
+    def config(self, tmp_path: Path, shards: Path, sd_folder: Path) -> Path:
+        values: dict[str, Any] = {
+            "trainer": {"devices": 64, "strategy": "no such strategy", "max_steps": 3},
+            "ckpt_path": "last",
+            "model": {
+                "family": {
+                    "class_path": "StableDiffusion",
+                    "init_args": {"pretrained_model_name_or_path": str(sd_folder)},
+                },
+                "adapter": {"class_path": "LoraConfig"},
+            },
+            "data": {
+                "class_path": "WebDatasetDataModule",
+                "init_args": {"train_shards": str(shards), "resolution": 16, "num_workers": 0},
+            },
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    def test_it_prints_what_to_do_next(self, config: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        override = ["--data.init_args.center_crop", "true"]
+        command = ["cache", "--config", str(config), "--text=false", "--batch_size", "4", *override]
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert "shards   3 (0 were there already)" in printed
+        assert "samples  15" in printed
+        assert "left out 0" in printed
+        following = f"--config {config} {' '.join(override)} --data.init_args.train_shards {shards / 'cache'}"
+        assert printed.splitlines()[-1] == f"Next: lit-lora fit {following}"
+        assert CacheDescription.read(shards / "cache").dtype == "bfloat16"
+        assert main(command) == 0
+        assert "shards   3 (3 were there already)" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--txet", "false"], "txet"),
+            (["--text", "maybe"], "text"),
+            (["--dtype", "float8"], "dtype"),
+            (["--data.init_args.resolutoin", "3"], "resolutoin"),
+            ([], "set --data.init_args.center_crop true"),
+        ],
+    )
+    def test_mistakes(
+        self, arguments: list[str], message: str, config: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        try:
+            status = main(["cache", "--config", str(config), *arguments])
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        error = capsys.readouterr().err
+        assert status == 2
+        assert message in error
+        assert "Traceback" not in error
+
+    @pytest.mark.slow
+    def test_killed_and_in_two_processes(self, config: Path, shards: Path, sd_folder: Path, tmp_path: Path) -> None:
+        """The parent is killed while its processes write; they end too, and the next run has what one process has."""
+        write_shard(shards / "shard-000003.tar", range(15, 20))
+        command = [sys.executable, "-m", "lit_lora.cli", "cache", "--config", str(config), "--jobs", "2"]
+        command += ["--data.init_args.center_crop", "true", "--batch_size", "4", "--out"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        out = tmp_path / "out"
+        with subprocess.Popen([*command, str(out)], env=environment, stderr=subprocess.DEVNULL) as process:
+            while not tars(out) and process.poll() is None:
+                time.sleep(0.05)
+            children = children_of(process.pid)
+            process.send_signal(signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while any(is_running(child) for child in children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(is_running(child) for child in children)
+        module = module_for(StableDiffusion, sd_folder, base_dtype="bfloat16")
+        summary = cache_shards(module, data_for(shards), str(out), jobs=2, batch_size=4)
+        assert summary.samples == 20
+        assert not list(out.glob("*.part"))
+        cache_shards(module, data_for(shards), str(tmp_path / "alone"), batch_size=4)
+        assert tars(out) == tars(tmp_path / "alone")
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
