@@ -5,13 +5,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_lora.datamodules.buckets import AspectRatioBuckets
+    from lit_lora.datamodules.captions import Captions, CaptionSource
     from lit_lora.datamodules.index import ShardIndex
     from lit_lora.datamodules.plan import Plan
     from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
+    from lit_lora.datamodules.webdataset_stream_datamodule import WebDatasetStreamDataModule
 
-__all__ = ["Plan", "ShardIndex", "WebDatasetDataModule"]
+__all__ = [
+    "AspectRatioBuckets",
+    "CaptionSource",
+    "Captions",
+    "Plan",
+    "ShardIndex",
+    "WebDatasetDataModule",
+    "WebDatasetStreamDataModule",
+]
 
-_MODULES = {"Plan": "plan", "ShardIndex": "index", "WebDatasetDataModule": "webdataset_datamodule"}
+_MODULES = {
+    "AspectRatioBuckets": "buckets",
+    "CaptionSource": "captions",
+    "Captions": "captions",
+    "Plan": "plan",
+    "ShardIndex": "index",
+    "WebDatasetDataModule": "webdataset_datamodule",
+    "WebDatasetStreamDataModule": "webdataset_stream_datamodule",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -135,7 +135,7 @@ class PlannedLoader:
                 )
         numbers: Any = state
         pairs = zip(numbers["segments"][::2], numbers["segments"][1::2], strict=True)
-        self._stop_stage()
+        self.close()  # another start of the stage may put shards elsewhere, which workers would not learn
         self.cursor = self.plan.resume(
             Cursor(
                 numbers["pass"],

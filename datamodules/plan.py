@@ -173,7 +173,7 @@ class Plan:
         steps_per_chunk: Or so many batches a visit has, in as many rounds as that takes.
 
     Raises:
-        UserError: There are no samples, or too few for one batch where leftovers are dropped.
+        UserError: There are no samples, or a chunk has too few for one batch where leftovers are dropped.
     """
 
     def __init__(
@@ -199,12 +199,12 @@ class Plan:
         """Batches in one round of each chunk, int64 (K,)."""
         if not self.num_samples:
             raise UserError("there are no samples to plan batches of; add data")
-        if not self.batches_per_round.any():
+        if not self.batches_per_round.all():
             raise UserError(self._too_few())
         if steps_per_chunk is None:
             self.batches_per_visit = self.batches_per_round * passes_per_chunk
         else:
-            self.batches_per_visit = np.where(self.batches_per_round > 0, steps_per_chunk, 0)
+            self.batches_per_visit = np.full(self.num_chunks, steps_per_chunk)
         self._orders: dict[int, NDArray[np.int64]] = {}
         self._round: tuple[tuple[int, int, tuple[Segment, ...]], _Round] | None = None
 
@@ -263,14 +263,14 @@ class Plan:
         return int(self._order(cursor.pass_number)[cursor.position])
 
     def _too_few(self) -> str:
-        counts = self.chunks.counts
-        parts = (
-            "" if counts.size == 1 else f" in any of {counts.size} chunks times buckets (at most {counts.max()} in one)"
-        )
+        chunk = int(np.argmin(self.batches_per_round))
+        counts = self.chunks.counts[chunk]
+        where = "" if self.num_chunks == 1 else f" of chunk {chunk}, one of {self.num_chunks},"
+        where += "" if len(counts) == 1 else f" in {len(counts)} buckets, at most {counts.max()} in one,"
         return (
-            f"{self.num_samples} samples do not fill one batch of {self.global_batch_size}{parts}"
+            f"{counts.sum()} samples{where} do not fill one batch of {self.global_batch_size}"
             " (batch_size times the number of processes);"
-            " lower batch_size, use fewer processes, chunks or buckets, or add data"
+            " lower batch_size, use fewer processes, chunks or buckets, add data, or set leftovers to pad"
         )
 
     def count_batches(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -314,9 +314,6 @@ class Plan:
                 return cursor
 
     def _visit_is_over(self, cursor: Cursor) -> bool:
-        chunk = self.chunk(cursor)
-        if not self.batches_per_round[chunk]:
-            return True
         if self.steps_per_chunk is not None:
             return cursor.visit_batches >= self.steps_per_chunk
         return cursor.repeat >= self.passes_per_chunk

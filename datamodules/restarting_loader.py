@@ -20,5 +20,8 @@ class RestartingLoader(PlannedLoader):
         Raises:
             UserError: More than ``max_bad_samples`` samples are bad.
         """
-        self.cursor = self.plan.start()
+        start = self.plan.start()
+        if self.plan.visit(self.cursor) != self.plan.visit(start):
+            self.close()  # a stage does not go back
+        self.cursor = start
         yield from super().__iter__()

@@ -53,7 +53,7 @@ def scan_shard(path: Path) -> ScannedShard:
     seen: set[str] = set()
     extensions: set[int] = set()
     with path.open("rb") as file:
-        for key, extension, offset, size in _members(path, file):
+        for key, extension, offset, size in walk_members(path, file):
             if not shard.keys or key != shard.keys[-1]:
                 if key in seen:
                     raise _duplicate(path, key)
@@ -116,8 +116,12 @@ def _size_of_cached(file: io.BufferedReader, offset: int, size: int) -> tuple[in
         return 0, 0
 
 
-def _members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int, int, int]]:
-    """Key, number in ``EXTENSIONS``, data offset and size of each indexed member, in the order of the archive."""
+def walk_members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int, int, int]]:
+    """Key, number in ``EXTENSIONS``, data offset and size of each indexed member, in the order of the archive.
+
+    Raises:
+        UserError: The shard is cut off or damaged.
+    """
     end = 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, DataProgress, ImageWriter, SampleImages
-    from lit_lora.datamodules import WebDatasetDataModule
+    from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule
     from lit_lora.errors import UserError
     from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
     from lit_lora.module import LoraDiffusion
@@ -29,6 +29,7 @@ _HOME = {
     "StableDiffusionXL": "lit_lora.families",
     "UserError": "lit_lora.errors",
     "WebDatasetDataModule": "lit_lora.datamodules",
+    "WebDatasetStreamDataModule": "lit_lora.datamodules",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "StableDiffusionXL",
     "UserError",
     "WebDatasetDataModule",
+    "WebDatasetStreamDataModule",
 ]
 
 

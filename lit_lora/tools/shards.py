@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lit_lora.datamodules.check import CheckSummary
+    from lit_lora.datamodules.index import ShardIndex
+
 
 def pack(
-    folder: str,
+    source: str,
     out: str,
     samples_per_shard: int = 10_000,
     max_shard_bytes: int = 1_000_000_000,
@@ -12,28 +20,34 @@ def pack(
     shuffle_seed: int | None = None,
     max_bad: int = 0,
     caption_key: str = "caption",
+    image_column: str | None = None,
+    caption_column: str | None = None,
     prefix: str = "shard",
 ) -> None:
-    """Pack a folder of images with captions into tar shards.
+    """Pack images with captions into tar shards.
 
     The bytes of the shards depend on the input and the options, not on the number of jobs. A run that was cut short
     goes on where it was when it is started again.
 
     Args:
-        folder: Images with a .txt or .json of the same name, at any depth; or images with a metadata.jsonl.
+        source: A folder of images with a .txt or .json of the same name, at any depth; or of images that metadata.jsonl
+            or metadata.csv files list; or of tar shards, such as img2dataset makes; or of parquet files; or one that
+            datasets saved with save_to_disk. Or one such file, or a .csv, .tsv or .jsonl with paths of images.
         out: The folder for the shards.
         samples_per_shard: The most samples in a shard.
         max_shard_bytes: The most bytes in a shard; only a single sample may exceed it.
         jobs: Processes that pack, each a shard at a time.
-        shuffle_seed: Pack in the random order of this seed; otherwise sorted by name.
+        shuffle_seed: Pack in the random order of this seed; otherwise sorted by name, or in the order of a table.
         max_bad: So many files may be left out, because they are damaged or have no caption.
         caption_key: The key of the caption in .json files.
+        image_column: In tables, the column of images or of their paths; by default one with a usual name.
+        caption_column: In tables, the column of captions; by default one with a usual name.
         prefix: How the names of the shards begin.
     """
     from lit_lora.datamodules.pack import pack_folder
 
     summary = pack_folder(
-        folder,
+        source,
         out,
         samples_per_shard=samples_per_shard,
         max_shard_bytes=max_shard_bytes,
@@ -41,10 +55,139 @@ def pack(
         shuffle_seed=shuffle_seed,
         max_bad=max_bad,
         caption_key=caption_key,
+        image_column=image_column,
+        caption_column=caption_column,
         prefix=prefix,
     )
     print(f"shards   {summary.shards} ({summary.resumed} were there already)")
     print(f"samples  {summary.samples}")
     print(f"size     {summary.size / 1e6:.1f} MB")
     print(f"left out {len(summary.bad)}" + (f" (see {summary.folder / 'bad.jsonl'})" if summary.bad else ""))
+    if summary.incomplete:
+        print(f"skipped  {len(summary.incomplete)} shards that img2dataset has not finished")
     print(f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {summary.folder}")
+
+
+def index(shards: str | list[str], jobs: int = 1) -> None:
+    """Index shards: one file beside each, and shards.index for all in a folder.
+
+    Training does this by itself where it is missing; do it beforehand for many shards, or before they go to a server.
+    Shards that have an index that is up to date are not read again.
+
+    Args:
+        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list.
+        jobs: Processes that index, each a shard at a time.
+    """
+    from lit_lora.datamodules.data_index import INDEX_NAME
+    from lit_lora.datamodules.index import index_folders
+
+    indexes = _load_indexes(shards, jobs)
+    print(f"shards   {len(indexes):,}")
+    print(f"samples  {sum(map(len, indexes)):,}")
+    for folder in dict.fromkeys(found.path.parent for found in indexes):
+        saved = [place / INDEX_NAME for place in index_folders(folder) if (place / INDEX_NAME).exists()]
+        print(f"index    {saved[0] if saved else 'could not be saved'}")
+
+
+def check(
+    shards: str | list[str],
+    jobs: int = 1,
+    decode: bool = True,
+    caption_key: str = "caption",
+    report: str | None = None,
+) -> None:
+    """Check shards and all of their samples: structure, images, captions. Exit status 1 if something is wrong.
+
+    Args:
+        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list.
+        jobs: Processes that check, each a shard at a time.
+        decode: Decode each image; false reads the headers of images alone, which is much quicker.
+        caption_key: The key of the caption in .json members.
+        report: A file for all problems, a JSON object in each line.
+    """
+    from lit_lora.datamodules.check import check_shards
+    from lit_lora.datamodules.shard_paths import find_shards
+
+    paths = find_shards(shards)
+    summary = check_shards(
+        paths, decode=decode, jobs=jobs, caption_key=caption_key, report=None if report is None else Path(report)
+    )
+    print("\n".join(_check_lines(summary)))
+    if not summary.is_clean:
+        sys.exit(1)
+
+
+def info(
+    shards: str | list[str],
+    resolution: int | None = None,
+    divisor: int = 64,
+    max_aspect_ratio: float = 2.0,
+    jobs: int = 1,
+) -> None:
+    """Say what is in shards: how much, and sizes and shapes of the images.
+
+    Args:
+        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list.
+        resolution: Also list the buckets of aspect ratios that training at this resolution would use.
+        divisor: Widths and heights of the buckets are multiples of this.
+        max_aspect_ratio: The longest shape of a bucket.
+        jobs: Processes that index shards which have no index yet.
+    """
+    from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
+    from lit_lora.datamodules.plan_report import format_table
+    from lit_lora.datamodules.shard_statistics import ShardStatistics
+
+    buckets = AspectRatioBuckets(divisor, max_aspect_ratio)
+    bucketing = None if resolution is None else Bucketing.of(resolution, buckets)
+    numbers = ShardStatistics.of(_load_indexes(shards, jobs))
+    tables = [numbers.total_rows(), numbers.member_rows()]
+    if numbers.is_known.any():
+        tables += [numbers.size_rows(), numbers.aspect_rows()]
+        tables += [] if bucketing is None else [numbers.bucket_rows(bucketing)]
+    print("\n\n".join("\n".join(format_table(table)) for table in tables))
+
+
+def _load_indexes(specs: str | list[str], jobs: int) -> list[ShardIndex]:
+    """The indexes of shards, made where there is none."""
+    from lit_lora.datamodules.data_index import DataIndex
+    from lit_lora.datamodules.shard_paths import find_shards
+    from lit_lora.errors import UserError
+
+    if jobs < 1:
+        raise UserError(f"jobs={jobs} is too small; it must be at least 1")
+    folders: dict[Path, list[Path]] = {}
+    for path in find_shards(specs):
+        folders.setdefault(path.parent, []).append(path)
+    found: list[ShardIndex] = []
+    problems: list[str] = []
+    for paths in folders.values():
+        try:
+            combined = DataIndex.load_or_build(paths, jobs)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        rows = {name: row for row, name in enumerate(combined.names)}
+        found += [combined.shard(rows[path.name], path) for path in paths]
+    if problems:
+        raise UserError("\n".join(problems))
+    return found
+
+
+def _check_lines(summary: CheckSummary) -> list[str]:
+    from lit_lora.datamodules.check import NOTES
+    from lit_lora.datamodules.plan_report import format_table
+
+    lines = format_table([["shards", f"{summary.shards:,}"], ["samples", f"{summary.samples:,}"]])
+    if not summary.counts:
+        return [*lines, "", "nothing is wrong"]
+    kinds = sorted(summary.counts, key=lambda kind: (kind in NOTES, -summary.counts[kind], kind))
+    names = [f"note: {kind}" if kind in NOTES else kind for kind in kinds]
+    counts = [f"{summary.counts[kind]:,}" for kind in kinds]
+    header, *rows = format_table([["problem", "count"], *map(list, zip(names, counts, strict=True))])
+    lines += ["", header]
+    for row, kind in zip(rows, kinds, strict=True):
+        lines.append(row)
+        for problem in summary.examples[kind]:
+            where = ": ".join(filter(None, (problem.shard, problem.key)))
+            lines.append(f"    {where}" + (f" ({problem.detail})" if problem.detail else ""))
+    return lines

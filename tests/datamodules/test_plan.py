@@ -57,7 +57,7 @@ kinds = st.fixed_dictionaries(
 
 
 def _plan(chunks, size, **kind):
-    if kind["leftovers"] == "drop" and (chunks.counts < size).all():
+    if kind["leftovers"] == "drop" and (chunks.counts < size).all(axis=1).any():
         with pytest.raises(UserError, match="do not fill one batch"):
             Plan(chunks, size, **kind)
         return None
@@ -160,7 +160,7 @@ def test_other_batch_sizes_neither_repeat_nor_lose_samples(chunks, stretches, la
 def test_other_batch_sizes_drop_less_than_a_batch_of_each_bucket(chunks, stretch, last, kind):
     kind = kind | {"leftovers": "drop", "passes_per_chunk": 1}
     first, second = _plan(chunks, stretch[0], **kind), _plan(chunks, last, **kind)
-    if first is None or second is None or first.batches_per_pass <= stretch[1]:
+    if None in (first, second) or first.batches_per_pass <= stretch[1]:
         return
     walked = list(first.walk(first.start()))[: stretch[1]]
     cursor = second.resume(walked[-1][1] if walked else first.start())
@@ -256,7 +256,7 @@ def test_too_few_samples():
         UserError, match=r"7 samples do not fill one batch of 8 .*lower batch_size, use fewer processes"
     ):
         Plan(OneChunk(7), 8)
-    with pytest.raises(UserError, match="12 samples do not fill one batch of 8 in any of 2 chunks times buckets"):
+    with pytest.raises(UserError, match="6 samples of chunk 0, one of 2, do not fill one batch of 8"):
         Plan(Chunked(((0,) * 6, (0,) * 6), 1), 8)
     with pytest.raises(UserError, match="no samples"):
         Plan(OneChunk(0), 8, leftovers="pad")

@@ -1,0 +1,170 @@
+"""An http server on the loopback device that fails as it is told to."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+Fault = str | int | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+class FaultyServer(ThreadingHTTPServer):
+    """Serves the files of a folder by GET and HEAD, and does wrong what it is told to.
+
+    A fault is a status, or one of ``drop`` (the connection is closed without an answer), ``truncate`` (after half of
+    the body), ``stall`` (the second half never comes), ``long`` (``Content-Length`` is too large by 10), ``short``
+    (too small by 10), ``gzip`` (a false ``Content-Encoding``), ``shift`` (a range that was not asked for), ``redirect``
+    and ``not tar`` (the right number of wrong bytes).
+
+    Attributes:
+        faults: One for each of the next requests.
+        fault: For all requests after those; a function of the request's path may choose.
+        ranges: Whether ``Range`` is obeyed.
+        conditions: Whether ``If-Range`` is.
+        etags: Whether files have an ``ETag``.
+        retry_after: The header's value in answers with 429 and 503.
+        chunked: Whether bodies come without ``Content-Length``.
+        requests: All that came in.
+        sent: Bytes of bodies that went out.
+        stalling: How many answers are being held back.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.faults: deque[Fault] = deque()
+        self.fault: Fault | Callable[[str], Fault] = None
+        self.ranges = True
+        self.conditions = True
+        self.etags = True
+        self.chunked = False
+        self.retry_after: str | None = None
+        self.requests: list[Request] = []
+        self.sent = 0
+        self.stalling = 0
+        self.lock = threading.Lock()
+        self.released = threading.Event()
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def next_fault(self, request: Request) -> Fault:
+        with self.lock:
+            self.requests.append(request)
+            if self.faults:
+                return self.faults.popleft()
+        return self.fault(request.path) if callable(self.fault) else self.fault
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # clients that hang up
+
+    def close(self) -> None:
+        self.released.set()
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FaultyServer
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(None)
+
+    def do_GET(self) -> None:
+        self._answer(self.headers.get("Range") if self.server.ranges else None)
+
+    def _answer(self, range_: str | None) -> None:
+        path = self.path.partition("?")[0]
+        fault = self.server.next_fault(Request(self.command, self.path, dict(self.headers)))
+        file = self.server.folder / path.lstrip("/")
+        if isinstance(fault, int) or not file.is_file():
+            self._refuse(fault if isinstance(fault, int) else 404)
+        elif fault == "drop":
+            self.close_connection = True
+        elif fault == "redirect":
+            self.send_response(302)
+            self.send_header("Location", f"{path}?secret-of-the-server=1")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        else:
+            self._send(file.read_bytes(), range_, fault)
+
+    def _refuse(self, status: int) -> None:
+        self.send_response(status)
+        if self.server.retry_after is not None and status in (429, 503):
+            self.send_header("Retry-After", self.server.retry_after)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _send(self, data: bytes, range_: str | None, fault: Fault) -> None:
+        etag = f'"{hashlib.sha256(data).hexdigest()[:8]}"'
+        total = len(data)
+        if fault == "not tar":
+            data = bytes(total)
+        if range_ is not None and (self.headers.get("If-Range", etag) == etag or not self.server.conditions):
+            first, last = _bounds(range_, total)
+            if fault == "shift":
+                first += 1
+            data = data[first : last + 1]
+            if not data:
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{total}")
+            else:
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {first}-{first + len(data) - 1}/{total}")
+        else:
+            self.send_response(200)
+        if self.server.etags:
+            self.send_header("ETag", etag)
+        if fault == "gzip":
+            self.send_header("Content-Encoding", "gzip")
+        if self.server.chunked:
+            self.close_connection = True
+        else:
+            self.send_header("Content-Length", str(len(data) + {"long": 10, "short": -10}.get(str(fault), 0)))
+        self.end_headers()
+        if self.command == "GET":
+            self._write(data, fault)
+
+    def _write(self, data: bytes, fault: Fault) -> None:
+        if fault in ("truncate", "stall"):
+            data = data[: len(data) // 2]
+        self.wfile.write(data)
+        with self.server.lock:
+            self.server.sent += len(data)
+        if fault == "stall":
+            self.server.stalling += 1
+            self.server.released.wait(60)
+            self.server.stalling -= 1
+        if fault in ("truncate", "stall", "long", "short"):
+            self.close_connection = True
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def _bounds(range_: str, total: int) -> tuple[int, int]:
+    first, _, last = range_.removeprefix("bytes=").partition("-")
+    return int(first), min(int(last) if last else total, total - 1)
