@@ -14,14 +14,16 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 # Bare names such as LoraConfig or AdapterCheckpoint work as class_path for what is imported here.
 import peft  # noqa: F401
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lit_lora.families
 import lit_lora.objectives  # noqa: F401
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, DataProgress, ImageWriter, SampleImages  # noqa: F401
 from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule  # noqa: F401
+from lit_lora.datamodules.remote import is_remote, redact
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.module import LoraDiffusion
@@ -46,6 +48,13 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         print(f"lit-lora: config error\n{message}", file=sys.stderr)
         self.exit(2)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Keeps the run's config beside its logs, without the user names, passwords and queries of URLs."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
+        super().__init__(parser, _redacted(config.clone()), **options)
 
 
 class LitLoraCLI(LightningCLI):
@@ -132,6 +141,7 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
             LightningDataModule,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             args=arguments if run else arguments[1:],
@@ -151,6 +161,17 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
         raise UserError(str(error)) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{error.strerror}: {error.filename}") from error
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, Namespace | dict):
+        for name in list(value.keys()):
+            value[name] = _redacted(value[name])
+    elif isinstance(value, list):
+        return [_redacted(entry) for entry in value]
+    elif isinstance(value, str) and is_remote(value):
+        return redact(value)
+    return value
 
 
 def _config_and_path(argument: str) -> list[str]:

@@ -20,6 +20,7 @@ from lit_lora.cli import main
 from lit_lora.datamodules.pack import pack_folder
 from lit_lora.lightning_cli import LitLoraCLI, build_cli
 from lit_lora.module import LoraDiffusion
+from tests.datamodules.faulty_server import FaultyServer
 
 CONFIGS = sorted(file.name for file in files("lit_lora.configs").iterdir() if file.name.endswith(".yaml"))
 
@@ -141,6 +142,37 @@ def test_fit_validate_test_predict(config: Callable[..., Path], tmp_path: Path, 
     assert len(list(out.glob("*.png"))) == 2
 
 
+def test_secrets_in_urls_stay_out_of_what_a_run_writes(
+    config: Callable[..., Path],
+    tmp_path: Path,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    server = FaultyServer(shards)
+    try:
+        urls = [server.url.replace("//", "//user:hunter2@") + f"/shard-00000{n}.tar?token=hunter2" for n in range(2)]
+        path = config(data__init_args__train_shards=urls, data__init_args__staging_dir=str(tmp_path / "stage"))
+        caplog.set_level(0)
+        assert main(["fit", "--config", str(path)]) == 0
+        assert any("token=hunter2" in request.path for request in server.requests)
+        server.fault = 403
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
+        assert main(["fit", "--config", str(path)]) == 2
+    finally:
+        server.close()
+
+    printed = capfd.readouterr()
+    assert "HTTP status 403" in printed.err
+    path.unlink()
+    written = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert (tmp_path / "run" / "lightning_logs" / "version_0" / "config.yaml") in written
+    assert not [file for file in written if b"hunter2" in file.read_bytes() or "hunter2" in file.name]
+    assert "hunter2" not in printed.out + printed.err + caplog.text
+
+
 def test_the_command_line_wins_over_the_checkpoint(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config()
     assert main(["fit", "--config", str(path)]) == 0
@@ -170,7 +202,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("fit", "validate", "test", "predict", "demo", "sample", "shards"):
+    for command in ("fit", "validate", "test", "predict", "demo", "sample", "cache", "shards"):
         assert f"\n  {command} " in text
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lit-lora {__version__}\n"
