@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from tqdm import tqdm
 
 from lit_lora.datamodules.columns import SampleColumns
 from lit_lora.datamodules.index import ShardIndex, index_folders
+from lit_lora.datamodules.jobs import run_jobs
 from lit_lora.datamodules.scan import EXTENSIONS
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
@@ -198,17 +197,16 @@ def _extension_bits(index: SampleColumns) -> NDArray[np.uint16]:
 
 
 def _index_all(paths: list[Path], jobs: int) -> list[ShardIndex]:
-    # The bar appears only where this takes long, which is when shards have to be scanned.
-    bar = tqdm(total=len(paths), desc="indexing shards", unit="shard", delay=_HINT_AFTER_S, leave=False)
     indexes: list[ShardIndex] = []
     problems: list[str] = []
-    with bar:
-        if jobs == 1:
-            outcomes = map(_try_to_index, paths)
-            _sort_out(outcomes, indexes, problems, bar)
-        else:
-            with ProcessPoolExecutor(min(jobs, len(paths)), mp_context=get_context("spawn")) as pool:
-                _sort_out(pool.map(_try_to_index, paths), indexes, problems, bar)
+    # The bar appears only where this takes long, which is when shards have to be scanned.
+    with tqdm(total=len(paths), desc="indexing shards", unit="shard", delay=_HINT_AFTER_S, leave=False) as bar:
+        for outcome in run_jobs(_try_to_index, ((path,) for path in paths), jobs):
+            if isinstance(outcome, str):
+                problems.append(outcome)
+            else:
+                indexes.append(outcome)
+            bar.update()
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:20])
         raise UserError(f"{len(problems)} of {len(paths)} shards cannot be used:{shown}")
@@ -220,15 +218,6 @@ def _try_to_index(path: Path) -> ShardIndex | str:
         return ShardIndex.load_or_build(path)
     except UserError as error:
         return str(error)
-
-
-def _sort_out(outcomes: Any, indexes: list[ShardIndex], problems: list[str], bar: Any) -> None:
-    for outcome in outcomes:
-        if isinstance(outcome, str):
-            problems.append(outcome)
-        else:
-            indexes.append(outcome)
-        bar.update()
 
 
 def _map(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

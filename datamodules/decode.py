@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import warnings
 from typing import Any
 
@@ -56,10 +57,15 @@ def decode_rgb(data: bytes) -> Tensor:
             warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
             image: Tensor = decode_image(buffer, mode="RGB", apply_exif_orientation=True)
     except RuntimeError as error:
-        raise BadSampleError(f"the image cannot be decoded ({str(error).splitlines()[0]})") from error
+        raise BadSampleError(f"the image cannot be decoded ({_reason(error)})") from error
     if image.ndim != 3:
         raise BadSampleError("the image is an animation")
     return image
+
+
+def _reason(error: RuntimeError) -> str:
+    """What torchvision says, without the place in its source that it puts in front."""
+    return re.sub(r"^.*\.cpp:\d+\W*", "", str(error).splitlines()[0])
 
 
 def _decode_png(data: bytes) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -182,6 +183,7 @@ class PlannedLoader:
                 collate_fn=_identity,
                 pin_memory=torch.cuda.is_available(),
                 persistent_workers=self._num_workers > 0,
+                multiprocessing_context=_start_method() if self._num_workers else None,
                 # Otherwise each pass would draw from the global generator, and a resumed run draw something else.
                 generator=torch.Generator(),
             )
@@ -230,6 +232,16 @@ class _Share(Sampler[list[SlotRequest]]):
             yield [SlotRequest(sample, weight, slot, batch.size) for sample, weight, slot in rows]
             if self._within_visit and self._plan.visit(after) != visit:
                 return
+
+
+def _start_method() -> str | None:
+    """Fork, unless the user has chosen otherwise.
+
+    Forked workers share the memory of this process, and end with it: they watch their parent. That of workers from a
+    fork server, the default of Python 3.14, is the server, so they would stay for ever after a kill.
+    """
+    chosen = multiprocessing.get_start_method(allow_none=True)
+    return "fork" if chosen is None and "fork" in multiprocessing.get_all_start_methods() else chosen
 
 
 def _identity(batch: Any) -> Any:

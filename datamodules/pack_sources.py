@@ -1,175 +1,112 @@
-"""What there is to pack in a folder of images."""
+"""What there is to pack in a folder or file."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from lit_lora.datamodules.decode import BadSampleError, check_pixels, decode_json, decode_rgb, decode_text
-from lit_lora.datamodules.scan import IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.pack_arrow import ArrowFile
+from lit_lora.datamodules.pack_column_table import ColumnTable
+from lit_lora.datamodules.pack_image_folder import ImageFolder, image_extension
+from lit_lora.datamodules.pack_image_table import ImageTable
+from lit_lora.datamodules.pack_input import PackInput
+from lit_lora.datamodules.pack_parquet import ParquetFile
+from lit_lora.datamodules.pack_row_file import ROW_EXTENSIONS
+from lit_lora.datamodules.pack_tar_files import TarFiles
+from lit_lora.datamodules.pack_walk import walk_files
+from lit_lora.datamodules.scan import IMAGE_EXTENSIONS
 from lit_lora.errors import UserError
 
-METADATA = "metadata.jsonl"
-
-_CAPTION_COLUMNS = ("text", "caption")
-_MAX_KEY_BYTES = 80  # with an extension it fits the 100 bytes of a plain tar header
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_METADATA_IMAGE = "file_name"  # as datasets prescribes
 
 
-@dataclass(frozen=True)
-class BadFile:
-    """An image that is left out."""
+def find_input(
+    source: Path,
+    out: Path,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    caption_key: str = "caption",
+    jobs: int = 1,
+) -> PackInput:
+    """The samples of a folder or file, by what is in it.
 
-    file: str
-    reason: str
+    A folder is, in this order: one of ``datasets.save_to_disk``; images that ``metadata.jsonl``, ``.csv`` or ``.parquet``
+    files list; images with caption files beside them; tar shards; parquet files. A file is a table.
 
-
-@dataclass(frozen=True)
-class PackSource:
-    """One sample to pack.
-
-    Attributes:
-        file: The image, relative to the folder, with ``/``.
-        key: The sample's key, without dots.
-        members: By extension, what is packed: a file that is copied, or the bytes themselves.
-        size: Bytes of all members.
-        stamp: Changes when a member changes.
-    """
-
-    file: str
-    key: str
-    members: dict[str, Path | bytes]
-    size: int
-    stamp: str
-
-    def read(self, caption_key: str) -> dict[str, bytes]:
-        """The bytes of all members, after a check that training will accept them.
-
-        Raises:
-            BadSampleError: The image or the caption cannot be used.
-        """
-        try:
-            data = {ext: m if isinstance(m, bytes) else m.read_bytes() for ext, m in self.members.items()}
-        except OSError as error:
-            raise BadSampleError(f"cannot be read ({error.strerror})") from error
-        image = next(data[extension] for extension in IMAGE_EXTENSIONS if extension in data)
-        check_pixels(*image_size(image))
-        decode_rgb(image)
-        if "txt" in data:
-            decode_text(data["txt"])
-        else:
-            decode_json(data["json"], caption_key)
-        return data
-
-
-def find_sources(folder: Path) -> tuple[list[PackSource], list[BadFile]]:
-    """The samples of a folder in the order of their names, and the files that cannot become samples.
-
-    With a ``metadata.jsonl`` in the folder (Hugging Face's imagefolder), its lines are the samples; otherwise all
-    images below the folder are, with a ``.txt`` or ``.json`` of the same name beside them.
+    Args:
+        source: The folder; or a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or a ``.tar`` shard.
+        out: A folder that is no part of the input.
+        image_column: The column of images, where there are columns; None looks for a usual name.
+        caption_column: The same for captions.
+        caption_key: The key of captions in ``.json`` files.
+        jobs: Processes that scan tar shards.
 
     Raises:
-        UserError: The folder is missing, holds no images, or its ``metadata.jsonl`` is not valid.
+        UserError: Nothing there can be packed, or a table cannot be understood.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; name a folder that holds images")
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    rows = _read_metadata(folder / METADATA) if METADATA in files else None
-    if rows is None:
-        nested = [file for file in files if PurePosixPath(file).name == METADATA]
-        if nested:
-            raise UserError(f"{folder / nested[0]} is not at the top of {folder}; pack {(folder / nested[0]).parent}")
-    images = [file for file in files if _extension(file)] if rows is None else sorted(rows)
-    if not images:
-        raise UserError(f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}); name another folder")
-    sources: list[PackSource] = []
-    bad: list[BadFile] = []
-    taken: set[str] = set()
-    for file in images:
-        try:
-            members = _members(folder, file, None if rows is None else rows[file])
-            size, stamp = _measure(members)
-            sources.append(PackSource(file, _unique_key(file, taken), members, size, stamp))
-        except BadSampleError as error:
-            bad.append(BadFile(file, str(error)))
-    return sources, bad
+    if not source.exists():
+        raise UserError(f"{source} is not a folder or file; name what holds the images")
+    folder, paths = (source, _list_files(source, out)) if source.is_dir() else (source.parent, [source])
+    if not paths:
+        return ImageFolder.find(source, skip=out)
+    is_metadata = all(path.name in _METADATA for path in paths)
+    if is_metadata and image_column is None:
+        image_column = _METADATA_IMAGE
+    columns: dict[str, Any] = {
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "caption_key": caption_key,
+    }
+    extensions = {path.suffix[1:].lower() for path in paths}
+    if extensions <= set(ROW_EXTENSIONS):
+        return ImageTable.read(folder, paths, inside=is_metadata, **columns)
+    if extensions == {"parquet"}:
+        return ColumnTable.of(folder, [ParquetFile(path) for path in paths], **columns)
+    if extensions == {"arrow"}:
+        return ColumnTable.of(folder, [ArrowFile(path) for path in paths], **columns)
+    if extensions == {"tar"}:
+        return TarFiles.scan(folder, paths, jobs)
+    raise UserError(
+        f"cannot pack {paths[0]} ({', '.join(f'.{extension}' for extension in sorted(extensions))}); name a folder, a"
+        f" table ({', '.join(ROW_EXTENSIONS)}, parquet) or a .tar"
+    )
 
 
-def _extension(file: str) -> str:
-    """The extension of an image in lower case; empty for other files."""
-    extension = PurePosixPath(file).suffix[1:].lower()
-    return extension if extension in IMAGE_EXTENSIONS else ""
+def _list_files(folder: Path, out: Path) -> list[Path]:
+    """The tables or shards that a folder consists of; none where it consists of images."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = ", ".join(str(path.parent) for path in sorted(folder.glob("*/state.json")))
+        raise UserError(f"{folder} holds several splits; pack one of them: {splits}")
+    if (folder / "state.json").is_file():
+        return _saved_files(folder)
+    found: dict[str, list[Path]] = {"metadata": [], "tar": [], "parquet": []}
+    has_images = False
+    for file, _ in walk_files(folder, skip=out):
+        path = folder / file
+        kind = "metadata" if path.name in _METADATA else path.suffix[1:]
+        if kind in found:
+            found[kind].append(path)
+        has_images = has_images or bool(image_extension(file))
+    paths = found["metadata"] or ([] if has_images else found["tar"] or found["parquet"])
+    if not paths and not has_images:
+        raise UserError(
+            f"{folder} holds no images ({', '.join(IMAGE_EXTENSIONS)}), no shards and no tables; name another folder"
+        )
+    return paths
 
 
-def _members(folder: Path, file: str, row: dict[str, Any] | None) -> dict[str, Path | bytes]:
-    path = folder / file
-    if not _extension(file):
-        raise BadSampleError(f"is not one of the image formats {', '.join(IMAGE_EXTENSIONS)}")
-    members: dict[str, Path | bytes] = {_extension(file): path}
-    if row is None:
-        members |= {ext: side for ext in ("txt", "json") if (side := path.with_suffix(f".{ext}")).is_file()}
-        if len(members) == 1:
-            raise BadSampleError("has no caption (a .txt or .json file of the same name)")
-        return members
-    column = next((name for name in _CAPTION_COLUMNS if isinstance(row.get(name), str)), None)
-    if column is None:
-        raise BadSampleError(f"has no caption (a text under {' or '.join(_CAPTION_COLUMNS)} in {METADATA})")
-    members["txt"] = row[column].encode("utf-8", "surrogateescape")
-    if others := {name: value for name, value in row.items() if name not in ("file_name", column)}:
-        members["json"] = json.dumps(others, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogateescape")
-    return members
-
-
-def _measure(members: dict[str, Path | bytes]) -> tuple[int, str]:
-    size = 0
-    stamps: list[str] = []
-    for extension, member in members.items():
-        if isinstance(member, bytes):
-            size += len(member)
-            stamps.append(f"{extension} {hashlib.sha256(member).hexdigest()}")
-            continue
-        try:
-            stat = member.stat()
-        except OSError as error:
-            raise BadSampleError(f"cannot be read ({error.strerror})") from error
-        if stat.st_size == 0 and extension in IMAGE_EXTENSIONS:
-            raise BadSampleError("the image is empty")
-        size += stat.st_size
-        stamps.append(f"{extension} {stat.st_size} {stat.st_mtime_ns}")
-    return size, " ".join(stamps)
-
-
-def _read_metadata(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows by their ``file_name``."""
-    rows: dict[str, dict[str, Any]] = {}
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                file = PurePosixPath(row["file_name"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}, line {number}: not a JSON object with a file_name ({error})") from error
-            if file.is_absolute() or ".." in file.parts:
-                raise UserError(f"{path}, line {number}: {file} lies outside the folder; move it there")
-            if str(file) in rows:
-                raise UserError(f"{path}, line {number}: {file} comes twice; keep one of its lines")
-            rows[str(file)] = row
-    return rows
-
-
-def _unique_key(file: str, taken: set[str]) -> str:
-    stem = str(PurePosixPath(file).with_suffix("")).replace(".", "_")
-    raw = stem.encode("utf-8", "surrogateescape")
-    if len(raw) > _MAX_KEY_BYTES:
-        digest = hashlib.sha256(raw).hexdigest()[:16]
-        stem = f"{raw[: _MAX_KEY_BYTES - 24].decode('utf-8', 'ignore')}-{digest}"
-    key, number = stem, 1
-    while key in taken:
-        number += 1
-        key = f"{stem}-{number}"
-    taken.add(key)
-    return key
+def _saved_files(folder: Path) -> list[Path]:
+    """The files of a data set that ``datasets`` saved."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        paths = [folder / entry["filename"] for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'state.json'} does not list the files of a saved data set; save it again"
+        ) from error
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"{missing[0]}, which {folder / 'state.json'} lists, is missing; save the data set again")
+    return paths

@@ -6,13 +6,16 @@ import io
 import json
 import os
 import tarfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
+from lit_lora.datamodules.image_format import image_format
 from lit_lora.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -23,6 +26,13 @@ CACHED_EXTENSION = "safetensors"
 
 EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", CACHED_EXTENSION)
 """The members that are indexed; all others are passed over."""
+
+_OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
+    "jpg": JpegImageFile,
+    "png": PngImageFile,
+    "webp": WebPImageFile,
+}
+"""Pillow's readers by format. ``Image.open`` would refuse large images without telling their size."""
 
 _HEADER_BYTES = 65536
 _EXIF_ORIENTATION = 0x0112
@@ -77,19 +87,17 @@ def scan_shard(path: Path) -> ScannedShard:
 def image_size(data: bytes) -> tuple[int, int]:
     """Width and height of an encoded image in pixels, as it is shown; (0, 0) if its header cannot be read.
 
-    Only the header is read. An image that Pillow refuses for its size counts as one without a readable header.
+    Only the header is read, so an image of any size is told.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        image = _OPENERS[image_format(data)](io.BytesIO(data))
     except Exception:  # Pillow's readers raise about any exception on damaged bytes
         return 0, 0
     width, height = image.size
     return (height, width) if _is_turned(image) else (width, height)
 
 
-def _is_turned(image: Image.Image) -> bool:
+def _is_turned(image: ImageFile) -> bool:
     # torchvision obeys EXIF in JPEG and PNG only. Without the first test Pillow would decode the whole PNG.
     if image.format == "WEBP" or "exif" not in image.info:
         return False

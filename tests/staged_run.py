@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import time
 import warnings
@@ -55,6 +56,7 @@ def run(rank: int, world_size: int, port: int, folder: Path, data: dict[str, Any
             "LOCAL_WORLD_SIZE": str(world_size),
             "TORCHELASTIC_RUN_ID": "test",
         }
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of a user
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)

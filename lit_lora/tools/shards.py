@@ -74,13 +74,21 @@ def index(shards: str | list[str], jobs: int = 1) -> None:
     Training does this by itself where it is missing; do it beforehand for many shards, or before they go to a server.
     Shards that have an index that is up to date are not read again.
 
+    Shards named by URLs are read once, a few at a time; their index stays on this machine, where training finds it.
+
     Args:
-        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list.
+        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list. Or
+            URLs of these; http has no folders and no globs.
         jobs: Processes that index, each a shard at a time.
     """
     from lit_lora.datamodules.data_index import INDEX_NAME
     from lit_lora.datamodules.index import index_folders
+    from lit_lora.datamodules.remote import is_remote
 
+    specs = [shards] if isinstance(shards, str) else shards
+    if any(map(is_remote, specs)):
+        _index_remote(specs, jobs)
+        return
     indexes = _load_indexes(shards, jobs)
     print(f"shards   {len(indexes):,}")
     print(f"samples  {sum(map(len, indexes)):,}")
@@ -145,6 +153,26 @@ def info(
         tables += [numbers.size_rows(), numbers.aspect_rows()]
         tables += [] if bucketing is None else [numbers.bucket_rows(bucketing)]
     print("\n\n".join("\n".join(format_table(table)) for table in tables))
+
+
+def _index_remote(specs: list[str], jobs: int) -> None:
+    from lit_lora.datamodules.data_index import DataIndex
+    from lit_lora.datamodules.remote import is_remote, redact
+    from lit_lora.datamodules.remote_index import index_remote
+    from lit_lora.errors import UserError
+
+    local = next((spec for spec in specs if not is_remote(spec)), None)
+    if local is not None:
+        raise UserError(f"{local} is local and {redact(next(filter(is_remote, specs)))} is not; index them one by one")
+    if jobs < 1:
+        raise UserError(f"jobs={jobs} is too small; it must be at least 1")
+    for folder, file in index_remote(specs, jobs).items():
+        made = DataIndex.load(file)
+        print(f"folder   {folder}")
+        print(f"shards   {len(made.names):,}")
+        print(f"samples  {len(made):,}")
+        print(f"index    {file}\n")
+    print("For other machines, copy each index beside its shards as shards.index.")
 
 
 def _load_indexes(specs: str | list[str], jobs: int) -> list[ShardIndex]:

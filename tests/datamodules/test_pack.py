@@ -6,7 +6,8 @@ import tarfile
 import pytest
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from lit_lora.datamodules import ShardIndex, WebDatasetDataModule, pack, pack_sources
+from lit_lora.datamodules import ShardIndex, WebDatasetDataModule, pack
+from lit_lora.datamodules.data_index import DataIndex
 from lit_lora.datamodules.pack import pack_folder
 from lit_lora.errors import UserError
 
@@ -56,6 +57,22 @@ def test_all_samples_and_their_bytes(folder, tmp_path, encode_image):
         ("shard-000000.tar", 3), ("shard-000001.tar", 3), ("shard-000002.tar", 1),
     ]  # fmt: skip
     assert not list(out.glob("*.part"))
+
+
+def test_indexes_for_other_programs(folder, tmp_path):
+    out = tmp_path / "out"
+    pack_folder(folder, out, samples_per_shard=4)
+    sizes = {name: len(data) for name, data in _files(out).items()}
+    assert json.loads((out / "sizes.json").read_text()) == {"shard-000000.tar": 4, "shard-000001.tar": 3}
+    assert json.loads((out / "shardindex.json").read_text()) == {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "shardlist": [
+            {"url": "shard-000000.tar", "nsamples": 4, "filesize": sizes["shard-000000.tar"]},
+            {"url": "shard-000001.tar", "nsamples": 3, "filesize": sizes["shard-000001.tar"]},
+        ],
+    }
+    assert len(DataIndex.load(out / "shards.index")) == 7
 
 
 def test_indexes_are_up_to_date(folder, tmp_path, monkeypatch):
@@ -204,9 +221,10 @@ def test_too_many_bad_files(damaged, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"(?s)2 bad files, more than max_bad=1;.*img.3.jpg: has no caption.*img.0.jpg"):
         pack_folder(damaged, out, max_bad=1)
-    assert not out.exists()
+    assert [line["file"] for line in _bad(out)] == ["cats/img.3.jpg", "dogs/img.0.jpg"]
     with pytest.raises(UserError, match=r"(?s)4 bad files, more than max_bad=3.*cats/img.1.jpg: the image cannot"):
         pack_folder(damaged, out, max_bad=3, samples_per_shard=2)
+    assert len(_bad(out)) == 4
     assert not list(out.glob("*.part"))
     assert pack_folder(damaged, out, max_bad=4, samples_per_shard=2).samples == 3
 
@@ -219,83 +237,16 @@ def test_nothing_but_bad_files(tmp_path):
         pack_folder(tmp_path / "images", tmp_path / "out", max_bad=5)
 
 
-def _metadata(root, encode_image, *rows):
-    for row in rows:
-        path = root / row["file_name"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode_image())
-    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_metadata_jsonl(tmp_path, encode_image):
-    rows = [
-        {"file_name": "b.jpg", "text": "a fox", "score": 3, "artist": "Ü"},
-        {"file_name": "sub/a.png", "caption": "a hen"},
-        {"file_name": "c.jpg", "score": 1},
-    ]
-    _metadata(tmp_path / "images", encode_image, *rows)
-    (tmp_path / "images" / "not_listed.jpg").write_bytes(encode_image())
-    out = tmp_path / "out"
-    pack_folder(tmp_path / "images", out, max_bad=1)
-
-    contents = _contents(out)
-    assert sorted(contents) == ["b.jpg", "b.json", "b.txt", "sub/a.png", "sub/a.txt"]
-    assert (contents["b.txt"], contents["sub/a.txt"]) == (b"a fox", b"a hen")
-    assert json.loads(contents["b.json"]) == {"score": 3, "artist": "Ü"}
-    assert _bad(out) == [{"file": "c.jpg", "reason": "has no caption (a text under text or caption in metadata.jsonl)"}]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "x"}', "line 1: not a JSON object with a file_name"),
-        ("{", "line 1: not a JSON object"),
-        ("[1]", "line 1: not a JSON object"),
-        ('{"file_name": "../x.jpg", "text": "x"}', "line 1: ../x.jpg lies outside the folder"),
-        ('{"file_name": "/x.jpg", "text": "x"}', "line 1: /x.jpg lies outside"),
-        ('{"file_name": "x.jpg"}\n\n{"file_name": "x.jpg"}', "line 3: x.jpg comes twice"),
-    ],
-)
-def test_wrong_metadata(tmp_path, line, message):
-    (tmp_path / "metadata.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match=message):
-        pack_folder(tmp_path, tmp_path / "out")
-
-
-def test_metadata_of_missing_and_foreign_files(tmp_path):
-    rows = [{"file_name": "gone.jpg", "text": "x"}, {"file_name": "x.gif", "text": "x"}]
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        UserError, match=r"(?s)gone.jpg: cannot be read \(No such file.*x.gif: is not one of the image formats"
-    ):
-        pack_folder(tmp_path, tmp_path / "out")
-
-
-def test_metadata_further_down(tmp_path, encode_image):
-    _metadata(tmp_path / "images" / "train", encode_image, {"file_name": "a.jpg", "text": "x"})
-    with pytest.raises(UserError, match=r"is not at the top of .*images; pack .*images/train"):
-        pack_folder(tmp_path / "images", tmp_path / "out")
-
-
 def test_json_captions(tmp_path, encode_image):
     root = tmp_path / "images"
     root.mkdir()
     for name in "ab":
         (root / f"{name}.jpg").write_bytes(encode_image())
         (root / f"{name}.json").write_text(json.dumps({"prompt": name}))
-    with pytest.raises(UserError, match=r"a.jpg: the .json member has no text under the key 'caption'"):
+    with pytest.raises(UserError, match=r"a.jpg: there is no text in .txt or under the key 'caption' in .json"):
         pack_folder(root, tmp_path / "first")
     pack_folder(root, tmp_path / "out", caption_key="prompt")
     assert sorted(_contents(tmp_path / "out")) == ["a.jpg", "a.json", "b.jpg", "b.json"]
-
-
-def test_keys_are_unique_and_without_dots():
-    taken = set()
-    files = ["a.b.jpg", "a_b.jpg", "a.b.png", "d.ir/x.jpg", "ü" * 60 + "1.jpg", "ü" * 60 + "2.jpg"]
-    keys = [pack_sources._unique_key(file, taken) for file in files]
-    assert keys[:4] == ["a_b", "a_b-2", "a_b-3", "d_ir/x"]
-    assert len(set(keys)) == 6
-    assert all(len(key.encode()) <= 90 and "." not in key for key in keys)
 
 
 @pytest.mark.parametrize(
@@ -315,7 +266,7 @@ def test_arguments_are_checked(folder, tmp_path, options, message):
 
 
 def test_wrong_folders(tmp_path):
-    with pytest.raises(UserError, match="absent is not a folder"):
+    with pytest.raises(UserError, match="absent is not a folder or file"):
         pack_folder(tmp_path / "absent", tmp_path / "out")
     with pytest.raises(UserError, match="holds no images"):
         pack_folder(tmp_path, tmp_path / "out")

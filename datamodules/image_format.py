@@ -1,0 +1,12 @@
+"""What kind of image bytes are."""
+
+from __future__ import annotations
+
+_BEGINNINGS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
+
+
+def image_format(data: bytes) -> str:
+    """``jpg``, ``png`` or ``webp`` by the first bytes of an image; empty for anything else."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((name for beginning, name in _BEGINNINGS.items() if data.startswith(beginning)), "")

@@ -1,0 +1,61 @@
+"""The same work on many things, in several processes."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from threading import Thread
+from typing import Any, TypeVar
+
+from lit_lora.errors import UserError
+
+Result = TypeVar("Result")
+
+_AHEAD = 4  # for each process, so that a slow piece of work does not keep the others idle
+
+
+def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[Result]:
+    """Call a function with each tuple of arguments and yield the results in their order.
+
+    Args:
+        function: Can be imported by its name.
+        arguments: Taken only a few ahead of the results.
+        jobs: The number of spawned processes; 1 stays in this one.
+
+    Raises:
+        UserError: A process died.
+    """
+    if jobs == 1:
+        yield from (function(*each) for each in arguments)
+        return
+    pending: deque[Future[Result]] = deque()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+        try:
+            for each in arguments:
+                pending.append(pool.submit(function, *each))
+                if len(pending) >= _AHEAD * jobs:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of {jobs} processes died, perhaps for lack of memory; start again with fewer jobs"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is killed; otherwise it would wait for work for ever."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()

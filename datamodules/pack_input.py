@@ -1,0 +1,80 @@
+"""What every kind of input to packing can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+TAR_BLOCK = 512
+"""A member of a tar has a header of one block and is filled up to whole blocks."""
+
+_HINT_AFTER_S = 3.0
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """Something that is left out."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PackInput(ABC):
+    """Samples to pack (N), in the order in which they are packed without shuffling.
+
+    It holds little of each sample and all of it in columns, because there may be tens of millions; bytes are read when
+    a sample is packed.
+
+    Attributes:
+        sizes: The bytes that each sample will take in a tar, int64 (N,).
+        fingerprint: Changes when the samples or what they are read from change.
+        bad: What cannot become a sample.
+        incomplete: Shards that their maker has not finished.
+        blocks: Samples with the same number are quick to read one after the other and slow to read at random, int64
+            (N,) ascending; None where the order makes no difference.
+    """
+
+    sizes: NDArray[np.int64]
+    fingerprint: str
+    bad: tuple[BadFile, ...] = ()
+    incomplete: tuple[BadFile, ...] = ()
+    blocks: NDArray[np.int64] | None = field(default=None)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @abstractmethod
+    def name(self, sample: int) -> str:
+        """What to call a sample in messages."""
+
+    @abstractmethod
+    def key(self, sample: int) -> str:
+        """The key of a sample in the shard: no dots, and no other sample has it."""
+
+    @abstractmethod
+    def members(self, sample: int) -> dict[str, bytes]:
+        """The bytes of a sample's members by extension.
+
+        Raises:
+            BadSampleError: They cannot be read.
+        """
+
+    @abstractmethod
+    def select(self, samples: NDArray[np.int64]) -> PackInput:
+        """These samples alone, in this order: what a process needs that packs one shard."""
+
+
+def show_planning(names: Iterable[str]) -> Iterable[str]:
+    """The same names, with a progress bar where they take long."""
+    return tqdm(names, "planning", unit="sample", delay=_HINT_AFTER_S, leave=False, disable=None)
+
+
+def packed_size(*sizes: int) -> int:
+    """The bytes that members of these sizes take in a tar."""
+    return sum(TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK for size in sizes)

@@ -1,0 +1,164 @@
+"""Text files with one sample in each row."""
+
+from __future__ import annotations
+
+import csv
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lit_lora.errors import UserError
+
+ROW_EXTENSIONS = ("jsonl", "csv", "tsv")
+
+_MAX_FIELD = 1 << 30  # Python's own bound is so low that a long caption would end the reading
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class RowFile(ABC):
+    """A text file with rows that can be found again by where they start.
+
+    Attributes:
+        path: The file.
+    """
+
+    path: Path
+
+    @staticmethod
+    def open(path: Path) -> RowFile:
+        """The file by its extension: jsonl, csv or tsv."""
+        return JsonLines(path) if path.suffix.lower() == ".jsonl" else DelimitedFile(path)
+
+    def rows(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Each row: the byte where it starts, the number of its line, and its values by column.
+
+        Raises:
+            UserError: The file cannot be read or has a row that cannot be understood.
+        """
+        try:
+            with self.path.open("rb") as file:
+                yield from self._parse(_Lines(self.path, file))
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+
+    @abstractmethod
+    def columns(self) -> list[str]:
+        """All columns that the file has.
+
+        Raises:
+            UserError: As for :meth:`rows`.
+        """
+
+    def row(self, start: int) -> dict[str, Any]:
+        """The row that starts at this byte.
+
+        Raises:
+            UserError: As for :meth:`rows`, or the file has changed.
+        """
+        try:
+            with self.path.open("rb") as file:
+                found = next(self._parse(_Lines(self.path, file, start)), None)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        if found is None:
+            raise UserError(f"{self.path} has changed while it was read; start again")
+        return found[2]
+
+    @abstractmethod
+    def _parse(self, lines: _Lines) -> Iterator[tuple[int, int, dict[str, Any]]]: ...
+
+
+class JsonLines(RowFile):
+    """A JSON object in each line."""
+
+    def columns(self) -> list[str]:
+        names = list(dict.fromkeys(name for _, _, row in self.rows() for name in row))
+        if not names:
+            raise UserError(f"{self.path} has no rows; name another file")
+        return names
+
+    def _parse(self, lines: _Lines) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{self.path}, line {lines.number}: not JSON ({error}); mend the line") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{self.path}, line {lines.number}: not a JSON object with names of columns; mend it")
+            yield lines.start, lines.number, row
+
+
+class DelimitedFile(RowFile):
+    """Comma- or, in a ``.tsv``, tab-separated values under a line with the names of the columns."""
+
+    def columns(self) -> list[str]:
+        return self._names
+
+    def _parse(self, lines: _Lines) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        start = lines.end
+        for row in self._values(lines):
+            if row and start:  # the first row is the names
+                yield start, lines.number, self._row(row, lines.number)
+            start = lines.end
+
+    @cached_property
+    def _names(self) -> list[str]:
+        try:
+            with self.path.open("rb") as file:
+                names = next(self._values(_Lines(self.path, file)), None)
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        if not names:
+            raise UserError(f"{self.path} does not begin with a line that names its columns; add one")
+        if len(set(names)) < len(names):
+            raise UserError(f"{self.path} names a column twice in its first line: {', '.join(names)}")
+        return names
+
+    def _values(self, lines: _Lines) -> Iterator[list[str]]:
+        csv.field_size_limit(_MAX_FIELD)
+        delimiter = "\t" if self.path.suffix.lower() == ".tsv" else ","
+        try:
+            yield from csv.reader(lines, delimiter=delimiter, strict=True)
+        except csv.Error as error:
+            raise UserError(f"{self.path}, line {lines.number}: {error}; mend the line") from error
+
+    def _row(self, values: list[str], line: int) -> dict[str, Any]:
+        if len(values) != len(self._names):
+            raise UserError(
+                f"{self.path}, line {line}: {len(values)} values, but the first line names {len(self._names)} columns;"
+                " mend the line"
+            )
+        return dict(zip(self._names, values, strict=True))
+
+
+class _Lines:
+    """The lines of a file as text, and where the last one starts and ends."""
+
+    def __init__(self, path: Path, file: BinaryIO, start: int = 0) -> None:
+        file.seek(start)
+        self.number = 0
+        self.start = self.end = start
+        self._path = path
+        self._file = file
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self._file:
+            self.number += 1
+            self.start, self.end = self.end, self.end + len(line)
+            try:
+                yield (line.removeprefix(_BYTE_ORDER_MARK) if self.start == 0 else line).decode()
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{self._path}, line {self.number}: not UTF-8 (byte {error.start} of the line); save it as UTF-8"
+                ) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {path}: {error.strerror}; check its name")

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lit_lora.cli import main
+from lit_lora.datamodules.data_index import DataIndex
+from lit_lora.datamodules.open_table import open_table
+from lit_lora.tools import shards
+from tests.datamodules.faulty_server import FaultyServer
+
+
+@pytest.fixture
+def images(tmp_path, encode_image):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in "abc":
+        (folder / f"{name}.jpg").write_bytes(encode_image())
+        (folder / f"{name}.txt").write_text(name)
+    return folder
+
+
+def test_pack(images, tmp_path, capsys):
+    (images / "d.jpg").write_bytes(b"")
+    out = tmp_path / "out"
+    assert (
+        main(["shards", "pack", str(images), str(out), "--samples_per_shard=2", "--max_bad=1", "--shuffle_seed=3"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "shards   2 (0 were there already)" in printed
+    assert "samples  3" in printed
+    assert f"left out 1 (see {out / 'bad.jsonl'})" in printed
+    assert f"--data.init_args.train_shards {out}" in printed
+    assert len(list(out.glob("*.tar"))) == 2
+
+
+def test_pack_past_the_limit(images, tmp_path, capsys):
+    for name in "abc":
+        (images / f"{name}.jpg").write_bytes(b"")
+    assert main(["shards", "pack", str(images), str(tmp_path / "out"), "--max_bad=1"]) == 2
+    assert "3 bad files, more than max_bad=1" in capsys.readouterr().err
+    assert len((tmp_path / "out" / "bad.jsonl").read_text().splitlines()) == 3
+
+
+def test_pack_named_columns(tmp_path, encode_image, capsys):
+    pq.write_table(pa.table({"bild": [encode_image()], "worte": ["x"]}), tmp_path / "x.parquet")
+    arguments = ["shards", "pack", str(tmp_path / "x.parquet"), str(tmp_path / "out"), "--image_column", "bild"]
+    assert main(arguments) == 2
+    assert "set caption_column to one of its columns: bild, worte" in capsys.readouterr().err
+    assert main([*arguments, "--caption_column", "worte"]) == 0
+
+
+def test_pack_shards_that_are_not_finished(tmp_path, make_shards, capsys):
+    first, _ = make_shards(1, 1)
+    first.with_name("shard-000000_stats.json").write_text("{}")
+    assert main(["shards", "pack", str(first.parent), str(tmp_path / "out")]) == 0
+    assert "skipped  1 shards that img2dataset has not finished" in capsys.readouterr().out
+
+
+def test_index(tmp_path, make_shards, capsys):
+    make_shards(2, 3, folder="one")
+    make_shards(4, folder="two")
+    assert main(["shards", "index", str(tmp_path / "{one,two}")]) == 0
+    printed = capsys.readouterr().out.split()
+    assert printed[:4] == ["shards", "3", "samples", "9"]
+    assert printed[5::2] == [f"{tmp_path}/one/shards.index", f"{tmp_path}/two/shards.index"]
+    assert len(DataIndex.load(tmp_path / "one" / "shards.index")) == 5
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.index")}
+    assert main(["shards", "index", str(tmp_path / "{one,two}")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.index")} == before
+
+
+def test_index_names_all_damaged_shards(tmp_path, make_shards, capsys):
+    paths = [*make_shards(2, 2, 2, folder="one"), *make_shards(2, folder="two")]
+    for path in (paths[0], paths[3]):
+        path.write_bytes(path.read_bytes()[:700])
+    assert main(["shards", "index", f"[{tmp_path / 'one'}, {tmp_path / 'two'}]"]) == 2
+    error = capsys.readouterr().err
+    assert f"{paths[0]} is truncated or damaged at byte 700" in error
+    assert f"{paths[3]} is truncated or damaged at byte 700" in error
+    # The good ones were indexed; mending the others is all that is left to do.
+    assert [path.with_name(f"{path.name}.index").exists() for path in paths] == [False, True, True, False]
+
+
+def test_index_refuses_addresses(capsys):
+    assert main(["shards", "index", "https://me:secret@example.org/x.tar"]) == 2
+    error = capsys.readouterr().err
+    assert "https://example.org/x.tar is not a local file" in error
+    assert "secret" not in error
+
+
+@pytest.mark.parametrize("command", ["index", "info", "check"])
+def test_wrong_jobs(make_shards, command, capsys):
+    assert main(["shards", command, str(make_shards(1)[0]), "--jobs=0"]) == 2
+    assert "jobs=0 is too small" in capsys.readouterr().err
+
+
+def test_check_of_clean_shards(make_shards, capsys):
+    assert main(["shards", "check", str(make_shards(2, 3)[0].parent)]) == 0
+    assert capsys.readouterr().out == "shards   2\nsamples  5\n\nnothing is wrong\n"
+
+
+def test_check_with_problems(tmp_path, write_tar, encode_image, capsys):
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": b"", "a.txt": b"x", "b.jpg": b"", "b.txt": b"", "c.npy": b""})
+    with pytest.raises(SystemExit, match="1"):
+        main(["shards", "check", str(path), "--report", str(tmp_path / "report.jsonl")])
+    assert capsys.readouterr().out == (
+        "shards   1\n"
+        "samples  2\n"
+        "\n"
+        "problem                 count\n"
+        "empty image                 2\n"
+        f"    {path}: a (the .jpg member has 0 bytes)\n"
+        f"    {path}: b (the .jpg member has 0 bytes)\n"
+        "empty caption               1\n"
+        f"    {path}: b\n"
+        "note: members not read      1\n"
+        f"    {path}: c.npy (1 that end in .npy)\n"
+    )
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert sorted(kinds) == ["empty caption", "empty image", "empty image", "members not read"]
+
+
+def test_check_with_notes_alone_and_without_decoding(tmp_path, write_tar, encode_image, capsys):
+    cut = encode_image(64, 64)[:-300]
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": cut, "a.txt": b"x", "b.npy": b""})
+    assert main(["shards", "check", str(path), "--decode", "false"]) == 0
+    assert "note: members not read      1" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        main(["shards", "check", str(path)])
+    assert "undecodable image" in capsys.readouterr().out
+
+
+def test_index_of_urls(make_shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    server = FaultyServer(make_shards(2, 3)[0].parent)
+    try:
+        assert main(["shards", "index", server.url + "/shard-{000000..000001}.tar", "--jobs=2"]) == 0
+        printed = capsys.readouterr().out
+        assert f"folder   {server.url}\nshards   2\nsamples  5\nindex    " in printed
+        assert len(open_table(server.url)) == 5
+        assert main(["shards", "index", f"[{server.url}/x.tar, {tmp_path}]"]) == 2
+        assert "is local and" in capsys.readouterr().err
+    finally:
+        server.close()
+
+
+def test_info(tmp_path, write_tar, encode_image, capsys):
+    members = {}
+    for number, (width, height) in enumerate([(100, 400), (150, 100), (400, 100)]):
+        members |= {f"{number}.png": encode_image(width, height, "PNG"), f"{number}.txt": b"caption"}
+    members |= {"3.jpg": b"damaged", "3.txt": b"x"}
+    path = write_tar(tmp_path / "x.tar", members)
+    assert main(["shards", "info", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        "images of unknown size         1",
+        ".txt           4",
+        "width       100  100  100     150   400   400   400",
+        "megapixels  0.01  0.01  0.01    0.04  0.04  0.04  0.04",
+    ):
+        assert " ".join(line.split()) in " ".join(printed.split())
+    assert "bucket" not in printed
+
+    assert main(["shards", "info", str(path), "--resolution=128", "--max_aspect_ratio=4"]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # A third of 150 x 100 is cut off; the others fit whole.
+    assert ["256", "x", "64", "1", "33.3%", "0.0%", "0.0%"] in printed
+    assert ["128", "x", "128", "1", "33.3%", "33.3%", "100.0%"] in printed
+    assert ["64", "x", "256", "1", "33.3%", "0.0%", "0.0%"] in printed
+
+
+def test_info_of_cached_or_damaged_samples_alone(tmp_path, write_tar, capsys):
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": b"damaged", "a.txt": b"x"})
+    assert main(["shards", "info", str(path), "--resolution=512"]) == 0
+    assert "images of unknown size" in capsys.readouterr().out
+
+
+def test_info_refuses_before_it_reads(tmp_path, capsys):
+    assert main(["shards", "info", str(tmp_path), "--resolution=100"]) == 2
+    assert "resolution=100 is not a multiple" in capsys.readouterr().err
+
+
+def test_import_is_light():
+    code = "import sys, lit_lora.tools.shards; assert not {'torch', 'numpy', 'PIL', 'lightning'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    assert callable(shards.pack)
+
+
+@pytest.mark.slow
+def test_index_with_jobs(make_shards, capsys):
+    paths = make_shards(2, 2, 2)
+    paths[1].write_bytes(paths[1].read_bytes()[:700])
+    assert main(["shards", "index", str(paths[0].parent), "--jobs=2"]) == 2
+    assert f"{paths[1]} is truncated" in capsys.readouterr().err
+    os.remove(paths[1])
+    assert main(["shards", "index", str(paths[0].parent), "--jobs=2"]) == 0
