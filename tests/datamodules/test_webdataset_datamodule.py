@@ -335,7 +335,7 @@ def test_buckets_and_sdxls_conditioning(tmp_path, write_tar, encode_image):
 
 
 def test_all_samples_too_small(make_shards):
-    with pytest.raises(UserError, match="16 samples are all smaller than max_upscaling=1.5 allows"):
+    with pytest.raises(UserError, match=r"16 samples are all smaller than max_upscaling=1\.5 allows"):
         _data(make_shards(16), resolution=64, max_upscaling=1.5).setup("fit")
 
 
