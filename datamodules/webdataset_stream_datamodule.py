@@ -1,0 +1,262 @@
+"""Images with captions from a stream of WebDataset shards, for any LightningModule."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from typing import Any
+
+from braceexpand import braceexpand
+from lightning.pytorch import LightningDataModule
+
+from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.framing import Framing
+from lit_lora.datamodules.image_decoder import ImageDecoder
+from lit_lora.datamodules.remote import is_remote, redact
+from lit_lora.datamodules.restarting_stream_loader import RestartingStreamLoader
+from lit_lora.datamodules.shard_paths import find_shards
+from lit_lora.datamodules.shard_stream import ShardStream
+from lit_lora.datamodules.stream_loader import StreamLoader
+from lit_lora.errors import UserError
+
+_PIPE = "pipe:"
+
+_UNSAFE = re.compile(r"""[\s"'`$;|]""")
+
+_PROGRAMS = {"gs": "gsutil", "ais": "ais"}
+"""What webdataset reads a kind of URL with; ``curl`` where nothing else is written."""
+
+
+class WebDatasetStreamDataModule(LightningDataModule):
+    """Images with captions from tar shards that can be neither indexed nor copied to a local disk.
+
+    Shards are read by webdataset, from front to back. Prefer ``WebDatasetDataModule`` wherever it can be used: here a
+    resumed run is not the same as one without a break, an epoch does not hold each sample once, and two runs agree only
+    with the same number of processes and loader workers.
+
+    In training each loader worker draws shards at random without end and mixes their samples in a buffer. In validation
+    each shard is read once over all processes and workers.
+
+    A batch is a dict: ``pixel_values`` uint8 (B, 3, R, R); ``caption`` list of str; ``original_size`` and
+    ``target_size`` int64 (B, 2), height and width; ``crop_top_left`` int64 (B, 2), top and left; ``weight`` float32
+    (B,), 0 for a place that must not count; ``slot`` list of int, a number for each showing of a sample in the whole
+    run; ``key`` list of str.
+
+    Args:
+        train_shards: Shards to train on: paths, folders, globs, braces (``shard-{000000..000099}.tar``), or URLs that
+            webdataset opens (``https://``, ``gs://``, ``hf://``, ``pipe:``), also with braces. They may be compressed.
+        batches_per_epoch: Batches of one process in an epoch; the stream itself has no length.
+        val_shards: Shards to validate on.
+        val_batches: At most so many batches in one process are validated.
+        batch_size: Samples in a batch of one process.
+        resolution: Side R of the square images in pixels; the image is resized to cover it, what is over is cropped.
+        center_crop: Crop the middle of training images; otherwise a random place. Validation images are always cropped
+            in the middle.
+        random_flip: Mirror half of the training images left to right.
+        captions: Where captions are, and what is varied in them.
+        num_workers: Processes that read and decode for each training process; 0 does it in the training process.
+        shuffle_buffer: So many encoded training samples are mixed in the memory of each worker; 0 keeps the order of
+            the shards.
+        max_bad_samples: So many different samples or shards may be damaged before training stops. They are skipped.
+            Each process counts its own.
+        allow_pipe: Open ``pipe:`` URLs, which run whatever stands in them in a shell.
+        seed: Decides the shards, the order, the crops, the flips and the captions.
+
+    Raises:
+        UserError: A value is out of its bounds, or a URL cannot be opened or is not safe to open.
+    """
+
+    def __init__(
+        self,
+        train_shards: str | list[str],
+        batches_per_epoch: int,
+        val_shards: str | list[str] | None = None,
+        val_batches: int | None = None,
+        batch_size: int = 1,
+        resolution: int = 512,
+        center_crop: bool = False,
+        random_flip: bool = False,
+        captions: Captions = Captions(),  # noqa: B008 it is frozen
+        num_workers: int = 2,
+        shuffle_buffer: int = 1000,
+        max_bad_samples: int = 0,
+        allow_pipe: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_least(1, batches_per_epoch=batches_per_epoch, batch_size=batch_size, resolution=resolution)
+        _check_least(0, num_workers=num_workers, shuffle_buffer=shuffle_buffer, max_bad_samples=max_bad_samples)
+        _check_least(0, seed=seed)
+        if val_batches is not None:
+            _check_least(1, val_batches=val_batches)
+        if bool(val_shards) != (val_batches is not None):
+            raise UserError(f"val_shards and val_batches={val_batches} need each other; set both or neither")
+        self.train_shards = train_shards
+        self.batches_per_epoch = batches_per_epoch
+        self.val_shards = val_shards
+        self.val_batches = val_batches
+        self.batch_size = batch_size
+        self.resolution = resolution
+        self.center_crop = center_crop
+        self.random_flip = random_flip
+        self.captions = captions
+        self.num_workers = num_workers
+        self.shuffle_buffer = shuffle_buffer
+        self.max_bad_samples = max_bad_samples
+        self.allow_pipe = allow_pipe
+        self.seed = seed
+        self._train: list[str] = []
+        self._val: list[str] = []
+        self._train_loader: StreamLoader | None = None
+        self._loaded_state: dict[str, int] | None = None
+        for spec in [*_listed(train_shards), *_listed(val_shards)]:
+            if _is_url(spec):
+                _check_url(spec, allow_pipe)
+
+    def setup(self, stage: str) -> None:
+        """Find the shards.
+
+        Args:
+            stage: ``"fit"``, ``"validate"`` or ``"predict"``. Prediction runs over the validation samples.
+
+        Raises:
+            UserError: There are no data for this stage, local shards are missing, or so is a program that reads others.
+        """
+        if stage == "test":
+            raise UserError("this datamodule has no data to test on; validate instead")
+        if stage != "fit" and not self.val_shards:
+            raise UserError(f"there is no data to {stage} on; set val_shards and val_batches")
+        if stage == "fit":
+            self._train = _expand(self.train_shards)
+        if self.val_shards:
+            self._val = _expand(self.val_shards)
+
+    def train_dataloader(self) -> StreamLoader:
+        """The loader for training, after as many batches as the checkpoint or the loader before it had handed out.
+
+        With ``Trainer(overfit_batches=...)`` each epoch sees the same batches.
+
+        Raises:
+            UserError: The checkpoint was made with another datamodule.
+        """
+        assert self._train, "setup('fit') comes first"
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0
+        framing = Framing(self.center_crop, self.random_flip, self.seed)
+        stream = self._stream(self._train, framing, resampled=True)
+        loader = (RestartingStreamLoader if overfit else StreamLoader)(
+            stream, self.batches_per_epoch, self.num_workers, self.max_bad_samples
+        )
+        if self._train_loader is not None:
+            self._train_loader.close()
+            loader.load_state_dict(self._train_loader.state_dict())
+        elif self._loaded_state is not None:
+            loader.load_state_dict(self._loaded_state)
+        self._train_loader = loader
+        return loader
+
+    def val_dataloader(self) -> StreamLoader | list[StreamLoader]:
+        """The loader for validation, each sample once over all processes; an empty list where there is no data."""
+        if not self._val or self.val_batches is None:
+            return []
+        framing = Framing(center_crop=True, random_flip=False, seed=self.seed)
+        stream = self._stream(self._val, framing, resampled=False)
+        return RestartingStreamLoader(stream, self.val_batches, self.num_workers, self.max_bad_samples)
+
+    def predict_dataloader(self) -> StreamLoader | list[StreamLoader]:
+        """The loader for prediction: the validation samples."""
+        return self.val_dataloader()
+
+    def teardown(self, stage: str) -> None:
+        """End the worker processes."""
+        if self._train_loader is not None:
+            self._train_loader.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches were trained on. Lightning keeps the loader's own state too, but loses it in some cases."""
+        state = self._loaded_state if self._train_loader is None else self._train_loader.state_dict()
+        return {} if state is None else {"train_loader": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the count for the next train loader; Lightning calls this before there is one."""
+        self._loaded_state = state_dict.get("train_loader")
+        self._train_loader = None
+
+    def _stream(self, shards: list[str], framing: Framing, resampled: bool) -> ShardStream:
+        trainer = self.trainer
+        return ShardStream(
+            shards,
+            ImageDecoder(framing, self.captions, self.seed),
+            (self.resolution, self.resolution),
+            self.batch_size,
+            resampled,
+            self.shuffle_buffer,
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+            max_bad_samples=self.max_bad_samples,
+        )
+
+
+def _listed(shards: str | list[str] | None) -> list[str]:
+    return [shards] if isinstance(shards, str) else list(shards or [])
+
+
+def _is_url(spec: str) -> bool:
+    return spec.startswith(_PIPE) or is_remote(spec)
+
+
+def _scheme(url: str) -> str:
+    return url.partition(":")[0].lower()
+
+
+def _check_url(url: str, allow_pipe: bool) -> None:
+    """Refuse what webdataset cannot open, and what could make it run commands."""
+    from webdataset.gopen import gopen_schemes
+
+    if url.startswith(_PIPE):
+        if not allow_pipe:
+            raise UserError(
+                "shards that start with pipe: run shell commands; set allow_pipe: true if you trust whoever wrote them"
+            )
+        return
+    if _scheme(url) not in gopen_schemes:
+        raise UserError(
+            f"webdataset cannot open {redact(url)}; use WebDatasetDataModule with staging_dir, or a command that writes"
+            f" the shard to its output, as in 'pipe:aws s3 cp s3://… -', with allow_pipe: true"
+        )
+    unsafe = _UNSAFE.search(url)
+    if unsafe:
+        raise UserError(
+            f"{redact(url)} holds {unsafe.group()!r}, which a shell could take for a command, and URLs are read by other"
+            f" programs; write %{ord(unsafe.group()):02X} for it"
+        )
+
+
+def _expand(shards: str | list[str]) -> list[str]:
+    """All shards one by one, local ones as absolute paths, in which webdataset sees no scheme."""
+    found: list[str] = []
+    for spec in _listed(shards):
+        if _is_url(spec):
+            _check_program(spec)
+            found += _expand_braces(spec)
+        else:
+            found += [str(path.absolute()) for path in find_shards(spec.removeprefix("file://"))]
+    return found
+
+
+def _expand_braces(url: str) -> list[str]:
+    try:
+        return list(braceexpand(url))
+    except ValueError as error:
+        raise UserError(f"{redact(url)} has unbalanced braces; write for example shard-{{000..099}}.tar") from error
+
+
+def _check_program(url: str) -> None:
+    program = _PROGRAMS.get(_scheme(url), "curl")
+    if not url.startswith(_PIPE) and shutil.which(program) is None:
+        raise UserError(f"{redact(url)} is read with the program {program}, which is not installed; install it")
+
+
+def _check_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"{name}={value} is too small; it must be at least {least}")
