@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
@@ -27,7 +31,7 @@ class BatchBuilder:
         self._batch: dict[str, Any] = {}
 
     def put(self, place: int, sample: Mapping[str, Any]) -> None:
-        """Fill a place; tensors become rows of one tensor, other values entries of a list."""
+        """Fill a place; tensors and tuples of integers become rows of one tensor, other values entries of a list."""
         self._put(self._batch, place, sample)
         self.places.append(place)
 
@@ -35,7 +39,7 @@ class BatchBuilder:
         """The batch; what was put first stands in for the places that are not filled."""
         for place in set(range(self._batch_size)) - set(self.places):
             _repeat(self._batch, self.places[0], place)
-        return self._batch
+        return {name: _as_tensor(values) for name, values in self._batch.items()}
 
     def _put(self, batch: dict[str, Any], place: int, sample: Mapping[str, Any]) -> None:
         for name, value in sample.items():
@@ -51,6 +55,11 @@ class BatchBuilder:
                 batch.setdefault(name, [None] * self._batch_size)[place] = value
 
 
+def _as_tensor(values: Any) -> Any:
+    """Tuples of integers as one tensor, int64: a tensor for each would take longer than all else."""
+    return torch.tensor(values) if isinstance(values, list) and isinstance(values[0], tuple) else values
+
+
 def _repeat(batch: dict[str, Any], source: int, place: int) -> None:
     for rows in batch.values():
         if isinstance(rows, dict):
@@ -60,14 +69,54 @@ def _repeat(batch: dict[str, Any], source: int, place: int) -> None:
 
 
 def _empty_rows(value: Tensor, count: int) -> Tensor:
-    """Rows like ``value`` in shape and memory layout; in a loader worker in the memory that it shares."""
+    """Rows like ``value`` in shape and memory layout."""
     strides = value.stride()
     order = sorted(range(value.ndim), key=lambda dim: -strides[dim])
     shape = (count, *(value.shape[dim] for dim in order))
-    if get_worker_info() is None:
+    nbytes = value.element_size() * value.numel() * count
+    if get_worker_info() is not None:
+        # As in torch's default_collate: otherwise all would be copied there when the batch is handed over.
+        storage = torch.UntypedStorage._new_shared(nbytes, device="cpu")
+        rows = torch.empty(0, dtype=value.dtype).set_(storage).view(shape)
+    elif torch.cuda.is_available():
+        rows = torch.empty(shape, dtype=value.dtype, pin_memory=True)  # its allocator reuses memory by itself
+    elif nbytes < _LARGE_BYTES:
         rows = torch.empty(shape, dtype=value.dtype)
     else:
-        # As in torch's default_collate: otherwise all would be copied there when the batch is handed over.
-        storage = torch.UntypedStorage._new_shared(value.element_size() * value.numel() * count, device="cpu")
-        rows = torch.empty(0, dtype=value.dtype).set_(storage).view(shape)
+        rows = torch.from_numpy(_MEMORY.take(nbytes)).view(value.dtype).view(shape)
     return rows.permute(0, *(1 + order.index(dim) for dim in range(value.ndim)))
+
+
+class _ReusedMemory:
+    """Memory of large batches, used again when the batch is gone: new pages cost more than the copy into them.
+
+    A tensor, and whatever is a view of it, holds the array that its memory comes from; so the array's reference count says
+    whether any is left.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._arrays: list[NDArray[np.uint8]] = []
+
+    def take(self, nbytes: int) -> NDArray[np.uint8]:
+        """So many bytes that nobody else holds."""
+        with self._lock:
+            unused = [sys.getrefcount(self._arrays[place]) == _UNUSED for place in range(len(self._arrays))]
+            for place, is_unused in enumerate(unused):
+                if is_unused and nbytes <= self._arrays[place].nbytes <= 2 * nbytes:
+                    return self._arrays[place][:nbytes]
+            # Those of other sizes make room, so that no more is kept than is in use at once.
+            self._arrays = [array for array, is_unused in zip(self._arrays, unused, strict=True) if not is_unused]
+            self._arrays.append(np.empty(nbytes, np.uint8))
+            return self._arrays[-1][:nbytes]
+
+
+def _count_unused() -> int:
+    """What :func:`sys.getrefcount` says of an array that only a list holds."""
+    arrays = [np.empty(1)]
+    return sys.getrefcount(arrays[0])
+
+
+_LARGE_BYTES = 1 << 18
+_UNUSED = _count_unused()
+_MEMORY = _ReusedMemory()

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from lit_lora.datamodules.batch_builder import BatchBuilder
 from lit_lora.datamodules.decode import BadSampleError
 from lit_lora.datamodules.remote import redact
 from lit_lora.datamodules.shard_reader import ShardReader
@@ -84,22 +84,19 @@ class ShardDataset(Dataset[Batch]):
             ``key`` list[str], ``bad`` list[BadSampleReport].
         """
         table = self.reader.table
-        loaded: list[dict[str, Any] | None] = []
+        builder = BatchBuilder(len(requests))
         bad: list[BadSampleReport] = []
-        for request in requests:
+        for place, request in enumerate(requests):
             try:
-                loaded.append(self._load(request))
+                builder.put(place, self._load(request))
             except BadSampleError as error:
-                loaded.append(None)
                 shard = redact(table.locations[table.shard_of(request.sample)])
                 bad.append(BadSampleReport(shard, table.key(request.sample), str(error)))
-        stand_in = next((sample for sample in loaded if sample is not None), None)
-        if stand_in is None:
-            stand_in = self.decoder.blank(requests[0].size) | {"key": ""}
-        samples = [sample or stand_in for sample in loaded]
-        weights = [request.weight if sample else 0.0 for request, sample in zip(requests, loaded, strict=True)]
+        weights = [request.weight if place in builder.places else 0.0 for place, request in enumerate(requests)]
+        if not builder.places:
+            builder.put(0, self.decoder.blank(requests[0].size) | {"key": ""})
         return {
-            **_collate(samples),
+            **builder.finish(),
             **self.decoder.batch_entries(),
             "weight": torch.tensor(weights),
             "slot": [request.slot for request in requests],
@@ -111,16 +108,3 @@ class ShardDataset(Dataset[Batch]):
         image_size = self.reader.table.image_size(request.sample)
         entries = self.decoder(members, request.slot, request.size, image_size)
         return entries | {"key": self.reader.table.key(request.sample)}
-
-
-def _collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
-    batch: Batch = {}
-    for name, first in samples[0].items():
-        values = [sample[name] for sample in samples]
-        if isinstance(first, Tensor):
-            batch[name] = torch.stack(values)
-        elif isinstance(first, dict):
-            batch[name] = _collate(values)
-        else:
-            batch[name] = values
-    return batch

@@ -16,6 +16,7 @@ from torch import Tensor
 MAX_PIXELS = 100_000_000
 """Larger images are refused: they cost 300 MB and more for one sample, and a few bytes can claim any size."""
 
+_RGB = 3  # torchvision.io.ImageReadMode.RGB
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -48,14 +49,13 @@ def decode_rgb(data: bytes) -> Tensor:
         raise BadSampleError("the image is empty")
     if data.startswith(_PNG):
         return _decode_png(data)
-    from torchvision.io import decode_image
+    import torchvision.io  # noqa: F401 registers the operator
 
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        with warnings.catch_warnings():
-            # Its successor, torchcodec, is not on every platform that torchvision is on.
-            warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)
-            image: Tensor = decode_image(buffer, mode="RGB", apply_exif_orientation=True)
+        # What torchvision.io.decode_image calls after a warning, each time, that torchcodec will succeed it; that is not
+        # on every platform that torchvision is on.
+        image: Tensor = torch.ops.image.decode_image(buffer, _RGB, True)
     except RuntimeError as error:
         raise BadSampleError(f"the image cannot be decoded ({_reason(error)})") from error
     if image.ndim != 3:

@@ -58,9 +58,9 @@ class ImageDecoder:
         return {
             "pixel_values": framed.pixels,
             "caption": self.captions.draw(members, self.seed, slot),
-            "original_size": torch.tensor(framed.original_size),
-            "crop_top_left": torch.tensor(framed.crop_top_left),
-            "target_size": torch.tensor(size),
+            "original_size": framed.original_size,
+            "crop_top_left": framed.crop_top_left,
+            "target_size": size,
         }
 
     def blank(self, size: tuple[int, int]) -> dict[str, Any]:
@@ -68,9 +68,9 @@ class ImageDecoder:
         return {
             "pixel_values": torch.zeros(3, *size, dtype=torch.uint8),
             "caption": "",
-            "original_size": torch.tensor(size),
-            "crop_top_left": torch.tensor((0, 0)),
-            "target_size": torch.tensor(size),
+            "original_size": size,
+            "crop_top_left": (0, 0),
+            "target_size": size,
         }
 
     def batch_entries(self) -> dict[str, Any]:

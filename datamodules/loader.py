@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import torch
-from torch.utils.data import DataLoader, Sampler
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
-
 from lit_lora.datamodules.dataset import BadSampleReport, Batch, ShardDataset, SlotRequest
+from lit_lora.datamodules.loader_threads import LoaderThreads
 from lit_lora.datamodules.plan import Cursor, Plan, Segment
 from lit_lora.errors import UserError
 
@@ -36,7 +32,7 @@ class PlannedLoader:
 
     An iteration yields the batches of the current pass that are still to come; then the next pass is the current one.
     ``len`` is the number of batches in the current pass. The state counts the batches that were handed out, so what
-    workers have prefetched is not lost when a run is resumed, and it is the same in all processes: it may be resumed
+    threads have prefetched is not lost when a run is resumed, and it is the same in all processes: it may be resumed
     with another number of them, and with another global batch size.
 
     Args:
@@ -44,7 +40,7 @@ class PlannedLoader:
         plan: Says which sample goes where.
         rank: The number of this process.
         world_size: The number of processes; the global batch is a multiple of it.
-        num_workers: Worker processes that read and decode; 0 does it in this one.
+        num_workers: Threads that read and decode ahead; 0 does it when a batch is asked for.
         max_bad_samples: So many different samples may be bad before this process gives up.
         identity: Numbers that name the data; a state with others is refused.
         stage: Brings the shards of a visit before they are read.
@@ -70,8 +66,7 @@ class PlannedLoader:
         self._stage = stage
         self._staged = False
         self._share = _Share(plan, rank, world_size, within_visit=stage is not None)
-        self._workers: DataLoader[Batch] | None = None
-        self._iterator: Any = None  # by this name Lightning looks for worker processes when it ends
+        self._threads: LoaderThreads[list[SlotRequest], Batch] | None = None
         self._bad: dict[tuple[str, str], BadSampleReport] = {}
 
     def __len__(self) -> int:
@@ -136,7 +131,7 @@ class PlannedLoader:
                 )
         numbers: Any = state
         pairs = zip(numbers["segments"][::2], numbers["segments"][1::2], strict=True)
-        self.close()  # another start of the stage may put shards elsewhere, which workers would not learn
+        self.close()
         self.cursor = self.plan.resume(
             Cursor(
                 numbers["pass"],
@@ -149,13 +144,10 @@ class PlannedLoader:
         )
 
     def close(self) -> None:
-        """End the worker processes and the stage; the next iteration starts new ones.
-
-        Left to the garbage collector, they may take seconds to end.
-        """
-        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
-            self._iterator._shutdown_workers()
-        self._iterator = None
+        """End the threads and the stage; the next iteration starts new ones."""
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
         self._stop_stage()
 
     def _identities(self) -> dict[str, int]:
@@ -175,21 +167,11 @@ class PlannedLoader:
             self._staged = False
 
     def _fetch(self) -> Iterator[Batch]:
-        if self._workers is None or self._iterator is None:
-            self._workers = DataLoader(
-                self._dataset,
-                batch_sampler=self._share,
-                num_workers=self._num_workers,
-                collate_fn=_identity,
-                pin_memory=torch.cuda.is_available(),
-                persistent_workers=self._num_workers > 0,
-                multiprocessing_context=_start_method() if self._num_workers else None,
-                # Otherwise each pass would draw from the global generator, and a resumed run draw something else.
-                generator=torch.Generator(),
-            )
-        self._iterator = iter(self._workers)
-        iterator: Iterator[Batch] = self._iterator
-        return iterator
+        if not self._num_workers:
+            return map(self._dataset.__getitems__, self._share)
+        if self._threads is None:
+            self._threads = LoaderThreads(self._dataset.__getitems__, self._num_workers)
+        return self._threads.run(self._share)
 
     def _count_bad(self, reports: list[BadSampleReport]) -> None:
         new = {(r.shard, r.key): r for r in reports if (r.shard, r.key) not in self._bad}
@@ -208,10 +190,10 @@ class PlannedLoader:
             )
 
 
-class _Share(Sampler[list[SlotRequest]]):
+class _Share:
     """One process's part of the global batches, from ``cursor`` to the end of that pass, or of the visit.
 
-    Workers ask for batches ahead of time; ``ahead`` has the place after each of them. Over shards that are staged they
+    Threads take batches ahead of time; ``ahead`` has the place after each of them. Over shards that are staged they
     must not ask beyond the visit: the stage makes room for the one after the next when this one is over.
     """
 
@@ -232,17 +214,3 @@ class _Share(Sampler[list[SlotRequest]]):
             yield [SlotRequest(sample, weight, slot, batch.size) for sample, weight, slot in rows]
             if self._within_visit and self._plan.visit(after) != visit:
                 return
-
-
-def _start_method() -> str | None:
-    """Fork, unless the user has chosen otherwise.
-
-    Forked workers share the memory of this process, and end with it: they watch their parent. That of workers from a
-    fork server, the default of Python 3.14, is the server, so they would stay for ever after a kill.
-    """
-    chosen = multiprocessing.get_start_method(allow_none=True)
-    return "fork" if chosen is None and "fork" in multiprocessing.get_all_start_methods() else chosen
-
-
-def _identity(batch: Any) -> Any:
-    return batch

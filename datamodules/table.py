@@ -16,6 +16,8 @@ from lit_lora.datamodules.scan import EXTENSIONS
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError
 
+_MOST_VIEWS = 4096
+
 
 class Span(NamedTuple):
     """Where a member's data lie in its shard, in bytes."""
@@ -55,6 +57,7 @@ class SampleTable:
             counts[here] = np.diff(index.sample_start)[self._row_of[here]]
             self.shard_size[here] = index.shard_size[self._row_of[here]]
         self.starts = np.concatenate([[0], np.cumsum(counts)])
+        self._views: dict[int, ShardIndex] = {}
 
     @classmethod
     def of(cls, indexes: Sequence[ShardIndex]) -> SampleTable:
@@ -64,6 +67,9 @@ class SampleTable:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_views": {}}  # pickled, a view would be a copy
 
     @property
     def digest(self) -> int:
@@ -136,7 +142,12 @@ class SampleTable:
 
     def _find(self, sample: int) -> tuple[ShardIndex, int]:
         shard = self.shard_of(sample)
-        return self._indexes[self._index_of[shard]].shard(int(self._row_of[shard])), sample - int(self.starts[shard])
+        view = self._views.get(shard)
+        if view is None:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            view = self._views[shard] = self._indexes[self._index_of[shard]].shard(int(self._row_of[shard]))
+        return view, sample - int(self.starts[shard])
 
     def _gather(self, column: str, shards: NDArray[np.int64]) -> Any:
         columns = [getattr(index, column) for index in self._indexes]

@@ -89,3 +89,37 @@ def test_batches_of_workers_are_built_where_they_are_handed_over():
 
 def _same(batch):
     return batch
+
+
+def _large(value):
+    builder = BatchBuilder(2)
+    for place in range(2):
+        builder.put(place, {"pixels": torch.full((3, 300, 300), value, dtype=torch.uint8)})
+    return builder.finish()["pixels"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory has an allocator of its own")
+def test_memory_is_used_again_when_nothing_of_the_batch_is_left():
+    first = _large(1)
+    address, part = first.data_ptr(), first[0, 0]
+    assert _large(2).data_ptr() != address
+    del first
+    second = _large(3)
+    assert second.data_ptr() != address
+    assert (part == 1).all()
+    as_array = second.numpy()
+    del second, part
+    third = _large(4)
+    assert third.data_ptr() == address
+    assert (as_array == 3).all()
+    assert (third == 4).all()
+
+
+def test_memory_of_batches_of_other_sizes_does_not_pile_up():
+    from lit_lora.datamodules.batch_builder import _MEMORY
+
+    for height in range(300, 900, 100):
+        builder = BatchBuilder(1)
+        builder.put(0, {"pixels": torch.zeros(3, height, 400, dtype=torch.uint8)})
+        builder.finish()
+    assert sum(array.nbytes for array in _MEMORY._arrays) <= 2 * 3 * 900 * 400
