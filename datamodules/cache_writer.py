@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lit_lora.datamodules.buckets import Bucketing
 from lit_lora.datamodules.cached_decoder import FLIPPED, LATENTS, SIZES, encode_cached
@@ -23,6 +22,7 @@ from lit_lora.datamodules.decode import BadSampleError, check_pixels, decode_rgb
 from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.index import ShardIndex
 from lit_lora.datamodules.latent_cache import EMPTY, CacheDescription
+from lit_lora.datamodules.loader_threads import LoaderThreads
 from lit_lora.datamodules.remote import redact
 from lit_lora.datamodules.scan import CACHED_EXTENSION, IMAGE_EXTENSIONS
 from lit_lora.datamodules.shard_reader import ShardReader
@@ -62,7 +62,7 @@ class CacheWriter:
         bucketing: The size of each image.
         captions: Where captions are; fixed ones where text is cached.
         batch_size: Images that are encoded at a time.
-        num_workers: Processes that read and decode; 0 does it in this one.
+        num_workers: Threads that read and decode; 0 does it between the batches.
     """
 
     def __init__(
@@ -161,16 +161,15 @@ class CacheWriter:
 
     def _load(self, samples: Sequence[int]) -> Iterator[Batch]:
         """Batches of images of one size each."""
-        requests = list(self._requests(samples))
-        if requests:
-            yield from DataLoader(
-                ShardDataset(ShardReader(self.table), self._decoder),
-                batch_sampler=requests,
-                num_workers=self.num_workers,
-                collate_fn=_same,
-                pin_memory=self.family.device.type == "cuda",
-                generator=torch.Generator(),
-            )
+        dataset = ShardDataset(ShardReader(self.table), self._decoder)
+        if not self.num_workers:
+            yield from map(dataset.__getitems__, self._requests(samples))
+            return
+        threads = LoaderThreads(dataset.__getitems__, self.num_workers)
+        try:
+            yield from threads.run(self._requests(samples))
+        finally:
+            threads.close()
 
     def _requests(self, samples: Sequence[int]) -> Iterator[list[SlotRequest]]:
         window = _BATCHES_AT_A_TIME * self.batch_size
@@ -253,9 +252,9 @@ class _SourceDecoder:
         framed = Framing(center_crop=True, random_flip=False, seed=0)(image, slot, size)
         entries = {
             "pixel_values": framed.pixels,
-            "original_size": torch.tensor(framed.original_size),
-            "crop_top_left": torch.tensor(framed.crop_top_left),
-            "target_size": torch.tensor(size),
+            "original_size": framed.original_size,
+            "crop_top_left": framed.crop_top_left,
+            "target_size": size,
             **self._caption(members),
         }
         if self.flipped:
@@ -266,8 +265,8 @@ class _SourceDecoder:
     def blank(self, size: tuple[int, int]) -> dict[str, Any]:
         pixels = torch.zeros(3, *size, dtype=torch.uint8)
         sides = ("", FLIPPED) if self.flipped else ("",)
-        sizes = {name: torch.tensor(size) for name in SIZES}
-        return {f"pixel_values{side}": pixels for side in sides} | sizes | {"caption": "", "caption_members": ()}
+        sizes = dict.fromkeys(SIZES, size)
+        return {f"pixel_values{side}": pixels for side in sides} | sizes | {"caption": "", "caption_members": []}
 
     def batch_entries(self) -> dict[str, Any]:
         return {}
@@ -276,8 +275,8 @@ class _SourceDecoder:
         """The caption, and the members that the cached sample has for it."""
         if self.text:
             caption = self.captions.draw_fixed(members)
-            return {"caption": caption, "caption_members": (("txt", caption.encode()),)}
-        kept = tuple((name, data) for name, data in members.items() if name in self.captions.extensions)
+            return {"caption": caption, "caption_members": [("txt", caption.encode())]}
+        kept = [(name, data) for name, data in members.items() if name in self.captions.extensions]
         return {"caption": "", "caption_members": kept}
 
 
@@ -290,7 +289,3 @@ class _MirroredFraming(Framing):
 
 def _row(tensors: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
     return {name: values[place] for name, values in tensors.items()}
-
-
-def _same(batch: Any) -> Any:
-    return batch

@@ -81,7 +81,7 @@ class WebDatasetDataModule(LightningDataModule):
             not on a local disk need it.
         staging_budget: The most bytes there, for each job on the machine, as in ``200GB``; null for what two chunks
             take.
-        num_workers: Processes that read and decode for each training process; 0 does it in the training process.
+        num_workers: Threads that read and decode ahead of each training process; 0 does it between the steps.
         max_bad_samples: So many different samples may be damaged before training stops. Their places in the batch are
             filled by other samples with weight 0. Each process counts its own.
         seed: Decides the order, the crops, the flips, the captions, and which samples are held out.
@@ -276,7 +276,7 @@ class WebDatasetDataModule(LightningDataModule):
         return self._evaluation_loader(self._val)
 
     def teardown(self, stage: str) -> None:
-        """End the worker processes and the staging of shards."""
+        """End the threads that read and the staging of shards."""
         if self._train_loader is not None:
             self._train_loader.close()
 

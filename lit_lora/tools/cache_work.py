@@ -41,7 +41,7 @@ class CacheWork:
         bucketing: The size of each image.
         captions: Where captions are.
         batch_size: Images that a process encodes at a time.
-        num_workers: Processes that read and decode for each that encodes.
+        num_workers: Threads that read and decode for each process that encodes.
     """
 
     family: ModelFamily

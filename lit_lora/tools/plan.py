@@ -136,7 +136,7 @@ def _time(data: WebDatasetDataModule, plan: Plan, shown: int, processes: int, im
         rate = measure_reading(dataset, plan)
     readers = max(1, data.num_workers) * processes
     return (
-        f"{format_duration(shown / rate / readers)} a pass or more: {readers:,} loader processes read {rate:.0f} images/s"
+        f"{format_duration(shown / rate / readers)} a pass or more: {readers:,} loader threads read {rate:.0f} images/s"
         " each here (--images_per_second gives training's own)"
     )
 
