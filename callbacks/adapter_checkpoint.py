@@ -36,13 +36,14 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     Args:
         *args: As for ``ModelCheckpoint``.
-        save_on_chunk_end: Save at the end of each chunk of the training data too.
+        save_on_chunk_end: Save at the end of each chunk of the training data too, after the optimizer step there.
         **kwargs: As for ``ModelCheckpoint``.
     """
 
     def __init__(self, *args: Any, save_on_chunk_end: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.save_on_chunk_end = save_on_chunk_end
+        self._chunk_has_ended = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -98,10 +99,17 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def on_train_chunk_end(self, trainer: Trainer, pl_module: LightningModule, chunk: int) -> None:
         """Called by :class:`~lit_lora.callbacks.DataProgress`."""
-        if self.save_on_chunk_end and not self._should_skip_saving_checkpoint(trainer):
-            candidates = self._monitor_candidates(trainer)
-            self._save_topk_checkpoint(trainer, candidates)
-            self._save_last_checkpoint(trainer, candidates)
+        self._chunk_has_ended = self.save_on_chunk_end
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        # Between two optimizer steps the gradients so far would be lost, and with them the samples.
+        if self._chunk_has_ended and not trainer.fit_loop._should_accumulate():
+            self._chunk_has_ended = False
+            if not self._should_skip_saving_checkpoint(trainer):
+                candidates = self._monitor_candidates(trainer)
+                self._save_topk_checkpoint(trainer, candidates)
+                self._save_last_checkpoint(trainer, candidates)
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """Where ``ckpt_path="last"`` looks: without a ``dirpath`` in the log folders of earlier runs too.

@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_lora.datamodules.loader import PlannedLoader
+from lit_lora.datamodules.restarting_loader import RestartingLoader
 
 
 class DataProgress(Callback):
@@ -31,17 +32,34 @@ class DataProgress(Callback):
         if loader is not None:
             self._remember(loader)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell Lightning how long this epoch is: it asks once, and after a change of the batch size that is not so."""
+        loader = _loader(trainer)
+        if loader is None or isinstance(loader, RestartingLoader):
+            return
+        length = loader.plan.remaining(loader.cursor)
+        limit = trainer.limit_train_batches
+        length = min(length, limit) if isinstance(limit, int) else int(length * limit)
+        fit_loop: Any = trainer.fit_loop
+        fit_loop.max_batches = length
+        fit_loop._combined_loader.limits = [length]
+        if isinstance(trainer.val_check_interval, float) and trainer.check_val_every_n_epoch is not None:
+            trainer.val_check_batch = max(1, int(length * trainer.val_check_interval))
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loader = _loader(trainer)
         if loader is None:
             return
-        if loader.num_bad_samples:
-            pl_module.log("data/bad_samples", float(loader.num_bad_samples), batch_size=1)
+        if loader.bad_samples:
+            pl_module.log("data/bad_samples", float(len(loader.bad_samples)), batch_size=1)
         if loader.plan.num_chunks == 1:
             return
-        ended = loader.plan.visit(loader.cursor) != self._visit
+        visit = loader.plan.visit(loader.cursor)
+        ended = visit > self._visit
+        if visit < self._visit:  # with overfit_batches each epoch goes back to the start
+            self._remember(loader)
         pl_module.log("data/chunk", float(self._visit + ended), batch_size=1)
         if ended:
             number, chunk = self._visit, self._chunk

@@ -20,7 +20,7 @@ def parse_bytes(name: str, value: int | str) -> int:
     Raises:
         UserError: It is no such amount, or not above 0.
     """
-    match = re.fullmatch(r"([\d_]*\.?\d+)\s*([kmgtp]?i?)b?", str(value).strip().lower())
+    match = re.fullmatch(r"(\d{1,30}(?:_\d+)*(?:\.\d+)?)\s*([kmgtp]?i?)b?", str(value).strip().lower())
     factor = (_UNITS | _BINARY_UNITS).get(match[2]) if match else None
     if match is None or factor is None:
         raise UserError(f"{name}={value!r} is no amount of bytes; write for example 200GB, 1.5TiB or 200000000000")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,12 +80,13 @@ class DataIndex:
         """
         folder = paths[0].parent
         found = cls._find(folder)
-        if found is not None and found._is_current(paths):
-            return found
+        current = next((index for index in found if index._is_current(paths)), None)
+        if current is not None:
+            return current
         wanted = {path.name: path for path in paths}
-        if found is not None:
-            wanted = {name: folder / name for name in found.names if (folder / name).is_file()} | wanted
-        made = cls.combine(_index_all([wanted[name] for name in sorted(wanted)], jobs))
+        known = {name: folder / name for index in found[:1] for name in index.names if (folder / name).is_file()}
+        every = known | wanted
+        made = cls.combine(_index_all([every[name] for name in sorted(every)], jobs, wanted.keys()))
         for place in index_folders(folder):
             with suppress(UserError, OSError):
                 made.save(place / INDEX_NAME)
@@ -107,7 +108,7 @@ class DataIndex:
                 raise ValueError("it has another version")
             index = cls(names, columns, file)
             index._check()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{file} is no index that can be read ({error}); run `lit-lora shards index` on its folder again"
             ) from error
@@ -152,15 +153,16 @@ class DataIndex:
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers that are spawned map the file themselves instead of receiving it.
         if self._file is not None:
-            return DataIndex.load, (self._file,)
+            return _load_again, (self._file, self.names, self.shard_size.tolist())
         return DataIndex, (self.names, self._columns)
 
     @classmethod
-    def _find(cls, folder: Path) -> DataIndex | None:
+    def _find(cls, folder: Path) -> list[DataIndex]:
+        found = []
         for place in index_folders(folder):
             with suppress(UserError):
-                return cls.load(place / INDEX_NAME)
-        return None
+                found.append(cls.load(place / INDEX_NAME))
+        return found
 
     def _is_current(self, paths: Sequence[Path]) -> bool:
         rows = {name: row for row, name in enumerate(self.names)}
@@ -196,20 +198,29 @@ def _extension_bits(index: SampleColumns) -> NDArray[np.uint16]:
     return bits
 
 
-def _index_all(paths: list[Path], jobs: int) -> list[ShardIndex]:
+def _load_again(file: Path, names: tuple[str, ...], sizes: list[int]) -> DataIndex:
+    """In another process, which was told of rows in the file as it was."""
+    index = DataIndex.load(file)
+    if (index.names, index.shard_size.tolist()) != (names, sizes):
+        raise UserError(f"{file} was changed by another program meanwhile; start again")
+    return index
+
+
+def _index_all(paths: list[Path], jobs: int, wanted: Collection[str]) -> list[ShardIndex]:
+    """The indexes of shards; of those that are not ``wanted``, what can be had."""
     indexes: list[ShardIndex] = []
     problems: list[str] = []
     # The bar appears only where this takes long, which is when shards have to be scanned.
     with tqdm(total=len(paths), desc="indexing shards", unit="shard", delay=_HINT_AFTER_S, leave=False) as bar:
-        for outcome in run_jobs(_try_to_index, ((path,) for path in paths), jobs):
-            if isinstance(outcome, str):
-                problems.append(outcome)
-            else:
+        for path, outcome in zip(paths, run_jobs(_try_to_index, ((path,) for path in paths), jobs), strict=True):
+            if not isinstance(outcome, str):
                 indexes.append(outcome)
+            elif path.name in wanted:
+                problems.append(outcome)
             bar.update()
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:20])
-        raise UserError(f"{len(problems)} of {len(paths)} shards cannot be used:{shown}")
+        raise UserError(f"{len(problems)} of {len(wanted)} shards cannot be used:{shown}")
     return indexes
 
 

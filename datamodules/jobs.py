@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 from lit_lora.errors import UserError
@@ -36,7 +38,8 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         try:
             for each in arguments:
-                pending.append(pool.submit(function, *each))
+                with interrupts_ignored():
+                    pending.append(pool.submit(function, *each))
                 if len(pending) >= _AHEAD * jobs:
                     yield pending.popleft().result()
             while pending:
@@ -47,6 +50,19 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Processes that are started within do not hear of Ctrl-C; this one ends them, without a traceback from each."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end_with_parent() -> None:

@@ -67,15 +67,11 @@ class PlannedLoader:
         self._staged = False
         self._share = _Share(plan, rank, world_size, within_visit=stage is not None)
         self._threads: LoaderThreads[list[SlotRequest], Batch] | None = None
-        self._bad: dict[tuple[str, str], BadSampleReport] = {}
+        self.bad_samples: dict[tuple[str, str], BadSampleReport] = {}
+        """The different samples that were bad so far, in this process, by shard and key."""
 
     def __len__(self) -> int:
         return self.cursor.pass_batches + self.plan.remaining(self.cursor)
-
-    @property
-    def num_bad_samples(self) -> int:
-        """How many different samples were bad so far, in this process."""
-        return len(self._bad)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current pass.
@@ -122,6 +118,7 @@ class PlannedLoader:
             "samples": "use the shards of that run",
             "shards": "use the shards of that run in the same order",
             "bucketing": "set resolution, buckets and max_upscaling back",
+            "pads": "set leftovers back",
         }
         for name, value in self._identities().items():
             if state.get(name) != value:
@@ -152,7 +149,8 @@ class PlannedLoader:
 
     def _identities(self) -> dict[str, int]:
         plan = self.plan
-        return {"seed": plan.seed, "chunks": plan.num_chunks, "samples": plan.num_samples, **self._identity}
+        own = {"seed": plan.seed, "chunks": plan.num_chunks, "samples": plan.num_samples}
+        return own | self._identity | {"pads": int(plan.leftovers == "pad")}
 
     def _move(self, cursor: Cursor) -> None:
         before, now = self.plan.visit(self.cursor), self.plan.visit(cursor)
@@ -174,18 +172,18 @@ class PlannedLoader:
         return self._threads.run(self._share)
 
     def _count_bad(self, reports: list[BadSampleReport]) -> None:
-        new = {(r.shard, r.key): r for r in reports if (r.shard, r.key) not in self._bad}
-        self._bad.update(new)
-        if len(self._bad) > self.max_bad_samples:
-            shown = "".join(f"\n  {r.key} in {r.shard}: {r.reason}" for r in list(self._bad.values())[:10])
+        new = {(r.shard, r.key): r for r in reports if (r.shard, r.key) not in self.bad_samples}
+        self.bad_samples.update(new)
+        if len(self.bad_samples) > self.max_bad_samples:
+            shown = "".join(f"\n  {r.key} in {r.shard}: {r.reason}" for r in list(self.bad_samples.values())[:10])
             raise UserError(
-                f"{len(self._bad)} bad samples, more than max_bad_samples={self.max_bad_samples};"
+                f"{len(self.bad_samples)} bad samples, more than max_bad_samples={self.max_bad_samples};"
                 f" pack the shards again without them or raise max_bad_samples:{shown}"
             )
         for report in new.values():
             warnings.warn(
                 f"bad sample {report.key} in {report.shard}, trained with weight 0: {report.reason}"
-                f" ({len(self._bad)} of at most {self.max_bad_samples})",
+                f" ({len(self.bad_samples)} of at most {self.max_bad_samples})",
                 stacklevel=3,
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def open_table(specs: str | Iterable[str], refresh: bool = False, jobs: int = 1)
     Raises:
         UserError: Shards or indexes are missing or damaged.
     """
-    specs = [specs] if isinstance(specs, str) else list(specs)
+    specs = [os.fspath(spec) for spec in ([specs] if isinstance(specs, str | Path) else specs)]
     found: list[str] = []
     indexes: dict[str, DataIndex] = {}
     local: dict[str, list[Path]] = {}
@@ -118,7 +119,9 @@ def _remote_index(folder: str, refresh: bool) -> DataIndex:
         try:
             fetch(inside(folder, INDEX_NAME), copy)
         except RemoteError as error:
-            if not (error.missing and copy.exists()):  # `lit-lora shards index` of a URL leaves it here alone
+            if not error.missing:
+                raise
+            if not copy.exists():  # where there is one, `lit-lora shards index` of the URL has left it
                 raise UserError(
                     f"the shards at {redact(folder)} need their index beside them: {error}. Make it where the shards"
                     f" are local (`lit-lora shards index`) and copy {INDEX_NAME} there, or index them from here"

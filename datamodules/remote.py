@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import time
@@ -28,6 +29,10 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+
+_LOG = logging.getLogger("lit_lora")
+
+_SILENT_FAILURES = 3  # in a row; fewer are what networks do
 
 _OTHER_SHARD = "this is not the shard that was indexed: bring back the old one, or index the shards again"
 
@@ -183,7 +188,17 @@ def _retry(
         if failures >= policy.attempts:
             tries = "1 try" if failures == 1 else f"{failures} tries in a row"
             raise source.error(f"{failure.reason} ({tries})", failure.action)
-        time.sleep(policy.wait(failures, failure.wait))
+        pause = policy.wait(failures, failure.wait)
+        if failures >= _SILENT_FAILURES:
+            _LOG.warning(
+                "cannot read %s: %s; trying again in %.0f s (%d of %d)",
+                redact(source.location),
+                failure.reason,
+                pause,
+                failures + 1,
+                policy.attempts,
+            )
+        time.sleep(pause)
 
 
 def _read_on(source: RemoteSource, file: BinaryIO, size: int | None) -> None:

@@ -44,8 +44,19 @@ def index_remote(specs: Iterable[str], jobs: int = 1) -> dict[str, Path]:
         file = remote_index_copy(folder)
         workspace = writable_folder(file.with_suffix(".parts"))
         indexes = _index_all(list(dict.fromkeys(locations)), workspace, jobs)
+        indexes += _known_others(workspace, {index.path.name for index in indexes})
         DataIndex.combine(sorted(indexes, key=lambda index: index.path.name)).save(file)
         found[redact(folder)] = file
+    return found
+
+
+def _known_others(workspace: Path, names: set[str]) -> list[ShardIndex]:
+    """The indexes of shards of the folder that were made before."""
+    found = []
+    for file in workspace.glob("*.tar.index"):
+        path = file.with_suffix("")
+        index = None if path.name in names else ShardIndex.read(file, path)
+        found += [] if index is None else [index]
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,8 +22,12 @@ def find_shards(specs: str | Iterable[str]) -> list[Path]:
         UserError: A shard is missing, nothing matches, or the shards are not local files.
     """
     paths: list[Path] = []
-    for spec in [specs] if isinstance(specs, str) else specs:
-        if "://" in spec or spec.startswith("pipe:"):
+    for spec in map(os.fspath, [specs] if isinstance(specs, str | Path) else specs):
+        if spec.startswith("pipe:"):
+            raise UserError(
+                "pipe: runs shell commands and is refused here; WebDatasetStreamDataModule(allow_pipe=True) takes it"
+            )
+        if "://" in spec:
             raise UserError(f"{redact(spec)} is not a local file; name local shards")
         found = [path for pattern in _expand(spec) for path in _match(pattern)]
         if not found:
@@ -36,8 +41,11 @@ def find_shards(specs: str | Iterable[str]) -> list[Path]:
 
 
 def _expand(spec: str) -> list[str]:
-    if Path(spec).exists():
-        return [spec]
+    try:
+        if Path(spec).exists():
+            return [spec]
+    except OSError:  # a long list in braces is no file name
+        pass
     try:
         return list(braceexpand(spec))
     except ValueError as error:

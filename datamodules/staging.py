@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import secrets
-import shutil
 from pathlib import Path
 from typing import Any
 
-from lit_lora.datamodules.byte_sizes import format_bytes, parse_bytes
+from lit_lora.datamodules.byte_sizes import parse_bytes
 from lit_lora.datamodules.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.stager import StagedShard, Stager, check_budget
-from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 
 
 def checked_budget(folder: str | Path, budget: int | str | None, chunks: ChunkedSamples) -> int:
-    """The most bytes that staging may take, checked against what two chunks need and what the disk has.
+    """The most bytes that staging may take, checked against what two chunks need.
+
+    Whether the disk has them is seen when staging starts, and it is known what of them is there already.
 
     Args:
         folder: Where shards are staged.
@@ -23,20 +23,12 @@ def checked_budget(folder: str | Path, budget: int | str | None, chunks: Chunked
         chunks: What is staged.
 
     Raises:
-        UserError: The budget or the disk is too small.
+        UserError: The budget is too small, or the folder not writable.
     """
     sizes = sorted(chunks.chunk_bytes.tolist(), reverse=True)
-    needed = sum(sizes[:2])
-    allowed = needed if budget is None else parse_bytes("staging_budget", budget)
+    allowed = sum(sizes[:2]) if budget is None else parse_bytes("staging_budget", budget)
     check_budget(sizes, allowed)
-    folder = writable_folder(folder)
-    staged = sum(path.stat().st_size for path in folder.glob("lit_lora-slot-*/*.tar"))
-    free = shutil.disk_usage(folder).free + staged
-    if free < needed:
-        raise UserError(
-            f"staging needs {format_bytes(needed)} in {folder}, two of {len(sizes)} chunks, and the disk has"
-            f" {format_bytes(free)}; choose another staging_dir or more chunks"
-        )
+    writable_folder(folder)
     return allowed
 
 
@@ -46,7 +38,7 @@ def make_stager(
     """The stager of this process; the processes of a node share one.
 
     Raises:
-        UserError: The budget or the disk is too small.
+        UserError: The budget is too small.
     """
     token = secrets.token_hex(8)
     if trainer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_lora.callbacks.data_progress import DataProgress
 from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
@@ -193,7 +195,8 @@ class WebDatasetDataModule(LightningDataModule):
         if stage == "fit":
             self._prepare_training()
         tables = {samples.table for samples in (self._train, self._val, self._test) if samples is not None}
-        caches = [self._cache_of[table] for table in tables]
+        self._cache_of = {table: self._cache_of[table] for table in tables}
+        caches = list(self._cache_of.values())
         self.cached = frozenset.intersection(*(c.description.cached if c else frozenset() for c in caches))
 
     @property
@@ -248,6 +251,8 @@ class WebDatasetDataModule(LightningDataModule):
         )
         if state is not None:
             loader.load_state_dict(state)
+        if before is not None:
+            loader.bad_samples |= before.bad_samples
         self._train_loader = loader
         return loader
 
@@ -287,12 +292,16 @@ class WebDatasetDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data. Lightning keeps the loader's own state too, but loses it in some cases."""
         state = self._loaded_state if self._train_loader is None else self._train_loader.state_dict()
-        return {} if state is None else {"train_loader": state}
+        return {"train_loader": state}  # also without a place: Lightning's tuner goes back to where it was
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the place for the next train loader; Lightning calls this before there is one."""
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return  # a checkpoint that is validated says nothing about a later training
         self._loaded_state = state_dict.get("train_loader")
-        self._train_loader = None
+        if self._train_loader is not None:
+            self._train_loader.close()
+            self._train_loader = None
 
     def _split_train(self, table: SampleTable) -> None:
         if self.val_samples >= len(table):
@@ -339,6 +348,9 @@ class WebDatasetDataModule(LightningDataModule):
     def _open(self, shards: str | list[str]) -> SampleTable:
         """The samples of shards, after a check that the run can use them."""
         table = open_table(shards)
+        twice = next((location for location, number in Counter(table.locations).items() if number > 1), None)
+        if twice is not None:
+            raise UserError(f"{redact(twice)} is named more than once; name each shard once")
         cache = open_cache(table)
         self._cache_of[table] = cache
         if cache is not None:

@@ -5,6 +5,7 @@ Help and dispatch are static, so that they answer at once; what a command needs 
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -57,7 +58,9 @@ def _shards(arguments: list[str]) -> None:
     from lit_lora.tools import run_tool, shards
 
     commands = {name: getattr(shards, name) for name in ("pack", "index", "check", "info")}
-    epilog = "And: lit-lora shards plan --config FILE, with the options of fit: what a run would read, before it starts."
+    epilog = (
+        "And: lit-lora shards plan --config FILE, with the options of fit: what a run would read, before it starts."
+    )
     run_tool(commands, arguments, "lit-lora shards", epilog=epilog)
 
 
@@ -92,8 +95,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"lit-lora: error\n{error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            f"lit-lora: error\ncannot write{where}: {error.strerror}; free some space or name another folder."
+            " What is complete is kept",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print("lit-lora: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        # Lightning has ended the run and exits; what the last checkpoint has is kept.
+        print("lit-lora: interrupted; --ckpt_path last goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -12,7 +12,9 @@ from torch import Tensor
 def seed_of(*parts: int | str) -> int:
     """A 63-bit seed from a sequence of numbers and names, the same on every platform."""
     text = "/".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") >> 1
+    )
 
 
 class Draws:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         UserError: The folder of ``path`` cannot be created or written.
     """
     path = Path(path)
-    part = path.with_name(path.name + f".{os.getpid()}.part")
+    # Machines that share the folder may have processes of the same number.
+    part = path.with_name(path.name + f".{os.getpid()}-{secrets.token_hex(4)}.part")
     writable_folder(path.parent)
     try:
         yield part
+        _open_to_others(part)
         sync(part)
         part.replace(path)
     finally:
@@ -56,6 +59,8 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
     try:
         yield part
         for entry in sorted(part.rglob("*"), reverse=True):
+            if entry.is_file():
+                _open_to_others(entry)
             sync(entry)
         if path.exists():
             old = path.with_name(path.name + f".{os.getpid()}.old")
@@ -83,6 +88,13 @@ def writable_folder(path: str | Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"the folder {path} is not writable; name another folder or change its permissions")
     return path
+
+
+def _open_to_others(path: Path) -> None:
+    """Give a file the permissions that new files have; safetensors makes its own for nobody else to read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def sync(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ from lit_lora.module import LoraDiffusion
 
 _HARMLESS = (
     r"LightningCLI's args parameter",  # we are the command line
+    r"The dirpath has changed",  # each run has a log folder of its own
     r"Found \d+ module\(s\) in eval mode",  # the frozen encoders
     r".*isinstance.treespec, LeafSpec",  # Lightning's own use of torch
     r"`loftq_config` specified but will be ignored",  # a default that jsonargparse spells out
@@ -75,7 +77,7 @@ class LitLoraCLI(LightningCLI):
         except (UserError, MisconfigurationException):
             raise
         except (TypeError, ValueError) as error:
-            raise UserError(f"a part of the config cannot be built: {error}") from error
+            raise UserError(_reasons(str(error)) or f"a part of the config cannot be built: {error}") from None
 
     def before_fit(self) -> None:
         """Look before the work: can the output be written, is there a checkpoint to resume from."""
@@ -161,6 +163,16 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
         raise UserError(str(error)) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{error.strerror}: {error.filename}") from error
+
+
+def _reasons(message: str) -> str:
+    """What was wrong, out of an error of jsonargparse that tells all types which a value is not, and the whole value.
+
+    The value may hold URLs with credentials.
+    """
+    _, found, errors = message.partition("\nErrors:\n")
+    reasons = re.split(r"^\s*- ", errors.partition("\nGiven value")[0], flags=re.MULTILINE)[1:] if found else []
+    return "\n".join(reason.strip() for reason in reasons if not reason.startswith("Expected a <class"))
 
 
 def _redacted(value: Any) -> Any:

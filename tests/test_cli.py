@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -224,6 +227,35 @@ class TestMistakes:
     def test_value_out_of_range(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
         assert "caption_dropout" in failure(capsys, "fit", "--config", config(model__caption_dropout=2.0))
 
+    def test_a_wrong_value_of_the_data_is_one_sentence(
+        self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = config(data__init_args__train_shards="https://user:hunter2@example.org/x?token=hunter2")
+        for option, message in {
+            "batch_size=0": "batch_size=0 is too small; it must be at least 1",
+            "captions.dropout=2": "dropout=2.0 is no probability; it must be from 0 to 1",
+            "buckets.divisor=7": "resolution=16 is not a multiple of buckets.divisor=7; choose 14 or another divisor",
+        }.items():
+            error = failure(capsys, "fit", "--config", path, f"--data.init_args.{option}")
+            assert error == f"lit-lora: error\n{message}\n"
+
+    def test_shell_commands_are_refused(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+        path = config(data__init_args__train_shards="pipe:touch hunter2")
+        error = failure(capsys, "fit", "--config", path)
+        assert "pipe: runs shell commands and is refused here" in error
+        assert "hunter2" not in error
+
+    def test_full_disk(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        (tmp_path / "pictures").mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "a.png")
+        (tmp_path / "pictures" / "a.txt").write_text("a")
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/plan.json")
+        monkeypatch.setattr("lit_lora.files.sync", lambda path: (_ for _ in ()).throw(full))
+        error = failure(capsys, "shards", "pack", tmp_path / "pictures", tmp_path / "out")
+        assert "cannot write out/plan.json: No space left on device; free some space" in error
+
     def test_no_such_config(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert "nowhere.yaml" in failure(capsys, "fit", "--config", "nowhere.yaml")
 
@@ -312,3 +344,17 @@ def test_an_error_in_a_worker_is_one_message_in_a_process_of_its_own(config: Cal
     assert result.returncode == 2, result.stderr[-3000:]
     assert "Traceback" not in result.stderr
     assert "cannot be decoded" in result.stderr
+
+
+@pytest.mark.slow
+def test_interrupted_training_says_how_to_go_on(config: Callable[..., Path], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lit_lora.cli", "fit", "--config", str(config()), "--trainer.max_steps=100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "ck" / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.endswith("lit-lora: interrupted; --ckpt_path last goes on from the last checkpoint\n")
+    assert "Traceback" not in error

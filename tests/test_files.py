@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,17 @@ def test_a_folder_of_somebody_elses_is_kept(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds other files"), atomic_folder(path, marker="ours"):
         raise AssertionError("not reached")
     assert [p.name for p in path.iterdir()] == ["precious"]
+
+
+def test_others_may_read_what_safetensors_writes(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        with atomic_file(tmp_path / "a") as part:
+            part.write_text("x")
+            part.chmod(0o600)
+        with atomic_folder(tmp_path / "folder", marker="b") as folder:
+            (folder / "b").write_text("x")
+            (folder / "b").chmod(0o600)
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "folder/b")] == [0o644, 0o644]

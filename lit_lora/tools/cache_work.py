@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lit_lora.datamodules.buckets import Bucketing
 from lit_lora.datamodules.cache_writer import CachedShard, CacheWriter
 from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.jobs import interrupts_ignored
 from lit_lora.datamodules.latent_cache import CacheDescription
 from lit_lora.datamodules.table import SampleTable
 from lit_lora.errors import UserError
@@ -147,7 +148,10 @@ def _write_in_parallel(
     for number in range(jobs):
         queue.put(devices[number % len(devices)])
     with ProcessPoolExecutor(jobs, context, _Worker.start, (work, queue, done, stop, jobs)) as pool:
-        pending: set[Future[CachedShard]] = {pool.submit(_Worker.write, shard, path) for path, shard in targets.items()}
+        with interrupts_ignored():
+            pending: set[Future[CachedShard]] = {
+                pool.submit(_Worker.write, shard, path) for path, shard in targets.items()
+            }
         try:
             while pending:
                 finished, pending = wait(pending, _POLL_S, "FIRST_COMPLETED")

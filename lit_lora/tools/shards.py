@@ -144,7 +144,10 @@ def info(
     from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
     from lit_lora.datamodules.plan_report import format_table
     from lit_lora.datamodules.shard_statistics import ShardStatistics
+    from lit_lora.errors import UserError
 
+    if resolution is not None and resolution < 1:
+        raise UserError(f"resolution={resolution} is too small; it must be at least 1")
     buckets = AspectRatioBuckets(divisor, max_aspect_ratio)
     bucketing = None if resolution is None else Bucketing.of(resolution, buckets)
     numbers = ShardStatistics.of(_load_indexes(shards, jobs))

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ra
 class Module(LightningModule):
     def __init__(self) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.net = inject_adapter_in_model(
             LoraConfig(r=1, target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(1, 1))
         )
@@ -51,7 +52,7 @@ def fit(make_shards, trainer_options):
 
     def fit(callbacks=(), ckpt_path=None, data=None, **options):
         data = WebDatasetDataModule(
-            str(paths[0].parent), batch_size=2, resolution=8, num_workers=0, **{"chunks": 3} | (data or {})
+            str(paths[0].parent), resolution=8, num_workers=0, **{"batch_size": 2, "chunks": 3} | (data or {})
         )
         module = Module()
         options = trainer_options | {"enable_checkpointing": True, "callbacks": list(callbacks)} | options
@@ -135,3 +136,83 @@ def test_an_epoch_is_a_pass_through_all_chunks(fit, options, epoch):
     assert data.plan().num_chunks == (2 if "chunk_samples" in options else 3)
     assert len(module.keys) == 2 * 2 * epoch
     assert len(module.chunks) == 2 * data.plan().num_chunks
+
+
+def test_overfitting_ends_no_chunk(fit):
+    watcher = Watcher()
+    fit([watcher], overfit_batches=3, max_epochs=3)
+    assert not watcher.seen
+
+
+class Epochs(Callback):
+    """The batches of each epoch, and after which of them there was validation."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.validated: list[int] = []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.batches.append(0)
+
+    def on_train_batch_end(self, *_):
+        if not self.batches:  # Lightning does not call the start of an epoch that is gone on with
+            self.batches.append(0)
+        self.batches[-1] += 1
+
+    def on_validation_start(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.validated.append(len(self.batches))
+
+
+@pytest.mark.parametrize(("size", "rest", "whole"), [(1, 16, 20), (4, 4, 5), (5, 4, 4)])
+def test_epochs_are_whole_after_the_batch_size_changed(fit, tmp_path, size, rest, whole):
+    options = {"chunks": 1, "val_samples": 4, "leftovers": "pad"}
+    save = AdapterCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    fit([save], max_steps=2, data=options)
+    epochs = Epochs()
+    options |= {"batch_size": size}
+    save = AdapterCheckpoint(tmp_path / "saved", every_n_train_steps=2)
+    module, _ = fit([save, epochs], tmp_path / "saved" / "step=2.ckpt", options, max_epochs=3)
+    assert epochs.batches == [rest, whole, whole]
+    assert len(module.keys) == (rest + 2 * whole) * size
+    assert epochs.validated == [1, 2, 3]
+
+
+def test_limited_epochs_are_validated_too(fit):
+    epochs = Epochs()
+    module, _ = fit(
+        [epochs], data={"val_samples": 4, "chunks": 1}, max_epochs=4, limit_train_batches=6, accumulate_grad_batches=4
+    )
+    assert epochs.batches == [6, 4, 6, 4]
+    assert epochs.validated == [1, 2, 3, 4]
+    assert module.trainer.global_step == 6
+
+
+def test_chunks_that_end_between_two_steps_are_saved_after_the_step(fit, tmp_path):
+    def save():
+        return AdapterCheckpoint(tmp_path / "saved", filename="{step}", save_top_k=-1, save_on_chunk_end=True)
+
+    options = {"accumulate_grad_batches": 3, "max_epochs": 2}
+    whole, _ = fit([save()], **options)
+    steps = sorted(int(path.stem.partition("=")[2]) for path in (tmp_path / "saved").glob("*.ckpt"))
+    assert steps == [2, 3, 4, 6, 7, 8]
+    for step in (2, 6):
+        resumed, _ = fit([save()], tmp_path / "saved" / f"step={step}.ckpt", **options)
+        ours, theirs = resumed.state_dict(), whole.state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert resumed.keys == whole.keys[len(whole.keys) - len(resumed.keys) :]
+
+
+def test_tuner_and_validation_leave_the_place_alone(fit, trainer_options, tmp_path):
+    save = AdapterCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    fresh, _ = fit([save], max_steps=5, data={"val_samples": 4})
+    module = Module()
+    again = WebDatasetDataModule(
+        str(tmp_path / "shards"), batch_size=2, resolution=8, num_workers=0, chunks=3, val_samples=4
+    )
+    save = AdapterCheckpoint(tmp_path / "saved", every_n_train_steps=5)
+    trainer = Trainer(**trainer_options | {"enable_checkpointing": True, "callbacks": [save]})
+    trainer.validate(module, again, ckpt_path=tmp_path / "saved" / "step=5.ckpt", verbose=False)
+    trainer = Trainer(**trainer_options, max_steps=5)
+    trainer.fit(module, again)
+    assert module.keys == fresh.keys

@@ -86,7 +86,9 @@ CASES = {
     ),
     "PNG that is called .jpg": Case("", "wrong extension", members={"jpg": PNG, "txt": b"x"}),
     "image of 20,000 x 20,000 pixels in a small file": Case(
-        "has 20000 x 20000 pixels, more than 100000000", "too many pixels", members=lambda: {"png": _bomb(), "txt": b"x"}
+        "has 20000 x 20000 pixels, more than 100000000",
+        "too many pixels",
+        members=lambda: {"png": _bomb(), "txt": b"x"},
     ),
     "animated WebP": Case("nimat", "undecodable image", members={"webp": _animation("WEBP"), "txt": b"x"}),
     "animated PNG": Case("", "", members={"png": _animation("PNG"), "txt": b"x"}),

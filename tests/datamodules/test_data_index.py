@@ -109,3 +109,35 @@ def test_damaged_file(make_shards, damage, message):
         DataIndex.load(file)
     assert len(DataIndex.load_or_build(paths)) == 4
     assert len(DataIndex.load(file)) == 4
+
+
+def test_damaged_shard_that_nobody_named_is_left_out(make_shards):
+    paths = make_shards(1, 2, 3)
+    DataIndex.load_or_build(paths)
+    for path in paths[1:]:
+        path.write_bytes(path.read_bytes()[:700] if path is paths[2] else make_shards(2, 4, folder="x")[1].read_bytes())
+    assert DataIndex.load_or_build(paths[:2]).names == ("shard-000000.tar", "shard-000001.tar")
+    with pytest.raises(UserError, match="1 of 3 shards cannot be used"):
+        DataIndex.load_or_build(paths)
+
+
+def test_stale_index_beside_the_shards_does_not_hide_a_good_one(make_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    paths = make_shards(2, 2)
+    DataIndex.load_or_build(paths)
+    elsewhere = index_folders(paths[0].parent)[1] / INDEX_NAME
+    elsewhere.parent.mkdir(parents=True)
+    os.utime(paths[0], ns=(1, 1))
+    good = DataIndex.combine([ShardIndex.build(path) for path in paths])
+    good.save(elsewhere)
+    before = (paths[0].parent / INDEX_NAME).stat().st_mtime_ns
+    DataIndex.load_or_build(paths)
+    assert (paths[0].parent / INDEX_NAME).stat().st_mtime_ns == before
+
+
+def test_another_process_is_not_given_other_shards(make_shards):
+    paths = make_shards(2, 2)
+    sent = pickle.dumps(DataIndex.load_or_build(paths[1:]))
+    DataIndex.load_or_build(paths)
+    with pytest.raises(UserError, match="was changed by another program meanwhile; start again"):
+        pickle.loads(sent)

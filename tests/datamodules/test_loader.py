@@ -133,6 +133,12 @@ def test_state_of_other_data(dataset, seed, samples, identity, message):
         PlannedLoader(dataset, _plan(samples, 4, seed), identity={"shards": 7} | identity).load_state_dict(state)
 
 
+def test_another_rule_for_leftovers_is_refused(dataset):
+    state = PlannedLoader(dataset, _plan(13, 4)).state_dict()
+    with pytest.raises(UserError, match="the checkpoint has pads 0, this run 1; set leftovers back"):
+        PlannedLoader(dataset, _plan(13, 4, leftovers="pad")).load_state_dict(state)
+
+
 @workers
 @pytest.mark.parametrize("other", [1, 2, 5])
 def test_resumes_with_another_global_batch(dataset, num_workers, other):

@@ -69,7 +69,7 @@ def test_signature_goes_with_each_request_and_into_no_message(server):
     server.fault = 403
     with pytest.raises(UserError) as caught:
         open_table(base + "/other" + query)
-    assert "need their index beside them" in str(caught.value)
+    assert "HTTP status 403; check the credentials" in str(caught.value)
     assert secret not in "".join(traceback.format_exception(caught.value))
 
 

@@ -60,3 +60,9 @@ def test_damaged_shard_is_named_without_what_is_secret(server, paths):
 def test_http_has_no_folders(server):
     with pytest.raises(UserError, match="cannot be listed"):
         index_remote([server.url])
+
+
+def test_other_shards_of_the_folder_stay_known(server):
+    for spec in ("/shard-{000000,000001}.tar", "/shard-000002.tar"):
+        index_remote([server.url + spec])
+    assert len(open_table(server.url)) == 6

@@ -40,7 +40,7 @@ def test_name_with_braces_that_exists(folder):
     assert [path.name for path in find_shards("x{1}[2].tar")] == ["x{1}[2].tar"]
 
 
-@pytest.mark.parametrize("spec", ["pipe:cat c.tar", "https://example.com/c.tar", "s3://bucket/c.tar"])
+@pytest.mark.parametrize("spec", ["https://example.com/c.tar", "s3://bucket/c.tar"])
 def test_remote_shards_are_refused(folder, spec):
     with pytest.raises(UserError, match="is not a local file; name local shards"):
         find_shards(spec)
@@ -59,3 +59,17 @@ def test_missing(folder):
 def test_unbalanced_braces(folder):
     with pytest.raises(UserError, match="unbalanced braces"):
         find_shards("{b-{0..1}.tar")
+
+
+def test_long_list_in_braces(folder):
+    names = ",".join(["b-0", "c"] * 100)
+    assert len(find_shards(f"{folder}/{{{names}}}.tar")) == 200
+
+
+def test_paths_are_taken_too(folder):
+    assert find_shards([folder / "c.tar"]) == find_shards(folder / "c.tar") == [folder / "c.tar"]
+
+
+def test_shell_commands_are_refused():
+    with pytest.raises(UserError, match="pipe: runs shell commands and is refused here"):
+        find_shards("pipe:cat c.tar")

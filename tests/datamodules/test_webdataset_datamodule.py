@@ -349,6 +349,12 @@ def server(make_shards, tmp_path, monkeypatch):
     server.close()
 
 
+def test_shard_that_is_named_twice(make_shards):
+    paths = make_shards(4, 4)
+    with pytest.raises(UserError, match=r"shard-000001.tar is named more than once; name each shard once"):
+        _data([paths[0].parent, paths[1]]).setup("fit")
+
+
 def test_staged_run_sees_what_a_local_one_sees(tmp_path, server):
     options = {"chunks": 3, "val_samples": 2, "num_workers": 2}
     local = _fit(tmp_path, _data([server.folder], **options), max_epochs=2)
