@@ -29,8 +29,8 @@ BOUND_S, BOUND_MB = 2.0, 400.0
 
 def make_up(folder: Path, num_shards: int) -> None:
     """Shards without content and their index."""
-    from lit_lora.datamodules.data_index import INDEX_NAME, DataIndex
-    from lit_lora.datamodules.scan import EXTENSIONS
+    from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
+    from lit_lora.datamodules.indexing.scan import EXTENSIONS
 
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)

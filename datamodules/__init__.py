@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lit_lora.datamodules.buckets import AspectRatioBuckets
     from lit_lora.datamodules.captions import Captions, CaptionSource
-    from lit_lora.datamodules.index import ShardIndex
+    from lit_lora.datamodules.indexing.index import ShardIndex
     from lit_lora.datamodules.plan import Plan
     from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
     from lit_lora.datamodules.webdataset_stream_datamodule import WebDatasetStreamDataModule
@@ -27,7 +27,7 @@ _MODULES = {
     "CaptionSource": "captions",
     "Captions": "captions",
     "Plan": "plan",
-    "ShardIndex": "index",
+    "ShardIndex": "indexing.index",
     "WebDatasetDataModule": "webdataset_datamodule",
     "WebDatasetStreamDataModule": "webdataset_stream_datamodule",
 }

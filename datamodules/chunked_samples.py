@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.buckets import LEFT_OUT, Bucketing
+from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.plan import split_shards
-from lit_lora.datamodules.table import SampleTable
 
 
 @dataclass(frozen=True, eq=False)

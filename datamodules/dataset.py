@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from lit_lora.datamodules.batch_builder import BatchBuilder
 from lit_lora.datamodules.decode import BadSampleError
-from lit_lora.datamodules.remote import redact
+from lit_lora.datamodules.remote.transfer import redact
 from lit_lora.datamodules.shard_reader import ShardReader
 
 Batch = dict[str, Any]

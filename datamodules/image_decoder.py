@@ -11,7 +11,7 @@ import torch
 from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.decode import check_pixels, decode_rgb
 from lit_lora.datamodules.framing import Framing
-from lit_lora.datamodules.scan import IMAGE_EXTENSIONS
+from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.buckets import Bucketing
-from lit_lora.datamodules.table import SampleTable
+from lit_lora.datamodules.indexing.table import SampleTable
 
 
 class ListedSamples:

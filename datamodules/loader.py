@@ -16,7 +16,7 @@ LoaderState = dict[str, int | list[int]]
 
 
 class ShardStage(Protocol):
-    """Brings shards to where they can be read; see :class:`~lit_lora.datamodules.stager.Stager`."""
+    """Brings shards to where they can be read; see :class:`~lit_lora.datamodules.staging.stager.Stager`."""
 
     def start(self, visit: int) -> None: ...
 

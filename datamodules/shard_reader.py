@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lit_lora.datamodules.decode import BadSampleError
-from lit_lora.datamodules.remote import RemoteError, is_remote, read_range
-from lit_lora.datamodules.table import SampleTable, Span
+from lit_lora.datamodules.indexing.table import SampleTable, Span
+from lit_lora.datamodules.remote.transfer import RemoteError, is_remote, read_range
 
 MAX_MEMBER_BYTES = 256 << 20
 """No member of a sample is larger; a header can claim any size."""

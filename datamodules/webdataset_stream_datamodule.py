@@ -12,11 +12,11 @@ from lightning.pytorch import LightningDataModule
 from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.image_decoder import ImageDecoder
-from lit_lora.datamodules.remote import is_remote, redact
-from lit_lora.datamodules.restarting_stream_loader import RestartingStreamLoader
-from lit_lora.datamodules.shard_paths import find_shards
-from lit_lora.datamodules.shard_stream import ShardStream
-from lit_lora.datamodules.stream_loader import StreamLoader
+from lit_lora.datamodules.indexing.shard_paths import find_shards
+from lit_lora.datamodules.remote.transfer import is_remote, redact
+from lit_lora.datamodules.streaming.restarting_stream_loader import RestartingStreamLoader
+from lit_lora.datamodules.streaming.shard_stream import ShardStream
+from lit_lora.datamodules.streaming.stream_loader import StreamLoader
 from lit_lora.errors import UserError
 
 _PIPE = "pipe:"

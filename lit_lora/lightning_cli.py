@@ -24,7 +24,7 @@ import lit_lora.families
 import lit_lora.objectives  # noqa: F401
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, DataProgress, ImageWriter, SampleImages  # noqa: F401
 from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule  # noqa: F401
-from lit_lora.datamodules.remote import is_remote, redact
+from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.module import LoraDiffusion

@@ -20,7 +20,7 @@ from PIL import Image
 
 from lit_lora import __version__
 from lit_lora.cli import main
-from lit_lora.datamodules.pack import pack_folder
+from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.lightning_cli import LitLoraCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from tests.datamodules.faulty_server import FaultyServer

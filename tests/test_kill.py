@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lit_lora.datamodules.pack import pack_folder
+from lit_lora.datamodules.packing.pack import pack_folder
 
 STEPS = 42  # a multiple of the steps between checkpoints
 

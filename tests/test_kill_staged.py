@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from lit_lora.datamodules import WebDatasetDataModule
-from lit_lora.datamodules.data_index import DataIndex
+from lit_lora.datamodules.indexing.data_index import DataIndex
 from tests import staged_run
 from tests.datamodules.faulty_server import FaultyServer
 

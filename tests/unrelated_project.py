@@ -22,7 +22,7 @@ assert not hasattr(callbacks, "AdapterCheckpoint")
 
 from pathlib import Path
 from PIL import Image
-from lit_lora.datamodules.pack import pack_folder
+from lit_lora.datamodules.packing.pack import pack_folder
 
 pictures = Path("pictures")
 pictures.mkdir()

@@ -16,14 +16,14 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from lit_lora.datamodules.buckets import Bucketing
-from lit_lora.datamodules.cache_writer import CachedShard
-from lit_lora.datamodules.data_index import DataIndex
+from lit_lora.datamodules.caching.cache_writer import CachedShard
+from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription
 from lit_lora.datamodules.dataset import BadSampleReport
-from lit_lora.datamodules.latent_cache import DESCRIPTION, EMPTY, CacheDescription
-from lit_lora.datamodules.open_table import open_table
-from lit_lora.datamodules.remote import is_remote, redact
-from lit_lora.datamodules.scan import IMAGE_EXTENSIONS
-from lit_lora.datamodules.table import SampleTable
+from lit_lora.datamodules.indexing.data_index import DataIndex
+from lit_lora.datamodules.indexing.open_table import open_table
+from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
+from lit_lora.datamodules.indexing.table import SampleTable
+from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily

@@ -18,11 +18,11 @@ import torch
 from tqdm import tqdm
 
 from lit_lora.datamodules.buckets import Bucketing
-from lit_lora.datamodules.cache_writer import CachedShard, CacheWriter
+from lit_lora.datamodules.caching.cache_writer import CachedShard, CacheWriter
+from lit_lora.datamodules.caching.latent_cache import CacheDescription
 from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.jobs import interrupts_ignored
-from lit_lora.datamodules.latent_cache import CacheDescription
-from lit_lora.datamodules.table import SampleTable
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 

@@ -75,7 +75,7 @@ def demo(out: str = "runs/demo", steps: int = 500, pictures_per_digit: int = 20)
 
 
 def _pack(scans: np.ndarray, digits: np.ndarray, out: Path) -> None:
-    from lit_lora.datamodules.pack import pack_folder
+    from lit_lora.datamodules.packing.pack import pack_folder
     from lit_lora.files import atomic_folder
 
     with tempfile.TemporaryDirectory() as name:

@@ -21,8 +21,8 @@ from lit_lora.datamodules.plan_report import (
     measure_reading,
     samples_per_pass,
 )
-from lit_lora.datamodules.remote import is_remote
-from lit_lora.datamodules.staging import checked_budget
+from lit_lora.datamodules.remote.transfer import is_remote
+from lit_lora.datamodules.staging.make_stager import checked_budget
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError
 from lit_lora.lightning_cli import ToolCLI, build_cli

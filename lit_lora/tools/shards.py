@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lit_lora.datamodules.check import CheckSummary
-    from lit_lora.datamodules.index import ShardIndex
+    from lit_lora.datamodules.checking.check import CheckSummary
+    from lit_lora.datamodules.indexing.index import ShardIndex
 
 
 def pack(
@@ -44,7 +44,7 @@ def pack(
         caption_column: In tables, the column of captions; by default one with a usual name.
         prefix: How the names of the shards begin.
     """
-    from lit_lora.datamodules.pack import pack_folder
+    from lit_lora.datamodules.packing.pack import pack_folder
 
     summary = pack_folder(
         source,
@@ -81,9 +81,9 @@ def index(shards: str | list[str], jobs: int = 1) -> None:
             URLs of these; http has no folders and no globs.
         jobs: Processes that index, each a shard at a time.
     """
-    from lit_lora.datamodules.data_index import INDEX_NAME
-    from lit_lora.datamodules.index import index_folders
-    from lit_lora.datamodules.remote import is_remote
+    from lit_lora.datamodules.indexing.data_index import INDEX_NAME
+    from lit_lora.datamodules.indexing.index import index_folders
+    from lit_lora.datamodules.remote.transfer import is_remote
 
     specs = [shards] if isinstance(shards, str) else shards
     if any(map(is_remote, specs)):
@@ -113,8 +113,8 @@ def check(
         caption_key: The key of the caption in .json members.
         report: A file for all problems, a JSON object in each line.
     """
-    from lit_lora.datamodules.check import check_shards
-    from lit_lora.datamodules.shard_paths import find_shards
+    from lit_lora.datamodules.checking.check import check_shards
+    from lit_lora.datamodules.indexing.shard_paths import find_shards
 
     paths = find_shards(shards)
     summary = check_shards(
@@ -142,8 +142,8 @@ def info(
         jobs: Processes that index shards which have no index yet.
     """
     from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
+    from lit_lora.datamodules.checking.shard_statistics import ShardStatistics
     from lit_lora.datamodules.plan_report import format_table
-    from lit_lora.datamodules.shard_statistics import ShardStatistics
     from lit_lora.errors import UserError
 
     if resolution is not None and resolution < 1:
@@ -159,9 +159,9 @@ def info(
 
 
 def _index_remote(specs: list[str], jobs: int) -> None:
-    from lit_lora.datamodules.data_index import DataIndex
-    from lit_lora.datamodules.remote import is_remote, redact
-    from lit_lora.datamodules.remote_index import index_remote
+    from lit_lora.datamodules.indexing.data_index import DataIndex
+    from lit_lora.datamodules.indexing.remote_index import index_remote
+    from lit_lora.datamodules.remote.transfer import is_remote, redact
     from lit_lora.errors import UserError
 
     local = next((spec for spec in specs if not is_remote(spec)), None)
@@ -180,8 +180,8 @@ def _index_remote(specs: list[str], jobs: int) -> None:
 
 def _load_indexes(specs: str | list[str], jobs: int) -> list[ShardIndex]:
     """The indexes of shards, made where there is none."""
-    from lit_lora.datamodules.data_index import DataIndex
-    from lit_lora.datamodules.shard_paths import find_shards
+    from lit_lora.datamodules.indexing.data_index import DataIndex
+    from lit_lora.datamodules.indexing.shard_paths import find_shards
     from lit_lora.errors import UserError
 
     if jobs < 1:
@@ -205,7 +205,7 @@ def _load_indexes(specs: str | list[str], jobs: int) -> list[ShardIndex]:
 
 
 def _check_lines(summary: CheckSummary) -> list[str]:
-    from lit_lora.datamodules.check import NOTES
+    from lit_lora.datamodules.checking.check import NOTES
     from lit_lora.datamodules.plan_report import format_table
 
     lines = format_table([["shards", f"{summary.shards:,}"], ["samples", f"{summary.samples:,}"]])

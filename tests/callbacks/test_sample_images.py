@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lit_lora.callbacks import AdapterEMA, ImageWriter, SampleImages
-from lit_lora.datamodules.pack import pack_folder
+from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from tests.helpers import loader_of, make_batches

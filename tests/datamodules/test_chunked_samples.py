@@ -5,9 +5,9 @@ import pytest
 
 from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.chunked_samples import ChunkedSamples
-from lit_lora.datamodules.index import ShardIndex
+from lit_lora.datamodules.indexing.index import ShardIndex
+from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.listed_samples import ListedSamples
-from lit_lora.datamodules.table import SampleTable
 
 
 @pytest.fixture

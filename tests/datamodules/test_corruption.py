@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lit_lora.datamodules import WebDatasetDataModule
-from lit_lora.datamodules.check import check_shards
+from lit_lora.datamodules.checking.check import check_shards
 from lit_lora.errors import UserError
 
 KEYS = ["0000", "0001", "0002", "0003"]

@@ -8,9 +8,9 @@ from lit_lora.datamodules.dataset import ShardDataset, SlotRequest
 from lit_lora.datamodules.decode import decode_rgb
 from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.image_decoder import ImageDecoder
-from lit_lora.datamodules.index import ShardIndex
+from lit_lora.datamodules.indexing.index import ShardIndex
+from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.shard_reader import ShardReader
-from lit_lora.datamodules.table import SampleTable
 
 FRAMING = Framing(center_crop=False, random_flip=True, seed=3)
 SIZE = (8, 12)

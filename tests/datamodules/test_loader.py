@@ -11,12 +11,12 @@ from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.dataset import ShardDataset
 from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.image_decoder import ImageDecoder
-from lit_lora.datamodules.index import ShardIndex
+from lit_lora.datamodules.indexing.index import ShardIndex
+from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loader import PlannedLoader
 from lit_lora.datamodules.plan import OneChunk
 from lit_lora.datamodules.restarting_loader import RestartingLoader
 from lit_lora.datamodules.shard_reader import ShardReader
-from lit_lora.datamodules.table import SampleTable
 from lit_lora.errors import UserError
 
 workers = pytest.mark.parametrize("num_workers", [0, 2])

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lit_lora.datamodules import Plan, ShardIndex, WebDatasetDataModule
 from lit_lora.datamodules.buckets import AspectRatioBuckets
 from lit_lora.datamodules.captions import Captions
-from lit_lora.datamodules.data_index import DataIndex
+from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.errors import UserError
 from tests.datamodules.faulty_server import FaultyServer
 
@@ -397,7 +397,7 @@ def test_package_exports_load_lazily():
         "assert not heavy, heavy; assert d.Plan.__name__ == 'Plan'; assert 'lightning' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-    assert ShardIndex.__module__ == "lit_lora.datamodules.index"
+    assert ShardIndex.__module__ == "lit_lora.datamodules.indexing.index"
     assert Plan.__module__ == "lit_lora.datamodules.plan"
 
 

@@ -243,7 +243,7 @@ def test_bad_samples_are_skipped_up_to_the_limit(tmp_path, write_tar, encode_ima
 
 
 def test_shards_that_give_nothing_are_an_error(monkeypatch, make_shards):
-    monkeypatch.setattr("lit_lora.datamodules.shard_stream._MAX_FAILURES_IN_A_ROW", 10)
+    monkeypatch.setattr("lit_lora.datamodules.streaming.shard_stream._MAX_FAILURES_IN_A_ROW", 10)
     (shard,) = make_shards(1)
     shard.write_bytes(bytes(1024))
     data = _data([shard], max_bad_samples=5)

@@ -27,14 +27,14 @@ from safetensors.torch import load_file
 from lit_lora.cli import main
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
-from lit_lora.datamodules.cache_writer import CacheWriter
-from lit_lora.datamodules.cached_decoder import CachedDecoder
+from lit_lora.datamodules.caching.cache_writer import CacheWriter
+from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
+from lit_lora.datamodules.caching.latent_cache import CacheDescription
 from lit_lora.datamodules.captions import Captions, CaptionSource
 from lit_lora.datamodules.dataset import ShardDataset, SlotRequest
 from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.image_decoder import ImageDecoder
-from lit_lora.datamodules.latent_cache import CacheDescription
-from lit_lora.datamodules.open_table import open_table
+from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.shard_reader import ShardReader
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
@@ -210,7 +210,7 @@ def test_a_shard_that_is_made_in_several_goes(
 ) -> None:
     write_shard(tmp_path / "one" / "shard.tar", range(15))
     data = data_for(tmp_path / "one", buckets=BUCKETS)
-    monkeypatch.setattr("lit_lora.datamodules.cache_writer._BATCHES_AT_A_TIME", 2)
+    monkeypatch.setattr("lit_lora.datamodules.caching.cache_writer._BATCHES_AT_A_TIME", 2)
     cache_shards(module_for(StableDiffusion, sd_folder), data, batch_size=2)
     names = [name for name in members_of(tmp_path / "one" / "cache" / "shard.tar") if "safetensors" in name]
     assert names == [f"k{number:02}.safetensors" for number in range(15)]

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lit_lora.cli import main
-from lit_lora.datamodules.data_index import DataIndex
-from lit_lora.datamodules.open_table import open_table
+from lit_lora.datamodules.indexing.data_index import DataIndex
+from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.tools import shards
 from tests.datamodules.faulty_server import FaultyServer
 

@@ -1,0 +1,1 @@
+"""Shards of latents and text embeddings in place of images."""

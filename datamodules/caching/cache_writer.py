@@ -1,0 +1,291 @@
+"""From a shard of images to a shard of their latents and their captions' embeddings."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from lit_lora.datamodules.buckets import Bucketing
+from lit_lora.datamodules.caching.cached_decoder import FLIPPED, LATENTS, SIZES, encode_cached
+from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
+from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.dataset import BadSampleReport, Batch, ShardDataset, SlotRequest
+from lit_lora.datamodules.decode import BadSampleError, check_pixels, decode_rgb
+from lit_lora.datamodules.framing import Framing
+from lit_lora.datamodules.indexing.index import ShardIndex
+from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, IMAGE_EXTENSIONS
+from lit_lora.datamodules.indexing.table import SampleTable
+from lit_lora.datamodules.loader_threads import LoaderThreads
+from lit_lora.datamodules.packing.tar_header import tar_header
+from lit_lora.datamodules.remote.transfer import redact
+from lit_lora.datamodules.shard_reader import ShardReader
+from lit_lora.errors import UserError
+from lit_lora.files import atomic_file
+
+_BATCHES_AT_A_TIME = 64
+"""Batches of one size are made of so many batches' worth of neighbours, and a shard is written in order: so much of it is
+in memory at a time."""
+
+
+class CachedShard(NamedTuple):
+    """What became of a shard.
+
+    Attributes:
+        path: The shard of the cache.
+        samples: How many samples it has; without any it was not written.
+        bad: The samples that were left out.
+        resumed: Whether it was there already.
+    """
+
+    path: Path
+    samples: int
+    bad: list[BadSampleReport]
+    resumed: bool
+
+
+class CacheWriter:
+    """Writes shards of a cache.
+
+    Args:
+        family: A :class:`~lit_lora.families.ModelFamily` with its VAE, and its text encoders where text is cached.
+        table: The samples to cache.
+        description: What the cache is to be.
+        bucketing: The size of each image.
+        captions: Where captions are; fixed ones where text is cached.
+        batch_size: Images that are encoded at a time.
+        num_workers: Threads that read and decode; 0 does it between the batches.
+    """
+
+    def __init__(
+        self,
+        family: Any,
+        table: SampleTable,
+        description: CacheDescription,
+        bucketing: Bucketing,
+        captions: Captions,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        self.family = family
+        self.table = table
+        self.description = description
+        self.bucketing = bucketing
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._text = "text" in description.cached
+        self._decoder = _SourceDecoder(captions, self._text, description.flipped)
+
+    def write(self, shard: int, path: Path, progress: Callable[[int], None]) -> CachedShard:
+        """Write the cache's shard of a shard, and its index; one that is there already stays.
+
+        Beside the first it also writes ``empty.safetensors``, where text is cached.
+
+        Args:
+            shard: Number of the shard in the table.
+            path: The shard to write.
+            progress: Is told how many more samples are done.
+
+        Raises:
+            UserError: ``path`` was made of other samples than the shard has.
+        """
+        first, end = self.table.starts[shard : shard + 2].tolist()
+        if self._text and not (path.parent / EMPTY).exists():
+            self._write_empty(path.parent)
+        if path.exists():
+            return self._resume(range(first, end), path, progress)
+        bad: list[BadSampleReport] = []
+        samples = 0
+        try:
+            with atomic_file(path) as part:
+                with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as archive:
+                    for key, members in self._encode(range(first, end), bad, progress):
+                        for extension, data in members.items():
+                            archive.addfile(tar_header(f"{key}.{extension}", len(data)), io.BytesIO(data))
+                        samples += 1
+                if not samples:
+                    raise _NothingToWriteError
+                index = ShardIndex.build(part)
+                assert len(index) == samples
+        except _NothingToWriteError:
+            return CachedShard(path, 0, bad, resumed=False)
+        index.moved_to(path).save()
+        return CachedShard(path, samples, bad, resumed=False)
+
+    @torch.no_grad()
+    def _write_empty(self, folder: Path) -> None:
+        empty = self.family.encode_captions([""])
+        with atomic_file(folder / EMPTY) as part:
+            part.write_bytes(save({name: value[0].contiguous().cpu() for name, value in empty.items()}))
+
+    def _resume(self, samples: range, path: Path, progress: Callable[[int], None]) -> CachedShard:
+        """What was left out of the shard is found again by encoding it."""
+        index = ShardIndex.load_or_build(path)
+        cached = {index.key(number) for number in range(len(index))}
+        numbers = {self.table.key(number): number for number in samples}
+        missing = sorted(number for key, number in numbers.items() if key not in cached)
+        bad: list[BadSampleReport] = []
+        good = sum(1 for _ in self._encode(missing, bad, progress))
+        others = len(cached - numbers.keys())
+        if good or others:
+            raise UserError(
+                f"{path} was made of other samples than {self._location(samples[0])} has now: it lacks {good} and has"
+                f" {others} others; remove it, or name another folder by --out"
+            )
+        progress(len(cached))
+        return CachedShard(path, len(cached), bad, resumed=True)
+
+    def _encode(
+        self, samples: Sequence[int], bad: list[BadSampleReport], progress: Callable[[int], None]
+    ) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Key and members of each good sample, in order; the others are appended to ``bad``."""
+        done: dict[int, dict[str, bytes] | None] = {}
+        written = 0
+        for batch in self._load(samples):
+            bad += batch["bad"]
+            done |= self._encode_batch(batch, bad)
+            progress(len(batch["slot"]))
+            while written < len(samples) and samples[written] in done:
+                members = done.pop(samples[written])
+                if members is not None:
+                    yield self.table.key(samples[written]), members
+                written += 1
+
+    def _load(self, samples: Sequence[int]) -> Iterator[Batch]:
+        """Batches of images of one size each."""
+        dataset = ShardDataset(ShardReader(self.table), self._decoder)
+        if not self.num_workers:
+            yield from map(dataset.__getitems__, self._requests(samples))
+            return
+        threads = LoaderThreads(dataset.__getitems__, self.num_workers)
+        try:
+            yield from threads.run(self._requests(samples))
+        finally:
+            threads.close()
+
+    def _requests(self, samples: Sequence[int]) -> Iterator[list[SlotRequest]]:
+        window = _BATCHES_AT_A_TIME * self.batch_size
+        for start in range(0, len(samples), window):
+            by_size: dict[tuple[int, int], list[SlotRequest]] = {}
+            for sample in samples[start : start + window]:
+                size = self._size(sample)
+                by_size.setdefault(size, []).append(SlotRequest(sample, 1.0, sample, size))
+            for requests in by_size.values():
+                for first in range(0, len(requests), self.batch_size):
+                    yield requests[first : first + self.batch_size]
+
+    def _size(self, sample: int) -> tuple[int, int]:
+        """Height and width that a sample is trained at."""
+        width, height = (np.array([edge]) for edge in self.table.image_size(sample))
+        bucket = self.bucketing.assign(width, height)[0]
+        return int(self.bucketing.sizes[bucket, 0]), int(self.bucketing.sizes[bucket, 1])
+
+    @torch.no_grad()
+    def _encode_batch(self, batch: Batch, bad: list[BadSampleReport]) -> dict[int, dict[str, bytes] | None]:
+        """The members of each sample by its number; None for a bad one."""
+        tensors = {name: batch[name] for name in SIZES} | self._posteriors(batch)
+        text: dict[str, Tensor] = {}
+        if self._text:
+            text = {name: value.cpu() for name, value in self.family.encode_captions(batch["caption"]).items()}
+        encoded: dict[int, dict[str, bytes] | None] = {}
+        for place, (sample, weight) in enumerate(zip(batch["slot"], batch["weight"].tolist(), strict=True)):
+            encoded[sample] = None
+            if weight:
+                try:
+                    encoded[sample] = self._members(batch, place, _row(tensors, place), _row(text, place))
+                except BadSampleError as error:
+                    bad.append(BadSampleReport(self._location(sample), self.table.key(sample), str(error)))
+        return encoded
+
+    def _posteriors(self, batch: Batch) -> dict[str, Tensor]:
+        dtype = getattr(torch, self.description.dtype)
+        posteriors = {}
+        for side in ("", FLIPPED) if self.description.flipped else ("",):
+            pixel_values = batch[f"pixel_values{side}"].to(self.family.device, non_blocking=True)
+            for name, values in zip(LATENTS, self.family.posterior(pixel_values), strict=True):
+                posteriors[name + side] = values.to(dtype).cpu()
+        return posteriors
+
+    def _members(
+        self, batch: Batch, place: int, tensors: Mapping[str, Tensor], text: Mapping[str, Tensor]
+    ) -> dict[str, bytes]:
+        height, width = batch["original_size"][place].tolist()
+        return {CACHED_EXTENSION: encode_cached(tensors, text, width, height)} | dict(batch["caption_members"][place])
+
+    def _location(self, sample: int) -> str:
+        return redact(self.table.locations[self.table.shard_of(sample)])
+
+
+class _NothingToWriteError(Exception):
+    """All samples of a shard are bad; raised so that no empty file is left."""
+
+
+@dataclass(frozen=True)
+class _SourceDecoder:
+    """What is to be encoded of a sample: its image, the mirrored one, its caption."""
+
+    captions: Captions
+    text: bool
+    flipped: bool
+
+    @property
+    def required(self) -> dict[str, tuple[str, ...]]:
+        return {"image": IMAGE_EXTENSIONS, "caption": self.captions.extensions}
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        return (*IMAGE_EXTENSIONS, *self.captions.extensions)
+
+    def __call__(
+        self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
+    ) -> dict[str, Any]:
+        check_pixels(*image_size)
+        image = decode_rgb(next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members))
+        framed = Framing(center_crop=True, random_flip=False, seed=0)(image, slot, size)
+        entries = {
+            "pixel_values": framed.pixels,
+            "original_size": framed.original_size,
+            "crop_top_left": framed.crop_top_left,
+            "target_size": size,
+            **self._caption(members),
+        }
+        if self.flipped:
+            mirrored = _MirroredFraming(center_crop=True, random_flip=True, seed=0)(image, slot, size)
+            entries[f"pixel_values{FLIPPED}"] = mirrored.pixels
+        return entries
+
+    def blank(self, size: tuple[int, int]) -> dict[str, Any]:
+        pixels = torch.zeros(3, *size, dtype=torch.uint8)
+        sides = ("", FLIPPED) if self.flipped else ("",)
+        sizes = dict.fromkeys(SIZES, size)
+        return {f"pixel_values{side}": pixels for side in sides} | sizes | {"caption": "", "caption_members": []}
+
+    def batch_entries(self) -> dict[str, Any]:
+        return {}
+
+    def _caption(self, members: Mapping[str, bytes]) -> dict[str, Any]:
+        """The caption, and the members that the cached sample has for it."""
+        if self.text:
+            caption = self.captions.draw_fixed(members)
+            return {"caption": caption, "caption_members": [("txt", caption.encode())]}
+        kept = [(name, data) for name, data in members.items() if name in self.captions.extensions]
+        return {"caption": "", "caption_members": kept}
+
+
+class _MirroredFraming(Framing):
+    """Mirrors every image as :class:`Framing` mirrors half of them."""
+
+    def flips(self, slot: int) -> bool:
+        return True
+
+
+def _row(tensors: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+    return {name: values[place] for name, values in tensors.items()}

@@ -1,0 +1,181 @@
+"""From the bytes of a cached sample to latents and embeddings, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from lit_lora.datamodules.caching.latent_cache import CacheDescription
+from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.decode import BadSampleError, decode_text
+from lit_lora.datamodules.framing import Framing
+from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
+
+TEXT = "text."
+"""Begins the names of the tensors that are text embeddings."""
+
+FLIPPED = "_flipped"
+"""Ends the names of the latents of the mirrored image."""
+
+LATENTS = ("latents_mean", "latents_std")
+SIZES = ("original_size", "crop_top_left", "target_size")
+
+
+class CachedDecoder:
+    """Reads the samples of a cache.
+
+    A sample's ``.safetensors`` member has ``latents_mean`` and ``latents_std`` (C, h, w), the VAE's posterior; the same
+    with ``_flipped`` for the mirrored image, where the cache has it; ``original_size``, ``crop_top_left`` and
+    ``target_size``, int64 (2,), height or top first; and ``text.NAME`` for each text embedding, where text is cached.
+
+    Args:
+        description: Of the cache.
+        framing: Says which showings are mirrored: those that are without a cache.
+        captions: How captions are drawn where text is not cached. Where it is, they are in the cache's ``.txt`` members.
+        empty: The embeddings of one empty caption by name, where text is cached: the cache's ``empty.safetensors``.
+    """
+
+    def __init__(
+        self,
+        description: CacheDescription,
+        framing: Framing,
+        captions: Captions,
+        empty: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.description = description
+        self.framing = framing
+        self.captions = captions
+        self.empty = dict(empty or {})
+        assert bool(self.empty) == ("text" in description.cached), "cached text has embeddings of the empty caption"
+
+    @property
+    def required(self) -> dict[str, tuple[str, ...]]:
+        """What each sample must have: by name, members of which one is enough."""
+        return {"cached image": (CACHED_EXTENSION,), "caption": ("txt",) if self.empty else self.captions.extensions}
+
+    @property
+    def extensions(self) -> tuple[str, ...]:
+        """The members that are read."""
+        return tuple(extension for extensions in self.required.values() for extension in extensions)
+
+    def __call__(
+        self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
+    ) -> dict[str, Any]:
+        """The entries of one sample in a batch.
+
+        Args:
+            members: Its members by extension.
+            slot: The number of this showing of the sample.
+            size: Height and width that are wanted, in pixels.
+            image_size: Not needed.
+
+        Returns:
+            ``latents_mean`` and ``latents_std`` (C, h, w); ``original_size``, ``crop_top_left`` and ``target_size``, int64
+            (2,); ``caption``; and ``text_embeddings``, a dict of tensors, where text is cached.
+
+        Raises:
+            BadSampleError: A member is missing or damaged, a tensor is missing or not finite, or the sample was cached in
+                another size.
+        """
+        tensors = _tensors(members)
+        side = FLIPPED if self.framing.flips(slot) else ""
+        shape, dtype = self._latents(size)
+        entries: dict[str, Any] = {name: _tensor(tensors, name + side, shape, dtype) for name in LATENTS}
+        entries |= {name: _tensor(tensors, name, (2,), torch.int64) for name in SIZES}
+        if (cached := tuple(entries["target_size"].tolist())) != size:
+            raise BadSampleError(f"the sample was cached with height and width {cached}, not {size}")
+        if not self.empty:
+            return entries | {"caption": self.captions.draw(members, self.framing.seed, slot)}
+        entries["text_embeddings"] = {
+            name: _tensor(tensors, TEXT + name, tuple(empty.shape), empty.dtype) for name, empty in self.empty.items()
+        }
+        return entries | {"caption": _text(members)}
+
+    def blank(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Entries for a batch in which no sample can be used."""
+        shape, dtype = self._latents(size)
+        entries: dict[str, Any] = {name: torch.zeros(shape, dtype=dtype) for name in LATENTS}
+        entries |= {"original_size": torch.tensor(size), "crop_top_left": torch.tensor((0, 0))}
+        entries |= {"target_size": torch.tensor(size), "caption": ""}
+        return entries | ({"text_embeddings": self.empty} if self.empty else {})
+
+    def batch_entries(self) -> dict[str, Any]:
+        """What each batch holds besides: ``empty_text_embeddings`` where text is cached."""
+        return {"empty_text_embeddings": self.empty} if self.empty else {}
+
+    def _latents(self, size: tuple[int, int]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and type of the latents of a picture."""
+        height, width = (edge // self.description.downscale for edge in size)
+        return (self.description.channels, height, width), getattr(torch, self.description.dtype)
+
+
+def encode_cached(tensors: Mapping[str, Tensor], text: Mapping[str, Tensor], width: int, height: int) -> bytes:
+    """The ``.safetensors`` member of a sample; the same bytes for the same values.
+
+    Args:
+        tensors: Latents and sizes, see :class:`CachedDecoder`.
+        text: Embeddings by name, none where text is not cached.
+        width: Of the image as it is shown, in pixels.
+        height: The same.
+
+    Raises:
+        BadSampleError: A value is not finite.
+    """
+    every = {**tensors, **{TEXT + name: embedding for name, embedding in text.items()}}
+    for name, tensor in every.items():
+        _check_finite(name, tensor)
+    metadata = {"format": "lit_lora.cached_sample", "height": str(height), "width": str(width)}
+    every = {name: tensor.contiguous().cpu() for name, tensor in every.items()}
+    return _with_sorted_header(save(every, metadata))
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """Safetensors writes the metadata in another order each time."""
+    start = 8
+    end = start + int.from_bytes(data[:start], "little")
+    header = json.loads(data[start:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return data[:start] + text.ljust(end - start) + data[end:]
+
+
+def _tensors(members: Mapping[str, bytes]) -> dict[str, Tensor]:
+    if CACHED_EXTENSION not in members:
+        raise BadSampleError(f"the cached sample has no .{CACHED_EXTENSION} member")
+    try:
+        return load(members[CACHED_EXTENSION])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BadSampleError(f"the cached tensors cannot be read ({error})") from error
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if name not in tensors:
+        raise BadSampleError(f"the cached tensor {name} is missing")
+    tensor = tensors[name]
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise BadSampleError(
+            f"the cached tensor {name} is {_type(tensor.dtype, tensor.shape)}, not {_type(dtype, shape)}"
+        )
+    _check_finite(name, tensor)
+    return tensor
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise BadSampleError(f"the cached tensor {name} has values that are not finite")
+
+
+def _type(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+
+
+def _text(members: Mapping[str, bytes]) -> str:
+    if "txt" not in members:
+        raise BadSampleError("the cached sample has no .txt member")
+    return decode_text(members["txt"])

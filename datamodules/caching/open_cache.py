@@ -1,0 +1,87 @@
+"""The cache of latents and embeddings that shards may be."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription
+from lit_lora.datamodules.indexing.index import index_cache
+from lit_lora.datamodules.indexing.open_table import folder_and_name, inside
+from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
+from lit_lora.datamodules.indexing.table import SampleTable
+from lit_lora.datamodules.remote.transfer import RemoteError, fetch, is_remote, redact
+from lit_lora.errors import UserError
+
+
+@dataclass(frozen=True)
+class OpenCache:
+    """What is known of a cache besides its samples.
+
+    Attributes:
+        folder: Where it is, for messages.
+        description: What it was made with.
+        empty: The embeddings of one empty caption by name; none where text is not cached.
+    """
+
+    folder: str
+    description: CacheDescription
+    empty: dict[str, Tensor]
+
+
+def open_cache(table: SampleTable) -> OpenCache | None:
+    """The cache that the shards of a table are, or None if they hold images.
+
+    Raises:
+        UserError: Some are of another cache, or its description or embeddings cannot be read.
+    """
+    are_cached: dict[str, bool] = {}
+    for location, first_sample in zip(table.locations, table.starts.tolist(), strict=False):
+        folder = folder_and_name(location)[0]
+        if folder not in are_cached:
+            are_cached[folder] = CACHED_EXTENSION in table.spans(first_sample)
+    if not any(are_cached.values()):
+        return None
+    if not all(are_cached.values()):
+        cached, others = (next(f for f, is_cached in are_cached.items() if is_cached is kind) for kind in (True, False))
+        raise UserError(f"{redact(cached)} is a cache and {redact(others)} holds images; name shards of one kind")
+    caches = [_open(folder) for folder in are_cached]
+    for other in caches[1:]:
+        if differences := caches[0].description.differences(other.description):
+            raise UserError(
+                f"{caches[0].folder} and {other.folder} are different caches:\n  "
+                + "\n  ".join(differences)
+                + "\ntrain on one of them"
+            )
+    return caches[0]
+
+
+def _open(folder: str) -> OpenCache:
+    name = redact(folder)
+    description = CacheDescription.parse(_read(folder, DESCRIPTION), f"{name}/{DESCRIPTION}")
+    if "text" not in description.cached:
+        return OpenCache(name, description, {})
+    try:
+        return OpenCache(name, description, load(_read(folder, EMPTY)))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{name}/{EMPTY} cannot be read ({error}); make the cache anew") from error
+
+
+def _read(folder: str, name: str) -> bytes:
+    unfinished = "the shards there are a cache that is not finished: run `lit-lora cache` again"
+    path = Path(inside(folder, name))
+    if is_remote(folder):
+        path = index_cache() / f"{hashlib.sha256(redact(folder).encode()).hexdigest()[:16]}-{name}"
+        try:
+            fetch(inside(folder, name), path)
+        except RemoteError as error:
+            raise UserError(f"{error}. {unfinished}, and copy all of its files") if error.missing else error from None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {unfinished}") from error

@@ -1,0 +1,252 @@
+"""What is known of all shards in a folder, in one file that is not read but mapped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from lit_lora.datamodules.indexing.columns import SampleColumns
+from lit_lora.datamodules.indexing.index import ShardIndex, index_folders
+from lit_lora.datamodules.indexing.scan import EXTENSIONS
+from lit_lora.datamodules.jobs import run_jobs
+from lit_lora.errors import UserError
+from lit_lora.files import atomic_file
+
+INDEX_NAME = "shards.index"
+"""The file in a folder of shards."""
+
+_HINT_AFTER_S = 3.0
+_PER_SHARD = ("shard_size", "shard_mtime_ns")
+_STARTS = ("sample_start", "member_start", "key_start")
+_PER_SAMPLE = ("key_ends", "width", "height")
+_PER_MEMBER = ("member_sample", "member_extension", "member_offset", "member_size")
+_DTYPES = {"I64": np.int64, "I32": np.int32, "U16": np.uint16, "U8": np.uint8}
+_METADATA = {"format": "lit_lora.data_index", "version": "1", "extensions": " ".join(EXTENSIONS)}
+
+
+class DataIndex:
+    """The samples (N) and members (M) of the shards (S) of one folder.
+
+    It is kept in ``shards.index``, a safetensors file, in that folder, or, where that is not writable, under the
+    user's cache folder. 10 million samples take about 1 GB there, of which only the parts that are looked at come into
+    memory.
+
+    Attributes:
+        names: File names of the shards.
+        shard_size: Their sizes in bytes, int64 (S,).
+        shard_mtime_ns: Their times of modification in nanoseconds, int64 (S,).
+        sample_start: Where each shard's samples begin, int64 (S + 1,).
+        width: See :class:`SampleColumns`, int32 (N,).
+        height: The same for the height.
+        extensions: Which members each sample has: bit ``i`` stands for ``scan.EXTENSIONS[i]``, uint16 (N,).
+    """
+
+    def __init__(self, names: Sequence[str], columns: dict[str, NDArray[Any]], file: Path | None = None) -> None:
+        self.names = tuple(names)
+        self.shard_size: NDArray[np.int64] = columns["shard_size"]
+        self.shard_mtime_ns: NDArray[np.int64] = columns["shard_mtime_ns"]
+        self.sample_start: NDArray[np.int64] = columns["sample_start"]
+        self.width: NDArray[np.int32] = columns["width"]
+        self.height: NDArray[np.int32] = columns["height"]
+        self.extensions: NDArray[np.uint16] = columns["extensions"]
+        self._columns = columns
+        self._file = file
+
+    def __len__(self) -> int:
+        return int(self.sample_start[-1])
+
+    @classmethod
+    def load_or_build(cls, paths: Sequence[Path], jobs: int = 1) -> DataIndex:
+        """The index of shards of one folder, from its file if that has them all as they are, else made and saved.
+
+        Shards that have no index of their own yet, or one that is out of date, are scanned. What the file knew of
+        other shards in the folder is kept.
+
+        Args:
+            paths: The shards; the index may hold more of them.
+            jobs: Processes that scan. With more than one, a script that calls this needs
+                ``if __name__ == "__main__":``.
+
+        Raises:
+            UserError: Shards are missing or damaged; all of them are named. The others keep their new indexes.
+        """
+        folder = paths[0].parent
+        found = cls._find(folder)
+        current = next((index for index in found if index._is_current(paths)), None)
+        if current is not None:
+            return current
+        wanted = {path.name: path for path in paths}
+        known = {name: folder / name for index in found[:1] for name in index.names if (folder / name).is_file()}
+        every = known | wanted
+        made = cls.combine(_index_all([every[name] for name in sorted(every)], jobs, wanted.keys()))
+        for place in index_folders(folder):
+            with suppress(UserError, OSError):
+                made.save(place / INDEX_NAME)
+                return cls.load(place / INDEX_NAME)
+        return made
+
+    @classmethod
+    def load(cls, file: str | Path) -> DataIndex:
+        """Map an index file.
+
+        Raises:
+            UserError: It is missing, damaged, or of another version.
+        """
+        file = Path(file)
+        try:
+            columns, metadata = _map(file)
+            names = json.loads(metadata.pop("names"))
+            if metadata != _METADATA:
+                raise ValueError("it has another version")
+            index = cls(names, columns, file)
+            index._check()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file} is no index that can be read ({error}); run `lit-lora shards index` on its folder again"
+            ) from error
+        return index
+
+    @classmethod
+    def combine(cls, indexes: Sequence[ShardIndex]) -> DataIndex:
+        """One index of at least one shard, all in one folder."""
+        columns: dict[str, NDArray[Any]] = {
+            name: np.concatenate([getattr(index, name) for index in indexes])
+            for name in ("key_bytes", *_PER_SAMPLE, *_PER_MEMBER)
+        }
+        columns["shard_size"] = np.array([index.shard_size for index in indexes], np.int64)
+        columns["shard_mtime_ns"] = np.array([index.shard_mtime_ns for index in indexes], np.int64)
+        for name, of in (("sample_start", "key_ends"), ("member_start", "member_sample"), ("key_start", "key_bytes")):
+            columns[name] = np.cumsum([0, *(len(getattr(index, of)) for index in indexes)], dtype=np.int64)
+        columns["extensions"] = np.concatenate([_extension_bits(index) for index in indexes])
+        return cls([index.path.name for index in indexes], columns)
+
+    def save(self, file: str | Path) -> None:
+        """Write the index.
+
+        Raises:
+            UserError: The folder is not writable.
+        """
+        with atomic_file(file) as part:
+            save_file(self._columns, part, _METADATA | {"names": json.dumps(self.names)})
+
+    def shard(self, number: int, path: Path | None = None) -> ShardIndex:
+        """The index of one shard, a view."""
+        parts: dict[str, Any] = {}
+        for start, names in zip(_STARTS, (_PER_SAMPLE, _PER_MEMBER, ("key_bytes",)), strict=True):
+            low, high = self._columns[start][number : number + 2].tolist()
+            parts |= {name: self._columns[name][low:high] for name in names}
+        return ShardIndex(
+            path=path or Path(self.names[number]),
+            shard_size=int(self.shard_size[number]),
+            shard_mtime_ns=int(self.shard_mtime_ns[number]),
+            **parts,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers that are spawned map the file themselves instead of receiving it.
+        if self._file is not None:
+            return _load_again, (self._file, self.names, self.shard_size.tolist())
+        return DataIndex, (self.names, self._columns)
+
+    @classmethod
+    def _find(cls, folder: Path) -> list[DataIndex]:
+        found = []
+        for place in index_folders(folder):
+            with suppress(UserError):
+                found.append(cls.load(place / INDEX_NAME))
+        return found
+
+    def _is_current(self, paths: Sequence[Path]) -> bool:
+        rows = {name: row for row, name in enumerate(self.names)}
+        sizes, times = self.shard_size.tolist(), self.shard_mtime_ns.tolist()
+        for path in paths:
+            row = rows.get(path.name, -1)
+            try:
+                stat = path.stat()
+            except OSError:
+                return False  # the scan says what is wrong
+            if row < 0 or (stat.st_size, stat.st_mtime_ns) != (sizes[row], times[row]):
+                return False
+        return True
+
+    def _check(self) -> None:
+        """What can be checked without reading the file; it is written whole or not at all."""
+        columns, num_shards = self._columns, len(self.names)
+        counts = {"sample_start": _PER_SAMPLE, "member_start": _PER_MEMBER, "key_start": ("key_bytes",)}
+        right = num_shards > 0 and all(len(columns[name]) == num_shards for name in _PER_SHARD)
+        right = right and len(self.extensions) == len(self.width)
+        for start, names in counts.items():
+            starts = columns[start]
+            right = right and len(starts) == num_shards + 1 and starts[0] == 0 and bool((np.diff(starts) > 0).all())
+            right = right and all(len(columns[name]) == starts[-1] for name in names)
+        if not right:
+            raise ValueError("its columns do not belong together")
+
+
+def _extension_bits(index: SampleColumns) -> NDArray[np.uint16]:
+    bits = np.zeros(len(index), np.uint16)
+    for number in range(len(EXTENSIONS)):
+        bits[index.member_sample[index.member_extension == number]] |= np.uint16(1 << number)
+    return bits
+
+
+def _load_again(file: Path, names: tuple[str, ...], sizes: list[int]) -> DataIndex:
+    """In another process, which was told of rows in the file as it was."""
+    index = DataIndex.load(file)
+    if (index.names, index.shard_size.tolist()) != (names, sizes):
+        raise UserError(f"{file} was changed by another program meanwhile; start again")
+    return index
+
+
+def _index_all(paths: list[Path], jobs: int, wanted: Collection[str]) -> list[ShardIndex]:
+    """The indexes of shards; of those that are not ``wanted``, what can be had."""
+    indexes: list[ShardIndex] = []
+    problems: list[str] = []
+    # The bar appears only where this takes long, which is when shards have to be scanned.
+    with tqdm(total=len(paths), desc="indexing shards", unit="shard", delay=_HINT_AFTER_S, leave=False) as bar:
+        for path, outcome in zip(paths, run_jobs(_try_to_index, ((path,) for path in paths), jobs), strict=True):
+            if not isinstance(outcome, str):
+                indexes.append(outcome)
+            elif path.name in wanted:
+                problems.append(outcome)
+            bar.update()
+    if problems:
+        shown = "".join(f"\n  {problem}" for problem in problems[:20])
+        raise UserError(f"{len(problems)} of {len(wanted)} shards cannot be used:{shown}")
+    return indexes
+
+
+def _try_to_index(path: Path) -> ShardIndex | str:
+    try:
+        return ShardIndex.load_or_build(path)
+    except UserError as error:
+        return str(error)
+
+
+def _map(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The tensors of a safetensors file, mapped into memory, and its metadata.
+
+    safetensors itself has no way to look at parts of a tensor as an array without copying it.
+    """
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError("it is truncated")
+        header = json.loads(opened.read(length))
+    metadata: dict[str, str] = header.pop("__metadata__")
+    data = np.asarray(np.memmap(file, np.uint8, "r", offset=8 + length))
+    columns = {}
+    for name, tensor in header.items():
+        low, high = tensor["data_offsets"]
+        if high > len(data):
+            raise ValueError("it is truncated")
+        columns[name] = data[low:high].view(_DTYPES[tensor["dtype"]])
+    return columns, metadata

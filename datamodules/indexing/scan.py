@@ -1,0 +1,173 @@
+"""One pass over a tar shard: where each member lies and how large each image is."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from lit_lora.datamodules.indexing.image_format import image_format
+from lit_lora.errors import UserError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+"""What torchvision decodes; where a sample has several images, the first of these counts."""
+
+CACHED_EXTENSION = "safetensors"
+"""In a cache of latents it takes the image's place."""
+
+EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", CACHED_EXTENSION)
+"""The members that are indexed; all others are passed over."""
+
+_OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
+    "jpg": JpegImageFile,
+    "png": PngImageFile,
+    "webp": WebPImageFile,
+}
+"""Pillow's readers by format. ``Image.open`` would refuse large images without telling their size."""
+
+_HEADER_BYTES = 65536
+_EXIF_ORIENTATION = 0x0112
+_END_MARKER_BYTES = 1024
+
+
+@dataclass
+class ScannedShard:
+    """The samples of a shard in their order, and their members.
+
+    Sample ``i`` has the key ``keys[i]`` and an image of ``sizes[i]`` (width, height) as it is shown, after the rotation
+    that EXIF asks for; (0, 0) stands for no readable image. A member is (sample, number in ``EXTENSIONS``, offset of
+    its data in bytes, size in bytes).
+    """
+
+    keys: list[str] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    members: list[tuple[int, int, int, int]] = field(default_factory=list)
+
+
+def scan_shard(path: Path) -> ScannedShard:
+    """Read the headers of a shard, of its tar members and of its images.
+
+    Raises:
+        UserError: The shard is cut off or damaged, holds no samples, or holds a key twice.
+    """
+    shard = ScannedShard()
+    seen: set[str] = set()
+    extensions: set[int] = set()
+    with path.open("rb") as file:
+        for key, extension, offset, size in walk_members(path, file):
+            if not shard.keys or key != shard.keys[-1]:
+                if key in seen:
+                    raise _duplicate(path, key)
+                seen.add(key)
+                shard.keys.append(key)
+                shard.sizes.append((0, 0))
+                extensions = set()
+            if extension in extensions:
+                raise _duplicate(path, key)
+            extensions.add(extension)
+            if extension < len(IMAGE_EXTENSIONS) and extension == min(extensions):
+                shard.sizes[-1] = _size_in_file(file, offset, size)
+            elif EXTENSIONS[extension] == CACHED_EXTENSION:
+                shard.sizes[-1] = _size_of_cached(file, offset, size)
+            shard.members.append((len(shard.keys) - 1, extension, offset, size))
+    if not shard.keys:
+        raise UserError(f"{path} holds no samples (members that end in {', '.join(EXTENSIONS)}); remove it")
+    return shard
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image in pixels, as it is shown; (0, 0) if its header cannot be read.
+
+    Only the header is read, so an image of any size is told.
+    """
+    try:
+        image = _OPENERS[image_format(data)](io.BytesIO(data))
+    except Exception:  # Pillow's readers raise about any exception on damaged bytes
+        return 0, 0
+    width, height = image.size
+    return (height, width) if _is_turned(image) else (width, height)
+
+
+def _is_turned(image: ImageFile) -> bool:
+    # torchvision obeys EXIF in JPEG and PNG only. Without the first test Pillow would decode the whole PNG.
+    if image.format == "WEBP" or "exif" not in image.info:
+        return False
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except Exception:  # as above; damaged EXIF says nothing
+        return False
+
+
+def _size_in_file(file: io.BufferedReader, offset: int, size: int) -> tuple[int, int]:
+    found = image_size(os.pread(file.fileno(), min(size, _HEADER_BYTES), offset))
+    if found == (0, 0) and size > _HEADER_BYTES:
+        found = image_size(os.pread(file.fileno(), size, offset))
+    return found
+
+
+def _size_of_cached(file: io.BufferedReader, offset: int, size: int) -> tuple[int, int]:
+    """Width and height of the image that a cached sample was made from, out of its safetensors metadata."""
+    try:
+        length = int.from_bytes(os.pread(file.fileno(), 8, offset), "little")
+        metadata = json.loads(os.pread(file.fileno(), min(length, size, _HEADER_BYTES), offset + 8))["__metadata__"]
+        return int(metadata["width"]), int(metadata["height"])
+    except (ValueError, KeyError, TypeError):
+        return 0, 0
+
+
+def walk_members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int, int, int]]:
+    """Key, number in ``EXTENSIONS``, data offset and size of each indexed member, in the order of the archive.
+
+    Raises:
+        UserError: The shard is cut off or damaged.
+    """
+    end = 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for info in archive:
+                key, extension = _split_name(info.name)
+                if info.isreg() and not info.issparse() and key and extension in EXTENSIONS:
+                    yield key, EXTENSIONS.index(extension), info.offset_data, info.size
+                end = archive.offset
+    except (tarfile.TarError, ValueError) as error:
+        raise _damaged(path, min(end, path.stat().st_size), str(error)) from error
+    _check_end(path, file, end)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and extension by the rule of webdataset: the key ends at the first dot of the last path component."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem else ("", "")
+
+
+def _check_end(path: Path, file: io.BufferedReader, offset: int) -> None:
+    """``tarfile`` stops in silence at a header that it cannot read, so what follows has to be the end marker."""
+    file.seek(offset)
+    rest = offset
+    while chunk := file.read(1 << 20):
+        if chunk.strip(b"\0"):
+            raise _damaged(path, offset, "no member starts there and it is not the end of the archive")
+        rest += len(chunk)
+    if rest - offset < _END_MARKER_BYTES:
+        raise _damaged(path, rest, "the end of the archive is missing")
+
+
+def _damaged(path: Path, offset: int, reason: str) -> UserError:
+    return UserError(f"{path} is truncated or damaged at byte {offset} ({reason}); pack it again or remove it")
+
+
+def _duplicate(path: Path, key: str) -> UserError:
+    return UserError(
+        f"{path} holds the key {key!r} twice, or the members of this sample are not next to each other;"
+        " pack it again with unique keys in sorted order (`tar --sort=name`)"
+    )

@@ -1,0 +1,62 @@
+"""From what a user writes to the paths of shards."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from lit_lora.datamodules.remote.transfer import redact
+from lit_lora.errors import UserError
+
+
+def find_shards(specs: str | Iterable[str]) -> list[Path]:
+    """The shards that are meant by paths, folders, globs and braces (``shard-{000000..000099}.tar``).
+
+    The order is that of ``specs``; what a folder or a glob finds is sorted.
+
+    Raises:
+        UserError: A shard is missing, nothing matches, or the shards are not local files.
+    """
+    paths: list[Path] = []
+    for spec in map(os.fspath, [specs] if isinstance(specs, str | Path) else specs):
+        if spec.startswith("pipe:"):
+            raise UserError(
+                "pipe: runs shell commands and is refused here; WebDatasetStreamDataModule(allow_pipe=True) takes it"
+            )
+        if "://" in spec:
+            raise UserError(f"{redact(spec)} is not a local file; name local shards")
+        found = [path for pattern in _expand(spec) for path in _match(pattern)]
+        if not found:
+            raise UserError(f"{spec} matches no shards; name *.tar files or a folder that holds some")
+        paths += found
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        shown = ", ".join(str(path) for path in missing[:3])
+        raise UserError(f"{len(missing)} of {len(paths)} shards are missing, first {shown}; check the names")
+    return paths
+
+
+def _expand(spec: str) -> list[str]:
+    try:
+        if Path(spec).exists():
+            return [spec]
+    except OSError:  # a long list in braces is no file name
+        pass
+    try:
+        return list(braceexpand(spec))
+    except ValueError as error:
+        raise UserError(f"{spec} has unbalanced braces; write for example shard-{{000..099}}.tar") from error
+
+
+def _match(pattern: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        return sorted(path.glob("*.tar"))
+    if path.exists() or not glob.has_magic(pattern):
+        return [path]
+    found = glob.glob(str(path), recursive=True)
+    return sorted(Path(name) for name in found)

@@ -1,0 +1,158 @@
+"""The samples of all shards of a data set, as one numbered table."""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_lora.datamodules.indexing.data_index import DataIndex
+from lit_lora.datamodules.indexing.index import ShardIndex
+from lit_lora.datamodules.indexing.scan import EXTENSIONS
+from lit_lora.datamodules.remote.transfer import redact
+from lit_lora.draws import seed_of
+from lit_lora.errors import UserError
+
+_MOST_VIEWS = 4096
+
+
+class Span(NamedTuple):
+    """Where a member's data lie in its shard, in bytes."""
+
+    offset: int
+    size: int
+
+
+class SampleTable:
+    """The samples (N) of shards (S), numbered in the order of the shards.
+
+    It refers to the indexes, which are mapped files: what is not looked at takes no memory.
+
+    Args:
+        shards: For each shard its location, the index that has it, and its number there.
+
+    Attributes:
+        locations: Paths or URLs of the shards.
+        shard_size: Their sizes in bytes, int64 (S,).
+        starts: Where each shard's samples begin, int64 (S + 1,).
+    """
+
+    def __init__(self, shards: Sequence[tuple[str, DataIndex, int]]) -> None:
+        self.locations = tuple(location for location, _, _ in shards)
+        self._indexes: list[DataIndex] = []
+        numbers: dict[int, int] = {}
+        for _, index, _ in shards:
+            if id(index) not in numbers:
+                numbers[id(index)] = len(self._indexes)
+                self._indexes.append(index)
+        self._index_of = np.array([numbers[id(index)] for _, index, _ in shards])
+        self._row_of = np.array([row for _, _, row in shards])
+        counts = np.zeros(len(shards), np.int64)
+        self.shard_size = np.zeros(len(shards), np.int64)
+        for number, index in enumerate(self._indexes):
+            here = self._index_of == number
+            counts[here] = np.diff(index.sample_start)[self._row_of[here]]
+            self.shard_size[here] = index.shard_size[self._row_of[here]]
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        self._views: dict[int, ShardIndex] = {}
+
+    @classmethod
+    def of(cls, indexes: Sequence[ShardIndex]) -> SampleTable:
+        """The samples of some shards."""
+        combined = DataIndex.combine(indexes)
+        return cls([(str(index.path), combined, row) for row, index in enumerate(indexes)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_views": {}}  # pickled, a view would be a copy
+
+    @property
+    def digest(self) -> int:
+        """A number that another list of shards would not have; where they lie makes no difference."""
+        counts = np.diff(self.starts).tolist()
+        names = (posixpath.basename(location.partition("?")[0]) for location in self.locations)
+        return seed_of(*(f"{name} {count}" for name, count in zip(names, counts, strict=True)))
+
+    def shard_of(self, sample: int) -> int:
+        """The number of the shard that holds a sample."""
+        return int(np.searchsorted(self.starts, sample, side="right")) - 1
+
+    def key(self, sample: int) -> str:
+        """The key of a sample."""
+        index, local = self._find(sample)
+        return index.key(local)
+
+    def image_size(self, sample: int) -> tuple[int, int]:
+        """Width and height of a sample's image as it is shown, in pixels; (0, 0) if that cannot be read."""
+        index, local = self._find(sample)
+        return int(index.width[local]), int(index.height[local])
+
+    def spans(self, sample: int) -> dict[str, Span]:
+        """The members of a sample by extension."""
+        index, local = self._find(sample)
+        low, high = np.searchsorted(index.member_sample, [local, local + 1]).tolist()
+        return {
+            EXTENSIONS[extension]: Span(offset, size)
+            for extension, offset, size in zip(
+                index.member_extension[low:high].tolist(),
+                index.member_offset[low:high].tolist(),
+                index.member_size[low:high].tolist(),
+                strict=True,
+            )
+        }
+
+    def image_sizes(self, shards: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Width and height of the images in some shards, one after the other."""
+        return self._gather("width", shards), self._gather("height", shards)
+
+    def check_complete(self, what: str, extensions: Sequence[str]) -> None:
+        """Make sure that each sample has one of these members.
+
+        Raises:
+            UserError: Some do not; it says which.
+        """
+        bits = np.uint16(sum(1 << EXTENSIONS.index(extension) for extension in extensions))
+        lacks = [(index.extensions & bits) == 0 for index in self._indexes]
+        counts = np.zeros(len(self.locations), np.int64)
+        for number, (index, row) in enumerate(zip(self._index_of, self._row_of, strict=True)):
+            low, high = self._indexes[index].sample_start[row : row + 2]
+            counts[number] = np.count_nonzero(lacks[index][low:high])
+        if not counts.any():
+            return
+        shard = int(np.flatnonzero(counts)[0])
+        index, row = self._index_of[shard], self._row_of[shard]
+        low, high = self._indexes[index].sample_start[row : row + 2]
+        first = self.starts[shard] + np.flatnonzero(lacks[index][low:high])[:3]
+        raise UserError(
+            f"{counts.sum()} of {len(self)} samples have no {what}"
+            f" ({' or '.join(f'.{extension}' for extension in extensions)}); in {redact(self.locations[shard])}"
+            f" {counts[shard]} of {high - low}, first {', '.join(self.key(int(number)) for number in first)};"
+            " add what is missing or leave these samples out"
+        )
+
+    def samples(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers of the samples in some shards, one after the other."""
+        starts, counts = self.starts[shards], np.diff(self.starts)[shards]
+        return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+
+    def _find(self, sample: int) -> tuple[ShardIndex, int]:
+        shard = self.shard_of(sample)
+        view = self._views.get(shard)
+        if view is None:
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            view = self._views[shard] = self._indexes[self._index_of[shard]].shard(int(self._row_of[shard]))
+        return view, sample - int(self.starts[shard])
+
+    def _gather(self, column: str, shards: NDArray[np.int64]) -> Any:
+        columns = [getattr(index, column) for index in self._indexes]
+        starts = [index.sample_start for index in self._indexes]
+        parts = []
+        for index, row in zip(self._index_of[shards].tolist(), self._row_of[shards].tolist(), strict=True):
+            parts.append(columns[index][starts[index][row] : starts[index][row + 1]])
+        return np.concatenate(parts) if parts else columns[0][:0]

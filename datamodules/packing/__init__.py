@@ -1,0 +1,1 @@
+"""Images with captions from many kinds of input to shards."""

@@ -1,0 +1,312 @@
+"""Pack images with captions into tar shards."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lit_lora.datamodules.captions import Captions, CaptionSource
+from lit_lora.datamodules.decode import BadSampleError, check_pixels, decode_rgb
+from lit_lora.datamodules.indexing.data_index import DataIndex
+from lit_lora.datamodules.indexing.index import ShardIndex
+from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.jobs import run_jobs
+from lit_lora.datamodules.packing.pack_input import BadFile, PackInput
+from lit_lora.datamodules.packing.pack_sources import find_input
+from lit_lora.datamodules.packing.tar_header import tar_header
+from lit_lora.draws import seed_of
+from lit_lora.errors import UserError
+from lit_lora.files import atomic_file, writable_folder
+
+_PLAN = "plan.json"
+_BAD = "bad.jsonl"
+
+
+@dataclass(frozen=True)
+class PackSummary:
+    """What packing made.
+
+    Attributes:
+        folder: Where the shards are.
+        shards: Their number.
+        resumed: How many of them were there already.
+        samples: The number of samples in all shards.
+        size: Bytes of all shards.
+        bad: What was left out.
+        incomplete: Shards of img2dataset that were passed over because it has not finished them.
+    """
+
+    folder: Path
+    shards: int
+    resumed: int
+    samples: int
+    size: int
+    bad: list[BadFile]
+    incomplete: list[BadFile]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What came of packing one shard."""
+
+    path: Path
+    samples: int
+    size: int
+    bad: tuple[BadFile, ...]
+    resumed: bool = False
+
+
+class _NothingToWriteError(Exception):
+    """All samples of a shard are bad; raised so that no empty file is left."""
+
+
+def pack_folder(
+    source: str | Path,
+    out: str | Path,
+    *,
+    samples_per_shard: int = 10_000,
+    max_shard_bytes: int = 1_000_000_000,
+    jobs: int = 1,
+    shuffle_seed: int | None = None,
+    max_bad: int = 0,
+    caption_key: str = "caption",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    prefix: str = "shard",
+) -> PackSummary:
+    """Pack images with captions into tar shards, whose bytes depend on the input and the options but not on ``jobs``.
+
+    Beside the shards and their indexes, ``out`` gets ``plan.json`` (what the shards were planned from), ``bad.jsonl``
+    (what was left out and why), ``shardindex.json`` and ``sizes.json`` (for wids and open_clip), ``shards.index`` (the
+    index of all shards) and, last, ``manifest.json``. A run that was cut short goes on where it was when it is started
+    again; finished shards are kept.
+
+    Args:
+        source: A folder of images with a ``.txt`` or ``.json`` of the same name, at any depth; or of images that
+            ``metadata.jsonl`` or ``.csv`` files list; or of tar shards, such as img2dataset makes; or of parquet files;
+            or one that ``datasets`` saved with ``save_to_disk``. Or one such file, or a ``.csv``, ``.tsv`` or ``.jsonl``
+            with paths of images.
+        out: The folder for the shards.
+        samples_per_shard: The most samples in a shard.
+        max_shard_bytes: The most bytes in a shard; only a single sample may exceed it. It is met roughly for images
+            inside tables, whose sizes are estimated.
+        jobs: Processes that pack, each a shard at a time. With more than one, a script that calls this needs
+            ``if __name__ == "__main__":``.
+        shuffle_seed: Pack in the random order of this seed; otherwise sorted by name, or in the order of a table. Parquet
+            files are shuffled by blocks of rows, and within each.
+        max_bad: So many files may be left out, because they are damaged or have no caption.
+        caption_key: The key of the caption in ``.json`` files.
+        image_column: In tables, the column of images or of their paths; None looks for a usual name.
+        caption_column: In tables, the column of captions; None looks for a usual name.
+        prefix: How the names of the shards begin.
+
+    Raises:
+        UserError: An argument is out of bounds, there is nothing to pack, more than ``max_bad`` files are bad, or
+            ``out`` holds other shards.
+    """
+    _check_least(1, samples_per_shard=samples_per_shard, max_shard_bytes=max_shard_bytes, jobs=jobs)
+    _check_least(0, max_bad=max_bad)
+    if not prefix or set(prefix) & set("/*?[]{}"):
+        raise UserError(f"prefix={prefix!r} cannot begin a file name; use letters, digits and -")
+    out = Path(out)
+    samples = find_input(
+        Path(source),
+        out,
+        image_column=image_column,
+        caption_column=caption_column,
+        caption_key=caption_key,
+        jobs=jobs,
+    )
+    bad = [*samples.bad]
+    _check_bad(out, bad, max_bad)
+    groups = _group(samples.sizes, _order(samples, shuffle_seed), samples_per_shard, max_shard_bytes)
+    digits = max(6, len(str(len(groups))))
+    paths = [out / f"{prefix}-{number:0{digits}}.tar" for number in range(len(groups))]
+    options = [samples_per_shard, max_shard_bytes, shuffle_seed, caption_key, image_column, caption_column]
+    _claim(out, paths, [samples.fingerprint, prefix, *options])
+    done: list[_Shard] = []
+    with tqdm(total=len(samples), desc="packing", unit="sample", disable=None) as bar:
+        parts = ((path, samples.select(group), caption_key) for path, group in zip(paths, groups, strict=True))
+        for shard, group in zip(run_jobs(_finish, parts, jobs), groups, strict=True):
+            done.append(shard)
+            bad += shard.bad
+            _check_bad(out, bad, max_bad)
+            bar.update(len(group))
+    return _conclude(out, done, bad, list(samples.incomplete))
+
+
+def _check_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise UserError(f"{name}={value} is too small; it must be at least {least}")
+
+
+def _order(samples: PackInput, seed: int | None) -> NDArray[np.int64]:
+    if seed is None:
+        return np.arange(len(samples))
+    order = np.random.default_rng(seed_of(seed, "pack")).permutation(len(samples))
+    if samples.blocks is None:
+        return order
+    count = int(samples.blocks.max(initial=-1)) + 1
+    places = np.random.default_rng(seed_of(seed, "pack blocks")).permutation(count)
+    return order[np.argsort(places[samples.blocks[order]], kind="stable")]
+
+
+def _group(sizes: NDArray[np.int64], order: NDArray[np.int64], most: int, most_bytes: int) -> list[NDArray[np.int64]]:
+    """Cut the order into shards."""
+    groups = []
+    ends = np.cumsum(sizes[order])
+    start = 0
+    while start < len(order):
+        before = int(ends[start - 1]) if start else 0
+        by_bytes = int(np.searchsorted(ends, before + most_bytes, "right"))
+        end = max(start + 1, min(start + most, by_bytes))
+        groups.append(order[start:end])
+        start = end
+    return groups
+
+
+def _claim(out: Path, shards: list[Path], inputs: list[object]) -> None:
+    """Make sure that what ``out`` holds is a part of the same plan, and write the plan down."""
+    digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    plan = {"format": "lit_lora.pack_plan", "version": 2, "shards": len(shards), "fingerprint": digest}
+    writable_folder(out)
+    try:
+        found = json.loads((out / _PLAN).read_text()) if (out / _PLAN).exists() else None
+    except ValueError as error:
+        raise UserError(f"{out / _PLAN} is not a plan of this program; name another output folder") from error
+    if found is not None and found != plan:
+        raise UserError(f"{out} holds shards of other files or options; name another output folder or empty this one")
+    if found is None:
+        if any(out.glob("*.tar")):
+            raise UserError(f"{out} holds shards that were not packed here; name another output folder")
+        _write_json(out / _PLAN, plan)
+    for shard in shards:
+        for left_over in out.glob(f"{shard.name}.*.part"):
+            left_over.unlink()
+
+
+def _finish(path: Path, samples: PackInput, caption_key: str) -> _Shard:
+    """Write a shard, or look up what is in it where it was written before."""
+    if not path.exists():
+        return _write(path, samples, caption_key)
+    index = ShardIndex.load_or_build(path)
+    keys = {index.key(number) for number in range(len(index))}
+    bad = []
+    for sample in range(len(samples)):
+        if samples.key(sample) not in keys:
+            try:
+                _read(samples, sample, caption_key)
+            except BadSampleError as error:
+                bad.append(BadFile(samples.name(sample), str(error)))
+    return _Shard(path, len(index), index.shard_size, tuple(bad), resumed=True)
+
+
+def _write(path: Path, samples: PackInput, caption_key: str) -> _Shard:
+    bad: list[BadFile] = []
+    try:
+        with atomic_file(path) as part:
+            written = _write_tar(part, samples, caption_key, bad)
+            if not written:
+                raise _NothingToWriteError
+            index = ShardIndex.build(part)
+            assert len(index) == written
+    except _NothingToWriteError:
+        return _Shard(path, 0, 0, tuple(bad))
+    index.moved_to(path).save()
+    return _Shard(path, written, index.shard_size, tuple(bad))
+
+
+def _write_tar(path: Path, samples: PackInput, caption_key: str, bad: list[BadFile]) -> int:
+    """Write the good samples, append the others to ``bad``, and return how many were written."""
+    written = 0
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for sample in range(len(samples)):
+            try:
+                members = _read(samples, sample, caption_key)
+            except BadSampleError as error:
+                bad.append(BadFile(samples.name(sample), str(error)))
+                continue
+            key = samples.key(sample)
+            for extension, content in members.items():
+                archive.addfile(tar_header(f"{key}.{extension}", len(content)), io.BytesIO(content))
+            written += 1
+    return written
+
+
+def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]:
+    """The members of a sample, after a check that training will accept them.
+
+    Raises:
+        BadSampleError: The image or the caption cannot be used.
+    """
+    members = samples.members(sample)
+    image = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
+    if not image:
+        raise BadSampleError("the image is empty")
+    check_pixels(*image_size(image))
+    decode_rgb(image)
+    _captions(caption_key).draw(members, seed=0, slot=0)
+    return members
+
+
+def _captions(key: str) -> Captions:
+    return Captions([CaptionSource("txt"), CaptionSource("json", key), CaptionSource("cls")])
+
+
+def _check_bad(out: Path, bad: list[BadFile], max_bad: int) -> None:
+    if len(bad) > max_bad:
+        _write_bad(writable_folder(out), bad)
+        shown = "".join(f"\n  {file.file}: {file.reason}" for file in bad[:10])
+        raise UserError(
+            f"{len(bad)} bad files, more than max_bad={max_bad}; mend them or raise max_bad (all of them are in"
+            f" {out / _BAD}):{shown}"
+        )
+
+
+def _conclude(out: Path, done: list[_Shard], bad: list[BadFile], incomplete: list[BadFile]) -> PackSummary:
+    kept = [shard for shard in done if shard.samples]
+    if not kept:
+        first = [*bad, *incomplete][0]
+        raise UserError(f"none of {len(bad) + len(incomplete)} files can be packed, first {first.file}: {first.reason}")
+    _write_bad(out, [*bad, *incomplete])
+    _write_wids(out / "shardindex.json", kept)
+    _write_json(out / "sizes.json", {shard.path.name: shard.samples for shard in kept})
+    DataIndex.load_or_build([shard.path for shard in kept])
+    samples, size = sum(shard.samples for shard in kept), sum(shard.size for shard in kept)
+    manifest = {
+        "format": "lit_lora.shards",
+        "version": 1,
+        "samples": samples,
+        "bytes": size,
+        "shards": [{"name": s.path.name, "samples": s.samples, "bytes": s.size} for s in kept],
+    }
+    _write_json(out / "manifest.json", manifest)
+    return PackSummary(out, len(kept), sum(shard.resumed for shard in kept), samples, size, bad, incomplete)
+
+
+def _write_bad(out: Path, bad: list[BadFile]) -> None:
+    with atomic_file(out / _BAD) as part:
+        lines = [json.dumps({"file": f.file, "reason": f.reason}) for f in sorted(bad, key=lambda f: f.file)]
+        part.write_text("".join(line + "\n" for line in lines))
+
+
+def _write_wids(path: Path, shards: Sequence[_Shard]) -> None:
+    """The index of webdataset's wids, under the name that its ``widsindex`` gives it."""
+    shard_list = [{"url": s.path.name, "nsamples": s.samples, "filesize": s.size} for s in shards]
+    _write_json(path, {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shard_list})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    with atomic_file(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")

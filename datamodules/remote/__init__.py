@@ -1,0 +1,1 @@
+"""Shards wherever they lie."""

@@ -1,0 +1,165 @@
+"""Objects on http and https servers."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+
+import requests
+
+from lit_lora.datamodules.remote.remote_source import (
+    PIECE_BYTES,
+    RETRIED_STATUS,
+    RemoteError,
+    RemoteSource,
+    Stream,
+    TransientError,
+)
+
+_MISSING = {404, 410}
+_ACTIONS = {
+    401: "give credentials that the server accepts",
+    403: "check the credentials and the permissions, and whether a signed URL has expired",
+    404: "check the name",
+    410: "check the name",
+}
+_WRONG_RANGE = "the server answered with a range that was not asked for"
+_PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+
+_local = threading.local()
+
+
+class HttpSource(RemoteSource):
+    """An object on an http server, read by ranges where the server has them."""
+
+    def __init__(self, location: str, timeout: float) -> None:
+        super().__init__(location, timeout)
+        self._version: tuple[str | None, str | None, int | None] | None = None
+
+    @contextmanager
+    def open(self, start: int) -> Iterator[Stream]:
+        with self._get(self._range_from(start)) as response:
+            first, total = _place(response)
+            version = (response.headers.get("ETag"), response.headers.get("Last-Modified"), total)
+            fits = response.status_code == 200 or (first == start and version == self._version)
+            if fits:
+                self._version = version
+                yield Stream(first, total, self._pieces(response))
+                return
+        if start == 0:
+            raise TransientError(_WRONG_RANGE)
+        # The rest of another object must not be put behind what is there.
+        with self.open(0) as stream:
+            yield stream
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self._get({"Range": f"bytes={offset}-{offset + size - 1}"}) as response:
+            first, _ = _place(response)
+            if response.status_code == 416:
+                return b""
+            if response.status_code == 206 and first != offset:
+                raise TransientError(_WRONG_RANGE)
+            data = bytearray()
+            for piece in self._pieces(response):
+                data += piece[max(offset - first, 0) :]
+                first += len(piece)
+                if len(data) >= size:
+                    break
+            return bytes(data[:size])
+
+    def size(self) -> int | None:
+        # Not HEAD: signed URLs are often for GET alone.
+        with self._get({"Range": "bytes=0-0"}) as response:
+            return _place(response)[1]
+
+    def _range_from(self, start: int) -> dict[str, str]:
+        if start == 0:
+            return {}
+        headers = {"Range": f"bytes={start}-"}
+        etag = self._version[0] if self._version else None
+        if etag and not etag.startswith("W/"):  # weak ones are no good here (RFC 9110, 13.1.5)
+            headers["If-Range"] = etag
+        return headers
+
+    def _get(self, headers: Mapping[str, str]) -> requests.Response:
+        """The answer to a request: the object, a range of it, or that there is no such range."""
+        try:
+            response = _session().get(self.location, headers=headers, stream=True, timeout=self.timeout)
+        except requests.RequestException as error:
+            raise self._failure(error) from None
+        status = response.status_code
+        if status not in (200, 206, 416) or (status == 416 and not headers):
+            response.close()
+            reason = f"HTTP status {status}"
+            if status in RETRIED_STATUS:
+                raise TransientError(reason, wait=_retry_after(response))
+            raise self.error(reason, _ACTIONS.get(status, "check the URL"), missing=status in _MISSING)
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            response.close()
+            raise self.error("the server compresses it", "switch compression off for *.tar on the server")
+        return response
+
+    def _pieces(self, response: requests.Response) -> Iterator[bytes]:
+        try:
+            yield from response.iter_content(PIECE_BYTES)
+        except requests.RequestException as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: requests.RequestException) -> RemoteError | TransientError:
+        """What an exception means, by types alone: the messages hold URLs."""
+        inner = error.args[0] if error.args else None
+        inner = getattr(inner, "reason", inner)
+        name = type(inner if isinstance(inner, Exception) else error).__name__
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return self.error("the certificate of the server is not trusted", "check the address or the certificates")
+        if isinstance(error, _PASSING):
+            return TransientError(name)
+        return self.error(name, "check the URL")
+
+
+def _session() -> requests.Session:
+    """The session of this thread; after a fork a new one, since connections must not be shared."""
+    if getattr(_local, "pid", None) != os.getpid():
+        _local.session = requests.Session()
+        _local.session.headers["Accept-Encoding"] = "identity"
+        _local.pid = os.getpid()
+        for name in ("urllib3.connection", "urllib3.connectionpool"):
+            logging.getLogger(name).addFilter(_hide_queries)
+    return _local.session
+
+
+def _hide_queries(record: logging.LogRecord) -> bool:
+    """Take queries, which may hold signatures, out of what urllib3 logs."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(re.sub(r"\?\S*", "?...", a) if isinstance(a, str) else a for a in record.args)
+    return True
+
+
+def _place(response: requests.Response) -> tuple[int, int | None]:
+    """The offset of the body's first byte in the object, and the bytes of the object."""
+    if response.status_code == 200:
+        length = response.headers.get("Content-Length", "")
+        return 0, int(length) if length.isdecimal() else None
+    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+    if match is None:
+        if response.status_code == 416:
+            return 0, None
+        raise TransientError("the server answered with a range but does not say which")
+    return int(match[1] or 0), None if match[2] == "*" else int(match[2])
+
+
+def _retry_after(response: requests.Response) -> float:
+    """Seconds that the server asks to wait, 0 if it does not."""
+    value = response.headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
+    try:
+        return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return 0.0

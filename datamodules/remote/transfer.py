@@ -1,0 +1,225 @@
+"""Shards wherever they lie: slow disks, http(s), S3 and whatever else fsspec opens."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from lit_lora.datamodules.remote.remote_source import PIECE_BYTES, RemoteError, RemoteSource, TransientError, redact
+from lit_lora.errors import UserError
+from lit_lora.files import atomic_file
+
+__all__ = [
+    "RemoteError",
+    "RetryPolicy",
+    "exists",
+    "fetch",
+    "is_remote",
+    "list_tars",
+    "object_size",
+    "read_range",
+    "redact",
+]
+
+_T = TypeVar("_T")
+
+_LOG = logging.getLogger("lit_lora")
+
+_SILENT_FAILURES = 3  # in a row; fewer are what networks do
+
+_OTHER_SHARD = "this is not the shard that was indexed: bring back the old one, or index the shards again"
+
+
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How often and how patiently reading is tried again.
+
+    Attributes:
+        attempts: Tries before reading has failed, counted anew after each that brought a further MiB or more.
+        first_wait: Seconds before the second try.
+        factor: By which each wait is longer than the one before.
+        longest_wait: The most seconds between two tries, also where the server asks for more (``Retry-After``).
+        timeout: Seconds without an answer or without bytes after which a try has failed.
+        jitter: The share by which waits are longer or shorter at random, so that many readers spread out.
+    """
+
+    attempts: int = 8
+    first_wait: float = 0.5
+    factor: float = 2.0
+    longest_wait: float = 30.0
+    timeout: float = 30.0
+    jitter: float = 0.25
+
+    def wait(self, failures: int, asked: float = 0.0) -> float:
+        """Seconds to wait after so many failures in a row, at least what the server asked for."""
+        # The system's generator: the global one is the user's, who may have seeded it.
+        spread = 1 + random.SystemRandom().uniform(-self.jitter, self.jitter)
+        return min(max(self.first_wait * self.factor ** (failures - 1) * spread, asked), self.longest_wait)
+
+
+_DEFAULT = RetryPolicy()
+
+
+def is_remote(location: str) -> bool:
+    """Whether a location is a URL; ``file://`` does not count."""
+    return re.match(r"[A-Za-z][\w+.:-]*://", location) is not None and not location.startswith("file://")
+
+
+def fetch(location: str, path: Path, size: int | None = None, policy: RetryPolicy = _DEFAULT) -> int:
+    """Copy a whole object to a local file, which appears when it is complete.
+
+    A download that breaks off goes on where it was, unless the object has changed meanwhile.
+
+    Args:
+        location: Path or URL of the object.
+        path: The file to make.
+        size: Bytes that the object must have.
+        policy: How failures are handled.
+
+    Returns:
+        Its size in bytes.
+
+    Raises:
+        RemoteError: The object is missing, forbidden, of another size, or could not be read in all tries.
+        OSError: The local file cannot be written.
+    """
+    source = _source(location, policy)
+    with atomic_file(path) as part:
+        with part.open("wb") as file:
+            _retry(source, policy, partial(_read_on, source, file, size), file.tell)
+        return part.stat().st_size
+
+
+def read_range(location: str, offset: int, size: int, policy: RetryPolicy = _DEFAULT) -> bytes:
+    """The ``size`` bytes of an object from ``offset`` on. Works in forked processes too.
+
+    Raises:
+        RemoteError: The object ends before, is missing, forbidden, or could not be read in all tries.
+    """
+    if size == 0:
+        return b""
+    source = _source(location, policy)
+    data = _retry(source, policy, partial(source.read, offset, size))
+    if len(data) < size:
+        raise source.error(f"it ends at byte {offset + len(data)}, before byte {offset + size}", _OTHER_SHARD)
+    return data
+
+
+def object_size(location: str, policy: RetryPolicy = _DEFAULT) -> int | None:
+    """Bytes of an object; None if the server does not tell.
+
+    Raises:
+        RemoteError: The object is missing, forbidden, or could not be asked for in all tries.
+    """
+    source = _source(location, policy)
+    return _retry(source, policy, source.size)
+
+
+def exists(location: str, policy: RetryPolicy = _DEFAULT) -> bool:
+    """Whether there is an object at a location.
+
+    Raises:
+        RemoteError: It is forbidden to ask, or there was no answer in all tries.
+    """
+    try:
+        object_size(location, policy)
+    except RemoteError as error:
+        if error.missing:
+            return False
+        raise
+    return True
+
+
+def list_tars(location: str, policy: RetryPolicy = _DEFAULT) -> list[str]:
+    """The sorted locations of the ``*.tar`` in a folder, or of those that match a glob.
+
+    Raises:
+        UserError: There are none, or the storage cannot list.
+        RemoteError: It is forbidden to list, or there was no answer in all tries.
+    """
+    if _is_http(location):
+        raise UserError(
+            f"{redact(location)} cannot be listed: http has no folders;"
+            " name the shards with braces, for example https://host/shard-{000000..000099}.tar"
+        )
+    from lit_lora.datamodules.remote.filesystem_source import FilesystemSource
+
+    source = FilesystemSource(location, policy.timeout)
+    found = _retry(source, policy, source.list_tars)
+    if not found:
+        raise UserError(f"{redact(location)} holds no *.tar; check the name of the folder or bucket")
+    return found
+
+
+def _is_http(location: str) -> bool:
+    return location.startswith(("http://", "https://"))
+
+
+def _source(location: str, policy: RetryPolicy) -> RemoteSource:
+    if _is_http(location):
+        from lit_lora.datamodules.remote.http_source import HttpSource
+
+        return HttpSource(location, policy.timeout)
+    from lit_lora.datamodules.remote.filesystem_source import FilesystemSource
+
+    return FilesystemSource(location, policy.timeout)
+
+
+def _retry(
+    source: RemoteSource, policy: RetryPolicy, action: Callable[[], _T], progress: Callable[[], int] = lambda: 0
+) -> _T:
+    """Try until it works; ``progress`` tells how many bytes have come in so far."""
+    failures = furthest = 0
+    while True:
+        try:
+            return action()
+        except TransientError as error:
+            failure = error
+        went_on = progress() >= furthest + PIECE_BYTES
+        furthest = progress() if went_on else furthest
+        failures = 1 if went_on else failures + 1
+        if failures >= policy.attempts:
+            tries = "1 try" if failures == 1 else f"{failures} tries in a row"
+            raise source.error(f"{failure.reason} ({tries})", failure.action)
+        pause = policy.wait(failures, failure.wait)
+        if failures >= _SILENT_FAILURES:
+            _LOG.warning(
+                "cannot read %s: %s; trying again in %.0f s (%d of %d)",
+                redact(source.location),
+                failure.reason,
+                pause,
+                failures + 1,
+                policy.attempts,
+            )
+        time.sleep(pause)
+
+
+def _read_on(source: RemoteSource, file: BinaryIO, size: int | None) -> None:
+    """One try to bring in what the file lacks."""
+    with source.open(file.tell()) as stream:
+        _check_total(source, stream.total, size)
+        file.seek(stream.start)
+        file.truncate()
+        for piece in stream.pieces:
+            if size is not None and file.tell() + len(piece) > size:
+                raise source.error(f"it has more than the {size} bytes that its index gives", _OTHER_SHARD)
+            file.write(piece)
+    expected = stream.total if size is None else size
+    if expected is not None and file.tell() < expected:
+        raise TransientError(f"it broke off after {file.tell()} of {expected} bytes")
+
+
+def _check_total(source: RemoteSource, total: int | None, size: int | None) -> None:
+    if total is None or size is None or total == size:
+        return
+    reason = f"it has {total} bytes, its index gives {size}"
+    if total > size:
+        raise source.error(reason, _OTHER_SHARD)
+    raise TransientError(reason, _OTHER_SHARD)  # it may be in the middle of being written

@@ -1,0 +1,1 @@
+"""Shards on local disk, a chunk ahead of training."""

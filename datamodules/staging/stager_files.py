@@ -1,0 +1,84 @@
+"""The files by which a stager and the processes that it works for know of each other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from lit_lora.datamodules.remote.transfer import is_remote, redact
+
+SHARD_NAME = re.compile(r"[0-9a-f]{16}-.+")
+PASSED_NAME = re.compile(r"passed-[\w.-]+-\d+")
+JOB_GLOB = "lit_lora-job-*.json"
+_JOB_FORMAT = "lit_lora.stager_job"
+
+
+def local_name(location: str) -> str:
+    """The name under which a shard is kept on local disk; it has no credentials in it."""
+    plain = redact(location) if is_remote(location) else os.path.abspath(location.removeprefix("file://"))
+    base = re.sub(r"[^\w.-]", "_", plain.rpartition("/")[2], flags=re.ASCII)[-100:]
+    return f"{hashlib.sha256(plain.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}-{base}"
+
+
+def slot_path(folder: Path, number: int) -> Path:
+    """The folder of one job's shards."""
+    return folder / f"lit_lora-slot-{number}"
+
+
+def passed_path(slot: Path, job: str, local_rank: int) -> Path:
+    """The file in which a process keeps the number of the last visit that it has read."""
+    return slot / f"passed-{job}-{local_rank}"
+
+
+def job_path(folder: Path, job: str) -> Path:
+    """The file in which a stager tells how it is; one for each machine, in case they share the folder."""
+    return folder / f"lit_lora-job-{job}-{host()}.json"
+
+
+def host() -> str:
+    """The name of this machine."""
+    return re.sub(r"[^\w.-]", "_", platform.node())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole. It need not outlive a crash of the machine, so there is no sync."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_job(path: Path, **values: Any) -> None:
+    """Write a job's file."""
+    write_text(path, json.dumps({"format": _JOB_FORMAT, "host": host(), **values}) + "\n")
+
+
+def read_job(path: Path) -> dict[str, Any] | None:
+    """What is in a job's file; None where there is no such file."""
+    try:
+        job = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return job if isinstance(job, dict) and job.get("format") == _JOB_FORMAT else None
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs. One that has ended and only waits for its parent does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    try:
+        # The state comes after the name, which may hold spaces and brackets.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except (OSError, IndexError):
+        return True

@@ -1,0 +1,1 @@
+"""Shards through webdataset's own pipeline."""

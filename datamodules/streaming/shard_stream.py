@@ -1,0 +1,282 @@
+"""Batches from shards that are read from front to back, wherever they come from."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from subprocess import Popen, TimeoutExpired
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from lit_lora.datamodules.batch_builder import BatchBuilder
+from lit_lora.datamodules.dataset import BadSampleReport, Batch
+from lit_lora.datamodules.decode import BadSampleError
+from lit_lora.datamodules.image_decoder import ImageDecoder
+from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.remote.transfer import redact
+from lit_lora.datamodules.shard_reader import MAX_MEMBER_BYTES
+from lit_lora.draws import seed_of
+
+_MAX_FAILURES_IN_A_ROW = 1000
+_PATIENCE_S = 1.0
+_WHOLE_SHARD = "(the rest of the shard)"
+
+
+class ShardStream(IterableDataset[Batch]):
+    """Reads shards through webdataset and makes batches of B samples.
+
+    Resampled, each loader worker draws shards with replacement and without end, and mixes their samples in a buffer;
+    otherwise each shard is read once, by one worker of one process.
+
+    A sample that cannot be used is skipped and reported in the next batch under ``"bad"``, because an exception would
+    reach the main process without its type. The last item of a worker is ``{"bad": [...]}`` alone: the shards are at
+    their end, or the worker gave up.
+
+    Args:
+        shards: Absolute paths, and URLs that webdataset can open.
+        decoder: Makes entries of a batch.
+        size: Height and width of the images, in pixels.
+        batch_size: B.
+        resampled: Draw shards without end.
+        shuffle_buffer: So many encoded samples are mixed in each worker, when ``resampled``.
+        rank: The number of this process.
+        world_size: The number of processes.
+        max_bad_samples: A worker gives up when more samples than this are bad.
+
+    Attributes:
+        start: Batches of this process that came before, and the first slot to use; set before workers start.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        decoder: ImageDecoder,
+        size: tuple[int, int],
+        batch_size: int,
+        resampled: bool,
+        shuffle_buffer: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        max_bad_samples: int = 0,
+    ) -> None:
+        self.shards = list(shards)
+        self.decoder = decoder
+        self.size = size
+        self.batch_size = batch_size
+        self.resampled = resampled
+        self.shuffle_buffer = shuffle_buffer
+        self.rank = rank
+        self.world_size = world_size
+        self.max_bad_samples = max_bad_samples
+        self.start = (0, 0)
+        self._names = {shard: _shown(shard, number, len(shards)) for number, shard in enumerate(shards, 1)}
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield this worker's batches; worker w of W makes those with the numbers w, w + W, w + 2 W, …."""
+        info = get_worker_info()
+        number, step = (0, 1) if info is None else (info.id, info.num_workers)
+        failures = _Failures(self.max_bad_samples)
+        samples = self._samples(number, step, failures)
+        while (builder := self._take(samples, self._first_slot(number), failures)).places:
+            yield self._batch(builder, number) | {"bad": failures.take()}
+            number += step
+        yield {"bad": failures.take()}
+
+    def blank(self, number: int) -> Batch:
+        """A batch in which nothing counts."""
+        builder = BatchBuilder(self.batch_size)
+        builder.put(0, self.decoder.blank(self.size) | {"key": ""})
+        return self._batch(builder, number) | {"weight": torch.zeros(self.batch_size)}
+
+    def _samples(self, worker: int, num_workers: int, failures: _Failures) -> Iterator[_Sample]:
+        import webdataset
+
+        if not self.resampled:
+            shards = self.shards[self.rank :: self.world_size][worker::num_workers]
+            return self._read(({"url": shard} for shard in shards), failures)
+        # The seed holds all of this itself; webdataset's own would need RANK and WORLD_SIZE in the environment.
+        seed = seed_of(self.decoder.seed, "stream", self.start[0], self.rank, worker)
+        drawn = webdataset.ResampledShards(self.shards, deterministic=True, seed=seed, worker_seed=lambda: 0)
+        samples = self._read(drawn, failures)
+        return webdataset.shuffle(self.shuffle_buffer, seed=seed)(samples) if self.shuffle_buffer else samples
+
+    def _read(self, urls: Iterable[dict[str, str]], failures: _Failures) -> Iterator[_Sample]:
+        wanted = frozenset(self.decoder.extensions)
+        for item in urls:
+            url, count = item["url"], 0
+            try:
+                for sample in _read_shard(url, wanted):
+                    count += 1
+                    yield sample
+                if not count:
+                    raise BadSampleError("it holds no samples")
+            except BadSampleError as error:
+                failures.add(BadSampleReport(self._names[url], _WHOLE_SHARD, str(error)))
+            if failures.too_many:
+                return
+
+    def _take(self, samples: Iterator[_Sample], first_slot: int, failures: _Failures) -> BatchBuilder:
+        """The next samples that can be used: B, or fewer at the end, or none."""
+        builder = BatchBuilder(self.batch_size)
+        for sample in samples:
+            place = len(builder.places)
+            try:
+                builder.put(place, self._decode(sample, first_slot + place))
+                failures.in_a_row = 0
+            except BadSampleError as error:
+                failures.add(BadSampleReport(self._names[sample.url], sample.key, str(error)))
+            if failures.too_many:
+                return BatchBuilder(self.batch_size)
+            if len(builder.places) == self.batch_size:
+                break
+        return builder
+
+    def _decode(self, sample: _Sample, slot: int) -> dict[str, Any]:
+        for extension, data in sample.members.items():
+            if data is None:
+                raise BadSampleError(f"the .{extension} member has more than {MAX_MEMBER_BYTES} bytes")
+        members = {extension: data for extension, data in sample.members.items() if data is not None}
+        image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+        if image is None:
+            raise BadSampleError("there is no image")
+        entries = self.decoder(members, slot, self.size, image_size(image))
+        return entries | {"key": sample.key}
+
+    def _batch(self, builder: BatchBuilder, number: int) -> Batch:
+        first = self._first_slot(number)
+        return builder.finish() | {
+            "weight": torch.tensor([float(place in builder.places) for place in range(self.batch_size)]),
+            "slot": list(range(first, first + self.batch_size)),
+        }
+
+    def _first_slot(self, number: int) -> int:
+        return self.start[1] + (number * self.world_size + self.rank) * self.batch_size
+
+
+class _Sample(NamedTuple):
+    """An encoded sample; a member that is too large is None."""
+
+    url: str
+    key: str
+    members: Mapping[str, bytes | None]
+
+
+class _Failures:
+    """What one worker could not use."""
+
+    def __init__(self, limit: int) -> None:
+        self.in_a_row = 0
+        self._limit = limit
+        self._known: set[tuple[str, str]] = set()
+        self._new: list[BadSampleReport] = []
+
+    @property
+    def too_many(self) -> bool:
+        # The second: damaged shards that are drawn again and again are known, but would be read for ever.
+        return len(self._known) > self._limit or self.in_a_row > _MAX_FAILURES_IN_A_ROW
+
+    def add(self, report: BadSampleReport) -> None:
+        self.in_a_row += 1
+        if (report.shard, report.key) not in self._known:
+            self._known.add((report.shard, report.key))
+            self._new.append(report)
+
+    def take(self) -> list[BadSampleReport]:
+        """Those not taken before."""
+        new, self._new = self._new, []
+        return new
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Raises where ``tarfile`` would take a damaged header or a cut for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if len(buf) == tarfile.BLOCKSIZE and not buf.strip(b"\0"):
+                raise  # the end marker
+            what = "a header is damaged" if buf else "the end of the archive is missing"
+            raise tarfile.ReadError(what) from error
+
+
+def _read_shard(url: str, wanted: frozenset[str]) -> Iterator[_Sample]:
+    """The samples of one shard.
+
+    Grouped shard by shard: over several, webdataset puts members from both sides of a damage into one sample.
+
+    Raises:
+        BadSampleError: The shard cannot be read to its end; samples before the damage came out.
+    """
+    from webdataset.tariterators import group_by_keys
+
+    try:
+        for group in group_by_keys(_members(url, wanted)):
+            members = {name: data for name, data in group.items() if not name.startswith("__")}
+            yield _Sample(url, group["__key__"], members)
+    except (tarfile.TarError, zlib.error, EOFError, ValueError) as error:
+        raise BadSampleError(str(error.args[0]).splitlines()[0]) from None
+
+
+def _members(url: str, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
+    from webdataset.tariterators import base_plus_ext
+
+    with _opened(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
+        while (info := archive.next()) is not None:
+            extension = (base_plus_ext(info.name)[1] or "").lower()
+            if info.isreg() and not info.issparse() and extension in wanted:
+                file = archive.extractfile(info)
+                assert file is not None
+                data = file.read() if info.size <= MAX_MEMBER_BYTES else None
+                yield {"fname": info.name, "data": data, "__url__": url}
+            archive.members.clear()  # type: ignore[attr-defined]  # else a shard's headers stay in memory
+        rest: Any = archive.fileobj
+        while chunk := rest.read(1 << 20):
+            if chunk.strip(b"\0"):
+                raise tarfile.ReadError("something follows the end of the archive")
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[Any]:
+    """A shard as a stream; what webdataset's errors say is left out, since it holds the URL with its credentials."""
+    from webdataset.gopen import Pipe, gopen
+
+    try:
+        stream = gopen(url)
+    except OSError as error:
+        raise BadSampleError(f"it cannot be opened ({error.strerror})") from None
+    process = stream.proc if isinstance(stream, Pipe) else None
+    try:
+        yield stream
+    except Exception as error:
+        status = 0 if process is None else _end(process)
+        if status:
+            raise BadSampleError(f"the program that reads it ended with status {status}") from None
+        if isinstance(error, OSError):
+            raise BadSampleError(f"it cannot be read ({error.strerror or type(error).__name__})") from None
+        raise
+    except BaseException:
+        if process is not None:
+            process.kill()  # a stalled one would never notice that nobody reads any more
+        raise
+    finally:
+        with suppress(OSError):
+            stream.close()
+
+
+def _end(process: Popen[bytes]) -> int:
+    """Its exit status; 0 also where it had to be stopped."""
+    try:
+        return process.wait(_PATIENCE_S)  # it may have closed its output and not be gone yet
+    except TimeoutExpired:
+        process.kill()
+        return 0
+
+
+def _shown(shard: str, number: int, count: int) -> str:
+    return f"pipe: (shard {number} of {count})" if shard.startswith("pipe:") else redact(shard)

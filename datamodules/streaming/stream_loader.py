@@ -1,0 +1,138 @@
+"""The loaders over a stream of shards, for training and for evaluation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from lit_lora.datamodules.dataset import BadSampleReport, Batch
+from lit_lora.datamodules.streaming.shard_stream import ShardStream
+from lit_lora.errors import UserError
+
+
+class StreamLoader:
+    """One process's batches of an endless stream, cut into epochs.
+
+    An iteration yields the batches of the current epoch that are still to come; ``len`` is the number of batches in a
+    whole epoch. The state counts batches and is the same in all processes.
+
+    Args:
+        stream: Makes the batches.
+        num_batches: Batches in an epoch.
+        num_workers: Worker processes that read and decode; 0 does it in this one.
+        max_bad_samples: So many different samples and damaged shards are skipped before this process gives up.
+    """
+
+    def __init__(self, stream: ShardStream, num_batches: int, num_workers: int = 0, max_bad_samples: int = 0) -> None:
+        self.num_batches = num_batches
+        self.max_bad_samples = max_bad_samples
+        self.batches = 0
+        self.slots = 0
+        self._stream = stream
+        self._num_workers = num_workers
+        self._iterator: Any = None  # by this name Lightning looks for worker processes when it ends
+        self._bad: dict[tuple[str, str], BadSampleReport] = {}
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    @property
+    def num_bad_samples(self) -> int:
+        """How many different samples and damaged shards were skipped so far, in this process."""
+        return len(self._bad)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the rest of the current epoch.
+
+        Raises:
+            UserError: More than ``max_bad_samples`` samples are bad, or no shard gives any.
+        """
+        for batch in islice(self._fetch(), len(self) - self.batches % len(self)):
+            self._count(batch)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How much was handed out: batches of this process, and slots of all."""
+        return {"batches": self.batches, "slots": self.slots}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after so many batches, with other shards than they came from.
+
+        Raises:
+            UserError: The state is not one of a stream.
+        """
+        if state.keys() != self.state_dict().keys():
+            raise UserError(
+                "cannot resume within the data: the checkpoint was made with another datamodule; use that one, or load"
+                " the checkpoint's weights alone"
+            )
+        if state == self.state_dict():
+            return
+        self.close()
+        self.batches, self.slots = state["batches"], state["slots"]
+        rank_zero_info(
+            f"the data is a stream, so resuming is approximate: after {self.batches} batches it goes on with shards"
+            " drawn anew, in which samples of the epoch may come again"
+        )
+
+    def close(self) -> None:
+        """End the worker processes; the next iteration starts new ones.
+
+        Left to the garbage collector, they may take seconds to end.
+        """
+        if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
+            self._iterator._shutdown_workers()
+        self._iterator = None
+
+    def _fetch(self) -> Iterator[Batch]:
+        """The batches from here to the end of the stream; an iteration after another goes on with the same workers."""
+        if self._iterator is None:
+            self._stream.start = (self.batches, self.slots)
+            workers = DataLoader(
+                self._stream,
+                batch_size=None,
+                num_workers=self._num_workers,
+                collate_fn=_identity,
+                pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # otherwise it would draw from the global one
+            )
+            self._iterator = iter(workers)
+        for batch in self._iterator:
+            self._count_bad(batch.pop("bad"))
+            if batch:
+                yield batch
+            elif self._stream.resampled:
+                raise UserError(f"the shards give no samples any more; check train_shards:{self._shown_bad()}")
+
+    def _count(self, batch: Batch) -> None:
+        self.batches += 1
+        self.slots += len(batch["slot"]) * self._stream.world_size
+
+    def _count_bad(self, reports: list[BadSampleReport]) -> None:
+        new = {(r.shard, r.key): r for r in reports if (r.shard, r.key) not in self._bad}
+        self._bad.update(new)
+        if len(self._bad) > self.max_bad_samples:
+            raise UserError(
+                f"{len(self._bad)} bad samples or shards, more than max_bad_samples={self.max_bad_samples};"
+                f" mend the shards or raise max_bad_samples:{self._shown_bad()}"
+            )
+        for report in new.values():
+            warnings.warn(
+                f"bad sample {report.key} in {report.shard}, skipped: {report.reason}"
+                f" ({len(self._bad)} of at most {self.max_bad_samples})",
+                stacklevel=4,
+            )
+
+    def _shown_bad(self) -> str:
+        return "".join(f"\n  {r.key} in {r.shard}: {r.reason}" for r in list(self._bad.values())[:10])
+
+
+def _identity(batch: Any) -> Any:
+    return batch

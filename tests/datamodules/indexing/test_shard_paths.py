@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+
+from lit_lora.datamodules.indexing.shard_paths import find_shards
+from lit_lora.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    for name in ("b-1.tar", "b-0.tar", "c.tar", "other.txt"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("specs", "names"),
+    [
+        ("c.tar", ["c.tar"]),
+        ("b-{0..1}.tar", ["b-0.tar", "b-1.tar"]),
+        ("b-*.tar", ["b-0.tar", "b-1.tar"]),
+        ("{c,b-*}.tar", ["c.tar", "b-0.tar", "b-1.tar"]),
+        (".", ["b-0.tar", "b-1.tar", "c.tar"]),
+        (["c.tar", "b-0.tar"], ["c.tar", "b-0.tar"]),
+    ],
+)
+def test_forms(folder, specs, names):
+    assert [path.name for path in find_shards(specs)] == names
+
+
+def test_absolute_and_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert find_shards(f"{folder}/b-*.tar") == [folder / "b-0.tar", folder / "b-1.tar"]
+    assert find_shards("~/c.tar") == [folder / "c.tar"]
+
+
+def test_name_with_braces_that_exists(folder):
+    (folder / "x{1}[2].tar").touch()
+    assert [path.name for path in find_shards("x{1}[2].tar")] == ["x{1}[2].tar"]
+
+
+@pytest.mark.parametrize("spec", ["https://example.com/c.tar", "s3://bucket/c.tar"])
+def test_remote_shards_are_refused(folder, spec):
+    with pytest.raises(UserError, match="is not a local file; name local shards"):
+        find_shards(spec)
+
+
+def test_missing(folder):
+    with pytest.raises(UserError, match=r"3 of 5 shards are missing, first b-2.tar, b-3.tar, b-4.tar"):
+        find_shards("b-{0..4}.tar")
+    with pytest.raises(UserError, match=r"none-\*.tar matches no shards"):
+        find_shards(["c.tar", "none-*.tar"])
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="empty matches no shards"):
+        find_shards("empty")
+
+
+def test_unbalanced_braces(folder):
+    with pytest.raises(UserError, match="unbalanced braces"):
+        find_shards("{b-{0..1}.tar")
+
+
+def test_long_list_in_braces(folder):
+    names = ",".join(["b-0", "c"] * 100)
+    assert len(find_shards(f"{folder}/{{{names}}}.tar")) == 200
+
+
+def test_paths_are_taken_too(folder):
+    assert find_shards([folder / "c.tar"]) == find_shards(folder / "c.tar") == [folder / "c.tar"]
+
+
+def test_shell_commands_are_refused():
+    with pytest.raises(UserError, match="pipe: runs shell commands and is refused here"):
+        find_shards("pipe:cat c.tar")

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lit_lora.datamodules.indexing.index import ShardIndex
+from lit_lora.datamodules.indexing.table import SampleTable
+from lit_lora.errors import UserError
+
+
+def _table(paths):
+    return SampleTable.of([ShardIndex.build(path) for path in paths])
+
+
+def test_samples_of_all_shards(make_shards):
+    paths = make_shards(2, 1, 3)
+    table = _table(paths)
+
+    assert len(table) == 6
+    assert [table.key(sample) for sample in range(6)] == [f"{number:04}" for number in range(6)]
+    assert [table.shard_of(sample) for sample in range(6)] == [0, 0, 1, 2, 2, 2]
+    assert table.locations == tuple(str(path) for path in paths)
+    assert table.shard_size.tolist() == [path.stat().st_size for path in paths]
+    for sample in range(6):
+        data = paths[table.shard_of(sample)].read_bytes()
+        spans = table.spans(sample)
+        assert list(spans) == ["jpg", "txt"]
+        start, size = spans["txt"]
+        assert data[start : start + size] == f"caption {sample:04}\n".encode()
+        assert table.image_size(sample) == (24, 16)
+
+
+def test_some_shards_in_another_order(make_shards):
+    paths = make_shards(2, 1, 3)
+    table = _table([paths[2], paths[0]])
+    shards = np.array([1, 0])
+
+    assert [table.key(sample) for sample in range(5)] == ["0003", "0004", "0005", "0000", "0001"]
+    assert table.samples(shards).tolist() == [3, 4, 0, 1, 2]
+    assert [column.tolist() for column in table.image_sizes(shards)] == [[24] * 5, [16] * 5]
+
+
+def test_digest_names_the_shards(make_shards, tmp_path):
+    one, other = make_shards(2, 3), make_shards(2, 3, folder="moved")
+    assert _table(one).digest == _table(other).digest
+    assert len({_table(paths).digest for paths in (one, one[:1], one[::-1], make_shards(3, 2, folder="x"))}) == 4
+
+
+def test_samples_that_lack_something(make_shards, tmp_path, write_tar, encode_image):
+    image = encode_image()
+    bad = write_tar(tmp_path / "bad.tar", {"x.jpg": image, "y.jpg": image, "y.txt": b"y", "z.jpg": image})
+    table = _table([*make_shards(2), bad])
+
+    table.check_complete("image", ("jpg", "png"))
+    with pytest.raises(
+        UserError, match=r"2 of 5 samples have no caption \(.txt or .json\); in .*bad.tar 2 of 3, first x, z"
+    ):
+        table.check_complete("caption", ("txt", "json"))
+    with pytest.raises(UserError, match=r"5 of 5 samples have no caption \(.json\)"):
+        table.check_complete("caption", ("json",))

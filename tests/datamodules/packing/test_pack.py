@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import json
+import tarfile
+
+import pytest
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from lit_lora.datamodules import ShardIndex, WebDatasetDataModule
+from lit_lora.datamodules.indexing.data_index import DataIndex
+from lit_lora.datamodules.packing import pack
+from lit_lora.datamodules.packing.pack import pack_folder
+from lit_lora.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path, encode_image):
+    """Seven images in two subfolders."""
+    root = tmp_path / "images"
+    for number in range(7):
+        image = root / ("cats" if number % 2 else "dogs") / f"img.{number}.jpg"
+        image.parent.mkdir(parents=True, exist_ok=True)
+        image.write_bytes(encode_image(seed=number))
+        image.with_suffix(".txt").write_text(f"caption {number}\n")
+    return root
+
+
+def _files(out, pattern="*.tar"):
+    return {path.name: path.read_bytes() for path in sorted(out.glob(pattern))}
+
+
+def _contents(out):
+    contents = {}
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            contents |= {member.name: archive.extractfile(member).read() for member in archive}
+    return contents
+
+
+def _bad(out):
+    return [json.loads(line) for line in (out / "bad.jsonl").read_text().splitlines()]
+
+
+def test_all_samples_and_their_bytes(folder, tmp_path, encode_image):
+    out = tmp_path / "out"
+    summary = pack_folder(folder, out, samples_per_shard=3)
+
+    assert list(_files(out)) == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    contents = _contents(out)
+    assert len(contents) == 14
+    assert contents["dogs/img_2.jpg"] == encode_image(seed=2)
+    assert contents["cats/img_3.txt"] == b"caption 3\n"
+    assert (summary.shards, summary.samples, summary.resumed, summary.bad) == (3, 7, 0, [])
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["samples"] == 7
+    assert manifest["bytes"] == summary.size == sum(len(data) for data in _files(out).values())
+    assert [(shard["name"], shard["samples"]) for shard in manifest["shards"]] == [
+        ("shard-000000.tar", 3), ("shard-000001.tar", 3), ("shard-000002.tar", 1),
+    ]  # fmt: skip
+    assert not list(out.glob("*.part"))
+
+
+def test_indexes_for_other_programs(folder, tmp_path):
+    out = tmp_path / "out"
+    pack_folder(folder, out, samples_per_shard=4)
+    sizes = {name: len(data) for name, data in _files(out).items()}
+    assert json.loads((out / "sizes.json").read_text()) == {"shard-000000.tar": 4, "shard-000001.tar": 3}
+    assert json.loads((out / "shardindex.json").read_text()) == {
+        "__kind__": "wids-shard-index-v1",
+        "wids_version": 1,
+        "shardlist": [
+            {"url": "shard-000000.tar", "nsamples": 4, "filesize": sizes["shard-000000.tar"]},
+            {"url": "shard-000001.tar", "nsamples": 3, "filesize": sizes["shard-000001.tar"]},
+        ],
+    }
+    assert len(DataIndex.load(out / "shards.index")) == 7
+
+
+def test_indexes_are_up_to_date(folder, tmp_path, monkeypatch):
+    pack_folder(folder, tmp_path / "out", samples_per_shard=3)
+    monkeypatch.delattr("lit_lora.datamodules.indexing.index.scan_shard")
+    assert [len(ShardIndex.load_or_build(path)) for path in sorted((tmp_path / "out").glob("*.tar"))] == [3, 3, 1]
+
+
+def test_webdataset_and_the_datamodule_read_it(folder, tmp_path, encode_image):
+    out = tmp_path / "out"
+    pack_folder(folder, out)
+    with (out / "shard-000000.tar").open("rb") as file:
+        samples = list(group_by_keys(tar_file_expander([{"url": "shard", "stream": file}])))
+    assert [sample["txt"] for sample in samples] == [f"caption {n}\n".encode() for n in (1, 3, 5, 0, 2, 4, 6)]
+    assert [sample["jpg"] for sample in samples[:2]] == [encode_image(seed=1), encode_image(seed=3)]
+
+    data = WebDatasetDataModule(str(out), batch_size=7, resolution=8, num_workers=0)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    assert sorted(batch["caption"]) == [f"caption {number}" for number in range(7)]
+
+
+def test_bytes_do_not_depend_on_place_time_or_jobs(folder, tmp_path):
+    copy = tmp_path / "copy"
+    for path in folder.rglob("*.*"):
+        (copy / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        (copy / path.relative_to(folder)).write_bytes(path.read_bytes())
+    pack_folder(folder, tmp_path / "one", samples_per_shard=3, shuffle_seed=1)
+    pack_folder(copy, tmp_path / "two", samples_per_shard=3, shuffle_seed=1)
+    assert _files(tmp_path / "one") == _files(tmp_path / "two")
+    with tarfile.open(tmp_path / "one" / "shard-000000.tar") as archive:
+        owners = {(member.mtime, member.mode, member.uid, member.gid, member.uname, member.gname) for member in archive}
+    assert owners == {(0, 0o644, 0, 0, "root", "root")}
+
+
+@pytest.mark.slow
+def test_jobs_change_nothing(folder, tmp_path):
+    (folder / "dogs" / "img.2.jpg").write_bytes(b"no image")
+    one = pack_folder(folder, tmp_path / "one", samples_per_shard=2, max_bad=1)
+    two = pack_folder(folder, tmp_path / "two", samples_per_shard=2, max_bad=1, jobs=2)
+    assert _files(tmp_path / "one") == _files(tmp_path / "two")
+    assert _files(tmp_path / "one", "*.json*").keys() == _files(tmp_path / "two", "*.json*").keys()
+    assert (tmp_path / "one" / "manifest.json").read_text() == (tmp_path / "two" / "manifest.json").read_text()
+    assert (one.samples, one.bad) == (two.samples, two.bad)
+
+
+def test_shuffle(folder, tmp_path):
+    pack_folder(folder, tmp_path / "sorted")
+    pack_folder(folder, tmp_path / "one", shuffle_seed=1)
+    pack_folder(folder, tmp_path / "two", shuffle_seed=2)
+    orders = [list(_contents(tmp_path / name)) for name in ("sorted", "one", "two")]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_shards_stay_within_their_bytes(folder, tmp_path):
+    pack_folder(folder, tmp_path / "out", max_shard_bytes=8000)
+    samples = [len(ShardIndex.build(path)) for path in sorted((tmp_path / "out").glob("*.tar"))]
+    assert sum(samples) == 7
+    assert len(samples) > 2
+    with_end = 8000 + 10240  # a tar ends on a block of 10240 bytes
+    assert all(len(data) <= with_end for data in _files(tmp_path / "out").values())
+
+
+def test_finished_shards_are_kept(folder, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    pack_folder(folder, whole, samples_per_shard=2)
+    write_tar, written = pack._write_tar, []
+
+    def fail_at_the_third(path, *arguments):
+        if len(written) == 2:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        return write_tar(path, *arguments)
+
+    monkeypatch.setattr(pack, "_write_tar", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        pack_folder(folder, out, samples_per_shard=2)
+    assert len(_files(out)) == 2
+    assert not list(out.glob("*.part"))
+    assert not (out / "manifest.json").exists()
+
+    (out / "shard-000002.tar.123.part").write_bytes(b"half")  # of a process that was killed
+    monkeypatch.setattr(pack, "_write_tar", write_tar)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    summary = pack_folder(folder, out, samples_per_shard=2)
+
+    assert (summary.shards, summary.resumed, summary.samples) == (4, 2, 7)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert _files(out) == _files(whole)
+    assert (out / "manifest.json").read_text() == (whole / "manifest.json").read_text()
+    assert not list(out.glob("*.part"))
+
+
+def test_other_files_or_options_do_not_mix(folder, tmp_path, write_tar):
+    out = tmp_path / "out"
+    pack_folder(folder, out)
+    with pytest.raises(UserError, match="holds shards of other files or options"):
+        pack_folder(folder, out, samples_per_shard=2)
+    (folder / "dogs" / "img.0.txt").write_text("another caption")
+    with pytest.raises(UserError, match="holds shards of other files or options"):
+        pack_folder(folder, out)
+    write_tar(tmp_path / "foreign" / "x.tar", {"a.txt": b"a"})
+    with pytest.raises(UserError, match="were not packed here"):
+        pack_folder(folder, tmp_path / "foreign")
+    assert list(_files(tmp_path / "foreign")) == ["x.tar"]
+
+
+@pytest.fixture
+def damaged(folder, encode_image):
+    """The folder with four bad images among seven."""
+    (folder / "cats" / "img.1.jpg").write_bytes(encode_image()[:-50])
+    (folder / "cats" / "img.3.txt").unlink()
+    (folder / "cats" / "img.5.txt").write_bytes(b"caf\xe9")
+    (folder / "dogs" / "img.0.jpg").write_bytes(b"")
+    return folder
+
+
+def test_bad_files_are_listed(damaged, tmp_path):
+    out = tmp_path / "out"
+    summary = pack_folder(damaged, out, max_bad=4)
+
+    assert summary.samples == 3
+    assert sorted(_contents(out)) == [f"dogs/img_{n}.{ext}" for n in (2, 4, 6) for ext in ("jpg", "txt")]
+    bad = _bad(out)
+    assert [line["file"] for line in bad] == ["cats/img.1.jpg", "cats/img.3.jpg", "cats/img.5.jpg", "dogs/img.0.jpg"]
+    for line, reason in zip(bad, ("cannot be decoded", "no caption", "not UTF-8", "empty"), strict=True):
+        assert reason in line["reason"]
+    # Started again, it finds all shards and still knows what is bad.
+    again = pack_folder(damaged, out, max_bad=4)
+    assert again.resumed == 1
+    assert _bad(out) == bad
+
+
+def test_shard_of_bad_files_alone_is_left_out(damaged, tmp_path):
+    out = tmp_path / "out"
+    pack_folder(damaged, out, samples_per_shard=2, max_bad=4)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (
+        [shard["name"] for shard in manifest["shards"]] == list(_files(out)) == ["shard-000001.tar", "shard-000002.tar"]
+    )
+
+
+def test_too_many_bad_files(damaged, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"(?s)2 bad files, more than max_bad=1;.*img.3.jpg: has no caption.*img.0.jpg"):
+        pack_folder(damaged, out, max_bad=1)
+    assert [line["file"] for line in _bad(out)] == ["cats/img.3.jpg", "dogs/img.0.jpg"]
+    with pytest.raises(UserError, match=r"(?s)4 bad files, more than max_bad=3.*cats/img.1.jpg: the image cannot"):
+        pack_folder(damaged, out, max_bad=3, samples_per_shard=2)
+    assert len(_bad(out)) == 4
+    assert not list(out.glob("*.part"))
+    assert pack_folder(damaged, out, max_bad=4, samples_per_shard=2).samples == 3
+
+
+def test_nothing_but_bad_files(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"no image")
+    (tmp_path / "images" / "a.txt").write_text("a")
+    with pytest.raises(UserError, match=r"none of 1 files can be packed, first a.jpg: the image's header"):
+        pack_folder(tmp_path / "images", tmp_path / "out", max_bad=5)
+
+
+def test_json_captions(tmp_path, encode_image):
+    root = tmp_path / "images"
+    root.mkdir()
+    for name in "ab":
+        (root / f"{name}.jpg").write_bytes(encode_image())
+        (root / f"{name}.json").write_text(json.dumps({"prompt": name}))
+    with pytest.raises(UserError, match=r"a.jpg: there is no text in .txt or under the key 'caption' in .json"):
+        pack_folder(root, tmp_path / "first")
+    pack_folder(root, tmp_path / "out", caption_key="prompt")
+    assert sorted(_contents(tmp_path / "out")) == ["a.jpg", "a.json", "b.jpg", "b.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples_per_shard": 0}, "samples_per_shard=0"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes=0"),
+        ({"jobs": 0}, "jobs=0"),
+        ({"max_bad": -1}, "max_bad=-1"),
+        ({"prefix": "a/b"}, "prefix='a/b' cannot begin a file name"),
+        ({"prefix": ""}, "prefix=''"),
+    ],
+)
+def test_arguments_are_checked(folder, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        pack_folder(folder, tmp_path / "out", **options)
+
+
+def test_wrong_folders(tmp_path):
+    with pytest.raises(UserError, match="absent is not a folder or file"):
+        pack_folder(tmp_path / "absent", tmp_path / "out")
+    with pytest.raises(UserError, match="holds no images"):
+        pack_folder(tmp_path, tmp_path / "out")

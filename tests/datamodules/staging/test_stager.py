@@ -1,0 +1,573 @@
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from lit_lora.datamodules.staging import stager as stager_module
+from lit_lora.datamodules.staging.stager import StagedShard, Stager, check_budget
+from lit_lora.datamodules.staging.stager_config import StagerConfig
+from lit_lora.datamodules.staging.stager_files import host, is_alive, job_path, local_name
+from lit_lora.datamodules.staging.stager_process import _describe
+from lit_lora.errors import UserError
+from tests.datamodules.faulty_server import FaultyServer
+
+pytestmark = pytest.mark.slow
+
+SEED = 1
+
+
+class Data:
+    """Shards in a folder, served over http too, in chunks of three."""
+
+    def __init__(self, paths, server):
+        self.paths = paths
+        self.server = server
+        self.sizes = [path.stat().st_size for path in paths]
+        self.chunks = [list(range(start, start + 3)) for start in range(0, len(paths), 3)]
+        self.budget = sum(sorted(sum(self.sizes[shard] for shard in chunk) for chunk in self.chunks)[-2:])
+
+    def shards(self, remote=True):
+        prefix = f"{self.server.url}/" if remote else f"{self.paths[0].parent}/"
+        return [StagedShard(prefix + path.name, size) for path, size in zip(self.paths, self.sizes, strict=True)]
+
+    def stager(self, folder, job="job", remote=True, **options):
+        options = {"budget": self.budget, "shards": self.shards(remote), "chunks": self.chunks} | options
+        return Stager(folder, seed=SEED, shuffle=True, job=job, **options)
+
+    def requested(self):
+        return sorted(request.path.rpartition("/")[2] for request in self.server.requests)
+
+    def is_staged(self, stager, visit):
+        return all(
+            stager.path(shard).read_bytes() == self.paths[shard].read_bytes()
+            for shard in self.chunks[stager._plan.chunk(visit)]
+        )
+
+
+@pytest.fixture
+def data(make_shards):
+    paths = make_shards(*[1, 2, 3] * 4)
+    with closing(FaultyServer(paths[0].parent)) as server:
+        yield Data(paths, server)
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return tmp_path / "stage"
+
+
+def _job(stager):
+    return json.loads(stager._job_path.read_text())
+
+
+def _until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.01)
+
+
+@contextmanager
+def _size_watched(folder, sizes):
+    """Measure again and again what the slots of a folder take."""
+    done = threading.Event()
+
+    def watch():
+        while not done.is_set():
+            total = 0
+            for path in folder.glob("lit_lora-slot-*/*-shard-*"):
+                with suppress(FileNotFoundError):  # renamed or evicted since
+                    total += path.stat().st_size
+            sizes.append(total)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("remote", [True, False])
+def test_every_visit_finds_its_shards_within_the_budget(data, stage, remote):
+    sizes = []
+    with closing(data.stager(stage, remote=remote)) as stager, _size_watched(stage, sizes):
+        stager.start(0)
+        for visit in range(3 * len(data.chunks)):
+            stager.wait(visit)
+            assert data.is_staged(stager, visit)
+            stager.passed(visit)
+        job = _job(stager)
+
+    assert data.budget * 0.6 < max(sizes) <= data.budget
+    assert max(sizes) <= job["peak_bytes"] <= data.budget
+    assert job["bytes"] <= data.budget < sum(data.sizes)
+    assert not is_alive(job["pid"])
+    assert not list(stage.glob("*.json"))
+    assert not list(stage.glob("*/*.part"))
+
+
+def test_next_chunk_comes_while_the_present_one_is_in_use(data, stage):
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        stager.wait(1)
+        assert data.is_staged(stager, 0)
+        assert data.is_staged(stager, 1)
+
+
+def test_begins_in_the_middle_of_a_run(data, stage):
+    with closing(data.stager(stage)) as stager:
+        stager.start(11)
+        stager.wait(11)
+        assert data.is_staged(stager, 11)
+        expected = {data.paths[shard].name for shard in stager._plan.shards(range(11, 13))}
+        stager.wait(12)
+        assert set(data.requested()) == expected
+
+
+@pytest.mark.parametrize("num_chunks", [1, 4])
+def test_what_fits_is_fetched_once(data, stage, num_chunks):
+    chunks = [list(range(12))] if num_chunks == 1 else data.chunks
+    with closing(data.stager(stage, chunks=chunks, budget=sum(data.sizes))) as stager:
+        stager.start(0)
+        for visit in range(3 * num_chunks):
+            stager.wait(visit)
+            stager.passed(visit)
+        stager.wait(3 * num_chunks)
+    assert data.requested() == sorted(path.name for path in data.paths)
+
+
+def test_slower_process_protects_its_chunk(data, stage):
+    fast, slow = (data.stager(stage, local_rank=rank, local_world_size=2) for rank in range(2))
+    with closing(fast), closing(slow):
+        threads = [threading.Thread(target=stager.start, args=(0,)) for stager in (slow, fast)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert fast.path(0) == slow.path(0)
+        for visit in range(2):
+            fast.wait(visit)
+            fast.passed(visit)
+        waiting = threading.Thread(target=fast.wait, args=(2,))
+        waiting.start()
+        time.sleep(0.4)  # time enough for the stager to do wrong
+        assert waiting.is_alive()
+        assert data.is_staged(slow, 0)
+        assert data.is_staged(slow, 1)
+        slow.wait(0)
+        slow.passed(0)
+        waiting.join(20)
+        assert not waiting.is_alive()
+        assert data.is_staged(fast, 2)
+
+
+def test_jobs_in_one_folder_do_not_disturb_each_other(data, stage):
+    first, second = data.stager(stage, "first"), data.stager(stage, "second")
+    with closing(first):
+        first.start(0)
+        with closing(second):
+            second.start(3)
+            assert first.path(0).parent != second.path(0).parent
+            for visit in range(4):
+                first.wait(visit)
+                second.wait(3 + visit)
+                assert data.is_staged(first, visit)
+                assert data.is_staged(second, 3 + visit)
+                first.passed(visit)
+                second.passed(3 + visit)
+        first.wait(4)
+        assert data.is_staged(first, 4)
+
+
+def test_started_again_after_a_close(data, stage):
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        for visit in range(2):
+            stager.wait(visit)
+            stager.passed(visit)
+        stager.close()
+        stager.close()
+        stager.start(0)
+        stager.wait(0)
+        assert data.is_staged(stager, 0)
+
+
+PARENT = """
+import os, pickle, sys, time
+stager = pickle.load(open(sys.argv[1], "rb"))
+stager.start(0)
+worker = os.fork()  # has the pipe to the stager too, as workers of a loader do
+if worker == 0:
+    time.sleep(100)
+print(stager._pid, worker, flush=True)
+if sys.argv[2] == "exit":
+    sys.exit()
+time.sleep(100)
+"""
+
+
+@contextmanager
+def _parent(tmp_path, stager, ending):
+    """A process that has started a stager, and that ends before its own worker does; yields the stager's number."""
+    (tmp_path / "stager.pickle").write_bytes(pickle.dumps(stager))
+    command = [sys.executable, "-c", PARENT, str(tmp_path / "stager.pickle"), ending]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        stager, worker = map(int, parent.stdout.readline().split())
+        try:
+            yield stager
+        finally:
+            if ending == "kill":
+                parent.kill()
+            _until(lambda: not is_alive(stager))
+            os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("ending", ["kill", "exit"])
+def test_ends_with_its_parent_and_goes_on_later(data, stage, tmp_path, ending):
+    stager = data.stager(stage)
+    held = data.paths[stager._plan.shards(range(2))[1]].name
+    data.server.fault = lambda path: "stall" if path == f"/{held}" else None
+    with _parent(tmp_path, stager, ending):
+        if ending == "kill":
+            _until(lambda: len(list(stage.glob("*/*.tar"))) == 5 and list(stage.glob(f"*/*{held}*.part")))
+    data.server.fault = None
+    data.server.requests.clear()
+    with closing(data.stager(stage, job="again")) as stager:
+        stager.start(0)
+        assert stager.path(0).parent.name == "lit_lora-slot-0"
+        assert [path.name for path in stage.glob("*.json")] == [stager._job_path.name]
+        stager.wait(1)
+        assert data.is_staged(stager, 0)
+        assert data.is_staged(stager, 1)
+        assert not list(stage.glob("*/*.part"))
+    if ending == "kill":
+        assert data.requested() == [held]
+
+
+def test_what_is_not_its_own_is_left_alone(data, stage, tmp_path):
+    slot = stage / "lit_lora-slot-0"
+    slot.mkdir(parents=True)
+    outside = tmp_path / "outside.tar"
+    outside.write_bytes(b"precious")
+    hexadecimal = "0123456789abcdef"
+    kept = [
+        stage / "mine.tar",
+        stage / f"{hexadecimal}-mine.tar",
+        stage / "lit_lora-job-mine.json",
+        slot / "mine.tar",
+        slot / "mine.tar.part",
+        slot / "passed",
+        slot / f"{hexadecimal}-folder.tar" / "mine.tar",
+        slot / f"{hexadecimal}-folder.tar.part" / "mine.tar",
+    ]
+    text = json.dumps({"format": "mine", "host": host(), "pid": 2**30})
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    links = [slot / f"{hexadecimal}-link.tar", slot / f"{hexadecimal}-link.tar.part", slot / "passed-job-0"]
+    for link in links:
+        link.symlink_to(outside)
+    (stage / "lit_lora-slot-1").symlink_to(tmp_path)
+
+    with closing(data.stager(stage, "a")) as first, closing(data.stager(stage, "b")) as second:
+        for stager in (first, second):
+            stager.start(0)
+        assert second.path(0).parent.name == "lit_lora-slot-2"
+        for visit in range(5):
+            first.wait(visit)
+            first.passed(visit)
+
+    assert [path.read_text() for path in kept] == [text] * len(kept)
+    assert all(link.is_symlink() for link in links)
+    assert outside.read_bytes() == b"precious"
+
+
+def test_what_other_data_left_behind_goes_first(data, stage):
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        stager.wait(1)
+        slot = stager.path(0).parent
+    old = slot / "0123456789abcdef-old.tar"
+    old.write_bytes(bytes(data.budget - sum(p.stat().st_size for p in slot.glob("*.tar")) + 1000))
+    kept = sorted(p.name for p in slot.glob("*.tar") if p != old)
+    data.server.requests.clear()
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        stager.wait(1)
+        assert sorted(p.name for p in slot.glob("*.tar")) == kept
+        assert _job(stager)["peak_bytes"] <= data.budget
+    assert data.requested() == []
+
+
+def test_what_is_needed_last_goes_first(data, stage):
+    with closing(data.stager(stage, budget=sum(data.sizes))) as stager:
+        stager.start(0)
+        stager.wait(3)
+    visits = [data.chunks[stager._plan.chunk(visit)] for visit in range(4)]
+    with closing(data.stager(stage, budget=data.budget + max(data.sizes))) as stager:
+        stager.start(0)
+        left = [sum(stager.path(shard).exists() for shard in shards) for shards in visits]
+    assert left[:2] == [3, 3]
+    assert 1 <= left[2] <= 2
+    assert left[3] == 0
+
+
+def test_what_is_wanted_is_not_evicted_for_what_is_on_its_way(data, stage):
+    stager = data.stager(stage)
+    visits = [[data.paths[shard].name for shard in data.chunks[stager._plan.chunk(visit)]] for visit in range(4)]
+    data.server.faults.append("stall")
+    with closing(stager):
+        stager.start(0)
+        _until(lambda: data.server.stalling)
+        stager.passed(1)  # although the first shard is still on its way, and now takes room for nothing
+        _until(lambda: len([name for name in data.requested() if name in visits[2] + visits[3]]) >= 4)
+        time.sleep(0.3)  # time enough for the stager to do wrong
+        data.server.released.set()
+        stager.wait(3)
+        assert data.is_staged(stager, 2)
+        assert data.is_staged(stager, 3)
+        assert _job(stager)["peak_bytes"] <= data.budget
+    assert [name for name in data.requested() if name in visits[2] + visits[3]] == sorted(visits[2] + visits[3])
+
+
+def test_file_of_another_size_is_fetched_again(data, stage):
+    stager = data.stager(stage)
+    shard = data.chunks[stager._plan.chunk(0)][0]
+    path = stage / "lit_lora-slot-0" / local_name(stager._locations[shard])
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half")
+    with closing(stager):
+        stager.start(0)
+        stager.wait(0)
+        assert data.is_staged(stager, 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (403, r"cannot read http://127.0.0.1:\d+/shard-0000\d\d.tar: HTTP status 403; check the credentials"),
+        ("long", r"cannot read .*: it has \d+ bytes, its index gives \d+; this is not the shard that was indexed"),
+        ("not tar", r"http://127.0.0.1:\d+/shard-0000\d\d.tar cannot be staged: .*holds no samples"),
+    ],
+)
+def test_failure_reaches_every_process(data, stage, fault, reason, capfd):
+    shards = [
+        StagedShard(shard.location.replace("://", "://me:hunter2@") + "?token=hunter2", shard.size)
+        for shard in data.shards()
+    ]
+    stagers = [data.stager(stage, shards=shards, local_rank=rank, local_world_size=2) for rank in range(2)]
+    bad = f"/{data.paths[data.chunks[stagers[0]._plan.chunk(1)][0]].name}"
+    data.server.fault = lambda path: fault if path.startswith(bad) else None
+    with closing(stagers[0]), closing(stagers[1]):
+        for stager in stagers:
+            stager.start(0)
+        pid = stagers[0]._pid
+        assert b"hunter2" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        for stager in stagers:
+            with pytest.raises(UserError, match=f"shards cannot be staged: {reason}") as caught:
+                stager.wait(1)
+            assert "hunter2" not in str(caught.value)
+        _until(lambda: not is_alive(pid))
+    left = [path.name for path in stage.rglob("*")] + [path.read_text() for path in stage.glob("*.json")]
+    assert "hunter2" not in "".join([*left, *capfd.readouterr()])
+    assert not list(stage.glob(f"*/*{bad.strip('/')}"))
+
+
+def test_damage_on_the_way_is_mended(data, stage):
+    data.server.faults.append("not tar")
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        stager.wait(1)
+        assert data.is_staged(stager, 0)
+        assert data.is_staged(stager, 1)
+    assert len(data.requested()) == 7
+
+
+def test_stager_that_is_killed(data, stage):
+    stagers = [data.stager(stage, local_rank=rank, local_world_size=2) for rank in range(2)]
+    data.server.fault = "stall"
+    with closing(stagers[0]), closing(stagers[1]):
+        for stager in stagers:
+            stager.start(0)
+        os.kill(stagers[0]._pid, signal.SIGKILL)
+        for stager in reversed(stagers):
+            with pytest.raises(UserError, match="the process that stages shards has ended"):
+                stager.wait(0)
+
+
+def test_signals_are_for_the_parent(data, stage):
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(stager._pid, number)
+        for visit in range(3):
+            stager.wait(visit)
+            stager.passed(visit)
+
+
+def test_copy_in_another_process_knows_the_paths(data, stage):
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        copy = pickle.loads(pickle.dumps(stager))
+        copy.close()
+        assert [copy.path(shard) for shard in range(12)] == [stager.path(shard) for shard in range(12)]
+        assert len({path.name for path in map(stager.path, range(12))}) == 12
+        stager.wait(0)
+
+
+def test_long_wait_is_logged(data, stage, caplog, monkeypatch):
+    monkeypatch.setattr(stager_module, "_FIRST_LOG_S", 0.0)
+    stager = data.stager(stage)
+    chunk = stager._plan.chunk(0)
+    held = data.chunks[chunk][1]
+    data.server.fault = lambda path: "stall" if path == f"/{data.paths[held].name}" else None
+    reasons = []
+
+    def wait():
+        try:
+            stager.wait(0)
+        except UserError as error:
+            reasons.append(str(error))
+
+    with caplog.at_level(logging.INFO, "lit_lora"), closing(stager):
+        stager.start(0)
+        _until(lambda: len(list(stage.glob("*/*.tar"))) == 5)
+        thread = threading.Thread(target=wait)
+        thread.start()
+        _until(lambda: caplog.records)
+        stager.close()
+        thread.join()
+    total, done = sum(data.sizes[s] for s in data.chunks[chunk]), data.sizes[data.chunks[chunk][0]]
+    done += data.sizes[data.chunks[chunk][2]]
+    assert caplog.messages == [
+        f"waiting for chunk {chunk}: 2 of 3 shards ({done / 1000:.1f} kB of {total / 1000:.1f} kB)"
+    ]
+    assert len(reasons) == 1
+
+
+def test_shards_that_somebody_removes(data, stage):
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        stager.wait(0)
+        for shard in range(12):
+            stager.path(shard).unlink(missing_ok=True)
+        with pytest.raises(UserError, match=r"3 staged shards have vanished from .*nothing else cleans this folder"):
+            stager.wait(0)
+
+
+def test_reading_ahead_over_whole_chunks_is_refused(data, stage):
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        with pytest.raises(
+            UserError, match=r"visit 2 was asked for before visit 0 was over, and only 2 of their chunks"
+        ):
+            stager.wait(2)
+
+
+def test_disk_that_is_smaller_than_the_budget(data, stage):
+    shards = [StagedShard(shard.location, 10**15) for shard in data.shards()]
+    stager = data.stager(stage, shards=shards, budget=7 * 10**15)
+    with closing(stager), pytest.raises(UserError, match=r"the disk of .* is too small: of the budget of 7.0 PB, 0 B"):
+        stager.start(0)
+    assert data.requested() == []
+
+
+def test_disk_that_is_full_is_told_apart_from_other_errors(tmp_path):
+    config = StagerConfig(str(tmp_path), 10**9, [], [], [], 0, True, "job", 1, 0, 1, True)
+    full = _describe(OSError(errno.ENOSPC, "No space left"), config, 5 * 10**8)
+    assert "of the budget of 1.0 GB, 500.0 MB are taken, and" in full
+    assert "cannot stage shards in" in _describe(OSError(errno.EROFS, "Read-only file system"), config, 0)
+
+
+def test_folder_that_cannot_be_used(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with closing(data.stager(tmp_path / "file" / "stage")) as stager, pytest.raises(UserError, match="cannot create"):
+        stager.start(0)
+
+
+def test_no_stager_to_find(data, stage, monkeypatch):
+    monkeypatch.setattr(stager_module, "_ATTACH_S", 0.0)
+    with pytest.raises(UserError, match="no stager has started"):
+        data.stager(stage, local_rank=1, local_world_size=2).start(0)
+
+
+@pytest.mark.parametrize(
+    ("chunk_bytes", "budget", "message"),
+    [
+        (
+            [3, 5, 4],
+            8,
+            r"8 B \(8 bytes\), and the two largest of 3 chunks have 9 B \(9 bytes\); raise the budget or use",
+        ),
+        ([7], 6, r"6 B \(6 bytes\), and the only chunk has 7 B \(7 bytes\)"),
+    ],
+)
+def test_budget_that_is_too_small(chunk_bytes, budget, message):
+    with pytest.raises(UserError, match=message):
+        check_budget(chunk_bytes, budget)
+
+
+@pytest.mark.parametrize(("chunk_bytes", "budget"), [([3, 5, 4], 9), ([7], 7)])
+def test_budget_that_suffices(chunk_bytes, budget):
+    check_budget(chunk_bytes, budget)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 10}, "the budget for staged shards is 10 B"),
+        ({"job": "../x"}, r"job='../x' cannot be part of a file name"),
+        (
+            {
+                "shards": [StagedShard("https://a@h/x.tar?1", 1), StagedShard("https://h/x.tar?2", 1)],
+                "chunks": [[0, 1]],
+            },
+            "two shards have the same location .*: https://h/x.tar and https://h/x.tar; name each shard once",
+        ),
+    ],
+)
+def test_wrong_arguments(data, stage, changes, message):
+    with pytest.raises(UserError, match=message):
+        data.stager(stage, **changes)
+
+
+def test_names_tell_locations_apart_and_keep_secrets(tmp_path, monkeypatch):
+    assert local_name("https://me:pw@h/a/x.tar?sig=1") == local_name("https://h/a/x.tar")
+    assert local_name("https://h/a/x.tar") != local_name("https://h/b/x.tar")
+    assert local_name("https://h/a/x%20y;z.tar").endswith("-x_20y_z.tar")
+    assert len(local_name("s3://b/" + 300 * "x" + ".tar")) < 130
+    names = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        names.append(local_name("x.tar"))
+        assert names[-1] == local_name(f"{tmp_path}/{folder}/x.tar") == local_name(f"file://{tmp_path}/{folder}/x.tar")
+    assert names[0] != names[1]
+
+
+def test_process_starts_fast():
+    """Without the packages that take seconds to import."""
+    slow = "{'torch', 'lightning', 'requests', 'fsspec'}"
+    code = f"import sys, lit_lora.datamodules.staging.stager_process; print({slow} & {{*sys.modules}})"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_job_of_another_machine_is_not_this_one_s(stage, monkeypatch):
+    here = job_path(stage, "job")
+    monkeypatch.setattr("platform.node", lambda: "else/where")
+    assert job_path(stage, "job") != here
+    assert job_path(stage, "job").parent == stage
