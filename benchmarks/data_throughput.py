@@ -1,7 +1,7 @@
 """Images per second of this project's loader and of others: ``python benchmarks/data_throughput.py``.
 
 All read the same JPEGs (made here, 512 to 768 px, quality 90), resize the short side to 512, crop the middle, and make
-batches, each with the same number of worker processes, one torch thread in each:
+batches, each with the same number of workers (ours are threads, the others' processes), one torch thread in each:
 
 - ours: ``WebDatasetDataModule``.
 - webdataset: its pipeline with PIL's decode and the usual torchvision transforms on PIL images.
@@ -308,8 +308,8 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=320)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=640)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--out", default="", help="also write the table to this file")
