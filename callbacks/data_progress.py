@@ -67,7 +67,7 @@ class DataProgress(Callback):
             pass_number, position = divmod(number, loader.plan.num_chunks)
             rank_zero_info(
                 f"chunk {position + 1} of {loader.plan.num_chunks} in pass {pass_number + 1} is done"
-                f" (number {chunk}), at step {trainer.global_step}"
+                f" (chunk {chunk} of the plan), at step {trainer.global_step}"
             )
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 getattr(callback, "on_train_chunk_end", _nothing)(trainer, pl_module, chunk)

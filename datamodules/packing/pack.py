@@ -119,6 +119,8 @@ def pack_folder(
     if not prefix or set(prefix) & set("/*?[]{}"):
         raise UserError(f"prefix={prefix!r} cannot begin a file name; use letters, digits and -")
     out = Path(out)
+    if Path(source).resolve() == out.resolve():
+        raise UserError(f"{out} is what is to be packed; name another output folder")
     samples = find_input(
         Path(source),
         out,

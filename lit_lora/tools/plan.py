@@ -71,7 +71,7 @@ def describe(
     lines = [
         ["data", f"{len(table):,} samples in {len(table.locations):,} shards, {format_bytes(sum(sizes))}"],
         ["not trained on", f"{len(chunks.held_out):,} held out to validate on, {chunks.too_small:,} too small"],
-        ["batch", f"{plan.global_batch_size:,} = {data.batch_size} x {processes} processes"],
+        ["batch", f"{plan.global_batch_size:,} = {data.batch_size} x {_count(processes, 'process', 'processes')}"],
         ["chunks", f"{plan.num_chunks:,}, largest {format_bytes(sizes[0])}"],
         ["a pass", f"{plan.batches_per_pass:,} batches, {shown:,} samples"],
         ["dropped" if plan.leftovers == "drop" else "padded", _share(plan)],
@@ -135,10 +135,15 @@ def _time(data: WebDatasetDataModule, plan: Plan, shown: int, processes: int, im
     with _torch_threads(1):
         rate = measure_reading(dataset, plan)
     readers = max(1, data.num_workers) * processes
+    who = _count(readers, "loader thread reads", "loader threads read")
     return (
-        f"{format_duration(shown / rate / readers)} a pass or more: {readers:,} loader threads read {rate:.0f} images/s"
-        " each here (--images_per_second gives training's own)"
+        f"{format_duration(shown / rate / readers)} a pass or more: {who} {rate:.0f} images/s each here"
+        " (--images_per_second gives training's own)"
     )
+
+
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number:,} {one if number == 1 else more}"
 
 
 @contextmanager
