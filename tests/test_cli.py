@@ -349,12 +349,23 @@ def test_an_error_in_a_worker_is_one_message_in_a_process_of_its_own(config: Cal
 @pytest.mark.slow
 def test_interrupted_training_says_how_to_go_on(config: Callable[..., Path], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lit_lora.cli", "fit", "--config", str(config()), "--trainer.max_steps=100000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "ck" / "last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        # What runs in the background ignores the signal, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "ck" / "last.ckpt").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        try:
+            error = process.communicate(timeout=60)[1]
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert error.endswith("lit-lora: interrupted; --ckpt_path last goes on from the last checkpoint\n")
     assert "Traceback" not in error

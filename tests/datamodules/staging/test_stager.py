@@ -371,12 +371,14 @@ def test_failure_reaches_every_process(data, stage, fault, reason, capfd):
     ]
     stagers = [data.stager(stage, shards=shards, local_rank=rank, local_world_size=2) for rank in range(2)]
     bad = f"/{data.paths[data.chunks[stagers[0]._plan.chunk(1)][0]].name}"
-    data.server.fault = lambda path: fault if path.startswith(bad) else None
+    started = threading.Event()  # a process that starts after the failure is told of it at once
+    data.server.fault = lambda path: fault if path.startswith(bad) and started.wait(20) else None
     with closing(stagers[0]), closing(stagers[1]):
         for stager in stagers:
             stager.start(0)
         pid = stagers[0]._pid
         assert b"hunter2" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+        started.set()
         for stager in stagers:
             with pytest.raises(UserError, match=f"shards cannot be staged: {reason}") as caught:
                 stager.wait(1)
