@@ -14,7 +14,7 @@ import numpy as np
 
 from lit_lora.datamodules.decode import BadSampleError, decode_text
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 
 MAX_TEXT_BYTES = 1 << 20
 """A larger ``.txt`` or ``.cls`` member is no caption; it is refused before it is decoded."""
@@ -149,8 +149,7 @@ class Captions:
             )
         if not 0 <= self.dropout <= 1:
             raise UserError(f"dropout={self.dropout} is no probability; it must be from 0 to 1")
-        if self.keep_tags < 0:
-            raise UserError(f"keep_tags={self.keep_tags} is too small; it must be at least 0")
+        check_least(0, keep_tags=self.keep_tags)
         if not self.separator:
             raise UserError("separator is empty; write what stands between two tags, as ', '")
 

@@ -33,7 +33,7 @@ from lit_lora.datamodules.restarting_loader import RestartingLoader
 from lit_lora.datamodules.shard_reader import ShardReader
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 
 Shards = str | list[str] | None
 
@@ -117,9 +117,9 @@ class WebDatasetDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_least(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
-        _check_least(1, batch_size=batch_size, resolution=resolution, chunks=chunks, chunk_samples=chunk_samples)
-        _check_least(1, passes_per_chunk=passes_per_chunk, steps_per_chunk=steps_per_chunk)
+        check_least(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
+        check_least(1, batch_size=batch_size, resolution=resolution, chunks=chunks, chunk_samples=chunk_samples)
+        check_least(1, passes_per_chunk=passes_per_chunk, steps_per_chunk=steps_per_chunk)
         if max_upscaling is not None and max_upscaling < 1:
             raise UserError(f"max_upscaling={max_upscaling} is too small; it must be at least 1, or null for no limit")
         if leftovers not in ("drop", "pad"):
@@ -412,12 +412,6 @@ def _add_progress(callbacks: list[Callback]) -> None:
     if not any(isinstance(callback, DataProgress) for callback in callbacks):
         checkpoints = [place for place, callback in enumerate(callbacks) if isinstance(callback, Checkpoint)]
         callbacks.insert(min(checkpoints, default=len(callbacks)), DataProgress())
-
-
-def _check_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UserError(f"{name}={value} is too small; it must be at least {least}")
 
 
 def _exclude(**values: Any) -> None:

@@ -17,7 +17,7 @@ from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.streaming.restarting_stream_loader import RestartingStreamLoader
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
 from lit_lora.datamodules.streaming.stream_loader import StreamLoader
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 
 _PIPE = "pipe:"
 
@@ -84,11 +84,10 @@ class WebDatasetStreamDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check_least(1, batches_per_epoch=batches_per_epoch, batch_size=batch_size, resolution=resolution)
-        _check_least(0, num_workers=num_workers, shuffle_buffer=shuffle_buffer, max_bad_samples=max_bad_samples)
-        _check_least(0, seed=seed)
-        if val_batches is not None:
-            _check_least(1, val_batches=val_batches)
+        check_least(1, batches_per_epoch=batches_per_epoch, batch_size=batch_size, resolution=resolution)
+        check_least(1, val_batches=val_batches)
+        check_least(0, num_workers=num_workers, shuffle_buffer=shuffle_buffer, max_bad_samples=max_bad_samples)
+        check_least(0, seed=seed)
         if bool(val_shards) != (val_batches is not None):
             raise UserError(f"val_shards and val_batches={val_batches} need each other; set both or neither")
         self.train_shards = train_shards
@@ -254,9 +253,3 @@ def _check_program(url: str) -> None:
     program = _PROGRAMS.get(_scheme(url), "curl")
     if not url.startswith(_PIPE) and shutil.which(program) is None:
         raise UserError(f"{redact(url)} is read with the program {program}, which is not installed; install it")
-
-
-def _check_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise UserError(f"{name}={value} is too small; it must be at least {least}")

@@ -9,3 +9,14 @@ class UserError(ValueError):
     The message gives the value, the bound and the next action. The command line prints it alone, without a traceback,
     and exits with status 2.
     """
+
+
+def check_least(least: int, **values: int | None) -> None:
+    """Refuse values below a bound; None stands for a value that is not set.
+
+    Raises:
+        UserError: One is; it is called by its name.
+    """
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"{name}={value} is too small; it must be at least {least}")

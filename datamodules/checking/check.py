@@ -21,7 +21,7 @@ from lit_lora.datamodules.checking.check_sample import WRONG_EXTENSION, check_sa
 from lit_lora.datamodules.indexing.scan import EXTENSIONS, walk_members
 from lit_lora.datamodules.jobs import run_jobs
 from lit_lora.datamodules.packing.pack_sample_names import key_digest
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file
 
 DAMAGED = "damaged shard"
@@ -109,8 +109,7 @@ def check_shards(
     Raises:
         UserError: ``jobs`` is below 1, or ``report`` cannot be written.
     """
-    if jobs < 1:
-        raise UserError(f"jobs={jobs} is too small; it must be at least 1")
+    check_least(1, jobs=jobs)
     summary = CheckSummary(shards=len(paths))
     with ExitStack() as stack:
         lines = None

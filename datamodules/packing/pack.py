@@ -25,7 +25,7 @@ from lit_lora.datamodules.packing.pack_input import BadFile, PackInput
 from lit_lora.datamodules.packing.pack_sources import find_input
 from lit_lora.datamodules.packing.tar_header import tar_header
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file, writable_folder
 
 _PLAN = "plan.json"
@@ -114,8 +114,8 @@ def pack_folder(
         UserError: An argument is out of bounds, there is nothing to pack, more than ``max_bad`` files are bad, or
             ``out`` holds other shards.
     """
-    _check_least(1, samples_per_shard=samples_per_shard, max_shard_bytes=max_shard_bytes, jobs=jobs)
-    _check_least(0, max_bad=max_bad)
+    check_least(1, samples_per_shard=samples_per_shard, max_shard_bytes=max_shard_bytes, jobs=jobs)
+    check_least(0, max_bad=max_bad)
     if not prefix or set(prefix) & set("/*?[]{}"):
         raise UserError(f"prefix={prefix!r} cannot begin a file name; use letters, digits and -")
     out = Path(out)
@@ -145,12 +145,6 @@ def pack_folder(
             _check_bad(out, bad, max_bad)
             bar.update(len(group))
     return _conclude(out, done, bad, list(samples.incomplete))
-
-
-def _check_least(least: int, **values: int) -> None:
-    for name, value in values.items():
-        if value < least:
-            raise UserError(f"{name}={value} is too small; it must be at least {least}")
 
 
 def _order(samples: PackInput, seed: int | None) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from lit_lora.datamodules.plan_report import (
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.staging.make_stager import checked_budget
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 from lit_lora.lightning_cli import ToolCLI, build_cli
 
 
@@ -57,8 +57,7 @@ def describe(
     Raises:
         UserError: The run could not start.
     """
-    if processes is not None and processes < 1:
-        raise UserError(f"processes={processes} is too small; it must be at least 1")
+    check_least(1, processes=processes)
     if images_per_second is not None and images_per_second <= 0:
         raise UserError(f"images_per_second={images_per_second} must be above 0")
     data.prepare_data()

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lit_lora.errors import UserError, check_least
+
 if TYPE_CHECKING:
     from lit_lora.datamodules.checking.check import CheckSummary
     from lit_lora.datamodules.indexing.index import ShardIndex
@@ -144,10 +146,8 @@ def info(
     from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
     from lit_lora.datamodules.checking.shard_statistics import ShardStatistics
     from lit_lora.datamodules.plan_report import format_table
-    from lit_lora.errors import UserError
 
-    if resolution is not None and resolution < 1:
-        raise UserError(f"resolution={resolution} is too small; it must be at least 1")
+    check_least(1, resolution=resolution)
     buckets = AspectRatioBuckets(divisor, max_aspect_ratio)
     bucketing = None if resolution is None else Bucketing.of(resolution, buckets)
     numbers = ShardStatistics.of(_load_indexes(shards, jobs))
@@ -162,13 +162,11 @@ def _index_remote(specs: list[str], jobs: int) -> None:
     from lit_lora.datamodules.indexing.data_index import DataIndex
     from lit_lora.datamodules.indexing.remote_index import index_remote
     from lit_lora.datamodules.remote.transfer import is_remote, redact
-    from lit_lora.errors import UserError
 
     local = next((spec for spec in specs if not is_remote(spec)), None)
     if local is not None:
         raise UserError(f"{local} is local and {redact(next(filter(is_remote, specs)))} is not; index them one by one")
-    if jobs < 1:
-        raise UserError(f"jobs={jobs} is too small; it must be at least 1")
+    check_least(1, jobs=jobs)
     for folder, file in index_remote(specs, jobs).items():
         made = DataIndex.load(file)
         print(f"folder   {folder}")
@@ -182,10 +180,8 @@ def _load_indexes(specs: str | list[str], jobs: int) -> list[ShardIndex]:
     """The indexes of shards, made where there is none."""
     from lit_lora.datamodules.indexing.data_index import DataIndex
     from lit_lora.datamodules.indexing.shard_paths import find_shards
-    from lit_lora.errors import UserError
 
-    if jobs < 1:
-        raise UserError(f"jobs={jobs} is too small; it must be at least 1")
+    check_least(1, jobs=jobs)
     folders: dict[Path, list[Path]] = {}
     for path in find_shards(specs):
         folders.setdefault(path.parent, []).append(path)
