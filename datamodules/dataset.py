@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.utils.data import Dataset
 
+from lit_lora.datamodules.bad_samples import BadSampleReport
 from lit_lora.datamodules.batch_builder import BatchBuilder
 from lit_lora.datamodules.decode import BadSampleError
 from lit_lora.datamodules.remote.transfer import redact
@@ -30,14 +31,6 @@ class SlotRequest(NamedTuple):
     weight: float
     slot: int
     size: tuple[int, int]
-
-
-class BadSampleReport(NamedTuple):
-    """A sample that could not be used."""
-
-    shard: str
-    key: str
-    reason: str
 
 
 class SampleDecoder(Protocol):

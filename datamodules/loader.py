@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from lit_lora.datamodules.dataset import BadSampleReport, Batch, ShardDataset, SlotRequest
+from lit_lora.datamodules.bad_samples import BadSamples
+from lit_lora.datamodules.dataset import Batch, ShardDataset, SlotRequest
 from lit_lora.datamodules.loader_threads import LoaderThreads
 from lit_lora.datamodules.plan import Cursor, Plan, Segment
 from lit_lora.errors import UserError
@@ -59,7 +59,6 @@ class PlannedLoader:
     ) -> None:
         self.plan = plan
         self.cursor = plan.start()
-        self.max_bad_samples = max_bad_samples
         self._dataset = dataset
         self._num_workers = num_workers
         self._identity = dict(identity or {})
@@ -67,8 +66,9 @@ class PlannedLoader:
         self._staged = False
         self._share = _Share(plan, rank, world_size, within_visit=stage is not None)
         self._threads: LoaderThreads[list[SlotRequest], Batch] | None = None
-        self.bad_samples: dict[tuple[str, str], BadSampleReport] = {}
-        """The different samples that were bad so far, in this process, by shard and key."""
+        self.bad_samples = BadSamples(
+            max_bad_samples, "bad samples", "trained with weight 0", "pack the shards again without them"
+        )
 
     def __len__(self) -> int:
         return self.cursor.pass_batches + self.plan.remaining(self.cursor)
@@ -89,7 +89,7 @@ class PlannedLoader:
             self._share.cursor = self.cursor
             self._share.ahead.clear()
             for batch in self._fetch():
-                self._count_bad(batch.pop("bad"))
+                self.bad_samples.count(batch.pop("bad"))
                 self._move(self._share.ahead.popleft())
                 yield batch
 
@@ -170,22 +170,6 @@ class PlannedLoader:
         if self._threads is None:
             self._threads = LoaderThreads(self._dataset.__getitems__, self._num_workers)
         return self._threads.run(self._share)
-
-    def _count_bad(self, reports: list[BadSampleReport]) -> None:
-        new = {(r.shard, r.key): r for r in reports if (r.shard, r.key) not in self.bad_samples}
-        self.bad_samples.update(new)
-        if len(self.bad_samples) > self.max_bad_samples:
-            shown = "".join(f"\n  {r.key} in {r.shard}: {r.reason}" for r in list(self.bad_samples.values())[:10])
-            raise UserError(
-                f"{len(self.bad_samples)} bad samples, more than max_bad_samples={self.max_bad_samples};"
-                f" pack the shards again without them or raise max_bad_samples:{shown}"
-            )
-        for report in new.values():
-            warnings.warn(
-                f"bad sample {report.key} in {report.shard}, trained with weight 0: {report.reason}"
-                f" ({len(self.bad_samples)} of at most {self.max_bad_samples})",
-                stacklevel=3,
-            )
 
 
 class _Share:

@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from lit_lora.datamodules.bad_samples import BadSampleReport
 from lit_lora.datamodules.buckets import Bucketing
 from lit_lora.datamodules.caching.cached_decoder import FLIPPED, LATENTS, SIZES, encode_cached
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
 from lit_lora.datamodules.captions import Captions
-from lit_lora.datamodules.dataset import BadSampleReport, Batch, ShardDataset, SlotRequest
+from lit_lora.datamodules.dataset import Batch, ShardDataset, SlotRequest
 from lit_lora.datamodules.decode import BadSampleError, check_pixels, decode_rgb
 from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.indexing.index import ShardIndex

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lit_lora.datamodules.bad_samples import BadSampleReport
 from lit_lora.datamodules.batch_builder import BatchBuilder
-from lit_lora.datamodules.dataset import BadSampleReport, Batch
+from lit_lora.datamodules.dataset import Batch
 from lit_lora.datamodules.decode import BadSampleError
 from lit_lora.datamodules.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -12,7 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from lit_lora.datamodules.dataset import BadSampleReport, Batch
+from lit_lora.datamodules.bad_samples import BadSamples, list_reports
+from lit_lora.datamodules.dataset import Batch
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
 from lit_lora.errors import UserError
 
@@ -32,13 +32,12 @@ class StreamLoader:
 
     def __init__(self, stream: ShardStream, num_batches: int, num_workers: int = 0, max_bad_samples: int = 0) -> None:
         self.num_batches = num_batches
-        self.max_bad_samples = max_bad_samples
         self.batches = 0
         self.slots = 0
         self._stream = stream
         self._num_workers = num_workers
         self._iterator: Any = None  # by this name Lightning looks for worker processes when it ends
-        self._bad: dict[tuple[str, str], BadSampleReport] = {}
+        self._bad = BadSamples(max_bad_samples, "bad samples or shards", "skipped", "mend the shards")
 
     def __len__(self) -> int:
         return self.num_batches
@@ -105,33 +104,17 @@ class StreamLoader:
             )
             self._iterator = iter(workers)
         for batch in self._iterator:
-            self._count_bad(batch.pop("bad"))
+            self._bad.count(batch.pop("bad"))
             if batch:
                 yield batch
             elif self._stream.resampled:
-                raise UserError(f"the shards give no samples any more; check train_shards:{self._shown_bad()}")
+                raise UserError(
+                    f"the shards give no samples any more; check train_shards:{list_reports(self._bad.values())}"
+                )
 
     def _count(self, batch: Batch) -> None:
         self.batches += 1
         self.slots += len(batch["slot"]) * self._stream.world_size
-
-    def _count_bad(self, reports: list[BadSampleReport]) -> None:
-        new = {(r.shard, r.key): r for r in reports if (r.shard, r.key) not in self._bad}
-        self._bad.update(new)
-        if len(self._bad) > self.max_bad_samples:
-            raise UserError(
-                f"{len(self._bad)} bad samples or shards, more than max_bad_samples={self.max_bad_samples};"
-                f" mend the shards or raise max_bad_samples:{self._shown_bad()}"
-            )
-        for report in new.values():
-            warnings.warn(
-                f"bad sample {report.key} in {report.shard}, skipped: {report.reason}"
-                f" ({len(self._bad)} of at most {self.max_bad_samples})",
-                stacklevel=4,
-            )
-
-    def _shown_bad(self) -> str:
-        return "".join(f"\n  {r.key} in {r.shard}: {r.reason}" for r in list(self._bad.values())[:10])
 
 
 def _identity(batch: Any) -> Any:

@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple
 import torch
 from lightning.pytorch import LightningDataModule
 
+from lit_lora.datamodules.bad_samples import BadSampleReport, list_reports
 from lit_lora.datamodules.buckets import Bucketing
 from lit_lora.datamodules.caching.cache_writer import CachedShard
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription
-from lit_lora.datamodules.dataset import BadSampleReport
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
@@ -255,10 +255,9 @@ def _check_same(folder: Path, description: CacheDescription) -> None:
 def _check_bad(done: list[CachedShard], max_bad_samples: int) -> None:
     bad = [report for shard in done for report in shard.bad]
     if len(bad) > max_bad_samples:
-        shown = "".join(f"\n  {report.key} in {report.shard}: {report.reason}" for report in bad[:10])
         raise UserError(
             f"{len(bad)} bad samples, more than max_bad_samples={max_bad_samples}; mend them or raise"
-            f" --data.init_args.max_bad_samples:{shown}"
+            f" --data.init_args.max_bad_samples:{list_reports(bad)}"
         )
 
 

@@ -1,0 +1,60 @@
+"""Samples that could not be used, and how many may be."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from lit_lora.errors import UserError
+
+
+class BadSampleReport(NamedTuple):
+    """A sample that could not be used."""
+
+    shard: str
+    key: str
+    reason: str
+
+
+class BadSamples(dict[tuple[str, str], BadSampleReport]):
+    """The different samples that were bad so far, in this process, by shard and key.
+
+    Args:
+        limit: So many may be bad.
+        what: What they are called in the error.
+        fate: What becomes of one, in the warning.
+        remedy: What to do where there are too many.
+    """
+
+    def __init__(self, limit: int, what: str, fate: str, remedy: str) -> None:
+        super().__init__()
+        self.limit = limit
+        self._what = what
+        self._fate = fate
+        self._remedy = remedy
+
+    def count(self, reports: Iterable[BadSampleReport]) -> None:
+        """Take note of more of them, and warn of each that is new.
+
+        Raises:
+            UserError: There are more than the limit.
+        """
+        new = {(report.shard, report.key): report for report in reports if (report.shard, report.key) not in self}
+        self.update(new)
+        if len(self) > self.limit:
+            raise UserError(
+                f"{len(self)} {self._what}, more than max_bad_samples={self.limit}; {self._remedy} or raise"
+                f" max_bad_samples:{list_reports(self.values())}"
+            )
+        for report in new.values():
+            warnings.warn(
+                f"bad sample {report.key} in {report.shard}, {self._fate}: {report.reason}"
+                f" ({len(self)} of at most {self.limit})",
+                stacklevel=3,
+            )
+
+
+def list_reports(reports: Iterable[BadSampleReport]) -> str:
+    """The first ten of them, a line each."""
+    return "".join(f"\n  {report.key} in {report.shard}: {report.reason}" for report in list(reports)[:10])
