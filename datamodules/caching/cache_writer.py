@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loader_threads import LoaderThreads
-from lit_lora.datamodules.packing.tar_header import tar_header
+from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.datamodules.remote.transfer import redact
 from lit_lora.datamodules.shard_reader import ShardReader
 from lit_lora.errors import UserError
@@ -104,22 +103,8 @@ class CacheWriter:
         if path.exists():
             return self._resume(range(first, end), path, progress)
         bad: list[BadSampleReport] = []
-        samples = 0
-        try:
-            with atomic_file(path) as part:
-                with tarfile.open(part, "w", format=tarfile.PAX_FORMAT) as archive:
-                    for key, members in self._encode(range(first, end), bad, progress):
-                        for extension, data in members.items():
-                            archive.addfile(tar_header(f"{key}.{extension}", len(data)), io.BytesIO(data))
-                        samples += 1
-                if not samples:
-                    raise _NothingToWriteError
-                index = ShardIndex.build(part)
-                assert len(index) == samples
-        except _NothingToWriteError:
-            return CachedShard(path, 0, bad, resumed=False)
-        index.moved_to(path).save()
-        return CachedShard(path, samples, bad, resumed=False)
+        index = write_shard(path, self._encode(range(first, end), bad, progress), tarfile.PAX_FORMAT)
+        return CachedShard(path, 0 if index is None else len(index), bad, resumed=False)
 
     @torch.no_grad()
     def _write_empty(self, folder: Path) -> None:
@@ -223,10 +208,6 @@ class CacheWriter:
 
     def _location(self, sample: int) -> str:
         return redact(self.table.locations[self.table.shard_of(sample)])
-
-
-class _NothingToWriteError(Exception):
-    """All samples of a shard are bad; raised so that no empty file is left."""
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
 from lit_lora.datamodules.jobs import run_jobs
 from lit_lora.datamodules.packing.pack_input import BadFile, PackInput
 from lit_lora.datamodules.packing.pack_sources import find_input
-from lit_lora.datamodules.packing.tar_header import tar_header
+from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file, writable_folder
@@ -64,10 +63,6 @@ class _Shard:
     size: int
     bad: tuple[BadFile, ...]
     resumed: bool = False
-
-
-class _NothingToWriteError(Exception):
-    """All samples of a shard are bad; raised so that no empty file is left."""
 
 
 def pack_folder(
@@ -210,34 +205,21 @@ def _finish(path: Path, samples: PackInput, caption_key: str) -> _Shard:
 
 def _write(path: Path, samples: PackInput, caption_key: str) -> _Shard:
     bad: list[BadFile] = []
-    try:
-        with atomic_file(path) as part:
-            written = _write_tar(part, samples, caption_key, bad)
-            if not written:
-                raise _NothingToWriteError
-            index = ShardIndex.build(part)
-            assert len(index) == written
-    except _NothingToWriteError:
+    index = write_shard(path, _good(samples, caption_key, bad), tarfile.USTAR_FORMAT)
+    if index is None:
         return _Shard(path, 0, 0, tuple(bad))
-    index.moved_to(path).save()
-    return _Shard(path, written, index.shard_size, tuple(bad))
+    return _Shard(path, len(index), index.shard_size, tuple(bad))
 
 
-def _write_tar(path: Path, samples: PackInput, caption_key: str, bad: list[BadFile]) -> int:
-    """Write the good samples, append the others to ``bad``, and return how many were written."""
-    written = 0
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for sample in range(len(samples)):
-            try:
-                members = _read(samples, sample, caption_key)
-            except BadSampleError as error:
-                bad.append(BadFile(samples.name(sample), str(error)))
-                continue
-            key = samples.key(sample)
-            for extension, content in members.items():
-                archive.addfile(tar_header(f"{key}.{extension}", len(content)), io.BytesIO(content))
-            written += 1
-    return written
+def _good(samples: PackInput, caption_key: str, bad: list[BadFile]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Key and members of the good samples; the others are appended to ``bad``."""
+    for sample in range(len(samples)):
+        try:
+            members = _read(samples, sample, caption_key)
+        except BadSampleError as error:
+            bad.append(BadFile(samples.name(sample), str(error)))
+        else:
+            yield samples.key(sample), members
 
 
 def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]:

@@ -141,16 +141,15 @@ def test_shards_stay_within_their_bytes(folder, tmp_path):
 def test_finished_shards_are_kept(folder, tmp_path, monkeypatch):
     whole, out = tmp_path / "whole", tmp_path / "out"
     pack_folder(folder, whole, samples_per_shard=2)
-    write_tar, written = pack._write_tar, []
+    read, seen = pack._read, []
 
-    def fail_at_the_third(path, *arguments):
-        if len(written) == 2:
-            path.write_bytes(b"half")
+    def fail_within_the_third(*arguments):
+        seen.append(arguments)
+        if len(seen) == 6:
             raise KeyboardInterrupt
-        written.append(path.name)
-        return write_tar(path, *arguments)
+        return read(*arguments)
 
-    monkeypatch.setattr(pack, "_write_tar", fail_at_the_third)
+    monkeypatch.setattr(pack, "_read", fail_within_the_third)
     with pytest.raises(KeyboardInterrupt):
         pack_folder(folder, out, samples_per_shard=2)
     assert len(_files(out)) == 2
@@ -158,7 +157,7 @@ def test_finished_shards_are_kept(folder, tmp_path, monkeypatch):
     assert not (out / "manifest.json").exists()
 
     (out / "shard-000002.tar.123.part").write_bytes(b"half")  # of a process that was killed
-    monkeypatch.setattr(pack, "_write_tar", write_tar)
+    monkeypatch.setattr(pack, "_read", read)
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     summary = pack_folder(folder, out, samples_per_shard=2)
 
