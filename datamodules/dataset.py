@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -12,6 +12,7 @@ from lit_lora.datamodules.bad_samples import BadSampleReport
 from lit_lora.datamodules.batch_builder import BatchBuilder
 from lit_lora.datamodules.decode import BadSampleError
 from lit_lora.datamodules.remote.transfer import redact
+from lit_lora.datamodules.sample_decoder import SampleDecoder
 from lit_lora.datamodules.shard_reader import ShardReader
 
 Batch = dict[str, Any]
@@ -33,24 +34,6 @@ class SlotRequest(NamedTuple):
     size: tuple[int, int]
 
 
-class SampleDecoder(Protocol):
-    """From the members of a sample to its entries in a batch; see :class:`ImageDecoder`."""
-
-    @property
-    def required(self) -> dict[str, tuple[str, ...]]: ...
-
-    @property
-    def extensions(self) -> tuple[str, ...]: ...
-
-    def __call__(
-        self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
-    ) -> dict[str, Any]: ...
-
-    def blank(self, size: tuple[int, int]) -> dict[str, Any]: ...
-
-    def batch_entries(self) -> dict[str, Any]: ...
-
-
 class ShardDataset(Dataset[Batch]):
     """Random access to samples of shards.
 
@@ -62,6 +45,7 @@ class ShardDataset(Dataset[Batch]):
     def __init__(self, reader: ShardReader, decoder: SampleDecoder) -> None:
         self.reader = reader
         self.decoder = decoder
+        self._extensions = decoder.extensions
 
     def __len__(self) -> int:
         return len(self.reader.table)
@@ -97,7 +81,7 @@ class ShardDataset(Dataset[Batch]):
         }
 
     def _load(self, request: SlotRequest) -> dict[str, Any]:
-        members = self.reader.read(request.sample, self.decoder.extensions)
+        members = self.reader.read(request.sample, self._extensions)
         image_size = self.reader.table.image_size(request.sample)
         entries = self.decoder(members, request.slot, request.size, image_size)
         return entries | {"key": self.reader.table.key(request.sample)}

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.decode import check_pixels, decode_rgb
 from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
+from lit_lora.datamodules.sample_decoder import SampleDecoder
 
 
 @dataclass(frozen=True)
-class ImageDecoder:
+class ImageDecoder(SampleDecoder):
     """Decodes the image, frames it, and draws the caption.
 
     Args:
@@ -30,31 +32,12 @@ class ImageDecoder:
 
     @property
     def required(self) -> dict[str, tuple[str, ...]]:
-        """What each sample must have: by name, members of which one is enough."""
         return {"image": IMAGE_EXTENSIONS, "caption": self.captions.extensions}
-
-    @property
-    def extensions(self) -> tuple[str, ...]:
-        """The members that are read."""
-        return (*IMAGE_EXTENSIONS, *self.captions.extensions)
 
     def __call__(
         self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
     ) -> dict[str, Any]:
-        """The entries of one sample in a batch.
-
-        Args:
-            members: Its members by extension.
-            slot: The number of this showing of the sample.
-            size: Height and width that are wanted, in pixels.
-            image_size: Width and height of the image according to the index.
-
-        Raises:
-            BadSampleError: The image or the caption cannot be used.
-        """
-        check_pixels(*image_size)
-        image = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
-        framed = self.framing(decode_rgb(image), slot, size)
+        framed = self.framing(decode_image(members, image_size), slot, size)
         return {
             "pixel_values": framed.pixels,
             "caption": self.captions.draw(members, self.seed, slot),
@@ -64,7 +47,6 @@ class ImageDecoder:
         }
 
     def blank(self, size: tuple[int, int]) -> dict[str, Any]:
-        """Entries for a batch in which no sample can be used."""
         return {
             "pixel_values": torch.zeros(3, *size, dtype=torch.uint8),
             "caption": "",
@@ -73,6 +55,16 @@ class ImageDecoder:
             "target_size": size,
         }
 
-    def batch_entries(self) -> dict[str, Any]:
-        """What each batch holds besides."""
-        return {}
+
+def decode_image(members: Mapping[str, bytes], image_size: tuple[int, int]) -> Tensor:
+    """The image of a sample, uint8 (3, H, W).
+
+    Args:
+        members: The sample's members by extension; of several images, the first of ``IMAGE_EXTENSIONS`` counts.
+        image_size: Its width and height according to the index.
+
+    Raises:
+        BadSampleError: It is too large or cannot be decoded.
+    """
+    check_pixels(*image_size)
+    return decode_rgb(next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members))

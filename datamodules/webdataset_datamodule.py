@@ -20,7 +20,7 @@ from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
 from lit_lora.datamodules.caching.open_cache import OpenCache, open_cache
 from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.chunked_samples import ChunkedSamples
-from lit_lora.datamodules.dataset import SampleDecoder, ShardDataset
+from lit_lora.datamodules.dataset import ShardDataset
 from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
@@ -30,6 +30,7 @@ from lit_lora.datamodules.loader import PlannedLoader
 from lit_lora.datamodules.plan import Plan
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.restarting_loader import RestartingLoader
+from lit_lora.datamodules.sample_decoder import SampleDecoder
 from lit_lora.datamodules.shard_reader import ShardReader
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
 from lit_lora.draws import seed_of

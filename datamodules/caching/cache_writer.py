@@ -19,14 +19,16 @@ from lit_lora.datamodules.caching.cached_decoder import FLIPPED, LATENTS, SIZES,
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
 from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.dataset import Batch, ShardDataset, SlotRequest
-from lit_lora.datamodules.decode import BadSampleError, check_pixels, decode_rgb
+from lit_lora.datamodules.decode import BadSampleError
 from lit_lora.datamodules.framing import Framing
+from lit_lora.datamodules.image_decoder import decode_image
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loader_threads import LoaderThreads
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.datamodules.remote.transfer import redact
+from lit_lora.datamodules.sample_decoder import SampleDecoder
 from lit_lora.datamodules.shard_reader import ShardReader
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
@@ -211,7 +213,7 @@ class CacheWriter:
 
 
 @dataclass(frozen=True)
-class _SourceDecoder:
+class _SourceDecoder(SampleDecoder):
     """What is to be encoded of a sample: its image, the mirrored one, its caption."""
 
     captions: Captions
@@ -222,15 +224,10 @@ class _SourceDecoder:
     def required(self) -> dict[str, tuple[str, ...]]:
         return {"image": IMAGE_EXTENSIONS, "caption": self.captions.extensions}
 
-    @property
-    def extensions(self) -> tuple[str, ...]:
-        return (*IMAGE_EXTENSIONS, *self.captions.extensions)
-
     def __call__(
         self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
     ) -> dict[str, Any]:
-        check_pixels(*image_size)
-        image = decode_rgb(next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members))
+        image = decode_image(members, image_size)
         framed = Framing(center_crop=True, random_flip=False, seed=0)(image, slot, size)
         entries = {
             "pixel_values": framed.pixels,
@@ -249,9 +246,6 @@ class _SourceDecoder:
         sides = ("", FLIPPED) if self.flipped else ("",)
         sizes = dict.fromkeys(SIZES, size)
         return {f"pixel_values{side}": pixels for side in sides} | sizes | {"caption": "", "caption_members": []}
-
-    def batch_entries(self) -> dict[str, Any]:
-        return {}
 
     def _caption(self, members: Mapping[str, bytes]) -> dict[str, Any]:
         """The caption, and the members that the cached sample has for it."""

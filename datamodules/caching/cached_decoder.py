@@ -16,6 +16,7 @@ from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.decode import BadSampleError, decode_text
 from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
+from lit_lora.datamodules.sample_decoder import SampleDecoder
 
 TEXT = "text."
 """Begins the names of the tensors that are text embeddings."""
@@ -27,7 +28,7 @@ LATENTS = ("latents_mean", "latents_std")
 SIZES = ("original_size", "crop_top_left", "target_size")
 
 
-class CachedDecoder:
+class CachedDecoder(SampleDecoder):
     """Reads the samples of a cache.
 
     A sample's ``.safetensors`` member has ``latents_mean`` and ``latents_std`` (C, h, w), the VAE's posterior; the same
@@ -56,13 +57,7 @@ class CachedDecoder:
 
     @property
     def required(self) -> dict[str, tuple[str, ...]]:
-        """What each sample must have: by name, members of which one is enough."""
         return {"cached image": (CACHED_EXTENSION,), "caption": ("txt",) if self.empty else self.captions.extensions}
-
-    @property
-    def extensions(self) -> tuple[str, ...]:
-        """The members that are read."""
-        return tuple(extension for extensions in self.required.values() for extension in extensions)
 
     def __call__(
         self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
@@ -98,7 +93,6 @@ class CachedDecoder:
         return entries | {"caption": _text(members)}
 
     def blank(self, size: tuple[int, int]) -> dict[str, Any]:
-        """Entries for a batch in which no sample can be used."""
         shape, dtype = self._latents(size)
         entries: dict[str, Any] = {name: torch.zeros(shape, dtype=dtype) for name in LATENTS}
         entries |= {"original_size": torch.tensor(size), "crop_top_left": torch.tensor((0, 0))}
