@@ -153,6 +153,15 @@ class Captions:
         if not self.separator:
             raise UserError("separator is empty; write what stands between two tags, as ', '")
 
+    @classmethod
+    def anywhere(cls, key: str) -> Captions:
+        """The first that a sample has of all kinds, for what packs or checks samples.
+
+        Args:
+            key: Where captions are in ``json`` members.
+        """
+        return cls([CaptionSource("txt"), CaptionSource("json", key), CaptionSource("cls")])
+
     @property
     def extensions(self) -> tuple[str, ...]:
         """The members that may hold a caption, each once, in the order of the sources."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import warnings
-from typing import Any
 
 import numpy as np
 import torch
@@ -94,19 +92,3 @@ def decode_text(data: bytes) -> str:
         return data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadSampleError(f"the caption is not UTF-8 (byte {error.start})") from error
-
-
-def decode_json(data: bytes, key: str) -> str:
-    """The caption under ``key`` in a ``.json`` member, without white space around it.
-
-    Raises:
-        BadSampleError: It is not JSON, or has no text under that key.
-    """
-    try:
-        value: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"the .json member is not valid ({error})") from error
-    if not isinstance(value, dict) or not isinstance(value.get(key), str):
-        raise BadSampleError(f"the .json member has no text under the key {key!r}")
-    caption: str = value[key]
-    return caption.strip()

@@ -35,7 +35,7 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
         yield from (function(*each) for each in arguments)
         return
     pending: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             for each in arguments:
                 with interrupts_ignored():
@@ -65,7 +65,7 @@ def interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this process when its parent is killed; otherwise it would wait for work for ever."""
     parent = parent_process()
     assert parent is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -216,8 +217,19 @@ class Plan:
     @property
     def samples_per_round(self) -> int:
         """How many samples are in the batches if each chunk is gone through once; the others are dropped."""
+        return int(self._samples_in_round.sum())
+
+    @property
+    def samples_per_pass(self) -> int:
+        """How many samples a pass shows, repeats counted and those that only fill up not."""
+        rounds = self.batches_per_visit / self.batches_per_round
+        return math.floor((self._samples_in_round * rounds).sum())
+
+    @property
+    def _samples_in_round(self) -> NDArray[np.int64]:
+        """Samples in the batches of one round of each chunk, int64 (K,)."""
         places = self.count_batches(self.chunks.counts) * self.global_batch_size
-        return int(np.minimum(places, self.chunks.counts).sum())
+        return np.minimum(places, self.chunks.counts).sum(axis=1)
 
     @property
     def padding_per_round(self) -> int:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lit_lora.datamodules.byte_sizes import format_bytes
 from lit_lora.datamodules.chunked_samples import ChunkedSamples
@@ -87,19 +83,6 @@ def measure_reading(dataset: ShardDataset, plan: Plan) -> float:
         if time.perf_counter() - start > _PROBE_S:
             break
     return done / (time.perf_counter() - start)
-
-
-def samples_per_pass(plan: Plan, chunks: ChunkedSamples) -> int:
-    """How many samples a pass shows, repeats counted and places that only fill up not."""
-    if plan.steps_per_chunk is None:
-        return plan.samples_per_round * plan.passes_per_chunk
-    planned = np.array([_planned(plan, counts) for counts in chunks.counts])
-    rounds = plan.batches_per_visit / np.maximum(plan.batches_per_round, 1)
-    return math.floor((planned * rounds).sum())
-
-
-def _planned(plan: Plan, counts: NDArray[np.int64]) -> int:
-    return int(np.minimum(plan.count_batches(counts) * plan.global_batch_size, counts).sum())
 
 
 def _leftover_name(plan: Plan) -> str:

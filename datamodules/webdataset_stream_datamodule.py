@@ -6,13 +6,12 @@ import re
 import shutil
 from typing import Any
 
-from braceexpand import braceexpand
 from lightning.pytorch import LightningDataModule
 
 from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.framing import Framing
 from lit_lora.datamodules.image_decoder import ImageDecoder
-from lit_lora.datamodules.indexing.shard_paths import find_shards
+from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.streaming.restarting_stream_loader import RestartingStreamLoader
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
@@ -236,17 +235,10 @@ def _expand(shards: str | list[str]) -> list[str]:
     for spec in _listed(shards):
         if _is_url(spec):
             _check_program(spec)
-            found += _expand_braces(spec)
+            found += expand_braces(spec)
         else:
             found += [str(path.absolute()) for path in find_shards(spec.removeprefix("file://"))]
     return found
-
-
-def _expand_braces(url: str) -> list[str]:
-    try:
-        return list(braceexpand(url))
-    except ValueError as error:
-        raise UserError(f"{redact(url)} has unbalanced braces; write for example shard-{{000..099}}.tar") from error
 
 
 def _check_program(url: str) -> None:

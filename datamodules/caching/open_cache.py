@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription
-from lit_lora.datamodules.indexing.index import index_cache
-from lit_lora.datamodules.indexing.open_table import folder_and_name, inside
+from lit_lora.datamodules.indexing.open_table import folder_and_name, inside, remote_copy
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.remote.transfer import RemoteError, fetch, is_remote, redact
@@ -76,7 +74,7 @@ def _read(folder: str, name: str) -> bytes:
     unfinished = "the shards there are a cache that is not finished: run `lit-lora cache` again"
     path = Path(inside(folder, name))
     if is_remote(folder):
-        path = index_cache() / f"{hashlib.sha256(redact(folder).encode()).hexdigest()[:16]}-{name}"
+        path = remote_copy(folder, name)
         try:
             fetch(inside(folder, name), path)
         except RemoteError as error:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lit_lora.datamodules.captions import Captions, CaptionSource
+from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.checking.check_sample import WRONG_EXTENSION, check_sample
 from lit_lora.datamodules.indexing.scan import EXTENSIONS, walk_members
 from lit_lora.datamodules.jobs import run_jobs
@@ -136,7 +136,7 @@ def _find_problems(
 
 def _check_shard(path: Path, decode: bool, caption_key: str) -> _ShardReport:
     samples: dict[str, _Members] = {}
-    captions = Captions([CaptionSource("txt"), CaptionSource("json", caption_key), CaptionSource("cls")])
+    captions = Captions.anywhere(caption_key)
     found = _check_file(path, samples, decode, captions)
     problems = [Problem(kind, str(path), key, detail) for kind, key, detail in found]
     return _ShardReport(problems, np.array([key_digest(key) for key in samples], np.uint64))

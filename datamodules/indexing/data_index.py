@@ -218,10 +218,19 @@ def _index_all(paths: list[Path], jobs: int, wanted: Collection[str]) -> list[Sh
             elif path.name in wanted:
                 problems.append(outcome)
             bar.update()
+    refuse_unusable(problems, len(wanted))
+    return indexes
+
+
+def refuse_unusable(problems: Sequence[str], count: int) -> None:
+    """Say what is wrong with shards, of ``count``, in one error.
+
+    Raises:
+        UserError: There are problems.
+    """
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:20])
-        raise UserError(f"{len(problems)} of {len(wanted)} shards cannot be used:{shown}")
-    return indexes
+        raise UserError(f"{len(problems)} of {count} shards cannot be used:{shown}")
 
 
 def _try_to_index(path: Path) -> ShardIndex | str:

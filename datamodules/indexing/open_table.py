@@ -9,17 +9,15 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from braceexpand import braceexpand
-
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
 from lit_lora.datamodules.indexing.index import index_cache
-from lit_lora.datamodules.indexing.shard_paths import find_shards
+from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.remote.transfer import RemoteError, fetch, is_remote, redact
 from lit_lora.errors import UserError
 
 
-def open_table(specs: str | Iterable[str], refresh: bool = False, jobs: int = 1) -> SampleTable:
+def open_table(specs: str | Iterable[str], refresh: bool = False) -> SampleTable:
     """The samples of shards that are named by paths, folders, globs, braces, or URLs of these.
 
     Local shards are indexed where they have no index yet. Remote ones need the index of their folder beside them
@@ -28,7 +26,6 @@ def open_table(specs: str | Iterable[str], refresh: bool = False, jobs: int = 1)
     Args:
         specs: The shards, in this order.
         refresh: Copy the indexes of remote folders anew, also where there is a copy.
-        jobs: Processes that index.
 
     Raises:
         UserError: Shards or indexes are missing or damaged.
@@ -48,7 +45,7 @@ def open_table(specs: str | Iterable[str], refresh: bool = False, jobs: int = 1)
                 found.append(str(path))
                 local.setdefault(str(path.parent), []).append(path)
     for folder, paths in local.items():
-        indexes[folder] = DataIndex.load_or_build(paths, jobs)
+        indexes[folder] = DataIndex.load_or_build(paths)
     rows = {folder: {name: row for row, name in enumerate(index.names)} for folder, index in indexes.items()}
     shards = []
     for location in found:
@@ -72,12 +69,8 @@ def split_url(spec: str) -> list[tuple[str, str]]:
     Raises:
         UserError: Braces are unbalanced.
     """
-    try:
-        urls = list(braceexpand(spec))
-    except ValueError as error:
-        raise UserError(f"{redact(spec)} has unbalanced braces; write for example shard-{{000..099}}.tar") from error
     pairs = []
-    for url in urls:
+    for url in expand_braces(spec):
         folder, name = folder_and_name(url)
         if name.endswith(".tar") or glob.has_magic(name):
             pairs.append((folder, name))
@@ -108,9 +101,14 @@ def inside(folder: str, name: str) -> str:
     return f"{path}/{name}{mark}{query}"
 
 
+def remote_copy(folder: str, name: str) -> Path:
+    """Where a small file of a remote folder is kept on this machine."""
+    return index_cache() / f"{hashlib.sha256(redact(folder).encode()).hexdigest()[:16]}-{name}"
+
+
 def remote_index_copy(folder: str) -> Path:
     """Where the index of a remote folder is kept on this machine."""
-    return index_cache() / f"{hashlib.sha256(redact(folder).encode()).hexdigest()[:16]}-{INDEX_NAME}"
+    return remote_copy(folder, INDEX_NAME)
 
 
 def _remote_index(folder: str, refresh: bool) -> DataIndex:

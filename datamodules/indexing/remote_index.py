@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lit_lora.datamodules.indexing.data_index import DataIndex
+from lit_lora.datamodules.indexing.data_index import DataIndex, refuse_unusable
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.open_table import folder_and_name, inside, remote_index_copy, split_url
 from lit_lora.datamodules.remote.transfer import fetch, list_tars, object_size, redact
@@ -73,9 +73,7 @@ def _index_all(locations: list[str], workspace: Path, jobs: int) -> list[ShardIn
             else:
                 indexes.append(outcome)
             bar.update()
-    if problems:
-        shown = "".join(f"\n  {problem}" for problem in problems[:20])
-        raise UserError(f"{len(problems)} of {len(locations)} shards cannot be used:{shown}")
+    refuse_unusable(problems, len(locations))
     return indexes
 
 

@@ -46,10 +46,19 @@ def _expand(spec: str) -> list[str]:
             return [spec]
     except OSError:  # a long list in braces is no file name
         pass
+    return expand_braces(spec)
+
+
+def expand_braces(spec: str) -> list[str]:
+    """The paths or URLs that braces stand for.
+
+    Raises:
+        UserError: They are not balanced.
+    """
     try:
         return list(braceexpand(spec))
     except ValueError as error:
-        raise UserError(f"{spec} has unbalanced braces; write for example shard-{{000..099}}.tar") from error
+        raise UserError(f"{redact(spec)} has unbalanced braces; write for example shard-{{000..099}}.tar") from error
 
 
 def _match(pattern: str) -> list[Path]:

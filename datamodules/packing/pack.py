@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lit_lora.datamodules.captions import Captions, CaptionSource
+from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.decode import BadSampleError, check_pixels, decode_rgb
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
@@ -234,12 +234,8 @@ def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]
         raise BadSampleError("the image is empty")
     check_pixels(*image_size(image))
     decode_rgb(image)
-    _captions(caption_key).draw(members, seed=0, slot=0)
+    Captions.anywhere(caption_key).draw(members, seed=0, slot=0)
     return members
-
-
-def _captions(key: str) -> Captions:
-    return Captions([CaptionSource("txt"), CaptionSource("json", key), CaptionSource("cls")])
 
 
 def _check_bad(out: Path, bad: list[BadFile], max_bad: int) -> None:

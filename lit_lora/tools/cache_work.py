@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ from lit_lora.datamodules.caching.cache_writer import CachedShard, CacheWriter
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
 from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.jobs import interrupts_ignored
+from lit_lora.datamodules.jobs import end_with_parent, interrupts_ignored
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 
@@ -106,7 +103,7 @@ class _Worker:
     @classmethod
     def start(cls, work: CacheWork, devices: Any, done: Any, stop: Any, jobs: int) -> None:
         """Begin a process."""
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        end_with_parent()
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
         cls.current = cls(work, devices.get(), done, stop)
 
@@ -123,14 +120,6 @@ class _Worker:
             raise KeyboardInterrupt
         with self.done.get_lock():
             self.done.value += samples
-
-
-def _end_with_parent() -> None:
-    """A process that was spawned would wait for work for ever when its parent is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait_for([parent.sentinel])
-    os._exit(1)
 
 
 def _devices(device: str) -> list[str]:

@@ -19,7 +19,6 @@ from lit_lora.datamodules.plan_report import (
     format_duration,
     format_table,
     measure_reading,
-    samples_per_pass,
 )
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.staging.make_stager import checked_budget
@@ -65,7 +64,7 @@ def describe(
     processes = processes or 1
     plan, chunks = data.plan(processes), data.train_samples
     table = chunks.table
-    shown = samples_per_pass(plan, chunks)
+    shown = plan.samples_per_pass
     sizes = sorted(chunks.chunk_bytes.tolist(), reverse=True)
     lines = [
         ["data", f"{len(table):,} samples in {len(table.locations):,} shards, {format_bytes(sum(sizes))}"],

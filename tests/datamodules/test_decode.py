@@ -11,7 +11,6 @@ from lit_lora.datamodules.decode import (
     MAX_PIXELS,
     BadSampleError,
     check_pixels,
-    decode_json,
     decode_rgb,
     decode_text,
 )
@@ -71,16 +70,6 @@ def test_text():
     assert decode_text("\ufeff ein Füchslein \n".encode()) == "ein Füchslein"
     with pytest.raises(BadSampleError, match=r"not UTF-8 \(byte 3\)"):
         decode_text("caf\u00e9".encode("latin-1"))
-
-
-def test_json():
-    assert decode_json(b'{"caption": " a fox ", "n": 1}', "caption") == "a fox"
-    for data in (b'{"text": "a fox"}', b'{"caption": 3}', b"[1]"):
-        with pytest.raises(BadSampleError, match="no text under the key 'caption'"):
-            decode_json(data, "caption")
-    for data in (b"{", b"\xff", b"[" * 100_000):
-        with pytest.raises(BadSampleError, match="not valid"):
-            decode_json(data, "caption")
 
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
