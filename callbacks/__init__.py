@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lit_lora.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
@@ -14,21 +16,14 @@ if TYPE_CHECKING:
 __all__ = ["AdapterCheckpoint", "AdapterEMA", "DataProgress", "ImageWriter", "SampleImages"]
 
 _MODULES = {
-    "AdapterCheckpoint": "adapter_checkpoint",
-    "AdapterEMA": "adapter_ema",
-    "DataProgress": "data_progress",
-    "ImageWriter": "image_writer",
-    "SampleImages": "sample_images",
+    "AdapterCheckpoint": "lit_lora.callbacks.adapter_checkpoint",
+    "AdapterEMA": "lit_lora.callbacks.adapter_ema",
+    "DataProgress": "lit_lora.callbacks.data_progress",
+    "ImageWriter": "lit_lora.callbacks.image_writer",
+    "SampleImages": "lit_lora.callbacks.sample_images",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Import a callback when it is first asked for: a project that wants one does not wait for the others."""
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"lit_lora.callbacks.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

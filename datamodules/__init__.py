@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lit_lora.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lit_lora.datamodules.buckets import AspectRatioBuckets
@@ -23,22 +25,16 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AspectRatioBuckets": "buckets",
-    "CaptionSource": "captions",
-    "Captions": "captions",
-    "Plan": "plan",
-    "ShardIndex": "indexing.index",
-    "WebDatasetDataModule": "webdataset_datamodule",
-    "WebDatasetStreamDataModule": "webdataset_stream_datamodule",
+    "AspectRatioBuckets": "lit_lora.datamodules.buckets",
+    "CaptionSource": "lit_lora.datamodules.captions",
+    "Captions": "lit_lora.datamodules.captions",
+    "Plan": "lit_lora.datamodules.plan",
+    "ShardIndex": "lit_lora.datamodules.indexing.index",
+    "WebDatasetDataModule": "lit_lora.datamodules.webdataset_datamodule",
+    "WebDatasetStreamDataModule": "lit_lora.datamodules.webdataset_stream_datamodule",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"lit_lora.datamodules.{_MODULES[name]}"), name)
+__getattr__ = lazy_names(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

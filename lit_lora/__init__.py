@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lit_lora.lazy import lazy_names
 
 if TYPE_CHECKING:
     from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, DataProgress, ImageWriter, SampleImages
@@ -50,11 +51,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import a part when it is first asked for: importing the package alone stays light (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__getattr__ = lazy_names(__name__, _HOME)
 
 
 def __dir__() -> list[str]:
