@@ -23,6 +23,7 @@ from lit_lora.files import atomic_folder
 from lit_lora.objectives import DDPM, Objective
 from lit_lora.rank_allocation import allocate_ranks, allocation_state, restore_allocation
 from lit_lora.sampling import generate
+from lit_lora.storage import BaseStorage, Dense
 
 VALIDATION_SEED = 20_240_229
 """Seed of validation's timesteps and noise, the same in every run, so that losses compare between runs."""
@@ -48,7 +49,9 @@ class LoraDiffusion(LightningModule):
             type of the base's scheduler.
         optimizer: Makes the optimizer of the trainable parameters.
         lr_scheduler: Makes the learning rate schedule of the optimizer, stepped at every optimizer step.
-        base_dtype: Precision of the frozen weights and of the forward pass. With ``float16`` also set the trainer's
+        base: How the frozen weights of the denoiser's Linear and Conv2d layers are stored: :class:`~lit_lora.storage.Int8`,
+            :class:`~lit_lora.storage.NF4` or :class:`~lit_lora.storage.FP8`; in ``base_dtype`` if not given.
+        base_dtype: Precision of the other frozen weights and of the forward pass. With ``float16`` also set the trainer's
             ``precision: 16-mixed``, which scales the loss.
         caption_dropout: Probability that a sample is trained with the empty caption (for classifier-free guidance).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
@@ -67,6 +70,7 @@ class LoraDiffusion(LightningModule):
         objective: Objective | None = None,
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
+        base: BaseStorage | None = None,
         base_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         caption_dropout: float = 0.0,
         gradient_checkpointing: bool = False,
@@ -84,6 +88,7 @@ class LoraDiffusion(LightningModule):
         self.objective = objective or DDPM()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        self.base = base or Dense()
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.caption_dropout = caption_dropout
         self.gradient_checkpointing = gradient_checkpointing
@@ -115,7 +120,7 @@ class LoraDiffusion(LightningModule):
         """
         # Lightning builds on the device, where the same seed would initialise another adapter and some PEFT methods fail.
         with torch.device("cpu"):
-            self.family.load(self.base_dtype, without=self._dispensable_parts())
+            self.family.load(self.base_dtype, without=self._dispensable_parts(), base=self.base)
             if self._configured:
                 return
             self.family.scheduler_config = self.objective.prepare(self.family.scheduler_config)

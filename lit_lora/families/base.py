@@ -20,6 +20,8 @@ from lit_lora.draws import Draws
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
 from lit_lora.families.identity import parts_identity
+from lit_lora.storage import BaseStorage, Dense
+from lit_lora.storage.load import load_model, shape_model, shape_part
 
 Batch = Mapping[str, Any]
 """What a datamodule gives, ``B`` samples:
@@ -72,6 +74,8 @@ class ModelFamily(nn.Module, ABC):
     """Class names of the denoiser's repeated blocks: what is sharded, compiled or offloaded as one."""
     default_targets: ClassVar[tuple[str, ...]]
     """Layers that an adapter takes where its config names none."""
+    always_dense: ClassVar[tuple[str, ...]] = ()
+    """Glob patterns of the denoiser's layers that a storage leaves in the base's dtype: few weights that much depends on."""
     pipeline_options: ClassVar[dict[str, Any]] = {}
     """Further arguments of the pipeline's constructor."""
 
@@ -90,19 +94,30 @@ class ModelFamily(nn.Module, ABC):
         self.denoiser: Any = None
         self.encoders: dict[str, Any] = {}
 
-    def load(self, dtype: torch.dtype, vae_dtype: torch.dtype | None = None, without: Collection[str] = ()) -> None:
+    def load(
+        self,
+        dtype: torch.dtype,
+        vae_dtype: torch.dtype | None = None,
+        without: Collection[str] = (),
+        base: BaseStorage | None = None,
+        weights: bool = True,
+    ) -> None:
         """Load the parts, frozen. What is loaded already stays as it is.
 
         Args:
             dtype: Of the denoiser and the text encoders.
             vae_dtype: Of the VAE; ``dtype`` if not given.
             without: Parts to leave out, of :data:`PARTS`; :meth:`all_parts` brings them in for a while.
+            base: How the weights of the denoiser's layers are stored; in ``dtype`` if not given.
+            weights: Otherwise the parts are made from their configs, and their values mean nothing.
 
         Raises:
             UserError: A part is missing or cannot be read.
         """
         self.dtype = dtype
         self.vae_dtype = vae_dtype or dtype
+        self.base = base or Dense()
+        self._weights = weights
         if not hasattr(self, "scheduler_config"):
             self.scheduler_config = dict(self._part("scheduler", DDPMScheduler.load_config))
             self.vae_config = self._part("vae", _complete_vae_config)
@@ -282,7 +297,8 @@ class ModelFamily(nn.Module, ABC):
         elif part == "vae":
             self.vae = self._model("vae", AutoencoderKL, device, self.vae_dtype)
         else:
-            self.denoiser = self._model(self.denoiser_name, self.denoiser_class, device)
+            denoiser = self._part(self.denoiser_name, self._denoiser)
+            self.denoiser = denoiser if device is None else denoiser.to(device)
 
     def _free_part(self, part: str) -> None:
         if part == "text":
@@ -296,8 +312,20 @@ class ModelFamily(nn.Module, ABC):
         """A model, frozen, in evaluation mode; or a tokenizer."""
         if not issubclass(kind, nn.Module):
             return self._part(name, kind.from_pretrained)
-        model = self._part(name, kind.from_pretrained, dtype=dtype or self.dtype).requires_grad_(False).eval()
+        dtype = dtype or self.dtype
+        if self._weights:
+            model = self._part(name, kind.from_pretrained, dtype=dtype).requires_grad_(False).eval()
+        else:
+            model = self._part(
+                name, lambda source, subfolder, **options: shape_part(kind, source, subfolder, dtype, **options)
+            )
         return model if device is None else model.to(device)
+
+    def _denoiser(self, source: str, subfolder: str, revision: str | None = None) -> nn.Module:
+        arguments = (self.denoiser_class, source, subfolder, self.base, self.dtype)
+        if not self._weights:
+            return shape_model(*arguments, always_skipped=self.always_dense, revision=revision)
+        return load_model(*arguments, always_skipped=self.always_dense, revision=revision, variant=self.variant)
 
     def _part(self, name: str, from_pretrained: Any, **options: Any) -> Any:
         """One part of the pipeline, or a :class:`UserError` that says which part is missing where."""
@@ -308,7 +336,8 @@ class ModelFamily(nn.Module, ABC):
                 f"{', '.join(sorted(p.name for p in Path(source).iterdir())) or 'nothing'}. Give a folder that diffusers' "
                 f"save_pretrained wrote, or a hub id."
             )
-        if self.variant and issubclass(getattr(from_pretrained, "__self__", object), nn.Module):
+        owner = getattr(from_pretrained, "__self__", None)
+        if self.variant and isinstance(owner, type) and issubclass(owner, nn.Module):
             options["variant"] = self.variant
         if self.revision:
             options["revision"] = self.revision

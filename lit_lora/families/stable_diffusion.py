@@ -11,6 +11,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from lit_lora.families.base import Batch, Conditioning, ModelFamily
 
+UNET_ALWAYS_DENSE = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj")
+"""Layers at the ends of a UNet, and those that the timestep goes through: 3 % of Stable Diffusion 1.5's weights."""
+
 
 class StableDiffusion(ModelFamily):
     """Stable Diffusion 1.x and 2.x, and whatever shares their pipeline (Rombach et al. 2022).
@@ -28,6 +31,7 @@ class StableDiffusion(ModelFamily):
     encoder_classes: ClassVar[dict[str, type[Any]]] = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
     block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    always_dense: ClassVar[tuple[str, ...]] = UNET_ALWAYS_DENSE
     pipeline_options: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,

@@ -1,0 +1,32 @@
+"""One number of eight bits for each weight, and one scale for each output channel."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_lora.storage.base import BaseStorage, Stored
+
+
+class Scaled(BaseStorage):
+    """Weights of an output channel divided by their largest magnitude, in a dtype of eight bits."""
+
+    dtype: torch.dtype
+    largest: float
+    """The largest number that is used of :attr:`dtype`."""
+    rounds: ClassVar[bool]
+    """Whether a conversion to :attr:`dtype` has to be told to round."""
+
+    def store(self, weight: Tensor) -> dict[str, Tensor]:
+        rows = weight.float().flatten(1)
+        scale = rows.abs().amax(dim=1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / self.largest
+        data = rows / scale
+        if self.rounds:
+            data.round_()
+        return {"weight_data": data.to(self.dtype).view(weight.shape), "weight_scale": scale}
+
+    def restore(self, stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        weight = stored["weight_data"].to(dtype)
+        return weight.mul_(stored["weight_scale"].to(dtype).view(-1, *[1] * (len(shape) - 1)))
