@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_lora.errors import UserError
+from lit_lora.storage.frozen_layer import FrozenLayer
 
 ADAPTER_NAME = "default"
 
@@ -183,6 +184,23 @@ def _check_method(config: PeftConfig, model: nn.Module) -> None:
         raise UserError(
             f"bias={bias!r} trains weights of the base, which needs base_dtype float32; or leave bias at 'none'"
         )
+    _check_trained_copies(getattr(config, "modules_to_save", None) or (), model)
+
+
+def _check_trained_copies(names: Sequence[str], model: nn.Module) -> None:
+    """Refuse to train copies of layers that are stored as integers."""
+    for name in names:
+        for path, layer in model.named_modules():
+            if path.endswith(name) and any(not p.is_floating_point() for p in layer.parameters()):
+                storage = type(_stored_inside(layer)).__name__
+                raise UserError(
+                    f"modules_to_save would train a copy of {path}, which is stored as {storage} and has no gradient; "
+                    f"keep it dense with model.base's skip: ['*{name}'], or adapt it with target_modules"
+                )
+
+
+def _stored_inside(module: nn.Module) -> Any:
+    return next(layer.storage for layer in module.modules() if isinstance(layer, FrozenLayer) and not layer.is_dense)
 
 
 def _warn_of_small_alpha(config: PeftConfig) -> None:

@@ -55,6 +55,8 @@ class LoraDiffusion(LightningModule):
             ``precision: 16-mixed``, which scales the loss.
         caption_dropout: Probability that a sample is trained with the empty caption (for classifier-free guidance).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        vae_slicing: Encode one picture of a batch at a time: the VAE's activations of one, whatever the batch.
+        vae_tiling: Encode pictures larger than the VAE was trained on in tiles, which overlap; latents differ a little.
         num_inference_steps: Denoising steps of ``predict``.
         guidance_scale: Classifier-free guidance of ``predict``.
         seed: Of timesteps, noise and caption dropout; of pictures in ``predict``.
@@ -74,6 +76,8 @@ class LoraDiffusion(LightningModule):
         base_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         caption_dropout: float = 0.0,
         gradient_checkpointing: bool = False,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
         num_inference_steps: int = 25,
         guidance_scale: float = 5.0,
         seed: int = 0,
@@ -92,6 +96,7 @@ class LoraDiffusion(LightningModule):
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.caption_dropout = caption_dropout
         self.gradient_checkpointing = gradient_checkpointing
+        family.split_vae(vae_slicing, vae_tiling)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
         self.seed = seed
@@ -111,6 +116,8 @@ class LoraDiffusion(LightningModule):
                 f"base_dtype='float16' needs a scaled loss: set trainer.precision to '16-mixed' (it is {precision!r}), or "
                 f"base_dtype to 'bfloat16'"
             )
+
+        self.base.check(self.trainer.strategy.root_device)
 
     def configure_model(self) -> None:
         """Load the base, freeze it and put the adapter in; Lightning calls this.

@@ -93,6 +93,7 @@ class ModelFamily(nn.Module, ABC):
         self.vae: Any = None
         self.denoiser: Any = None
         self.encoders: dict[str, Any] = {}
+        self.vae_slicing = self.vae_tiling = False
 
     def load(
         self,
@@ -141,6 +142,13 @@ class ModelFamily(nn.Module, ABC):
         finally:
             for name in missing:
                 self._free_part(name)
+
+    def split_vae(self, slicing: bool, tiling: bool) -> None:
+        """Have the VAE work on one picture at a time (slicing), or on one tile of a large one (tiling): diffusers' names."""
+        self.vae_slicing, self.vae_tiling = slicing, tiling
+        if self.vae is not None:
+            (self.vae.enable_slicing if slicing else self.vae.disable_slicing)()
+            (self.vae.enable_tiling if tiling else self.vae.disable_tiling)()
 
     @property
     def device(self) -> torch.device:
@@ -296,6 +304,7 @@ class ModelFamily(nn.Module, ABC):
                     self.add_module(name, encoder)
         elif part == "vae":
             self.vae = self._model("vae", AutoencoderKL, device, self.vae_dtype)
+            self.split_vae(self.vae_slicing, self.vae_tiling)
         else:
             denoiser = self._part(self.denoiser_name, self._denoiser)
             self.denoiser = denoiser if device is None else denoiser.to(device)

@@ -33,6 +33,11 @@ class FrozenLayer(nn.Module):
     """What :attr:`weight` has; the passes take autocast's or the input's dtype."""
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the weight is stored as it is."""
+        return "weight" in self._parameters
+
+    @property
     def weight(self) -> Tensor:
         dense = self._parameters.get("weight")
         return self.restored(self.weight_dtype) if dense is None else dense
@@ -73,7 +78,12 @@ class FrozenLinear(FrozenLayer, nn.Linear):  # type: ignore[override]  # weight 
     """A frozen Linear layer."""
 
     def apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
-        return F.linear(input, weight, bias)
+        if input.ndim == 2:
+            return F.linear(input, weight, bias)
+        rows = F.linear(input.flatten(0, -2), weight, bias)
+        # F.linear's own output would be a view, which PEFT's in-place additions may not follow out of our function.
+        output: Tensor = torch.ops.aten._unsafe_view(rows, [*input.shape[:-1], rows.shape[-1]])
+        return output
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         return grad @ weight

@@ -1,0 +1,125 @@
+"""Every adapter on every storage: gradients, training, and the same files as on a dense base."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file
+
+from lit_lora.adapters import trainable_parameters
+from lit_lora.errors import UserError
+from lit_lora.families import ModelFamily, StableDiffusion
+from lit_lora.storage import FP8, NF4, BaseStorage, Dense, Int8
+
+LINEAR = ["to_q", "to_k", "to_v", "to_out.0"]
+BOTH = [*LINEAR, "conv1", "conv2"]
+ADAPTERS: dict[str, PeftConfig] = {
+    "LoRA": peft.LoraConfig(r=2, lora_alpha=2, target_modules=BOTH),
+    "DoRA": peft.LoraConfig(r=2, lora_alpha=2, target_modules=BOTH, use_dora=True),
+    "rsLoRA": peft.LoraConfig(r=2, lora_alpha=2, target_modules=LINEAR, use_rslora=True),
+    "LoHa": peft.LoHaConfig(r=2, alpha=2, target_modules=BOTH),
+    "LoKr": peft.LoKrConfig(r=2, alpha=2, target_modules=BOTH),
+    "AdaLoRA": peft.AdaLoraConfig(init_r=2, target_r=1, total_step=100, tinit=10, tfinal=20, target_modules=LINEAR),
+    "OFT": peft.OFTConfig(r=0, oft_block_size=4, target_modules=LINEAR),
+    "IA3": peft.IA3Config(target_modules=LINEAR, feedforward_modules=[]),
+    "HRA": peft.HRAConfig(r=2, target_modules=LINEAR),
+    "VeRA": peft.VeraConfig(r=4, target_modules=["to_q", "to_out.0"]),
+    "FourierFT": peft.FourierFTConfig(n_frequency=8, target_modules=LINEAR),
+}
+STORAGES = {"Int8": Int8(), "FP8": FP8(), "NF4": NF4()}
+
+
+def _family(folder: Path, storage: BaseStorage, adapter: str) -> ModelFamily:
+    family = StableDiffusion(str(folder))
+    family.load(torch.float32, without=("vae", "text"), base=storage)
+    torch.manual_seed(3)
+    family.add_adapter(copy.deepcopy(ADAPTERS[adapter]))
+    return family
+
+
+def _prediction(family: ModelFamily) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    noisy, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    return family.denoise(noisy, torch.tensor([7, 90]), {"encoder_hidden_states": text})
+
+
+def _dense_copy(quantised: ModelFamily, folder: Path, adapter: str) -> ModelFamily:
+    """The same model with the weights that the storage gives back, stored densely."""
+    dense = _family(folder, Dense(), adapter)
+    modules = dict(quantised.denoiser.named_modules())
+    with torch.no_grad():
+        for name, layer in dense.denoiser.named_modules():
+            if isinstance(getattr(layer, "storage", None), Dense):
+                layer.weight.copy_(modules[name].weight)
+        own = dict(quantised.denoiser.named_parameters())
+        for name, parameter in dense.denoiser.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(own[name])
+    return dense
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_gradients_are_those_over_the_weights_that_the_storage_gives_back(
+    storage: str, adapter: str, sd_folder: Path
+) -> None:
+    quantised = _family(sd_folder, STORAGES[storage], adapter)
+    frozen = {name: p.clone() for name, p in quantised.denoiser.named_parameters() if not p.requires_grad}
+    with torch.no_grad():
+        for parameter in trainable_parameters(quantised):
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    dense = _dense_copy(quantised, sd_folder, adapter)
+    mine, theirs = _prediction(quantised), _prediction(dense)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    mine.square().mean().backward()
+    theirs.square().mean().backward()
+    expected = {name: p.grad for name, p in dense.denoiser.named_parameters() if p.requires_grad}
+    assert expected
+    for name, parameter in quantised.denoiser.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+        else:
+            assert torch.equal(parameter, frozen[name])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("adapter", ["LoRA", "DoRA", "LoKr", "OFT"])
+def test_files_are_the_same_as_on_a_dense_base(storage: str, adapter: str, sd_folder: Path, tmp_path: Path) -> None:
+    files = []
+    for name, kind in (("quantised", STORAGES[storage]), ("dense", Dense())):
+        (tmp_path / name).mkdir()
+        _family(sd_folder, kind, adapter).save_adapter(tmp_path / name)
+        files.append({file.name: file for file in (tmp_path / name).iterdir()})
+    assert files[0].keys() == files[1].keys()
+    for name in files[0]:
+        if name.endswith(".safetensors"):
+            one, other = load_file(files[0][name]), load_file(files[1][name])
+            assert {key: (t.shape, t.dtype) for key, t in one.items()} == {
+                key: (t.shape, t.dtype) for key, t in other.items()
+            }
+        else:
+            assert files[0][name].read_text() == files[1][name].read_text()
+
+
+def test_training_copies_of_quantised_layers_is_refused(sd_folder: Path) -> None:
+    family = StableDiffusion(str(sd_folder))
+    family.load(torch.float32, without=("vae", "text"), base=Int8())
+    config = peft.LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv1"])
+    with pytest.raises(UserError, match=r"modules_to_save .*conv1, .* Int8.*skip: \['\*conv1'\]"):
+        family.add_adapter(config)
+
+
+def test_training_copies_of_layers_that_are_skipped_works(sd_folder: Path) -> None:
+    family = StableDiffusion(str(sd_folder))
+    family.load(torch.bfloat16, without=("vae", "text"), base=Int8(skip=["*conv1"]))
+    family.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv1"]))
+    with torch.autocast("cpu", torch.bfloat16):
+        _prediction(family).float().square().mean().backward()
+    trained = {name: p for name, p in family.denoiser.named_parameters() if "modules_to_save" in name}
+    assert all(p.grad is not None for name, p in trained.items() if name.endswith("weight"))
+    assert any(name.endswith("weight") for name in trained)
