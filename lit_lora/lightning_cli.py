@@ -21,7 +21,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lit_lora.families
-import lit_lora.objectives  # noqa: F401
+import lit_lora.objectives
+import lit_lora.storage  # noqa: F401
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, DataProgress, ImageWriter, SampleImages  # noqa: F401
 from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule  # noqa: F401
 from lit_lora.datamodules.remote.transfer import is_remote, redact
@@ -41,6 +42,14 @@ _HARMLESS = (
 """Warnings of Lightning that tell our users nothing."""
 
 
+_ADVICE = {
+    r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
+    r"No module named 'torchao": "pip install torchao, or use torch.optim.AdamW",
+    r"lit_lora\.storage\.base\.BaseStorage(.|\n)*Expected a dot import path": "the storages are Int8, FP8, NF4 and Dense",
+}
+"""What to do, by what a config error says."""
+
+
 CLI = TypeVar("CLI", bound="LitLoraCLI")
 
 
@@ -48,7 +57,7 @@ class Parser(LightningArgumentParser):
     """Config errors are one message: no usage dump, no traceback; exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"lit-lora: config error\n{message}", file=sys.stderr)
+        print(f"lit-lora: config error\n{message}{_advice(message)}", file=sys.stderr)
         self.exit(2)
 
 
@@ -163,6 +172,10 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
         raise UserError(str(error)) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{error.strerror}: {error.filename}") from error
+
+
+def _advice(message: str) -> str:
+    return "".join(f"\n{advice}" for pattern, advice in _ADVICE.items() if re.search(pattern, message))
 
 
 def _reasons(message: str) -> str:

@@ -21,6 +21,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily, target_size
 from lit_lora.files import atomic_folder
 from lit_lora.objectives import DDPM, Objective
+from lit_lora.optimizer_states import from_plain, to_plain
 from lit_lora.rank_allocation import allocate_ranks, allocation_state, restore_allocation
 from lit_lora.sampling import generate
 from lit_lora.storage import BaseStorage, Dense
@@ -162,9 +163,13 @@ class LoraDiffusion(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rank_allocation"] = allocation_state(self.family.denoiser)
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = to_plain(checkpoint["optimizer_states"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         restore_allocation(self.family.denoiser, checkpoint.get("rank_allocation", {}))
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = from_plain(checkpoint["optimizer_states"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, count = self.validation_loss(batch, batch_idx)

@@ -176,6 +176,14 @@ def test_secrets_in_urls_stay_out_of_what_a_run_writes(
     assert "hunter2" not in printed.out + printed.err + caplog.text
 
 
+@pytest.mark.parametrize("base", ["Int8", "FP8", "NF4"])
+def test_fit_over_a_quantised_base(base: str, config: Callable[..., Path], tmp_path: Path) -> None:
+    assert main(["fit", "--config", str(config()), "--model.base", base, "--model.gradient_checkpointing", "true"]) == 0
+    assert (tmp_path / "ck" / "last.adapter" / "pytorch_lora_weights.safetensors").is_file()
+    saved = yaml.safe_load((tmp_path / "run" / "lightning_logs" / "version_0" / "config.yaml").read_text())
+    assert saved["model"]["base"]["class_path"] == f"lit_lora.storage.{base}"
+
+
 def test_the_command_line_wins_over_the_checkpoint(config: Callable[..., Path], tmp_path: Path) -> None:
     path = config()
     assert main(["fit", "--config", str(path)]) == 0
@@ -226,6 +234,38 @@ class TestMistakes:
 
     def test_value_out_of_range(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
         assert "caption_dropout" in failure(capsys, "fit", "--config", config(model__caption_dropout=2.0))
+
+    def test_no_such_storage(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+        message = failure(capsys, "fit", "--config", config(), "--model.base", "nf4")
+        assert message.endswith("the storages are Int8, FP8, NF4 and Dense\n")
+        assert "block_size=63 must be an even number" in failure(
+            capsys, "fit", "--config", config(), "--model.base", "NF4", "--model.base.block_size", 63
+        )
+
+    @pytest.mark.parametrize(
+        ("library", "advice"), [("bitsandbytes", 'pip install "lit_lora[quant]"'), ("torchao", "pip install torchao")]
+    )
+    def test_eight_bit_optimizer_without_its_library(
+        self,
+        library: str,
+        advice: str,
+        config: Callable[..., Path],
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        class Absent:
+            """Finds nothing of the library, as where it is not installed."""
+
+            def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+                if name.split(".")[0] == library:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        for name in [name for name in sys.modules if name.split(".")[0] == library]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+        optimizer = {"class_path": f"{library}.optim.AdamW8bit", "init_args": {"lr": 1e-3}}
+        message = failure(capsys, "fit", "--config", config(model__optimizer=optimizer))
+        assert message.endswith(f"{advice}, or use torch.optim.AdamW\n")
 
     def test_a_wrong_value_of_the_data_is_one_sentence(
         self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]
