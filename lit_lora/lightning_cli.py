@@ -207,5 +207,8 @@ def _config_and_path(argument: str) -> list[str]:
 def _shipped_config(argument: str) -> str:
     """``configs/sd15.yaml`` where there is no such file: the one that ships with the package."""
     path = Path(argument)
-    shipped = Path(str(files("lit_lora.configs"))) / path.name
-    return str(shipped) if path.parent.name == "configs" and not path.exists() and shipped.is_file() else argument
+    if "configs" not in path.parts or path.exists():
+        return argument
+    below = path.parts[len(path.parts) - path.parts[::-1].index("configs") :]
+    shipped = Path(str(files("lit_lora.configs"))).joinpath(*below)
+    return str(shipped) if shipped.is_file() else argument

@@ -20,6 +20,12 @@ from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily, target_size
 from lit_lora.files import atomic_folder
+from lit_lora.memory.activation_offload import ActivationOffload
+from lit_lora.memory.block_offload import BlockOffload
+from lit_lora.memory.checkpointing import enable_gradient_checkpointing
+from lit_lora.memory.encoder_offload import EncoderOffload
+from lit_lora.memory.host_weights import check_offload
+from lit_lora.memory.optimizer_in_backward import OptimizerInBackward, check_optimizer_in_backward
 from lit_lora.objectives import DDPM, Objective
 from lit_lora.optimizer_states import from_plain, to_plain
 from lit_lora.rank_allocation import allocate_ranks, allocation_state, restore_allocation
@@ -55,9 +61,16 @@ class LoraDiffusion(LightningModule):
         base_dtype: Precision of the other frozen weights and of the forward pass. With ``float16`` also set the trainer's
             ``precision: 16-mixed``, which scales the loss.
         caption_dropout: Probability that a sample is trained with the empty caption (for classifier-free guidance).
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Of all blocks, or of those
+            that one of the glob patterns matches by name, such as ``up_blocks.*``.
         vae_slicing: Encode one picture of a batch at a time: the VAE's activations of one, whatever the batch.
         vae_tiling: Encode pictures larger than the VAE was trained on in tiles, which overlap; latents differ a little.
+        offload_encoders: VAE and text encoders wait in host memory and come to the GPU while they encode.
+        offload_blocks: The frozen weights of the denoiser's blocks wait in host memory; at most two blocks have theirs on
+            the GPU.
+        offload_activations: What the forward pass keeps for the backward pass waits in host memory.
+        optimizer_in_backward: Step each parameter as soon as its gradient is there, and free the gradient. Not with
+            clipping by norm or accumulated gradients, which need all of them.
         num_inference_steps: Denoising steps of ``predict``.
         guidance_scale: Classifier-free guidance of ``predict``.
         seed: Of timesteps, noise and caption dropout; of pictures in ``predict``.
@@ -76,9 +89,13 @@ class LoraDiffusion(LightningModule):
         base: BaseStorage | None = None,
         base_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         caption_dropout: float = 0.0,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | list[str] = False,
         vae_slicing: bool = False,
         vae_tiling: bool = False,
+        offload_encoders: bool = False,
+        offload_blocks: bool = False,
+        offload_activations: bool = False,
+        optimizer_in_backward: bool = False,
         num_inference_steps: int = 25,
         guidance_scale: float = 5.0,
         seed: int = 0,
@@ -97,6 +114,10 @@ class LoraDiffusion(LightningModule):
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.caption_dropout = caption_dropout
         self.gradient_checkpointing = gradient_checkpointing
+        self.offload_encoders = offload_encoders
+        self.offload_blocks = offload_blocks
+        self.offload_activations = offload_activations
+        self.optimizer_in_backward = optimizer_in_backward
         family.split_vae(vae_slicing, vae_tiling)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
@@ -104,6 +125,8 @@ class LoraDiffusion(LightningModule):
         # A checkpoint holds the adapter alone; AdapterCheckpoint makes sure that it holds all of it.
         self.strict_loading = False
         self._configured = False
+        self._encoder_offload = EncoderOffload()
+        self._in_backward: OptimizerInBackward | None = None
 
     def setup(self, stage: str) -> None:
         precision = str(self.trainer.precision)
@@ -118,7 +141,13 @@ class LoraDiffusion(LightningModule):
                 f"base_dtype to 'bfloat16'"
             )
 
-        self.base.check(self.trainer.strategy.root_device)
+        device = self.trainer.strategy.root_device
+        self.base.check(device)
+        for key in ("offload_encoders", "offload_blocks", "offload_activations"):
+            if getattr(self, key):
+                check_offload(key, device, self.trainer.world_size)
+        if self.optimizer_in_backward and stage == "fit":
+            check_optimizer_in_backward(self.trainer, self.adapter)
 
     def configure_model(self) -> None:
         """Load the base, freeze it and put the adapter in; Lightning calls this.
@@ -129,12 +158,17 @@ class LoraDiffusion(LightningModule):
         # Lightning builds on the device, where the same seed would initialise another adapter and some PEFT methods fail.
         with torch.device("cpu"):
             self.family.load(self.base_dtype, without=self._dispensable_parts(), base=self.base)
+            if self.offload_encoders:
+                for encoder in self.family.encoding_models():
+                    self._encoder_offload.add(encoder)
             if self._configured:
                 return
             self.family.scheduler_config = self.objective.prepare(self.family.scheduler_config)
             if self.gradient_checkpointing:
-                self.family.denoiser.enable_gradient_checkpointing()
+                enable_gradient_checkpointing(self.family.denoiser, self.gradient_checkpointing)
             self.family.add_adapter(self.adapter)
+            if self.offload_blocks:
+                BlockOffload(self.family.denoiser, self.family.block_classes)
             self.family.train()
         self._configured = True
 
@@ -148,6 +182,16 @@ class LoraDiffusion(LightningModule):
             monitor = getattr(scheduler, "monitor", "val/loss")
             config = {"scheduler": scheduler, "interval": "epoch", "monitor": monitor, "strict": False}
         return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def on_fit_start(self) -> None:
+        if self.optimizer_in_backward:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            self._in_backward = OptimizerInBackward(optimizer, float(self.trainer.gradient_clip_val or 0))
+
+    def teardown(self, stage: str) -> None:
+        if self._in_backward is not None:
+            self._in_backward.remove()
+            self._in_backward = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         draws = Draws(self.seed, self._slots(batch, self.trainer.fit_loop.total_batch_idx), self.device)
@@ -198,7 +242,12 @@ class LoraDiffusion(LightningModule):
         was_training = self.training
         self.eval()
         try:
-            with self.family.all_parts(), self.autocast(), self._vae_in_its_own_dtype():
+            with (
+                self.family.all_parts(),
+                self._encoder_offload.on_device(),
+                self.autocast(),
+                self._vae_in_its_own_dtype(),
+            ):
                 return generate(self.family.pipeline(), prompts, seeds, **options)
         finally:
             self.train(was_training)
@@ -259,10 +308,12 @@ class LoraDiffusion(LightningModule):
 
     def _losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Each sample's loss, times its weight in the batch, and these weights: float32 ``(B,)``."""
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        encoding = torch.autocast(self.device.type, enabled=False)
+        with torch.no_grad(), encoding, self._encoder_offload.on_device():
             latents, conditioning = self.family.encode(batch, draws)
         noisy, timesteps, target, weight = self.objective.sample(latents, draws)
-        with self.autocast():
+        kept = ActivationOffload(self.device.type == "cuda") if self.offload_activations else nullcontext()
+        with self.autocast(), kept:
             prediction = self.family.denoise(noisy, timesteps, conditioning)
         counts = batch["weight"] if "weight" in batch else torch.ones_like(weight)
         return self.objective.loss(prediction, target, weight * counts), counts

@@ -152,8 +152,13 @@ class ModelFamily(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where the denoiser computes."""
+        model = self if self.denoiser is None else self.denoiser
+        return next(model.parameters()).device
+
+    def encoding_models(self) -> list[nn.Module]:
+        """VAE and text encoders, as far as they are loaded."""
+        return [model for name, model in self.named_children() if name != "denoiser"]
 
     @property
     def downscale(self) -> int:
@@ -274,9 +279,8 @@ class ModelFamily(nn.Module, ABC):
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the denoiser; the frozen encoders stay in evaluation mode."""
         super().train(mode)
-        for name, child in self.named_children():
-            if name != "denoiser":
-                child.eval()
+        for model in self.encoding_models():
+            model.eval()
         return self
 
     def tokenize(self, tokenizer: Any, captions: list[str]) -> Tensor:

@@ -1,0 +1,167 @@
+"""The optimizer's step inside the backward pass, so that the gradients never exist all at once."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from peft import AdaLoraConfig, PeftConfig
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lit_lora.errors import UserError
+
+
+class OptimizerInBackward:
+    """Steps parameters as soon as their gradients are complete, and frees the gradients (LOMO, Lv et al. 2023).
+
+    It is the same optimizer, with the same state: checkpoints, schedules and 8-bit optimizers work as they do without. The call
+    of ``optimizer.step`` at the end of a training step stays where it is; it finds the last few gradients alone.
+
+    Args:
+        optimizer: One that treats each parameter on its own.
+        clip_value: Clip each element of a gradient to this absolute value first; 0 does not clip. Nobody else has to:
+            torch's own function fails where no gradients are left.
+        bucket_bytes: Step once that many bytes of gradients are there: a call for each parameter would take longer than the
+            arithmetic.
+
+    Raises:
+        UserError: The optimizer calls the training step itself.
+    """
+
+    def __init__(self, optimizer: Optimizer, clip_value: float = 0.0, bucket_bytes: int = 1 << 20) -> None:
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise UserError(
+                f"optimizer_in_backward: {type(optimizer).__name__} computes the gradients itself, several times a step; "
+                f"set optimizer_in_backward to false, or use an optimizer such as torch.optim.AdamW"
+            )
+        self.optimizer = optimizer
+        self.clip_value = clip_value
+        self.bucket_bytes = bucket_bytes
+        self._checked = False
+        self._complete: dict[int, list[Tensor]] = {}
+        """Parameters whose gradients wait for a step, by the number of their group."""
+        self._bytes = 0
+        self._hooks: list[RemovableHandle] = [
+            parameter.register_post_accumulate_grad_hook(partial(self._take, number))
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        ]
+        self._hooks.append(optimizer.register_step_post_hook(self._free))
+
+    def remove(self) -> None:
+        """Let ``optimizer.step`` do all steps again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _take(self, group_number: int, parameter: Tensor) -> None:
+        """The gradient of this parameter is complete."""
+        assert parameter.grad is not None
+        if self.clip_value:
+            parameter.grad.clamp_(-self.clip_value, self.clip_value)
+        self._complete.setdefault(group_number, []).append(parameter)
+        self._bytes += parameter.grad.nbytes
+        if self._bytes >= self.bucket_bytes:
+            self._step()
+
+    def _step(self) -> None:
+        """Have the optimizer step those whose gradients are complete."""
+        groups = self.optimizer.param_groups  # looked up here: loading a checkpoint makes new ones
+        chosen = {number: groups[number] for number in self._complete}
+        members = {number: group["params"] for number, group in chosen.items()}
+        before = None if self._checked else [_settings(group) for group in chosen.values()]
+        try:
+            # Among all parameters the optimizer would look for gradients, each time anew.
+            self.optimizer.param_groups = list(chosen.values())
+            for number, group in chosen.items():
+                group["params"] = self._complete[number]
+            self.optimizer.step()
+        finally:
+            self.optimizer.param_groups = groups
+            for number, group in chosen.items():
+                group["params"] = members[number]
+        if before is not None:
+            self._check(before, [_settings(group) for group in chosen.values()])
+            self._checked = True
+
+    def _free(self, *_: Any) -> None:
+        """Each step ends with this, also the one that Lightning calls."""
+        for parameters in self._complete.values():
+            for parameter in parameters:
+                parameter.grad = None
+        self._complete, self._bytes = {}, 0
+
+    def _check(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
+        """Refuse, at the first step, an optimizer that keeps something for all parameters together."""
+        changed = {
+            name
+            for old, new in zip(before, after, strict=True)
+            for name in new
+            if name not in old or old[name] != new[name]
+        }
+        if changed:
+            raise UserError(
+                f"optimizer_in_backward: {type(self.optimizer).__name__} keeps {', '.join(sorted(changed))} for all parameters "
+                f"together, so it cannot step some of them before others; set optimizer_in_backward to false, or use an "
+                f"optimizer such as torch.optim.AdamW"
+            )
+
+
+def check_optimizer_in_backward(trainer: Trainer, adapter: PeftConfig | None = None) -> None:
+    """Make sure that nothing in the run needs all gradients at once.
+
+    Args:
+        trainer: Of the run.
+        adapter: What is trained.
+
+    Raises:
+        UserError: Something does.
+    """
+    problem = _problem(trainer, adapter)
+    if problem:
+        raise UserError(f"optimizer_in_backward steps each parameter as soon as it has a gradient, but {problem}")
+
+
+def _problem(trainer: Trainer, adapter: PeftConfig | None) -> str | None:
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
+        return (
+            f"gradient_clip_val={trainer.gradient_clip_val} clips by the norm of all gradients; set gradient_clip_algorithm to "
+            f"'value', or gradient_clip_val to null"
+        )
+    accumulated = max(
+        [
+            trainer.accumulate_grad_batches,
+            *(
+                most
+                for callback in trainer.callbacks  # type: ignore[attr-defined]
+                if isinstance(callback, GradientAccumulationScheduler)
+                for most in callback.scheduling.values()
+            ),
+        ]
+    )
+    if accumulated > 1:
+        return f"gradients accumulate over {accumulated} batches; set accumulate_grad_batches to 1 and raise the batch size"
+    if str(trainer.precision) == "16-mixed":
+        return (
+            "precision 16-mixed looks at all gradients before a step; leave precision at 32-true and set base_dtype to "
+            "'bfloat16'"
+        )
+    if trainer.world_size > 1:
+        return f"{trainer.world_size} processes average their gradients after the backward pass; set devices to 1"
+    if isinstance(adapter, AdaLoraConfig):
+        return "AdaLoRA allocates ranks by the gradients after each step; use peft.LoraConfig"
+    return None
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in group.items() if name != "params"}
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
