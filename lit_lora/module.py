@@ -71,6 +71,7 @@ class LoraDiffusion(LightningModule):
         offload_activations: What the forward pass keeps for the backward pass waits in host memory.
         optimizer_in_backward: Step each parameter as soon as its gradient is there, and free the gradient. Not with
             clipping by norm or accumulated gradients, which need all of them.
+        memory_limit: Plan the memory before a fit, and refuse one that is planned to take more than this, such as ``8GB``.
         num_inference_steps: Denoising steps of ``predict``.
         guidance_scale: Classifier-free guidance of ``predict``.
         seed: Of timesteps, noise and caption dropout; of pictures in ``predict``.
@@ -96,6 +97,7 @@ class LoraDiffusion(LightningModule):
         offload_blocks: bool = False,
         offload_activations: bool = False,
         optimizer_in_backward: bool = False,
+        memory_limit: str | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = 5.0,
         seed: int = 0,
@@ -118,6 +120,7 @@ class LoraDiffusion(LightningModule):
         self.offload_blocks = offload_blocks
         self.offload_activations = offload_activations
         self.optimizer_in_backward = optimizer_in_backward
+        self.memory_limit = memory_limit
         family.split_vae(vae_slicing, vae_tiling)
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = guidance_scale
@@ -148,6 +151,10 @@ class LoraDiffusion(LightningModule):
                 check_offload(key, device, self.trainer.world_size)
         if self.optimizer_in_backward and stage == "fit":
             check_optimizer_in_backward(self.trainer, self.adapter)
+        if self.memory_limit is not None and stage == "fit":
+            from lit_lora.planning.memory_limit import check_memory_limit  # which plans runs of this very class
+
+            check_memory_limit(self, self.trainer, self.memory_limit)
 
     def configure_model(self) -> None:
         """Load the base, freeze it and put the adapter in; Lightning calls this.
@@ -187,6 +194,10 @@ class LoraDiffusion(LightningModule):
         if self.optimizer_in_backward:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self._in_backward = OptimizerInBackward(optimizer, float(self.trainer.gradient_clip_val or 0))
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        if self._in_backward is None:  # which clips, since no gradients are left here
+            super().configure_gradient_clipping(*args, **kwargs)
 
     def teardown(self, stage: str) -> None:
         if self._in_backward is not None:

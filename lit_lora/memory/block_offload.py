@@ -130,7 +130,7 @@ class BlockOffload:
         """The block's backward pass begins when the gradient of its output is there."""
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
-                pass
+                tensor.register_hook(partial(self._begin_backward, block))
 
     def _begin_backward(self, block: HostWeights, _grad: Tensor) -> None:
         self.use(block, "backward")

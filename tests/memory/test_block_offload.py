@@ -103,7 +103,7 @@ def inputs(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def train(model: nn.Module, steps: int = 3, between: Callable[[], Any] = lambda: None) -> list[Tensor]:
+def train(model: nn.Module, steps: int = 2, between: Callable[[], Any] = lambda: None) -> list[Tensor]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in range(steps):
         optimizer.zero_grad()
@@ -337,3 +337,21 @@ def test_weights_are_asked_for_outside_a_pass(chain: Chain, copies: Copies) -> N
     offload.release()
     assert layer._parameters["weight"].isnan().all()  # type: ignore[union-attr]  # spoiled by the fixture
     assert torch.equal(layer.weight, expected)
+
+
+def test_a_layer_that_is_used_without_its_block(chain: Chain, copies: Copies) -> None:
+    """Neither pass goes through the block's own forward."""
+
+    def gradient(model: Chain) -> Tensor:
+        x = torch.arange(16.0).view(2, 8).requires_grad_()
+        y = model(x)
+        for number in (3, 0):
+            y = model.blocks[number].linear(y)  # type: ignore[operator, union-attr]
+        y.square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    expected = gradient(copy.deepcopy(chain))
+    offloaded_chain(chain)
+    assert torch.equal(gradient(chain), expected)
+    assert copies.most == 2
