@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from peft import LoraConfig
 
+from lit_lora.adapters import adapter_keys
 from lit_lora.callbacks import SampleImages
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
@@ -348,3 +349,53 @@ def test_saving_replaces_the_folder_as_a_whole(
     sd_module.save_adapter(str(tmp_path / "adapter"))
     names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == names
+
+
+class TestMemoryKeys:
+    """Each key of the module that saves memory trains the same adapter, or is refused with what to do."""
+
+    def _trained(self, folder: Path, trainer_options: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        limits = {key: options.pop(key) for key in list(options) if key.startswith("gradient_clip")}
+        module = LoraDiffusion(
+            StableDiffusion(str(folder)), LoraConfig(r=2, lora_alpha=2), base_dtype="float32", **options
+        )
+        Trainer(max_steps=3, **limits, **trainer_options).fit(module, loader_of(make_batches(3)))
+        keys = adapter_keys(module)
+        return {key: value for key, value in module.state_dict().items() if key in keys}
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"gradient_checkpointing": True},
+            {"gradient_checkpointing": ["down_blocks.*", "up_blocks.1"]},
+            {"vae_slicing": True},
+            {"optimizer_in_backward": True},
+        ],
+        ids=str,
+    )
+    def test_trains_the_same(self, options: dict[str, Any], sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+        expected = self._trained(sd_folder, trainer_options)
+        for key, value in self._trained(sd_folder, trainer_options, **options).items():
+            torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+
+    def test_optimizer_in_backward_clips_by_value(self, sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+        clipping = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"}
+        expected = self._trained(sd_folder, trainer_options, **clipping)
+        found = self._trained(sd_folder, trainer_options, optimizer_in_backward=True, **clipping)
+        assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+    def test_optimizer_in_backward_refuses_the_norm(self, sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+        with pytest.raises(
+            UserError, match=r"gradient_clip_val=1.0 clips by the norm .* set gradient_clip_algorithm to"
+        ):
+            self._trained(sd_folder, trainer_options, optimizer_in_backward=True, gradient_clip_val=1.0)
+
+    @pytest.mark.parametrize("key", ["offload_encoders", "offload_blocks", "offload_activations"])
+    def test_the_host_cannot_move_to_itself(self, key: str, sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+        with pytest.raises(UserError, match=f"{key} moves memory from a GPU to the host, .* set {key} to false"):
+            self._trained(sd_folder, trainer_options, **{key: True})
+
+    def test_blocks_that_do_not_exist(self, sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+        with pytest.raises(UserError, match=r"'down' matches no block .* it has down_blocks.0"):
+            self._trained(sd_folder, trainer_options, gradient_checkpointing=["down"])
