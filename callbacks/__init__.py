@@ -11,15 +11,27 @@ if TYPE_CHECKING:
     from lit_lora.callbacks.adapter_ema import AdapterEMA
     from lit_lora.callbacks.data_progress import DataProgress
     from lit_lora.callbacks.image_writer import ImageWriter
+    from lit_lora.callbacks.memory_profiler import MemoryProfiler
+    from lit_lora.callbacks.run_report import RunReport
     from lit_lora.callbacks.sample_images import SampleImages
 
-__all__ = ["AdapterCheckpoint", "AdapterEMA", "DataProgress", "ImageWriter", "SampleImages"]
+__all__ = [
+    "AdapterCheckpoint",
+    "AdapterEMA",
+    "DataProgress",
+    "ImageWriter",
+    "MemoryProfiler",
+    "RunReport",
+    "SampleImages",
+]
 
 _MODULES = {
     "AdapterCheckpoint": "lit_lora.callbacks.adapter_checkpoint",
     "AdapterEMA": "lit_lora.callbacks.adapter_ema",
     "DataProgress": "lit_lora.callbacks.data_progress",
     "ImageWriter": "lit_lora.callbacks.image_writer",
+    "MemoryProfiler": "lit_lora.callbacks.memory_profiler",
+    "RunReport": "lit_lora.callbacks.run_report",
     "SampleImages": "lit_lora.callbacks.sample_images",
 }
 

@@ -13,6 +13,7 @@ from torchvision.utils import save_image
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
+from lit_lora.memory.phases import phase
 from lit_lora.sampling import image_grid
 
 
@@ -88,7 +89,7 @@ class SampleImages(Callback):
         if not trainer.is_global_zero:
             return
         ema = AdapterEMA.of(trainer)
-        with ema.averaged(pl_module) if ema else nullcontext():
+        with phase("sampling"), ema.averaged(pl_module) if ema else nullcontext():
             seeds = [self.seed + i for i in range(len(self.prompts))]
             images = cast(Any, pl_module).generate(self.prompts, seeds, **self.options)
         grid = image_grid(images, self.columns)

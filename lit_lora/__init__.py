@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 from lit_lora.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, DataProgress, ImageWriter, SampleImages
+    from lit_lora.callbacks import (
+        AdapterCheckpoint,
+        AdapterEMA,
+        DataProgress,
+        ImageWriter,
+        MemoryProfiler,
+        RunReport,
+        SampleImages,
+    )
     from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule
     from lit_lora.errors import UserError
     from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
@@ -25,6 +33,8 @@ _HOME = {
     "LoraDiffusion": "lit_lora.module",
     "ModelFamily": "lit_lora.families",
     "Objective": "lit_lora.objectives",
+    "MemoryProfiler": "lit_lora.callbacks",
+    "RunReport": "lit_lora.callbacks",
     "SampleImages": "lit_lora.callbacks",
     "StableDiffusion": "lit_lora.families",
     "StableDiffusionXL": "lit_lora.families",
@@ -42,6 +52,8 @@ __all__ = [
     "LoraDiffusion",
     "ModelFamily",
     "Objective",
+    "MemoryProfiler",
+    "RunReport",
     "SampleImages",
     "StableDiffusion",
     "StableDiffusionXL",

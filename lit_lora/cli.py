@@ -20,6 +20,7 @@ train
   predict   draw the validation captions
 
 tools
+  plan      memory, time and files of a run before it starts: lit-lora plan --config configs/sd15.yaml
   demo      train on handwritten digits, from nothing, in minutes
   sample    draw pictures with an adapter
   cache     encode images and captions once, to train without VAE and text encoders
@@ -64,11 +65,24 @@ def _shards(arguments: list[str]) -> None:
     run_tool(commands, arguments, "lit-lora shards", epilog=epilog)
 
 
-TOOLS: dict[str, Callable[[list[str]], None]] = {"demo": _demo, "sample": _sample, "cache": _cache, "shards": _shards}
+def _plan(arguments: list[str]) -> int:
+    from lit_lora.tools import memory_plan
+
+    return memory_plan.memory_plan(arguments)
+
+
+TOOLS: dict[str, Callable[[list[str]], int | None]] = {
+    "plan": _plan,
+    "demo": _demo,
+    "sample": _sample,
+    "cache": _cache,
+    "shards": _shards,
+}
+"""The commands that are no trainer's. They give the exit status, 0 if they give none."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 2 for a mistake of the user's."""
+    """Run one command; returns the exit status: 2 for a mistake of the user's, 1 where a plan does not fit."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -87,11 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         if command in TOOLS:
-            TOOLS[command](rest)
-        else:
-            from lit_lora.lightning_cli import run
+            return TOOLS[command](rest) or 0
+        from lit_lora.lightning_cli import run
 
-            run(arguments)
+        run(arguments)
     except UserError as error:
         print(f"lit-lora: error\n{error}", file=sys.stderr)
         return 2

@@ -23,7 +23,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 import lit_lora.families
 import lit_lora.objectives
 import lit_lora.storage  # noqa: F401
-from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, DataProgress, ImageWriter, SampleImages  # noqa: F401
+from lit_lora.callbacks import (  # noqa: F401
+    AdapterCheckpoint,
+    AdapterEMA,
+    DataProgress,
+    ImageWriter,
+    MemoryProfiler,
+    RunReport,
+    SampleImages,
+)
 from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule  # noqa: F401
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.errors import UserError

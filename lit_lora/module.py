@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -266,6 +266,17 @@ class LoraDiffusion(LightningModule):
     def cache_identity(self) -> dict[str, str]:
         """What a cache of latents (``"vae"``) and text embeddings (``"text"``) must have been made with."""
         return self.family.identity()
+
+    def memory_advice(self, kinds: Mapping[str, int]) -> list[tuple[str, int]]:
+        """Changes of the config that save memory, and the bytes that each would save: for :class:`MemoryProfiler`.
+
+        Raises:
+            UserError: The data do not say how large a batch is.
+        """
+        from lit_lora.planning.changes import ranked_changes  # which plans runs of this very class
+        from lit_lora.planning.memory_limit import run_of
+
+        return [(one.change.arguments, one.saved) for one in ranked_changes(run_of(self, self.trainer))]
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write a folder with the adapter's files: PEFT's, and diffusers' LoRA file where that can hold it.

@@ -1,0 +1,215 @@
+"""The memory planner against the allocator: ``python benchmarks/planner.py``.
+
+Runs of a real architecture with random weights, two steps under the Trainer, each in a fresh process on the CPU: the peak
+that the plan says next to what torch's allocator handed out at most, weights included. Loading is not compared: the
+weights are drawn, not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "LoRA, bf16 base, from a cache": {"cached": True},
+    "LoRA, fp32 base, from a cache": {"cached": True, "base_dtype": "float32"},
+    "LoRA, bf16 base": {},
+    "LoRA, int8 base, checkpointing": {"cached": True, "base": "Int8", "gradient_checkpointing": True},
+    "LoRA, nf4 base, checkpointing": {"cached": True, "base": "NF4", "gradient_checkpointing": True},
+    "LoRA, fp8 base, batch 2": {"cached": True, "base": "FP8", "batch_size": 2},
+    "LoRA, bf16 base, batch 2, 384 px": {"batch_size": 2, "size": 384},
+    "LoRA, nf4 base, checkpointing, 384 px, 8-bit AdamW": {
+        "base": "NF4",
+        "gradient_checkpointing": True,
+        "size": 384,
+        "optimizer": "bitsandbytes.optim.AdamW8bit",
+    },
+    "LoRA r=128 in all layers, int8, 8-bit AdamW": {
+        "cached": True,
+        "base": "Int8",
+        "rank": 128,
+        "targets": "all",
+        "optimizer": "bitsandbytes.optim.AdamW8bit",
+    },
+    "LoRA r=128 in all layers, int8, AdamW, clipped": {
+        "cached": True,
+        "base": "Int8",
+        "rank": 128,
+        "targets": "all",
+        "clip": 1.0,
+    },
+    "full fine-tuning, fp32": {"full": True},
+}
+"""What each setting changes."""
+
+_ALL_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--only", nargs="*", help="parts of the names of the settings to compare")
+    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.setting:
+        print(json.dumps(_compare(SETTINGS[options.setting], options)))
+        return
+    from real_models import write_pipeline
+
+    print(
+        f"{'sd15, at ' + str(options.size) + ' px if not said':<52} {'plan MB':>10} {'allocator MB':>13} {'':>7} seconds"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_pipeline("sd15", Path(folder) / "sd15", weights=False)
+        for name in SETTINGS:
+            if options.only and not any(part in name for part in options.only):
+                continue
+            command = [
+                sys.executable,
+                __file__,
+                f"--size={options.size}",
+                f"--folder={folder}/sd15",
+                f"--setting={name}",
+            ]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"{name}: {done.stderr[-3000:]}")
+            result = json.loads(done.stdout.splitlines()[-1])
+            off = result["planned"] / result["measured"] - 1
+            columns = f"{result['planned'] / 1e6:>10,.0f} {result['measured'] / 1e6:>13,.0f} {off:>+7.1%}"
+            print(f"{name:<52} {columns} {result['seconds']:>7.1f}", flush=True)
+
+
+def _compare(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+    """One setting, in this process; ``seconds`` are those of the plan."""
+    warnings.simplefilter("ignore")
+    import time
+
+    from allocator import peak_allocated
+
+    batch_size, size = setting.get("batch_size", 1), setting.get("size", options.size)
+    prepare = _full if setting.get("full") else _adapter
+    started = time.perf_counter()
+    planned, build = prepare(setting, options.folder, batch_size, size)
+    seconds = time.perf_counter() - started
+    resident, fit = build()
+    return {"planned": planned, "measured": resident + peak_allocated(fit), "seconds": seconds}
+
+
+def _adapter(setting: dict[str, Any], folder: str, batch_size: int, size: int) -> tuple[int, Any]:
+    import torch
+    from peft import LoraConfig
+
+    import lit_lora.storage
+    from lit_lora import LoraDiffusion, StableDiffusion
+    from lit_lora.planning.plan_run import plan_run
+
+    keys = {name: setting[name] for name in ("base_dtype", "gradient_checkpointing") if name in setting}
+    if "base" in setting:
+        keys["base"] = getattr(lit_lora.storage, setting["base"])()
+    if "optimizer" in setting:
+        module, _, name = setting["optimizer"].rpartition(".")
+        keys["optimizer"] = getattr(__import__(module, fromlist=[name]), name)
+    rank = setting.get("rank", 16)
+    targets = _ALL_LAYERS if "targets" in setting else None
+    adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    model: Any = LoraDiffusion(StableDiffusion(folder), adapter, **keys)
+    cached = frozenset({"latents", "text"} if setting.get("cached") else ())
+    plan = plan_run(model, batch_size, size, size, cached=cached, gradient_clip_val=setting.get("clip"))
+    planned = max(sum(kinds.values()) for phase, kinds in plan.phases.items() if phase != "load")
+
+    def build() -> tuple[int, Any]:
+        model._dispensable_parts = lambda: {"vae", "text"} if cached else set()
+        model.family.load = partial(model.family.load, weights=False)
+        model.configure_model()
+        mean = torch.randn(batch_size, 4, size // 8, size // 8)
+        batch: dict[str, Any] = {
+            "caption": ["a photo of a cat"] * batch_size,
+            "target_size": torch.tensor([[size, size]] * batch_size),
+        }
+        if cached:
+            text = {"encoder_hidden_states": torch.randn(batch_size, 77, 768)}
+            batch |= {"latents_mean": mean, "latents_std": torch.ones_like(mean), "text_embeddings": text}
+        else:
+            batch["pixel_values"] = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8)
+        return _resident(model), partial(_fit, model, batch, setting.get("clip"))
+
+    return planned, build
+
+
+def _full(setting: dict[str, Any], folder: str, batch_size: int, size: int) -> tuple[int, Any]:
+    """All of the denoiser trained, without this project's module."""
+    import torch
+    import torch.nn.functional as F
+    from diffusers import UNet2DConditionModel
+    from lightning.pytorch import LightningModule
+
+    from lit_lora.planning.fake_module import fake_tensors
+    from lit_lora.planning.step import make_meter, play_steps
+
+    class Full(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+
+        def training_step(self, batch: dict[str, Any], batch_idx: int = 0) -> Any:
+            timesteps = torch.full((batch_size,), 500)
+            prediction = self.unet(batch["noisy"], timesteps, batch["text"]).sample
+            return F.mse_loss(prediction, batch["noisy"])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-6)
+
+    def batch() -> dict[str, Any]:
+        return {"noisy": torch.randn(batch_size, 4, size // 8, size // 8), "text": torch.randn(batch_size, 77, 768)}
+
+    with fake_tensors():
+        model, meter = Full().train(), make_meter(cuda=False)
+        meter.assign(model.parameters(), "adapter")
+        inputs = batch()
+        play_steps(
+            meter, list(model.parameters()), lambda: model.training_step(inputs), lambda _: model.configure_optimizers()
+        )
+    planned = max(sum(kinds.values()) for kinds in meter.peaks.values())
+
+    def build() -> tuple[int, Any]:
+        real = Full()
+        return _resident(real), partial(_fit, real, batch(), None)
+
+    return planned, build
+
+
+def _fit(model: Any, batch: dict[str, Any], clip: float | None) -> None:
+    import torch
+    from lightning.pytorch import Trainer
+
+    Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        max_epochs=-1,
+        gradient_clip_val=clip,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(model, torch.utils.data.DataLoader([batch] * 2, batch_size=None))  # type: ignore[arg-type]
+
+
+def _resident(model: Any) -> int:
+    """Bytes of the weights."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())
+
+
+if __name__ == "__main__":
+    main()

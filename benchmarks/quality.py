@@ -1,0 +1,159 @@
+"""What each setting learns of handwritten digits: ``python benchmarks/quality.py``.
+
+The embedded base is trained on scikit-learn's scans as ``lit-lora demo`` does: full fine-tuning, LoRA over a dense base and over
+each storage, the same steps, batches and seeds. Then it draws digits, and a support vector machine that was trained
+on scans alone says how many are what was asked for. The validation loss is that of held-out scans at fixed timesteps
+and noise. Memory is what is there between the steps: weights of the denoiser, gradients and optimizer state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from peft import LoraConfig
+from sklearn.datasets import load_digits
+
+import lit_lora.storage
+from lit_lora import LoraDiffusion, StableDiffusion, WebDatasetDataModule
+from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, _accuracy, _fit_classifier, _pack, _prompt
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full fine-tuning, fp32": {"full": True},
+    "LoRA, fp32 base": {"base_dtype": "float32"},
+    "LoRA, bf16 base": {},
+    "LoRA, int8 base": {"base": "Int8"},
+    "LoRA, fp8 base": {"base": "FP8"},
+    "LoRA, nf4 base": {"base": "NF4"},
+}
+
+
+class FullFineTuning(LoraDiffusion):
+    """The same step without an adapter: the whole denoiser is trained."""
+
+    def configure_model(self) -> None:
+        if self.family.denoiser is None:
+            self.family.load(torch.float32)
+            self.family.scheduler_config = self.objective.prepare(self.family.scheduler_config)
+            self.family.denoiser.requires_grad_(True)
+            self.family.train()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        LightningModule.optimizer_step(self, *args, **kwargs)  # there are no ranks to allocate
+
+
+def _module(setting: dict[str, Any], seed: int, steps: int, options: argparse.Namespace) -> LoraDiffusion:
+    full = setting.get("full", False)
+    rate = options.full_lr if full else options.lr
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+
+    keys = {key: value for key, value in setting.items() if key != "full"}
+    if "base" in keys:
+        keys["base"] = getattr(lit_lora.storage, keys["base"])()
+    if full:
+        keys["base_dtype"] = "float32"
+    return (FullFineTuning if full else LoraDiffusion)(
+        StableDiffusion("embedded"),
+        LoraConfig(r=16, lora_alpha=16, target_modules=TARGETS),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=rate),
+        lr_scheduler=schedule,
+        caption_dropout=0.1,
+        seed=seed,
+        **keys,
+    )
+
+
+def _run(
+    setting: dict[str, Any], seed: int, shards: Path, classifier: Any, options: argparse.Namespace
+) -> dict[str, float]:
+    seed_everything(seed, verbose=False)
+    module = _module(setting, seed, options.steps, options)
+    data = WebDatasetDataModule(
+        str(shards), batch_size=48, resolution=32, center_crop=True, num_workers=0, val_samples=96, seed=seed
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=options.steps,
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    started = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - started
+    denoiser = list(module.family.denoiser.parameters())
+    trained = [parameter for parameter in denoiser if parameter.requires_grad]
+    state = [
+        value for entry in trainer.optimizers[0].state.values() for value in entry.values() if torch.is_tensor(value)
+    ]
+    held = sum(t.numel() * t.element_size() for t in (*denoiser, *trained, *state))
+    judge = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    loss = judge.validate(module, data, verbose=False)[0]["val/loss"]
+    prompts = [_prompt(digit) for digit in range(10)] * options.pictures
+    pictures = module.generate(
+        prompts,
+        seeds=range(len(prompts)),
+        num_inference_steps=INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        batch_size=50,
+    )
+    return {
+        "accuracy": _accuracy(classifier, pictures),
+        "loss": loss,
+        "bytes": held,
+        "trained": sum(parameter.numel() for parameter in trained),
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--pictures", type=int, default=20, help="of each digit")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of the adapters")
+    parser.add_argument("--full-lr", type=float, default=5e-4, help="of full fine-tuning")
+    parser.add_argument("--only", nargs="*", help="parts of the names of the settings to run")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    scans, digits = load_digits(return_X_y=True)
+    classifier, on_scans = _fit_classifier(scans, digits)
+    print(
+        f"{options.steps} steps of 48 pictures, seeds {options.seeds}, {10 * options.pictures} pictures judged each; the"
+        f" classifier reads {on_scans:.1%} of unseen scans; torch {torch.__version__}, {torch.get_num_threads()} threads"
+    )
+    print(f"{'':<26}{'accuracy':>9} {'(each seed)':<22}{'val loss':>9}{'trained':>11}{'MB':>8}{'s':>7}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        shards = Path(folder) / "shards"
+        _pack(scans, digits, shards)
+        for name, setting in SETTINGS.items():
+            if options.only and not any(part in name for part in options.only):
+                continue
+            runs = [_run(setting, seed, shards, classifier, options) for seed in options.seeds]
+            mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0]}
+            each = " ".join(f"{run['accuracy']:.1%}" for run in runs)
+            print(
+                f"{name:<26}{mean['accuracy']:>9.1%} {each:<22}{mean['loss']:>9.4f}{mean['trained']:>11,.0f}"
+                f"{mean['bytes'] / 1e6:>8.1f}{mean['seconds']:>7.0f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""What memory is for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+KINDS = ("frozen weights", "adapter", "gradients", "optimizer state", "activations", "other")
+"""Every byte is of one kind."""
+
+_PLAIN = (Tensor, nn.Parameter)  # the quick answer for nearly all
+
+
+class MemoryKinds:
+    """Counts the bytes of a module's weights, gradients and optimizer state on one device.
+
+    A storage counts once, however many tensors share it, for the first kind in the order of :data:`KINDS`. Tensors that are
+    made of others (eight-bit optimizer states, sharded parameters) count as those.
+
+    Args:
+        module: The module; its parameters are looked up and the frozen ones counted now, the others at each :meth:`count`.
+        optimizers: Those that train it.
+        device: What lies elsewhere does not count.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Iterable[Any], device: torch.device) -> None:
+        parameters = list(module.parameters())
+        self._frozen = [p for p in parameters if not p.requires_grad] + list(module.buffers())
+        self._trained = [p for p in parameters if p.requires_grad]
+        self._states = [optimizer.state for optimizer in optimizers if hasattr(optimizer, "state")]
+        self._device = device
+        self._frozen_storages: set[int] = set()
+        self._frozen_bytes = self._bytes(self._frozen, self._frozen_storages)
+
+    def count(self) -> dict[str, int]:
+        """Bytes of the first four of :data:`KINDS`."""
+        seen = set(self._frozen_storages)
+        gradients = (p.grad for p in self._trained if p.grad is not None)
+        return {
+            "frozen weights": self._frozen_bytes,
+            "adapter": self._bytes(self._trained, seen),
+            "gradients": self._bytes(gradients, seen),
+            "optimizer state": self._bytes(_tensors(self._states), seen),
+        }
+
+    def full_precision(self) -> dict[str, int]:
+        """What could be stored in fewer bits.
+
+        Returns:
+            Bytes of frozen weights and of optimizer state in 16 or more bits each, and the number of ``frozen elements``.
+        """
+        wide = [tensor for tensor in self._frozen if _is_wide(tensor)]
+        return {
+            "frozen weights": self._bytes(wide, set()),
+            "frozen elements": sum(tensor.numel() for tensor in wide if self._is_here(tensor)),
+            "optimizer state": self._bytes((t for t in _tensors(self._states) if _is_wide(t)), set()),
+        }
+
+    def _bytes(self, tensors: Iterable[Tensor], seen: set[int]) -> int:
+        total = 0
+        for tensor in tensors:
+            for part in _parts(tensor):
+                if self._is_here(part) and (storage := part.untyped_storage())._cdata not in seen:
+                    seen.add(storage._cdata)
+                    total += storage.nbytes()
+        return total
+
+    def _is_here(self, tensor: Tensor) -> bool:
+        device = tensor.device
+        return device.type == self._device.type and (device.type == "cpu" or device.index == self._device.index)
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors with contents of their own that a tensor is made of."""
+    if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    # torchao's states say float32 and are made of bytes.
+    return tensor.is_floating_point() and all(part.element_size() >= 2 for part in _parts(tensor) if part.numel() > 1)

@@ -1,0 +1,192 @@
+"""How much memory is in use, and how much was since the last time that it was asked to forget."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import resource
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from lit_lora.files import atomic_file
+
+Reading = dict[str, int]
+"""Bytes by the way of counting; the first is the one that kinds of memory are shares of."""
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class MemoryMeter(ABC):
+    """Reads the memory of one device.
+
+    Attributes:
+        note: What the figures leave out, in a sentence; None where they are complete.
+        keeps_freed: Whether freed memory may still be counted, since the process has not given it back.
+    """
+
+    note: str | None = None
+    keeps_freed = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @property
+    @abstractmethod
+    def device_name(self) -> str:
+        """Name of the hardware."""
+
+    @abstractmethod
+    def current(self) -> Reading:
+        """Bytes in use now."""
+
+    @abstractmethod
+    def peak(self) -> Reading:
+        """The most bytes in use since the last :meth:`reset`."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget the peak."""
+
+    def diagnose(self, folder: Path, prefix: str) -> list[Path]:
+        """Write what the allocator knows of itself to files in the folder, where it knows anything.
+
+        Returns:
+            The files.
+        """
+        return []
+
+
+class CudaMeter(MemoryMeter):
+    """PyTorch's allocator on a CUDA device: ``allocated`` for tensors, ``reserved`` from the driver.
+
+    Resetting changes what ``torch.cuda.max_memory_allocated`` gives to others.
+    """
+
+    _recording = False
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def current(self) -> Reading:
+        return {
+            "allocated": torch.cuda.memory_allocated(self.device),
+            "reserved": torch.cuda.memory_reserved(self.device),
+        }
+
+    def peak(self) -> Reading:
+        return {
+            "allocated": torch.cuda.max_memory_allocated(self.device),
+            "reserved": torch.cuda.max_memory_reserved(self.device),
+        }
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def record_history(self, entries: int) -> None:
+        """Have the allocator remember its last ``entries`` events; 0 ends that."""
+        self._recording = entries > 0
+        torch.cuda.memory._record_memory_history("all" if entries else None, max_entries=entries)
+
+    def diagnose(self, folder: Path, prefix: str) -> list[Path]:
+        files = [folder / f"{prefix}_summary.txt"]
+        with atomic_file(files[0]) as part:
+            part.write_text(torch.cuda.memory_summary(self.device))
+        if self._recording:
+            files.append(folder / f"{prefix}_snapshot.pickle")
+            with atomic_file(files[1]) as part:
+                torch.cuda.memory._dump_snapshot(str(part))
+        return files
+
+
+class ProcessMeter(MemoryMeter):
+    """The resident memory of this process: ``resident``.
+
+    At each reset the C library gives freed memory back where it can, or the figures would hold what earlier phases used.
+    Linux keeps the peak and forgets it on demand. Where that is not allowed, a peak shows only where it is the highest
+    of the process so far, and otherwise the larger of the figures at both ends of a phase; ``note`` says so.
+
+    Args:
+        device: The CPU.
+        resettable: Whether the system can be asked to forget the peak; found out by default.
+    """
+
+    def __init__(self, device: torch.device, resettable: bool | None = None) -> None:
+        super().__init__(device)
+        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        self.keeps_freed = self._trim is None
+        self._resettable = _forget_peak() if resettable is None else resettable
+        if not self._resettable:
+            self.note = (
+                "the system does not let this process reset its peak: a phase's peak is exact only where it is the "
+                "highest of the process so far"
+            )
+        self.reset()
+
+    @property
+    def device_name(self) -> str:
+        with suppress(OSError):
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+        return platform.processor() or platform.machine()
+
+    def current(self) -> Reading:
+        return {"resident": _resident()}
+
+    def peak(self) -> Reading:
+        now, highest = _resident(), _highest()
+        if self._resettable or highest > self._highest_before:
+            return {"resident": max(highest, now)}
+        return {"resident": max(self._at_reset, now)}
+
+    def reset(self) -> None:
+        if self._trim is not None:
+            self._trim(0)
+        if self._resettable:
+            _forget_peak()
+        self._at_reset = _resident()
+        self._highest_before = _highest()
+
+
+def meter_of(device: torch.device) -> MemoryMeter:
+    """The meter for what trains on the device; for all but CUDA it is the process that is measured."""
+    return CudaMeter(device) if device.type == "cuda" else ProcessMeter(device)
+
+
+def _resident() -> int:
+    """Bytes of this process that are in memory."""
+    size = _from_status("VmRSS:")
+    if size is None:
+        import psutil  # type: ignore[import-untyped]  # comes with accelerate
+
+        size = int(psutil.Process().memory_info().rss)
+    return size
+
+
+def _highest() -> int:
+    """The most bytes of this process that were in memory, since its start or since it was last forgotten."""
+    size = _from_status("VmHWM:")
+    if size is None:
+        size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+    return size
+
+
+def _from_status(field: str) -> int | None:
+    with suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _forget_peak() -> bool:
+    """Ask Linux to start the peak of this process' resident memory anew; whether it did."""
+    with suppress(OSError):
+        _CLEAR_REFS.write_text("5")
+        return True
+    return False

@@ -1,0 +1,429 @@
+"""Where a run's memory goes."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
+
+import lit_lora
+from lit_lora.callbacks.memory_advice import general_advice, sorted_advice
+from lit_lora.callbacks.memory_chart import memory_chart
+from lit_lora.callbacks.memory_kinds import MemoryKinds
+from lit_lora.callbacks.memory_meter import CudaMeter, MemoryMeter, meter_of
+from lit_lora.callbacks.memory_record import BETWEEN, MIB, MemoryRecord, PhaseMemory, divide
+from lit_lora.errors import UserError, check_least
+from lit_lora.files import atomic_file
+from lit_lora.memory.phases import add_listener, remove_listener
+
+_FIRST_STEPS = 2
+"""Steps at the start that are always measured: only the second begins with the optimizer's state."""
+
+
+class MemoryProfiler(Callback):
+    """Measures memory by phase and by kind, for any LightningModule.
+
+    Phases are load, forward, backward, optimizer, validation, test, predict, and what the code names with
+    :func:`lit_lora.memory.phases.phase` (:class:`SampleImages` names "sampling"); of nested ones the innermost counts.
+    ``between`` is the rest: data, saving, and the steps that are not measured, which are watched as a whole, so that the
+    highest peak of the run is known.
+
+    On CUDA the figures are PyTorch's allocated and reserved memory, whose peak statistics are reset at the borders of
+    phases; elsewhere it is the resident memory of the process.
+
+    Kinds: frozen weights (and buffers), adapter (what is trained), gradients and optimizer state are the tensors on the
+    training device at the end of the phase, each storage once. Other is what else is in use before a step begins, on the CPU
+    the libraries and what the process keeps of freed memory. Activations are what a phase takes above these.
+
+    At the end a table is printed, and ``memory.json`` and the chart ``memory.png`` are written (``memory-test.json`` and so
+    on after other stages than fit). Loggers get ``memory_mib/peak/PHASE`` and, for the highest phase of a measured step,
+    ``memory_mib/kind/KIND``; TensorBoard the chart too. In several processes these are the first one's, with the
+    peak of each process in the table.
+
+    At an out-of-memory error the same is written, also by a process that is not the first (``memory-rank1.json``), with
+    the phase and what to change, most saving first. A module may answer that itself by a method
+    ``memory_advice(kinds) -> list[tuple[str, int]]``: from bytes by kind, changes and the bytes that each would save.
+    On CUDA ``memory_summary.txt`` is PyTorch's own summary.
+
+    ``memory.json`` has ``schema`` (1), ``status`` (finished, interrupted, failed, out of memory), ``stage``, ``device``,
+    ``device_name``, ``note`` (what the figures leave out, or null), ``versions``, ``options``, ``baseline`` (bytes in use
+    before the model was loaded, without the module's own), ``peak`` (``phase``, ``step``, ``bytes``), ``ranks`` (the highest
+    peak of each process; null after an error), ``phases`` (by name: ``peak`` and ``end``, each by way of
+    counting, ``kinds`` at the peak, ``step``, ``count``) and ``out_of_memory`` (null, or ``phase``, ``message``, ``kinds``,
+    ``advice``). All sizes are bytes.
+
+    Args:
+        every_n_steps: Optimizer steps between two that are measured, besides the first two of the run. Phases outside
+            steps are measured at most once in so many steps, validation always.
+        output_dir: Folder of the files; the logger's by default.
+        snapshot_entries: On CUDA, how many of the allocator's last events to record, and to write as
+            ``memory_snapshot.pickle`` at an out-of-memory error (for https://pytorch.org/memory_viz). 0 records none.
+
+    Raises:
+        UserError: A number is too small.
+    """
+
+    def __init__(self, every_n_steps: int = 50, output_dir: str | None = None, snapshot_entries: int = 0) -> None:
+        check_least(1, every_n_steps=every_n_steps)
+        check_least(0, snapshot_entries=snapshot_entries)
+        self.every_n_steps = every_n_steps
+        self.output_dir = output_dir
+        self.snapshot_entries = snapshot_entries
+        self._meter: MemoryMeter | None = None
+        self._record = MemoryRecord()
+
+    @property
+    def peak_memory(self) -> int:
+        """The highest peak so far in bytes."""
+        return self._record.highest[1].height if self._record.highest else 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer, self._module = trainer, pl_module
+        self._stage = TrainerFn(stage).value
+        # Asking for the log folder is a collective call: all processes are here now, and not after an error.
+        self._folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
+        self._meter = meter_of(trainer.strategy.root_device)
+        self._record, self._pending = MemoryRecord(), MemoryRecord()
+        self._bottom, self._open = "load", "load"
+        self._nested: list[tuple[str, bool]] = []
+        self._next_of: dict[str, int] = {}
+        self._failed_in: str | None = None
+        self._sampled = False
+        self._hooks: list[Any] = []
+        self._look()
+        self._other = self._baseline = self._used(self._meter) - sum(self._kinds.count().values())
+        if self.snapshot_entries and isinstance(self._meter, CudaMeter):
+            self._meter.record_history(self.snapshot_entries)
+        self._meter.reset()
+        add_listener(self)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_load()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first = self._next = self._step()
+        if not pl_module.automatic_optimization:
+            self._first = self._next = self._next + 1  # the batch's number is that of the last one still
+            self._hooks = [
+                optimizer.register_step_post_hook(self._after_step)
+                for optimizer in trainer.optimizers
+                if hasattr(optimizer, "register_step_post_hook")
+            ]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._bottom, self._failed_in = "forward", None
+        step = self._step()
+        if step >= self._next:
+            self._sampled, self._sampled_step = True, step
+            self._look()
+            beyond = self._close()
+            assert self._meter is not None
+            self._other = min(self._other, beyond) if self._meter.keeps_freed else beyond
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        # Before that, forward's peak has the gradients of the last step in it.
+        if self._bottom == "forward":
+            self._enter("backward")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        if self._bottom == "forward":
+            self._enter("backward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            self._enter("forward")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        self._enter("optimizer")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._bottom = BETWEEN
+        if not self._sampled:
+            return
+        self._sampled = False
+        self._close()
+        if not pl_module.automatic_optimization or self._step() > self._sampled_step:
+            n, done = self.every_n_steps, self._sampled_step
+            self._next = done + 1 if done + 1 < self._first + _FIRST_STEPS else (done // n + 1) * n
+            self._log()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Later the model has left the device.
+        self._look()
+        self._close()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("test")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("predict")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    def enter_phase(self, name: str) -> None:
+        """A phase that the code names begins."""
+        step = self._step()
+        measured = self._sampled or self._bottom == "load" or step >= self._next_of.get(name, step)
+        if measured:
+            self._next_of[name] = step + self.every_n_steps
+        self._begin(name, measured)
+
+    def leave_phase(self, name: str, failed: bool) -> None:
+        """It ends."""
+        if failed and self._failed_in is None:
+            self._failed_in = name
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._meter is None:
+            return
+        failed_in = self._failed_in or (self._nested[-1][0] if self._nested else self._bottom)
+        out_of_memory = _is_out_of_memory(exception)
+        try:
+            self._look()
+            if out_of_memory:
+                explanation = self._explain(self._meter, failed_in, exception)
+                self._close()
+                self._write("out of memory", out_of_memory=explanation)
+            elif self._bottom != "load":
+                self._close()
+                interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+                self._write("interrupted" if interrupted else "failed")
+        except (OSError, UserError) as error:  # the exception that brought us here must go on
+            rank_zero_warn(f"the memory profile could not be written: {error}")
+        finally:
+            self._stop()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._meter is not None:
+            try:
+                self._write("finished", ranks=_gather(self.peak_memory))
+            finally:
+                self._stop()
+
+    def _begin(self, name: str, measured: bool = True) -> None:
+        if self._bottom == "load" and name in ("validation", "test", "predict"):
+            self._end_load()
+        self._failed_in = None
+        if measured and not self._sampled:
+            self._look()
+        self._nested.append((name, measured))
+        if measured:
+            self._close()
+
+    def _end(self) -> None:
+        if not self._nested:
+            return
+        _, measured = self._nested.pop()
+        if measured:
+            if not self._sampled:
+                self._look()
+            self._close()
+            if not self._sampled:
+                self._log()
+
+    def _enter(self, name: str) -> None:
+        self._bottom = name
+        if self._sampled:
+            self._close()
+
+    def _after_step(self, *_: Any) -> None:
+        if self._bottom == "optimizer":
+            self._enter("forward")
+
+    def _end_load(self) -> None:
+        if self._bottom == "load":
+            self._bottom = BETWEEN
+            self._look()
+            self._other = self._close()
+
+    def _step(self) -> int:
+        """The number of the step: with manual optimization one for each batch, since it may have any number of optimizers."""
+        if self._module.automatic_optimization:
+            return self._trainer.global_step
+        return self._trainer.fit_loop.total_batch_idx
+
+    def _look(self) -> None:
+        """Look up the parameters anew."""
+        trainer = self._trainer
+        self._kinds = MemoryKinds(self._module, trainer.optimizers, trainer.strategy.root_device)
+
+    def _close(self) -> int:
+        """End what was being measured and begin the next.
+
+        Returns:
+            Bytes in use now beyond the kinds that can be counted.
+        """
+        assert self._meter is not None
+        peak, now, counted = self._meter.peak(), self._meter.current(), self._kinds.count()
+        kinds = divide(self._open, next(iter(peak.values())), counted, self._other)
+        memory = PhaseMemory(peak, now, kinds, self._trainer.global_step)
+        self._record.add(self._open, memory)
+        self._pending.add(self._open, memory)
+        self._meter.reset()
+        self._open = self._label()
+        return next(iter(now.values())) - sum(counted.values())
+
+    def _label(self) -> str:
+        """What is measured from now on."""
+        for name, measured in reversed(self._nested):
+            if measured:
+                return name
+        return self._bottom if self._sampled or self._bottom == "load" else BETWEEN
+
+    def _used(self, meter: MemoryMeter) -> int:
+        return next(iter(meter.current().values()))
+
+    def _log(self) -> None:
+        scalars, self._pending = self._pending.scalars(), MemoryRecord()
+        for logger in self._trainer.loggers:
+            logger.log_metrics(scalars, step=self._trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _explain(self, meter: MemoryMeter, phase: str, exception: BaseException) -> dict[str, Any]:
+        """What is known of an out-of-memory error."""
+        current, counted = meter.current(), self._kinds.count()
+        kinds = divide(phase, next(iter(meter.peak().values())), counted, self._other)
+        advice = self._own_advice(kinds)
+        if advice is None:
+            unused = current.get("reserved", 0) - current.get("allocated", 0)
+            advice = general_advice(kinds, self._kinds.full_precision(), unused, str(self._trainer.precision))
+        return {"phase": phase, "message": str(exception), "kinds": kinds, "advice": advice}
+
+    def _own_advice(self, kinds: Mapping[str, int]) -> list[tuple[str, int]] | None:
+        """What the module says to change, if it knows."""
+        if not hasattr(self._module, "memory_advice"):
+            return None
+        try:
+            return sorted_advice(cast(Any, self._module).memory_advice(kinds))
+        except UserError:
+            return None
+
+    def _write(self, status: str, ranks: list[int] | None = None, out_of_memory: dict[str, Any] | None = None) -> None:
+        """Write the files and print the table; on the first process, and where memory ran out."""
+        assert self._meter is not None
+        trainer = self._trainer
+        if not trainer.is_global_zero and out_of_memory is None:
+            return
+        name = "memory" if self._stage == "fit" else f"memory-{self._stage}"
+        if not trainer.is_global_zero:
+            name += f"-rank{trainer.global_rank}"
+        report = self._report(status, ranks, out_of_memory)
+        with atomic_file(self._folder / f"{name}.json") as part:
+            part.write_text(json.dumps(report, indent=1) + "\n")
+        files = [] if out_of_memory is None else self._meter.diagnose(self._folder, name)
+        chart = memory_chart({phase: memory.kinds for phase, memory in self._record.phases.items()}, self._title())
+        with atomic_file(self._folder / f"{name}.png") as part:
+            chart.save(part, format="PNG")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                step = trainer.fit_loop.epoch_loop._batches_that_stepped
+                logger.experiment.add_image("memory", np.asarray(chart), step, dataformats="HWC")
+        print(self._text(report, [self._folder / f"{name}.json", self._folder / f"{name}.png", *files]), flush=True)
+
+    def _report(self, status: str, ranks: list[int] | None, out_of_memory: dict[str, Any] | None) -> dict[str, Any]:
+        assert self._meter is not None
+        highest = self._record.highest
+        return {
+            "schema": 1,
+            "status": status,
+            "stage": self._stage,
+            "device": str(self._meter.device),
+            "device_name": self._meter.device_name,
+            "note": self._meter.note,
+            "versions": {
+                "lit_lora": lit_lora.__version__,
+                "torch": torch.__version__,
+                "lightning": lightning.__version__,
+                "python": platform.python_version(),
+                "cuda": torch.version.cuda,
+            },
+            "options": {"every_n_steps": self.every_n_steps, "snapshot_entries": self.snapshot_entries},
+            "baseline": self._baseline,
+            "peak": highest and {"phase": highest[0], "step": highest[1].step, "bytes": highest[1].height},
+            "ranks": ranks,
+            "phases": {name: asdict(memory) for name, memory in self._record.phases.items()},
+            "out_of_memory": out_of_memory,
+        }
+
+    def _title(self) -> str:
+        assert self._meter is not None
+        measure = next(iter(self._meter.current()))
+        return f"Peak memory by phase and kind ({measure}, {self._meter.device})"
+
+    def _text(self, report: Mapping[str, Any], files: list[Path]) -> str:
+        lines = [f"\n{self._title()}, MiB", self._record.table()]
+        if report["peak"]:
+            lines.append("highest peak: {bytes:,} bytes in {phase} at step {step}".format(**report["peak"]))
+        if self._baseline > 0:
+            lines.append(f"other has {self._baseline / MIB:,.1f} MiB that were in use before the model was loaded")
+        if report["ranks"] and len(report["ranks"]) > 1:
+            peaks = ", ".join(f"{peak / MIB:,.1f}" for peak in report["ranks"])
+            lines.append(f"highest peak of each process: {peaks} MiB")
+        if report["note"]:
+            lines.append(f"note: {report['note']}")
+        if report["out_of_memory"]:
+            lines += _explanation(report["out_of_memory"])
+        return "\n".join([*lines, f"written: {', '.join(map(str, files))}"])
+
+    def _stop(self) -> None:
+        remove_listener(self)
+        for hook in self._hooks:
+            hook.remove()
+        if self.snapshot_entries and isinstance(self._meter, CudaMeter):
+            self._meter.record_history(0)
+        self._meter = None
+        del self._kinds, self._trainer, self._module  # the callback may live longer than the model
+
+
+def _explanation(error: Mapping[str, Any]) -> list[str]:
+    lines = [f"\nOut of memory in {error['phase']}: {error['message'].splitlines()[0]}", "in use then, MiB:"]
+    lines += [f"  {kind:16}{size / MIB:12,.1f}" for kind, size in error["kinds"].items()]
+    if error["advice"]:
+        lines.append("what to change, and about what it saves alone, MiB:")
+        lines += [f"{saved / MIB:12,.1f}  {change}" for change, saved in error["advice"]]
+    return lines
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the error, or the one that it comes from, says that a device or the host has no memory left."""
+    if error is None:
+        return False
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    texts = ("can't allocate memory", "not enough memory")
+    refused = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return refused or _is_out_of_memory(error.__cause__)
+
+
+def _gather(peak: int) -> list[int]:
+    """The value of each process."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [peak]
+    peaks: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(peaks, peak)
+    return peaks

@@ -1,0 +1,330 @@
+"""What a run took: time, energy, samples, money."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor, distributed
+
+from lit_lora.callbacks.memory_meter import meter_of
+from lit_lora.errors import UserError
+from lit_lora.files import atomic_file
+
+_JOULES_PER_KWH = 3.6e6
+
+Figures = dict[str, Any]
+
+
+class RunReport(Callback):
+    """Counts what training takes, for any LightningModule; prints a table at the end and writes ``report.json``.
+
+    An interrupted or failed run is reported too. A resumed run reports itself and the total: figures up to the checkpoint are
+    kept in it.
+
+    ``report.json`` has ``schema`` (1), ``status`` (finished, interrupted, failed), ``world_size``, ``processes`` (how many
+    of them the figures are of: after an error each process that reports knows only its own, those that are not the first
+    in ``report-rank1.json`` and so on), ``this_run``, ``total`` and ``runs`` (how many ``total`` is of), ``peak_memory`` (bytes
+    of the process that needed most, this run), ``peak_memory_of`` (``allocated`` or ``resident``, see
+    :class:`MemoryProfiler`), ``adapter_parameters`` (all that is trained), ``gpu_energy_note`` and ``prices``. ``this_run``
+    and ``total`` have
+
+    - ``wall_seconds`` from the set-up to the end, and ``train_seconds`` of them after the model was loaded;
+    - ``cpu_seconds`` of all threads, and of child processes that have ended;
+    - ``gpu_energy_kwh`` from the driver's counter of each GPU, whoever used it; null without one, and
+      ``gpu_energy_note`` says why;
+    - ``samples`` trained: those with a positive ``weight`` where the batch has weights, otherwise all in the batch; null where
+      that cannot be found out; ``samples_per_second`` of training;
+    - ``optimizer_steps``;
+    - ``time_cost`` and ``energy_cost``, null without a price.
+
+    Args:
+        price_per_hour: Of all machines of the run together, in any currency.
+        price_per_kwh: Of electricity, in the same currency.
+        output_dir: Folder of the file; the logger's by default.
+
+    Raises:
+        UserError: A price is negative.
+    """
+
+    def __init__(
+        self, price_per_hour: float | None = None, price_per_kwh: float | None = None, output_dir: str | None = None
+    ) -> None:
+        for name, price in (("price_per_hour", price_per_hour), ("price_per_kwh", price_per_kwh)):
+            if price is not None and price < 0:
+                raise UserError(f"{name} must be at least 0, not {price}; leave it out for a report without costs")
+        self.price_per_hour = price_per_hour
+        self.price_per_kwh = price_per_kwh
+        self.output_dir = output_dir
+        self._trainer: Trainer | None = None
+        self._before: Figures = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._trainer, self._before = trainer, {}
+        # Asking for the log folder is a collective call: all processes are here now, and not after an error.
+        self._folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
+        self._start, self._cpu_start = time.monotonic(), _cpu_seconds()
+        self._energy = _GpuEnergy(_uuid(trainer.strategy.root_device))
+        self._meter = meter_of(trainer.strategy.root_device)
+        self._meter.reset()
+        self._loaded: float | None = None
+        self._first_step = 0
+        self._samples: int | None = 0
+        # Weights are counted on the device: asking for the number at each step would wait for it.
+        self._weighted: Tensor | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._loaded = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        weight = batch.get("weight") if isinstance(batch, Mapping) else None
+        if isinstance(weight, Tensor):
+            trained = (weight > 0).sum()
+            self._weighted = trained if self._weighted is None else self._weighted + trained
+        elif self._samples is not None:
+            try:
+                self._samples += extract_batch_size(batch)
+            except (MisconfigurationException, RecursionError):
+                self._samples = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._trainer is None:
+            return
+        try:
+            if self._loaded is not None:
+                interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+                own = self._own()
+                self._write("interrupted" if interrupted else "failed", pl_module, [own])
+        except (OSError, UserError) as error:  # the exception that brought us here must go on
+            rank_zero_warn(f"the run's report could not be written: {error}")
+        finally:
+            self._trainer = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._trainer is None:
+            return
+        try:
+            everyone = _gather(self._own())
+            if trainer.is_global_zero:
+                self._write("finished", pl_module, everyone)
+        finally:
+            self._trainer = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Totals over all processes so far; a collective call in training."""
+        return {} if self._trainer is None else _sum(self._before, _together(_gather(self._own())))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict
+
+    def _own(self) -> Figures:
+        """What this process has taken so far."""
+        assert self._trainer is not None
+        now = time.monotonic()
+        samples = self._samples
+        if samples is not None and self._weighted is not None:
+            samples += int(self._weighted)
+        peak = next(iter(self._meter.peak().values()))
+        # A profiler makes the system forget its peak, so it has to be asked for the one that it saw.
+        callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
+        peaks = [getattr(callback, "peak_memory", 0) for callback in callbacks]
+        return {
+            "device": (platform.node(), self._energy.uuid),
+            "joules": self._energy.joules(),
+            "note": self._energy.note,
+            "peak_memory": max(peak, *peaks),
+            "wall_seconds": now - self._start,
+            "train_seconds": 0.0 if self._loaded is None else now - self._loaded,
+            "cpu_seconds": _cpu_seconds() - self._cpu_start,
+            "samples": samples,
+            "optimizer_steps": self._trainer.global_step - self._first_step,
+        }
+
+    def _write(self, status: str, pl_module: LightningModule, everyone: list[Figures]) -> None:
+        assert self._trainer is not None
+        trainer = self._trainer
+        this_run = _together(everyone)
+        total = _sum(self._before, this_run)
+        report = {
+            "schema": 1,
+            "status": status,
+            "world_size": trainer.world_size,
+            "processes": len(everyone),
+            "this_run": self._finished(this_run),
+            "total": self._finished(total),
+            "runs": total["runs"],
+            "peak_memory": max(own["peak_memory"] for own in everyone),
+            "peak_memory_of": next(iter(self._meter.current())),
+            "adapter_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            "gpu_energy_note": next((own["note"] for own in everyone if own["note"]), None),
+            "prices": {"per_hour": self.price_per_hour, "per_kwh": self.price_per_kwh},
+        }
+        name = "report.json" if trainer.is_global_zero else f"report-rank{trainer.global_rank}.json"
+        with atomic_file(self._folder / name) as part:
+            part.write_text(json.dumps(report, indent=1) + "\n")
+        print(f"{_table(report)}\nwritten: {self._folder / name}", flush=True)
+
+    def _finished(self, figures: Figures) -> Figures:
+        """The figures with what follows from them."""
+        samples, seconds, energy = figures["samples"], figures["train_seconds"], figures["gpu_energy_kwh"]
+        rate = None if samples is None or not seconds else samples / seconds
+        return {
+            **{name: value for name, value in figures.items() if name != "runs"},
+            "samples_per_second": rate,
+            "time_cost": _product(self.price_per_hour, figures["wall_seconds"] / 3600),
+            "energy_cost": _product(self.price_per_kwh, energy),
+        }
+
+
+class _GpuEnergy:
+    """The driver's energy counter of one GPU.
+
+    Args:
+        uuid: Of the GPU as the driver writes it; None where the run is on no NVIDIA GPU.
+    """
+
+    def __init__(self, uuid: str | None) -> None:
+        self.uuid = uuid
+        self.note: str | None = None
+        self._start = self._read()
+
+    def joules(self) -> float | None:
+        """Energy since the start; None where there is no counter, and then :attr:`note` says why."""
+        now = self._read()
+        return None if now is None or self._start is None else (now - self._start) / 1000
+
+    def _read(self) -> int | None:
+        """Millijoules since the driver was loaded."""
+        if self.uuid is None:
+            self.note = "the run is not on an NVIDIA GPU"
+            return None
+        try:
+            import pynvml
+        except ImportError:
+            self.note = "the driver's library is not installed: pip install nvidia-ml-py"
+            return None
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError as error:
+            self.note = f"the driver does not answer: {error}"
+            return None
+        try:
+            handle = pynvml.nvmlDeviceGetHandleByUUID(self.uuid)
+            return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle))
+        except pynvml.NVMLError as error:
+            self.note = f"the GPU has no energy counter: {error}"
+            return None
+        finally:
+            with suppress(pynvml.NVMLError):
+                pynvml.nvmlShutdown()
+
+
+def _uuid(device: torch.device) -> str | None:
+    """The driver's name of a device; by its index the driver would not know which, since programs see a choice of them."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
+
+
+def _cpu_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _together(everyone: list[Figures]) -> Figures:
+    """The figures of all processes as one; a GPU that several of them share counts once."""
+    joules: dict[Any, float | None] = {}
+    for own in everyone:
+        joules[own["device"]] = _largest(joules.get(own["device"], 0.0), own["joules"])
+    energy = _total(joules.values())
+    return {
+        "wall_seconds": max(own["wall_seconds"] for own in everyone),
+        "train_seconds": max(own["train_seconds"] for own in everyone),
+        "cpu_seconds": sum(own["cpu_seconds"] for own in everyone),
+        "gpu_energy_kwh": None if energy is None else energy / _JOULES_PER_KWH,
+        "samples": _total(own["samples"] for own in everyone),
+        "optimizer_steps": everyone[0]["optimizer_steps"],
+        "runs": 1,
+    }
+
+
+def _sum(before: Figures, this_run: Figures) -> Figures:
+    """Both runs together; unknown is what is unknown of one."""
+    return {name: _total([before[name], value]) for name, value in this_run.items()} if before else this_run
+
+
+def _total(values: Any) -> Any:
+    values = list(values)
+    return None if None in values else sum(values)
+
+
+def _largest(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else max(a, b)
+
+
+def _product(price: float | None, amount: float | None) -> float | None:
+    return None if price is None or amount is None else price * amount
+
+
+def _table(report: Mapping[str, Any]) -> str:
+    rows = [("", "this run", "total")]
+    for label, name, show in (
+        ("wall time", "wall_seconds", _duration),
+        ("training", "train_seconds", _duration),
+        ("CPU time", "cpu_seconds", _duration),
+        ("GPU energy, kWh", "gpu_energy_kwh", _number),
+        ("samples", "samples", _number),
+        ("optimizer steps", "optimizer_steps", _number),
+        ("samples per second", "samples_per_second", _number),
+        ("cost of time", "time_cost", _number),
+        ("cost of energy", "energy_cost", _number),
+    ):
+        values = [report[column][name] for column in ("this_run", "total")]
+        if values != [None, None]:
+            rows.append((label, show(values[0]), show(values[1])))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    of = "" if report["processes"] == report["world_size"] else f", one process of {report['world_size']}"
+    lines = [f"\nRun report ({report['status']}{of})"]
+    lines += [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+    if report["gpu_energy_note"]:
+        lines.append(f"no GPU energy: {report['gpu_energy_note']}")
+    lines.append(f"peak memory {report['peak_memory'] / 2**20:,.1f} MiB ({report['peak_memory_of']})")
+    lines.append(f"trained parameters {report['adapter_parameters']:,}")
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _gather(own: Figures) -> list[Figures]:
+    """The figures of each process."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    everyone: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyone, own)
+    return everyone

@@ -1,0 +1,59 @@
+"""The largest batch that fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lit_lora.planning.memory_plan import MemoryPlan
+from lit_lora.planning.plan_run import plan
+from lit_lora.planning.run import Run
+
+_LARGEST = 4096
+
+
+def largest_batch(run: Run, device_memory: int, planned: MemoryPlan | None = None) -> MemoryPlan | None:
+    """The plan with the largest batch size that fits; None where one sample does not.
+
+    Memory grows by about the same for each sample, so a line through the known plans says which size to plan next, until
+    a size fits and the next one does not.
+
+    Args:
+        run: The run; its own batch size does not matter.
+        device_memory: Bytes that the device has.
+        planned: The run's plan, if it is known already.
+
+    Raises:
+        UserError: See :func:`~lit_lora.planning.plan_run.plan`.
+    """
+    known = {} if planned is None else {run.batch_size: planned}
+
+    def of(size: int) -> MemoryPlan:
+        if size not in known:
+            known[size] = plan(replace(run, batch_size=size))
+        return known[size]
+
+    if not of(1).fits(device_memory):
+        return None
+    fits, too_large = 1, _LARGEST + 1
+    of(2)
+    while True:
+        fits = max(size for size, found in known.items() if found.fits(device_memory))
+        too_large = min([size for size, found in known.items() if not found.fits(device_memory)] or [too_large])
+        if too_large - fits == 1:
+            return known[fits]
+        guess = _on_the_line(known, device_memory)
+        # A line that errs must not be followed for ever: each plan halves at least what is left, in the end.
+        if not fits < guess < too_large or len(known) > 6:
+            guess = min(fits * 2, (fits + too_large) // 2) if too_large > _LARGEST else (fits + too_large) // 2
+        of(max(fits + 1, min(guess, too_large - 1)))
+
+
+def _on_the_line(known: dict[int, MemoryPlan], device_memory: int) -> int:
+    """The size at which the two nearest plans say that the memory is full, or the one after if that is known."""
+    nearest = sorted(known, key=lambda size: abs(device_memory - known[size].needed))[:2]
+    low, high = sorted(nearest)
+    slope = (known[high].needed - known[low].needed) / (high - low)
+    if slope <= 0:
+        return _LARGEST
+    guess = int(low + (device_memory - known[low].needed) / slope)
+    return guess + 1 if guess in known else guess

@@ -1,0 +1,269 @@
+"""What makes a run smaller: each change by itself, and the cheapest ones that make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from lit_lora.planning.fake_module import unloaded
+from lit_lora.planning.memory_plan import MemoryPlan
+from lit_lora.planning.plan_run import plan
+from lit_lora.planning.run import Run
+from lit_lora.storage import NF4, Int8
+
+_WORTH_WHILE = 0.01
+"""A change that saves less than this share of the peak is not named."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a run's config.
+
+    Args:
+        keys: Config keys and their new values.
+        price: What it costs, in a few words.
+    """
+
+    keys: dict[str, Any]
+    price: str
+
+    @property
+    def arguments(self) -> str:
+        """The keys as a command line has them."""
+        return " ".join(f"--{key} {_shown(value)}" for key, value in self.keys.items())
+
+
+@dataclass(frozen=True)
+class ChangedRun:
+    """A change, and the run and its plan with it.
+
+    Args:
+        change: What is changed.
+        run: The run with this change, and those before it in a list of cheapest changes.
+        plan: Its plan.
+        saved: Bytes that it saves.
+    """
+
+    change: Change
+    run: Run
+    plan: MemoryPlan
+    saved: int
+
+
+_Candidate = Callable[[Run], "tuple[Change, Run] | None"]
+
+
+def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = None) -> list[ChangedRun] | None:
+    """The changes, one upon the other, that make a run fit; None where all of them do not.
+
+    They are tried in the order of what they cost, which is that of :data:`CANDIDATES`: first what changes neither result
+    nor time, then what takes time, then what stores the base less exactly, last what trains something else. A change
+    without which the others still suffice is left out.
+
+    Args:
+        run: The run.
+        device_memory: Bytes that the device has.
+        planned: The run's plan, if it is known already.
+
+    Raises:
+        UserError: See :func:`~lit_lora.planning.plan_run.plan`.
+    """
+    paths = _Paths(run, planned or plan(run))
+    taken: tuple[_Candidate, ...] = ()
+    for candidate in CANDIDATES:
+        while not paths.plan(taken).fits(device_memory):
+            longer = (*taken, candidate)
+            if not paths.possible(longer) or paths.saved(longer) < _WORTH_WHILE * paths.plan(taken).peak:
+                break
+            taken = longer
+    if not paths.plan(taken).fits(device_memory):
+        return None
+    for candidate in reversed(taken[:-1]):
+        without = tuple(name for name in taken if name is not candidate)
+        # Where it saved more than twice of what is left over, the others do not suffice.
+        slack = device_memory - paths.plan(taken).needed
+        saved = paths.saved(taken[: taken.index(candidate) + 1])
+        if taken.count(candidate) == 1 and saved <= 2 * slack and paths.plan(without).fits(device_memory):
+            taken = without
+    return [paths.changed(taken[:count]) for count in range(1, len(taken) + 1)]
+
+
+def ranked_changes(run: Run, planned: MemoryPlan | None = None) -> list[ChangedRun]:
+    """Each change alone, most saving first; those that save next to nothing are left out.
+
+    Args:
+        run: The run.
+        planned: The run's plan, if it is known already.
+
+    Raises:
+        UserError: See :func:`~lit_lora.planning.plan_run.plan`.
+    """
+    before = planned or plan(run)
+    changed = []
+    for candidate in CANDIDATES:
+        found = candidate(run)
+        if found is not None:
+            after = plan(found[1])
+            changed.append(ChangedRun(*found, after, before.needed - after.needed))
+    worth_while = [one for one in changed if one.saved >= _WORTH_WHILE * before.peak]
+    return sorted(worth_while, key=lambda one: -one.saved)
+
+
+class _Paths:
+    """Plans of a run after one change upon the other, each made once."""
+
+    def __init__(self, run: Run, planned: MemoryPlan) -> None:
+        self._plans: dict[tuple[_Candidate, ...], MemoryPlan] = {(): planned}
+        self._runs: dict[tuple[_Candidate, ...], Run] = {(): run}
+        self._changes: dict[tuple[_Candidate, ...], Change] = {}
+
+    def possible(self, names: tuple[_Candidate, ...]) -> bool:
+        """Whether the last change applies after the others."""
+        if names in self._runs:
+            return True
+        if not self.possible(names[:-1]):
+            return False
+        found = names[-1](self._runs[names[:-1]])
+        if found is None:
+            return False
+        self._changes[names], self._runs[names] = found
+        return True
+
+    def plan(self, names: tuple[_Candidate, ...]) -> MemoryPlan:
+        if names not in self._plans:
+            assert self.possible(names)
+            self._plans[names] = plan(self._runs[names])
+        return self._plans[names]
+
+    def saved(self, names: tuple[_Candidate, ...]) -> int:
+        """What the last change saves."""
+        return self.plan(names[:-1]).needed - self.plan(names).needed
+
+    def changed(self, names: tuple[_Candidate, ...]) -> ChangedRun:
+        return ChangedRun(self._changes[names], self._runs[names], self.plan(names), self.saved(names))
+
+
+def _with_options(run: Run, **options: Any) -> Run:
+    """The run with other attributes of the module."""
+    module = unloaded(run.module)
+    for name, value in options.items():
+        setattr(module, name, value)
+    return replace(run, module=module)
+
+
+def _flag(name: str, price: str, applies: Callable[[Run], bool] = lambda run: True) -> _Candidate:
+    """Turns an option of the module on, where it is off."""
+
+    def candidate(run: Run) -> tuple[Change, Run] | None:
+        if getattr(run.module, name) or not applies(run):
+            return None
+        return Change({f"model.{name}": True}, price), _with_options(run, **{name: True})
+
+    return candidate
+
+
+def _uses_vae(run: Run) -> bool:
+    return "latents" not in run.cached
+
+
+def _on_gpu(run: Run) -> bool:
+    return run.device.is_cuda
+
+
+def _steps_in_backward(run: Run) -> bool:
+    clips = run.gradient_clip_val is not None
+    return not clips and run.accumulate_grad_batches == 1 and run.precision != "16-mixed"
+
+
+def _vae_slicing(run: Run) -> tuple[Change, Run] | None:
+    if run.module.family.vae_slicing or not _uses_vae(run) or run.batch_size == 1:
+        return None
+    return Change({"model.vae_slicing": True}, "none to speak of"), _with_split_vae(
+        run, True, run.module.family.vae_tiling
+    )
+
+
+def _vae_tiling(run: Run) -> tuple[Change, Run] | None:
+    family = run.module.family
+    if family.vae_tiling or not _uses_vae(run):
+        return None
+    return Change({"model.vae_tiling": True}, "latents differ a little"), _with_split_vae(run, family.vae_slicing, True)
+
+
+def _with_split_vae(run: Run, slicing: bool, tiling: bool) -> Run:
+    module = unloaded(run.module)
+    module.family.split_vae(slicing, tiling)
+    return replace(run, module=module)
+
+
+def _int8(run: Run) -> tuple[Change, Run] | None:
+    return _stored(run, Int8, "base weights off by up to 1/254 of their channel's largest; some time")
+
+
+def _nf4(run: Run) -> tuple[Change, Run] | None:
+    return _stored(run, NF4, "base weights in 16 levels; some time")
+
+
+def _stored(run: Run, kind: Any, price: str) -> tuple[Change, Run] | None:
+    stored = type(run.module.base).__name__
+    if stored in ("NF4", kind.__name__) or (stored == "FP8" and kind is Int8):
+        return None
+    change = Change({"model.base": f"lit_lora.storage.{kind.__name__}"}, price)
+    return change, _with_options(run, base=kind())
+
+
+def _eight_bit_optimizer(run: Run) -> tuple[Change, Run] | None:
+    made: Any = run.module.optimizer([torch.nn.Parameter(torch.zeros(1))])
+    if type(made) is not torch.optim.AdamW or find_spec("bitsandbytes") is None:
+        return None
+    from bitsandbytes.optim import AdamW8bit
+
+    options = {name: made.defaults[name] for name in ("lr", "betas", "eps", "weight_decay")}
+    change = Change({"model.optimizer": "bitsandbytes.optim.AdamW8bit"}, "optimizer state in 8 bits")
+    return change, _with_options(run, optimizer=lambda parameters: AdamW8bit(parameters, **options))
+
+
+def _half_batch(run: Run) -> tuple[Change, Run] | None:
+    if run.batch_size % 2:
+        return None
+    half, twice = run.batch_size // 2, run.accumulate_grad_batches * 2
+    keys = {"data.init_args.batch_size": half, "trainer.accumulate_grad_batches": twice}
+    return Change(keys, "the same gradients in more time"), replace(run, batch_size=half, accumulate_grad_batches=twice)
+
+
+def _half_rank(run: Run) -> tuple[Change, Run] | None:
+    rank = getattr(run.module.adapter, "r", None)
+    if not isinstance(rank, int) or rank < 2:
+        return None
+    changed = _with_options(run)
+    adapter: Any = changed.module.adapter
+    adapter.r = rank // 2
+    if hasattr(adapter, "target_r"):  # AdaLoRA
+        return None
+    return Change({"model.adapter.init_args.r": rank // 2}, "an adapter of less capacity"), changed
+
+
+CANDIDATES: tuple[_Candidate, ...] = (
+    _vae_slicing,
+    _flag("offload_encoders", "moving the encoders each step", _on_gpu),
+    _flag("gradient_checkpointing", "a third more time"),
+    _flag("optimizer_in_backward", "no clipping by norm, no accumulation", _steps_in_backward),
+    _eight_bit_optimizer,
+    _half_batch,
+    _int8,
+    _vae_tiling,
+    _flag("offload_activations", "moving activations each step", _on_gpu),
+    _nf4,
+    _flag("offload_blocks", "moving the base twice each step", _on_gpu),
+    _half_rank,
+)
+"""Cheapest first: what changes neither result nor much time; what takes time alone, and the same result; what stores the
+base less exactly; what moves much each step; what trains something else."""
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,155 @@
+"""What devices have, for estimates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lit_lora.errors import UserError
+
+COMPUTE_UTILISATION = 0.4
+"""Share of the peak rate that matrix products and convolutions of a training step reach; estimates say so."""
+BANDWIDTH_UTILISATION = 0.7
+"""Share of the memory bandwidth that other operations reach."""
+
+CUDA_CONTEXT = 500 * 10**6
+"""Kernels and context of a process on a GPU; 300 to 600 MB by card and driver."""
+WORKSPACES = 250 * 10**6
+"""What cuBLAS keeps (8 to 32 MiB for each handle) and cuDNN takes while it convolves."""
+FRAGMENTATION = 0.03
+"""Share of the peak that the caching allocator reserves and cannot use."""
+PROCESS = 900 * 10**6
+"""Python and its libraries on the CPU."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device that trains.
+
+    Args:
+        name: What users call it.
+        memory: In bytes; None where it is not known.
+        half_flops: Dense bfloat16 products (float16 where there is no bfloat16) with float32 sums, per second.
+        float_flops: float32 operations per second.
+        bandwidth: Of its memory, bytes per second.
+    """
+
+    name: str
+    memory: int | None
+    half_flops: float
+    float_flops: float
+    bandwidth: float
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it is a GPU of the table."""
+        return self.name != "cpu"
+
+    def beside(self, peak: int) -> dict[str, int]:
+        """Bytes that a run takes beside its tensors, by what for: allowances, not measurements."""
+        if not self.is_cuda:
+            return {"Python and libraries": PROCESS}
+        return {
+            "CUDA context": CUDA_CONTEXT,
+            "cuBLAS and cuDNN workspaces": WORKSPACES,
+            "fragmentation": int(peak * FRAGMENTATION),
+        }
+
+    def seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
+        """Estimated time of operations: each takes its arithmetic or its memory traffic, whichever is longer.
+
+        Args:
+            work: See :attr:`~lit_lora.planning.storage_meter.StorageMeter.work`.
+        """
+        bandwidth = self.bandwidth * BANDWIDTH_UTILISATION
+        rates = {True: self.half_flops * COMPUTE_UTILISATION, False: self.float_flops * COMPUTE_UTILISATION}
+        return sum(max(flops / rates[size < 4], moved / bandwidth) for flops, moved, size in work)
+
+
+def _gpu(name: str, gigabytes: int, half: float, single: float, bandwidth: float) -> Device:
+    return Device(name, gigabytes * 10**9, half * 1e12, single * 1e12, bandwidth * 1e9)
+
+
+# Makers' data sheets: GB, TFLOP/s of bfloat16 with float32 sums and of float32, GB/s.
+_GPUS = (
+    _gpu("T4", 16, 65, 8.1, 320),
+    _gpu("V100", 16, 125, 15.7, 900),
+    _gpu("RTX 3060", 12, 25.5, 12.7, 360),
+    _gpu("RTX 3080", 10, 59.5, 29.8, 760),
+    _gpu("RTX 3090", 24, 71, 35.6, 936),
+    _gpu("RTX 4070", 12, 58.3, 29.1, 504),
+    _gpu("RTX 4090", 24, 165, 82.6, 1008),
+    _gpu("RTX 5090", 32, 209, 104.8, 1792),
+    _gpu("A10G", 24, 70, 31.5, 600),
+    _gpu("L4", 24, 121, 30.3, 300),
+    _gpu("L40S", 48, 362, 91.6, 864),
+    _gpu("A100", 80, 312, 19.5, 2039),
+    _gpu("H100", 80, 989, 66.9, 3350),
+    _gpu("H200", 141, 989, 66.9, 4800),
+)
+
+
+def find_device(name: str) -> Device:
+    """A device by its name, in any case, with or without blanks; ``cpu`` is this machine's.
+
+    Raises:
+        UserError: It is not known.
+    """
+    if name == "cpu":
+        return _this_cpu()
+    known = {_plain(device.name): device for device in _GPUS}
+    if _plain(name) not in known:
+        raise UserError(
+            f"device={name!r} is not known; choose cpu, {', '.join(device.name for device in _GPUS)}, or the nearest one "
+            f"with its own device_memory"
+        )
+    return known[_plain(name)]
+
+
+def default_device(accelerator: str) -> Device:
+    """What a trainer with this ``accelerator`` would use, as far as it can be seen from here; an A100 for an absent GPU."""
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return _this_cpu()
+    if not torch.cuda.is_available():
+        return find_device("A100")
+    return _this_gpu()
+
+
+def device_of(root_device: torch.device) -> Device:
+    """The device that a trainer has found."""
+    return _this_gpu() if root_device.type == "cuda" else _this_cpu()
+
+
+def _this_gpu() -> Device:
+    properties = torch.cuda.get_device_properties(0)
+    name = _plain(properties.name)
+    alike = [device for device in _GPUS if _plain(device.name) in name]
+    like = max(alike, key=lambda device: len(device.name), default=find_device("A100"))
+    return Device(properties.name, int(properties.total_memory), like.half_flops, like.float_flops, like.bandwidth)
+
+
+def _this_cpu() -> Device:
+    """Rates as they are here, on two small trials."""
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(768, 768, dtype=dtype)
+        rates[dtype] = 2 * 768**3 / _shortest(lambda m=matrix: m @ m) / COMPUTE_UTILISATION  # type: ignore[misc]
+    values = torch.ones(1 << 22)
+    bandwidth = 2 * values.nbytes / _shortest(values.clone) / BANDWIDTH_UTILISATION
+    return Device("cpu", None, rates[torch.bfloat16], rates[torch.float32], bandwidth)
+
+
+def _shortest(function: Callable[[], object]) -> float:
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - started)
+    return max(min(times), 1e-9)
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())

@@ -1,0 +1,111 @@
+"""A module built without weights: tensors of the right size and dtype that take no memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from lit_lora.memory.encoder_offload import EncoderOffload
+from lit_lora.module import LoraDiffusion
+from lit_lora.storage import NF4
+from lit_lora.storage.base import Stored
+
+SIMULATED = ("offload_encoders", "offload_blocks", "offload_activations", "optimizer_in_backward")
+"""Options of the module that the simulation itself plays: the mechanisms move tensors between devices."""
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Inside the block new tensors have no contents, and modules of such tensors can be moved and cast."""
+    original: Any = nn.Module._apply
+    nn.Module._apply = _apply_by_replacing  # type: ignore[method-assign]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        nn.Module._apply = original  # type: ignore[method-assign]
+
+
+def unloaded(module: LoraDiffusion) -> LoraDiffusion:
+    """The module with the same options, as it was before anything was loaded; the module itself stays as it is."""
+    fresh = _bare(module)
+    fresh._trainer, fresh._configured, fresh._device = None, False, torch.device("cpu")
+    fresh._encoder_offload, fresh._in_backward = EncoderOffload(), None
+    fresh.family = family = _bare(module.family)
+    family.vae, family.denoiser, family.encoders = None, None, {}
+    for name in ("scheduler_config", "vae_config"):
+        family.__dict__.pop(name, None)
+    with unset_fake_temporarily():
+        fresh.adapter = copy.deepcopy(module.adapter)
+        fresh.objective = copy.deepcopy(module.objective)
+    return fresh
+
+
+def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -> LoraDiffusion:
+    """An :func:`unloaded` copy of the module with all its parts, made inside :func:`fake_tensors`.
+
+    Args:
+        module: The module.
+        without: Parts that the run does without: see :data:`lit_lora.families.base.PARTS`.
+        cuda: Whether the run is on a GPU, where one kernel brings NF4's weights back.
+
+    Raises:
+        UserError: As :meth:`~lit_lora.LoraDiffusion.configure_model`.
+    """
+    fake = unloaded(module)
+    for name in SIMULATED:
+        setattr(fake, name, False)
+    own: Any = fake
+    own.base = copy.copy(own.base)
+    own.base.restore = _restored_at_once  # PEFT looks at each weight many times, for its shape and dtype
+    own._dispensable_parts = lambda: set(without)
+    own.family.load = partial(own.family.load, weights=False)
+    # The schedule is a few numbers, which it looks at.
+    own.objective.prepare = _with_real_tensors(own.objective.prepare)
+    fake.configure_model()
+    if not (cuda and isinstance(own.base, NF4)):
+        del own.base.restore
+    return fake.train()
+
+
+def _restored_at_once(stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The weight and nothing beside it."""
+    return torch.empty(shape, dtype=dtype)
+
+
+def _bare(module: Any) -> Any:
+    """A copy of a module without its submodules."""
+    fresh = copy.copy(module)
+    fresh._modules = {}
+    return fresh
+
+
+def _with_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args)
+
+    return call
+
+
+def _apply_by_replacing(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """``Module._apply``, which would swap the tensors' contents, with new parameters in place of the old."""
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    for name, parameter in self._parameters.items():
+        if parameter is not None:
+            with torch.no_grad():
+                applied = fn(parameter)
+            if applied is not parameter:
+                self._parameters[name] = nn.Parameter(applied.detach(), requires_grad=parameter.requires_grad)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self

@@ -1,0 +1,101 @@
+"""What a plan says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_lora.datamodules.byte_sizes import format_bytes
+from lit_lora.datamodules.plan_report import format_duration, format_table
+from lit_lora.files import atomic_file
+from lit_lora.planning.device import BANDWIDTH_UTILISATION, COMPUTE_UTILISATION
+from lit_lora.planning.storage_meter import KINDS
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of a run by phase and kind, and what a step costs.
+
+    Args:
+        device: Name of the device.
+        batch_size: Samples in a batch.
+        height: Of the pictures, in pixels.
+        width: Of the pictures, in pixels.
+        phases: Bytes of each kind at the peak of each phase, of ``load``, ``forward``, ``backward``, ``optimizer``,
+            ``validation`` and ``sampling``. The forward pass has the VAE and the text encoders in it.
+        beside: Bytes that the device gives beside the tensors, by what for: allowances.
+        adapter_parameters: Numbers that are trained.
+        adapter_file_bytes: Size of ``adapter_model.safetensors``.
+        flops_per_step: Floating point operations of an optimizer step, all its batches and the encoders included.
+        seconds_per_step: An estimate: see :meth:`Device.seconds <lit_lora.planning.device.Device.seconds>`.
+    """
+
+    device: str
+    batch_size: int
+    height: int
+    width: int
+    phases: dict[str, dict[str, int]]
+    beside: dict[str, int]
+    adapter_parameters: int
+    adapter_file_bytes: int
+    flops_per_step: int
+    seconds_per_step: float
+
+    @property
+    def peak(self) -> int:
+        """Bytes of tensors at the highest moment of the run."""
+        return max(sum(kinds.values()) for kinds in self.phases.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """When that is."""
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the device must have: the peak and what it takes beside."""
+        return self.peak + sum(self.beside.values())
+
+    def fits(self, device_memory: int) -> bool:
+        """Whether a device with so many bytes can do the run."""
+        return self.needed <= device_memory
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan in plain types, with its sums."""
+        sums = {"peak": self.peak, "peak_phase": self.peak_phase, "needed": self.needed}
+        return asdict(self) | sums
+
+    def write(self, path: str | Path, **more: Any) -> None:
+        """Write it as JSON, with further entries.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        with atomic_file(path) as part:
+            part.write_text(json.dumps(self.as_json() | more, indent=2) + "\n", encoding="utf-8")
+
+    def describe(self) -> str:
+        """The plan as text: a table and some lines."""
+        rows = [["MB", *KINDS, "total"]]
+        for phase, kinds in self.phases.items():
+            rows.append([phase, *(_mb(kinds[kind]) for kind in KINDS), _mb(sum(kinds.values()))])
+        beside = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.beside.items())
+        share = f"{COMPUTE_UTILISATION:.0%} of the arithmetic and {BANDWIDTH_UTILISATION:.0%} of the bandwidth"
+        lines = [
+            ["run", f"{self.batch_size} x {self.height} x {self.width} px on {self.device}"],
+            ["peak", f"{format_bytes(self.peak)} of tensors, in {self.peak_phase}"],
+            ["beside", f"{beside} (allowances)"],
+            ["needed", format_bytes(self.needed)],
+            ["adapter", f"{self.adapter_parameters:,} parameters, a file of {format_bytes(self.adapter_file_bytes)}"],
+            ["a step", f"{self.flops_per_step / 1e12:.2f} TFLOP, about {format_duration(self.seconds_per_step)}"],
+            ["", f"(an estimate: {share} of {self.device})"],
+        ]
+        if self.device != "cpu":
+            lines.append(["note", "figures of a GPU are modelled and were not compared with one yet"])
+        return "\n".join([*format_table(rows), "", *(f"{label:<8} {value}" for label, value in lines)])
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f}"

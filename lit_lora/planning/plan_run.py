@@ -1,0 +1,270 @@
+"""The memory of a run, from one of its steps on tensors without contents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import pairwise
+from typing import Any
+
+import torch
+from peft import AdaLoraModel
+from torch import Tensor, nn
+
+from lit_lora.adapters import adapter_state, trainable_parameters
+from lit_lora.draws import Draws
+from lit_lora.module import LoraDiffusion
+from lit_lora.planning.cuda_semantics import CudaSemantics
+from lit_lora.planning.fake_module import build, fake_tensors, unloaded
+from lit_lora.planning.memory_plan import MemoryPlan
+from lit_lora.planning.optimizer_memory import tensors_of
+from lit_lora.planning.run import Run, Sampling
+from lit_lora.planning.step import make_meter, play_steps
+from lit_lora.storage.frozen_layer import FrozenLayer
+
+_ORDER = ("load", "forward", "backward", "optimizer", "validation", "sampling")
+_PART_OF = {"latents": "vae", "text": "text"}
+
+
+def plan_run(module: LoraDiffusion, batch_size: int, height: int, width: int, **options: Any) -> MemoryPlan:
+    """Plan the run of a module.
+
+    Args:
+        module: What is trained; it may be loaded or not, and stays as it is.
+        batch_size: Samples in a batch of one process.
+        height: Of the pictures, in pixels.
+        width: Of the pictures, in pixels.
+        options: See :class:`~lit_lora.planning.run.Run`.
+
+    Raises:
+        UserError: The model's configs are not there, or the run could not start.
+    """
+    return plan(Run(module, batch_size, height, width, **options))
+
+
+def plan(run: Run) -> MemoryPlan:
+    """Build the run's module without weights and let it take one step, in the order in which Lightning does.
+
+    Raises:
+        UserError: As :func:`plan_run`.
+    """
+    random_state = torch.get_rng_state()
+    try:
+        with fake_tensors():
+            return _Simulation(run).plan()
+    finally:
+        torch.set_rng_state(random_state)
+
+
+class _Simulation:
+    """A run on fake tensors; everything of it happens inside :func:`fake_tensors`."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.cuda = run.device.is_cuda
+        self.text = self._cached_text() if "text" in run.cached else None
+        self.module = build(run.module, {_PART_OF[cached] for cached in run.cached}, self.cuda)
+        self.family = self.module.family
+        self.trained = trainable_parameters(self.module)
+        self.meter = make_meter(self.cuda)
+
+    def plan(self) -> MemoryPlan:
+        run, meter = self.run, self.meter
+        file_bytes = _safetensors_bytes(adapter_state(self.family.denoiser))
+        self._count_parameters()
+        self._load_phase()
+        with ExitStack() as stack:
+            if self.cuda:
+                stack.enter_context(CudaSemantics())
+            self._play_training()
+            work, accumulated = meter.work, run.accumulate_grad_batches
+            meter.work = []
+            if run.validation:
+                self._play_validation()
+            if run.sampling:
+                self._play_sampling(run.sampling)
+        flops = sum(flops for flops, _, _ in work) * accumulated
+        phases = {name: meter.peaks[name] for name in _ORDER if name in meter.peaks}
+        peak = max(sum(kinds.values()) for kinds in phases.values())
+        return MemoryPlan(
+            device=run.device.name,
+            batch_size=run.batch_size,
+            height=run.height,
+            width=run.width,
+            phases=phases,
+            beside=run.device.beside(peak),
+            adapter_parameters=sum(parameter.numel() for parameter in self.trained),
+            adapter_file_bytes=file_bytes,
+            flops_per_step=flops,
+            seconds_per_step=run.device.seconds(work) * accumulated,
+        )
+
+    def _count_parameters(self) -> None:
+        frozen = [parameter for parameter in self.module.parameters() if not parameter.requires_grad]
+        self.meter.assign([*frozen, *self.module.buffers()], "frozen weights")
+        self.meter.assign(self.trained, "adapter")
+        self.encoder_bytes = 0
+        if self.run.module.offload_encoders:
+            self.encoder_bytes = sum(_bytes(child) for name, child in self._encoders())
+            self.meter.adjust("frozen weights", -self.encoder_bytes)
+            self._encoders_come_and_go()
+        if self.run.module.offload_blocks:
+            self.meter.adjust("frozen weights", -_waiting_block_bytes(self.family.denoiser, self.family.block_classes))
+
+    def _load_phase(self) -> None:
+        """Weights are read one by one on the CPU: the largest is there in float32, and again while it is quantised."""
+        self.meter.begin("load")
+        if not self.cuda:
+            layers = [layer for layer in self.family.denoiser.modules() if isinstance(layer, FrozenLayer)]
+            sizes = [layer.weight_shape.numel() * (4 if layer.is_dense else 8) for layer in layers]
+            self.meter.adjust("other", max(sizes, default=0))
+            self.meter.adjust("other", -max(sizes, default=0))
+        self.meter.begin(None)
+
+    def _play_training(self) -> None:
+        run, module = self.run, self.module
+        batch = self._batch()
+        draws = Draws(0, range(run.batch_size))
+
+        def loss() -> Tensor:
+            with self._trainer_autocast():
+                losses, _ = module._losses(batch, draws)
+                return losses.mean()
+
+        if run.averaged:
+            self.meter.adjust("other", sum(parameter.nbytes for parameter in self.trained))
+        self.optimizer = play_steps(
+            self.meter,
+            self.trained,
+            loss,
+            module.optimizer,
+            clip=run.gradient_clip_val is not None,
+            accumulate=run.accumulate_grad_batches > 1,
+            in_backward=run.module.optimizer_in_backward,
+            offload_activations=run.module.offload_activations,
+            cuda=self.cuda,
+        )
+        if isinstance(self.family.denoiser.base_model, AdaLoraModel):
+            self._count_importance()
+
+    def _count_importance(self) -> None:
+        """AdaLoRA's averages, three numbers for each that is trained: it is the next step that has them."""
+        size = 3 * sum(parameter.nbytes for name, parameter in self.module.named_parameters() if "lora_" in name)
+        for phase in ("forward", "backward", "optimizer"):
+            self.meter.peaks[phase]["other"] += size
+        self.meter.adjust("other", size)
+
+    def _play_validation(self) -> None:
+        batch = self._batch()
+        self.module.eval()
+        with self.meter, torch.no_grad(), self._trainer_autocast():
+            self.meter.begin("validation")
+            self.module._losses(batch, Draws(0, range(self.run.batch_size)))
+            self.meter.begin(None)
+        self.module.train()
+
+    def _play_sampling(self, sampling: Sampling) -> None:
+        """One step of the denoiser, then the decoder."""
+        family, module, count = self.family, self.module, sampling.pictures
+        own = int(self._denoiser_config("sample_size", 64)) * family.downscale
+        height, width = sampling.height or own, sampling.width or own
+        seen = 2 * count if sampling.guided else count
+        batch = {"target_size": torch.tensor([[height, width]] * seen)}
+        shape = (int(family.vae_config["latent_channels"]), height // family.downscale, width // family.downscale)
+        module.eval()
+        with torch.no_grad(), family.all_parts():
+            loaded = [child for _, child in self._encoders()]
+            self.meter.assign((p for child in loaded for p in child.parameters()), "frozen weights")
+            self.meter.adjust("frozen weights", self.encoder_bytes)
+            with self.meter:
+                self.meter.begin("sampling")
+                with module.autocast():
+                    text = family.encode_captions([""] * seen)
+                    latents = torch.empty(seen, *shape, dtype=family.dtype)
+                    conditioning = family.conditioning(text, batch)
+                    family.denoise(latents, torch.zeros(seen, dtype=torch.int64), conditioning)
+                family.vae.decode(latents[:count].to(family.vae.dtype), return_dict=False)[0].float()
+                self.meter.begin(None)
+            self.meter.adjust("frozen weights", -self.encoder_bytes)
+        module.train()
+
+    def _batch(self) -> dict[str, Any]:
+        run, family = self.run, self.family
+        size = [[run.height, run.width]] * run.batch_size
+        batch: dict[str, Any] = {"caption": [""] * run.batch_size, "target_size": torch.tensor(size)}
+        if "latents" in run.cached:
+            channels = int(family.vae_config["latent_channels"])
+            mean = torch.empty(run.batch_size, channels, run.height // family.downscale, run.width // family.downscale)
+            batch |= {"latents_mean": mean, "latents_std": torch.empty_like(mean)}
+        else:
+            batch["pixel_values"] = torch.empty(run.batch_size, 3, run.height, run.width, dtype=torch.uint8)
+        if self.text is not None:
+            batch["text_embeddings"] = {name: torch.empty_like(value) for name, value in self.text.items()}
+        self.meter.assign(tensors_of(batch), "other")
+        return batch
+
+    def _cached_text(self) -> dict[str, Tensor]:
+        """What the text encoders give, for the shapes."""
+        family: Any = unloaded(self.run.module).family
+        family.load(self.run.module.base_dtype, without={"vae", "denoiser"}, weights=False)
+        with torch.no_grad():
+            embeddings: dict[str, Tensor] = family.encode_captions([""] * self.run.batch_size)
+        return embeddings
+
+    def _encoders(self) -> Iterator[tuple[str, nn.Module]]:
+        return ((name, child) for name, child in self.family.named_children() if name != "denoiser")
+
+    def _encoders_come_and_go(self) -> None:
+        own: Any = self.family
+        encode = own.encode
+
+        def encode_on_device(*args: Any) -> Any:
+            self.meter.adjust("frozen weights", self.encoder_bytes)
+            try:
+                return encode(*args)
+            finally:
+                self.meter.adjust("frozen weights", -self.encoder_bytes)
+
+        own.encode = encode_on_device
+
+    def _trainer_autocast(self) -> AbstractContextManager[Any]:
+        """The trainer's own mixed precision."""
+        dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.run.precision)
+        return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+
+    def _denoiser_config(self, name: str, default: Any) -> Any:
+        return getattr(self.family.denoiser.get_base_model().config, name, default) or default
+
+
+def _waiting_block_bytes(denoiser: nn.Module, block_classes: Sequence[str]) -> int:
+    """Frozen bytes of blocks that are on the host when two are on the device."""
+    sizes: list[int] = []
+    _outermost_blocks(denoiser, set(block_classes), sizes)
+    together = [first + second for first, second in pairwise(sizes)]
+    return sum(sizes) - max(together, default=sum(sizes))
+
+
+def _outermost_blocks(module: nn.Module, names: set[str], sizes: list[int]) -> None:
+    for child in module.children():
+        if type(child).__name__ in names:
+            layers = [layer for layer in child.modules() if isinstance(layer, FrozenLayer)]
+            sizes.append(sum(layer.get_parameter(name).nbytes for layer in layers for name in layer.stored_names))
+        else:
+            _outermost_blocks(child, names, sizes)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _safetensors_bytes(state: dict[str, Tensor]) -> int:
+    """Size of a safetensors file: length, header, tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in sorted(state.items()):
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + offset

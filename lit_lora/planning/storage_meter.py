@@ -1,0 +1,137 @@
+"""Counts the bytes of all tensors that are alive, and the work of the operations that make them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+KINDS = ("frozen weights", "adapter", "gradients", "optimizer state", "activations", "other")
+"""What memory is for; everything is of one kind."""
+
+InsideOf = Callable[[Any, tuple[Any, ...], Any], int]
+"""Of an operation, its arguments and what it returned: bytes that it takes inside and gives back at its end."""
+
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+class StorageMeter(TorchDispatchMode):
+    """While it is on, every storage that an operation makes is counted from its birth to its death.
+
+    A storage is counted once, however many views of it there are, as :attr:`kind` unless :meth:`assign` says otherwise.
+    At each moment at which more is alive than before in the phase, the kinds are noted. Tensors without contents (fake
+    tensors) have storages of the right size, which take no memory.
+
+    Args:
+        inside: See :data:`InsideOf`; no tensor shows these bytes.
+        granularity: The allocator's steps in bytes.
+    """
+
+    def __init__(self, inside: InsideOf, granularity: int = 1) -> None:
+        super().__init__()
+        self.inside = inside
+        self.granularity = granularity
+        self.kind = "activations"
+        self.alive = dict.fromkeys(KINDS, 0)
+        self.peaks: dict[str, dict[str, int]] = {}
+        """Kinds at the peak of each phase."""
+        self.work: list[tuple[int, int, int]] = []
+        """Of each operation since the first :meth:`begin`: floating point operations, bytes read and written, bytes of an
+        element."""
+        self._total = 0
+        self._owners: dict[int, tuple[weakref.ref[Any], int]] = {}
+        self._kinds: dict[int, str] = {}
+        self._phase: str | None = None
+        self._peak = -1
+
+    def begin(self, phase: str | None) -> None:
+        """What comes now belongs to this phase, or to none; one that was there before goes on."""
+        self._phase = phase
+        self._peak = sum(self.peaks[phase].values()) if phase in self.peaks else -1
+        self._note(0)
+
+    def assign(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Count the storages of these tensors as of this kind, whether they were counted before or not."""
+        for storage in (tensor.untyped_storage() for tensor in tensors):
+            key = id(storage)
+            if key not in self._kinds:
+                self._add(storage, kind)
+            elif self._kinds[key] != kind:
+                size = self._owners[key][1]
+                self.alive[self._kinds[key]] -= size
+                self.alive[kind] += size
+                self._kinds[key] = kind
+        self._note(0)
+
+    def adjust(self, kind: str, size: int) -> None:
+        """Count so many bytes more, or fewer, that no tensor stands for."""
+        self.alive[kind] += size
+        self._total += size
+        self._note(0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _value(func, args)
+        made = func(*args, **kwargs)
+        new = 0
+        for leaf in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if id(storage) not in self._kinds:
+                    new += self._add(storage, self.kind)
+        self._note(self.inside(func, args, made))
+        if self._phase is not None:
+            self._count_work(func, args, kwargs, made, new)
+        return made
+
+    def _add(self, storage: Any, kind: str) -> int:
+        key, steps = id(storage), self.granularity
+        size = -(-int(storage.nbytes()) // steps) * steps
+
+        def dead(_: object) -> None:
+            del self._owners[key]
+            self.alive[self._kinds.pop(key)] -= size
+            self._total -= size
+
+        self._owners[key] = weakref.ref(storage, dead), size
+        self._kinds[key] = kind
+        self.alive[kind] += size
+        self._total += size
+        return size
+
+    def _note(self, inside: int) -> None:
+        if self._phase is not None and self._total + inside > self._peak:
+            self._peak = self._total + inside
+            self.peaks[self._phase] = {**self.alive, "other": self.alive["other"] + inside}
+
+    def _count_work(self, func: Any, args: tuple[Any, ...], kwargs: Any, made: Any, new: int) -> None:
+        count = _FLOPS.get(func.overloadpacket)
+        if count is None and not new:
+            return  # a view, or a change in place of something small
+        inputs = [arg for arg in args if isinstance(arg, Tensor)]
+        flops = int(count(*args, **kwargs, out_val=made)) if count else 0
+        read = sum(tensor.nbytes for tensor in inputs)
+        self.work.append((flops, read + new, inputs[0].element_size() if inputs else 4))
+
+
+def _value(func: Any, args: tuple[Any, ...]) -> Any:
+    """The value that somebody asks for; for a tensor without contents yes, or 1.
+
+    Methods ask whether a random number lets their layer take part in this step.
+    """
+    try:
+        return func(*args)
+    except DataDependentOutputException:
+        dtype = args[0].dtype
+        return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1

@@ -1,0 +1,198 @@
+"""``lit-lora plan``: the memory, time and files of a run, before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+
+from lit_lora.datamodules.byte_sizes import format_bytes, parse_bytes
+from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
+from lit_lora.errors import UserError, check_least
+from lit_lora.lightning_cli import ToolCLI, build_cli
+from lit_lora.module import LoraDiffusion
+from lit_lora.planning.batch_search import largest_batch
+from lit_lora.planning.changes import CANDIDATES, ChangedRun, cheapest_changes
+from lit_lora.planning.device import Device, default_device, find_device
+from lit_lora.planning.memory_plan import MemoryPlan
+from lit_lora.planning.plan_run import plan
+from lit_lora.planning.run import Run, Sampling
+from lit_lora.tools.plan import describe as describe_data
+
+_PICTURES_AT_A_TIME = 16
+
+
+def memory_plan(arguments: list[str]) -> int:
+    """Run ``lit-lora plan`` with the arguments of ``lit-lora fit`` and those of :func:`tell`.
+
+    Returns:
+        The exit status: 0, or 1 for a run that does not fit into ``device_memory``.
+    """
+    cli = build_cli(["fit", *arguments], run=False, cli_class=_PlanCLI)
+    return tell(cli.model, cli.datamodule, cli.config["trainer"], **cli.options)
+
+
+def tell(
+    module: LoraDiffusion,
+    data: LightningDataModule,
+    trainer: Any,
+    device: str | None = None,
+    device_memory: str | None = None,
+    search: bool = False,
+    batch_size: int | None = None,
+    resolution: int | None = None,
+    cached: list[str] | None = None,
+    json: str | None = None,
+) -> int:
+    """Print the plan of a run: memory by phase and kind, the adapter's file, work and time of a step, and the data.
+
+    Args:
+        module: What is trained.
+        data: The run's data; they need not be there yet.
+        trainer: The config of the trainer.
+        device: What trains: cpu, or a GPU such as "RTX 3060" or H100; by default what trainer.accelerator finds here.
+        device_memory: Of the device, in GB or with a unit; says whether the run fits and, if not, what makes it fit.
+            Exit status 1 means that the run as it is does not fit.
+        search: Find the largest batch size that fits device_memory.
+        batch_size: Samples in a batch, where the data do not say.
+        resolution: Edge of a square picture in pixels, where the data do not say.
+        cached: What the batches have from a cache (latents, text), where the data are not there yet.
+        json: A file to write the plan to.
+
+    Raises:
+        UserError: The model's configs are not there, or a value is out of its bounds.
+    """
+    check_least(1, batch_size=batch_size, resolution=resolution)
+    found = find_device(device) if device is not None else default_device(trainer["accelerator"])
+    memory = _memory(device_memory, found)
+    if search and memory is None:
+        raise UserError("search needs the memory to fill: give device_memory, for example 12, or a GPU as device")
+    about_data, data_are_there = _data(data, trainer["max_steps"])
+    height, width = _size(data, resolution)
+    from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_are_there else ()
+    run = Run(
+        module,
+        batch_size or _known(data, "batch_size"),
+        height,
+        width,
+        device=found,
+        accumulate_grad_batches=int(trainer["accumulate_grad_batches"]),
+        gradient_clip_val=_clip(trainer),
+        precision=str(trainer["precision"] or "32-true"),
+        cached=frozenset(from_cache),
+        averaged=_callback(trainer, "AdapterEMA") is not None,
+        validation=_validates(data, trainer),
+        sampling=_sampling(trainer),
+    )
+    planned = plan(run)
+    blocks = [planned.describe()]
+    changes: list[ChangedRun] | None = []
+    largest = None
+    if search and memory is not None:
+        largest = largest_batch(run, memory, planned)
+        blocks.append(_tell_largest(largest, memory))
+    if memory is not None and device_memory is not None:
+        changes = cheapest_changes(run, memory, planned)
+        blocks.append(_verdict(planned, memory, changes))
+    blocks.append(about_data)
+    print("\n\n".join(blocks))
+    if json is not None:
+        planned.write(
+            json,
+            device_memory=memory,
+            fits=None if memory is None else planned.fits(memory),
+            largest_batch_size=largest and largest.batch_size,
+            changes=[{"keys": one.change.keys, "needed": one.plan.needed} for one in changes or ()],
+        )
+    return 0 if memory is None or device_memory is None or planned.fits(memory) else 1
+
+
+class _PlanCLI(ToolCLI):
+    function = staticmethod(tell)
+    parts = frozenset({"module", "data", "trainer"})
+
+
+def _memory(device_memory: str | None, device: Device) -> int | None:
+    if device_memory is None:
+        return device.memory
+    plain = device_memory.strip()
+    return parse_bytes("device_memory", f"{plain}GB" if plain.replace(".", "", 1).isdigit() else plain)
+
+
+def _data(data: LightningDataModule, max_steps: int) -> tuple[str, bool]:
+    """About the data, and whether they are there."""
+    if not isinstance(data, WebDatasetDataModule):
+        return f"data: a {type(data).__name__}, which follows no plan", False
+    try:
+        return describe_data(data, max_steps=max_steps), True
+    except (UserError, OSError) as error:
+        return f"data: left out, since they cannot be read yet ({str(error).splitlines()[0]})", False
+
+
+def _size(data: LightningDataModule, resolution: int | None) -> tuple[int, int]:
+    """Height and width of the largest pictures."""
+    edge = resolution or _known(data, "resolution")
+    buckets = getattr(data, "buckets", None)
+    if buckets is None:
+        return edge, edge
+    height, width = max(buckets.sizes(edge).tolist(), key=lambda size: size[0] * size[1])
+    return int(height), int(width)
+
+
+def _known(data: LightningDataModule, name: str) -> int:
+    value = getattr(data, name, None)
+    if not isinstance(value, int):
+        raise UserError(f"{type(data).__name__} has no {name}, so give the plan one: --{name} N")
+    return value
+
+
+def _clip(trainer: Any) -> float | None:
+    return trainer["gradient_clip_val"] if trainer["gradient_clip_algorithm"] in (None, "norm") else None
+
+
+def _validates(data: LightningDataModule, trainer: Any) -> bool:
+    if trainer["limit_val_batches"] in (0, 0.0):
+        return False
+    if isinstance(data, WebDatasetDataModule):
+        return bool(data.val_shards or data.val_samples)
+    return type(data).val_dataloader is not LightningDataModule.val_dataloader
+
+
+def _sampling(trainer: Any) -> Sampling | None:
+    options = _callback(trainer, "SampleImages")
+    if options is None:
+        return None
+    return Sampling(
+        min(_PICTURES_AT_A_TIME, len(options["prompts"])),
+        options["guidance_scale"] > 1,
+        options["height"],
+        options["width"],
+    )
+
+
+def _callback(trainer: Any, name: str) -> Any:
+    """The config of the first callback of this class, if there is one."""
+    callbacks = trainer["callbacks"] or []
+    for callback in callbacks if isinstance(callbacks, Sequence) else [callbacks]:
+        if callback["class_path"].rpartition(".")[2] == name:
+            return callback.get("init_args") or {}
+    return None
+
+
+def _verdict(planned: MemoryPlan, memory: int, changes: Sequence[ChangedRun] | None) -> str:
+    said = f"{format_bytes(planned.needed)} of {format_bytes(memory)}"
+    if planned.fits(memory):
+        return f"fits: {said}"
+    if changes is None:
+        return f"does not fit: {said}, and none of {len(CANDIDATES)} kinds of changes together make it fit"
+    lines = [f"does not fit: {said}. The cheapest changes that make it fit, one upon the other:"]
+    for one in changes:
+        lines.append(f"  {one.change.arguments}   needs {format_bytes(one.plan.needed)} ({one.change.price})")
+    return "\n".join(lines)
+
+
+def _tell_largest(largest: MemoryPlan | None, memory: int) -> str:
+    if largest is None:
+        return f"largest batch: not even one sample fits into {format_bytes(memory)}"
+    return f"largest batch: {largest.batch_size}, which needs {format_bytes(largest.needed)} of {format_bytes(memory)}"

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from peft import LoraConfig
+
+from lit_lora.errors import UserError
+from lit_lora.families import StableDiffusion
+from lit_lora.module import LoraDiffusion
+from lit_lora.planning.batch_search import largest_batch
+from lit_lora.planning.changes import cheapest_changes, ranked_changes
+from lit_lora.planning.device import find_device
+from lit_lora.planning.plan_run import plan
+from lit_lora.planning.run import Run
+
+
+@pytest.fixture
+def run(sd_folder: Path) -> Run:
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), LoraConfig(r=64, lora_alpha=64), base_dtype="float32")
+    return Run(module, 4, 32, 32, cached=frozenset({"latents", "text"}), gradient_clip_val=1.0)
+
+
+def test_a_run_that_fits_needs_no_change(run: Run) -> None:
+    assert cheapest_changes(run, plan(run).needed) == []
+
+
+def test_the_changes_make_it_fit(run: Run) -> None:
+    before = plan(run)
+    allowed = before.needed - 400_000
+    changes = cheapest_changes(run, allowed, before)
+    assert changes
+    assert [one.plan.fits(allowed) for one in changes] == [False] * (len(changes) - 1) + [True]
+    assert all(one.saved > 0 for one in changes)
+    assert changes[0].change.arguments == "--model.gradient_checkpointing true"
+    # The plan of a module that is made with this key.
+    folder = run.module.family.pretrained_model_name_or_path
+    module = LoraDiffusion(
+        StableDiffusion(folder), LoraConfig(r=64, lora_alpha=64), base_dtype="float32", gradient_checkpointing=True
+    )
+    assert plan(replace(run, module=module)).phases == changes[0].plan.phases
+
+
+def test_nothing_helps_against_too_little(run: Run) -> None:
+    assert cheapest_changes(run, 1000) is None
+
+
+def test_ranked_by_what_they_save(run: Run) -> None:
+    ranked = ranked_changes(replace(run, device=find_device("H100")))
+    saved = [one.saved for one in ranked]
+    assert saved == sorted(saved, reverse=True)
+    assert all(size > 0 for size in saved)
+    assert not run.module.gradient_checkpointing
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(run: Run) -> None:
+    allowed = plan(replace(run, batch_size=5)).needed + 1000
+    found = largest_batch(run, allowed)
+    assert found is not None
+    assert found.batch_size == 5
+    assert found.fits(allowed)
+    assert not plan(replace(run, batch_size=6)).fits(allowed)
+    assert largest_batch(run, 1000) is None
+
+
+def test_devices() -> None:
+    assert find_device("rtx3060") == find_device("RTX 3060")
+    with pytest.raises(UserError, match="device='abacus' is not known; choose cpu, T4"):
+        find_device("abacus")
+    work = [(10**12, 10**6, 2), (0, 10**9, 2)]
+    assert find_device("H100").seconds(work) < find_device("T4").seconds(work)
+    assert find_device("cpu").seconds(work) > find_device("T4").seconds(work)

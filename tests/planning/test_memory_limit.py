@@ -1,0 +1,98 @@
+"""A run that is planned to take more than its limit is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from peft import LoraConfig
+from torch.utils.data import DataLoader
+
+from lit_lora import LoraDiffusion, MemoryProfiler, SampleImages, StableDiffusion
+from lit_lora.errors import UserError
+from lit_lora.planning.memory_limit import run_of
+from lit_lora.planning.plan_run import plan
+from tests.helpers import make_batches
+
+
+class Pictures(LightningDataModule):
+    batch_size, resolution = 2, 16
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(make_batches(2), batch_size=None)  # type: ignore[arg-type]
+
+
+class OfUnknownSize(LightningDataModule):
+    train_dataloader = Pictures.train_dataloader
+
+
+def _module(folder: Path, limit: str | None) -> LoraDiffusion:
+    return LoraDiffusion(StableDiffusion(str(folder)), LoraConfig(r=2, lora_alpha=2), memory_limit=limit)
+
+
+def test_a_run_that_does_not_fit_is_refused_before_it_loads(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    module = _module(sd_folder, "500MB")
+    with pytest.raises(UserError, match=r"memory_limit: does not fit: .* of 500.0 MB"):
+        Trainer(max_steps=1, **trainer_options).fit(module, datamodule=Pictures())
+    assert module.family.denoiser is None
+
+
+def test_a_run_that_fits_goes_on(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    trainer = Trainer(max_steps=1, **trainer_options)
+    trainer.fit(_module(sd_folder, "4GB"), datamodule=Pictures())
+    assert trainer.global_step == 1
+
+
+def test_the_changes_that_it_names_make_it_fit(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    trainer = Trainer(max_steps=1, **trainer_options)
+    trainer.fit(_module(sd_folder, None), datamodule=Pictures())
+    needed = plan(run_of(_module(sd_folder, None), trainer)).needed
+    limit = str(needed - 20_000)
+    with pytest.raises(UserError, match=r"The cheapest changes that make it fit, one upon the other:\n  --model"):
+        Trainer(max_steps=1, **trainer_options).fit(_module(sd_folder, limit), datamodule=Pictures())
+
+
+def test_data_of_unknown_size(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="NoneType has no resolution, so its memory cannot be planned"):
+        Trainer(max_steps=1, **trainer_options).fit(_module(sd_folder, "4GB"), Pictures().train_dataloader())
+
+
+def test_the_run_is_what_the_trainer_does(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    drawing = SampleImages(["a star"] * 3, guidance_scale=1.0, height=32, width=24, every_n_steps=9)
+    trainer = Trainer(
+        max_steps=1, accumulate_grad_batches=3, gradient_clip_val=0.5, callbacks=[drawing], **trainer_options
+    )
+    data: Any = Pictures()
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    run = run_of(_module(sd_folder, None), trainer)
+    assert (run.batch_size, run.height, run.width, run.accumulate_grad_batches, run.gradient_clip_val) == (
+        2,
+        16,
+        16,
+        3,
+        0.5,
+    )
+    assert run.sampling is not None
+    assert (run.sampling.pictures, run.sampling.guided, run.sampling.height) == (3, False, 32)
+    assert not run.validation
+
+
+def test_advice_at_an_out_of_memory_error(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    class Exhausted(LoraDiffusion):
+        def training_step(self, *_: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    for data, known in ((Pictures(), True), (OfUnknownSize(), False)):
+        module = Exhausted(StableDiffusion(str(sd_folder)), LoraConfig(r=2, lora_alpha=2))
+        profiler = MemoryProfiler(output_dir=str(tmp_path))
+        with pytest.raises(torch.OutOfMemoryError):
+            Trainer(max_steps=1, callbacks=[profiler], **trainer_options).fit(module, datamodule=data)
+        advice = json.loads((tmp_path / "memory.json").read_text())["out_of_memory"]["advice"]
+        assert ("--model.gradient_checkpointing true" in [change for change, _ in advice]) is known
+        saved = [size for _, size in advice]
+        assert saved == sorted(saved, reverse=True)
+        assert saved

@@ -1,0 +1,252 @@
+"""Plans of tiny models against what PyTorch's allocator hands out for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    VeraConfig,
+)
+
+from benchmarks.allocator import peak_allocated
+from lit_lora.errors import UserError
+from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+from lit_lora.module import LoraDiffusion
+from lit_lora.planning.device import find_device
+from lit_lora.planning.memory_plan import MemoryPlan
+from lit_lora.planning.plan_run import plan_run
+from lit_lora.planning.run import Sampling
+from lit_lora.planning.storage_meter import KINDS
+from lit_lora.storage import FP8, NF4, BaseStorage, Dense, Int8
+from tests.helpers import loader_of, make_batches
+
+FAMILIES: dict[type[ModelFamily], str] = {StableDiffusion: "sd_folder", StableDiffusionXL: "sdxl_folder"}
+STORAGES: dict[type[BaseStorage], Callable[[], BaseStorage]] = {Dense: Dense, Int8: Int8, NF4: NF4, FP8: FP8}
+TARGETS = ["to_q", "to_v"]
+ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
+    "lora": lambda: LoraConfig(r=2, lora_alpha=2),
+    "dora": lambda: LoraConfig(r=2, lora_alpha=2, use_dora=True),
+    "loha": lambda: LoHaConfig(r=2, alpha=2),
+    "lokr": lambda: LoKrConfig(r=2, alpha=2),
+    "oft": lambda: OFTConfig(oft_block_size=8, target_modules=TARGETS),
+    "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=100, tinit=10, tfinal=10, target_modules=TARGETS),
+    "ia3": lambda: IA3Config(target_modules=[*TARGETS, "ff.net.2"], feedforward_modules=["ff.net.2"]),
+    "vera": lambda: VeraConfig(r=4, target_modules=["to_q"]),
+}
+
+
+def module_for(folder: Path, family: type[ModelFamily] = StableDiffusion, **options: Any) -> LoraDiffusion:
+    adapter = options.pop("adapter", None) or LoraConfig(r=2, lora_alpha=2)
+    return LoraDiffusion(family(str(folder)), adapter, **({"base_dtype": "float32"} | options))
+
+
+def plan_of(module: LoraDiffusion, batch_size: int = 2, size: int = 32, **options: Any) -> MemoryPlan:
+    return plan_run(module, batch_size, size, size, **options)
+
+
+def training_peak(plan: MemoryPlan) -> int:
+    """Without loading, which the measurement leaves out."""
+    return max(sum(kinds.values()) for phase, kinds in plan.phases.items() if phase != "load")
+
+
+def measured_peak(module: LoraDiffusion, options: dict[str, Any], batch_size: int = 2, size: int = 32) -> int:
+    """Bytes of the weights, and what two steps take beside."""
+    module.configure_model()
+    tensors = [*module.parameters(), *module.buffers()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    batches = make_batches(2, batch_size, size)
+    return sum(storages.values()) + peak_allocated(
+        lambda: Trainer(**options, max_steps=2).fit(module, loader_of(batches))
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (64, {}),
+        (64, {"base": Int8(), "base_dtype": "bfloat16"}),
+        (16, {"base": NF4(), "base_dtype": "bfloat16", "gradient_checkpointing": True}),
+        (16, {"adapter": LoraConfig(r=256, lora_alpha=256)}),
+        (16, {"adapter": LoraConfig(r=256, lora_alpha=256), "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}),
+    ],
+    ids=["float32", "int8", "nf4, checkpointing", "large adapter", "large adapter, sgd"],
+)
+def test_the_peak_is_what_the_allocator_hands_out(
+    size: int, options: dict[str, Any], sd_folder: Path, trainer_options: dict[str, Any]
+) -> None:
+    planned = training_peak(plan_of(module_for(sd_folder, **options), size=size))
+    measured = measured_peak(module_for(sd_folder, **options), trainer_options, size=size)
+    assert 0.97 * measured < planned < 1.1 * measured
+
+
+def test_every_family_and_storage_is_under_contract() -> None:
+    assert set(FAMILIES) == set(ModelFamily.__subclasses__())
+    known = {kind for kind in _subclasses(BaseStorage) if kind.__module__.startswith("lit_lora.storage.")}
+    assert set(STORAGES) == {kind for kind in known if not kind.__subclasses__()}
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("storage", STORAGES, ids=lambda kind: kind.__name__)
+def test_the_weights_of_a_plan_are_those_of_the_run(
+    family: type[ModelFamily], storage: type[BaseStorage], request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(FAMILIES[family])
+
+    def module() -> LoraDiffusion:
+        return module_for(folder, family, base=STORAGES[storage](), base_dtype="bfloat16")
+
+    plan = plan_of(module())
+    real = module()
+    real.configure_model()
+    tensors = {t.untyped_storage().data_ptr(): t for t in (*real.parameters(), *real.buffers())}
+    sizes = {True: 0, False: 0}
+    for tensor in tensors.values():
+        sizes[tensor.requires_grad] += tensor.untyped_storage().nbytes()
+    for kinds in plan.phases.values():
+        assert kinds["frozen weights"] == sizes[False]
+        assert kinds["adapter"] == sizes[True]
+
+
+@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_every_adapter_can_be_planned(adapter: Callable[[], PeftConfig], cuda: bool, sd_folder: Path) -> None:
+    module = module_for(sd_folder, adapter=adapter(), base_dtype="bfloat16")
+    plan = plan_of(module, 1, 16, device=find_device("H100" if cuda else "cpu"))
+    assert {"load", "forward", "backward", "optimizer"} == set(plan.phases)
+    real = module_for(sd_folder, adapter=adapter(), base_dtype="bfloat16")
+    real.configure_model()
+    assert plan.adapter_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert plan.phases["forward"]["optimizer state"] >= 8 * plan.adapter_parameters
+
+
+def test_the_file_has_the_planned_size(sd_folder: Path, tmp_path: Path) -> None:
+    for number, adapter in enumerate(ADAPTERS.values()):
+        planned = plan_of(module_for(sd_folder, adapter=adapter()), 1, 16).adapter_file_bytes
+        module = module_for(sd_folder, adapter=adapter())
+        module.configure_model()
+        module.save_adapter(tmp_path / str(number))
+        size = (tmp_path / str(number) / "adapter_model.safetensors").stat().st_size
+        assert abs(planned - size) < 300
+
+
+def test_planning_leaves_the_module_and_random_numbers_alone(sd_folder: Path) -> None:
+    module = module_for(sd_folder, gradient_checkpointing=True)
+    module.configure_model()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = torch.get_rng_state()
+    loaded = plan_of(module)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+    assert module._configured
+    assert module.training
+    assert loaded.phases == plan_of(module_for(sd_folder, gradient_checkpointing=True)).phases
+
+
+def test_more_and_less(sd_folder: Path) -> None:
+    plain = plan_of(module_for(sd_folder))
+    assert plan_of(module_for(sd_folder), 3).peak > plain.peak
+    assert plan_of(module_for(sd_folder), size=48).peak > plain.peak
+    half = plan_of(module_for(sd_folder, base_dtype="bfloat16"))
+    quantised = plan_of(module_for(sd_folder, base=Int8(), base_dtype="bfloat16"))
+    assert _frozen(quantised) < _frozen(half) < _frozen(plain)
+    checkpointed = plan_of(module_for(sd_folder, gradient_checkpointing=True))
+    cached = plan_of(module_for(sd_folder), cached=frozenset({"latents", "text"}))
+    assert checkpointed.phases["backward"]["activations"] < plain.phases["backward"]["activations"]
+    assert checkpointed.flops_per_step > plain.flops_per_step
+    assert _frozen(cached) < _frozen(plain)
+    assert cached.flops_per_step < plain.flops_per_step
+
+
+def test_gradients_stay_from_batch_to_batch_while_they_accumulate(sd_folder: Path) -> None:
+    adapter_bytes = 4 * plan_of(module_for(sd_folder)).adapter_parameters
+    once, twice = (plan_of(module_for(sd_folder), accumulate_grad_batches=count) for count in (1, 2))
+    assert twice.flops_per_step == 2 * once.flops_per_step
+    assert once.phases["backward"]["gradients"] < adapter_bytes
+    assert twice.phases["backward"]["gradients"] >= adapter_bytes
+
+
+def test_eight_bit_optimizers_are_measured(sd_folder: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    adapter = LoraConfig(r=512, lora_alpha=512)
+    options = {"optimizer": bitsandbytes.optim.AdamW8bit, "adapter": adapter}
+    module = module_for(sd_folder, **options)
+    planned = plan_of(module, 1, 16).phases["optimizer"]["optimizer state"]
+    real = module_for(sd_folder, **options)
+    real.configure_model()
+    optimizer: Any = real.configure_optimizers()
+    for parameter in real.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    kept = {id(t): t.nbytes for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)}
+    assert planned == pytest.approx(sum(kept.values()), rel=0.01)
+    assert planned < 4 * sum(p.numel() for p in real.parameters() if p.requires_grad)
+
+
+def test_an_optimizer_that_looks_at_values_is_measured(sd_folder: Path) -> None:
+    module = module_for(sd_folder, optimizer=lambda p: torch.optim.Adafactor(p, lr=0.1))
+    plan = plan_of(module, 1, 16)
+    assert 0 < plan.phases["optimizer"]["optimizer state"] < 4 * plan.adapter_parameters
+
+
+def test_validation_and_pictures_have_phases_of_their_own(sd_folder: Path) -> None:
+    options = {"validation": True, "cached": frozenset({"latents", "text"})}
+    small = plan_of(module_for(sd_folder), sampling=Sampling(1, height=32, width=32), **options)
+    large = plan_of(module_for(sd_folder), sampling=Sampling(4, height=32, width=32), **options)
+    assert list(small.phases) == ["load", "forward", "backward", "optimizer", "validation", "sampling"]
+    assert sum(small.phases["sampling"].values()) < sum(large.phases["sampling"].values())
+    # Pictures need the VAE and the text encoders, which training from a cache does without.
+    assert small.phases["sampling"]["frozen weights"] > small.phases["validation"]["frozen weights"]
+    for phase in ("validation", "sampling"):
+        assert small.phases[phase]["optimizer state"] >= 8 * small.adapter_parameters
+    assert sum(small.phases["validation"].values()) < sum(small.phases["forward"].values())
+
+
+def test_the_kinds_are_complete(sd_folder: Path) -> None:
+    plan = plan_of(module_for(sd_folder), validation=True, averaged=True)
+    for kinds in plan.phases.values():
+        assert tuple(kinds) == KINDS
+        assert all(size >= 0 for size in kinds.values())
+    assert plan.peak == sum(plan.phases[plan.peak_phase].values())
+    assert plan.needed == plan.peak + sum(plan.beside.values())
+    assert plan.as_json()["needed"] == plan.needed
+
+
+def test_a_gpu_computes_norms_in_float32_under_autocast(sd_folder: Path) -> None:
+    module = module_for(sd_folder, base_dtype="bfloat16")
+    cached = frozenset({"latents", "text"})
+    cpu, gpu = (plan_of(module, cached=cached, device=find_device(name)) for name in ("cpu", "rtx3060"))
+    assert gpu.phases["backward"]["activations"] > 1.1 * cpu.phases["backward"]["activations"]
+    assert "modelled and were not compared" in gpu.describe()
+    assert "modelled" not in cpu.describe()
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no folder"):
+        plan_of(module_for(tmp_path))
+
+
+def test_numbers_out_of_range(sd_folder: Path) -> None:
+    with pytest.raises(UserError, match="batch_size=0 is too small"):
+        plan_of(module_for(sd_folder), 0)
+    with pytest.raises(UserError, match="a cache has latents and text"):
+        plan_of(module_for(sd_folder), cached=frozenset({"pixels"}))
+
+
+def _frozen(plan: MemoryPlan) -> int:
+    return plan.phases["forward"]["frozen weights"]
+
+
+def _subclasses(kind: type[Any]) -> list[type[Any]]:
+    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]

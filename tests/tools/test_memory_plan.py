@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_lora.errors import UserError
+from lit_lora.tools.memory_plan import memory_plan
+
+Plan = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def plan(make_shards: Any, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Plan:
+    """Run the command on a tiny config: its exit status and what it prints."""
+    sampler = {"class_path": "SampleImages", "init_args": {"prompts": ["a", "b"], "height": 16, "width": 16}}
+    config = {
+        "trainer": {"accelerator": "cpu", "max_steps": 100, "gradient_clip_val": 1.0, "callbacks": [sampler]},
+        "model": {
+            "family": {
+                "class_path": "StableDiffusion",
+                "init_args": {"pretrained_model_name_or_path": str(sd_folder)},
+            },
+            "adapter": {"class_path": "LoraConfig", "init_args": {"r": 2}},
+        },
+        "data": {
+            "class_path": "WebDatasetDataModule",
+            "init_args": {
+                "train_shards": str(make_shards(6)[0].parent),
+                "val_samples": 2,
+                "resolution": 32,
+                "batch_size": 2,
+            },
+        },
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+
+    def plan(**options: Any) -> tuple[int, str]:
+        arguments = [f"--{name.replace('__', '.')}={value}" for name, value in options.items()]
+        status = memory_plan(["--config", str(tmp_path / "c.yaml"), *arguments])
+        return status, capsys.readouterr().out
+
+    return plan
+
+
+def test_tells_of_memory_files_and_data(plan: Plan, tmp_path: Path) -> None:
+    status, out = plan(json=tmp_path / "plan.json")
+    assert status == 0
+    written = json.loads((tmp_path / "plan.json").read_text())
+    assert list(written["phases"]) == ["load", "forward", "backward", "optimizer", "validation", "sampling"]
+    assert written["peak"] == max(sum(kinds.values()) for kinds in written["phases"].values())
+    assert (written["batch_size"], written["height"], written["width"]) == (2, 32, 32)
+    assert f"{written['adapter_parameters']:,} parameters" in out
+    assert "2 x 32 x 32 px on cpu" in out
+    assert "6 samples in 1 shards" in out
+
+
+def test_says_what_makes_it_fit(plan: Plan, tmp_path: Path) -> None:
+    options = {"batch_size": 8, "cached": "[latents,text]", "trainer__callbacks": "null"}
+    plan(json=tmp_path / "whole.json", **options)
+    needed = json.loads((tmp_path / "whole.json").read_text())["needed"]
+    status, out = plan(device_memory=f"{needed}B", **options)
+    assert status == 0
+    assert "fits: " in out
+    status, out = plan(device_memory=f"{needed - 100_000}B", json=tmp_path / "changed.json", **options)
+    assert status == 1
+    assert "  --model.gradient_checkpointing true   needs " in out
+    assert json.loads((tmp_path / "changed.json").read_text())["changes"][-1]["needed"] <= needed - 100_000
+    status, out = plan(device_memory="0.5", **options)
+    assert status == 1
+    assert "kinds of changes together make it fit" in out
+
+
+def test_without_the_data(plan: Plan, tmp_path: Path) -> None:
+    status, out = plan(data__init_args__train_shards=tmp_path / "absent", cached="[latents,text]")
+    assert status == 0
+    assert "data: left out, since they cannot be read yet" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "abacus"}, "device='abacus' is not known"),
+        ({"device_memory": "much"}, "device_memory='much' is no amount of bytes"),
+        ({"search": True}, "search needs the memory to fill"),
+        ({"batch_size": 0}, "batch_size=0 is too small"),
+    ],
+)
+def test_mistakes(plan: Plan, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan(**options)
