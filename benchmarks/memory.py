@@ -5,8 +5,8 @@ Trainer on latents and text embeddings as a cache gives them, each setting in a 
 fine-tuning, a bare loop of plain diffusers and PyTorch; each later row changes what its name says.
 
 On the CPU two figures are shown: the peak of the process' resident memory above what it had before the model was loaded,
-the peak while loading included; and the peak of torch's allocator in a step, from a second process, since
-watching the allocator takes memory too. On CUDA it is ``max_memory_allocated`` and ``max_memory_reserved``.
+the peak while loading included; and the model's tensors with the peak of torch's allocator in the steps, from a second
+process, since watching the allocator takes memory too. On CUDA it is ``max_memory_allocated`` and ``max_memory_reserved``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "with encoders: on the host": {"encoders": True, "offload_encoders": True},
 }
 """What each row changes. ``full`` is full fine-tuning; ``encoders`` trains from pictures and captions, without a cache."""
+
+GPU_ROWS = ({"full": "bfloat16"}, {"encoders": True, "vae_tiling": True})
+"""What is not measured on the CPU: as large as in float32 there, or of use only for large pictures."""
 
 ON_THE_HOST = ("offload_activations", "offload_blocks", "offload_encoders")
 """What needs a device that is not the host."""
@@ -94,8 +98,7 @@ def _table(options: argparse.Namespace) -> None:
     for name, row in ROWS.items():
         if options.only and not any(part in name for part in options.only):
             continue
-        if options.device == "cpu" and any(row.get(key) for key in ON_THE_HOST):
-            print(f"{name:<40} needs a device beside the host")
+        if options.device == "cpu" and (row in GPU_ROWS or any(row.get(key) for key in ON_THE_HOST)):
             continue
         if options.device == "cpu":
             watched = [_in_fresh_process(options, name, what) for what in ("process", "allocator")]
@@ -139,13 +142,29 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
         peak = torch.cuda.max_memory_allocated()
         return {"peak": peak, "reserved": torch.cuda.max_memory_reserved(), "seconds": seconds[-1]}
     if options.watch == "allocator":
-        from allocator import peak_allocated
-
-        return {"peak": peak_allocated(prepared), "seconds": seconds[-1]}
+        prepared()
+        return {"peak": _allocator_peaks[0], "seconds": seconds[-1]}
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
     before = _status("VmRSS")
     prepared()
     return {"peak": _status("VmHWM") - before, "seconds": seconds[-1]}
+
+
+_allocator_peaks: list[int] = []
+
+
+@contextmanager
+def _watched(options: argparse.Namespace, model: Any) -> Iterator[None]:
+    """The steps of a loaded model."""
+    if options.watch != "allocator" or options.device != "cpu":
+        yield
+        return
+    from allocator import AllocatorPeak
+
+    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    with AllocatorPeak() as peak:
+        yield
+    _allocator_peaks.append(held + peak.bytes)
 
 
 def _batch(options: argparse.Namespace, encoders: bool, device: str) -> dict[str, Any]:
@@ -186,16 +205,17 @@ def _full_fine_tuning(
             ids = torch.zeros(len(noisy), 6, device=options.device)
             added = {"added_cond_kwargs": {"text_embeds": text["pooled"], "time_ids": ids}}
         timesteps = torch.full((len(noisy),), 500, device=options.device)
-        for _ in range(2):
-            started = time.perf_counter()
-            with torch.autocast(options.device, torch.bfloat16, enabled=row["full"] == "bfloat16"):
-                prediction = unet(noisy, timesteps, text["encoder_hidden_states"], **added).sample
-            F.mse_loss(prediction.float(), noisy).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - started)
+        with _watched(options, unet):
+            for _ in range(2):
+                started = time.perf_counter()
+                with torch.autocast(options.device, torch.bfloat16, enabled=row["full"] == "bfloat16"):
+                    prediction = unet(noisy, timesteps, text["encoder_hidden_states"], **added).sample
+                F.mse_loss(prediction.float(), noisy).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if options.device == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - started)
 
     return run
 
@@ -205,7 +225,7 @@ def _adapter_training(
 ) -> Callable[[], None]:
     def run() -> None:
         import torch
-        from lightning.pytorch import Callback, LightningDataModule, Trainer
+        from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
         from peft import LoraConfig
 
         import lit_lora.storage
@@ -219,6 +239,13 @@ def _adapter_training(
                 return torch.utils.data.DataLoader([batch] * 2, batch_size=None)  # type: ignore[arg-type]
 
         class Seconds(Callback):
+            def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+                self.watched = _watched(options, pl_module)
+                self.watched.__enter__()
+
+            def on_train_end(self, *_: Any) -> None:
+                self.watched.__exit__(None, None, None)
+
             def on_train_batch_start(self, *_: Any) -> None:
                 self.started = time.perf_counter()
 

@@ -320,7 +320,7 @@ class MemoryProfiler(Callback):
             return None
         try:
             return sorted_advice(cast(Any, self._module).memory_advice(kinds))
-        except UserError:
+        except Exception:  # the error that brought us here must go on, whatever the module's advice runs into
             return None
 
     def _write(self, status: str, ranks: list[int] | None = None, out_of_memory: dict[str, Any] | None = None) -> None:

@@ -188,19 +188,16 @@ def _check_method(config: PeftConfig, model: nn.Module) -> None:
 
 
 def _check_trained_copies(names: Sequence[str], model: nn.Module) -> None:
-    """Refuse to train copies of layers that are stored as integers."""
+    """Refuse to train copies of layers that are not stored densely."""
     for name in names:
         for path, layer in model.named_modules():
-            if path.endswith(name) and any(not p.is_floating_point() for p in layer.parameters()):
-                storage = type(_stored_inside(layer)).__name__
+            quantised = [inner for inner in layer.modules() if isinstance(inner, FrozenLayer) and not inner.is_dense]
+            if path.endswith(name) and quantised:
+                storage = type(quantised[0].storage).__name__
                 raise UserError(
                     f"modules_to_save would train a copy of {path}, which is stored as {storage} and has no gradient; "
                     f"keep it dense with model.base's skip: ['*{name}'], or adapt it with target_modules"
                 )
-
-
-def _stored_inside(module: nn.Module) -> Any:
-    return next(layer.storage for layer in module.modules() if isinstance(layer, FrozenLayer) and not layer.is_dense)
 
 
 def _warn_of_small_alpha(config: PeftConfig) -> None:

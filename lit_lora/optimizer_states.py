@@ -9,7 +9,6 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _CLASS = "tensor_class"
@@ -20,7 +19,7 @@ def to_plain(states: list[Any]) -> list[Any]:
     """The states with each such tensor as a dict of what it is made of."""
 
     def convert(value: Any) -> Any:
-        if not is_traceable_wrapper_subclass(value):
+        if not (is_traceable_wrapper_subclass(value) and type(value).__module__.split(".")[0] in _KNOWN_PACKAGES):
             return value
         names, context = value.__tensor_flatten__()
         kind = type(value)
@@ -57,6 +56,6 @@ def _map(value: Any, convert: Callable[[Any], Any]) -> Any:
         return changed
     if isinstance(value, dict):
         return {key: _map(entry, convert) for key, entry in value.items()}
-    if isinstance(value, list) and not isinstance(value, torch.Size):
+    if isinstance(value, list):
         return [_map(entry, convert) for entry in value]
     return value

@@ -27,6 +27,8 @@ from tests.datamodules.faulty_server import FaultyServer
 
 CONFIGS = sorted(file.name for file in files("lit_lora.configs").iterdir() if file.name.endswith(".yaml"))
 
+OVERLAYS = sorted(file.name for file in files("lit_lora.configs").joinpath("overlays").iterdir())
+
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
@@ -117,6 +119,28 @@ def test_every_config_parses_and_builds_and_names_its_command(name: str) -> None
     cli: LitLoraCLI = build_cli(["fit", "--config", str(source), "--trainer.accelerator", "cpu"], run=False)
     assert isinstance(cli.model, LoraDiffusion)
     assert cli.trainer.max_steps > 0
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("name", ["sd15.yaml", "sd21_v.yaml", "sdxl.yaml"])
+def test_every_overlay_goes_over_every_config(name: str, overlay: str) -> None:
+    source = files("lit_lora.configs").joinpath("overlays", overlay)
+    text = source.read_text()
+    assert text.startswith("# lit-lora fit --config configs/")
+    assert "Checked" in text
+    configs = ["--config", f"configs/{name}", "--config", f"configs/overlays/{overlay}"]
+    cli: LitLoraCLI = build_cli(["fit", *configs, "--trainer.accelerator", "cpu"], run=False)
+    over: dict[str, Any] = yaml.safe_load(text)
+    for key, value in over["model"].items():
+        if key == "base":
+            assert type(cli.model.base).__name__ == value["class_path"].rpartition(".")[2]
+        elif key.startswith("vae_"):
+            assert getattr(cli.model.family, key) is value
+        else:
+            assert getattr(cli.model, key) == value
+    assert cli.datamodule.batch_size == over["data"]["init_args"]["batch_size"]
+    assert cli.datamodule.resolution > 0
+    assert len(cli.trainer.callbacks) > 3, "those of the config"
 
 
 def test_a_shipped_config_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

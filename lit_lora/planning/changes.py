@@ -8,7 +8,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from peft import AdaLoraConfig
 
+from lit_lora.errors import UserError
 from lit_lora.planning.fake_module import unloaded
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
@@ -106,8 +108,8 @@ def ranked_changes(run: Run, planned: MemoryPlan | None = None) -> list[ChangedR
     changed = []
     for candidate in CANDIDATES:
         found = candidate(run)
-        if found is not None:
-            after = plan(found[1])
+        after = None if found is None else _plan_or_none(found[1])
+        if found is not None and after is not None:
             changed.append(ChangedRun(*found, after, before.needed - after.needed))
     worth_while = [one for one in changed if one.saved >= _WORTH_WHILE * before.peak]
     return sorted(worth_while, key=lambda one: -one.saved)
@@ -128,9 +130,11 @@ class _Paths:
         if not self.possible(names[:-1]):
             return False
         found = names[-1](self._runs[names[:-1]])
-        if found is None:
+        planned = None if found is None else _plan_or_none(found[1])
+        if found is None or planned is None:
             return False
         self._changes[names], self._runs[names] = found
+        self._plans[names] = planned
         return True
 
     def plan(self, names: tuple[_Candidate, ...]) -> MemoryPlan:
@@ -145,6 +149,14 @@ class _Paths:
 
     def changed(self, names: tuple[_Candidate, ...]) -> ChangedRun:
         return ChangedRun(self._changes[names], self._runs[names], self.plan(names), self.saved(names))
+
+
+def _plan_or_none(run: Run) -> MemoryPlan | None:
+    """The plan, if there can be such a run: quantising layers that the adapter trains is refused, for example."""
+    try:
+        return plan(run)
+    except UserError:
+        return None
 
 
 def _with_options(run: Run, **options: Any) -> Run:
@@ -171,12 +183,14 @@ def _uses_vae(run: Run) -> bool:
 
 
 def _on_gpu(run: Run) -> bool:
-    return run.device.is_cuda
+    return run.device.is_cuda and run.processes == 1
 
 
 def _steps_in_backward(run: Run) -> bool:
     clips = run.gradient_clip_val is not None
-    return not clips and run.accumulate_grad_batches == 1 and run.precision != "16-mixed"
+    adaptive = isinstance(run.module.adapter, AdaLoraConfig)
+    alone = run.processes == 1 and not adaptive
+    return alone and not clips and run.accumulate_grad_batches == 1 and run.precision != "16-mixed"
 
 
 def _vae_slicing(run: Run) -> tuple[Change, Run] | None:
@@ -228,7 +242,7 @@ def _eight_bit_optimizer(run: Run) -> tuple[Change, Run] | None:
 
 
 def _half_batch(run: Run) -> tuple[Change, Run] | None:
-    if run.batch_size % 2:
+    if run.batch_size % 2 or getattr(run.module, "optimizer_in_backward", False):
         return None
     half, twice = run.batch_size // 2, run.accumulate_grad_batches * 2
     keys = {"data.init_args.batch_size": half, "trainer.accumulate_grad_batches": twice}

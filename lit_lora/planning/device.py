@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -120,17 +121,18 @@ def default_device(accelerator: str) -> Device:
 
 def device_of(root_device: torch.device) -> Device:
     """The device that a trainer has found."""
-    return _this_gpu() if root_device.type == "cuda" else _this_cpu()
+    return _this_gpu(root_device) if root_device.type == "cuda" else _this_cpu()
 
 
-def _this_gpu() -> Device:
-    properties = torch.cuda.get_device_properties(0)
+def _this_gpu(device: torch.device | int = 0) -> Device:
+    properties = torch.cuda.get_device_properties(device)
     name = _plain(properties.name)
     alike = [device for device in _GPUS if _plain(device.name) in name]
     like = max(alike, key=lambda device: len(device.name), default=find_device("A100"))
     return Device(properties.name, int(properties.total_memory), like.half_flops, like.float_flops, like.bandwidth)
 
 
+@cache
 def _this_cpu() -> Device:
     """Rates as they are here, on two small trials."""
     rates = {}

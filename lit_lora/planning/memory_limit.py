@@ -63,6 +63,7 @@ def run_of(module: LoraDiffusion, trainer: Trainer) -> Run:
         averaged=any(isinstance(callback, AdapterEMA) for callback in callbacks),
         validation=bool(trainer.limit_val_batches) and validates(data),
         sampling=None if samples is None else _sampling(samples),
+        processes=trainer.world_size,
     )
 
 
@@ -92,8 +93,9 @@ def known(data: Any, name: str) -> int:
     """
     value = getattr(data, name, None)
     if not isinstance(value, int):
+        who = "there is no datamodule that says" if data is None else f"{type(data).__name__} does not say"
         raise UserError(
-            f"{type(data).__name__} has no {name}, so its memory cannot be planned: give it one, leave memory_limit out, or "
+            f"the memory of the run cannot be planned, since {who} its {name}: use one that does, leave memory_limit out, or "
             f"call lit-lora plan with --{name} N"
         )
     return value

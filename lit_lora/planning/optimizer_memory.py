@@ -18,7 +18,7 @@ _LARGEST = 1 << 20
 
 
 def measured_state(make: Any, parameters: Sequence[Tensor]) -> int:
-    """Bytes that an optimizer keeps for these parameters, from steps on small real ones of the same shapes.
+    """Bytes that an optimizer keeps for these parameters, from steps on one and on two real ones of each shape.
 
     For optimizers that look at values or call libraries, which tensors without contents do not allow.
 
@@ -29,11 +29,14 @@ def measured_state(make: Any, parameters: Sequence[Tensor]) -> int:
     Raises:
         UserError: The optimizer cannot take a step on this machine.
     """
-    total = 0.0
+    total = shared = 0.0
     for shape, count in Counter(tuple(parameter.shape) for parameter in parameters).items():
         with unset_fake_temporarily(), torch.enable_grad():
-            total += count * _of_one(make, shape)
-    return int(total)
+            one, two = _state_of(make, shape, 1), _state_of(make, shape, 2)
+        size = torch.Size(shape).numel()
+        total += count * (two - one) * max(1.0, size / _LARGEST)
+        shared = max(shared, 2 * one - two)  # tables of an 8-bit optimizer
+    return int(total + shared)
 
 
 def tensors_of(state: Any) -> list[Tensor]:
@@ -49,14 +52,13 @@ def tensors_of(state: Any) -> list[Tensor]:
     return []
 
 
-def _of_one(make: Any, shape: tuple[int, ...]) -> float:
-    size = torch.Size(shape)
-    scale = max(1.0, size.numel() / _LARGEST)
-    if scale > 1:
-        size = torch.Size([_LARGEST // 256, 256])
-    parameter = nn.Parameter(torch.zeros(size))
-    parameter.grad = torch.zeros(size)
-    optimizer = make([parameter])
+def _state_of(make: Any, shape: tuple[int, ...], count: int) -> int:
+    """Bytes of the state of so many parameters of this shape, or of the largest that is tried."""
+    size = torch.Size(shape) if torch.Size(shape).numel() <= _LARGEST else torch.Size([_LARGEST // 256, 256])
+    parameters = [nn.Parameter(torch.zeros(size)) for _ in range(count)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros(size)
+    optimizer = make(parameters)
     try:
         optimizer.step()
     except (RuntimeError, TypeError, ValueError, ImportError, NotImplementedError) as error:
@@ -64,4 +66,6 @@ def _of_one(make: Any, shape: tuple[int, ...]) -> float:
             f"{type(optimizer).__name__} cannot take a step on this machine's CPU, so that its memory is not known "
             f"({str(error).splitlines()[0]}); plan with torch.optim.AdamW, which takes at least as much"
         ) from error
-    return scale * sum(tensor.nbytes for tensor in {id(t): t for t in tensors_of(dict(optimizer.state))}.values())
+    return sum(
+        tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors_of(dict(optimizer.state))}.values()
+    )

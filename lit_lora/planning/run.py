@@ -43,6 +43,7 @@ class Run:
         averaged: Whether an average of the adapter is kept.
         validation: Whether there is validation, in batches of the same size.
         sampling: Pictures that are drawn while training.
+        processes: That train together; the plan is that of one.
 
     Raises:
         UserError: A number is below 1, or a picture is no multiple of the VAE's.
@@ -60,6 +61,7 @@ class Run:
     averaged: bool = False
     validation: bool = False
     sampling: Sampling | None = None
+    processes: int = 1
 
     def __post_init__(self) -> None:
         check_least(1, batch_size=self.batch_size, accumulate_grad_batches=self.accumulate_grad_batches)

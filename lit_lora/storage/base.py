@@ -48,15 +48,16 @@ class BaseStorage(ABC):
             UserError: It cannot.
         """
         try:
-            weight = torch.ones(64, 64, device=device)
+            # Every row has a scale of its own.
+            weight = torch.ones(64, 64, device=device) * torch.arange(1, 65, device=device)[:, None]
             restored = self.restore(self.store(weight), weight.shape, torch.bfloat16)
-            exact = bool((restored == 1).all())
+            near = bool(((restored.float() / weight - 1).abs() < 0.2).all())
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise UserError(
                 f"base={type(self).__name__}: {device} cannot store weights so ({str(error).splitlines()[0]}); use "
                 f"lit_lora.storage.{'Dense' if type(self).__name__ == 'Int8' else 'Int8'}"
             ) from error
-        if not exact:
+        if not near:
             raise UserError(
                 f"base={type(self).__name__}: {device} gives other weights back; use lit_lora.storage.Dense"
             )

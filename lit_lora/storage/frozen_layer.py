@@ -26,7 +26,7 @@ class FrozenLayer(nn.Module):
     """
 
     storage: BaseStorage
-    stored_names: tuple[str, ...]
+    stored_names: tuple[str, ...] = ()
     """The parameters that hold the weight."""
     weight_shape: torch.Size
     weight_dtype: torch.dtype
@@ -50,8 +50,8 @@ class FrozenLayer(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         dense: Tensor | None = self._parameters.get("weight")
-        if dense is not None and dense.requires_grad:
-            trained: Tensor = super().forward(input)  # a copy, as modules_to_save has PEFT make
+        if dense is not None and (dense.requires_grad or not self.stored_names):
+            trained: Tensor = super().forward(input)  # a copy, or a layer that PEFT has made of the base layer's class
             return trained
         device = input.device.type
         bias: Tensor | None = self._parameters.get("bias")
@@ -70,7 +70,7 @@ class FrozenLayer(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        kind = type(self.storage).__name__
+        kind = type(self.storage).__name__ if self.stored_names else "own"
         return f"{super().extra_repr()}, stored={kind}"
 
 

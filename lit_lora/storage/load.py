@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -157,7 +159,8 @@ def _weight_files(source: str, folder: str, revision: str | None, variant: str |
             if missing:
                 raise FileNotFoundError(f"{path.name} lists {missing[0]}, which is not there")
             return [file for file in found if file is not None]
-    raise FileNotFoundError(f"no weights there: none of {', '.join(tried)}")
+    where = "there" if Path(source).is_dir() else "on the hub, or in its cache where there is no connection"
+    raise FileNotFoundError(f"no weights {where}: none of {', '.join(tried)}")
 
 
 def _local_file(source: str, folder: str, name: str, revision: str | None) -> Path | None:
@@ -166,16 +169,14 @@ def _local_file(source: str, folder: str, name: str, revision: str | None) -> Pa
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(source, name, subfolder=folder, revision=revision))
-    except LocalEntryNotFoundError:
-        raise  # no connection, and not in the cache: it may well exist
-    except EntryNotFoundError:
+    except EntryNotFoundError:  # also where there is no connection and the file is not in the cache
         return None
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """All tensors of a file, one at a time."""
     if file.suffix == ".bin":
-        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+        yield from _unpickled(file, "cpu").items()
         return
     for name in _saved_names(file):
         # Opened for each: what is read of a mapped file stays in memory until it is closed.
@@ -187,9 +188,20 @@ def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
+def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
+    try:
+        # Files of before torch 1.6 cannot be mapped.
+        weights: dict[str, Tensor] = torch.load(
+            file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise OSError(f"{file} is damaged: {error}") from error
+    return weights
+
+
 def _saved_names(file: Path) -> list[str]:
     if file.suffix == ".bin":
-        return list(torch.load(file, map_location="meta", weights_only=True, mmap=True))
+        return list(_unpickled(file, "meta"))
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())

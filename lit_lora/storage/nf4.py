@@ -20,6 +20,8 @@ LEVELS = (
 """The values of four bits: quantiles of the normal distribution (Dettmers et al. 2023, appendix E)."""
 
 _SCALES_PER_GROUP = 256
+_BITSANDBYTES_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Sizes of blocks that its kernels know."""
 _BYTES_AT_A_TIME = 1 << 20
 
 
@@ -65,7 +67,7 @@ class NF4(BaseStorage):
     def restore(self, stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         count = shape.numel()
         data, scale = stored["weight_data"], self._restore_scale(stored)
-        if _bitsandbytes_is_here(data.device):
+        if self.block_size in _BITSANDBYTES_SIZES and _bitsandbytes_is_here(data.device):
             padded = [data.numel() * 2]
             weight = torch.ops.bitsandbytes.dequantize_4bit(data, scale, self.block_size, "nf4", padded, dtype)
         else:

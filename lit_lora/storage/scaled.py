@@ -25,8 +25,12 @@ class Scaled(BaseStorage):
         data = rows / scale
         if self.rounds:
             data.round_()
-        return {"weight_data": data.to(self.dtype).view(weight.shape), "weight_scale": scale}
+        # As integers, whatever they mean: processes can exchange these, and nobody takes them for trainable numbers.
+        return {"weight_data": data.to(self.dtype).view(torch.int8).view(weight.shape), "weight_scale": scale}
 
     def restore(self, stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        weight = stored["weight_data"].to(dtype)
-        return weight.mul_(stored["weight_scale"].to(dtype).view(-1, *[1] * (len(shape) - 1)))
+        data = stored["weight_data"].view(self.dtype)
+        scale = stored["weight_scale"].view(-1, *[1] * (len(shape) - 1))
+        if dtype == torch.float16:  # in which a scale may be too small to be a normal number
+            return data.float().mul_(scale).to(dtype)
+        return data.to(dtype).mul_(scale.to(dtype))

@@ -13,14 +13,14 @@ from lit_lora.errors import UserError, check_least
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
-from lit_lora.planning.changes import CANDIDATES, ChangedRun, cheapest_changes
+from lit_lora.planning.changes import ChangedRun, cheapest_changes
 from lit_lora.planning.device import Device, default_device, find_device
+from lit_lora.planning.memory_limit import PICTURES_AT_A_TIME, known, picture_size, validates, verdict
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run, Sampling
 from lit_lora.tools.plan import describe as describe_data
-
-_PICTURES_AT_A_TIME = 16
+from lit_lora.tools.plan import processes_of
 
 
 def memory_plan(arguments: list[str]) -> int:
@@ -69,11 +69,11 @@ def tell(
     if search and memory is None:
         raise UserError("search needs the memory to fill: give device_memory, for example 12, or a GPU as device")
     about_data, data_are_there = _data(data, trainer["max_steps"])
-    height, width = _size(data, resolution)
+    height, width = picture_size(data, resolution)
     from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_are_there else ()
     run = Run(
         module,
-        batch_size or _known(data, "batch_size"),
+        batch_size or known(data, "batch_size"),
         height,
         width,
         device=found,
@@ -82,8 +82,9 @@ def tell(
         precision=str(trainer["precision"] or "32-true"),
         cached=frozenset(from_cache),
         averaged=_callback(trainer, "AdapterEMA") is not None,
-        validation=_validates(data, trainer),
+        validation=trainer["limit_val_batches"] not in (0, 0.0) and validates(data),
         sampling=_sampling(trainer),
+        processes=processes_of(trainer),
     )
     planned = plan(run)
     blocks = [planned.describe()]
@@ -94,7 +95,7 @@ def tell(
         blocks.append(_tell_largest(largest, memory))
     if memory is not None and device_memory is not None:
         changes = cheapest_changes(run, memory, planned)
-        blocks.append(_verdict(planned, memory, changes))
+        blocks.append(verdict(planned, memory, changes))
     blocks.append(about_data)
     print("\n\n".join(blocks))
     if json is not None:
@@ -130,33 +131,8 @@ def _data(data: LightningDataModule, max_steps: int) -> tuple[str, bool]:
         return f"data: left out, since they cannot be read yet ({str(error).splitlines()[0]})", False
 
 
-def _size(data: LightningDataModule, resolution: int | None) -> tuple[int, int]:
-    """Height and width of the largest pictures."""
-    edge = resolution or _known(data, "resolution")
-    buckets = getattr(data, "buckets", None)
-    if buckets is None:
-        return edge, edge
-    height, width = max(buckets.sizes(edge).tolist(), key=lambda size: size[0] * size[1])
-    return int(height), int(width)
-
-
-def _known(data: LightningDataModule, name: str) -> int:
-    value = getattr(data, name, None)
-    if not isinstance(value, int):
-        raise UserError(f"{type(data).__name__} has no {name}, so give the plan one: --{name} N")
-    return value
-
-
 def _clip(trainer: Any) -> float | None:
     return trainer["gradient_clip_val"] if trainer["gradient_clip_algorithm"] in (None, "norm") else None
-
-
-def _validates(data: LightningDataModule, trainer: Any) -> bool:
-    if trainer["limit_val_batches"] in (0, 0.0):
-        return False
-    if isinstance(data, WebDatasetDataModule):
-        return bool(data.val_shards or data.val_samples)
-    return type(data).val_dataloader is not LightningDataModule.val_dataloader
 
 
 def _sampling(trainer: Any) -> Sampling | None:
@@ -164,7 +140,7 @@ def _sampling(trainer: Any) -> Sampling | None:
     if options is None:
         return None
     return Sampling(
-        min(_PICTURES_AT_A_TIME, len(options["prompts"])),
+        min(PICTURES_AT_A_TIME, len(options["prompts"])),
         options["guidance_scale"] > 1,
         options["height"],
         options["width"],
@@ -178,18 +154,6 @@ def _callback(trainer: Any, name: str) -> Any:
         if callback["class_path"].rpartition(".")[2] == name:
             return callback.get("init_args") or {}
     return None
-
-
-def _verdict(planned: MemoryPlan, memory: int, changes: Sequence[ChangedRun] | None) -> str:
-    said = f"{format_bytes(planned.needed)} of {format_bytes(memory)}"
-    if planned.fits(memory):
-        return f"fits: {said}"
-    if changes is None:
-        return f"does not fit: {said}, and none of {len(CANDIDATES)} kinds of changes together make it fit"
-    lines = [f"does not fit: {said}. The cheapest changes that make it fit, one upon the other:"]
-    for one in changes:
-        lines.append(f"  {one.change.arguments}   needs {format_bytes(one.plan.needed)} ({one.change.price})")
-    return "\n".join(lines)
 
 
 def _tell_largest(largest: MemoryPlan | None, memory: int) -> str:

@@ -34,7 +34,7 @@ def plan(arguments: list[str]) -> None:
     if not isinstance(data, WebDatasetDataModule):
         raise UserError(f"data is a {type(data).__name__}; only a WebDatasetDataModule follows a plan")
     if options["processes"] is None:
-        options["processes"] = _processes(cli.config["trainer"])
+        options["processes"] = processes_of(cli.config["trainer"])
     print(describe(data, max_steps=cli.config["trainer"]["max_steps"], **options))
 
 
@@ -96,7 +96,8 @@ class _PlanCLI(ToolCLI):
         self.datamodule = parser.instantiate_classes(parser.parse_object({"data": self.config["data"]})).data
 
 
-def _processes(trainer: Any) -> int:
+def processes_of(trainer: Any) -> int:
+    """Training processes over all machines, by the config of the trainer."""
     devices = trainer["devices"]
     if isinstance(devices, str) and devices not in ("auto", "-1"):
         devices = [part for part in devices.split(",") if part] if "," in devices else int(devices)

@@ -57,7 +57,7 @@ def test_the_changes_that_it_names_make_it_fit(sd_folder: Path, trainer_options:
 
 
 def test_data_of_unknown_size(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="NoneType has no resolution, so its memory cannot be planned"):
+    with pytest.raises(UserError, match="cannot be planned, since there is no datamodule that says its resolution"):
         Trainer(max_steps=1, **trainer_options).fit(_module(sd_folder, "4GB"), Pictures().train_dataloader())
 
 

@@ -76,12 +76,11 @@ def measured_peak(module: LoraDiffusion, options: dict[str, Any], batch_size: in
     ("size", "options"),
     [
         (64, {}),
-        (64, {"base": Int8(), "base_dtype": "bfloat16"}),
         (16, {"base": NF4(), "base_dtype": "bfloat16", "gradient_checkpointing": True}),
         (16, {"adapter": LoraConfig(r=256, lora_alpha=256)}),
         (16, {"adapter": LoraConfig(r=256, lora_alpha=256), "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}),
     ],
-    ids=["float32", "int8", "nf4, checkpointing", "large adapter", "large adapter, sgd"],
+    ids=["float32", "nf4, checkpointing", "large adapter", "large adapter, sgd"],
 )
 def test_the_peak_is_what_the_allocator_hands_out(
     size: int, options: dict[str, Any], sd_folder: Path, trainer_options: dict[str, Any]
@@ -97,8 +96,12 @@ def test_every_family_and_storage_is_under_contract() -> None:
     assert set(STORAGES) == {kind for kind in known if not kind.__subclasses__()}
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("storage", STORAGES, ids=lambda kind: kind.__name__)
+# Each family and each storage once: the two know nothing of each other.
+@pytest.mark.parametrize(
+    ("family", "storage"),
+    [*((family, Int8) for family in FAMILIES), *((StableDiffusion, kind) for kind in STORAGES if kind is not Int8)],
+    ids=lambda kind: kind.__name__,
+)
 def test_the_weights_of_a_plan_are_those_of_the_run(
     family: type[ModelFamily], storage: type[BaseStorage], request: pytest.FixtureRequest
 ) -> None:
@@ -119,26 +122,16 @@ def test_the_weights_of_a_plan_are_those_of_the_run(
         assert kinds["adapter"] == sizes[True]
 
 
-@pytest.mark.parametrize("cuda", [False, True], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
-def test_every_adapter_can_be_planned(adapter: Callable[[], PeftConfig], cuda: bool, sd_folder: Path) -> None:
-    module = module_for(sd_folder, adapter=adapter(), base_dtype="bfloat16")
-    plan = plan_of(module, 1, 16, device=find_device("H100" if cuda else "cpu"))
-    assert {"load", "forward", "backward", "optimizer"} == set(plan.phases)
+def test_every_adapter_can_be_planned(adapter: Callable[[], PeftConfig], sd_folder: Path, tmp_path: Path) -> None:
+    plan = plan_of(module_for(sd_folder, adapter=adapter(), base_dtype="bfloat16"), 1, 16)
+    assert set(plan.phases) == {"load", "forward", "backward", "optimizer"}
     real = module_for(sd_folder, adapter=adapter(), base_dtype="bfloat16")
     real.configure_model()
     assert plan.adapter_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
     assert plan.phases["forward"]["optimizer state"] >= 8 * plan.adapter_parameters
-
-
-def test_the_file_has_the_planned_size(sd_folder: Path, tmp_path: Path) -> None:
-    for number, adapter in enumerate(ADAPTERS.values()):
-        planned = plan_of(module_for(sd_folder, adapter=adapter()), 1, 16).adapter_file_bytes
-        module = module_for(sd_folder, adapter=adapter())
-        module.configure_model()
-        module.save_adapter(tmp_path / str(number))
-        size = (tmp_path / str(number) / "adapter_model.safetensors").stat().st_size
-        assert abs(planned - size) < 300
+    real.save_adapter(tmp_path / "adapter")
+    assert abs(plan.adapter_file_bytes - (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size) < 300
 
 
 def test_planning_leaves_the_module_and_random_numbers_alone(sd_folder: Path) -> None:
@@ -156,8 +149,7 @@ def test_planning_leaves_the_module_and_random_numbers_alone(sd_folder: Path) ->
 
 def test_more_and_less(sd_folder: Path) -> None:
     plain = plan_of(module_for(sd_folder))
-    assert plan_of(module_for(sd_folder), 3).peak > plain.peak
-    assert plan_of(module_for(sd_folder), size=48).peak > plain.peak
+    assert plan_of(module_for(sd_folder), 3, 48).peak > plain.peak
     half = plan_of(module_for(sd_folder, base_dtype="bfloat16"))
     quantised = plan_of(module_for(sd_folder, base=Int8(), base_dtype="bfloat16"))
     assert _frozen(quantised) < _frozen(half) < _frozen(plain)

@@ -106,12 +106,20 @@ def test_files_are_the_same_as_on_a_dense_base(storage: str, adapter: str, sd_fo
             assert files[0][name].read_text() == files[1][name].read_text()
 
 
-def test_training_copies_of_quantised_layers_is_refused(sd_folder: Path) -> None:
+@pytest.mark.parametrize("storage", STORAGES)
+def test_training_copies_of_quantised_layers_is_refused(storage: str, sd_folder: Path) -> None:
     family = StableDiffusion(str(sd_folder))
-    family.load(torch.float32, without=("vae", "text"), base=Int8())
+    family.load(torch.float32, without=("vae", "text"), base=STORAGES[storage])
     config = peft.LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv1"])
-    with pytest.raises(UserError, match=r"modules_to_save .*conv1, .* Int8.*skip: \['\*conv1'\]"):
+    with pytest.raises(UserError, match=rf"modules_to_save .*conv1, .* {storage}.*skip: \['\*conv1'\]"):
         family.add_adapter(config)
+
+
+def test_an_adapter_that_is_frozen_still_computes(sd_folder: Path) -> None:
+    family = _family(sd_folder, Int8(), "LoRA")
+    expected = _prediction(family)
+    family.requires_grad_(False)
+    assert torch.equal(_prediction(family), expected)
 
 
 def test_training_copies_of_layers_that_are_skipped_works(sd_folder: Path) -> None:

@@ -125,6 +125,18 @@ def test_pickled_weights(folder: Path) -> None:
     assert all(torch.equal(value, weights[key]) for key, value in _load(folder).state_dict().items())
 
 
+def test_pickled_weights_of_old_and_damaged_ones(folder: Path) -> None:
+    file = folder / "unet" / f"{NAME}.safetensors"
+    weights = load_file(file)
+    file.unlink()
+    pickled = folder / "unet" / f"{NAME}.bin"
+    torch.save(weights, pickled, _use_new_zipfile_serialization=False)
+    assert all(torch.equal(value, weights[key]) for key, value in _load(folder).state_dict().items())
+    pickled.write_bytes(b"not a pickle")
+    with pytest.raises(OSError, match="is damaged"):
+        _load(folder)
+
+
 def test_wrong_files(folder: Path) -> None:
     file = folder / "unet" / f"{NAME}.safetensors"
     weights = load_file(file)

@@ -55,6 +55,13 @@ def test_fp8_is_off_by_at_most_half_a_unit_of_its_mantissa() -> None:
     assert relative[normal].max() <= 2**-4 * 1.001
 
 
+@pytest.mark.parametrize("storage", [FP8("e5m2"), FP8(), Int8()], ids=lambda s: type(s).__name__)
+def test_small_weights_survive_float16(storage: BaseStorage) -> None:
+    weight = torch.randn(32, 64).clamp(-2, 2) * 1e-3
+    in_float16 = _round_trip(storage, weight, torch.float16).float()
+    torch.testing.assert_close(in_float16, _round_trip(storage, weight), rtol=2e-3, atol=1e-7)
+
+
 def test_nf4_takes_the_nearest_level_of_each_block() -> None:
     weight = torch.randn(16, 64)
     restored = _round_trip(NF4(double_quant=False), weight)

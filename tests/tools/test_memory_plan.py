@@ -70,9 +70,6 @@ def test_says_what_makes_it_fit(plan: Plan, tmp_path: Path) -> None:
     assert status == 1
     assert "  --model.gradient_checkpointing true   needs " in out
     assert json.loads((tmp_path / "changed.json").read_text())["changes"][-1]["needed"] <= needed - 100_000
-    status, out = plan(device_memory="0.5", **options)
-    assert status == 1
-    assert "kinds of changes together make it fit" in out
 
 
 def test_without_the_data(plan: Plan, tmp_path: Path) -> None:
