@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_lora.errors import UserError
-from lit_lora.storage.frozen_layer import FrozenLayer
+from lit_lora.storage.frozen_layer import frozen_layers
 
 ADAPTER_NAME = "default"
 
@@ -191,7 +191,7 @@ def _check_trained_copies(names: Sequence[str], model: nn.Module) -> None:
     """Refuse to train copies of layers that are not stored densely."""
     for name in names:
         for path, layer in model.named_modules():
-            quantised = [inner for inner in layer.modules() if isinstance(inner, FrozenLayer) and not inner.is_dense]
+            quantised = [inner for inner in frozen_layers(layer) if not inner.is_dense]
             if path.endswith(name) and quantised:
                 storage = type(quantised[0].storage).__name__
                 raise UserError(

@@ -21,7 +21,7 @@ from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.optimizer_memory import tensors_of
 from lit_lora.planning.run import Run, Sampling
 from lit_lora.planning.step import make_meter, play_steps
-from lit_lora.storage.frozen_layer import FrozenLayer
+from lit_lora.storage.frozen_layer import frozen_layers
 
 _ORDER = ("load", "forward", "backward", "optimizer", "validation", "sampling")
 _PART_OF = {"latents": "vae", "text": "text"}
@@ -116,8 +116,10 @@ class _Simulation:
         """Weights are read one by one on the CPU: the largest is there in float32, and again while it is quantised."""
         self.meter.begin("load")
         if not self.cuda:
-            layers = [layer for layer in self.family.denoiser.modules() if isinstance(layer, FrozenLayer)]
-            sizes = [layer.weight_shape.numel() * (4 if layer.is_dense else 8) for layer in layers]
+            layers = frozen_layers(self.family.denoiser)
+            sizes = [
+                layer.weight_shape.numel() * (4 if layer.is_dense else 8) for layer in layers if layer.stored_names
+            ]
             self.meter.adjust("other", max(sizes, default=0))
             self.meter.adjust("other", -max(sizes, default=0))
         self.meter.begin(None)
@@ -248,7 +250,7 @@ def _waiting_block_bytes(denoiser: nn.Module, block_classes: Sequence[str]) -> i
 def _outermost_blocks(module: nn.Module, names: set[str], sizes: list[int]) -> None:
     for child in module.children():
         if type(child).__name__ in names:
-            layers = [layer for layer in child.modules() if isinstance(layer, FrozenLayer)]
+            layers = frozen_layers(child)
             sizes.append(sum(layer.get_parameter(name).nbytes for layer in layers for name in layer.stored_names))
         else:
             _outermost_blocks(child, names, sizes)

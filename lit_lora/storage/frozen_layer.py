@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -119,6 +120,13 @@ class _Frozen(torch.autograd.Function):
             channels = 1 if isinstance(layer, nn.Conv2d) else grad.ndim - 1
             for_bias = grad.sum([i for i in range(grad.ndim) if i != channels])
         return for_input, for_bias, None
+
+
+def frozen_layers(model: nn.Module) -> Iterator[FrozenLayer]:
+    """The frozen layers of a model; not those that PEFT has made of a base layer's class, which store nothing."""
+    for layer in model.modules():
+        if isinstance(layer, FrozenLayer) and layer.stored_names:
+            yield layer
 
 
 def freeze_layer(layer: nn.Module, storage: BaseStorage, weight: Tensor, dtype: torch.dtype) -> None:

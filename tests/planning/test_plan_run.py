@@ -37,6 +37,7 @@ STORAGES: dict[type[BaseStorage], Callable[[], BaseStorage]] = {Dense: Dense, In
 TARGETS = ["to_q", "to_v"]
 ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "lora": lambda: LoraConfig(r=2, lora_alpha=2),
+    "lora on convolutions": lambda: LoraConfig(r=2, lora_alpha=2, target_modules=["conv1", "to_q"]),
     "dora": lambda: LoraConfig(r=2, lora_alpha=2, use_dora=True),
     "loha": lambda: LoHaConfig(r=2, alpha=2),
     "lokr": lambda: LoKrConfig(r=2, alpha=2),
