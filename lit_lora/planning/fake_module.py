@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
 from lit_lora.memory.encoder_offload import EncoderOffload
 from lit_lora.module import LoraDiffusion
@@ -26,11 +26,14 @@ def fake_tensors() -> Iterator[None]:
     """Inside the block new tensors have no contents, and modules of such tensors can be moved and cast."""
     original: Any = nn.Module._apply
     nn.Module._apply = _apply_by_replacing  # type: ignore[method-assign]
+    # torch would copy the contents, which are not there: PEFT's modules_to_save copies layers.
+    FakeTensor.__deepcopy__ = _deepcopy_by_cloning  # type: ignore[method-assign, assignment]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield
     finally:
         nn.Module._apply = original  # type: ignore[method-assign]
+        del FakeTensor.__deepcopy__
 
 
 def unloaded(module: LoraDiffusion) -> LoraDiffusion:
@@ -93,6 +96,14 @@ def _with_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return call
+
+
+def _deepcopy_by_cloning(self: FakeTensor, memo: dict[int, Any]) -> Any:
+    if id(self) not in memo:
+        with torch.no_grad():
+            clone = self.detach().clone()
+        memo[id(self)] = nn.Parameter(clone, self.requires_grad) if isinstance(self, nn.Parameter) else clone
+    return memo[id(self)]
 
 
 def _apply_by_replacing(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lit_lora import LoraDiffusion, MemoryProfiler, SampleImages, StableDiffusion
 from lit_lora.errors import UserError
 from lit_lora.planning.memory_limit import run_of
-from lit_lora.planning.plan_run import plan
+from lit_lora.planning.plan_run import plan, plan_run
 from tests.helpers import make_batches
 
 
@@ -96,3 +96,16 @@ def test_advice_at_an_out_of_memory_error(sd_folder: Path, trainer_options: dict
         saved = [size for _, size in advice]
         assert saved == sorted(saved, reverse=True)
         assert saved
+
+
+def test_trained_copies_of_layers_are_planned(sd_folder: Path) -> None:
+    """Copying a tensor without contents as others are copied would break the process' memory."""
+    needed = []
+    for names in (None, ["conv1"]):
+        adapter = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], modules_to_save=names)
+        module = LoraDiffusion(StableDiffusion(str(sd_folder)), adapter)
+        planned = [plan_run(module, 2, 16, 16) for _ in range(2)]
+        assert planned[0].phases == planned[1].phases
+        needed.append(planned[0])
+    assert needed[1].adapter_parameters > needed[0].adapter_parameters
+    assert needed[1].peak > needed[0].peak
