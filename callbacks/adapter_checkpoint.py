@@ -15,12 +15,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
-from torch import distributed
 from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import adapter_keys, check_adapter_config, check_adapter_state, keep_only_adapter, plain_config
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.files import sync, writable_folder
+from lit_lora.gather import gather
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -73,7 +73,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["lit_lora"] = {
             "adapters": _adapter_configs(pl_module),
-            "rng": _gather(_rng_state(), trainer.world_size),
+            "rng": gather(_rng_state()),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -231,11 +231,3 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _gather(value: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    distributed.all_gather_object(values, value)
-    return values

@@ -44,7 +44,7 @@ class MemoryKinds:
             "frozen weights": self._frozen_bytes,
             "adapter": self._bytes(self._trained, seen),
             "gradients": self._bytes(gradients, seen),
-            "optimizer state": self._bytes(_tensors(self._states), seen),
+            "optimizer state": self._bytes(tensors_in(self._states), seen),
         }
 
     def full_precision(self) -> dict[str, int]:
@@ -57,13 +57,13 @@ class MemoryKinds:
         return {
             "frozen weights": self._bytes(wide, set()),
             "frozen elements": sum(tensor.numel() for tensor in wide if self._is_here(tensor)),
-            "optimizer state": self._bytes((t for t in _tensors(self._states) if _is_wide(t)), set()),
+            "optimizer state": self._bytes((t for t in tensors_in(self._states) if _is_wide(t)), set()),
         }
 
     def _bytes(self, tensors: Iterable[Tensor], seen: set[int]) -> int:
         total = 0
         for tensor in tensors:
-            for part in _parts(tensor):
+            for part in parts_of(tensor):
                 if self._is_here(part) and (storage := part.untyped_storage())._cdata not in seen:
                     seen.add(storage._cdata)
                     total += storage.nbytes()
@@ -74,27 +74,27 @@ class MemoryKinds:
         return device.type == self._device.type and (device.type == "cpu" or device.index == self._device.index)
 
 
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
+def parts_of(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with contents of their own that a tensor is made of."""
     if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _parts(getattr(tensor, name))
+            yield from parts_of(getattr(tensor, name))
     else:
         yield tensor
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for entry in value.values():
-            yield from _tensors(entry)
+            yield from tensors_in(entry)
     elif isinstance(value, list | tuple):
         for entry in value:
-            yield from _tensors(entry)
+            yield from tensors_in(entry)
 
 
 def _is_wide(tensor: Tensor) -> bool:
     # torchao's states say float32 and are made of bytes.
-    return tensor.is_floating_point() and all(part.element_size() >= 2 for part in _parts(tensor) if part.numel() > 1)
+    return tensor.is_floating_point() and all(part.element_size() >= 2 for part in parts_of(tensor) if part.numel() > 1)

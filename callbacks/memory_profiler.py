@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -17,7 +18,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import distributed
 
 import lit_lora
 from lit_lora.callbacks.memory_advice import general_advice, sorted_advice
@@ -27,7 +27,10 @@ from lit_lora.callbacks.memory_meter import CudaMeter, MemoryMeter, meter_of
 from lit_lora.callbacks.memory_record import BETWEEN, MIB, MemoryRecord, PhaseMemory, divide
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file
+from lit_lora.gather import gather
 from lit_lora.memory.phases import add_listener, remove_listener
+
+_LOG = logging.getLogger(__name__)
 
 _FIRST_STEPS = 2
 """Steps at the start that are always measured: only the second begins with the optimizer's state."""
@@ -222,7 +225,7 @@ class MemoryProfiler(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._meter is not None:
             try:
-                self._write("finished", ranks=_gather(self.peak_memory))
+                self._write("finished", ranks=gather(self.peak_memory))
             finally:
                 self._stop()
 
@@ -321,6 +324,7 @@ class MemoryProfiler(Callback):
         try:
             return sorted_advice(cast(Any, self._module).memory_advice(kinds))
         except Exception:  # the error that brought us here must go on, whatever the module's advice runs into
+            _LOG.info("%s gave no advice", type(self._module).__name__, exc_info=True)
             return None
 
     def _write(self, status: str, ranks: list[int] | None = None, out_of_memory: dict[str, Any] | None = None) -> None:
@@ -418,12 +422,3 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
     texts = ("can't allocate memory", "not enough memory")
     refused = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     return refused or _is_out_of_memory(error.__cause__)
-
-
-def _gather(peak: int) -> list[int]:
-    """The value of each process."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [peak]
-    peaks: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(peaks, peak)
-    return peaks

@@ -18,11 +18,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor, distributed
+from torch import Tensor
 
 from lit_lora.callbacks.memory_meter import meter_of
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
+from lit_lora.gather import gather
 
 _JOULES_PER_KWH = 3.6e6
 
@@ -124,7 +125,7 @@ class RunReport(Callback):
         if self._trainer is None:
             return
         try:
-            everyone = _gather(self._own())
+            everyone = gather(self._own())
             if trainer.is_global_zero:
                 self._write("finished", pl_module, everyone)
         finally:
@@ -132,7 +133,7 @@ class RunReport(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Totals over all processes so far; a collective call in training."""
-        return {} if self._trainer is None else _sum(self._before, _together(_gather(self._own())))
+        return {} if self._trainer is None else _sum(self._before, _together(gather(self._own())))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict
@@ -319,12 +320,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "unknown"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-
-
-def _gather(own: Figures) -> list[Figures]:
-    """The figures of each process."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [own]
-    everyone: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(everyone, own)
-    return everyone

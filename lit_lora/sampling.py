@@ -11,6 +11,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
+PICTURES_AT_A_TIME = 16
+"""As many as are drawn together unless somebody says otherwise."""
+
 
 @torch.no_grad()
 def generate(
@@ -22,7 +25,7 @@ def generate(
     guidance_scale: float,
     height: int | None = None,
     width: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = PICTURES_AT_A_TIME,
 ) -> list[Image.Image]:
     """One picture for each prompt.
 

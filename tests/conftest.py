@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lit_lora.embedded import base_path
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
+from tests.helpers import tiny_unet
 
 Members = Mapping[str, bytes]
 
@@ -45,16 +46,7 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer
     """A Stable Diffusion pipeline with random weights, pictures of 16 px."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "sd"
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+    unet = tiny_unet()
     StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=CLIPTextModel(_text_config(tokenizer, 16)),

@@ -5,7 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch.utils.data import DataLoader
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    """A UNet of Stable Diffusion's kind with random weights, for latents of 8 x 8."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
 
 
 def make_batches(count: int, batch_size: int = 2, size: int = 16, seed: int = 3) -> list[dict[str, Any]]:

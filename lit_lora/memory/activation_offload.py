@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-_SMALLEST = 256 << 10
+SMALLEST = 256 << 10
 """Bytes below which a tensor is not worth a copy there and back."""
 
 _Packed = Tensor | tuple[torch.device, Tensor]
@@ -26,7 +26,7 @@ class ActivationOffload(saved_tensors_hooks):
         smallest_bytes: Smaller tensors stay.
     """
 
-    def __init__(self, pin_memory: bool, smallest_bytes: int = _SMALLEST) -> None:
+    def __init__(self, pin_memory: bool, smallest_bytes: int = SMALLEST) -> None:
         super().__init__(self._pack, self._unpack)
         self.pin_memory = pin_memory
         self.smallest_bytes = smallest_bytes
@@ -34,7 +34,7 @@ class ActivationOffload(saved_tensors_hooks):
         """Of all tensors that went to host memory so far."""
 
     def _pack(self, tensor: Tensor) -> _Packed:
-        if _is_parameter(tensor):
+        if is_parameter(tensor):
             return tensor
         if tensor.nbytes < self.smallest_bytes or tensor.layout != torch.strided:
             # The tensor itself may be the operation's own output: the two would keep each other alive.
@@ -51,6 +51,6 @@ class ActivationOffload(saved_tensors_hooks):
         return host.to(device, non_blocking=self.pin_memory)
 
 
-def _is_parameter(tensor: Any) -> bool:
+def is_parameter(tensor: Any) -> bool:
     """Whether the tensor is a parameter or a view of one, as the transposed weight of a Linear layer is."""
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)

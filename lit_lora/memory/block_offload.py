@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -40,7 +40,7 @@ class BlockOffload:
         self._current: HostWeights | None = None
         self._passes: set[str] = set()
         self._after: dict[tuple[str, HostWeights], HostWeights] = {}
-        for block in _outermost(model, set(block_classes)):
+        for block in outermost_blocks(model, block_classes):
             self._take(block, smallest_bytes)
 
     @property
@@ -187,12 +187,13 @@ _OFFLOADED: dict[type[nn.Module], type[_OffloadedLayer]] = {
 }
 
 
-def _outermost(module: nn.Module, class_names: set[str]) -> Iterator[nn.Module]:
+def outermost_blocks(module: nn.Module, class_names: Collection[str]) -> Iterator[nn.Module]:
+    """The blocks of these classes; of blocks inside each other the outermost."""
     if type(module).__name__ in class_names:
         yield module
         return
     for child in module.children():
-        yield from _outermost(child, class_names)
+        yield from outermost_blocks(child, class_names)
 
 
 def _large(layer: nn.Module, smallest_bytes: int) -> Iterator[str]:

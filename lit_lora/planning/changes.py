@@ -138,9 +138,7 @@ class _Paths:
         return True
 
     def plan(self, names: tuple[_Candidate, ...]) -> MemoryPlan:
-        if names not in self._plans:
-            assert self.possible(names)
-            self._plans[names] = plan(self._runs[names])
+        assert self.possible(names)
         return self._plans[names]
 
     def saved(self, names: tuple[_Candidate, ...]) -> int:
@@ -196,9 +194,8 @@ def _steps_in_backward(run: Run) -> bool:
 def _vae_slicing(run: Run) -> tuple[Change, Run] | None:
     if run.module.family.vae_slicing or not _uses_vae(run) or run.batch_size == 1:
         return None
-    return Change({"model.vae_slicing": True}, "none to speak of"), _with_split_vae(
-        run, True, run.module.family.vae_tiling
-    )
+    split = _with_split_vae(run, True, run.module.family.vae_tiling)
+    return Change({"model.vae_slicing": True}, "none to speak of"), split
 
 
 def _vae_tiling(run: Run) -> tuple[Change, Run] | None:
@@ -242,7 +239,7 @@ def _eight_bit_optimizer(run: Run) -> tuple[Change, Run] | None:
 
 
 def _half_batch(run: Run) -> tuple[Change, Run] | None:
-    if run.batch_size % 2 or getattr(run.module, "optimizer_in_backward", False):
+    if run.batch_size % 2 or run.module.optimizer_in_backward:
         return None
     half, twice = run.batch_size // 2, run.accumulate_grad_batches * 2
     keys = {"data.init_args.batch_size": half, "trainer.accumulate_grad_batches": twice}

@@ -17,9 +17,6 @@ from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run, Sampling
 
-PICTURES_AT_A_TIME = 16
-"""As many as :func:`lit_lora.sampling.generate` draws together."""
-
 
 def check_memory_limit(module: LoraDiffusion, trainer: Trainer, limit: str) -> None:
     """Plan the run and refuse one that is planned to take more than the limit.
@@ -62,7 +59,7 @@ def run_of(module: LoraDiffusion, trainer: Trainer) -> Run:
         cached=frozenset(getattr(data, "cached", ())),
         averaged=any(isinstance(callback, AdapterEMA) for callback in callbacks),
         validation=bool(trainer.limit_val_batches) and validates(data),
-        sampling=None if samples is None else _sampling(samples),
+        sampling=None if samples is None else Sampling.of(samples.prompts, samples.options),
         processes=trainer.world_size,
     )
 
@@ -119,9 +116,3 @@ def verdict(planned: MemoryPlan, memory: int, changes: list[ChangedRun] | None) 
     for one in changes:
         lines.append(f"  {one.change.arguments}   needs {format_bytes(one.plan.needed)} ({one.change.price})")
     return "\n".join(lines)
-
-
-def _sampling(callback: SampleImages) -> Sampling:
-    options: dict[str, Any] = callback.options
-    pictures = min(PICTURES_AT_A_TIME, len(callback.prompts))
-    return Sampling(pictures, options["guidance_scale"] > 1, options["height"], options["width"])

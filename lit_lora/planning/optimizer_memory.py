@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lit_lora.callbacks.memory_kinds import parts_of, tensors_in
 from lit_lora.errors import UserError
 
 _LARGEST = 1 << 20
@@ -40,16 +40,8 @@ def measured_state(make: Any, parameters: Sequence[Tensor]) -> int:
 
 
 def tensors_of(state: Any) -> list[Tensor]:
-    """All tensors in a nested state, those inside tensor subclasses too."""
-    if isinstance(state, Tensor):
-        if is_traceable_wrapper_subclass(state):
-            return [inner for name in state.__tensor_flatten__()[0] for inner in tensors_of(getattr(state, name))]
-        return [state]
-    if isinstance(state, dict):
-        return [tensor for value in state.values() for tensor in tensors_of(value)]
-    if isinstance(state, list | tuple):
-        return [tensor for value in state for tensor in tensors_of(value)]
-    return []
+    """All tensors in a nested state, in place of tensor subclasses what they are made of."""
+    return [part for tensor in tensors_in(state) for part in parts_of(tensor)]
 
 
 def _state_of(make: Any, shape: tuple[int, ...], count: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_lora.adapters import adapter_state, trainable_parameters
 from lit_lora.draws import Draws
+from lit_lora.memory.block_offload import outermost_blocks
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.cuda_semantics import CudaSemantics
 from lit_lora.planning.fake_module import build, fake_tensors, unloaded
@@ -106,7 +107,7 @@ class _Simulation:
         self.meter.assign(self.trained, "adapter")
         self.encoder_bytes = 0
         if self.run.module.offload_encoders:
-            self.encoder_bytes = sum(_bytes(child) for name, child in self._encoders())
+            self.encoder_bytes = sum(map(_bytes, self.family.encoding_models()))
             self.meter.adjust("frozen weights", -self.encoder_bytes)
             self._encoders_come_and_go()
         if self.run.module.offload_blocks:
@@ -117,9 +118,7 @@ class _Simulation:
         self.meter.begin("load")
         if not self.cuda:
             layers = frozen_layers(self.family.denoiser)
-            sizes = [
-                layer.weight_shape.numel() * (4 if layer.is_dense else 8) for layer in layers if layer.stored_names
-            ]
+            sizes = [layer.weight_shape.numel() * (4 if layer.is_dense else 8) for layer in layers]
             self.meter.adjust("other", max(sizes, default=0))
             self.meter.adjust("other", -max(sizes, default=0))
         self.meter.begin(None)
@@ -176,8 +175,7 @@ class _Simulation:
         shape = (int(family.vae_config["latent_channels"]), height // family.downscale, width // family.downscale)
         module.eval()
         with torch.no_grad(), family.all_parts():
-            loaded = [child for _, child in self._encoders()]
-            self.meter.assign((p for child in loaded for p in child.parameters()), "frozen weights")
+            self.meter.assign((p for model in family.encoding_models() for p in model.parameters()), "frozen weights")
             self.meter.adjust("frozen weights", self.encoder_bytes)
             with self.meter:
                 self.meter.begin("sampling")
@@ -214,9 +212,6 @@ class _Simulation:
             embeddings: dict[str, Tensor] = family.encode_captions([""] * self.run.batch_size)
         return embeddings
 
-    def _encoders(self) -> Iterator[tuple[str, nn.Module]]:
-        return ((name, child) for name, child in self.family.named_children() if name != "denoiser")
-
     def _encoders_come_and_go(self) -> None:
         own: Any = self.family
         encode = own.encode
@@ -241,19 +236,12 @@ class _Simulation:
 
 def _waiting_block_bytes(denoiser: nn.Module, block_classes: Sequence[str]) -> int:
     """Frozen bytes of blocks that are on the host when two are on the device."""
-    sizes: list[int] = []
-    _outermost_blocks(denoiser, set(block_classes), sizes)
+    sizes = [
+        sum(layer.get_parameter(name).nbytes for layer in frozen_layers(block) for name in layer.stored_names)
+        for block in outermost_blocks(denoiser, block_classes)
+    ]
     together = [first + second for first, second in pairwise(sizes)]
     return sum(sizes) - max(together, default=sum(sizes))
-
-
-def _outermost_blocks(module: nn.Module, names: set[str], sizes: list[int]) -> None:
-    for child in module.children():
-        if type(child).__name__ in names:
-            layers = frozen_layers(child)
-            sizes.append(sum(layer.get_parameter(name).nbytes for layer in layers for name in layer.stored_names))
-        else:
-            _outermost_blocks(child, names, sizes)
 
 
 def _bytes(module: nn.Module) -> int:

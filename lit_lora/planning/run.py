@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from lit_lora.errors import UserError, check_least
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.device import Device, find_device
+from lit_lora.sampling import PICTURES_AT_A_TIME
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,12 @@ class Sampling:
     guided: bool = True
     height: int | None = None
     width: int | None = None
+
+    @classmethod
+    def of(cls, prompts: Sequence[str], options: Mapping[str, Any]) -> Self:
+        """What :class:`SampleImages` with these prompts and options draws."""
+        pictures = min(PICTURES_AT_A_TIME, len(prompts))
+        return cls(pictures, options["guidance_scale"] > 1, options["height"], options["width"])
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lit_lora.memory.activation_offload import SMALLEST, is_parameter
 from lit_lora.planning.kernel_memory import inside_cpu, inside_cuda
 from lit_lora.planning.optimizer_memory import measured_state, tensors_of
 from lit_lora.planning.storage_meter import StorageMeter
 
 _CUDA_GRANULARITY = 512
 """Bytes that CUDA's caching allocator rounds every tensor up to."""
-_SMALLEST_MOVED = 256 << 10
-"""Bytes of the smallest saved tensor that goes to the host: see :mod:`lit_lora.memory.activation_offload`."""
 
 
 def make_meter(cuda: bool) -> StorageMeter:
@@ -134,8 +133,7 @@ def _saved_on_host() -> Iterator[None]:
     """What is saved for the backward pass leaves the device and comes back as a new tensor."""
 
     def pack(tensor: Tensor) -> Any:
-        parameter = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
-        if parameter or tensor.nbytes < _SMALLEST_MOVED:
+        if is_parameter(tensor) or tensor.nbytes < SMALLEST:
             return tensor.detach()
         return tensor.size(), tensor.stride(), tensor.dtype
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -67,7 +68,8 @@ class NF4(BaseStorage):
     def restore(self, stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         count = shape.numel()
         data, scale = stored["weight_data"], self._restore_scale(stored)
-        if self.block_size in _BITSANDBYTES_SIZES and _bitsandbytes_is_here(data.device):
+        # Its CPU code compiles at the first use, which takes longer than it saves.
+        if data.is_cuda and self.block_size in _BITSANDBYTES_SIZES and _bitsandbytes_is_here():
             padded = [data.numel() * 2]
             weight = torch.ops.bitsandbytes.dequantize_4bit(data, scale, self.block_size, "nf4", padded, dtype)
         else:
@@ -113,9 +115,10 @@ def _look_up(data: Tensor, levels: Tensor) -> Tensor:
     return found.view(levels.dtype)
 
 
-def _bitsandbytes_is_here(device: torch.device) -> bool:
-    """Whether its kernels serve this device; its CPU code compiles at the first use, which takes longer than it saves."""
-    if device.type != "cuda" or find_spec("bitsandbytes") is None:
+@cache
+def _bitsandbytes_is_here() -> bool:
+    """Whether its kernels can be called."""
+    if find_spec("bitsandbytes") is None:
         return False
     import bitsandbytes.functional  # noqa: F401  registers the operations
 

@@ -15,7 +15,7 @@ from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
 from lit_lora.planning.changes import ChangedRun, cheapest_changes
 from lit_lora.planning.device import Device, default_device, find_device
-from lit_lora.planning.memory_limit import PICTURES_AT_A_TIME, known, picture_size, validates, verdict
+from lit_lora.planning.memory_limit import known, picture_size, validates, verdict
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run, Sampling
@@ -71,6 +71,7 @@ def tell(
     about_data, data_are_there = _data(data, trainer["max_steps"])
     height, width = picture_size(data, resolution)
     from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_are_there else ()
+    samples = _callback(trainer, "SampleImages")
     run = Run(
         module,
         batch_size or known(data, "batch_size"),
@@ -83,7 +84,7 @@ def tell(
         cached=frozenset(from_cache),
         averaged=_callback(trainer, "AdapterEMA") is not None,
         validation=trainer["limit_val_batches"] not in (0, 0.0) and validates(data),
-        sampling=_sampling(trainer),
+        sampling=None if samples is None else Sampling.of(samples["prompts"], samples),
         processes=processes_of(trainer),
     )
     planned = plan(run)
@@ -133,18 +134,6 @@ def _data(data: LightningDataModule, max_steps: int) -> tuple[str, bool]:
 
 def _clip(trainer: Any) -> float | None:
     return trainer["gradient_clip_val"] if trainer["gradient_clip_algorithm"] in (None, "norm") else None
-
-
-def _sampling(trainer: Any) -> Sampling | None:
-    options = _callback(trainer, "SampleImages")
-    if options is None:
-        return None
-    return Sampling(
-        min(PICTURES_AT_A_TIME, len(options["prompts"])),
-        options["guidance_scale"] > 1,
-        options["height"],
-        options["width"],
-    )
 
 
 def _callback(trainer: Any, name: str) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from peft import HRAConfig, LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from lit_lora.memory.checkpointing import enable_gradient_checkpointing
 from lit_lora.memory.host_weights import HostWeights
 from lit_lora.storage import NF4, BaseStorage, Dense, Int8
 from lit_lora.storage.frozen_layer import FrozenLayer, freeze_layer, freeze_remaining
+from tests.helpers import tiny_unet
 
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 LORA = LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False)
@@ -66,16 +66,7 @@ def spoiled(tensor: Tensor) -> Tensor:
 
 def make_model(config: PeftConfig = LORA, storage: BaseStorage | None = None) -> nn.Module:
     torch.manual_seed(5)
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    ).requires_grad_(False)
+    model = tiny_unet().requires_grad_(False)
     if storage is not None:
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d) and "time_emb" not in name:

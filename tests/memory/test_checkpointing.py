@@ -7,27 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lit_lora.errors import UserError
 from lit_lora.memory.checkpointing import enable_gradient_checkpointing
+from tests.helpers import tiny_unet
 
 Case = tuple[nn.Module, dict[str, Any]]
 
 
 def unet() -> Case:
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+    model = tiny_unet()
     inputs = {
         "sample": torch.randn(2, 4, 8, 8),
         "timestep": torch.tensor([3, 700]),
