@@ -13,6 +13,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lit_lora.adapters import trainable_parameters
 from lit_lora.errors import UserError
+from lit_lora.gather import part_like, whole
+from lit_lora.log_mean import log_mean
 
 
 class AdapterEMA(Callback):
@@ -57,15 +59,23 @@ class AdapterEMA(Callback):
             self._average.restore(parameters)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._average = EMAModel(trainable_parameters(pl_module), decay=self.decay)
-        if self._restored is not None:
-            shadow = [torch.empty_like(parameter) for parameter in trainable_parameters(pl_module)]
-            vector_to_parameters(self._restored["shadow_params"].to(pl_module.device), shadow)
-            self._average.load_state_dict({**self._restored, "shadow_params": shadow})
-            self._restored = None
-        self._average.to(device=pl_module.device)
+        parameters = trainable_parameters(pl_module)
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):
+            raise UserError(
+                "AdapterEMA needs whole parameters, which DeepSpeed's stage 3 does not leave in place; use stage 2 or "
+                "strategy lit_lora_fsdp, or take AdapterEMA out of trainer.callbacks"
+            )
+        self._average = EMAModel(parameters, decay=self.decay)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not before: some strategies restore a checkpoint after on_fit_start.
+        if self._restored is not None and self._average is not None:
+            parameters = trainable_parameters(pl_module)
+            shadow = [torch.empty(parameter.shape) for parameter in parameters]
+            vector_to_parameters(self._restored["shadow_params"].cpu(), shadow)
+            parts = [part_like(value.to(p.device), p) for value, p in zip(shadow, parameters, strict=True)]
+            self._average.load_state_dict({**self._restored, "shadow_params": parts})
+            self._restored = None
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -88,14 +98,14 @@ class AdapterEMA(Callback):
             return
         with self.averaged(pl_module):
             loss, count = cast(Any, pl_module).validation_loss(batch, batch_idx)
-        pl_module.log("val/loss_ema", loss, batch_size=count, sync_dist=True)
+        log_mean(pl_module, "val/loss_ema", loss, count)
 
     def state_dict(self) -> dict[str, Any]:
         if self._average is None:
             return {}
         state = self._average.state_dict()
         # One tensor: every tensor of its own costs half a kilobyte in a checkpoint.
-        state["shadow_params"] = parameters_to_vector(state["shadow_params"])
+        state["shadow_params"] = parameters_to_vector([whole(value) for value in state["shadow_params"]])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

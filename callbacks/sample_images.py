@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from torchvision.utils import save_image
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
+from lit_lora.gather import gather
 from lit_lora.memory.phases import phase
 from lit_lora.sampling import image_grid
 
@@ -84,15 +86,19 @@ class SampleImages(Callback):
                 self._draw(trainer, pl_module)
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Asking for the log folder is a collective call: every process has to, also those that draw nothing.
+        # Asking for the log folder is a collective call.
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
-        if not trainer.is_global_zero:
-            return
+        # Each process draws as many, since with weights that are shared out all have to compute together.
+        each = math.ceil(len(self.prompts) / trainer.world_size)
+        mine = [min(trainer.global_rank * each + i, len(self.prompts) - 1) for i in range(each)]
         ema = AdapterEMA.of(trainer)
         with phase("sampling"), ema.averaged(pl_module) if ema else nullcontext():
-            seeds = [self.seed + i for i in range(len(self.prompts))]
-            images = cast(Any, pl_module).generate(self.prompts, seeds, **self.options)
-        grid = image_grid(images, self.columns)
+            prompts, seeds = [self.prompts[i] for i in mine], [self.seed + i for i in mine]
+            drawn = cast(Any, pl_module).generate(prompts, seeds, **self.options)
+        images = [image for part in gather(drawn) for image in part]
+        if not trainer.is_global_zero:
+            return
+        grid = image_grid(images[: len(self.prompts)], self.columns)
         with atomic_file(folder / f"step-{trainer.global_step:06d}.png") as part:
             save_image(grid, part, format="png")
         for logger in trainer.loggers:

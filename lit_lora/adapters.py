@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,16 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_lora.errors import UserError
+from lit_lora.gather import of_first, whole
 from lit_lora.storage.frozen_layer import frozen_layers
 
 ADAPTER_NAME = "default"
@@ -60,6 +65,43 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
     return adapted
 
 
+def same_adapter(module: nn.Module) -> None:
+    """Give the adapter the first process's values; a collective call where there are several."""
+    own = adapter_keys(module)
+    state = {key: value for key, value in module.state_dict().items() if key in own and not _is_nan(value)}
+    for key, value in of_first(state).items():
+        state[key].copy_(value)
+
+
+def complete_adapter(module: nn.Module, config: PeftConfig) -> None:
+    """Take from the base what the adapter begins with, where it was put in before the base's weights, which were nan, came.
+
+    Args:
+        module: All frozen weights in it are there by now.
+        config: The adapter's.
+
+    Raises:
+        UserError: It is not known what the adapter's method takes.
+    """
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.lora_magnitude_vector:
+                if _is_nan(layer.lora_magnitude_vector[name].weight):
+                    layer.lora_variant[name].init(layer, name, config=config)
+                    magnitude = layer.lora_magnitude_vector[name].weight
+                    magnitude.data = magnitude.data.float()
+        elif isinstance(layer, ModulesToSaveWrapper):
+            for name, copied in layer.modules_to_save.items():
+                if any(map(_is_nan, copied.parameters())):
+                    layer.modules_to_save[name] = copy.deepcopy(layer.original_module).float().requires_grad_(True)
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and _is_nan(parameter):
+            raise UserError(
+                f"the adapter begins with values that it takes from the base's weights ({name}), which is not possible where "
+                f"the weights are shared out while they are read; use strategy ddp"
+            )
+
+
 def adapter_keys(module: nn.Module) -> set[str]:
     """The keys of ``module.state_dict()`` that are the adapter's.
 
@@ -87,14 +129,15 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
     Raises:
         UserError: Keys are missing or left over, or shapes differ.
     """
-    here, own = module.state_dict(), adapter_keys(module)
-    expected = {key: value for key, value in here.items() if key in own}
+    here, own = module.state_dict(keep_vars=True), adapter_keys(module)
+    # Of a parameter that DeepSpeed has shared out, the shape says nothing.
+    expected = {key: tuple(getattr(value, "ds_shape", value.shape)) for key, value in here.items() if key in own}
     missing = sorted(expected.keys() - state_dict.keys())
     unknown = sorted(state_dict.keys() - here.keys())
     shapes = [
-        f"{key} {tuple(state_dict[key].shape)} in the checkpoint, {tuple(value.shape)} here"
-        for key, value in expected.items()
-        if key in state_dict and state_dict[key].shape != value.shape
+        f"{key} {tuple(state_dict[key].shape)} in the checkpoint, {shape} here"
+        for key, shape in expected.items()
+        if key in state_dict and tuple(state_dict[key].shape) != shape
     ]
     problems = [
         f"{len(found)} {what}, the first: {found[0]}"
@@ -139,9 +182,11 @@ def plain_config(config: PeftConfig) -> dict[str, Any]:
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names without the adapter's name, on the CPU."""
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    """The adapter's tensors under PEFT's names without the adapter's name, whole and on the CPU; a collective call."""
+    state = get_peft_model_state_dict(
+        model, model.state_dict(keep_vars=True), ADAPTER_NAME, save_embedding_layers=False
+    )
+    return {key: whole(value).detach().cpu().contiguous() for key, value in state.items()}
 
 
 def save_peft_files(state: dict[str, Tensor], config: dict[str, Any], folder: Path) -> None:
@@ -165,6 +210,11 @@ def is_lora(config: PeftConfig) -> bool:
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     """What is trained."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _is_nan(value: Tensor) -> bool:
+    """Whether there is a nan, in a tensor that is not shared out over processes."""
+    return value.is_floating_point() and not isinstance(value, DTensor) and bool(value.isnan().any())
 
 
 def _check_method(config: PeftConfig, model: nn.Module) -> None:

@@ -15,22 +15,25 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
-from lit_lora.adapters import trainable_parameters
+from lit_lora.adapters import adapter_state, trainable_parameters
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily, target_size
 from lit_lora.files import atomic_folder
+from lit_lora.log_mean import log_mean
 from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.checkpointing import enable_gradient_checkpointing
 from lit_lora.memory.encoder_offload import EncoderOffload
 from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward, check_optimizer_in_backward
+from lit_lora.node import Node
 from lit_lora.objectives import DDPM, Objective
-from lit_lora.optimizer_states import from_plain, to_plain
+from lit_lora.optimizer_states import make_portable
 from lit_lora.rank_allocation import allocate_ranks, allocation_state, restore_allocation
 from lit_lora.sampling import generate
 from lit_lora.storage import BaseStorage, Dense
+from lit_lora.strategies import check_strategy, shares_out
 
 VALIDATION_SEED = 20_240_229
 """Seed of validation's timesteps and noise, the same in every run, so that losses compare between runs."""
@@ -144,11 +147,13 @@ class LoraDiffusion(LightningModule):
                 f"base_dtype to 'bfloat16'"
             )
 
-        device = self.trainer.strategy.root_device
+        strategy = self.trainer.strategy
+        check_strategy(strategy, self.adapter)
+        device = strategy.root_device
         self.base.check(device)
         for key in ("offload_encoders", "offload_blocks", "offload_activations"):
             if getattr(self, key):
-                check_offload(key, device, self.trainer.world_size)
+                check_offload(key, device, shared_out=key != "offload_encoders" and shares_out(strategy))
         if self.optimizer_in_backward and stage == "fit":
             check_optimizer_in_backward(self.trainer, self.adapter)
         if self.memory_limit is not None and stage == "fit":
@@ -163,17 +168,24 @@ class LoraDiffusion(LightningModule):
         and changes nothing else.
         """
         # Lightning builds on the device, where the same seed would initialise another adapter and some PEFT methods fail.
+        strategy: Any = None if self._trainer is None else self.trainer.strategy
+        shared_out = shares_out(strategy)
         with torch.device("cpu"):
-            self.family.load(self.base_dtype, without=self._dispensable_parts(), base=self.base)
+            node = self._node()
+            dispensable = self._dispensable_parts() | ({"denoiser"} if shared_out else set())
+            self.family.load(self.base_dtype, without=dispensable, base=self.base, node=node)
             if self.offload_encoders:
                 for encoder in self.family.encoding_models():
                     self._encoder_offload.add(encoder)
             if self._configured:
                 return
             self.family.scheduler_config = self.objective.prepare(self.family.scheduler_config)
+            if shared_out:
+                self.family.load_adapted(self.adapter, strategy.shard, node)
+            else:
+                self.family.add_adapter(self.adapter)
             if self.gradient_checkpointing:
                 enable_gradient_checkpointing(self.family.denoiser, self.gradient_checkpointing)
-            self.family.add_adapter(self.adapter)
             if self.offload_blocks:
                 BlockOffload(self.family.denoiser, self.family.block_classes)
             self.family.train()
@@ -181,6 +193,7 @@ class LoraDiffusion(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer(trainable_parameters(self))
+        make_portable(optimizer, self)
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
@@ -208,7 +221,7 @@ class LoraDiffusion(LightningModule):
         draws = Draws(self.seed, self._slots(batch, self.trainer.fit_loop.total_batch_idx), self.device)
         losses, _ = self._losses(self._drop_captions(batch, draws), draws)
         loss = losses.mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(losses))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(losses), sync_dist=True)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -218,22 +231,18 @@ class LoraDiffusion(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rank_allocation"] = allocation_state(self.family.denoiser)
-        if "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = to_plain(checkpoint["optimizer_states"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         restore_allocation(self.family.denoiser, checkpoint.get("rank_allocation", {}))
-        if "optimizer_states" in checkpoint:
-            checkpoint["optimizer_states"] = from_plain(checkpoint["optimizer_states"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, count = self.validation_loss(batch, batch_idx)
-        self.log("val/loss", loss, prog_bar=True, batch_size=count, sync_dist=True)
+        log_mean(self, "val/loss", loss, count, prog_bar=True)
         return loss
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, count = self.validation_loss(batch, batch_idx)
-        self.log("test/loss", loss, batch_size=count, sync_dist=True)
+        log_mean(self, "test/loss", loss, count)
         return loss
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Image.Image]:
@@ -281,13 +290,17 @@ class LoraDiffusion(LightningModule):
     def save_adapter(self, folder: str | Path) -> None:
         """Write a folder with the adapter's files: PEFT's, and diffusers' LoRA file where that can hold it.
 
-        A folder with an older adapter is replaced; a reader finds it whole or not at all.
+        A folder with an older adapter is replaced; a reader finds it whole or not at all. Where the weights are shared out
+        over several processes, all of them have to call this; the first one writes.
 
         Raises:
             UserError: It cannot be written, or holds other files.
         """
+        state = adapter_state(self.family.denoiser)
+        if self._trainer is not None and not self.trainer.is_global_zero:
+            return
         with atomic_folder(folder, marker="adapter_config.json") as part:
-            self.family.save_adapter(part)
+            self.family.save_adapter(part, state)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
         """Mean loss of the batch at fixed timesteps and noise, and how many samples count in it."""
@@ -304,6 +317,12 @@ class LoraDiffusion(LightningModule):
             return nullcontext()
         return torch.autocast(self.device.type, self.base_dtype)
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DDP neither sends from the first process to the others at the start nor looks at: all read the same base."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return [name for name in self.state_dict(keep_vars=True) if name not in trained]
+
     @contextmanager
     def _vae_in_its_own_dtype(self) -> Iterator[None]:
         """Keep autocast off the VAE's decoder, which overflows in half precision for some families."""
@@ -319,6 +338,11 @@ class LoraDiffusion(LightningModule):
             yield
         finally:
             del vae.decode
+
+    def _node(self) -> Node:
+        """Who reads the base's files."""
+        trainer = self._trainer
+        return Node(trainer.num_devices if trainer is not None and trainer.world_size > 1 else 1)
 
     def _dispensable_parts(self) -> set[str]:
         """Parts of the family that this run does without: see ``cached`` of the datamodule."""

@@ -1,22 +1,100 @@
-"""States of optimizers that keep tensors of a class of their own, as torchao's in eight bits, in plain tensors.
+"""States of optimizers as every run reads them, whatever strategy and optimizer wrote them.
 
-Lightning reads a checkpoint with a map of devices, which ``torch.load`` refuses for such tensors.
+The form is that of ``torch.optim.Optimizer.state_dict()`` with whole, plain tensors, and in each group ``param_names``
+beside ``params``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lit_lora.errors import UserError
 
 _CLASS = "tensor_class"
 _KNOWN_PACKAGES = ("torchao",)
 
 
-def to_plain(states: list[Any]) -> list[Any]:
-    """The states with each such tensor as a dict of what it is made of."""
+def make_portable(optimizer: Optimizer, module: nn.Module) -> None:
+    """Have the optimizer's ``state_dict`` name the parameters, and its ``load_state_dict`` go by these names.
+
+    Tensors of a class of the optimizer's own, as torchao's in eight bits, are saved as the plain tensors that they are made
+    of: Lightning reads a checkpoint with a map of devices, which ``torch.load`` refuses for such tensors.
+
+    Args:
+        optimizer: Of some of the module's parameters.
+        module: Gives the names.
+    """
+    names = parameter_names(optimizer, module)
+
+    def saved(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        for group, group_names in zip(state["param_groups"], names, strict=True):
+            group["param_names"] = group_names
+        return {**state, "state": to_plain(state["state"])}
+
+    def loaded(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        ordered = by_name(state, names)
+        return {**ordered, "state": from_plain(ordered["state"])}
+
+    optimizer.register_state_dict_post_hook(saved)
+    optimizer.register_load_state_dict_pre_hook(loaded)
+
+
+def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
+    """The names of the optimizer's parameters, group by group."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [[names.get(parameter, "") for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """A saved state in the order of these parameters.
+
+    Args:
+        state: It stays as it is if it has no names.
+        names: Of the parameters here, group by group.
+
+    Raises:
+        UserError: It is the state of other parameters.
+    """
+    saved_groups = state["param_groups"]
+    if not all("param_names" in group for group in saved_groups):
+        return dict(state)
+    saved = {
+        name: number
+        for group in saved_groups
+        for name, number in zip(group["param_names"], group["params"], strict=True)
+    }
+    here = [name for group in names for name in group]
+    if saved.keys() != set(here) or len(saved_groups) != len(names):
+        other = sorted(saved.keys() ^ set(here))
+        raise UserError(
+            f"the checkpoint's optimizer has {len(saved)} parameters in {len(saved_groups)} groups, here are {len(here)} in "
+            f"{len(names)}"
+            + (f"; {other[0]} is only in one of them" if other else "")
+            + ". Resume with the settings that "
+            "the checkpoint was made with, or start without ckpt_path."
+        )
+    places = {name: place for place, name in enumerate(here)}
+    values = state["state"]
+    groups, first = [], 0
+    for group, group_names in zip(saved_groups, names, strict=True):
+        options = {key: value for key, value in group.items() if key != "param_names"}
+        groups.append({**options, "params": list(range(first, first + len(group_names)))})
+        first += len(group_names)
+    return {
+        **state,
+        "state": {places[name]: values[number] for name, number in saved.items() if number in values},
+        "param_groups": groups,
+    }
+
+
+def to_plain(states: Any) -> Any:
+    """The states with each tensor of an optimizer's own class as a dict of what it is made of."""
 
     def convert(value: Any) -> Any:
         if not (is_traceable_wrapper_subclass(value) and type(value).__module__.split(".")[0] in _KNOWN_PACKAGES):
@@ -31,11 +109,10 @@ def to_plain(states: list[Any]) -> list[Any]:
             "stride": tuple(value.stride()),
         }
 
-    converted: list[Any] = _map(states, convert)
-    return converted
+    return map_states(states, convert)
 
 
-def from_plain(states: list[Any]) -> list[Any]:
+def from_plain(states: Any) -> Any:
     """The states as the optimizer knows them."""
 
     def convert(value: Any) -> Any:
@@ -45,17 +122,16 @@ def from_plain(states: list[Any]) -> list[Any]:
         kind: Any = getattr(import_module(module), name)
         return kind.__tensor_unflatten__(value["tensors"], value["context"], value["size"], value["stride"])
 
-    converted: list[Any] = _map(states, convert)
-    return converted
+    return map_states(states, convert)
 
 
-def _map(value: Any, convert: Callable[[Any], Any]) -> Any:
+def map_states(value: Any, convert: Callable[[Any], Any]) -> Any:
     """All values inside, those that a conversion made not entered again."""
     changed = convert(value)
     if changed is not value:
         return changed
     if isinstance(value, dict):
-        return {key: _map(entry, convert) for key, entry in value.items()}
+        return {key: map_states(entry, convert) for key, entry in value.items()}
     if isinstance(value, list):
-        return [_map(entry, convert) for entry in value]
+        return [map_states(entry, convert) for entry in value]
     return value

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 from torch.utils.data import DataLoader
+
+from lit_lora.storage import Dense
+from lit_lora.storage.frozen_layer import can_freeze, freeze_layer
 
 
 def tiny_unet() -> UNet2DConditionModel:
@@ -44,3 +48,12 @@ def make_batches(count: int, batch_size: int = 2, size: int = 16, seed: int = 3)
 def loader_of(batches: list[dict[str, Any]]) -> DataLoader[Any]:
     """A dataloader that gives ready-made batches in order."""
     return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+
+
+def freeze_remaining(model: nn.Module) -> None:
+    """Make every Linear and Conv2d layer that is none yet a frozen layer with its weight as it is."""
+    for layer in model.modules():
+        if can_freeze(layer):
+            weight = layer.weight
+            assert isinstance(weight, torch.Tensor)
+            freeze_layer(layer, Dense(), weight.detach(), weight.dtype)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,13 +16,23 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
-from lit_lora.adapters import ADAPTER_NAME, adapter_state, inject, is_lora, plain_config, save_peft_files
+from lit_lora.adapters import (
+    ADAPTER_NAME,
+    adapter_state,
+    complete_adapter,
+    inject,
+    is_lora,
+    plain_config,
+    same_adapter,
+    save_peft_files,
+)
 from lit_lora.draws import Draws
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
 from lit_lora.families.identity import parts_identity
+from lit_lora.node import Node
 from lit_lora.storage import BaseStorage, Dense
-from lit_lora.storage.load import load_model, shape_model, shape_part
+from lit_lora.storage.load import Weights, load_model, load_part, shape_model, shape_part
 
 Batch = Mapping[str, Any]
 """What a datamodule gives, ``B`` samples:
@@ -76,6 +87,8 @@ class ModelFamily(nn.Module, ABC):
     """Layers that an adapter takes where its config names none."""
     always_dense: ClassVar[tuple[str, ...]] = ()
     """Glob patterns of the denoiser's layers that a storage leaves in the base's dtype: few weights that much depends on."""
+    default_vae_dtype: ClassVar[torch.dtype | None] = None
+    """Of the VAE where its weights overflow in others; otherwise it has the base's."""
     pipeline_options: ClassVar[dict[str, Any]] = {}
     """Further arguments of the pipeline's constructor."""
 
@@ -102,21 +115,23 @@ class ModelFamily(nn.Module, ABC):
         without: Collection[str] = (),
         base: BaseStorage | None = None,
         weights: bool = True,
+        node: Node | None = None,
     ) -> None:
         """Load the parts, frozen. What is loaded already stays as it is.
 
         Args:
             dtype: Of the denoiser and the text encoders.
-            vae_dtype: Of the VAE; ``dtype`` if not given.
+            vae_dtype: Of the VAE; the family's, or ``dtype``, if not given.
             without: Parts to leave out, of :data:`PARTS`; :meth:`all_parts` brings them in for a while.
             base: How the weights of the denoiser's layers are stored; in ``dtype`` if not given.
             weights: Otherwise the parts are made from their configs, and their values mean nothing.
+            node: Who reads the weights' files where several processes load at the same time; each by itself if not given.
 
         Raises:
             UserError: A part is missing or cannot be read.
         """
         self.dtype = dtype
-        self.vae_dtype = vae_dtype or dtype
+        self.vae_dtype = vae_dtype or self.default_vae_dtype or dtype
         self.base = base or Dense()
         self._weights = weights
         if not hasattr(self, "scheduler_config"):
@@ -124,7 +139,46 @@ class ModelFamily(nn.Module, ABC):
             self.vae_config = self._part("vae", _complete_vae_config)
         for name in self._missing():
             if name not in without:
-                self._load_part(name)
+                self._load_part(name, node=node)
+
+    def load_adapted(self, config: PeftConfig, shard: Callable[[nn.Module], None], node: Node | None = None) -> None:
+        """Load the denoiser with the adapter in it, without ever having all of its weights: after :meth:`load` without it.
+
+        It gives what :meth:`load` and :meth:`add_adapter` give, the adapter with the first process's values.
+
+        Args:
+            config: Of the adapter.
+            shard: Called with each block once its weights are there, at last with the denoiser; may take the weights away.
+            node: As for :meth:`load`.
+
+        Raises:
+            UserError: As for these; and the adapter's beginning depends on the base in a way that is not known here.
+        """
+
+        def load(source: str, subfolder: str, **options: Any) -> None:
+            weights = Weights(
+                self.denoiser_class,
+                source,
+                subfolder,
+                self.base,
+                self.dtype,
+                always_skipped=self.always_dense,
+                variant=self.variant,
+                node=node,
+                **options,
+            )
+            parts = weights.by_block(self.block_classes)
+            weights.show_nothing()
+            self.denoiser = weights.model.eval()
+            self.add_adapter(config)
+            same_adapter(self.denoiser)
+            for module, names in parts:
+                for name in names:
+                    weights.put(name)
+                complete_adapter(module, config)
+                shard(module)
+
+        self._part(self.denoiser_name, load)
 
     @contextmanager
     def all_parts(self) -> Iterator[None]:
@@ -259,11 +313,16 @@ class ModelFamily(nn.Module, ABC):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the adapter as PEFT's files and, where diffusers knows the method, as diffusers' LoRA file."""
+    def save_adapter(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write the adapter as PEFT's files and, where diffusers knows the method, as diffusers' LoRA file.
+
+        Args:
+            folder: An existing folder.
+            state: What :func:`~lit_lora.adapters.adapter_state` gave; called here if not given.
+        """
         config = self.denoiser.peft_config[ADAPTER_NAME]
         plain = plain_config(config) | {"base_model_name_or_path": self.pretrained_model_name_or_path}
-        state = adapter_state(self.denoiser)
+        state = adapter_state(self.denoiser) if state is None else state
         save_peft_files(state, plain, folder)
         if is_lora(config):
             self.pipeline_class.save_lora_weights(
@@ -300,17 +359,18 @@ class ModelFamily(nn.Module, ABC):
         loaded = {"vae": self.vae, "text": self.encoders, "denoiser": self.denoiser}
         return [name for name in PARTS if not loaded[name]]
 
-    def _load_part(self, part: str, device: torch.device | None = None) -> None:
+    def _load_part(self, part: str, device: torch.device | None = None, node: Node | None = None) -> None:
+        node = node or Node()
         if part == "text":
-            self.encoders = {name: self._model(name, kind, device) for name, kind in self.encoder_classes.items()}
+            self.encoders = {name: self._model(name, kind, device, node) for name, kind in self.encoder_classes.items()}
             for name, encoder in self.encoders.items():
                 if isinstance(encoder, nn.Module):
                     self.add_module(name, encoder)
         elif part == "vae":
-            self.vae = self._model("vae", AutoencoderKL, device, self.vae_dtype)
+            self.vae = self._model("vae", AutoencoderKL, device, node, self.vae_dtype)
             self.split_vae(self.vae_slicing, self.vae_tiling)
         else:
-            denoiser = self._part(self.denoiser_name, self._denoiser)
+            denoiser = self._part(self.denoiser_name, partial(self._denoiser, node))
             self.denoiser = denoiser if device is None else denoiser.to(device)
 
     def _free_part(self, part: str) -> None:
@@ -321,24 +381,30 @@ class ModelFamily(nn.Module, ABC):
         else:
             setattr(self, part, None)
 
-    def _model(self, name: str, kind: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
+    def _model(
+        self, name: str, kind: Any, device: torch.device | None, node: Node, dtype: torch.dtype | None = None
+    ) -> Any:
         """A model, frozen, in evaluation mode; or a tokenizer."""
         if not issubclass(kind, nn.Module):
             return self._part(name, kind.from_pretrained)
         dtype = dtype or self.dtype
-        if self._weights:
-            model = self._part(name, kind.from_pretrained, dtype=dtype).requires_grad_(False).eval()
-        else:
-            model = self._part(
-                name, lambda source, subfolder, **options: shape_part(kind, source, subfolder, dtype, **options)
-            )
+
+        def load(source: str, subfolder: str, **options: Any) -> nn.Module:
+            if not self._weights:
+                return shape_part(kind, source, subfolder, dtype, **options)
+            variant = {"variant": self.variant} if self.variant else {}
+            return load_part(kind, source, subfolder, dtype, node, **options, **variant)
+
+        model = self._part(name, load)
         return model if device is None else model.to(device)
 
-    def _denoiser(self, source: str, subfolder: str, revision: str | None = None) -> nn.Module:
+    def _denoiser(self, node: Node, source: str, subfolder: str, revision: str | None = None) -> nn.Module:
         arguments = (self.denoiser_class, source, subfolder, self.base, self.dtype)
         if not self._weights:
             return shape_model(*arguments, always_skipped=self.always_dense, revision=revision)
-        return load_model(*arguments, always_skipped=self.always_dense, revision=revision, variant=self.variant)
+        return load_model(
+            *arguments, always_skipped=self.always_dense, revision=revision, variant=self.variant, node=node
+        )
 
     def _part(self, name: str, from_pretrained: Any, **options: Any) -> Any:
         """One part of the pipeline, or a :class:`UserError` that says which part is missing where."""
@@ -349,9 +415,6 @@ class ModelFamily(nn.Module, ABC):
                 f"{', '.join(sorted(p.name for p in Path(source).iterdir())) or 'nothing'}. Give a folder that diffusers' "
                 f"save_pretrained wrote, or a hub id."
             )
-        owner = getattr(from_pretrained, "__self__", None)
-        if self.variant and isinstance(owner, type) and issubclass(owner, nn.Module):
-            options["variant"] = self.variant
         if self.revision:
             options["revision"] = self.revision
         try:

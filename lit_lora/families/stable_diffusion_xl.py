@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from lit_lora.families.base import Batch, Conditioning, ModelFamily, target_size
 from lit_lora.families.stable_diffusion import UNET_ALWAYS_DENSE
-from lit_lora.storage import BaseStorage
 
 
 class StableDiffusionXL(ModelFamily):
@@ -38,18 +37,9 @@ class StableDiffusionXL(ModelFamily):
     block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     always_dense: ClassVar[tuple[str, ...]] = (*UNET_ALWAYS_DENSE, "add_embedding.*")
+    default_vae_dtype: ClassVar[torch.dtype | None] = torch.float32
     # diffusers would import a watermarking package if it finds one; what we sample is for looking at while training.
     pipeline_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
-
-    def load(
-        self,
-        dtype: torch.dtype,
-        vae_dtype: torch.dtype | None = torch.float32,
-        without: Collection[str] = (),
-        base: BaseStorage | None = None,
-        weights: bool = True,
-    ) -> None:
-        super().load(dtype, vae_dtype, without, base, weights)
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Both encoders' last but one hidden states side by side, and the second one's pooled output."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lit_lora.blocks import outermost_blocks
 from lit_lora.memory.host_weights import HostWeights, target_of
 from lit_lora.storage.frozen_layer import FrozenConv2d, FrozenLayer, FrozenLinear
 
@@ -185,15 +186,6 @@ _OFFLOADED: dict[type[nn.Module], type[_OffloadedLayer]] = {
     FrozenLinear: _OffloadedLinear,
     FrozenConv2d: _OffloadedConv2d,
 }
-
-
-def outermost_blocks(module: nn.Module, class_names: Collection[str]) -> Iterator[nn.Module]:
-    """The blocks of these classes; of blocks inside each other the outermost."""
-    if type(module).__name__ in class_names:
-        yield module
-        return
-    for child in module.children():
-        yield from outermost_blocks(child, class_names)
 
 
 def _large(layer: nn.Module, smallest_bytes: int) -> Iterator[str]:

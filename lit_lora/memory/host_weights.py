@@ -118,16 +118,16 @@ def target_of(convert: Callable[[Tensor], Tensor], device: torch.device) -> torc
         return convert(torch.empty(0, device=device)).device
 
 
-def check_offload(key: str, device: torch.device, processes: int = 1) -> None:
+def check_offload(key: str, device: torch.device, shared_out: bool = False) -> None:
     """Make sure that there is a device whose memory is saved by keeping something in host memory.
 
     Args:
         key: The config key to name in the error.
         device: Where the run computes.
-        processes: How many processes train together.
+        shared_out: Whether each process has only a part of the weights.
 
     Raises:
-        UserError: The device is the host itself, or several processes share the weights.
+        UserError: The device is the host itself, or the weights are shared out.
     """
     if device.type == "cpu":
         raise UserError(
@@ -136,5 +136,8 @@ def check_offload(key: str, device: torch.device, processes: int = 1) -> None:
         )
     if device.type != "cuda":
         raise UserError(f"{key} works with CUDA devices, not with {device.type!r}; set {key} to false")
-    if processes > 1:
-        raise UserError(f"{key} works in one process, and {processes} train here; set {key} to false, or devices to 1")
+    if shared_out:
+        raise UserError(
+            f"{key} does not go with a strategy that shares out the weights; set {key} to false and the strategy's own "
+            f"cpu_offload or offload_parameters to true, or use strategy ddp"
+        )

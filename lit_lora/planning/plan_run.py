@@ -13,8 +13,8 @@ from peft import AdaLoraModel
 from torch import Tensor, nn
 
 from lit_lora.adapters import adapter_state, trainable_parameters
+from lit_lora.blocks import outermost_blocks
 from lit_lora.draws import Draws
-from lit_lora.memory.block_offload import outermost_blocks
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.cuda_semantics import CudaSemantics
 from lit_lora.planning.fake_module import build, fake_tensors, unloaded

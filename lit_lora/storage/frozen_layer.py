@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 from lit_lora.storage.base import BaseStorage
-from lit_lora.storage.dense import Dense
 
 
 class FrozenLayer(nn.Module):
@@ -138,12 +137,26 @@ def freeze_layer(layer: nn.Module, storage: BaseStorage, weight: Tensor, dtype: 
         weight: The weight; the layer's own is let go.
         dtype: What ``layer.weight`` is to have.
     """
+    with torch.no_grad():
+        put_stored(layer, storage, storage.store(weight), weight.shape, dtype)
+
+
+def put_stored(
+    layer: nn.Module, storage: BaseStorage, stored: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
+) -> None:
+    """Make a Linear or Conv2d layer a :class:`FrozenLayer` whose weight is stored already.
+
+    Args:
+        layer: One that :func:`can_freeze`; its own weight is let go.
+        storage: How the weight is stored.
+        stored: What the storage's ``store`` gave.
+        shape: Of the weight.
+        dtype: What ``layer.weight`` is to have.
+    """
     layer.__class__ = FrozenLinear if isinstance(layer, nn.Linear) else FrozenConv2d
     assert isinstance(layer, FrozenLayer)
-    layer.storage, layer.weight_shape, layer.weight_dtype = storage, weight.shape, dtype
+    layer.storage, layer.weight_shape, layer.weight_dtype = storage, shape, dtype
     del layer._parameters["weight"]
-    with torch.no_grad():
-        stored = storage.store(weight)
     layer.stored_names = tuple(stored)
     for name, tensor in stored.items():
         layer._parameters[name] = nn.Parameter(tensor, requires_grad=False)
@@ -154,12 +167,3 @@ def can_freeze(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear or (
         type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     )
-
-
-def freeze_remaining(model: nn.Module) -> None:
-    """Make every Linear and Conv2d layer that is none yet a :class:`FrozenLayer` with its weight as it is."""
-    for layer in model.modules():
-        if can_freeze(layer):
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            freeze_layer(layer, Dense(), weight.detach(), weight.dtype)

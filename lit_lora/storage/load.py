@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -16,28 +16,22 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from lit_lora.blocks import outermost_blocks
 from lit_lora.errors import UserError
+from lit_lora.node import Node
 from lit_lora.storage.base import BaseStorage
-from lit_lora.storage.frozen_layer import can_freeze, freeze_layer, freeze_remaining
+from lit_lora.storage.dense import Dense
+from lit_lora.storage.frozen_layer import can_freeze, put_stored
 
 _STEM = "diffusion_pytorch_model"
 """How diffusers' names for the files of a model's weights begin."""
 
 
-def load_model(
-    kind: Any,
-    source: str,
-    folder: str,
-    storage: BaseStorage,
-    dtype: torch.dtype,
-    *,
-    always_skipped: Sequence[str] = (),
-    revision: str | None = None,
-    variant: str | None = None,
-) -> nn.Module:
-    """A diffusers model, frozen, whose Linear and Conv2d layers are all :class:`~lit_lora.storage.frozen_layer.FrozenLayer`.
+class Weights:
+    """The weights of a diffusers model, which come from its files one by one.
 
-    Weights are read, stored and let go one by one, so that the model never exists in the precision of its file.
+    :attr:`model` is there from the beginning, without values; each weight is read, stored and let go by itself, so that the
+    model never exists in the precision of its file.
 
     Args:
         kind: The model's class.
@@ -48,24 +42,98 @@ def load_model(
         always_skipped: Glob patterns of layers that stay in ``dtype`` whatever the storage.
         revision: Branch, tag or commit on the hub.
         variant: Weight files of this variant, such as ``fp16``.
+        node: Who reads; only there the weights' files have to be.
 
     Raises:
         OSError: A file is missing or cannot be read.
         UserError: The files hold other weights than the model has.
     """
-    options = {"revision": revision} if revision else {}
-    config = kind.load_config(source, subfolder=folder, **options)
-    with torch.device("meta"):
-        model = kind.from_config(config)
-    files = _weight_files(source, folder, revision, variant)
-    names = _names_in_files(model, files)
-    for file in files:
-        for saved_name, tensor in _tensors(file):
-            _put(model, names[saved_name], tensor, storage, dtype, always_skipped)
-    _check_complete(model, names, files)
-    _bring_computed_buffers(model, kind, config)
-    freeze_remaining(model)
-    return model.requires_grad_(False).eval()
+
+    def __init__(
+        self,
+        kind: Any,
+        source: str,
+        folder: str,
+        storage: BaseStorage,
+        dtype: torch.dtype,
+        *,
+        always_skipped: Sequence[str] = (),
+        revision: str | None = None,
+        variant: str | None = None,
+        node: Node | None = None,
+    ) -> None:
+        self._storage, self._dtype, self._skipped = storage, dtype, always_skipped
+        self._node = node or Node()
+        options = {"revision": revision} if revision else {}
+        config = kind.load_config(source, subfolder=folder, **options)
+        with torch.device("meta"):
+            self.model: nn.Module = kind.from_config(config)
+        self.names = list(dict.fromkeys([*dict(self.model.named_parameters()), *self.model.state_dict()]))
+        """All weights, in the model's order."""
+        # Kept, since an adapter puts other layers in their places.
+        self._layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.names}
+        self._files: _WeightFiles | None = None
+        self._node.read(lambda: self._open(source, folder, revision, variant))
+        _bring_computed_buffers(self.model, kind, config)
+
+    def put(self, name: str) -> None:
+        """Read a weight into the model.
+
+        Raises:
+            OSError: Its file is damaged.
+            UserError: It has another shape than the model's.
+        """
+        layer, attribute = self._layers[name], name.rpartition(".")[2]
+        form = self._form(name, layer)
+        _assign(layer, attribute, self._node.read(lambda: self._stored(name, form)), form)
+
+    def by_block(self, class_names: Collection[str]) -> list[tuple[nn.Module, list[str]]]:
+        """The outermost blocks of these classes, each with the names of its weights; at last the model, with the others."""
+        remaining = dict(self._layers)
+        parts: list[tuple[nn.Module, list[str]]] = []
+        for block in outermost_blocks(self.model, class_names):
+            inside = set(block.modules())
+            names = [name for name, layer in remaining.items() if layer in inside]
+            for name in names:
+                del remaining[name]
+            parts.append((block, names))
+        return [*parts, (self.model, list(remaining))]
+
+    def show_nothing(self) -> None:
+        """Let every weight that is still to be read be one nan in the shape that it will have, which takes no memory."""
+        for name, layer in self._layers.items():
+            attribute = name.rpartition(".")[2]
+            shape = _weight(layer, attribute).shape
+            nothing = torch.full((), torch.nan, dtype=self._form(name, layer).dtype).expand(shape)
+            if attribute in layer._parameters:
+                layer._parameters[attribute] = nn.Parameter(nothing, requires_grad=False)
+
+    def _open(self, source: str, folder: str, revision: str | None, variant: str | None) -> dict[str, Tensor]:
+        self._files = _WeightFiles(self.model, self.names, _weight_files(source, folder, revision, variant))
+        return {}
+
+    def _form(self, name: str, layer: nn.Module) -> _Form:
+        return _form_of(name, layer, self.model, self._storage, self._dtype, self._skipped)
+
+    def _stored(self, name: str, form: _Form) -> dict[str, Tensor]:
+        assert self._files is not None
+        tensor, expected = self._files.tensor(name), _weight(self._layers[name], name.rpartition(".")[2]).shape
+        if expected != tensor.shape:
+            raise UserError(f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected)} in the model")
+        return form.store(tensor)
+
+
+def load_model(*args: Any, **kwargs: Any) -> nn.Module:
+    """A diffusers model, frozen, whose Linear and Conv2d layers are all :class:`~lit_lora.storage.frozen_layer.FrozenLayer`.
+
+    Args:
+        *args: As for :class:`Weights`.
+        **kwargs: As for :class:`Weights`.
+    """
+    weights = Weights(*args, **kwargs)
+    for name in weights.names:
+        weights.put(name)
+    return weights.model.requires_grad_(False).eval()
 
 
 def shape_model(
@@ -92,9 +160,45 @@ def shape_model(
     options = {"revision": revision} if revision else {}
     model = kind.from_config(kind.load_config(source, subfolder=folder, **options)).requires_grad_(False)
     for name, parameter in list(model.named_parameters()):
-        _put(model, name, parameter.detach(), storage, dtype, always_skipped)
-    freeze_remaining(model)
+        path, _, attribute = name.rpartition(".")
+        layer = model.get_submodule(path)
+        form = _form_of(name, layer, model, storage, dtype, always_skipped)
+        _assign(layer, attribute, form.store(parameter.detach()), form)
     return model.eval()
+
+
+def load_part(kind: Any, source: str, folder: str, dtype: torch.dtype, node: Node, **options: Any) -> nn.Module:
+    """A model of diffusers or transformers in ``dtype``, frozen, by its own ``from_pretrained``.
+
+    Args:
+        kind: The model's class.
+        source: A local folder or hub id.
+        folder: The model's folder in it.
+        dtype: Of its weights.
+        node: Who reads; only there the weights' files have to be.
+        **options: Of ``from_pretrained``.
+    """
+    model: nn.Module | None = None
+
+    def read() -> dict[str, Tensor]:
+        nonlocal model
+        model = kind.from_pretrained(source, subfolder=folder, dtype=dtype, **options)
+        # Under all their names, and buffers that no file has too.
+        return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+
+    tensors = node.read(read)
+    if model is None:
+        options.pop("variant", None)
+        with torch.device("meta"):
+            model = _from_config(kind, source, folder, options)
+        for name, tensor in tensors.items():
+            path, _, attribute = name.rpartition(".")
+            layer = model.get_submodule(path)
+            if attribute in layer._buffers:
+                layer._buffers[attribute] = tensor
+            else:
+                layer._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+    return model.requires_grad_(False).eval()
 
 
 def shape_part(kind: Any, source: str, folder: str, dtype: torch.dtype, revision: str | None = None) -> nn.Module:
@@ -107,11 +211,7 @@ def shape_part(kind: Any, source: str, folder: str, dtype: torch.dtype, revision
         dtype: Of its weights.
         revision: Branch, tag or commit on the hub.
     """
-    options = {"revision": revision} if revision else {}
-    if hasattr(kind, "load_config"):
-        model: nn.Module = kind.from_config(kind.load_config(source, subfolder=folder, **options))
-    else:
-        model = kind(kind.config_class.from_pretrained(source, subfolder=folder, **options))
+    model = _from_config(kind, source, folder, {"revision": revision} if revision else {})
     for layer in model.modules():  # not model.to(dtype), which cannot swap fake tensors
         for name, parameter in layer._parameters.items():
             if parameter is not None:
@@ -119,25 +219,56 @@ def shape_part(kind: Any, source: str, folder: str, dtype: torch.dtype, revision
     return model.requires_grad_(False).eval()
 
 
-def _put(
-    model: nn.Module, name: str, tensor: Tensor, storage: BaseStorage, dtype: torch.dtype, skipped: Sequence[str]
-) -> None:
-    """Give the model one of its weights, in its storage."""
+def _from_config(kind: Any, source: str, folder: str, options: Mapping[str, Any]) -> nn.Module:
+    """A model of diffusers or transformers that has not read its weights."""
+    if hasattr(kind, "load_config"):
+        model: nn.Module = kind.from_config(kind.load_config(source, subfolder=folder, **options))
+        return model
+    made: nn.Module = kind(kind.config_class.from_pretrained(source, subfolder=folder, **options))
+    return made
+
+
+class _Form(NamedTuple):
+    """How one of a model's weights is kept."""
+
+    storage: BaseStorage | None
+    """None for what is no weight of a layer that can be frozen: it is kept as it is."""
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def store(self, tensor: Tensor) -> dict[str, Tensor]:
+        """The tensors to keep, none of them in the file's memory."""
+        if self.storage is None or isinstance(self.storage, Dense):
+            return {"weight": tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)}
+        return self.storage.store(tensor)
+
+
+def _form_of(
+    name: str, layer: nn.Module, model: nn.Module, storage: BaseStorage, dtype: torch.dtype, skipped: Sequence[str]
+) -> _Form:
     path, _, attribute = name.rpartition(".")
-    layer = model.get_submodule(path)
-    if attribute in layer._buffers:
-        layer._buffers[attribute] = tensor.clone()
-        return
-    expected = layer._parameters[attribute]
-    if expected is not None and expected.shape != tensor.shape:
-        raise UserError(f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected.shape)} in the model")
-    kept_exact = any(part in name.split(".") for part in getattr(model, "_keep_in_fp32_modules", None) or ())
-    floating = torch.float32 if kept_exact else dtype
-    if attribute == "weight" and can_freeze(layer) and storage.takes(path, skipped) and not kept_exact:
-        freeze_layer(layer, storage, tensor, dtype)
+    exact = any(part in name.split(".") for part in getattr(model, "_keep_in_fp32_modules", None) or ())
+    frozen = attribute == "weight" and can_freeze(layer)
+    stored_so = frozen and storage.takes(path, skipped) and not exact
+    shape = _weight(layer, attribute).shape
+    return _Form(storage if stored_so else Dense() if frozen else None, torch.float32 if exact else dtype, shape)
+
+
+def _assign(layer: nn.Module, attribute: str, stored: dict[str, Tensor], form: _Form) -> None:
+    """Give a layer one of its weights."""
+    if form.storage is not None:
+        put_stored(layer, form.storage, stored, form.shape, form.dtype)
+    elif attribute in layer._buffers:
+        layer._buffers[attribute] = stored["weight"]
     else:
-        tensor = tensor.to(floating if tensor.is_floating_point() else tensor.dtype, copy=True)
-        layer._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        trained = _weight(layer, attribute).requires_grad
+        layer._parameters[attribute] = nn.Parameter(stored["weight"], requires_grad=trained)
+
+
+def _weight(layer: nn.Module, attribute: str) -> Tensor:
+    tensor = layer._parameters[attribute] if attribute in layer._parameters else layer._buffers[attribute]
+    assert tensor is not None
+    return tensor
 
 
 def _weight_files(source: str, folder: str, revision: str | None, variant: str | None) -> list[Path]:
@@ -173,19 +304,57 @@ def _local_file(source: str, folder: str, name: str, revision: str | None) -> Pa
         return None
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a file, one at a time."""
-    if file.suffix == ".bin":
-        yield from _unpickled(file, "cpu").items()
-        return
-    for name in _saved_names(file):
+class _WeightFiles:
+    """The tensors of a model's files by the model's own names.
+
+    Raises:
+        OSError: A file is damaged.
+        UserError: The files hold other weights than the model has.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], files: Sequence[Path]) -> None:
+        self._unpickled = {file: _unpickled(file, "cpu") for file in files if file.suffix == ".bin"}
+        saved = {name: (file, name) for file in files for name in self._saved_names(file)}
+        renamed: dict[str, Any] = {name: name for name in saved}
+        # Older files may have other names, which diffusers knows.
+        rename: Any = getattr(model, "_fix_state_dict_keys_on_load", None)
+        if rename is not None:
+            rename(renamed)
+        unknown = renamed.keys() - set(names)
+        missing = set(names) - renamed.keys()
+        if unknown or missing:
+            several = [
+                f"{len(found)} {what}, the first: {min(found)}"
+                for what, found in (
+                    ("weights are not in the file", missing),
+                    ("weights of the file are not in the model", unknown),
+                )
+                if found
+            ]
+            raise UserError(f"{files[0]} does not hold this {type(model).__name__}: {'; '.join(several)}")
+        self._places = {name: saved[in_file] for name, in_file in renamed.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors, maybe in the file's own memory."""
+        file, saved_name = self._places[name]
+        if file in self._unpickled:
+            return self._unpickled[file][saved_name]
         # Opened for each: what is read of a mapped file stays in memory until it is closed.
         try:
             with safe_open(file, framework="pt") as opened:
-                tensor = opened.get_tensor(name)
+                tensor: Tensor = opened.get_tensor(saved_name)
         except SafetensorError as error:
             raise OSError(f"{file} is damaged: {error}") from error
-        yield name, tensor
+        return tensor
+
+    def _saved_names(self, file: Path) -> list[str]:
+        if file in self._unpickled:
+            return list(self._unpickled[file])
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return list(opened.keys())
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged: {error}") from error
 
 
 def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
@@ -197,45 +366,6 @@ def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise OSError(f"{file} is damaged: {error}") from error
     return weights
-
-
-def _saved_names(file: Path) -> list[str]:
-    if file.suffix == ".bin":
-        return list(_unpickled(file, "meta"))
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except SafetensorError as error:
-        raise OSError(f"{file} is damaged: {error}") from error
-
-
-def _names_in_files(model: nn.Module, files: Sequence[Path]) -> dict[str, str]:
-    """The model's name for each name that the files have; older files may have other ones, which diffusers knows."""
-    renamed: dict[str, Any] = {name: name for file in files for name in _saved_names(file)}
-    rename: Any = getattr(model, "_fix_state_dict_keys_on_load", None)
-    if rename is not None:
-        rename(renamed)
-    own = {*dict(model.named_parameters()), *model.state_dict()}
-    unknown = [name for name in renamed if name not in own]
-    missing = [name for name in own if name not in renamed]
-    if unknown or missing:
-        several = [
-            f"{len(found)} {what}, the first: {min(found)}"
-            for what, found in (
-                ("weights are not in the file", missing),
-                ("weights of the file are not in the model", unknown),
-            )
-            if found
-        ]
-        raise UserError(f"{files[0]} does not hold this {type(model).__name__}: {'; '.join(several)}")
-    return {saved: name for name, saved in renamed.items()}
-
-
-def _check_complete(model: nn.Module, names: dict[str, str], files: Sequence[Path]) -> None:
-    """Files of several parts may say that they have what they have not."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise UserError(f"{files[0].parent} does not hold {name}")
 
 
 def _bring_computed_buffers(model: nn.Module, kind: Any, config: Any) -> None:

@@ -16,8 +16,8 @@ from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.checkpointing import enable_gradient_checkpointing
 from lit_lora.memory.host_weights import HostWeights
 from lit_lora.storage import NF4, BaseStorage, Dense, Int8
-from lit_lora.storage.frozen_layer import FrozenLayer, freeze_layer, freeze_remaining
-from tests.helpers import tiny_unet
+from lit_lora.storage.frozen_layer import FrozenLayer, freeze_layer
+from tests.helpers import freeze_remaining, tiny_unet
 
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 LORA = LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"], init_lora_weights=False)

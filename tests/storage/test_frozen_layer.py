@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.storage import FP8, NF4, BaseStorage, Dense, Int8
-from lit_lora.storage.frozen_layer import FrozenLayer, can_freeze, freeze_layer, freeze_remaining
+from lit_lora.storage.frozen_layer import FrozenLayer, can_freeze, freeze_layer
+from tests.helpers import freeze_remaining
 
 LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Linear(12, 8), (2, 5, 12)),

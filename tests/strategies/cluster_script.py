@@ -1,0 +1,71 @@
+"""One of several gloo processes: ``python -m tests.strategies.cluster_script FOLDER MODEL SHARDS STRATEGY …``.
+
+Each process writes what it has seen to ``FOLDER/rank-N.json``; a scenario that raises gives its error there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_lora.errors import UserError
+from tests.strategies import scenarios
+from tests.strategies.scenarios import SAVED_AT, STRATEGIES
+
+FEATURES = (
+    "accumulation",
+    "clipping by value",
+    "checkpointing",
+    "EMA",
+    "validation",
+    "sampling",
+    "Int8",
+    "NF4",
+    "DoRA",
+    "modules_to_save",
+)
+
+
+def main() -> None:
+    folder, model, shards = map(Path, sys.argv[1:4])
+    names = sys.argv[4:]
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    results: dict[str, Any] = {}
+
+    def do(key: str, scenario: Callable[..., Any], name: str, *arguments: Any) -> None:
+        try:
+            results[key] = scenario(STRATEGIES[name], model, shards, folder / key.replace("/", "-"), *arguments)
+        except UserError as error:
+            results[key] = {"refused": str(error)}
+        except Exception:
+            results[key] = {"error": traceback.format_exc()}
+        (folder / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(results))
+
+    for name in names:
+        do(f"{name}/train", scenarios.losses_and_checkpoint, name)
+    saved = {name: folder / f"{name}-train" / f"{SAVED_AT}.ckpt" for name in names} | {
+        "single": folder / "single-train" / f"{SAVED_AT}.ckpt"
+    }
+    for name in names:
+        for source, checkpoint in saved.items():
+            do(f"{name}/from/{source}", scenarios.resumed, name, checkpoint)
+        do(f"{name}/rewritten", scenarios.rewritten, name, saved["single"])
+        for feature in FEATURES:
+
+            def with_feature(*arguments: Any, feature: str = feature) -> Any:
+                return scenarios.with_feature(feature, *arguments)
+
+            do(f"{name}/{feature}", with_feature, name)
+
+
+if __name__ == "__main__":
+    main()
