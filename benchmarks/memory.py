@@ -80,7 +80,7 @@ def main() -> None:
 def _table(options: argparse.Namespace) -> None:
     from real_models import write_pipeline
 
-    write_pipeline(options.model, Path(options.models) / options.model)
+    write_pipeline(options.model, Path(options.models) / options.model, device=options.device)
     import bitsandbytes
     import diffusers
     import lightning
@@ -100,23 +100,29 @@ def _table(options: argparse.Namespace) -> None:
             continue
         if options.device == "cpu" and (row in GPU_ROWS or any(row.get(key) for key in ON_THE_HOST)):
             continue
-        if options.device == "cpu":
-            watched = [_in_fresh_process(options, name, what) for what in ("process", "allocator")]
-            sizes, seconds = [watched[0]["peak"], watched[1]["peak"]], watched[0]["seconds"]
-        else:
+        if options.device == "cuda":
             found = _in_fresh_process(options, name, "process")
+            if found is None:
+                print(f"{name:<40} out of memory", flush=True)
+                continue
             sizes, seconds = [found["reserved"], found["peak"]], found["seconds"]
+        else:
+            watched = [_in_fresh_process(options, name, what) for what in ("process", "allocator")]
+            sizes, seconds = [one["peak"] for one in watched if one], watched[0]["seconds"] if watched[0] else 0.0
         base = base or sizes
         columns = [f"{size / 2**30:>13.2f} {1 - size / first:>7.1%}" for size, first in zip(sizes, base, strict=True)]
         print(f"{name:<40} {columns[0]}  {columns[1]} {seconds:>8.2f}", flush=True)
 
 
-def _in_fresh_process(options: argparse.Namespace, row: str, watch: str) -> dict[str, float]:
+def _in_fresh_process(options: argparse.Namespace, row: str, watch: str) -> dict[str, float] | None:
+    """What a row measured; None where the GPU has too little memory for it."""
     arguments = [
         f"--{key}={getattr(options, key.replace('-', '_'))}" for key in ("model", "resolution", "batch-size", "device")
     ]
     command = [sys.executable, __file__, *arguments, f"--models={options.models}", f"--row={row}", f"--watch={watch}"]
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "OutOfMemoryError" in done.stderr:
+        return None
     if done.returncode:
         sys.exit(f"{row}: {done.stderr[-3000:]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -1,8 +1,8 @@
 """The memory planner against the allocator: ``python benchmarks/planner.py``.
 
-Runs of a real architecture with random weights, two steps under the Trainer, each in a fresh process on the CPU: the peak
-that the plan says next to what torch's allocator handed out at most, weights included. Loading is not compared: the
-weights are drawn, not read.
+Runs of a real architecture with random weights, two steps under the Trainer, each in a fresh process: the peak that the
+plan says next to what torch's allocator handed out at most, weights included, on the CPU or with ``--device cuda`` on a GPU
+(``max_memory_allocated``). Loading is not compared: the weights are drawn, not read.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ _ALL_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.ne
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="*", help="parts of the names of the settings to compare")
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -76,6 +77,7 @@ def main() -> None:
                 sys.executable,
                 __file__,
                 f"--size={options.size}",
+                f"--device={options.device}",
                 f"--folder={folder}/sd15",
                 f"--setting={name}",
             ]
@@ -93,23 +95,33 @@ def _compare(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     warnings.simplefilter("ignore")
     import time
 
+    import torch
     from allocator import peak_allocated
+
+    from lit_lora.planning.device import WORKSPACES
 
     batch_size, size = setting.get("batch_size", 1), setting.get("size", options.size)
     prepare = _full if setting.get("full") else _adapter
     started = time.perf_counter()
-    planned, build = prepare(setting, options.folder, batch_size, size)
+    planned, build = prepare(setting, options, batch_size, size)
     seconds = time.perf_counter() - started
     resident, fit = build()
-    return {"planned": planned, "measured": resident + peak_allocated(fit), "seconds": seconds}
+    if options.device == "cuda":
+        fit()
+        measured = torch.cuda.max_memory_allocated()
+        planned += WORKSPACES  # which the plan shows beside the tensors, and torch's allocator gives out too
+    else:
+        measured = resident + peak_allocated(fit)
+    return {"planned": planned, "measured": measured, "seconds": seconds}
 
 
-def _adapter(setting: dict[str, Any], folder: str, batch_size: int, size: int) -> tuple[int, Any]:
+def _adapter(setting: dict[str, Any], options: argparse.Namespace, batch_size: int, size: int) -> tuple[int, Any]:
     import torch
     from peft import LoraConfig
 
     import lit_lora.storage
     from lit_lora import LoraDiffusion, StableDiffusion
+    from lit_lora.planning.device import find_device
     from lit_lora.planning.plan_run import plan_run
 
     keys = {name: setting[name] for name in ("base_dtype", "gradient_checkpointing") if name in setting}
@@ -121,9 +133,10 @@ def _adapter(setting: dict[str, Any], folder: str, batch_size: int, size: int) -
     rank = setting.get("rank", 16)
     targets = _ALL_LAYERS if "targets" in setting else None
     adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
-    model: Any = LoraDiffusion(StableDiffusion(folder), adapter, **keys)
+    model: Any = LoraDiffusion(StableDiffusion(options.folder), adapter, **keys)
     cached = frozenset({"latents", "text"} if setting.get("cached") else ())
-    plan = plan_run(model, batch_size, size, size, cached=cached, gradient_clip_val=setting.get("clip"))
+    device = {"device": find_device("H100")} if options.device == "cuda" else {}
+    plan = plan_run(model, batch_size, size, size, cached=cached, gradient_clip_val=setting.get("clip"), **device)
     planned = max(sum(kinds.values()) for phase, kinds in plan.phases.items() if phase != "load")
 
     def build() -> tuple[int, Any]:
@@ -140,12 +153,12 @@ def _adapter(setting: dict[str, Any], folder: str, batch_size: int, size: int) -
             batch |= {"latents_mean": mean, "latents_std": torch.ones_like(mean), "text_embeddings": text}
         else:
             batch["pixel_values"] = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8)
-        return _resident(model), partial(_fit, model, batch, setting.get("clip"))
+        return _resident(model), partial(_fit, model, batch, setting.get("clip"), options.device)
 
     return planned, build
 
 
-def _full(setting: dict[str, Any], folder: str, batch_size: int, size: int) -> tuple[int, Any]:
+def _full(setting: dict[str, Any], options: argparse.Namespace, batch_size: int, size: int) -> tuple[int, Any]:
     """All of the denoiser trained, without this project's module."""
     import torch
     import torch.nn.functional as F
@@ -158,7 +171,9 @@ def _full(setting: dict[str, Any], folder: str, batch_size: int, size: int) -> t
     class Full(LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder, subfolder="unet"))
+            self.unet = UNet2DConditionModel.from_config(
+                UNet2DConditionModel.load_config(options.folder, subfolder="unet")
+            )
 
         def training_step(self, batch: dict[str, Any], batch_idx: int = 0) -> Any:
             timesteps = torch.full((batch_size,), 500)
@@ -172,7 +187,7 @@ def _full(setting: dict[str, Any], folder: str, batch_size: int, size: int) -> t
         return {"noisy": torch.randn(batch_size, 4, size // 8, size // 8), "text": torch.randn(batch_size, 77, 768)}
 
     with fake_tensors():
-        model, meter = Full().train(), make_meter(cuda=False)
+        model, meter = Full().train(), make_meter(cuda=options.device == "cuda")
         meter.assign(model.parameters(), "adapter")
         inputs = batch()
         play_steps(
@@ -182,17 +197,18 @@ def _full(setting: dict[str, Any], folder: str, batch_size: int, size: int) -> t
 
     def build() -> tuple[int, Any]:
         real = Full()
-        return _resident(real), partial(_fit, real, batch(), None)
+        return _resident(real), partial(_fit, real, batch(), None, options.device)
 
     return planned, build
 
 
-def _fit(model: Any, batch: dict[str, Any], clip: float | None) -> None:
+def _fit(model: Any, batch: dict[str, Any], clip: float | None, device: str) -> None:
     import torch
     from lightning.pytorch import Trainer
 
     Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
         max_steps=2,
         max_epochs=-1,
         gradient_clip_val=clip,

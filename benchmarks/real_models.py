@@ -73,13 +73,14 @@ PIPELINES = {"sd15": _SD15, "sdxl": _SDXL}
 _MARKER = "random_weights.txt"
 
 
-def write_pipeline(name: str, folder: str | Path, weights: bool = True) -> Path:
+def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: str = "cpu") -> Path:
     """A complete pipeline folder; one that is there already is taken as it is.
 
     Args:
         name: ``sd15`` or ``sdxl``.
         folder: Where to write it: 4.3 GB for ``sd15`` and 14 GB for ``sdxl``.
         weights: Otherwise only the configs and tokenizers are written: kilobytes.
+        device: Where the weights are drawn: a GPU needs a moment.
     """
     folder = Path(folder)
     if (folder / _MARKER).exists() and (not weights or any((folder / "unet").glob("*.safetensors"))):
@@ -88,9 +89,12 @@ def write_pipeline(name: str, folder: str | Path, weights: bool = True) -> Path:
     with atomic_folder(folder, marker=_MARKER) as part:
         for subfolder, make in parts.items():
             if weights:
-                make().save_pretrained(
+                with torch.device(device):
+                    model = make()
+                model.save_pretrained(
                     part / subfolder, **({} if subfolder == "scheduler" else {"max_shard_size": "50GB"})
                 )
+                del model
                 continue
             with torch.device("cpu" if subfolder == "scheduler" else "meta"):
                 model = make()

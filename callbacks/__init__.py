@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lit_lora.callbacks.data_progress import DataProgress
     from lit_lora.callbacks.image_writer import ImageWriter
     from lit_lora.callbacks.memory_profiler import MemoryProfiler
+    from lit_lora.callbacks.preemption import Preemption
     from lit_lora.callbacks.run_report import RunReport
     from lit_lora.callbacks.sample_images import SampleImages
 
@@ -21,6 +22,7 @@ __all__ = [
     "DataProgress",
     "ImageWriter",
     "MemoryProfiler",
+    "Preemption",
     "RunReport",
     "SampleImages",
 ]
@@ -31,6 +33,7 @@ _MODULES = {
     "DataProgress": "lit_lora.callbacks.data_progress",
     "ImageWriter": "lit_lora.callbacks.image_writer",
     "MemoryProfiler": "lit_lora.callbacks.memory_profiler",
+    "Preemption": "lit_lora.callbacks.preemption",
     "RunReport": "lit_lora.callbacks.run_report",
     "SampleImages": "lit_lora.callbacks.sample_images",
 }

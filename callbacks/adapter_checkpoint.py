@@ -21,6 +21,7 @@ from lit_lora.adapters import adapter_keys, check_adapter_config, check_adapter_
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.files import sync, writable_folder
 from lit_lora.gather import gather
+from lit_lora.strategies import shares_out
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -126,12 +127,12 @@ class AdapterCheckpoint(ModelCheckpoint):
         # ModelCheckpoint's own, with the file renamed into place once it is whole and on the disk.
         part = f"{filepath}.part"
         trainer.save_checkpoint(part, self.save_weights_only)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or shares_out(trainer.strategy):
             self._save_adapter_folders(trainer, filepath)
-            if os.path.exists(part):  # not so for remote file systems, which rename by themselves
-                sync(Path(part))
-                os.replace(part, filepath)
-                sync(Path(filepath).parent)
+        if trainer.is_global_zero and os.path.exists(part):  # remote file systems rename by themselves
+            sync(Path(part))
+            os.replace(part, filepath)
+            sync(Path(filepath).parent)
         trainer.strategy.barrier()
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
@@ -144,6 +145,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         if not hasattr(module, "save_adapter"):
             return
         plain, averaged = _adapter_folders(filepath)
+        for folder in (plain, averaged):
+            if folder.is_symlink():  # of ``last`` as a link, where it becomes a checkpoint of its own
+                folder.unlink()
         module.save_adapter(plain)
         if ema := AdapterEMA.of(trainer):
             with ema.averaged(module):

@@ -252,6 +252,14 @@ class WebDatasetDataModule(LightningDataModule):
         )
         if state is not None:
             loader.load_state_dict(state)
+            size, earlier = loader.plan.global_batch_size, state["segments"][-2]
+            if before is None and size != earlier and self._rank == 0:
+                _log.warning(
+                    "a batch over all processes has %d samples, it had %d in the run that is resumed; batch_size or "
+                    "accumulate_grad_batches can make up for it",
+                    size,
+                    earlier,
+                )
         if before is not None:
             loader.bad_samples |= before.bad_samples
         self._train_loader = loader

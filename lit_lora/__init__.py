@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         DataProgress,
         ImageWriter,
         MemoryProfiler,
+        Preemption,
         RunReport,
         SampleImages,
     )
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
     from lit_lora.module import LoraDiffusion
     from lit_lora.objectives import DDPM, Objective
+    from lit_lora.strategies import LitLoraDeepSpeed, LitLoraFSDP
 
 __version__ = "0.1.0"
 
@@ -30,10 +32,13 @@ _HOME = {
     "DDPM": "lit_lora.objectives",
     "DataProgress": "lit_lora.callbacks",
     "ImageWriter": "lit_lora.callbacks",
+    "LitLoraDeepSpeed": "lit_lora.strategies",
+    "LitLoraFSDP": "lit_lora.strategies",
     "LoraDiffusion": "lit_lora.module",
     "ModelFamily": "lit_lora.families",
     "Objective": "lit_lora.objectives",
     "MemoryProfiler": "lit_lora.callbacks",
+    "Preemption": "lit_lora.callbacks",
     "RunReport": "lit_lora.callbacks",
     "SampleImages": "lit_lora.callbacks",
     "StableDiffusion": "lit_lora.families",
@@ -49,10 +54,13 @@ __all__ = [
     "AdapterEMA",
     "DataProgress",
     "ImageWriter",
+    "LitLoraDeepSpeed",
+    "LitLoraFSDP",
     "LoraDiffusion",
     "ModelFamily",
     "Objective",
     "MemoryProfiler",
+    "Preemption",
     "RunReport",
     "SampleImages",
     "StableDiffusion",

@@ -82,7 +82,14 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 2 for a mistake of the user's, 1 where a plan does not fit."""
+    """Run one command.
+
+    Returns:
+        The exit status: 2 for a mistake of the user's, 1 where a plan does not fit, 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: A signal has stopped ``fit``, with 128 and the signal's number: 143 for SIGTERM.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -102,6 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command in TOOLS:
             return TOOLS[command](rest) or 0
+        from lit_lora.processes import end_with_parent
+
+        end_with_parent()
         from lit_lora.lightning_cli import run
 
         run(arguments)

@@ -37,7 +37,7 @@ def whole(value: Any) -> Any:
     if isinstance(value, DTensor):
         return value.full_tensor()
     if hasattr(value, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([value]):
             return value.detach().clone()
@@ -53,6 +53,5 @@ def part_like(value: Tensor, like: Tensor) -> Tensor:
     """
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
-    value = value.to(like.device)
     # Without a source rank nothing is sent: each process cuts out its own part.
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to(like.device)

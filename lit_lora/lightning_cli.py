@@ -17,7 +17,7 @@ import peft  # noqa: F401
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lit_lora.families
@@ -29,14 +29,17 @@ from lit_lora.callbacks import (  # noqa: F401
     DataProgress,
     ImageWriter,
     MemoryProfiler,
+    Preemption,
     RunReport,
     SampleImages,
 )
+from lit_lora.callbacks.end_on_error import EndOnError
 from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule  # noqa: F401
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.module import LoraDiffusion
+from lit_lora.strategies import LitLoraDeepSpeed, LitLoraFSDP, check_strategy_name  # noqa: F401
 
 _HARMLESS = (
     r"LightningCLI's args parameter",  # we are the command line
@@ -89,6 +92,7 @@ class LitLoraCLI(LightningCLI):
         """What the user wrote holds: Lightning would let the checkpoint's hyperparameters override it."""
 
     def instantiate_classes(self) -> None:
+        check_strategy_name(self._get(self.config, "trainer.strategy"))
         try:
             super().instantiate_classes()
         except (UserError, MisconfigurationException):
@@ -97,12 +101,16 @@ class LitLoraCLI(LightningCLI):
             raise UserError(_reasons(str(error)) or f"a part of the config cannot be built: {error}") from None
 
     def before_fit(self) -> None:
-        """Look before the work: can the output be written, is there a checkpoint to resume from."""
+        """Look before the work: can the output be written, is there a checkpoint to resume from. Add what ends a run in order."""
         writable_folder(self.trainer.default_root_dir)
         for logger in self.trainer.loggers:
             if logger.save_dir:
                 writable_folder(logger.save_dir)
         self._check_ckpt_path()
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.insert(0, EndOnError())
+        if not any(isinstance(callback, Preemption) for callback in callbacks):
+            callbacks.append(Preemption())
 
     def _check_ckpt_path(self) -> None:
         path = self._get(self.config, "ckpt_path")

@@ -111,7 +111,7 @@ def trainer_options(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def encode_image() -> Callable[..., bytes]:
     """Encode a picture of noise: ``encode_image(width, height, format, **options for Pillow)``."""
 
@@ -124,7 +124,7 @@ def encode_image() -> Callable[..., bytes]:
     return encode
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_tar() -> Callable[[Path, Members], Path]:
     """Write members to a tar in the given order."""
 
@@ -140,13 +140,13 @@ def write_tar() -> Callable[[Path, Members], Path]:
     return write
 
 
-@pytest.fixture
-def make_shards(
-    tmp_path: Path, encode_image: Callable[..., bytes], write_tar: Callable[[Path, Members], Path]
+@pytest.fixture(scope="session")
+def shards_in(
+    encode_image: Callable[..., bytes], write_tar: Callable[[Path, Members], Path]
 ) -> Callable[..., list[Path]]:
-    """Shards of samples ``0000``, ``0001``, …, each with an image of its own and the caption ``caption 0000``."""
+    """Write shards of samples ``0000``, ``0001``, …, each with an image of its own and the caption ``caption 0000``."""
 
-    def make(*counts: int, folder: str = "shards") -> list[Path]:
+    def make(folder: Path, *counts: int) -> list[Path]:
         paths = []
         number = 0
         for shard, count in enumerate(counts):
@@ -155,10 +155,24 @@ def make_shards(
                 members[f"{number:04}.jpg"] = encode_image(seed=number)
                 members[f"{number:04}.txt"] = f"caption {number:04}\n".encode()
                 number += 1
-            paths.append(write_tar(tmp_path / folder / f"shard-{shard:06}.tar", members))
+            paths.append(write_tar(folder / f"shard-{shard:06}.tar", members))
         return paths
 
     return make
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path, shards_in: Callable[..., list[Path]]) -> Callable[..., list[Path]]:
+    """The same in the test's folder."""
+    return lambda *counts, folder="shards": shards_in(tmp_path / folder, *counts)
+
+
+@pytest.fixture(scope="session")
+def session_shards(tmp_path_factory: pytest.TempPathFactory, shards_in: Callable[..., list[Path]]) -> Path:
+    """A folder of four shards with eight samples each; nobody changes it."""
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    shards_in(folder, 8, 8, 8, 8)
+    return folder
 
 
 def _vae() -> AutoencoderKL:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,3 +65,48 @@ def freeze_remaining(model: nn.Module) -> None:
             weight = layer.weight
             assert isinstance(weight, torch.Tensor)
             freeze_layer(layer, Dense(), weight.detach(), weight.dtype)
+
+
+def processes(arguments: Sequence[object], count: int, folder: Path, timeout: float = 1200) -> None:
+    """Run Python with these arguments in several processes, in the environment that torchrun gives them.
+
+    What they print is in ``folder``; it is in the error if one of them fails, and then the others are killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "GROUP_RANK": 0,
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
+    names = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "CUDA_VISIBLE_DEVICES": ""}
+    names |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+    names |= {name: str(value) for name, value in shared.items()}
+    root = Path(__file__).parents[1]
+    started = []
+    logs = [folder / f"process-{rank}.log" for rank in range(count)]
+    try:
+        for rank, log in enumerate(logs):
+            environment = os.environ | names | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(root)}
+            with log.open("wb") as output:
+                command = [sys.executable, *map(str, arguments)]
+                started.append(
+                    subprocess.Popen(
+                        command, env=environment, cwd=root, stdout=output, stderr=output, start_new_session=True
+                    )
+                )
+        end = time.monotonic() + timeout
+        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+            if time.monotonic() > end:
+                break
+            time.sleep(0.1)
+        failed = [rank for rank, process in enumerate(started) if process.poll() != 0]
+        assert not failed, f"processes {failed}:\n" + "\n".join(log.read_text()[-5000:] for log in logs)
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

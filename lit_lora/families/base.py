@@ -14,7 +14,9 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lit_lora.adapters import (
     ADAPTER_NAME,
@@ -148,7 +150,8 @@ class ModelFamily(nn.Module, ABC):
 
         Args:
             config: Of the adapter.
-            shard: Called with each block once its weights are there, at last with the denoiser; may take the weights away.
+            shard: Called with each part of the denoiser once its weights are there, blocks and large layers, at last with the
+                denoiser; may take the weights away.
             node: As for :meth:`load`.
 
         Raises:
@@ -167,16 +170,20 @@ class ModelFamily(nn.Module, ABC):
                 node=node,
                 **options,
             )
-            parts = weights.by_block(self.block_classes)
+            parts = weights.in_parts(self.block_classes)
             weights.show_nothing()
             self.denoiser = weights.model.eval()
             self.add_adapter(config)
             same_adapter(self.denoiser)
+            base_layers = {
+                layer.get_base_layer() for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)
+            }
             for module, names in parts:
                 for name in names:
                     weights.put(name)
-                complete_adapter(module, config)
-                shard(module)
+                if module not in base_layers:  # whose weights an adapter may read by itself
+                    complete_adapter(module, config)
+                    shard(module)
 
         self._part(self.denoiser_name, load)
 
@@ -208,7 +215,11 @@ class ModelFamily(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the denoiser computes."""
         model = self if self.denoiser is None else self.denoiser
-        return next(model.parameters()).device
+        parameter = next(model.parameters())
+        if isinstance(parameter, DTensor):  # it may wait elsewhere
+            kind = parameter.device_mesh.device_type
+            return torch.device(kind if kind == "cpu" else torch.get_device_module(kind).current_device())
+        return parameter.device
 
     def encoding_models(self) -> list[nn.Module]:
         """VAE and text encoders, as far as they are loaded."""

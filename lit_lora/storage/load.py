@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from lit_lora.storage.base import BaseStorage
 from lit_lora.storage.dense import Dense
 from lit_lora.storage.frozen_layer import can_freeze, put_stored
 
+_LARGE_LAYER = 8 << 20
+"""Weights of a layer that is a part of its own: gathered alone, it is large enough for a network and small beside a block."""
 _STEM = "diffusion_pytorch_model"
 """How diffusers' names for the files of a model's weights begin."""
 
@@ -87,17 +89,23 @@ class Weights:
         form = self._form(name, layer)
         _assign(layer, attribute, self._node.read(lambda: self._stored(name, form)), form)
 
-    def by_block(self, class_names: Collection[str]) -> list[tuple[nn.Module, list[str]]]:
-        """The outermost blocks of these classes, each with the names of its weights; at last the model, with the others."""
+    def in_parts(self, block_classes: Collection[str]) -> list[tuple[nn.Module, list[str]]]:
+        """Modules, and the names of the weights in each that are in none before it: large layers, blocks, at last the model.
+
+        What is between the blocks and the model is a part for each module that computes by itself.
+
+        Args:
+            block_classes: Names of the blocks' classes; of blocks inside each other the outermost counts.
+        """
         remaining = dict(self._layers)
         parts: list[tuple[nn.Module, list[str]]] = []
-        for block in outermost_blocks(self.model, class_names):
-            inside = set(block.modules())
+        for module in _parts(self.model, set(outermost_blocks(self.model, block_classes))):
+            inside = set(module.modules())
             names = [name for name, layer in remaining.items() if layer in inside]
             for name in names:
                 del remaining[name]
-            parts.append((block, names))
-        return [*parts, (self.model, list(remaining))]
+            parts.append((module, names))
+        return parts
 
     def show_nothing(self) -> None:
         """Let every weight that is still to be read be one nan in the shape that it will have, which takes no memory."""
@@ -217,6 +225,19 @@ def shape_part(kind: Any, source: str, folder: str, dtype: torch.dtype, revision
             if parameter is not None:
                 layer._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
     return model.requires_grad_(False).eval()
+
+
+def _parts(module: nn.Module, blocks: set[nn.Module], inside: bool = False) -> Iterator[nn.Module]:
+    """The parts of a model, inner ones first."""
+    block = module in blocks
+    around_blocks = not inside and not blocks.isdisjoint(module.modules())
+    for child in module.children():
+        yield from _parts(child, blocks, inside or block)
+    container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+    weight = module._parameters.get("weight") if can_freeze(module) else None
+    large = weight is not None and weight.numel() >= _LARGE_LAYER
+    if block or large or (around_blocks and not container):
+        yield module
 
 
 def _from_config(kind: Any, source: str, folder: str, options: Mapping[str, Any]) -> nn.Module:

@@ -7,10 +7,33 @@ from peft import AdaLoraConfig, PeftConfig
 
 from lit_lora.errors import UserError
 
+_NO_FSDP = (
+    "strategy fsdp is FSDP1, which takes no frozen weights beside trained ones; use strategy lit_lora_fsdp (FSDP2)"
+)
+_NO_DEEPSPEED = (
+    "DeepSpeed as Lightning has it makes the frozen base float32 and writes checkpoints that only it can read; use strategy "
+    "lit_lora_deepspeed_stage_2, or stage_1 or stage_3"
+)
+
 
 def shares_out(strategy: object) -> bool:
     """Whether the strategy leaves each process a part of the weights only."""
     return bool(getattr(strategy, "shards_weights", False))
+
+
+def check_strategy_name(name: object) -> None:
+    """Make sure, before there is a trainer, that a strategy of a config is none that another has to replace.
+
+    Args:
+        name: A name, or whatever else a config has there.
+
+    Raises:
+        UserError: It is; the message names the strategy to take instead.
+    """
+    if isinstance(name, str) and name.startswith("fsdp"):
+        raise UserError(_NO_FSDP)
+    if isinstance(name, str) and name.startswith("deepspeed"):
+        raise UserError(_NO_DEEPSPEED)
 
 
 def check_strategy(strategy: object, adapter: PeftConfig | None = None) -> None:
@@ -25,18 +48,13 @@ def check_strategy(strategy: object, adapter: PeftConfig | None = None) -> None:
     """
     ours = hasattr(strategy, "shards_weights")
     if isinstance(strategy, FSDPStrategy):
-        raise UserError(
-            "strategy fsdp is FSDP1, which takes no frozen weights beside trained ones; use strategy lit_lora_fsdp (FSDP2)"
-        )
+        raise UserError(_NO_FSDP)
     if isinstance(strategy, ModelParallelStrategy) and not ours:
         raise UserError(
             f"strategy {type(strategy).__name__} leaves the sharing out of weights to the module; use strategy lit_lora_fsdp"
         )
     if isinstance(strategy, DeepSpeedStrategy) and not ours:
-        raise UserError(
-            "DeepSpeed as Lightning has it makes the frozen base float32 and writes checkpoints that only it can read; use "
-            "strategy lit_lora_deepspeed_stage_2, or stage_1 or stage_3"
-        )
+        raise UserError(_NO_DEEPSPEED)
     if ours and isinstance(adapter, AdaLoraConfig):
         raise UserError(
             f"AdaLoRA allocates ranks by whole gradients, and {type(strategy).__name__} leaves each process a part of them; use "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -78,7 +79,8 @@ class LitLoraFSDP(ModelParallelStrategy):
         """Share out the weights of a module that are not yet shared out; the same values have to be there in each process."""
         assert self._shard_mesh is not None, "setup_environment comes first"
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy()
-        fully_shard(module, mesh=self._shard_mesh, reshard_after_forward=True, offload_policy=offload)
+        with _integer_parameters():
+            fully_shard(module, mesh=self._shard_mesh, reshard_after_forward=True, offload_policy=offload)
 
     def model_to_device(self) -> None:
         if not self.cpu_offload:
@@ -126,6 +128,11 @@ class LitLoraFSDP(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        # What waits in host memory is sent from there.
+        return "cpu:gloo,cuda:nccl" if backend == "nccl" and self.cpu_offload else backend
+
     def _make_mesh(self) -> DeviceMesh:
         world, size = self.world_size, self.shard_size
         if size is None or size == world:
@@ -137,6 +144,21 @@ class LitLoraFSDP(ModelParallelStrategy):
                 f"{', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
             )
         return init_device_mesh(self.root_device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+@contextmanager
+def _integer_parameters() -> Iterator[None]:
+    """Before 2.14 torch first makes each part a parameter that requires a gradient, which integers cannot."""
+    new: Any = nn.Parameter.__new__
+
+    def new_parameter(cls: type, data: Any = None, requires_grad: bool = True) -> Any:
+        return new(cls, data, requires_grad and (data is None or data.is_floating_point()))
+
+    nn.Parameter.__new__ = new_parameter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Parameter.__new__ = new  # type: ignore[method-assign]
 
 
 def _on_cpu(value: Any) -> Any:

@@ -131,3 +131,41 @@ def test_training_copies_of_layers_that_are_skipped_works(sd_folder: Path) -> No
     trained = {name: p for name, p in family.denoiser.named_parameters() if "modules_to_save" in name}
     assert all(p.grad is not None for name, p in trained.items() if name.endswith("weight"))
     assert any(name.endswith("weight") for name in trained)
+
+
+@pytest.mark.parametrize("storage", [Dense(), NF4()], ids=["dense", "NF4"])
+@pytest.mark.parametrize("adapter", [*ADAPTERS, "modules_to_save", "bias"])
+def test_loading_block_by_block_gives_the_same_model(storage: BaseStorage, adapter: str, sd_folder: Path) -> None:
+    """What strategies that share out the weights do."""
+    if adapter == "bias" and not isinstance(storage, Dense):
+        pytest.skip("biases are trained in a dense base alone")
+    config = ADAPTERS.get(adapter) or peft.LoraConfig(
+        r=2,
+        lora_alpha=2,
+        target_modules=LINEAR,
+        **({"modules_to_save": ["conv_out"]} if adapter == "modules_to_save" else {"bias": "all"}),
+    )
+    whole, in_blocks = StableDiffusion(str(sd_folder)), StableDiffusion(str(sd_folder))
+    torch.manual_seed(3)
+    whole.load(torch.float32, without=("vae", "text"), base=storage)
+    whole.add_adapter(copy.deepcopy(config))
+    torch.manual_seed(3)
+    in_blocks.load(torch.float32, without=("vae", "text", "denoiser"), base=storage)
+    complete: list[str] = []
+
+    def shard(module: torch.nn.Module) -> None:
+        assert not any(p.isnan().any() for p in module.parameters() if p.is_floating_point())
+        complete.append(type(module).__name__)
+
+    in_blocks.load_adapted(copy.deepcopy(config), shard)
+    assert complete.count("ResnetBlock2D") > 1
+    assert complete[-1] == "UNet2DConditionModel"
+    expected, found = whole.denoiser.state_dict(), in_blocks.denoiser.state_dict()
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+    trained = [
+        {name for name, p in family.denoiser.named_parameters() if p.requires_grad} for family in (whole, in_blocks)
+    ]
+    assert trained[0] == trained[1]
+    torch.testing.assert_close(_prediction(in_blocks), _prediction(whole), rtol=1e-5, atol=1e-6)

@@ -1,4 +1,6 @@
-"""One of several gloo processes: ``python -m tests.strategies.cluster_script FOLDER MODEL SHARDS STRATEGY …``.
+"""One of several gloo processes: ``python -m tests.strategies.cluster_script FOLDER MODEL:… SHARDS STRATEGY …``.
+
+Each process has the model of its rank.
 
 Each process writes what it has seen to ``FOLDER/rank-N.json``; a scenario that raises gives its error there.
 """
@@ -18,24 +20,12 @@ import torch
 
 from lit_lora.errors import UserError
 from tests.strategies import scenarios
-from tests.strategies.scenarios import SAVED_AT, STRATEGIES
-
-FEATURES = (
-    "accumulation",
-    "clipping by value",
-    "checkpointing",
-    "EMA",
-    "validation",
-    "sampling",
-    "Int8",
-    "NF4",
-    "DoRA",
-    "modules_to_save",
-)
+from tests.strategies.scenarios import FEATURES, SAVED_AT, STRATEGIES
 
 
 def main() -> None:
-    folder, model, shards = map(Path, sys.argv[1:4])
+    folder, shards = Path(sys.argv[1]), Path(sys.argv[3])
+    model = Path(sys.argv[2].split(":")[int(os.environ["RANK"])])
     names = sys.argv[4:]
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

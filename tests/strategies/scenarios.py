@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import LoraConfig, PeftConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, SampleImages
 from lit_lora.datamodules import WebDatasetDataModule
@@ -28,7 +31,44 @@ RESUMED_TO = 4
 STRATEGIES: dict[str, Any] = {
     "ddp": "ddp",
     "fsdp": "lit_lora_fsdp",
+    "ZeRO-1": "lit_lora_deepspeed_stage_1",
+    "ZeRO-2": "lit_lora_deepspeed_stage_2",
+    "ZeRO-3": "lit_lora_deepspeed_stage_3",
 }
+"""By short names, what the trainer is given."""
+
+FEATURES = (
+    "accumulation",
+    "clipping by value",
+    "checkpointing",
+    "compile",
+    "EMA",
+    "validation",
+    "sampling",
+    "Int8",
+    "NF4",
+    "DoRA",
+    "modules_to_save",
+)
+"""Of the table in the README; clipping by norm is in every run."""
+
+REFUSED: dict[tuple[str, str], str] = {
+    ("ZeRO-1", "clipping by value"): "DeepSpeed clips by the norm only",
+    ("ZeRO-2", "clipping by value"): "DeepSpeed clips by the norm only",
+    ("ZeRO-3", "clipping by value"): "DeepSpeed clips by the norm only",
+    ("ZeRO-3", "EMA"): "AdapterEMA needs whole parameters",
+}
+"""Which strategy refuses which feature, and what its error says."""
+
+
+def feature_table() -> str:
+    """The README's table of what works under which strategy."""
+    columns = list(STRATEGIES.values())
+    lines = ["| | " + " | ".join(f"`{name}`" for name in columns) + " |", "|---|" + "---|" * len(columns)]
+    for feature in ("training, resuming, clipping by norm", *FEATURES):
+        cells = ["no" if (short, feature) in REFUSED else "yes" for short in STRATEGIES]
+        lines.append(f"| {feature} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 class Seen(Callback):
@@ -142,7 +182,7 @@ def resumed(strategy: Any, model: Path, shards: Path, folder: Path, checkpoint: 
         strategy, model, shards, folder, resume=checkpoint, max_steps=RESUMED_TO, callbacks=[saving(folder, RESUMED_TO)]
     )
     saved = torch.load(checkpoint, weights_only=True)
-    start = {name: value for name, value in seen.start.items()}
+    start = seen.start
     result: dict[str, Any] = {
         "losses": seen.losses,
         "same adapter": start.keys() == saved["state_dict"].keys()
@@ -182,6 +222,9 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         options |= {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
     elif name == "checkpointing":
         module = module_of(model, gradient_checkpointing=True)
+    elif name == "compile":
+        torch._dynamo.reset()
+        module = module_of(model, compile_blocks=True)
     elif name == "EMA":
         callbacks = [AdapterEMA(decay=0.9), saving(folder, SAVED_AT)]
     elif name == "validation":
@@ -197,15 +240,27 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         module = module_of(model, config)
     elif name == "modules_to_save":
         module = module_of(model, LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], modules_to_save=["conv_out"]))
-    seen, module, trainer = train(
-        strategy, model, shards, folder, module=module, callbacks=callbacks, data=data, **options
-    )
+    with _captured_alone() if name == "compile" else nullcontext():
+        seen, module, trainer = train(
+            strategy, model, shards, folder, module=module, callbacks=callbacks, data=data, **options
+        )
     result: dict[str, Any] = {"losses": seen.losses}
     if name == "validation":
         result["val/loss"] = float(trainer.callback_metrics["val/loss"])
         pictures = trainer.predict(module, data)
         result["pictures"] = sum(len(batch) for batch in pictures or [])
     return result
+
+
+@contextmanager
+def _captured_alone() -> Iterator[None]:
+    """Compiling captures and differentiates graphs, and leaves out the minutes of making machine code of them."""
+    compiled = nn.Module.compile
+    nn.Module.compile = partialmethod(compiled, backend="aot_eager")
+    try:
+        yield
+    finally:
+        nn.Module.compile = compiled
 
 
 def storage(name: str) -> BaseStorage:

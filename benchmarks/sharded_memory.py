@@ -1,0 +1,188 @@
+"""Memory of each process under FSDP2 against that of a single one: ``python benchmarks/sharded_memory.py``.
+
+A UNet of Stable Diffusion 1.5's size with random weights, loaded and trained for two steps (optimizer state exists from the
+second on) through the Trainer on latents and text embeddings as a cache gives them, one sample in each process: by one
+process without a strategy, then by several with ``lit_lora_fsdp`` over gloo on the CPU.
+
+The figures are the peaks of a process' resident memory above what it had before the model was loaded, while loading and in
+the two steps, as in ``benchmarks/memory.py``. The first process reads the files for all of them; each process is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+BASES = ("Dense", "Int8", "NF4")
+_SETTINGS = [(base, checkpointing) for base in BASES for checkpointing in (False, True)]
+BOUND = 0.6
+"""Largest share of a single process' peak that a process of two may have."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--models", help="folder that keeps the model between runs; by default it is written anew")
+    parser.add_argument("--bases", nargs="*", choices=BASES, default=BASES)
+    parser.add_argument("--timeout", type=float, default=1200, help="seconds for one setting")
+    parser.add_argument("--base", choices=BASES, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.base:
+        print(json.dumps(_measure(options)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        options.models = options.models or temporary
+        _table(options)
+
+
+def _table(options: argparse.Namespace) -> None:
+    from real_models import write_pipeline
+
+    write_pipeline("sd15", Path(options.models) / "sd15")
+    import diffusers
+    import lightning
+    import peft
+    import torch
+
+    print(
+        f"sd15 at {options.resolution} px, batch 1 in each process, LoRA r=16, bfloat16; {os.cpu_count()} CPU cores"
+        f" ({platform.machine()}); torch {torch.__version__}, lightning {lightning.__version__}, diffusers"
+        f" {diffusers.__version__}, peft {peft.__version__}\nMiB above the libraries; ratio: of both peaks' larger one to that"
+        f" of the single process, to be at most {BOUND}"
+    )
+    print(
+        f"{'base':<6} {'checkpointing':<14} {'process':<10} {'loaded':>8} {'load peak':>10} {'step peak':>10} {'ratio':>6}"
+    )
+    for base, checkpointing in _SETTINGS:
+        if base not in options.bases:
+            continue
+        single: dict[str, int] = {}
+        for count in (1, options.processes):
+            for rank, found in enumerate(_in_fresh_processes(options, base, checkpointing, count)):
+                single = single or found
+                name = "alone" if count == 1 else f"{rank} of {count}"
+                sizes = "".join(
+                    f" {found[key] / 2**20:>{w}.0f}" for key, w in (("loaded", 8), ("load", 10), ("steps", 10))
+                )
+                ratio = max(found["load"], found["steps"]) / max(single["load"], single["steps"])
+                print(f"{base:<6} {'on' if checkpointing else 'off':<14} {name:<10}{sizes} {ratio:>6.2f}", flush=True)
+
+
+def _in_fresh_processes(
+    options: argparse.Namespace, base: str, checkpointing: bool, count: int
+) -> list[dict[str, int]]:
+    """What each of so many processes of one run measures."""
+    command = [sys.executable, __file__, f"--processes={count}", f"--resolution={options.resolution}"]
+    command += [f"--models={options.models}", f"--base={base}", *(["--checkpointing"] if checkpointing else [])]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    shared |= {"LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "benchmark"}
+    started: list[subprocess.Popen[str]] = []
+    try:
+        for rank in range(count):
+            environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            started.append(
+                subprocess.Popen(
+                    command,
+                    env=environment if count > 1 else os.environ | {"OMP_NUM_THREADS": "1"},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        end = time.monotonic() + options.timeout
+        outputs = [process.communicate(timeout=end - time.monotonic()) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        if process.returncode:
+            sys.exit(f"{base}: {errors[-3000:]}")
+    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+
+
+def _measure(options: argparse.Namespace) -> dict[str, int]:
+    """One setting, in this process: bytes."""
+    warnings.simplefilter("ignore")
+    import torch
+    from lightning.pytorch import Callback, LightningDataModule, Trainer
+    from peft import LoraConfig
+
+    import lit_lora.lightning_cli
+    import lit_lora.storage
+    from lit_lora import LoraDiffusion, StableDiffusion
+
+    class Batches(LightningDataModule):
+        cached = ("latents", "text")
+
+        def train_dataloader(self) -> Any:
+            size = options.resolution
+            mean = torch.randn(1, 4, size // 8, size // 8)
+            batch = {
+                "caption": ["a photo of a cat"],
+                "target_size": torch.tensor([[size, size]]),
+                "latents_mean": mean,
+                "latents_std": torch.ones_like(mean),
+                "text_embeddings": {"encoder_hidden_states": torch.randn(1, 77, 768)},
+            }
+            return torch.utils.data.DataLoader([batch] * 2 * options.processes, batch_size=None)  # type: ignore[arg-type]
+
+    class Loading(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            found["load"], found["loaded"] = _status("VmHWM") - before, _status("VmRSS") - before
+            _forget_peak()
+
+    found: dict[str, int] = {}
+    model = LoraDiffusion(
+        StableDiffusion(str(Path(options.models) / "sd15")),
+        LoraConfig(r=16, lora_alpha=16),
+        base=getattr(lit_lora.storage, options.base)(),
+        gradient_checkpointing=options.checkpointing,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=options.processes,
+        strategy="auto" if options.processes == 1 else "lit_lora_fsdp",
+        max_steps=2,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Loading()],
+    )
+    _forget_peak()
+    before = _status("VmRSS")
+    trainer.fit(model, datamodule=Batches())
+    found["steps"] = _status("VmHWM") - before
+    return found
+
+
+def _forget_peak() -> None:
+    """Let the peak of resident memory start anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    """Bytes, of this process."""
+    text = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{field}:"))) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""A fit that a signal stops goes on from there as if nothing had been. With several processes: test_faults.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from peft import LoraConfig
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lit_lora import AdapterCheckpoint, AdapterEMA, LoraDiffusion, Preemption, StableDiffusion, WebDatasetDataModule
+from lit_lora.lightning_cli import run
+from tests.job_run import write_job
+
+SLOW_SCRIPT = Path(__file__).parent / "slow_step_script.py"
+
+
+class Signal(Callback):
+    """Sends this process a signal before a batch, or in the sanity check."""
+
+    def __init__(self, before_batch: int | None, number: int = signal.SIGTERM) -> None:
+        self.before_batch = before_batch
+        self.number = number
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.before_batch is None:
+            os.kill(os.getpid(), self.number)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.before_batch:
+            os.kill(os.getpid(), self.number)
+
+
+class Line(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.layer(batch).mean()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("loss", batch.mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit_line(options: dict[str, Any], *callbacks: Callback, resume: str | None = None, **more: Any) -> Trainer:
+    data: Any = torch.ones(8, 1)
+    options = options | {"enable_checkpointing": True, "max_steps": 6, "callbacks": list(callbacks)} | more
+    trainer = Trainer(**options)
+    trainer.fit(Line(), DataLoader(data), DataLoader(data[:1]), ckpt_path=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_resuming_equals_not_stopping(
+    accumulated: int,
+    sd_folder: Path,
+    make_shards: Callable[..., list[Path]],
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make_shards(7, 12)
+
+    def fit(folder: str, *callbacks: Callback, resume: str | None = None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, lora_alpha=2, lora_dropout=0.2)
+        module = LoraDiffusion(StableDiffusion(str(sd_folder)), config, base_dtype="float32")
+        ema = AdapterEMA(0.9)
+        trainer = Trainer(
+            **trainer_options
+            | {"enable_checkpointing": True, "max_steps": 5, "accumulate_grad_batches": accumulated}
+            # Ours comes first, and yet what the average does at the end of a batch is saved.
+            | {"callbacks": [Preemption(), *callbacks, ema, AdapterCheckpoint(tmp_path / folder)]}
+        )
+        data = WebDatasetDataModule(str(tmp_path / "shards"), batch_size=2, resolution=16, num_workers=0, val_samples=2)
+        trainer.fit(module, data, ckpt_path=resume)
+        average = ema.state_dict()["shadow_params"]
+        return {n: p.detach() for n, p in module.named_parameters() if p.requires_grad} | {"average": average}
+
+    expected = fit("whole")
+    with pytest.raises(SIGTERMException) as stopped:
+        fit("stopped", Signal(before_batch=3))  # with accumulation the first batch of a step
+    assert stopped.value.code == 143
+    last = tmp_path / "stopped" / "last.ckpt"
+    step = 4 if accumulated == 1 else 2
+    assert torch.load(last, weights_only=True)["global_step"] == step
+    line = f"lit-lora: stopped by SIGTERM at step {step}; saved {last}; --ckpt_path last goes on from there\n"
+    assert line in capsys.readouterr().err
+    got = fit("stopped", resume="last")
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every_n_train_steps": 3, "save_last": "link"},
+        {"every_n_train_steps": 1, "save_last": True},
+        {"every_n_train_steps": 100, "monitor": "loss"},
+        {"every_n_train_steps": 1, "save_weights_only": True},
+    ],
+    ids=lambda options: "-".join(list(options)[1:]),
+)
+@pytest.mark.parametrize("kind", [AdapterCheckpoint, ModelCheckpoint])
+def test_last_is_found_however_checkpoints_are_saved(
+    kind: type[ModelCheckpoint], options: dict[str, Any], trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(SIGTERMException):
+        fit_line(trainer_options, kind(tmp_path, save_top_k=-1, **options), Preemption(), Signal(before_batch=3))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 4
+    for path in tmp_path.glob("epoch*.ckpt"):  # nothing is written through a link
+        assert f"step={torch.load(path, weights_only=True)['global_step']}." in path.name
+    saved = kind(tmp_path, **options)
+    assert fit_line(trainer_options, saved, Preemption(), resume="last").global_step == 6
+    assert saved.save_last is options.get("save_last")
+
+
+def test_a_link_to_the_last_checkpoint_becomes_a_checkpoint(
+    sd_module: LoraDiffusion, make_shards: Callable[..., list[Path]], trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """With the adapter's folders, which are links then too."""
+    make_shards(12)
+    checkpoints = AdapterCheckpoint(tmp_path / "here", every_n_train_steps=2, save_last="link")
+    callbacks = [checkpoints, AdapterEMA(), Signal(before_batch=2), Preemption()]
+    trainer = Trainer(**trainer_options | {"enable_checkpointing": True, "max_steps": 5, "callbacks": callbacks})
+    with pytest.raises(SIGTERMException):
+        trainer.fit(sd_module, WebDatasetDataModule(str(tmp_path / "shards"), resolution=16, val_samples=2))
+    for kind in ("ckpt", "adapter", "ema.adapter"):
+        assert (tmp_path / "here" / f"epoch=0-step=2.{kind}").exists()
+        assert (tmp_path / "here" / f"last.{kind}").exists()
+        assert not (tmp_path / "here" / f"last.{kind}").is_symlink()
+
+
+def test_nothing_is_saved_without_a_checkpoint_callback(
+    trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SIGTERMException):
+        fit_line(trainer_options, Preemption(), Signal(before_batch=1), enable_checkpointing=False)
+    assert "stopped by SIGTERM at step 2; nothing is saved: the trainer has no checkpoint" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_signal_in_the_sanity_check_stops_after_the_first_step(
+    trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(SIGTERMException):
+        fit_line(trainer_options, AdapterCheckpoint(tmp_path), Preemption(), Signal(before_batch=None))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_handlers_of_before_are_back_afterwards(
+    stopped: bool, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """And where the trainer does something else, or the callback is not there, Lightning has its own."""
+    ours: list[bool] = []
+
+    class Look(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            ours.append(isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), Preemption))
+
+        def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.state.fn == "validate":
+                self.on_train_start(trainer, pl_module)
+
+    def own(number: int, frame: Any) -> None:
+        raise AssertionError("the run takes the signal")
+
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        callbacks = AdapterCheckpoint(tmp_path), Preemption(), Look()
+        if stopped:
+            with pytest.raises(SIGTERMException):
+                fit_line(trainer_options, *callbacks, Signal(before_batch=2))
+        else:
+            fit_line(trainer_options, *callbacks).validate(Line(), DataLoader(torch.ones(1, 1)))  # type: ignore[arg-type]
+        assert signal.getsignal(signal.SIGTERM) is own
+        fit_line(trainer_options, Look(), enable_checkpointing=False)
+        assert ours == ([True, False] if stopped else [True, False, False])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "array", "status", "said", "requeued"),
+    [
+        (signal.SIGUSR1, False, 0, "stopped by SIGUSR1 at step 2; .*; job 77 is in the queue again", "requeue 77"),
+        (signal.SIGUSR1, True, 0, "; job 70_7 is in the queue again", "requeue 70_7"),
+        (signal.SIGUSR1, False, 1, r"; job 77 is not in the queue again \(scontrol: no\); submit it", "requeue 77"),
+        (signal.SIGTERM, False, 0, "stopped by SIGTERM at step 2; .* goes on from there\n", ""),
+    ],
+)
+def test_a_slurm_job_goes_into_the_queue_again(
+    number: signal.Signals,
+    array: bool,
+    status: int,
+    said: str,
+    requeued: str,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\nprintf "$*" > {tmp_path}/asked\necho no >&2\nexit {status}\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", str(scontrol.parent), prepend=os.pathsep)
+    variables = {"JOB_ID": "77", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "train"}
+    variables |= {"ARRAY_JOB_ID": "70", "ARRAY_TASK_ID": "7"} if array else {}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(SIGTERMException) as stopped:
+        fit_line(trainer_options, AdapterCheckpoint(tmp_path), Preemption(), Signal(1, number))
+    assert stopped.value.code == 128 + number
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == requeued
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_the_plugin_says_which_signal_requeues(
+    trainer_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none does with ``auto_requeue=False``."""
+    for name, value in {"JOB_ID": "77", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", str(tmp_path))  # without scontrol
+    plugin = SLURMEnvironment(requeue_signal=signal.SIGUSR2)
+    with pytest.raises(SIGTERMException) as stopped:
+        callbacks = AdapterCheckpoint(tmp_path), Preemption(), Signal(1, signal.SIGUSR2)
+        fit_line(trainer_options, *callbacks, plugins=[plugin])
+    assert stopped.value.code == 128 + signal.SIGUSR2
+
+    received: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    try:
+        callbacks = AdapterCheckpoint(tmp_path / "other"), Preemption(), Signal(1, signal.SIGUSR1)
+        fit_line(trainer_options, *callbacks, plugins=[SLURMEnvironment(auto_requeue=False)])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert received == [signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("configured", [[], [{"class_path": "Preemption"}]])
+def test_lit_lora_fit_has_it_once(
+    configured: list[dict[str, Any]], sd_folder: Path, make_shards: Callable[..., list[Path]], tmp_path: Path
+) -> None:
+    make_shards(2)
+    config = write_job(tmp_path / "run", sd_folder, tmp_path / "shards", *configured, processes=1, strategy="auto")
+    callbacks = run(["fit", "--config", str(config)]).trainer.callbacks
+    assert [type(callback) for callback in callbacks].count(Preemption) == 1
+
+
+@pytest.mark.slow
+def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
+    """Two signals in a moment are one, since launchers hand on what their processes have got already."""
+    script = subprocess.Popen([sys.executable, str(SLOW_SCRIPT), str(tmp_path)], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "in a step").exists():
+            assert script.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        script.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        script.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            script.wait(4)
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(10) == -signal.SIGTERM
+    finally:
+        script.kill()
+        script.wait()
+    assert not list(tmp_path.rglob("*.ckpt"))

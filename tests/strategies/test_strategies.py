@@ -1,0 +1,179 @@
+"""Every strategy on two processes: it learns what one process learns, and goes on from what any other has saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+
+from tests.helpers import processes
+from tests.strategies import scenarios
+from tests.strategies.scenarios import FEATURES, RESUMED_TO, SAVED_AT, STEPS, STRATEGIES
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+NEAR = 1e-5
+"""How far losses may be apart; they are about one."""
+QUANTISED_NEAR = 5e-3
+"""In bfloat16 batches of other sizes are rounded otherwise."""
+
+
+@pytest.fixture(scope="session")
+def runs(sd_folder: Path, session_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs, made by the first test worker that comes here."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "strategies"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            torch.set_num_threads(1)
+            single = {
+                "train": scenarios.losses_and_checkpoint("auto", sd_folder, session_shards, folder / "single-train")
+            }
+            for feature in FEATURES:
+                single[feature] = scenarios.with_feature(
+                    feature, "auto", sd_folder, session_shards, folder / f"single-{feature}"
+                )
+            scenarios.rewritten(
+                "auto",
+                sd_folder,
+                session_shards,
+                folder / "single-rewritten",
+                folder / "single-train" / f"{SAVED_AT}.ckpt",
+            )
+            (folder / "single.json").write_text(json.dumps(single))
+            # The second process has no weights to read: the first one of each machine reads for all.
+            without = folder / "without weights"
+            shutil.copytree(sd_folder, without, ignore=shutil.ignore_patterns("*.safetensors"))
+            models = f"{sd_folder}:{without}"
+            processes(["-m", "tests.strategies.cluster_script", folder, models, session_shards, *STRATEGIES], 2, folder)
+            (folder / "done").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def results(runs: Path) -> list[dict[str, Any]]:
+    """Of both processes."""
+    return [json.loads((runs / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="session")
+def single(runs: Path) -> dict[str, Any]:
+    """Of one process."""
+    found: dict[str, Any] = json.loads((runs / "single.json").read_text())
+    return found
+
+
+def apart(losses: list[float], others: list[float]) -> float:
+    """The largest difference."""
+    return max(abs(one - other) for one, other in zip(losses, others, strict=True))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_losses_are_those_of_one_process(strategy: str, results: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    for result in results:
+        losses = result[f"{strategy}/train"]["losses"]
+        assert len(losses) == STEPS
+        assert apart(losses, single["train"]["losses"]) <= NEAR
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_batches_are_those_of_one_process(strategy: str, results: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    halves = [result[f"{strategy}/train"]["keys"] for result in results]
+    assert [first + second for first, second in zip(*halves, strict=True)] == single["train"]["keys"]
+
+
+@pytest.mark.parametrize("source", [*STRATEGIES, "single"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_goes_on_from_any_strategys_checkpoint(
+    strategy: str, source: str, results: list[dict[str, Any]], single: dict[str, Any]
+) -> None:
+    for rank, result in enumerate(results):
+        resumed = result[f"{strategy}/from/{source}"]
+        assert resumed["same adapter"], resumed
+        assert rank > 0 or resumed["same optimizer"]
+        assert apart(resumed["losses"], single["train"]["losses"][SAVED_AT:RESUMED_TO]) <= NEAR
+
+
+@pytest.mark.parametrize("source", STRATEGIES)
+def test_one_process_goes_on_from_any_strategys_checkpoint(
+    source: str, runs: Path, single: dict[str, Any], sd_folder: Path, session_shards: Path, tmp_path: Path
+) -> None:
+    checkpoint = runs / f"{source}-train" / f"{SAVED_AT}.ckpt"
+    resumed = scenarios.resumed("auto", sd_folder, session_shards, tmp_path, checkpoint)
+    assert resumed["same adapter"]
+    assert resumed["same optimizer"]
+    assert apart(resumed["losses"], single["train"]["losses"][SAVED_AT:RESUMED_TO]) <= NEAR
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_adapters_as_files_are_the_same_bytes(strategy: str, runs: Path) -> None:
+    theirs, ours = runs / f"{strategy}-rewritten" / "adapter", runs / "single-rewritten" / "adapter"
+    names = sorted(path.name for path in ours.iterdir())
+    assert names == sorted(path.name for path in theirs.iterdir())
+    assert "adapter_model.safetensors" in names
+    assert "pytorch_lora_weights.safetensors" in names
+    assert all((ours / name).read_bytes() == (theirs / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_checkpoints_hold_the_adapter_alone(strategy: str, runs: Path) -> None:
+    ours, theirs = (
+        torch.load(runs / f"{name}-train" / f"{STEPS}.ckpt", weights_only=True) for name in ("single", strategy)
+    )
+    assert ours.keys() == theirs.keys()
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    assert all(".lora_" in name for name in theirs["state_dict"])
+    assert all(type(value) is torch.Tensor for value in theirs["state_dict"].values())
+    assert all(
+        torch.allclose(value, theirs["state_dict"][name], atol=1e-4) for name, value in ours["state_dict"].items()
+    )
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_feature_does_what_it_does_in_one_process(
+    strategy: str, feature: str, results: list[dict[str, Any]], single: dict[str, Any], runs: Path
+) -> None:
+    near = QUANTISED_NEAR if feature in ("Int8", "NF4") else NEAR
+    for result in results:
+        found, expected = result[f"{strategy}/{feature}"], single[feature]
+        if reason := scenarios.REFUSED.get((strategy, feature)):
+            assert reason in found.get("refused", found)
+            continue
+        assert "losses" in found, found
+        assert apart(found["losses"], expected["losses"]) <= near
+        if feature == "validation":
+            assert found["val/loss"] == pytest.approx(expected["val/loss"], abs=NEAR)
+        if feature == "EMA":
+            one, other = (
+                load_file(runs / f"{name}-EMA" / f"{RESUMED_TO}.ema.adapter" / "adapter_model.safetensors")
+                for name in ("single", strategy)
+            )
+            assert all(torch.allclose(value, other[name], atol=1e-5) for name, value in one.items())
+        if feature == "sampling":
+            name = f"samples/step-{RESUMED_TO:06}.png"
+            pictures = [next((runs / f"{run}-sampling").rglob(name)) for run in ("single", strategy)]
+            assert pictures[0].stat().st_size > 0
+            assert near_pictures(*pictures)
+
+
+def near_pictures(one: Path, other: Path) -> bool:
+    """Whether two pictures are the same up to rounding."""
+    from torchvision.io import decode_image
+
+    difference = decode_image(str(one)).int() - decode_image(str(other)).int()
+    return difference.abs().float().mean().item() < 1
+
+
+def test_the_table_in_the_readme_is_what_was_tested() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert scenarios.feature_table() in readme
