@@ -20,11 +20,15 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 BASES = ("Dense", "Int8", "NF4")
 _SETTINGS = [(base, checkpointing) for base in BASES for checkpointing in (False, True)]
+_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(256 << 10)}
+"""Has glibc give memory from this size on back as soon as it is freed. By itself it raises that bound to 32 MiB as it goes, and
+what a block of that size or less leaves is kept: with one process and with several, but with several much more is freed."""
 BOUND = 0.6
 """Largest share of a single process' peak that a process of two may have."""
 
@@ -70,7 +74,9 @@ def _table(options: argparse.Namespace) -> None:
             continue
         single: dict[str, int] = {}
         for count in (1, options.processes):
-            for rank, found in enumerate(_in_fresh_processes(options, base, checkpointing, count)):
+            arguments = [__file__, f"--processes={count}", f"--resolution={options.resolution}", f"--base={base}"]
+            arguments += [f"--models={options.models}", *(["--checkpointing"] if checkpointing else [])]
+            for rank, found in enumerate(in_fresh_processes(arguments, count, options.timeout, _GIVE_BACK)):
                 single = single or found
                 name = "alone" if count == 1 else f"{rank} of {count}"
                 sizes = "".join(
@@ -80,40 +86,51 @@ def _table(options: argparse.Namespace) -> None:
                 print(f"{base:<6} {'on' if checkpointing else 'off':<14} {name:<10}{sizes} {ratio:>6.2f}", flush=True)
 
 
-def _in_fresh_processes(
-    options: argparse.Namespace, base: str, checkpointing: bool, count: int
-) -> list[dict[str, int]]:
-    """What each of so many processes of one run measures."""
-    command = [sys.executable, __file__, f"--processes={count}", f"--resolution={options.resolution}"]
-    command += [f"--models={options.models}", f"--base={base}", *(["--checkpointing"] if checkpointing else [])]
+def in_fresh_processes(
+    arguments: Sequence[str], count: int, timeout: float, environment: Mapping[str, str] | None = None
+) -> list[Any]:
+    """Run Python with these arguments in so many processes, several as torchrun starts them; what each says in its last line.
+
+    Args:
+        arguments: The script and its own.
+        count: How many processes.
+        timeout: Seconds after which they are killed.
+        environment: Further variables.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-    shared |= {"LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "benchmark"}
-    started: list[subprocess.Popen[str]] = []
-    try:
-        for rank in range(count):
-            environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-            started.append(
-                subprocess.Popen(
-                    command,
-                    env=environment if count > 1 else os.environ | {"OMP_NUM_THREADS": "1"},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        end = time.monotonic() + options.timeout
-        outputs = [process.communicate(timeout=end - time.monotonic()) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    for process, (_, errors) in zip(started, outputs, strict=True):
-        if process.returncode:
-            sys.exit(f"{base}: {errors[-3000:]}")
-    return [json.loads(output.splitlines()[-1]) for output, _ in outputs]
+    shared = {"OMP_NUM_THREADS": "1", **(environment or {})}
+    if count > 1:
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "benchmark"}
+        shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "GROUP_RANK": "0"}
+    started = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for rank in range(count):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+                with (
+                    (Path(folder) / f"{rank}.out").open("wb") as output,
+                    (Path(folder) / f"{rank}.err").open("wb") as errors,
+                ):
+                    command = [sys.executable, *arguments]
+                    started.append(
+                        subprocess.Popen(command, env=os.environ | shared | own, stdout=output, stderr=errors)
+                    )
+            end = time.monotonic() + timeout
+            while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+                if time.monotonic() > end:
+                    sys.exit(f"{' '.join(arguments)} took longer than {timeout:g} s")
+                time.sleep(0.1)
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+        for rank, process in enumerate(started):
+            if process.returncode > 0:
+                sys.exit(f"{' '.join(arguments)}:\n{(Path(folder) / f'{rank}.err').read_text()[-3000:]}")
+        outputs = [(Path(folder) / f"{rank}.out").read_text() for rank in range(count)]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
 def _measure(options: argparse.Namespace) -> dict[str, int]:

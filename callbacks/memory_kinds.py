@@ -78,7 +78,9 @@ def parts_of(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with contents of their own that a tensor is made of."""
     if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from parts_of(getattr(tensor, name))
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):  # a sharded parameter names its mesh too
+                yield from parts_of(part)
     else:
         yield tensor
 

@@ -202,6 +202,18 @@ def save_peft_files(state: dict[str, Tensor], config: dict[str, Any], folder: Pa
     (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
+def sort_metadata(file: Path) -> None:
+    """Put the metadata of a safetensors file in order: they are written in any, so the same adapter gives different bytes."""
+    with file.open("r+b") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= size, "the tensors begin where they began"
+        opened.seek(8)
+        opened.write(text.ljust(size))
+
+
 def is_lora(config: PeftConfig) -> bool:
     """Whether diffusers' LoRA loader can read the adapter (LoRA and DoRA, not AdaLoRA or LoHa)."""
     return type(config) is LoraConfig

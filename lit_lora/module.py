@@ -161,6 +161,11 @@ class LoraDiffusion(LightningModule):
         if self.optimizer_in_backward and stage == "fit":
             check_optimizer_in_backward(self.trainer, self.adapter)
         if self.memory_limit is not None and stage == "fit":
+            if shares_out(strategy):
+                raise UserError(
+                    f"memory_limit={self.memory_limit!r} plans a run with a whole copy of the weights on each GPU, which "
+                    f"{type(strategy).__name__} does not have; set memory_limit to null"
+                )
             from lit_lora.planning.memory_limit import check_memory_limit  # which plans runs of this very class
 
             check_memory_limit(self, self.trainer, self.memory_limit)

@@ -126,6 +126,19 @@ def test_another_alpha_is_refused_and_another_dropout_is_not() -> None:
         check_adapter_config(here, plain_config(peft.LoraConfig(r=4, lora_alpha=4)))
 
 
+def test_the_same_adapter_is_the_same_bytes(sd_folder: Path, tmp_path: Path) -> None:
+    family = StableDiffusion(str(sd_folder))
+    family.load(torch.float32)
+    family.add_adapter(CONFIGS["LoRA"])
+    written = set()
+    for number in range(8):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        family.save_adapter(folder)
+        written.add(tuple(path.read_bytes() for path in sorted(folder.iterdir())))
+    assert len(written) == 1
+
+
 @pytest.mark.parametrize("name", ["LoRA", "convolutions", "DoRA", "ranks per layer", "LoHa", "OFT"])
 def test_files_load_in_plain_peft_and_plain_diffusers(name: str, sd_folder: Path, tmp_path: Path) -> None:
     family = StableDiffusion(str(sd_folder))

@@ -93,7 +93,9 @@ def test_every_storage_trains(base: BaseStorage | None, sd_folder: Path, tmp_pat
     assert near(gpu, cpu, 0.05)
 
 
-@pytest.mark.parametrize("storage", [Int8(), FP8(), NF4(), NF4(double_quant=False)], ids=["Int8", "FP8", "NF4", "NF4 single"])
+@pytest.mark.parametrize(
+    "storage", [Int8(), FP8(), NF4(), NF4(double_quant=False)], ids=["Int8", "FP8", "NF4", "NF4 single"]
+)
 def test_stored_weights_come_back_as_on_the_cpu(storage: BaseStorage) -> None:
     weight = torch.randn(96, 64, 3, 3)
     for dtype in (torch.float32, torch.bfloat16):

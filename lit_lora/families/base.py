@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from lit_lora.adapters import (
     plain_config,
     same_adapter,
     save_peft_files,
+    sort_metadata,
 )
 from lit_lora.draws import Draws
 from lit_lora.embedded import resolve
@@ -345,6 +347,7 @@ class ModelFamily(nn.Module, ABC):
                     f"{self.denoiser_name}_lora_adapter_metadata": plain,
                 },
             )
+            sort_metadata(folder / LORA_WEIGHT_NAME_SAFE)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the denoiser; the frozen encoders stay in evaluation mode."""

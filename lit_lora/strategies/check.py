@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from peft import AdaLoraConfig, PeftConfig
+from torch.optim import ASGD, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from lit_lora.errors import UserError
+
+_ELEMENTWISE = (Adadelta, Adam, AdamW, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop, SGD)
+"""Optimizers that do the same to an element whatever tensor it is in."""
 
 _NO_FSDP = (
     "strategy fsdp is FSDP1, which takes no frozen weights beside trained ones; use strategy lit_lora_fsdp (FSDP2)"
@@ -59,4 +63,18 @@ def check_strategy(strategy: object, adapter: PeftConfig | None = None) -> None:
         raise UserError(
             f"AdaLoRA allocates ranks by whole gradients, and {type(strategy).__name__} leaves each process a part of them; use "
             f"strategy ddp, or peft.LoraConfig"
+        )
+
+
+def check_elementwise(optimizer: Optimizer) -> None:
+    """Refuse optimizers whose steps depend on the shapes of the parameters, where each process steps pieces of them.
+
+    Raises:
+        UserError: It is not known to step each element by itself, as those in eight bits do not.
+    """
+    kind = type(optimizer)
+    if not isinstance(optimizer, _ELEMENTWISE) and not kind.__module__.startswith("deepspeed."):
+        raise UserError(
+            f"{kind.__module__}.{kind.__name__} does not step each element by itself, as far as is known, and this strategy "
+            f"gives each process pieces of the parameters; use torch.optim.AdamW, or strategy ddp"
         )

@@ -24,16 +24,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.optim import ASGD, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lit_lora.adapters import trainable_parameters
 from lit_lora.errors import UserError
 from lit_lora.gather import whole
 from lit_lora.optimizer_states import by_name, parameter_names
-
-_ELEMENTWISE = (Adadelta, Adam, AdamW, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop, SGD)
-"""Optimizers that do the same to an element whatever tensor it is in."""
+from lit_lora.strategies.check import check_elementwise
 
 _OURS = ("fp16", "bf16", "optimizer", "scheduler", "gradient_accumulation_steps", "gradient_clipping")
 """Keys of a DeepSpeed config that the trainer and the module decide."""
@@ -257,7 +255,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
                 f"gradient_clip_algorithm to 'norm'"
             )
         optimizer, scheduler = self._init_optimizers()
-        _check_optimizer(optimizer)
+        check_elementwise(optimizer)
         self._parameter_names = parameter_names(optimizer, module)
         self.model, zero_optimizer = self._initialize(module, optimizer, {**self.config, "gradient_clipping": clip})
         self.optimizers = [zero_optimizer]
@@ -403,16 +401,6 @@ def _complete_config(
         **config,
         "zero_optimization": {**zero, **config.get("zero_optimization", {})},
     }
-
-
-def _check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse optimizers whose steps depend on the shapes of the parameters."""
-    kind = type(optimizer)
-    if not isinstance(optimizer, _ELEMENTWISE) and not kind.__module__.startswith("deepspeed."):
-        raise UserError(
-            f"{kind.__module__}.{kind.__name__} does not step each element by itself, as far as is known, and ZeRO gives each "
-            f"process a piece of one long row of all parameters; use torch.optim.AdamW, or strategy ddp"
-        )
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from lit_lora.errors import UserError
 from lit_lora.gather import part_like, whole
 from lit_lora.optimizer_states import map_states
+from lit_lora.strategies.check import check_elementwise
 
 
 class LitLoraFSDP(ModelParallelStrategy):
@@ -74,6 +75,11 @@ class LitLoraFSDP(ModelParallelStrategy):
                 f"model.base_dtype to 'bfloat16'"
             )
         super().setup(trainer)
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            check_elementwise(optimizer)
 
     def shard(self, module: nn.Module) -> None:
         """Share out the weights of a module that are not yet shared out; the same values have to be there in each process."""

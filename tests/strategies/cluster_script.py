@@ -1,12 +1,13 @@
 """One of several gloo processes: ``python -m tests.strategies.cluster_script FOLDER MODEL:… SHARDS STRATEGY …``.
 
-Each process has the model of its rank.
+Each process has the model of its rank. More than two only train, and go on from the checkpoint of a single one.
 
 Each process writes what it has seen to ``FOLDER/rank-N.json``; a scenario that raises gives its error there.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -20,7 +21,7 @@ import torch
 
 from lit_lora.errors import UserError
 from tests.strategies import scenarios
-from tests.strategies.scenarios import FEATURES, SAVED_AT, STRATEGIES
+from tests.strategies.scenarios import FEATURES, OF_FOUR, SAVED_AT, STRATEGIES
 
 
 def main() -> None:
@@ -32,8 +33,9 @@ def main() -> None:
     results: dict[str, Any] = {}
 
     def do(key: str, scenario: Callable[..., Any], name: str, *arguments: Any) -> None:
+        strategy = copy.deepcopy((STRATEGIES | OF_FOUR)[name])  # it is of one run
         try:
-            results[key] = scenario(STRATEGIES[name], model, shards, folder / key.replace("/", "-"), *arguments)
+            results[key] = scenario(strategy, model, shards, folder / key.replace("/", "-"), *arguments)
         except UserError as error:
             results[key] = {"refused": str(error)}
         except Exception:
@@ -45,6 +47,10 @@ def main() -> None:
     saved = {name: folder / f"{name}-train" / f"{SAVED_AT}.ckpt" for name in names} | {
         "single": folder / "single-train" / f"{SAVED_AT}.ckpt"
     }
+    if scenarios.WORLD > 2:
+        for name in names:
+            do(f"{name}/from/single", scenarios.resumed, name, folder.parent / "single-train" / f"{SAVED_AT}.ckpt")
+        return
     for name in names:
         for source, checkpoint in saved.items():
             do(f"{name}/from/{source}", scenarios.resumed, name, checkpoint)

@@ -15,12 +15,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 
-from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, SampleImages
+from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, MemoryProfiler, RunReport, SampleImages
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.families import StableDiffusion
 from lit_lora.gather import whole
 from lit_lora.module import LoraDiffusion
 from lit_lora.storage import BaseStorage
+from lit_lora.strategies import LitLoraFSDP
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 GLOBAL_BATCH = 4
@@ -37,6 +38,9 @@ STRATEGIES: dict[str, Any] = {
 }
 """By short names, what the trainer is given."""
 
+OF_FOUR: dict[str, Any] = {"ddp": "ddp", "hybrid": LitLoraFSDP(shard_size=2)}
+"""What four processes do: the second shares one copy of the weights out over two, so there are two copies."""
+
 FEATURES = (
     "accumulation",
     "clipping by value",
@@ -45,6 +49,7 @@ FEATURES = (
     "EMA",
     "validation",
     "sampling",
+    "profiling",
     "Int8",
     "NF4",
     "DoRA",
@@ -185,6 +190,7 @@ def resumed(strategy: Any, model: Path, shards: Path, folder: Path, checkpoint: 
     start = seen.start
     result: dict[str, Any] = {
         "losses": seen.losses,
+        "keys": seen.keys,
         "same adapter": start.keys() == saved["state_dict"].keys()
         and all(torch.equal(value.cpu(), saved["state_dict"][name]) for name, value in start.items()),
     }
@@ -233,6 +239,8 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
     elif name == "sampling":
         callbacks = [SampleImages(["a", "b", "c"], every_n_steps=2, num_inference_steps=2)]
         options["logger"] = None
+    elif name == "profiling":
+        callbacks = [MemoryProfiler(every_n_steps=1), RunReport()]
     elif name in ("Int8", "NF4"):
         module = module_of(model, base=storage(name), base_dtype="bfloat16")
     elif name == "DoRA":

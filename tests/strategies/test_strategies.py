@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import processes
 from tests.strategies import scenarios
-from tests.strategies.scenarios import FEATURES, RESUMED_TO, SAVED_AT, STEPS, STRATEGIES
+from tests.strategies.scenarios import FEATURES, OF_FOUR, RESUMED_TO, SAVED_AT, STEPS, STRATEGIES
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -55,6 +55,10 @@ def runs(sd_folder: Path, session_shards: Path, tmp_path_factory: pytest.TempPat
             shutil.copytree(sd_folder, without, ignore=shutil.ignore_patterns("*.safetensors"))
             models = f"{sd_folder}:{without}"
             processes(["-m", "tests.strategies.cluster_script", folder, models, session_shards, *STRATEGIES], 2, folder)
+            (folder / "four").mkdir()
+            models = ":".join([str(sd_folder), *[str(without)] * 3])
+            command = ["-m", "tests.strategies.cluster_script", folder / "four", models, session_shards, *OF_FOUR]
+            processes(command, 4, folder / "four")
             (folder / "done").touch()
     return folder
 
@@ -87,8 +91,29 @@ def test_losses_are_those_of_one_process(strategy: str, results: list[dict[str, 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_batches_are_those_of_one_process(strategy: str, results: list[dict[str, Any]], single: dict[str, Any]) -> None:
-    halves = [result[f"{strategy}/train"]["keys"] for result in results]
-    assert [first + second for first, second in zip(*halves, strict=True)] == single["train"]["keys"]
+    assert together(results, f"{strategy}/train") == single["train"]["keys"]
+    assert together(results, f"{strategy}/from/single") == single["train"]["keys"][SAVED_AT:RESUMED_TO]
+
+
+@pytest.mark.parametrize("strategy", OF_FOUR)
+def test_four_processes_are_like_one(strategy: str, runs: Path, single: dict[str, Any]) -> None:
+    """From the start, and going on from a single one's checkpoint."""
+    results = [json.loads((runs / "four" / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    for part, steps in (("train", slice(0, STEPS)), ("from/single", slice(SAVED_AT, RESUMED_TO))):
+        key = f"{strategy}/{part}"
+        assert together(results, key) == single["train"]["keys"][steps]
+        assert all(apart(result[key]["losses"], single["train"]["losses"][steps]) <= NEAR for result in results)
+
+
+@pytest.mark.parametrize("strategy", OF_FOUR)
+def test_one_process_goes_on_from_four(
+    strategy: str, runs: Path, single: dict[str, Any], sd_folder: Path, session_shards: Path, tmp_path: Path
+) -> None:
+    checkpoint = runs / "four" / f"{strategy}-train" / f"{SAVED_AT}.ckpt"
+    resumed = scenarios.resumed("auto", sd_folder, session_shards, tmp_path, checkpoint)
+    assert resumed["same optimizer"]
+    assert resumed["keys"] == single["train"]["keys"][SAVED_AT:RESUMED_TO]
+    assert apart(resumed["losses"], single["train"]["losses"][SAVED_AT:RESUMED_TO]) <= NEAR
 
 
 @pytest.mark.parametrize("source", [*STRATEGIES, "single"])
@@ -164,6 +189,12 @@ def test_a_feature_does_what_it_does_in_one_process(
             pictures = [next((runs / f"{run}-sampling").rglob(name)) for run in ("single", strategy)]
             assert pictures[0].stat().st_size > 0
             assert near_pictures(*pictures)
+
+
+def together(results: list[dict[str, Any]], key: str) -> list[list[str]]:
+    """The keys of each batch over all processes."""
+    parts = [result[key]["keys"] for result in results]
+    return [[name for part in batch for name in part] for batch in zip(*parts, strict=True)]
 
 
 def near_pictures(one: Path, other: Path) -> bool:
