@@ -1,8 +1,8 @@
 """Memory of each process under FSDP2 against that of a single one: ``python benchmarks/sharded_memory.py``.
 
 A UNet of Stable Diffusion 1.5's size with random weights, loaded and trained for two steps (optimizer state exists from the
-second on) through the Trainer on latents and text embeddings as a cache gives them, one sample in each process: by one
-process without a strategy, then by several with ``lit_lora_fsdp`` over gloo on the CPU.
+second on) through the Trainer on latents and text embeddings as a cache gives them: by one process without a strategy, then
+by several with ``lit_lora_fsdp`` over gloo on the CPU, with the same global batch of a sample for each of them.
 
 The figures are the peaks of a process' resident memory above what it had before the model was loaded, while loading and in
 the two steps, as in ``benchmarks/memory.py``. The first process reads the files for all of them; each process is shown.
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--models", help="folder that keeps the model between runs; by default it is written anew")
     parser.add_argument("--bases", nargs="*", choices=BASES, default=BASES)
     parser.add_argument("--timeout", type=float, default=1200, help="seconds for one setting")
+    parser.add_argument("--global-batch", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--base", choices=BASES, help=argparse.SUPPRESS)
     parser.add_argument("--checkpointing", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -61,10 +62,11 @@ def _table(options: argparse.Namespace) -> None:
     import torch
 
     print(
-        f"sd15 at {options.resolution} px, batch 1 in each process, LoRA r=16, bfloat16; {os.cpu_count()} CPU cores"
+        f"sd15 at {options.resolution} px, global batch {options.processes}, LoRA r=16, bfloat16; {os.cpu_count()} CPU cores"
         f" ({platform.machine()}); torch {torch.__version__}, lightning {lightning.__version__}, diffusers"
-        f" {diffusers.__version__}, peft {peft.__version__}\nMiB above the libraries; ratio: of both peaks' larger one to that"
-        f" of the single process, to be at most {BOUND}"
+        f" {diffusers.__version__}, peft {peft.__version__}\nMiB above the libraries, with freed memory given back at once"
+        f" ({', '.join(f'{name}={value}' for name, value in _GIVE_BACK.items())});\nratio: of both peaks' larger one to that of"
+        f" the single process, to be at most {BOUND}"
     )
     print(
         f"{'base':<6} {'checkpointing':<14} {'process':<10} {'loaded':>8} {'load peak':>10} {'step peak':>10} {'ratio':>6}"
@@ -75,7 +77,8 @@ def _table(options: argparse.Namespace) -> None:
         single: dict[str, int] = {}
         for count in (1, options.processes):
             arguments = [__file__, f"--processes={count}", f"--resolution={options.resolution}", f"--base={base}"]
-            arguments += [f"--models={options.models}", *(["--checkpointing"] if checkpointing else [])]
+            arguments += [f"--global-batch={options.processes}", f"--models={options.models}"]
+            arguments += [*(["--checkpointing"] if checkpointing else [])]
             for rank, found in enumerate(in_fresh_processes(arguments, count, options.timeout, _GIVE_BACK)):
                 single = single or found
                 name = "alone" if count == 1 else f"{rank} of {count}"
@@ -149,13 +152,14 @@ def _measure(options: argparse.Namespace) -> dict[str, int]:
 
         def train_dataloader(self) -> Any:
             size = options.resolution
-            mean = torch.randn(1, 4, size // 8, size // 8)
+            count = options.global_batch // options.processes
+            mean = torch.randn(count, 4, size // 8, size // 8)
             batch = {
-                "caption": ["a photo of a cat"],
-                "target_size": torch.tensor([[size, size]]),
+                "caption": ["a photo of a cat"] * count,
+                "target_size": torch.tensor([[size, size]] * count),
                 "latents_mean": mean,
                 "latents_std": torch.ones_like(mean),
-                "text_embeddings": {"encoder_hidden_states": torch.randn(1, 77, 768)},
+                "text_embeddings": {"encoder_hidden_states": torch.randn(count, 77, 768)},
             }
             return torch.utils.data.DataLoader([batch] * 2 * options.processes, batch_size=None)  # type: ignore[arg-type]
 
