@@ -24,22 +24,27 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-STRATEGIES = ("ddp", "lit_lora_fsdp", "zero-1", "zero-2", "zero-3")
+STRATEGIES = ("ddp", "lit_lora_fsdp", "hsdp", "zero-1", "zero-2", "zero-3")
+"""``hsdp`` is ``lit_lora_fsdp`` with a ``shard_size``, ``zero-1`` is ``lit_lora_deepspeed_stage_1`` and so on."""
 RUNS = (
     ("ddp", "Dense"),
     ("lit_lora_fsdp", "Dense"),
     ("lit_lora_fsdp", "NF4"),
-    *((f"zero-{i}", "Dense") for i in (1, 2, 3)),
+    ("hsdp", "Dense"),
+    ("zero-1", "Dense"),
+    ("zero-2", "Dense"),
+    ("zero-3", "Dense"),
 )
 """What is counted; more with ``--strategies`` and ``--bases``."""
 
@@ -134,8 +139,7 @@ def predict(
     """What one step sends.
 
     Args:
-        strategy: One of :data:`STRATEGIES`, or ``fsdp, node``: FSDP2 with ``shard_size`` of a node, whose n are the processes
-            of a node.
+        strategy: One of :data:`STRATEGIES`.
         groups: The weights, block by block, at last those outside the blocks.
         n: Processes that share the weights or the optimizer's state.
         zero: Limits of ZeRO-3.
@@ -150,7 +154,7 @@ def predict(
         return [Call("all-reduce", "gradients", gradients, buckets), Call("all-gather", "weights", gradients, buckets)]
     if strategy == "zero-3":
         return list(_zero_3([weight for group in groups for weight in group], n, zero or {}))
-    among = "node" if strategy == "fsdp, node" else "all"
+    among = "node" if strategy == "hsdp" else "all"
     gathered = sum(weight.padded(n, rows=True) for group in groups for weight in group)
     learning = [[weight for weight in group if weight.trained] for group in groups]
     reduced = sum(weight.padded(n, rows=True) for group in learning for weight in group)
@@ -207,20 +211,19 @@ def cost(calls: Sequence[Call], gpus: int, options: argparse.Namespace) -> Cost:
     inside = across = seconds = 0.0
     for call in calls:
         nodes = math.ceil(gpus / options.gpus_per_node)
-        size, spans = {
-            "all": (gpus, nodes > 1),
-            "node": (min(gpus, options.gpus_per_node), False),
-            "replicas": (nodes, nodes > 1),
+        size, hops_across = {
+            "all": (gpus, nodes - 1),
+            "node": (min(gpus, options.gpus_per_node), 0),
+            "replicas": (nodes, nodes - 1),
         }[call.among]
         sent = call.payload * _on_the_wire(call.operation, size)
         # Of the rings through a node each leaves it at one GPU; the replicas of a part are one for each node.
-        share = 0.0 if not spans else 1.0 if call.among == "replicas" else 1 / options.gpus_per_node
+        share = 0.0 if not hops_across else 1.0 if call.among == "replicas" else 1 / options.gpus_per_node
         inside, across = inside + sent * (1 - share), across + sent * share
         seconds += max(sent * (1 - share) / (options.inside * 1e9), sent * share / (options.across * 1e9))
-        hops = (size - 1) * (2 if call.operation == "all-reduce" else 1)
-        seconds += (
-            call.calls * (options.call_latency + hops * (options.hop_across if spans else options.hop_inside)) / 1e6
-        )
+        hops = hops_across * options.hop_across + (size - 1 - hops_across) * options.hop_inside
+        rounds = 2 if call.operation == "all-reduce" else 1
+        seconds += call.calls * (options.call_latency + rounds * hops) / 1e6
     return Cost(inside, across, seconds)
 
 
@@ -230,15 +233,8 @@ def _on_the_wire(operation: str, n: int) -> float:
 
 
 def _print_versions() -> None:
-    import deepspeed
-    import diffusers
-    import lightning
-    import peft
-
-    print(
-        f"torch {torch.__version__}, lightning {lightning.__version__}, deepspeed {deepspeed.__version__}, diffusers"
-        f" {diffusers.__version__}, peft {peft.__version__}; {os.cpu_count()} CPU cores ({platform.machine()})\n"
-    )
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "deepspeed", "diffusers", "peft"))
+    print(f"{packages}; {os.cpu_count()} CPU cores ({platform.machine()})\n")
 
 
 def _print_counts(options: argparse.Namespace) -> None:
@@ -246,50 +242,56 @@ def _print_counts(options: argparse.Namespace) -> None:
 
     n = options.processes
     print(
-        f"Counted: one step of the embedded base, LoRA r=8, bfloat16, {n} processes (gloo), bytes of each process.\n"
-        f"zero-3 with limits as much smaller as the model: {_ZERO_SMALL}."
+        f"Counted: one step of the embedded base, LoRA r=8, bfloat16, {n} processes (gloo), bytes of each process; hsdp: two"
+        f" times {n} processes.\nzero-3 with limits that are as much smaller as the model, in elements: {_ZERO_SMALL}.\nWhat the"
+        " model leaves out: FSDP2 does not gather a block before the first adapter again, zero-3 keeps weights near the turn from"
+        "\nforward to backward."
     )
     print(
-        f"{'strategy':<14} {'base':<6} {'operation':<15} {'what':<34} {'calls':>6} {'payload':>11} {'sent':>11}"
-        f" {'predicted':>11} {'calls':>6} {'differs':>8}"
+        f"{'':<60} {'counted':>30} {'predicted':>27}\n"
+        f"{'strategy':<14} {'base':<6} {'operation':<15} {'what':<22} {'calls':>6} {'payload':>11} {'sent':>11} {'calls':>6}"
+        f" {'payload':>11} {'differs':>8}"
     )
     runs = [(s, b) for s in options.strategies for b in options.bases] if options.strategies else RUNS
     for strategy, base in runs:
-        arguments = [__file__, f"--processes={n}", "--run", strategy, base]
+        count = 2 * n if strategy == "hsdp" else n
+        arguments = [__file__, f"--processes={count}", "--run", strategy, base]
         environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
-        found = [Call(*call) for call in in_fresh_processes(arguments, n, options.timeout, environment)[0]]
+        found = [Call(*call) for call in in_fresh_processes(arguments, count, options.timeout, environment)[0]]
         groups = embedded(base)
         predicted = {(c.operation, c.what): c for c in predict(strategy, groups, n, _ZERO_SMALL)}
-        for key in sorted(
-            {(c.operation, c.what) for c in found} | predicted.keys(), key=lambda key: (key not in predicted, key)
-        ):
+        keys = {(c.operation, c.what) for c in found} | predicted.keys()
+        for key in sorted(keys, key=lambda key: (key not in predicted, key)):
             same = [call for call in found if (call.operation, call.what) == key]
-            payload = sum(call.payload for call in same)
-            line = (
-                f"{strategy:<14} {base:<6} {key[0]:<15} {key[1]:<34} {len(same):>6} {payload:>11,}"
-                f" {payload * _on_the_wire(key[0], n):>11,.0f}"
-            )
-            if key in predicted:
-                expected = predicted[key]
-                line += f" {expected.payload:>11,} {expected.calls:>6} {expected.payload / payload - 1 if payload else 0:>8.1%}"
+            payload, expected = sum(call.payload for call in same), predicted.get(key)
+            among = expected.among if expected else "all"
+            sent = payload * _on_the_wire(key[0], {"node": n, "replicas": 2, "all": count}[among])
+            line = f"{strategy:<14} {base:<6} {key[0]:<15} {key[1]:<22} {len(same):>6} {payload:>11,} {sent:>11,.0f}"
+            if expected:
+                differs = expected.payload / payload - 1 if payload else math.inf
+                line += f" {expected.calls:>6} {expected.payload:>11,} {differs:>8.1%}"
             print(line, flush=True)
         if strategy == "ddp":
             adapter = sum(w.count for group in groups for w in group if w.trained) * _ADAPTER_BYTES
             reduced = sum(call.payload for call in found if call.what == "gradients")
-            large = [call for call in found if call.what != "gradients" and call.payload > 1024]
+            others = max(call.payload for call in found if call.what != "gradients")
             print(
-                f"{'':<14} the adapter's gradients are {adapter:,} bytes; reduced: {reduced:,}; other calls over 1 kB: {len(large)}"
+                f"{'':<14} the adapter's gradients are {adapter:,} bytes, {reduced:,} are reduced; no other call sends more"
+                f" than {others} bytes: the frozen base is not sent"
             )
 
 
 def _print_predictions(options: argparse.Namespace) -> None:
+    node = options.gpus_per_node
     print(
-        f"\nPredicted, not measured: {options.gpus_per_node} GPUs in a node, {options.inside:g} GB/s inside and {options.across:g}"
-        f" GB/s across nodes for each GPU; {options.call_latency:g} us for a call and {options.hop_inside:g} us inside,"
-        f" {options.hop_across:g} us across for a hop of the ring. LoRA r=16 in the attention's"
-        "\nprojections. MB that each GPU sends in a step, seconds if nothing overlaps, GB of base, adapter and AdamW's state on"
-        " each GPU (without gradients, activations and the block that is whole at the moment)."
+        f"\nPredicted, nothing of it measured: {node} GPUs in a node, for each GPU {options.inside:g} GB/s inside and"
+        f" {options.across:g} GB/s across nodes;\n{options.call_latency:g} us for a call and {options.hop_inside:g} us inside,"
+        f" {options.hop_across:g} us across nodes for a hop of its ring. LoRA r=16 in the attention's projections.\nhsdp is"
+        f" lit_lora_fsdp with shard_size {node}. MB that each GPU sends in a step, seconds if nothing overlaps, GB of base,"
+        " adapter and AdamW's\nstate on each GPU (without gradients, activations, and what is whole for the moment)."
+        " The denoiser alone: latents and text embeddings\ncome from a cache."
     )
+    found: dict[tuple[str, str, int, str], tuple[Cost, int]] = {}
     for name, build in (("SDXL", sdxl), ("FLUX.1-dev", flux)):
         for base in BASES:
             groups = build(base)
@@ -301,20 +303,42 @@ def _print_predictions(options: argparse.Namespace) -> None:
                 f" {len(weights)} tensors; adapter {trained / 1e6:.1f} M parameters"
             )
             print(
-                f"{'GPUs':>5} {'strategy':<14} {'calls':>6} {'MB inside':>10} {'MB across':>10} {'seconds':>9} {'GB kept':>8}"
+                f"{'GPUs':>5} {'strategy':<14} {'calls':>6} {'MB inside':>10} {'MB across':>10} {'seconds':>8} {'GB kept':>8}"
             )
             for gpus in options.gpus:
-                for strategy in ("ddp", "lit_lora_fsdp", "fsdp, node", "zero-2", "zero-3"):
-                    if strategy == "fsdp, node" and gpus <= options.gpus_per_node:
+                for strategy in ("ddp", "lit_lora_fsdp", "hsdp", "zero-2", "zero-3"):
+                    if strategy == "hsdp" and gpus <= node:
                         continue
-                    n = options.gpus_per_node if strategy == "fsdp, node" else gpus
+                    n = node if strategy == "hsdp" else gpus
                     calls = predict(strategy, groups, n)
-                    found = cost(calls, gpus, options)
+                    one, bytes_kept = cost(calls, gpus, options), kept(strategy, groups, n)
+                    found[name, base, gpus, strategy] = one, bytes_kept
                     print(
-                        f"{gpus:>5} {strategy:<14} {sum(call.calls for call in calls):>6} {found.inside / 1e6:>10,.0f}"
-                        f" {found.across / 1e6:>10,.0f} {found.seconds:>9.3f} {kept(strategy, groups, n) / 1e9:>8.2f}",
+                        f"{gpus:>5} {strategy:<14} {sum(call.calls for call in calls):>6} {one.inside / 1e6:>10,.0f}"
+                        f" {one.across / 1e6:>10,.0f} {one.seconds:>8.3f} {bytes_kept / 1e9:>8.2f}",
                         flush=True,
                     )
+    _print_conclusions(found, max(options.gpus), node)
+
+
+def _print_conclusions(found: dict[tuple[str, str, int, str], tuple[Cost, int]], gpus: int, node: int) -> None:
+    def said(strategy: str, model: str = "FLUX.1-dev", base: str = "Dense") -> str:
+        one, bytes_kept = found[model, base, gpus, strategy]
+        return f"{(one.inside + one.across) / 1e9:.2f} GB sent, {one.seconds:.2f} s, {bytes_kept / 1e9:.1f} GB kept"
+
+    print(
+        f"\nWhere the base fits on a GPU beside the activations, ddp: it sends the adapter's gradients alone. On {gpus} GPUs:\n"
+        f"  SDXL in bfloat16: {said('ddp', 'SDXL')}\n  FLUX.1-dev in NF4: {said('ddp', base='NF4')}\n"
+        "zero-1 and zero-2 send half as much again and save AdamW's state, of which an adapter has little."
+    )
+    if gpus > node:
+        print(
+            "Where it does not fit, lit_lora_fsdp, on several nodes with shard_size: node, which sends no weights over the"
+            " network."
+            f"\n  FLUX.1-dev in bfloat16: {said('hsdp')}; with one copy on all GPUs: {said('lit_lora_fsdp')}\n"
+            "One copy on hundreds of GPUs also fills the 16 rows of a LoRA matrix up to one for each GPU. zero-3 gathers its"
+            f"\nsmall weights one by one after each step, so that calls take most of the time: {said('zero-3')}."
+        )
 
 
 def embedded(base: str) -> list[list[Weight]]:
@@ -347,34 +371,52 @@ def flux(base: str) -> list[list[Weight]]:
 
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("meta"):
-            FluxTransformer2DModel(guidance_embeds=True).save_config(Path(folder) / "transformer")
+            plain = FluxTransformer2DModel(guidance_embeds=True)
+        plain.save_config(Path(folder) / "transformer")
         with fake_tensors():
             storage = getattr(lit_lora.storage, base)()
             model = shape_model(FluxTransformer2DModel, folder, "transformer", storage, torch.bfloat16)
             adapted = inject(model, LoraConfig(r=16, lora_alpha=16), ("to_q", "to_k", "to_v", "to_out.0"))
-            return _groups(adapted, ("FluxTransformerBlock", "FluxSingleTransformerBlock"))
+            return _groups(adapted, plain, ("FluxTransformerBlock", "FluxSingleTransformerBlock"))
 
 
 def _of_family(family: Any, base: str, rank: int) -> list[list[Weight]]:
     import lit_lora.storage
+    from lit_lora.embedded import resolve
     from lit_lora.planning.fake_module import fake_tensors
 
+    folder = resolve(family.pretrained_model_name_or_path)
+    with torch.device("meta"):
+        kind = family.denoiser_class
+        plain = kind.from_config(kind.load_config(folder, subfolder=family.denoiser_name))
     with fake_tensors():
         storage = getattr(lit_lora.storage, base)()
         family.load(torch.bfloat16, without=("vae", "text"), base=storage, weights=False)
         family.add_adapter(LoraConfig(r=rank, lora_alpha=rank))
-        return _groups(family.denoiser, family.block_classes)
+        return _groups(family.denoiser, plain, family.block_classes)
 
 
-def _groups(denoiser: nn.Module, block_classes: Sequence[str]) -> list[list[Weight]]:
+def _groups(denoiser: Any, plain: nn.Module, block_classes: Sequence[str]) -> list[list[Weight]]:
+    """The weights in the groups in which ``load_adapted`` has them shared out.
+
+    Args:
+        denoiser: With the adapter.
+        plain: The same model before anything was done to it.
+        block_classes: Of its family.
+    """
     from lit_lora.blocks import outermost_blocks
+    from lit_lora.storage.load import _parts
 
+    names = {module: name for name, module in plain.named_modules()}
+    model = denoiser.get_base_model()
+    parts = [model.get_submodule(names[part]) for part in _parts(plain, set(outermost_blocks(plain, block_classes)))]
     seen: set[int] = set()
     groups = []
-    for module in (*outermost_blocks(denoiser, block_classes), denoiser):
+    for module in [*(part for part in parts[:-1] if not isinstance(part, BaseTunerLayer)), denoiser]:
         own = [parameter for parameter in module.parameters() if id(parameter) not in seen]
         seen |= {id(parameter) for parameter in own}
-        groups.append([Weight(tuple(p.shape), p.element_size(), p.requires_grad) for p in own])
+        if own:
+            groups.append([Weight(tuple(p.shape), p.element_size(), p.requires_grad) for p in own])
     return groups
 
 
@@ -419,7 +461,7 @@ def _count(strategy: str, base: str, processes: int) -> list[Call]:
     Trainer(
         accelerator="cpu",
         devices=processes,
-        strategy=_strategy(strategy),
+        strategy=_strategy(strategy, processes),
         gradient_clip_val=1.0,
         max_steps=4,
         max_epochs=-1,
@@ -437,11 +479,13 @@ def _count(strategy: str, base: str, processes: int) -> list[Call]:
     return counter.calls
 
 
-def _strategy(name: str) -> Any:
+def _strategy(name: str, processes: int) -> Any:
+    from lit_lora.strategies import LitLoraDeepSpeed, LitLoraFSDP
+
+    if name == "hsdp":
+        return LitLoraFSDP(shard_size=processes // 2)
     if not name.startswith("zero"):
         return name
-    from lit_lora.strategies.deepspeed import LitLoraDeepSpeed
-
     limits = {
         "stage3_param_persistence_threshold": _ZERO_SMALL["persistent"],
         "stage3_prefetch_bucket_size": _ZERO_SMALL["bucket"],
