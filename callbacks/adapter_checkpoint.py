@@ -118,7 +118,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         Loggers give every run a new ``version_N`` folder, so ModelCheckpoint alone would find nothing there and start anew.
         """
         found: set[str] = super()._find_last_checkpoints(trainer)
-        if found or self.dirpath is not None or trainer.log_dir is None:
+        if found:  # a run that goes on from a last checkpoint need not write one again: the newest of all counts
+            return found | {str(path) for name in found for path in Path(name).parent.glob("*.ckpt") if path.exists()}
+        if self.dirpath is not None or trainer.log_dir is None:
             return found
         earlier = Path(trainer.log_dir).parent.glob(f"version_*/checkpoints/{self.CHECKPOINT_NAME_LAST}*.ckpt")
         return {str(path) for path in earlier if path.exists()}
@@ -146,7 +148,9 @@ class AdapterCheckpoint(ModelCheckpoint):
             return
         plain, averaged = _adapter_folders(filepath)
         for folder in (plain, averaged):
-            if folder.is_symlink():  # of ``last`` as a link, where it becomes a checkpoint of its own
+            if (
+                trainer.is_global_zero and folder.is_symlink()
+            ):  # of ``last`` as a link, where it becomes a checkpoint of its own
                 folder.unlink()
         module.save_adapter(plain)
         if ema := AdapterEMA.of(trainer):

@@ -66,16 +66,10 @@ class AdapterEMA(Callback):
                 "strategy lit_lora_fsdp, or take AdapterEMA out of trainer.callbacks"
             )
         self._average = EMAModel(parameters, decay=self.decay)
+        self._restore(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not before: some strategies restore a checkpoint after on_fit_start.
-        if self._restored is not None and self._average is not None:
-            parameters = trainable_parameters(pl_module)
-            shadow = [torch.empty(parameter.shape) for parameter in parameters]
-            vector_to_parameters(self._restored["shadow_params"].cpu(), shadow)
-            parts = [part_like(value.to(p.device), p) for value, p in zip(shadow, parameters, strict=True)]
-            self._average.load_state_dict({**self._restored, "shadow_params": parts})
-            self._restored = None
+        self._restore(pl_module)  # some strategies load a checkpoint after on_fit_start
         self._step = trainer.global_step
 
     def on_train_batch_end(
@@ -110,3 +104,14 @@ class AdapterEMA(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
+
+    def _restore(self, pl_module: LightningModule) -> None:
+        """Take up the average of a checkpoint, if one has been loaded."""
+        if self._restored is None or self._average is None:
+            return
+        parameters = trainable_parameters(pl_module)
+        shadow = [torch.empty(parameter.shape) for parameter in parameters]
+        vector_to_parameters(self._restored["shadow_params"].cpu(), shadow)
+        parts = [part_like(value.to(p.device), p) for value, p in zip(shadow, parameters, strict=True)]
+        self._average.load_state_dict({**self._restored, "shadow_params": parts})
+        self._restored = None

@@ -29,7 +29,8 @@ class Preemption(Callback):
     """On SIGTERM a fit of any LightningModule saves a checkpoint and ends; ``ckpt_path="last"`` goes on from there, bit for bit.
 
     A signal to any of the processes stops all of them after the next optimizer step, when the other callbacks are done with
-    it: during validation or while pictures are drawn, that is after the first step that follows. The checkpoint is ``last``
+    it: during validation or while pictures are drawn, and where validation or the end of an epoch is due, that is after
+    the first step that follows. The checkpoint is ``last``
     of the trainer's :class:`AdapterCheckpoint`, else of its first ``ModelCheckpoint``, whatever its ``save_last`` and
     ``save_weights_only`` say; with no such callback nothing is saved. One line on the console says where it is. The exit
     status is 128 plus the signal's number, so 143 for SIGTERM. A second signal of the same kind, three seconds later or
@@ -52,6 +53,8 @@ class Preemption(Callback):
         if stage == "fit":
             connector: Any = trainer._signal_connector
             connector.register_signal_handlers = lambda: self._listen(trainer)
+            if _requeue_signal(trainer):  # which would end the process while it still loads the model
+                self._listen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Behind all other callbacks, those too that were added since: what they do at the end of a batch is saved.
@@ -62,7 +65,7 @@ class Preemption(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         # Between two optimizer steps the gradients so far would be lost, and with them the samples.
-        if trainer.fit_loop._should_accumulate():
+        if trainer.fit_loop._should_accumulate() or _more_is_due(trainer):
             return
         number = self._agree()
         if not number:
@@ -90,7 +93,8 @@ class Preemption(Callback):
         if threading.current_thread() is not threading.main_thread():
             return
         for number in {signal.SIGTERM, _requeue_signal(trainer) or signal.SIGTERM}:
-            self._previous[number] = signal.signal(number, self._receive)
+            before = signal.signal(number, self._receive)
+            self._previous.setdefault(number, before)
 
     def _stop_listening(self, trainer: Trainer) -> None:
         connector: Any = trainer._signal_connector
@@ -115,6 +119,12 @@ class Preemption(Callback):
         largest = torch.tensor(number)  # on the CPU, so that nobody waits for a GPU
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
         return int(largest)
+
+
+def _more_is_due(trainer: Trainer) -> bool:
+    """Whether validation or the end of an epoch comes next, which a resumed run would pass over."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    return bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher) or loop._num_ready_batches_reached())
 
 
 def _save_last(trainer: Trainer) -> str | None:

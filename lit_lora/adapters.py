@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -24,6 +24,12 @@ from lit_lora.gather import of_first, whole
 from lit_lora.storage.frozen_layer import frozen_layers
 
 ADAPTER_NAME = "default"
+
+_BLOCK_BY_BLOCK = frozenset(
+    {PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.OFT, PeftType.IA3, PeftType.HRA, PeftType.VERA}
+    | {PeftType.FOURIERFT, PeftType.ADALORA}
+)
+"""Methods whose adapters were compared with those that were put into a model with its weights."""
 
 _NOT_PART_OF_THE_FUNCTION = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
@@ -73,6 +79,19 @@ def same_adapter(module: nn.Module) -> None:
         state[key].copy_(value)
 
 
+def check_block_by_block(config: PeftConfig) -> None:
+    """Make sure that an adapter can be put in before the base's weights are there.
+
+    Raises:
+        UserError: Its method is not known to begin without them, or shares trained tensors between layers.
+    """
+    if config.peft_type not in _BLOCK_BY_BLOCK:
+        raise UserError(
+            f"{type(config).__name__} is not known to train where the weights are shared out while they are read; use strategy "
+            f"ddp, or one of {', '.join(sorted(kind.value for kind in _BLOCK_BY_BLOCK))}"
+        )
+
+
 def complete_adapter(module: nn.Module, config: PeftConfig) -> None:
     """Take from the base what the adapter begins with, where it was put in before the base's weights, which were nan, came.
 
@@ -83,7 +102,7 @@ def complete_adapter(module: nn.Module, config: PeftConfig) -> None:
     Raises:
         UserError: It is not known what the adapter's method takes.
     """
-    for layer in module.modules():
+    for path, layer in module.named_modules():
         if isinstance(layer, LoraLayer):
             for name in layer.lora_magnitude_vector:
                 if _is_nan(layer.lora_magnitude_vector[name].weight):
@@ -93,9 +112,11 @@ def complete_adapter(module: nn.Module, config: PeftConfig) -> None:
         elif isinstance(layer, ModulesToSaveWrapper):
             for name, copied in layer.modules_to_save.items():
                 if any(map(_is_nan, copied.parameters())):
+                    _check_trained_copy(path, layer.original_module)
                     layer.modules_to_save[name] = copy.deepcopy(layer.original_module).float().requires_grad_(True)
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and _is_nan(parameter):
+    own = adapter_keys(module)
+    for name, value in module.state_dict(keep_vars=True).items():
+        if name in own and _is_nan(value):
             raise UserError(
                 f"the adapter begins with values that it takes from the base's weights ({name}), which is not possible where "
                 f"the weights are shared out while they are read; use strategy ddp"
@@ -253,13 +274,17 @@ def _check_trained_copies(names: Sequence[str], model: nn.Module) -> None:
     """Refuse to train copies of layers that are not stored densely."""
     for name in names:
         for path, layer in model.named_modules():
-            quantised = [inner for inner in frozen_layers(layer) if not inner.is_dense]
-            if path.endswith(name) and quantised:
-                storage = type(quantised[0].storage).__name__
-                raise UserError(
-                    f"modules_to_save would train a copy of {path}, which is stored as {storage} and has no gradient; "
-                    f"keep it dense with model.base's skip: ['*{name}'], or adapt it with target_modules"
-                )
+            if path.endswith(name):
+                _check_trained_copy(path, layer)
+
+
+def _check_trained_copy(path: str, layer: nn.Module) -> None:
+    quantised = [inner for inner in frozen_layers(layer) if not inner.is_dense]
+    if quantised:
+        raise UserError(
+            f"modules_to_save would train a copy of {path}, which is stored as {type(quantised[0].storage).__name__} and has "
+            f"no gradient; keep it dense with model.base's skip: ['*{path.rpartition('.')[2]}'], or adapt it with target_modules"
+        )
 
 
 def _warn_of_small_alpha(config: PeftConfig) -> None:

@@ -15,7 +15,8 @@ def log_mean(module: LightningModule, name: str, value: Tensor, count: int, **op
         module: That logs.
         name: Of the metric.
         value: The mean of the batch.
-        count: How many of its samples count; they need not be as many in each process.
+        count: How many of its samples count; they need not be as many in each process. If none counts anywhere, the mean
+            is nan.
         **options: Of ``LightningModule.log``.
     """
     # Lightning averages the counts over the processes, integers as integers: 3 and 2 would become 2.

@@ -135,6 +135,7 @@ class LoraDiffusion(LightningModule):
         # A checkpoint holds the adapter alone; AdapterCheckpoint makes sure that it holds all of it.
         self.strict_loading = False
         self._configured = False
+        self._reader: Node | None = None
         self._encoder_offload = EncoderOffload()
         self._in_backward: OptimizerInBackward | None = None
 
@@ -157,7 +158,7 @@ class LoraDiffusion(LightningModule):
         self.base.check(device)
         for key in ("offload_encoders", "offload_blocks", "offload_activations"):
             if getattr(self, key):
-                check_offload(key, device, shared_out=key != "offload_encoders" and shares_out(strategy))
+                check_offload(key, device, strategy if hasattr(strategy, "shards_weights") else None)
         if self.optimizer_in_backward and stage == "fit":
             check_optimizer_in_backward(self.trainer, self.adapter)
         if self.memory_limit is not None and stage == "fit":
@@ -225,6 +226,7 @@ class LoraDiffusion(LightningModule):
             super().configure_gradient_clipping(*args, **kwargs)
 
     def teardown(self, stage: str) -> None:
+        self._reader = None  # the processes of the next run may be others
         if self._in_backward is not None:
             self._in_backward.remove()
             self._in_backward = None
@@ -333,7 +335,8 @@ class LoraDiffusion(LightningModule):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DDP neither sends from the first process to the others at the start nor looks at: all read the same base."""
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
-        return frozen + [name for name, _ in self.named_buffers()]
+        named = frozen + [name for name, _ in self.named_buffers()]
+        return [name for name in named if name.startswith("family.")]
 
     @contextmanager
     def _vae_in_its_own_dtype(self) -> Iterator[None]:
@@ -353,8 +356,10 @@ class LoraDiffusion(LightningModule):
 
     def _node(self) -> Node:
         """Who reads the base's files."""
-        trainer = self._trainer
-        return Node(trainer.num_devices if trainer is not None and trainer.world_size > 1 else 1)
+        if self._reader is None:
+            trainer = self._trainer
+            self._reader = Node(trainer.num_devices if trainer is not None and trainer.world_size > 1 else 1)
+        return self._reader
 
     def _dispensable_parts(self) -> set[str]:
         """Parts of the family that this run does without: see ``cached`` of the datamodule."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import torch
@@ -44,7 +45,7 @@ class Node:
                 values = {name: value.detach().contiguous() for name, value in make().items()}
                 header[0] = [(name, value.shape, value.dtype) for name, value in values.items()]
             except Exception as error:  # all of them: the other processes wait
-                header[0] = error
+                header[0] = _sendable(error)
         distributed.broadcast_object_list(header, self._leader, self._group)
         described = header[0]
         if isinstance(described, Exception):
@@ -56,3 +57,12 @@ class Node:
             # As bytes, since gloo does not know all dtypes.
             distributed.broadcast(values[name].view(-1).view(torch.uint8), self._leader, self._group)
         return values
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error as it is, if it can be sent to other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -42,7 +42,11 @@ def make_portable(optimizer: Optimizer, module: nn.Module) -> None:
         return {**ordered, "state": from_plain(ordered["state"])}
 
     optimizer.register_state_dict_post_hook(saved)
-    optimizer.register_load_state_dict_pre_hook(loaded)
+    if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+        optimizer.register_load_state_dict_pre_hook(loaded)
+    else:  # bitsandbytes has a function of its own, without hooks
+        load = optimizer.load_state_dict
+        optimizer.load_state_dict = lambda state, *more, **options: load(loaded(optimizer, state), *more, **options)  # type: ignore[method-assign]
 
 
 def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:

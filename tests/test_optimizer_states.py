@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,19 +12,19 @@ from lit_lora.errors import UserError
 from lit_lora.optimizer_states import make_portable
 
 
-def _trained(order: list[str]) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _trained(order: list[str], kind: Any = torch.optim.AdamW) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A module of three layers with an optimizer of their weights in this order, after a step."""
     torch.manual_seed(0)
     module = nn.ModuleDict({name: nn.Linear(2, size, bias=False) for name, size in (("a", 2), ("b", 3), ("c", 4))})
-    optimizer = torch.optim.AdamW([module[name].weight for name in order], lr=0.1)
+    optimizer = kind([module[name].weight for name in order], lr=0.1)
     make_portable(optimizer, module)
     sum((layer(torch.ones(1, 2)) ** 2).sum() for layer in module.values()).backward()
     optimizer.step()
     return module, optimizer
 
 
-def _averages(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {name: optimizer.state[p]["exp_avg"] for name, p in module.named_parameters() if p in optimizer.state}
+def _averages(module: nn.Module, optimizer: Any, key: str = "exp_avg") -> dict[str, torch.Tensor]:
+    return {name: optimizer.state[p][key] for name, p in module.named_parameters() if p in optimizer.state}
 
 
 def test_a_state_names_the_parameters() -> None:
@@ -40,6 +42,19 @@ def test_another_order_of_the_parameters() -> None:
     expected, found = _averages(saved_module, saved), _averages(module, optimizer)
     assert all(torch.equal(value, found[name]) for name, value in expected.items())
     optimizer.step()
+
+
+def test_an_optimizer_with_a_loader_of_its_own() -> None:
+    """As those of bitsandbytes."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    saved_module, saved = _trained(["b", "a", "c"], bitsandbytes.optim.AdamW)
+    module, optimizer = _trained(["c", "b", "a"], bitsandbytes.optim.AdamW)
+    optimizer.load_state_dict(saved.state_dict())
+    expected, found = _averages(saved_module, saved, "state1"), _averages(module, optimizer, "state1")
+    assert expected
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    with pytest.raises(UserError, match="only in one of them"):
+        _trained(["a"], bitsandbytes.optim.AdamW)[1].load_state_dict(saved.state_dict())
 
 
 def test_a_state_without_names_goes_by_the_order() -> None:

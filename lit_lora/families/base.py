@@ -16,12 +16,14 @@ from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_lora.adapters import (
     ADAPTER_NAME,
     adapter_state,
+    check_block_by_block,
     complete_adapter,
     inject,
     is_lora,
@@ -159,35 +161,30 @@ class ModelFamily(nn.Module, ABC):
         Raises:
             UserError: As for these; and the adapter's beginning depends on the base in a way that is not known here.
         """
+        check_block_by_block(config)
 
-        def load(source: str, subfolder: str, **options: Any) -> None:
-            weights = Weights(
-                self.denoiser_class,
-                source,
-                subfolder,
-                self.base,
-                self.dtype,
-                always_skipped=self.always_dense,
-                variant=self.variant,
-                node=node,
-                **options,
-            )
-            parts = weights.in_parts(self.block_classes)
-            weights.show_nothing()
-            self.denoiser = weights.model.eval()
-            self.add_adapter(config)
-            same_adapter(self.denoiser)
-            base_layers = {
-                layer.get_base_layer() for layer in self.denoiser.modules() if isinstance(layer, BaseTunerLayer)
-            }
-            for module, names in parts:
-                for name in names:
-                    weights.put(name)
-                if module not in base_layers:  # whose weights an adapter may read by itself
-                    complete_adapter(module, config)
-                    shard(module)
+        def open_files(source: str, subfolder: str, **options: Any) -> Weights:
+            kind, skipped = self.denoiser_class, self.always_dense
+            arguments = (kind, source, subfolder, self.base, self.dtype)
+            return Weights(*arguments, always_skipped=skipped, variant=self.variant, node=node, **options)
 
-        self._part(self.denoiser_name, load)
+        weights: Weights = self._part(self.denoiser_name, open_files)
+        parts = weights.in_parts(self.block_classes)
+        weights.show_nothing()
+        self.denoiser = weights.model.eval()
+        self.add_adapter(config)
+        same_adapter(self.denoiser)
+        together = _read_by_others(self.denoiser)
+
+        def read(source: str, subfolder: str, *, names: list[str], **options: Any) -> None:
+            for name in names:
+                weights.put(name)
+
+        for module, names in parts:
+            self._part(self.denoiser_name, read, names=names)
+            if module not in together:
+                complete_adapter(module, config)
+                shard(module)
 
     @contextmanager
     def all_parts(self) -> Iterator[None]:
@@ -444,6 +441,18 @@ def target_size(batch: Batch) -> Tensor:
         return size
     pixel_values = batch["pixel_values"]
     return torch.tensor([pixel_values.shape[-2:]], device=pixel_values.device).expand(len(pixel_values), 2)
+
+
+def _read_by_others(denoiser: nn.Module) -> set[nn.Module]:
+    """Modules whose weights are read without calling them: by adapters, and to copy them."""
+    read: set[nn.Module] = set()
+    for layer in denoiser.modules():
+        if isinstance(layer, BaseTunerLayer):
+            read.add(layer.get_base_layer())
+        elif isinstance(layer, ModulesToSaveWrapper):
+            read.update(layer.modules())
+            read.discard(layer)
+    return read
 
 
 def _complete_vae_config(source: str, **options: Any) -> Mapping[str, Any]:

@@ -118,16 +118,16 @@ def target_of(convert: Callable[[Tensor], Tensor], device: torch.device) -> torc
         return convert(torch.empty(0, device=device)).device
 
 
-def check_offload(key: str, device: torch.device, shared_out: bool = False) -> None:
+def check_offload(key: str, device: torch.device, strategy: object | None = None) -> None:
     """Make sure that there is a device whose memory is saved by keeping something in host memory.
 
     Args:
         key: The config key to name in the error.
         device: Where the run computes.
-        shared_out: Whether each process has only a part of the weights.
+        strategy: One that shares something out over the processes, and moves it as it needs.
 
     Raises:
-        UserError: The device is the host itself, or the weights are shared out.
+        UserError: The device is the host itself, or there is such a strategy.
     """
     if device.type == "cpu":
         raise UserError(
@@ -136,8 +136,8 @@ def check_offload(key: str, device: torch.device, shared_out: bool = False) -> N
         )
     if device.type != "cuda":
         raise UserError(f"{key} works with CUDA devices, not with {device.type!r}; set {key} to false")
-    if shared_out:
+    if strategy is not None:
         raise UserError(
-            f"{key} does not go with a strategy that shares out the weights; set {key} to false and the strategy's own "
-            f"cpu_offload or offload_parameters to true, or use strategy ddp"
+            f"{key} does not go with {type(strategy).__name__}; set {key} to false and the strategy's own cpu_offload, "
+            f"offload_optimizer or offload_parameters to true, or use strategy ddp"
         )

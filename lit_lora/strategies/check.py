@@ -10,6 +10,7 @@ from lit_lora.errors import UserError
 
 _ELEMENTWISE = (Adadelta, Adam, AdamW, Adamax, ASGD, NAdam, RAdam, RMSprop, Rprop, SGD)
 """Optimizers that do the same to an element whatever tensor it is in."""
+_ELEMENTWISE_OF_DEEPSPEED = ("FusedAdam", "DeepSpeedCPUAdam", "DeepSpeedCPUAdagrad", "DeepSpeedCPULion", "FusedLion")
 
 _NO_FSDP = (
     "strategy fsdp is FSDP1, which takes no frozen weights beside trained ones; use strategy lit_lora_fsdp (FSDP2)"
@@ -73,7 +74,7 @@ def check_elementwise(optimizer: Optimizer) -> None:
         UserError: It is not known to step each element by itself, as those in eight bits do not.
     """
     kind = type(optimizer)
-    if not isinstance(optimizer, _ELEMENTWISE) and not kind.__module__.startswith("deepspeed."):
+    if not isinstance(optimizer, _ELEMENTWISE) and kind.__name__ not in _ELEMENTWISE_OF_DEEPSPEED:
         raise UserError(
             f"{kind.__module__}.{kind.__name__} does not step each element by itself, as far as is known, and this strategy "
             f"gives each process pieces of the parameters; use torch.optim.AdamW, or strategy ddp"

@@ -26,8 +26,9 @@ class LitLoraFSDP(ModelParallelStrategy):
     """FSDP2 (``torch.distributed.fsdp.fully_shard``) for adapters: ``Trainer(strategy="lit_lora_fsdp")``.
 
     Each process keeps its part of the denoiser, frozen weights as they are stored, and gets the rest of a block while it
-    computes with that block. Checkpoints are the files that a single process writes: the adapter and its optimizer state,
-    whole, without the base ever being gathered. Any other strategy goes on from them.
+    computes with that block. With :class:`~lit_lora.callbacks.AdapterCheckpoint` checkpoints are the files that a single
+    process writes: the adapter and its optimizer state, whole, without the base ever being gathered. Any other strategy
+    goes on from them.
 
     Args:
         shard_size: So many processes share one copy of the weights, and the gradients of the copies are averaged; ``node``:
@@ -102,8 +103,12 @@ class LitLoraFSDP(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.lightning_module is not None
-        state = self.lightning_module.state_dict()
-        return {name: _on_cpu(whole(value)) for name, value in state.items()}
+        state: dict[str, Any] = {}
+        for name, value in self.lightning_module.state_dict().items():
+            complete = whole(value)  # a collective call; the first process writes
+            if self.is_global_zero:
+                state[name] = _on_cpu(complete)
+        return state
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None
@@ -141,9 +146,9 @@ class LitLoraFSDP(ModelParallelStrategy):
 
     def _make_mesh(self) -> DeviceMesh:
         world, size = self.world_size, self.shard_size
+        size = self.num_processes if size == "node" else size
         if size is None or size == world:
             return self.device_mesh["data_parallel"]
-        size = self.num_processes if size == "node" else size
         if world % size:
             raise UserError(
                 f"shard_size={size} does not divide the {world} processes of the run; choose one of "

@@ -44,6 +44,17 @@ def test_the_average_follows_the_formula(accumulate: int, trainer_options: dict[
     assert module.weight.item() == 4
 
 
+def test_the_average_is_there_where_a_finished_run_goes_on(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    ema, batches = AdapterEMA(decay=0.5), loader_of([torch.zeros(1)] * 4)  # type: ignore[list-item]
+    options = trainer_options | {"max_steps": 4}
+    trainer = Trainer(callbacks=[ema], **options)
+    trainer.fit(Counting(), batches)
+    trainer.save_checkpoint(tmp_path / "done.ckpt")
+    again = AdapterEMA(decay=0.5)
+    Trainer(callbacks=[again], **options).fit(Counting(), batches, ckpt_path=tmp_path / "done.ckpt")
+    assert torch.equal(again.state_dict()["shadow_params"], ema.state_dict()["shadow_params"])
+
+
 def test_validation_with_and_without(sd_module: LoraDiffusion, trainer_options: dict[str, Any]) -> None:
     options = trainer_options | {"max_steps": 2, "val_check_interval": 2, "check_val_every_n_epoch": None}
     sd_module.optimizer = lambda p: torch.optim.SGD(p, lr=10.0)

@@ -108,6 +108,39 @@ def test_resuming_equals_not_stopping(
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+class Validations(Callback):
+    """Steps after which the run validated."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.steps.append(trainer.global_step)
+
+
+def test_a_signal_where_validation_is_due_counts_after_the_next_step(
+    trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    more = {"val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    validations = Validations()
+    with pytest.raises(SIGTERMException):
+        fit_line(trainer_options, Preemption(), Signal(1), validations, AdapterCheckpoint(tmp_path), **more)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    fit_line(trainer_options, Preemption(), validations, AdapterCheckpoint(tmp_path), resume="last", **more)
+    assert validations.steps == [2, 4, 6]
+
+
+def test_the_newest_checkpoint_counts_after_a_preemption(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    saving = {"every_n_train_steps": 2, "save_top_k": -1}
+    with pytest.raises(SIGTERMException):
+        fit_line(trainer_options, Preemption(), Signal(2), AdapterCheckpoint(tmp_path, **saving))
+    fit_line(trainer_options, AdapterCheckpoint(tmp_path, **saving), resume="last")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
+    trainer = fit_line(trainer_options, AdapterCheckpoint(tmp_path, **saving), resume="last", max_steps=7)
+    assert "step=6" in str(trainer.ckpt_path)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lit_lora.adapters import trainable_parameters
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion
-from lit_lora.storage import FP8, NF4, BaseStorage, Dense, Int8
+from lit_lora.storage import FP8, NF4, BaseStorage, Dense, Int8, load
 
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0"]
 BOTH = [*LINEAR, "conv1", "conv2"]
@@ -133,10 +133,14 @@ def test_training_copies_of_layers_that_are_skipped_works(sd_folder: Path) -> No
     assert any(name.endswith("weight") for name in trained)
 
 
+@pytest.mark.parametrize("large", [1 << 30, 500], ids=["blocks", "layers"])
 @pytest.mark.parametrize("storage", [Dense(), NF4()], ids=["dense", "NF4"])
 @pytest.mark.parametrize("adapter", [*ADAPTERS, "modules_to_save", "bias"])
-def test_loading_block_by_block_gives_the_same_model(storage: BaseStorage, adapter: str, sd_folder: Path) -> None:
-    """What strategies that share out the weights do."""
+def test_loading_block_by_block_gives_the_same_model(
+    storage: BaseStorage, adapter: str, large: int, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What strategies that share out the weights do, large layers by themselves."""
+    monkeypatch.setattr(load, "_LARGE_LAYER", large)
     if adapter == "bias" and not isinstance(storage, Dense):
         pytest.skip("biases are trained in a dense base alone")
     config = ADAPTERS.get(adapter) or peft.LoraConfig(
@@ -159,6 +163,7 @@ def test_loading_block_by_block_gives_the_same_model(storage: BaseStorage, adapt
 
     in_blocks.load_adapted(copy.deepcopy(config), shard)
     assert complete.count("ResnetBlock2D") > 1
+    assert (complete.count("FrozenLinear") + complete.count("FrozenConv2d") > 3) is (large == 500)
     assert complete[-1] == "UNet2DConditionModel"
     expected, found = whole.denoiser.state_dict(), in_blocks.denoiser.state_dict()
     assert expected.keys() == found.keys()
@@ -169,3 +174,19 @@ def test_loading_block_by_block_gives_the_same_model(storage: BaseStorage, adapt
     ]
     assert trained[0] == trained[1]
     torch.testing.assert_close(_prediction(in_blocks), _prediction(whole), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.DeloraConfig(r=2, target_modules=["to_q"]), "DeloraConfig is not known to train where the weights"),
+        (peft.VBLoRAConfig(r=2, target_modules=["to_q"], vector_length=4), "VBLoRAConfig is not known to train"),
+        (peft.LoraConfig(r=2, modules_to_save=["conv1"]), "modules_to_save would train a copy of .*conv1, .* as NF4"),
+        (peft.LoraConfig(r=2, target_modules=["nothing"]), "^the adapter LoraConfig does not fit"),
+    ],
+)
+def test_what_cannot_be_put_in_before_the_weights(config: PeftConfig, message: str, sd_folder: Path) -> None:
+    family = StableDiffusion(str(sd_folder))
+    family.load(torch.bfloat16, without=("vae", "text", "denoiser"), base=NF4())
+    with pytest.raises(UserError, match=message):
+        family.load_adapted(config, lambda module: None)
