@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from filelock import FileLock
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -65,6 +68,19 @@ def freeze_remaining(model: nn.Module) -> None:
             weight = layer.weight
             assert isinstance(weight, torch.Tensor)
             freeze_layer(layer, Dense(), weight.detach(), weight.dtype)
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of the test workers that comes here makes for all of them."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            (folder / "done").touch()
+    return folder
 
 
 def processes(arguments: Sequence[object], count: int, folder: Path, timeout: float = 1200) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
 from lit_lora.errors import UserError
 from lit_lora.strategies.deepspeed import LitLoraDeepSpeed
+from tests.helpers import made_once, processes
 from tests.strategies import deepspeed_script as script
 
 pytestmark = [
@@ -28,7 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
 ]
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-ROOT = Path(__file__).parents[2]
 
 
 class Runs:
@@ -62,48 +58,13 @@ def run_single(folder: Path, model: str) -> None:
     (folder / "single.json").write_text(json.dumps(found))
 
 
-def run_two(folder: Path, model: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {  # as torchrun sets them
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "test",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-m", "tests.strategies.deepspeed_script", str(folder), model]
-    logs = [folder / f"rank-{rank}.log" for rank in range(2)]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for rank, log in enumerate(logs):
-            environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("w") as output:
-                processes.append(
-                    subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
-                )
-        codes = [process.wait(timeout=1200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
-
-
 @pytest.fixture(scope="module")
 def runs(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Made by the first of the test workers that comes here."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "deepspeed"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            folder.mkdir()
-            run_single(folder, str(sd_folder))
-            run_two(folder, str(sd_folder))
-    return Runs(folder, str(sd_folder))
+    def make(folder: Path) -> None:
+        run_single(folder, str(sd_folder))
+        processes(["-m", "tests.strategies.deepspeed_script", folder, sd_folder], 2, folder)
+
+    return Runs(made_once(tmp_path_factory, "deepspeed", make), str(sd_folder))
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:

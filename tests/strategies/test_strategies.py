@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file
 
-from tests.helpers import processes
+from tests.helpers import made_once, processes
 from tests.strategies import scenarios
 from tests.strategies.scenarios import FEATURES, OF_FOUR, RESUMED_TO, SAVED_AT, STEPS, STRATEGIES
 
@@ -27,40 +25,26 @@ QUANTISED_NEAR = 5e-3
 
 @pytest.fixture(scope="session")
 def runs(sd_folder: Path, session_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of all runs, made by the first test worker that comes here."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "strategies"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "done").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            torch.set_num_threads(1)
-            single = {
-                "train": scenarios.losses_and_checkpoint("auto", sd_folder, session_shards, folder / "single-train")
-            }
-            for feature in FEATURES:
-                single[feature] = scenarios.with_feature(
-                    feature, "auto", sd_folder, session_shards, folder / f"single-{feature}"
-                )
-            scenarios.rewritten(
-                "auto",
-                sd_folder,
-                session_shards,
-                folder / "single-rewritten",
-                folder / "single-train" / f"{SAVED_AT}.ckpt",
-            )
-            (folder / "single.json").write_text(json.dumps(single))
-            # The second process has no weights to read: the first one of each machine reads for all.
-            without = folder / "without weights"
-            shutil.copytree(sd_folder, without, ignore=shutil.ignore_patterns("*.safetensors"))
-            models = f"{sd_folder}:{without}"
-            processes(["-m", "tests.strategies.cluster_script", folder, models, session_shards, *STRATEGIES], 2, folder)
-            (folder / "four").mkdir()
-            models = ":".join([str(sd_folder), *[str(without)] * 3])
-            command = ["-m", "tests.strategies.cluster_script", folder / "four", models, session_shards, *OF_FOUR]
-            processes(command, 4, folder / "four")
-            (folder / "done").touch()
-    return folder
+    """The folder of all runs."""
+
+    def make(folder: Path) -> None:
+        torch.set_num_threads(1)
+        common = (sd_folder, session_shards)
+        single = {"train": scenarios.losses_and_checkpoint("auto", *common, folder / "single-train")}
+        for feature in FEATURES:
+            single[feature] = scenarios.with_feature(feature, "auto", *common, folder / f"single-{feature}")
+        saved = folder / "single-train" / f"{SAVED_AT}.ckpt"
+        scenarios.rewritten("auto", *common, folder / "single-rewritten", saved)
+        (folder / "single.json").write_text(json.dumps(single))
+        # Only the first process has weights to read: it reads for all.
+        without = folder / "without weights"
+        shutil.copytree(sd_folder, without, ignore=shutil.ignore_patterns("*.safetensors"))
+        for count, part, strategies in ((2, folder, STRATEGIES), (4, folder / "four", OF_FOUR)):
+            part.mkdir(exist_ok=True)
+            models = ":".join(map(str, [sd_folder, *[without] * (count - 1)]))
+            processes(["-m", "tests.strategies.cluster_script", part, models, session_shards, *strategies], count, part)
+
+    return made_once(tmp_path_factory, "strategies", make)
 
 
 @pytest.fixture(scope="session")
