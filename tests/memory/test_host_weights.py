@@ -7,6 +7,7 @@ import torch
 
 from lit_lora.errors import UserError
 from lit_lora.memory.host_weights import HostWeights, check_offload, target_of
+from lit_lora.strategies import LitLoraFSDP
 
 CPU = torch.device("cpu")
 
@@ -51,16 +52,20 @@ def test_where_a_move_leads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "processes", "message"),
+    ("device", "strategy", "message"),
     [
-        ("cpu", 1, "offload_blocks moves memory from a GPU to the host, .* set offload_blocks to false"),
-        ("mps", 1, "offload_blocks works with CUDA devices, not with 'mps'"),
-        ("cuda", 2, "offload_blocks works in one process, and 2 train here"),
+        ("cpu", None, "offload_blocks moves memory from a GPU to the host, .* set offload_blocks to false"),
+        ("mps", None, "offload_blocks works with CUDA devices, not with 'mps'"),
+        (
+            "cuda",
+            LitLoraFSDP(),
+            "offload_blocks does not go with LitLoraFSDP; set offload_blocks to false and the strategy's",
+        ),
     ],
 )
-def test_devices_that_gain_nothing(device: str, processes: int, message: str) -> None:
+def test_devices_that_gain_nothing(device: str, strategy: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_offload("offload_blocks", torch.device(device), processes)
+        check_offload("offload_blocks", torch.device(device), strategy)
 
 
 def test_devices_that_do() -> None:
