@@ -34,7 +34,7 @@ from lit_lora.optimizer_states import make_portable
 from lit_lora.rank_allocation import allocate_ranks, allocation_state, restore_allocation
 from lit_lora.sampling import generate
 from lit_lora.storage import BaseStorage, Dense
-from lit_lora.strategies import check_strategy, shares_out
+from lit_lora.strategies import check_strategy, is_ours, shares_out
 
 VALIDATION_SEED = 20_240_229
 """Seed of validation's timesteps and noise, the same in every run, so that losses compare between runs."""
@@ -158,7 +158,7 @@ class LoraDiffusion(LightningModule):
         self.base.check(device)
         for key in ("offload_encoders", "offload_blocks", "offload_activations"):
             if getattr(self, key):
-                check_offload(key, device, strategy if hasattr(strategy, "shards_weights") else None)
+                check_offload(key, device, strategy if is_ours(strategy) else None)
         if self.optimizer_in_backward and stage == "fit":
             check_optimizer_in_backward(self.trainer, self.adapter)
         if self.memory_limit is not None and stage == "fit":

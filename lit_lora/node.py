@@ -39,14 +39,17 @@ class Node:
         if self._group is None:
             return make()
         values: dict[str, Tensor] = {}
+        failure: Exception | None = None
         header: list[list[tuple[str, torch.Size, torch.dtype]] | Exception | None] = [None]
         if self.reads:
             try:
                 values = {name: value.detach().contiguous() for name, value in make().items()}
                 header[0] = [(name, value.shape, value.dtype) for name, value in values.items()]
             except Exception as error:  # all of them: the other processes wait
-                header[0] = _sendable(error)
+                failure, header[0] = error, _sendable(error)
         distributed.broadcast_object_list(header, self._leader, self._group)
+        if failure is not None:
+            raise failure
         described = header[0]
         if isinstance(described, Exception):
             raise described

@@ -2,11 +2,11 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lit_lora.strategies.check import check_strategy, check_strategy_name, shares_out
+from lit_lora.strategies.check import check_strategy, check_strategy_name, is_ours, shares_out
 from lit_lora.strategies.deepspeed import LitLoraDeepSpeed
 from lit_lora.strategies.fsdp import LitLoraFSDP
 
-__all__ = ["LitLoraDeepSpeed", "LitLoraFSDP", "check_strategy", "check_strategy_name", "shares_out"]
+__all__ = ["LitLoraDeepSpeed", "LitLoraFSDP", "check_strategy", "check_strategy_name", "is_ours", "shares_out"]
 
 if "lit_lora_fsdp" not in StrategyRegistry:
     StrategyRegistry.register("lit_lora_fsdp", LitLoraFSDP, description="FSDP2 for adapters")

@@ -21,6 +21,11 @@ _NO_DEEPSPEED = (
 )
 
 
+def is_ours(strategy: object) -> bool:
+    """Whether the strategy is one of this package's, which share something out over the processes."""
+    return hasattr(strategy, "shards_weights")
+
+
 def shares_out(strategy: object) -> bool:
     """Whether the strategy leaves each process a part of the weights only."""
     return bool(getattr(strategy, "shards_weights", False))
@@ -51,7 +56,7 @@ def check_strategy(strategy: object, adapter: PeftConfig | None = None) -> None:
     Raises:
         UserError: It cannot; the message names the strategy to take instead.
     """
-    ours = hasattr(strategy, "shards_weights")
+    ours = is_ours(strategy)
     if isinstance(strategy, FSDPStrategy):
         raise UserError(_NO_FSDP)
     if isinstance(strategy, ModelParallelStrategy) and not ours:

@@ -44,9 +44,10 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
     """DeepSpeed's ZeRO for adapters: ``Trainer(strategy="lit_lora_deepspeed_stage_3")``, or ``_1``, ``_2``, ``_3_offload``.
 
     Optimizer state is shared out over the processes, with stage 2 gradients too, with stage 3 weights too, frozen ones as
-    they are stored. Adapter and optimizer state stay float32, the base stays as the module has it. Checkpoints are the files
-    that a single process writes: the adapter and its optimizer state, whole, without the base ever being gathered. Any other
-    strategy goes on from them. Runs on CPUs too, for trying things out.
+    they are stored. Adapter and optimizer state stay float32, the base stays as the module has it. Runs on CPUs too, for
+    trying things out. With :class:`~lit_lora.callbacks.AdapterCheckpoint` checkpoints are the files that a single process
+    writes: the adapter and its optimizer state, whole, without the base ever being gathered. Any other strategy goes on
+    from them.
 
     Args:
         stage: Of ZeRO: 1, 2 or 3.
@@ -282,9 +283,8 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         )
         if self.zero_stage_3:
             for layer in module.modules():
-                if isinstance(
-                    layer, BaseTunerLayer
-                ):  # so do adapters: DoRA the base's weight, others lists of parameters
+                # So do adapters: DoRA reads the base's weight, others lists of parameters.
+                if isinstance(layer, BaseTunerLayer):
                     for parameter in layer.parameters():
                         deepspeed.zero.register_external_parameter(layer, parameter)
         return engine, zero_optimizer

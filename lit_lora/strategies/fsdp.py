@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -14,6 +13,7 @@ from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_lora.errors import UserError
@@ -96,7 +96,7 @@ class LitLoraFSDP(ModelParallelStrategy):
         assert self.model is not None
         for module in self.model.modules():  # what is shared out stays in host memory
             for name, parameter in module._parameters.items():
-                if parameter is not None and not _is_part(parameter):
+                if parameter is not None and not isinstance(parameter, DTensor):
                     module._parameters[name] = nn.Parameter(parameter.to(self.root_device), parameter.requires_grad)
             for name, buffer in module._buffers.items():
                 module._buffers[name] = buffer if buffer is None else buffer.to(self.root_device)
@@ -174,7 +174,3 @@ def _integer_parameters() -> Iterator[None]:
 
 def _on_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
-
-
-def _is_part(parameter: Tensor) -> bool:
-    return isinstance(parameter, torch.distributed.tensor.DTensor)

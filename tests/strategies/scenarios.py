@@ -176,7 +176,7 @@ def saving(folder: Path, every: int) -> AdapterCheckpoint:
 
 
 def losses_and_checkpoint(strategy: Any, model: Path, shards: Path, folder: Path) -> dict[str, Any]:
-    """Twenty steps, with a checkpoint after the second and the fourth."""
+    """Twenty steps, with a checkpoint after every second."""
     seen, *_ = train(strategy, model, shards, folder, callbacks=[saving(folder, SAVED_AT)])
     return {"losses": seen.losses, "keys": seen.keys}
 
@@ -187,12 +187,11 @@ def resumed(strategy: Any, model: Path, shards: Path, folder: Path, checkpoint: 
         strategy, model, shards, folder, resume=checkpoint, max_steps=RESUMED_TO, callbacks=[saving(folder, RESUMED_TO)]
     )
     saved = torch.load(checkpoint, weights_only=True)
-    start = seen.start
     result: dict[str, Any] = {
         "losses": seen.losses,
         "keys": seen.keys,
-        "same adapter": start.keys() == saved["state_dict"].keys()
-        and all(torch.equal(value.cpu(), saved["state_dict"][name]) for name, value in start.items()),
+        "same adapter": seen.start.keys() == saved["state_dict"].keys()
+        and all(torch.equal(value.cpu(), saved["state_dict"][name]) for name, value in seen.start.items()),
     }
     if seen.optimizer:  # whole in the first process, at least
         result["same optimizer"] = same(seen.optimizer, saved["optimizer_states"][0])
