@@ -361,27 +361,27 @@ def sdxl(base: str) -> list[list[Weight]]:
 
 
 def flux(base: str) -> list[list[Weight]]:
-    """The transformer of FLUX.1-dev, no layer of which is left out of the storage."""
+    """The transformer of FLUX.1-dev, no layer of which is left out of the quantization."""
     from diffusers import FluxTransformer2DModel
 
-    import lit_lora.storage
+    import lit_lora.quantization
     from lit_lora.adapters import inject
     from lit_lora.planning.fake_module import fake_tensors
-    from lit_lora.storage.load import shape_model
+    from lit_lora.quantization.load import shape_model
 
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("meta"):
             plain = FluxTransformer2DModel(guidance_embeds=True)
         plain.save_config(Path(folder) / "transformer")
         with fake_tensors():
-            storage = getattr(lit_lora.storage, base)()
-            model = shape_model(FluxTransformer2DModel, folder, "transformer", storage, torch.bfloat16)
+            quantization = getattr(lit_lora.quantization, base)()
+            model = shape_model(FluxTransformer2DModel, folder, "transformer", quantization, torch.bfloat16)
             adapted = inject(model, LoraConfig(r=16, lora_alpha=16), ("to_q", "to_k", "to_v", "to_out.0"))
             return _groups(adapted, plain, ("FluxTransformerBlock", "FluxSingleTransformerBlock"))
 
 
 def _of_family(family: Any, base: str, rank: int) -> list[list[Weight]]:
-    import lit_lora.storage
+    import lit_lora.quantization
     from lit_lora.embedded import resolve
     from lit_lora.planning.fake_module import fake_tensors
 
@@ -390,8 +390,8 @@ def _of_family(family: Any, base: str, rank: int) -> list[list[Weight]]:
         kind = family.denoiser_class
         plain = kind.from_config(kind.load_config(folder, subfolder=family.denoiser_name))
     with fake_tensors():
-        storage = getattr(lit_lora.storage, base)()
-        family.load(torch.bfloat16, without=("vae", "text"), base=storage, weights=False)
+        quantization = getattr(lit_lora.quantization, base)()
+        family.load(torch.bfloat16, without=("vae", "text"), quantization=quantization, weights=False)
         family.add_adapter(LoraConfig(r=rank, lora_alpha=rank))
         return _groups(family.denoiser, plain, family.block_classes)
 
@@ -405,7 +405,7 @@ def _groups(denoiser: Any, plain: nn.Module, block_classes: Sequence[str]) -> li
         block_classes: Of its family.
     """
     from lit_lora.blocks import outermost_blocks
-    from lit_lora.storage.load import _parts
+    from lit_lora.quantization.load import _parts
 
     names = {module: name for name, module in plain.named_modules()}
     model = denoiser.get_base_model()
@@ -424,7 +424,7 @@ def _count(strategy: str, base: str, processes: int) -> list[Call]:
     """The calls of the third step, in this process."""
     from lightning.pytorch import Callback, LightningDataModule, Trainer
 
-    import lit_lora.storage
+    import lit_lora.quantization
     from lit_lora import LoraDiffusion, StableDiffusion
     from lit_lora.callbacks import Preemption
 
@@ -472,7 +472,9 @@ def _count(strategy: str, base: str, processes: int) -> list[Call]:
         callbacks=[Watch(), Preemption()],
     ).fit(
         LoraDiffusion(
-            StableDiffusion("embedded"), LoraConfig(r=8, lora_alpha=8), base=getattr(lit_lora.storage, base)()
+            StableDiffusion("embedded"),
+            LoraConfig(r=8, lora_alpha=8),
+            quantization=getattr(lit_lora.quantization, base)(),
         ),
         datamodule=Batches(),
     )
@@ -480,7 +482,7 @@ def _count(strategy: str, base: str, processes: int) -> list[Call]:
 
 
 def _strategy(name: str, processes: int) -> Any:
-    from lit_lora.strategies import LitLoraDeepSpeed, LitLoraFSDP
+    from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP
 
     if name == "hsdp":
         return LitLoraFSDP(shard_size=processes // 2)

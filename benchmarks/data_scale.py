@@ -67,7 +67,7 @@ def make_up(folder: Path, num_shards: int) -> None:
 def measure(folder: str, buckets: bool) -> dict[str, Any]:
     """Seconds and megabytes of one start."""
     from lit_lora.datamodules import WebDatasetDataModule
-    from lit_lora.datamodules.buckets import AspectRatioBuckets
+    from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
 
     before = _memory_mb("VmRSS")
     start = time.perf_counter()

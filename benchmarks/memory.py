@@ -30,21 +30,33 @@ ROWS: dict[str, dict[str, Any]] = {
     "full fine-tuning, bf16 autocast": {"full": "bfloat16"},
     "LoRA r=16, fp32 base": {"base_dtype": "float32"},
     "LoRA, bf16 base": {},
-    "LoRA, int8 base": {"base": "Int8"},
-    "LoRA, fp8 base": {"base": "FP8"},
-    "LoRA, nf4 base": {"base": "NF4"},
+    "LoRA, int8 base": {"quantization": "Int8"},
+    "LoRA, fp8 base": {"quantization": "FP8"},
+    "LoRA, nf4 base": {"quantization": "NF4"},
     "LoRA, bf16 base, checkpointing": {"gradient_checkpointing": True},
-    "LoRA, int8 base, checkpointing": {"base": "Int8", "gradient_checkpointing": True},
-    "LoRA, fp8 base, checkpointing": {"base": "FP8", "gradient_checkpointing": True},
-    "LoRA, nf4 base, checkpointing": {"base": "NF4", "gradient_checkpointing": True},
+    "LoRA, int8 base, checkpointing": {"quantization": "Int8", "gradient_checkpointing": True},
+    "LoRA, fp8 base, checkpointing": {"quantization": "FP8", "gradient_checkpointing": True},
+    "LoRA, nf4 base, checkpointing": {"quantization": "NF4", "gradient_checkpointing": True},
     "... only down_blocks and up_blocks": {
-        "base": "NF4",
+        "quantization": "NF4",
         "gradient_checkpointing": ["*down_blocks.?", "*up_blocks.?"],
     },
-    "... and 8-bit AdamW": {"base": "NF4", "gradient_checkpointing": True, "optimizer": "bitsandbytes.optim.AdamW8bit"},
-    "... and optimizer in backward": {"base": "NF4", "gradient_checkpointing": True, "optimizer_in_backward": True},
-    "... and activations on the host": {"base": "NF4", "gradient_checkpointing": True, "offload_activations": True},
-    "... and blocks on the host": {"base": "NF4", "gradient_checkpointing": True, "offload_blocks": True},
+    "... and 8-bit AdamW": {
+        "quantization": "NF4",
+        "gradient_checkpointing": True,
+        "optimizer": "bitsandbytes.optim.AdamW8bit",
+    },
+    "... and optimizer in backward": {
+        "quantization": "NF4",
+        "gradient_checkpointing": True,
+        "optimizer_in_backward": True,
+    },
+    "... and activations on the host": {
+        "quantization": "NF4",
+        "gradient_checkpointing": True,
+        "offload_activations": True,
+    },
+    "... and blocks on the host": {"quantization": "NF4", "gradient_checkpointing": True, "offload_blocks": True},
     "with encoders: LoRA, bf16 base": {"encoders": True},
     "with encoders: and VAE tiling": {"encoders": True, "vae_tiling": True},
     "with encoders: on the host": {"encoders": True, "offload_encoders": True},
@@ -234,7 +246,7 @@ def _adapter_training(
         from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
         from peft import LoraConfig
 
-        import lit_lora.storage
+        import lit_lora.quantization
         from lit_lora import LoraDiffusion, StableDiffusion, StableDiffusionXL
 
         class Batches(LightningDataModule):
@@ -261,8 +273,8 @@ def _adapter_training(
                 seconds.append(time.perf_counter() - self.started)
 
         keys = {key: value for key, value in row.items() if key != "encoders"}
-        if "base" in keys:
-            keys["base"] = getattr(lit_lora.storage, keys["base"])()
+        if "quantization" in keys:
+            keys["quantization"] = getattr(lit_lora.quantization, keys["quantization"])()
         if "optimizer" in keys:
             module, _, name = keys["optimizer"].rpartition(".")
             keys["optimizer"] = getattr(__import__(module, fromlist=[name]), name)

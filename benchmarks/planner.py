@@ -21,26 +21,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA, bf16 base, from a cache": {"cached": True},
     "LoRA, fp32 base, from a cache": {"cached": True, "base_dtype": "float32"},
     "LoRA, bf16 base": {},
-    "LoRA, int8 base, checkpointing": {"cached": True, "base": "Int8", "gradient_checkpointing": True},
-    "LoRA, nf4 base, checkpointing": {"cached": True, "base": "NF4", "gradient_checkpointing": True},
-    "LoRA, fp8 base, batch 2": {"cached": True, "base": "FP8", "batch_size": 2},
+    "LoRA, int8 base, checkpointing": {"cached": True, "quantization": "Int8", "gradient_checkpointing": True},
+    "LoRA, nf4 base, checkpointing": {"cached": True, "quantization": "NF4", "gradient_checkpointing": True},
+    "LoRA, fp8 base, batch 2": {"cached": True, "quantization": "FP8", "batch_size": 2},
     "LoRA, bf16 base, batch 2, 384 px": {"batch_size": 2, "size": 384},
     "LoRA, nf4 base, checkpointing, 384 px, 8-bit AdamW": {
-        "base": "NF4",
+        "quantization": "NF4",
         "gradient_checkpointing": True,
         "size": 384,
         "optimizer": "bitsandbytes.optim.AdamW8bit",
     },
     "LoRA r=128 in all layers, int8, 8-bit AdamW": {
         "cached": True,
-        "base": "Int8",
+        "quantization": "Int8",
         "rank": 128,
         "targets": "all",
         "optimizer": "bitsandbytes.optim.AdamW8bit",
     },
     "LoRA r=128 in all layers, int8, AdamW, clipped": {
         "cached": True,
-        "base": "Int8",
+        "quantization": "Int8",
         "rank": 128,
         "targets": "all",
         "clip": 1.0,
@@ -119,14 +119,14 @@ def _adapter(setting: dict[str, Any], options: argparse.Namespace, batch_size: i
     import torch
     from peft import LoraConfig
 
-    import lit_lora.storage
+    import lit_lora.quantization
     from lit_lora import LoraDiffusion, StableDiffusion
     from lit_lora.planning.device import find_device
     from lit_lora.planning.plan_run import plan_run
 
     keys = {name: setting[name] for name in ("base_dtype", "gradient_checkpointing") if name in setting}
-    if "base" in setting:
-        keys["base"] = getattr(lit_lora.storage, setting["base"])()
+    if "quantization" in setting:
+        keys["quantization"] = getattr(lit_lora.quantization, setting["quantization"])()
     if "optimizer" in setting:
         module, _, name = setting["optimizer"].rpartition(".")
         keys["optimizer"] = getattr(__import__(module, fromlist=[name]), name)
@@ -221,10 +221,10 @@ def _fit(model: Any, batch: dict[str, Any], clip: float | None, device: str) -> 
 
 def _resident(model: Any) -> int:
     """Bytes of the weights."""
-    storages = {
+    quantizations = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
     }
-    return sum(storages.values())
+    return sum(quantizations.values())
 
 
 if __name__ == "__main__":

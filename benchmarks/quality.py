@@ -1,7 +1,7 @@
 """What each setting learns of handwritten digits: ``python benchmarks/quality.py``.
 
 The embedded base is trained on scikit-learn's scans as ``lit-lora demo`` does: full fine-tuning, LoRA over a dense base and over
-each storage, the same steps, batches and seeds. Then it draws digits, and a support vector machine that was trained
+each quantization, the same steps, batches and seeds. Then it draws digits, and a support vector machine that was trained
 on scans alone says how many are what was asked for. The validation loss is that of held-out scans at fixed timesteps
 and noise. Memory is what is there between the steps: weights of the denoiser, gradients and optimizer state.
 """
@@ -22,7 +22,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from peft import LoraConfig
 from sklearn.datasets import load_digits
 
-import lit_lora.storage
+import lit_lora.quantization
 from lit_lora import LoraDiffusion, StableDiffusion, WebDatasetDataModule
 from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, _accuracy, _fit_classifier, _pack, _prompt
 
@@ -31,9 +31,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full fine-tuning, fp32": {"full": True},
     "LoRA, fp32 base": {"base_dtype": "float32"},
     "LoRA, bf16 base": {},
-    "LoRA, int8 base": {"base": "Int8"},
-    "LoRA, fp8 base": {"base": "FP8"},
-    "LoRA, nf4 base": {"base": "NF4"},
+    "LoRA, int8 base": {"quantization": "Int8"},
+    "LoRA, fp8 base": {"quantization": "FP8"},
+    "LoRA, nf4 base": {"quantization": "NF4"},
 }
 
 
@@ -59,8 +59,8 @@ def _module(setting: dict[str, Any], seed: int, steps: int, options: argparse.Na
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
 
     keys = {key: value for key, value in setting.items() if key != "full"}
-    if "base" in keys:
-        keys["base"] = getattr(lit_lora.storage, keys["base"])()
+    if "quantization" in keys:
+        keys["quantization"] = getattr(lit_lora.quantization, keys["quantization"])()
     if full:
         keys["base_dtype"] = "float32"
     return (FullFineTuning if full else LoraDiffusion)(

@@ -144,7 +144,7 @@ def _measure(options: argparse.Namespace) -> dict[str, int]:
     from peft import LoraConfig
 
     import lit_lora.lightning_cli
-    import lit_lora.storage
+    import lit_lora.quantization
     from lit_lora import LoraDiffusion, StableDiffusion
 
     class Batches(LightningDataModule):
@@ -172,7 +172,7 @@ def _measure(options: argparse.Namespace) -> dict[str, int]:
     model = LoraDiffusion(
         StableDiffusion(str(Path(options.models) / "sd15")),
         LoraConfig(r=16, lora_alpha=16),
-        base=getattr(lit_lora.storage, options.base)(),
+        quantization=getattr(lit_lora.quantization, options.base)(),
         gradient_checkpointing=options.checkpointing,
     )
     trainer = Trainer(

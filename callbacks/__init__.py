@@ -9,12 +9,12 @@ from lit_lora.lazy import lazy_names
 if TYPE_CHECKING:
     from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
     from lit_lora.callbacks.adapter_ema import AdapterEMA
-    from lit_lora.callbacks.data_progress import DataProgress
     from lit_lora.callbacks.image_writer import ImageWriter
     from lit_lora.callbacks.memory_profiler import MemoryProfiler
     from lit_lora.callbacks.preemption import Preemption
     from lit_lora.callbacks.run_report import RunReport
     from lit_lora.callbacks.sample_images import SampleImages
+    from lit_lora.datamodules.loading.data_progress import DataProgress
 
 __all__ = [
     "AdapterCheckpoint",
@@ -30,7 +30,7 @@ __all__ = [
 _MODULES = {
     "AdapterCheckpoint": "lit_lora.callbacks.adapter_checkpoint",
     "AdapterEMA": "lit_lora.callbacks.adapter_ema",
-    "DataProgress": "lit_lora.callbacks.data_progress",
+    "DataProgress": "lit_lora.datamodules.loading.data_progress",
     "ImageWriter": "lit_lora.callbacks.image_writer",
     "MemoryProfiler": "lit_lora.callbacks.memory_profiler",
     "Preemption": "lit_lora.callbacks.preemption",

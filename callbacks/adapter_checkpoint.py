@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import adapter_keys, check_adapter_config, check_adapter_state, keep_only_adapter, plain_config
 from lit_lora.callbacks.adapter_ema import AdapterEMA
+from lit_lora.distributed import shards_weights
+from lit_lora.distributed.collectives import gather
 from lit_lora.files import sync, writable_folder
-from lit_lora.gather import gather
-from lit_lora.strategies import shares_out
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -129,7 +129,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         # ModelCheckpoint's own, with the file renamed into place once it is whole and on the disk.
         part = f"{filepath}.part"
         trainer.save_checkpoint(part, self.save_weights_only)
-        if trainer.is_global_zero or shares_out(trainer.strategy):
+        if trainer.is_global_zero or shards_weights(trainer.strategy):
             self._save_adapter_folders(trainer, filepath)
         if trainer.is_global_zero and os.path.exists(part):  # remote file systems rename by themselves
             sync(Path(part))

@@ -11,10 +11,10 @@ from diffusers.training_utils import EMAModel
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from lit_lora.adapters import trainable_parameters
+from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.errors import UserError
-from lit_lora.gather import part_like, whole
 from lit_lora.log_mean import log_mean
+from lit_lora.parameters import trainable_parameters
 
 
 class AdapterEMA(Callback):
@@ -99,7 +99,7 @@ class AdapterEMA(Callback):
             return {}
         state = self._average.state_dict()
         # One tensor: every tensor of its own costs half a kilobyte in a checkpoint.
-        state["shadow_params"] = parameters_to_vector([whole(value) for value in state["shadow_params"]])
+        state["shadow_params"] = parameters_to_vector([full_tensor(value) for value in state["shadow_params"]])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -112,6 +112,6 @@ class AdapterEMA(Callback):
         parameters = trainable_parameters(pl_module)
         shadow = [torch.empty(parameter.shape) for parameter in parameters]
         vector_to_parameters(self._restored["shadow_params"].cpu(), shadow)
-        parts = [part_like(value.to(p.device), p) for value, p in zip(shadow, parameters, strict=True)]
+        parts = [shard_like(value.to(p.device), p) for value, p in zip(shadow, parameters, strict=True)]
         self._average.load_state_dict({**self._restored, "shadow_params": parts})
         self._restored = None

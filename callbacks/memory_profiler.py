@@ -20,15 +20,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_lora
-from lit_lora.callbacks.memory_advice import general_advice, sorted_advice
-from lit_lora.callbacks.memory_chart import memory_chart
-from lit_lora.callbacks.memory_kinds import MemoryKinds
-from lit_lora.callbacks.memory_meter import CudaMeter, MemoryMeter, meter_of
-from lit_lora.callbacks.memory_record import BETWEEN, MIB, MemoryRecord, PhaseMemory, divide
+from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file
-from lit_lora.gather import gather
-from lit_lora.memory.phases import add_listener, remove_listener
+from lit_lora.profiling.advice import general_advice, sorted_advice
+from lit_lora.profiling.chart import memory_chart
+from lit_lora.profiling.kinds import MemoryKinds
+from lit_lora.profiling.meter import CudaMeter, MemoryMeter, meter_of
+from lit_lora.profiling.phases import add_listener, remove_listener
+from lit_lora.profiling.record import BETWEEN, MIB, MemoryRecord, PhaseMemory, divide
 
 _LOG = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class MemoryProfiler(Callback):
     """Measures memory by phase and by kind, for any LightningModule.
 
     Phases are load, forward, backward, optimizer, validation, test, predict, and what the code names with
-    :func:`lit_lora.memory.phases.phase` (:class:`SampleImages` names "sampling"); of nested ones the innermost counts.
+    :func:`lit_lora.profiling.phases.phase` (:class:`SampleImages` names "sampling"); of nested ones the innermost counts.
     ``between`` is the rest: data, saving, and the steps that are not measured, which are watched as a whole, so that the
     highest peak of the run is known.
 

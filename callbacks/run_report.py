@@ -20,10 +20,10 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from lit_lora.callbacks.memory_meter import meter_of
+from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
-from lit_lora.gather import gather
+from lit_lora.profiling.meter import meter_of
 
 _JOULES_PER_KWH = 3.6e6
 

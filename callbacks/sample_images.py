@@ -12,10 +12,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import save_image
 
 from lit_lora.callbacks.adapter_ema import AdapterEMA
+from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
-from lit_lora.gather import gather
-from lit_lora.memory.phases import phase
+from lit_lora.profiling.phases import phase
 from lit_lora.sampling import image_grid
 
 

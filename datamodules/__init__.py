@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from lit_lora.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from lit_lora.datamodules.buckets import AspectRatioBuckets
-    from lit_lora.datamodules.captions import Captions, CaptionSource
+    from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
+    from lit_lora.datamodules.batches.plan import Plan
+    from lit_lora.datamodules.decoding.captions import Captions, CaptionSource
     from lit_lora.datamodules.indexing.index import ShardIndex
-    from lit_lora.datamodules.plan import Plan
     from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
     from lit_lora.datamodules.webdataset_stream_datamodule import WebDatasetStreamDataModule
 
@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AspectRatioBuckets": "lit_lora.datamodules.buckets",
-    "CaptionSource": "lit_lora.datamodules.captions",
-    "Captions": "lit_lora.datamodules.captions",
-    "Plan": "lit_lora.datamodules.plan",
+    "AspectRatioBuckets": "lit_lora.datamodules.batches.buckets",
+    "CaptionSource": "lit_lora.datamodules.decoding.captions",
+    "Captions": "lit_lora.datamodules.decoding.captions",
+    "Plan": "lit_lora.datamodules.batches.plan",
     "ShardIndex": "lit_lora.datamodules.indexing.index",
     "WebDatasetDataModule": "lit_lora.datamodules.webdataset_datamodule",
     "WebDatasetStreamDataModule": "lit_lora.datamodules.webdataset_stream_datamodule",

@@ -14,24 +14,24 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_lora.callbacks.data_progress import DataProgress
-from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
+from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
+from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
+from lit_lora.datamodules.batches.listed_samples import ListedSamples
+from lit_lora.datamodules.batches.plan import Plan
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
 from lit_lora.datamodules.caching.open_cache import OpenCache, open_cache
-from lit_lora.datamodules.captions import Captions
-from lit_lora.datamodules.chunked_samples import ChunkedSamples
-from lit_lora.datamodules.dataset import ShardDataset
-from lit_lora.datamodules.framing import Framing
-from lit_lora.datamodules.image_decoder import ImageDecoder
+from lit_lora.datamodules.decoding.captions import Captions
+from lit_lora.datamodules.decoding.framing import Framing
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
+from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.listed_samples import ListedSamples
-from lit_lora.datamodules.loader import PlannedLoader
-from lit_lora.datamodules.plan import Plan
+from lit_lora.datamodules.loading.data_progress import DataProgress
+from lit_lora.datamodules.loading.dataset import ShardDataset
+from lit_lora.datamodules.loading.loader import PlannedLoader
+from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
+from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.datamodules.remote.transfer import is_remote, redact
-from lit_lora.datamodules.restarting_loader import RestartingLoader
-from lit_lora.datamodules.sample_decoder import SampleDecoder
-from lit_lora.datamodules.shard_reader import ShardReader
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_least

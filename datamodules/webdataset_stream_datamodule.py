@@ -8,9 +8,9 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from lit_lora.datamodules.captions import Captions
-from lit_lora.datamodules.framing import Framing
-from lit_lora.datamodules.image_decoder import ImageDecoder
+from lit_lora.datamodules.decoding.captions import Captions
+from lit_lora.datamodules.decoding.framing import Framing
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.streaming.restarting_stream_loader import RestartingStreamLoader

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
         SampleImages,
     )
     from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule
+    from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP
     from lit_lora.errors import UserError
     from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
     from lit_lora.module import LoraDiffusion
     from lit_lora.objectives import DDPM, Objective
-    from lit_lora.strategies import LitLoraDeepSpeed, LitLoraFSDP
 
 __version__ = "0.1.0"
 
@@ -32,8 +32,8 @@ _HOME = {
     "DDPM": "lit_lora.objectives",
     "DataProgress": "lit_lora.callbacks",
     "ImageWriter": "lit_lora.callbacks",
-    "LitLoraDeepSpeed": "lit_lora.strategies",
-    "LitLoraFSDP": "lit_lora.strategies",
+    "LitLoraDeepSpeed": "lit_lora.distributed",
+    "LitLoraFSDP": "lit_lora.distributed",
     "LoraDiffusion": "lit_lora.module",
     "ModelFamily": "lit_lora.families",
     "Objective": "lit_lora.objectives",

@@ -52,9 +52,9 @@ def _cache(arguments: list[str]) -> None:
 
 def _shards(arguments: list[str]) -> None:
     if arguments[:1] == ["plan"]:
-        from lit_lora.tools import plan
+        from lit_lora.tools import shards_plan
 
-        plan.plan(arguments[1:])
+        shards_plan.shards_plan(arguments[1:])
         return
     from lit_lora.tools import run_tool, shards
 
@@ -66,9 +66,9 @@ def _shards(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> int:
-    from lit_lora.tools import memory_plan
+    from lit_lora.tools import plan
 
-    return memory_plan.memory_plan(arguments)
+    return plan.plan_command(arguments)
 
 
 TOOLS: dict[str, Callable[[list[str]], int | None]] = {
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if command in TOOLS:
             return TOOLS[command](rest) or 0
-        from lit_lora.processes import end_with_parent
+        from lit_lora.distributed.processes import end_with_parent
 
         end_with_parent()
         from lit_lora.lightning_cli import run

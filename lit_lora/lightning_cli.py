@@ -22,7 +22,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 import lit_lora.families
 import lit_lora.objectives
-import lit_lora.storage  # noqa: F401
+import lit_lora.quantization  # noqa: F401
 from lit_lora.callbacks import (  # noqa: F401
     AdapterCheckpoint,
     AdapterEMA,
@@ -33,13 +33,13 @@ from lit_lora.callbacks import (  # noqa: F401
     RunReport,
     SampleImages,
 )
-from lit_lora.callbacks.end_on_error import EndOnError
 from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule  # noqa: F401
 from lit_lora.datamodules.remote.transfer import is_remote, redact
+from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP, check_strategy_name  # noqa: F401
+from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.module import LoraDiffusion
-from lit_lora.strategies import LitLoraDeepSpeed, LitLoraFSDP, check_strategy_name  # noqa: F401
 
 _HARMLESS = (
     r"LightningCLI's args parameter",  # we are the command line
@@ -56,7 +56,7 @@ _HARMLESS = (
 _ADVICE = {
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
     r"No module named 'torchao": "pip install torchao, or use torch.optim.AdamW",
-    r"lit_lora\.storage\.base\.BaseStorage(.|\n)*Expected a dot import path": "the storages are Int8, FP8, NF4 and Dense",
+    r"lit_lora\.quantization\.base\.Quantization(.|\n)*Expected a dot import path": "quantizations are Int8, FP8, NF4 and Dense",
 }
 """What to do, by what a config error says."""
 

@@ -15,8 +15,12 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
-from lit_lora.adapters import adapter_state, trainable_parameters
+from lit_lora.adapters import adapter_state
+from lit_lora.adapters.rank_allocation import allocate_ranks, allocation_state, restore_allocation
 from lit_lora.blocks import outermost_blocks
+from lit_lora.distributed import check_strategy, is_ours, shards_weights
+from lit_lora.distributed.node import Node
+from lit_lora.distributed.optimizer_states import make_portable
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily, target_size
@@ -28,13 +32,10 @@ from lit_lora.memory.checkpointing import enable_gradient_checkpointing
 from lit_lora.memory.encoder_offload import EncoderOffload
 from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward, check_optimizer_in_backward
-from lit_lora.node import Node
 from lit_lora.objectives import DDPM, Objective
-from lit_lora.optimizer_states import make_portable
-from lit_lora.rank_allocation import allocate_ranks, allocation_state, restore_allocation
+from lit_lora.parameters import trainable_parameters
+from lit_lora.quantization import Dense, Quantization
 from lit_lora.sampling import generate
-from lit_lora.storage import BaseStorage, Dense
-from lit_lora.strategies import check_strategy, is_ours, shares_out
 
 VALIDATION_SEED = 20_240_229
 """Seed of validation's timesteps and noise, the same in every run, so that losses compare between runs."""
@@ -60,8 +61,9 @@ class LoraDiffusion(LightningModule):
             type of the base's scheduler.
         optimizer: Makes the optimizer of the trainable parameters.
         lr_scheduler: Makes the learning rate schedule of the optimizer, stepped at every optimizer step.
-        base: How the frozen weights of the denoiser's Linear and Conv2d layers are stored: :class:`~lit_lora.storage.Int8`,
-            :class:`~lit_lora.storage.NF4` or :class:`~lit_lora.storage.FP8`; in ``base_dtype`` if not given.
+        quantization: How the frozen weights of the denoiser's Linear and Conv2d layers are stored:
+            :class:`~lit_lora.quantization.Int8`, :class:`~lit_lora.quantization.NF4` or :class:`~lit_lora.quantization.FP8`;
+            in ``base_dtype`` if not given.
         base_dtype: Precision of the other frozen weights and of the forward pass. With ``float16`` also set the trainer's
             ``precision: 16-mixed``, which scales the loss.
         caption_dropout: Probability that a sample is trained with the empty caption (for classifier-free guidance).
@@ -92,7 +94,7 @@ class LoraDiffusion(LightningModule):
         objective: Objective | None = None,
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
-        base: BaseStorage | None = None,
+        quantization: Quantization | None = None,
         base_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         caption_dropout: float = 0.0,
         gradient_checkpointing: bool | list[str] = False,
@@ -118,7 +120,7 @@ class LoraDiffusion(LightningModule):
         self.objective = objective or DDPM()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.base = base or Dense()
+        self.quantization = quantization or Dense()
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.caption_dropout = caption_dropout
         self.gradient_checkpointing = gradient_checkpointing
@@ -155,14 +157,14 @@ class LoraDiffusion(LightningModule):
         strategy = self.trainer.strategy
         check_strategy(strategy, self.adapter)
         device = strategy.root_device
-        self.base.check(device)
+        self.quantization.check(device)
         for key in ("offload_encoders", "offload_blocks", "offload_activations"):
             if getattr(self, key):
                 check_offload(key, device, strategy if is_ours(strategy) else None)
         if self.optimizer_in_backward and stage == "fit":
             check_optimizer_in_backward(self.trainer, self.adapter)
         if self.memory_limit is not None and stage == "fit":
-            if shares_out(strategy):
+            if shards_weights(strategy):
                 raise UserError(
                     f"memory_limit={self.memory_limit!r} plans a run with a whole copy of the weights on each GPU, which "
                     f"{type(strategy).__name__} does not have; set memory_limit to null"
@@ -179,11 +181,11 @@ class LoraDiffusion(LightningModule):
         """
         # Lightning builds on the device, where the same seed would initialise another adapter and some PEFT methods fail.
         strategy: Any = None if self._trainer is None else self.trainer.strategy
-        shared_out = shares_out(strategy)
+        shared_out = shards_weights(strategy)
         with torch.device("cpu"):
             node = self._node()
             dispensable = self._dispensable_parts() | ({"denoiser"} if shared_out else set())
-            self.family.load(self.base_dtype, without=dispensable, base=self.base, node=node)
+            self.family.load(self.base_dtype, without=dispensable, quantization=self.quantization, node=node)
             if self.offload_encoders:
                 for encoder in self.family.encoding_models():
                     self._encoder_offload.add(encoder)

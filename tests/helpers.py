@@ -20,8 +20,8 @@ from filelock import FileLock
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lit_lora.storage import Dense
-from lit_lora.storage.frozen_layer import can_freeze, freeze_layer
+from lit_lora.quantization import Dense
+from lit_lora.quantization.frozen_layer import can_freeze, freeze_layer
 
 
 def tiny_unet() -> UNet2DConditionModel:

@@ -133,7 +133,7 @@ def test_every_overlay_goes_over_every_config(name: str, overlay: str) -> None:
     over: dict[str, Any] = yaml.safe_load(text)
     for key, value in over.get("model", {}).items():
         if key == "base":
-            assert type(cli.model.base).__name__ == value["class_path"].rpartition(".")[2]
+            assert type(cli.model.quantization).__name__ == value["class_path"].rpartition(".")[2]
         elif key.startswith("vae_"):
             assert getattr(cli.model.family, key) is value
         else:
@@ -207,10 +207,13 @@ def test_secrets_in_urls_stay_out_of_what_a_run_writes(
 
 @pytest.mark.parametrize("base", ["Int8", "FP8", "NF4"])
 def test_fit_over_a_quantised_base(base: str, config: Callable[..., Path], tmp_path: Path) -> None:
-    assert main(["fit", "--config", str(config()), "--model.base", base, "--model.gradient_checkpointing", "true"]) == 0
+    assert (
+        main(["fit", "--config", str(config()), "--model.quantization", base, "--model.gradient_checkpointing", "true"])
+        == 0
+    )
     assert (tmp_path / "ck" / "last.adapter" / "pytorch_lora_weights.safetensors").is_file()
     saved = yaml.safe_load((tmp_path / "run" / "lightning_logs" / "version_0" / "config.yaml").read_text())
-    assert saved["model"]["base"]["class_path"] == f"lit_lora.storage.{base}"
+    assert saved["model"]["base"]["class_path"] == f"lit_lora.quantization.{base}"
 
 
 def test_the_command_line_wins_over_the_checkpoint(config: Callable[..., Path], tmp_path: Path) -> None:
@@ -265,10 +268,10 @@ class TestMistakes:
         assert "caption_dropout" in failure(capsys, "fit", "--config", config(model__caption_dropout=2.0))
 
     def test_no_such_storage(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-        message = failure(capsys, "fit", "--config", config(), "--model.base", "nf4")
+        message = failure(capsys, "fit", "--config", config(), "--model.quantization", "nf4")
         assert message.endswith("the storages are Int8, FP8, NF4 and Dense\n")
         assert "block_size=63 must be an even number" in failure(
-            capsys, "fit", "--config", config(), "--model.base", "NF4", "--model.base.block_size", 63
+            capsys, "fit", "--config", config(), "--model.quantization", "NF4", "--model.quantization.block_size", 63
         )
 
     @pytest.mark.parametrize(

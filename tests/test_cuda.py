@@ -12,20 +12,20 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig
+from tests.distributed.scenarios import Seen
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, MemoryProfiler
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
-from lit_lora.storage import FP8, NF4, BaseStorage, Int8
+from lit_lora.quantization import FP8, NF4, Int8, Quantization
 from tests.helpers import loader_of, make_batches
-from tests.strategies.scenarios import Seen
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
     pytest.mark.filterwarnings("ignore"),
 ]
 
-STORAGES: list[BaseStorage | None] = [None, Int8(), FP8(), NF4()]
+QUANTIZATIONS: list[Quantization | None] = [None, Int8(), FP8(), NF4()]
 
 
 @pytest.fixture(scope="session")
@@ -85,22 +85,22 @@ def test_the_gpu_learns_what_the_cpu_learns(sd_folder: Path, tmp_path: Path) -> 
     assert near(train(sd_folder, tmp_path)[0], train(sd_folder, tmp_path, "cpu")[0], 1e-4)
 
 
-@pytest.mark.parametrize("base", STORAGES, ids=lambda s: type(s).__name__)
-def test_every_storage_trains(base: BaseStorage | None, sd_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", QUANTIZATIONS, ids=lambda s: type(s).__name__)
+def test_every_storage_trains(base: Quantization | None, sd_folder: Path, tmp_path: Path) -> None:
     gpu = train(sd_folder, tmp_path, base=base, base_dtype="bfloat16")[0]
     cpu = train(sd_folder, tmp_path, "cpu", base=base, base_dtype="bfloat16")[0]
     assert near(gpu, cpu, 0.05)
 
 
 @pytest.mark.parametrize(
-    "storage", [Int8(), FP8(), NF4(), NF4(double_quant=False)], ids=["Int8", "FP8", "NF4", "NF4 single"]
+    "quantization", [Int8(), FP8(), NF4(), NF4(double_quant=False)], ids=["Int8", "FP8", "NF4", "NF4 single"]
 )
-def test_stored_weights_come_back_as_on_the_cpu(storage: BaseStorage) -> None:
+def test_stored_weights_come_back_as_on_the_cpu(quantization: Quantization) -> None:
     weight = torch.randn(96, 64, 3, 3)
     for dtype in (torch.float32, torch.bfloat16):
-        stored = storage.store(weight)
-        here = storage.restore(stored, weight.shape, dtype)
-        there = storage.restore({name: value.cuda() for name, value in stored.items()}, weight.shape, dtype)
+        stored = quantization.quantize(weight)
+        here = quantization.dequantize(stored, weight.shape, dtype)
+        there = quantization.dequantize({name: value.cuda() for name, value in stored.items()}, weight.shape, dtype)
         assert (here.float() - there.cpu().float()).abs().max() <= 2 * torch.finfo(dtype).eps * here.abs().max()
 
 
@@ -108,7 +108,7 @@ def test_stored_weights_come_back_as_on_the_cpu(storage: BaseStorage) -> None:
 @pytest.mark.parametrize("base", [None, NF4()], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_memory_keys_change_no_loss(
-    key: str, base: BaseStorage | None, gradient_checkpointing: bool, sd_folder: Path, tmp_path: Path
+    key: str, base: Quantization | None, gradient_checkpointing: bool, sd_folder: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {
         "base": base,
@@ -134,8 +134,8 @@ def test_the_profiler_measures_the_gpu(sd_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_of_one")
 @pytest.mark.parametrize("strategy", ["ddp", "lit_lora_fsdp", "fsdp with cpu_offload"])
 @pytest.mark.parametrize("base", [None, NF4(), Int8()], ids=lambda s: type(s).__name__)
-def test_strategies_with_nccl(strategy: str, base: BaseStorage | None, sd_folder: Path, tmp_path: Path) -> None:
-    from lit_lora.strategies import LitLoraFSDP
+def test_strategies_with_nccl(strategy: str, base: Quantization | None, sd_folder: Path, tmp_path: Path) -> None:
+    from lit_lora.distributed import LitLoraFSDP
 
     options: dict[str, Any] = {"base": base, "base_dtype": "float32" if base is None else "bfloat16"}
     alone, _ = train(sd_folder, tmp_path, **options)
@@ -161,7 +161,7 @@ def test_strategies_with_nccl(strategy: str, base: BaseStorage | None, sd_folder
 @pytest.mark.usefixtures("one_of_one")
 @pytest.mark.parametrize("stage", ["1", "2", "2_offload", "3", "3_offload"])
 @pytest.mark.parametrize("base", [None, NF4()], ids=lambda s: type(s).__name__)
-def test_deepspeed_with_nccl(stage: str, base: BaseStorage | None, sd_folder: Path, tmp_path: Path) -> None:
+def test_deepspeed_with_nccl(stage: str, base: Quantization | None, sd_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     options: dict[str, Any] = {"base": base, "base_dtype": "float32" if base is None else "bfloat16"}
     alone, _ = train(sd_folder, tmp_path, **options)
@@ -176,7 +176,7 @@ def test_deepspeed_with_nccl(stage: str, base: BaseStorage | None, sd_folder: Pa
 @pytest.mark.usefixtures("one_of_one")
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "lit_lora_fsdp"])
 @pytest.mark.parametrize("base", [None, Int8(), NF4()], ids=lambda s: type(s).__name__)
-def test_compiled_blocks(strategy: str, base: BaseStorage | None, sd_folder: Path, tmp_path: Path) -> None:
+def test_compiled_blocks(strategy: str, base: Quantization | None, sd_folder: Path, tmp_path: Path) -> None:
     torch._dynamo.reset()
     options: dict[str, Any] = {"base": base, "base_dtype": "float32" if base is None else "bfloat16"}
     plain, _ = train(sd_folder, tmp_path, **options)

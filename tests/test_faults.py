@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lit_lora.processes import LAUNCHER
+from lit_lora.distributed.processes import LAUNCHER
 from tests.job_run import LIGHTNING, TORCHRUN, Job, diaries, job, write_job
 
 SECONDS = 60
@@ -52,7 +52,7 @@ def start(tmp_path: Path, sd_folder: Path, make_shards: Callable[..., list[Path]
     ],
 )
 def test_a_process_without_its_parent_ends(variables: dict[str, str], status: int) -> None:
-    program = "from lit_lora.processes import end_with_parent; end_with_parent()"
+    program = "from lit_lora.distributed.processes import end_with_parent; end_with_parent()"
     assert subprocess.run([sys.executable, "-c", program], env=os.environ | variables, timeout=60).returncode == status
 
 

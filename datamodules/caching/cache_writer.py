@@ -13,23 +13,23 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from lit_lora.datamodules.bad_samples import BadSampleReport
-from lit_lora.datamodules.buckets import Bucketing
+from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.caching.cached_decoder import FLIPPED, LATENTS, SIZES, encode_cached
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
-from lit_lora.datamodules.captions import Captions
-from lit_lora.datamodules.dataset import Batch, ShardDataset, SlotRequest
-from lit_lora.datamodules.decode import BadSampleError
-from lit_lora.datamodules.framing import Framing
-from lit_lora.datamodules.image_decoder import decode_image
+from lit_lora.datamodules.decoding.captions import Captions
+from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.decoding.framing import Framing
+from lit_lora.datamodules.decoding.image_decoder import decode_image
+from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.loader_threads import LoaderThreads
+from lit_lora.datamodules.loading.bad_samples import BadSampleReport
+from lit_lora.datamodules.loading.dataset import Batch, ShardDataset, SlotRequest
+from lit_lora.datamodules.loading.shard_reader import ShardReader
+from lit_lora.datamodules.loading.threads import LoaderThreads
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.datamodules.remote.transfer import redact
-from lit_lora.datamodules.sample_decoder import SampleDecoder
-from lit_lora.datamodules.shard_reader import ShardReader
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 

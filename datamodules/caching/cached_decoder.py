@@ -12,11 +12,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
-from lit_lora.datamodules.captions import Captions
-from lit_lora.datamodules.decode import BadSampleError, decode_text
-from lit_lora.datamodules.framing import Framing
+from lit_lora.datamodules.decoding.captions import Captions
+from lit_lora.datamodules.decoding.decode import BadSampleError, decode_text
+from lit_lora.datamodules.decoding.framing import Framing
+from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
-from lit_lora.datamodules.sample_decoder import SampleDecoder
 
 TEXT = "text."
 """Begins the names of the tensors that are text embeddings."""

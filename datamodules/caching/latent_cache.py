@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 
@@ -37,7 +37,8 @@ class CacheDescription:
         channels: Of the latents.
         downscale: Edge of a picture by edge of its latents.
         encoders: The identity of the text encoders; None where text is not cached.
-        captions: :meth:`~lit_lora.datamodules.captions.Captions.description` of the captions; None where text is not cached.
+        captions: :meth:`~lit_lora.datamodules.decoding.captions.Captions.description` of the captions; None where text is
+            not cached.
     """
 
     vae: str

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lit_lora.datamodules.captions import Captions
 from lit_lora.datamodules.checking.check_sample import WRONG_EXTENSION, check_sample
+from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.indexing.scan import EXTENSIONS, walk_members
-from lit_lora.datamodules.jobs import run_jobs
-from lit_lora.datamodules.packing.pack_sample_names import key_digest
+from lit_lora.datamodules.packing.sample_names import key_digest
+from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_lora.datamodules.buckets import Bucketing
-from lit_lora.datamodules.byte_sizes import format_bytes
+from lit_lora.byte_sizes import format_bytes
+from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import EXTENSIONS
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lit_lora.datamodules.indexing.columns import SampleColumns
 from lit_lora.datamodules.indexing.index import ShardIndex, index_folders
 from lit_lora.datamodules.indexing.scan import EXTENSIONS
-from lit_lora.datamodules.jobs import run_jobs
+from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 

@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lit_lora.datamodules.captions import Captions
-from lit_lora.datamodules.decode import BadSampleError, check_pixels, decode_rgb
+from lit_lora.datamodules.decoding.captions import Captions
+from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, decode_rgb
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
-from lit_lora.datamodules.jobs import run_jobs
-from lit_lora.datamodules.packing.pack_input import BadFile, PackInput
-from lit_lora.datamodules.packing.pack_sources import find_input
+from lit_lora.datamodules.packing.input import BadFile, PackInput
+from lit_lora.datamodules.packing.sources import find_input
 from lit_lora.datamodules.packing.write_shard import write_shard
+from lit_lora.distributed.jobs import run_jobs
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file, writable_folder

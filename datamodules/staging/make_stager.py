@@ -6,8 +6,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from lit_lora.datamodules.byte_sizes import parse_bytes
-from lit_lora.datamodules.chunked_samples import ChunkedSamples
+from lit_lora.byte_sizes import parse_bytes
+from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.staging.stager import StagedShard, Stager, check_budget
 from lit_lora.files import writable_folder
 

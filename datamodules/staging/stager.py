@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_lora.datamodules.byte_sizes import format_bytes
+from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.remote.transfer import redact
-from lit_lora.datamodules.staging.stager_config import StagerConfig
-from lit_lora.datamodules.staging.stager_files import (
+from lit_lora.datamodules.staging.config import StagerConfig
+from lit_lora.datamodules.staging.files import (
     is_alive,
     job_path,
     local_name,
@@ -29,7 +29,7 @@ from lit_lora.datamodules.staging.stager_files import (
     slot_path,
     write_text,
 )
-from lit_lora.datamodules.staging.staging_plan import StagingPlan
+from lit_lora.datamodules.staging.plan import StagingPlan
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 
@@ -81,7 +81,7 @@ class Stager:
     """Keeps the shards of the present chunk, and of the next ones, on local disk.
 
     A visit is the training on one chunk: visit ``v = pass * K + position``, in the order of
-    :func:`~lit_lora.datamodules.plan.chunk_order`. Visits are waited for and passed in ascending order.
+    :func:`~lit_lora.datamodules.batches.plan.chunk_order`. Visits are waited for and passed in ascending order.
 
     One process per machine, a child of local rank 0, fetches and evicts; it ends with its parent, however that ends.
     What is staged stays when it ends, and a later run with the same folder goes on with it. Jobs that share a folder
@@ -247,7 +247,7 @@ class Stager:
             by_main_thread=threading.current_thread() is threading.main_thread(),
         )
         process = subprocess.Popen(
-            [sys.executable, "-m", "lit_lora.datamodules.staging.stager_process"],
+            [sys.executable, "-m", "lit_lora.datamodules.staging.process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},

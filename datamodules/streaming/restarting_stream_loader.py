@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from lit_lora.datamodules.dataset import Batch
+from lit_lora.datamodules.loading.dataset import Batch
 from lit_lora.datamodules.streaming.stream_loader import StreamLoader
 
 

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lit_lora.datamodules.bad_samples import BadSampleReport
-from lit_lora.datamodules.batch_builder import BatchBuilder
-from lit_lora.datamodules.dataset import Batch
-from lit_lora.datamodules.decode import BadSampleError
-from lit_lora.datamodules.image_decoder import ImageDecoder
+from lit_lora.datamodules.decoding.batch_builder import BatchBuilder
+from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.loading.bad_samples import BadSampleReport
+from lit_lora.datamodules.loading.dataset import Batch
+from lit_lora.datamodules.loading.shard_reader import MAX_MEMBER_BYTES
 from lit_lora.datamodules.remote.transfer import redact
-from lit_lora.datamodules.shard_reader import MAX_MEMBER_BYTES
 from lit_lora.draws import seed_of
 
 _MAX_FAILURES_IN_A_ROW = 1000

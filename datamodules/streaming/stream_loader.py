@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from lit_lora.datamodules.bad_samples import BadSamples, list_reports
-from lit_lora.datamodules.dataset import Batch
+from lit_lora.datamodules.loading.bad_samples import BadSamples, list_reports
+from lit_lora.datamodules.loading.dataset import Batch
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
 from lit_lora.errors import UserError
 

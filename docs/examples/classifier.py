@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_lora.datamodules import WebDatasetDataModule
-from lit_lora.datamodules.captions import Captions, CaptionSource
+from lit_lora.datamodules.decoding.captions import Captions, CaptionSource
 
 CLASSES = ("circle", "square", "triangle", "cross")
 SIDE = 32

@@ -7,6 +7,9 @@ from pathlib import Path
 NAME = "embedded"
 """What to write in place of a folder or hub id."""
 
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+"""The digits by the words that the model was trained with."""
+
 
 def base_path() -> Path:
     """The folder of the embedded Stable Diffusion pipeline."""

@@ -32,13 +32,13 @@ from lit_lora.adapters import (
     save_peft_files,
     sort_metadata,
 )
+from lit_lora.distributed.node import Node
 from lit_lora.draws import Draws
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
 from lit_lora.families.identity import parts_identity
-from lit_lora.node import Node
-from lit_lora.storage import BaseStorage, Dense
-from lit_lora.storage.load import Weights, load_model, load_part, shape_model, shape_part
+from lit_lora.quantization import Dense, Quantization
+from lit_lora.quantization.load import Weights, load_model, load_part, shape_model, shape_part
 
 Batch = Mapping[str, Any]
 """What a datamodule gives, ``B`` samples:
@@ -92,7 +92,7 @@ class ModelFamily(nn.Module, ABC):
     default_targets: ClassVar[tuple[str, ...]]
     """Layers that an adapter takes where its config names none."""
     always_dense: ClassVar[tuple[str, ...]] = ()
-    """Glob patterns of the denoiser's layers that a storage leaves in the base's dtype: few weights that much depends on."""
+    """Glob patterns of the denoiser's layers that a quantization leaves in the base's dtype: few weights that much depends on."""
     default_vae_dtype: ClassVar[torch.dtype | None] = None
     """Of the VAE where its weights overflow in others; otherwise it has the base's."""
     pipeline_options: ClassVar[dict[str, Any]] = {}
@@ -119,7 +119,7 @@ class ModelFamily(nn.Module, ABC):
         dtype: torch.dtype,
         vae_dtype: torch.dtype | None = None,
         without: Collection[str] = (),
-        base: BaseStorage | None = None,
+        quantization: Quantization | None = None,
         weights: bool = True,
         node: Node | None = None,
     ) -> None:
@@ -129,7 +129,7 @@ class ModelFamily(nn.Module, ABC):
             dtype: Of the denoiser and the text encoders.
             vae_dtype: Of the VAE; the family's, or ``dtype``, if not given.
             without: Parts to leave out, of :data:`PARTS`; :meth:`all_parts` brings them in for a while.
-            base: How the weights of the denoiser's layers are stored; in ``dtype`` if not given.
+            quantization: How the weights of the denoiser's layers are stored; in ``dtype`` if not given.
             weights: Otherwise the parts are made from their configs, and their values mean nothing.
             node: Who reads the weights' files where several processes load at the same time; each by itself if not given.
 
@@ -138,7 +138,7 @@ class ModelFamily(nn.Module, ABC):
         """
         self.dtype = dtype
         self.vae_dtype = vae_dtype or self.default_vae_dtype or dtype
-        self.base = base or Dense()
+        self.quantization = quantization or Dense()
         self._weights = weights
         if not hasattr(self, "scheduler_config"):
             self.scheduler_config = dict(self._part("scheduler", DDPMScheduler.load_config))
@@ -165,7 +165,7 @@ class ModelFamily(nn.Module, ABC):
 
         def open_files(source: str, subfolder: str, **options: Any) -> Weights:
             kind, skipped = self.denoiser_class, self.always_dense
-            arguments = (kind, source, subfolder, self.base, self.dtype)
+            arguments = (kind, source, subfolder, self.quantization, self.dtype)
             return Weights(*arguments, always_skipped=skipped, variant=self.variant, node=node, **options)
 
         weights: Weights = self._part(self.denoiser_name, open_files)
@@ -410,7 +410,7 @@ class ModelFamily(nn.Module, ABC):
         return model if device is None else model.to(device)
 
     def _denoiser(self, node: Node, source: str, subfolder: str, revision: str | None = None) -> nn.Module:
-        arguments = (self.denoiser_class, source, subfolder, self.base, self.dtype)
+        arguments = (self.denoiser_class, source, subfolder, self.quantization, self.dtype)
         if not self._weights:
             return shape_model(*arguments, always_skipped=self.always_dense, revision=revision)
         return load_model(

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_lora.blocks import outermost_blocks
 from lit_lora.memory.host_weights import HostWeights, target_of
-from lit_lora.storage.frozen_layer import FrozenConv2d, FrozenLayer, FrozenLinear
+from lit_lora.quantization.frozen_layer import FrozenConv2d, FrozenLayer, FrozenLinear
 
 _SMALLEST = 16 << 10
 """Bytes below which a tensor is not worth a copy each time: scales, tables."""
@@ -29,7 +29,7 @@ class BlockOffload:
     never holds all of them while a run starts.
 
     Args:
-        model: With :class:`~lit_lora.storage.frozen_layer.FrozenLayer`, in host memory; an adapter may be in it already.
+        model: With :class:`~lit_lora.quantization.frozen_layer.FrozenLayer`, in host memory; an adapter may be in it already.
         block_classes: Names of the classes of blocks. Of blocks inside each other the outermost counts.
         smallest_bytes: Smaller tensors go with the rest of the model.
     """

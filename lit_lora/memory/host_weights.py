@@ -55,7 +55,7 @@ class HostWeights:
             except RuntimeError as error:
                 raise UserError(
                     f"no more host memory can be locked for weights that wait for the GPU ({str(error).splitlines()[0]}); "
-                    f"turn offloading off, or store the base in fewer bits with model.base"
+                    f"turn offloading off, or store the base in fewer bits with model.quantization"
                 ) from error
             tensor.data = self._host[index]
 
@@ -132,7 +132,7 @@ def check_offload(key: str, device: torch.device, strategy: object | None = None
     if device.type == "cpu":
         raise UserError(
             f"{key} moves memory from a GPU to the host, and this run computes on the host itself; set {key} to false, or "
-            f"save memory with gradient_checkpointing and model.base"
+            f"save memory with gradient_checkpointing and model.quantization"
         )
     if device.type != "cuda":
         raise UserError(f"{key} works with CUDA devices, not with {device.type!r}; set {key} to false")

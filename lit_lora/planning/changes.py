@@ -15,7 +15,7 @@ from lit_lora.planning.fake_module import unloaded
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run
-from lit_lora.storage import NF4, Int8
+from lit_lora.quantization import NF4, Int8
 
 _WORTH_WHILE = 0.01
 """A change that saves less than this share of the peak is not named."""
@@ -220,11 +220,11 @@ def _nf4(run: Run) -> tuple[Change, Run] | None:
 
 
 def _stored(run: Run, kind: Any, price: str) -> tuple[Change, Run] | None:
-    stored = type(run.module.base).__name__
+    stored = type(run.module.quantization).__name__
     if stored in ("NF4", kind.__name__) or (stored == "FP8" and kind is Int8):
         return None
-    change = Change({"model.base": f"lit_lora.storage.{kind.__name__}"}, price)
-    return change, _with_options(run, base=kind())
+    change = Change({"model.quantization": f"lit_lora.quantization.{kind.__name__}"}, price)
+    return change, _with_options(run, quantization=kind())
 
 
 def _eight_bit_optimizer(run: Run) -> tuple[Change, Run] | None:

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 
 from lit_lora.memory.encoder_offload import EncoderOffload
 from lit_lora.module import LoraDiffusion
-from lit_lora.storage import NF4
-from lit_lora.storage.base import Stored
+from lit_lora.quantization import NF4
+from lit_lora.quantization.base import Stored
 
 SIMULATED = ("offload_encoders", "offload_blocks", "offload_activations", "optimizer_in_backward")
 """Options of the module that the simulation itself plays: the mechanisms move tensors between devices."""
@@ -66,15 +66,15 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
     for name in SIMULATED:
         setattr(fake, name, False)
     own: Any = fake
-    own.base = copy.copy(own.base)
-    own.base.restore = _restored_at_once  # PEFT looks at each weight many times, for its shape and dtype
+    own.quantization = copy.copy(own.quantization)
+    own.quantization.dequantize = _restored_at_once  # PEFT looks at each weight many times, for its shape and dtype
     own._dispensable_parts = lambda: set(without)
     own.family.load = partial(own.family.load, weights=False)
     # The schedule is a few numbers, which it looks at.
     own.objective.prepare = _with_real_tensors(own.objective.prepare)
     fake.configure_model()
-    if not (cuda and isinstance(own.base, NF4)):
-        del own.base.restore
+    if not (cuda and isinstance(own.quantization, NF4)):
+        del own.quantization.dequantize
     return fake.train()
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
+from lit_lora.byte_sizes import format_bytes, parse_bytes
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.callbacks.sample_images import SampleImages
-from lit_lora.datamodules.byte_sizes import format_bytes, parse_bytes
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.changes import CANDIDATES, ChangedRun, cheapest_changes

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_lora.callbacks.memory_kinds import KINDS
-from lit_lora.datamodules.byte_sizes import format_bytes
-from lit_lora.datamodules.plan_report import format_duration, format_table
+from lit_lora.byte_sizes import format_bytes
 from lit_lora.files import atomic_file
 from lit_lora.planning.device import BANDWIDTH_UTILISATION, COMPUTE_UTILISATION
+from lit_lora.profiling.kinds import KINDS
+from lit_lora.report_text import format_duration, format_table
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from lit_lora.callbacks.memory_kinds import parts_of, tensors_in
 from lit_lora.errors import UserError
+from lit_lora.profiling.kinds import parts_of, tensors_in
 
 _LARGEST = 1 << 20
 """Elements of the largest parameter that is tried; beyond, state grows with the parameter."""

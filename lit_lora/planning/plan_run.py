@@ -12,17 +12,18 @@ import torch
 from peft import AdaLoraModel
 from torch import Tensor, nn
 
-from lit_lora.adapters import adapter_state, trainable_parameters
+from lit_lora.adapters import adapter_state
 from lit_lora.blocks import outermost_blocks
 from lit_lora.draws import Draws
 from lit_lora.module import LoraDiffusion
+from lit_lora.parameters import trainable_parameters
 from lit_lora.planning.cuda_semantics import CudaSemantics
 from lit_lora.planning.fake_module import build, fake_tensors, unloaded
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.optimizer_memory import tensors_of
 from lit_lora.planning.run import Run, Sampling
 from lit_lora.planning.step import make_meter, play_steps
-from lit_lora.storage.frozen_layer import frozen_layers
+from lit_lora.quantization.frozen_layer import frozen_layers
 
 _ORDER = ("load", "forward", "backward", "optimizer", "validation", "sampling")
 _PART_OF = {"latents": "vae", "text": "text"}

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from lit_lora.callbacks.memory_kinds import KINDS
+from lit_lora.profiling.kinds import KINDS
 
 InsideOf = Callable[[Any, tuple[Any, ...], Any], int]
 """Of an operation, its arguments and what it returned: bytes that it takes inside and gives back at its end."""

@@ -15,14 +15,14 @@ from typing import Literal, NamedTuple
 import torch
 from lightning.pytorch import LightningDataModule
 
-from lit_lora.datamodules.bad_samples import BadSampleReport, list_reports
-from lit_lora.datamodules.buckets import Bucketing
+from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.caching.cache_writer import CachedShard
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.table import SampleTable
+from lit_lora.datamodules.loading.bad_samples import BadSampleReport, list_reports
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError

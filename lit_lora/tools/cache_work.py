@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lit_lora.datamodules.buckets import Bucketing
+from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.caching.cache_writer import CachedShard, CacheWriter
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
-from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.jobs import end_with_parent, interrupts_ignored
+from lit_lora.distributed.jobs import end_with_parent, interrupts_ignored
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 

@@ -10,7 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_lora.embedded.drawing import DIGITS
+from lit_lora.embedded import DIGITS
 from lit_lora.errors import UserError
 
 if TYPE_CHECKING:

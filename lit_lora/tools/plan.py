@@ -1,156 +1,151 @@
-"""``lit-lora shards plan``: what a run will read, before it starts."""
+"""``lit-lora plan``: the memory, time and files of a run, before it starts."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
-from lit_lora.datamodules.byte_sizes import format_bytes
-from lit_lora.datamodules.plan import Plan
-from lit_lora.datamodules.plan_report import (
-    bucket_rows,
-    chunk_rows,
-    format_duration,
-    format_table,
-    measure_reading,
-)
-from lit_lora.datamodules.remote.transfer import is_remote
-from lit_lora.datamodules.staging.make_stager import checked_budget
+from lit_lora.byte_sizes import format_bytes, parse_bytes
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError, check_least
 from lit_lora.lightning_cli import ToolCLI, build_cli
+from lit_lora.module import LoraDiffusion
+from lit_lora.planning.batch_search import largest_batch
+from lit_lora.planning.changes import ChangedRun, cheapest_changes
+from lit_lora.planning.device import Device, default_device, find_device
+from lit_lora.planning.memory_limit import known, picture_size, validates, verdict
+from lit_lora.planning.memory_plan import MemoryPlan
+from lit_lora.planning.plan_run import plan
+from lit_lora.planning.run import Run, Sampling
+from lit_lora.tools.shards_plan import describe as describe_data
+from lit_lora.tools.shards_plan import processes_of
 
 
-def plan(arguments: list[str]) -> None:
-    """Run ``lit-lora shards plan`` with the arguments of ``lit-lora fit`` and those of :func:`describe`."""
+def plan_command(arguments: list[str]) -> int:
+    """Run ``lit-lora plan`` with the arguments of ``lit-lora fit`` and those of :func:`tell`.
+
+    Returns:
+        The exit status: 0, or 1 for a run that does not fit into ``device_memory``.
+    """
     cli = build_cli(["fit", *arguments], run=False, cli_class=_PlanCLI)
-    data, options = cli.datamodule, cli.options
-    if not isinstance(data, WebDatasetDataModule):
-        raise UserError(f"data is a {type(data).__name__}; only a WebDatasetDataModule follows a plan")
-    if options["processes"] is None:
-        options["processes"] = processes_of(cli.config["trainer"])
-    print(describe(data, max_steps=cli.config["trainer"]["max_steps"], **options))
+    return tell(cli.model, cli.datamodule, cli.config["trainer"], **cli.options)
 
 
-def describe(
-    data: WebDatasetDataModule,
-    processes: int | None = None,
-    images_per_second: float | None = None,
-    max_steps: int = -1,
-) -> str:
-    """Chunks, batches, what is dropped or padded, disk and time of a run, as text.
+def tell(
+    module: LoraDiffusion,
+    data: LightningDataModule,
+    trainer: Any,
+    device: str | None = None,
+    device_memory: str | None = None,
+    search: bool = False,
+    batch_size: int | None = None,
+    resolution: int | None = None,
+    cached: list[str] | None = None,
+    json: str | None = None,
+) -> int:
+    """Print the plan of a run: memory by phase and kind, the adapter's file, work and time of a step, and the data.
 
     Args:
-        data: The run's data.
-        processes: Training processes over all machines; by default the config's devices times nodes.
-        images_per_second: What all processes together train, from the progress bar of an earlier run, for the time
-            that a pass takes. Without it the time is what reading and decoding takes at least.
-        max_steps: Steps of the run; -1 for no limit.
+        module: What is trained.
+        data: The run's data; they need not be there yet.
+        trainer: The config of the trainer.
+        device: What trains: cpu, or a GPU such as "RTX 3060" or H100; by default what trainer.accelerator finds here.
+        device_memory: Of the device, in GB or with a unit; says whether the run fits and, if not, what makes it fit.
+            Exit status 1 means that the run as it is does not fit.
+        search: Find the largest batch size that fits device_memory.
+        batch_size: Samples in a batch, where the data do not say.
+        resolution: Edge of a square picture in pixels, where the data do not say.
+        cached: What the batches have from a cache (latents, text), where the data are not there yet.
+        json: A file to write the plan to.
 
     Raises:
-        UserError: The run could not start.
+        UserError: The model's configs are not there, or a value is out of its bounds.
     """
-    check_least(1, processes=processes)
-    if images_per_second is not None and images_per_second <= 0:
-        raise UserError(f"images_per_second={images_per_second} must be above 0")
-    data.prepare_data()
-    data.setup("fit")
-    processes = processes or 1
-    plan, chunks = data.plan(processes), data.train_samples
-    table = chunks.table
-    shown = plan.samples_per_pass
-    sizes = sorted(chunks.chunk_bytes.tolist(), reverse=True)
-    lines = [
-        ["data", f"{len(table):,} samples in {len(table.locations):,} shards, {format_bytes(sum(sizes))}"],
-        ["not trained on", f"{len(chunks.held_out):,} held out to validate on, {chunks.too_small:,} too small"],
-        ["batch", f"{plan.global_batch_size:,} = {data.batch_size} x {_count(processes, 'process', 'processes')}"],
-        ["chunks", f"{plan.num_chunks:,}, largest {format_bytes(sizes[0])}"],
-        ["a pass", f"{plan.batches_per_pass:,} batches, {shown:,} samples"],
-        ["dropped" if plan.leftovers == "drop" else "padded", _share(plan)],
-    ]
-    if max_steps > 0:
-        lines.append(["steps", f"{max_steps:,}, which is {max_steps / plan.batches_per_pass:.2f} passes"])
-    lines.append(["disk peak", _disk(data, sizes)])
-    lines.append(["time", _time(data, plan, shown, processes, images_per_second)])
-    blocks = [[f"{label:<15} {value}" for label, value in lines]]
-    if plan.num_chunks > 1:
-        blocks.append(format_table(chunk_rows(plan, chunks)))
-    if len(chunks.sizes) > 1:
-        blocks.append(format_table(bucket_rows(plan, chunks)))
-    return "\n\n".join("\n".join(block) for block in blocks)
+    check_least(1, batch_size=batch_size, resolution=resolution)
+    found = find_device(device) if device is not None else default_device(trainer["accelerator"])
+    memory = _memory(device_memory, found)
+    if search and memory is None:
+        raise UserError("search needs the memory to fill: give device_memory, for example 12, or a GPU as device")
+    about_data, data_are_there = _data(data, trainer["max_steps"])
+    height, width = picture_size(data, resolution)
+    from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_are_there else ()
+    samples = _callback(trainer, "SampleImages")
+    run = Run(
+        module,
+        batch_size or known(data, "batch_size"),
+        height,
+        width,
+        device=found,
+        accumulate_grad_batches=int(trainer["accumulate_grad_batches"]),
+        gradient_clip_val=_clip(trainer),
+        precision=str(trainer["precision"] or "32-true"),
+        cached=frozenset(from_cache),
+        averaged=_callback(trainer, "AdapterEMA") is not None,
+        validation=trainer["limit_val_batches"] not in (0, 0.0) and validates(data),
+        sampling=None if samples is None else Sampling.of(samples["prompts"], samples),
+        processes=processes_of(trainer),
+    )
+    planned = plan(run)
+    blocks = [planned.describe()]
+    changes: list[ChangedRun] | None = []
+    largest = None
+    if search and memory is not None:
+        largest = largest_batch(run, memory, planned)
+        blocks.append(_tell_largest(largest, memory))
+    if memory is not None and device_memory is not None:
+        changes = cheapest_changes(run, memory, planned)
+        blocks.append(verdict(planned, memory, changes))
+    blocks.append(about_data)
+    print("\n\n".join(blocks))
+    if json is not None:
+        planned.write(
+            json,
+            device_memory=memory,
+            fits=None if memory is None else planned.fits(memory),
+            largest_batch_size=largest and largest.batch_size,
+            changes=[{"keys": one.change.keys, "needed": one.plan.needed} for one in changes or ()],
+        )
+    return 0 if memory is None or device_memory is None or planned.fits(memory) else 1
 
 
 class _PlanCLI(ToolCLI):
-    function = staticmethod(describe)
-    parts = frozenset({"data", "max_steps"})
-
-    def instantiate_classes(self) -> None:
-        parser = ArgumentParser()
-        parser.add_subclass_arguments(LightningDataModule, "data")
-        self.datamodule = parser.instantiate_classes(parser.parse_object({"data": self.config["data"]})).data
+    function = staticmethod(tell)
+    parts = frozenset({"module", "data", "trainer"})
 
 
-def processes_of(trainer: Any) -> int:
-    """Training processes over all machines, by the config of the trainer."""
-    devices = trainer["devices"]
-    if isinstance(devices, str) and devices not in ("auto", "-1"):
-        devices = [part for part in devices.split(",") if part] if "," in devices else int(devices)
-    if devices in ("auto", "-1", -1):
-        devices = torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 1
-    count = len(devices) if isinstance(devices, list) else int(devices)
-    return max(1, count) * int(trainer["num_nodes"])
+def _memory(device_memory: str | None, device: Device) -> int | None:
+    if device_memory is None:
+        return device.memory
+    plain = device_memory.strip()
+    return parse_bytes("device_memory", f"{plain}GB" if plain.replace(".", "", 1).isdigit() else plain)
 
 
-def _share(plan: Plan) -> str:
-    number = plan.num_samples - plan.samples_per_round if plan.leftovers == "drop" else plan.padding_per_round
-    what = "samples do not fill a batch" if plan.leftovers == "drop" else "places of weight 0 fill batches up"
-    return f"{number:,} {what} ({number / plan.num_samples:.2%}) in going through each chunk once"
-
-
-def _disk(data: WebDatasetDataModule, sizes: Sequence[int]) -> str:
-    if data.staging_dir is None:
-        return "none beside the shards, which are read where they lie"
-    needed = sum(sizes[:2])
-    allowed = checked_budget(data.staging_dir, data.staging_budget, data.train_samples)
-    free = shutil.disk_usage(data.staging_dir).free
-    return (
-        f"{format_bytes(needed)} for two chunks, at most {format_bytes(max(needed, min(allowed, sum(sizes))))} of the"
-        f" {format_bytes(allowed)} allowed in {data.staging_dir} ({format_bytes(free)} free)"
-    )
-
-
-def _time(data: WebDatasetDataModule, plan: Plan, shown: int, processes: int, images_per_second: float | None) -> str:
-    if images_per_second is not None:
-        return f"{format_duration(shown / images_per_second)} a pass at {images_per_second:g} images/s"
-    dataset = data.train_dataset()
-    if any(is_remote(location) for location in dataset.reader.table.locations):
-        return "not known: give --images_per_second, from the progress bar of an earlier run"
-    with _torch_threads(1):
-        rate = measure_reading(dataset, plan)
-    readers = max(1, data.num_workers) * processes
-    who = _count(readers, "loader thread reads", "loader threads read")
-    return (
-        f"{format_duration(shown / rate / readers)} a pass or more: {who} {rate:.0f} images/s each here"
-        " (--images_per_second gives training's own)"
-    )
-
-
-def _count(number: int, one: str, more: str) -> str:
-    return f"{number:,} {one if number == 1 else more}"
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    """As many threads as a loader process has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _data(data: LightningDataModule, max_steps: int) -> tuple[str, bool]:
+    """About the data, and whether they are there."""
+    if not isinstance(data, WebDatasetDataModule):
+        return f"data: a {type(data).__name__}, which follows no plan", False
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        return describe_data(data, max_steps=max_steps), True
+    except (UserError, OSError) as error:
+        return f"data: left out, since they cannot be read yet ({str(error).splitlines()[0]})", False
+
+
+def _clip(trainer: Any) -> float | None:
+    return trainer["gradient_clip_val"] if trainer["gradient_clip_algorithm"] in (None, "norm") else None
+
+
+def _callback(trainer: Any, name: str) -> Any:
+    """The config of the first callback of this class, if there is one."""
+    callbacks = trainer["callbacks"] or []
+    for callback in callbacks if isinstance(callbacks, Sequence) else [callbacks]:
+        if callback["class_path"].rpartition(".")[2] == name:
+            return callback.get("init_args") or {}
+    return None
+
+
+def _tell_largest(largest: MemoryPlan | None, memory: int) -> str:
+    if largest is None:
+        return f"largest batch: not even one sample fits into {format_bytes(memory)}"
+    return f"largest batch: {largest.batch_size}, which needs {format_bytes(largest.needed)} of {format_bytes(memory)}"

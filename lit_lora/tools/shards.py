@@ -143,9 +143,9 @@ def info(
         max_aspect_ratio: The longest shape of a bucket.
         jobs: Processes that index shards which have no index yet.
     """
-    from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
+    from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
     from lit_lora.datamodules.checking.shard_statistics import ShardStatistics
-    from lit_lora.datamodules.plan_report import format_table
+    from lit_lora.report_text import format_table
 
     check_least(1, resolution=resolution)
     buckets = AspectRatioBuckets(divisor, max_aspect_ratio)
@@ -202,7 +202,7 @@ def _load_indexes(specs: str | list[str], jobs: int) -> list[ShardIndex]:
 
 def _check_lines(summary: CheckSummary) -> list[str]:
     from lit_lora.datamodules.checking.check import NOTES
-    from lit_lora.datamodules.plan_report import format_table
+    from lit_lora.report_text import format_table
 
     lines = format_table([["shards", f"{summary.shards:,}"], ["samples", f"{summary.samples:,}"]])
     if not summary.counts:

@@ -19,16 +19,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_lora.callbacks import SampleImages
-from lit_lora.callbacks.memory_advice import general_advice
-from lit_lora.callbacks.memory_chart import memory_chart
-from lit_lora.callbacks.memory_kinds import KINDS, MemoryKinds
-from lit_lora.callbacks.memory_meter import ProcessMeter
 from lit_lora.callbacks.memory_profiler import MemoryProfiler
-from lit_lora.callbacks.memory_record import MemoryRecord, PhaseMemory
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
-from lit_lora.memory.phases import phase
 from lit_lora.module import LoraDiffusion
+from lit_lora.profiling.advice import general_advice
+from lit_lora.profiling.chart import memory_chart
+from lit_lora.profiling.kinds import KINDS, MemoryKinds
+from lit_lora.profiling.meter import ProcessMeter
+from lit_lora.profiling.phases import phase
+from lit_lora.profiling.record import MemoryRecord, PhaseMemory
 from tests.helpers import loader_of, make_batches
 
 MIB = 2**20
@@ -465,7 +465,7 @@ def test_the_chart_is_to_scale():
 
 def test_a_run_without_the_callback_imports_nothing_of_it():
     code = (
-        "import sys, lit_lora.callbacks, lit_lora.memory.phases\n"
+        "import sys, lit_lora.callbacks, lit_lora.profiling.phases\n"
         "print(*[name for name in sys.modules if name == 'torch' or name.startswith('lit_lora.callbacks.')])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lit_lora.datamodules import Plan, ShardIndex, WebDatasetDataModule
-from lit_lora.datamodules.buckets import AspectRatioBuckets
-from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
+from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.errors import UserError
 from tests.datamodules.faulty_server import FaultyServer
@@ -398,7 +398,7 @@ def test_package_exports_load_lazily():
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
     assert ShardIndex.__module__ == "lit_lora.datamodules.indexing.index"
-    assert Plan.__module__ == "lit_lora.datamodules.plan"
+    assert Plan.__module__ == "lit_lora.datamodules.batches.plan"
 
 
 def test_becomes_yaml(tmp_path):

@@ -16,9 +16,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_lora.cli import main
-from lit_lora.datamodules.captions import Captions, CaptionSource
-from lit_lora.datamodules.decode import decode_rgb
-from lit_lora.datamodules.framing import Framing
+from lit_lora.datamodules.decoding.captions import Captions, CaptionSource
+from lit_lora.datamodules.decoding.decode import decode_rgb
+from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.webdataset_stream_datamodule import WebDatasetStreamDataModule
 from lit_lora.errors import UserError
 

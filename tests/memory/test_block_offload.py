@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.checkpointing import enable_gradient_checkpointing
 from lit_lora.memory.host_weights import HostWeights
-from lit_lora.storage import NF4, BaseStorage, Dense, Int8
-from lit_lora.storage.frozen_layer import FrozenLayer, freeze_layer
+from lit_lora.quantization import NF4, Dense, Int8, Quantization
+from lit_lora.quantization.frozen_layer import FrozenLayer, freeze_layer
 from tests.helpers import freeze_remaining, tiny_unet
 
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
@@ -64,13 +64,13 @@ def spoiled(tensor: Tensor) -> Tensor:
     return torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 77)
 
 
-def make_model(config: PeftConfig = LORA, storage: BaseStorage | None = None) -> nn.Module:
+def make_model(config: PeftConfig = LORA, quantization: Quantization | None = None) -> nn.Module:
     torch.manual_seed(5)
     model = tiny_unet().requires_grad_(False)
-    if storage is not None:
+    if quantization is not None:
         for name, layer in model.named_modules():
             if isinstance(layer, nn.Linear | nn.Conv2d) and "time_emb" not in name:
-                freeze_layer(layer, storage, layer.weight.detach(), torch.float32)
+                freeze_layer(layer, quantization, layer.weight.detach(), torch.float32)
     freeze_remaining(model)
     adapted: nn.Module = get_peft_model(model, copy.deepcopy(config))  # type: ignore[arg-type]
     return adapted
@@ -114,10 +114,10 @@ def assert_equal(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("which", [False, True, ["up_blocks.*"]], ids=["plain", "checkpointed", "partly checkpointed"])
-@pytest.mark.parametrize("storage", [Dense(), Int8(), NF4()], ids=lambda s: type(s).__name__)
-def test_training_is_the_same(storage: BaseStorage, which: bool | list[str], copies: Copies) -> None:
-    expected = train(make_model(storage=storage))
-    model = make_model(storage=storage)
+@pytest.mark.parametrize("quantization", [Dense(), Int8(), NF4()], ids=lambda s: type(s).__name__)
+def test_training_is_the_same(quantization: Quantization, which: bool | list[str], copies: Copies) -> None:
+    expected = train(make_model(quantization=quantization))
+    model = make_model(quantization=quantization)
     enable_gradient_checkpointing(model, which)
     offload = offloaded(model)
     assert_equal(train(model), expected)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lit_lora.distributed import LitLoraFSDP
 from lit_lora.errors import UserError
 from lit_lora.memory.host_weights import HostWeights, check_offload, target_of
-from lit_lora.strategies import LitLoraFSDP
 
 CPU = torch.device("cpu")
 

@@ -18,7 +18,7 @@ from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.module import LoraDiffusion
-from lit_lora.storage import Int8
+from lit_lora.quantization import Int8
 from tests.helpers import loader_of, make_batches
 
 EVERYTHING = {
@@ -67,7 +67,7 @@ def test_training_validation_and_pictures_are_the_same(
         module = LoraDiffusion(
             family,
             LoraConfig(r=2, lora_alpha=2),
-            base=Int8(),
+            quantization=Int8(),
             base_dtype="float32",
             **keys,  # type: ignore[arg-type]
         )

@@ -14,7 +14,7 @@ from lit_lora.planning.changes import cheapest_changes, ranked_changes
 from lit_lora.planning.device import find_device
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run
-from lit_lora.storage import NF4
+from lit_lora.quantization import NF4
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_the_changes_make_it_fit(run: Run) -> None:
 
 def test_nothing_helps_against_too_little(run: Run) -> None:
     family = StableDiffusion(run.module.family.pretrained_model_name_or_path)
-    small = LoraDiffusion(family, LoraConfig(r=1, lora_alpha=1), base=NF4(), gradient_checkpointing=True)
+    small = LoraDiffusion(family, LoraConfig(r=1, lora_alpha=1), quantization=NF4(), gradient_checkpointing=True)
     assert cheapest_changes(replace(run, module=small, batch_size=1), 1000) is None
 
 

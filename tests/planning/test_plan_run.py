@@ -29,11 +29,11 @@ from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan_run
 from lit_lora.planning.run import Sampling
 from lit_lora.planning.storage_meter import KINDS
-from lit_lora.storage import FP8, NF4, BaseStorage, Dense, Int8
+from lit_lora.quantization import FP8, NF4, Dense, Int8, Quantization
 from tests.helpers import loader_of, make_batches
 
 FAMILIES: dict[type[ModelFamily], str] = {StableDiffusion: "sd_folder", StableDiffusionXL: "sdxl_folder"}
-STORAGES: dict[type[BaseStorage], Callable[[], BaseStorage]] = {Dense: Dense, Int8: Int8, NF4: NF4, FP8: FP8}
+QUANTIZATIONS: dict[type[Quantization], Callable[[], Quantization]] = {Dense: Dense, Int8: Int8, NF4: NF4, FP8: FP8}
 TARGETS = ["to_q", "to_v"]
 ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "lora": lambda: LoraConfig(r=2, lora_alpha=2),
@@ -66,9 +66,9 @@ def measured_peak(module: LoraDiffusion, options: dict[str, Any], batch_size: in
     """Bytes of the weights, and what two steps take beside."""
     module.configure_model()
     tensors = [*module.parameters(), *module.buffers()]
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    quantizations = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     batches = make_batches(2, batch_size, size)
-    return sum(storages.values()) + peak_allocated(
+    return sum(quantizations.values()) + peak_allocated(
         lambda: Trainer(**options, max_steps=2).fit(module, loader_of(batches))
     )
 
@@ -93,23 +93,26 @@ def test_the_peak_is_what_the_allocator_hands_out(
 
 def test_every_family_and_storage_is_under_contract() -> None:
     assert set(FAMILIES) == set(ModelFamily.__subclasses__())
-    known = {kind for kind in _subclasses(BaseStorage) if kind.__module__.startswith("lit_lora.storage.")}
-    assert set(STORAGES) == {kind for kind in known if not kind.__subclasses__()}
+    known = {kind for kind in _subclasses(Quantization) if kind.__module__.startswith("lit_lora.quantization.")}
+    assert set(QUANTIZATIONS) == {kind for kind in known if not kind.__subclasses__()}
 
 
-# Each family and each storage once: the two know nothing of each other.
+# Each family and each quantization once: the two know nothing of each other.
 @pytest.mark.parametrize(
-    ("family", "storage"),
-    [*((family, Int8) for family in FAMILIES), *((StableDiffusion, kind) for kind in STORAGES if kind is not Int8)],
+    ("family", "quantization"),
+    [
+        *((family, Int8) for family in FAMILIES),
+        *((StableDiffusion, kind) for kind in QUANTIZATIONS if kind is not Int8),
+    ],
     ids=lambda kind: kind.__name__,
 )
 def test_the_weights_of_a_plan_are_those_of_the_run(
-    family: type[ModelFamily], storage: type[BaseStorage], request: pytest.FixtureRequest
+    family: type[ModelFamily], quantization: type[Quantization], request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(FAMILIES[family])
 
     def module() -> LoraDiffusion:
-        return module_for(folder, family, base=STORAGES[storage](), base_dtype="bfloat16")
+        return module_for(folder, family, base=QUANTIZATIONS[quantization](), base_dtype="bfloat16")
 
     plan = plan_of(module())
     real = module()
@@ -152,7 +155,7 @@ def test_more_and_less(sd_folder: Path) -> None:
     plain = plan_of(module_for(sd_folder))
     assert plan_of(module_for(sd_folder), 3, 48).peak > plain.peak
     half = plan_of(module_for(sd_folder, base_dtype="bfloat16"))
-    quantised = plan_of(module_for(sd_folder, base=Int8(), base_dtype="bfloat16"))
+    quantised = plan_of(module_for(sd_folder, quantization=Int8(), base_dtype="bfloat16"))
     assert _frozen(quantised) < _frozen(half) < _frozen(plain)
     checkpointed = plan_of(module_for(sd_folder, gradient_checkpointing=True))
     cached = plan_of(module_for(sd_folder), cached=frozenset({"latents", "text"}))

@@ -26,16 +26,16 @@ from safetensors.torch import load_file
 
 from lit_lora.cli import main
 from lit_lora.datamodules import WebDatasetDataModule
-from lit_lora.datamodules.buckets import AspectRatioBuckets, Bucketing
+from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.caching.cache_writer import CacheWriter
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
-from lit_lora.datamodules.captions import Captions, CaptionSource
-from lit_lora.datamodules.dataset import ShardDataset, SlotRequest
-from lit_lora.datamodules.framing import Framing
-from lit_lora.datamodules.image_decoder import ImageDecoder
+from lit_lora.datamodules.decoding.captions import Captions, CaptionSource
+from lit_lora.datamodules.decoding.framing import Framing
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
-from lit_lora.datamodules.shard_reader import ShardReader
+from lit_lora.datamodules.loading.dataset import ShardDataset, SlotRequest
+from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
 from lit_lora.module import LoraDiffusion

@@ -9,9 +9,9 @@ from safetensors.torch import load, save
 
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder, encode_cached
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
-from lit_lora.datamodules.captions import Captions
-from lit_lora.datamodules.decode import BadSampleError
-from lit_lora.datamodules.framing import Framing
+from lit_lora.datamodules.decoding.captions import Captions
+from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.indexing.scan import scan_shard
 
 DESCRIPTION = CacheDescription(

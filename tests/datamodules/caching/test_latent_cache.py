@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
-from lit_lora.datamodules.captions import Captions, CaptionSource
+from lit_lora.datamodules.decoding.captions import Captions, CaptionSource
 from lit_lora.errors import UserError
 
 CAPTIONS = Captions([CaptionSource("txt")])

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
 from lit_lora.datamodules.caching.open_cache import open_cache
-from lit_lora.datamodules.captions import Captions
+from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.errors import UserError
 

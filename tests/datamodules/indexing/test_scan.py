@@ -55,7 +55,7 @@ def test_links_folders_and_sparse_files_are_passed_over(tmp_path):
 
 @pytest.mark.parametrize(("format_", "turned"), [("JPEG", True), ("PNG", True), ("WEBP", False)])
 def test_size_is_that_of_the_decoded_image(encode_image, format_, turned):
-    from lit_lora.datamodules.decode import decode_rgb
+    from lit_lora.datamodules.decoding.decode import decode_rgb
 
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from lit_lora.datamodules.staging import stager as stager_module
+from lit_lora.datamodules.staging.config import StagerConfig
+from lit_lora.datamodules.staging.files import host, is_alive, job_path, local_name
+from lit_lora.datamodules.staging.process import _describe
 from lit_lora.datamodules.staging.stager import StagedShard, Stager, check_budget
-from lit_lora.datamodules.staging.stager_config import StagerConfig
-from lit_lora.datamodules.staging.stager_files import host, is_alive, job_path, local_name
-from lit_lora.datamodules.staging.stager_process import _describe
 from lit_lora.errors import UserError
 from tests.datamodules.faulty_server import FaultyServer
 
@@ -564,7 +564,7 @@ def test_names_tell_locations_apart_and_keep_secrets(tmp_path, monkeypatch):
 def test_process_starts_fast():
     """Without the packages that take seconds to import."""
     slow = "{'torch', 'lightning', 'requests', 'fsspec'}"
-    code = f"import sys, lit_lora.datamodules.staging.stager_process; print({slow} & {{*sys.modules}})"
+    code = f"import sys, lit_lora.datamodules.staging.process; print({slow} & {{*sys.modules}})"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
 
 

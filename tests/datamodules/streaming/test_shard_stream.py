@@ -11,10 +11,10 @@ from itertools import islice
 import pytest
 import torch
 
-from lit_lora.datamodules.captions import Captions
-from lit_lora.datamodules.decode import decode_rgb
-from lit_lora.datamodules.framing import Framing
-from lit_lora.datamodules.image_decoder import ImageDecoder
+from lit_lora.datamodules.decoding.captions import Captions
+from lit_lora.datamodules.decoding.decode import decode_rgb
+from lit_lora.datamodules.decoding.framing import Framing
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.streaming import shard_stream
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
 

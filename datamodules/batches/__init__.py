@@ -1,0 +1,1 @@
+"""Which samples make which batch: buckets, chunks and the plan of a pass."""

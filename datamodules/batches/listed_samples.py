@@ -1,0 +1,40 @@
+"""Samples of a table that are named one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_lora.datamodules.batches.buckets import Bucketing
+from lit_lora.datamodules.indexing.table import SampleTable
+
+
+class ListedSamples:
+    """What a :class:`~lit_lora.datamodules.batches.plan.Plan` plans over in evaluation: one chunk.
+
+    Args:
+        table: All samples.
+        samples: Those that take part, ascending, int64 (n,).
+        bucketing: The size of each.
+    """
+
+    def __init__(self, table: SampleTable, samples: NDArray[np.int64], bucketing: Bucketing) -> None:
+        self.table = table
+        self.sizes = bucketing.sizes
+        self._samples = samples
+        self._buckets = np.zeros(len(samples), np.int64)
+        if bucketing.needs_sizes:
+            shards = np.unique(np.searchsorted(table.starts, samples, "right") - 1)
+            places = np.searchsorted(table.samples(shards), samples)
+            width, height = table.image_sizes(shards)
+            self._buckets = bucketing.assign(width[places], height[places])
+        self.counts = np.bincount(self._buckets, minlength=len(self.sizes))[None]
+
+    @property
+    def total(self) -> int:
+        """All samples of the table."""
+        return len(self.table)
+
+    def samples(self, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Sample numbers and buckets, int64 (n,) both."""
+        return self._samples, self._buckets

@@ -1,0 +1,87 @@
+"""Samples of shards, read and decoded a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from lit_lora.datamodules.decoding.batch_builder import BatchBuilder
+from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
+from lit_lora.datamodules.loading.bad_samples import BadSampleReport
+from lit_lora.datamodules.loading.shard_reader import ShardReader
+from lit_lora.datamodules.remote.transfer import redact
+
+Batch = dict[str, Any]
+
+
+class SlotRequest(NamedTuple):
+    """One place of a batch.
+
+    Attributes:
+        sample: The sample that goes there.
+        weight: Its weight in the batch.
+        slot: The number of this showing of the sample in the whole run.
+        size: Height and width that are wanted, in pixels.
+    """
+
+    sample: int
+    weight: float
+    slot: int
+    size: tuple[int, int]
+
+
+class ShardDataset(Dataset[Batch]):
+    """Random access to samples of shards.
+
+    Args:
+        reader: Reads their members.
+        decoder: Makes entries of a batch of them.
+    """
+
+    def __init__(self, reader: ShardReader, decoder: SampleDecoder) -> None:
+        self.reader = reader
+        self.decoder = decoder
+        self._extensions = decoder.extensions
+
+    def __len__(self) -> int:
+        return len(self.reader.table)
+
+    def __getitems__(self, requests: Sequence[SlotRequest]) -> Batch:
+        """One batch of B places.
+
+        A bad sample does not change the shapes: another sample of the batch stands in for it with weight 0, and it is
+        reported under ``"bad"``, because an exception would reach the main process without its type.
+
+        Returns:
+            The decoder's entries (tensors stacked, others as lists of B); ``weight`` float32 (B,), ``slot`` list[int],
+            ``key`` list[str], ``bad`` list[BadSampleReport].
+        """
+        table = self.reader.table
+        builder = BatchBuilder(len(requests))
+        bad: list[BadSampleReport] = []
+        for place, request in enumerate(requests):
+            try:
+                builder.put(place, self._load(request))
+            except BadSampleError as error:
+                shard = redact(table.locations[table.shard_of(request.sample)])
+                bad.append(BadSampleReport(shard, table.key(request.sample), str(error)))
+        weights = [request.weight if place in builder.places else 0.0 for place, request in enumerate(requests)]
+        if not builder.places:
+            builder.put(0, self.decoder.blank(requests[0].size) | {"key": ""})
+        return {
+            **builder.finish(),
+            **self.decoder.batch_entries(),
+            "weight": torch.tensor(weights),
+            "slot": [request.slot for request in requests],
+            "bad": bad,
+        }
+
+    def _load(self, request: SlotRequest) -> dict[str, Any]:
+        members = self.reader.read(request.sample, self._extensions)
+        image_size = self.reader.table.image_size(request.sample)
+        entries = self.decoder(members, request.slot, request.size, image_size)
+        return entries | {"key": self.reader.table.key(request.sample)}

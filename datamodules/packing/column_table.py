@@ -1,0 +1,253 @@
+"""Packing the rows of parquet and arrow files."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.indexing.image_format import image_format
+from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
+from lit_lora.datamodules.packing.batch_file import BatchFile, import_arrow
+from lit_lora.datamodules.packing.image_folder import NOT_AN_IMAGE, image_extension, read_file, stat_files
+from lit_lora.datamodules.packing.input import TAR_BLOCK, BadFile, PackInput, show_planning
+from lit_lora.datamodules.packing.sample_names import SampleNames
+from lit_lora.datamodules.packing.table_columns import TableColumns
+from lit_lora.errors import UserError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ColumnTable(PackInput):
+    """Rows with an image, or the path of one, and a caption.
+
+    Sizes of images that are in the file are estimated, because planning does not read them.
+
+    Attributes:
+        folder: Where names of files start.
+        files: The files.
+        columns: The roles of the columns.
+        read: The columns that are packed.
+        names: Paths of the images, relative to ``folder`` or absolute; None where the images themselves are in the file.
+        row: Numbers of the rows over all files, int64 (N,).
+        first_row: The number of each file's first row, int64 (files + 1,).
+    """
+
+    folder: Path
+    files: tuple[BatchFile, ...]
+    columns: TableColumns
+    read: tuple[str, ...]
+    names: SampleNames | None
+    row: NDArray[np.int64]
+    first_row: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        files: Sequence[BatchFile],
+        *,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        caption_key: str = "caption",
+    ) -> ColumnTable:
+        """All rows of these files, which have the same columns.
+
+        Args:
+            folder: Where names of files start; each of ``files`` lies below it.
+            files: Paths of images in them are relative to the file that holds them.
+            image_column: The column of images (bytes, or a struct with bytes and path) or of their paths; None looks for
+                one of that type, then for a usual name.
+            caption_column: The column of captions; None looks for a usual name.
+            caption_key: Where several captions of one image go in a ``.json`` member.
+
+        Raises:
+            UserError: pyarrow is not installed, or a file cannot be read or has no such column.
+        """
+        schema = files[0].schema
+        image = image_column or next((field.name for field in schema if _has_bytes(field.type)), None)
+        columns = TableColumns.choose(files[0].path, schema.names, image, caption_column, caption_key)
+        read = tuple(
+            field.name
+            for field in schema
+            if field.name == columns.image or field.name in columns.captions or _is_packed(field.type)
+        )
+        for file in files[1:]:
+            if missing := [name for name in read if name not in file.schema.names]:
+                raise UserError(
+                    f"{file.path} lacks the column {missing[0]!r} of {files[0].path}; pack these files one by one"
+                )
+        sizes = [file.row_sizes(read) for file in files]
+        first_row = np.cumsum([0, *(len(rows) for rows in sizes)], dtype=np.int64)
+        if not first_row[-1]:
+            raise UserError(f"{files[0].path} has no rows; name another file")
+        every = cls(
+            folder=folder,
+            files=tuple(files),
+            columns=columns,
+            read=read,
+            names=None,
+            row=np.arange(first_row[-1]),
+            first_row=first_row,
+            sizes=np.concatenate(sizes) + 3 * TAR_BLOCK,
+            fingerprint=hashlib.sha256("\n".join(_stamp(folder, file) for file in files).encode()).hexdigest(),
+            blocks=_number_blocks(files),
+        )
+        path = _path_column(files, columns.image)
+        return every if path is None else every._with_paths(path)
+
+    def name(self, sample: int) -> str:
+        if self.names is not None:
+            return self.names[sample]
+        file, row = self._place(sample)
+        return f"{self.files[file].path.relative_to(self.folder).as_posix()}, row {row}"
+
+    def key(self, sample: int) -> str:
+        return f"{self.row[sample]:09}" if self.names is None else self.names.key(sample)
+
+    def members(self, sample: int) -> dict[str, bytes]:
+        file, number = self._place(sample)
+        try:
+            batch, first = self.files[file].batch_with(number, self.read)
+            row = batch.slice(number - first, 1).to_pylist()[0]
+        except (OSError, import_arrow().ArrowException) as error:
+            reason = str(error).partition("\n")[0]
+            raise BadSampleError(f"cannot be read ({reason})") from error
+        return {**_image(self.files[file].path.parent, row[self.columns.image]), **self.columns.texts(row)}
+
+    def select(self, samples: NDArray[np.int64]) -> ColumnTable:
+        return replace(
+            self,
+            names=None if self.names is None else self.names.select(samples),
+            row=self.row[samples],
+            sizes=self.sizes[samples],
+            blocks=None,
+            bad=(),
+        )
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        """The file of a sample, and its row there."""
+        file = int(np.searchsorted(self.first_row, self.row[sample], "right")) - 1
+        return file, int(self.row[sample] - self.first_row[file])
+
+    def _with_paths(self, column: str) -> ColumnTable:
+        """The rows whose images are found, with their names and sizes."""
+        bad: list[BadFile] = []
+        rows, sizes = array("q"), array("q")
+        digest = hashlib.sha256(self.fingerprint.encode())
+
+        def good_images() -> Iterator[str]:
+            for row, (name, path) in enumerate(self._paths(column)):
+                try:
+                    size, stamp = _stat_image(self.folder, path)
+                except BadSampleError as error:
+                    bad.append(BadFile(path or name, str(error)))
+                    continue
+                rows.append(row)
+                sizes.append(size)
+                digest.update(f"{path}\t{stamp}\n".encode("utf-8", "surrogateescape"))
+                yield path
+
+        names = SampleNames.of(show_planning(good_images()))
+        row = np.array(rows, np.int64)
+        return replace(
+            self,
+            names=names,
+            row=row,
+            sizes=self.sizes[row] + np.array(sizes, np.int64),
+            blocks=None if self.blocks is None else self.blocks[row],
+            fingerprint=digest.hexdigest(),
+            bad=tuple(bad),
+        )
+
+    def _paths(self, column: str) -> Iterator[tuple[str, str]]:
+        """For each row what to call it, and the path of its image or nothing."""
+        for file in self.files:
+            prefix = file.path.parent.relative_to(self.folder)
+            row = 0
+            for paths in file.values(column):
+                for path in paths:
+                    yield f"{file.path.name}, row {row}", (prefix / path).as_posix() if path else ""
+                    row += 1
+
+
+def _has_bytes(kind: Any) -> bool:
+    types = import_arrow().types
+    return types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+
+
+def _is_packed(kind: Any) -> bool:
+    """Whether a column goes into ``.json``: numbers and texts, but no embeddings and the like."""
+    types = import_arrow().types
+    if types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
+        return types.is_string(kind) or types.is_large_string(kind)
+    is_text = types.is_string(kind) or types.is_large_string(kind)
+    return is_text or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
+
+
+def _path_column(files: Sequence[BatchFile], image: str) -> str | None:
+    """Where the paths of images are, if the files do not hold the images themselves."""
+    kind = files[0].schema.field(image).type
+    types = import_arrow().types
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return None
+    if types.is_string(kind) or types.is_large_string(kind):
+        return image
+    if not _has_bytes(kind):
+        raise UserError(
+            f"{files[0].path}: the column {image!r} holds {kind}, not images or paths; set image_column to another"
+        )
+    if kind.get_field_index("path") < 0:
+        return None
+    with_rows = next(file for file in files if len(file.row_sizes([image])))
+    batch, _ = with_rows.batch_with(0, [image])
+    first = batch.column(0)[0].as_py()
+    return f"{image}.path" if first is not None and first["bytes"] is None else None
+
+
+def _image(folder: Path, value: Any) -> dict[str, bytes]:
+    """The image of a row, which has its bytes or its path."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value["bytes"] is not None else value.get("path")
+    if isinstance(value, bytes):
+        if value and not image_format(value):
+            raise BadSampleError(NOT_AN_IMAGE)
+        return {image_format(value) or IMAGE_EXTENSIONS[0]: value}
+    if isinstance(value, str):
+        path = folder / value
+        if not image_extension(path.name):
+            raise BadSampleError(NOT_AN_IMAGE)
+        return {image_extension(path.name): read_file(path)}
+    raise BadSampleError("has no image")
+
+
+def _stat_image(folder: Path, path: str) -> tuple[int, str]:
+    if not path or "\0" in path:
+        raise BadSampleError("has no image")
+    if not image_extension(path):
+        raise BadSampleError(NOT_AN_IMAGE)
+    return stat_files({image_extension(path): folder / path})
+
+
+def _stamp(folder: Path, file: BatchFile) -> str:
+    stat = file.path.stat()
+    return f"{file.path.relative_to(folder).as_posix()}\t{stat.st_size}\t{stat.st_mtime_ns}"
+
+
+def _number_blocks(files: Sequence[BatchFile]) -> NDArray[np.int64] | None:
+    numbered: list[NDArray[np.int64]] = []
+    count = 0
+    for file in files:
+        blocks = file.row_blocks()
+        if blocks is None:
+            return None
+        numbered.append(blocks + count)
+        count += int(blocks.max(initial=-1)) + 1
+    return np.concatenate(numbered)

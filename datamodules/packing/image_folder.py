@@ -1,0 +1,140 @@
+"""Packing a folder of images with a caption file beside each."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
+from lit_lora.datamodules.packing.input import BadFile, PackInput, packed_size, show_planning
+from lit_lora.datamodules.packing.sample_names import SampleNames
+from lit_lora.datamodules.packing.walk import walk_files
+
+NOT_AN_IMAGE = f"is not one of the image formats {', '.join(IMAGE_EXTENSIONS)}"
+"""Why a file is left out."""
+
+_SIDES = ("txt", "json")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageFolder(PackInput):
+    """Images at any depth, each with a ``.txt`` or ``.json`` of the same name beside it.
+
+    Attributes:
+        folder: Where they are.
+        names: The images, relative to ``folder``.
+        sides: Which files an image has beside it, a bit for each of txt and json, uint8 (N,).
+    """
+
+    folder: Path
+    names: SampleNames
+    sides: NDArray[np.uint8]
+
+    @classmethod
+    def find(cls, folder: Path, skip: Path | None = None) -> ImageFolder:
+        """All images below a folder, except below ``skip``, in the order of their names.
+
+        Raises:
+            UserError: A folder cannot be read.
+        """
+        bad: list[BadFile] = []
+        sizes, sides = array("q"), array("B")
+        digest = hashlib.sha256()
+
+        def good_files() -> Iterator[str]:
+            for file, siblings in walk_files(folder, skip):
+                if not image_extension(file):
+                    continue
+                try:
+                    bits = _find_sides(file, siblings)
+                    size, stamp = stat_files(_paths(folder, file, bits))
+                except BadSampleError as error:
+                    bad.append(BadFile(file, str(error)))
+                    continue
+                sizes.append(size)
+                sides.append(bits)
+                digest.update(f"{file}\t{stamp}\n".encode("utf-8", "surrogateescape"))
+                yield file
+
+        names = SampleNames.of(show_planning(good_files()))
+        return cls(
+            folder=folder,
+            names=names,
+            sides=np.array(sides, np.uint8),
+            sizes=np.array(sizes, np.int64),
+            fingerprint=digest.hexdigest(),
+            bad=tuple(bad),
+        )
+
+    def name(self, sample: int) -> str:
+        return self.names[sample]
+
+    def key(self, sample: int) -> str:
+        return self.names.key(sample)
+
+    def members(self, sample: int) -> dict[str, bytes]:
+        paths = _paths(self.folder, self.names[sample], int(self.sides[sample]))
+        return {extension: read_file(path) for extension, path in paths.items()}
+
+    def select(self, samples: NDArray[np.int64]) -> ImageFolder:
+        return replace(
+            self, names=self.names.select(samples), sides=self.sides[samples], sizes=self.sizes[samples], bad=()
+        )
+
+
+def image_extension(file: str) -> str:
+    """The extension of an image in lower case; empty for other files."""
+    extension = PurePosixPath(file).suffix[1:].lower()
+    return extension if extension in IMAGE_EXTENSIONS else ""
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        BadSampleError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadSampleError(f"cannot be read ({error.strerror})") from error
+
+
+def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
+    """The bytes that files of these extensions will take in a tar, and a text that changes when one of them changes.
+
+    Raises:
+        BadSampleError: A file is missing, or an image is empty.
+    """
+    sizes, stamps = [], []
+    for extension, path in paths.items():
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise BadSampleError(f"cannot be read ({error.strerror})") from error
+        if stat.st_size == 0 and extension in IMAGE_EXTENSIONS:
+            raise BadSampleError("the image is empty")
+        sizes.append(stat.st_size)
+        stamps.append(f"{extension} {stat.st_size} {stat.st_mtime_ns}")
+    return packed_size(*sizes), " ".join(stamps)
+
+
+def _find_sides(file: str, siblings: Set[str]) -> int:
+    image = PurePosixPath(file)
+    bits = sum(1 << bit for bit, side in enumerate(_SIDES) if image.with_suffix(f".{side}").name in siblings)
+    if not bits:
+        raise BadSampleError("has no caption (a .txt or .json file of the same name)")
+    return bits
+
+
+def _paths(folder: Path, file: str, bits: int) -> dict[str, Path]:
+    image = folder / file
+    sides = {side: image.with_suffix(f".{side}") for bit, side in enumerate(_SIDES) if bits >> bit & 1}
+    return {image_extension(file): image, **sides}

@@ -1,0 +1,146 @@
+"""Packing images that are listed in text files, with their captions."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.packing.image_folder import NOT_AN_IMAGE, image_extension, read_file, stat_files
+from lit_lora.datamodules.packing.input import BadFile, PackInput, packed_size, show_planning
+from lit_lora.datamodules.packing.row_file import RowFile
+from lit_lora.datamodules.packing.sample_names import SampleNames
+from lit_lora.datamodules.packing.table_columns import TableColumns
+from lit_lora.errors import UserError
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageTable(PackInput):
+    """Rows of text files, each with the path of an image and a caption.
+
+    Attributes:
+        folder: Where relative paths start.
+        files: The text files.
+        columns: The columns of each file.
+        names: The images, as paths that are relative to ``folder`` or absolute.
+        file: The text file that a sample comes from, int32 (N,).
+        start: The byte where its row starts, int64 (N,).
+    """
+
+    folder: Path
+    files: tuple[RowFile, ...]
+    columns: tuple[TableColumns, ...]
+    names: SampleNames
+    file: NDArray[np.int32]
+    start: NDArray[np.int64]
+
+    @classmethod
+    def read(
+        cls,
+        folder: Path,
+        paths: Sequence[Path],
+        *,
+        image_column: str | None = None,
+        caption_column: str | None = None,
+        caption_key: str = "caption",
+        inside: bool = False,
+    ) -> ImageTable:
+        """The rows of these files in their order.
+
+        Args:
+            folder: Where names of samples start; each of ``paths`` lies below it.
+            paths: The text files. Paths of images are relative to the file that holds them.
+            image_column: The column of paths; None looks for a usual name.
+            caption_column: The column of captions; None looks for a usual name.
+            caption_key: Where several captions of one image go in a ``.json`` member.
+            inside: Refuse images outside the folder of their file.
+
+        Raises:
+            UserError: A file cannot be read or understood, has no such column, or names an image outside its folder.
+        """
+        files = tuple(RowFile.open(path) for path in paths)
+        columns = tuple(
+            TableColumns.choose(file.path, file.columns(), image_column, caption_column, caption_key) for file in files
+        )
+        bad: list[BadFile] = []
+        sizes, file_numbers, starts = array("q"), array("i"), array("q")
+        digest = hashlib.sha256()
+
+        def good_images() -> Iterator[str]:
+            for number, file in enumerate(files):
+                prefix = file.path.parent.relative_to(folder)
+                for start, line, row in file.rows():
+                    image = _image_path(file.path, line, row, columns[number].image, inside)
+                    name = (prefix / image).as_posix()
+                    try:
+                        size, stamp = _measure(folder / name, columns[number].texts(row))
+                    except BadSampleError as error:
+                        bad.append(BadFile(name, str(error)))
+                        continue
+                    sizes.append(size)
+                    file_numbers.append(number)
+                    starts.append(start)
+                    digest.update(f"{name}\t{stamp}\n".encode("utf-8", "surrogateescape"))
+                    yield name
+
+        names = SampleNames.of(show_planning(good_images()))
+        return cls(
+            folder=folder,
+            files=files,
+            columns=columns,
+            names=names,
+            file=np.array(file_numbers, np.int32),
+            start=np.array(starts, np.int64),
+            sizes=np.array(sizes, np.int64),
+            fingerprint=digest.hexdigest(),
+            bad=tuple(bad),
+        )
+
+    def name(self, sample: int) -> str:
+        return self.names[sample]
+
+    def key(self, sample: int) -> str:
+        return self.names.key(sample)
+
+    def members(self, sample: int) -> dict[str, bytes]:
+        image = self.folder / self.names[sample]
+        number = self.file[sample]
+        row = self.files[number].row(int(self.start[sample]))
+        return {image_extension(image.name): read_file(image), **self.columns[number].texts(row)}
+
+    def select(self, samples: NDArray[np.int64]) -> ImageTable:
+        return replace(
+            self,
+            names=self.names.select(samples),
+            file=self.file[samples],
+            start=self.start[samples],
+            sizes=self.sizes[samples],
+            bad=(),
+        )
+
+
+def _image_path(table: Path, line: int, row: dict[str, Any], column: str, inside: bool) -> PurePosixPath:
+    image = row.get(column)
+    if not isinstance(image, str) or not image or "\0" in image:
+        raise UserError(f"{table}, line {line}: no path of an image under {column}; mend the line")
+    if "://" in image:
+        raise UserError(f"{table}, line {line}: {image} is an address; download the images first, as img2dataset does")
+    path = PurePosixPath(image)
+    if inside and (path.is_absolute() or ".." in path.parts):
+        raise UserError(f"{table}, line {line}: {image} lies outside the folder; move it there")
+    return path
+
+
+def _measure(image: Path, texts: dict[str, bytes]) -> tuple[int, str]:
+    if not image_extension(image.name):
+        raise BadSampleError(NOT_AN_IMAGE)
+    size, stamp = stat_files({image_extension(image.name): image})
+    digest = hashlib.sha256(b"\0".join(texts.values())).hexdigest()
+    return size + packed_size(*(len(text) for text in texts.values())), f"{stamp} {digest}"

@@ -1,0 +1,172 @@
+"""Packing the samples of tar shards anew."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, EXTENSIONS, IMAGE_EXTENSIONS, walk_members
+from lit_lora.datamodules.packing.input import BadFile, PackInput, packed_size, show_planning
+from lit_lora.datamodules.packing.sample_names import SampleNames
+from lit_lora.distributed.jobs import run_jobs
+from lit_lora.errors import UserError
+
+_PACKED = tuple(extension for extension in EXTENSIONS if extension != CACHED_EXTENSION)
+_TWICE = -1  # in place of the offset of a member that a sample has twice
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TarFiles(PackInput):
+    """Samples of WebDataset shards, for example those that img2dataset makes.
+
+    The members of a sample need not lie next to each other.
+
+    Attributes:
+        folder: Where names of shards start.
+        shards: The shards.
+        names: Keys of the samples there.
+        shard: The shard of a sample, int32 (N,).
+        member_end: Where the members of a sample end in the next three, int64 (N,).
+        member_extension: Numbers in ``scan.EXTENSIONS``, uint8 (M,).
+        member_offset: Where the data start in the shard, in bytes, int64 (M,).
+        member_size: In bytes, int64 (M,).
+    """
+
+    folder: Path
+    shards: tuple[Path, ...]
+    names: SampleNames
+    shard: NDArray[np.int32]
+    member_end: NDArray[np.int64]
+    member_extension: NDArray[np.uint8]
+    member_offset: NDArray[np.int64]
+    member_size: NDArray[np.int64]
+
+    @classmethod
+    def scan(cls, folder: Path, shards: Sequence[Path], jobs: int = 1) -> TarFiles:
+        """All samples of these shards, in their order there.
+
+        Where img2dataset has written ``NAME_stats.json`` beside complete shards, others are passed over. A damaged shard
+        is passed over as a whole.
+
+        Args:
+            folder: Where names of shards start; each of ``shards`` lies below it.
+            shards: The shards.
+            jobs: Processes that scan.
+        """
+        complete = [shard for shard in shards if _stats(shard).exists()]
+        kept = tuple(complete or shards)  # without any, they were not made by img2dataset
+        incomplete = sorted(set(shards) - set(kept))
+        bad: list[BadFile] = []
+        numbers, ends, sizes = array("i"), array("q"), array("q")
+        extensions, offsets, lengths = array("B"), array("q"), array("q")
+        digest = hashlib.sha256()
+
+        def keys() -> Iterator[str]:
+            scans = run_jobs(_try_to_scan, ((shard,) for shard in kept), jobs)
+            for number, (shard, samples) in enumerate(zip(kept, scans, strict=True)):
+                name = shard.relative_to(folder).as_posix()
+                if isinstance(samples, str):
+                    bad.append(BadFile(name, samples))
+                    continue
+                stat = shard.stat()
+                digest.update(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+                for key, members in samples.items():
+                    for extension, (offset, size) in sorted(members.items()):
+                        extensions.append(extension)
+                        offsets.append(offset)
+                        lengths.append(size)
+                    numbers.append(number)
+                    ends.append(len(extensions))
+                    sizes.append(packed_size(*(size for _, size in members.values())))
+                    yield key
+
+        names = SampleNames.of(show_planning(keys()))
+        return cls(
+            folder=folder,
+            shards=kept,
+            names=names,
+            shard=np.array(numbers, np.int32),
+            member_end=np.array(ends, np.int64),
+            member_extension=np.array(extensions, np.uint8),
+            member_offset=np.array(offsets, np.int64),
+            member_size=np.array(lengths, np.int64),
+            sizes=np.array(sizes, np.int64),
+            fingerprint=digest.hexdigest(),
+            bad=tuple(bad),
+            incomplete=tuple(
+                BadFile(
+                    shard.relative_to(folder).as_posix(), f"{_stats(shard).name} is missing: img2dataset was cut short"
+                )
+                for shard in incomplete
+            ),
+        )
+
+    def name(self, sample: int) -> str:
+        return f"{self.shards[self.shard[sample]].relative_to(self.folder).as_posix()}: {self.names[sample]}"
+
+    def key(self, sample: int) -> str:
+        return self.names.key(sample)
+
+    def members(self, sample: int) -> dict[str, bytes]:
+        data: dict[str, bytes] = {}
+        try:
+            descriptor = os.open(self.shards[self.shard[sample]], os.O_RDONLY)
+            try:
+                for member in range(*self._member_range(sample)):
+                    extension = EXTENSIONS[self.member_extension[member]]
+                    offset, size = int(self.member_offset[member]), int(self.member_size[member])
+                    if offset == _TWICE:
+                        raise BadSampleError(f"has two .{extension} members")
+                    data[extension] = os.pread(descriptor, size, offset)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise BadSampleError(f"cannot be read ({error.strerror})") from error
+        if not set(data) & set(IMAGE_EXTENSIONS):
+            raise BadSampleError("has no image")
+        return data
+
+    def select(self, samples: NDArray[np.int64]) -> TarFiles:
+        ranges = [np.arange(*self._member_range(sample)) for sample in samples.tolist()]
+        members = np.concatenate(ranges) if ranges else np.zeros(0, np.int64)
+        return replace(
+            self,
+            names=self.names.select(samples),
+            shard=self.shard[samples],
+            member_end=np.cumsum([len(found) for found in ranges], dtype=np.int64),
+            member_extension=self.member_extension[members],
+            member_offset=self.member_offset[members],
+            member_size=self.member_size[members],
+            sizes=self.sizes[samples],
+            bad=(),
+            incomplete=(),
+        )
+
+    def _member_range(self, sample: int) -> tuple[int, int]:
+        return int(self.member_end[sample - 1]) if sample else 0, int(self.member_end[sample])
+
+
+def _try_to_scan(shard: Path) -> dict[str, dict[int, tuple[int, int]]] | str:
+    """Offset and size of the members of each sample, by their number in ``EXTENSIONS``; or what is wrong."""
+    samples: dict[str, dict[int, tuple[int, int]]] = {}
+    try:
+        with shard.open("rb") as file:
+            for key, extension, offset, size in walk_members(shard, file):
+                if EXTENSIONS[extension] in _PACKED:
+                    members = samples.setdefault(key, {})
+                    members[extension] = (_TWICE, 0) if extension in members else (offset, size)
+    except (UserError, OSError) as error:
+        return str(error)
+    return samples
+
+
+def _stats(shard: Path) -> Path:
+    return shard.with_name(f"{shard.stem}_stats.json")

@@ -1,0 +1,68 @@
+"""Which shards have to be on local disk, and which will be needed when."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_lora.datamodules.batches.plan import chunk_order
+
+
+class StagingPlan:
+    """A pure function of its arguments: the shards to keep while a given visit is read.
+
+    Visit ``v = pass * K + position`` goes through one of the K chunks.
+
+    Args:
+        sizes: Bytes of each shard.
+        chunks: The shard numbers of each chunk.
+        budget: The most bytes that may be kept.
+        seed: Decides the order of the chunks in each pass.
+        shuffle: Whether passes have orders of their own; otherwise chunks keep their order.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], chunks: Sequence[Sequence[int]], budget: int, seed: int, shuffle: bool
+    ) -> None:
+        self.sizes = sizes
+        self.chunks = chunks
+        self.budget = budget
+        self.seed = seed
+        self.shuffle = shuffle
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def chunk(self, visit: int) -> int:
+        """The chunk of a visit."""
+        pass_number, position = divmod(visit, len(self.chunks))
+        if pass_number not in self._orders:
+            previous = {number: order for number, order in self._orders.items() if number == pass_number - 1}
+            order = chunk_order(self.seed, pass_number, len(self.chunks), self.shuffle)
+            self._orders = {**previous, pass_number: order}
+        return int(self._orders[pass_number][position])
+
+    def visits(self, first: int) -> range:
+        """The visits whose shards can be kept together, from ``first`` on, at most K after it."""
+        kept: set[int] = set()
+        size = 0
+        for visit in range(first, first + len(self.chunks) + 1):
+            new = set(self.chunks[self.chunk(visit)]) - kept
+            size += sum(self.sizes[shard] for shard in new)
+            if size > self.budget:
+                return range(first, visit)
+            kept |= new
+        return range(first, visit + 1)
+
+    def shards(self, visits: range) -> list[int]:
+        """The shards of some visits, each once, in the order in which they are needed."""
+        return list(dict.fromkeys(shard for visit in visits for shard in self.chunks[self.chunk(visit)]))
+
+    def next_use(self, first: int) -> list[float]:
+        """The next visit that each shard is needed for, from ``first`` on; infinity where there is none."""
+        uses = [math.inf] * len(self.sizes)
+        for visit in range(first, first + 2 * len(self.chunks)):  # each pass has every chunk
+            for shard in self.chunks[self.chunk(visit)]:
+                uses[shard] = min(uses[shard], visit)
+        return uses

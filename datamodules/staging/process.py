@@ -1,0 +1,265 @@
+"""The process that brings shards to local disk ahead of training: ``python -m lit_lora.datamodules.staging.process``."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from lit_lora.byte_sizes import format_bytes
+from lit_lora.datamodules.indexing.scan import walk_members
+from lit_lora.datamodules.remote.transfer import RemoteError, fetch, redact
+from lit_lora.datamodules.staging.config import StagerConfig
+from lit_lora.datamodules.staging.files import (
+    JOB_GLOB,
+    host,
+    is_alive,
+    job_path,
+    local_name,
+    passed_path,
+    read_job,
+    write_job,
+)
+from lit_lora.datamodules.staging.plan import StagingPlan
+from lit_lora.datamodules.staging.slot import StagerSlot
+from lit_lora.errors import UserError
+from lit_lora.files import sync
+
+_POLL_S = 0.1
+_THREADS = 4
+_PR_SET_PDEATHSIG = 1
+_IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class _Staging:
+    """Keeps the shards of the present visit, and of as many after it as fit the budget, in a slot.
+
+    A shard is complete when it is there under its name and in its size: it is checked before it gets that name. The
+    complete ones, and those that are being fetched at their full size, never exceed the budget.
+    """
+
+    def __init__(self, config: StagerConfig, slot: StagerSlot) -> None:
+        self._config = config
+        self._slot = slot
+        self._names = [local_name(location) for location in config.locations]
+        self._plan = StagingPlan(config.sizes, config.chunks, config.budget, config.seed, config.shuffle)
+        self._pool = ThreadPoolExecutor(_THREADS)
+        self._running: dict[Future[None], int] = {}
+        self._complete = slot.files()
+        self._first = -1
+        self._visits = range(0)
+        self._wanted: dict[str, int] = {}
+        self._next_use: dict[str, float] = {}
+        self._peak = 0
+        slot.clean()
+        for name, size in zip(self._names, config.sizes, strict=True):
+            if self._complete.get(name, size) != size:
+                self._evict(name)
+        self._look_ahead()
+        self._make_room(0)
+        self._check_disk()
+
+    def step(self) -> None:
+        """Do what can be done now.
+
+        Raises:
+            UserError: A shard cannot be had.
+            OSError: The slot cannot be written.
+        """
+        for future in [future for future in self._running if future.done()]:
+            shard = self._running.pop(future)
+            future.result()
+            self._complete[self._names[shard]] = self._config.sizes[shard]
+        self._look_ahead()
+        running = set(self._running.values())
+        for name, shard in self._wanted.items():
+            if len(self._running) == _THREADS:
+                break
+            if name in self._complete or shard in running:
+                continue
+            if not self._make_room(self._config.sizes[shard]):
+                break
+            self._running[self._pool.submit(self._fetch, shard)] = shard
+        self._peak = max(self._peak, self.size())
+
+    def rest(self, closed: threading.Event) -> None:
+        """Wait for something to do."""
+        if self._running:
+            wait(self._running, _POLL_S, FIRST_COMPLETED)
+        else:
+            closed.wait(_POLL_S)
+
+    def status(self) -> dict[str, int]:
+        """What the other processes are told; all shards up to the visit ``ready`` are here and will stay."""
+        ready = self._first - 1
+        for visit in self._visits:
+            if any(self._names[shard] not in self._complete for shard in self._plan.shards(range(visit, visit + 1))):
+                break
+            ready = visit
+        return {"ready": ready, "bytes": self.size(), "peak_bytes": self._peak}
+
+    def size(self) -> int:
+        """Bytes of the shards that are here, and of those to come that are being fetched."""
+        return sum(self._complete.values()) + sum(self._config.sizes[shard] for shard in self._running.values())
+
+    def _look_ahead(self) -> None:
+        first = min(self._passed(rank) for rank in range(self._config.local_world_size)) + 1
+        if first == self._first:
+            return
+        self._first = first
+        self._visits = self._plan.visits(first)
+        self._wanted = {self._names[shard]: shard for shard in self._plan.shards(self._visits)}
+        self._next_use = dict(zip(self._names, self._plan.next_use(first), strict=True))
+
+    def _passed(self, local_rank: int) -> int:
+        try:
+            return int(passed_path(self._slot.path, self._config.job, local_rank).read_text())
+        except FileNotFoundError:
+            return self._config.visit - 1
+
+    def _make_room(self, size: int) -> bool:
+        while self.size() + size > self._config.budget:
+            idle = [name for name in self._complete if name not in self._wanted]
+            if not idle:
+                return False
+            self._evict(max(idle, key=lambda name: self._next_use.get(name, math.inf)))
+        return True
+
+    def _evict(self, name: str) -> None:
+        self._slot.remove(name)
+        del self._complete[name]
+
+    def _check_disk(self) -> None:
+        """Find out now, not after hours, that the disk is smaller than the budget."""
+        missing = min(self._config.budget, sum(self._config.sizes)) - self.size()
+        if shutil.disk_usage(self._slot.path).free < missing:
+            raise UserError(_too_little_disk(self._config, self.size()))
+
+    def _fetch(self, shard: int) -> None:
+        location, size = self._config.locations[shard], self._config.sizes[shard]
+        path = self._slot.path / self._names[shard]
+        part = path.with_name(path.name + ".part")
+        for again in (True, False):
+            fetch(location, part, size)
+            try:
+                _check_tar(part)
+                break
+            except UserError as error:
+                part.unlink()
+                if not again:
+                    raise RemoteError(f"{redact(location)} cannot be staged: {error}") from None
+        part.replace(path)
+        sync(path.parent)
+
+
+def serve(config: StagerConfig, closed: threading.Event) -> int:
+    """Stage until ``closed`` is set or the parent has ended.
+
+    Returns:
+        0, or 1 where staging failed and the job's file says why.
+    """
+    folder = Path(config.folder)
+    path = job_path(folder, config.job)
+    staging: _Staging | None = None
+    told: dict[str, Any] = {}
+    try:
+        _remove_stale_jobs(folder)
+        slot = StagerSlot.claim(folder, config.parent)
+        staging = _Staging(config, slot)
+        while not closed.is_set() and os.getppid() == config.parent:
+            staging.step()
+            status = {"state": "running", "pid": os.getpid(), "slot": slot.number, **staging.status()}
+            if status != told:
+                write_job(path, **status)
+                told = status
+            staging.rest(closed)
+        slot.clean()
+        path.unlink(missing_ok=True)
+        return 0
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = _describe(error, config, staging.size() if staging else 0)
+    try:
+        write_job(path, state="failed", pid=os.getpid(), message=message)
+    except OSError:  # most likely the disk is full
+        print(message, file=sys.stderr)
+    return 1
+
+
+def main() -> None:
+    """Read the configuration and serve until told to end."""
+    # A scheduler's or terminal's signals are for the process that trains: it may need more shards before it ends.
+    for number in _IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    config = StagerConfig(**json.loads(sys.stdin.buffer.readline()))
+    _end_with_parent(config)
+    closed = threading.Event()
+    threading.Thread(target=_listen, args=(closed,), daemon=True).start()
+    status = 1
+    try:
+        status = serve(config, closed)
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(status)  # without waiting for downloads
+
+
+def _listen(closed: threading.Event) -> None:
+    sys.stdin.buffer.readline()  # a line, or the end, once the parent closes
+    closed.set()
+
+
+def _end_with_parent(config: StagerConfig) -> None:
+    # The kernel sends this signal when the *thread* ends that started us. Without it, the main loop finds out.
+    if config.by_main_thread and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != config.parent:
+        os._exit(1)
+
+
+def _remove_stale_jobs(folder: Path) -> None:
+    for path in folder.glob(JOB_GLOB):
+        job = read_job(path)
+        if job is not None and job["host"] == host() and not is_alive(job["pid"]):
+            path.unlink(missing_ok=True)
+
+
+def _check_tar(path: Path) -> None:
+    """Walk the headers of a shard.
+
+    Raises:
+        UserError: It is cut off, damaged or empty.
+    """
+    with path.open("rb") as file:
+        if sum(1 for _ in walk_members(path, file)) == 0:
+            raise UserError(f"{path} holds no samples")
+
+
+def _describe(error: OSError, config: StagerConfig, size: int) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _too_little_disk(config, size)
+    return f"cannot stage shards in {config.folder}: {error.strerror}; choose another folder"
+
+
+def _too_little_disk(config: StagerConfig, size: int) -> str:
+    free = shutil.disk_usage(config.folder).free
+    return (
+        f"the disk of {config.folder} is too small: of the budget of {format_bytes(config.budget)},"
+        f" {format_bytes(size)} are taken, and {format_bytes(free)} are free;"
+        " free space, lower the budget or choose another folder"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The folder in which one stager keeps shards."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from itertools import count
+from pathlib import Path
+
+from lit_lora.datamodules.staging.files import PASSED_NAME, SHARD_NAME, host, is_alive, slot_path
+
+_ORPHAN_WAIT_S = 10.0
+
+
+class StagerSlot:
+    """A numbered folder that belongs to one process as long as that runs.
+
+    Of what is in it, only regular files with names of the stager's own making are counted and removed.
+
+    Attributes:
+        number: Of the slot.
+        path: The folder.
+    """
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self.number = number
+        self.path = slot_path(folder, number)
+        self._lock: int | None = None
+
+    @classmethod
+    def claim(cls, folder: Path, parent: int) -> StagerSlot:
+        """Take the first slot that is free.
+
+        A slot whose owner is about to end, because the process that it worked for has ended, is waited for: a job that
+        is started again then finds its shards.
+
+        Args:
+            folder: Where slots are.
+            parent: The process that the caller works for.
+
+        Raises:
+            OSError: The folder cannot be used.
+        """
+        for number in count():
+            slot = cls(folder, number)
+            if slot._take(parent):
+                return slot
+        raise AssertionError("not reached")
+
+    def files(self) -> dict[str, int]:
+        """Names and sizes in bytes of the shards that are here, also of other data."""
+        with os.scandir(self.path) as entries:
+            return {
+                entry.name: entry.stat(follow_symlinks=False).st_size
+                for entry in entries
+                if SHARD_NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+            }
+
+    def clean(self) -> None:
+        """Remove what earlier owners left unfinished."""
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                name = entry.name.removesuffix(".part")
+                unfinished = SHARD_NAME.fullmatch(name) and name != entry.name
+                if (unfinished or PASSED_NAME.fullmatch(name)) and entry.is_file(follow_symlinks=False):
+                    os.unlink(entry.path)
+
+    def remove(self, name: str) -> None:
+        """Remove a shard, which may be gone already."""
+        assert SHARD_NAME.fullmatch(name)
+        (self.path / name).unlink(missing_ok=True)
+
+    def _take(self, parent: int) -> bool:
+        if not os.path.lexists(self.path):
+            self.path.mkdir(exist_ok=True)
+        if self.path.is_symlink() or not self.path.is_dir():
+            return False
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.open(self.path / "lock", flags, 0o666)
+        if not self._acquire(lock):
+            os.close(lock)
+            return False
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps({"host": host(), "pid": os.getpid(), "parent": parent}).encode(), 0)
+        self._lock = lock
+        return True
+
+    def _acquire(self, lock: int) -> bool:
+        deadline = time.monotonic() + _ORPHAN_WAIT_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if not _is_orphaned(lock) or time.monotonic() > deadline:
+                    return False
+            time.sleep(0.02)
+
+
+def _is_orphaned(lock: int) -> bool:
+    """Whether the holder of a lock works for a process that has ended."""
+    try:
+        owner = json.loads(os.pread(lock, 4096, 0))
+        return bool(owner["host"] == host() and not is_alive(owner["parent"]))
+    except (ValueError, KeyError, TypeError):
+        return False  # it has only just been taken

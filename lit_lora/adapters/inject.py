@@ -1,0 +1,114 @@
+"""How an adapter is put into a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from lit_lora.errors import UserError
+from lit_lora.parameters import trainable_parameters
+from lit_lora.quantization.frozen_layer import frozen_layers
+
+ADAPTER_NAME = "default"
+
+
+def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...]) -> PeftModel:
+    """Freeze ``model`` and put the adapter into it.
+
+    Args:
+        model: The model to adapt; changed in place.
+        config: Any PEFT config whose method sits in the layers. Without ``target_modules`` it takes the defaults.
+        default_targets: The layers that a family adapts where the config names none.
+
+    Raises:
+        UserError: The targets match no layer or layers that the method cannot adapt; the method needs a model of another
+            kind; its initialisation would change the base; or biases are trained in a base that is not float32.
+    """
+    _check_method(config, model)
+    if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
+        config.target_modules = set(default_targets)
+    _warn_of_small_alpha(config)
+    model.requires_grad_(False)
+    try:
+        adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    except ValueError as error:
+        raise UserError(
+            f"the adapter {type(config).__name__} does not fit {type(model).__name__}: {error}\n"
+            f"target_modules is {_shown(getattr(config, 'target_modules', None))}; names that occur in this model are "
+            f"{', '.join(_layer_names(model))}"
+        ) from error
+    trained = trainable_parameters(adapted)
+    if not trained:
+        raise UserError(f"the adapter {type(config).__name__} has no trainable parameter: check its target_modules")
+    for parameter in trained:  # modules_to_save and biases come in the base's dtype
+        parameter.data = parameter.data.float()
+    return adapted
+
+
+def is_lora(config: PeftConfig) -> bool:
+    """Whether diffusers' LoRA loader can read the adapter (LoRA and DoRA, not AdaLoRA or LoHa)."""
+    return type(config) is LoraConfig
+
+
+def _check_method(config: PeftConfig, model: nn.Module) -> None:
+    """Refuse what cannot be trained here, or not so that the adapter's files alone give the trained model."""
+    if config.is_prompt_learning:
+        raise UserError(
+            f"{type(config).__name__} adapts prompts, not layers; use one of LoRA's kind, as peft.LoraConfig"
+        )
+    initialisation = getattr(config, "init_lora_weights", True)
+    if initialisation not in (True, False, "gaussian", "orthogonal"):
+        raise UserError(
+            f"init_lora_weights={initialisation!r} changes the base's weights or needs data, so that the adapter's files alone "
+            f"would not give the trained model; use true, gaussian or orthogonal"
+        )
+    bias = getattr(config, "bias", "none")
+    if bias != "none" and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+        raise UserError(
+            f"bias={bias!r} trains weights of the base, which needs base_dtype float32; or leave bias at 'none'"
+        )
+    _check_trained_copies(getattr(config, "modules_to_save", None) or (), model)
+
+
+def _check_trained_copies(names: Sequence[str], model: nn.Module) -> None:
+    """Refuse to train copies of layers that are not stored densely."""
+    for name in names:
+        for path, layer in model.named_modules():
+            if path.endswith(name):
+                check_trained_copy(path, layer)
+
+
+def check_trained_copy(path: str, layer: nn.Module) -> None:
+    quantised = [inner for inner in frozen_layers(layer) if not inner.is_dense]
+    if quantised:
+        raise UserError(
+            f"modules_to_save would train a copy of {path}, which is stored as "
+            f"{type(quantised[0].quantization).__name__} and has no gradient; keep it dense with model.quantization's skip: "
+            f"['*{path.rpartition('.')[2]}'], or adapt it with target_modules"
+        )
+
+
+def _warn_of_small_alpha(config: PeftConfig) -> None:
+    rank, alpha = getattr(config, "r", None), getattr(config, "lora_alpha", None)
+    if isinstance(rank, int) and isinstance(alpha, int | float) and alpha * 4 <= rank:
+        warnings.warn(
+            f"lora_alpha={alpha} is far below r={rank}: the update is scaled by {alpha / rank:.3g}, so the usual learning "
+            f"rates train it very slowly. Set lora_alpha={rank}, or raise the learning rate by about {rank / alpha:.0f}.",
+            stacklevel=2,
+        )
+
+
+def _layer_names(model: nn.Module) -> list[str]:
+    layers = (nn.Linear, nn.Conv2d)
+    names = {name for name, layer in model.named_modules() if isinstance(layer, layers)}
+    last = {name.rsplit(".", 1)[-1] for name in names} - {str(i) for i in range(100)}
+    return sorted(last)[:24]
+
+
+def _shown(targets: Any) -> Any:
+    return sorted(targets) if isinstance(targets, set) else targets

@@ -1,0 +1,105 @@
+"""Which keys and settings of a model are the adapter's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lit_lora.errors import UserError
+
+_NOT_PART_OF_THE_FUNCTION = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
+    | {"init_lora_weights", "init_weights", "runtime_config", "task_type", "loftq_config", "target_modules"}
+)
+"""Fields of a PEFT config that two interchangeable adapters may differ in."""
+
+
+def adapter_keys(module: nn.Module) -> set[str]:
+    """The keys of ``module.state_dict()`` that are the adapter's.
+
+    These are the trainable parameters, and in every layer that PEFT has put in, whatever the layer itself declares
+    as its adapter's (AdaLoRA's ``ranknum`` and the frozen halves of some methods are not trainable, yet needed).
+    """
+    keys = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for path, layer in module.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            own = {*layer.adapter_layer_names, *layer.other_param_names}
+            prefix = f"{path}." if path else ""
+            keys |= {prefix + key for key in layer.state_dict() if key.split(".", 1)[0] in own}
+    return keys
+
+
+def keep_only_adapter(state_dict: dict[str, Any], keys: set[str]) -> None:
+    """Drop every entry that is not the adapter's, in place."""
+    for key in [key for key in state_dict if key not in keys]:
+        del state_dict[key]
+
+
+def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Make sure that a checkpoint's weights are those of this module's adapter.
+
+    Raises:
+        UserError: Keys are missing or left over, or shapes differ.
+    """
+    here, own = module.state_dict(keep_vars=True), adapter_keys(module)
+    # Of a parameter that DeepSpeed has shared out, the shape says nothing.
+    expected = {key: tuple(getattr(value, "ds_shape", value.shape)) for key, value in here.items() if key in own}
+    missing = sorted(expected.keys() - state_dict.keys())
+    unknown = sorted(state_dict.keys() - here.keys())
+    shapes = [
+        f"{key} {tuple(state_dict[key].shape)} in the checkpoint, {shape} here"
+        for key, shape in expected.items()
+        if key in state_dict and tuple(state_dict[key].shape) != shape
+    ]
+    problems = [
+        f"{len(found)} {what}, the first: {found[0]}"
+        for what, found in (
+            ("tensors of this adapter are not in the checkpoint", missing),
+            ("tensors of the checkpoint are not in this adapter", unknown),
+            ("tensors have another shape", shapes),
+        )
+        if found
+    ]
+    if problems:
+        raise UserError(
+            "the checkpoint holds another adapter:\n  " + "\n  ".join(problems) + "\n"
+            "Resume with the adapter settings that the checkpoint was made with, or start without ckpt_path."
+        )
+
+
+def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Make sure that a checkpoint's adapter computes the same function of its weights as this one.
+
+    Raises:
+        UserError: A setting such as ``lora_alpha`` differs.
+    """
+    changed = [
+        f"{name} is {here[name]!r}, in the checkpoint {saved[name]!r}"
+        for name in sorted(here.keys() & saved.keys() - _NOT_PART_OF_THE_FUNCTION)
+        if here[name] != saved[name]
+    ]
+    if changed:
+        raise UserError(
+            "the checkpoint holds another adapter: " + "; ".join(changed) + ". "
+            "Resume with the adapter settings that the checkpoint was made with, or start without ckpt_path."
+        )
+
+
+def plain_config(config: PeftConfig) -> dict[str, Any]:
+    """The config as JSON has it: no sets, enums or classes; the same for the same config, also in another process."""
+    # PEFT lists a set in the set's order, which differs from process to process.
+    sets = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
+    plain: dict[str, Any] = json.loads(json.dumps(config.to_dict() | sets, default=_plain))
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return getattr(value, "value", None) or repr(value)

@@ -1,0 +1,421 @@
+"""DeepSpeed's ZeRO: optimizer state, gradients and weights are shared out over the processes."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins import DeepSpeedPrecision, Precision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lit_lora.distributed.check import check_elementwise
+from lit_lora.distributed.collectives import full_tensor
+from lit_lora.distributed.optimizer_states import by_name, parameter_names
+from lit_lora.errors import UserError
+from lit_lora.parameters import trainable_parameters
+
+_OURS = ("fp16", "bf16", "optimizer", "scheduler", "gradient_accumulation_steps", "gradient_clipping")
+"""Keys of a DeepSpeed config that the trainer and the module decide."""
+
+_BUCKET = 10_000_000
+"""Elements that are reduced or gathered at once: DeepSpeed allocates that many in any case, an adapter has few."""
+
+
+class LitLoraDeepSpeed(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO for adapters: ``Trainer(strategy="lit_lora_deepspeed_stage_3")``, or ``_1``, ``_2``, ``_3_offload``.
+
+    Optimizer state is shared out over the processes, with stage 2 gradients too, with stage 3 weights too, frozen ones as
+    they are stored. Adapter and optimizer state stay float32, the base stays as the module has it. Runs on CPUs too, for
+    trying things out. With :class:`~lit_lora.callbacks.AdapterCheckpoint` checkpoints are the files that a single process
+    writes: the adapter and its optimizer state, whole, without the base ever being gathered. Any other strategy goes on
+    from them.
+
+    Args:
+        stage: Of ZeRO: 1, 2 or 3.
+        offload_optimizer: The optimizer's state waits in host memory, and the optimizer steps there.
+        offload_parameters: The parts of the weights wait in host memory; with stage 3.
+        config: Further keys of a DeepSpeed config, or a JSON file with them; they come before the strategy's own.
+        process_group_backend: By default NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        UserError: DeepSpeed is not installed, or a value is outside its range.
+    """
+
+    config: dict[str, Any]
+
+    def __init__(
+        self,
+        stage: int = 2,
+        offload_optimizer: bool = False,
+        offload_parameters: bool = False,
+        config: dict[str, Any] | str | Path | None = None,
+        process_group_backend: str | None = None,
+    ) -> None:
+        if find_spec("deepspeed") is None:
+            raise UserError("this strategy is DeepSpeed's: pip install deepspeed, or use lit_lora_fsdp or ddp")
+        if stage not in (1, 2, 3):
+            raise UserError(f"stage must be 1, 2 or 3, not {stage}")
+        if offload_parameters and stage != 3:
+            raise UserError(f"offload_parameters needs stage 3, it is {stage}: only there the weights are shared out")
+        # Not DeepSpeedStrategy's own, which imports DeepSpeed before it is known which device it is for.
+        DDPStrategy.__init__(self, process_group_backend=process_group_backend)
+        self.config = _complete_config(stage, offload_optimizer, offload_parameters, _read_config(config))
+        self._parameter_names: list[list[str]] = []
+
+    @property
+    def shards_weights(self) -> bool:
+        """Whether the loader is to call :meth:`shard` for each block as soon as its weights are there."""
+        return self.zero_stage_3
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin or _AsTheModuleHasIt("32-true")
+
+    @precision_plugin.setter
+    def precision_plugin(self, precision_plugin: Precision | None) -> None:
+        # It stays None: Lightning would take a plugin of the strategy for the user's choice, before trainer.precision.
+        self._precision_plugin: Precision | None = None
+        if precision_plugin is not None and precision_plugin.precision != "32-true":
+            raise UserError(
+                f"trainer.precision={str(precision_plugin.precision)!r} would have DeepSpeed cast the adapter too; leave it at "
+                f"32-true and set model.base_dtype to 'bfloat16'"
+            )
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Lightning counts: DeepSpeed would go on counting over the end of an epoch, where Lightning steps."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """The weights come first, as in a single process; DeepSpeed then makes its own copies of them."""
+        return False
+
+    def setup_environment(self) -> None:
+        device = self.root_device.type
+        if device == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            # Collective calls in shared memory, of which training makes none: they would be compiled first.
+            import deepspeed.ops
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        elif device != "cuda":
+            raise UserError(f"DeepSpeed runs on CUDA, and on CPUs for trying things out, not on {device}; use ddp")
+        from deepspeed.utils import logger
+
+        logger.setLevel(logging.WARNING)
+        # DeepSpeed calls functions that the newest torch has under other names.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        if self.root_device.type != "cpu":
+            super().setup_distributed()
+            return
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        assert isinstance(self.model, LightningModule)
+        self.accelerator.setup(trainer)
+        self.model_to_device()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._setup_training(trainer, self.model)
+        elif self.zero_stage_3:
+            self.model, _ = self._initialize(self.model, None, self.config)
+        self.barrier()
+
+    def shard(self, module: nn.Module) -> None:
+        """Share out the parameters of a module that are not yet shared out; the first process's values hold."""
+        import deepspeed
+
+        deepspeed.zero.Init(module=module, config_dict_or_path=copy.deepcopy(self.config))
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        yield  # what is to be shared out goes through shard()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        yield  # the engine is told before each backward pass whether a step follows
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state = self._module.state_dict(keep_vars=True)
+        return {name: full_tensor(value).detach().to("cpu", copy=True) for name, value in state.items()}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        module, state = self._module, checkpoint["state_dict"]
+        loaded = [parameter for name, parameter in module.named_parameters() if name in state]
+        with _writable(loaded):
+            module.load_state_dict(state, strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As of the same optimizer in a single process; a collective call."""
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        zero: Any = self.optimizers[0]
+        self._link(zero)
+        states: dict[Tensor, dict[str, Any]] = {}
+        for flat, parameters in self._flat_parameters(zero):
+            values = zero.optimizer.state.get(flat, {})
+            for parameter in parameters if values else []:
+                states[parameter] = {
+                    name: safe_get_full_optimizer_state(parameter, name).to("cpu", copy=True)
+                    if _is_flat(value, flat)
+                    else _copied(value, torch.device("cpu"))
+                    for name, value in values.items()
+                }
+        groups, first = [], 0
+        for group, names in zip(zero.optimizer.param_groups, self._parameter_names, strict=True):
+            numbers = list(range(first, first + len(names)))
+            groups.append({**_options(group), "params": numbers, "param_names": names})
+            first += len(names)
+        numbered = {i: states[parameter] for i, parameter in enumerate(self._parameters()) if parameter in states}
+        return {"state": numbered, "param_groups": groups}
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        zero: Any = self.optimizers[0]
+        saved = by_name(checkpoint["optimizer_states"][0], self._parameter_names)
+        for group, saved_group in zip(zero.optimizer.param_groups, saved["param_groups"], strict=True):
+            group.update(_options(saved_group))
+        # Where torch has the number of steps.
+        fused = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
+        states = {parameter: saved["state"].get(i, {}) for i, parameter in enumerate(self._parameters())}
+        for flat, parameters in self._flat_parameters(zero):
+            some = next((parameter for parameter in parameters if states[parameter]), None)
+            if some is not None:
+                zero.optimizer.state[flat] = {
+                    name: torch.zeros_like(flat)
+                    if isinstance(value, Tensor) and value.shape == _shape(some)
+                    else _copied(value, flat.device if fused else torch.device("cpu"))
+                    for name, value in states[some].items()
+                }
+        self._link(zero)
+        for flat, parameters in self._flat_parameters(zero):
+            for parameter in parameters:
+                for name, value in states[parameter].items():
+                    if _is_flat(zero.optimizer.state[flat][name], flat):
+                        self._set_state(parameter, name, value)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def teardown(self) -> None:
+        if isinstance(self.model, LightningModule) or self.model is None:
+            super().teardown()
+            return
+        # Not Strategy's own, which moves all to the CPU: a checkpoint can still be saved, and that takes the device.
+        engine: Any = self.model
+        self.model = self.lightning_module
+        engine.destroy()
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _setup_training(self, trainer: Trainer, module: LightningModule) -> None:
+        clip = float(trainer.gradient_clip_val or 0)
+        if clip and trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            raise UserError(
+                f"gradient_clip_algorithm='value' with gradient_clip_val={clip}: DeepSpeed clips by the norm only; set "
+                f"gradient_clip_algorithm to 'norm'"
+            )
+        optimizer, scheduler = self._init_optimizers()
+        check_elementwise(optimizer)
+        self._parameter_names = parameter_names(optimizer, module)
+        self.model, zero_optimizer = self._initialize(module, optimizer, {**self.config, "gradient_clipping": clip})
+        self.optimizers = [zero_optimizer]
+        self.lr_scheduler_configs = [] if scheduler is None else [scheduler]
+
+    def _initialize(
+        self, module: LightningModule, optimizer: Optimizer | None, config: dict[str, Any]
+    ) -> tuple[Any, Any]:
+        """DeepSpeed's engine and optimizer."""
+        import deepspeed
+        from deepspeed.utils import set_z3_leaf_module
+
+        for part in module.modules():
+            # Text encoders read weights of layers that they do not call: they get all of theirs at once.
+            if isinstance(part, PreTrainedModel) and not trainable_parameters(part):
+                set_z3_leaf_module(part, True)
+        engine, zero_optimizer, _, _ = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.root_device.index or 0),
+            model=module,
+            optimizer=optimizer,
+            model_parameters=[] if optimizer is None else trainable_parameters(module),
+            config=copy.deepcopy(config),
+            dist_init_required=False,
+        )
+        if self.zero_stage_3:
+            for layer in module.modules():
+                # So do adapters: DoRA reads the base's weight, others lists of parameters.
+                if isinstance(layer, BaseTunerLayer):
+                    for parameter in layer.parameters():
+                        deepspeed.zero.register_external_parameter(layer, parameter)
+        return engine, zero_optimizer
+
+    def _parameters(self) -> list[Tensor]:
+        """Those of the optimizer, in its order."""
+        named = dict(self._module.named_parameters())
+        return [named[name] for names in self._parameter_names for name in names]
+
+    def _flat_parameters(self, zero: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """What the optimizer steps in this process: its part of a flat tensor of several parameters, and these."""
+        if self.zero_stage_3:
+            yield from zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+        else:
+            yield from zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
+
+    def _link(self, zero: Any) -> None:
+        """Have DeepSpeed know where in the flat tensors each parameter's state is."""
+        if not self.zero_stage_3:  # it does so in the first step, and forgets it at the end
+            zero._link_all_hp_params()
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _set_state(self, parameter: Any, name: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        value = value.to(self.root_device, torch.float32).flatten()
+        if not self.zero_stage_3:
+            safe_set_full_optimizer_state(parameter, value, name)
+            return
+        # DeepSpeed's own function for the whole value does not know that the last part may be shorter.
+        size = parameter.ds_tensor.numel()
+        padded = nn.functional.pad(value, (0, size * self.world_size - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.global_rank, size), name)
+
+
+class _AsTheModuleHasIt(DeepSpeedPrecision):
+    """Casts nothing: the module's own autocast decides what is computed in which precision."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def tensor_init_context(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def backward(  # type: ignore[override]  # as in DeepSpeedPrecision
+        self, tensor: Tensor, model: LightningModule, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        engine: Any = model.trainer.model
+        engine.set_gradient_accumulation_boundary(not model.trainer.fit_loop._should_accumulate())
+        super().backward(tensor, model, optimizer, *args, **kwargs)
+
+
+@contextmanager
+def _writable(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block those of the parameters that are shared out are whole; then the first process's values hold."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        yield
+
+
+def _read_config(config: dict[str, Any] | str | Path | None) -> dict[str, Any]:
+    """The user's part of the DeepSpeed config."""
+    if isinstance(config, str | Path):
+        try:
+            keys = json.loads(Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"config: {config} is no JSON file that can be read: {error}") from error
+    else:
+        keys = config or {}
+    if not isinstance(keys, dict):
+        raise UserError(f"config: {config} holds a {type(keys).__name__}; it must hold a dict of DeepSpeed's keys")
+    taken = [key for key in _OURS if key in keys]
+    if "stage" in keys.get("zero_optimization", {}):
+        taken.append("zero_optimization.stage")
+    if taken:
+        raise UserError(
+            f"config: {', '.join(taken)} is not for DeepSpeed's config here; take it out, and set the strategy's stage, the "
+            f"model's optimizer, lr_scheduler and base_dtype, and the trainer's gradient_clip_val and accumulate_grad_batches"
+        )
+    return keys
+
+
+def _complete_config(
+    stage: int, offload_optimizer: bool, offload_parameters: bool, config: dict[str, Any]
+) -> dict[str, Any]:
+    """The whole DeepSpeed config, as far as it is known before a run."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": _BUCKET,
+        "allgather_bucket_size": _BUCKET,
+        "memory_efficient_linear": False,  # it would take the place of torch's own function for good
+        # By default a base of less than a billion weights would stay whole once it has been gathered.
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 5 * _BUCKET,
+        "stage3_prefetch_bucket_size": _BUCKET,
+    }
+    if offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # of its own statistics alone
+        "gradient_accumulation_steps": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **config,
+        "zero_optimization": {**zero, **config.get("zero_optimization", {})},
+    }
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
+
+
+def _shape(parameter: Any) -> torch.Size:
+    """Of the parameter as a whole."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _is_flat(value: Any, flat: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == flat.shape
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)

@@ -1,0 +1,176 @@
+"""FSDP2: weights, gradients and optimizer state are shared out over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.strategy import Strategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lit_lora.distributed.check import check_elementwise
+from lit_lora.distributed.collectives import full_tensor, shard_like
+from lit_lora.distributed.optimizer_states import map_states
+from lit_lora.errors import UserError
+
+
+class LitLoraFSDP(ModelParallelStrategy):
+    """FSDP2 (``torch.distributed.fsdp.fully_shard``) for adapters: ``Trainer(strategy="lit_lora_fsdp")``.
+
+    Each process keeps its part of the denoiser, frozen weights as they are stored, and gets the rest of a block while it
+    computes with that block. With :class:`~lit_lora.callbacks.AdapterCheckpoint` checkpoints are the files that a single
+    process writes: the adapter and its optimizer state, whole, without the base ever being gathered. Any other strategy
+    goes on from them.
+
+    Args:
+        shard_size: So many processes share one copy of the weights, and the gradients of the copies are averaged; ``node``:
+            those of one machine, which keeps the weights' traffic off the network. By default all processes share one.
+        cpu_offload: Parts of weights, gradients and optimizer state wait in host memory, and the optimizer steps there.
+        process_group_backend: By default NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        UserError: ``shard_size`` does not divide the number of processes.
+    """
+
+    shards_weights = True
+    """The loader calls :meth:`shard` for each block as soon as its weights are there."""
+
+    def __init__(
+        self,
+        shard_size: int | Literal["node"] | None = None,
+        cpu_offload: bool = False,
+        process_group_backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+        )
+        if isinstance(shard_size, int) and shard_size < 1:
+            raise UserError(f"shard_size must be at least 1, not {shard_size}")
+        self.shard_size = shard_size
+        self.cpu_offload = cpu_offload
+        self._shard_mesh: DeviceMesh | None = None
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+        self._shard_mesh = self._make_mesh()
+
+    def setup(self, trainer: Trainer) -> None:
+        if str(trainer.precision) != "32-true":
+            raise UserError(
+                f"trainer.precision={str(trainer.precision)!r} does not go with lit_lora_fsdp; leave it at 32-true and set "
+                f"model.base_dtype to 'bfloat16'"
+            )
+        super().setup(trainer)
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            check_elementwise(optimizer)
+
+    def shard(self, module: nn.Module) -> None:
+        """Share out the weights of a module that are not yet shared out; the same values have to be there in each process."""
+        assert self._shard_mesh is not None, "setup_environment comes first"
+        offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy()
+        with _integer_parameters():
+            fully_shard(module, mesh=self._shard_mesh, reshard_after_forward=True, offload_policy=offload)
+
+    def model_to_device(self) -> None:
+        if not self.cpu_offload:
+            super().model_to_device()
+            return
+        assert self.model is not None
+        for module in self.model.modules():  # what is shared out stays in host memory
+            for name, parameter in module._parameters.items():
+                if parameter is not None and not isinstance(parameter, DTensor):
+                    module._parameters[name] = nn.Parameter(parameter.to(self.root_device), parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = buffer if buffer is None else buffer.to(self.root_device)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        state: dict[str, Any] = {}
+        for name, value in self.lightning_module.state_dict().items():
+            complete = full_tensor(value)  # a collective call; the first process writes
+            if self.is_global_zero:
+                state[name] = _on_cpu(complete)
+        return state
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        here = self.lightning_module.state_dict()
+        state = {
+            name: shard_like(value, here[name]) if name in here else value
+            for name, value in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(state, strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        state: dict[str, Any] = map_states(optimizer.state_dict(), lambda value: _on_cpu(full_tensor(value)))
+        return state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+            for parameter, values in optimizer.state.items():
+                for name, value in values.items():
+                    if isinstance(value, Tensor):
+                        values[name] = shard_like(value, parameter)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        # What waits in host memory is sent from there.
+        return "cpu:gloo,cuda:nccl" if backend == "nccl" and self.cpu_offload else backend
+
+    def _make_mesh(self) -> DeviceMesh:
+        world, size = self.world_size, self.shard_size
+        size = self.num_processes if size == "node" else size
+        if size is None or size == world:
+            return self.device_mesh["data_parallel"]
+        if world % size:
+            raise UserError(
+                f"shard_size={size} does not divide the {world} processes of the run; choose one of "
+                f"{', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
+            )
+        return init_device_mesh(self.root_device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+@contextmanager
+def _integer_parameters() -> Iterator[None]:
+    """Before 2.14 torch first makes each part a parameter that requires a gradient, which integers cannot."""
+    new: Any = nn.Parameter.__new__
+
+    def new_parameter(cls: type, data: Any = None, requires_grad: bool = True) -> Any:
+        return new(cls, data, requires_grad and (data is None or data.is_floating_point()))
+
+    nn.Parameter.__new__ = new_parameter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Parameter.__new__ = new  # type: ignore[method-assign]
+
+
+def _on_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value

@@ -1,0 +1,1 @@
+"""Memory of a run: what is measured, kinds, records and charts."""

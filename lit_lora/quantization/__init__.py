@@ -1,0 +1,9 @@
+"""How the frozen weights of the base are stored; each kind is an object with options."""
+
+from lit_lora.quantization.base import Quantization
+from lit_lora.quantization.dense import Dense
+from lit_lora.quantization.fp8 import FP8
+from lit_lora.quantization.int8 import Int8
+from lit_lora.quantization.nf4 import NF4
+
+__all__ = ["Quantization", "Dense", "FP8", "Int8", "NF4"]

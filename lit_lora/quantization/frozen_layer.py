@@ -1,0 +1,171 @@
+"""Layers whose frozen weights are kept in a quantization, and that keep nothing else for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
+
+from lit_lora.quantization.base import Quantization
+
+
+class FrozenLayer(nn.Module):
+    """A Linear or Conv2d layer with frozen weights.
+
+    An ordinary frozen layer keeps its weight and its input for the backward pass. This one keeps neither: a gradient with
+    respect to the input needs the weight alone, and that is read through the layer again, from wherever it is then. So
+    a weight in eight or four bits never stays in memory in full, and the stored tensors may move between devices
+    from one pass to the other.
+
+    :attr:`weight` is the weight as a tensor, made anew at each access unless it is stored densely.
+    """
+
+    quantization: Quantization
+    stored_names: tuple[str, ...] = ()
+    """The parameters that hold the weight."""
+    weight_shape: torch.Size
+    weight_dtype: torch.dtype
+    """What :attr:`weight` has; the passes take autocast's or the input's dtype."""
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the weight is stored as it is."""
+        return "weight" in self._parameters
+
+    @property
+    def weight(self) -> Tensor:
+        dense = self._parameters.get("weight")
+        return self.restored(self.weight_dtype) if dense is None else dense
+
+    def restored(self, dtype: torch.dtype) -> Tensor:
+        """The weight in this dtype."""
+        stored = {name: self._parameters[name] for name in self.stored_names}
+        with torch.no_grad():
+            return self.quantization.dequantize(stored, self.weight_shape, dtype)  # type: ignore[arg-type]
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
+        dense: Tensor | None = self._parameters.get("weight")
+        if dense is not None and (dense.requires_grad or not self.stored_names):
+            trained: Tensor = super().forward(input)  # a copy, or a layer that PEFT has made of the base layer's class
+            return trained
+        device = input.device.type
+        bias: Tensor | None = self._parameters.get("bias")
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            input = input.to(dtype)  # noqa: A001
+            bias = bias if bias is None else bias.to(dtype)
+        if torch.compiler.is_compiling():  # the compiler itself decides what to keep for the backward pass
+            return self.apply_weight(input, self.restored(input.dtype), bias)
+        return _Frozen.apply(input, bias, self)
+
+    def apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        """The layer's function."""
+        raise NotImplementedError
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
+        """The gradient with respect to the input, from that of the output."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        kind = type(self.quantization).__name__ if self.stored_names else "own"
+        return f"{super().extra_repr()}, stored={kind}"
+
+
+class FrozenLinear(FrozenLayer, nn.Linear):  # type: ignore[override]  # weight is a property
+    """A frozen Linear layer."""
+
+    def apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        if input.ndim == 2:
+            return F.linear(input, weight, bias)
+        rows = F.linear(input.flatten(0, -2), weight, bias)
+        # F.linear's own output would be a view, which PEFT's in-place additions may not follow out of our function.
+        output: Tensor = torch.ops.aten._unsafe_view(rows, [*input.shape[:-1], rows.shape[-1]])
+        return output
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
+        return grad @ weight
+
+
+class FrozenConv2d(FrozenLayer, nn.Conv2d):  # type: ignore[override]  # weight is a property
+    """A frozen Conv2d layer."""
+
+    def apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
+        gradient: Tensor = conv2d_input(
+            list(input_shape), weight, grad, self.stride, self.padding, self.dilation, self.groups
+        )
+        return gradient
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: FrozenLayer) -> Tensor:  # noqa: A002
+        ctx.layer, ctx.input_shape, ctx.dtype = layer, input.shape, input.dtype
+        return layer.apply_weight(input, layer.restored(input.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        layer: FrozenLayer = ctx.layer
+        for_input = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_input = layer.input_gradient(grad, layer.restored(ctx.dtype), ctx.input_shape)
+        if ctx.needs_input_grad[1]:
+            channels = 1 if isinstance(layer, nn.Conv2d) else grad.ndim - 1
+            for_bias = grad.sum([i for i in range(grad.ndim) if i != channels])
+        return for_input, for_bias, None
+
+
+def frozen_layers(model: nn.Module) -> Iterator[FrozenLayer]:
+    """The frozen layers of a model; not those that PEFT has made of a base layer's class, which store nothing."""
+    for layer in model.modules():
+        if isinstance(layer, FrozenLayer) and layer.stored_names:
+            yield layer
+
+
+def freeze_layer(layer: nn.Module, quantization: Quantization, weight: Tensor, dtype: torch.dtype) -> None:
+    """Make a Linear or Conv2d layer a :class:`FrozenLayer`, in place.
+
+    Args:
+        layer: One that :func:`can_freeze`.
+        quantization: How to store the weight.
+        weight: The weight; the layer's own is let go.
+        dtype: What ``layer.weight`` is to have.
+    """
+    with torch.no_grad():
+        put_stored(layer, quantization, quantization.quantize(weight), weight.shape, dtype)
+
+
+def put_stored(
+    layer: nn.Module, quantization: Quantization, stored: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
+) -> None:
+    """Make a Linear or Conv2d layer a :class:`FrozenLayer` whose weight is stored already.
+
+    Args:
+        layer: One that :func:`can_freeze`; its own weight is let go.
+        quantization: How the weight is stored.
+        stored: What :meth:`Quantization.quantize` gave.
+        shape: Of the weight.
+        dtype: What ``layer.weight`` is to have.
+    """
+    layer.__class__ = FrozenLinear if isinstance(layer, nn.Linear) else FrozenConv2d
+    assert isinstance(layer, FrozenLayer)
+    layer.quantization, layer.weight_shape, layer.weight_dtype = quantization, shape, dtype
+    del layer._parameters["weight"]
+    layer.stored_names = tuple(stored)
+    for name, tensor in stored.items():
+        layer._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+
+def can_freeze(layer: nn.Module) -> bool:
+    """Whether the layer is of a kind that :func:`freeze_layer` takes; a subclass may do something of its own."""
+    return type(layer) is nn.Linear or (
+        type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )

@@ -1,0 +1,155 @@
+"""``lit-lora shards plan``: what a run will read, before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+
+from lit_lora.byte_sizes import format_bytes
+from lit_lora.datamodules.batches.plan import Plan
+from lit_lora.datamodules.batches.plan_report import (
+    bucket_rows,
+    chunk_rows,
+    measure_reading,
+)
+from lit_lora.datamodules.remote.transfer import is_remote
+from lit_lora.datamodules.staging.make_stager import checked_budget
+from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
+from lit_lora.errors import UserError, check_least
+from lit_lora.lightning_cli import ToolCLI, build_cli
+from lit_lora.report_text import format_duration, format_table
+
+
+def shards_plan(arguments: list[str]) -> None:
+    """Run ``lit-lora shards plan`` with the arguments of ``lit-lora fit`` and those of :func:`describe`."""
+    cli = build_cli(["fit", *arguments], run=False, cli_class=_PlanCLI)
+    data, options = cli.datamodule, cli.options
+    if not isinstance(data, WebDatasetDataModule):
+        raise UserError(f"data is a {type(data).__name__}; only a WebDatasetDataModule follows a plan")
+    if options["processes"] is None:
+        options["processes"] = processes_of(cli.config["trainer"])
+    print(describe(data, max_steps=cli.config["trainer"]["max_steps"], **options))
+
+
+def describe(
+    data: WebDatasetDataModule,
+    processes: int | None = None,
+    images_per_second: float | None = None,
+    max_steps: int = -1,
+) -> str:
+    """Chunks, batches, what is dropped or padded, disk and time of a run, as text.
+
+    Args:
+        data: The run's data.
+        processes: Training processes over all machines; by default the config's devices times nodes.
+        images_per_second: What all processes together train, from the progress bar of an earlier run, for the time
+            that a pass takes. Without it the time is what reading and decoding takes at least.
+        max_steps: Steps of the run; -1 for no limit.
+
+    Raises:
+        UserError: The run could not start.
+    """
+    check_least(1, processes=processes)
+    if images_per_second is not None and images_per_second <= 0:
+        raise UserError(f"images_per_second={images_per_second} must be above 0")
+    data.prepare_data()
+    data.setup("fit")
+    processes = processes or 1
+    plan, chunks = data.plan(processes), data.train_samples
+    table = chunks.table
+    shown = plan.samples_per_pass
+    sizes = sorted(chunks.chunk_bytes.tolist(), reverse=True)
+    lines = [
+        ["data", f"{len(table):,} samples in {len(table.locations):,} shards, {format_bytes(sum(sizes))}"],
+        ["not trained on", f"{len(chunks.held_out):,} held out to validate on, {chunks.too_small:,} too small"],
+        ["batch", f"{plan.global_batch_size:,} = {data.batch_size} x {_count(processes, 'process', 'processes')}"],
+        ["chunks", f"{plan.num_chunks:,}, largest {format_bytes(sizes[0])}"],
+        ["a pass", f"{plan.batches_per_pass:,} batches, {shown:,} samples"],
+        ["dropped" if plan.leftovers == "drop" else "padded", _share(plan)],
+    ]
+    if max_steps > 0:
+        lines.append(["steps", f"{max_steps:,}, which is {max_steps / plan.batches_per_pass:.2f} passes"])
+    lines.append(["disk peak", _disk(data, sizes)])
+    lines.append(["time", _time(data, plan, shown, processes, images_per_second)])
+    blocks = [[f"{label:<15} {value}" for label, value in lines]]
+    if plan.num_chunks > 1:
+        blocks.append(format_table(chunk_rows(plan, chunks)))
+    if len(chunks.sizes) > 1:
+        blocks.append(format_table(bucket_rows(plan, chunks)))
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+class _PlanCLI(ToolCLI):
+    function = staticmethod(describe)
+    parts = frozenset({"data", "max_steps"})
+
+    def instantiate_classes(self) -> None:
+        parser = ArgumentParser()
+        parser.add_subclass_arguments(LightningDataModule, "data")
+        self.datamodule = parser.instantiate_classes(parser.parse_object({"data": self.config["data"]})).data
+
+
+def processes_of(trainer: Any) -> int:
+    """Training processes over all machines, by the config of the trainer."""
+    devices = trainer["devices"]
+    if isinstance(devices, str) and devices not in ("auto", "-1"):
+        devices = [part for part in devices.split(",") if part] if "," in devices else int(devices)
+    if devices in ("auto", "-1", -1):
+        devices = torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 1
+    count = len(devices) if isinstance(devices, list) else int(devices)
+    return max(1, count) * int(trainer["num_nodes"])
+
+
+def _share(plan: Plan) -> str:
+    number = plan.num_samples - plan.samples_per_round if plan.leftovers == "drop" else plan.padding_per_round
+    what = "samples do not fill a batch" if plan.leftovers == "drop" else "places of weight 0 fill batches up"
+    return f"{number:,} {what} ({number / plan.num_samples:.2%}) in going through each chunk once"
+
+
+def _disk(data: WebDatasetDataModule, sizes: Sequence[int]) -> str:
+    if data.staging_dir is None:
+        return "none beside the shards, which are read where they lie"
+    needed = sum(sizes[:2])
+    allowed = checked_budget(data.staging_dir, data.staging_budget, data.train_samples)
+    free = shutil.disk_usage(data.staging_dir).free
+    return (
+        f"{format_bytes(needed)} for two chunks, at most {format_bytes(max(needed, min(allowed, sum(sizes))))} of the"
+        f" {format_bytes(allowed)} allowed in {data.staging_dir} ({format_bytes(free)} free)"
+    )
+
+
+def _time(data: WebDatasetDataModule, plan: Plan, shown: int, processes: int, images_per_second: float | None) -> str:
+    if images_per_second is not None:
+        return f"{format_duration(shown / images_per_second)} a pass at {images_per_second:g} images/s"
+    dataset = data.train_dataset()
+    if any(is_remote(location) for location in dataset.reader.table.locations):
+        return "not known: give --images_per_second, from the progress bar of an earlier run"
+    with _torch_threads(1):
+        rate = measure_reading(dataset, plan)
+    readers = max(1, data.num_workers) * processes
+    who = _count(readers, "loader thread reads", "loader threads read")
+    return (
+        f"{format_duration(shown / rate / readers)} a pass or more: {who} {rate:.0f} images/s each here"
+        " (--images_per_second gives training's own)"
+    )
+
+
+def _count(number: int, one: str, more: str) -> str:
+    return f"{number:,} {one if number == 1 else more}"
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """As many threads as a loader process has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

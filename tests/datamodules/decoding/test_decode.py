@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from lit_lora.datamodules.decoding.decode import (
+    MAX_PIXELS,
+    BadSampleError,
+    check_pixels,
+    decode_rgb,
+    decode_text,
+)
+
+
+def _by_pillow(data):
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_same_pixels_as_pillow(encode_image, format_):
+    data = encode_image(24, 16, format_)
+    image = decode_rgb(data)
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, _by_pillow(data))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_upright(encode_image, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode_image(24, 16, exif=exif)
+    assert torch.equal(decode_rgb(data), _by_pillow(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA"])
+def test_other_modes_become_rgb(mode):
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 4), (200, 30, 60)).convert(mode).save(buffer, "PNG")
+    assert decode_rgb(buffer.getvalue()).shape == (3, 4, 5)
+
+
+def test_16_bit_png():
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((4, 5), 0x8000, np.uint16)).save(buffer, "PNG")
+    image = decode_rgb(buffer.getvalue())
+    assert image.dtype == torch.uint8
+    assert set(image.unique().tolist()) == {128}
+
+
+def test_damaged_images(encode_image):
+    for data in (b"", b"no image", encode_image()[:-100], encode_image(24, 16, "PNG")[:60]):
+        with pytest.raises(BadSampleError, match="image"):
+            decode_rgb(data)
+
+
+def test_pixel_limit():
+    check_pixels(10_000, MAX_PIXELS // 10_000)
+    with pytest.raises(BadSampleError, match="10000 x 10001 pixels, more than 100000000"):
+        check_pixels(10_000, 10_001)
+    with pytest.raises(BadSampleError, match="header"):
+        check_pixels(0, 0)
+
+
+def test_text():
+    assert decode_text("\ufeff ein Füchslein \n".encode()) == "ein Füchslein"
+    with pytest.raises(BadSampleError, match=r"not UTF-8 \(byte 3\)"):
+        decode_text("caf\u00e9".encode("latin-1"))
+
+
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
+def test_damaged_bytes_never_kill_the_process(encode_image, format_):
+    """Torchvision's own PNG decoder ends in a segmentation fault on some of these."""
+    data = encode_image(24, 16, format_)
+    rng = np.random.default_rng(0)
+    bad = 0
+    for _ in range(200):
+        damaged = bytearray(data)
+        for place in rng.integers(len(data), size=3):
+            damaged[place] = rng.integers(256)
+        try:
+            decode_rgb(bytes(damaged))
+        except BadSampleError:
+            bad += 1
+    assert bad > 0
+    idat = bytearray(encode_image(24, 16, "PNG"))
+    start = idat.find(b"IDAT")
+    idat[start + 4 : start + 12] = b"\xff" * 8
+    with pytest.raises(BadSampleError, match="cannot be decoded"):
+        decode_rgb(bytes(idat))

@@ -1,0 +1,278 @@
+"""Runs of a tiny model that every strategy has to be able to do; all processes call the same ones in the same order."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import LoraConfig, PeftConfig
+from torch import Tensor, nn
+
+from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, MemoryProfiler, RunReport, SampleImages
+from lit_lora.datamodules import WebDatasetDataModule
+from lit_lora.distributed import LitLoraFSDP
+from lit_lora.distributed.collectives import full_tensor
+from lit_lora.families import StableDiffusion
+from lit_lora.module import LoraDiffusion
+from lit_lora.quantization import Quantization
+
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+GLOBAL_BATCH = 4
+STEPS = 20
+SAVED_AT = 2
+RESUMED_TO = 4
+
+STRATEGIES: dict[str, Any] = {
+    "ddp": "ddp",
+    "fsdp": "lit_lora_fsdp",
+    "ZeRO-1": "lit_lora_deepspeed_stage_1",
+    "ZeRO-2": "lit_lora_deepspeed_stage_2",
+    "ZeRO-3": "lit_lora_deepspeed_stage_3",
+}
+"""By short names, what the trainer is given."""
+
+OF_FOUR: dict[str, Any] = {"ddp": "ddp", "hybrid": LitLoraFSDP(shard_size=2)}
+"""What four processes do: the second shares one copy of the weights out over two, so there are two copies."""
+
+FEATURES = (
+    "accumulation",
+    "clipping by value",
+    "checkpointing",
+    "compile",
+    "EMA",
+    "validation",
+    "sampling",
+    "profiling",
+    "Int8",
+    "NF4",
+    "DoRA",
+    "modules_to_save",
+)
+"""Of the table in the README; clipping by norm is in every run."""
+
+REFUSED: dict[tuple[str, str], str] = {
+    ("ZeRO-1", "clipping by value"): "DeepSpeed clips by the norm only",
+    ("ZeRO-2", "clipping by value"): "DeepSpeed clips by the norm only",
+    ("ZeRO-3", "clipping by value"): "DeepSpeed clips by the norm only",
+    ("ZeRO-3", "EMA"): "AdapterEMA needs whole parameters",
+}
+"""Which strategy refuses which feature, and what its error says."""
+
+
+def feature_table() -> str:
+    """The README's table of what works under which strategy."""
+    columns = list(STRATEGIES.values())
+    lines = ["| | " + " | ".join(f"`{name}`" for name in columns) + " |", "|---|" + "---|" * len(columns)]
+    for feature in ("training, resuming, clipping by norm", *FEATURES):
+        cells = ["no" if (short, feature) in REFUSED else "yes" for short in STRATEGIES]
+        lines.append(f"| {feature} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+class Seen(Callback):
+    """What a run has seen: losses over all processes, keys of the samples, and how it was when it began."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.keys: list[list[str]] = []
+        self.start: dict[str, Tensor] = {}
+        self.optimizer: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start = adapter(pl_module)
+        # Not the tensors that training goes on with.
+        self.optimizer = copy.deepcopy(trainer.strategy.optimizer_state(trainer.optimizers[0]))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        self.losses.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
+        self.keys.append(batch["key"])
+
+
+def adapter(module: LightningModule) -> dict[str, Tensor]:
+    """The trained tensors, whole, by name."""
+    return {
+        name: full_tensor(parameter).detach().clone()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def module_of(model: Path, adapter_config: PeftConfig | None = None, **options: Any) -> LoraDiffusion:
+    """The tiny model, in float32 unless something else is asked for."""
+    torch.manual_seed(0)
+    config = adapter_config or LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "conv1"])
+    options.setdefault("base_dtype", "float32")
+    options.setdefault("optimizer", lambda parameters: torch.optim.AdamW(parameters, lr=1e-2))
+    return LoraDiffusion(StableDiffusion(str(model)), config, **options)
+
+
+def data_of(shards: Path, **options: Any) -> WebDatasetDataModule:
+    """Batches of the same samples whatever the number of processes."""
+    options.setdefault("batch_size", GLOBAL_BATCH // WORLD)
+    return WebDatasetDataModule(str(shards), resolution=16, num_workers=0, **options)
+
+
+def trainer_of(strategy: Any, folder: Path, callbacks: list[Callback] | None = None, **options: Any) -> Trainer:
+    """A quiet trainer on the CPU."""
+    options.setdefault("max_steps", STEPS)
+    options.setdefault("logger", False)
+    return Trainer(
+        accelerator="cpu",
+        devices=WORLD,
+        strategy=strategy,
+        max_epochs=-1,
+        default_root_dir=folder,
+        callbacks=callbacks,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=any(isinstance(c, AdapterCheckpoint) for c in callbacks or ()),
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=None,
+        **options,
+    )
+
+
+def train(
+    strategy: Any,
+    model: Path,
+    shards: Path,
+    folder: Path,
+    *,
+    resume: Path | None = None,
+    module: LoraDiffusion | None = None,
+    callbacks: list[Callback] | None = None,
+    data: WebDatasetDataModule | None = None,
+    **options: Any,
+) -> tuple[Seen, LoraDiffusion, Trainer]:
+    """Train; with norm clipping, which is everywhere."""
+    seen = Seen()
+    module = module or module_of(model)
+    options.setdefault("gradient_clip_val", 0.5)
+    trainer = trainer_of(strategy, folder, [seen, *(callbacks or [])], **options)
+    trainer.fit(module, data or data_of(shards), ckpt_path=None if resume is None else str(resume))
+    return seen, module, trainer
+
+
+def saving(folder: Path, every: int) -> AdapterCheckpoint:
+    """Checkpoints named by their step."""
+    return AdapterCheckpoint(
+        folder,
+        filename="{step}",
+        auto_insert_metric_name=False,
+        every_n_train_steps=every,
+        save_top_k=-1,
+        enable_version_counter=False,
+    )
+
+
+def losses_and_checkpoint(strategy: Any, model: Path, shards: Path, folder: Path) -> dict[str, Any]:
+    """Twenty steps, with a checkpoint after every second."""
+    seen, *_ = train(strategy, model, shards, folder, callbacks=[saving(folder, SAVED_AT)])
+    return {"losses": seen.losses, "keys": seen.keys}
+
+
+def resumed(strategy: Any, model: Path, shards: Path, folder: Path, checkpoint: Path) -> dict[str, Any]:
+    """Go on from a checkpoint of any strategy: what was there at the start, and the losses from there on."""
+    seen, *_ = train(
+        strategy, model, shards, folder, resume=checkpoint, max_steps=RESUMED_TO, callbacks=[saving(folder, RESUMED_TO)]
+    )
+    saved = torch.load(checkpoint, weights_only=True)
+    result: dict[str, Any] = {
+        "losses": seen.losses,
+        "keys": seen.keys,
+        "same adapter": seen.start.keys() == saved["state_dict"].keys()
+        and all(torch.equal(value.cpu(), saved["state_dict"][name]) for name, value in seen.start.items()),
+    }
+    if seen.optimizer:  # whole in the first process, at least
+        result["same optimizer"] = same(seen.optimizer, saved["optimizer_states"][0])
+    return result
+
+
+def rewritten(strategy: Any, model: Path, shards: Path, folder: Path, checkpoint: Path) -> None:
+    """Load a checkpoint and write the adapter's files, without training in between."""
+    module = module_of(model)
+    trainer = trainer_of(strategy, folder, [saving(folder, 1)])
+    trainer.validate(module, data_of(shards, val_samples=4), ckpt_path=str(checkpoint), verbose=False)
+    module.save_adapter(folder / "adapter")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two states have the same values."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return torch.equal(torch.as_tensor(one).cpu(), torch.as_tensor(other).cpu())
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Path) -> dict[str, Any]:
+    """A few steps with one feature of the table in the README: the losses and what the feature leaves behind."""
+    options: dict[str, Any] = {"max_steps": RESUMED_TO}
+    module, callbacks, data = module_of(model), [], None
+    if name == "accumulation":
+        options["accumulate_grad_batches"] = 2
+    elif name == "clipping by value":
+        options |= {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+    elif name == "checkpointing":
+        module = module_of(model, gradient_checkpointing=True)
+    elif name == "compile":
+        torch._dynamo.reset()
+        module = module_of(model, compile_blocks=True)
+    elif name == "EMA":
+        callbacks = [AdapterEMA(decay=0.9), saving(folder, SAVED_AT)]
+    elif name == "validation":
+        data = data_of(shards, val_samples=5)
+        options |= {"val_check_interval": 2}
+    elif name == "sampling":
+        callbacks = [SampleImages(["a", "b", "c"], every_n_steps=2, num_inference_steps=2)]
+        options["logger"] = None
+    elif name == "profiling":
+        callbacks = [MemoryProfiler(every_n_steps=1), RunReport()]
+    elif name in ("Int8", "NF4"):
+        module = module_of(model, quantization=quantization(name), base_dtype="bfloat16")
+    elif name == "DoRA":
+        config = LoraConfig(r=2, lora_alpha=2, use_dora=True, target_modules=["to_q", "conv1"])
+        module = module_of(model, config)
+    elif name == "modules_to_save":
+        module = module_of(model, LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], modules_to_save=["conv_out"]))
+    with _captured_alone() if name == "compile" else nullcontext():
+        seen, module, trainer = train(
+            strategy, model, shards, folder, module=module, callbacks=callbacks, data=data, **options
+        )
+    result: dict[str, Any] = {"losses": seen.losses}
+    if name == "validation":
+        result["val/loss"] = float(trainer.callback_metrics["val/loss"])
+        pictures = trainer.predict(module, data)
+        result["pictures"] = sum(len(batch) for batch in pictures or [])
+    return result
+
+
+@contextmanager
+def _captured_alone() -> Iterator[None]:
+    """Compiling captures and differentiates graphs, and leaves out the minutes of making machine code of them."""
+    compiled = nn.Module.compile
+    nn.Module.compile = partialmethod(compiled, backend="aot_eager")
+    try:
+        yield
+    finally:
+        nn.Module.compile = compiled
+
+
+def quantization(name: str) -> Quantization:
+    """A quantization by its name."""
+    import lit_lora.quantization
+
+    made: Quantization = getattr(lit_lora.quantization, name)()
+    return made

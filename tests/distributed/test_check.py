@@ -1,0 +1,48 @@
+"""What strategies are refused, and what the error says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from peft import AdaLoraConfig, LoraConfig
+from tests.distributed.scenarios import STRATEGIES
+
+from lit_lora.distributed import LitLoraFSDP, check_strategy, shards_weights
+from lit_lora.errors import UserError
+
+
+@pytest.mark.parametrize("made", [FSDPStrategy, ModelParallelStrategy])
+def test_stock_strategies_are_refused_with_the_replacement(made: Any) -> None:
+    with pytest.raises(UserError, match="use strategy lit_lora_fsdp"):
+        check_strategy(made())
+
+
+def test_adaptive_ranks_need_whole_gradients() -> None:
+    with pytest.raises(UserError, match="use strategy ddp"):
+        check_strategy(LitLoraFSDP(), AdaLoraConfig(total_step=10))
+    check_strategy(LitLoraFSDP(), LoraConfig())
+
+
+def test_names_are_known_to_lightning() -> None:
+    assert {name for name in STRATEGIES.values() if name != "ddp"} <= set(StrategyRegistry.available_strategies())
+
+
+def test_sizes_of_shards() -> None:
+    with pytest.raises(UserError, match="at least 1, not 0"):
+        LitLoraFSDP(shard_size=0)
+    assert shards_weights(LitLoraFSDP())
+    assert not shards_weights(ModelParallelStrategy())
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp_cpu_offload"])
+def test_the_command_line_names_the_replacement(
+    strategy: str, sd_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lit_lora.cli import main
+
+    arguments = ["fit", "--config", "configs/sd15.yaml", f"--trainer.strategy={strategy}"]
+    assert main(arguments) == 2
+    assert "lit_lora_fsdp" in capsys.readouterr().err
