@@ -163,7 +163,7 @@ def train_unevenly(model: str, strategy: Strategy | str, folder: Path) -> dict[s
 
 def train_stored(model: str, strategy: Callable[[], Strategy | str], folder: Path) -> dict[str, dict[str, Any]]:
     """Over bases in few bits."""
-    kinds: dict[str, dict[str, Any]] = {"int8": {"base": Int8()}, "nf4": {"base": NF4()}}
+    kinds: dict[str, dict[str, Any]] = {"int8": {"quantization": Int8()}, "nf4": {"quantization": NF4()}}
     return {
         name: train(model, strategy(), folder / name, max_steps=SHORT, base_dtype="bfloat16", **kind)
         for name, kind in kinds.items()
