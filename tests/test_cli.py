@@ -132,7 +132,7 @@ def test_every_overlay_goes_over_every_config(name: str, overlay: str) -> None:
     cli: LitLoraCLI = build_cli(["fit", *configs, "--trainer.accelerator", "cpu", "--trainer.devices", "1"], run=False)
     over: dict[str, Any] = yaml.safe_load(text)
     for key, value in over.get("model", {}).items():
-        if key == "base":
+        if key == "quantization":
             assert type(cli.model.quantization).__name__ == value["class_path"].rpartition(".")[2]
         elif key.startswith("vae_"):
             assert getattr(cli.model.family, key) is value
@@ -213,7 +213,7 @@ def test_fit_over_a_quantised_base(base: str, config: Callable[..., Path], tmp_p
     )
     assert (tmp_path / "ck" / "last.adapter" / "pytorch_lora_weights.safetensors").is_file()
     saved = yaml.safe_load((tmp_path / "run" / "lightning_logs" / "version_0" / "config.yaml").read_text())
-    assert saved["model"]["base"]["class_path"] == f"lit_lora.quantization.{base}"
+    assert saved["model"]["quantization"]["class_path"] == f"lit_lora.quantization.{base}"
 
 
 def test_the_command_line_wins_over_the_checkpoint(config: Callable[..., Path], tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ class TestMistakes:
 
     def test_no_such_storage(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
         message = failure(capsys, "fit", "--config", config(), "--model.quantization", "nf4")
-        assert message.endswith("the storages are Int8, FP8, NF4 and Dense\n")
+        assert message.endswith("quantizations are Int8, FP8, NF4 and Dense\n")
         assert "block_size=63 must be an even number" in failure(
             capsys, "fit", "--config", config(), "--model.quantization", "NF4", "--model.quantization.block_size", 63
         )

@@ -87,8 +87,8 @@ def test_the_gpu_learns_what_the_cpu_learns(sd_folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("base", QUANTIZATIONS, ids=lambda s: type(s).__name__)
 def test_every_storage_trains(base: Quantization | None, sd_folder: Path, tmp_path: Path) -> None:
-    gpu = train(sd_folder, tmp_path, base=base, base_dtype="bfloat16")[0]
-    cpu = train(sd_folder, tmp_path, "cpu", base=base, base_dtype="bfloat16")[0]
+    gpu = train(sd_folder, tmp_path, quantization=base, base_dtype="bfloat16")[0]
+    cpu = train(sd_folder, tmp_path, "cpu", quantization=base, base_dtype="bfloat16")[0]
     assert near(gpu, cpu, 0.05)
 
 

@@ -77,7 +77,7 @@ def measured_peak(module: LoraDiffusion, options: dict[str, Any], batch_size: in
     ("size", "options"),
     [
         (64, {}),
-        (16, {"base": NF4(), "base_dtype": "bfloat16", "gradient_checkpointing": True}),
+        (16, {"quantization": NF4(), "base_dtype": "bfloat16", "gradient_checkpointing": True}),
         (16, {"adapter": LoraConfig(r=256, lora_alpha=256)}),
         (16, {"adapter": LoraConfig(r=256, lora_alpha=256), "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}),
     ],
@@ -112,7 +112,7 @@ def test_the_weights_of_a_plan_are_those_of_the_run(
     folder = request.getfixturevalue(FAMILIES[family])
 
     def module() -> LoraDiffusion:
-        return module_for(folder, family, base=QUANTIZATIONS[quantization](), base_dtype="bfloat16")
+        return module_for(folder, family, quantization=QUANTIZATIONS[quantization](), base_dtype="bfloat16")
 
     plan = plan_of(module())
     real = module()

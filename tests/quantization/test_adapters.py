@@ -111,7 +111,7 @@ def test_files_are_the_same_as_on_a_dense_base(
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_training_copies_of_quantised_layers_is_refused(quantization: str, sd_folder: Path) -> None:
     family = StableDiffusion(str(sd_folder))
-    family.load(torch.float32, without=("vae", "text"), base=QUANTIZATIONS[quantization])
+    family.load(torch.float32, without=("vae", "text"), quantization=QUANTIZATIONS[quantization])
     config = peft.LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv1"])
     with pytest.raises(UserError, match=rf"modules_to_save .*conv1, .* {quantization}.*skip: \['\*conv1'\]"):
         family.add_adapter(config)

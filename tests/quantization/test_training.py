@@ -25,7 +25,7 @@ def _module(folder: Path, base: Quantization | None, **options: Any) -> LoraDiff
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=1e-2)
 
-    return LoraDiffusion(StableDiffusion(str(folder)), adapter, base=base, optimizer=optimizer, **options)
+    return LoraDiffusion(StableDiffusion(str(folder)), adapter, quantization=base, optimizer=optimizer, **options)
 
 
 def _data(count: int) -> Any:

@@ -56,7 +56,7 @@ def test_slot_in_use_is_left_alone(tmp_path, owner):
 
 
 def test_waiting_for_an_owner_has_an_end(tmp_path, ended, monkeypatch):
-    monkeypatch.setattr(slot, "_ORPHAN_WAIT_S", 0.0)
+    monkeypatch.setattr(slot_module, "_ORPHAN_WAIT_S", 0.0)
     with _held(tmp_path, host=host(), pid=os.getpid(), parent=ended):
         assert StagerSlot.claim(tmp_path, os.getpid()).number == 1
 
