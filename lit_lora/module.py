@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
@@ -15,7 +16,7 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
-from lit_lora.adapters import adapter_state
+from lit_lora.adapters import ADAPTER_NAME, adapter_state, is_lora, plain_config, save_peft_files, sort_metadata
 from lit_lora.adapters.rank_allocation import allocate_ranks, allocation_state, restore_allocation
 from lit_lora.blocks import outermost_blocks
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
@@ -23,7 +24,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.distributed.optimizer_states import make_portable
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.families import Batch, ModelFamily, target_size
+from lit_lora.families import Batch, ModelFamily, prepare, target_size
 from lit_lora.files import atomic_folder
 from lit_lora.log_mean import log_mean
 from lit_lora.memory.activation_offload import ActivationOffload
@@ -32,7 +33,7 @@ from lit_lora.memory.checkpointing import enable_gradient_checkpointing
 from lit_lora.memory.encoder_offload import EncoderOffload
 from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward, check_optimizer_in_backward
-from lit_lora.objectives import DDPM, Objective
+from lit_lora.objectives import Objective
 from lit_lora.parameters import trainable_parameters
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.sampling import generate
@@ -57,8 +58,8 @@ class LoraDiffusion(LightningModule):
     Args:
         family: The kind of model and where its weights are.
         adapter: Any PEFT config whose method sits in layers. Without ``target_modules`` the family's defaults are taken.
-        objective: What is drawn and what the loss is; by default :class:`~lit_lora.objectives.DDPM` with the prediction
-            type of the base's scheduler.
+        objective: What is drawn and what the loss is; by default the family's, :class:`~lit_lora.objectives.DDPM` or
+            :class:`~lit_lora.objectives.FlowMatching`, as the base's scheduler says.
         optimizer: Makes the optimizer of the trainable parameters.
         lr_scheduler: Makes the learning rate schedule of the optimizer, stepped at every optimizer step.
         quantization: How the frozen weights of the denoiser's Linear and Conv2d layers are stored:
@@ -117,7 +118,7 @@ class LoraDiffusion(LightningModule):
             raise UserError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
         self.family = family
         self.adapter = adapter
-        self.objective = objective or DDPM()
+        self.objective: Objective = objective or family.default_objective()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.quantization = quantization or Dense()
@@ -185,15 +186,16 @@ class LoraDiffusion(LightningModule):
         with torch.device("cpu"):
             node = self._node()
             dispensable = self._dispensable_parts() | ({"denoiser"} if shared_out else set())
+            if not self._configured:
+                self._scheduler_config = prepare(self.family, self.objective)
             self.family.load(self.base_dtype, without=dispensable, quantization=self.quantization, node=node)
             if self.offload_encoders:
                 for encoder in self.family.encoding_models():
                     self._encoder_offload.add(encoder)
             if self._configured:
                 return
-            self.family.scheduler_config = self.objective.prepare(self.family.scheduler_config)
             if shared_out:
-                self.family.load_adapted(self.adapter, strategy.shard, node)
+                self.family.load_adapted(self.adapter, strategy.shard)
             else:
                 self.family.add_adapter(self.adapter)
             if self.gradient_checkpointing:
@@ -284,7 +286,8 @@ class LoraDiffusion(LightningModule):
                 self.autocast(),
                 self._vae_in_its_own_dtype(),
             ):
-                return generate(self.family.pipeline(), prompts, seeds, **options)
+                pipeline = self.family.pipeline(self._scheduler_config)
+                return generate(pipeline, prompts, seeds, prompt_inputs=self.family.prompt_inputs, **options)
         finally:
             self.train(was_training)
 
@@ -316,7 +319,7 @@ class LoraDiffusion(LightningModule):
         if self._trainer is not None and not self.trainer.is_global_zero:
             return
         with atomic_folder(folder, marker="adapter_config.json") as part:
-            self.family.save_adapter(part, state)
+            _save_adapter(self.family, part, state)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
         """Mean loss of the batch at fixed timesteps and noise, and how many samples count in it."""
@@ -376,12 +379,13 @@ class LoraDiffusion(LightningModule):
         encoding = torch.autocast(self.device.type, enabled=False)
         with torch.no_grad(), encoding, self._encoder_offload.on_device():
             latents, conditioning = self.family.encode(batch, draws)
-        noisy, timesteps, target, weight = self.objective.sample(latents, draws)
+            num_tokens = self.family.num_tokens(latents.shape[1:])
+        sample = self.objective.sample(latents, draws, num_tokens)
         kept = ActivationOffload(self.device.type == "cuda") if self.offload_activations else nullcontext()
         with self.autocast(), kept:
-            prediction = self.family.denoise(noisy, timesteps, conditioning)
-        counts = batch["weight"] if "weight" in batch else torch.ones_like(weight)
-        return self.objective.loss(prediction, target, weight * counts), counts
+            prediction = self.family.denoise(sample.noisy, sample.timesteps, conditioning)
+        counts = batch["weight"] if "weight" in batch else torch.ones_like(sample.weight)
+        return self.objective.loss(prediction, sample) * counts, counts
 
     def _drop_captions(self, batch: Batch, draws: Draws) -> Batch:
         """Empty the captions of a share of the samples, or put the empty caption's embeddings in their place."""
@@ -407,3 +411,16 @@ class LoraDiffusion(LightningModule):
 def _replace(values: Tensor, rows: Tensor, value: Tensor) -> Tensor:
     """``values``, ``(B, …)``, with ``value`` in the rows that are true in ``rows``, ``(B,)``."""
     return torch.where(rows.view(-1, *[1] * value.ndim), value, values)
+
+
+def _save_adapter(family: ModelFamily, folder: Path, state: dict[str, Tensor]) -> None:
+    """Write the adapter as PEFT's files and, where diffusers knows the method, as diffusers' LoRA file."""
+    config = family.denoiser.peft_config[ADAPTER_NAME]
+    plain = plain_config(config) | {"base_model_name_or_path": family.pretrained_model_name_or_path}
+    save_peft_files(state, plain, folder)
+    if is_lora(config):
+        name = family.denoiser_name
+        layers = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+        options = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": plain}
+        family.pipeline_class.save_lora_weights(folder, **options)
+        sort_metadata(folder / LORA_WEIGHT_NAME_SAFE)

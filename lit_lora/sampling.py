@@ -1,8 +1,9 @@
-"""Pictures from a diffusers pipeline, one seed each."""
+"""Images from a diffusers pipeline, one seed each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,8 +12,16 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
-PICTURES_AT_A_TIME = 16
+IMAGES_AT_A_TIME = 16
 """As many as are drawn together unless somebody says otherwise."""
+
+PromptInputs = Callable[[list[str], float], dict[str, Any]]
+"""The pipeline's arguments for prompts and a guidance scale: see :meth:`ModelFamily.prompt_inputs`."""
+
+
+def text_prompts(prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+    """Prompts as most pipelines take them."""
+    return {"prompt": prompts}
 
 
 @torch.no_grad()
@@ -25,26 +34,28 @@ def generate(
     guidance_scale: float,
     height: int | None = None,
     width: int | None = None,
-    batch_size: int = PICTURES_AT_A_TIME,
+    batch_size: int = IMAGES_AT_A_TIME,
+    prompt_inputs: PromptInputs = text_prompts,
 ) -> list[Image.Image]:
-    """One picture for each prompt.
+    """One image for each prompt.
 
     Args:
         pipeline: Any text-to-image pipeline.
         prompts: What to draw.
-        seeds: Of the initial noise, one for each prompt; drawn on the CPU, so that a picture is the same on any device
-            up to rounding.
+        seeds: Seeds of the initial noise, one for each prompt; it is drawn on the CPU, so that an image is the same on any
+            device up to rounding.
         num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 turns it off.
+        guidance_scale: Guidance scale of the pipeline; 1 turns classifier-free guidance off.
         height: In pixels; the model's own by default.
         width: In pixels; the model's own by default.
-        batch_size: Pictures made at a time.
+        batch_size: Images made at a time.
+        prompt_inputs: How the pipeline takes prompts; by default as texts.
     """
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         images += pipeline(
-            list(prompts[start : start + batch_size]),
+            **prompt_inputs(list(prompts[start : start + batch_size]), guidance_scale),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             height=height,
@@ -55,5 +66,5 @@ def generate(
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Tensor:
-    """Pictures of one size side by side: float32 in [0, 1], ``(3, H, W)``."""
+    """Images of one size side by side: float32 in [0, 1], ``(3, H, W)``."""
     return make_grid([pil_to_tensor(image).float() / 255 for image in images], nrow=columns)

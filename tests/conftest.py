@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -20,12 +19,13 @@ from diffusers import (
 )
 from peft import LoraConfig
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lit_lora.embedded import base_path
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
 from tests.helpers import tiny_unet
+from tests.tiny_pipelines import tiny_clip_config, tiny_vae, write_flux, write_sd3
 
 Members = Mapping[str, bytes]
 
@@ -48,8 +48,8 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer
     folder = tmp_path_factory.mktemp("models") / "sd"
     unet = tiny_unet()
     StableDiffusionPipeline(
-        vae=_vae(),
-        text_encoder=CLIPTextModel(_text_config(tokenizer, 16)),
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_clip_config(tokenizer, 16)),
         tokenizer=tokenizer,
         unet=unet,
         scheduler=_scheduler(),
@@ -81,15 +81,27 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokeniz
         projection_class_embeddings_input_dim=24 + 6 * 8,
     )
     StableDiffusionXLPipeline(
-        vae=_vae(),
-        text_encoder=CLIPTextModel(_text_config(tokenizer, 16)),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(tokenizer, 24)),
+        vae=tiny_vae(),
+        text_encoder=CLIPTextModel(tiny_clip_config(tokenizer, 16)),
+        text_encoder_2=CLIPTextModelWithProjection(tiny_clip_config(tokenizer, 24)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
         scheduler=_scheduler(),
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
+    """A Stable Diffusion 3 pipeline with random weights, images of 16 px."""
+    return write_sd3(tmp_path_factory.mktemp("models") / "sd3", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
+    """A FLUX.1-dev pipeline with random weights, images of 16 px."""
+    return write_flux(tmp_path_factory.mktemp("models") / "flux", tokenizer)
 
 
 @pytest.fixture
@@ -173,33 +185,6 @@ def session_shards(tmp_path_factory: pytest.TempPathFactory, shards_in: Callable
     folder = tmp_path_factory.mktemp("data") / "shards"
     shards_in(folder, 8, 8, 8, 8)
     return folder
-
-
-def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=0.5,
-    )
-
-
-def _text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 def _scheduler() -> DDIMScheduler:

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lit_lora.datamodules.batches.buckets import Bucketing
-from lit_lora.datamodules.caching.cached_decoder import FLIPPED, LATENTS, SIZES, encode_cached
+from lit_lora.datamodules.caching.cached_decoder import FLIPPED, LATENTS, SIZES, encode_cached, without_padding
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError
@@ -188,7 +188,7 @@ class CacheWriter:
             encoded[sample] = None
             if weight:
                 try:
-                    encoded[sample] = self._members(batch, place, _row(tensors, place), _row(text, place))
+                    encoded[sample] = self._members(batch, place, _row(tensors, place), self._text_row(text, place))
                 except BadSampleError as error:
                     bad.append(BadSampleReport(self._location(sample), self.table.key(sample), str(error)))
         return encoded
@@ -207,6 +207,10 @@ class CacheWriter:
     ) -> dict[str, bytes]:
         height, width = batch["original_size"][place].tolist()
         return {CACHED_EXTENSION: encode_cached(tensors, text, width, height)} | dict(batch["caption_members"][place])
+
+    def _text_row(self, text: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
+        row = _row(text, place)
+        return without_padding(row, self.description.text_masks) if row else row
 
     def _location(self, sample: int) -> str:
         return redact(self.table.locations[self.table.shard_of(sample)])

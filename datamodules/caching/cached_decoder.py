@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lit_lora.datamodules.caching.latent_cache import CacheDescription
+from lit_lora.datamodules.caching.latent_cache import CacheDescription, size_name
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError, decode_text
 from lit_lora.datamodules.decoding.framing import Framing
@@ -87,9 +87,7 @@ class CachedDecoder(SampleDecoder):
             raise BadSampleError(f"the sample was cached with height and width {cached}, not {size}")
         if not self.empty:
             return entries | {"caption": self.captions.draw(members, self.framing.seed, slot)}
-        entries["text_embeddings"] = {
-            name: _tensor(tensors, TEXT + name, tuple(empty.shape), empty.dtype) for name, empty in self.empty.items()
-        }
+        entries["text_embeddings"] = {name: self._embedding(tensors, name) for name in self.empty}
         return entries | {"caption": _text(members)}
 
     def blank(self, size: tuple[int, int]) -> dict[str, Any]:
@@ -103,10 +101,41 @@ class CachedDecoder(SampleDecoder):
         """What each batch holds besides: ``empty_text_embeddings`` where text is cached."""
         return {"empty_text_embeddings": self.empty} if self.empty else {}
 
+    def _embedding(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+        """A text embedding in full length, with zeros for the padding that was not stored."""
+        empty, masks = self.empty[name], self.description.text_masks
+        if name not in masks and name not in masks.values():
+            return _tensor(tensors, TEXT + name, tuple(empty.shape), empty.dtype)
+        tokens = min(len(tensors.get(TEXT + name, empty)), len(empty))
+        stored = _tensor(tensors, TEXT + name, (tokens, *empty.shape[1:]), empty.dtype)
+        padded = torch.zeros_like(empty)
+        padded[:tokens] = stored
+        return padded
+
     def _latents(self, size: tuple[int, int]) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and type of the latents of a picture."""
-        height, width = (edge // self.description.downscale for edge in size)
-        return (self.description.channels, height, width), getattr(torch, self.description.dtype)
+        shape = tuple(self.description.latent_shapes[size_name(*size)])
+        return shape, getattr(torch, self.description.dtype)
+
+
+def without_padding(text: Mapping[str, Tensor], masks: Mapping[str, str]) -> dict[str, Tensor]:
+    """The embeddings of one caption, those that have a mask cut behind its last token that counts, and so are the masks.
+
+    Args:
+        text: Embeddings by name, ``(tokens, …)`` where they have a mask.
+        masks: For some of them the name of the mask, ``(tokens,)``.
+    """
+    kept = dict(text)
+    lengths = {mask: _tokens(text[mask]) for mask in set(masks.values())}
+    for name, mask in [*masks.items(), *((mask, mask) for mask in lengths)]:
+        kept[name] = text[name][: lengths[mask]]
+    return kept
+
+
+def _tokens(mask: Tensor) -> int:
+    """Tokens up to the last one that counts, at least one."""
+    counting = mask.nonzero()
+    return int(counting.max()) + 1 if len(counting) else 1
 
 
 def encode_cached(tensors: Mapping[str, Tensor], text: Mapping[str, Tensor], width: int, height: int) -> bytes:

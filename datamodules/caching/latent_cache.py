@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,13 @@ EMPTY = "empty.safetensors"
 
 _SHOWN = 60
 
-_FORMAT = {"format": "lit_lora.cache", "version": 1}
+
+def size_name(height: int, width: int) -> str:
+    """The name of an image size in a description: ``512x768``, height first."""
+    return f"{height}x{width}"
+
+
+_FORMAT = {"format": "lit_lora.cache", "version": 2}
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,12 @@ class CacheDescription:
         center_crop: Whether the middle was cropped. Random crops cannot be cached.
         flipped: Whether the mirrored image is there too.
         dtype: Of the latents.
-        channels: Of the latents.
-        downscale: Edge of a picture by edge of its latents.
+        latent_shapes: Shape of the latents for each size of image, by :func:`size_name`.
         encoders: The identity of the text encoders; None where text is not cached.
         captions: :meth:`~lit_lora.datamodules.decoding.captions.Captions.description` of the captions; None where text is
             not cached.
+        text_masks: For text embeddings that are stored without their padding, the name of the mask:
+            :attr:`lit_lora.families.ModelFamily.text_masks`.
     """
 
     vae: str
@@ -47,10 +54,10 @@ class CacheDescription:
     center_crop: bool
     flipped: bool
     dtype: str
-    channels: int
-    downscale: int
+    latent_shapes: Mapping[str, Sequence[int]]
     encoders: str | None = None
     captions: Mapping[str, Any] | None = None
+    text_masks: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def cached(self) -> frozenset[str]:
@@ -157,10 +164,17 @@ class CacheDescription:
             "center_crop": self.center_crop,
             "flipped": self.flipped,
             "dtype": self.dtype,
-            "channels": self.channels,
-            "downscale": self.downscale,
+            "latent_shapes": self.latent_shapes,
         }
-        text = None if self.encoders is None else {"encoders": self.encoders, "captions": self.captions}
+        text = (
+            None
+            if self.encoders is None
+            else {
+                "encoders": self.encoders,
+                "captions": self.captions,
+                "text_masks": self.text_masks,
+            }
+        )
         document: dict[str, Any] = json.loads(json.dumps(_FORMAT | {"latents": latents, "text": text}))
         return document
 

@@ -1,7 +1,25 @@
 """Model families: one file each."""
 
-from lit_lora.families.base import Batch, Conditioning, ModelFamily, target_size
+from lit_lora.families.base import ModelFamily
+from lit_lora.families.batch import Batch, Conditioning, target_size
+from lit_lora.families.checks import check_size, family_of, prepare
+from lit_lora.families.flux import Flux
+from lit_lora.families.source import ModelSource
 from lit_lora.families.stable_diffusion import StableDiffusion
+from lit_lora.families.stable_diffusion_3 import StableDiffusion3
 from lit_lora.families.stable_diffusion_xl import StableDiffusionXL
 
-__all__ = ["Batch", "Conditioning", "ModelFamily", "StableDiffusion", "StableDiffusionXL", "target_size"]
+__all__ = [
+    "Batch",
+    "Conditioning",
+    "Flux",
+    "ModelFamily",
+    "ModelSource",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
+    "check_size",
+    "family_of",
+    "prepare",
+    "target_size",
+]

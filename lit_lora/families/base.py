@@ -2,66 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers import AutoencoderKL, DiffusionPipeline
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lit_lora.adapters import (
-    ADAPTER_NAME,
-    adapter_state,
-    check_block_by_block,
-    complete_adapter,
-    inject,
-    is_lora,
-    plain_config,
-    same_adapter,
-    save_peft_files,
-    sort_metadata,
-)
+from lit_lora.adapters import inject
 from lit_lora.distributed.node import Node
 from lit_lora.draws import Draws
-from lit_lora.embedded import resolve
-from lit_lora.errors import UserError
-from lit_lora.families.identity import parts_identity
+from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.loading import PartLoader
+from lit_lora.families.source import ModelSource
+from lit_lora.objectives import DDPM, Objective
 from lit_lora.quantization import Dense, Quantization
-from lit_lora.quantization.load import Weights, load_model, load_part, shape_model, shape_part
-
-Batch = Mapping[str, Any]
-"""What a datamodule gives, ``B`` samples:
-
-| key | value |
-|---|---|
-| ``pixel_values`` | uint8 in [0, 255] or float in [-1, 1], ``(B, 3, H, W)`` |
-| ``caption`` | list of ``B`` strings |
-| ``original_size`` | int64 ``(B, 2)``: height, width before resizing (optional) |
-| ``crop_top_left`` | int64 ``(B, 2)``: top, left of the crop in resized pixels (optional) |
-| ``target_size`` | int64 ``(B, 2)``: height, width of the pictures to train on, ``H, W`` (optional) |
-| ``weight`` | float32 ``(B,)``: 0 for a slot that must not count (optional) |
-| ``slot`` | list of ``B`` ints: number of the sample's place in the whole run (optional) |
-| ``key`` | list of ``B`` strings, the samples' names (optional) |
-
-From a cache ``latents_mean`` and ``latents_std``, float ``(B, C, h, w)``, the VAE's posterior, stand in for
-``pixel_values``, and ``target_size`` is there. Where text is cached too, ``text_embeddings`` is a dict of tensors
-``(B, …)``, what :meth:`ModelFamily.encode_captions` gives, and ``empty_text_embeddings`` the same for one empty caption,
-without the batch dimension.
-"""
-
-Conditioning = dict[str, Any]
-"""Keyword arguments of the denoiser's ``forward``."""
 
 PARTS = ("vae", "text", "denoiser")
 """What can be left out when a family is loaded: ``text`` is all tokenizers and text encoders."""
@@ -70,8 +31,12 @@ PARTS = ("vae", "text", "denoiser")
 class ModelFamily(nn.Module, ABC):
     """The models of one kind of diffusion pipeline, loaded from a diffusers folder or hub id.
 
-    The constructor keeps strings and numbers; :meth:`load` brings the weights in. A subclass names its parts in the
-    class attributes, says how a batch becomes latents and conditioning, and needs no change anywhere else.
+    A subclass in a file of its own is all that a new family takes. It names the pipeline's parts in class attributes and
+    says how captions are encoded and how the denoiser is called; latents are ``(B, *latent_shape)`` everywhere else, noise
+    levels are timesteps in the scheduler's units, and whatever the denoiser wants otherwise (packing, sign, another time)
+    is done in :meth:`denoise`.
+
+    The constructor keeps strings and numbers; :meth:`load` brings the weights in.
 
     Args:
         pretrained_model_name_or_path: A folder that diffusers' ``save_pretrained`` wrote, a hub id, or ``embedded`` for
@@ -85,34 +50,175 @@ class ModelFamily(nn.Module, ABC):
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_name: ClassVar[str]
     """Name of the denoiser in the pipeline: ``unet`` or ``transformer``."""
+    vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
     encoder_classes: ClassVar[dict[str, type[Any]]]
     """Tokenizers and text encoders of the pipeline by name."""
+    optional_encoders: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that a pipeline may lack."""
     block_classes: ClassVar[tuple[str, ...]]
     """Class names of the denoiser's repeated blocks: what is sharded, compiled or offloaded as one."""
     default_targets: ClassVar[tuple[str, ...]]
     """Layers that an adapter takes where its config names none."""
+    default_objective: ClassVar[type[Objective]] = DDPM
+    """The objective that the family's models were trained with."""
     always_dense: ClassVar[tuple[str, ...]] = ()
-    """Glob patterns of the denoiser's layers that a quantization leaves in the base's dtype: few weights that much depends on."""
+    """Glob patterns of the denoiser's layers that stay in the base's dtype under every quantization."""
     default_vae_dtype: ClassVar[torch.dtype | None] = None
-    """Of the VAE where its weights overflow in others; otherwise it has the base's."""
+    """dtype of the VAE; defaults to the base's dtype unless the VAE overflows in that."""
+    text_masks: ClassVar[Mapping[str, str]] = {}
+    """For entries of :meth:`encode_captions` whose tokens are masked, ``(B, tokens, …)``, the entry with the mask,
+    ``(B, tokens)``, 0 for padding. A cache stores them without their padding, and gives them back padded with zeros."""
     pipeline_options: ClassVar[dict[str, Any]] = {}
     """Further arguments of the pipeline's constructor."""
 
     scheduler_config: dict[str, Any]
-    vae_config: Mapping[str, Any]
-    """The VAE's config with its defaults filled in; it is there without the VAE too."""
+    vae_config: dict[str, Any]
+    denoiser_config: dict[str, Any]
+    """Configs with their defaults filled in; :meth:`read_configs` reads them, without any weights."""
+    vae: Any
+    denoiser: Any
+    encoders: dict[str, Any]
+    """Tokenizers and text encoders that are loaded, by name."""
 
     def __init__(
         self, pretrained_model_name_or_path: str, revision: str | None = None, variant: str | None = None
     ) -> None:
         super().__init__()
-        self.pretrained_model_name_or_path = pretrained_model_name_or_path
-        self.revision = revision
-        self.variant = variant
-        self.vae: Any = None
-        self.denoiser: Any = None
-        self.encoders: dict[str, Any] = {}
+        self.source = ModelSource(pretrained_model_name_or_path, revision, variant)
+        self._forget()
         self.vae_slicing = self.vae_tiling = False
+
+    # What a family says of its models.
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Edge of an image by edge of its latents."""
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths of images have to be multiples of this, in pixels."""
+        return self.vae_scale_factor
+
+    @property
+    def default_size(self) -> int:
+        """Edge of the images that the pipeline draws if no size is given, in pixels."""
+        return int(self.denoiser_config.get("sample_size") or 64) * self.vae_scale_factor
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape of the latents of one image, such as ``(C, h, w)``.
+
+        Args:
+            height: Of the image, in pixels.
+            width: Of the image, in pixels.
+        """
+        scale = self.vae_scale_factor
+        return (int(self.vae_config["latent_channels"]), height // scale, width // scale)
+
+    def num_tokens(self, latent_shape: Sequence[int]) -> int:
+        """Tokens that the denoiser makes of the latents of one image: for timestep shifts that depend on the resolution."""
+        return int(latent_shape[-2] * latent_shape[-1]) // int(self.denoiser_config.get("patch_size") or 1) ** 2
+
+    @property
+    def in_channels(self) -> int:
+        """What the denoiser's config must have as ``in_channels``, if it denoises latents and takes nothing else."""
+        return int(self.vae_config["latent_channels"])
+
+    @property
+    def trainable_base(self) -> str | None:
+        """The model to train on instead, if this one is distilled to few steps; None if it is not."""
+        return None
+
+    def skips(self, encoder: str) -> bool:
+        """Whether one of :attr:`encoder_classes` is not loaded: by default if the pipeline may lack it, and does."""
+        return encoder in self.optional_encoders and self.source.lacks(encoder)
+
+    @property
+    def text_settings(self) -> dict[str, Any]:
+        """Settings of this family that the text embeddings depend on, beside the text encoders: for caches."""
+        return {}
+
+    @abstractmethod
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        """Everything that the denoiser is told of ``B`` captions, by name: ``(B, …)`` each, masks included."""
+
+    @abstractmethod
+    def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
+        """The denoiser's conditioning.
+
+        Args:
+            text: What :meth:`encode_captions` gave, now or when the cache was made.
+            batch: What else the denoiser may be told, such as image sizes.
+            latents: ``(B, *latent_shape)``, for positions that depend on their size.
+        """
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The denoiser's prediction, ``(B, *latent_shape)``.
+
+        Args:
+            noisy: ``(B, *latent_shape)``.
+            timesteps: int64 or float32 ``(B,)``, in the scheduler's units.
+            conditioning: What :meth:`conditioning` gave.
+        """
+        prediction: Tensor = self.denoiser(noisy, timestep=timesteps, **conditioning).sample
+        return prediction
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """From the VAE's latents to what the denoiser was trained on, as the VAE's config says.
+
+        With ``latents_mean`` and ``latents_std`` these, by channel; otherwise ``shift_factor`` and ``scaling_factor``.
+        """
+        mean, factor = self._latent_statistics(latents)
+        return (latents - mean) * factor
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`normalize_latents`."""
+        mean, factor = self._latent_statistics(latents)
+        return latents / factor + mean
+
+    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents before they are normalised, in the VAE's dtype, ``(B, *latent_shape)``.
+
+        Args:
+            pixel_values: uint8 in [0, 255] or float in [-1, 1], ``(B, 3, H, W)``.
+        """
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = pixel_values.float() / 127.5 - 1
+        encoded = self.vae.encode(pixel_values.to(self.vae.dtype))
+        if not hasattr(encoded, "latent_dist"):  # an autoencoder without randomness
+            return encoded.latent, torch.zeros_like(encoded.latent)
+        return encoded.latent_dist.mean, encoded.latent_dist.std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1], ``(B, 3, H, W)``, from normalised latents ``(B, *latent_shape)``."""
+        images: Tensor = self.vae.decode(self.denormalize_latents(latents).to(self.vae.dtype), return_dict=False)[0]
+        return images
+
+    def sampling_passes(self, guidance_scale: float) -> int:
+        """How often the denoiser sees each image in one step of sampling: twice under classifier-free guidance."""
+        return 2 if guidance_scale > 1 else 1
+
+    def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+        """The pipeline's arguments that stand for the prompts."""
+        return {"prompt": prompts}
+
+    # What is the same for all families.
+
+    @property
+    def pretrained_model_name_or_path(self) -> str:
+        """Where the family's pipeline is, as it was given."""
+        return self.source.path
+
+    def read_configs(self) -> None:
+        """Read the configs of scheduler, VAE and denoiser, if they were not read before.
+
+        Raises:
+            UserError: If a part is missing or its config cannot be read.
+        """
+        if not hasattr(self, "denoiser_config"):
+            self.scheduler_config = self.source.config("scheduler")
+            self.vae_config = self.source.config("vae", self.vae_class)
+            self.denoiser_config = self.source.config(self.denoiser_name, self.denoiser_class)
 
     def load(
         self,
@@ -126,85 +232,73 @@ class ModelFamily(nn.Module, ABC):
         """Load the parts, frozen. What is loaded already stays as it is.
 
         Args:
-            dtype: Of the denoiser and the text encoders.
-            vae_dtype: Of the VAE; the family's, or ``dtype``, if not given.
+            dtype: dtype of the denoiser and the text encoders.
+            vae_dtype: dtype of the VAE; by default :attr:`default_vae_dtype`, and ``dtype`` where that is None.
             without: Parts to leave out, of :data:`PARTS`; :meth:`all_parts` brings them in for a while.
-            quantization: How the weights of the denoiser's layers are stored; in ``dtype`` if not given.
-            weights: Otherwise the parts are made from their configs, and their values mean nothing.
-            node: Who reads the weights' files where several processes load at the same time; each by itself if not given.
+            quantization: How the weights of the denoiser's layers are stored; in ``dtype`` by default.
+            weights: False makes the parts from their configs, with values that mean nothing.
+            node: Which process reads the files for the others; by default each process reads them itself.
 
         Raises:
-            UserError: A part is missing or cannot be read.
+            UserError: If a part is missing or cannot be read.
         """
         self.dtype = dtype
         self.vae_dtype = vae_dtype or self.default_vae_dtype or dtype
-        self.quantization = quantization or Dense()
-        self._weights = weights
-        if not hasattr(self, "scheduler_config"):
-            self.scheduler_config = dict(self._part("scheduler", DDPMScheduler.load_config))
-            self.vae_config = self._part("vae", _complete_vae_config)
-        for name in self._missing():
-            if name not in without:
-                self._load_part(name, node=node)
+        self.loader = PartLoader(
+            self.source, dtype, quantization or Dense(), self.always_dense, weights, node or Node()
+        )
+        self.read_configs()
+        for part in self._missing():
+            if part not in without:
+                self._load_part(part)
 
-    def load_adapted(self, config: PeftConfig, shard: Callable[[nn.Module], None], node: Node | None = None) -> None:
-        """Load the denoiser with the adapter in it, without ever having all of its weights: after :meth:`load` without it.
+    def load_adapted(self, config: PeftConfig, shard: Callable[[nn.Module], None]) -> None:
+        """Load the denoiser with the adapter in it, block by block, after :meth:`load` without the denoiser.
 
         It gives what :meth:`load` and :meth:`add_adapter` give, the adapter with the first process's values.
 
         Args:
-            config: Of the adapter.
-            shard: Called with each part of the denoiser once its weights are there, blocks and large layers, at last with the
-                denoiser; may take the weights away.
-            node: As for :meth:`load`.
+            config: The adapter's.
+            shard: See :meth:`~lit_lora.families.loading.PartLoader.sharded_denoiser`.
 
         Raises:
-            UserError: As for these; and the adapter's beginning depends on the base in a way that is not known here.
+            UserError: As for these, or if it is not known how the adapter begins without the base's weights.
         """
-        check_block_by_block(config)
 
-        def open_files(source: str, subfolder: str, **options: Any) -> Weights:
-            kind, skipped = self.denoiser_class, self.always_dense
-            arguments = (kind, source, subfolder, self.quantization, self.dtype)
-            return Weights(*arguments, always_skipped=skipped, variant=self.variant, node=node, **options)
+        def adapt(denoiser: nn.Module) -> nn.Module:
+            return inject(denoiser, config, self.default_targets)
 
-        weights: Weights = self._part(self.denoiser_name, open_files)
-        parts = weights.in_parts(self.block_classes)
-        weights.show_nothing()
-        self.denoiser = weights.model.eval()
-        self.add_adapter(config)
-        same_adapter(self.denoiser)
-        together = _read_by_others(self.denoiser)
+        self.denoiser = self.loader.sharded_denoiser(
+            self.denoiser_name, self.denoiser_class, self.block_classes, adapt, config, shard
+        )
 
-        def read(source: str, subfolder: str, *, names: list[str], **options: Any) -> None:
-            for name in names:
-                weights.put(name)
+    def add_adapter(self, config: PeftConfig) -> None:
+        """Put the adapter into the denoiser; :attr:`denoiser` becomes a :class:`peft.PeftModel`.
 
-        for module, names in parts:
-            self._part(self.denoiser_name, read, names=names)
-            if module not in together:
-                complete_adapter(module, config)
-                shard(module)
+        Raises:
+            UserError: As :func:`lit_lora.adapters.inject`.
+        """
+        self.denoiser = inject(self.denoiser, config, self.default_targets)
 
     @contextmanager
     def all_parts(self) -> Iterator[None]:
         """Inside the block every part is there; those that were left out of :meth:`load` are freed at its end.
 
         Raises:
-            UserError: A part is missing or cannot be read.
+            UserError: If a part is missing or cannot be read.
         """
         device = self.device
         missing = self._missing()
         try:
-            for name in missing:
-                self._load_part(name, device)
+            for part in missing:
+                self._load_part(part, device)
             yield
         finally:
-            for name in missing:
-                self._free_part(name)
+            for part in missing:
+                self._free_part(part)
 
     def split_vae(self, slicing: bool, tiling: bool) -> None:
-        """Have the VAE work on one picture at a time (slicing), or on one tile of a large one (tiling): diffusers' names."""
+        """Have the VAE work on one image at a time (slicing), or on one tile of a large one (tiling): diffusers' names."""
         self.vae_slicing, self.vae_tiling = slicing, tiling
         if self.vae is not None:
             (self.vae.enable_slicing if slicing else self.vae.disable_slicing)()
@@ -224,127 +318,58 @@ class ModelFamily(nn.Module, ABC):
         """VAE and text encoders, as far as they are loaded."""
         return [model for name, model in self.named_children() if name != "denoiser"]
 
-    @property
-    def downscale(self) -> int:
-        """Edge of a picture by edge of its latents."""
-        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
-
     def identity(self) -> dict[str, str]:
         """What latents (``"vae"``) and embeddings (``"text"``) of a cache depend on, as texts to compare.
 
         A local folder is known by its contents, wherever it lies: see :mod:`lit_lora.families.identity`. A part whose
         folder has no weights is not mentioned.
         """
-        parts = {"vae": ["vae"], "text": list(self.encoder_classes)}
-        source = Path(resolve(self.pretrained_model_name_or_path))
-        if source.is_dir():
-            return parts_identity(source, parts, self.variant)
-        name = f"{source}@{self.revision or 'main'}"
-        return dict.fromkeys(parts, f"{name}:{self.variant}" if self.variant else name)
-
-    def add_adapter(self, config: PeftConfig) -> None:
-        """Put the adapter into the denoiser; :attr:`denoiser` becomes a :class:`peft.PeftModel`.
-
-        Raises:
-            UserError: See :func:`lit_lora.adapters.inject`.
-        """
-        self.denoiser = inject(self.denoiser, config, self.default_targets)
+        identity = self.source.identity({"vae": ["vae"], "text": list(self.encoder_classes)})
+        if "text" in identity:
+            settings = [f"{name}={value}" for name, value in sorted(self.text_settings.items())]
+            identity["text"] = ";".join([identity["text"], *settings])
+        return identity
 
     def encode(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning]:
-        """Latents, float32 ``(B, C, h, w)``, and the denoiser's conditioning; without gradients."""
+        """Normalised latents, float32 ``(B, *latent_shape)``, and the denoiser's conditioning; without gradients."""
         text = batch["text_embeddings"] if "text_embeddings" in batch else self.encode_captions(batch["caption"])
         text = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in text.items()}
-        return self.latents(batch, draws), self.conditioning(text, batch)
-
-    @abstractmethod
-    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """Everything that the denoiser wants to know of ``B`` captions, by name: ``(B, …)`` each."""
-
-    @abstractmethod
-    def conditioning(self, text: Mapping[str, Tensor], batch: Batch) -> Conditioning:
-        """The denoiser's conditioning.
-
-        Args:
-            text: What :meth:`encode_captions` gave, now or when the cache was made.
-            batch: For what else the denoiser wants to know.
-        """
-
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The denoiser's prediction, ``(B, C, h, w)``.
-
-        Args:
-            noisy: ``(B, C, h, w)``.
-            timesteps: int64 ``(B,)``.
-            conditioning: What :meth:`encode` gave.
-        """
-        prediction: Tensor = self.denoiser(noisy, timesteps, **conditioning).sample
-        return prediction
+        latents = self.latents(batch, draws)
+        return latents, self.conditioning(text, batch, latents)
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
-        """Scaled latents, drawn from the VAE's posterior: float32 ``(B, C, h, w)``.
+        """Normalised latents, drawn from the VAE's posterior: float32 ``(B, *latent_shape)``.
 
         Args:
-            batch: With the posterior, or with pictures.
+            batch: With the posterior, or with images.
             draws: Gives the posterior's noise.
         """
         if "latents_mean" in batch:
             mean, std = batch["latents_mean"], batch["latents_std"]
         else:
             mean, std = self.posterior(batch["pixel_values"])
-        latents = mean.float() + std.float() * draws.normal("posterior", mean.shape[1:])
-        shift = self.vae_config.get("shift_factor") or 0.0
-        return (latents - shift) * float(self.vae_config["scaling_factor"])
+        return self.normalize_latents(mean.float() + std.float() * draws.normal("posterior", mean.shape[1:]))
 
-    def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents before they are scaled, in the VAE's dtype, ``(B, C, h, w)`` each.
-
-        Args:
-            pixel_values: uint8 in [0, 255] or float in [-1, 1], ``(B, 3, H, W)``.
-        """
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = pixel_values.float() / 127.5 - 1
-        posterior = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
-        return posterior.mean, posterior.std
-
-    def pipeline(self) -> DiffusionPipeline:
-        """A diffusers pipeline over these very weights, adapter included, with the base's own scheduler.
+    def pipeline(self, scheduler_config: Mapping[str, Any] | None = None) -> DiffusionPipeline:
+        """A diffusers pipeline over these very weights, adapter included.
 
         It needs every part: see :meth:`all_parts`.
+
+        Args:
+            scheduler_config: The scheduler to sample with; the base's own by default.
         """
-        scheduler_class = getattr(diffusers, self.scheduler_config["_class_name"])
+        config = scheduler_config or self.scheduler_config
+        scheduler_class = getattr(diffusers, config["_class_name"])
         denoiser = self.denoiser.get_base_model() if isinstance(self.denoiser, PeftModel) else self.denoiser
         pipeline = self.pipeline_class(
             vae=self.vae,
-            scheduler=scheduler_class.from_config(self.scheduler_config),
+            scheduler=scheduler_class.from_config(config),
             **{self.denoiser_name: denoiser},
-            **self.encoders,
+            **(dict.fromkeys(self.optional_encoders) | self.encoders),
             **self.pipeline_options,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
-
-    def save_adapter(self, folder: Path, state: dict[str, Tensor] | None = None) -> None:
-        """Write the adapter as PEFT's files and, where diffusers knows the method, as diffusers' LoRA file.
-
-        Args:
-            folder: An existing folder.
-            state: What :func:`~lit_lora.adapters.adapter_state` gave; called here if not given.
-        """
-        config = self.denoiser.peft_config[ADAPTER_NAME]
-        plain = plain_config(config) | {"base_model_name_or_path": self.pretrained_model_name_or_path}
-        state = adapter_state(self.denoiser) if state is None else state
-        save_peft_files(state, plain, folder)
-        if is_lora(config):
-            self.pipeline_class.save_lora_weights(
-                folder,
-                **{
-                    f"{self.denoiser_name}_lora_layers": {
-                        key.removeprefix("base_model.model."): value for key, value in state.items()
-                    },
-                    f"{self.denoiser_name}_lora_adapter_metadata": plain,
-                },
-            )
-            sort_metadata(folder / LORA_WEIGHT_NAME_SAFE)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the denoiser; the frozen encoders stay in evaluation mode."""
@@ -353,36 +378,54 @@ class ModelFamily(nn.Module, ABC):
             model.eval()
         return self
 
-    def tokenize(self, tokenizer: Any, captions: list[str]) -> Tensor:
-        """int64 ``(B, tokens)``, padded and cut to the tokenizer's length, on the weights' device."""
+    def tokenize(self, tokenizer: Any, captions: list[str], max_length: int | None = None) -> Tensor:
+        """int64 ``(B, max_length)``, padded and cut, on the weights' device.
+
+        Args:
+            tokenizer: One of :attr:`encoders`.
+            captions: ``B`` of them.
+            max_length: Tokens; the tokenizer's own length by default.
+        """
         encoded = tokenizer(
             captions,
             padding="max_length",
             truncation=True,
-            max_length=tokenizer.model_max_length,
+            max_length=max_length or tokenizer.model_max_length,
             return_tensors="pt",
         )
         ids: Tensor = encoded.input_ids
         return ids.to(self.device)
 
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """What to subtract from the VAE's latents, and what to multiply with."""
+        config = self.vae_config
+        scale = float(config.get("scaling_factor") or 1.0)
+        if config.get("latents_mean") is None or config.get("latents_std") is None:
+            return float(config.get("shift_factor") or 0.0), scale
+        shape = (1, -1, *[1] * (latents.ndim - 2))
+        mean, std = (latents.new_tensor(config[name]).view(shape) for name in ("latents_mean", "latents_std"))
+        return mean, scale / std
+
     def _missing(self) -> list[str]:
         """Those of :data:`PARTS` that are not loaded."""
         loaded = {"vae": self.vae, "text": self.encoders, "denoiser": self.denoiser}
-        return [name for name in PARTS if not loaded[name]]
+        return [part for part in PARTS if not loaded[part]]
 
-    def _load_part(self, part: str, device: torch.device | None = None, node: Node | None = None) -> None:
-        node = node or Node()
+    def _load_part(self, part: str, device: torch.device | None = None) -> None:
+        def placed(model: Any) -> Any:
+            return model if device is None or not isinstance(model, nn.Module) else model.to(device)
+
         if part == "text":
-            self.encoders = {name: self._model(name, kind, device, node) for name, kind in self.encoder_classes.items()}
+            classes = {name: kind for name, kind in self.encoder_classes.items() if not self.skips(name)}
+            self.encoders = {name: placed(self.loader.encoder(name, kind)) for name, kind in classes.items()}
             for name, encoder in self.encoders.items():
                 if isinstance(encoder, nn.Module):
                     self.add_module(name, encoder)
         elif part == "vae":
-            self.vae = self._model("vae", AutoencoderKL, device, node, self.vae_dtype)
+            self.vae = placed(self.loader.encoder("vae", self.vae_class, self.vae_dtype))
             self.split_vae(self.vae_slicing, self.vae_tiling)
         else:
-            denoiser = self._part(self.denoiser_name, partial(self._denoiser, node))
-            self.denoiser = denoiser if device is None else denoiser.to(device)
+            self.denoiser = placed(self.loader.denoiser(self.denoiser_name, self.denoiser_class))
 
     def _free_part(self, part: str) -> None:
         if part == "text":
@@ -392,72 +435,15 @@ class ModelFamily(nn.Module, ABC):
         else:
             setattr(self, part, None)
 
-    def _model(
-        self, name: str, kind: Any, device: torch.device | None, node: Node, dtype: torch.dtype | None = None
-    ) -> Any:
-        """A model, frozen, in evaluation mode; or a tokenizer."""
-        if not issubclass(kind, nn.Module):
-            return self._part(name, kind.from_pretrained)
-        dtype = dtype or self.dtype
+    def unloaded(self) -> Self:
+        """A copy with the same settings, as it was before anything was loaded or read; this one stays as it is."""
+        fresh = copy.copy(self)
+        fresh._modules = {}
+        fresh._forget()
+        for name in ("scheduler_config", "vae_config", "denoiser_config"):
+            fresh.__dict__.pop(name, None)
+        return fresh
 
-        def load(source: str, subfolder: str, **options: Any) -> nn.Module:
-            if not self._weights:
-                return shape_part(kind, source, subfolder, dtype, **options)
-            variant = {"variant": self.variant} if self.variant else {}
-            return load_part(kind, source, subfolder, dtype, node, **options, **variant)
-
-        model = self._part(name, load)
-        return model if device is None else model.to(device)
-
-    def _denoiser(self, node: Node, source: str, subfolder: str, revision: str | None = None) -> nn.Module:
-        arguments = (self.denoiser_class, source, subfolder, self.quantization, self.dtype)
-        if not self._weights:
-            return shape_model(*arguments, always_skipped=self.always_dense, revision=revision)
-        return load_model(
-            *arguments, always_skipped=self.always_dense, revision=revision, variant=self.variant, node=node
-        )
-
-    def _part(self, name: str, from_pretrained: Any, **options: Any) -> Any:
-        """One part of the pipeline, or a :class:`UserError` that says which part is missing where."""
-        source = resolve(self.pretrained_model_name_or_path)
-        if Path(source).is_dir() and not (Path(source) / name).is_dir():
-            raise UserError(
-                f"{source} has no folder {name!r}, so it is no complete {self.pipeline_class.__name__}; it holds "
-                f"{', '.join(sorted(p.name for p in Path(source).iterdir())) or 'nothing'}. Give a folder that diffusers' "
-                f"save_pretrained wrote, or a hub id."
-            )
-        if self.revision:
-            options["revision"] = self.revision
-        try:
-            return from_pretrained(source, subfolder=name, **options)
-        except (OSError, ValueError, json.JSONDecodeError) as error:
-            raise UserError(f"cannot load {name!r} of {source!r}: {error}") from error
-
-
-def target_size(batch: Batch) -> Tensor:
-    """Height and width of the pictures to train on, int64 ``(B, 2)``."""
-    if "target_size" in batch:
-        size: Tensor = batch["target_size"]
-        return size
-    pixel_values = batch["pixel_values"]
-    return torch.tensor([pixel_values.shape[-2:]], device=pixel_values.device).expand(len(pixel_values), 2)
-
-
-def _read_by_others(denoiser: nn.Module) -> set[nn.Module]:
-    """Modules whose weights are read without calling them: by adapters, and to copy them."""
-    read: set[nn.Module] = set()
-    for layer in denoiser.modules():
-        if isinstance(layer, BaseTunerLayer):
-            read.add(layer.get_base_layer())
-        elif isinstance(layer, ModulesToSaveWrapper):
-            read.update(layer.modules())
-            read.discard(layer)
-    return read
-
-
-def _complete_vae_config(source: str, **options: Any) -> Mapping[str, Any]:
-    """The config as the VAE would have it: older files leave out what is now a default, as the scaling factor."""
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(source, **options))
-    config: Mapping[str, Any] = vae.config
-    return config
+    def _forget(self) -> None:
+        self.vae = self.denoiser = None
+        self.encoders = {}

@@ -9,7 +9,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from lit_lora.families.base import Batch, Conditioning, ModelFamily
+from lit_lora.families.base import ModelFamily
+from lit_lora.families.batch import Batch, Conditioning
 
 UNET_ALWAYS_DENSE = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj")
 """Layers at the ends of a UNet, and those that the timestep goes through: 3 % of Stable Diffusion 1.5's weights."""
@@ -42,5 +43,5 @@ class StableDiffusion(ModelFamily):
         ids = self.tokenize(self.encoders["tokenizer"], captions)
         return {"encoder_hidden_states": self.encoders["text_encoder"](ids)[0]}
 
-    def conditioning(self, text: Mapping[str, Tensor], batch: Batch) -> Conditioning:
+    def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
         return dict(text)

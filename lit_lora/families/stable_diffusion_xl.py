@@ -10,7 +10,8 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DCondit
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lit_lora.families.base import Batch, Conditioning, ModelFamily, target_size
+from lit_lora.families.base import ModelFamily
+from lit_lora.families.batch import Batch, Conditioning, target_size
 from lit_lora.families.stable_diffusion import UNET_ALWAYS_DENSE
 
 
@@ -50,7 +51,7 @@ class StableDiffusionXL(ModelFamily):
             hidden_states.append(output.hidden_states[-2])
         return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1), "pooled": output[0]}
 
-    def conditioning(self, text: Mapping[str, Tensor], batch: Batch) -> Conditioning:
+    def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
         hidden = text["encoder_hidden_states"]
         added = {"text_embeds": text["pooled"], "time_ids": self._time_ids(batch).to(hidden)}
         return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDPMScheduler
@@ -24,8 +24,26 @@ class DDPM(Objective):
         input_perturbation: Adds this times more noise to the denoiser's input, not to its target (Ning et al. 2023).
 
     Raises:
-        UserError: A value is outside its range.
+        UserError: If a value is outside its range.
     """
+
+    schedulers: ClassVar[tuple[str, ...]] = (
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LCMScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "TCDScheduler",
+        "UniPCMultistepScheduler",
+    )
 
     def __init__(
         self,
@@ -45,8 +63,16 @@ class DDPM(Objective):
         self.noise_offset = noise_offset
         self.input_perturbation = input_perturbation
 
-    def prepare(self, scheduler_config: dict[str, Any]) -> dict[str, Any]:
-        config = scheduler_config.copy()
+    def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
+        if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
+            raise UserError(
+                f"the {config['_class_name']} is set up for flow matching (prediction_type "
+                f"{config.get('prediction_type')!r}, use_flow_sigmas {config.get('use_flow_sigmas', False)})"
+            )
+        if config.get("timestep_type", "discrete") != "discrete":
+            raise UserError(
+                f"the {config['_class_name']} has timestep_type {config['timestep_type']!r}, not 'discrete'"
+            )
         if self.prediction_type is not None:
             config["prediction_type"] = self.prediction_type
         self.scheduler = DDPMScheduler.from_config(config)
@@ -54,20 +80,23 @@ class DDPM(Objective):
         if self.prediction_type == "epsilon" and self.scheduler.alphas_cumprod[-1] == 0:
             raise UserError(
                 "the base's schedule ends in pure noise (rescale_betas_zero_snr), where predicting epsilon says nothing "
-                "about the picture; use prediction_type: v_prediction"
+                "about the image; use prediction_type: v_prediction"
             )
         return config
 
-    def sample(self, latents: Tensor, draws: Draws) -> NoisySample:
+    def sample(self, latents: Tensor, draws: Draws, num_tokens: int = 1) -> NoisySample:
         noise = draws.normal("noise", latents.shape[1:])
         if self.training and self.noise_offset:
-            noise = noise + self.noise_offset * draws.normal("noise offset", (latents.shape[1], 1, 1))
+            noise = noise + self.noise_offset * draws.normal(
+                "noise offset", (latents.shape[1], *[1] * (latents.ndim - 2))
+            )
         timesteps = draws.integers("timestep", self.scheduler.config.num_train_timesteps)
         added = noise
         if self.training and self.input_perturbation:
             added = noise + self.input_perturbation * draws.normal("input perturbation", latents.shape[1:])
         noisy = self.scheduler.add_noise(latents, added, timesteps)
-        return NoisySample(noisy, timesteps, self._target(latents, noise, timesteps), self._weight(timesteps))
+        target = self._target(latents, noise, timesteps)
+        return NoisySample(noisy, timesteps, target, self._weight(timesteps), latents)
 
     def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":

@@ -169,11 +169,10 @@ class _Simulation:
     def _play_sampling(self, sampling: Sampling) -> None:
         """One step of the denoiser, then the decoder."""
         family, module, count = self.family, self.module, sampling.pictures
-        own = int(self._denoiser_config("sample_size", 64)) * family.downscale
-        height, width = sampling.height or own, sampling.width or own
-        seen = 2 * count if sampling.guided else count
+        height, width = sampling.height or family.default_size, sampling.width or family.default_size
+        seen = count * family.sampling_passes(sampling.guidance_scale)
         batch = {"target_size": torch.tensor([[height, width]] * seen)}
-        shape = (int(family.vae_config["latent_channels"]), height // family.downscale, width // family.downscale)
+        shape = family.latent_shape(height, width)
         module.eval()
         with torch.no_grad(), family.all_parts():
             self.meter.assign((p for model in family.encoding_models() for p in model.parameters()), "frozen weights")
@@ -183,9 +182,9 @@ class _Simulation:
                 with module.autocast():
                     text = family.encode_captions([""] * seen)
                     latents = torch.empty(seen, *shape, dtype=family.dtype)
-                    conditioning = family.conditioning(text, batch)
-                    family.denoise(latents, torch.zeros(seen, dtype=torch.int64), conditioning)
-                family.vae.decode(latents[:count].to(family.vae.dtype), return_dict=False)[0].float()
+                    conditioning = family.conditioning(text, batch, latents)
+                    family.denoise(latents, torch.zeros(seen), conditioning)
+                family.decode(latents[:count]).float()
                 self.meter.begin(None)
             self.meter.adjust("frozen weights", -self.encoder_bytes)
         module.train()
@@ -195,8 +194,7 @@ class _Simulation:
         size = [[run.height, run.width]] * run.batch_size
         batch: dict[str, Any] = {"caption": [""] * run.batch_size, "target_size": torch.tensor(size)}
         if "latents" in run.cached:
-            channels = int(family.vae_config["latent_channels"])
-            mean = torch.empty(run.batch_size, channels, run.height // family.downscale, run.width // family.downscale)
+            mean = torch.empty(run.batch_size, *family.latent_shape(run.height, run.width))
             batch |= {"latents_mean": mean, "latents_std": torch.empty_like(mean)}
         else:
             batch["pixel_values"] = torch.empty(run.batch_size, 3, run.height, run.width, dtype=torch.uint8)
@@ -230,9 +228,6 @@ class _Simulation:
         """The trainer's own mixed precision."""
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.run.precision)
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
-
-    def _denoiser_config(self, name: str, default: Any) -> Any:
-        return getattr(self.family.denoiser.get_base_model().config, name, default) or default
 
 
 def _waiting_block_bytes(denoiser: nn.Module, block_classes: Sequence[str]) -> int:

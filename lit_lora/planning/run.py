@@ -9,7 +9,7 @@ from typing import Any, Self
 from lit_lora.errors import UserError, check_least
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.device import Device, find_device
-from lit_lora.sampling import PICTURES_AT_A_TIME
+from lit_lora.sampling import IMAGES_AT_A_TIME
 
 
 @dataclass(frozen=True)
@@ -17,22 +17,22 @@ class Sampling:
     """Pictures that are drawn while training.
 
     Args:
-        pictures: Drawn at a time.
-        guided: Whether the denoiser sees each picture with and without its caption.
+        pictures: Images drawn at a time.
+        guidance_scale: Guidance scale of the pipeline.
         height: In pixels; None for the model's own.
         width: In pixels; None for the model's own.
     """
 
     pictures: int = 1
-    guided: bool = True
+    guidance_scale: float = 5.0
     height: int | None = None
     width: int | None = None
 
     @classmethod
     def of(cls, prompts: Sequence[str], options: Mapping[str, Any]) -> Self:
         """What :class:`SampleImages` with these prompts and options draws."""
-        pictures = min(PICTURES_AT_A_TIME, len(prompts))
-        return cls(pictures, options["guidance_scale"] > 1, options["height"], options["width"])
+        pictures = min(IMAGES_AT_A_TIME, len(prompts))
+        return cls(pictures, options["guidance_scale"], options["height"], options["width"])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.caching.cache_writer import CachedShard
-from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription
+from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription, size_name
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
@@ -26,7 +26,7 @@ from lit_lora.datamodules.loading.bad_samples import BadSampleReport, list_repor
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError
-from lit_lora.families import ModelFamily
+from lit_lora.families import ModelFamily, check_size, prepare
 from lit_lora.families.base import PARTS
 from lit_lora.files import atomic_file, writable_folder
 from lit_lora.lightning_cli import ToolCLI, build_cli
@@ -108,7 +108,8 @@ def cache_shards(
     targets = _targets(table, out)
     table.check_complete("image", IMAGE_EXTENSIONS)
     table.check_complete("caption", data.captions.extensions)
-    family = copy.deepcopy(module.family)  # what is loaded here, training does without
+    family = module.family.unloaded()  # what is loaded here, training does without
+    prepare(family, copy.deepcopy(module.objective))
     family.load(module.base_dtype, without=PARTS)
     description = _describe(family, data, text, dtype)
     for folder in _folders(targets):
@@ -206,9 +207,12 @@ def _describe(family: ModelFamily, data: WebDatasetDataModule, text: bool, dtype
     identity = family.identity()
     if missing := {"vae", *(["text"] if text else [])} - identity.keys():
         raise UserError(
-            f"{family.pretrained_model_name_or_path} has no weights for {' and '.join(sorted(missing))}"
-            + (f" (variant {family.variant})" if family.variant else "")
+            f"{family.source} has no weights for {' and '.join(sorted(missing))}"
+            + (f" (variant {family.source.variant})" if family.source.variant else "")
         )
+    sizes = [(int(height), int(width)) for height, width in Bucketing.of(data.resolution, data.buckets).sizes.tolist()]
+    for size in sizes:
+        check_size(family, *size)
     own = str(family.vae_dtype).removeprefix("torch.")
     return CacheDescription(
         vae=identity["vae"],
@@ -217,10 +221,10 @@ def _describe(family: ModelFamily, data: WebDatasetDataModule, text: bool, dtype
         center_crop=True,
         flipped=data.random_flip,
         dtype=dtype or ("float16" if own == "float32" else own),
-        channels=family.vae_config["latent_channels"],
-        downscale=family.downscale,
+        latent_shapes={size_name(*size): family.latent_shape(*size) for size in sizes},
         encoders=identity["text"] if text else None,
         captions=data.captions.description() if text else None,
+        text_masks=dict(family.text_masks) if text else {},
     )
 
 

@@ -1,10 +1,12 @@
-"""``lit-lora sample``: pictures from a base model with an adapter."""
+"""``lit-lora sample``: images from a base model with an adapter."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lit_lora.errors import UserError
 
@@ -23,23 +25,26 @@ def sample(
     columns: int = 4,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
+    family: str | None = None,
 ) -> None:
-    """Draw pictures and write them as one grid.
+    """Draw images and write them as one grid.
 
     Args:
         adapter: Folder with adapter_config.json, or nothing to draw with the base alone.
         base: Folder, hub id or "embedded"; by default what the adapter was trained on.
         prompts: What to draw: one text, or a list as '["a red seven", "a blue star"]'.
-        count: Pictures of each prompt.
-        out: PNG file for the grid; a name without ending makes a folder with one PNG for each picture.
-        seed: Picture i is drawn from seed + i.
+        count: Images of each prompt.
+        out: PNG file for the grid; a name without ending makes a folder with one PNG for each image.
+        seed: Image i is drawn from seed + i.
         steps: Denoising steps.
         guidance_scale: Classifier-free guidance; 1 turns it off.
-        height: Of a picture in pixels; the model's own by default.
-        width: Of a picture in pixels; the model's own by default.
-        columns: Pictures in a row of the grid.
+        height: Of an image in pixels; the model's own by default.
+        width: Of an image in pixels; the model's own by default.
+        columns: Images in a row of the grid.
         dtype: Precision of the base model.
-        device: By default the first GPU if there is one, else the CPU.
+        device: Device to draw on; by default the first GPU if there is one, else the CPU.
+        family: Model family of the base, such as StableDiffusion or my_package.MyFamily; by default the one whose pipeline the
+            base is.
     """
     if not prompts:
         raise UserError('give --prompts: one text, or a list as \'["a red seven on white", "a blue star"]\'')
@@ -52,27 +57,24 @@ def sample(
         )
 
     import torch
-    from diffusers import DiffusionPipeline
-    from peft import PeftModel
     from torchvision.utils import save_image
 
-    from lit_lora.embedded import resolve
     from lit_lora.files import atomic_file
     from lit_lora.sampling import generate, image_grid
 
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(resolve(base), dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the base {base!r}: {error}") from error
-    denoiser = "unet" if hasattr(pipeline, "unet") else "transformer"
-    if adapter:
-        # In place: the pipeline's own denoiser has the adapter's layers from here on.
-        PeftModel.from_pretrained(getattr(pipeline, denoiser), adapter)
+    pipeline, prompt_inputs = _pipeline(base, adapter, config, family, getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     seeds = [seed + i for i in range(len(texts))]
     images = generate(
-        pipeline, texts, seeds, num_inference_steps=steps, guidance_scale=guidance_scale, height=height, width=width
+        pipeline,
+        texts,
+        seeds,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        prompt_inputs=prompt_inputs,
     )
     target = Path(out)
     if target.suffix:
@@ -82,10 +84,68 @@ def sample(
         for i, image in enumerate(images):
             with atomic_file(target / f"{i:04d}.png") as part:
                 image.save(part, format="png")
-    print(f"{len(images)} pictures: {target}")
+    print(f"{len(images)} images: {target}")
 
 
-def _adapter_config(adapter: str | None) -> dict[str, str]:
+def _pipeline(base: str, adapter: str | None, config: Mapping[str, Any], family: str | None, dtype: Any) -> Any:
+    """The pipeline with the adapter, and how it takes prompts."""
+    from diffusers import DiffusionPipeline
+    from peft import PeftModel
+
+    from lit_lora.families import ModelSource
+    from lit_lora.sampling import text_prompts
+
+    source = ModelSource(base)
+    kind = _family_class(family, str(source.index().get("_class_name")))
+    if kind is not None:
+        model = kind(base)
+        model.load(dtype)
+        if adapter:
+            PeftModel.from_pretrained(model.denoiser, adapter)  # in place
+        return model.pipeline(), model.prompt_inputs
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(source.location, dtype=dtype)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot load the base {base!r}: {error}") from error
+    if adapter:
+        PeftModel.from_pretrained(_adapted_part(pipeline, config), adapter)
+    return pipeline, text_prompts
+
+
+def _family_class(family: str | None, pipeline_name: str) -> Any:
+    """The family of this name or import path, or the one that trains for the pipeline; None if there is none."""
+    import lit_lora
+    from lit_lora.families import ModelFamily, family_of
+
+    if family is None:
+        return family_of(pipeline_name)
+    path, _, name = family.rpartition(".")
+    try:
+        kind = getattr(import_module(path) if path else lit_lora, name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"family={family!r} cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, ModelFamily)):
+        raise UserError(f"family={family!r} is no subclass of lit_lora.ModelFamily")
+    return kind
+
+
+def _adapted_part(pipeline: Any, config: Mapping[str, Any]) -> Any:
+    """The part of a pipeline that an adapter was made for: PEFT's config has its class."""
+    wanted = (config.get("auto_mapping") or {}).get("base_model_class")
+    components = pipeline.components
+    if wanted is None:
+        parts = [components[name] for name in ("transformer", "unet") if name in components]
+    else:
+        parts = [part for part in components.values() if type(part).__name__ == wanted]
+    if not parts:
+        raise UserError(
+            f"the adapter was made for a {wanted}, which {type(pipeline).__name__} does not have; name the base that it was "
+            f"trained on by --base"
+        )
+    return parts[0]
+
+
+def _adapter_config(adapter: str | None) -> dict[str, Any]:
     if adapter is None:
         return {}
     path = Path(adapter) / "adapter_config.json"

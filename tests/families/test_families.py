@@ -15,10 +15,15 @@ from peft import LoraConfig
 
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from tests.helpers import make_batches
 
-FOLDERS = {StableDiffusion: "sd_folder", StableDiffusionXL: "sdxl_folder"}
+FOLDERS = {
+    StableDiffusion: "sd_folder",
+    StableDiffusionXL: "sdxl_folder",
+    StableDiffusion3: "sd3_folder",
+    Flux: "flux_folder",
+}
 
 
 def test_every_family_is_under_contract() -> None:
@@ -237,8 +242,9 @@ def test_block_classes_and_default_targets_exist(family: ModelFamily) -> None:
 def test_pipeline_draws_with_the_adapted_weights(family: ModelFamily) -> None:
     def draw() -> torch.Tensor:
         pipeline = family.pipeline()
+        options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
         generator = torch.Generator().manual_seed(0)
-        return torch.from_numpy(pipeline("a star", num_inference_steps=2, generator=generator, output_type="np").images)
+        return torch.from_numpy(pipeline("a star", generator=generator, **options).images)
 
     before = draw()
     family.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False))

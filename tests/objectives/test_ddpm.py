@@ -7,7 +7,7 @@ import torch
 
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.objectives import DDPM
+from lit_lora.objectives import DDPM, NoisySample
 
 SCHEDULE = {
     "_class_name": "DDIMScheduler",
@@ -82,7 +82,8 @@ def test_evaluation_is_plain_so_that_runs_compare() -> None:
 
 def test_loss_is_per_sample_and_weighted() -> None:
     prediction, target = torch.zeros(2, 1, 2, 2), torch.stack([torch.ones(1, 2, 2), 2 * torch.ones(1, 2, 2)])
-    assert DDPM().loss(prediction, target, torch.tensor([1.0, 0.5])).tolist() == [1.0, 2.0]
+    sample = NoisySample(prediction, torch.tensor([1, 2]), target, torch.tensor([1.0, 0.5]), prediction)
+    assert DDPM().loss(prediction, sample).tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(

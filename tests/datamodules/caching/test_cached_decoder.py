@@ -21,8 +21,7 @@ DESCRIPTION = CacheDescription(
     center_crop=True,
     flipped=True,
     dtype="float16",
-    channels=4,
-    downscale=8,
+    latent_shapes={"16x24": [4, 2, 3]},
     encoders="e",
     captions=Captions().description(),
 )

@@ -17,8 +17,7 @@ DESCRIPTION = CacheDescription(
     center_crop=True,
     flipped=True,
     dtype="float16",
-    channels=4,
-    downscale=8,
+    latent_shapes={"16x24": [4, 2, 3]},
     encoders="two encoders",
     captions=CAPTIONS.description(),
 )
@@ -112,8 +111,8 @@ def test_a_part_of_unknown_identity_is_not_compared():
     [
         (b"{", "is no description of a cache"),
         (b"[]", "is no description of a cache"),
-        (b'{"format": "lit_lora.cache", "version": 1, "latents": {"vae": ""}, "text": null}', "is no description"),
-        (b'{"format": "lit_lora.cache", "version": 2}', "version 2, not 'lit_lora.cache', version 1"),
+        (b'{"format": "lit_lora.cache", "version": 2, "latents": {"vae": ""}, "text": null}', "is no description"),
+        (b'{"format": "lit_lora.cache", "version": 1}', "version 1, not 'lit_lora.cache', version 2"),
         (b'{"format": "other", "version": 1}', "format 'other'"),
     ],
 )

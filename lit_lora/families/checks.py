@@ -1,0 +1,110 @@
+"""Whether a base, a family and an objective belong together, known before any weights are read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from lit_lora.errors import UserError
+from lit_lora.families.base import ModelFamily
+from lit_lora.objectives import Objective
+
+
+def prepare(family: ModelFamily, objective: Objective) -> dict[str, Any]:
+    """Check that the base is of the family's kind, and prepare the objective for the base's scheduler.
+
+    Warns if the base is distilled to few steps.
+
+    Args:
+        family: Its configs are read here if they were not before.
+        objective: It takes the noise schedule.
+
+    Returns:
+        The scheduler config to sample with.
+
+    Raises:
+        UserError: If a config cannot be read, the base is of another kind, or the objective cannot train it.
+    """
+    _check_pipeline(family)
+    family.read_configs()
+    _check_denoiser(family)
+    _check_vae(family)
+    try:
+        scheduler_config = objective.prepare(family.scheduler_config)
+    except UserError as error:
+        raise UserError(
+            f"objective {type(objective).__name__} cannot train {type(family).__name__} {str(family.source)!r}: {error}. "
+            f"Models of this family are trained with {family.default_objective.__name__}, which is the default"
+        ) from error
+    if family.trainable_base is not None:
+        warnings.warn(
+            f"{str(family.source)!r} is distilled to few steps, which training undoes: train on {family.trainable_base}, and use "
+            f"the adapter with the distilled model",
+            stacklevel=2,
+        )
+    return scheduler_config
+
+
+def check_size(family: ModelFamily, height: int, width: int) -> None:
+    """Check that a model of the family can be trained on images of this size.
+
+    Args:
+        family: Its configs are read.
+        height: In pixels.
+        width: In pixels.
+
+    Raises:
+        UserError: If height or width is not a multiple of :attr:`ModelFamily.size_multiple`.
+    """
+    multiple = family.size_multiple
+    if height % multiple or width % multiple or min(height, width) < multiple:
+        nearest = [max(multiple, round(edge / multiple) * multiple) for edge in (height, width)]
+        raise UserError(
+            f"{type(family).__name__} takes images whose sides are multiples of {multiple} px, not {height} x {width}; "
+            f"set resolution (and buckets.divisor) to such a size, for example {nearest[0]} x {nearest[1]}"
+        )
+
+
+def family_of(pipeline_name: str) -> type[ModelFamily] | None:
+    """The family that trains for a diffusers pipeline class of this name; None if there is none."""
+    return next((kind for kind in _families() if kind.pipeline_class.__name__ == pipeline_name), None)
+
+
+def _families(kind: type[ModelFamily] = ModelFamily) -> Iterator[type[ModelFamily]]:
+    for subclass in kind.__subclasses__():
+        if hasattr(subclass, "pipeline_class"):
+            yield subclass
+        yield from _families(subclass)
+
+
+def _check_pipeline(family: ModelFamily) -> None:
+    found = family.source.index().get("_class_name")
+    if found is None or found == family.pipeline_class.__name__:
+        return
+    other = family_of(found)
+    if other is not None and not isinstance(family, other):
+        raise UserError(
+            f"{type(family).__name__} cannot train {str(family.source)!r}, which is a {found}: use family {other.__name__}"
+        )
+
+
+def _check_denoiser(family: ModelFamily) -> None:
+    config, name = family.denoiser_config, f"the {family.denoiser_name} of {str(family.source)!r}"
+    _check_class(family, name, config, family.denoiser_class)
+    found, expected = config.get("in_channels"), family.in_channels
+    if found is not None and found != expected:
+        raise UserError(
+            f"{type(family).__name__} cannot train {name}: it takes {found} input channels, not {expected}, as models for "
+            f"inpainting, editing or control do; use the text-to-image model"
+        )
+
+
+def _check_vae(family: ModelFamily) -> None:
+    _check_class(family, f"the VAE of {str(family.source)!r}", family.vae_config, family.vae_class)
+
+
+def _check_class(family: ModelFamily, name: str, config: dict[str, Any], kind: type[Any]) -> None:
+    found = config.get("_class_name", kind.__name__)
+    if found != kind.__name__:
+        raise UserError(f"{type(family).__name__} cannot train {name}: it is a {found}, not a {kind.__name__}")

@@ -1,0 +1,151 @@
+"""FLUX.1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from lit_lora.errors import UserError
+from lit_lora.families.base import ModelFamily
+from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.objectives import FlowMatching, Objective
+
+_MOST_TOKENS = 512
+
+
+class Flux(ModelFamily):
+    """FLUX.1 dev and schnell (Black Forest Labs 2024).
+
+    The denoiser sees each 2 x 2 patch of the latents as one token. FLUX.1-dev is distilled from a model with
+    classifier-free guidance and is told the guidance scale; training tells it a scale of its own.
+
+    Args:
+        pretrained_model_name_or_path: A folder that diffusers' ``save_pretrained`` wrote, or a hub id.
+        revision: Branch, tag or commit on the hub.
+        variant: Weight files of this variant, such as ``fp16``.
+        train_guidance_scale: What FLUX.1-dev is told as its guidance scale while it trains, at least 0; 1 by default.
+        max_sequence_length: Tokens of a caption that T5 sees, at most 512, as the pipeline's argument; 512 by default.
+
+    Raises:
+        UserError: If a value is outside its range.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    denoiser_class: ClassVar[type[nn.Module]] = FluxTransformer2DModel
+    denoiser_name: ClassVar[str] = "transformer"
+    encoder_classes: ClassVar[dict[str, type[Any]]] = {
+        "tokenizer": CLIPTokenizer,
+        "tokenizer_2": T5TokenizerFast,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": T5EncoderModel,
+    }
+    block_classes: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    default_targets: ClassVar[tuple[str, ...]] = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    )
+    default_objective: ClassVar[type[Objective]] = FlowMatching
+    always_dense: ClassVar[tuple[str, ...]] = (
+        "x_embedder",
+        "context_embedder",
+        "time_text_embed.*",
+        "norm_out.*",
+        "proj_out",
+    )
+
+    def __init__(
+        self,
+        pretrained_model_name_or_path: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        train_guidance_scale: float = 1.0,
+        max_sequence_length: int = _MOST_TOKENS,
+    ) -> None:
+        super().__init__(pretrained_model_name_or_path, revision, variant)
+        if train_guidance_scale < 0:
+            raise UserError(f"train_guidance_scale={train_guidance_scale} must be at least 0")
+        if not 1 <= max_sequence_length <= _MOST_TOKENS:
+            raise UserError(f"max_sequence_length={max_sequence_length} must lie in [1, {_MOST_TOKENS}]")
+        self.train_guidance_scale = train_guidance_scale
+        self.max_sequence_length = max_sequence_length
+
+    @property
+    def size_multiple(self) -> int:
+        return 2 * self.vae_scale_factor
+
+    @property
+    def default_size(self) -> int:
+        return 128 * self.vae_scale_factor
+
+    @property
+    def in_channels(self) -> int:
+        return 4 * super().in_channels
+
+    @property
+    def trainable_base(self) -> str | None:
+        return None if self.denoiser_config["guidance_embeds"] else "black-forest-labs/FLUX.1-dev"
+
+    @property
+    def text_settings(self) -> dict[str, Any]:
+        return {"max_sequence_length": self.max_sequence_length}
+
+    def num_tokens(self, latent_shape: Any) -> int:
+        return int(latent_shape[-2] // 2 * (latent_shape[-1] // 2))
+
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        """CLIP's pooled output, and T5's last hidden states, whose padding is not masked, as in the pipeline."""
+        clip_ids = self.tokenize(self.encoders["tokenizer"], captions)
+        t5_ids = self.tokenize(self.encoders["tokenizer_2"], captions, self.max_sequence_length)
+        return {
+            "encoder_hidden_states": self.encoders["text_encoder_2"](t5_ids)[0],
+            "pooled": self.encoders["text_encoder"](clip_ids).pooler_output,
+        }
+
+    def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
+        hidden = text["encoder_hidden_states"]
+        guidance = None
+        if self.denoiser_config["guidance_embeds"]:
+            guidance = torch.full((len(latents),), self.train_guidance_scale, device=latents.device)
+        return {
+            "encoder_hidden_states": hidden,
+            "pooled_projections": text["pooled"],
+            "txt_ids": torch.zeros(hidden.shape[1], 3, device=latents.device),
+            "img_ids": _positions(latents.shape[-2] // 2, latents.shape[-1] // 2, latents.device),
+            "guidance": guidance,
+        }
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        prediction = super().denoise(_pack(noisy), timesteps / 1000, conditioning)
+        return _unpack(prediction, *noisy.shape[-2:])
+
+    def sampling_passes(self, guidance_scale: float) -> int:
+        """Once: the guidance scale is an input of the denoiser."""
+        return 1
+
+    def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+        return {"prompt": prompts, "max_sequence_length": self.max_sequence_length}
+
+
+def _pack(latents: Tensor) -> Tensor:
+    """``(B, C, h, w)`` to tokens of 2 x 2 patches, ``(B, h/2 * w/2, 4 C)``."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)
+
+
+def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of :func:`_pack`: ``(B, C, height, width)``."""
+    patches = tokens.view(len(tokens), height // 2, width // 2, -1, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
+
+
+def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
+    """For each token 0, its row and its column: float32 ``(rows * columns, 3)``."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float().to(device)

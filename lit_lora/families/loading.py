@@ -1,0 +1,147 @@
+"""How the parts of a pipeline become models in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from lit_lora.adapters import check_block_by_block, complete_adapter, same_adapter
+from lit_lora.distributed.node import Node
+from lit_lora.families.source import ModelSource
+from lit_lora.quantization import Dense, Quantization
+from lit_lora.quantization.load import Weights, load_model, load_part, shape_model, shape_part
+
+
+@dataclass(frozen=True)
+class PartLoader:
+    """Loads the parts of one pipeline, frozen and in evaluation mode.
+
+    Args:
+        source: The pipeline.
+        dtype: dtype of the denoiser and the text encoders.
+        quantization: How the denoiser's weights are stored; in ``dtype`` by default.
+        always_dense: Glob patterns of the denoiser's layers that stay in ``dtype``.
+        weights: False makes models from their configs alone: their values mean nothing.
+        node: Which process reads the files for the others; by default each process reads them itself.
+    """
+
+    source: ModelSource
+    dtype: torch.dtype
+    quantization: Quantization = field(default_factory=Dense)
+    always_dense: tuple[str, ...] = ()
+    weights: bool = True
+    node: Node = field(default_factory=Node)
+
+    def encoder(self, name: str, kind: type[Any], dtype: torch.dtype | None = None) -> Any:
+        """A VAE, text encoder or tokenizer.
+
+        Args:
+            name: Its name in the pipeline.
+            kind: Its class.
+            dtype: dtype of its weights; that of the loader by default.
+
+        Raises:
+            UserError: If it is missing or cannot be read.
+        """
+        if not issubclass(kind, nn.Module):
+            return self.source.load(name, kind.from_pretrained)
+        dtype = dtype or self.dtype
+
+        def load(location: str, subfolder: str, **options: Any) -> nn.Module:
+            if not self.weights:
+                return shape_part(kind, location, subfolder, dtype, **options)
+            variant = {"variant": self.source.variant} if self.source.variant else {}
+            return load_part(kind, location, subfolder, dtype, self.node, **options, **variant)
+
+        return self.source.load(name, load)
+
+    def denoiser(self, name: str, kind: type[nn.Module]) -> Any:
+        """The denoiser, its weights stored as the quantization says.
+
+        Raises:
+            UserError: If it is missing or cannot be read.
+        """
+
+        def load(location: str, subfolder: str, **options: Any) -> nn.Module:
+            arguments = (kind, location, subfolder, self.quantization, self.dtype)
+            if not self.weights:
+                return shape_model(*arguments, always_skipped=self.always_dense, **options)
+            files = {"variant": self.source.variant, "node": self.node}
+            return load_model(*arguments, always_skipped=self.always_dense, **files, **options)
+
+        return self.source.load(name, load)
+
+    def sharded_denoiser(
+        self,
+        name: str,
+        kind: type[nn.Module],
+        block_classes: tuple[str, ...],
+        adapt: Callable[[nn.Module], nn.Module],
+        config: PeftConfig,
+        shard: Callable[[nn.Module], None],
+    ) -> nn.Module:
+        """The adapted denoiser, without ever having all of its weights in one process.
+
+        Args:
+            name: The denoiser's name in the pipeline.
+            kind: Its class.
+            block_classes: Class names of its repeated blocks.
+            adapt: Puts the adapter into the denoiser, whose weights are not there yet.
+            config: The adapter's.
+            shard: Called with each part of the denoiser once its weights are there: blocks and large layers, at last the
+                denoiser itself. It may take the weights away.
+
+        Raises:
+            UserError: If a part cannot be read, or it is not known how the adapter begins without the base's weights.
+        """
+        check_block_by_block(config)
+
+        def open_files(location: str, subfolder: str, **options: Any) -> Weights:
+            return Weights(
+                kind,
+                location,
+                subfolder,
+                self.quantization,
+                self.dtype,
+                always_skipped=self.always_dense,
+                variant=self.source.variant,
+                node=self.node,
+                **options,
+            )
+
+        def read(names: list[str], location: str, subfolder: str, **options: Any) -> None:
+            for weight in names:
+                weights.put(weight)
+
+        weights: Weights = self.source.load(name, open_files)
+        parts = weights.in_parts(block_classes)
+        weights.show_nothing()
+        denoiser = adapt(weights.model.eval())
+        same_adapter(denoiser)
+        together = _read_by_others(denoiser)
+        for module, names in parts:
+            self.source.load(name, partial(read, names))
+            if module not in together:
+                complete_adapter(module, config)
+                shard(module)
+        return denoiser
+
+
+def _read_by_others(denoiser: nn.Module) -> set[nn.Module]:
+    """Modules whose weights are read without calling them: by adapters, and to copy them."""
+    read: set[nn.Module] = set()
+    for layer in denoiser.modules():
+        if isinstance(layer, BaseTunerLayer):
+            read.add(layer.get_base_layer())
+        elif isinstance(layer, ModulesToSaveWrapper):
+            read.update(layer.modules())
+            read.discard(layer)
+    return read

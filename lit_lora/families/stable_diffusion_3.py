@@ -1,0 +1,121 @@
+"""Stable Diffusion 3 and 3.5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
+from torch import Tensor, nn
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from lit_lora.errors import check_least
+from lit_lora.families.base import ModelFamily
+from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.objectives import FlowMatching, Objective
+
+
+class StableDiffusion3(ModelFamily):
+    """Stable Diffusion 3 and 3.5, medium and large (Esser et al. 2024, arXiv 2403.03206).
+
+    The T5 encoder, more than half of the weights, may be left out: the denoiser was trained to do without its embeddings,
+    which are then zeros.
+
+    Args:
+        pretrained_model_name_or_path: A folder that diffusers' ``save_pretrained`` wrote, or a hub id.
+        revision: Branch, tag or commit on the hub.
+        variant: Weight files of this variant, such as ``fp16``.
+        t5: Whether to use the T5 encoder, if the pipeline has it.
+        max_sequence_length: Tokens of a caption that T5 sees, as the pipeline's argument; 256 by default.
+
+    Raises:
+        UserError: If ``max_sequence_length`` is below 1.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusion3Pipeline
+    denoiser_class: ClassVar[type[nn.Module]] = SD3Transformer2DModel
+    denoiser_name: ClassVar[str] = "transformer"
+    encoder_classes: ClassVar[dict[str, type[Any]]] = {
+        "tokenizer": CLIPTokenizer,
+        "tokenizer_2": CLIPTokenizer,
+        "tokenizer_3": T5TokenizerFast,
+        "text_encoder": CLIPTextModelWithProjection,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "text_encoder_3": T5EncoderModel,
+    }
+    optional_encoders: ClassVar[frozenset[str]] = frozenset({"tokenizer_3", "text_encoder_3"})
+    block_classes: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
+    default_targets: ClassVar[tuple[str, ...]] = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    )
+    default_objective: ClassVar[type[Objective]] = FlowMatching
+    always_dense: ClassVar[tuple[str, ...]] = (
+        "pos_embed.*",
+        "time_text_embed.*",
+        "context_embedder",
+        "norm_out.*",
+        "proj_out",
+    )
+
+    def __init__(
+        self,
+        pretrained_model_name_or_path: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        t5: bool = True,
+        max_sequence_length: int = 256,
+    ) -> None:
+        super().__init__(pretrained_model_name_or_path, revision, variant)
+        check_least(1, max_sequence_length=max_sequence_length)
+        self.t5 = t5
+        self.max_sequence_length = max_sequence_length
+
+    @property
+    def size_multiple(self) -> int:
+        return self.vae_scale_factor * int(self.denoiser_config["patch_size"])
+
+    @property
+    def text_settings(self) -> dict[str, Any]:
+        return {"t5": self.t5, "max_sequence_length": self.max_sequence_length}
+
+    def skips(self, encoder: str) -> bool:
+        return super().skips(encoder) or (not self.t5 and encoder in self.optional_encoders)
+
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        """Both CLIP encoders' last but one hidden states side by side, then T5's below them; their pooled outputs."""
+        hidden, pooled = [], []
+        for suffix in ("", "_2"):
+            ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
+            output = self.encoders[f"text_encoder{suffix}"](ids, output_hidden_states=True)
+            hidden.append(output.hidden_states[-2])
+            pooled.append(output[0])
+        clip, t5 = torch.cat(hidden, dim=-1), self._t5_embeddings(captions)
+        clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {"encoder_hidden_states": torch.cat([clip, t5.to(clip)], dim=1), "pooled": torch.cat(pooled, dim=-1)}
+
+    def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
+        return {"encoder_hidden_states": text["encoder_hidden_states"], "pooled_projections": text["pooled"]}
+
+    def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+        """Embeddings instead of the prompts where T5 is left out, which diffusers 0.42's pipeline cannot do itself."""
+        if "text_encoder_3" in self.encoders:
+            return {"prompt": prompts, "max_sequence_length": self.max_sequence_length}
+        text = self.encode_captions(prompts)
+        inputs = {"prompt_embeds": text["encoder_hidden_states"], "pooled_prompt_embeds": text["pooled"]}
+        if self.sampling_passes(guidance_scale) > 1:
+            empty = self.encode_captions([""] * len(prompts))
+            inputs |= {"negative_prompt_embeds": empty["encoder_hidden_states"]}
+            inputs |= {"negative_pooled_prompt_embeds": empty["pooled"]}
+        return inputs
+
+    def _t5_embeddings(self, captions: list[str]) -> Tensor:
+        """``(B, max_sequence_length, joint_attention_dim)``; padding is not masked, as in the pipeline."""
+        if "text_encoder_3" not in self.encoders:
+            width = int(self.denoiser_config["joint_attention_dim"])
+            return torch.zeros(len(captions), self.max_sequence_length, width, device=self.device)
+        ids = self.tokenize(self.encoders["tokenizer_3"], captions, self.max_sequence_length)
+        embeddings: Tensor = self.encoders["text_encoder_3"](ids)[0]
+        return embeddings

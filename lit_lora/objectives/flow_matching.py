@@ -1,0 +1,110 @@
+"""Flow matching: straight paths from data to noise, and their velocity."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from diffusers.training_utils import compute_loss_weighting_for_sd3
+from torch import Tensor
+
+from lit_lora.draws import Draws
+from lit_lora.errors import UserError
+from lit_lora.objectives.base import NoisySample, Objective
+from lit_lora.objectives.densities import LogitNormal, TimestepDensity, Uniform
+
+
+class FlowMatching(Objective):
+    r"""Rectified flow (Liu et al. 2022, Lipman et al. 2022) as Esser et al. 2024 train it (arXiv 2403.03206).
+
+    For noise :math:`\epsilon` and a noise level :math:`\sigma` in (0, 1] the denoiser sees
+    :math:`(1 - \sigma) x_0 + \sigma \epsilon` at the timestep :math:`1000 \sigma` and predicts the velocity
+    :math:`\epsilon - x_0`. The density draws a time :math:`t`, which is rounded to one of the scheduler's
+    ``num_train_timesteps`` and shifted towards noise: :math:`\sigma = s t / (1 + (s - 1) t)`.
+
+    The shift :math:`s` is what the base's scheduler config says: constant (``shift``), or by resolution
+    (``use_dynamic_shifting``), where :math:`\mu` grows linearly with the number of tokens from ``base_shift`` at
+    ``base_image_seq_len`` to ``max_shift`` at ``max_image_seq_len``, and :math:`s = e^\mu` (or :math:`\mu`, with
+    ``time_shift_type: linear``).
+
+    In evaluation mode times are uniform and not shifted, and nothing is weighted.
+
+    Args:
+        density: Where times are drawn from: ``LogitNormal`` by default, or ``Uniform``, ``Mode``, ``CosMap``.
+        shift: A constant shift of its own; by default what the base's scheduler says. 1 is no shift.
+        weighting: Weight of each sample's loss: ``sigma_sqrt`` is :math:`\sigma^{-2}`, ``cosmap``
+            :math:`2 / (\pi (1 - 2 \sigma + 2 \sigma^2))`; ``none`` by default.
+
+    Raises:
+        UserError: If ``shift`` is not above 0.
+    """
+
+    schedulers: ClassVar[tuple[str, ...]] = (
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+    )
+
+    def __init__(
+        self,
+        density: TimestepDensity = LogitNormal(),  # noqa: B008 it is frozen
+        shift: float | None = None,
+        weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none",
+    ) -> None:
+        super().__init__()
+        if shift is not None and not shift > 0:
+            raise UserError(f"shift={shift} must be above 0; 1 is no shift, null what the base's scheduler says")
+        self.density = density
+        self.shift = shift
+        self.weighting = weighting
+
+    def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
+        if config.get("invert_sigmas"):
+            raise UserError("the scheduler has invert_sigmas, which counts time from the noise: not known here")
+        if not config["_class_name"].startswith("FlowMatch") and not config.get("use_flow_sigmas"):
+            raise UserError(
+                f"the {config['_class_name']} is not set up for flow matching (use_flow_sigmas is not true)"
+            )
+        self.scheduler_config = config
+        self.num_train_timesteps = int(config.get("num_train_timesteps", 1000))
+        return config
+
+    def sample(self, latents: Tensor, draws: Draws, num_tokens: int = 1) -> NoisySample:
+        noise = draws.normal("noise", latents.shape[1:])
+        if self.training:
+            sigma = self._shifted(self._rounded(self.density.times(draws)), num_tokens)
+        else:
+            sigma = self._rounded(Uniform().times(draws))
+        level = sigma.view(-1, *[1] * (latents.ndim - 1))
+        noisy = (1 - level) * latents + level * noise
+        return NoisySample(noisy, sigma * self.num_train_timesteps, noise - latents, self._weight(sigma), latents)
+
+    def shift_for(self, num_tokens: int) -> float:
+        """The shift for images of so many tokens."""
+        config = self.scheduler_config
+        if self.shift is not None:
+            return self.shift
+        if not config.get("use_dynamic_shifting"):
+            return float(config.get("shift", config.get("flow_shift", 1.0)))
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = least + (most - least) * (num_tokens - low) / (high - low)
+        return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
+
+    def _rounded(self, times: Tensor) -> Tensor:
+        """Noise levels of the scheduler's own timesteps, in (0, 1]."""
+        steps = self.num_train_timesteps
+        from_noise = ((1 - times) * steps).long().clamp(max=steps - 1)
+        return (steps - from_noise) / steps
+
+    def _shifted(self, sigma: Tensor, num_tokens: int) -> Tensor:
+        shift = self.shift_for(num_tokens)
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    def _weight(self, sigma: Tensor) -> Tensor:
+        if not self.training:
+            return torch.ones_like(sigma)
+        weight: Tensor = compute_loss_weighting_for_sd3(self.weighting, sigma)
+        return weight
