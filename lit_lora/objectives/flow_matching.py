@@ -35,6 +35,9 @@ class FlowMatching(Objective):
         shift: A constant shift of its own; by default what the base's scheduler says. 1 is no shift.
         weighting: Weight of each sample's loss: ``sigma_sqrt`` is :math:`\sigma^{-2}`, ``cosmap``
             :math:`2 / (\pi (1 - 2 \sigma + 2 \sigma^2))`; ``none`` by default.
+        precondition_outputs: Measure the error of the latents that the predicted velocity leads to,
+            :math:`x_\sigma - \sigma v`, instead of the velocity's own: :math:`\sigma^2` times the loss. False by default;
+            diffusers' script for SD 3 has true.
 
     Raises:
         UserError: If ``shift`` is not above 0.
@@ -52,6 +55,7 @@ class FlowMatching(Objective):
         density: TimestepDensity = LogitNormal(),  # noqa: B008 it is frozen
         shift: float | None = None,
         weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none",
+        precondition_outputs: bool = False,
     ) -> None:
         super().__init__()
         if shift is not None and not shift > 0:
@@ -59,6 +63,7 @@ class FlowMatching(Objective):
         self.density = density
         self.shift = shift
         self.weighting = weighting
+        self.precondition_outputs = precondition_outputs
 
     def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
         if config.get("invert_sigmas"):
@@ -107,4 +112,4 @@ class FlowMatching(Objective):
         if not self.training:
             return torch.ones_like(sigma)
         weight: Tensor = compute_loss_weighting_for_sd3(self.weighting, sigma)
-        return weight
+        return weight * sigma**2 if self.precondition_outputs else weight
