@@ -20,21 +20,26 @@ if TYPE_CHECKING:
     from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule
     from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP
     from lit_lora.errors import UserError
-    from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+    from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
     from lit_lora.module import LoraDiffusion
-    from lit_lora.objectives import DDPM, Objective
+    from lit_lora.objectives import DDPM, CosMap, FlowMatching, LogitNormal, Mode, Objective, Uniform
 
 __version__ = "0.1.0"
 
 _HOME = {
     "AdapterCheckpoint": "lit_lora.callbacks",
     "AdapterEMA": "lit_lora.callbacks",
+    "CosMap": "lit_lora.objectives",
     "DDPM": "lit_lora.objectives",
     "DataProgress": "lit_lora.callbacks",
+    "FlowMatching": "lit_lora.objectives",
+    "Flux": "lit_lora.families",
     "ImageWriter": "lit_lora.callbacks",
     "LitLoraDeepSpeed": "lit_lora.distributed",
     "LitLoraFSDP": "lit_lora.distributed",
+    "LogitNormal": "lit_lora.objectives",
     "LoraDiffusion": "lit_lora.module",
+    "Mode": "lit_lora.objectives",
     "ModelFamily": "lit_lora.families",
     "Objective": "lit_lora.objectives",
     "MemoryProfiler": "lit_lora.callbacks",
@@ -42,14 +47,23 @@ _HOME = {
     "RunReport": "lit_lora.callbacks",
     "SampleImages": "lit_lora.callbacks",
     "StableDiffusion": "lit_lora.families",
+    "StableDiffusion3": "lit_lora.families",
     "StableDiffusionXL": "lit_lora.families",
+    "Uniform": "lit_lora.objectives",
     "UserError": "lit_lora.errors",
     "WebDatasetDataModule": "lit_lora.datamodules",
     "WebDatasetStreamDataModule": "lit_lora.datamodules",
 }
 
 __all__ = [
+    "CosMap",
     "DDPM",
+    "FlowMatching",
+    "Flux",
+    "LogitNormal",
+    "Mode",
+    "StableDiffusion3",
+    "Uniform",
     "AdapterCheckpoint",
     "AdapterEMA",
     "DataProgress",

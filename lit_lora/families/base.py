@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import diffusers
@@ -23,6 +25,9 @@ from lit_lora.families.loading import PartLoader
 from lit_lora.families.source import ModelSource
 from lit_lora.objectives import DDPM, Objective
 from lit_lora.quantization import Dense, Quantization
+
+_DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|schnell)(?![a-z])", re.IGNORECASE)
+"""In the names of models that are distilled to few steps."""
 
 PARTS = ("vae", "text", "denoiser")
 """What can be left out when a family is loaded: ``text`` is all tokenizers and text encoders."""
@@ -68,6 +73,8 @@ class ModelFamily(nn.Module, ABC):
     text_masks: ClassVar[Mapping[str, str]] = {}
     """For entries of :meth:`encode_captions` whose tokens are masked, ``(B, tokens, …)``, the entry with the mask,
     ``(B, tokens)``, 0 for padding. A cache stores them without their padding, and gives them back padded with zeros."""
+    undistilled: ClassVar[str] = "the model that it was distilled from"
+    """What to train on in place of a model that is distilled to few steps."""
     pipeline_options: ClassVar[dict[str, Any]] = {}
     """Further arguments of the pipeline's constructor."""
 
@@ -126,8 +133,11 @@ class ModelFamily(nn.Module, ABC):
 
     @property
     def trainable_base(self) -> str | None:
-        """The model to train on instead, if this one is distilled to few steps; None if it is not."""
-        return None
+        """The model to train on instead, if this one is distilled to few steps; None if it is not.
+
+        By default a model is distilled if its name or its configs say so.
+        """
+        return self.undistilled if self._looks_distilled() else None
 
     def skips(self, encoder: str) -> bool:
         """Whether one of :attr:`encoder_classes` is not loaded: by default if the pipeline may lack it, and does."""
@@ -395,6 +405,14 @@ class ModelFamily(nn.Module, ABC):
         )
         ids: Tensor = encoded.input_ids
         return ids.to(self.device)
+
+    def _looks_distilled(self) -> bool:
+        scheduler = self.scheduler_config
+        few_steps = scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler")
+        # How SD-Turbo and SDXL-Turbo are sampled.
+        turbo = scheduler.get("_class_name", "").startswith("Euler") and scheduler.get("timestep_spacing") == "trailing"
+        guidance_embedded = self.denoiser_config.get("time_cond_proj_dim") is not None
+        return few_steps or turbo or guidance_embedded or bool(_DISTILLED.search(Path(self.source.path).name))
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """What to subtract from the VAE's latents, and what to multiply with."""

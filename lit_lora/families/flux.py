@@ -89,6 +89,7 @@ class Flux(ModelFamily):
 
     @property
     def trainable_base(self) -> str | None:
+        """FLUX.1-dev for schnell, which has no guidance embedding."""
         return None if self.denoiser_config["guidance_embeds"] else "black-forest-labs/FLUX.1-dev"
 
     @property

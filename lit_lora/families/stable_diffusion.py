@@ -33,6 +33,7 @@ class StableDiffusion(ModelFamily):
     block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     always_dense: ClassVar[tuple[str, ...]] = UNET_ALWAYS_DENSE
+    undistilled: ClassVar[str] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     pipeline_options: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,

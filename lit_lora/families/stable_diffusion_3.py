@@ -52,6 +52,7 @@ class StableDiffusion3(ModelFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     default_objective: ClassVar[type[Objective]] = FlowMatching
+    undistilled: ClassVar[str] = "stabilityai/stable-diffusion-3.5-large"
     always_dense: ClassVar[tuple[str, ...]] = (
         "pos_embed.*",
         "time_text_embed.*",

@@ -39,6 +39,7 @@ class StableDiffusionXL(ModelFamily):
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     always_dense: ClassVar[tuple[str, ...]] = (*UNET_ALWAYS_DENSE, "add_embedding.*")
     default_vae_dtype: ClassVar[torch.dtype | None] = torch.float32
+    undistilled: ClassVar[str] = "stabilityai/stable-diffusion-xl-base-1.0"
     # diffusers would import a watermarking package if it finds one; what we sample is for looking at while training.
     pipeline_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
 

@@ -41,10 +41,7 @@ def unloaded(module: LoraDiffusion) -> LoraDiffusion:
     fresh = _bare(module)
     fresh._trainer, fresh._configured, fresh._device = None, False, torch.device("cpu")
     fresh._encoder_offload, fresh._in_backward = EncoderOffload(), None
-    fresh.family = family = _bare(module.family)
-    family.vae, family.denoiser, family.encoders = None, None, {}
-    for name in ("scheduler_config", "vae_config"):
-        family.__dict__.pop(name, None)
+    fresh.family = module.family.unloaded()
     with unset_fake_temporarily():
         fresh.adapter = copy.deepcopy(module.adapter)
         fresh.objective = copy.deepcopy(module.objective)

@@ -167,11 +167,12 @@ def shape_model(
     """
     options = {"revision": revision} if revision else {}
     model = kind.from_config(kind.load_config(source, subfolder=folder, **options)).requires_grad_(False)
-    for name, parameter in list(model.named_parameters()):
+    # What a file has: parameters, and buffers that are saved.
+    for name, tensor in dict([*model.named_parameters(), *model.state_dict().items()]).items():
         path, _, attribute = name.rpartition(".")
         layer = model.get_submodule(path)
         form = _form_of(name, layer, model, quantization, dtype, always_skipped)
-        _assign(layer, attribute, form.quantize(parameter.detach()), form)
+        _assign(layer, attribute, form.quantize(tensor.detach()), form)
     return model.eval()
 
 
@@ -220,10 +221,13 @@ def shape_part(kind: Any, source: str, folder: str, dtype: torch.dtype, revision
         revision: Branch, tag or commit on the hub.
     """
     model = _from_config(kind, source, folder, {"revision": revision} if revision else {})
+    cast: dict[nn.Parameter, nn.Parameter] = {}  # a weight may be in several layers
     for layer in model.modules():  # not model.to(dtype), which cannot swap fake tensors
         for name, parameter in layer._parameters.items():
             if parameter is not None:
-                layer._parameters[name] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+                if parameter not in cast:
+                    cast[parameter] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+                layer._parameters[name] = cast[parameter]
     return model.requires_grad_(False).eval()
 
 

@@ -15,19 +15,13 @@ from peft import LoraConfig
 
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+from tests.families.folders import FOLDERS, families_of_the_package
 from tests.helpers import make_batches
-
-FOLDERS = {
-    StableDiffusion: "sd_folder",
-    StableDiffusionXL: "sdxl_folder",
-    StableDiffusion3: "sd3_folder",
-    Flux: "flux_folder",
-}
 
 
 def test_every_family_is_under_contract() -> None:
-    assert set(FOLDERS) == set(ModelFamily.__subclasses__())
+    assert set(FOLDERS) == families_of_the_package()
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda c: c.__name__)

@@ -22,7 +22,7 @@ from peft import (
 
 from benchmarks.allocator import peak_allocated
 from lit_lora.errors import UserError
-from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+from lit_lora.families import ModelFamily, StableDiffusion
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.device import find_device
 from lit_lora.planning.memory_plan import MemoryPlan
@@ -30,9 +30,9 @@ from lit_lora.planning.plan_run import plan_run
 from lit_lora.planning.run import Sampling
 from lit_lora.planning.storage_meter import KINDS
 from lit_lora.quantization import FP8, NF4, Dense, Int8, Quantization
+from tests.families.folders import FOLDERS, families_of_the_package
 from tests.helpers import loader_of, make_batches
 
-FAMILIES: dict[type[ModelFamily], str] = {StableDiffusion: "sd_folder", StableDiffusionXL: "sdxl_folder"}
 QUANTIZATIONS: dict[type[Quantization], Callable[[], Quantization]] = {Dense: Dense, Int8: Int8, NF4: NF4, FP8: FP8}
 TARGETS = ["to_q", "to_v"]
 ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
@@ -92,7 +92,7 @@ def test_the_peak_is_what_the_allocator_hands_out(
 
 
 def test_every_family_and_storage_is_under_contract() -> None:
-    assert set(FAMILIES) == set(ModelFamily.__subclasses__())
+    assert set(FOLDERS) == families_of_the_package()
     known = {kind for kind in _subclasses(Quantization) if kind.__module__.startswith("lit_lora.quantization.")}
     assert set(QUANTIZATIONS) == {kind for kind in known if not kind.__subclasses__()}
 
@@ -101,7 +101,7 @@ def test_every_family_and_storage_is_under_contract() -> None:
 @pytest.mark.parametrize(
     ("family", "quantization"),
     [
-        *((family, Int8) for family in FAMILIES),
+        *((family, Int8) for family in FOLDERS),
         *((StableDiffusion, kind) for kind in QUANTIZATIONS if kind is not Int8),
     ],
     ids=lambda kind: kind.__name__,
@@ -109,7 +109,7 @@ def test_every_family_and_storage_is_under_contract() -> None:
 def test_the_weights_of_a_plan_are_those_of_the_run(
     family: type[ModelFamily], quantization: type[Quantization], request: pytest.FixtureRequest
 ) -> None:
-    folder = request.getfixturevalue(FAMILIES[family])
+    folder = request.getfixturevalue(FOLDERS[family])
 
     def module() -> LoraDiffusion:
         return module_for(folder, family, quantization=QUANTIZATIONS[quantization](), base_dtype="bfloat16")

@@ -40,9 +40,10 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
 from lit_lora.module import LoraDiffusion
 from lit_lora.tools.cache import cache_shards
+from tests.families.folders import FOLDERS
 from tests.test_module import Losses
 
-FAMILIES = [(StableDiffusion, "sd_folder"), (StableDiffusionXL, "sdxl_folder")]
+FAMILIES = list(FOLDERS.items())
 BUCKETS = AspectRatioBuckets(divisor=4)
 SIZES = ((20, 20), (33, 17), (18, 30), (24, 23), (40, 20))
 

@@ -1,0 +1,17 @@
+"""The fixture with a tiny pipeline for each family; tests of contracts go through all of them."""
+
+from __future__ import annotations
+
+from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
+
+FOLDERS: dict[type[ModelFamily], str] = {
+    StableDiffusion: "sd_folder",
+    StableDiffusionXL: "sdxl_folder",
+    StableDiffusion3: "sd3_folder",
+    Flux: "flux_folder",
+}
+
+
+def families_of_the_package() -> set[type[ModelFamily]]:
+    """All families that are defined in the package."""
+    return {kind for kind in ModelFamily.__subclasses__() if kind.__module__.startswith("lit_lora.families.")}

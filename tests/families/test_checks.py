@@ -1,0 +1,242 @@
+"""Bases that are not of the family's kind, and objectives that cannot train them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import LoraConfig
+
+from lit_lora.cli import main
+from lit_lora.errors import UserError
+from lit_lora.families import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, check_size, family_of, prepare
+from lit_lora.objectives import DDPM, FlowMatching
+from tests.tiny_pipelines import write_flux
+
+
+def change(folder: Path, file: str, **values: Any) -> None:
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def unet_with(channels: int) -> Callable[[Path], None]:
+    return lambda folder: change(folder, "unet/config.json", in_channels=channels)
+
+
+def scheduler(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: change(folder, "scheduler/scheduler_config.json", **values)
+
+
+def pipeline(name: str) -> Callable[[Path], None]:
+    return lambda folder: change(folder, "model_index.json", _class_name=name)
+
+
+MISTAKES: dict[str, tuple[str, str, str | None, Callable[[Path], None], str]] = {
+    # name: family, fixture of its folder, objective, what is changed in the folder, what the error says
+    "flow base under DDPM": (
+        "StableDiffusion3",
+        "sd3_folder",
+        "DDPM",
+        lambda folder: None,
+        r"objective DDPM cannot train StableDiffusion3 .*the scheduler is FlowMatchEulerDiscreteScheduler; DDPM takes "
+        r"DDIM.*FlowMatching, which is the default",
+    ),
+    "diffusion base under FlowMatching": (
+        "StableDiffusion",
+        "sd_folder",
+        "FlowMatching",
+        lambda folder: None,
+        r"objective FlowMatching cannot train StableDiffusion .*the scheduler is DDIMScheduler",
+    ),
+    "unknown scheduler": (
+        "StableDiffusion",
+        "sd_folder",
+        None,
+        scheduler(_class_name="TomorrowsScheduler"),
+        "objective DDPM cannot train StableDiffusion .*the scheduler is TomorrowsScheduler",
+    ),
+    "diffusion solver with flow sigmas": (
+        "StableDiffusion",
+        "sd_folder",
+        None,
+        scheduler(_class_name="DPMSolverMultistepScheduler", prediction_type="flow_prediction"),
+        "DPMSolverMultistepScheduler is set up for flow matching",
+    ),
+    "SDXL as Stable Diffusion": (
+        "StableDiffusion",
+        "sdxl_folder",
+        None,
+        lambda folder: None,
+        "StableDiffusion cannot train .* which is a StableDiffusionXLPipeline: use family StableDiffusionXL",
+    ),
+    "Stable Diffusion as SDXL": (
+        "StableDiffusionXL",
+        "sd_folder",
+        None,
+        lambda folder: None,
+        "StableDiffusionXL cannot train .* which is a StableDiffusionPipeline: use family StableDiffusion",
+    ),
+    "FLUX.1 as Stable Diffusion 3": (
+        "StableDiffusion3",
+        "flux_folder",
+        None,
+        lambda folder: None,
+        "StableDiffusion3 cannot train .* which is a FluxPipeline: use family Flux",
+    ),
+    "inpainting": (
+        "StableDiffusion",
+        "sd_folder",
+        None,
+        unet_with(9),
+        "StableDiffusion cannot train the unet of .*takes 9 input channels, not 4, as models for inpainting",
+    ),
+    "instruct-pix2pix": (
+        "StableDiffusionXL",
+        "sdxl_folder",
+        None,
+        unet_with(8),
+        "StableDiffusionXL cannot train the unet of .*takes 8 input channels, not 4",
+    ),
+    "inpainting pipeline of a UNet with 9 channels": (
+        "StableDiffusion",
+        "sd_folder",
+        None,
+        lambda folder: (pipeline("StableDiffusionInpaintPipeline")(folder), unet_with(9)(folder))[0],
+        "takes 9 input channels, not 4",
+    ),
+    "another denoiser": (
+        "StableDiffusion",
+        "sd_folder",
+        None,
+        lambda folder: change(folder, "unet/config.json", _class_name="UNet3DConditionModel"),
+        "it is a UNet3DConditionModel, not a UNet2DConditionModel",
+    ),
+    "another VAE": (
+        "StableDiffusion",
+        "sd_folder",
+        None,
+        lambda folder: change(folder, "vae/config.json", _class_name="AutoencoderTiny"),
+        "the VAE of .* it is a AutoencoderTiny, not a AutoencoderKL",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["fit", "plan", "cache"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_one_error_and_status_2(
+    command: str,
+    mistake: str,
+    session_shards: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    family, fixture, objective, damage, message = MISTAKES[mistake]
+    folder = tmp_path / "base"
+    shutil.copytree(request.getfixturevalue(fixture), folder)
+    damage(folder)
+    for file in [*folder.rglob("*.safetensors")]:
+        file.unlink()  # nothing of it is read before the error
+    config: dict[str, Any] = {
+        "trainer": {"max_steps": 1, "default_root_dir": str(tmp_path / "run"), "accelerator": "cpu"},
+        "model": {
+            "family": {"class_path": family, "init_args": {"pretrained_model_name_or_path": str(folder)}},
+            "adapter": {"class_path": "LoraConfig", "init_args": {"r": 2, "lora_alpha": 2}},
+        },
+        "data": {
+            "class_path": "WebDatasetDataModule",
+            "init_args": {"train_shards": str(session_shards), "resolution": 16, "center_crop": True},
+        },
+    }
+    if objective:
+        config["model"]["objective"] = {"class_path": objective}
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config))
+    arguments = [command, "--config", str(path), *(["--out", str(tmp_path / "cache")] if command == "cache" else [])]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("lit-lora: ") == 1
+    assert "Traceback" not in error
+    with pytest.raises(AssertionError, match=message):  # pytest's own way to search and to show
+        raise AssertionError(error.replace("\n", " "))
+
+
+def test_the_pipeline_s_name_may_be_another_of_the_same_parts(sd_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(sd_folder, folder)
+    pipeline("StableDiffusionImg2ImgPipeline")(folder)
+    prepare(StableDiffusion(str(folder)), DDPM())
+    (folder / "model_index.json").unlink()
+    prepare(StableDiffusion(str(folder)), DDPM())
+
+
+def test_a_distilled_base_warns_once(tmp_path: Path, tokenizer: Any, trainer_options: dict[str, Any]) -> None:
+    from lit_lora.module import LoraDiffusion
+
+    family = Flux(str(write_flux(tmp_path / "schnell", tokenizer, guidance=False)))
+    module = LoraDiffusion(family, LoraConfig(r=2, lora_alpha=2), base_dtype="float32")
+    with pytest.warns(UserWarning, match=r"is distilled to few steps.*train on black-forest-labs/FLUX.1-dev"):
+        module.configure_model()
+    module.configure_model()  # a warning would be an error
+
+
+@pytest.mark.parametrize(
+    ("family", "fixture", "part", "values", "base"),
+    [
+        (
+            StableDiffusionXL,
+            "sdxl_folder",
+            "unet/config.json",
+            {"time_cond_proj_dim": 256},
+            "stable-diffusion-xl-base-1.0",
+        ),
+        (StableDiffusion, "sd_folder", "unet/config.json", {"time_cond_proj_dim": 256}, "stable-diffusion-v1-5"),
+        (StableDiffusion, "sd_folder", "scheduler/scheduler_config.json", {"_class_name": "LCMScheduler"}, "v1-5"),
+        (
+            StableDiffusionXL,
+            "sdxl_folder",
+            "scheduler/scheduler_config.json",
+            {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
+            "stable-diffusion-xl-base-1.0",
+        ),
+    ],
+)
+def test_what_makes_a_base_distilled(
+    family: Any, fixture: str, part: str, values: dict[str, Any], base: str, tmp_path: Path, request: Any
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(request.getfixturevalue(fixture), folder)
+    change(folder, part, **values)
+    with pytest.warns(UserWarning, match=base):
+        prepare(family(str(folder)), DDPM())
+
+
+@pytest.mark.parametrize("name", ["stabilityai/sdxl-turbo", "ByteDance/SDXL-Lightning", "someone/my_LCM_model"])
+def test_names_of_distilled_models(name: str, sdxl_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    shutil.copytree(sdxl_folder, folder)
+    with pytest.warns(UserWarning, match="is distilled"):
+        prepare(StableDiffusionXL(str(folder)), DDPM())
+
+
+def test_families_of_pipelines() -> None:
+    assert family_of("StableDiffusion3Pipeline") is StableDiffusion3
+    assert family_of("FluxPipeline") is Flux
+    assert family_of("NoSuchPipeline") is None
+
+
+def test_sizes(flux_folder: Path) -> None:
+    family = Flux(str(flux_folder))
+    family.read_configs()
+    assert family.size_multiple == 4
+    check_size(family, 16, 20)
+    with pytest.raises(
+        UserError, match=r"Flux takes images whose sides are multiples of 4 px, not 16 x 18.*16 x 16|16 x 20"
+    ):
+        check_size(family, 16, 18)
+    prepare(family, FlowMatching())
