@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,8 +12,29 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
+from lit_lora.errors import check_least
+
 PICTURES_AT_A_TIME = 16
 """As many as are drawn together unless somebody says otherwise."""
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are drawn.
+
+    Args:
+        num_inference_steps: Denoising steps.
+        guidance_scale: Scale of classifier-free guidance; 1 turns it off.
+
+    Raises:
+        UserError: If there are no denoising steps.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_least(1, num_inference_steps=self.num_inference_steps)
 
 
 @torch.no_grad()
