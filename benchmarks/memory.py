@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ def _adapter_training(
         from peft import LoraConfig
 
         import lit_lora.quantization
-        from lit_lora import LoraDiffusion, StableDiffusion, StableDiffusionXL
+        from lit_lora import LoraDiffusion, MemoryOptions, StableDiffusion, StableDiffusionXL
 
         class Batches(LightningDataModule):
             cached = () if row.get("encoders") else ("latents", "text")
@@ -272,7 +273,9 @@ def _adapter_training(
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - self.started)
 
-        keys = {key: value for key, value in row.items() if key != "encoders"}
+        memory = {field.name for field in fields(MemoryOptions)}
+        keys: dict[str, Any] = {key: value for key, value in row.items() if key not in memory | {"encoders"}}
+        keys["memory"] = MemoryOptions(**{key: value for key, value in row.items() if key in memory})
         if "quantization" in keys:
             keys["quantization"] = getattr(lit_lora.quantization, keys["quantization"])()
         if "optimizer" in keys:

@@ -120,11 +120,13 @@ def _adapter(setting: dict[str, Any], options: argparse.Namespace, batch_size: i
     from peft import LoraConfig
 
     import lit_lora.quantization
-    from lit_lora import LoraDiffusion, StableDiffusion
+    from lit_lora import LoraDiffusion, MemoryOptions, StableDiffusion
     from lit_lora.planning.device import find_device
     from lit_lora.planning.plan_run import plan_run
 
-    keys = {name: setting[name] for name in ("base_dtype", "gradient_checkpointing") if name in setting}
+    keys = {"memory": MemoryOptions(gradient_checkpointing=setting.get("gradient_checkpointing", False))}
+    if "base_dtype" in setting:
+        keys["base_dtype"] = setting["base_dtype"]
     if "quantization" in setting:
         keys["quantization"] = getattr(lit_lora.quantization, setting["quantization"])()
     if "optimizer" in setting:

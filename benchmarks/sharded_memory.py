@@ -145,7 +145,7 @@ def _measure(options: argparse.Namespace) -> dict[str, int]:
 
     import lit_lora.lightning_cli
     import lit_lora.quantization
-    from lit_lora import LoraDiffusion, StableDiffusion
+    from lit_lora import LoraDiffusion, MemoryOptions, StableDiffusion
 
     class Batches(LightningDataModule):
         cached = ("latents", "text")
@@ -173,7 +173,7 @@ def _measure(options: argparse.Namespace) -> dict[str, int]:
         StableDiffusion(str(Path(options.models) / "sd15")),
         LoraConfig(r=16, lora_alpha=16),
         quantization=getattr(lit_lora.quantization, options.base)(),
-        gradient_checkpointing=options.checkpointing,
+        memory=MemoryOptions(gradient_checkpointing=options.checkpointing),
     )
     trainer = Trainer(
         accelerator="cpu",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
     from lit_lora.callbacks.adapter_ema import AdapterEMA
     from lit_lora.callbacks.image_writer import ImageWriter
+    from lit_lora.callbacks.memory_limit import MemoryLimit
     from lit_lora.callbacks.memory_profiler import MemoryProfiler
     from lit_lora.callbacks.preemption import Preemption
     from lit_lora.callbacks.run_report import RunReport
@@ -21,6 +22,7 @@ __all__ = [
     "AdapterEMA",
     "DataProgress",
     "ImageWriter",
+    "MemoryLimit",
     "MemoryProfiler",
     "Preemption",
     "RunReport",
@@ -32,6 +34,7 @@ _MODULES = {
     "AdapterEMA": "lit_lora.callbacks.adapter_ema",
     "DataProgress": "lit_lora.datamodules.loading.data_progress",
     "ImageWriter": "lit_lora.callbacks.image_writer",
+    "MemoryLimit": "lit_lora.callbacks.memory_limit",
     "MemoryProfiler": "lit_lora.callbacks.memory_profiler",
     "Preemption": "lit_lora.callbacks.preemption",
     "RunReport": "lit_lora.callbacks.run_report",

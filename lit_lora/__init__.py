@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         AdapterEMA,
         DataProgress,
         ImageWriter,
+        MemoryLimit,
         MemoryProfiler,
         Preemption,
         RunReport,
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP
     from lit_lora.errors import UserError
     from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
+    from lit_lora.memory.options import MemoryOptions
     from lit_lora.module import LoraDiffusion
     from lit_lora.objectives import DDPM, CosMap, FlowMatching, LogitNormal, Mode, Objective, Uniform
+    from lit_lora.sampling import SamplingOptions
 
 __version__ = "0.1.0"
 
@@ -42,10 +45,13 @@ _HOME = {
     "Mode": "lit_lora.objectives",
     "ModelFamily": "lit_lora.families",
     "Objective": "lit_lora.objectives",
+    "MemoryLimit": "lit_lora.callbacks",
+    "MemoryOptions": "lit_lora.memory.options",
     "MemoryProfiler": "lit_lora.callbacks",
     "Preemption": "lit_lora.callbacks",
     "RunReport": "lit_lora.callbacks",
     "SampleImages": "lit_lora.callbacks",
+    "SamplingOptions": "lit_lora.sampling",
     "StableDiffusion": "lit_lora.families",
     "StableDiffusion3": "lit_lora.families",
     "StableDiffusionXL": "lit_lora.families",
@@ -73,10 +79,13 @@ __all__ = [
     "LoraDiffusion",
     "ModelFamily",
     "Objective",
+    "MemoryLimit",
+    "MemoryOptions",
     "MemoryProfiler",
     "Preemption",
     "RunReport",
     "SampleImages",
+    "SamplingOptions",
     "StableDiffusion",
     "StableDiffusionXL",
     "UserError",

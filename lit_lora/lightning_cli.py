@@ -28,6 +28,7 @@ from lit_lora.callbacks import (  # noqa: F401
     AdapterEMA,
     DataProgress,
     ImageWriter,
+    MemoryLimit,
     MemoryProfiler,
     Preemption,
     RunReport,

@@ -33,10 +33,11 @@ from lit_lora.memory.checkpointing import enable_gradient_checkpointing
 from lit_lora.memory.encoder_offload import EncoderOffload
 from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward, check_optimizer_in_backward
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
 from lit_lora.parameters import trainable_parameters
 from lit_lora.quantization import Dense, Quantization
-from lit_lora.sampling import generate
+from lit_lora.sampling import SamplingOptions, generate
 
 VALIDATION_SEED = 20_240_229
 """Seed of validation's timesteps and noise, the same in every run, so that losses compare between runs."""
@@ -68,24 +69,13 @@ class LoraDiffusion(LightningModule):
         base_dtype: Precision of the other frozen weights and of the forward pass. With ``float16`` also set the trainer's
             ``precision: 16-mixed``, which scales the loss.
         caption_dropout: Probability that a sample is trained with the empty caption (for classifier-free guidance).
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. Of all blocks, or of those
-            that one of the glob patterns matches by name, such as ``up_blocks.*``.
+        memory: Options that trade time or exactness for memory; all are off by default.
         compile_blocks: Compile the denoiser's blocks with torch.compile: less time for a step, after minutes at the start.
-        vae_slicing: Encode one picture of a batch at a time: the VAE's activations of one, whatever the batch.
-        vae_tiling: Encode pictures larger than the VAE was trained on in tiles, which overlap; latents differ a little.
-        offload_encoders: VAE and text encoders wait in host memory and come to the GPU while they encode.
-        offload_blocks: The frozen weights of the denoiser's blocks wait in host memory; at most two blocks have theirs on
-            the GPU.
-        offload_activations: What the forward pass keeps for the backward pass waits in host memory.
-        optimizer_in_backward: Step each parameter as soon as its gradient is there, and free the gradient. Not with
-            clipping by norm or accumulated gradients, which need all of them.
-        memory_limit: Plan the memory before a fit, and refuse one that is planned to take more than this, such as ``8GB``.
-        num_inference_steps: Denoising steps of ``predict``.
-        guidance_scale: Classifier-free guidance of ``predict``.
-        seed: Of timesteps, noise and caption dropout; of pictures in ``predict``.
+        sampling: How ``predict`` draws images; by default 25 steps at a guidance scale of 5.
+        seed: Seed of timesteps, noise and caption dropout, and of the images of ``predict``.
 
     Raises:
-        UserError: A value is outside its range.
+        UserError: If a value is outside its range.
     """
 
     def __init__(
@@ -98,24 +88,14 @@ class LoraDiffusion(LightningModule):
         quantization: Quantization | None = None,
         base_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
         caption_dropout: float = 0.0,
-        gradient_checkpointing: bool | list[str] = False,
+        memory: MemoryOptions = MemoryOptions(),
         compile_blocks: bool = False,
-        vae_slicing: bool = False,
-        vae_tiling: bool = False,
-        offload_encoders: bool = False,
-        offload_blocks: bool = False,
-        offload_activations: bool = False,
-        optimizer_in_backward: bool = False,
-        memory_limit: str | None = None,
-        num_inference_steps: int = 25,
-        guidance_scale: float = 5.0,
+        sampling: SamplingOptions = SamplingOptions(),
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout is a probability in [0, 1], not {caption_dropout}")
-        if num_inference_steps < 1:
-            raise UserError(f"num_inference_steps must be at least 1, not {num_inference_steps}")
         self.family = family
         self.adapter = adapter
         self.objective: Objective = objective or family.default_objective()
@@ -124,16 +104,10 @@ class LoraDiffusion(LightningModule):
         self.quantization = quantization or Dense()
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.caption_dropout = caption_dropout
-        self.gradient_checkpointing = gradient_checkpointing
+        self.memory = memory
+        family.split_vae(memory.vae_slicing, memory.vae_tiling)
         self.compile_blocks = compile_blocks
-        self.offload_encoders = offload_encoders
-        self.offload_blocks = offload_blocks
-        self.offload_activations = offload_activations
-        self.optimizer_in_backward = optimizer_in_backward
-        self.memory_limit = memory_limit
-        family.split_vae(vae_slicing, vae_tiling)
-        self.num_inference_steps = num_inference_steps
-        self.guidance_scale = guidance_scale
+        self.sampling = sampling
         self.seed = seed
         # A checkpoint holds the adapter alone; AdapterCheckpoint makes sure that it holds all of it.
         self.strict_loading = False
@@ -159,20 +133,10 @@ class LoraDiffusion(LightningModule):
         check_strategy(strategy, self.adapter)
         device = strategy.root_device
         self.quantization.check(device)
-        for key in ("offload_encoders", "offload_blocks", "offload_activations"):
-            if getattr(self, key):
-                check_offload(key, device, strategy if is_ours(strategy) else None)
-        if self.optimizer_in_backward and stage == "fit":
+        for name in self.memory.offloads:
+            check_offload(f"memory.{name}", device, strategy if is_ours(strategy) else None)
+        if self.memory.optimizer_in_backward and stage == "fit":
             check_optimizer_in_backward(self.trainer, self.adapter)
-        if self.memory_limit is not None and stage == "fit":
-            if shards_weights(strategy):
-                raise UserError(
-                    f"memory_limit={self.memory_limit!r} plans a run with a whole copy of the weights on each GPU, which "
-                    f"{type(strategy).__name__} does not have; set memory_limit to null"
-                )
-            from lit_lora.planning.memory_limit import check_memory_limit  # which plans runs of this very class
-
-            check_memory_limit(self, self.trainer, self.memory_limit)
 
     def configure_model(self) -> None:
         """Load the base, freeze it and put the adapter in; Lightning calls this.
@@ -189,7 +153,7 @@ class LoraDiffusion(LightningModule):
             if not self._configured:
                 self._scheduler_config = prepare(self.family, self.objective)
             self.family.load(self.base_dtype, without=dispensable, quantization=self.quantization, node=node)
-            if self.offload_encoders:
+            if self.memory.offload_encoders:
                 for encoder in self.family.encoding_models():
                     self._encoder_offload.add(encoder)
             if self._configured:
@@ -198,12 +162,12 @@ class LoraDiffusion(LightningModule):
                 self.family.load_adapted(self.adapter, strategy.shard)
             else:
                 self.family.add_adapter(self.adapter)
-            if self.gradient_checkpointing:
-                enable_gradient_checkpointing(self.family.denoiser, self.gradient_checkpointing)
+            if self.memory.gradient_checkpointing:
+                enable_gradient_checkpointing(self.family.denoiser, self.memory.gradient_checkpointing)
             if self.compile_blocks:
                 for block in outermost_blocks(self.family.denoiser, self.family.block_classes):
                     block.compile()  # in place: the names of the weights stay
-            if self.offload_blocks:
+            if self.memory.offload_blocks:
                 BlockOffload(self.family.denoiser, self.family.block_classes)
             self.family.train()
         self._configured = True
@@ -221,7 +185,7 @@ class LoraDiffusion(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_fit_start(self) -> None:
-        if self.optimizer_in_backward:
+        if self.memory.optimizer_in_backward:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self._in_backward = OptimizerInBackward(optimizer, float(self.trainer.gradient_clip_val or 0))
 
@@ -264,13 +228,13 @@ class LoraDiffusion(LightningModule):
         return loss
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Image.Image]:
-        """One picture for each caption, in the size of the batch's own pictures."""
+        """One image for each caption, in the size of the batch's own images."""
         height, width = target_size(batch)[0].tolist()
         return self.generate(
             batch["caption"],
             seeds=[self.seed + slot for slot in self._slots(batch, batch_idx)],
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
+            num_inference_steps=self.sampling.num_inference_steps,
+            guidance_scale=self.sampling.guidance_scale,
             height=height,
             width=width,
         )
@@ -379,9 +343,8 @@ class LoraDiffusion(LightningModule):
         encoding = torch.autocast(self.device.type, enabled=False)
         with torch.no_grad(), encoding, self._encoder_offload.on_device():
             latents, conditioning = self.family.encode(batch, draws)
-            num_tokens = self.family.num_tokens(latents.shape[1:])
-        sample = self.objective.sample(latents, draws, num_tokens)
-        kept = ActivationOffload(self.device.type == "cuda") if self.offload_activations else nullcontext()
+        sample = self.objective.sample(latents, draws, self.family.num_tokens(latents.shape[1:]))
+        kept = ActivationOffload(self.device.type == "cuda") if self.memory.offload_activations else nullcontext()
         with self.autocast(), kept:
             prediction = self.family.denoise(sample.noisy, sample.timesteps, conditioning)
         counts = batch["weight"] if "weight" in batch else torch.ones_like(sample.weight)

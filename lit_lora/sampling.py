@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
+
+from lit_lora.errors import check_least
 
 IMAGES_AT_A_TIME = 16
 """As many as are drawn together unless somebody says otherwise."""
@@ -22,6 +25,25 @@ PromptInputs = Callable[[list[str], float], dict[str, Any]]
 def text_prompts(prompts: list[str], guidance_scale: float) -> dict[str, Any]:
     """Prompts as most pipelines take them."""
     return {"prompt": prompts}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How images are drawn.
+
+    Args:
+        num_inference_steps: Denoising steps.
+        guidance_scale: Scale of classifier-free guidance; 1 turns it off.
+
+    Raises:
+        UserError: If there are no denoising steps.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_least(1, num_inference_steps=self.num_inference_steps)
 
 
 @torch.no_grad()

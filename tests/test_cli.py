@@ -71,7 +71,7 @@ def config(tmp_path: Path, shards: Path, sd_folder: Path) -> Callable[..., Path]
                 },
                 "adapter": {"class_path": "LoraConfig", "init_args": {"r": 2, "lora_alpha": 2}},
                 "base_dtype": "float32",
-                "num_inference_steps": 2,
+                "sampling": {"num_inference_steps": 2},
             },
             "data": {
                 "class_path": "WebDatasetDataModule",
@@ -131,13 +131,14 @@ def test_every_overlay_goes_over_every_config(name: str, overlay: str) -> None:
     configs = ["--config", f"configs/{name}", "--config", f"configs/overlays/{overlay}"]
     cli: LitLoraCLI = build_cli(["fit", *configs, "--trainer.accelerator", "cpu", "--trainer.devices", "1"], run=False)
     over: dict[str, Any] = yaml.safe_load(text)
-    for key, value in over.get("model", {}).items():
-        if key == "quantization":
-            assert type(cli.model.quantization).__name__ == value["class_path"].rpartition(".")[2]
-        elif key.startswith("vae_"):
-            assert getattr(cli.model.family, key) is value
-        else:
-            assert getattr(cli.model, key) == value
+    changed = over.get("model", {})
+    if "quantization" in changed:
+        assert type(cli.model.quantization).__name__ == changed["quantization"]["class_path"].rpartition(".")[2]
+    for key, value in changed.get("memory", {}).items():
+        assert getattr(cli.model.memory, key) == value
+    kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]  # type: ignore[attr-defined]
+    assert {"AdapterCheckpoint", "SampleImages", "ImageWriter"} <= set(kinds)
+    assert kinds.count("MemoryLimit") == overlay.endswith("gb.yaml")
     if "data" in over:
         assert cli.datamodule.batch_size == over["data"]["init_args"]["batch_size"]
     if "strategy" in over.get("trainer", {}):
@@ -208,7 +209,17 @@ def test_secrets_in_urls_stay_out_of_what_a_run_writes(
 @pytest.mark.parametrize("base", ["Int8", "FP8", "NF4"])
 def test_fit_over_a_quantised_base(base: str, config: Callable[..., Path], tmp_path: Path) -> None:
     assert (
-        main(["fit", "--config", str(config()), "--model.quantization", base, "--model.gradient_checkpointing", "true"])
+        main(
+            [
+                "fit",
+                "--config",
+                str(config()),
+                "--model.quantization",
+                base,
+                "--model.memory.gradient_checkpointing",
+                "true",
+            ]
+        )
         == 0
     )
     assert (tmp_path / "ck" / "last.adapter" / "pytorch_lora_weights.safetensors").is_file()

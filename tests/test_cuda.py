@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft import LoraConfig
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, MemoryProfiler
 from lit_lora.families import StableDiffusion
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import FP8, NF4, Int8, Quantization
 from tests.distributed.scenarios import Seen
@@ -111,11 +113,12 @@ def test_memory_keys_change_no_loss(
     key: str, base: Quantization | None, gradient_checkpointing: bool, sd_folder: Path, tmp_path: Path
 ) -> None:
     options: dict[str, Any] = {
-        "base": base,
-        "gradient_checkpointing": gradient_checkpointing,
+        "quantization": base,
         "base_dtype": "float32" if base is None else "bfloat16",
     }
-    plain, kept = train(sd_folder, tmp_path, **options), train(sd_folder, tmp_path, **options, **{key: True})
+    memory = MemoryOptions(gradient_checkpointing=gradient_checkpointing)
+    plain = train(sd_folder, tmp_path, memory=memory, **options)
+    kept = train(sd_folder, tmp_path, memory=replace(memory, **{key: True}), **options)  # type: ignore[arg-type]
     assert near(plain[0], kept[0], 1e-5 if base is None else 5e-3)
 
 
@@ -189,4 +192,4 @@ def test_compiled_blocks(strategy: str, base: Quantization | None, sd_folder: Pa
 @pytest.mark.parametrize("key", ["offload_encoders", "offload_blocks", "offload_activations"])
 def test_offloading_under_ddp(key: str, sd_folder: Path, tmp_path: Path) -> None:
     alone, _ = train(sd_folder, tmp_path)
-    assert near(train(sd_folder, tmp_path, strategy="ddp", **{key: True})[0], alone)
+    assert near(train(sd_folder, tmp_path, strategy="ddp", memory=MemoryOptions(**{key: True}))[0], alone)

@@ -13,8 +13,10 @@ from lit_lora.callbacks import SampleImages
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.objectives import DDPM
+from lit_lora.sampling import SamplingOptions
 from tests.helpers import loader_of, make_batches
 
 
@@ -97,7 +99,7 @@ def test_gradient_checkpointing_changes_no_loss(sd_folder: Path, trainer_options
     losses = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        module = module_for(sd_folder, gradient_checkpointing=checkpointing)
+        module = module_for(sd_folder, memory=MemoryOptions(gradient_checkpointing=checkpointing))
         losses.append(fit(module, make_batches(3), trainer_options).losses)
         assert module.family.denoiser.get_base_model().is_gradient_checkpointing == checkpointing
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -182,7 +184,7 @@ def test_learning_rate_schedules_step_with_the_optimizer(sd_folder: Path, traine
 
 
 def test_predict_draws_the_captions(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
-    module = module_for(sd_folder, num_inference_steps=2)
+    module = module_for(sd_folder, sampling=SamplingOptions(num_inference_steps=2))
     [images] = Trainer(**trainer_options).predict(module, loader_of(make_batches(1)))  # type: ignore[misc]
     assert [image.size for image in images] == [(16, 16)] * 2
 
@@ -281,7 +283,7 @@ def test_pictures_while_training_from_a_cache(sd_folder: Path, trainer_options: 
 def test_predict_from_a_cache(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     def drawn(data: Any) -> list[bytes]:
         torch.manual_seed(0)
-        module = module_for(sd_folder, num_inference_steps=2)
+        module = module_for(sd_folder, sampling=SamplingOptions(num_inference_steps=2))
         [images] = Trainer(**trainer_options).predict(module, data)  # type: ignore[misc]
         return [image.tobytes() for image in images]
 
@@ -303,7 +305,6 @@ def test_a_run_without_the_cache_after_one_with_it(sd_folder: Path, trainer_opti
     ("options", "message"),
     [
         ({"caption_dropout": 1.5}, r"caption_dropout is a probability in \[0, 1\], not 1.5"),
-        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
     ],
 )
 def test_values_out_of_range(options: dict[str, Any], message: str, sd_folder: Path) -> None:
@@ -352,15 +353,14 @@ def test_saving_replaces_the_folder_as_a_whole(
 
 
 class TestMemoryKeys:
-    """Each key of the module that saves memory trains the same adapter, or is refused with what to do."""
+    """Each memory option trains the same adapter, or is refused with what to do."""
 
-    def _trained(self, folder: Path, trainer_options: dict[str, Any], **options: Any) -> dict[str, torch.Tensor]:
+    def _trained(
+        self, folder: Path, trainer_options: dict[str, Any], memory: MemoryOptions = MemoryOptions(), **clipping: Any
+    ) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        limits = {key: options.pop(key) for key in list(options) if key.startswith("gradient_clip")}
-        module = LoraDiffusion(
-            StableDiffusion(str(folder)), LoraConfig(r=2, lora_alpha=2), base_dtype="float32", **options
-        )
-        Trainer(max_steps=3, **limits, **trainer_options).fit(module, loader_of(make_batches(3)))
+        module = module_for(folder, memory=memory)
+        Trainer(max_steps=3, **clipping, **trainer_options).fit(module, loader_of(make_batches(3)))
         keys = adapter_keys(module)
         return {key: value for key, value in module.state_dict().items() if key in keys}
 
@@ -376,26 +376,28 @@ class TestMemoryKeys:
     )
     def test_trains_the_same(self, options: dict[str, Any], sd_folder: Path, trainer_options: dict[str, Any]) -> None:
         expected = self._trained(sd_folder, trainer_options)
-        for key, value in self._trained(sd_folder, trainer_options, **options).items():
+        for key, value in self._trained(sd_folder, trainer_options, MemoryOptions(**options)).items():
             torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
 
     def test_optimizer_in_backward_clips_by_value(self, sd_folder: Path, trainer_options: dict[str, Any]) -> None:
         clipping = {"gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"}
         expected = self._trained(sd_folder, trainer_options, **clipping)
-        found = self._trained(sd_folder, trainer_options, optimizer_in_backward=True, **clipping)
+        found = self._trained(sd_folder, trainer_options, MemoryOptions(optimizer_in_backward=True), **clipping)
         assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
     def test_optimizer_in_backward_refuses_the_norm(self, sd_folder: Path, trainer_options: dict[str, Any]) -> None:
         with pytest.raises(
             UserError, match=r"gradient_clip_val=1.0 clips by the norm .* set gradient_clip_algorithm to"
         ):
-            self._trained(sd_folder, trainer_options, optimizer_in_backward=True, gradient_clip_val=1.0)
+            self._trained(sd_folder, trainer_options, MemoryOptions(optimizer_in_backward=True), gradient_clip_val=1.0)
 
     @pytest.mark.parametrize("key", ["offload_encoders", "offload_blocks", "offload_activations"])
     def test_the_host_cannot_move_to_itself(self, key: str, sd_folder: Path, trainer_options: dict[str, Any]) -> None:
-        with pytest.raises(UserError, match=f"{key} moves memory from a GPU to the host, .* set {key} to false"):
-            self._trained(sd_folder, trainer_options, **{key: True})
+        with pytest.raises(
+            UserError, match=rf"memory\.{key} moves memory from a GPU to the host, .* set memory\.{key} to false"
+        ):
+            self._trained(sd_folder, trainer_options, MemoryOptions(**{key: True}))
 
     def test_blocks_that_do_not_exist(self, sd_folder: Path, trainer_options: dict[str, Any]) -> None:
         with pytest.raises(UserError, match=r"'down' matches no block .* it has down_blocks.0"):
-            self._trained(sd_folder, trainer_options, gradient_checkpointing=["down"])
+            self._trained(sd_folder, trainer_options, MemoryOptions(gradient_checkpointing=["down"]))

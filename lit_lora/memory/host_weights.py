@@ -132,7 +132,7 @@ def check_offload(key: str, device: torch.device, strategy: object | None = None
     if device.type == "cpu":
         raise UserError(
             f"{key} moves memory from a GPU to the host, and this run computes on the host itself; set {key} to false, or "
-            f"save memory with gradient_checkpointing and model.quantization"
+            f"save memory with memory.gradient_checkpointing and quantization"
         )
     if device.type != "cuda":
         raise UserError(f"{key} works with CUDA devices, not with {device.type!r}; set {key} to false")

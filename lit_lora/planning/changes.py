@@ -158,26 +158,33 @@ def _plan_or_none(run: Run) -> MemoryPlan | None:
 
 
 def _with_options(run: Run, **options: Any) -> Run:
-    """The run with other attributes of the module."""
+    """The run with other options of the module."""
     module = unloaded(run.module)
     for name, value in options.items():
         setattr(module, name, value)
     return replace(run, module=module)
 
 
-def _flag(name: str, price: str, applies: Callable[[Run], bool] = lambda run: True) -> _Candidate:
-    """Turns an option of the module on, where it is off."""
+def _memory_option(name: str, price: str, applies: Callable[[Run], bool] = lambda run: True) -> _Candidate:
+    """Turns a memory option on, where it is off."""
 
     def candidate(run: Run) -> tuple[Change, Run] | None:
-        if getattr(run.module, name) or not applies(run):
+        if getattr(run.module.memory, name) or not applies(run):
             return None
-        return Change({f"model.{name}": True}, price), _with_options(run, **{name: True})
+        changed = _with_options(run, memory=replace(run.module.memory, **{name: True}))
+        memory = changed.module.memory
+        changed.module.family.split_vae(memory.vae_slicing, memory.vae_tiling)
+        return Change({f"model.memory.{name}": True}, price), changed
 
     return candidate
 
 
 def _uses_vae(run: Run) -> bool:
     return "latents" not in run.cached
+
+
+def _encodes_several(run: Run) -> bool:
+    return _uses_vae(run) and run.batch_size > 1
 
 
 def _on_gpu(run: Run) -> bool:
@@ -189,26 +196,6 @@ def _steps_in_backward(run: Run) -> bool:
     adaptive = isinstance(run.module.adapter, AdaLoraConfig)
     alone = run.processes == 1 and not adaptive
     return alone and not clips and run.accumulate_grad_batches == 1 and run.precision != "16-mixed"
-
-
-def _vae_slicing(run: Run) -> tuple[Change, Run] | None:
-    if run.module.family.vae_slicing or not _uses_vae(run) or run.batch_size == 1:
-        return None
-    split = _with_split_vae(run, True, run.module.family.vae_tiling)
-    return Change({"model.vae_slicing": True}, "none to speak of"), split
-
-
-def _vae_tiling(run: Run) -> tuple[Change, Run] | None:
-    family = run.module.family
-    if family.vae_tiling or not _uses_vae(run):
-        return None
-    return Change({"model.vae_tiling": True}, "latents differ a little"), _with_split_vae(run, family.vae_slicing, True)
-
-
-def _with_split_vae(run: Run, slicing: bool, tiling: bool) -> Run:
-    module = unloaded(run.module)
-    module.family.split_vae(slicing, tiling)
-    return replace(run, module=module)
 
 
 def _int8(run: Run) -> tuple[Change, Run] | None:
@@ -239,7 +226,7 @@ def _eight_bit_optimizer(run: Run) -> tuple[Change, Run] | None:
 
 
 def _half_batch(run: Run) -> tuple[Change, Run] | None:
-    if run.batch_size % 2 or run.module.optimizer_in_backward:
+    if run.batch_size % 2 or run.module.memory.optimizer_in_backward:
         return None
     half, twice = run.batch_size // 2, run.accumulate_grad_batches * 2
     keys = {"data.init_args.batch_size": half, "trainer.accumulate_grad_batches": twice}
@@ -259,17 +246,17 @@ def _half_rank(run: Run) -> tuple[Change, Run] | None:
 
 
 CANDIDATES: tuple[_Candidate, ...] = (
-    _vae_slicing,
-    _flag("offload_encoders", "moving the encoders each step", _on_gpu),
-    _flag("gradient_checkpointing", "a third more time"),
-    _flag("optimizer_in_backward", "no clipping by norm, no accumulation", _steps_in_backward),
+    _memory_option("vae_slicing", "none to speak of", _encodes_several),
+    _memory_option("offload_encoders", "moving the encoders each step", _on_gpu),
+    _memory_option("gradient_checkpointing", "a third more time"),
+    _memory_option("optimizer_in_backward", "no clipping by norm, no accumulation", _steps_in_backward),
     _eight_bit_optimizer,
     _half_batch,
     _int8,
-    _vae_tiling,
-    _flag("offload_activations", "moving activations each step", _on_gpu),
+    _memory_option("vae_tiling", "latents differ a little", _uses_vae),
+    _memory_option("offload_activations", "moving activations each step", _on_gpu),
     _nf4,
-    _flag("offload_blocks", "moving the base twice each step", _on_gpu),
+    _memory_option("offload_blocks", "moving the base twice each step", _on_gpu),
     _half_rank,
 )
 """Cheapest first: what changes neither result nor much time; what takes time alone, and the same result; what stores the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,13 @@ from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import NF4
 from lit_lora.quantization.base import Stored
 
-SIMULATED = ("offload_encoders", "offload_blocks", "offload_activations", "optimizer_in_backward")
-"""Options of the module that the simulation itself plays: the mechanisms move tensors between devices."""
+_MECHANISMS_OFF = {
+    "offload_encoders": False,
+    "offload_blocks": False,
+    "offload_activations": False,
+    "optimizer_in_backward": False,
+}
+"""Memory options whose effect the simulation counts itself: their mechanisms would move tensors between devices."""
 
 
 @contextmanager
@@ -60,8 +66,7 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
         UserError: As :meth:`~lit_lora.LoraDiffusion.configure_model`.
     """
     fake = unloaded(module)
-    for name in SIMULATED:
-        setattr(fake, name, False)
+    fake.memory = replace(fake.memory, **_MECHANISMS_OFF)
     own: Any = fake
     own.quantization = copy.copy(own.quantization)
     own.quantization.dequantize = _restored_at_once  # PEFT looks at each weight many times, for its shape and dtype

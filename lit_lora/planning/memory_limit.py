@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, Trainer
 
-from lit_lora.byte_sizes import format_bytes, parse_bytes
+from lit_lora.byte_sizes import format_bytes
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.callbacks.sample_images import SampleImages
 from lit_lora.errors import UserError
@@ -18,22 +18,21 @@ from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run, Sampling
 
 
-def check_memory_limit(module: LoraDiffusion, trainer: Trainer, limit: str) -> None:
+def check_memory_limit(module: LoraDiffusion, trainer: Trainer, limit: int) -> None:
     """Plan the run and refuse one that is planned to take more than the limit.
 
     Args:
         module: What is trained; nothing needs to be loaded yet.
         trainer: Of the run, with its datamodule.
-        limit: An amount of bytes, as ``8GB``.
+        limit: Bytes that the run may take.
 
     Raises:
         UserError: The run does not fit, or the data do not say how large a batch is.
     """
-    allowed = parse_bytes("memory_limit", limit)
     run = run_of(module, trainer)
     planned = plan(run)
-    if not planned.fits(allowed):
-        raise UserError(f"memory_limit: {verdict(planned, allowed, cheapest_changes(run, allowed, planned))}")
+    if not planned.fits(limit):
+        raise UserError(f"MemoryLimit: {verdict(planned, limit, cheapest_changes(run, limit, planned))}")
 
 
 def run_of(module: LoraDiffusion, trainer: Trainer) -> Run:
@@ -92,7 +91,7 @@ def known(data: Any, name: str) -> int:
     if not isinstance(value, int):
         who = "there is no datamodule that says" if data is None else f"{type(data).__name__} does not say"
         raise UserError(
-            f"the memory of the run cannot be planned, since {who} its {name}: use one that does, leave memory_limit out, or "
+            f"the memory of the run cannot be planned, since {who} its {name}: use one that does, leave MemoryLimit out, or "
             f"call lit-lora plan with --{name} N"
         )
     return value

@@ -107,11 +107,11 @@ class _Simulation:
         self.meter.assign([*frozen, *self.module.buffers()], "frozen weights")
         self.meter.assign(self.trained, "adapter")
         self.encoder_bytes = 0
-        if self.run.module.offload_encoders:
+        if self.run.module.memory.offload_encoders:
             self.encoder_bytes = sum(map(_bytes, self.family.encoding_models()))
             self.meter.adjust("frozen weights", -self.encoder_bytes)
             self._encoders_come_and_go()
-        if self.run.module.offload_blocks:
+        if self.run.module.memory.offload_blocks:
             self.meter.adjust("frozen weights", -_waiting_block_bytes(self.family.denoiser, self.family.block_classes))
 
     def _load_phase(self) -> None:
@@ -143,8 +143,8 @@ class _Simulation:
             module.optimizer,
             clip=run.gradient_clip_val is not None,
             accumulate=run.accumulate_grad_batches > 1,
-            in_backward=run.module.optimizer_in_backward,
-            offload_activations=run.module.offload_activations,
+            in_backward=run.module.memory.optimizer_in_backward,
+            offload_activations=run.module.memory.offload_activations,
             cuda=self.cuda,
         )
         if isinstance(self.family.denoiser.base_model, AdaLoraModel):

@@ -18,6 +18,7 @@ from lit_lora.callbacks import AdapterEMA, ImageWriter, SampleImages
 from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
+from lit_lora.sampling import SamplingOptions
 from tests.helpers import loader_of, make_batches
 
 
@@ -82,7 +83,7 @@ def test_the_average_draws_if_there_is_one(
 
 
 def test_image_writer(sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path) -> None:
-    sd_module.num_inference_steps = 2
+    sd_module.sampling = SamplingOptions(num_inference_steps=2)
     batch = make_batches(1)[0]
     batch["weight"] = torch.tensor([1.0, 0.0])
     batch["key"][0] = "../x"

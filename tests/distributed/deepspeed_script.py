@@ -25,8 +25,10 @@ from lit_lora.distributed import shards_weights
 from lit_lora.distributed.deepspeed import LitLoraDeepSpeed
 from lit_lora.errors import UserError
 from lit_lora.families import Batch, StableDiffusion
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import NF4, Int8
+from lit_lora.sampling import SamplingOptions
 from tests.helpers import make_batches
 
 STEPS, RESUMED_FROM, SHORT = 20, 16, 4
@@ -158,7 +160,15 @@ def train(
 def train_unevenly(model: str, strategy: Strategy | str, folder: Path) -> dict[str, Any]:
     """Accumulates over two batches, the last one of a pass alone; clips; computes activations again."""
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.01, "max_epochs": 2}
-    return train(model, strategy, folder, max_steps=-1, count=3, options=options, gradient_checkpointing=True)
+    return train(
+        model,
+        strategy,
+        folder,
+        max_steps=-1,
+        count=3,
+        options=options,
+        memory=MemoryOptions(gradient_checkpointing=True),
+    )
 
 
 def train_stored(model: str, strategy: Callable[[], Strategy | str], folder: Path) -> dict[str, dict[str, Any]]:
@@ -175,12 +185,12 @@ def train_reading_weights(model: str, strategy: Strategy | str, folder: Path) ->
     samples = SampleImages(["a", "b", "c"], num_inference_steps=1)
     adapter = LoraConfig(r=2, lora_alpha=2, use_dora=True)
     options = {"max_steps": SHORT, "options": {"default_root_dir": folder}, "more_callbacks": [samples]}
-    return train(model, strategy, folder, adapter=adapter, gradient_checkpointing=True, **options)  # type: ignore[arg-type]
+    return train(model, strategy, folder, adapter=adapter, memory=MemoryOptions(gradient_checkpointing=True), **options)  # type: ignore[arg-type]
 
 
 def evaluate(model: str, strategy: Strategy | str, new_strategy: Strategy | str, checkpoint: Path) -> dict[str, Any]:
     """Validate while training, after it, and from a checkpoint; train on; draw."""
-    module = make_module(model, num_inference_steps=2)
+    module = make_module(model, sampling=SamplingOptions(num_inference_steps=2))
     trainer = make_trainer(strategy, max_steps=SHORT, val_check_interval=2)
     trainer.fit(module, batches(SHORT), batches(2, seed=4))
     found = {"fit": float(trainer.callback_metrics["val/loss"])}

@@ -20,6 +20,7 @@ from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.distributed import LitLoraFSDP
 from lit_lora.distributed.collectives import full_tensor
 from lit_lora.families import StableDiffusion
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import Quantization
 
@@ -226,7 +227,7 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
     elif name == "clipping by value":
         options |= {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
     elif name == "checkpointing":
-        module = module_of(model, gradient_checkpointing=True)
+        module = module_of(model, memory=MemoryOptions(gradient_checkpointing=True))
     elif name == "compile":
         torch._dynamo.reset()
         module = module_of(model, compile_blocks=True)

@@ -17,17 +17,18 @@ from lit_lora.families import StableDiffusion
 from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import Int8
 from tests.helpers import loader_of, make_batches
 
-EVERYTHING = {
-    "gradient_checkpointing": ["down_blocks.*", "mid_block"],
-    "offload_encoders": True,
-    "offload_blocks": True,
-    "offload_activations": True,
-    "optimizer_in_backward": True,
-}
+EVERYTHING = MemoryOptions(
+    gradient_checkpointing=["down_blocks.*", "mid_block"],
+    offload_encoders=True,
+    offload_blocks=True,
+    offload_activations=True,
+    optimizer_in_backward=True,
+)
 
 
 class Losses(Callback):
@@ -61,7 +62,7 @@ def test_training_validation_and_pictures_are_the_same(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, used: list[Any]
 ) -> None:
     results = []
-    for name, keys in {"plain": {}, "sparing": EVERYTHING}.items():
+    for name, memory in {"plain": MemoryOptions(), "sparing": EVERYTHING}.items():
         torch.manual_seed(0)
         family = StableDiffusion(str(sd_folder))
         module = LoraDiffusion(
@@ -69,7 +70,7 @@ def test_training_validation_and_pictures_are_the_same(
             LoraConfig(r=2, lora_alpha=2),
             quantization=Int8(),
             base_dtype="float32",
-            **keys,  # type: ignore[arg-type]
+            memory=memory,
         )
         losses = Losses()
         options = trainer_options | {
@@ -82,7 +83,7 @@ def test_training_validation_and_pictures_are_the_same(
         trainer.fit(module, loader_of(make_batches(4)), loader_of(make_batches(2, seed=4)))
         pictures = [path.read_bytes() for path in sorted((tmp_path / name).glob("samples/*.png"))]
         assert len(pictures) == 3
-        assert bool(used) == bool(keys)
+        assert bool(used) == (memory is EVERYTHING)
         weights = [p.detach() for p in module.parameters() if p.requires_grad]
         results.append((losses.losses, trainer.callback_metrics["val/loss"].item(), weights, pictures[0]))
     torch.testing.assert_close(results[1][:3], results[0][:3], rtol=1e-3, atol=1e-6)

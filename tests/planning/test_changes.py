@@ -8,6 +8,7 @@ from peft import LoraConfig
 
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
 from lit_lora.planning.changes import cheapest_changes, ranked_changes
@@ -34,18 +35,23 @@ def test_the_changes_make_it_fit(run: Run) -> None:
     assert changes
     assert [one.plan.fits(allowed) for one in changes] == [False] * (len(changes) - 1) + [True]
     assert all(one.saved > 0 for one in changes)
-    assert changes[0].change.arguments == "--model.gradient_checkpointing true"
+    assert changes[0].change.arguments == "--model.memory.gradient_checkpointing true"
     # The plan of a module that is made with this key.
     folder = run.module.family.pretrained_model_name_or_path
     module = LoraDiffusion(
-        StableDiffusion(folder), LoraConfig(r=64, lora_alpha=64), base_dtype="float32", gradient_checkpointing=True
+        StableDiffusion(folder),
+        LoraConfig(r=64, lora_alpha=64),
+        base_dtype="float32",
+        memory=MemoryOptions(gradient_checkpointing=True),
     )
     assert plan(replace(run, module=module)).phases == changes[0].plan.phases
 
 
 def test_nothing_helps_against_too_little(run: Run) -> None:
     family = StableDiffusion(run.module.family.pretrained_model_name_or_path)
-    small = LoraDiffusion(family, LoraConfig(r=1, lora_alpha=1), quantization=NF4(), gradient_checkpointing=True)
+    small = LoraDiffusion(
+        family, LoraConfig(r=1, lora_alpha=1), quantization=NF4(), memory=MemoryOptions(gradient_checkpointing=True)
+    )
     assert cheapest_changes(replace(run, module=small, batch_size=1), 1000) is None
 
 
@@ -54,7 +60,7 @@ def test_ranked_by_what_they_save(run: Run) -> None:
     saved = [one.saved for one in ranked]
     assert saved == sorted(saved, reverse=True)
     assert all(size > 0 for size in saved)
-    assert not run.module.gradient_checkpointing
+    assert not run.module.memory.gradient_checkpointing
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(run: Run) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 
-from lit_lora import LoraDiffusion, MemoryProfiler, SampleImages, StableDiffusion
+from lit_lora import LoraDiffusion, MemoryLimit, MemoryProfiler, SampleImages, StableDiffusion
 from lit_lora.errors import UserError
 from lit_lora.planning.memory_limit import run_of
 from lit_lora.planning.plan_run import plan, plan_run
@@ -30,35 +30,39 @@ class OfUnknownSize(LightningDataModule):
     train_dataloader = Pictures.train_dataloader
 
 
-def _module(folder: Path, limit: str | None) -> LoraDiffusion:
-    return LoraDiffusion(StableDiffusion(str(folder)), LoraConfig(r=2, lora_alpha=2), memory_limit=limit)
+def _module(folder: Path) -> LoraDiffusion:
+    return LoraDiffusion(StableDiffusion(str(folder)), LoraConfig(r=2, lora_alpha=2))
+
+
+def _trainer(options: dict[str, Any], limit: str) -> Trainer:
+    return Trainer(max_steps=1, callbacks=[MemoryLimit(limit)], **options)
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_loads(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
-    module = _module(sd_folder, "500MB")
-    with pytest.raises(UserError, match=r"memory_limit: does not fit: .* of 500.0 MB"):
-        Trainer(max_steps=1, **trainer_options).fit(module, datamodule=Pictures())
+    module = _module(sd_folder)
+    with pytest.raises(UserError, match=r"MemoryLimit: does not fit: .* of 500.0 MB"):
+        _trainer(trainer_options, "500MB").fit(module, datamodule=Pictures())
     assert module.family.denoiser is None
 
 
 def test_a_run_that_fits_goes_on(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
-    trainer = Trainer(max_steps=1, **trainer_options)
-    trainer.fit(_module(sd_folder, "4GB"), datamodule=Pictures())
+    trainer = _trainer(trainer_options, "4GB")
+    trainer.fit(_module(sd_folder), datamodule=Pictures())
     assert trainer.global_step == 1
 
 
 def test_the_changes_that_it_names_make_it_fit(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     trainer = Trainer(max_steps=1, **trainer_options)
-    trainer.fit(_module(sd_folder, None), datamodule=Pictures())
-    needed = plan(run_of(_module(sd_folder, None), trainer)).needed
+    trainer.fit(_module(sd_folder), datamodule=Pictures())
+    needed = plan(run_of(_module(sd_folder), trainer)).needed
     limit = str(needed - 20_000)
     with pytest.raises(UserError, match=r"The cheapest changes that make it fit, one upon the other:\n  --model"):
-        Trainer(max_steps=1, **trainer_options).fit(_module(sd_folder, limit), datamodule=Pictures())
+        _trainer(trainer_options, limit).fit(_module(sd_folder), datamodule=Pictures())
 
 
 def test_data_of_unknown_size(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="cannot be planned, since there is no datamodule that says its resolution"):
-        Trainer(max_steps=1, **trainer_options).fit(_module(sd_folder, "4GB"), Pictures().train_dataloader())
+        _trainer(trainer_options, "4GB").fit(_module(sd_folder), Pictures().train_dataloader())
 
 
 def test_the_run_is_what_the_trainer_does(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
@@ -68,7 +72,7 @@ def test_the_run_is_what_the_trainer_does(sd_folder: Path, trainer_options: dict
     )
     data: Any = Pictures()
     trainer.datamodule = data  # type: ignore[attr-defined]
-    run = run_of(_module(sd_folder, None), trainer)
+    run = run_of(_module(sd_folder), trainer)
     assert (run.batch_size, run.height, run.width, run.accumulate_grad_batches, run.gradient_clip_val) == (
         2,
         16,
@@ -92,7 +96,7 @@ def test_advice_at_an_out_of_memory_error(sd_folder: Path, trainer_options: dict
         with pytest.raises(torch.OutOfMemoryError):
             Trainer(max_steps=1, callbacks=[profiler], **trainer_options).fit(module, datamodule=data)
         advice = json.loads((tmp_path / "memory.json").read_text())["out_of_memory"]["advice"]
-        assert ("--model.gradient_checkpointing true" in [change for change, _ in advice]) is known
+        assert ("--model.memory.gradient_checkpointing true" in [change for change, _ in advice]) is known
         saved = [size for _, size in advice]
         assert saved == sorted(saved, reverse=True)
         assert saved

@@ -23,6 +23,8 @@ from peft import (
 from benchmarks.allocator import peak_allocated
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion
+from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.device import find_device
 from lit_lora.planning.memory_plan import MemoryPlan
@@ -77,7 +79,7 @@ def measured_peak(module: LoraDiffusion, options: dict[str, Any], batch_size: in
     ("size", "options"),
     [
         (64, {}),
-        (16, {"quantization": NF4(), "base_dtype": "bfloat16", "gradient_checkpointing": True}),
+        (16, {"quantization": NF4(), "base_dtype": "bfloat16", "memory": MemoryOptions(gradient_checkpointing=True)}),
         (16, {"adapter": LoraConfig(r=256, lora_alpha=256)}),
         (16, {"adapter": LoraConfig(r=256, lora_alpha=256), "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}),
     ],
@@ -139,7 +141,7 @@ def test_every_adapter_can_be_planned(adapter: Callable[[], PeftConfig], sd_fold
 
 
 def test_planning_leaves_the_module_and_random_numbers_alone(sd_folder: Path) -> None:
-    module = module_for(sd_folder, gradient_checkpointing=True)
+    module = module_for(sd_folder, memory=MemoryOptions(gradient_checkpointing=True))
     module.configure_model()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     state = torch.get_rng_state()
@@ -148,7 +150,7 @@ def test_planning_leaves_the_module_and_random_numbers_alone(sd_folder: Path) ->
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
     assert module._configured
     assert module.training
-    assert loaded.phases == plan_of(module_for(sd_folder, gradient_checkpointing=True)).phases
+    assert loaded.phases == plan_of(module_for(sd_folder, memory=MemoryOptions(gradient_checkpointing=True))).phases
 
 
 def test_more_and_less(sd_folder: Path) -> None:
@@ -157,7 +159,7 @@ def test_more_and_less(sd_folder: Path) -> None:
     half = plan_of(module_for(sd_folder, base_dtype="bfloat16"))
     quantised = plan_of(module_for(sd_folder, quantization=Int8(), base_dtype="bfloat16"))
     assert _frozen(quantised) < _frozen(half) < _frozen(plain)
-    checkpointed = plan_of(module_for(sd_folder, gradient_checkpointing=True))
+    checkpointed = plan_of(module_for(sd_folder, memory=MemoryOptions(gradient_checkpointing=True)))
     cached = plan_of(module_for(sd_folder), cached=frozenset({"latents", "text"}))
     assert checkpointed.phases["backward"]["activations"] < plain.phases["backward"]["activations"]
     assert checkpointed.flops_per_step > plain.flops_per_step

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lit_lora import AdapterCheckpoint, LoraDiffusion, StableDiffusion
 from lit_lora.adapters import adapter_keys
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.quantization import FP8, NF4, Int8, Quantization
 
 QUANTIZATIONS = [Int8(), FP8(), NF4()]
@@ -49,7 +50,7 @@ def test_resumes_exactly(
     base: Quantization, gradient_checkpointing: bool, sd_folder: Path, tmp_path: Path, trainer_options: dict[str, Any]
 ) -> None:
     trainer_options["enable_checkpointing"] = True
-    options = {"gradient_checkpointing": gradient_checkpointing}
+    options = {"memory": MemoryOptions(gradient_checkpointing=gradient_checkpointing)}
     whole = _module(sd_folder, base, **options)
     Trainer(max_steps=4, **trainer_options).fit(whole, _data(4))
     saving = AdapterCheckpoint(dirpath=tmp_path / "ck", every_n_train_steps=2, save_last=True)

@@ -39,6 +39,7 @@ from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
 from lit_lora.module import LoraDiffusion
+from lit_lora.sampling import SamplingOptions
 from lit_lora.tools.cache import cache_shards
 from tests.families.folders import FOLDERS
 from tests.test_module import Losses
@@ -146,7 +147,7 @@ def test_predicting_from_the_cache(sd_folder: Path, shards: Path, trainer_option
     cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards, **options))
 
     def drawn(source: Path) -> list[tuple[tuple[int, int], bytes]]:
-        module = module_for(StableDiffusion, sd_folder, num_inference_steps=2)
+        module = module_for(StableDiffusion, sd_folder, sampling=SamplingOptions(num_inference_steps=2))
         data = data_for(source, val_samples=4, **options)
         batches = Trainer(**trainer_options).predict(module, data)
         return [(image.size, image.tobytes()) for images in batches or [] for image in images]

@@ -68,7 +68,7 @@ def test_says_what_makes_it_fit(plan: Plan, tmp_path: Path) -> None:
     assert "fits: " in out
     status, out = plan(device_memory=f"{needed - 100_000}B", json=tmp_path / "changed.json", **options)
     assert status == 1
-    assert "  --model.gradient_checkpointing true   needs " in out
+    assert "  --model.memory.gradient_checkpointing true   needs " in out
     assert json.loads((tmp_path / "changed.json").read_text())["changes"][-1]["needed"] <= needed - 100_000
 
 

@@ -1,0 +1,37 @@
+"""Options that trade time or exactness for memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What a training run does to need less memory; every option is off by default.
+
+    Args:
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. True for all blocks, or a
+            list of glob patterns that match the names of blocks, such as ``["up_blocks.*"]``.
+        vae_slicing: Encode one image of a batch at a time, so that the VAE keeps the activations of one image only.
+        vae_tiling: Encode images larger than the VAE was trained on in overlapping tiles; latents differ slightly.
+        offload_encoders: Keep VAE and text encoders in host memory, and move them to the GPU only while they encode.
+        offload_blocks: Keep the frozen weights of the denoiser's blocks in host memory; at most two blocks have theirs on
+            the GPU at a time.
+        offload_activations: Keep the activations that the backward pass needs in host memory.
+        optimizer_in_backward: Step each parameter as soon as its gradient is complete, then free the gradient. It does not
+            work with clipping by norm or accumulated gradients, which need all gradients at once.
+    """
+
+    gradient_checkpointing: bool | list[str] = False
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+    offload_encoders: bool = False
+    offload_blocks: bool = False
+    offload_activations: bool = False
+    optimizer_in_backward: bool = False
+
+    @property
+    def offloads(self) -> tuple[str, ...]:
+        """Names of the options that are on and move something to host memory."""
+        names = ("offload_encoders", "offload_blocks", "offload_activations")
+        return tuple(name for name in names if getattr(self, name))
