@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lit_lora
+from lit_lora.callbacks.planned_advice import planned_advice
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file
@@ -318,13 +319,13 @@ class MemoryProfiler(Callback):
         return {"phase": phase, "message": str(exception), "kinds": kinds, "advice": advice}
 
     def _own_advice(self, kinds: Mapping[str, int]) -> list[tuple[str, int]] | None:
-        """What the module says to change, if it knows."""
-        if not hasattr(self._module, "memory_advice"):
-            return None
+        """Changes that the module's own ``memory_advice`` or the planner names; None where neither can."""
         try:
-            return sorted_advice(cast(Any, self._module).memory_advice(kinds))
-        except Exception:  # the error that brought us here must go on, whatever the module's advice runs into
-            _LOG.info("%s gave no advice", type(self._module).__name__, exc_info=True)
+            if hasattr(self._module, "memory_advice"):
+                return sorted_advice(cast(Any, self._module).memory_advice(kinds))
+            return planned_advice(self._module, self._trainer)
+        except Exception:  # the error that brought us here must go on, whatever fails while advice is sought
+            _LOG.info("there is no advice for %s", type(self._module).__name__, exc_info=True)
             return None
 
     def _write(self, status: str, ranks: list[int] | None = None, out_of_memory: dict[str, Any] | None = None) -> None:

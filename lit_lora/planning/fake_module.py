@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from lit_lora.memory.encoder_offload import EncoderOffload
+from lit_lora.families import ModelFamily
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import NF4
 from lit_lora.quantization.base import Stored
@@ -43,17 +43,10 @@ def fake_tensors() -> Iterator[None]:
 
 
 def unloaded(module: LoraDiffusion) -> LoraDiffusion:
-    """The module with the same options, as it was before anything was loaded; the module itself stays as it is."""
-    fresh = _bare(module)
-    fresh._trainer, fresh._configured, fresh._device = None, False, torch.device("cpu")
-    fresh._encoder_offload, fresh._in_backward = EncoderOffload(), None
-    fresh.family = family = _bare(module.family)
-    family.vae, family.denoiser, family.encoders = None, None, {}
-    for name in ("scheduler_config", "vae_config"):
-        family.__dict__.pop(name, None)
+    """A copy of the module with the same options, before anything is loaded; the module itself stays as it is."""
     with unset_fake_temporarily():
-        fresh.adapter = copy.deepcopy(module.adapter)
-        fresh.objective = copy.deepcopy(module.objective)
+        fresh = module.unloaded()
+    fresh.family = _unloaded_family(module.family)
     return fresh
 
 
@@ -73,7 +66,7 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
     own: Any = fake
     own.quantization = copy.copy(own.quantization)
     own.quantization.dequantize = _restored_at_once  # PEFT looks at each weight many times, for its shape and dtype
-    own._dispensable_parts = lambda: set(without)
+    own.dispensable_parts = lambda: set(without)
     own.family.load = partial(own.family.load, weights=False)
     # The schedule is a few numbers, which it looks at.
     own.objective.prepare = _with_real_tensors(own.objective.prepare)
@@ -88,10 +81,13 @@ def _restored_at_once(stored: Stored, shape: torch.Size, dtype: torch.dtype) -> 
     return torch.empty(shape, dtype=dtype)
 
 
-def _bare(module: Any) -> Any:
-    """A copy of a module without its submodules."""
-    fresh = copy.copy(module)
+def _unloaded_family(family: ModelFamily) -> ModelFamily:
+    """A copy of the family without its parts and their configs."""
+    fresh = copy.copy(family)
     fresh._modules = {}
+    fresh.vae, fresh.denoiser, fresh.encoders = None, None, {}
+    for name in ("scheduler_config", "vae_config"):
+        fresh.__dict__.pop(name, None)
     return fresh
 
 

@@ -131,7 +131,7 @@ class _Simulation:
 
         def loss() -> Tensor:
             with self._trainer_autocast():
-                losses, _ = module._losses(batch, draws)
+                losses, _ = module.losses(batch, draws)
                 return losses.mean()
 
         if run.averaged:
@@ -162,7 +162,7 @@ class _Simulation:
         self.module.eval()
         with self.meter, torch.no_grad(), self._trainer_autocast():
             self.meter.begin("validation")
-            self.module._losses(batch, Draws(0, range(self.run.batch_size)))
+            self.module.losses(batch, Draws(0, range(self.run.batch_size)))
             self.meter.begin(None)
         self.module.train()
 

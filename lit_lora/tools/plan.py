@@ -14,11 +14,12 @@ from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
 from lit_lora.planning.changes import ChangedRun, cheapest_changes
+from lit_lora.planning.data_options import data_option, has_validation, image_size
 from lit_lora.planning.device import Device, default_device, find_device
-from lit_lora.planning.memory_limit import known, picture_size, validates, verdict
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run, Sampling
+from lit_lora.planning.verdict import verdict
 from lit_lora.tools.shards_plan import describe as describe_data
 from lit_lora.tools.shards_plan import processes_of
 
@@ -69,12 +70,12 @@ def tell(
     if search and memory is None:
         raise UserError("search needs the memory to fill: give device_memory, for example 12, or a GPU as device")
     about_data, data_are_there = _data(data, trainer["max_steps"])
-    height, width = picture_size(data, resolution)
+    height, width = image_size(data, resolution)
     from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_are_there else ()
     samples = _callback(trainer, "SampleImages")
     run = Run(
         module,
-        batch_size or known(data, "batch_size"),
+        batch_size or data_option(data, "batch_size"),
         height,
         width,
         device=found,
@@ -83,7 +84,7 @@ def tell(
         precision=str(trainer["precision"] or "32-true"),
         cached=frozenset(from_cache),
         averaged=_callback(trainer, "AdapterEMA") is not None,
-        validation=trainer["limit_val_batches"] not in (0, 0.0) and validates(data),
+        validation=trainer["limit_val_batches"] not in (0, 0.0) and has_validation(data),
         sampling=None if samples is None else Sampling.of(samples["prompts"], samples),
         processes=processes_of(trainer),
     )

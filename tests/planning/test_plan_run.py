@@ -247,3 +247,16 @@ def _frozen(plan: MemoryPlan) -> int:
 
 def _subclasses(kind: type[Any]) -> list[type[Any]]:
     return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]
+
+
+def test_trained_copies_of_layers_are_planned(sd_folder: Path) -> None:
+    """Copying a tensor without contents as others are copied would break the process' memory."""
+    needed = []
+    for names in (None, ["conv1"]):
+        adapter = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], modules_to_save=names)
+        module = LoraDiffusion(StableDiffusion(str(sd_folder)), adapter)
+        planned = [plan_run(module, 2, 16, 16) for _ in range(2)]
+        assert planned[0].phases == planned[1].phases
+        needed.append(planned[0])
+    assert needed[1].adapter_parameters > needed[0].adapter_parameters
+    assert needed[1].peak > needed[0].peak
