@@ -1,4 +1,4 @@
-"""Callbacks, for :class:`lit_lora.LoraDiffusion` and, where they say so, for any LightningModule."""
+"""Callbacks for :class:`lit_lora.LoraDiffusion`; those that say so work with any LightningModule."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ class LoraDiffusion(LightningModule):
         )
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-        """One picture for each prompt with the weights as they are; takes the options of :func:`sampling.generate`."""
+        """One image for each prompt, drawn with the current weights; takes the options of :func:`sampling.generate`."""
         was_training = self.training
         self.eval()
         try:
@@ -260,11 +260,11 @@ class LoraDiffusion(LightningModule):
     def save_adapter(self, folder: str | Path) -> None:
         """Write a folder with the adapter's files: PEFT's, and diffusers' LoRA file where that can hold it.
 
-        A folder with an older adapter is replaced; a reader finds it whole or not at all. Where the weights are shared out
-        over several processes, all of them have to call this; the first one writes.
+        A folder with an older adapter is replaced atomically. If the weights are sharded over several processes, all of them must
+        call this method; the first one writes.
 
         Raises:
-            UserError: It cannot be written, or holds other files.
+            UserError: If the folder cannot be written, or holds other files.
         """
         state = adapter_state(self.family.denoiser)
         if self._trainer is not None and not self.trainer.is_global_zero:

@@ -162,7 +162,7 @@ def test_accumulating_equals_one_larger_batch(sd_folder: Path, trainer_options: 
 
 
 def test_batches_without_numbers_get_them_here(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
-    """A datamodule of somebody else's gives pictures and captions only."""
+    """A datamodule of somebody else's gives only images and captions."""
     numbered = make_batches(3)
     bare = [{key: batch[key] for key in ("pixel_values", "caption")} for batch in numbered]
     torch.manual_seed(0)
@@ -257,7 +257,7 @@ def test_cached_captions_are_dropped_like_others(sd_folder: Path) -> None:
     assert torch.equal(dropped["pooled"], kept)
 
 
-def test_pictures_while_training_from_a_cache(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+def test_images_while_training_from_a_cache(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
     def trained(callbacks: list[Callback]) -> tuple[list[float], LoraDiffusion]:
         torch.manual_seed(0)
         module = module_for(sd_folder)
@@ -272,7 +272,7 @@ def test_pictures_while_training_from_a_cache(sd_folder: Path, trainer_options: 
     assert names == ["step-000000.png", "step-000002.png"]
     assert {name for name, _ in module.family.named_children()} == {"denoiser"}
     assert losses == trained([])[0]
-    # The same picture as from a module that has all of its parts.
+    # The same image as from a module that has all of its parts.
     image = module.generate(["a star"], [0], num_inference_steps=2, guidance_scale=5.0)[0]
     module._trainer = None
     module.configure_model()

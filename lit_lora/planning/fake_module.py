@@ -1,4 +1,4 @@
-"""A module built without weights: tensors of the right size and dtype that take no memory."""
+"""Builds a module without weights, from tensors of the right size and dtype that take no memory."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _MECHANISMS_OFF = {
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Inside the block new tensors have no contents, and modules of such tensors can be moved and cast."""
+    """Context in which new tensors have no contents, and modules of such tensors can be moved and cast."""
     original: Any = nn.Module._apply
     nn.Module._apply = _apply_by_replacing  # type: ignore[method-assign]
-    # torch would copy the contents, which are not there: PEFT's modules_to_save copies layers.
+    # torch would copy contents, which do not exist; PEFT copies layers for modules_to_save.
     FakeTensor.__deepcopy__ = _deepcopy_by_cloning  # type: ignore[method-assign, assignment]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -51,24 +51,24 @@ def unloaded(module: LoraDiffusion) -> LoraDiffusion:
 
 
 def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -> LoraDiffusion:
-    """An :func:`unloaded` copy of the module with all its parts, made inside :func:`fake_tensors`.
+    """A built copy of the module; to be called inside :func:`fake_tensors`.
 
     Args:
-        module: The module.
-        without: Parts that the run does without: see :data:`lit_lora.families.base.PARTS`.
-        cuda: Whether the run is on a GPU, where one kernel brings NF4's weights back.
+        module: The module; it stays as it is.
+        without: Parts of the family that the run does not need: see :data:`lit_lora.families.base.PARTS`.
+        cuda: Whether the run is on a GPU, where NF4 weights are dequantised by one kernel.
 
     Raises:
-        UserError: As :meth:`~lit_lora.LoraDiffusion.configure_model`.
+        UserError: If the module cannot be built: see :meth:`~lit_lora.LoraDiffusion.configure_model`.
     """
     fake = unloaded(module)
     fake.memory = replace(fake.memory, **_MECHANISMS_OFF)
     own: Any = fake
     own.quantization = copy.copy(own.quantization)
-    own.quantization.dequantize = _restored_at_once  # PEFT looks at each weight many times, for its shape and dtype
+    own.quantization.dequantize = _restored_at_once  # PEFT reads each weight many times, but only its shape and dtype
     own.dispensable_parts = lambda: set(without)
     own.family.load = partial(own.family.load, weights=False)
-    # The schedule is a few numbers, which it looks at.
+    # The schedule is a few numbers, whose values are needed.
     own.objective.prepare = _with_real_tensors(own.objective.prepare)
     fake.configure_model()
     if not (cuda and isinstance(own.quantization, NF4)):
@@ -77,7 +77,7 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
 
 
 def _restored_at_once(stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight and nothing beside it."""
+    """The dequantised weight, without the intermediate tensors of dequantisation."""
     return torch.empty(shape, dtype=dtype)
 
 
@@ -108,7 +108,7 @@ def _deepcopy_by_cloning(self: FakeTensor, memo: dict[int, Any]) -> Any:
 
 
 def _apply_by_replacing(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """``Module._apply``, which would swap the tensors' contents, with new parameters in place of the old."""
+    """``Module._apply`` that makes new parameters; the original would replace the contents of the old ones."""
     for child in self.children() if recurse else ():
         child._apply(fn)
     for name, parameter in self._parameters.items():

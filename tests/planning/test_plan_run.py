@@ -197,13 +197,13 @@ def test_an_optimizer_that_looks_at_values_is_measured(sd_folder: Path) -> None:
     assert 0 < plan.phases["optimizer"]["optimizer state"] < 4 * plan.adapter_parameters
 
 
-def test_validation_and_pictures_have_phases_of_their_own(sd_folder: Path) -> None:
+def test_validation_and_sampling_have_phases_of_their_own(sd_folder: Path) -> None:
     options = {"validation": True, "cached": frozenset({"latents", "text"})}
     small = plan_of(module_for(sd_folder), sampling=Sampling(1, height=32, width=32), **options)
     large = plan_of(module_for(sd_folder), sampling=Sampling(4, height=32, width=32), **options)
     assert list(small.phases) == ["load", "forward", "backward", "optimizer", "validation", "sampling"]
     assert sum(small.phases["sampling"].values()) < sum(large.phases["sampling"].values())
-    # Pictures need the VAE and the text encoders, which training from a cache does without.
+    # Sampling needs the VAE and the text encoders, which training from a cache does without.
     assert small.phases["sampling"]["frozen weights"] > small.phases["validation"]["frozen weights"]
     for phase in ("validation", "sampling"):
         assert small.phases[phase]["optimizer state"] >= 8 * small.adapter_parameters
@@ -225,7 +225,7 @@ def test_a_gpu_computes_norms_in_float32_under_autocast(sd_folder: Path) -> None
     cached = frozenset({"latents", "text"})
     cpu, gpu = (plan_of(module, cached=cached, device=find_device(name)) for name in ("cpu", "rtx3060"))
     assert gpu.phases["backward"]["activations"] > 1.1 * cpu.phases["backward"]["activations"]
-    assert "modelled and were not compared" in gpu.describe()
+    assert "GPU figures are modelled" in gpu.describe()
     assert "modelled" not in cpu.describe()
 
 
