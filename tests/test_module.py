@@ -290,6 +290,25 @@ def test_predict_from_a_cache(sd_folder: Path, trainer_options: dict[str, Any]) 
     assert drawn(CachedBatches(sd_folder, StableDiffusion, 1)) == drawn(loader_of(make_batches(1)))
 
 
+def test_an_unloaded_copy_has_the_options_and_nothing_of_the_run(
+    sd_folder: Path, trainer_options: dict[str, Any]
+) -> None:
+    module = module_for(sd_folder, memory=MemoryOptions(gradient_checkpointing=True))
+    fit(module, make_batches(1), trainer_options)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    copy = module.unloaded()
+    assert copy.memory == module.memory
+    assert copy.adapter == module.adapter
+    assert copy.adapter is not module.adapter
+    assert copy.objective is not module.objective
+    assert copy._trainer is None
+    assert not copy._configured
+    copy.family = StableDiffusion(str(sd_folder))
+    copy.configure_model()
+    assert copy._configured
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
 def test_a_run_without_the_cache_after_one_with_it(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     module = module_for(sd_folder)
     Trainer(**trainer_options, max_steps=1).fit(module, CachedBatches(sd_folder, StableDiffusion, 1))
