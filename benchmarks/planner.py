@@ -142,7 +142,7 @@ def _adapter(setting: dict[str, Any], options: argparse.Namespace, batch_size: i
     planned = max(sum(kinds.values()) for phase, kinds in plan.phases.items() if phase != "load")
 
     def build() -> tuple[int, Any]:
-        model._dispensable_parts = lambda: {"vae", "text"} if cached else set()
+        model.dispensable_parts = lambda: {"vae", "text"} if cached else set()
         model.family.load = partial(model.family.load, weights=False)
         model.configure_model()
         mean = torch.randn(batch_size, 4, size // 8, size // 8)

@@ -1,4 +1,4 @@
-"""Callbacks, for :class:`lit_lora.LoraDiffusion` and, where they say so, for any LightningModule."""
+"""Callbacks for :class:`lit_lora.LoraDiffusion`; those that say so work with any LightningModule."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ if TYPE_CHECKING:
     from lit_lora.callbacks.preemption import Preemption
     from lit_lora.callbacks.run_report import RunReport
     from lit_lora.callbacks.sample_images import SampleImages
-    from lit_lora.datamodules.loading.data_progress import DataProgress
 
 __all__ = [
     "AdapterCheckpoint",
     "AdapterEMA",
-    "DataProgress",
     "ImageWriter",
     "MemoryLimit",
     "MemoryProfiler",
@@ -32,7 +30,6 @@ __all__ = [
 _MODULES = {
     "AdapterCheckpoint": "lit_lora.callbacks.adapter_checkpoint",
     "AdapterEMA": "lit_lora.callbacks.adapter_ema",
-    "DataProgress": "lit_lora.datamodules.loading.data_progress",
     "ImageWriter": "lit_lora.callbacks.image_writer",
     "MemoryLimit": "lit_lora.callbacks.memory_limit",
     "MemoryProfiler": "lit_lora.callbacks.memory_profiler",

@@ -1,4 +1,4 @@
-"""Checkpoints of the adapter alone, with the adapter's files beside them."""
+"""Saves checkpoints that hold only the adapter, and the adapter as files beside them."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from lit_lora.files import sync, writable_folder
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """A :class:`~lightning.pytorch.callbacks.ModelCheckpoint`, all options included, that saves the adapter alone.
+    """A :class:`~lightning.pytorch.callbacks.ModelCheckpoint` with all its options that saves only the adapter.
 
-    A checkpoint holds the adapter's weights, the optimizer and loops, the datamodule's position and the random number
-    generators of every process. Where the module has ``save_adapter(folder)`` (as :class:`~lit_lora.LoraDiffusion` does), the
-    folder ``NAME.adapter`` beside ``NAME.ckpt`` holds the same adapter as PEFT's and diffusers' files, and with
-    :class:`AdapterEMA` the folder ``NAME.ema.adapter`` its average. Checkpoints and folders are either absent or whole.
+    A checkpoint holds the weights of the adapter, the state of optimizer, loops and datamodule, and the random number generators
+    of every process. If the module has ``save_adapter(folder)``, as :class:`~lit_lora.LoraDiffusion` has, the folder
+    ``NAME.adapter`` beside ``NAME.ckpt`` holds the same adapter as files of PEFT and diffusers, and with :class:`AdapterEMA`
+    ``NAME.ema.adapter`` holds its average. Checkpoints and folders are written atomically.
 
-    Works for any LightningModule that PEFT layers or frozen parameters are in. Resuming with another adapter raises
+    It works with any LightningModule that has PEFT layers or frozen parameters. Resuming with another adapter raises
     :class:`~lit_lora.UserError`.
 
     Args:
-        *args: As for ``ModelCheckpoint``.
-        save_on_chunk_end: Save at the end of each chunk of the training data too, after the optimizer step there.
-        **kwargs: As for ``ModelCheckpoint``.
+        *args: Arguments of ``ModelCheckpoint``.
+        save_on_chunk_end: Also save after the optimizer step that ends a chunk of the training data; off by default.
+        **kwargs: Keyword arguments of ``ModelCheckpoint``.
     """
 
     def __init__(self, *args: Any, save_on_chunk_end: bool = False, **kwargs: Any) -> None:
@@ -50,7 +50,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = writable_folder(str(self.dirpath))
-            # What a run that was killed left half-way.
+            # Unfinished files of a run that was killed.
             for unfinished in (
                 p for kind in ("*.ckpt.part", "*.adapter*.part", "*.adapter.*.old") for p in folder.glob(kind)
             ):
@@ -93,18 +93,18 @@ class AdapterCheckpoint(ModelCheckpoint):
             _set_rng_state(self._saved_rng[trainer.global_rank])
         else:
             rank_zero_warn(
-                f"the checkpoint was saved by {len(self._saved_rng)} processes, this run has {trainer.world_size}: dropout draws "
-                f"other numbers than it would have"
+                f"the checkpoint was saved by {len(self._saved_rng)} processes, this run has {trainer.world_size}: dropout does "
+                f"not continue the random numbers of that run"
             )
         self._saved_rng = None
 
     def on_train_chunk_end(self, trainer: Trainer, pl_module: LightningModule, chunk: int) -> None:
-        """Called by :class:`~lit_lora.callbacks.DataProgress`."""
+        """Remember to save; :class:`~lit_lora.DataProgress` calls this at the end of a chunk."""
         self._chunk_has_ended = self.save_on_chunk_end
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, *args, **kwargs)
-        # Between two optimizer steps the gradients so far would be lost, and with them the samples.
+        # A checkpoint between two optimizer steps would lose the accumulated gradients, and so their samples.
         if self._chunk_has_ended and not trainer.fit_loop._should_accumulate():
             self._chunk_has_ended = False
             if not self._should_skip_saving_checkpoint(trainer):
@@ -113,12 +113,12 @@ class AdapterCheckpoint(ModelCheckpoint):
                 self._save_last_checkpoint(trainer, candidates)
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Where ``ckpt_path="last"`` looks: without a ``dirpath`` in the log folders of earlier runs too.
+        """Checkpoints that ``ckpt_path="last"`` considers; without a ``dirpath`` also those in the log folders of earlier runs.
 
-        Loggers give every run a new ``version_N`` folder, so ModelCheckpoint alone would find nothing there and start anew.
+        Loggers give every run a new ``version_N`` folder, so ModelCheckpoint would find nothing there and start over.
         """
         found: set[str] = super()._find_last_checkpoints(trainer)
-        if found:  # a run that goes on from a last checkpoint need not write one again: the newest of all counts
+        if found:  # a resumed run may not have written a new last checkpoint: the newest of all counts
             return found | {str(path) for name in found for path in Path(name).parent.glob("*.ckpt") if path.exists()}
         if self.dirpath is not None or trainer.log_dir is None:
             return found
@@ -126,12 +126,12 @@ class AdapterCheckpoint(ModelCheckpoint):
         return {str(path) for path in earlier if path.exists()}
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        # ModelCheckpoint's own, with the file renamed into place once it is whole and on the disk.
+        # As in ModelCheckpoint, except that the file is renamed into place once it is complete and synced.
         part = f"{filepath}.part"
         trainer.save_checkpoint(part, self.save_weights_only)
         if trainer.is_global_zero or shards_weights(trainer.strategy):
             self._save_adapter_folders(trainer, filepath)
-        if trainer.is_global_zero and os.path.exists(part):  # remote file systems rename by themselves
+        if trainer.is_global_zero and os.path.exists(part):  # remote file systems write atomically by themselves
             sync(Path(part))
             os.replace(part, filepath)
             sync(Path(filepath).parent)
@@ -150,7 +150,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         for folder in (plain, averaged):
             if (
                 trainer.is_global_zero and folder.is_symlink()
-            ):  # of ``last`` as a link, where it becomes a checkpoint of its own
+            ):  # ``last`` was a link and becomes a checkpoint of its own
                 folder.unlink()
         module.save_adapter(plain)
         if ema := AdapterEMA.of(trainer):
@@ -160,8 +160,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         link = self.last_model_path
         if trainer.is_global_zero and os.path.islink(link) and os.path.realpath(link) == os.path.realpath(filepath):
-            # ModelCheckpoint removes the old checkpoint first and moves the link then: killed in between, a run would
-            # have nothing to resume from.
+            # ModelCheckpoint removes the old checkpoint before it moves the link: a run killed in between could not be
+            # resumed.
             _link_with_folders(self._last_checkpoint_saved, link)
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
@@ -187,7 +187,7 @@ def _check_adapter_state(module: torch.nn.Module, state_dict: dict[str, Any], *_
 
 
 def _adapter_folders(filepath: str) -> tuple[Path, Path]:
-    """Where the adapter's files of a checkpoint are: the weights' and their average's."""
+    """Folders of a checkpoint's adapter files: of the weights and of their average."""
     stem = filepath.removesuffix(ModelCheckpoint.FILE_EXTENSION)
     return Path(f"{stem}.adapter"), Path(f"{stem}.ema.adapter")
 
@@ -200,7 +200,7 @@ def _link_with_folders(filepath: str, linkpath: str) -> None:
 
 
 def _link(target: Path, link: Path) -> None:
-    """Point ``link`` at ``target``; a reader finds the old target or the new one, never nothing."""
+    """Point ``link`` at ``target`` atomically."""
     part = link.with_name(link.name + ".part")
     part.unlink(missing_ok=True)
     part.symlink_to(os.path.relpath(target, link.parent))
@@ -219,7 +219,7 @@ def _adapter_configs(module: LightningModule) -> dict[str, dict[str, Any]]:
 
 
 def _rng_state() -> dict[str, Any]:
-    """Of this process, in types that ``torch.load(weights_only=True)`` reads."""
+    """Random number generators of this process, in types that ``torch.load(weights_only=True)`` accepts."""
     name, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),

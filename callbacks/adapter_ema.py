@@ -1,4 +1,4 @@
-"""Exponential moving average of what is trained."""
+"""Exponential moving average of the trainable parameters."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lit_lora.parameters import trainable_parameters
 class AdapterEMA(Callback):
     """Keeps an exponential moving average of the trainable parameters, for any LightningModule.
 
-    Unlike Lightning's ``WeightAveraging`` it copies only what is trained. :class:`SampleImages` draws with the average,
-    :class:`AdapterCheckpoint` writes it as files, and validation logs ``val/loss_ema`` beside ``val/loss``
-    (for modules that have ``validation_loss``, as :class:`~lit_lora.LoraDiffusion` has).
+    Unlike Lightning's ``WeightAveraging`` it copies only trainable parameters. :class:`SampleImages` draws with the average,
+    :class:`AdapterCheckpoint` writes it as files, and validation logs ``val/loss_ema`` beside ``val/loss`` for modules that have
+    ``validation_loss``, as :class:`~lit_lora.LoraDiffusion` has.
 
     Args:
-        decay: Share of the average that stays at each optimizer step. In the first steps it is smaller,
-            ``(1 + step) / (10 + step)``, so that the average follows.
+        decay: Decay of the average per optimizer step; defaults to 0.999. In the first steps ``(1 + step) / (10 + step)`` is
+            used where that is smaller, so that the average follows quickly.
 
     Raises:
-        UserError: ``decay`` is not in [0, 1).
+        UserError: If ``decay`` is not in [0, 1).
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -42,13 +42,13 @@ class AdapterEMA(Callback):
 
     @classmethod
     def of(cls, trainer: Trainer) -> AdapterEMA | None:
-        """The trainer's average, if it keeps one and training has begun."""
+        """The trainer's :class:`AdapterEMA`; None if it has none or training has not begun."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return next((c for c in callbacks if isinstance(c, cls) and c._average is not None), None)
 
     @contextmanager
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
-        """Inside the block the module has the averaged weights."""
+        """Context in which the module has the averaged weights."""
         assert self._average is not None, "no average before training has begun"
         parameters = trainable_parameters(pl_module)
         self._average.store(parameters)
@@ -62,8 +62,8 @@ class AdapterEMA(Callback):
         parameters = trainable_parameters(pl_module)
         if any(hasattr(parameter, "ds_id") for parameter in parameters):
             raise UserError(
-                "AdapterEMA needs whole parameters, which DeepSpeed's stage 3 does not leave in place; use stage 2 or "
-                "strategy lit_lora_fsdp, or take AdapterEMA out of trainer.callbacks"
+                "AdapterEMA needs full parameters, which DeepSpeed stage 3 shards; use stage 2 or strategy lit_lora_fsdp, or "
+                "remove AdapterEMA from trainer.callbacks"
             )
         self._average = EMAModel(parameters, decay=self.decay)
         self._restore(pl_module)
@@ -98,7 +98,7 @@ class AdapterEMA(Callback):
         if self._average is None:
             return {}
         state = self._average.state_dict()
-        # One tensor: every tensor of its own costs half a kilobyte in a checkpoint.
+        # One tensor for all: each tensor costs half a kilobyte in a checkpoint.
         state["shadow_params"] = parameters_to_vector([full_tensor(value) for value in state["shadow_params"]])
         return state
 
@@ -106,7 +106,7 @@ class AdapterEMA(Callback):
         self._restored = state_dict or None
 
     def _restore(self, pl_module: LightningModule) -> None:
-        """Take up the average of a checkpoint, if one has been loaded."""
+        """Restore the average of a checkpoint, if one was loaded."""
         if self._restored is None or self._average is None:
             return
         parameters = trainable_parameters(pl_module)

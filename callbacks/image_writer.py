@@ -1,4 +1,4 @@
-"""Predicted pictures as files."""
+"""Writes predicted images as files."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lit_lora.files import atomic_file, writable_folder
 
 
 class ImageWriter(BasePredictionWriter):
-    """Writes what ``predict`` draws as ``NUMBER-KEY.png``, with the caption beside it in ``NUMBER-KEY.txt``.
+    """Writes the images of ``predict`` as ``NUMBER-KEY.png``, with the caption beside it in ``NUMBER-KEY.txt``.
 
     Args:
-        output_dir: Where the files go; created if missing.
+        output_dir: Folder of the files; created if missing.
     """
 
     def __init__(self, output_dir: str) -> None:

@@ -1,16 +1,13 @@
-"""Where a run's memory goes."""
+"""Measures where the memory of a run goes."""
 
 from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import lightning
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-import lit_lora
+from lit_lora.callbacks.planned_advice import planned_advice
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file
@@ -27,56 +24,59 @@ from lit_lora.profiling.advice import general_advice, sorted_advice
 from lit_lora.profiling.chart import memory_chart
 from lit_lora.profiling.kinds import MemoryKinds
 from lit_lora.profiling.meter import CudaMeter, MemoryMeter, meter_of
+from lit_lora.profiling.out_of_memory import is_out_of_memory
 from lit_lora.profiling.phases import add_listener, remove_listener
-from lit_lora.profiling.record import BETWEEN, MIB, MemoryRecord, PhaseMemory, divide
+from lit_lora.profiling.record import BETWEEN, MemoryRecord, PhaseMemory, divide
+from lit_lora.profiling.report import profile_report, profile_text, profile_title
 
 _LOG = logging.getLogger(__name__)
 
 _FIRST_STEPS = 2
-"""Steps at the start that are always measured: only the second begins with the optimizer's state."""
+"""Number of steps at the start that are always measured; the second is the first that begins with optimizer state."""
 
 
 class MemoryProfiler(Callback):
-    """Measures memory by phase and by kind, for any LightningModule.
+    """Measures the memory of any LightningModule's run, by phase and by kind.
 
-    Phases are load, forward, backward, optimizer, validation, test, predict, and what the code names with
-    :func:`lit_lora.profiling.phases.phase` (:class:`SampleImages` names "sampling"); of nested ones the innermost counts.
-    ``between`` is the rest: data, saving, and the steps that are not measured, which are watched as a whole, so that the
-    highest peak of the run is known.
+    Phases are load, forward, backward, optimizer, validation, test, predict, and those that the code names with
+    :func:`lit_lora.profiling.phases.phase` (:class:`SampleImages` names "sampling"); of nested phases the innermost counts.
+    ``between`` is everything else: loading data, saving, and the steps that are not measured in detail. These are watched as
+    one, so that the highest peak of the run is always known.
 
-    On CUDA the figures are PyTorch's allocated and reserved memory, whose peak statistics are reset at the borders of
-    phases; elsewhere it is the resident memory of the process.
+    On CUDA the figures are PyTorch's allocated and reserved memory, whose peak statistics are reset where phases begin;
+    elsewhere they are the resident memory of the process.
 
-    Kinds: frozen weights (and buffers), adapter (what is trained), gradients and optimizer state are the tensors on the
-    training device at the end of the phase, each storage once. Other is what else is in use before a step begins, on the CPU
-    the libraries and what the process keeps of freed memory. Activations are what a phase takes above these.
+    The kinds frozen weights (with buffers), adapter (all trained parameters), gradients and optimizer state are the tensors on
+    the training device at the end of the phase, each storage counted once. "other" is what else is in use before a step
+    begins; on the CPU that is the libraries, and freed memory that the process keeps. "activations" are what a phase takes
+    beyond these.
 
     At the end a table is printed, and ``memory.json`` and the chart ``memory.png`` are written (``memory-test.json`` and so
-    on after other stages than fit). Loggers get ``memory_mib/peak/PHASE`` and, for the highest phase of a measured step,
-    ``memory_mib/kind/KIND``; TensorBoard the chart too. In several processes these are the first one's, with the
-    peak of each process in the table.
+    on after stages other than fit). Loggers get ``memory_mib/peak/PHASE`` and, for the highest phase of a measured step,
+    ``memory_mib/kind/KIND``; TensorBoard also gets the chart. With several processes these are the figures of the first, and
+    the text lists the peak of each process.
 
-    At an out-of-memory error the same is written, also by a process that is not the first (``memory-rank1.json``), with
-    the phase and what to change, most saving first. A module may answer that itself by a method
-    ``memory_advice(kinds) -> list[tuple[str, int]]``: from bytes by kind, changes and the bytes that each would save.
-    On CUDA ``memory_summary.txt`` is PyTorch's own summary.
+    At an out-of-memory error the same is written, also by processes other than the first (``memory-rank1.json``), with the
+    phase and what to change, most saving first. For a :class:`~lit_lora.LoraDiffusion` the changes are config keys and what
+    the planner says that they save. Another module may have a method ``memory_advice(kinds) -> list[tuple[str, int]]``, which
+    gets bytes by kind and returns changes with the bytes that each would save. On CUDA ``memory_summary.txt`` is PyTorch's
+    own summary.
 
     ``memory.json`` has ``schema`` (1), ``status`` (finished, interrupted, failed, out of memory), ``stage``, ``device``,
     ``device_name``, ``note`` (what the figures leave out, or null), ``versions``, ``options``, ``baseline`` (bytes in use
-    before the model was loaded, without the module's own), ``peak`` (``phase``, ``step``, ``bytes``), ``ranks`` (the highest
-    peak of each process; null after an error), ``phases`` (by name: ``peak`` and ``end``, each by way of
-    counting, ``kinds`` at the peak, ``step``, ``count``) and ``out_of_memory`` (null, or ``phase``, ``message``, ``kinds``,
-    ``advice``). All sizes are bytes.
+    before the model was loaded, without the module's own), ``peak`` (``phase``, ``step``, ``bytes``), ``ranks`` (highest peak
+    of each process; null after an error), ``phases`` (by name: ``peak`` and ``end``, each by measure, ``kinds`` at the peak,
+    ``step``, ``count``) and ``out_of_memory`` (null, or ``phase``, ``message``, ``kinds``, ``advice``). All sizes are bytes.
 
     Args:
-        every_n_steps: Optimizer steps between two that are measured, besides the first two of the run. Phases outside
-            steps are measured at most once in so many steps, validation always.
-        output_dir: Folder of the files; the logger's by default.
-        snapshot_entries: On CUDA, how many of the allocator's last events to record, and to write as
+        every_n_steps: Optimizer steps from one measured step to the next; the first two steps of the run are always measured.
+            Phases outside steps are measured at most once in as many steps, validation always.
+        output_dir: Folder of the files; defaults to the logger's folder.
+        snapshot_entries: On CUDA, the number of events of the allocator to record; they are written to
             ``memory_snapshot.pickle`` at an out-of-memory error (for https://pytorch.org/memory_viz). 0 records none.
 
     Raises:
-        UserError: A number is too small.
+        UserError: If ``every_n_steps`` is below 1 or ``snapshot_entries`` below 0.
     """
 
     def __init__(self, every_n_steps: int = 50, output_dir: str | None = None, snapshot_entries: int = 0) -> None:
@@ -90,7 +90,7 @@ class MemoryProfiler(Callback):
 
     @property
     def peak_memory(self) -> int:
-        """The highest peak so far in bytes."""
+        """Highest peak of the run so far, in bytes."""
         return self._record.highest[1].height if self._record.highest else 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -119,7 +119,7 @@ class MemoryProfiler(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first = self._next = self._step()
         if not pl_module.automatic_optimization:
-            self._first = self._next = self._next + 1  # the batch's number is that of the last one still
+            self._first = self._next = self._next + 1  # the number of the batch is still that of the previous one
             self._hooks = [
                 optimizer.register_step_post_hook(self._after_step)
                 for optimizer in trainer.optimizers
@@ -137,7 +137,7 @@ class MemoryProfiler(Callback):
             self._other = min(self._other, beyond) if self._meter.keeps_freed else beyond
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        # Before that, forward's peak has the gradients of the last step in it.
+        # The forward phase still has the gradients of the previous step, which are freed here.
         if self._bottom == "forward":
             self._enter("backward")
 
@@ -166,7 +166,7 @@ class MemoryProfiler(Callback):
             self._log()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Later the model has left the device.
+        # In teardown the model has already left the device.
         self._look()
         self._close()
 
@@ -189,7 +189,7 @@ class MemoryProfiler(Callback):
         self._end()
 
     def enter_phase(self, name: str) -> None:
-        """A phase that the code names begins."""
+        """Begin a phase that the code names."""
         step = self._step()
         measured = self._sampled or self._bottom == "load" or step >= self._next_of.get(name, step)
         if measured:
@@ -197,7 +197,7 @@ class MemoryProfiler(Callback):
         self._begin(name, measured)
 
     def leave_phase(self, name: str, failed: bool) -> None:
-        """It ends."""
+        """End the innermost phase that the code names."""
         if failed and self._failed_in is None:
             self._failed_in = name
         self._end()
@@ -206,7 +206,7 @@ class MemoryProfiler(Callback):
         if self._meter is None:
             return
         failed_in = self._failed_in or (self._nested[-1][0] if self._nested else self._bottom)
-        out_of_memory = _is_out_of_memory(exception)
+        out_of_memory = is_out_of_memory(exception)
         try:
             self._look()
             if out_of_memory:
@@ -217,7 +217,7 @@ class MemoryProfiler(Callback):
                 self._close()
                 interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
                 self._write("interrupted" if interrupted else "failed")
-        except (OSError, UserError) as error:  # the exception that brought us here must go on
+        except (OSError, UserError) as error:  # the original error must be raised
             rank_zero_warn(f"the memory profile could not be written: {error}")
         finally:
             self._stop()
@@ -266,21 +266,21 @@ class MemoryProfiler(Callback):
             self._other = self._close()
 
     def _step(self) -> int:
-        """The number of the step: with manual optimization one for each batch, since it may have any number of optimizers."""
+        """Number of the current step; with manual optimization, number of the batch, since optimizers step as they like."""
         if self._module.automatic_optimization:
             return self._trainer.global_step
         return self._trainer.fit_loop.total_batch_idx
 
     def _look(self) -> None:
-        """Look up the parameters anew."""
+        """Find the parameters and optimizers again, which may have changed."""
         trainer = self._trainer
         self._kinds = MemoryKinds(self._module, trainer.optimizers, trainer.strategy.root_device)
 
     def _close(self) -> int:
-        """End what was being measured and begin the next.
+        """Record the phase that was measured and begin to measure the next.
 
         Returns:
-            Bytes in use now beyond the kinds that can be counted.
+            Bytes in use now beyond weights, gradients and optimizer state.
         """
         assert self._meter is not None
         peak, now, counted = self._meter.peak(), self._meter.current(), self._kinds.count()
@@ -293,7 +293,7 @@ class MemoryProfiler(Callback):
         return next(iter(now.values())) - sum(counted.values())
 
     def _label(self) -> str:
-        """What is measured from now on."""
+        """Name of the phase that is measured from now on."""
         for name, measured in reversed(self._nested):
             if measured:
                 return name
@@ -308,7 +308,7 @@ class MemoryProfiler(Callback):
             logger.log_metrics(scalars, step=self._trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _explain(self, meter: MemoryMeter, phase: str, exception: BaseException) -> dict[str, Any]:
-        """What is known of an out-of-memory error."""
+        """Phase, message, memory by kind and advice of an out-of-memory error."""
         current, counted = meter.current(), self._kinds.count()
         kinds = divide(phase, next(iter(meter.peak().values())), counted, self._other)
         advice = self._own_advice(kinds)
@@ -318,17 +318,17 @@ class MemoryProfiler(Callback):
         return {"phase": phase, "message": str(exception), "kinds": kinds, "advice": advice}
 
     def _own_advice(self, kinds: Mapping[str, int]) -> list[tuple[str, int]] | None:
-        """What the module says to change, if it knows."""
-        if not hasattr(self._module, "memory_advice"):
-            return None
+        """Changes that the module's own ``memory_advice`` or the planner names; None where neither can."""
         try:
-            return sorted_advice(cast(Any, self._module).memory_advice(kinds))
-        except Exception:  # the error that brought us here must go on, whatever the module's advice runs into
-            _LOG.info("%s gave no advice", type(self._module).__name__, exc_info=True)
+            if hasattr(self._module, "memory_advice"):
+                return sorted_advice(cast(Any, self._module).memory_advice(kinds))
+            return planned_advice(self._module, self._trainer)
+        except Exception:  # the original error must be raised, whatever fails here
+            _LOG.info("there is no advice for %s", type(self._module).__name__, exc_info=True)
             return None
 
     def _write(self, status: str, ranks: list[int] | None = None, out_of_memory: dict[str, Any] | None = None) -> None:
-        """Write the files and print the table; on the first process, and where memory ran out."""
+        """Write the files and print the table, on the first process and on processes that ran out of memory."""
         assert self._meter is not None
         trainer = self._trainer
         if not trainer.is_global_zero and out_of_memory is None:
@@ -336,63 +336,29 @@ class MemoryProfiler(Callback):
         name = "memory" if self._stage == "fit" else f"memory-{self._stage}"
         if not trainer.is_global_zero:
             name += f"-rank{trainer.global_rank}"
-        report = self._report(status, ranks, out_of_memory)
+        report = profile_report(
+            self._record,
+            self._meter,
+            status=status,
+            stage=self._stage,
+            baseline=self._baseline,
+            options={"every_n_steps": self.every_n_steps, "snapshot_entries": self.snapshot_entries},
+            ranks=ranks,
+            out_of_memory=out_of_memory,
+        )
         with atomic_file(self._folder / f"{name}.json") as part:
             part.write_text(json.dumps(report, indent=1) + "\n")
         files = [] if out_of_memory is None else self._meter.diagnose(self._folder, name)
-        chart = memory_chart({phase: memory.kinds for phase, memory in self._record.phases.items()}, self._title())
+        title = profile_title(self._meter)
+        chart = memory_chart({phase: memory.kinds for phase, memory in self._record.phases.items()}, title)
         with atomic_file(self._folder / f"{name}.png") as part:
             chart.save(part, format="PNG")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped
                 logger.experiment.add_image("memory", np.asarray(chart), step, dataformats="HWC")
-        print(self._text(report, [self._folder / f"{name}.json", self._folder / f"{name}.png", *files]), flush=True)
-
-    def _report(self, status: str, ranks: list[int] | None, out_of_memory: dict[str, Any] | None) -> dict[str, Any]:
-        assert self._meter is not None
-        highest = self._record.highest
-        return {
-            "schema": 1,
-            "status": status,
-            "stage": self._stage,
-            "device": str(self._meter.device),
-            "device_name": self._meter.device_name,
-            "note": self._meter.note,
-            "versions": {
-                "lit_lora": lit_lora.__version__,
-                "torch": torch.__version__,
-                "lightning": lightning.__version__,
-                "python": platform.python_version(),
-                "cuda": torch.version.cuda,
-            },
-            "options": {"every_n_steps": self.every_n_steps, "snapshot_entries": self.snapshot_entries},
-            "baseline": self._baseline,
-            "peak": highest and {"phase": highest[0], "step": highest[1].step, "bytes": highest[1].height},
-            "ranks": ranks,
-            "phases": {name: asdict(memory) for name, memory in self._record.phases.items()},
-            "out_of_memory": out_of_memory,
-        }
-
-    def _title(self) -> str:
-        assert self._meter is not None
-        measure = next(iter(self._meter.current()))
-        return f"Peak memory by phase and kind ({measure}, {self._meter.device})"
-
-    def _text(self, report: Mapping[str, Any], files: list[Path]) -> str:
-        lines = [f"\n{self._title()}, MiB", self._record.table()]
-        if report["peak"]:
-            lines.append("highest peak: {bytes:,} bytes in {phase} at step {step}".format(**report["peak"]))
-        if self._baseline > 0:
-            lines.append(f"other has {self._baseline / MIB:,.1f} MiB that were in use before the model was loaded")
-        if report["ranks"] and len(report["ranks"]) > 1:
-            peaks = ", ".join(f"{peak / MIB:,.1f}" for peak in report["ranks"])
-            lines.append(f"highest peak of each process: {peaks} MiB")
-        if report["note"]:
-            lines.append(f"note: {report['note']}")
-        if report["out_of_memory"]:
-            lines += _explanation(report["out_of_memory"])
-        return "\n".join([*lines, f"written: {', '.join(map(str, files))}"])
+        files = [self._folder / f"{name}.json", self._folder / f"{name}.png", *files]
+        print(profile_text(report, self._record.table(), title, files), flush=True)
 
     def _stop(self) -> None:
         remove_listener(self)
@@ -402,23 +368,3 @@ class MemoryProfiler(Callback):
             self._meter.record_history(0)
         self._meter = None
         del self._kinds, self._trainer, self._module  # the callback may live longer than the model
-
-
-def _explanation(error: Mapping[str, Any]) -> list[str]:
-    lines = [f"\nOut of memory in {error['phase']}: {error['message'].splitlines()[0]}", "in use then, MiB:"]
-    lines += [f"  {kind:16}{size / MIB:12,.1f}" for kind, size in error["kinds"].items()]
-    if error["advice"]:
-        lines.append("what to change, and about what it saves alone, MiB:")
-        lines += [f"{saved / MIB:12,.1f}  {change}" for change, saved in error["advice"]]
-    return lines
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether the error, or the one that it comes from, says that a device or the host has no memory left."""
-    if error is None:
-        return False
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    texts = ("can't allocate memory", "not enough memory")
-    refused = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    return refused or _is_out_of_memory(error.__cause__)

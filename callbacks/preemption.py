@@ -1,4 +1,4 @@
-"""Stop where a signal asks for it, in a way that the run can go on from."""
+"""Ends a run on a signal so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ from torch import distributed
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 
 _ONE_SIGNAL_SECONDS = 3.0
-"""Signals of a kind within this time are one: SLURM signals all processes, and torchrun hands on what it gets to the same."""
+"""Signals of one kind within this time count once: SLURM signals all processes, and torchrun forwards its own to them."""
 
 
 class Preemption(Callback):
-    """On SIGTERM a fit of any LightningModule saves a checkpoint and ends; ``ckpt_path="last"`` goes on from there, bit for bit.
+    """Saves a checkpoint and ends the fit of any LightningModule on SIGTERM; ``ckpt_path="last"`` resumes it, bit for bit.
 
-    A signal to any of the processes stops all of them after the next optimizer step, when the other callbacks are done with
-    it: during validation or while pictures are drawn, and where validation or the end of an epoch is due, that is after
-    the first step that follows. The checkpoint is ``last``
-    of the trainer's :class:`AdapterCheckpoint`, else of its first ``ModelCheckpoint``, whatever its ``save_last`` and
-    ``save_weights_only`` say; with no such callback nothing is saved. One line on the console says where it is. The exit
-    status is 128 plus the signal's number, so 143 for SIGTERM. A second signal of the same kind, three seconds later or
-    more, ends the process at once.
+    A signal to any process stops all processes after the next optimizer step, once the other callbacks have handled that step.
+    Validation, sampling and the end of an epoch are completed first, and then one more step is taken. The checkpoint is
+    the ``last`` of the trainer's :class:`AdapterCheckpoint`, or of its first ``ModelCheckpoint``, regardless of its ``save_last``
+    and ``save_weights_only``; without such a callback nothing is saved. One line on the console says where the checkpoint is.
+    The exit status is 128 plus the number of the signal, so 143 for SIGTERM. A second signal of the same kind, three seconds or
+    more after the first, ends the process at once.
 
-    Under SLURM the plugin's ``requeue_signal`` (SIGUSR1; ``#SBATCH --signal=USR1@120`` has it sent two minutes before the end)
-    stops the run in the same way, and puts the job into the queue again unless the plugin has ``auto_requeue=False``.
-    SIGTERM, which ``scancel`` sends, does not.
+    Under SLURM the ``requeue_signal`` of the plugin (SIGUSR1; ``#SBATCH --signal=USR1@120`` sends it two minutes before the time
+    limit) stops the run in the same way and requeues the job, unless the plugin has ``auto_requeue=False``. SIGTERM, which
+    ``scancel`` sends, does not requeue it.
 
-    Signals are handled in the main thread alone, from the start of training to its end. Lightning's own handlers, which save
-    and communicate in the middle of a step, are not installed. ``lit-lora fit`` has this callback by default.
+    Signals are handled in the main thread only, from the start of training to its end. Lightning's own handlers, which save and
+    communicate in the middle of a step, are not installed. ``lit-lora fit`` adds this callback by default.
     """
 
     def __init__(self) -> None:
@@ -53,18 +52,18 @@ class Preemption(Callback):
         if stage == "fit":
             connector: Any = trainer._signal_connector
             connector.register_signal_handlers = lambda: self._listen(trainer)
-            if _requeue_signal(trainer):  # which would end the process while it still loads the model
+            if _requeue_signal(trainer):  # before training starts it would end the process
                 self._listen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Behind all other callbacks, those too that were added since: what they do at the end of a batch is saved.
+        # Last of all callbacks, so that the checkpoint has what the others do at the end of a batch.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
         if trainer.world_size > 1:
             self._group = distributed.new_group(backend="gloo")
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        # Between two optimizer steps the gradients so far would be lost, and with them the samples.
+        # A checkpoint between two optimizer steps would lose the accumulated gradients, and so their samples.
         if trainer.fit_loop._should_accumulate() or _more_is_due(trainer):
             return
         number = self._agree()
@@ -72,14 +71,14 @@ class Preemption(Callback):
             return
         done = [f"stopped by {signal.Signals(number).name} at step {trainer.global_step}"]
         if path := _save_last(trainer):
-            done.append(f"saved {path}; --ckpt_path last goes on from there")
+            done.append(f"saved {path}; resume with --ckpt_path last")
         else:
             done.append("nothing is saved: the trainer has no checkpoint callback")
         if trainer.is_global_zero:
             if number == _requeue_signal(trainer):
                 done.append(_requeue())
             print(f"lit-lora: {'; '.join(done)}", file=sys.stderr, flush=True)
-        if self._group is not None:  # a launcher may kill the first process as soon as another ends
+        if self._group is not None:  # a launcher may kill the first process as soon as another one ends
             distributed.barrier(self._group)
         raise SIGTERMException(_exit_status(trainer, number))
 
@@ -112,23 +111,23 @@ class Preemption(Callback):
             signal.raise_signal(number)
 
     def _agree(self) -> int:
-        """The signal that any process has received, the same in all of them; 0 for none."""
+        """Number of a signal that any process has received, the same on all processes; 0 for none."""
         number = next(iter(self._received), 0)
         if self._group is None:
             return number
-        largest = torch.tensor(number)  # on the CPU, so that nobody waits for a GPU
+        largest = torch.tensor(number)  # on the CPU, so that no GPU is synchronised
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
         return int(largest)
 
 
 def _more_is_due(trainer: Trainer) -> bool:
-    """Whether validation or the end of an epoch comes next, which a resumed run would pass over."""
+    """Whether validation or the end of an epoch comes next, which a resumed run would skip."""
     loop: Any = trainer.fit_loop.epoch_loop
     return bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher) or loop._num_ready_batches_reached())
 
 
 def _save_last(trainer: Trainer) -> str | None:
-    """Save everything where ``ckpt_path="last"`` looks, a collective call; None where there is no callback to do it."""
+    """Save the ``last`` checkpoint and return its path, or None without a checkpoint callback; a collective call."""
     callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     callbacks.sort(key=lambda callback: not isinstance(callback, AdapterCheckpoint))
     if not callbacks:
@@ -151,20 +150,20 @@ def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
 
 
 def _requeue() -> str:
-    """Put this SLURM job into the queue again; says what came of it."""
+    """Requeue this SLURM job; returns a sentence about the result."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = os.environ["SLURM_JOB_ID"] if job is None else f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     except OSError as error:
-        return f"job {job} is not in the queue again (scontrol: {error.strerror}); submit it again"
+        return f"job {job} could not be requeued (scontrol: {error.strerror}); submit it again"
     if done.returncode:
-        return f"job {job} is not in the queue again (scontrol: {done.stderr.strip()}); submit it again"
-    return f"job {job} is in the queue again"
+        return f"job {job} could not be requeued (scontrol: {done.stderr.strip()}); submit it again"
+    return f"job {job} is requeued"
 
 
 def _exit_status(trainer: Trainer, number: int) -> int:
-    # Lightning's launcher kills the main process, and with it this status, when a process that it started ends with another.
+    # Lightning's launcher kills the main process, whose status counts, if a process that it started ends with another status.
     launched = (
         isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment) and trainer.local_rank
     )

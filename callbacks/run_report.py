@@ -1,4 +1,4 @@
-"""What a run took: time, energy, samples, money."""
+"""Reports time, energy, samples and cost of a run."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ Figures = dict[str, Any]
 
 
 class RunReport(Callback):
-    """Counts what training takes, for any LightningModule; prints a table at the end and writes ``report.json``.
+    """Measures time, energy, samples and cost of training any LightningModule; prints a table and writes ``report.json``.
 
-    An interrupted or failed run is reported too. A resumed run reports itself and the total: figures up to the checkpoint are
-    kept in it.
+    Interrupted and failed runs are reported too. A resumed run reports itself and the total, since checkpoints hold the figures
+    up to them.
 
-    ``report.json`` has ``schema`` (1), ``status`` (finished, interrupted, failed), ``world_size``, ``processes`` (how many
-    of them the figures are of: after an error each process that reports knows only its own, those that are not the first
-    in ``report-rank1.json`` and so on), ``this_run``, ``total`` and ``runs`` (how many ``total`` is of), ``peak_memory`` (bytes
-    of the process that needed most, this run), ``peak_memory_of`` (``allocated`` or ``resident``, see
-    :class:`MemoryProfiler`), ``adapter_parameters`` (all that is trained), ``gpu_energy_note`` and ``prices``. ``this_run``
+    ``report.json`` has ``schema`` (1), ``status`` (finished, interrupted, failed), ``world_size``, ``processes`` (the
+    number of processes in the figures: after an error each process reports only its own, in ``report-rank1.json`` and so on
+    for all but the first), ``this_run``, ``total`` and ``runs`` (number of runs in ``total``), ``peak_memory`` (bytes of the
+    process that needed most in this run), ``peak_memory_of`` (``allocated`` or ``resident``, see :class:`MemoryProfiler`),
+    ``adapter_parameters`` (number of trained parameters), ``gpu_energy_note`` and ``prices``. ``this_run``
     and ``total`` have
 
-    - ``wall_seconds`` from the set-up to the end, and ``train_seconds`` of them after the model was loaded;
+    - ``wall_seconds`` from setup to the end, and ``train_seconds``, the part of them after the model was loaded;
     - ``cpu_seconds`` of all threads, and of child processes that have ended;
-    - ``gpu_energy_kwh`` from the driver's counter of each GPU, whoever used it; null without one, and
-      ``gpu_energy_note`` says why;
-    - ``samples`` trained: those with a positive ``weight`` where the batch has weights, otherwise all in the batch; null where
-      that cannot be found out; ``samples_per_second`` of training;
+    - ``gpu_energy_kwh`` from the driver's counter of each GPU, which includes other users of the GPU; null without a counter,
+      for the reason in ``gpu_energy_note``;
+    - ``samples`` trained: samples with a positive ``weight`` if the batch has weights, otherwise all samples of the batch; null
+      if that is not known; ``samples_per_second`` of training;
     - ``optimizer_steps``;
     - ``time_cost`` and ``energy_cost``, null without a price.
 
     Args:
-        price_per_hour: Of all machines of the run together, in any currency.
-        price_per_kwh: Of electricity, in the same currency.
-        output_dir: Folder of the file; the logger's by default.
+        price_per_hour: Price of an hour of all machines of the run together, in any currency; None for no cost of time.
+        price_per_kwh: Price of a kWh of electricity, in the same currency; None for no cost of energy.
+        output_dir: Folder of the file; defaults to the logger's folder.
 
     Raises:
-        UserError: A price is negative.
+        UserError: If a price is negative.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class RunReport(Callback):
         self._loaded: float | None = None
         self._first_step = 0
         self._samples: int | None = 0
-        # Weights are counted on the device: asking for the number at each step would wait for it.
+        # Weights are counted on the device, since reading the number at each step would synchronise.
         self._weighted: Tensor | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,7 +116,7 @@ class RunReport(Callback):
                 interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
                 own = self._own()
                 self._write("interrupted" if interrupted else "failed", pl_module, [own])
-        except (OSError, UserError) as error:  # the exception that brought us here must go on
+        except (OSError, UserError) as error:  # the original error must be raised
             rank_zero_warn(f"the run's report could not be written: {error}")
         finally:
             self._trainer = None
@@ -132,21 +132,21 @@ class RunReport(Callback):
             self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Totals over all processes so far; a collective call in training."""
+        """Totals over all processes and runs so far; a collective call in training."""
         return {} if self._trainer is None else _sum(self._before, _together(gather(self._own())))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = state_dict
 
     def _own(self) -> Figures:
-        """What this process has taken so far."""
+        """Figures of this process so far."""
         assert self._trainer is not None
         now = time.monotonic()
         samples = self._samples
         if samples is not None and self._weighted is not None:
             samples += int(self._weighted)
         peak = next(iter(self._meter.peak().values()))
-        # A profiler makes the system forget its peak, so it has to be asked for the one that it saw.
+        # A profiler resets the peak, so it is asked for the highest that it saw.
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         peaks = [getattr(callback, "peak_memory", 0) for callback in callbacks]
         return {
@@ -186,7 +186,7 @@ class RunReport(Callback):
         print(f"{_table(report)}\nwritten: {self._folder / name}", flush=True)
 
     def _finished(self, figures: Figures) -> Figures:
-        """The figures with what follows from them."""
+        """The figures with rates and costs derived from them."""
         samples, seconds, energy = figures["samples"], figures["train_seconds"], figures["gpu_energy_kwh"]
         rate = None if samples is None or not seconds else samples / seconds
         return {
@@ -201,7 +201,7 @@ class _GpuEnergy:
     """The driver's energy counter of one GPU.
 
     Args:
-        uuid: Of the GPU as the driver writes it; None where the run is on no NVIDIA GPU.
+        uuid: UUID of the GPU as the driver writes it; None if the run is on no NVIDIA GPU.
     """
 
     def __init__(self, uuid: str | None) -> None:
@@ -210,12 +210,12 @@ class _GpuEnergy:
         self._start = self._read()
 
     def joules(self) -> float | None:
-        """Energy since the start; None where there is no counter, and then :attr:`note` says why."""
+        """Energy since the start; None without a counter, for the reason in :attr:`note`."""
         now = self._read()
         return None if now is None or self._start is None else (now - self._start) / 1000
 
     def _read(self) -> int | None:
-        """Millijoules since the driver was loaded."""
+        """Energy in millijoules since the driver was loaded; None without a counter."""
         if self.uuid is None:
             self.note = "the run is not on an NVIDIA GPU"
             return None
@@ -241,7 +241,7 @@ class _GpuEnergy:
 
 
 def _uuid(device: torch.device) -> str | None:
-    """The driver's name of a device; by its index the driver would not know which, since programs see a choice of them."""
+    """UUID of a CUDA device; its index would mislead, since a program may see only some of the driver's devices."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 
@@ -251,7 +251,7 @@ def _cpu_seconds() -> float:
 
 
 def _together(everyone: list[Figures]) -> Figures:
-    """The figures of all processes as one; a GPU that several of them share counts once."""
+    """Figures of all processes combined; a GPU that several processes share counts once."""
     joules: dict[Any, float | None] = {}
     for own in everyone:
         joules[own["device"]] = _largest(joules.get(own["device"], 0.0), own["joules"])
@@ -268,7 +268,7 @@ def _together(everyone: list[Figures]) -> Figures:
 
 
 def _sum(before: Figures, this_run: Figures) -> Figures:
-    """Both runs together; unknown is what is unknown of one."""
+    """Sum over two runs; a figure is unknown if it is unknown for either."""
     return {name: _total([before[name], value]) for name, value in this_run.items()} if before else this_run
 
 

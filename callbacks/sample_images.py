@@ -1,4 +1,4 @@
-"""Pictures of fixed prompts while training."""
+"""Draws images of fixed prompts during training."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lit_lora.sampling import image_grid
 
 
 class SampleImages(Callback):
-    """Draws the same prompts from the same seeds every so many steps.
+    """Draws an image for each of the same prompts, from the same seeds, every ``every_n_steps`` steps.
 
-    A grid goes to TensorBoard (``samples``) and to ``samples/step-NNNNNN.png`` in the log folder. With
-    :class:`AdapterEMA` the averaged weights draw. Training is not disturbed: no random number is taken from it. The module
-    needs a ``generate`` method as that of :class:`~lit_lora.LoraDiffusion`.
+    A grid goes to TensorBoard (``samples``) and to ``samples/step-NNNNNN.png`` in the log folder. With :class:`AdapterEMA` the
+    averaged weights are used. Sampling leaves the random number generators of training alone. The module needs a ``generate``
+    method like that of :class:`~lit_lora.LoraDiffusion`.
 
     Args:
-        prompts: What to draw, one picture each.
-        every_n_steps: Optimizer steps between two grids; there is one before the first step too.
-        seed: Prompt ``i`` is drawn from ``seed + i``.
+        prompts: Prompts, for one image each.
+        every_n_steps: Optimizer steps between two grids; one grid is also drawn before the first step.
+        seed: Seed of the first prompt; prompt ``i`` is drawn from ``seed + i``.
         num_inference_steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 turns it off.
-        height: Of a picture in pixels; the model's own by default.
-        width: Of a picture in pixels; the model's own by default.
-        columns: Pictures in a row of the grid.
+        guidance_scale: Scale of classifier-free guidance; 1 turns it off.
+        height: Height of an image in pixels; defaults to the model's.
+        width: Width of an image in pixels; defaults to the model's.
+        columns: Images in a row of the grid.
 
     Raises:
-        UserError: No prompts, or a number below 1.
+        UserError: If there are no prompts, or ``every_n_steps``, ``num_inference_steps`` or ``columns`` is below 1.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class SampleImages(Callback):
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Asking for the log folder is a collective call.
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
-        # Each process draws as many, since with weights that are shared out all have to compute together.
+        # Each process draws equally many images, since with sharded weights all processes compute together.
         each = math.ceil(len(self.prompts) / trainer.world_size)
         mine = [min(trainer.global_rank * each + i, len(self.prompts) - 1) for i in range(each)]
         ema = AdapterEMA.of(trainer)

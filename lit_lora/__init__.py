@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from lit_lora.callbacks import (
         AdapterCheckpoint,
         AdapterEMA,
-        DataProgress,
         ImageWriter,
         MemoryLimit,
         MemoryProfiler,
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
         SampleImages,
     )
     from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule
+    from lit_lora.datamodules.loading.data_progress import DataProgress
     from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP
     from lit_lora.errors import UserError
     from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
@@ -34,9 +34,9 @@ _HOME = {
     "AdapterEMA": "lit_lora.callbacks",
     "CosMap": "lit_lora.objectives",
     "DDPM": "lit_lora.objectives",
-    "DataProgress": "lit_lora.callbacks",
     "FlowMatching": "lit_lora.objectives",
     "Flux": "lit_lora.families",
+    "DataProgress": "lit_lora.datamodules.loading.data_progress",
     "ImageWriter": "lit_lora.callbacks",
     "LitLoraDeepSpeed": "lit_lora.distributed",
     "LitLoraFSDP": "lit_lora.distributed",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
@@ -149,7 +150,7 @@ class LoraDiffusion(LightningModule):
         shared_out = shards_weights(strategy)
         with torch.device("cpu"):
             node = self._node()
-            dispensable = self._dispensable_parts() | ({"denoiser"} if shared_out else set())
+            dispensable = self.dispensable_parts() | ({"denoiser"} if shared_out else set())
             if not self._configured:
                 self._scheduler_config = prepare(self.family, self.objective)
             self.family.load(self.base_dtype, without=dispensable, quantization=self.quantization, node=node)
@@ -201,7 +202,7 @@ class LoraDiffusion(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         draws = Draws(self.seed, self._slots(batch, self.trainer.fit_loop.total_batch_idx), self.device)
-        losses, _ = self._losses(self._drop_captions(batch, draws), draws)
+        losses, _ = self.losses(self._drop_captions(batch, draws), draws)
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(losses), sync_dist=True)
         return loss
@@ -240,7 +241,7 @@ class LoraDiffusion(LightningModule):
         )
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-        """One picture for each prompt with the weights as they are; takes the options of :func:`sampling.generate`."""
+        """One image for each prompt, drawn with the current weights; takes the options of :func:`sampling.generate`."""
         was_training = self.training
         self.eval()
         try:
@@ -259,25 +260,14 @@ class LoraDiffusion(LightningModule):
         """What a cache of latents (``"vae"``) and text embeddings (``"text"``) must have been made with."""
         return self.family.identity()
 
-    def memory_advice(self, kinds: Mapping[str, int]) -> list[tuple[str, int]]:
-        """Changes of the config that save memory, and the bytes that each would save: for :class:`MemoryProfiler`.
-
-        Raises:
-            UserError: The data do not say how large a batch is.
-        """
-        from lit_lora.planning.changes import ranked_changes  # which plans runs of this very class
-        from lit_lora.planning.memory_limit import run_of
-
-        return [(one.change.arguments, one.saved) for one in ranked_changes(run_of(self, self.trainer))]
-
     def save_adapter(self, folder: str | Path) -> None:
         """Write a folder with the adapter's files: PEFT's, and diffusers' LoRA file where that can hold it.
 
-        A folder with an older adapter is replaced; a reader finds it whole or not at all. Where the weights are shared out
-        over several processes, all of them have to call this; the first one writes.
+        A folder with an older adapter is replaced atomically. If the weights are sharded over several processes, all of them must
+        call this method; the first one writes.
 
         Raises:
-            UserError: It cannot be written, or holds other files.
+            UserError: If the folder cannot be written, or holds other files.
         """
         state = adapter_state(self.family.denoiser)
         if self._trainer is not None and not self.trainer.is_global_zero:
@@ -288,8 +278,41 @@ class LoraDiffusion(LightningModule):
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
         """Mean loss of the batch at fixed timesteps and noise, and how many samples count in it."""
         draws = Draws(VALIDATION_SEED, self._slots(batch, batch_idx), self.device)
-        losses, weight = self._losses(batch, draws)
+        losses, weight = self.losses(batch, draws)
         return losses.sum() / weight.sum().clamp(min=1), int(weight.sum())
+
+    def losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """Each sample's loss times its weight in the batch, and these weights: float32 ``(B,)``."""
+        encoding = torch.autocast(self.device.type, enabled=False)
+        with torch.no_grad(), encoding, self._encoder_offload.on_device():
+            latents, conditioning = self.family.encode(batch, draws)
+        sample = self.objective.sample(latents, draws, self.family.num_tokens(latents.shape[1:]))
+        kept = ActivationOffload(self.device.type == "cuda") if self.memory.offload_activations else nullcontext()
+        with self.autocast(), kept:
+            prediction = self.family.denoise(sample.noisy, sample.timesteps, conditioning)
+        counts = batch["weight"] if "weight" in batch else torch.ones_like(sample.weight)
+        return self.objective.loss(prediction, sample) * counts, counts
+
+    def dispensable_parts(self) -> set[str]:
+        """Names of the family's parts that this run does not need, because the datamodule has what they make from a cache."""
+        trainer = self._trainer
+        if trainer is None or trainer.predicting:  # images need all parts, for each batch
+            return set()
+        datamodule = getattr(trainer, "datamodule", None)
+        return {_ENCODER_OF[cached] for cached in getattr(datamodule, "cached", ())}
+
+    def unloaded(self) -> Self:
+        """A copy of the module with the same options, as it was before :meth:`configure_model`; it shares nothing that changes."""
+        fresh = copy.copy(self)
+        fresh._modules = {}
+        fresh._trainer, fresh._reader, fresh._in_backward = None, None, None
+        fresh._device = torch.device("cpu")
+        fresh._configured = False
+        fresh._encoder_offload = EncoderOffload()
+        fresh.family = self.family.unloaded()
+        fresh.adapter = copy.deepcopy(self.adapter)
+        fresh.objective = copy.deepcopy(self.objective)
+        return fresh
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Compute in the base's dtype; the adapter's float32 weights are cast as they are used.
@@ -329,26 +352,6 @@ class LoraDiffusion(LightningModule):
             trainer = self._trainer
             self._reader = Node(trainer.num_devices if trainer is not None and trainer.world_size > 1 else 1)
         return self._reader
-
-    def _dispensable_parts(self) -> set[str]:
-        """Parts of the family that this run does without: see ``cached`` of the datamodule."""
-        trainer = self._trainer
-        if trainer is None or trainer.predicting:  # pictures need all parts, for each batch
-            return set()
-        datamodule = getattr(trainer, "datamodule", None)
-        return {_ENCODER_OF[cached] for cached in getattr(datamodule, "cached", ())}
-
-    def _losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Each sample's loss, times its weight in the batch, and these weights: float32 ``(B,)``."""
-        encoding = torch.autocast(self.device.type, enabled=False)
-        with torch.no_grad(), encoding, self._encoder_offload.on_device():
-            latents, conditioning = self.family.encode(batch, draws)
-        sample = self.objective.sample(latents, draws, self.family.num_tokens(latents.shape[1:]))
-        kept = ActivationOffload(self.device.type == "cuda") if self.memory.offload_activations else nullcontext()
-        with self.autocast(), kept:
-            prediction = self.family.denoise(sample.noisy, sample.timesteps, conditioning)
-        counts = batch["weight"] if "weight" in batch else torch.ones_like(sample.weight)
-        return self.objective.loss(prediction, sample) * counts, counts
 
     def _drop_captions(self, batch: Batch, draws: Draws) -> Batch:
         """Empty the captions of a share of the samples, or put the empty caption's embeddings in their place."""

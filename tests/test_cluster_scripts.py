@@ -135,7 +135,7 @@ def test_a_slurm_job_that_is_stopped_equals_one_that_is_not(config: Path, tmp_pa
         for rank in (0, 1):
             os.kill(stopped.pid_of(rank, "SLURM_PROCID"), signal.SIGUSR1)
         assert stopped.wait(120) == 128 + signal.SIGUSR1
-        assert f"; job {number} is in the queue again\n" in stopped.console
+        assert f"; job {number} is requeued\n" in stopped.console
     assert asked.read_text() == f"requeue {number}\n"
     with submitted(number, "stopped") as again:
         assert again.wait(180) == 0, again.console

@@ -162,7 +162,7 @@ def test_accumulating_equals_one_larger_batch(sd_folder: Path, trainer_options: 
 
 
 def test_batches_without_numbers_get_them_here(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
-    """A datamodule of somebody else's gives pictures and captions only."""
+    """A datamodule of somebody else's gives only images and captions."""
     numbered = make_batches(3)
     bare = [{key: batch[key] for key in ("pixel_values", "caption")} for batch in numbered]
     torch.manual_seed(0)
@@ -257,7 +257,7 @@ def test_cached_captions_are_dropped_like_others(sd_folder: Path) -> None:
     assert torch.equal(dropped["pooled"], kept)
 
 
-def test_pictures_while_training_from_a_cache(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+def test_images_while_training_from_a_cache(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
     def trained(callbacks: list[Callback]) -> tuple[list[float], LoraDiffusion]:
         torch.manual_seed(0)
         module = module_for(sd_folder)
@@ -272,7 +272,7 @@ def test_pictures_while_training_from_a_cache(sd_folder: Path, trainer_options: 
     assert names == ["step-000000.png", "step-000002.png"]
     assert {name for name, _ in module.family.named_children()} == {"denoiser"}
     assert losses == trained([])[0]
-    # The same picture as from a module that has all of its parts.
+    # The same image as from a module that has all of its parts.
     image = module.generate(["a star"], [0], num_inference_steps=2, guidance_scale=5.0)[0]
     module._trainer = None
     module.configure_model()
@@ -288,6 +288,25 @@ def test_predict_from_a_cache(sd_folder: Path, trainer_options: dict[str, Any]) 
         return [image.tobytes() for image in images]
 
     assert drawn(CachedBatches(sd_folder, StableDiffusion, 1)) == drawn(loader_of(make_batches(1)))
+
+
+def test_an_unloaded_copy_has_the_options_and_nothing_of_the_run(
+    sd_folder: Path, trainer_options: dict[str, Any]
+) -> None:
+    module = module_for(sd_folder, memory=MemoryOptions(gradient_checkpointing=True))
+    fit(module, make_batches(1), trainer_options)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    copy = module.unloaded()
+    assert copy.memory == module.memory
+    assert copy.adapter == module.adapter
+    assert copy.adapter is not module.adapter
+    assert copy.objective is not module.objective
+    assert copy._trainer is None
+    assert not copy._configured
+    copy.family = StableDiffusion(str(sd_folder))
+    copy.configure_model()
+    assert copy._configured
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
 def test_a_run_without_the_cache_after_one_with_it(sd_folder: Path, trainer_options: dict[str, Any]) -> None:

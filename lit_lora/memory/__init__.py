@@ -1,1 +1,1 @@
-"""What takes memory away from the device, and the names of the phases in which it is taken."""
+"""Ways to need less memory on the device that trains: checkpointing, offloading, stepping in the backward pass."""

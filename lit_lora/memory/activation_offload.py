@@ -1,4 +1,4 @@
-"""What the forward pass saves for the backward pass, in host memory."""
+"""Keeps activations in host memory between the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 SMALLEST = 256 << 10
-"""Bytes below which a tensor is not worth a copy there and back."""
+"""Bytes from which a tensor is worth a copy to the host and back."""
 
 _Packed = Tensor | tuple[torch.device, Tensor]
 
 
 class ActivationOffload(saved_tensors_hooks):
-    """A context for the forward pass: what it saves for the backward pass goes to host memory, and back when it is needed.
+    """A context for the forward pass that moves tensors saved for the backward pass to host memory until they are needed.
 
-    Unlike :class:`torch.autograd.graph.save_on_cpu` it leaves on the device what is there anyway (parameters) and what is small.
-    With gradient checkpointing it is the inputs of the blocks that go. It can be entered again and again, also for several
-    forward passes before a backward pass.
+    Unlike :class:`torch.autograd.graph.save_on_cpu` it leaves parameters, which are on the device anyway, and small tensors where
+    they are. With gradient checkpointing the inputs of the blocks are moved. The context can be entered repeatedly, also for
+    several forward passes before a backward pass.
 
     Args:
-        pin_memory: Lock the host memory, so that copies to and from a GPU run beside the host's work.
-        smallest_bytes: Smaller tensors stay.
+        pin_memory: Whether to use page-locked host memory, so that copies to and from a GPU are asynchronous.
+        smallest_bytes: Bytes from which a tensor is moved; defaults to 256 KiB.
     """
 
     def __init__(self, pin_memory: bool, smallest_bytes: int = SMALLEST) -> None:
@@ -31,7 +31,7 @@ class ActivationOffload(saved_tensors_hooks):
         self.pin_memory = pin_memory
         self.smallest_bytes = smallest_bytes
         self.bytes_moved = 0
-        """Of all tensors that went to host memory so far."""
+        """Bytes of all tensors moved to host memory so far."""
 
     def _pack(self, tensor: Tensor) -> _Packed:
         if is_parameter(tensor):

@@ -1,4 +1,4 @@
-"""Frozen weights of a denoiser in host memory, one block ahead of where they are needed."""
+"""Keeps frozen weights of a denoiser in host memory and fetches them one block ahead."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from lit_lora.memory.host_weights import HostWeights, target_of
 from lit_lora.quantization.frozen_layer import FrozenConv2d, FrozenLayer, FrozenLinear
 
 _SMALLEST = 16 << 10
-"""Bytes below which a tensor is not worth a copy each time: scales, tables."""
+"""Bytes from which a tensor is worth a copy each time; scales and tables of quantised layers are smaller."""
 
 
 class BlockOffload:
     """Keeps the frozen weights of a model's blocks in host memory; at most two blocks have theirs on the device.
 
-    A block's weights come when it is used, forward or backward, and meanwhile those of the block that is likely to be next:
-    the one that was next the last time, for each kind of pass on its own; a backward pass starts with the reverse of the
-    forward pass. A wrong guess costs time alone. Whatever reads a weight gets it on the device, from wherever it reads.
+    A block's weights are fetched when it is used, in a forward or backward pass, and those of the block that is likely to be
+    next are fetched meanwhile: the block that followed the last time in the same kind of pass, and in the first backward pass
+    the block before it. A wrong guess only costs time. Code that reads a weight always gets it on the device.
 
-    ``to(device)`` of the model moves everything but these weights, and says where they go when they are used. So the device
-    never holds all of them while a run starts.
+    ``to(device)`` of the model moves everything except these weights, and sets the device that they are fetched to. So the
+    device never holds all of them, not even while a run starts.
 
     Args:
-        model: With :class:`~lit_lora.quantization.frozen_layer.FrozenLayer`, in host memory; an adapter may be in it already.
-        block_classes: Names of the classes of blocks. Of blocks inside each other the outermost counts.
-        smallest_bytes: Smaller tensors go with the rest of the model.
+        model: Model with :class:`~lit_lora.quantization.frozen_layer.FrozenLayer` layers in host memory, with or without an
+            adapter.
+        block_classes: Class names of blocks; of nested blocks the outermost counts.
+        smallest_bytes: Bytes from which a tensor is kept in host memory; smaller ones move with the rest of the model.
     """
 
     def __init__(self, model: nn.Module, block_classes: Sequence[str], smallest_bytes: int = _SMALLEST) -> None:
@@ -46,23 +47,23 @@ class BlockOffload:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of all the weights that wait in host memory."""
+        """Bytes of all weights kept in host memory."""
         return sum(block.nbytes for block in self._blocks)
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on the device at most: those of the two largest blocks."""
+        """Largest number of bytes on the device: the weights of the two largest blocks."""
         return sum(sorted((block.nbytes for block in self._blocks), reverse=True)[:2])
 
     def release(self) -> None:
-        """Let go of all copies on the device; the next use brings them back."""
+        """Free all copies on the device; the next use fetches them again."""
         for block in self._blocks:
             block.drop()
         self._current = None
         self._passes = set()
 
     def moved_to(self, device: torch.device) -> None:
-        """Use the weights on this device from now on."""
+        """Set the device that weights are fetched to."""
         self.release()
         if device == self.device:
             return
@@ -74,11 +75,11 @@ class BlockOffload:
                 block.pin()
 
     def use(self, block: HostWeights, kind: str) -> None:
-        """Have the block's weights on the device, and the next one's on the way.
+        """Fetch the weights of a block, and begin to fetch those of the block that is likely to be next.
 
         Args:
-            block: The one that is about to compute.
-            kind: Of pass.
+            block: Weights of the block that is about to compute.
+            kind: Kind of the pass, such as ``forward`` or ``backward``.
         """
         if block is not self._current:
             self._learn(block)
@@ -96,12 +97,12 @@ class BlockOffload:
             coming.fetch(self.device, self._stream)
 
     def read(self, block: HostWeights) -> None:
-        """Have the block's weights on the device for a layer that reads one."""
+        """Fetch the weights of a block for a layer that reads one of them."""
         if block is not self._current:
             self.use(block, _running_pass())
 
     def _learn(self, block: HostWeights) -> None:
-        """Keep in mind that the block comes after the current one."""
+        """Remember that this block followed the current one."""
         if self._current is None:
             return
         for kind in self._passes:
@@ -128,7 +129,7 @@ class BlockOffload:
         block.register_forward_hook(lambda _module, _inputs, output: self._watch_backward(weights, output))
 
     def _watch_backward(self, block: HostWeights, output: Any) -> None:
-        """The block's backward pass begins when the gradient of its output is there."""
+        """Use the block's weights once the gradient of its output is computed, when its backward pass begins."""
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(self._begin_backward, block))
@@ -138,10 +139,10 @@ class BlockOffload:
 
 
 class _OffloadedLayer(FrozenLayer):
-    """A frozen layer whose stored tensors are where :class:`BlockOffload` has them."""
+    """A frozen layer whose stored tensors :class:`BlockOffload` fetches before they are read."""
 
     offload: BlockOffload | None = None
-    """None in a layer that PEFT has made of the same class."""
+    """None in a layer of this class that PEFT made."""
     block: HostWeights
     host_names: frozenset[str] = frozenset()
 
@@ -163,7 +164,7 @@ class _OffloadedLayer(FrozenLayer):
         try:
             super()._apply(fn, recurse)
         finally:
-            # In the order that they had, which is that of the state_dict.
+            # Restore the order of the parameters, which is that of the state_dict.
             moved = dict(self._parameters)
             self._parameters.clear()
             self._parameters.update(parameters | moved)
@@ -189,8 +190,8 @@ _OFFLOADED: dict[type[nn.Module], type[_OffloadedLayer]] = {
 
 
 def _large(layer: nn.Module, smallest_bytes: int) -> Iterator[str]:
-    """The stored tensors that are worth it; one that is trained, as a copy in PEFT's ``modules_to_save``, is not frozen."""
-    # Where PEFT adapts a convolution, it makes layers of the same class, which store nothing.
+    """Names of stored tensors large enough to move; copies in PEFT's ``modules_to_save`` are trained and stay."""
+    # PEFT adapts a convolution with layers of the same class, which store nothing.
     for name in getattr(layer, "stored_names", ()):
         parameter = layer._parameters[name]
         if parameter is not None and not parameter.requires_grad and parameter.nbytes >= smallest_bytes:
@@ -198,7 +199,7 @@ def _large(layer: nn.Module, smallest_bytes: int) -> Iterator[str]:
 
 
 def _running_pass() -> str:
-    """The kind of pass that a forward call belongs to."""
+    """Kind of the pass that the current forward call belongs to."""
     if torch._C._current_graph_task_id() != -1:
         return "recomputation"
     return "forward" if torch.is_grad_enabled() else "inference"

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a diffusers model, of all its blocks or of some."""
+"""Gradient checkpointing of all or some blocks of a diffusers model."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _NAMES_SHOWN = 40
 
 
 def enable_gradient_checkpointing(model: nn.Module, which: bool | Sequence[str]) -> None:
-    """Have blocks keep their inputs alone for the backward pass, which computes their activations anew (Chen et al. 2016).
+    """Make blocks save only their inputs and recompute their activations in the backward pass (Chen et al. 2016).
 
-    What is recomputed at once are the parts that diffusers made for it: a ResNet or transformer block each.
+    The unit of recomputation is diffusers' own: one ResNet or transformer block.
 
     Args:
-        model: A diffusers model, before or after PEFT has put an adapter into it.
-        which: All blocks (true), none (false), or those that a glob pattern matches by their name, with all that is in
-            them: ``down_blocks.0``, ``up_blocks.*``, ``transformer_blocks.1?``.
+        model: A diffusers model, with or without an adapter.
+        which: True for all blocks, False for none, or glob patterns that match names of blocks, which then count with everything
+            inside them: ``down_blocks.0``, ``up_blocks.*``, ``transformer_blocks.1?``.
 
     Raises:
-        UserError: The model has no checkpointing, or a pattern matches none of its blocks.
+        UserError: If the model does not support checkpointing, or a pattern matches none of its blocks.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not getattr(base, "_supports_gradient_checkpointing", False):
@@ -44,7 +44,7 @@ def enable_gradient_checkpointing(model: nn.Module, which: bool | Sequence[str])
 
 
 def _chosen(base: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
-    """The modules that a pattern matches, and all that is in them."""
+    """The modules that a pattern matches, and all modules inside them."""
     blocks = dict(_blocks(base))
     chosen: set[nn.Module] = set()
     for pattern in patterns:
@@ -52,18 +52,18 @@ def _chosen(base: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
             names = _outermost(blocks)
             shown = ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
             raise UserError(
-                f"gradient_checkpointing: {pattern!r} matches no block of {type(base).__name__}; it has {shown}, and what is "
-                f"in them. Patterns are matched against whole names: 'down_blocks.*', not 'down'."
+                f"gradient_checkpointing: {pattern!r} matches no block of {type(base).__name__}; it has {shown}, and blocks "
+                f"inside them. Patterns are matched against whole names: 'down_blocks.*', not 'down'."
             )
         chosen |= {module for name, module in base.named_modules() if _matches(name, pattern)}
     return chosen
 
 
 def _only(chosen: set[nn.Module]) -> Callable[..., Any]:
-    """What diffusers calls instead of a block."""
+    """The function that diffusers calls instead of a block, which checkpoints the chosen blocks."""
 
     def call(block: Any, *args: Any) -> Any:
-        # diffusers hands over the block; some of its models a method of it.
+        # Most models of diffusers pass the block, some a method of it.
         if getattr(block, "__self__", block) in chosen:
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
@@ -72,7 +72,7 @@ def _only(chosen: set[nn.Module]) -> Callable[..., Any]:
 
 
 def _blocks(base: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that hold diffusers' flag, and those in lists right below one: these are what is recomputed at once."""
+    """The units of recomputation: modules with diffusers' flag, and those in lists directly below one."""
     for name, module in base.named_modules():
         if not hasattr(module, "gradient_checkpointing"):
             continue
@@ -94,5 +94,5 @@ def _parents(name: str) -> list[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether the pattern matches the name or that of something around it."""
+    """Whether the pattern matches the name or that of a module around it."""
     return any(fnmatchcase(candidate, pattern) for candidate in (name, *_parents(name)))

@@ -1,4 +1,4 @@
-"""VAE and text encoders that wait in host memory until they encode."""
+"""Keeps VAE and text encoders in host memory except while they encode."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lit_lora.memory.host_weights import HostWeights, target_of
 
 
 class EncoderOffload:
-    """Keeps frozen models in host memory; they come to the device for a block of code.
+    """Keeps frozen models in host memory, and moves them to the device for the duration of a ``with`` block.
 
-    ``to(device)`` of a model, or of one that it is a part of, moves nothing any more: it says where the model goes for such a
-    block. So the device never holds all of them while a run starts.
+    ``to(device)`` of such a model, or of a model that contains it, only sets the device for these blocks. So the device never
+    holds all models while a run starts.
 
-    On a GPU the host memory is locked. Going back to it costs nothing, as the models do not change.
+    For a GPU the host memory is page-locked. Moving back costs nothing, because the models do not change.
     """
 
     def __init__(self) -> None:
@@ -29,14 +29,14 @@ class EncoderOffload:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all the models: of host memory at any time, and of the device's inside a block."""
+        """Bytes of all models, in host memory at any time and also on the device inside :meth:`on_device`."""
         return sum(weights.nbytes for weights in self._models.values())
 
     def add(self, model: nn.Module) -> None:
-        """Keep this model, whose tensors are in host memory now; one that is kept already stays so."""
+        """Keep a model in host memory, where its tensors must be; adding a model twice has no effect."""
         if model in self._models:
             return
-        assert self._depth == 0, "models are added while none is in use"
+        assert self._depth == 0, "a model was added while models are in use"
         weights = HostWeights([*model.parameters(), *model.buffers()])
         if self.device.type == "cuda":
             weights.pin()
@@ -47,7 +47,7 @@ class EncoderOffload:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Inside the block the models are on the device; blocks may lie inside each other."""
+        """Context in which the models are on the device; it can be nested."""
         self._depth += 1
         try:
             for weights in self._models.values():
@@ -59,10 +59,10 @@ class EncoderOffload:
                 self._drop()
 
     def moved_to(self, device: torch.device) -> None:
-        """Use this device from now on."""
+        """Set the device for :meth:`on_device`."""
         if device == self.device:
             return
-        assert self._depth == 0, "the device changes while the models are in use"
+        assert self._depth == 0, "the device was changed while the models are in use"
         self.device = device
         if device.type == "cuda":
             for weights in self._models.values():
@@ -74,7 +74,7 @@ class EncoderOffload:
 
 
 def _moves_nothing(model: Any, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """Stands in for ``nn.Module._apply``, through which a module is moved."""
+    """Replaces ``nn.Module._apply``, which moves modules."""
     offload: EncoderOffload = model._encoder_offload
     offload.moved_to(target_of(convert, offload.device))
     return model

@@ -1,4 +1,4 @@
-"""Frozen tensors in host memory, with copies on a device while they are needed."""
+"""Frozen tensors in host memory, with copies on a device while they are in use."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lit_lora.errors import UserError
 
 
 class HostWeights:
-    """Frozen tensors that stay in host memory and come to a device for a while.
+    """Frozen tensors that stay in host memory and have copies on a device while they are in use.
 
-    A tensor's ``data`` is its copy on the device while there is one, and the host's otherwise. Nothing is ever copied back,
-    since nothing changes them.
+    The ``data`` of a tensor is its copy on the device while there is one, and the host's otherwise. Nothing is copied back,
+    because the tensors do not change.
 
-    The copies are made on a stream of their own, if one is given, into memory that the computing stream's allocator gives:
-    so that memory is used again in the computing stream's order, and copying waits for no more than it has to.
+    Copies can be made on a separate stream. Their memory is allocated for the computing stream, so that it is reused in the
+    order of that stream, and copying waits no longer than necessary.
 
     Args:
         tensors: Parameters and buffers in host memory.
@@ -32,21 +32,21 @@ class HostWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all the tensors, which is what their copies take on the device."""
+        """Bytes of all tensors, and of their copies on the device."""
         return sum(tensor.nbytes for tensor in self._host)
 
     @property
     def is_on_device(self) -> bool:
-        """Whether there are copies, or they are on the way."""
+        """Whether copies on the device exist or are being made."""
         return bool(self._copies)
 
     def pin(self) -> None:
-        """Lock the pages in memory: only then does a copy to a GPU run beside other work.
+        """Move the tensors to page-locked memory, from which copies to a GPU are asynchronous.
 
         Raises:
-            UserError: The system does not give so much.
+            UserError: If the system cannot lock that much memory.
         """
-        assert not self._copies, "what is on the device is not to be moved"
+        assert not self._copies, "tensors were pinned while copies are on the device"
         for index, tensor in enumerate(self._tensors):
             if self._host[index].is_pinned():
                 continue
@@ -54,17 +54,17 @@ class HostWeights:
                 self._host[index] = self._host[index].pin_memory()
             except RuntimeError as error:
                 raise UserError(
-                    f"no more host memory can be locked for weights that wait for the GPU ({str(error).splitlines()[0]}); "
-                    f"turn offloading off, or store the base in fewer bits with model.quantization"
+                    f"no more host memory can be page-locked for offloaded weights ({str(error).splitlines()[0]}); "
+                    f"turn the memory.offload_… options off, or store the base in fewer bits with quantization"
                 ) from error
             tensor.data = self._host[index]
 
     def fetch(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
-        """Begin to copy to the device; does nothing if the copies are there already.
+        """Begin to copy to the device; without effect if the copies exist already.
 
         Args:
-            device: Where to.
-            stream: The stream to copy on; the current one if not given. :meth:`wait` must then be called before use.
+            device: Device to copy to.
+            stream: Stream to copy on, after which :meth:`wait` must be called before use; by default the current stream.
         """
         if self._copies:
             return
@@ -76,7 +76,7 @@ class HostWeights:
                     copy.copy_(tensor, non_blocking=True)
             else:
                 self._computing = torch.cuda.current_stream(device)
-                # Kernels that wait in the computing stream may still read what lay in this memory before.
+                # Pending kernels of the computing stream may still read the former contents of this memory.
                 stream.wait_stream(self._computing)
                 with torch.cuda.stream(stream):
                     for copy, tensor in zip(copies, self._host, strict=True):
@@ -86,7 +86,7 @@ class HostWeights:
         self._copies = copies
 
     def wait(self) -> None:
-        """Have the current stream wait until the copies are complete; the host does not wait."""
+        """Make the current stream wait until the copies are complete; the host does not wait."""
         if self._copied is None:
             return
         current = torch.cuda.current_stream(self._copies[0].device)
@@ -96,12 +96,12 @@ class HostWeights:
                 copy.record_stream(current)
 
     def drop(self) -> None:
-        """Let the copies go."""
+        """Free the copies."""
         if not self._copies:
             return
         if self._copied is not None:
             assert self._computing is not None
-            # The memory goes back to this stream, which may never have waited for what it did not use.
+            # The memory returns to the computing stream, which has not waited for copies that it did not use.
             self._computing.wait_event(self._copied)
         with torch.inference_mode(False), torch.no_grad():
             self._show(self._host)
@@ -113,21 +113,21 @@ class HostWeights:
 
 
 def target_of(convert: Callable[[Tensor], Tensor], device: torch.device) -> torch.device:
-    """Where tensors on this device come to when ``nn.Module._apply`` treats them with this function."""
+    """Device to which a function given to ``nn.Module._apply`` moves tensors of this device."""
     with torch.inference_mode(False), torch.no_grad():
         return convert(torch.empty(0, device=device)).device
 
 
 def check_offload(key: str, device: torch.device, strategy: object | None = None) -> None:
-    """Make sure that there is a device whose memory is saved by keeping something in host memory.
+    """Make sure that offloading to host memory can save memory in this run.
 
     Args:
-        key: The config key to name in the error.
-        device: Where the run computes.
-        strategy: One that shares something out over the processes, and moves it as it needs.
+        key: Config key to name in the error.
+        device: Device that computes.
+        strategy: Strategy that shards state over the processes and moves it by itself; None for any other.
 
     Raises:
-        UserError: The device is the host itself, or there is such a strategy.
+        UserError: If the device is no GPU, or there is such a strategy.
     """
     if device.type == "cpu":
         raise UserError(

@@ -1,4 +1,4 @@
-"""The optimizer's step inside the backward pass, so that the gradients never exist all at once."""
+"""Steps the optimizer during the backward pass, so that the gradients never exist all at once."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lit_lora.errors import UserError
 class OptimizerInBackward:
     """Steps parameters as soon as their gradients are complete, and frees the gradients (LOMO, Lv et al. 2023).
 
-    It is the same optimizer, with the same state: checkpoints, schedules and 8-bit optimizers work as they do without. The call
-    of ``optimizer.step`` at the end of a training step stays where it is; it finds the last few gradients alone.
+    The optimizer and its state stay the same, so that checkpoints, schedules and 8-bit optimizers work as usual. The call of
+    ``optimizer.step`` at the end of a training step remains; it only has the last few gradients left to apply.
 
     Args:
-        optimizer: One that treats each parameter on its own.
-        clip_value: Clip each element of a gradient to this absolute value first; 0 does not clip. Nobody else has to:
-            torch's own function fails where no gradients are left.
-        bucket_bytes: Step once that many bytes of gradients are there: a call for each parameter would take longer than the
-            arithmetic.
+        optimizer: Optimizer that updates each parameter independently.
+        clip_value: Absolute value to which each element of a gradient is clipped first; 0 for no clipping. Nothing else may
+            clip, because no gradients are left after the backward pass.
+        bucket_bytes: Bytes of complete gradients that trigger a step; defaults to 1 MiB. A step for each parameter would take
+            longer than the arithmetic.
 
     Raises:
-        UserError: The optimizer calls the training step itself.
+        UserError: If the optimizer calls the training step itself.
     """
 
     def __init__(self, optimizer: Optimizer, clip_value: float = 0.0, bucket_bytes: int = 1 << 20) -> None:
@@ -45,7 +45,7 @@ class OptimizerInBackward:
         self.bucket_bytes = bucket_bytes
         self._checked = False
         self._complete: dict[int, list[Tensor]] = {}
-        """Parameters whose gradients wait for a step, by the number of their group."""
+        """Parameters with complete gradients, by the number of their parameter group."""
         self._bytes = 0
         self._hooks: list[RemovableHandle] = [
             parameter.register_post_accumulate_grad_hook(partial(self._take, number))
@@ -55,13 +55,13 @@ class OptimizerInBackward:
         self._hooks.append(optimizer.register_step_post_hook(self._free))
 
     def remove(self) -> None:
-        """Let ``optimizer.step`` do all steps again."""
+        """Remove all hooks, so that only ``optimizer.step`` steps."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def _take(self, group_number: int, parameter: Tensor) -> None:
-        """The gradient of this parameter is complete."""
+        """Collect a parameter whose gradient is complete."""
         assert parameter.grad is not None
         if self.clip_value:
             parameter.grad.clamp_(-self.clip_value, self.clip_value)
@@ -71,13 +71,13 @@ class OptimizerInBackward:
             self._step()
 
     def _step(self) -> None:
-        """Have the optimizer step those whose gradients are complete."""
-        groups = self.optimizer.param_groups  # looked up here: loading a checkpoint makes new ones
+        """Step the parameters whose gradients are complete."""
+        groups = self.optimizer.param_groups  # looked up each time, because loading a checkpoint replaces them
         chosen = {number: groups[number] for number in self._complete}
         members = {number: group["params"] for number, group in chosen.items()}
         before = None if self._checked else [_settings(group) for group in chosen.values()]
         try:
-            # Among all parameters the optimizer would look for gradients, each time anew.
+            # With all its parameters the optimizer would search for gradients in each step.
             self.optimizer.param_groups = list(chosen.values())
             for number, group in chosen.items():
                 group["params"] = self._complete[number]
@@ -91,14 +91,14 @@ class OptimizerInBackward:
             self._checked = True
 
     def _free(self, *_: Any) -> None:
-        """Each step ends with this, also the one that Lightning calls."""
+        """Free the gradients after a step, also after the step that Lightning calls."""
         for parameters in self._complete.values():
             for parameter in parameters:
                 parameter.grad = None
         self._complete, self._bytes = {}, 0
 
     def _check(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
-        """Refuse, at the first step, an optimizer that keeps something for all parameters together."""
+        """Refuse, at the first step, an optimizer that keeps state shared by all parameters."""
         changed = {
             name
             for old, new in zip(before, after, strict=True)
@@ -108,7 +108,7 @@ class OptimizerInBackward:
         if changed:
             raise UserError(
                 f"optimizer_in_backward: {type(self.optimizer).__name__} keeps {', '.join(sorted(changed))} for all parameters "
-                f"together, so it cannot step some of them before others; set optimizer_in_backward to false, or use an "
+                f"together, so it cannot step them one by one; set optimizer_in_backward to false, or use an "
                 f"optimizer such as torch.optim.AdamW"
             )
 
@@ -117,11 +117,11 @@ def check_optimizer_in_backward(trainer: Trainer, adapter: PeftConfig | None = N
     """Make sure that nothing in the run needs all gradients at once.
 
     Args:
-        trainer: Of the run.
-        adapter: What is trained.
+        trainer: Trainer of the run.
+        adapter: Config of the trained adapter.
 
     Raises:
-        UserError: Something does.
+        UserError: If something in the run needs all gradients at once.
     """
     problem = _problem(trainer, adapter)
     if problem:

@@ -1,1 +1,1 @@
-"""What a run will take, known before it starts: memory by kind and phase, from a step on tensors without contents."""
+"""Plans the memory of a run before it starts, by phase and kind, from one step on tensors without contents."""

@@ -1,4 +1,4 @@
-"""The largest batch that fits."""
+"""Finds the largest batch that fits into memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ _LARGEST = 4096
 
 
 def largest_batch(run: Run, device_memory: int, planned: MemoryPlan | None = None) -> MemoryPlan | None:
-    """The plan with the largest batch size that fits; None where one sample does not.
+    """The plan with the largest batch size that fits; None if not even one sample fits.
 
-    Memory grows by about the same for each sample, so a line through the known plans says which size to plan next, until
-    a size fits and the next one does not.
+    Memory grows nearly linearly with the batch size. So a line through two known plans predicts the size to plan next, until a
+    size fits and the next larger one does not.
 
     Args:
         run: The run; its own batch size does not matter.
-        device_memory: Bytes that the device has.
-        planned: The run's plan, if it is known already.
+        device_memory: Memory of the device in bytes.
+        planned: The plan of ``run``, if it is known already.
 
     Raises:
-        UserError: See :func:`~lit_lora.planning.plan_run.plan`.
+        UserError: If the run cannot be planned: see :func:`~lit_lora.planning.plan_run.plan`.
     """
     known = {} if planned is None else {run.batch_size: planned}
 
@@ -42,14 +42,14 @@ def largest_batch(run: Run, device_memory: int, planned: MemoryPlan | None = Non
         if too_large - fits == 1:
             return known[fits]
         guess = _on_the_line(known, device_memory)
-        # A line that errs must not be followed for ever: each plan halves at least what is left, in the end.
+        # Where the line misleads, bisection guarantees an end.
         if not fits < guess < too_large or len(known) > 6:
             guess = min(fits * 2, (fits + too_large) // 2) if too_large > _LARGEST else (fits + too_large) // 2
         of(max(fits + 1, min(guess, too_large - 1)))
 
 
 def _on_the_line(known: dict[int, MemoryPlan], device_memory: int) -> int:
-    """The size at which the two nearest plans say that the memory is full, or the one after if that is known."""
+    """The batch size at which the two nearest plans predict full memory, or the next size if that one is planned already."""
     nearest = sorted(known, key=lambda size: abs(device_memory - known[size].needed))[:2]
     low, high = sorted(nearest)
     slope = (known[high].needed - known[low].needed) / (high - low)

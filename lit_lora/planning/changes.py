@@ -1,4 +1,4 @@
-"""What makes a run smaller: each change by itself, and the cheapest ones that make it fit."""
+"""Changes of a config that save memory: each by itself, and the cheapest ones that make a run fit."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lit_lora.planning.run import Run
 from lit_lora.quantization import NF4, Int8
 
 _WORTH_WHILE = 0.01
-"""A change that saves less than this share of the peak is not named."""
+"""Share of the peak that a change must save to be suggested."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a run's config.
+    """A change of the config of a run.
 
     Args:
         keys: Config keys and their new values.
-        price: What it costs, in a few words.
+        price: What it costs in time or exactness, in a few words.
     """
 
     keys: dict[str, Any]
@@ -35,19 +35,19 @@ class Change:
 
     @property
     def arguments(self) -> str:
-        """The keys as a command line has them."""
+        """The change as command-line options."""
         return " ".join(f"--{key} {_shown(value)}" for key, value in self.keys.items())
 
 
 @dataclass(frozen=True)
 class ChangedRun:
-    """A change, and the run and its plan with it.
+    """A change together with the changed run and its plan.
 
     Args:
-        change: What is changed.
-        run: The run with this change, and those before it in a list of cheapest changes.
-        plan: Its plan.
-        saved: Bytes that it saves.
+        change: The change.
+        run: The run with this change; in a list of cheapest changes, with all changes before it too.
+        plan: Plan of this run.
+        saved: Bytes that this change saves.
     """
 
     change: Change
@@ -60,19 +60,18 @@ _Candidate = Callable[[Run], "tuple[Change, Run] | None"]
 
 
 def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = None) -> list[ChangedRun] | None:
-    """The changes, one upon the other, that make a run fit; None where all of them do not.
+    """The cheapest changes that, applied cumulatively, make a run fit; None if even all of them do not.
 
-    They are tried in the order of what they cost, which is that of :data:`CANDIDATES`: first what changes neither result
-    nor time, then what takes time, then what stores the base less exactly, last what trains something else. A change
-    without which the others still suffice is left out.
+    They are tried in the order of :data:`CANDIDATES`, cheapest first. A change that turns out not to be needed in the end is
+    left out.
 
     Args:
         run: The run.
-        device_memory: Bytes that the device has.
-        planned: The run's plan, if it is known already.
+        device_memory: Memory of the device in bytes.
+        planned: The plan of ``run``, if it is known already.
 
     Raises:
-        UserError: See :func:`~lit_lora.planning.plan_run.plan`.
+        UserError: If the run cannot be planned: see :func:`~lit_lora.planning.plan_run.plan`.
     """
     paths = _Paths(run, planned or plan(run))
     taken: tuple[_Candidate, ...] = ()
@@ -86,7 +85,7 @@ def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = 
         return None
     for candidate in reversed(taken[:-1]):
         without = tuple(name for name in taken if name is not candidate)
-        # Where it saved more than twice of what is left over, the others do not suffice.
+        # A change that saved more than twice the remaining slack is certainly needed, which spares a plan.
         slack = device_memory - paths.plan(taken).needed
         saved = paths.saved(taken[: taken.index(candidate) + 1])
         if taken.count(candidate) == 1 and saved <= 2 * slack and paths.plan(without).fits(device_memory):
@@ -95,14 +94,14 @@ def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = 
 
 
 def ranked_changes(run: Run, planned: MemoryPlan | None = None) -> list[ChangedRun]:
-    """Each change alone, most saving first; those that save next to nothing are left out.
+    """Changes applied one at a time, most saving first; those that save next to nothing are left out.
 
     Args:
         run: The run.
-        planned: The run's plan, if it is known already.
+        planned: The plan of ``run``, if it is known already.
 
     Raises:
-        UserError: See :func:`~lit_lora.planning.plan_run.plan`.
+        UserError: If the run cannot be planned: see :func:`~lit_lora.planning.plan_run.plan`.
     """
     before = planned or plan(run)
     changed = []
@@ -116,7 +115,7 @@ def ranked_changes(run: Run, planned: MemoryPlan | None = None) -> list[ChangedR
 
 
 class _Paths:
-    """Plans of a run after one change upon the other, each made once."""
+    """Plans of a run with a sequence of changes applied cumulatively; each plan is made once."""
 
     def __init__(self, run: Run, planned: MemoryPlan) -> None:
         self._plans: dict[tuple[_Candidate, ...], MemoryPlan] = {(): planned}
@@ -124,7 +123,7 @@ class _Paths:
         self._changes: dict[tuple[_Candidate, ...], Change] = {}
 
     def possible(self, names: tuple[_Candidate, ...]) -> bool:
-        """Whether the last change applies after the others."""
+        """Whether the last change of the sequence can be applied after the others."""
         if names in self._runs:
             return True
         if not self.possible(names[:-1]):
@@ -142,7 +141,7 @@ class _Paths:
         return self._plans[names]
 
     def saved(self, names: tuple[_Candidate, ...]) -> int:
-        """What the last change saves."""
+        """Bytes that the last change of the sequence saves."""
         return self.plan(names[:-1]).needed - self.plan(names).needed
 
     def changed(self, names: tuple[_Candidate, ...]) -> ChangedRun:
@@ -150,7 +149,7 @@ class _Paths:
 
 
 def _plan_or_none(run: Run) -> MemoryPlan | None:
-    """The plan, if there can be such a run: quantising layers that the adapter trains is refused, for example."""
+    """The plan, or None if such a run is refused, as quantising layers that the adapter trains is."""
     try:
         return plan(run)
     except UserError:
@@ -158,7 +157,7 @@ def _plan_or_none(run: Run) -> MemoryPlan | None:
 
 
 def _with_options(run: Run, **options: Any) -> Run:
-    """The run with other options of the module."""
+    """A copy of the run with other options of the module."""
     module = unloaded(run.module)
     for name, value in options.items():
         setattr(module, name, value)
@@ -166,7 +165,7 @@ def _with_options(run: Run, **options: Any) -> Run:
 
 
 def _memory_option(name: str, price: str, applies: Callable[[Run], bool] = lambda run: True) -> _Candidate:
-    """Turns a memory option on, where it is off."""
+    """A candidate that turns a memory option on, where it is off and applies."""
 
     def candidate(run: Run) -> tuple[Change, Run] | None:
         if getattr(run.module.memory, name) or not applies(run):
@@ -259,8 +258,8 @@ CANDIDATES: tuple[_Candidate, ...] = (
     _memory_option("offload_blocks", "moving the base twice each step", _on_gpu),
     _half_rank,
 )
-"""Cheapest first: what changes neither result nor much time; what takes time alone, and the same result; what stores the
-base less exactly; what moves much each step; what trains something else."""
+"""All changes, cheapest first: those that keep result and time, those that only take time, those that store the base less
+exactly, those that move much data in each step, and last those that train another adapter."""
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What PyTorch does otherwise on a GPU, for tensors without contents that are nominally the CPU's."""
+"""CUDA's autocast and attention for fake CPU tensors."""
 
 from __future__ import annotations
 
@@ -49,17 +49,16 @@ _IN_FLOAT32 = frozenset(
         "acos",
     }
 )
-"""What autocast computes in float32 on CUDA, and mostly not on the CPU (``torch/amp``'s lists)."""
+"""Functions that autocast computes in float32 on CUDA, but mostly not on the CPU (from the lists of ``torch/amp``)."""
 
 _FLASH_WIDTH = 256
-"""Widest attention head of the flash kernels."""
+"""Largest head size of the flash attention kernels."""
 
 
 class CudaSemantics(TorchFunctionMode):
-    """Autocast's list and attention kernels of CUDA, so that a step on fake CPU tensors makes the tensors that it would
-    make on a GPU.
+    """Makes a step on fake CPU tensors allocate what it would allocate on a GPU, through CUDA's autocast list and attention.
 
-    Fake tensors of a GPU cannot run a backward pass on a machine without one.
+    Fake CUDA tensors are no alternative: on a machine without a GPU they cannot run a backward pass.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -86,7 +85,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The flash kernel where it serves, else the memory-efficient one; both keep a float32 number for each row."""
+    """The flash kernel where it applies, otherwise the memory-efficient kernel; both save one float32 number per row."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

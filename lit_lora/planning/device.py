@@ -1,4 +1,4 @@
-"""What devices have, for estimates."""
+"""Memory and speed of devices, for estimates."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 from lit_lora.errors import UserError
 
 COMPUTE_UTILISATION = 0.4
-"""Share of the peak rate that matrix products and convolutions of a training step reach; estimates say so."""
+"""Assumed share of the peak rate that matrix products and convolutions of a training step reach; estimates print it."""
 BANDWIDTH_UTILISATION = 0.7
-"""Share of the memory bandwidth that other operations reach."""
+"""Assumed share of the memory bandwidth that other operations reach."""
 
 CUDA_CONTEXT = 500 * 10**6
-"""Kernels and context of a process on a GPU; 300 to 600 MB by card and driver."""
+"""Bytes of the CUDA context and kernels of a process; 300 to 600 MB depending on card and driver."""
 WORKSPACES = 130 * 10**6
-"""What cuBLAS keeps (8 to 32 MiB for each handle) and cuDNN takes while it convolves: 84 and 101 MB on an H100."""
+"""Bytes of the workspaces of cuBLAS (8 to 32 MiB per handle) and cuDNN; 84 and 101 MB were measured on an H100."""
 FRAGMENTATION = 0.03
-"""Share of the peak that the caching allocator reserves and cannot use."""
+"""Share of the peak that the caching allocator reserves but cannot use."""
 PROCESS = 900 * 10**6
-"""Python and its libraries on the CPU."""
+"""Bytes of Python and its libraries in host memory."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Device:
     """A device that trains.
 
     Args:
-        name: What users call it.
-        memory: In bytes; None where it is not known.
-        half_flops: Dense bfloat16 products (float16 where there is no bfloat16) with float32 sums, per second.
+        name: Name of the device, or ``cpu``.
+        memory: Memory in bytes; None if it is not known.
+        half_flops: Dense bfloat16 operations per second with float32 sums (float16 on devices without bfloat16).
         float_flops: float32 operations per second.
-        bandwidth: Of its memory, bytes per second.
+        bandwidth: Memory bandwidth in bytes per second.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Device:
 
     @property
     def is_cuda(self) -> bool:
-        """Whether it is a GPU of the table."""
+        """Whether the device is a GPU."""
         return self.name != "cpu"
 
     def beside(self, peak: int) -> dict[str, int]:
@@ -74,7 +74,7 @@ def _gpu(name: str, gigabytes: int, half: float, single: float, bandwidth: float
     return Device(name, gigabytes * 10**9, half * 1e12, single * 1e12, bandwidth * 1e9)
 
 
-# Makers' data sheets: GB, TFLOP/s of bfloat16 with float32 sums and of float32, GB/s.
+# From the makers' data sheets: GB, TFLOP/s of bfloat16 with float32 sums, TFLOP/s of float32, GB/s.
 _GPUS = (
     _gpu("T4", 16, 65, 8.1, 320),
     _gpu("V100", 16, 125, 15.7, 900),
@@ -94,10 +94,10 @@ _GPUS = (
 
 
 def find_device(name: str) -> Device:
-    """A device by its name, in any case, with or without blanks; ``cpu`` is this machine's.
+    """The device of this name, whatever its case and blanks; ``cpu`` is the CPU of this machine.
 
     Raises:
-        UserError: It is not known.
+        UserError: If no device has this name.
     """
     if name == "cpu":
         return _this_cpu()
@@ -111,7 +111,7 @@ def find_device(name: str) -> Device:
 
 
 def default_device(accelerator: str) -> Device:
-    """What a trainer with this ``accelerator`` would use, as far as it can be seen from here; an A100 for an absent GPU."""
+    """The device that a trainer with this ``accelerator`` would use here; an A100 stands for a GPU that is not present."""
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return _this_cpu()
     if not torch.cuda.is_available():
@@ -120,7 +120,7 @@ def default_device(accelerator: str) -> Device:
 
 
 def device_of(root_device: torch.device) -> Device:
-    """The device that a trainer has found."""
+    """The device that a trainer uses, by its root device."""
     return _this_gpu(root_device) if root_device.type == "cuda" else _this_cpu()
 
 
@@ -134,7 +134,7 @@ def _this_gpu(device: torch.device | int = 0) -> Device:
 
 @cache
 def _this_cpu() -> Device:
-    """Rates as they are here, on two small trials."""
+    """The CPU of this machine, with rates from two short measurements."""
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.ones(768, 768, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A module built without weights: tensors of the right size and dtype that take no memory."""
+"""Builds a module without weights, from tensors of the right size and dtype that take no memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 
-from lit_lora.memory.encoder_offload import EncoderOffload
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import NF4
 from lit_lora.quantization.base import Stored
@@ -29,10 +28,10 @@ _MECHANISMS_OFF = {
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Inside the block new tensors have no contents, and modules of such tensors can be moved and cast."""
+    """Context in which new tensors have no contents, and modules of such tensors can be moved and cast."""
     original: Any = nn.Module._apply
     nn.Module._apply = _apply_by_replacing  # type: ignore[method-assign]
-    # torch would copy the contents, which are not there: PEFT's modules_to_save copies layers.
+    # torch would copy contents, which do not exist; PEFT copies layers for modules_to_save.
     FakeTensor.__deepcopy__ = _deepcopy_by_cloning  # type: ignore[method-assign, assignment]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -43,36 +42,30 @@ def fake_tensors() -> Iterator[None]:
 
 
 def unloaded(module: LoraDiffusion) -> LoraDiffusion:
-    """The module with the same options, as it was before anything was loaded; the module itself stays as it is."""
-    fresh = _bare(module)
-    fresh._trainer, fresh._configured, fresh._device = None, False, torch.device("cpu")
-    fresh._encoder_offload, fresh._in_backward = EncoderOffload(), None
-    fresh.family = module.family.unloaded()
+    """A copy of the module with the same options, before anything is loaded; the module itself stays as it is."""
     with unset_fake_temporarily():
-        fresh.adapter = copy.deepcopy(module.adapter)
-        fresh.objective = copy.deepcopy(module.objective)
-    return fresh
+        return module.unloaded()
 
 
 def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -> LoraDiffusion:
-    """An :func:`unloaded` copy of the module with all its parts, made inside :func:`fake_tensors`.
+    """A built copy of the module; to be called inside :func:`fake_tensors`.
 
     Args:
-        module: The module.
-        without: Parts that the run does without: see :data:`lit_lora.families.base.PARTS`.
-        cuda: Whether the run is on a GPU, where one kernel brings NF4's weights back.
+        module: The module; it stays as it is.
+        without: Parts of the family that the run does not need: see :data:`lit_lora.families.base.PARTS`.
+        cuda: Whether the run is on a GPU, where NF4 weights are dequantised by one kernel.
 
     Raises:
-        UserError: As :meth:`~lit_lora.LoraDiffusion.configure_model`.
+        UserError: If the module cannot be built: see :meth:`~lit_lora.LoraDiffusion.configure_model`.
     """
     fake = unloaded(module)
     fake.memory = replace(fake.memory, **_MECHANISMS_OFF)
     own: Any = fake
     own.quantization = copy.copy(own.quantization)
-    own.quantization.dequantize = _restored_at_once  # PEFT looks at each weight many times, for its shape and dtype
-    own._dispensable_parts = lambda: set(without)
+    own.quantization.dequantize = _restored_at_once  # PEFT reads each weight many times, but only its shape and dtype
+    own.dispensable_parts = lambda: set(without)
     own.family.load = partial(own.family.load, weights=False)
-    # The schedule is a few numbers, which it looks at.
+    # The schedule is a few numbers, whose values are needed.
     own.objective.prepare = _with_real_tensors(own.objective.prepare)
     fake.configure_model()
     if not (cuda and isinstance(own.quantization, NF4)):
@@ -81,15 +74,8 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
 
 
 def _restored_at_once(stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight and nothing beside it."""
+    """The dequantised weight, without the intermediate tensors of dequantisation."""
     return torch.empty(shape, dtype=dtype)
-
-
-def _bare(module: Any) -> Any:
-    """A copy of a module without its submodules."""
-    fresh = copy.copy(module)
-    fresh._modules = {}
-    return fresh
 
 
 def _with_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +95,7 @@ def _deepcopy_by_cloning(self: FakeTensor, memo: dict[int, Any]) -> Any:
 
 
 def _apply_by_replacing(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """``Module._apply``, which would swap the tensors' contents, with new parameters in place of the old."""
+    """``Module._apply`` that makes new parameters; the original would replace the contents of the old ones."""
     for child in self.children() if recurse else ():
         child._apply(fn)
     for name, parameter in self._parameters.items():

@@ -1,7 +1,7 @@
-"""Bytes that operations take inside, where no tensor shows them.
+"""Temporary memory inside operations, which no tensor shows.
 
-The CPU's formulas are those of PyTorch 2.14 with oneDNN 3.12; ``benchmarks/planner.py`` compares whole runs with what the
-allocator hands out. The GPU's follow the sources of the attention kernels and were not compared with a device.
+The CPU's formulas are those of PyTorch 2.14 with oneDNN 3.12; ``benchmarks/planner.py`` compares whole runs with what
+the allocator hands out. The GPU's formulas follow the sources of the attention kernels; two runs were compared with an H100.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 aten = torch.ops.aten
 
 _NATIVE_UP_TO = 20480
-"""Elements of a single float32 picture's features up to which PyTorch leaves a convolution to its own code."""
+"""Largest number of elements of a single float32 image's features for which PyTorch uses its own convolution."""
 _ROW_BLOCK = 128
-"""CUDA's flash attention works on rows in blocks of this."""
+"""Rows in a block of CUDA's flash attention."""
 
 
 def inside_cpu(func: Any, args: tuple[Any, ...], made: Any) -> int:
-    """Bytes that an operation on the CPU takes for itself and gives back at its end.
+    """Bytes of the temporary memory of an operation on the CPU.
 
     * A convolution's input and weight are reordered to oneDNN's blocked layout; then its output is ordered back.
     * Its backward pass reorders the weight and the output's gradient, and the input's gradient back; where a weight
@@ -45,10 +45,10 @@ def inside_cpu(func: Any, args: tuple[Any, ...], made: Any) -> int:
 
 
 def inside_cuda(func: Any, args: tuple[Any, ...], made: Any) -> int:
-    """Bytes that an operation on a GPU takes for itself and gives back at its end.
+    """Bytes of the temporary memory of an operation on a GPU.
 
-    Flash attention's backward pass sums the queries' gradients in float32, in blocks of rows, beside a float32 number
-    for each row. What cuDNN and cuBLAS work in is an allowance of the plan: see
+    Flash attention's backward pass sums the queries' gradients in float32, in blocks of rows, plus one float32 number
+    per row. The workspaces of cuDNN and cuBLAS are an allowance of the plan: see
     :data:`~lit_lora.planning.device.WORKSPACES`.
     """
     packet = func.overloadpacket

@@ -1,4 +1,4 @@
-"""State of an optimizer without taking a step on the real parameters."""
+"""Memory of an optimizer's state, measured on small stand-in parameters."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from lit_lora.errors import UserError
 from lit_lora.profiling.kinds import parts_of, tensors_in
 
 _LARGEST = 1 << 20
-"""Elements of the largest parameter that is tried; beyond, state grows with the parameter."""
+"""Elements of the largest stand-in; beyond it the state is taken to grow with the parameter."""
 
 
 def measured_state(make: Any, parameters: Sequence[Tensor]) -> int:
-    """Bytes that an optimizer keeps for these parameters, from steps on one and on two real ones of each shape.
+    """Bytes of the state that an optimizer keeps for these parameters.
 
-    For optimizers that look at values or call libraries, which tensors without contents do not allow.
+    It is found by real steps on one and on two parameters of each shape, for optimizers that read values or call libraries,
+    which tensors without contents do not allow.
 
     Args:
-        make: Makes the optimizer of a list of parameters.
-        parameters: What is to be trained; only shapes are looked at.
+        make: Function from a list of parameters to their optimizer.
+        parameters: The trained parameters; only their shapes matter.
 
     Raises:
-        UserError: The optimizer cannot take a step on this machine.
+        UserError: If the optimizer cannot take a step on this machine.
     """
     total = shared = 0.0
     for shape, count in Counter(tuple(parameter.shape) for parameter in parameters).items():
@@ -40,12 +41,12 @@ def measured_state(make: Any, parameters: Sequence[Tensor]) -> int:
 
 
 def tensors_of(state: Any) -> list[Tensor]:
-    """All tensors in a nested state, in place of tensor subclasses what they are made of."""
+    """All tensors in a nested state; tensor subclasses are replaced by the tensors that they consist of."""
     return [part for tensor in tensors_in(state) for part in parts_of(tensor)]
 
 
 def _state_of(make: Any, shape: tuple[int, ...], count: int) -> int:
-    """Bytes of the state of so many parameters of this shape, or of the largest that is tried."""
+    """Bytes of the state of ``count`` parameters of this shape, or of the largest stand-in."""
     size = torch.Size(shape) if torch.Size(shape).numel() <= _LARGEST else torch.Size([_LARGEST // 256, 256])
     parameters = [nn.Parameter(torch.zeros(size)) for _ in range(count)]
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""The memory of a run, from one of its steps on tensors without contents."""
+"""Plans the memory of a run by playing one of its steps on tensors without contents."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ def plan_run(module: LoraDiffusion, batch_size: int, height: int, width: int, **
     """Plan the run of a module.
 
     Args:
-        module: What is trained; it may be loaded or not, and stays as it is.
+        module: The module to train; it may be loaded or not, and stays as it is.
         batch_size: Samples in a batch of one process.
-        height: Of the pictures, in pixels.
-        width: Of the pictures, in pixels.
-        options: See :class:`~lit_lora.planning.run.Run`.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+        options: Further arguments of :class:`~lit_lora.planning.run.Run`.
 
     Raises:
-        UserError: The model's configs are not there, or the run could not start.
+        UserError: If the configs of the base model cannot be read, or the run itself would be refused.
     """
     return plan(Run(module, batch_size, height, width, **options))
 
 
 def plan(run: Run) -> MemoryPlan:
-    """Build the run's module without weights and let it take one step, in the order in which Lightning does.
+    """Plan a run: build its module without weights and play one step, in the order in which Lightning runs it.
 
     Raises:
-        UserError: As :func:`plan_run`.
+        UserError: If the run cannot be planned: see :func:`plan_run`.
     """
     random_state = torch.get_rng_state()
     try:
@@ -60,7 +60,7 @@ def plan(run: Run) -> MemoryPlan:
 
 
 class _Simulation:
-    """A run on fake tensors; everything of it happens inside :func:`fake_tensors`."""
+    """A run on fake tensors; to be used inside :func:`fake_tensors`."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -115,7 +115,7 @@ class _Simulation:
             self.meter.adjust("frozen weights", -_waiting_block_bytes(self.family.denoiser, self.family.block_classes))
 
     def _load_phase(self) -> None:
-        """Weights are read one by one on the CPU: the largest is there in float32, and again while it is quantised."""
+        """Count the load phase on the CPU: the largest weight is held in float32, and twice while it is quantised."""
         self.meter.begin("load")
         if not self.cuda:
             layers = frozen_layers(self.family.denoiser)
@@ -131,7 +131,7 @@ class _Simulation:
 
         def loss() -> Tensor:
             with self._trainer_autocast():
-                losses, _ = module._losses(batch, draws)
+                losses, _ = module.losses(batch, draws)
                 return losses.mean()
 
         if run.averaged:
@@ -151,7 +151,7 @@ class _Simulation:
             self._count_importance()
 
     def _count_importance(self) -> None:
-        """AdaLoRA's averages, three numbers for each that is trained: it is the next step that has them."""
+        """Count AdaLoRA's averages, three numbers per trained number, which exist from the second step on."""
         size = 3 * sum(parameter.nbytes for name, parameter in self.module.named_parameters() if "lora_" in name)
         for phase in ("forward", "backward", "optimizer"):
             self.meter.peaks[phase]["other"] += size
@@ -162,12 +162,12 @@ class _Simulation:
         self.module.eval()
         with self.meter, torch.no_grad(), self._trainer_autocast():
             self.meter.begin("validation")
-            self.module._losses(batch, Draws(0, range(self.run.batch_size)))
+            self.module.losses(batch, Draws(0, range(self.run.batch_size)))
             self.meter.begin(None)
         self.module.train()
 
     def _play_sampling(self, sampling: Sampling) -> None:
-        """One step of the denoiser, then the decoder."""
+        """Play one step of the denoiser, then the decoder of the VAE."""
         family, module, count = self.family, self.module, sampling.pictures
         height, width = sampling.height or family.default_size, sampling.width or family.default_size
         seen = count * family.sampling_passes(sampling.guidance_scale)
@@ -204,7 +204,7 @@ class _Simulation:
         return batch
 
     def _cached_text(self) -> dict[str, Tensor]:
-        """What the text encoders give, for the shapes."""
+        """Text embeddings as the text encoders make them, for their shapes."""
         family: Any = unloaded(self.run.module).family
         family.load(self.run.module.base_dtype, without={"vae", "denoiser"}, weights=False)
         with torch.no_grad():
@@ -225,13 +225,13 @@ class _Simulation:
         own.encode = encode_on_device
 
     def _trainer_autocast(self) -> AbstractContextManager[Any]:
-        """The trainer's own mixed precision."""
+        """Mixed precision of the trainer."""
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.run.precision)
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
 def _waiting_block_bytes(denoiser: nn.Module, block_classes: Sequence[str]) -> int:
-    """Frozen bytes of blocks that are on the host when two are on the device."""
+    """Bytes of frozen weights in host memory while two blocks are on the device."""
     sizes = [
         sum(layer.get_parameter(name).nbytes for layer in frozen_layers(block) for name in layer.stored_names)
         for block in outermost_blocks(denoiser, block_classes)
@@ -245,7 +245,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _safetensors_bytes(state: dict[str, Tensor]) -> int:
-    """Size of a safetensors file: length, header, tensors."""
+    """Size in bytes of a safetensors file: length, header, tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in sorted(state.items()):

@@ -1,4 +1,4 @@
-"""What a run is, as far as its memory depends on it."""
+"""The properties of a run that its memory depends on."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ class Run:
     """A run to plan.
 
     Args:
-        module: What is trained; it may be loaded or not, and stays as it is.
+        module: The module to train; it may be loaded or not, and stays as it is.
         batch_size: Samples in a batch of one process.
-        height: Of the pictures, in pixels.
-        width: Of the pictures, in pixels.
-        device: What trains.
-        accumulate_grad_batches: Batches between two steps of the optimizer.
-        gradient_clip_val: As the Trainer's; the value does not matter, None means no clipping.
-        precision: As the Trainer's.
-        cached: What the batches have from a cache: ``"latents"``, ``"text"``.
-        averaged: Whether an average of the adapter is kept.
-        validation: Whether there is validation, in batches of the same size.
-        sampling: Pictures that are drawn while training.
-        processes: That train together; the plan is that of one.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+        device: Device that trains; defaults to the CPU of this machine.
+        accumulate_grad_batches: Batches per optimizer step.
+        gradient_clip_val: Norm that the trainer clips gradients to; None for no clipping by norm. The value does not matter.
+        precision: Precision of the trainer.
+        cached: What batches take from a cache: ``"latents"``, ``"text"``.
+        averaged: Whether a moving average of the adapter is kept.
+        validation: Whether the run validates, in batches of the same size.
+        sampling: Images that are drawn while training; None for none.
+        processes: Number of processes that train together; the plan is that of one of them.
 
     Raises:
-        UserError: A number is below 1, or a picture is no multiple of the VAE's.
+        UserError: If a number is too small, or ``cached`` holds anything else.
     """
 
     module: LoraDiffusion

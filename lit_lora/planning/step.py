@@ -1,4 +1,4 @@
-"""One step of a training, watched by a meter."""
+"""Plays one training step under a meter."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lit_lora.planning.optimizer_memory import measured_state, tensors_of
 from lit_lora.planning.storage_meter import StorageMeter
 
 _CUDA_GRANULARITY = 512
-"""Bytes that CUDA's caching allocator rounds every tensor up to."""
+"""Bytes to which CUDA's caching allocator rounds every tensor up."""
 
 
 def make_meter(cuda: bool) -> StorageMeter:
-    """A meter with what operations of the device take inside."""
+    """A meter that also counts the temporary memory of the device's operations."""
     return StorageMeter(inside_cuda if cuda else inside_cpu, _CUDA_GRANULARITY if cuda else 1)
 
 
@@ -36,21 +36,21 @@ def play_steps(
     offload_activations: bool = False,
     cuda: bool = False,
 ) -> object:
-    """Let the meter see a step of a run that goes on: the optimizer has its state, the last gradients are there.
+    """Play a step from the middle of a run, in which optimizer state and the previous gradients exist.
 
     Args:
-        meter: Gets the phases ``forward``, ``backward`` and ``optimizer``; it is not on yet.
-        trained: What is trained, counted as ``adapter`` already.
-        loss: The forward pass.
-        make_optimizer: Makes the optimizer of the trained parameters.
-        clip: Whether the gradients' norm is clipped.
+        meter: Meter that records the phases ``forward``, ``backward`` and ``optimizer``; it is not active yet.
+        trained: Trained parameters, which the meter counts as ``adapter`` already.
+        loss: Function that runs the forward pass and returns the loss.
+        make_optimizer: Function from trained parameters to their optimizer.
+        clip: Whether gradients are clipped by their norm.
         accumulate: Whether gradients are kept from one batch to the next.
-        in_backward: Whether the optimizer steps as soon as a gradient is complete and lets it go.
-        offload_activations: Whether what is saved for the backward pass waits on the host.
+        in_backward: Whether each parameter is stepped as soon as its gradient is complete, and the gradient freed.
+        offload_activations: Whether tensors saved for the backward pass wait in host memory.
         cuda: Whether the optimizer works on all parameters at once, as it does on CUDA by default.
 
     Returns:
-        What keeps the optimizer's state alive.
+        An object that keeps the optimizer's state alive.
     """
     step = _optimizer_step(meter, trained, make_optimizer, cuda)
 
@@ -90,7 +90,7 @@ def _optimizer_step(
     make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
     cuda: bool,
 ) -> Callable[[], object]:
-    """The optimizer's step with its state in place, and gradients there."""
+    """The optimizer's step function, with optimizer state and gradients in place."""
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
         meter.assign([parameter.grad], "gradients")
@@ -104,7 +104,7 @@ def _optimizer_step(
                     group["foreach"] = True
         try:
             optimizer.step()
-        except RuntimeError:  # it looks at values
+        except RuntimeError:  # it reads values, which fake tensors do not have
             optimizer.state.clear()
         else:
             meter.assign(tensors_of(dict(optimizer.state)), "optimizer state")
@@ -117,7 +117,7 @@ def _optimizer_step(
 
 
 def _backward(loss: Tensor) -> None:
-    """``loss.backward()``, which would turn modes such as ``CudaSemantics`` off, also for what is recomputed."""
+    """``loss.backward()``, except that modes such as ``CudaSemantics`` stay active, also while activations are recomputed."""
     torch.autograd.graph._engine_run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
@@ -130,7 +130,7 @@ def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 @contextmanager
 def _saved_on_host() -> Iterator[None]:
-    """What is saved for the backward pass leaves the device and comes back as a new tensor."""
+    """Context in which tensors saved for the backward pass leave the device and come back as new tensors."""
 
     def pack(tensor: Tensor) -> Any:
         if is_parameter(tensor) or tensor.nbytes < SMALLEST:

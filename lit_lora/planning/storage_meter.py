@@ -1,4 +1,4 @@
-"""Counts the bytes of all tensors that are alive, and the work of the operations that make them."""
+"""Counts the bytes of all living tensors, and the work of the operations that make them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 from lit_lora.profiling.kinds import KINDS
 
 InsideOf = Callable[[Any, tuple[Any, ...], Any], int]
-"""Of an operation, its arguments and what it returned: bytes that it takes inside and gives back at its end."""
+"""From an operation, its arguments and its result to the bytes of its temporary memory."""
 
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -25,15 +25,14 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 
 
 class StorageMeter(TorchDispatchMode):
-    """While it is on, every storage that an operation makes is counted from its birth to its death.
+    """A mode that counts every storage made by an operation for as long as the storage lives.
 
-    A storage is counted once, however many views of it there are, as :attr:`kind` unless :meth:`assign` says otherwise.
-    At each moment at which more is alive than before in the phase, the kinds are noted. Tensors without contents (fake
-    tensors) have storages of the right size, which take no memory.
+    A storage is counted once, however many views it has, as :attr:`kind` unless :meth:`assign` says otherwise. The kinds at
+    each new peak of a phase are kept. Storages of fake tensors have the right size and take no memory.
 
     Args:
-        inside: See :data:`InsideOf`; no tensor shows these bytes.
-        granularity: The allocator's steps in bytes.
+        inside: Temporary memory of operations, which no tensor shows: see :data:`InsideOf`.
+        granularity: Bytes that the allocator rounds up to.
     """
 
     def __init__(self, inside: InsideOf, granularity: int = 1) -> None:
@@ -43,9 +42,9 @@ class StorageMeter(TorchDispatchMode):
         self.kind = "activations"
         self.alive = dict.fromkeys(KINDS, 0)
         self.peaks: dict[str, dict[str, int]] = {}
-        """Kinds at the peak of each phase."""
+        """Bytes by kind at the peak of each phase."""
         self.work: list[tuple[int, int, int]] = []
-        """Of each operation since the first :meth:`begin`: floating point operations, bytes read and written, bytes of an
+        """For each operation since the first :meth:`begin`: floating point operations, bytes read and written, and bytes per
         element."""
         self._total = 0
         self._owners: dict[int, tuple[weakref.ref[Any], int]] = {}
@@ -54,13 +53,13 @@ class StorageMeter(TorchDispatchMode):
         self._peak = -1
 
     def begin(self, phase: str | None) -> None:
-        """What comes now belongs to this phase, or to none; one that was there before goes on."""
+        """Begin a phase, or continue it if it was there before; None for no phase."""
         self._phase = phase
         self._peak = sum(self.peaks[phase].values()) if phase in self.peaks else -1
         self._note(0)
 
     def assign(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count the storages of these tensors as of this kind, whether they were counted before or not."""
+        """Count the storages of these tensors as this kind, whether they were counted before or not."""
         for storage in (tensor.untyped_storage() for tensor in tensors):
             key = id(storage)
             if key not in self._kinds:
@@ -73,7 +72,7 @@ class StorageMeter(TorchDispatchMode):
         self._note(0)
 
     def adjust(self, kind: str, size: int) -> None:
-        """Count so many bytes more, or fewer, that no tensor stands for."""
+        """Add bytes, or remove them where ``size`` is negative, that no tensor stands for."""
         self.alive[kind] += size
         self._total += size
         self._note(0)
@@ -125,9 +124,9 @@ class StorageMeter(TorchDispatchMode):
 
 
 def _value(func: Any, args: tuple[Any, ...]) -> Any:
-    """The value that somebody asks for; for a tensor without contents yes, or 1.
+    """The value of a one-element tensor; True or 1 for a tensor without contents.
 
-    Methods ask whether a random number lets their layer take part in this step.
+    Some adapter methods ask whether a random number lets a layer take part in the step.
     """
     try:
         return func(*args)

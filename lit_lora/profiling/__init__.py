@@ -1,1 +1,1 @@
-"""Memory of a run: what is measured, kinds, records and charts."""
+"""Measures and reports the memory of a run: meters, kinds, records, charts and advice."""

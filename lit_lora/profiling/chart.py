@@ -1,4 +1,4 @@
-"""Memory by phase and kind as a picture."""
+"""Draws memory by phase and kind as a chart."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lit_lora.profiling.kinds import KINDS
 
-# Okabe and Ito's colours, which colour-blind people tell apart.
+# Okabe and Ito's colours, which colour-blind people can tell apart.
 _COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#BBBBBB"), strict=True))
 _WIDTH, _LEFT, _RIGHT, _TOP, _BAR, _GAP, _BOTTOM = 1000, 150, 130, 110, 30, 16, 60
 _INK, _GRID = "#222222", "#DDDDDD"
 
 
 def memory_chart(phases: Mapping[str, Mapping[str, int]], title: str) -> Image.Image:
-    """A bar for each phase, stacked from its kinds of memory.
+    """A chart with one bar per phase, stacked from its kinds of memory.
 
     Args:
         phases: For each phase the bytes of each of :data:`~lit_lora.profiling.kinds.KINDS`.
-        title: What was measured.
+        title: Title of the chart.
     """
     text, small = ImageFont.load_default(16), ImageFont.load_default(14)
     height = _TOP + len(phases) * (_BAR + _GAP) + _BOTTOM
@@ -60,7 +60,7 @@ def _draw_legend(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | Image
 
 
 def _round_step(least: float) -> float:
-    """The least of 1, 2 and 5 times a power of ten that is not below ``least``."""
+    """The smallest of 1, 2 and 5 times a power of ten that is at least ``least``."""
     power = 10.0**-6
     while True:
         for digit in (1, 2, 5):

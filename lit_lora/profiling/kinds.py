@@ -1,4 +1,4 @@
-"""What memory is for."""
+"""Kinds of memory, by what it is used for."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 KINDS = ("frozen weights", "adapter", "gradients", "optimizer state", "activations", "other")
-"""Every byte is of one kind."""
+"""All kinds; every byte belongs to exactly one."""
 
-_PLAIN = (Tensor, nn.Parameter)  # the quick answer for nearly all
+_PLAIN = (Tensor, nn.Parameter)  # the fast path, for nearly all tensors
 
 
 class MemoryKinds:
     """Counts the bytes of a module's weights, gradients and optimizer state on one device.
 
-    A storage counts once, however many tensors share it, for the first kind in the order of :data:`KINDS`. Tensors that are
-    made of others (eight-bit optimizer states, sharded parameters) count as those.
+    A storage counts once, however many tensors share it, for the first kind in the order of :data:`KINDS`. Tensors that consist
+    of other tensors (eight-bit optimizer states, sharded parameters) count as these.
 
     Args:
-        module: The module; its parameters are looked up and the frozen ones counted now, the others at each :meth:`count`.
-        optimizers: Those that train it.
-        device: What lies elsewhere does not count.
+        module: The module. Its parameters are found, and the frozen ones counted, now; the others are counted by :meth:`count`.
+        optimizers: Optimizers of the module.
+        device: Device whose memory is counted.
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Any], device: torch.device) -> None:
@@ -37,7 +37,7 @@ class MemoryKinds:
         self._frozen_bytes = self._bytes(self._frozen, self._frozen_storages)
 
     def count(self) -> dict[str, int]:
-        """Bytes of the first four of :data:`KINDS`."""
+        """Bytes of frozen weights, adapter, gradients and optimizer state."""
         seen = set(self._frozen_storages)
         gradients = (p.grad for p in self._trained if p.grad is not None)
         return {
@@ -48,10 +48,11 @@ class MemoryKinds:
         }
 
     def full_precision(self) -> dict[str, int]:
-        """What could be stored in fewer bits.
+        """Sizes of what could be stored in fewer bits.
 
         Returns:
-            Bytes of frozen weights and of optimizer state in 16 or more bits each, and the number of ``frozen elements``.
+            Bytes of frozen weights and of optimizer state with 16 or more bits per element, and the number of ``frozen
+            elements`` among them.
         """
         wide = [tensor for tensor in self._frozen if _is_wide(tensor)]
         return {
@@ -75,11 +76,11 @@ class MemoryKinds:
 
 
 def parts_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with contents of their own that a tensor is made of."""
+    """The plain tensors that a tensor consists of: itself, or the parts of a tensor subclass."""
     if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             part = getattr(tensor, name)
-            if isinstance(part, Tensor):  # a sharded parameter names its mesh too
+            if isinstance(part, Tensor):  # a sharded parameter also has its mesh here
                 yield from parts_of(part)
     else:
         yield tensor
@@ -98,5 +99,5 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _is_wide(tensor: Tensor) -> bool:
-    # torchao's states say float32 and are made of bytes.
+    # torchao's states claim float32, but consist of bytes.
     return tensor.is_floating_point() and all(part.element_size() >= 2 for part in parts_of(tensor) if part.numel() > 1)

@@ -1,4 +1,4 @@
-"""How much memory is in use, and how much was since the last time that it was asked to forget."""
+"""Meters of memory in use and of its peak."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 from lit_lora.files import atomic_file
 
 Reading = dict[str, int]
-"""Bytes by the way of counting; the first is the one that kinds of memory are shares of."""
+"""Bytes by measure, such as ``allocated``; kinds of memory are shares of the first measure."""
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 class MemoryMeter(ABC):
-    """Reads the memory of one device.
+    """Reads the memory in use on one device.
 
     Attributes:
-        note: What the figures leave out, in a sentence; None where they are complete.
-        keeps_freed: Whether freed memory may still be counted, since the process has not given it back.
+        note: What the figures leave out, as a sentence; None if they are complete.
+        keeps_freed: Whether freed memory may still be counted, because the process has not returned it.
     """
 
     note: str | None = None
@@ -41,29 +41,33 @@ class MemoryMeter(ABC):
 
     @abstractmethod
     def current(self) -> Reading:
-        """Bytes in use now."""
+        """Bytes in use now, by measure."""
 
     @abstractmethod
     def peak(self) -> Reading:
-        """The most bytes in use since the last :meth:`reset`."""
+        """Highest number of bytes in use since the last :meth:`reset`, by measure."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget the peak."""
+        """Reset the peak to the current use."""
 
     def diagnose(self, folder: Path, prefix: str) -> list[Path]:
-        """Write what the allocator knows of itself to files in the folder, where it knows anything.
+        """Write diagnostics of the allocator, if it has any.
+
+        Args:
+            folder: Folder of the files.
+            prefix: How the files' names begin.
 
         Returns:
-            The files.
+            The written files.
         """
         return []
 
 
 class CudaMeter(MemoryMeter):
-    """PyTorch's allocator on a CUDA device: ``allocated`` for tensors, ``reserved`` from the driver.
+    """Reads PyTorch's allocator on a CUDA device: ``allocated`` to tensors, ``reserved`` from the driver.
 
-    Resetting changes what ``torch.cuda.max_memory_allocated`` gives to others.
+    Resetting also affects what ``torch.cuda.max_memory_allocated`` returns to others.
     """
 
     _recording = False
@@ -88,7 +92,7 @@ class CudaMeter(MemoryMeter):
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def record_history(self, entries: int) -> None:
-        """Have the allocator remember its last ``entries`` events; 0 ends that."""
+        """Record the last ``entries`` events of the allocator; 0 stops recording."""
         self._recording = entries > 0
         torch.cuda.memory._record_memory_history("all" if entries else None, max_entries=entries)
 
@@ -104,15 +108,15 @@ class CudaMeter(MemoryMeter):
 
 
 class ProcessMeter(MemoryMeter):
-    """The resident memory of this process: ``resident``.
+    """Reads the ``resident`` memory of this process.
 
-    At each reset the C library gives freed memory back where it can, or the figures would hold what earlier phases used.
-    Linux keeps the peak and forgets it on demand. Where that is not allowed, a peak shows only where it is the highest
-    of the process so far, and otherwise the larger of the figures at both ends of a phase; ``note`` says so.
+    At each reset the C library returns freed memory where it can; otherwise the figures would contain memory of earlier phases.
+    Linux keeps the peak and resets it on demand. Where a process may not do that, a peak is exact only if it is the highest of
+    the process so far, and otherwise the larger of the readings at both ends of a phase; ``note`` then says so.
 
     Args:
         device: The CPU.
-        resettable: Whether the system can be asked to forget the peak; found out by default.
+        resettable: Whether the system lets this process reset its peak; found out by default.
     """
 
     def __init__(self, device: torch.device, resettable: bool | None = None) -> None:
@@ -154,12 +158,12 @@ class ProcessMeter(MemoryMeter):
 
 
 def meter_of(device: torch.device) -> MemoryMeter:
-    """The meter for what trains on the device; for all but CUDA it is the process that is measured."""
+    """The meter of a device; for all devices except CUDA it measures the process."""
     return CudaMeter(device) if device.type == "cuda" else ProcessMeter(device)
 
 
 def _resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Resident bytes of this process."""
     size = _from_status("VmRSS:")
     if size is None:
         import psutil  # type: ignore[import-untyped]  # comes with accelerate
@@ -169,7 +173,7 @@ def _resident() -> int:
 
 
 def _highest() -> int:
-    """The most bytes of this process that were in memory, since its start or since it was last forgotten."""
+    """Highest number of resident bytes of this process since its start or the last reset."""
     size = _from_status("VmHWM:")
     if size is None:
         size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
@@ -185,7 +189,7 @@ def _from_status(field: str) -> int | None:
 
 
 def _forget_peak() -> bool:
-    """Ask Linux to start the peak of this process' resident memory anew; whether it did."""
+    """Ask Linux to reset the peak of this process' resident memory; returns whether it did."""
     with suppress(OSError):
         _CLEAR_REFS.write_text("5")
         return True

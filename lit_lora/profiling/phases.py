@@ -1,4 +1,4 @@
-"""Names for what a run does at the moment, for whoever measures it."""
+"""Named phases of a run, announced to listeners that measure them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Protocol
 
 
 class PhaseListener(Protocol):
-    """Is told of phases by :func:`phase`; phases may lie inside each other."""
+    """Receives the phases that :func:`phase` announces; phases may be nested."""
 
     def enter_phase(self, name: str) -> None:
-        """A phase begins."""
+        """A phase of this name begins."""
 
     def leave_phase(self, name: str, failed: bool) -> None:
-        """The innermost phase, which is ``name``, ends; ``failed`` where an exception ends it."""
+        """The innermost phase, called ``name``, ends; ``failed`` says whether by an exception."""
 
 
 _listeners: list[PhaseListener] = []
@@ -22,21 +22,21 @@ _SILENT = nullcontext()
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """What is inside the block is the phase ``name`` of the run, for example of :class:`MemoryProfiler`'s table.
+    """A context whose contents are a phase of the run, with its own row in the table of :class:`MemoryProfiler`.
 
-    Nothing happens while nobody listens. To be used in the thread that trains.
+    It has no effect while there are no listeners. Use it in the thread that trains.
     """
     return _Phase(name) if _listeners else _SILENT
 
 
 def add_listener(listener: PhaseListener) -> None:
-    """Tell the listener of every phase from now on; once, however often it is added."""
+    """Announce every phase to this listener from now on; adding it again has no effect."""
     if listener not in _listeners:
         _listeners.append(listener)
 
 
 def remove_listener(listener: PhaseListener) -> None:
-    """Tell the listener no more; one that is not there is no error."""
+    """Stop announcing phases to this listener; removing an unknown listener has no effect."""
     if listener in _listeners:
         _listeners.remove(listener)
 
@@ -44,7 +44,7 @@ def remove_listener(listener: PhaseListener) -> None:
 class _Phase(AbstractContextManager[None]):
     def __init__(self, name: str) -> None:
         self.name = name
-        # Those who come or go inside the block hear neither of its beginning nor of its end.
+        # A listener that is added inside the block does not hear of its end.
         self.listeners = list(_listeners)
 
     def __enter__(self) -> None:

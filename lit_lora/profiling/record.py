@@ -1,4 +1,4 @@
-"""The peaks of a run's phases, and what they consist of."""
+"""Peaks of the phases of a run, and the kinds of memory that they consist of."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_lora.profiling.kinds import KINDS
 from lit_lora.profiling.meter import Reading
 
 BETWEEN = "between"
-"""All that is in no phase: loading data, saving, and the steps that are not measured."""
+"""Phase of everything that is in no other: loading data, saving, and steps that are not measured."""
 
 MIB = 2**20
 
@@ -23,11 +23,11 @@ class PhaseMemory:
     """Memory of one phase.
 
     Args:
-        peak: The most bytes in use, by the way of counting.
-        end: Bytes in use at the end of the phase, the last time.
-        kinds: What the peak consists of, bytes of each of :data:`~lit_lora.profiling.kinds.KINDS`.
-        step: The optimizer step at which it was.
-        count: How often the phase was measured.
+        peak: Highest number of bytes in use, by measure.
+        end: Bytes in use at the last end of the phase, by measure.
+        kinds: Bytes of each of :data:`~lit_lora.profiling.kinds.KINDS` at the peak.
+        step: Optimizer step of the peak.
+        count: Number of times the phase was measured.
     """
 
     peak: Reading
@@ -38,11 +38,11 @@ class PhaseMemory:
 
     @property
     def height(self) -> int:
-        """The peak in bytes as kinds share it."""
+        """The peak in bytes, by the measure that kinds are shares of."""
         return next(iter(self.peak.values()))
 
     def with_next(self, later: PhaseMemory) -> PhaseMemory:
-        """Both together: the same phase measured again."""
+        """The measurement combined with a later one of the same phase."""
         higher = later if later.height > self.height else self
         peak = {name: max(value, later.peak[name]) for name, value in self.peak.items()}
         return PhaseMemory(peak, later.end, higher.kinds, higher.step, self.count + later.count)
@@ -55,7 +55,7 @@ class MemoryRecord:
         self.phases: dict[str, PhaseMemory] = {}
 
     def add(self, name: str, memory: PhaseMemory) -> None:
-        """Note one measurement of the phase ``name``."""
+        """Add one measurement of the phase ``name``."""
         before = self.phases.get(name)
         self.phases[name] = before.with_next(memory) if before else memory
         if before is None:
@@ -63,11 +63,11 @@ class MemoryRecord:
 
     @property
     def highest(self) -> tuple[str, PhaseMemory] | None:
-        """Name and memory of the phase with the highest peak; None where nothing was measured."""
+        """Name and memory of the phase with the highest peak; None if nothing was measured."""
         return max(self.phases.items(), key=lambda item: item[1].height, default=None)
 
     def scalars(self) -> dict[str, float]:
-        """Peaks by phase and, of the highest one, bytes by kind, in MiB, named for loggers."""
+        """Scalars for loggers in MiB: peaks by phase, and kinds at the highest peak."""
         if self.highest is None:
             return {}
         values = {
@@ -79,7 +79,7 @@ class MemoryRecord:
         return values | {f"memory_mib/kind/{kind.replace(' ', '_')}": size / MIB for kind, size in kinds.items()}
 
     def table(self) -> str:
-        """Phases down, figures across, in MiB."""
+        """A table with one row per phase, in MiB."""
         units = list(self.highest[1].peak) if self.highest else []
         head = ["phase", *(f"peak {unit}" for unit in units), "at end", *KINDS, "measured"]
         rows = [head]
@@ -94,23 +94,23 @@ class MemoryRecord:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Where a phase stands in tables: as a run goes, then the code's own by name, what is between at the end."""
+    """Sort key of a phase: in the order of a run, then phases that the code names, then ``between``."""
     known = name in _ORDER
     return (_ORDER.index(name) if known else len(_ORDER) + (name == BETWEEN), "" if known else name)
 
 
 def divide(name: str, peak: int, counted: Mapping[str, int], other: int) -> dict[str, int]:
-    """What a phase's peak consists of.
+    """Divide the peak of a phase into kinds of memory.
 
     Args:
-        name: The phase.
-        peak: Bytes.
+        name: Name of the phase.
+        peak: Peak in bytes.
         counted: Bytes of the kinds that can be counted, at the end of the phase.
-        other: Bytes in use beyond them when no step is under way.
+        other: Bytes in use beyond these outside a step.
 
     Returns:
-        Bytes of each of :data:`~lit_lora.profiling.kinds.KINDS`; the part above what is counted and ``other`` is
-        activations, except where nothing is computed by the model.
+        Bytes of each of :data:`~lit_lora.profiling.kinds.KINDS`. What exceeds ``counted`` and ``other`` is activations, except in
+        phases in which the model computes nothing.
     """
     above = max(0, peak - sum(counted.values()))
     other = min(max(0, other), above)

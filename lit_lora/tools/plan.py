@@ -1,8 +1,8 @@
-"""``lit-lora plan``: the memory, time and files of a run, before it starts."""
+"""``lit-lora plan``: memory, time and files of a run before it starts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -14,11 +14,12 @@ from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
 from lit_lora.planning.changes import ChangedRun, cheapest_changes
+from lit_lora.planning.data_options import data_option, has_validation, image_size
 from lit_lora.planning.device import Device, default_device, find_device
-from lit_lora.planning.memory_limit import known, picture_size, validates, verdict
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run, Sampling
+from lit_lora.planning.verdict import verdict
 from lit_lora.tools.shards_plan import describe as describe_data
 from lit_lora.tools.shards_plan import processes_of
 
@@ -27,7 +28,7 @@ def plan_command(arguments: list[str]) -> int:
     """Run ``lit-lora plan`` with the arguments of ``lit-lora fit`` and those of :func:`tell`.
 
     Returns:
-        The exit status: 0, or 1 for a run that does not fit into ``device_memory``.
+        Exit status: 0, or 1 if the run does not fit into ``device_memory``.
     """
     cli = build_cli(["fit", *arguments], run=False, cli_class=_PlanCLI)
     return tell(cli.model, cli.datamodule, cli.config["trainer"], **cli.options)
@@ -48,20 +49,20 @@ def tell(
     """Print the plan of a run: memory by phase and kind, the adapter's file, work and time of a step, and the data.
 
     Args:
-        module: What is trained.
-        data: The run's data; they need not be there yet.
-        trainer: The config of the trainer.
-        device: What trains: cpu, or a GPU such as "RTX 3060" or H100; by default what trainer.accelerator finds here.
-        device_memory: Of the device, in GB or with a unit; says whether the run fits and, if not, what makes it fit.
-            Exit status 1 means that the run as it is does not fit.
-        search: Find the largest batch size that fits device_memory.
-        batch_size: Samples in a batch, where the data do not say.
-        resolution: Edge of a square picture in pixels, where the data do not say.
-        cached: What the batches have from a cache (latents, text), where the data are not there yet.
-        json: A file to write the plan to.
+        module: The module to train.
+        data: Datamodule of the run; the data need not exist yet.
+        trainer: Config of the trainer.
+        device: Device that trains: cpu, or a GPU such as "RTX 3060" or H100; by default what trainer.accelerator finds here.
+        device_memory: Memory of the device, in GB or with a unit. The command then says whether the run fits and, if not,
+            what makes it fit. Exit status 1 means that the run as it is does not fit.
+        search: Find the largest batch size that fits into device_memory.
+        batch_size: Samples in a batch; by default what the data say.
+        resolution: Edge of a square image in pixels; by default what the data say.
+        cached: What batches take from a cache (latents, text), for data that do not exist yet.
+        json: File to write the plan to.
 
     Raises:
-        UserError: The model's configs are not there, or a value is out of its bounds.
+        UserError: If the configs of the base model cannot be read, or a value is out of its bounds.
     """
     check_least(1, batch_size=batch_size, resolution=resolution)
     found = find_device(device) if device is not None else default_device(trainer["accelerator"])
@@ -69,24 +70,8 @@ def tell(
     if search and memory is None:
         raise UserError("search needs the memory to fill: give device_memory, for example 12, or a GPU as device")
     about_data, data_are_there = _data(data, trainer["max_steps"])
-    height, width = picture_size(data, resolution)
     from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_are_there else ()
-    samples = _callback(trainer, "SampleImages")
-    run = Run(
-        module,
-        batch_size or known(data, "batch_size"),
-        height,
-        width,
-        device=found,
-        accumulate_grad_batches=int(trainer["accumulate_grad_batches"]),
-        gradient_clip_val=_clip(trainer),
-        precision=str(trainer["precision"] or "32-true"),
-        cached=frozenset(from_cache),
-        averaged=_callback(trainer, "AdapterEMA") is not None,
-        validation=trainer["limit_val_batches"] not in (0, 0.0) and validates(data),
-        sampling=None if samples is None else Sampling.of(samples["prompts"], samples),
-        processes=processes_of(trainer),
-    )
+    run = _run(module, data, trainer, found, batch_size, resolution, from_cache)
     planned = plan(run)
     blocks = [planned.describe()]
     changes: list[ChangedRun] | None = []
@@ -115,6 +100,35 @@ class _PlanCLI(ToolCLI):
     parts = frozenset({"module", "data", "trainer"})
 
 
+def _run(
+    module: LoraDiffusion,
+    data: LightningDataModule,
+    trainer: Any,
+    device: Device,
+    batch_size: int | None,
+    resolution: int | None,
+    cached: Iterable[str],
+) -> Run:
+    """The run that a config describes; see :func:`tell` for the arguments."""
+    height, width = image_size(data, resolution)
+    samples = _callback(trainer, "SampleImages")
+    return Run(
+        module,
+        batch_size or data_option(data, "batch_size"),
+        height,
+        width,
+        device=device,
+        accumulate_grad_batches=int(trainer["accumulate_grad_batches"]),
+        gradient_clip_val=_clip(trainer),
+        precision=str(trainer["precision"] or "32-true"),
+        cached=frozenset(cached),
+        averaged=_callback(trainer, "AdapterEMA") is not None,
+        validation=trainer["limit_val_batches"] not in (0, 0.0) and has_validation(data),
+        sampling=None if samples is None else Sampling.of(samples["prompts"], samples),
+        processes=processes_of(trainer),
+    )
+
+
 def _memory(device_memory: str | None, device: Device) -> int | None:
     if device_memory is None:
         return device.memory
@@ -123,9 +137,9 @@ def _memory(device_memory: str | None, device: Device) -> int | None:
 
 
 def _data(data: LightningDataModule, max_steps: int) -> tuple[str, bool]:
-    """About the data, and whether they are there."""
+    """Text about the data, and whether the data can be read."""
     if not isinstance(data, WebDatasetDataModule):
-        return f"data: a {type(data).__name__}, which follows no plan", False
+        return f"data: a {type(data).__name__}, which has no plan of its batches", False
     try:
         return describe_data(data, max_steps=max_steps), True
     except (UserError, OSError) as error:
@@ -137,7 +151,7 @@ def _clip(trainer: Any) -> float | None:
 
 
 def _callback(trainer: Any, name: str) -> Any:
-    """The config of the first callback of this class, if there is one."""
+    """Config of the first callback of this class; None if there is none."""
     callbacks = trainer["callbacks"] or []
     for callback in callbacks if isinstance(callbacks, Sequence) else [callbacks]:
         if callback["class_path"].rpartition(".")[2] == name:

@@ -252,7 +252,7 @@ def test_unusual_runs(fit, options):
     assert fit(**options)["status"] == "finished"
 
 
-def test_the_sampling_of_pictures_is_a_phase_of_its_own(trainer_options, tmp_path):
+def test_sampling_is_a_phase_of_its_own(trainer_options, tmp_path):
     module = LoraDiffusion(StableDiffusion("embedded"), LoraConfig(r=2), base_dtype="float32")
     callbacks = [MemoryProfiler(), SampleImages(["a star"], every_n_steps=2, num_inference_steps=1)]
     Trainer(**trainer_options, max_steps=2, callbacks=callbacks).fit(module, loader_of(make_batches(2, size=32)))

@@ -102,7 +102,7 @@ def test_resuming_equals_not_stopping(
     last = tmp_path / "stopped" / "last.ckpt"
     step = 4 if accumulated == 1 else 2
     assert torch.load(last, weights_only=True)["global_step"] == step
-    line = f"lit-lora: stopped by SIGTERM at step {step}; saved {last}; --ckpt_path last goes on from there\n"
+    line = f"lit-lora: stopped by SIGTERM at step {step}; saved {last}; resume with --ckpt_path last\n"
     assert line in capsys.readouterr().err
     got = fit("stopped", resume="last")
     assert all(torch.equal(got[name], expected[name]) for name in expected)
@@ -234,10 +234,10 @@ def test_the_handlers_of_before_are_back_afterwards(
 @pytest.mark.parametrize(
     ("number", "array", "status", "said", "requeued"),
     [
-        (signal.SIGUSR1, False, 0, "stopped by SIGUSR1 at step 2; .*; job 77 is in the queue again", "requeue 77"),
-        (signal.SIGUSR1, True, 0, "; job 70_7 is in the queue again", "requeue 70_7"),
-        (signal.SIGUSR1, False, 1, r"; job 77 is not in the queue again \(scontrol: no\); submit it", "requeue 77"),
-        (signal.SIGTERM, False, 0, "stopped by SIGTERM at step 2; .* goes on from there\n", ""),
+        (signal.SIGUSR1, False, 0, "stopped by SIGUSR1 at step 2; .*; job 77 is requeued", "requeue 77"),
+        (signal.SIGUSR1, True, 0, "; job 70_7 is requeued", "requeue 70_7"),
+        (signal.SIGUSR1, False, 1, r"; job 77 could not be requeued \(scontrol: no\); submit it", "requeue 77"),
+        (signal.SIGTERM, False, 0, "stopped by SIGTERM at step 2; .* resume with --ckpt_path last\n", ""),
     ],
 )
 def test_a_slurm_job_goes_into_the_queue_again(

@@ -108,12 +108,12 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
 @pytest.mark.slow
 def test_two_processes_train_and_sample(sd_folder: Path, tmp_path: Path) -> None:
     """Only the first draws, and the other one's collective calls stay in step."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(12):
-        Image.new("RGB", (20, 20), (20 * i, 0, 90)).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text("a star")
-    pack_folder(pictures, tmp_path / "shards")
+        Image.new("RGB", (20, 20), (20 * i, 0, 90)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text("a star")
+    pack_folder(images, tmp_path / "shards")
     script = Path(__file__).with_name("ddp_samples_script.py")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), str(tmp_path), str(sd_folder)]

@@ -62,7 +62,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("ZeRO-1", "clipping by value"): "DeepSpeed clips by the norm only",
     ("ZeRO-2", "clipping by value"): "DeepSpeed clips by the norm only",
     ("ZeRO-3", "clipping by value"): "DeepSpeed clips by the norm only",
-    ("ZeRO-3", "EMA"): "AdapterEMA needs whole parameters",
+    ("ZeRO-3", "EMA"): "AdapterEMA needs full parameters",
 }
 """Which strategy refuses which feature, and what its error says."""
 

@@ -153,7 +153,7 @@ def check(module: LoraDiffusion, reference: Reference, density: str) -> None:
     for batch in make_batches(3):
         draws = Draws(5, batch["slot"])
         loss, gradients = reference.step(batch, draws, density)
-        losses, _ = module._losses(batch, draws)
+        losses, _ = module.losses(batch, draws)
         losses.mean().backward()
         assert losses.mean().item() == pytest.approx(loss, rel=1e-5)
         ours = {n: p.grad for n, p in module.family.denoiser.get_base_model().named_parameters() if p.requires_grad}

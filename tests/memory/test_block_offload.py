@@ -134,7 +134,7 @@ def test_a_method_that_saves_weights_for_its_backward_pass(copies: Copies) -> No
     assert_equal(train(model), expected)
 
 
-def test_pictures_and_validation_in_between(copies: Copies) -> None:
+def test_images_and_validation_in_between(copies: Copies) -> None:
     expected = train(make_model())
     model = make_model()
     offloaded(model)

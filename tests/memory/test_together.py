@@ -58,7 +58,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return made
 
 
-def test_training_validation_and_pictures_are_the_same(
+def test_training_validation_and_images_are_the_same(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, used: list[Any]
 ) -> None:
     results = []
@@ -81,11 +81,11 @@ def test_training_validation_and_pictures_are_the_same(
         }
         trainer = Trainer(**options)
         trainer.fit(module, loader_of(make_batches(4)), loader_of(make_batches(2, seed=4)))
-        pictures = [path.read_bytes() for path in sorted((tmp_path / name).glob("samples/*.png"))]
-        assert len(pictures) == 3
+        images = [path.read_bytes() for path in sorted((tmp_path / name).glob("samples/*.png"))]
+        assert len(images) == 3
         assert bool(used) == (memory is EVERYTHING)
         weights = [p.detach() for p in module.parameters() if p.requires_grad]
-        results.append((losses.losses, trainer.callback_metrics["val/loss"].item(), weights, pictures[0]))
+        results.append((losses.losses, trainer.callback_metrics["val/loss"].item(), weights, images[0]))
     torch.testing.assert_close(results[1][:3], results[0][:3], rtol=1e-3, atol=1e-6)
     assert results[1][3] == results[0][3]  # drawn before the first step
     [blocks] = [made for made in used if isinstance(made, BlockOffload)]

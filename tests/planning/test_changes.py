@@ -4,14 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from peft import LoraConfig
 
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
+from lit_lora.lightning_cli import build_cli
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
-from lit_lora.planning.changes import cheapest_changes, ranked_changes
+from lit_lora.planning.changes import CANDIDATES, cheapest_changes, ranked_changes
 from lit_lora.planning.device import find_device
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run
@@ -61,6 +63,27 @@ def test_ranked_by_what_they_save(run: Run) -> None:
     assert saved == sorted(saved, reverse=True)
     assert all(size > 0 for size in saved)
     assert not run.module.memory.gradient_checkpointing
+
+
+def test_every_change_can_be_pasted_into_a_command_line(sd_folder: Path, tmp_path: Path) -> None:
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), LoraConfig(r=4))
+    run = Run(module, 2, 32, 32, device=find_device("H100"))
+    changes = [found[0] for found in (candidate(run) for candidate in CANDIDATES) if found]
+    assert len(changes) >= len(CANDIDATES) - 1  # bitsandbytes may be absent
+    arguments = [argument for change in changes for argument in change.arguments.split()]
+    config = {
+        "model": {
+            "family": {"class_path": "StableDiffusion", "init_args": {"pretrained_model_name_or_path": str(sd_folder)}},
+            "adapter": {"class_path": "LoraConfig", "init_args": {"r": 4}},
+        },
+        "data": {"class_path": "WebDatasetDataModule", "init_args": {"train_shards": "shards", "resolution": 32}},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    cli = build_cli(["fit", "--config", str(path), "--trainer.accelerator", "cpu", *arguments], run=False)
+    assert cli.model.memory == MemoryOptions(True, True, True, True, True, True, True)
+    assert type(cli.model.quantization) is NF4
+    assert (cli.model.adapter.r, cli.datamodule.batch_size, cli.trainer.accumulate_grad_batches) == (2, 1, 2)
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(run: Run) -> None:

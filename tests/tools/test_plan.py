@@ -70,6 +70,14 @@ def test_says_what_makes_it_fit(plan: Plan, tmp_path: Path) -> None:
     assert status == 1
     assert "  --model.memory.gradient_checkpointing true   needs " in out
     assert json.loads((tmp_path / "changed.json").read_text())["changes"][-1]["needed"] <= needed - 100_000
+    # The options as printed make the run fit.
+    for line in out.splitlines():
+        if line.startswith(("  --model", "  --data")):
+            words = line.partition("   needs")[0].split()
+            options |= {
+                key.removeprefix("--").replace(".", "__"): value for key, value in zip(*[iter(words)] * 2, strict=True)
+            }
+    assert plan(device_memory=f"{needed - 100_000}B", **options)[0] == 0
 
 
 def test_without_the_data(plan: Plan, tmp_path: Path) -> None:

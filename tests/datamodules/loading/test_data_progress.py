@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig, inject_adapter_in_model
 
-from lit_lora.callbacks import AdapterCheckpoint, DataProgress
+from lit_lora.callbacks import AdapterCheckpoint
 from lit_lora.datamodules import WebDatasetDataModule
+from lit_lora.datamodules.loading.data_progress import DataProgress
 
 pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from peft import LoraConfig
 from torch.utils.data import DataLoader
 
-from lit_lora import LoraDiffusion, MemoryLimit, MemoryProfiler, SampleImages, StableDiffusion
+from lit_lora import AdapterEMA, LitLoraFSDP, LoraDiffusion, MemoryLimit, MemoryProfiler, SampleImages, StableDiffusion
+from lit_lora.callbacks.memory_limit import run_of
 from lit_lora.errors import UserError
-from lit_lora.planning.memory_limit import run_of
-from lit_lora.planning.plan_run import plan, plan_run
-from tests.helpers import make_batches
+from lit_lora.planning.plan_run import plan
+from tests.helpers import loader_of, make_batches
 
 
-class Pictures(LightningDataModule):
+class Images(LightningDataModule):
     batch_size, resolution = 2, 16
 
     def train_dataloader(self) -> Any:
@@ -27,7 +29,7 @@ class Pictures(LightningDataModule):
 
 
 class OfUnknownSize(LightningDataModule):
-    train_dataloader = Pictures.train_dataloader
+    train_dataloader = Images.train_dataloader
 
 
 def _module(folder: Path) -> LoraDiffusion:
@@ -41,36 +43,40 @@ def _trainer(options: dict[str, Any], limit: str) -> Trainer:
 def test_a_run_that_does_not_fit_is_refused_before_it_loads(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     module = _module(sd_folder)
     with pytest.raises(UserError, match=r"MemoryLimit: does not fit: .* of 500.0 MB"):
-        _trainer(trainer_options, "500MB").fit(module, datamodule=Pictures())
+        _trainer(trainer_options, "500MB").fit(module, datamodule=Images())
     assert module.family.denoiser is None
 
 
 def test_a_run_that_fits_goes_on(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     trainer = _trainer(trainer_options, "4GB")
-    trainer.fit(_module(sd_folder), datamodule=Pictures())
+    trainer.fit(_module(sd_folder), datamodule=Images())
     assert trainer.global_step == 1
 
 
 def test_the_changes_that_it_names_make_it_fit(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     trainer = Trainer(max_steps=1, **trainer_options)
-    trainer.fit(_module(sd_folder), datamodule=Pictures())
+    trainer.fit(_module(sd_folder), datamodule=Images())
     needed = plan(run_of(_module(sd_folder), trainer)).needed
     limit = str(needed - 20_000)
-    with pytest.raises(UserError, match=r"The cheapest changes that make it fit, one upon the other:\n  --model"):
-        _trainer(trainer_options, limit).fit(_module(sd_folder), datamodule=Pictures())
+    with pytest.raises(UserError, match=r"The cheapest changes that make it fit, cumulatively:\n  --model"):
+        _trainer(trainer_options, limit).fit(_module(sd_folder), datamodule=Images())
 
 
 def test_data_of_unknown_size(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="cannot be planned, since there is no datamodule that says its resolution"):
-        _trainer(trainer_options, "4GB").fit(_module(sd_folder), Pictures().train_dataloader())
+        _trainer(trainer_options, "4GB").fit(_module(sd_folder), Images().train_dataloader())
 
 
 def test_the_run_is_what_the_trainer_does(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     drawing = SampleImages(["a star"] * 3, guidance_scale=1.0, height=32, width=24, every_n_steps=9)
     trainer = Trainer(
-        max_steps=1, accumulate_grad_batches=3, gradient_clip_val=0.5, callbacks=[drawing], **trainer_options
+        max_steps=1,
+        accumulate_grad_batches=3,
+        gradient_clip_val=0.5,
+        callbacks=[drawing, AdapterEMA()],
+        **trainer_options,
     )
-    data: Any = Pictures()
+    data: Any = Images()
     trainer.datamodule = data  # type: ignore[attr-defined]
     run = run_of(_module(sd_folder), trainer)
     assert (run.batch_size, run.height, run.width, run.accumulate_grad_batches, run.gradient_clip_val) == (
@@ -82,7 +88,31 @@ def test_the_run_is_what_the_trainer_does(sd_folder: Path, trainer_options: dict
     )
     assert run.sampling is not None
     assert (run.sampling.pictures, run.sampling.guidance_scale, run.sampling.height) == (3, 1.0, 32)
+    assert run.averaged
     assert not run.validation
+
+
+def test_only_fits_are_planned(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    trainer = _trainer(trainer_options, "1kB")
+    trainer.validate(_module(sd_folder), loader_of(make_batches(1)), verbose=False)
+    assert "val/loss" in trainer.callback_metrics
+
+
+def test_other_modules_cannot_be_planned(trainer_options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="MemoryLimit plans the runs of a LoraDiffusion, not of a BoringModel; leave"):
+        _trainer(trainer_options, "4GB").fit(BoringModel())
+
+
+def test_strategies_that_shard_weights_are_refused() -> None:
+    trainer: Any = SimpleNamespace(strategy=LitLoraFSDP())
+    module: Any = object.__new__(LoraDiffusion)
+    with pytest.raises(UserError, match="full copy of the weights on each GPU, which LitLoraFSDP does not have; leave"):
+        MemoryLimit("4GB").setup(trainer, module, "fit")
+
+
+def test_a_limit_is_an_amount_of_bytes() -> None:
+    with pytest.raises(UserError, match="limit='much' is no amount of bytes"):
+        MemoryLimit("much")
 
 
 def test_advice_at_an_out_of_memory_error(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
@@ -90,7 +120,7 @@ def test_advice_at_an_out_of_memory_error(sd_folder: Path, trainer_options: dict
         def training_step(self, *_: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    for data, known in ((Pictures(), True), (OfUnknownSize(), False)):
+    for data, known in ((Images(), True), (OfUnknownSize(), False)):
         module = Exhausted(StableDiffusion(str(sd_folder)), LoraConfig(r=2, lora_alpha=2))
         profiler = MemoryProfiler(output_dir=str(tmp_path))
         with pytest.raises(torch.OutOfMemoryError):
@@ -100,16 +130,3 @@ def test_advice_at_an_out_of_memory_error(sd_folder: Path, trainer_options: dict
         saved = [size for _, size in advice]
         assert saved == sorted(saved, reverse=True)
         assert saved
-
-
-def test_trained_copies_of_layers_are_planned(sd_folder: Path) -> None:
-    """Copying a tensor without contents as others are copied would break the process' memory."""
-    needed = []
-    for names in (None, ["conv1"]):
-        adapter = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], modules_to_save=names)
-        module = LoraDiffusion(StableDiffusion(str(sd_folder)), adapter)
-        planned = [plan_run(module, 2, 16, 16) for _ in range(2)]
-        assert planned[0].phases == planned[1].phases
-        needed.append(planned[0])
-    assert needed[1].adapter_parameters > needed[0].adapter_parameters
-    assert needed[1].peak > needed[0].peak
