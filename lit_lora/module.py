@@ -302,7 +302,7 @@ class LoraDiffusion(LightningModule):
         return {_ENCODER_OF[cached] for cached in getattr(datamodule, "cached", ())}
 
     def unloaded(self) -> Self:
-        """A copy of the module with the same options, as it was before :meth:`configure_model`; it shares nothing that changes."""
+        """A copy of the module with the same options, as it was before :meth:`configure_model`."""
         fresh = copy.copy(self)
         fresh._modules = {}
         fresh._trainer, fresh._reader, fresh._in_backward = None, None, None
