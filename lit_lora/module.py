@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
@@ -17,7 +16,7 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
-from lit_lora.adapters import ADAPTER_NAME, adapter_state, is_lora, plain_config, save_peft_files, sort_metadata
+from lit_lora.adapters import ADAPTER_NAME, adapter_state, plain_config
 from lit_lora.adapters.rank_allocation import allocate_ranks, allocation_state, restore_allocation
 from lit_lora.blocks import outermost_blocks
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
@@ -27,6 +26,7 @@ from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily, prepare, target_size
 from lit_lora.files import atomic_folder
+from lit_lora.formats import AdapterFiles, write_adapter
 from lit_lora.log_mean import log_mean
 from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.block_offload import BlockOffload
@@ -269,11 +269,20 @@ class LoraDiffusion(LightningModule):
         Raises:
             UserError: If the folder cannot be written, or holds other files.
         """
-        state = adapter_state(self.family.denoiser)
+        family = self.family
+        state = adapter_state(family.denoiser)
         if self._trainer is not None and not self.trainer.is_global_zero:
             return
         with atomic_folder(folder, marker="adapter_config.json") as part:
-            _save_adapter(self.family, part, state)
+            config = family.denoiser.peft_config[ADAPTER_NAME]
+            # As PEFT's own save_pretrained says which model the adapter is for.
+            model = {
+                "base_model_class": family.denoiser_class.__name__,
+                "parent_library": family.denoiser_class.__module__,
+            }
+            of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path, "auto_mapping": model}
+            files = AdapterFiles(state, plain_config(config) | of_base)
+            write_adapter(files, config, part, family.pipeline_class, family.denoiser_name)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
         """Mean loss of the batch at fixed timesteps and noise, and how many samples count in it."""
@@ -377,16 +386,3 @@ class LoraDiffusion(LightningModule):
 def _replace(values: Tensor, rows: Tensor, value: Tensor) -> Tensor:
     """``values``, ``(B, …)``, with ``value`` in the rows that are true in ``rows``, ``(B,)``."""
     return torch.where(rows.view(-1, *[1] * value.ndim), value, values)
-
-
-def _save_adapter(family: ModelFamily, folder: Path, state: dict[str, Tensor]) -> None:
-    """Write the adapter as PEFT's files and, where diffusers knows the method, as diffusers' LoRA file."""
-    config = family.denoiser.peft_config[ADAPTER_NAME]
-    plain = plain_config(config) | {"base_model_name_or_path": family.pretrained_model_name_or_path}
-    save_peft_files(state, plain, folder)
-    if is_lora(config):
-        name = family.denoiser_name
-        layers = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-        options = {f"{name}_lora_layers": layers, f"{name}_lora_adapter_metadata": plain}
-        family.pipeline_class.save_lora_weights(folder, **options)
-        sort_metadata(folder / LORA_WEIGHT_NAME_SAFE)

@@ -20,6 +20,9 @@ from filelock import FileLock
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lit_lora.adapters import ADAPTER_NAME, adapter_state, plain_config
+from lit_lora.families import ModelFamily
+from lit_lora.formats import AdapterFiles, write_adapter
 from lit_lora.quantization import Dense
 from lit_lora.quantization.frozen_layer import can_freeze, freeze_layer
 
@@ -59,6 +62,14 @@ def make_batches(count: int, batch_size: int = 2, size: int = 16, seed: int = 3)
 def loader_of(batches: list[dict[str, Any]]) -> DataLoader[Any]:
     """A dataloader that gives ready-made batches in order."""
     return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+
+
+def save_adapter(family: ModelFamily, folder: Path) -> None:
+    """Write the family's adapter in every format that can hold it."""
+    config = family.denoiser.peft_config[ADAPTER_NAME]
+    plain = plain_config(config) | {"base_model_name_or_path": family.pretrained_model_name_or_path}
+    files = AdapterFiles(adapter_state(family.denoiser), plain)
+    write_adapter(files, config, folder, family.pipeline_class, family.denoiser_name)
 
 
 def freeze_remaining(model: nn.Module) -> None:

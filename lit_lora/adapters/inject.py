@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lit_lora.errors import UserError
@@ -48,11 +48,6 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
     for parameter in trained:  # modules_to_save and biases come in the base's dtype
         parameter.data = parameter.data.float()
     return adapted
-
-
-def is_lora(config: PeftConfig) -> bool:
-    """Whether diffusers' LoRA loader can read the adapter (LoRA and DoRA, not AdaLoRA or LoHa)."""
-    return type(config) is LoraConfig
 
 
 def _check_method(config: PeftConfig, model: nn.Module) -> None:

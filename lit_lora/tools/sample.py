@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -148,8 +147,6 @@ def _adapted_part(pipeline: Any, config: Mapping[str, Any]) -> Any:
 def _adapter_config(adapter: str | None) -> dict[str, Any]:
     if adapter is None:
         return {}
-    path = Path(adapter) / "adapter_config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{adapter} is no adapter folder: cannot read {path.name} ({error})") from error
+    from lit_lora.formats.peft import read_config
+
+    return read_config(Path(adapter))

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from lit_lora.adapters import adapter_keys, check_adapter_config, check_adapter_state, inject, plain_config
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
+from tests.helpers import save_adapter
 
 TARGETS = ("to_q", "to_k")
 
@@ -134,7 +135,7 @@ def test_the_same_adapter_is_the_same_bytes(sd_folder: Path, tmp_path: Path) -> 
     for number in range(8):
         folder = tmp_path / str(number)
         folder.mkdir()
-        family.save_adapter(folder)
+        save_adapter(family, folder)
         written.add(tuple(path.read_bytes() for path in sorted(folder.iterdir())))
     assert len(written) == 1
 
@@ -148,7 +149,7 @@ def test_files_load_in_plain_peft_and_plain_diffusers(name: str, sd_folder: Path
         for parameter in family.denoiser.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    family.save_adapter(tmp_path)
+    save_adapter(family, tmp_path)
 
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([7]), torch.randn(1, 5, 16)
     family.denoiser.eval()

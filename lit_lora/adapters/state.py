@@ -1,0 +1,18 @@
+"""The adapter's tensors."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from peft.utils.save_and_load import get_peft_model_state_dict
+from torch import Tensor
+
+from lit_lora.adapters.inject import ADAPTER_NAME
+from lit_lora.distributed.collectives import full_tensor
+
+
+def adapter_state(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names without the adapter's name, whole and on the CPU; a collective call."""
+    state = get_peft_model_state_dict(
+        model, model.state_dict(keep_vars=True), ADAPTER_NAME, save_embedding_layers=False
+    )
+    return {key: full_tensor(value).detach().cpu().contiguous() for key, value in state.items()}

@@ -1,0 +1,64 @@
+"""PEFT's files of an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lit_lora.errors import UserError
+from lit_lora.formats.base import AdapterFiles, AdapterFormat
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+class PeftFormat(AdapterFormat):
+    """``adapter_model.safetensors`` and ``adapter_config.json``, which ``PeftModel.from_pretrained`` reads."""
+
+    def holds(self, config: PeftConfig, pipeline_class: type[DiffusionPipeline]) -> bool:
+        return True
+
+    def write(
+        self, adapter: AdapterFiles, folder: Path, pipeline_class: type[DiffusionPipeline], denoiser_name: str
+    ) -> None:
+        save_file(dict(adapter.state), folder / WEIGHTS, metadata={"format": "pt"})
+        text = json.dumps({**adapter.config, "inference_mode": True}, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
+
+    def read(self, folder: Path, pipeline_class: type[DiffusionPipeline], denoiser_name: str) -> AdapterFiles:
+        return AdapterFiles(read_tensors(folder / WEIGHTS), read_config(folder))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of ``adapter_config.json``.
+
+    Raises:
+        UserError: If it is missing, or no JSON object.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no adapter folder: cannot read {path.name} ({error})") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{folder} is no adapter folder: {path.name} holds no JSON object")
+    return config
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: If it is missing or damaged.
+    """
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
