@@ -153,6 +153,7 @@ class LoraDiffusion(LightningModule):
             dispensable = self.dispensable_parts() | ({"denoiser"} if shared_out else set())
             if not self._configured:
                 self._scheduler_config = prepare(self.family, self.objective)
+                self._check_sizes()
             self.family.load(self.base_dtype, without=dispensable, quantization=self.quantization, node=node)
             if self.memory.offload_encoders:
                 for encoder in self.family.encoding_models():
@@ -241,7 +242,13 @@ class LoraDiffusion(LightningModule):
         )
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-        """One image for each prompt, drawn with the current weights; takes the options of :func:`sampling.generate`."""
+        """One image for each prompt, drawn with the current weights; takes the options of :func:`sampling.generate`.
+
+        Raises:
+            UserError: If the family cannot draw images of this height and width.
+        """
+        height, width = (options.get(edge) or self.family.default_size for edge in ("height", "width"))
+        check_size(self.family, height, width)
         was_training = self.training
         self.eval()
         try:
@@ -354,6 +361,12 @@ class LoraDiffusion(LightningModule):
             yield
         finally:
             del vae.decode
+
+    def _check_sizes(self) -> None:
+        """Refuse images that the family cannot be trained on, if the datamodule says which it will give."""
+        datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
+        for height, width in getattr(datamodule, "image_sizes", list)():
+            check_size(self.family, height, width)
 
     def _node(self) -> Node:
         """Who reads the base's files."""

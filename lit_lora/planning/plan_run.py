@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lit_lora.adapters import adapter_state
 from lit_lora.blocks import outermost_blocks
 from lit_lora.draws import Draws
+from lit_lora.families import check_size
 from lit_lora.module import LoraDiffusion
 from lit_lora.parameters import trainable_parameters
 from lit_lora.planning.cuda_semantics import CudaSemantics
@@ -68,6 +69,7 @@ class _Simulation:
         self.text = self._cached_text() if "text" in run.cached else None
         self.module = build(run.module, {_PART_OF[cached] for cached in run.cached}, self.cuda)
         self.family = self.module.family
+        check_size(self.family, run.height, run.width)
         self.trained = trainable_parameters(self.module)
         self.meter = make_meter(self.cuda)
 

@@ -61,7 +61,7 @@ def sample(
     from lit_lora.files import atomic_file
     from lit_lora.sampling import generate, image_grid
 
-    pipeline, prompt_inputs = _pipeline(base, adapter, config, family, getattr(torch, dtype))
+    pipeline, prompt_inputs = _pipeline(base, adapter, config, family, (height, width), getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     seeds = [seed + i for i in range(len(texts))]
@@ -86,12 +86,19 @@ def sample(
     print(f"{len(images)} images: {target}")
 
 
-def _pipeline(base: str, adapter: str | None, config: Mapping[str, Any], family: str | None, dtype: Any) -> Any:
+def _pipeline(
+    base: str,
+    adapter: str | None,
+    config: Mapping[str, Any],
+    family: str | None,
+    size: tuple[int | None, int | None],
+    dtype: Any,
+) -> Any:
     """The pipeline with the adapter, and how it takes prompts."""
     from diffusers import DiffusionPipeline
     from peft import PeftModel
 
-    from lit_lora.families import ModelSource
+    from lit_lora.families import ModelSource, check_size
     from lit_lora.sampling import text_prompts
 
     source = ModelSource(base)
@@ -99,6 +106,7 @@ def _pipeline(base: str, adapter: str | None, config: Mapping[str, Any], family:
     if kind is not None:
         model = kind(base)
         model.load(dtype)
+        check_size(model, *(edge or model.default_size for edge in size))
         if adapter:
             PeftModel.from_pretrained(model.denoiser, adapter)  # in place
         return model.pipeline(), model.prompt_inputs
