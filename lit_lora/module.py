@@ -24,7 +24,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.distributed.optimizer_states import make_portable
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.families import Batch, ModelFamily, prepare, target_size
+from lit_lora.families import Batch, ModelFamily, check_size, prepare, target_size
 from lit_lora.files import atomic_folder
 from lit_lora.formats import AdapterFiles, write_adapter
 from lit_lora.log_mean import log_mean
