@@ -1,7 +1,7 @@
 """Pipelines of real architecture and size with random weights, as folders: memory and time do not depend on the values.
 
-The configs are those published with Stable Diffusion 1.5 and Stable Diffusion XL 1.0; ``python benchmarks/real_models.py sd15
-FOLDER`` writes one.
+The configs are those published with Stable Diffusion 1.5, XL 1.0, 3.5 medium and large, and FLUX.1, written from memory;
+``python benchmarks/real_models.py sd15 FOLDER`` writes one.
 """
 
 from __future__ import annotations
@@ -12,8 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, PNDMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from lit_lora.embedded import base_path
 from lit_lora.files import atomic_folder
@@ -69,7 +85,64 @@ _SDXL: dict[str, Callable[[], Any]] = {
     "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP_G, projection_dim=1280)),
     "scheduler": lambda: EulerDiscreteScheduler(**_BETAS, use_karras_sigmas=False),
 }
-PIPELINES = {"sd15": _SD15, "sdxl": _SDXL}
+_VAE_16 = _VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024}
+_T5_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+    "use_cache": False,
+}
+
+
+def _sd3(layers: int, heads: int, pos_embed_max_size: int, dual: tuple[int, ...] = ()) -> dict[str, Callable[[], Any]]:
+    return {
+        "transformer": lambda: SD3Transformer2DModel(
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            num_layers=layers,
+            attention_head_dim=64,
+            num_attention_heads=heads,
+            joint_attention_dim=4096,
+            caption_projection_dim=64 * heads,
+            pooled_projection_dim=2048,
+            out_channels=16,
+            pos_embed_max_size=pos_embed_max_size,
+            dual_attention_layers=dual,
+            qk_norm="rms_norm",
+        ),
+        "vae": lambda: AutoencoderKL(**_VAE_16, scaling_factor=1.5305, shift_factor=0.0609),
+        "text_encoder": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP_L, projection_dim=768)),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**_CLIP_G, projection_dim=1280)),
+        "text_encoder_3": lambda: T5EncoderModel(T5Config(**_T5_XXL)),
+        "scheduler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+def _flux(guidance: bool) -> dict[str, Callable[[], Any]]:
+    return {
+        "transformer": lambda: FluxTransformer2DModel(guidance_embeds=guidance),
+        "vae": lambda: AutoencoderKL(**_VAE_16, scaling_factor=0.3611, shift_factor=0.1159),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**_CLIP_L, projection_dim=768)),
+        "text_encoder_2": lambda: T5EncoderModel(T5Config(**_T5_XXL)),
+        "scheduler": lambda: FlowMatchEulerDiscreteScheduler(
+            shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance
+        ),
+    }
+
+
+PIPELINES = {
+    "sd15": _SD15,
+    "sdxl": _SDXL,
+    "sd35_medium": _sd3(24, 24, 384, tuple(range(13))),
+    "sd35_large": _sd3(38, 38, 192),
+    "flux_dev": _flux(guidance=True),
+    "flux_schnell": _flux(guidance=False),
+}
 _MARKER = "random_weights.txt"
 
 
@@ -77,13 +150,13 @@ def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: 
     """A complete pipeline folder; one that is there already is taken as it is.
 
     Args:
-        name: ``sd15`` or ``sdxl``.
-        folder: Where to write it: 4.3 GB for ``sd15`` and 14 GB for ``sdxl``.
+        name: One of :data:`PIPELINES`.
+        folder: Where to write it: 4.3 GB for ``sd15``, 14 GB for ``sdxl``, more for the others.
         weights: Otherwise only the configs and tokenizers are written: kilobytes.
         device: Where the weights are drawn: a GPU needs a moment.
     """
     folder = Path(folder)
-    if (folder / _MARKER).exists() and (not weights or any((folder / "unet").glob("*.safetensors"))):
+    if (folder / _MARKER).exists() and (not weights or any((folder / "vae").glob("*.safetensors"))):
         return folder
     parts = PIPELINES[name]
     with atomic_folder(folder, marker=_MARKER) as part:
@@ -100,9 +173,12 @@ def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: 
                 model = make()
             config = model.config if subfolder.startswith("text") else model
             (config.save_pretrained if subfolder.startswith("text") else config.save_config)(part / subfolder)
-        tokenizer = CLIPTokenizer.from_pretrained(base_path(), subfolder="tokenizer")
-        for subfolder in parts:
+        clip = CLIPTokenizer.from_pretrained(base_path(), subfolder="tokenizer", model_max_length=77)
+        t5 = T5TokenizerFast(vocab=[(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581")], extra_ids=0)
+        for subfolder, make in parts.items():
             if subfolder.startswith("text_encoder"):
+                with torch.device("meta"):
+                    tokenizer = t5 if isinstance(make(), T5EncoderModel) else clip
                 tokenizer.save_pretrained(part / subfolder.replace("text_encoder", "tokenizer"))
         (part / _MARKER).write_text(f"{name} with random weights, for measuring\n", encoding="utf-8")
     return folder
