@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from lit_lora.callbacks.preemption import Preemption
     from lit_lora.callbacks.run_report import RunReport
     from lit_lora.callbacks.sample_images import SampleImages
-    from lit_lora.datamodules.loading.data_progress import DataProgress
 
 __all__ = [
     "AdapterCheckpoint",
     "AdapterEMA",
-    "DataProgress",
     "ImageWriter",
     "MemoryProfiler",
     "Preemption",
@@ -30,7 +28,6 @@ __all__ = [
 _MODULES = {
     "AdapterCheckpoint": "lit_lora.callbacks.adapter_checkpoint",
     "AdapterEMA": "lit_lora.callbacks.adapter_ema",
-    "DataProgress": "lit_lora.datamodules.loading.data_progress",
     "ImageWriter": "lit_lora.callbacks.image_writer",
     "MemoryProfiler": "lit_lora.callbacks.memory_profiler",
     "Preemption": "lit_lora.callbacks.preemption",

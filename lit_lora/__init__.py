@@ -10,14 +10,13 @@ if TYPE_CHECKING:
     from lit_lora.callbacks import (
         AdapterCheckpoint,
         AdapterEMA,
-        DataProgress,
         ImageWriter,
         MemoryProfiler,
         Preemption,
         RunReport,
         SampleImages,
     )
-    from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule
+    from lit_lora.datamodules import DataProgress, WebDatasetDataModule, WebDatasetStreamDataModule
     from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP
     from lit_lora.errors import UserError
     from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
@@ -30,7 +29,7 @@ _HOME = {
     "AdapterCheckpoint": "lit_lora.callbacks",
     "AdapterEMA": "lit_lora.callbacks",
     "DDPM": "lit_lora.objectives",
-    "DataProgress": "lit_lora.callbacks",
+    "DataProgress": "lit_lora.datamodules",
     "ImageWriter": "lit_lora.callbacks",
     "LitLoraDeepSpeed": "lit_lora.distributed",
     "LitLoraFSDP": "lit_lora.distributed",

@@ -20,3 +20,14 @@ def check_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
             raise UserError(f"{name}={value} is too small; it must be at least {least}")
+
+
+def check_exclusive(**values: object) -> None:
+    """Refuse options that exclude each other; a false value, such as None or 0, stands for an option that is not set.
+
+    Raises:
+        UserError: If more than one of them is set.
+    """
+    given = [f"{name}={value}" for name, value in values.items() if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other; drop one of them")

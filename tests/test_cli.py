@@ -186,7 +186,7 @@ def test_secrets_in_urls_stay_out_of_what_a_run_writes(
     server = FaultyServer(shards)
     try:
         urls = [server.url.replace("//", "//user:hunter2@") + f"/shard-00000{n}.tar?token=hunter2" for n in range(2)]
-        path = config(data__init_args__train_shards=urls, data__init_args__staging_dir=str(tmp_path / "stage"))
+        path = config(data__init_args__train_shards=urls, data__init_args__chunks__staging__dir=str(tmp_path / "stage"))
         caplog.set_level(0)
         assert main(["fit", "--config", str(path)]) == 0
         assert any("token=hunter2" in request.path for request in server.requests)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig
-from tests.distributed.scenarios import Seen
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, MemoryProfiler
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import FP8, NF4, Int8, Quantization
+from tests.distributed.scenarios import Seen
 from tests.helpers import loader_of, make_batches
 
 pytestmark = [

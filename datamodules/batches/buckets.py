@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +25,27 @@ class AspectRatioBuckets:
     Args:
         divisor: Widths and heights are multiples of this, in pixels: 64 for Stable Diffusion; at least 8, what its VAE
             needs.
-        max_aspect_ratio: The longest shape, long side by short side.
+        max_aspect_ratio: Longest shape, as long side divided by short side; 1 trains squares only.
+        max_upscaling: Leave out images that would have to be enlarged by more than this factor; null (default) keeps
+            all. Validation and test images are never left out.
 
     Raises:
-        UserError: A value is out of its bounds.
+        UserError: If a value is out of its bounds.
     """
 
     divisor: int = 64
     max_aspect_ratio: float = 2.0
+    max_upscaling: float | None = None
 
     def __post_init__(self) -> None:
         if self.divisor < 1:
             raise UserError(f"buckets: divisor={self.divisor} is too small; it must be at least 1")
         if not 1 <= self.max_aspect_ratio <= 16:
             raise UserError(f"buckets: max_aspect_ratio={self.max_aspect_ratio} must lie in [1, 16]")
+        if self.max_upscaling is not None and self.max_upscaling < 1:
+            raise UserError(
+                f"buckets: max_upscaling={self.max_upscaling} is too small; it must be at least 1, or null for no limit"
+            )
 
     def sizes(self, resolution: int) -> NDArray[np.int64]:
         """The sizes for a resolution, from the tallest to the widest.
@@ -60,6 +68,10 @@ class AspectRatioBuckets:
             if 0 < max(one, other) <= min(one, other) * self.max_aspect_ratio:
                 sizes |= {(one, other), (other, one)}
         return np.array(sorted(sizes, key=lambda size: (size[1] / size[0], size)), np.int64)
+
+    def description(self) -> dict[str, Any]:
+        """Plain JSON values that identify the size of each image."""
+        return {"divisor": self.divisor, "max_aspect_ratio": self.max_aspect_ratio}
 
 
 @dataclass(frozen=True)

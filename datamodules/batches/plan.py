@@ -39,7 +39,7 @@ def split_shards(sample_counts: NDArray[np.int64], num_chunks: int, seed: int) -
     num_shards = len(sample_counts)
     if not 1 <= num_chunks <= num_shards:
         raise UserError(
-            f"chunks={num_chunks} does not fit {num_shards} shards: a chunk is one shard or more;"
+            f"chunks.count={num_chunks} does not fit {num_shards} shards: a chunk is one shard or more;"
             f" choose at most {num_shards} or pack smaller shards"
         )
     order = np.random.default_rng([seed, _SHARDS]).permutation(num_shards)
@@ -58,7 +58,7 @@ def chunk_order(seed: int, pass_number: int, num_chunks: int, shuffle: bool = Tr
     return np.random.default_rng([seed, _CHUNKS, pass_number]).permutation(num_chunks)
 
 
-class Chunks(Protocol):
+class PlannedSamples(Protocol):
     """The samples that are planned, in K chunks and B buckets.
 
     Attributes:
@@ -179,7 +179,7 @@ class Plan:
 
     def __init__(
         self,
-        chunks: Chunks,
+        chunks: PlannedSamples,
         global_batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
@@ -282,7 +282,7 @@ class Plan:
         return (
             f"{counts.sum()} samples{where} do not fill one batch of {self.global_batch_size}"
             " (batch_size times the number of processes);"
-            " lower batch_size, use fewer processes, chunks or buckets, add data, or set leftovers to pad"
+            " lower batch_size, use fewer processes, chunks or buckets, add data, or set chunks.leftovers to pad"
         )
 
     def count_batches(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:

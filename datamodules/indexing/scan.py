@@ -24,7 +24,10 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CACHED_EXTENSION = "safetensors"
 """In a cache of latents it takes the image's place."""
 
-EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", CACHED_EXTENSION)
+OTHER_EXTENSIONS = ("npy", "npz", "bin")
+"""Members for a :class:`~lit_lora.datamodules.decoding.sample_decoder.SampleDecoder` of a user's own."""
+
+EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", CACHED_EXTENSION, *OTHER_EXTENSIONS)
 """The members that are indexed; all others are passed over."""
 
 _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_lora.datamodules.loading.loader import PlannedLoader
@@ -75,6 +76,17 @@ class DataProgress(Callback):
 
     def _remember(self, loader: PlannedLoader) -> None:
         self._visit, self._chunk = loader.plan.visit(loader.cursor), loader.plan.chunk(loader.cursor)
+
+
+def add_data_progress(callbacks: list[Callback]) -> None:
+    """Add a :class:`DataProgress` where there is none.
+
+    It goes behind the user's callbacks and before checkpoints, so that a checkpoint at the end of a chunk finds all of them
+    done with it.
+    """
+    if not any(isinstance(callback, DataProgress) for callback in callbacks):
+        checkpoints = [place for place, callback in enumerate(callbacks) if isinstance(callback, Checkpoint)]
+        callbacks.insert(min(checkpoints, default=len(callbacks)), DataProgress())
 
 
 def _loader(trainer: Trainer) -> PlannedLoader | None:

@@ -114,11 +114,11 @@ class PlannedLoader:
         """
         remedies = {
             "seed": "set the seed back",
-            "chunks": "set chunks back",
+            "chunks": "set chunks.count or chunks.samples back",
             "samples": "use the shards of that run",
             "shards": "use the shards of that run in the same order",
-            "bucketing": "set resolution, buckets and max_upscaling back",
-            "pads": "set leftovers back",
+            "bucketing": "set resolution and buckets back",
+            "pads": "set chunks.leftovers back",
         }
         for name, value in self._identities().items():
             if state.get(name) != value:

@@ -13,13 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, EXTENSIONS, IMAGE_EXTENSIONS, walk_members
+from lit_lora.datamodules.indexing.scan import (
+    CACHED_EXTENSION,
+    EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    OTHER_EXTENSIONS,
+    walk_members,
+)
 from lit_lora.datamodules.packing.input import BadFile, PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.sample_names import SampleNames
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError
 
-_PACKED = tuple(extension for extension in EXTENSIONS if extension != CACHED_EXTENSION)
+_PACKED = frozenset(EXTENSIONS) - {CACHED_EXTENSION, *OTHER_EXTENSIONS}
 _TWICE = -1  # in place of the offset of a member that a sample has twice
 
 

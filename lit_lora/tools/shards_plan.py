@@ -113,14 +113,15 @@ def _share(plan: Plan) -> str:
 
 
 def _disk(data: WebDatasetDataModule, sizes: Sequence[int]) -> str:
-    if data.staging_dir is None:
+    staging = data.chunks.staging
+    if staging is None:
         return "none beside the shards, which are read where they lie"
     needed = sum(sizes[:2])
-    allowed = checked_budget(data.staging_dir, data.staging_budget, data.train_samples)
-    free = shutil.disk_usage(data.staging_dir).free
+    allowed = checked_budget(staging, data.train_samples)
+    free = shutil.disk_usage(staging.dir).free
     return (
         f"{format_bytes(needed)} for two chunks, at most {format_bytes(max(needed, min(allowed, sum(sizes))))} of the"
-        f" {format_bytes(allowed)} allowed in {data.staging_dir} ({format_bytes(free)} free)"
+        f" {format_bytes(allowed)} allowed in {staging.dir} ({format_bytes(free)} free)"
     )
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.distributed import scenarios
-from tests.distributed.scenarios import FEATURES, OF_FOUR, SAVED_AT, STRATEGIES
 
 from lit_lora.errors import UserError
+from tests.distributed import scenarios
+from tests.distributed.scenarios import FEATURES, OF_FOUR, SAVED_AT, STRATEGIES
 
 
 def main() -> None:

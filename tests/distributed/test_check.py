@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from peft import AdaLoraConfig, LoraConfig
-from tests.distributed.scenarios import STRATEGIES
 
 from lit_lora.distributed import LitLoraFSDP, check_strategy, shards_weights
 from lit_lora.errors import UserError
+from tests.distributed.scenarios import STRATEGIES
 
 
 @pytest.mark.parametrize("made", [FSDPStrategy, ModelParallelStrategy])

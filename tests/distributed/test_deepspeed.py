@@ -12,10 +12,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file
-from tests.distributed import deepspeed_script as script
 
 from lit_lora.distributed.deepspeed import LitLoraDeepSpeed
 from lit_lora.errors import UserError
+from tests.distributed import deepspeed_script as script
 from tests.helpers import made_once, processes
 
 pytestmark = [

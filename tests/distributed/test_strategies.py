@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from tests.distributed import scenarios
 from tests.distributed.scenarios import FEATURES, OF_FOUR, RESUMED_TO, SAVED_AT, STEPS, STRATEGIES
-
 from tests.helpers import made_once, processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -42,7 +42,9 @@ def runs(sd_folder: Path, session_shards: Path, tmp_path_factory: pytest.TempPat
         for count, part, strategies in ((2, folder, STRATEGIES), (4, folder / "four", OF_FOUR)):
             part.mkdir(exist_ok=True)
             models = ":".join(map(str, [sd_folder, *[without] * (count - 1)]))
-            processes(["-m", "tests.distributed.cluster_script", part, models, session_shards, *strategies], count, part)
+            processes(
+                ["-m", "tests.distributed.cluster_script", part, models, session_shards, *strategies], count, part
+            )
 
     return made_once(tmp_path_factory, "strategies", make)
 
