@@ -19,8 +19,8 @@ from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, d
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.packing.find_input import find_input
 from lit_lora.datamodules.packing.input import BadFile, PackInput
-from lit_lora.datamodules.packing.sources import find_input
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.draws import seed_of
