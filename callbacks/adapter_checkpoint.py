@@ -99,7 +99,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._saved_rng = None
 
     def on_train_chunk_end(self, trainer: Trainer, pl_module: LightningModule, chunk: int) -> None:
-        """Called by :class:`~lit_lora.callbacks.DataProgress`."""
+        """Called by :class:`~lit_lora.datamodules.DataProgress`."""
         self._chunk_has_ended = self.save_on_chunk_end
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:

@@ -112,7 +112,7 @@ class WebDatasetDataModule(LightningDataModule):
         self.max_bad_samples = max_bad_samples
         self.seed = seed
         self.cached: frozenset[str] = frozenset()
-        """What the batches have from a cache, known after setup: ``"latents"``, ``"text"``."""
+        """The parts of a batch that come from a cache, known after setup: ``"latents"``, ``"text"``."""
         self._bucketing = Bucketing.of(resolution, buckets, None if buckets is None else buckets.max_upscaling)
         self._cache_of: dict[SampleTable, OpenCache | None] = {}
         self._train: ChunkedSamples | None = None
@@ -125,7 +125,7 @@ class WebDatasetDataModule(LightningDataModule):
         """Index the shards that have no index yet and copy the indexes of remote ones, once per node.
 
         Raises:
-            UserError: A shard or an index is missing or damaged.
+            UserError: If a shard or an index is missing or damaged.
         """
         for shards in (self.train_shards, self.val_shards, self.test_shards):
             if shards:
@@ -138,7 +138,7 @@ class WebDatasetDataModule(LightningDataModule):
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``. Prediction runs over the validation samples.
 
         Raises:
-            UserError: There is no data for this stage, samples lack an image or a caption, there are too few, or the
+            UserError: If there is no data for this stage, samples lack an image or a caption, there are too few, or the
                 shards of two chunks do not fit where they are staged.
         """
         if stage == "test":
@@ -169,7 +169,7 @@ class WebDatasetDataModule(LightningDataModule):
 
     @property
     def train_samples(self) -> ChunkedSamples:
-        """What is trained on, after ``setup("fit")``."""
+        """The training samples, after ``setup("fit")``."""
         assert self._train is not None, "setup('fit') comes first"
         return self._train
 
@@ -177,10 +177,10 @@ class WebDatasetDataModule(LightningDataModule):
         """The plan of training.
 
         Args:
-            world_size: Training processes; by default the trainer's.
+            world_size: Number of training processes; by default the trainer's.
 
         Raises:
-            UserError: There are too few samples.
+            UserError: If there are too few samples.
         """
         return Plan(
             self.train_samples,
@@ -197,7 +197,7 @@ class WebDatasetDataModule(LightningDataModule):
         With ``Trainer(overfit_batches=...)`` each epoch sees the same batches.
 
         Raises:
-            UserError: The checkpoint belongs to other data or another seed.
+            UserError: If the checkpoint belongs to other data or another seed.
         """
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         before, state = self._train_loader, self._loaded_state
@@ -236,7 +236,7 @@ class WebDatasetDataModule(LightningDataModule):
         """Random access to the training samples.
 
         Args:
-            locate: The local file of a shard by its number, where they are staged.
+            locate: Function from the number of a shard to its local file, if shards are staged.
         """
         table = self.train_samples.table
         return ShardDataset(ShardReader(table, locate), self._decoder_of(table, self.decoder))
@@ -261,7 +261,7 @@ class WebDatasetDataModule(LightningDataModule):
             self._train_loader.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """End them where training ends by an error: Lightning then leaves out :meth:`teardown`."""
+        """End threads and staging after an error, when Lightning does not call :meth:`teardown`."""
         self.teardown("fit")
 
     def state_dict(self) -> dict[str, Any]:
@@ -270,7 +270,7 @@ class WebDatasetDataModule(LightningDataModule):
         return {"train_loader": state}  # also without a place: Lightning's tuner goes back to where it was
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the place for the next train loader; Lightning calls this before there is one."""
+        """Keep the place for the next train loader; Lightning calls this before it asks for one."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # a checkpoint that is validated says nothing about a later training
         self._loaded_state = state_dict.get("train_loader")
@@ -297,7 +297,7 @@ class WebDatasetDataModule(LightningDataModule):
             self._val = ListedSamples(table, held_out, self._evaluation_bucketing)
 
     def _prepare_training(self) -> None:
-        """Report what is wrong with the plan before the model is loaded, and make its progress visible."""
+        """Check plan and staging before the model is loaded, and add the callback that reports progress."""
         plan = self.plan()
         dropped = plan.num_samples - plan.samples_per_round
         if dropped > _MUCH_DROPPED * plan.num_samples and self.trainer is not None and self._rank == 0:
@@ -331,7 +331,7 @@ class WebDatasetDataModule(LightningDataModule):
         return table
 
     def _open_cache(self, table: SampleTable, is_training: bool) -> OpenCache | None:
-        """The cache that the shards of a table are, after a check that it holds what the run would encode itself.
+        """The cache behind a table, if it is one, after a check that it holds what the run would encode itself.
 
         Decoders other than an ``ImageDecoder`` read the members of a cache as they are.
         """
@@ -357,11 +357,11 @@ class WebDatasetDataModule(LightningDataModule):
 
     @property
     def _evaluation_bucketing(self) -> Bucketing:
-        """All samples are evaluated, however small."""
+        """The sizes for evaluation, in which no image is too small."""
         return Bucketing.of(self.resolution, self.buckets)
 
     def _decoder_of(self, table: SampleTable, decoder: SampleDecoder) -> SampleDecoder:
-        """What reads the samples of a table as a decoder says, whether they are cached or not."""
+        """The decoder for a table: the given one, or one that reads the same from the table's cache."""
         decoder = decoder.with_seed(self.seed)
         cache = self._cache_of[table]
         if cache is None:

@@ -45,21 +45,22 @@ class WebDatasetStreamDataModule(LightningDataModule):
             webdataset opens (``https://``, ``gs://``, ``hf://``, ``pipe:``), also with braces. They may be compressed.
         batches_per_epoch: Batches of one process in an epoch; the stream itself has no length.
         val_shards: Shards to validate on.
-        val_batches: At most so many batches in one process are validated.
-        batch_size: Samples in a batch of one process.
-        resolution: Side R of the square images in pixels; the image is resized to cover it, what is over is cropped.
+        val_batches: Maximum number of validation batches in one process.
+        batch_size: Samples in a batch of one process. The default is 1.
+        resolution: Side R of the square images in pixels, by default 512. Images are resized to cover the square, and the rest
+            is cropped.
         decoder: How a sample becomes an entry of a batch: crop, flip and captions of an ``ImageDecoder`` (default), or a
             decoder of your own.
-        num_workers: Processes that read and decode for each training process; 0 does it in the training process.
-        shuffle_buffer: So many encoded training samples are mixed in the memory of each worker; 0 keeps the order of
-            the shards.
-        max_bad_samples: So many different samples or shards may be damaged before training stops. They are skipped.
-            Each process counts its own.
-        allow_pipe: Open ``pipe:`` URLs, which run whatever stands in them in a shell.
-        seed: Decides the shards, the order, the crops, the flips and the captions.
+        num_workers: Processes that read and decode for each training process, by default 2; 0 reads in the training process.
+        shuffle_buffer: Number of encoded training samples that each worker mixes in memory, by default 1000; 0 keeps the
+            order of the shards.
+        max_bad_samples: Number of different samples or shards that may be damaged before training stops, by default 0.
+            They are skipped. Each process counts its own.
+        allow_pipe: Open ``pipe:`` URLs, which run shell commands. The default is false.
+        seed: Decides the shards, the order, the crops, the flips and the captions. The default is 0.
 
     Raises:
-        UserError: A value is out of its bounds, or a URL cannot be opened or is not safe to open.
+        UserError: If a value is out of its bounds, or a URL cannot be opened or is not safe to open.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
             stage: ``"fit"``, ``"validate"`` or ``"predict"``. Prediction runs over the validation samples.
 
         Raises:
-            UserError: There are no data for this stage, local shards are missing, or so is a program that reads others.
+            UserError: If there are no data for this stage, or local shards, or a program that reads others, are missing.
         """
         if stage == "test":
             raise UserError("this datamodule has no data to test on; validate instead")
@@ -132,7 +133,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         With ``Trainer(overfit_batches=...)`` each epoch sees the same batches.
 
         Raises:
-            UserError: The checkpoint was made with another datamodule.
+            UserError: If the checkpoint was made with another datamodule.
         """
         assert self._train, "setup('fit') comes first"
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
@@ -170,7 +171,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         return {} if state is None else {"train_loader": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the count for the next train loader; Lightning calls this before there is one."""
+        """Keep the count for the next train loader; Lightning calls this before it asks for one."""
         self._loaded_state = state_dict.get("train_loader")
         self._train_loader = None
 

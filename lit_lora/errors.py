@@ -12,10 +12,10 @@ class UserError(ValueError):
 
 
 def check_least(least: int, **values: int | None) -> None:
-    """Refuse values below a bound; None stands for a value that is not set.
+    """Refuse values below a bound; None stands for an option that is not set.
 
     Raises:
-        UserError: One is; it is called by its name.
+        UserError: If a value is below the bound; the message names it.
     """
     for name, value in values.items():
         if value is not None and value < least:

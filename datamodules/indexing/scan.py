@@ -60,7 +60,7 @@ def scan_shard(path: Path) -> ScannedShard:
     """Read the headers of a shard, of its tar members and of its images.
 
     Raises:
-        UserError: The shard is cut off or damaged, holds no samples, or holds a key twice.
+        UserError: If the shard is cut off or damaged, holds no samples, or holds a key twice.
     """
     shard = ScannedShard()
     seen: set[str] = set()
@@ -131,7 +131,7 @@ def walk_members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int
     """Key, number in ``EXTENSIONS``, data offset and size of each indexed member, in the order of the archive.
 
     Raises:
-        UserError: The shard is cut off or damaged.
+        UserError: If the shard is cut off or damaged.
     """
     end = 0
     try:

@@ -20,7 +20,7 @@ _MOST_VIEWS = 4096
 
 
 class Span(NamedTuple):
-    """Where a member's data lie in its shard, in bytes."""
+    """Offset and size of a member's data in its shard, in bytes."""
 
     offset: int
     size: int
@@ -73,7 +73,7 @@ class SampleTable:
 
     @property
     def digest(self) -> int:
-        """A number that another list of shards would not have; where they lie makes no difference."""
+        """A number that identifies the list of shards by their names and counts, wherever they are stored."""
         counts = np.diff(self.starts).tolist()
         names = (posixpath.basename(location.partition("?")[0]) for location in self.locations)
         return seed_of(*(f"{name} {count}" for name, count in zip(names, counts, strict=True)))

@@ -1,4 +1,4 @@
-"""Where training is in the data, for people, loggers and other callbacks."""
+"""Progress in the training data, for logs and other callbacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
 
 
 class DataProgress(Callback):
-    """Makes the end of each chunk visible.
+    """Reports the end of each chunk, and bad samples.
 
     At the end of a visit to a chunk, on all processes, it calls ``on_train_chunk_end(trainer, pl_module, chunk)`` of each
     callback and ``on_train_chunk_end(chunk)`` of the module where they have such a method (``chunk`` is the chunk's
@@ -34,7 +34,7 @@ class DataProgress(Callback):
             self._remember(loader)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell Lightning how long this epoch is: it asks once, and after a change of the batch size that is not so."""
+        """Tell Lightning the length of this epoch: it asks only once, and a changed batch size changes it."""
         loader = _loader(trainer)
         if loader is None or isinstance(loader, RestartingLoader):
             return

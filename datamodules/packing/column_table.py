@@ -80,7 +80,7 @@ class ColumnTable(PackInput):
             caption_key: Where several captions of one image go in a ``.json`` member.
 
         Raises:
-            UserError: pyarrow is not installed, or a file cannot be read or has no such column.
+            UserError: If pyarrow is not installed, or a file cannot be read or has no such column.
         """
         schema = files[0].schema
         image = image_column or next((field.name for field in schema if _has_bytes(field.type)), None)

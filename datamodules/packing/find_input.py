@@ -29,7 +29,7 @@ def find_input(
     caption_key: str = "caption",
     jobs: int = 1,
 ) -> PackInput:
-    """The samples of a folder or file, by what is in it.
+    """The samples of a folder or file, of the first kind of input that finds any.
 
     Args:
         source: The folder; or a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or a ``.tar`` shard.

@@ -51,7 +51,7 @@ class ImageFolder(PackInput):
         """All images below a folder, except below ``skip``, in the order of their names.
 
         Raises:
-            UserError: A folder cannot be read.
+            UserError: If a folder cannot be read.
         """
         bad: list[BadFile] = []
         sizes, sides = array("q"), array("B")
@@ -108,7 +108,7 @@ def read_file(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        BadSampleError: It cannot be read.
+        BadSampleError: If the file cannot be read.
     """
     try:
         return path.read_bytes()
@@ -120,7 +120,7 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
     """The bytes that files of these extensions will take in a tar, and a text that changes when one of them changes.
 
     Raises:
-        BadSampleError: A file is missing, or an image is empty.
+        BadSampleError: If a file is missing, or an image is empty.
     """
     sizes, stamps = [], []
     for extension, path in paths.items():

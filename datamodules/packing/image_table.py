@@ -78,7 +78,7 @@ class ImageTable(PackInput):
             inside: Refuse images outside the folder of their file.
 
         Raises:
-            UserError: A file cannot be read or understood, has no such column, or names an image outside its folder.
+            UserError: If a file cannot be read or understood, has no such column, or names an image outside its folder.
         """
         files = tuple(RowFile.open(path) for path in paths)
         columns = tuple(

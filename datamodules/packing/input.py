@@ -22,7 +22,7 @@ _HINT_AFTER_S = 3.0
 
 @dataclass(frozen=True)
 class BadFile:
-    """Something that is left out."""
+    """A file or sample that is left out, and why."""
 
     file: str
     reason: str
@@ -69,27 +69,27 @@ class PackInput(ABC):
 
     @abstractmethod
     def name(self, sample: int) -> str:
-        """What to call a sample in messages."""
+        """Name of a sample, for messages."""
 
     @abstractmethod
     def key(self, sample: int) -> str:
-        """The key of a sample in the shard: no dots, and no other sample has it."""
+        """Key of a sample in the shard: unique and without dots."""
 
     @abstractmethod
     def members(self, sample: int) -> dict[str, bytes]:
         """The bytes of a sample's members by extension.
 
         Raises:
-            BadSampleError: They cannot be read.
+            BadSampleError: If the members cannot be read.
         """
 
     @abstractmethod
     def select(self, samples: NDArray[np.int64]) -> PackInput:
-        """These samples alone, in this order: what a process needs that packs one shard."""
+        """These samples alone, in this order, for a process that packs one shard."""
 
 
 def show_planning(names: Iterable[str]) -> Iterable[str]:
-    """The same names, with a progress bar where they take long."""
+    """The same names, with a progress bar if they take long."""
     return tqdm(names, "planning", unit="sample", delay=_HINT_AFTER_S, leave=False, disable=None)
 
 

@@ -17,7 +17,7 @@ _METADATA_IMAGE = "file_name"  # as datasets prescribes
 
 @dataclass(frozen=True)
 class PackSource:
-    """A folder or file, and what a look at its file names has shown.
+    """A folder or file to pack, and the names of its files.
 
     Attributes:
         path: The folder or file.

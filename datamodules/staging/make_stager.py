@@ -1,4 +1,4 @@
-"""Shards brought to local disk chunk by chunk, for a loader."""
+"""Construction of the stager for a loader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches from shards that are read from front to back, wherever they come from."""
+"""Batches from shards that are read sequentially."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ShardStream(IterableDataset[Batch]):
         size: Height and width of the images, in pixels.
         batch_size: B.
         resampled: Draw shards without end.
-        shuffle_buffer: So many encoded samples are mixed in each worker, when ``resampled``.
+        shuffle_buffer: Number of encoded samples that each worker mixes, when ``resampled``; 0 (default) keeps their order.
         rank: The number of this process.
         world_size: The number of processes.
         max_bad_samples: A worker gives up when more samples than this are bad.
@@ -173,7 +173,7 @@ class _Sample(NamedTuple):
 
 
 class _Failures:
-    """What one worker could not use."""
+    """The bad samples of one worker."""
 
     def __init__(self, limit: int) -> None:
         self.in_a_row = 0
@@ -193,13 +193,13 @@ class _Failures:
             self._new.append(report)
 
     def take(self) -> list[BadSampleReport]:
-        """Those not taken before."""
+        """The bad samples since the last call."""
         new, self._new = self._new, []
         return new
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Raises where ``tarfile`` would take a damaged header or a cut for the end of the archive."""
+    """Raises where ``tarfile`` would mistake a damaged header or a truncation for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
@@ -218,7 +218,7 @@ def _read_shard(url: str, wanted: frozenset[str]) -> Iterator[_Sample]:
     Grouped shard by shard: over several, webdataset puts members from both sides of a damage into one sample.
 
     Raises:
-        BadSampleError: The shard cannot be read to its end; samples before the damage came out.
+        BadSampleError: If the shard cannot be read to its end; samples before the damage came out.
     """
     from webdataset.tariterators import group_by_keys
 
@@ -277,7 +277,7 @@ def _opened(url: str) -> Iterator[Any]:
 
 
 def _end(process: Popen[bytes]) -> int:
-    """Its exit status; 0 also where it had to be stopped."""
+    """The exit status of a process; 0 also if it had to be stopped."""
     try:
         return process.wait(_PATIENCE_S)  # it may have closed its output and not be gone yet
     except TimeoutExpired:

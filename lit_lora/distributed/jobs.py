@@ -29,7 +29,7 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
         jobs: The number of spawned processes; 1 stays in this one.
 
     Raises:
-        UserError: A process died.
+        UserError: If a process died.
     """
     if jobs == 1:
         yield from (function(*each) for each in arguments)
