@@ -333,12 +333,13 @@ class WebDatasetDataModule(LightningDataModule):
     def _open_cache(self, table: SampleTable, is_training: bool) -> OpenCache | None:
         """The cache behind a table, if it is one, after a check that it holds what the run would encode itself.
 
-        Decoders other than an ``ImageDecoder`` read the members of a cache as they are.
+        A decoder of the user's own, also a subclass of ``ImageDecoder``, reads the members of a cache as they are.
         """
         decoder = self.decoder if is_training else self.decoder.for_evaluation()
-        cache = open_cache(table) if isinstance(decoder, ImageDecoder) else None
+        if type(decoder) is not ImageDecoder:
+            return None
+        cache = open_cache(table)
         if cache is not None:
-            assert isinstance(decoder, ImageDecoder)
             identity = getattr(self.trainer and self.trainer.lightning_module, "cache_identity", dict)
             cache.description.check(
                 cache.folder,

@@ -26,11 +26,13 @@ def end_with_parent() -> None:
 
     Children of ``multiprocessing`` watch their parent on every platform; others end with theirs on Linux only.
     """
-    pool = parent_process()
-    if pool is not None:
-        Thread(target=_exit_after, args=(pool,), daemon=True).start()
-    elif "LOCAL_RANK" not in os.environ:
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=_exit_after, args=(parent,), daemon=True).start()
+    if "LOCAL_RANK" not in os.environ:
         os.environ[LAUNCHER] = str(os.getpid())
+    elif parent is not None:
+        return  # a child of one of the run's processes, whose environment it has
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())
     elif LAUNCHER in os.environ:

@@ -430,6 +430,14 @@ class TestRefusals:
         )
         assert not (shards / "cache").exists()
 
+    def test_a_decoder_of_its_own(self, module: LoraDiffusion, shards: Path) -> None:
+        class OwnDecoder(ImageDecoder):
+            pass
+
+        data = WebDatasetDataModule(str(shards), decoder=OwnDecoder(center_crop=True))
+        assert "decoder is a OwnDecoder; only the samples of an ImageDecoder can be cached" in failure(module, data)
+        assert not (shards / "cache").exists()
+
     def test_captions_that_vary(self, module: LoraDiffusion, shards: Path) -> None:
         assert "--text false" in failure(module, data_for(shards, {"captions": Captions(dropout=0.1)}))
         assert "--text false" in failure(module, data_for(shards, {"captions": Captions(shuffle_tags=True)}))
