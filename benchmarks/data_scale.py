@@ -66,19 +66,17 @@ def make_up(folder: Path, num_shards: int) -> None:
 
 def measure(folder: str, buckets: bool) -> dict[str, Any]:
     """Seconds and megabytes of one start."""
-    from lit_lora.datamodules import WebDatasetDataModule
-    from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
+    from lit_lora.datamodules import AspectRatioBuckets, Chunks, WebDatasetDataModule
 
     before = _memory_mb("VmRSS")
     start = time.perf_counter()
     data = WebDatasetDataModule(
         folder,
         batch_size=GLOBAL_BATCH,
-        chunks=CHUNKS,
+        chunks=Chunks(CHUNKS, leftovers="pad"),
         val_samples=64,
         num_workers=0,
         buckets=AspectRatioBuckets() if buckets else None,
-        leftovers="pad",
     )
     data.setup("fit")
     loader = data.train_dataloader()

@@ -44,7 +44,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from lit_lora import WebDatasetDataModule
+from lit_lora.datamodules import Chunks, ImageDecoder, WebDatasetDataModule
 
 SIDE = 512
 SHARDS = 8
@@ -93,9 +93,9 @@ def ours(folder: Path, batch_size: int, workers: int) -> Pass:
         str(folder / "shards"),
         batch_size=batch_size,
         resolution=SIDE,
-        center_crop=True,
+        decoder=ImageDecoder(center_crop=True),
+        chunks=Chunks(leftovers="pad"),
         num_workers=workers,
-        leftovers="pad",
     )
     data.prepare_data()
     data.setup("fit")

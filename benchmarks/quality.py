@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 
 import lit_lora.quantization
 from lit_lora import LoraDiffusion, StableDiffusion, WebDatasetDataModule
+from lit_lora.datamodules import ImageDecoder
 from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, _accuracy, _fit_classifier, _pack, _prompt
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
@@ -80,7 +81,13 @@ def _run(
     seed_everything(seed, verbose=False)
     module = _module(setting, seed, options.steps, options)
     data = WebDatasetDataModule(
-        str(shards), batch_size=48, resolution=32, center_crop=True, num_workers=0, val_samples=96, seed=seed
+        str(shards),
+        val_samples=96,
+        batch_size=48,
+        resolution=32,
+        decoder=ImageDecoder(center_crop=True),
+        num_workers=0,
+        seed=seed,
     )
     trainer = Trainer(
         accelerator="cpu",

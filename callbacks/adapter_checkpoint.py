@@ -99,7 +99,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._saved_rng = None
 
     def on_train_chunk_end(self, trainer: Trainer, pl_module: LightningModule, chunk: int) -> None:
-        """Remember to save; :class:`~lit_lora.DataProgress` calls this at the end of a chunk."""
+        """Remember to save; :class:`~lit_lora.datamodules.DataProgress` calls this at the end of a chunk."""
         self._chunk_has_ended = self.save_on_chunk_end
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:

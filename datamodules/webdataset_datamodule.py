@@ -5,28 +5,25 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
+from lit_lora.datamodules.batches.chunks import Chunks
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
 from lit_lora.datamodules.batches.plan import Plan
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
 from lit_lora.datamodules.caching.open_cache import OpenCache, open_cache
-from lit_lora.datamodules.decoding.captions import Captions
-from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.loading.data_progress import DataProgress
+from lit_lora.datamodules.loading.data_progress import add_data_progress
 from lit_lora.datamodules.loading.dataset import ShardDataset
 from lit_lora.datamodules.loading.loader import PlannedLoader
 from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
@@ -34,7 +31,7 @@ from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_exclusive, check_least
 
 Shards = str | list[str] | None
 
@@ -48,7 +45,8 @@ class WebDatasetDataModule(LightningDataModule):
 
     Shards are ``.tar`` files, folders of them, globs, or braces as in ``data/shard-{000000..000099}.tar``, on a local
     disk or as URLs that fsspec opens (``https://``, ``s3://`` …). A sample is an image (``.jpg``, ``.jpeg``, ``.png``,
-    ``.webp``) and a caption (``.txt``, ``.json`` or ``.cls``), or an entry of a cache that ``lit-lora cache`` made.
+    ``.webp``) and a caption (``.txt``, ``.json`` or ``.cls``), an entry of a cache that ``lit-lora cache`` made, or
+    whatever a ``decoder`` of your own makes of a sample's members.
 
     A batch is a dict: ``pixel_values`` uint8 (B, 3, H, W); ``caption`` list of str; ``original_size`` and
     ``target_size`` int64 (B, 2), height and width; ``crop_top_left`` int64 (B, 2), top and left; ``weight`` float32
@@ -62,35 +60,24 @@ class WebDatasetDataModule(LightningDataModule):
         train_shards: Shards to train on.
         val_shards: Shards to validate on.
         test_shards: Shards to test on.
-        val_samples: So many samples of ``train_shards`` are held out to validate on, chosen by ``seed``. It cannot be
-            combined with ``val_shards``.
-        batch_size: Samples in a batch of one process.
-        resolution: Side of the square images in pixels; the image is resized to cover it, what is over is cropped.
-        buckets: Train images near their own shape at about the same area instead of as squares. A batch over all
-            processes has one shape.
-        max_upscaling: Images that would have to be enlarged by more than this factor are left out; null keeps all.
-        center_crop: Crop the middle of training images; otherwise a random place. Validation and test images are
-            always cropped in the middle.
-        random_flip: Mirror half of the training images left to right.
-        captions: Where captions are, and what is varied in them.
-        chunks: Train on this many parts of the shards one after the other, each a random choice of whole shards. An
-            epoch is a pass through all of them, in an order of its own.
-        chunk_samples: Or so many samples in a chunk, about.
-        passes_per_chunk: Go so often through a chunk before the next.
-        steps_per_chunk: Or take so many batches from it.
-        leftovers: Samples that do not fill a batch of their chunk and bucket are left out of the pass (``drop``), or the
-            batch is filled up with samples of weight 0 (``pad``).
-        staging_dir: Folder on a local disk to which shards are copied, a chunk ahead of the training. Shards that are
-            not on a local disk need it.
-        staging_budget: The most bytes there, for each job on the machine, as in ``200GB``; null for what two chunks
-            take.
-        num_workers: Threads that read and decode ahead of each training process; 0 does it between the steps.
-        max_bad_samples: So many different samples may be damaged before training stops. Their places in the batch are
-            filled by other samples with weight 0. Each process counts its own.
-        seed: Decides the order, the crops, the flips, the captions, and which samples are held out.
+        val_samples: Number of samples of ``train_shards`` that are held out to validate on, chosen by ``seed``; it
+            excludes ``val_shards``. The default is 0.
+        batch_size: Samples in a batch of one process. The default is 1.
+        resolution: Side of the square images in pixels, by default 512. Images are resized to cover the square, and the
+            rest is cropped.
+        buckets: Train images near their own shape at about the same area, instead of as squares; null (default) for
+            squares. A batch over all processes has one shape.
+        decoder: How a sample becomes an entry of a batch: crop, flip and captions of an ``ImageDecoder`` (default), or a
+            decoder of your own.
+        chunks: How training goes through the shards: in how many chunks, how often through each, and whether they are
+            staged on a local disk.
+        num_workers: Threads that read and decode ahead of each training process, by default 2; 0 reads between the steps.
+        max_bad_samples: Number of different samples that may be damaged before training stops, by default 0. Their places
+            in the batch are filled by other samples with weight 0. Each process counts its own.
+        seed: Decides the order, the crops, the flips, the captions, and which samples are held out. The default is 0.
 
     Raises:
-        UserError: A value is out of its bounds, or two arguments exclude each other.
+        UserError: If a value is out of its bounds, or two arguments exclude each other.
     """
 
     def __init__(
@@ -102,34 +89,16 @@ class WebDatasetDataModule(LightningDataModule):
         batch_size: int = 1,
         resolution: int = 512,
         buckets: AspectRatioBuckets | None = None,
-        max_upscaling: float | None = None,
-        center_crop: bool = False,
-        random_flip: bool = False,
-        captions: Captions = Captions(),  # noqa: B008 it is frozen
-        chunks: int = 1,
-        chunk_samples: int | None = None,
-        passes_per_chunk: int = 1,
-        steps_per_chunk: int | None = None,
-        leftovers: Literal["drop", "pad"] = "drop",
-        staging_dir: str | None = None,
-        staging_budget: int | str | None = None,
+        decoder: SampleDecoder = ImageDecoder(),  # noqa: B008 it is frozen
+        chunks: Chunks = Chunks(),  # noqa: B008 it is frozen
         num_workers: int = 2,
         max_bad_samples: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         check_least(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
-        check_least(1, batch_size=batch_size, resolution=resolution, chunks=chunks, chunk_samples=chunk_samples)
-        check_least(1, passes_per_chunk=passes_per_chunk, steps_per_chunk=steps_per_chunk)
-        if max_upscaling is not None and max_upscaling < 1:
-            raise UserError(f"max_upscaling={max_upscaling} is too small; it must be at least 1, or null for no limit")
-        if leftovers not in ("drop", "pad"):
-            raise UserError(f"leftovers={leftovers!r} is not known; choose drop or pad")
-        _exclude(val_shards=val_shards, val_samples=val_samples or None)
-        _exclude(chunks=chunks if chunks > 1 else None, chunk_samples=chunk_samples)
-        _exclude(passes_per_chunk=passes_per_chunk if passes_per_chunk > 1 else None, steps_per_chunk=steps_per_chunk)
-        if staging_budget is not None and staging_dir is None:
-            raise UserError(f"staging_budget={staging_budget} has no use without staging_dir; set both or neither")
+        check_least(1, batch_size=batch_size, resolution=resolution)
+        check_exclusive(val_shards=val_shards, val_samples=val_samples)
         self.train_shards = train_shards
         self.val_shards = val_shards
         self.test_shards = test_shards
@@ -137,23 +106,14 @@ class WebDatasetDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.resolution = resolution
         self.buckets = buckets
-        self.max_upscaling = max_upscaling
-        self.center_crop = center_crop
-        self.random_flip = random_flip
-        self.captions = captions
+        self.decoder = decoder
         self.chunks = chunks
-        self.chunk_samples = chunk_samples
-        self.passes_per_chunk = passes_per_chunk
-        self.steps_per_chunk = steps_per_chunk
-        self.leftovers = leftovers
-        self.staging_dir = staging_dir
-        self.staging_budget = staging_budget
         self.num_workers = num_workers
         self.max_bad_samples = max_bad_samples
         self.seed = seed
         self.cached: frozenset[str] = frozenset()
-        """What the batches have from a cache, known after setup: ``"latents"``, ``"text"``."""
-        self._bucketing = Bucketing.of(resolution, buckets, max_upscaling)
+        """The parts of a batch that come from a cache, known after setup: ``"latents"``, ``"text"``."""
+        self._bucketing = Bucketing.of(resolution, buckets, None if buckets is None else buckets.max_upscaling)
         self._cache_of: dict[SampleTable, OpenCache | None] = {}
         self._train: ChunkedSamples | None = None
         self._val: ListedSamples | None = None
@@ -165,7 +125,7 @@ class WebDatasetDataModule(LightningDataModule):
         """Index the shards that have no index yet and copy the indexes of remote ones, once per node.
 
         Raises:
-            UserError: A shard or an index is missing or damaged.
+            UserError: If a shard or an index is missing or damaged.
         """
         for shards in (self.train_shards, self.val_shards, self.test_shards):
             if shards:
@@ -178,7 +138,7 @@ class WebDatasetDataModule(LightningDataModule):
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``. Prediction runs over the validation samples.
 
         Raises:
-            UserError: There is no data for this stage, samples lack an image or a caption, there are too few, or the
+            UserError: If there is no data for this stage, samples lack an image or a caption, there are too few, or the
                 shards of two chunks do not fit where they are staged.
         """
         if stage == "test":
@@ -200,9 +160,16 @@ class WebDatasetDataModule(LightningDataModule):
         caches = list(self._cache_of.values())
         self.cached = frozenset.intersection(*(c.description.cached if c else frozenset() for c in caches))
 
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of every size that a batch may have; known without :meth:`setup`.
+
+        A model that needs multiples of some number of pixels can check them before anything is loaded.
+        """
+        return [(int(height), int(width)) for height, width in self._bucketing.sizes]
+
     @property
     def train_samples(self) -> ChunkedSamples:
-        """What is trained on, after ``setup("fit")``."""
+        """The training samples, after ``setup("fit")``."""
         assert self._train is not None, "setup('fit') comes first"
         return self._train
 
@@ -210,18 +177,18 @@ class WebDatasetDataModule(LightningDataModule):
         """The plan of training.
 
         Args:
-            world_size: Training processes; by default the trainer's.
+            world_size: Number of training processes; by default the trainer's.
 
         Raises:
-            UserError: There are too few samples.
+            UserError: If there are too few samples.
         """
         return Plan(
             self.train_samples,
             self.batch_size * (world_size or self._world_size),
             self.seed,
-            leftovers=self.leftovers,
-            passes_per_chunk=self.passes_per_chunk,
-            steps_per_chunk=self.steps_per_chunk,
+            leftovers=self.chunks.leftovers,
+            passes_per_chunk=self.chunks.passes,
+            steps_per_chunk=self.chunks.steps,
         )
 
     def train_dataloader(self) -> PlannedLoader:
@@ -230,7 +197,7 @@ class WebDatasetDataModule(LightningDataModule):
         With ``Trainer(overfit_batches=...)`` each epoch sees the same batches.
 
         Raises:
-            UserError: The checkpoint belongs to other data or another seed.
+            UserError: If the checkpoint belongs to other data or another seed.
         """
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         before, state = self._train_loader, self._loaded_state
@@ -238,8 +205,8 @@ class WebDatasetDataModule(LightningDataModule):
             state = before.state_dict()
             before.close()
         stager = None
-        if self.staging_dir is not None:
-            stager = make_stager(self.staging_dir, self.staging_budget, self.train_samples, self.seed, self.trainer)
+        if self.chunks.staging is not None:
+            stager = make_stager(self.chunks.staging, self.train_samples, self.seed, self.trainer)
         loader = (RestartingLoader if overfit else PlannedLoader)(
             self.train_dataset(None if stager is None else stager.path),
             self.plan(),
@@ -269,11 +236,10 @@ class WebDatasetDataModule(LightningDataModule):
         """Random access to the training samples.
 
         Args:
-            locate: The local file of a shard by its number, where they are staged.
+            locate: Function from the number of a shard to its local file, if shards are staged.
         """
         table = self.train_samples.table
-        decoder = self._decoder(table, Framing(self.center_crop, self.random_flip, self.seed))
-        return ShardDataset(ShardReader(table, locate), decoder)
+        return ShardDataset(ShardReader(table, locate), self._decoder_of(table, self.decoder))
 
     def val_dataloader(self) -> PlannedLoader | list[PlannedLoader]:
         """The loader for validation, each sample once over all processes; an empty list where there is no data."""
@@ -295,7 +261,7 @@ class WebDatasetDataModule(LightningDataModule):
             self._train_loader.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """End them where training ends by an error: Lightning then leaves out :meth:`teardown`."""
+        """End threads and staging after an error, when Lightning does not call :meth:`teardown`."""
         self.teardown("fit")
 
     def state_dict(self) -> dict[str, Any]:
@@ -304,7 +270,7 @@ class WebDatasetDataModule(LightningDataModule):
         return {"train_loader": state}  # also without a place: Lightning's tuner goes back to where it was
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the place for the next train loader; Lightning calls this before there is one."""
+        """Keep the place for the next train loader; Lightning calls this before it asks for one."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # a checkpoint that is validated says nothing about a later training
         self._loaded_state = state_dict.get("train_loader")
@@ -319,40 +285,39 @@ class WebDatasetDataModule(LightningDataModule):
             )
         generator = np.random.default_rng(seed_of(self.seed, "held out"))
         held_out = np.sort(generator.choice(len(table), self.val_samples, replace=False))
-        num_chunks = self.chunks
-        if self.chunk_samples is not None:
-            num_chunks = max(1, round(len(table) / self.chunk_samples))
+        num_chunks = self.chunks.number(len(table))
         self._train = ChunkedSamples.split(table, self._bucketing, num_chunks, self.seed, held_out)
         if not self._train.counts.any():
             raise UserError(
-                f"{self._train.too_small} samples are all smaller than max_upscaling={self.max_upscaling} allows at"
-                f" resolution={self.resolution}; lower the resolution or raise max_upscaling"
+                f"{self._train.too_small} samples are all smaller than buckets.max_upscaling="
+                f"{self._bucketing.max_upscaling} allows at resolution={self.resolution}; lower the resolution or raise"
+                " buckets.max_upscaling"
             )
         if self.val_samples:
             self._val = ListedSamples(table, held_out, self._evaluation_bucketing)
 
     def _prepare_training(self) -> None:
-        """Report what is wrong with the plan before the model is loaded, and make its progress visible."""
+        """Check plan and staging before the model is loaded, and add the callback that reports progress."""
         plan = self.plan()
         dropped = plan.num_samples - plan.samples_per_round
         if dropped > _MUCH_DROPPED * plan.num_samples and self.trainer is not None and self._rank == 0:
             _log.warning(
                 "each pass leaves out %d of %d samples, which do not fill a batch of %d in their chunk and bucket;"
-                " leftovers=pad trains on them too, and fewer chunks or buckets or smaller batches leave out fewer",
+                " chunks.leftovers=pad trains on them too, and fewer chunks or buckets or smaller batches leave out fewer",
                 dropped,
                 plan.num_samples,
                 plan.global_batch_size,
             )
         remote = next((location for location in self.train_samples.table.locations if is_remote(location)), None)
-        if self.staging_dir is not None:
-            checked_budget(self.staging_dir, self.staging_budget, self.train_samples)
+        if self.chunks.staging is not None:
+            checked_budget(self.chunks.staging, self.train_samples)
         elif remote is not None:
             raise UserError(
-                f"{redact(remote)} is not on a local disk; set staging_dir to a folder that is (and chunks, so that not"
-                " everything has to fit there), or use WebDatasetStreamDataModule"
+                f"{redact(remote)} is not on a local disk; set chunks.staging.dir to a folder that is (and chunks.count,"
+                " so that not everything has to fit there), or use WebDatasetStreamDataModule"
             )
         if self.trainer is not None:
-            _add_progress(self.trainer.callbacks)  # type: ignore[attr-defined]
+            add_data_progress(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def _open(self, shards: str | list[str]) -> SampleTable:
         """The samples of shards, after a check that the run can use them."""
@@ -360,22 +325,32 @@ class WebDatasetDataModule(LightningDataModule):
         twice = next((location for location, number in Counter(table.locations).items() if number > 1), None)
         if twice is not None:
             raise UserError(f"{redact(twice)} is named more than once; name each shard once")
+        self._cache_of[table] = self._open_cache(table, is_training=shards is self.train_shards)
+        for what, extensions in self._decoder_of(table, self.decoder).required.items():
+            table.check_complete(what, extensions)
+        return table
+
+    def _open_cache(self, table: SampleTable, is_training: bool) -> OpenCache | None:
+        """The cache behind a table, if it is one, after a check that it holds what the run would encode itself.
+
+        A decoder of the user's own, also a subclass of ``ImageDecoder``, reads the members of a cache as they are.
+        """
+        decoder = self.decoder if is_training else self.decoder.for_evaluation()
+        if type(decoder) is not ImageDecoder:
+            return None
         cache = open_cache(table)
-        self._cache_of[table] = cache
         if cache is not None:
             identity = getattr(self.trainer and self.trainer.lightning_module, "cache_identity", dict)
             cache.description.check(
                 cache.folder,
                 identity=identity(),
                 resolution=self.resolution,
-                buckets=None if self.buckets is None else asdict(self.buckets),
-                center_crop=self.center_crop or shards is not self.train_shards,
-                random_flip=self.random_flip and shards is self.train_shards,
-                captions=self.captions,
+                buckets=None if self.buckets is None else self.buckets.description(),
+                center_crop=decoder.center_crop,
+                random_flip=decoder.random_flip,
+                captions=decoder.captions,
             )
-        for what, extensions in self._decoder(table, self._evaluation_framing).required.items():
-            table.check_complete(what, extensions)
-        return table
+        return cache
 
     def _evaluation_data(self, shards: str | list[str]) -> ListedSamples:
         table = self._open(shards)
@@ -383,21 +358,20 @@ class WebDatasetDataModule(LightningDataModule):
 
     @property
     def _evaluation_bucketing(self) -> Bucketing:
-        """All samples are evaluated, however small."""
+        """The sizes for evaluation, in which no image is too small."""
         return Bucketing.of(self.resolution, self.buckets)
 
-    @property
-    def _evaluation_framing(self) -> Framing:
-        return Framing(center_crop=True, random_flip=False, seed=self.seed)
-
-    def _decoder(self, table: SampleTable, framing: Framing) -> SampleDecoder:
+    def _decoder_of(self, table: SampleTable, decoder: SampleDecoder) -> SampleDecoder:
+        """The decoder for a table: the given one, or one that reads the same from the table's cache."""
+        decoder = decoder.with_seed(self.seed)
         cache = self._cache_of[table]
         if cache is None:
-            return ImageDecoder(framing, self.captions, self.seed)
-        return CachedDecoder(cache.description, framing, self.captions, cache.empty)
+            return decoder
+        assert isinstance(decoder, ImageDecoder), "only image decoders read a cache"
+        return CachedDecoder(cache.description, decoder.framing, decoder.captions, cache.empty)
 
     def _evaluation_loader(self, samples: ListedSamples) -> PlannedLoader:
-        decoder = self._decoder(samples.table, self._evaluation_framing)
+        decoder = self._decoder_of(samples.table, self.decoder.for_evaluation())
         return RestartingLoader(
             ShardDataset(ShardReader(samples.table), decoder),
             Plan(samples, self.batch_size * self._world_size, self.seed, shuffle=False, leftovers="pad"),
@@ -414,16 +388,3 @@ class WebDatasetDataModule(LightningDataModule):
     @property
     def _world_size(self) -> int:
         return 1 if self.trainer is None else self.trainer.world_size
-
-
-def _add_progress(callbacks: list[Callback]) -> None:
-    """Behind the user's callbacks and before checkpoints, so that one at the end of a chunk finds all of them done."""
-    if not any(isinstance(callback, DataProgress) for callback in callbacks):
-        checkpoints = [place for place, callback in enumerate(callbacks) if isinstance(callback, Checkpoint)]
-        callbacks.insert(min(checkpoints, default=len(callbacks)), DataProgress())
-
-
-def _exclude(**values: Any) -> None:
-    given = [f"{name}={value}" for name, value in values.items() if value]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} exclude each other; drop one of them")

@@ -8,9 +8,8 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from lit_lora.datamodules.decoding.captions import Captions
-from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
+from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.streaming.restarting_stream_loader import RestartingStreamLoader
@@ -46,23 +45,22 @@ class WebDatasetStreamDataModule(LightningDataModule):
             webdataset opens (``https://``, ``gs://``, ``hf://``, ``pipe:``), also with braces. They may be compressed.
         batches_per_epoch: Batches of one process in an epoch; the stream itself has no length.
         val_shards: Shards to validate on.
-        val_batches: At most so many batches in one process are validated.
-        batch_size: Samples in a batch of one process.
-        resolution: Side R of the square images in pixels; the image is resized to cover it, what is over is cropped.
-        center_crop: Crop the middle of training images; otherwise a random place. Validation images are always cropped
-            in the middle.
-        random_flip: Mirror half of the training images left to right.
-        captions: Where captions are, and what is varied in them.
-        num_workers: Processes that read and decode for each training process; 0 does it in the training process.
-        shuffle_buffer: So many encoded training samples are mixed in the memory of each worker; 0 keeps the order of
-            the shards.
-        max_bad_samples: So many different samples or shards may be damaged before training stops. They are skipped.
-            Each process counts its own.
-        allow_pipe: Open ``pipe:`` URLs, which run whatever stands in them in a shell.
-        seed: Decides the shards, the order, the crops, the flips and the captions.
+        val_batches: Maximum number of validation batches in one process.
+        batch_size: Samples in a batch of one process. The default is 1.
+        resolution: Side R of the square images in pixels, by default 512. Images are resized to cover the square, and the rest
+            is cropped.
+        decoder: How a sample becomes an entry of a batch: crop, flip and captions of an ``ImageDecoder`` (default), or a
+            decoder of your own.
+        num_workers: Processes that read and decode for each training process, by default 2; 0 reads in the training process.
+        shuffle_buffer: Number of encoded training samples that each worker mixes in memory, by default 1000; 0 keeps the
+            order of the shards.
+        max_bad_samples: Number of different samples or shards that may be damaged before training stops, by default 0.
+            They are skipped. Each process counts its own.
+        allow_pipe: Open ``pipe:`` URLs, which run shell commands. The default is false.
+        seed: Decides the shards, the order, the crops, the flips and the captions. The default is 0.
 
     Raises:
-        UserError: A value is out of its bounds, or a URL cannot be opened or is not safe to open.
+        UserError: If a value is out of its bounds, or a URL cannot be opened or is not safe to open.
     """
 
     def __init__(
@@ -73,9 +71,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         val_batches: int | None = None,
         batch_size: int = 1,
         resolution: int = 512,
-        center_crop: bool = False,
-        random_flip: bool = False,
-        captions: Captions = Captions(),  # noqa: B008 it is frozen
+        decoder: SampleDecoder = ImageDecoder(),  # noqa: B008 it is frozen
         num_workers: int = 2,
         shuffle_buffer: int = 1000,
         max_bad_samples: int = 0,
@@ -95,9 +91,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         self.val_batches = val_batches
         self.batch_size = batch_size
         self.resolution = resolution
-        self.center_crop = center_crop
-        self.random_flip = random_flip
-        self.captions = captions
+        self.decoder = decoder
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         self.max_bad_samples = max_bad_samples
@@ -118,7 +112,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
             stage: ``"fit"``, ``"validate"`` or ``"predict"``. Prediction runs over the validation samples.
 
         Raises:
-            UserError: There are no data for this stage, local shards are missing, or so is a program that reads others.
+            UserError: If there are no data for this stage, or local shards, or a program that reads others, are missing.
         """
         if stage == "test":
             raise UserError("this datamodule has no data to test on; validate instead")
@@ -129,18 +123,21 @@ class WebDatasetStreamDataModule(LightningDataModule):
         if self.val_shards:
             self._val = _expand(self.val_shards)
 
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """Height and width in pixels of every size that a batch may have: the square of ``resolution``."""
+        return [(self.resolution, self.resolution)]
+
     def train_dataloader(self) -> StreamLoader:
         """The loader for training, after as many batches as the checkpoint or the loader before it had handed out.
 
         With ``Trainer(overfit_batches=...)`` each epoch sees the same batches.
 
         Raises:
-            UserError: The checkpoint was made with another datamodule.
+            UserError: If the checkpoint was made with another datamodule.
         """
         assert self._train, "setup('fit') comes first"
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
-        framing = Framing(self.center_crop, self.random_flip, self.seed)
-        stream = self._stream(self._train, framing, resampled=True)
+        stream = self._stream(self._train, self.decoder, resampled=True)
         loader = (RestartingStreamLoader if overfit else StreamLoader)(
             stream, self.batches_per_epoch, self.num_workers, self.max_bad_samples
         )
@@ -156,8 +153,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         """The loader for validation, each sample once over all processes; an empty list where there is no data."""
         if not self._val or self.val_batches is None:
             return []
-        framing = Framing(center_crop=True, random_flip=False, seed=self.seed)
-        stream = self._stream(self._val, framing, resampled=False)
+        stream = self._stream(self._val, self.decoder.for_evaluation(), resampled=False)
         return RestartingStreamLoader(stream, self.val_batches, self.num_workers, self.max_bad_samples)
 
     def predict_dataloader(self) -> StreamLoader | list[StreamLoader]:
@@ -175,22 +171,23 @@ class WebDatasetStreamDataModule(LightningDataModule):
         return {} if state is None else {"train_loader": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the count for the next train loader; Lightning calls this before there is one."""
+        """Keep the count for the next train loader; Lightning calls this before it asks for one."""
         self._loaded_state = state_dict.get("train_loader")
         self._train_loader = None
 
-    def _stream(self, shards: list[str], framing: Framing, resampled: bool) -> ShardStream:
+    def _stream(self, shards: list[str], decoder: SampleDecoder, resampled: bool) -> ShardStream:
         trainer = self.trainer
         return ShardStream(
             shards,
-            ImageDecoder(framing, self.captions, self.seed),
-            (self.resolution, self.resolution),
+            decoder.with_seed(self.seed),
+            self.image_sizes()[0],
             self.batch_size,
             resampled,
             self.shuffle_buffer,
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
             max_bad_samples=self.max_bad_samples,
+            seed=self.seed,
         )
 
 
@@ -218,7 +215,7 @@ def _check_url(url: str, allow_pipe: bool) -> None:
         return
     if _scheme(url) not in gopen_schemes:
         raise UserError(
-            f"webdataset cannot open {redact(url)}; use WebDatasetDataModule with staging_dir, or a command that writes"
+            f"webdataset cannot open {redact(url)}; use WebDatasetDataModule with chunks.staging, or a command that writes"
             f" the shard to its output, as in 'pipe:aws s3 cp s3://… -', with allow_pipe: true"
         )
     unsafe = _UNSAFE.search(url)

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
         RunReport,
         SampleImages,
     )
-    from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule
-    from lit_lora.datamodules.loading.data_progress import DataProgress
+    from lit_lora.datamodules import DataProgress, WebDatasetDataModule, WebDatasetStreamDataModule
     from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP
     from lit_lora.errors import UserError
     from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
@@ -36,7 +35,7 @@ _HOME = {
     "DDPM": "lit_lora.objectives",
     "FlowMatching": "lit_lora.objectives",
     "Flux": "lit_lora.families",
-    "DataProgress": "lit_lora.datamodules.loading.data_progress",
+    "DataProgress": "lit_lora.datamodules",
     "ImageWriter": "lit_lora.callbacks",
     "LitLoraDeepSpeed": "lit_lora.distributed",
     "LitLoraFSDP": "lit_lora.distributed",

@@ -12,11 +12,22 @@ class UserError(ValueError):
 
 
 def check_least(least: int, **values: int | None) -> None:
-    """Refuse values below a bound; None stands for a value that is not set.
+    """Refuse values below a bound; None stands for an option that is not set.
 
     Raises:
-        UserError: One is; it is called by its name.
+        UserError: If a value is below the bound; the message names it.
     """
     for name, value in values.items():
         if value is not None and value < least:
             raise UserError(f"{name}={value} is too small; it must be at least {least}")
+
+
+def check_exclusive(**values: object) -> None:
+    """Refuse options that exclude each other; a false value, such as None or 0, stands for an option that is not set.
+
+    Raises:
+        UserError: If more than one of them is set.
+    """
+    given = [f"{name}={value}" for name, value in values.items() if value]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} exclude each other; drop one of them")

@@ -33,8 +33,7 @@ from lit_lora.callbacks import (  # noqa: F401
     RunReport,
     SampleImages,
 )
-from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule  # noqa: F401
-from lit_lora.datamodules.loading.data_progress import DataProgress  # noqa: F401
+from lit_lora.datamodules import DataProgress, ImageDecoder, WebDatasetDataModule, WebDatasetStreamDataModule  # noqa: F401
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP, check_strategy_name  # noqa: F401
 from lit_lora.distributed.end_on_error import EndOnError

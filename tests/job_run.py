@@ -55,7 +55,7 @@ def write_job(
                 "train_shards": str(shards),
                 "batch_size": 2,
                 "resolution": 16,
-                "leftovers": "pad",
+                "chunks": {"leftovers": "pad"},
                 "num_workers": 0,
             },
         },

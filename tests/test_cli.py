@@ -187,7 +187,8 @@ def test_secrets_in_urls_stay_out_of_what_a_run_writes(
     server = FaultyServer(shards)
     try:
         urls = [server.url.replace("//", "//user:hunter2@") + f"/shard-00000{n}.tar?token=hunter2" for n in range(2)]
-        path = config(data__init_args__train_shards=urls, data__init_args__staging_dir=str(tmp_path / "stage"))
+        staging = {"dir": str(tmp_path / "stage")}
+        path = config(data__init_args__train_shards=urls, data__init_args__chunks={"staging": staging})
         caplog.set_level(0)
         assert main(["fit", "--config", str(path)]) == 0
         assert any("token=hunter2" in request.path for request in server.requests)
@@ -316,7 +317,8 @@ class TestMistakes:
         path = config(data__init_args__train_shards="https://user:hunter2@example.org/x?token=hunter2")
         for option, message in {
             "batch_size=0": "batch_size=0 is too small; it must be at least 1",
-            "captions.dropout=2": "dropout=2.0 is no probability; it must be from 0 to 1",
+            "decoder.captions.dropout=2": "dropout=2.0 is no probability; it must be from 0 to 1",
+            "chunks.count=0": "chunks.count=0 is too small; it must be at least 1",
             "buckets.divisor=7": "resolution=16 is not a multiple of buckets.divisor=7; choose 14 or another divisor",
         }.items():
             error = failure(capsys, "fit", "--config", path, f"--data.init_args.{option}")

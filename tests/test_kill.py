@@ -51,7 +51,7 @@ def write_config(folder: Path, base: Path, shards: Path) -> Path:
                 "val_samples": 3,
                 "batch_size": 2,
                 "resolution": 16,
-                "random_flip": True,
+                "decoder": {"random_flip": True},
                 "num_workers": 0,
             },
         },

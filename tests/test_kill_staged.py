@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_lora.datamodules import WebDatasetDataModule
+from lit_lora.datamodules import Chunks, ImageDecoder, Staging, WebDatasetDataModule
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from tests import staged_run
 from tests.datamodules.faulty_server import FaultyServer
@@ -48,6 +48,10 @@ class DiskWatch(threading.Thread):
                 except FileNotFoundError:
                     continue
             self.peak = max(self.peak, total)
+
+
+def _staged(folder: Path, budget: int | None = None) -> Chunks:
+    return Chunks(CHUNKS, staging=Staging(str(folder), budget))
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +147,14 @@ def test_killed_runs(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     generator = random.Random(10 * world_size + num_workers)
-    data = {
+    data: dict[str, Any] = {
         "train_shards": server.url,
         "batch_size": GLOBAL_BATCH // world_size,
         "resolution": 8,
-        "random_flip": True,
-        "chunks": CHUNKS,
+        "decoder": ImageDecoder(random_flip=True),
         "num_workers": num_workers,
     }
-    probe = WebDatasetDataModule(**data, staging_dir=str(tmp_path / "probe"))
+    probe = WebDatasetDataModule(**data, chunks=_staged(tmp_path / "probe"))
     probe.prepare_data()
     probe.setup("fit")
     budget = int(np.sort(probe.train_samples.chunk_bytes)[-2:].sum())
@@ -160,22 +163,22 @@ def test_killed_runs(
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     straight.mkdir()
     killed.mkdir()
-    own = {"staging_dir": str(tmp_path / "stage-straight"), "staging_budget": budget}
-    _finish(_start(forkserver, world_size, straight, data | own), straight)
+    data["chunks"] = _staged(tmp_path / "stage-straight", budget)
+    _finish(_start(forkserver, world_size, straight, data), straight)
 
     # The killed run's server fails now and then too.
     server.fault = lambda path: 500 if path.endswith(".tar") and generator.random() < 0.2 else None
-    own["staging_dir"] = str(tmp_path / "stage")
+    data["chunks"] = _staged(tmp_path / "stage", budget)
     watch = DiskWatch(tmp_path / "stage")
     watch.start()
     kills = 0
     while kills < KILLS:
-        processes = _start(forkserver, world_size, killed, data | own)
+        processes = _start(forkserver, world_size, killed, data)
         if not _kill(processes, killed, generator):
             break
         kills += 1
     if not (killed / "done-0").exists():
-        _finish(_start(forkserver, world_size, killed, data | own), killed)
+        _finish(_start(forkserver, world_size, killed, data), killed)
     watch.stopped.set()
     watch.join()
 

@@ -1,8 +1,9 @@
-"""Sizes that images are trained at, and which image gets which."""
+"""Sizes of training images, and the choice of one for each image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from lit_lora.draws import seed_of
 from lit_lora.errors import UserError
 
 LEFT_OUT = -1
-"""Stands for the bucket of an image that is too small for any."""
+"""Bucket number of an image that is too small for any bucket."""
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,27 @@ class AspectRatioBuckets:
     Args:
         divisor: Widths and heights are multiples of this, in pixels: 64 for Stable Diffusion; at least 8, what its VAE
             needs.
-        max_aspect_ratio: The longest shape, long side by short side.
+        max_aspect_ratio: Longest shape, as long side divided by short side; 1 trains squares only.
+        max_upscaling: Leave out images that would have to be enlarged by more than this factor; null (default) keeps
+            all. Validation and test images are never left out.
 
     Raises:
-        UserError: A value is out of its bounds.
+        UserError: If a value is out of its bounds.
     """
 
     divisor: int = 64
     max_aspect_ratio: float = 2.0
+    max_upscaling: float | None = None
 
     def __post_init__(self) -> None:
         if self.divisor < 1:
             raise UserError(f"buckets: divisor={self.divisor} is too small; it must be at least 1")
         if not 1 <= self.max_aspect_ratio <= 16:
             raise UserError(f"buckets: max_aspect_ratio={self.max_aspect_ratio} must lie in [1, 16]")
+        if self.max_upscaling is not None and self.max_upscaling < 1:
+            raise UserError(
+                f"buckets: max_upscaling={self.max_upscaling} is too small; it must be at least 1, or null for no limit"
+            )
 
     def sizes(self, resolution: int) -> NDArray[np.int64]:
         """The sizes for a resolution, from the tallest to the widest.
@@ -46,7 +54,7 @@ class AspectRatioBuckets:
             int64 (B, 2): height, width in pixels.
 
         Raises:
-            UserError: The resolution is not a multiple of the divisor.
+            UserError: If the resolution is not a multiple of the divisor.
         """
         if resolution % self.divisor:
             nearest = max(self.divisor, round(resolution / self.divisor) * self.divisor)
@@ -61,10 +69,14 @@ class AspectRatioBuckets:
                 sizes |= {(one, other), (other, one)}
         return np.array(sorted(sizes, key=lambda size: (size[1] / size[0], size)), np.int64)
 
+    def description(self) -> dict[str, Any]:
+        """Plain JSON values that identify the size of each image."""
+        return {"divisor": self.divisor, "max_aspect_ratio": self.max_aspect_ratio}
+
 
 @dataclass(frozen=True)
 class Bucketing:
-    """Which size each image is trained at.
+    """Assigns each image the size at which it is trained.
 
     Attributes:
         sizes: int64 (B, 2): height, width in pixels, with rising width by height.
@@ -76,24 +88,24 @@ class Bucketing:
 
     @classmethod
     def of(cls, resolution: int, buckets: AspectRatioBuckets | None, max_upscaling: float | None = None) -> Bucketing:
-        """With ``buckets`` as they say, else the square of ``resolution`` alone."""
+        """The sizes of ``buckets``, or the square of ``resolution`` alone where there are none."""
         sizes = np.array([[resolution, resolution]], np.int64) if buckets is None else buckets.sizes(resolution)
         return cls(sizes, max_upscaling)
 
     @property
     def needs_sizes(self) -> bool:
-        """Whether :meth:`assign` looks at the images' sizes at all."""
+        """Whether :meth:`assign` depends on the sizes of the images."""
         return len(self.sizes) > 1 or self.max_upscaling is not None
 
     @property
     def digest(self) -> int:
-        """A number that another choice of sizes would not have."""
+        """A number that identifies this choice of sizes."""
         return seed_of(str(self.sizes.tolist()), str(self.max_upscaling))
 
     def assign(self, width: NDArray[np.integer], height: NDArray[np.integer]) -> NDArray[np.int64]:
         """The bucket with the nearest aspect ratio (on a logarithmic scale) for each image.
 
-        An image whose size is not known (0) gets the one nearest to a square; it turns out to be bad when it is read.
+        An image of unknown size (0) gets the bucket nearest to a square; it is found to be bad when it is read.
 
         Args:
             width: In pixels, (N,).

@@ -14,7 +14,7 @@ from lit_lora.datamodules.indexing.table import SampleTable
 
 @dataclass(frozen=True, eq=False)
 class ChunkedSamples:
-    """What a :class:`~lit_lora.datamodules.batches.plan.Plan` plans over.
+    """Training samples of a :class:`~lit_lora.datamodules.batches.plan.Plan`, in chunks and buckets.
 
     Attributes:
         table: All samples.
@@ -44,7 +44,7 @@ class ChunkedSamples:
         """Split a table into chunks.
 
         Raises:
-            UserError: There are fewer shards than chunks.
+            UserError: If there are fewer shards than chunks.
         """
         held_out = np.empty(0, np.int64) if held_out is None else held_out
         shards = tuple(split_shards(np.diff(table.starts), num_chunks, seed))
@@ -64,7 +64,7 @@ class ChunkedSamples:
 
     @property
     def total(self) -> int:
-        """All samples of the table."""
+        """Number of samples in the table."""
         return len(self.table)
 
     @property

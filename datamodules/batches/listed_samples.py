@@ -10,7 +10,7 @@ from lit_lora.datamodules.indexing.table import SampleTable
 
 
 class ListedSamples:
-    """What a :class:`~lit_lora.datamodules.batches.plan.Plan` plans over in evaluation: one chunk.
+    """Evaluation samples of a :class:`~lit_lora.datamodules.batches.plan.Plan`, in one chunk.
 
     Args:
         table: All samples.
@@ -32,7 +32,7 @@ class ListedSamples:
 
     @property
     def total(self) -> int:
-        """All samples of the table."""
+        """Number of samples in the table."""
         return len(self.table)
 
     def samples(self, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

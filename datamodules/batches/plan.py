@@ -1,4 +1,4 @@
-"""Which samples make which batch."""
+"""The plan of all batches: which sample goes where in which batch."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def split_shards(sample_counts: NDArray[np.int64], num_chunks: int, seed: int) -
         K ascending arrays of shard numbers.
 
     Raises:
-        UserError: There are fewer shards than chunks.
+        UserError: If there are fewer shards than chunks.
     """
     num_shards = len(sample_counts)
     if not 1 <= num_chunks <= num_shards:
         raise UserError(
-            f"chunks={num_chunks} does not fit {num_shards} shards: a chunk is one shard or more;"
+            f"chunks.count={num_chunks} does not fit {num_shards} shards: a chunk is one shard or more;"
             f" choose at most {num_shards} or pack smaller shards"
         )
     order = np.random.default_rng([seed, _SHARDS]).permutation(num_shards)
@@ -58,7 +58,7 @@ def chunk_order(seed: int, pass_number: int, num_chunks: int, shuffle: bool = Tr
     return np.random.default_rng([seed, _CHUNKS, pass_number]).permutation(num_chunks)
 
 
-class Chunks(Protocol):
+class PlannedSamples(Protocol):
     """The samples that are planned, in K chunks and B buckets.
 
     Attributes:
@@ -120,7 +120,7 @@ class GlobalBatch(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A stretch of batches of one size: so many of them have been taken."""
+    """Consecutive batches of one size: the size, and how many of them have been taken."""
 
     global_batch_size: int
     batches: int
@@ -149,7 +149,7 @@ class Cursor(NamedTuple):
 
 
 class _Round(NamedTuple):
-    """The batches of a round that are to come after all segments but the last: ``rows`` (n, G) into its samples."""
+    """The batches of a round after all segments but the last; ``rows`` (n, G) index its samples."""
 
     samples: NDArray[np.int64]
     buckets: NDArray[np.int64]
@@ -161,7 +161,7 @@ class Plan:
     """The batches of every pass over the data, as a pure function of the arguments.
 
     Nothing depends on the number of processes or loader workers, so a run can change both and go on. It can go on with
-    another global batch size too: what a round has consumed is worked out, and the rest is planned anew.
+    another global batch size too: the samples that a round has consumed are computed, and the rest is planned anew.
 
     Args:
         chunks: The samples.
@@ -170,16 +170,16 @@ class Plan:
         shuffle: Draw a new order for each pass; otherwise samples keep their order.
         leftovers: What happens to samples of a bucket that do not fill a batch. ``"drop"`` leaves them out of the
             round, ``"pad"`` fills their batch up with samples of weight 0.
-        passes_per_chunk: So often a visit goes through its chunk.
-        steps_per_chunk: Or so many batches a visit has, in as many rounds as that takes.
+        passes_per_chunk: Rounds through the chunk in a visit.
+        steps_per_chunk: Batches in a visit instead, in as many rounds as that takes.
 
     Raises:
-        UserError: There are no samples, or a chunk has too few for one batch where leftovers are dropped.
+        UserError: If there are no samples, or a chunk has too few for one batch where leftovers are dropped.
     """
 
     def __init__(
         self,
-        chunks: Chunks,
+        chunks: PlannedSamples,
         global_batch_size: int,
         seed: int = 0,
         shuffle: bool = True,
@@ -211,17 +211,17 @@ class Plan:
 
     @property
     def batches_per_pass(self) -> int:
-        """The number of batches in a whole pass."""
+        """Number of batches in a full pass."""
         return int(self.batches_per_visit.sum())
 
     @property
     def samples_per_round(self) -> int:
-        """How many samples are in the batches if each chunk is gone through once; the others are dropped."""
+        """Number of samples in the batches of one round of each chunk; the others are dropped."""
         return int(self._samples_in_round.sum())
 
     @property
     def samples_per_pass(self) -> int:
-        """How many samples a pass shows, repeats counted and those that only fill up not."""
+        """Number of samples in the batches of a pass, with repeats but without padding."""
         rounds = self.batches_per_visit / self.batches_per_round
         return math.floor((self._samples_in_round * rounds).sum())
 
@@ -233,7 +233,7 @@ class Plan:
 
     @property
     def padding_per_round(self) -> int:
-        """How many places of weight 0 fill batches up if each chunk is gone through once."""
+        """Number of places of weight 0 that fill batches up in one round of each chunk."""
         return int(self.batches_per_round.sum()) * self.global_batch_size - self.samples_per_round
 
     def start(self) -> Cursor:
@@ -241,14 +241,14 @@ class Plan:
         return self._settle(Cursor(0, 0, 0, 0, 0, (Segment(self.global_batch_size, 0),)))
 
     def resume(self, cursor: Cursor) -> Cursor:
-        """A place of a run that may have had another global batch size, as a place of this one."""
+        """The same place in this plan, for a place in a run that may have had another global batch size."""
         taken = tuple(segment for segment in cursor.segments if segment.batches)
         if not taken or taken[-1].global_batch_size != self.global_batch_size:
             taken = (*taken, Segment(self.global_batch_size, 0))
         return self._settle(cursor._replace(segments=taken))
 
     def remaining(self, cursor: Cursor) -> int:
-        """The number of batches from there to the end of the pass."""
+        """Number of batches from a place to the end of the pass."""
         order = self._order(cursor.pass_number)
         chunk = order[cursor.position]
         if self.steps_per_chunk is not None:
@@ -259,7 +259,7 @@ class Plan:
         return here + int(self.batches_per_visit[order[cursor.position + 1 :]].sum())
 
     def walk(self, cursor: Cursor) -> Iterator[tuple[GlobalBatch, Cursor]]:
-        """The batches from there to the end of the pass, each with the place after it."""
+        """Batches from a place to the end of the pass, each with the place after it."""
         pass_number = cursor.pass_number
         while cursor.pass_number == pass_number:
             batch = self._batch(cursor)
@@ -282,11 +282,11 @@ class Plan:
         return (
             f"{counts.sum()} samples{where} do not fill one batch of {self.global_batch_size}"
             " (batch_size times the number of processes);"
-            " lower batch_size, use fewer processes, chunks or buckets, add data, or set leftovers to pad"
+            " lower batch_size, use fewer processes, chunks or buckets, add data, or set chunks.leftovers to pad"
         )
 
     def count_batches(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The batches of one round that so many samples of a chunk and bucket make."""
+        """Number of batches in one round of chunks and buckets with so many samples."""
         if self.leftovers == "pad":
             return -(-counts // self.global_batch_size)
         return counts // self.global_batch_size
@@ -373,7 +373,7 @@ class Plan:
     def _group(
         self, rest: NDArray[np.int64], buckets: NDArray[np.int64], size: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Batches of one bucket each: rows int64 (n, G) out of ``rest``, and how many in each are not there to fill up."""
+        """Batches of one bucket each: rows int64 (n, G) out of ``rest``, and how many places of each hold samples."""
         by_bucket = rest[np.argsort(buckets[rest], kind="stable")]
         present = buckets[by_bucket]
         starts = np.flatnonzero(np.diff(present, prepend=-1))

@@ -1,4 +1,4 @@
-"""What a plan comes to, for people."""
+"""Tables that summarize a plan."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def bucket_rows(plan: Plan, chunks: ChunkedSamples) -> list[list[str]]:
 
 
 def measure_reading(dataset: ShardDataset, plan: Plan) -> float:
-    """Images that one process reads and decodes in a second, from the first batches of the plan."""
+    """Images per second that one process reads and decodes, measured on the first batches of the plan."""
     requests = []
     for batch, _ in plan.walk(plan.start()):
         for sample, slot in zip(batch.samples.tolist(), batch.slots.tolist(), strict=True):

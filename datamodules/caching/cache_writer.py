@@ -97,7 +97,7 @@ class CacheWriter:
             progress: Is told how many more samples are done.
 
         Raises:
-            UserError: ``path`` was made of other samples than the shard has.
+            UserError: If ``path`` was made of other samples than the shard has.
         """
         first, end = self.table.starts[shard : shard + 2].tolist()
         if self._text and not (path.parent / EMPTY).exists():

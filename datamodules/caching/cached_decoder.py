@@ -75,7 +75,7 @@ class CachedDecoder(SampleDecoder):
             (2,); ``caption``; and ``text_embeddings``, a dict of tensors, where text is cached.
 
         Raises:
-            BadSampleError: A member is missing or damaged, a tensor is missing or not finite, or the sample was cached in
+            BadSampleError: If a member is missing or damaged, a tensor is missing or not finite, or the sample was cached in
                 another size.
         """
         tensors = _tensors(members)
@@ -148,7 +148,7 @@ def encode_cached(tensors: Mapping[str, Tensor], text: Mapping[str, Tensor], wid
         height: The same.
 
     Raises:
-        BadSampleError: A value is not finite.
+        BadSampleError: If a value is not finite.
     """
     every = {**tensors, **{TEXT + name: embedding for name, embedding in text.items()}}
     for name, tensor in every.items():

@@ -69,7 +69,7 @@ class CacheDescription:
         """The description of the cache in a folder.
 
         Raises:
-            UserError: There is none, or it cannot be read.
+            UserError: If there is no description, or it cannot be read.
         """
         path = Path(folder) / name
         try:
@@ -86,7 +86,7 @@ class CacheDescription:
             name: What to call it in messages.
 
         Raises:
-            UserError: It is no description, or one of another version.
+            UserError: If it is not a description, or one of another version.
         """
         try:
             document = json.loads(data)
@@ -134,7 +134,7 @@ class CacheDescription:
             captions: The run's captions; they are compared where text is cached.
 
         Raises:
-            UserError: Something differs; the message lists all of it.
+            UserError: If anything differs; the message lists every difference.
         """
         identity = identity or {}
         wanted = replace(

@@ -36,7 +36,7 @@ def open_cache(table: SampleTable) -> OpenCache | None:
     """The cache that the shards of a table are, or None if they hold images.
 
     Raises:
-        UserError: Some are of another cache, or its description or embeddings cannot be read.
+        UserError: If some shards are of another cache, or its description or embeddings cannot be read.
     """
     are_cached: dict[str, bool] = {}
     for location, first_sample in zip(table.locations, table.starts.tolist(), strict=False):

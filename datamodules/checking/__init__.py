@@ -1,1 +1,1 @@
-"""What is in shards, and what is wrong with it."""
+"""Statistics of shards, and checks for damage."""

@@ -1,4 +1,4 @@
-"""What is wrong with shards, before training finds out."""
+"""Checks of shards before training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHARED_KEYS = "keys of another shard"
 NOT_READ = "members not read"
 
 NOTES = (WRONG_EXTENSION, NOT_READ)
-"""Things that are no problem to training."""
+"""Kinds of problems that training can cope with."""
 
 _EXAMPLES = 3
 
@@ -39,7 +39,7 @@ _Members = dict[str, tuple[int, int]]  # offset and size by extension
 
 
 class Problem(NamedTuple):
-    """Something that is wrong.
+    """A problem in a shard.
 
     Attributes:
         kind: One of the kinds above or of ``check_sample``.
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
 
 @dataclass
 class CheckSummary:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         shards: The number of shards.
@@ -72,7 +72,7 @@ class CheckSummary:
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing was found but notes."""
+        """Whether nothing but notes was found."""
         return set(self.counts) <= set(NOTES)
 
     def add(self, problem: Problem) -> None:
@@ -107,7 +107,7 @@ def check_shards(
         report: A file that gets all problems, a JSON object in each line.
 
     Raises:
-        UserError: ``jobs`` is below 1, or ``report`` cannot be written.
+        UserError: If ``jobs`` is below 1, or ``report`` cannot be written.
     """
     check_least(1, jobs=jobs)
     summary = CheckSummary(shards=len(paths))
@@ -145,7 +145,7 @@ def _check_shard(path: Path, decode: bool, caption_key: str) -> _ShardReport:
 def _check_file(
     path: Path, samples: dict[str, _Members], decode: bool, captions: Captions
 ) -> Iterator[tuple[str, str, str]]:
-    """Kind, key and detail of all problems of a shard, whose samples are put into ``samples``."""
+    """Kind, key and detail of all problems of a shard; its samples are added to ``samples``."""
     try:
         with path.open("rb") as file:
             complete = samples
@@ -171,7 +171,7 @@ def _check_file(
 
 
 def _collect(path: Path, file: io.BufferedReader, samples: dict[str, _Members]) -> Iterator[tuple[str, str]]:
-    """Put offset and size of each sample's members into ``samples``; yield keys that come twice."""
+    """Add offset and size of each sample's members to ``samples``; yield keys that occur twice."""
     last = ""
     repeated = False
     for key, number, offset, size in walk_members(path, file):
@@ -188,7 +188,7 @@ def _collect(path: Path, file: io.BufferedReader, samples: dict[str, _Members]) 
 
 
 def _members_not_read(path: Path) -> dict[str, list[str]]:
-    """The members that are passed over, by what ends their names after the first dot."""
+    """Members that are not indexed, by the part of their names after the first dot."""
     found: dict[str, list[str]] = {}
     try:
         with tarfile.open(path, "r:") as archive:
@@ -202,7 +202,7 @@ def _members_not_read(path: Path) -> dict[str, list[str]]:
 
 
 def _find_shared_keys(paths: Sequence[Path], keys: Sequence[NDArray[np.uint64]]) -> Iterator[Problem]:
-    """Shards that have keys of shards before them; one problem for each such shard."""
+    """One problem for each shard that repeats keys of the shards before it."""
     digests = np.concatenate(keys)
     starts = np.cumsum([0, *(len(each) for each in keys)])
     order = np.argsort(digests, kind="stable")

@@ -1,4 +1,4 @@
-"""What is wrong with one sample of a shard."""
+"""Checks of one sample of a shard."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LIMITS = {"txt": MAX_TEXT_BYTES, "cls": MAX_TEXT_BYTES, "json": MAX_JSON_BYTES}
 def check_sample(
     file: BinaryIO, members: Mapping[str, tuple[int, int]], decode: bool, captions: Captions
 ) -> Iterator[tuple[str, str]]:
-    """All that is wrong with a sample: kinds as above, each with a detail.
+    """All problems of a sample: a kind of those above and a detail for each.
 
     Args:
         file: The shard.
@@ -72,7 +72,7 @@ def _check_image(file: BinaryIO, offset: int, size: int, extension: str, decode:
 
 
 def _refusal(data: bytes) -> tuple[str, str] | None:
-    """Why an image is refused for its header."""
+    """The problem with an image's header, if it is refused for that."""
     size = image_size(data)
     try:
         check_pixels(*size)

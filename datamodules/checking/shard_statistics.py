@@ -1,4 +1,4 @@
-"""What is in shards: how much, of what size and shape."""
+"""Statistics of shards: counts, sizes and aspect ratios."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rows = list[list[str]]
 
 @dataclass(frozen=True, eq=False)
 class ShardStatistics:
-    """Numbers about the samples (N) of shards, as tables for people.
+    """Statistics of the samples (N) of shards, as tables.
 
     Attributes:
         shards: The number of shards.
@@ -40,7 +40,7 @@ class ShardStatistics:
 
     @classmethod
     def of(cls, indexes: Sequence[ShardIndex]) -> ShardStatistics:
-        """The numbers of at least one shard."""
+        """The statistics of one or more shards."""
         counts = np.zeros(len(EXTENSIONS), np.int64)
         sizes = np.zeros(len(EXTENSIONS), np.int64)
         for index in indexes:
@@ -88,7 +88,7 @@ class ShardStatistics:
         return rows
 
     def aspect_rows(self) -> Rows:
-        """The shapes of the images: which of the usual aspect ratios is nearest, on a logarithmic scale."""
+        """Images by the nearest of the usual aspect ratios, on a logarithmic scale."""
         named = {f"{a}:{b}": a / b for a, b in _ASPECT_RATIOS}
         named |= {f"{b}:{a}": b / a for a, b in reversed(_ASPECT_RATIOS)}
         ratios = np.log(list(named.values()))
@@ -101,7 +101,7 @@ class ShardStatistics:
         return rows
 
     def bucket_rows(self, bucketing: Bucketing) -> Rows:
-        """The sizes that training would use, with what is cut off and what is enlarged."""
+        """The sizes that training would use, with the shares that are cropped away and enlarged."""
         width, height = self.width[self.is_known], self.height[self.is_known]
         bucket = bucketing.assign(width, height)
         rows = [["bucket (h x w)", "images", "share", "mean crop loss", "upscaled"]]

@@ -1,4 +1,4 @@
-"""Samples put together to a batch, one by one."""
+"""Collation of samples into a batch, one by one."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class BatchBuilder:
         self._batch: dict[str, Any] = {}
 
     def put(self, place: int, sample: Mapping[str, Any]) -> None:
-        """Fill a place; tensors and tuples of integers become rows of one tensor, other values entries of a list."""
+        """Fill a place: tensors and tuples of integers become rows of one tensor, other values elements of a list."""
         self._put(self._batch, place, sample)
         self.places.append(place)
 
     def finish(self) -> dict[str, Any]:
-        """The batch; what was put first stands in for the places that are not filled."""
+        """The batch; copies of the first sample fill the places that were left empty."""
         for place in set(range(self._batch_size)) - set(self.places):
             _repeat(self._batch, self.places[0], place)
         return {name: _as_tensor(values) for name, values in self._batch.items()}
@@ -56,7 +56,7 @@ class BatchBuilder:
 
 
 def _as_tensor(values: Any) -> Any:
-    """Tuples of integers as one tensor, int64: a tensor for each would take longer than all else."""
+    """Tuples of integers as one int64 tensor: a tensor for each would take longer than everything else."""
     return torch.tensor(values) if isinstance(values, list) and isinstance(values[0], tuple) else values
 
 
@@ -99,7 +99,7 @@ class _ReusedMemory:
         self._arrays: list[NDArray[np.uint8]] = []
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
-        """So many bytes that nobody else holds."""
+        """An array of so many bytes that nothing else refers to."""
         with self._lock:
             unused = [sys.getrefcount(self._arrays[place]) == _UNUSED for place in range(len(self._arrays))]
             for place, is_unused in enumerate(unused):
@@ -112,7 +112,7 @@ class _ReusedMemory:
 
 
 def _count_unused() -> int:
-    """What :func:`sys.getrefcount` says of an array that only a list holds."""
+    """The result of :func:`sys.getrefcount` for an array that only a list refers to."""
     arrays = [np.empty(1)]
     return sys.getrefcount(arrays[0])
 

@@ -1,4 +1,4 @@
-"""Where the caption of a sample comes from, and what is varied in it."""
+"""Sources of captions, and their random variation."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _EXTENSIONS = ("txt", "json", "cls")
 
 @dataclass(frozen=True)
 class CaptionSource:
-    """One place in a sample where a caption may be.
+    """A place in a sample where a caption may be.
 
     Args:
         extension: The member that holds it: ``txt`` is the text itself, ``json`` has it under ``key``, ``cls`` is a class,
             as image classification sets have it.
         key: Where the caption is in a ``json`` member: names of keys and numbers of list entries with dots between
             them, as in ``captions.en.0``. A list of texts there is several captions, of which each showing draws one.
-        template: What becomes of the text or class: it takes the place of the ``{}``, as in ``a photo of a {}``.
+        template: Caption in which the text or class replaces ``{}``, as in ``a photo of a {}``. The default is ``{}``.
         class_names: The names of the classes, for ``cls`` members that hold a number, counted from 0: a text file with
             one name in each line, or a list. Without it the member holds the name itself.
         weight: With several sources, how often this one is drawn in proportion to the others.
 
     Raises:
-        UserError: A value is out of its bounds, or the file of class names cannot be read.
+        UserError: If a value is out of its bounds, or the file of class names cannot be read.
     """
 
     extension: Literal["txt", "json", "cls"] = "txt"
@@ -76,7 +76,7 @@ class CaptionSource:
             members: The sample's members by extension.
 
         Raises:
-            BadSampleError: The member is there but cannot be read.
+            BadSampleError: If the member is there but cannot be read.
         """
         if self.extension not in members:
             return []
@@ -98,7 +98,7 @@ class CaptionSource:
 
     @property
     def place(self) -> str:
-        """In words, for messages."""
+        """A phrase for the place, for messages."""
         return f"under the key {self.key!r} in .json" if self.extension == "json" else f"in .{self.extension}"
 
     @property
@@ -112,7 +112,7 @@ def _default_sources() -> list[CaptionSource]:
 
 @dataclass(frozen=True)
 class Captions:
-    """From the members of a sample to its caption at one showing.
+    """Where captions are, and how they vary from one showing of a sample to the next.
 
     Each random choice is a function of the seed and the slot, so a sample has other captions at other showings, and the
     same after a resume.
@@ -120,15 +120,15 @@ class Captions:
     Args:
         sources: Where captions are. Without weights, the first that a sample has; with weights, one of those it has is
             drawn at each showing.
-        dropout: Probability that the caption is empty, for classifier-free guidance.
-        shuffle_tags: Put the tags of a caption in another order at each showing.
-        keep_tags: So many tags at the front stay in place.
-        separator: What stands between two tags.
-        prefix: Put before each caption that is not dropped, as it is.
-        suffix: Put after each caption that is not dropped, as it is.
+        dropout: Probability of an empty caption, for classifier-free guidance. The default is 0.
+        shuffle_tags: Shuffle the tags of a caption at each showing. The default is false.
+        keep_tags: Number of tags at the front that stay in place, by default 0.
+        separator: Text between two tags, by default ``", "``.
+        prefix: Text before each caption that is not dropped; empty by default.
+        suffix: Text after each caption that is not dropped; empty by default.
 
     Raises:
-        UserError: A value is out of its bounds, or some sources have weights and others have none.
+        UserError: If a value is out of its bounds, or some sources have weights and others have none.
     """
 
     sources: list[CaptionSource] = field(default_factory=_default_sources)
@@ -155,7 +155,7 @@ class Captions:
 
     @classmethod
     def anywhere(cls, key: str) -> Captions:
-        """The first that a sample has of all kinds, for what packs or checks samples.
+        """Captions from the first member that has one, for packing and checking.
 
         Args:
             key: Where captions are in ``json`` members.
@@ -169,7 +169,7 @@ class Captions:
 
     @property
     def fixed(self) -> bool:
-        """Whether the options leave nothing to draw; :meth:`draw_fixed` then needs no slot."""
+        """Whether captions are the same at each showing, so that :meth:`draw_fixed` needs no slot."""
         return not self.dropout and not self.shuffle_tags and not self._drawn_by_weight
 
     def draw(self, members: Mapping[str, bytes], seed: int, slot: int) -> str:
@@ -181,7 +181,7 @@ class Captions:
             slot: The number of this showing in the whole run.
 
         Raises:
-            BadSampleError: The sample has no caption, or one that cannot be read.
+            BadSampleError: If the sample has no caption, or one that cannot be read.
         """
         found = self._found(members)
         source, texts = self._draw_source(list(found), seed, slot) if self._drawn_by_weight else next(found)
@@ -197,7 +197,7 @@ class Captions:
         """The one caption of a sample, where the captions are :attr:`fixed`.
 
         Raises:
-            BadSampleError: As for :meth:`draw`, or there are several captions to draw from.
+            BadSampleError: As for :meth:`draw`, and if there are several captions to draw from.
         """
         assert self.fixed, "these captions differ from showing to showing"
         source, texts = next(self._found(members))
@@ -214,7 +214,7 @@ class Captions:
         return len(self.sources) > 1 and self.sources[0].weight is not None
 
     def _found(self, members: Mapping[str, bytes]) -> Iterator[tuple[CaptionSource, list[str]]]:
-        """The sources that the sample has, at least one, with their texts; read one by one."""
+        """The sources that the sample has, at least one, with their texts; read lazily."""
         none = True
         for source in self.sources:
             if texts := source.texts(members):

@@ -1,4 +1,4 @@
-"""From the bytes of a sample to pixels and text."""
+"""Decoding of images and text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_pixels(width: int, height: int) -> None:
     """Refuse an image by the size in its header, before it is decoded.
 
     Raises:
-        BadSampleError: The size is unknown (0) or above ``MAX_PIXELS``.
+        BadSampleError: If the size is unknown (0) or above ``MAX_PIXELS``.
     """
     if width * height == 0:
         raise BadSampleError("the image's header cannot be read")
@@ -41,7 +41,7 @@ def decode_rgb(data: bytes) -> Tensor:
         uint8 (3, H, W).
 
     Raises:
-        BadSampleError: The bytes are no such image.
+        BadSampleError: If the bytes are not such an image.
     """
     if not data:
         raise BadSampleError("the image is empty")
@@ -62,7 +62,7 @@ def decode_rgb(data: bytes) -> Tensor:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What torchvision says, without the place in its source that it puts in front."""
+    """Torchvision's message, without the place in its source code."""
     return re.sub(r"^.*\.cpp:\d+\W*", "", str(error).splitlines()[0])
 
 
@@ -86,7 +86,7 @@ def decode_text(data: bytes) -> str:
     """The caption in a ``.txt`` member, without white space around it.
 
     Raises:
-        BadSampleError: It is not UTF-8.
+        BadSampleError: If the bytes are not UTF-8.
     """
     try:
         return data.decode("utf-8-sig").strip()

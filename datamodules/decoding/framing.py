@@ -1,4 +1,4 @@
-"""How an image takes the size that is trained."""
+"""Resizing, flipping and cropping of images to their training size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_lora.draws import seed_of
 
 
 class FramedImage(NamedTuple):
-    """An image of the size that is trained, and what SDXL wants to know of its making.
+    """An image in its training size, with the size and crop that condition SDXL.
 
     Attributes:
         pixels: uint8 (3, H, W).
@@ -28,7 +28,7 @@ class FramedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Framing:
-    """Resize until the wanted size is covered, flip, crop.
+    """Resizes an image to cover the planned size, flips it, and crops it.
 
     For squares these are the steps of diffusers' ``train_text_to_image_lora_sdxl.py``.
 
@@ -48,10 +48,10 @@ class Framing:
         Args:
             image: uint8 (3, H, W).
             slot: The number of this showing of the sample.
-            size: Height and width that are wanted, in pixels.
+            size: Planned height and width, in pixels.
 
         Raises:
-            BadSampleError: The image is so narrow that resizing it would take more than ``MAX_PIXELS``.
+            BadSampleError: If the image is so narrow that resizing it would take more than ``MAX_PIXELS``.
         """
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as F

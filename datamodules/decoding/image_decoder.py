@@ -1,10 +1,10 @@
-"""From the members of a sample to what a batch holds of it: images with captions."""
+"""The decoder of images with captions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,17 +18,27 @@ from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
 
 @dataclass(frozen=True)
 class ImageDecoder(SampleDecoder):
-    """Decodes the image, frames it, and draws the caption.
+    """Images with captions: decodes the image, resizes and crops it, and draws the caption.
+
+    The image is resized until it covers the planned size, flipped, and cropped; see
+    :class:`~lit_lora.datamodules.decoding.framing.Framing`.
 
     Args:
-        framing: How images take their size.
-        captions: Where captions are.
-        seed: Captions are drawn from this and the slot.
+        center_crop: Crop the middle of training images; by default a random place. Validation and test images are always
+            cropped in the middle.
+        random_flip: Mirror half of the training images left to right. The default is false.
+        captions: Where captions are, and what is varied in them.
     """
 
-    framing: Framing
-    captions: Captions
-    seed: int
+    center_crop: bool = False
+    random_flip: bool = False
+    captions: Captions = Captions()  # noqa: RUF009 it is frozen
+    _seed: int = 0  # with an underscore, so that it is no option: it is the datamodule's
+
+    @property
+    def framing(self) -> Framing:
+        """How images take their size."""
+        return Framing(self.center_crop, self.random_flip, self._seed)
 
     @property
     def required(self) -> dict[str, tuple[str, ...]]:
@@ -40,7 +50,7 @@ class ImageDecoder(SampleDecoder):
         framed = self.framing(decode_image(members, image_size), slot, size)
         return {
             "pixel_values": framed.pixels,
-            "caption": self.captions.draw(members, self.seed, slot),
+            "caption": self.captions.draw(members, self._seed, slot),
             "original_size": framed.original_size,
             "crop_top_left": framed.crop_top_left,
             "target_size": size,
@@ -55,6 +65,13 @@ class ImageDecoder(SampleDecoder):
             "target_size": size,
         }
 
+    def with_seed(self, seed: int) -> Self:
+        return replace(self, _seed=seed)
+
+    def for_evaluation(self) -> Self:
+        """The same decoder with center crops and without flips. Captions are drawn as in training."""
+        return replace(self, center_crop=True, random_flip=False)
+
 
 def decode_image(members: Mapping[str, bytes], image_size: tuple[int, int]) -> Tensor:
     """The image of a sample, uint8 (3, H, W).
@@ -64,7 +81,7 @@ def decode_image(members: Mapping[str, bytes], image_size: tuple[int, int]) -> T
         image_size: Its width and height according to the index.
 
     Raises:
-        BadSampleError: It is too large or cannot be decoded.
+        BadSampleError: If it is too large or cannot be decoded.
     """
     check_pixels(*image_size)
     return decode_rgb(next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members))

@@ -1,1 +1,1 @@
-"""What is known of shards without reading them again."""
+"""Indexes of shards: where each member is, and how large each image is."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, eq=False)
 class SampleColumns:
-    """Samples (N) and their members (M); no sample is a Python object of its own.
+    """Samples (N) and their members (M) as arrays, without a Python object for each sample.
 
     Attributes:
         key_bytes: All keys one after the other in UTF-8, uint8.

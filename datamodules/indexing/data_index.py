@@ -1,4 +1,4 @@
-"""What is known of all shards in a folder, in one file that is not read but mapped."""
+"""The index of all shards in a folder, in one memory-mapped file."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class DataIndex:
 
     @classmethod
     def load_or_build(cls, paths: Sequence[Path], jobs: int = 1) -> DataIndex:
-        """The index of shards of one folder, from its file if that has them all as they are, else made and saved.
+        """The index of the shards of one folder: the saved one if it is up to date, otherwise a new one, which is saved.
 
         Shards that have no index of their own yet, or one that is out of date, are scanned. What the file knew of
         other shards in the folder is kept.
@@ -76,7 +76,7 @@ class DataIndex:
                 ``if __name__ == "__main__":``.
 
         Raises:
-            UserError: Shards are missing or damaged; all of them are named. The others keep their new indexes.
+            UserError: If shards are missing or damaged; the message names all of them. The others keep their new indexes.
         """
         folder = paths[0].parent
         found = cls._find(folder)
@@ -98,7 +98,7 @@ class DataIndex:
         """Map an index file.
 
         Raises:
-            UserError: It is missing, damaged, or of another version.
+            UserError: If the file is missing, damaged, or of another version.
         """
         file = Path(file)
         try:
@@ -132,13 +132,13 @@ class DataIndex:
         """Write the index.
 
         Raises:
-            UserError: The folder is not writable.
+            UserError: If the folder is not writable.
         """
         with atomic_file(file) as part:
             save_file(self._columns, part, _METADATA | {"names": json.dumps(self.names)})
 
     def shard(self, number: int, path: Path | None = None) -> ShardIndex:
-        """The index of one shard, a view."""
+        """The index of one shard, as a view."""
         parts: dict[str, Any] = {}
         for start, names in zip(_STARTS, (_PER_SAMPLE, _PER_MEMBER, ("key_bytes",)), strict=True):
             low, high = self._columns[start][number : number + 2].tolist()
@@ -178,7 +178,7 @@ class DataIndex:
         return True
 
     def _check(self) -> None:
-        """What can be checked without reading the file; it is written whole or not at all."""
+        """Check the shapes and types of the columns; the file was written atomically, so its contents need no check."""
         columns, num_shards = self._columns, len(self.names)
         counts = {"sample_start": _PER_SAMPLE, "member_start": _PER_MEMBER, "key_start": ("key_bytes",)}
         right = num_shards > 0 and all(len(columns[name]) == num_shards for name in _PER_SHARD)
@@ -199,7 +199,7 @@ def _extension_bits(index: SampleColumns) -> NDArray[np.uint16]:
 
 
 def _load_again(file: Path, names: tuple[str, ...], sizes: list[int]) -> DataIndex:
-    """In another process, which was told of rows in the file as it was."""
+    """Map the file again in another process, and refuse it if it has changed."""
     index = DataIndex.load(file)
     if (index.names, index.shard_size.tolist()) != (names, sizes):
         raise UserError(f"{file} was changed by another program meanwhile; start again")
@@ -207,7 +207,7 @@ def _load_again(file: Path, names: tuple[str, ...], sizes: list[int]) -> DataInd
 
 
 def _index_all(paths: list[Path], jobs: int, wanted: Collection[str]) -> list[ShardIndex]:
-    """The indexes of shards; of those that are not ``wanted``, what can be had."""
+    """The indexes of shards; failures count only for those that are ``wanted``."""
     indexes: list[ShardIndex] = []
     problems: list[str] = []
     # The bar appears only where this takes long, which is when shards have to be scanned.
@@ -223,10 +223,10 @@ def _index_all(paths: list[Path], jobs: int, wanted: Collection[str]) -> list[Sh
 
 
 def refuse_unusable(problems: Sequence[str], count: int) -> None:
-    """Say what is wrong with shards, of ``count``, in one error.
+    """Report all problems with shards in one error.
 
     Raises:
-        UserError: There are problems.
+        UserError: If there are problems.
     """
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:20])

@@ -1,4 +1,4 @@
-"""What kind of image bytes are."""
+"""Detection of image formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of one shard without reading it again."""
+"""The index of one shard."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class ShardIndex(SampleColumns):
         A new one is saved; where that is impossible, it stays in memory.
 
         Raises:
-            UserError: The shard cannot be read, is damaged, holds no samples or holds a key twice.
+            UserError: If the shard cannot be read, is damaged, holds no samples or holds a key twice.
         """
         path = Path(path)
         index = cls._load(path)
@@ -95,7 +95,7 @@ class ShardIndex(SampleColumns):
         """Write the index beside the shard, or under the user's cache folder where that is not possible.
 
         Raises:
-            UserError: Neither folder is writable.
+            UserError: If neither folder is writable.
         """
         columns = {name: np.ascontiguousarray(getattr(self, name)) for name in _COLUMNS}
         own, elsewhere = _sidecars(self.path)

@@ -1,4 +1,4 @@
-"""From what a user writes to the table of samples."""
+"""The table of the samples that a user names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def open_table(specs: str | Iterable[str], refresh: bool = False) -> SampleTable
         refresh: Copy the indexes of remote folders anew, also where there is a copy.
 
     Raises:
-        UserError: Shards or indexes are missing or damaged.
+        UserError: If shards or indexes are missing or damaged.
     """
     specs = [os.fspath(spec) for spec in ([specs] if isinstance(specs, str | Path) else specs)]
     found: list[str] = []
@@ -67,7 +67,7 @@ def split_url(spec: str) -> list[tuple[str, str]]:
     """Remote folders, and the name or glob of shards in each; an empty one for all.
 
     Raises:
-        UserError: Braces are unbalanced.
+        UserError: If braces are unbalanced.
     """
     pairs = []
     for url in expand_braces(spec):
@@ -96,7 +96,7 @@ def _matching(folder: str, pattern: str, index: DataIndex) -> list[str]:
 
 
 def inside(folder: str, name: str) -> str:
-    """The path or URL of a file in a folder; the other way round from :func:`folder_and_name`."""
+    """The path or URL of a file in a folder, the inverse of :func:`folder_and_name`."""
     path, mark, query = folder.partition("?")
     return f"{path}/{name}{mark}{query}"
 

@@ -1,4 +1,4 @@
-"""Index shards that lie elsewhere, without room for all of them here."""
+"""Indexing of remote shards, one after another, without local space for all of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def index_remote(specs: Iterable[str], jobs: int = 1) -> dict[str, Path]:
         The index file of each folder, by the folder without credentials.
 
     Raises:
-        UserError: Shards are missing or damaged; all of them are named. The others keep their indexes.
+        UserError: If shards are missing or damaged; the message names all of them. The others keep their indexes.
     """
     folders: dict[str, list[str]] = {}
     for spec in specs:

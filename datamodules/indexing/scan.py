@@ -24,7 +24,10 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 CACHED_EXTENSION = "safetensors"
 """In a cache of latents it takes the image's place."""
 
-EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", CACHED_EXTENSION)
+OTHER_EXTENSIONS = ("npy", "npz", "bin")
+"""Members for a :class:`~lit_lora.datamodules.decoding.sample_decoder.SampleDecoder` of a user's own."""
+
+EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", CACHED_EXTENSION, *OTHER_EXTENSIONS)
 """The members that are indexed; all others are passed over."""
 
 _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
@@ -57,7 +60,7 @@ def scan_shard(path: Path) -> ScannedShard:
     """Read the headers of a shard, of its tar members and of its images.
 
     Raises:
-        UserError: The shard is cut off or damaged, holds no samples, or holds a key twice.
+        UserError: If the shard is cut off or damaged, holds no samples, or holds a key twice.
     """
     shard = ScannedShard()
     seen: set[str] = set()
@@ -128,7 +131,7 @@ def walk_members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int
     """Key, number in ``EXTENSIONS``, data offset and size of each indexed member, in the order of the archive.
 
     Raises:
-        UserError: The shard is cut off or damaged.
+        UserError: If the shard is cut off or damaged.
     """
     end = 0
     try:

@@ -1,4 +1,4 @@
-"""From what a user writes to the paths of shards."""
+"""The paths of the shards that a user names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lit_lora.errors import UserError
 
 
 def find_shards(specs: str | Iterable[str]) -> list[Path]:
-    """The shards that are meant by paths, folders, globs and braces (``shard-{000000..000099}.tar``).
+    """The shards that paths, folders, globs and braces stand for (``shard-{000000..000099}.tar``).
 
     The order is that of ``specs``; what a folder or a glob finds is sorted.
 
     Raises:
-        UserError: A shard is missing, nothing matches, or the shards are not local files.
+        UserError: If a shard is missing, nothing matches, or the shards are not local files.
     """
     paths: list[Path] = []
     for spec in map(os.fspath, [specs] if isinstance(specs, str | Path) else specs):
@@ -53,7 +53,7 @@ def expand_braces(spec: str) -> list[str]:
     """The paths or URLs that braces stand for.
 
     Raises:
-        UserError: They are not balanced.
+        UserError: If the braces are not balanced.
     """
     try:
         return list(braceexpand(spec))

@@ -20,7 +20,7 @@ _MOST_VIEWS = 4096
 
 
 class Span(NamedTuple):
-    """Where a member's data lie in its shard, in bytes."""
+    """Offset and size of a member's data in its shard, in bytes."""
 
     offset: int
     size: int
@@ -73,7 +73,7 @@ class SampleTable:
 
     @property
     def digest(self) -> int:
-        """A number that another list of shards would not have; where they lie makes no difference."""
+        """A number that identifies the list of shards by their names and counts, wherever they are stored."""
         counts = np.diff(self.starts).tolist()
         names = (posixpath.basename(location.partition("?")[0]) for location in self.locations)
         return seed_of(*(f"{name} {count}" for name, count in zip(names, counts, strict=True)))
@@ -113,9 +113,16 @@ class SampleTable:
     def check_complete(self, what: str, extensions: Sequence[str]) -> None:
         """Make sure that each sample has one of these members.
 
+        Args:
+            what: What the members hold, for the message.
+            extensions: The members, of which one is enough.
+
         Raises:
-            UserError: Some do not; it says which.
+            UserError: If samples have none of them, or one of the extensions is not indexed.
         """
+        unknown = [extension for extension in extensions if extension not in EXTENSIONS]
+        if unknown:
+            raise UserError(f".{unknown[0]} ({what}) is not indexed; use one of {', '.join(EXTENSIONS)}")
         bits = np.uint16(sum(1 << EXTENSIONS.index(extension) for extension in extensions))
         lacks = [(index.extensions & bits) == 0 for index in self._indexes]
         counts = np.zeros(len(self.locations), np.int64)

@@ -1,1 +1,1 @@
-"""Batches on their way to the trainer: readers, threads, loaders, and how far they are."""
+"""Reading and loading of batches: readers, threads, loaders and progress."""

@@ -1,4 +1,4 @@
-"""Samples that could not be used, and how many may be."""
+"""Bad samples, and the limit of their number."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class BadSampleReport(NamedTuple):
 
 
 class BadSamples(dict[tuple[str, str], BadSampleReport]):
-    """The different samples that were bad so far, in this process, by shard and key.
+    """The different bad samples so far in this process, by shard and key.
 
     Args:
-        limit: So many may be bad.
-        what: What they are called in the error.
-        fate: What becomes of one, in the warning.
-        remedy: What to do where there are too many.
+        limit: Maximum number of bad samples.
+        what: Name of the bad samples in the error.
+        fate: What happens to a bad sample, for the warning.
+        remedy: What to do about too many, for the error.
     """
 
     def __init__(self, limit: int, what: str, fate: str, remedy: str) -> None:
@@ -35,10 +35,10 @@ class BadSamples(dict[tuple[str, str], BadSampleReport]):
         self._remedy = remedy
 
     def count(self, reports: Iterable[BadSampleReport]) -> None:
-        """Take note of more of them, and warn of each that is new.
+        """Count bad samples, and warn of each one that is new.
 
         Raises:
-            UserError: There are more than the limit.
+            UserError: If there are more than the limit.
         """
         new = {(report.shard, report.key): report for report in reports if (report.shard, report.key) not in self}
         self.update(new)

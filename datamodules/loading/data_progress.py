@@ -1,10 +1,11 @@
-"""Where training is in the data, for people, loggers and other callbacks."""
+"""Progress in the training data, for logs and other callbacks."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_lora.datamodules.loading.loader import PlannedLoader
@@ -12,7 +13,7 @@ from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
 
 
 class DataProgress(Callback):
-    """Makes the end of each chunk visible.
+    """Reports the end of each chunk, and bad samples.
 
     At the end of a visit to a chunk, on all processes, it calls ``on_train_chunk_end(trainer, pl_module, chunk)`` of each
     callback and ``on_train_chunk_end(chunk)`` of the module where they have such a method (``chunk`` is the chunk's
@@ -33,7 +34,7 @@ class DataProgress(Callback):
             self._remember(loader)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell Lightning how long this epoch is: it asks once, and after a change of the batch size that is not so."""
+        """Tell Lightning the length of this epoch: it asks only once, and a changed batch size changes it."""
         loader = _loader(trainer)
         if loader is None or isinstance(loader, RestartingLoader):
             return
@@ -75,6 +76,17 @@ class DataProgress(Callback):
 
     def _remember(self, loader: PlannedLoader) -> None:
         self._visit, self._chunk = loader.plan.visit(loader.cursor), loader.plan.chunk(loader.cursor)
+
+
+def add_data_progress(callbacks: list[Callback]) -> None:
+    """Add a :class:`DataProgress` where there is none.
+
+    It goes behind the user's callbacks and before checkpoints, so that a checkpoint at the end of a chunk finds all of them
+    done with it.
+    """
+    if not any(isinstance(callback, DataProgress) for callback in callbacks):
+        checkpoints = [place for place, callback in enumerate(callbacks) if isinstance(callback, Checkpoint)]
+        callbacks.insert(min(checkpoints, default=len(callbacks)), DataProgress())
 
 
 def _loader(trainer: Trainer) -> PlannedLoader | None:

@@ -16,7 +16,7 @@ LoaderState = dict[str, int | list[int]]
 
 
 class ShardStage(Protocol):
-    """Brings shards to where they can be read; see :class:`~lit_lora.datamodules.staging.stager.Stager`."""
+    """Copies shards to a local disk before they are read; see :class:`~lit_lora.datamodules.staging.stager.Stager`."""
 
     def start(self, visit: int) -> None: ...
 
@@ -38,12 +38,12 @@ class PlannedLoader:
     Args:
         dataset: Reads the samples.
         plan: Says which sample goes where.
-        rank: The number of this process.
-        world_size: The number of processes; the global batch is a multiple of it.
-        num_workers: Threads that read and decode ahead; 0 does it when a batch is asked for.
-        max_bad_samples: So many different samples may be bad before this process gives up.
-        identity: Numbers that name the data; a state with others is refused.
-        stage: Brings the shards of a visit before they are read.
+        rank: Number of this process, by default 0.
+        world_size: Number of processes, by default 1; the global batch is a multiple of it.
+        num_workers: Threads that read and decode ahead; 0 (default) reads when a batch is asked for.
+        max_bad_samples: Maximum number of different bad samples in this process, by default 0.
+        identity: Numbers that identify the data; a state with other numbers is refused.
+        stage: Copies the shards of a visit to a local disk before they are read; None (default) if that is not needed.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class PlannedLoader:
         """Yield the rest of the current pass.
 
         Raises:
-            UserError: More than ``max_bad_samples`` samples are bad, or the stage cannot bring a shard.
+            UserError: If more than ``max_bad_samples`` samples are bad, or a shard cannot be staged.
         """
         pass_number = self.cursor.pass_number
         if self._stage is not None and not self._staged:
@@ -94,7 +94,7 @@ class PlannedLoader:
                 yield batch
 
     def state_dict(self) -> LoaderState:
-        """Where the loader is, and what that refers to: integers and lists of them."""
+        """The place of the loader, and numbers that identify plan and data: integers and lists of integers."""
         cursor = self.cursor
         return {
             "pass": cursor.pass_number,
@@ -110,15 +110,15 @@ class PlannedLoader:
         """Go to the place of a saved state.
 
         Raises:
-            UserError: The state belongs to other data or another plan.
+            UserError: If the state belongs to other data or another plan.
         """
         remedies = {
             "seed": "set the seed back",
-            "chunks": "set chunks back",
+            "chunks": "set chunks.count or chunks.samples back",
             "samples": "use the shards of that run",
             "shards": "use the shards of that run in the same order",
-            "bucketing": "set resolution, buckets and max_upscaling back",
-            "pads": "set leftovers back",
+            "bucketing": "set resolution and buckets back",
+            "pads": "set chunks.leftovers back",
         }
         for name, value in self._identities().items():
             if state.get(name) != value:
@@ -173,7 +173,7 @@ class PlannedLoader:
 
 
 class _Share:
-    """One process's part of the global batches, from ``cursor`` to the end of that pass, or of the visit.
+    """One process's share of the global batches, from ``cursor`` to the end of the pass, or of the visit.
 
     Threads take batches ahead of time; ``ahead`` has the place after each of them. Over shards that are staged they
     must not ask beyond the visit: the stage makes room for the one after the next when this one is over.

@@ -18,7 +18,7 @@ class RestartingLoader(PlannedLoader):
         """Yield the first pass.
 
         Raises:
-            UserError: More than ``max_bad_samples`` samples are bad.
+            UserError: If more than ``max_bad_samples`` samples are bad.
         """
         start = self.plan.start()
         if self.plan.visit(self.cursor) != self.plan.visit(start):

@@ -1,4 +1,4 @@
-"""The bytes of samples, wherever the shards lie."""
+"""Reading of samples from local and remote shards."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class ShardReader:
         return self.table.locations[shard] if self._locate is None else str(self._locate(shard))
 
     def read(self, sample: int, extensions: tuple[str, ...]) -> dict[str, bytes]:
-        """Those members of a sample that it has among ``extensions``, by extension.
+        """The members of a sample with one of these extensions, by extension.
 
         Raises:
-            BadSampleError: They cannot be read.
+            BadSampleError: If the members cannot be read.
         """
         spans = {name: span for name, span in self.table.spans(sample).items() if name in extensions}
         for name, span in spans.items():

@@ -1,4 +1,4 @@
-"""Work done ahead of time, in order, by threads."""
+"""Threads that work ahead and deliver in order."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class LoaderThreads(Generic[Item, Result]):
                 future.cancel()
 
     def close(self) -> None:
-        """End the threads when they are done with what they are at."""
+        """End the threads after their current item."""
         for _ in self._threads:
             self._tasks.put(None)
         self._threads = []

@@ -35,11 +35,11 @@ class BatchFile(ABC):
 
     @abstractmethod
     def row_sizes(self, columns: Sequence[str]) -> NDArray[np.int64]:
-        """About how many bytes each row has in these columns, int64 (rows,)."""
+        """Approximate bytes of each row in these columns, int64 (rows,)."""
 
     @abstractmethod
     def row_blocks(self) -> NDArray[np.int64] | None:
-        """Which rows are read together, int64 (rows,) ascending; None where any row can be read by itself."""
+        """Number of the block in which each row is read, int64 (rows,) ascending; None if each row can be read by itself."""
 
     @abstractmethod
     def values(self, column: str) -> Iterator[list[Any]]:
@@ -54,7 +54,7 @@ def import_arrow(name: str = "pyarrow") -> Any:
     """A module of pyarrow.
 
     Raises:
-        UserError: It is not installed.
+        UserError: If pyarrow is not installed.
     """
     try:
         return import_module(name)

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,13 @@ from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
 from lit_lora.datamodules.packing.batch_file import BatchFile, import_arrow
 from lit_lora.datamodules.packing.image_folder import NOT_AN_IMAGE, image_extension, read_file, stat_files
 from lit_lora.datamodules.packing.input import TAR_BLOCK, BadFile, PackInput, show_planning
+from lit_lora.datamodules.packing.parquet import ParquetFile
 from lit_lora.datamodules.packing.sample_names import SampleNames
 from lit_lora.datamodules.packing.table_columns import TableColumns
 from lit_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_lora.datamodules.packing.source import PackSource
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,6 +43,8 @@ class ColumnTable(PackInput):
         first_row: The number of each file's first row, int64 (files + 1,).
     """
 
+    extensions = ("parquet",)
+
     folder: Path
     files: tuple[BatchFile, ...]
     columns: TableColumns
@@ -46,6 +52,12 @@ class ColumnTable(PackInput):
     names: SampleNames | None
     row: NDArray[np.int64]
     first_row: NDArray[np.int64]
+
+    @classmethod
+    def find(cls, source: PackSource) -> ColumnTable | None:
+        """The rows of parquet files, unless these list images beside them."""
+        files = [] if source.metadata else [ParquetFile(path) for path in source.files.get("parquet", ())]
+        return cls.of(source.folder, files, **source.column_options) if files else None
 
     @classmethod
     def of(
@@ -68,7 +80,7 @@ class ColumnTable(PackInput):
             caption_key: Where several captions of one image go in a ``.json`` member.
 
         Raises:
-            UserError: pyarrow is not installed, or a file cannot be read or has no such column.
+            UserError: If pyarrow is not installed, or a file cannot be read or has no such column.
         """
         schema = files[0].schema
         image = image_column or next((field.name for field in schema if _has_bytes(field.type)), None)

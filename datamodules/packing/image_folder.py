@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
 from lit_lora.datamodules.packing.input import BadFile, PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.sample_names import SampleNames
 from lit_lora.datamodules.packing.walk import walk_files
+
+if TYPE_CHECKING:
+    from lit_lora.datamodules.packing.source import PackSource
 
 NOT_AN_IMAGE = f"is not one of the image formats {', '.join(IMAGE_EXTENSIONS)}"
 """Why a file is left out."""
@@ -38,11 +42,16 @@ class ImageFolder(PackInput):
     sides: NDArray[np.uint8]
 
     @classmethod
-    def find(cls, folder: Path, skip: Path | None = None) -> ImageFolder:
+    def find(cls, source: PackSource) -> ImageFolder | None:
+        """The images of a folder, unless a table there lists them."""
+        return cls.scan(source.path, skip=source.out) if source.has_images and not source.metadata else None
+
+    @classmethod
+    def scan(cls, folder: Path, skip: Path | None = None) -> ImageFolder:
         """All images below a folder, except below ``skip``, in the order of their names.
 
         Raises:
-            UserError: A folder cannot be read.
+            UserError: If a folder cannot be read.
         """
         bad: list[BadFile] = []
         sizes, sides = array("q"), array("B")
@@ -99,7 +108,7 @@ def read_file(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        BadSampleError: It cannot be read.
+        BadSampleError: If the file cannot be read.
     """
     try:
         return path.read_bytes()
@@ -111,7 +120,7 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
     """The bytes that files of these extensions will take in a tar, and a text that changes when one of them changes.
 
     Raises:
-        BadSampleError: A file is missing, or an image is empty.
+        BadSampleError: If a file is missing, or an image is empty.
     """
     sizes, stamps = [], []
     for extension, path in paths.items():

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.packing.image_folder import NOT_AN_IMAGE, image_extension, read_file, stat_files
 from lit_lora.datamodules.packing.input import BadFile, PackInput, packed_size, show_planning
-from lit_lora.datamodules.packing.row_file import RowFile
+from lit_lora.datamodules.packing.row_file import ROW_EXTENSIONS, RowFile
 from lit_lora.datamodules.packing.sample_names import SampleNames
 from lit_lora.datamodules.packing.table_columns import TableColumns
 from lit_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_lora.datamodules.packing.source import PackSource
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -34,12 +37,24 @@ class ImageTable(PackInput):
         start: The byte where its row starts, int64 (N,).
     """
 
+    extensions = ROW_EXTENSIONS
+
     folder: Path
     files: tuple[RowFile, ...]
     columns: tuple[TableColumns, ...]
     names: SampleNames
     file: NDArray[np.int32]
     start: NDArray[np.int64]
+
+    @classmethod
+    def find(cls, source: PackSource) -> ImageTable | None:
+        """The rows of a text file, or of those in a folder that list the images beside them."""
+        paths = source.metadata_in(ROW_EXTENSIONS)
+        if source.is_file:
+            paths = [path for extension in ROW_EXTENSIONS for path in source.files.get(extension, ())]
+        if not paths:
+            return None
+        return cls.read(source.folder, paths, inside=bool(source.metadata), **source.column_options)
 
     @classmethod
     def read(
@@ -63,7 +78,7 @@ class ImageTable(PackInput):
             inside: Refuse images outside the folder of their file.
 
         Raises:
-            UserError: A file cannot be read or understood, has no such column, or names an image outside its folder.
+            UserError: If a file cannot be read or understood, has no such column, or names an image outside its folder.
         """
         files = tuple(RowFile.open(path) for path in paths)
         columns = tuple(

@@ -1,14 +1,18 @@
-"""What every kind of input to packing can do."""
+"""The interface of a kind of input to packing."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from lit_lora.datamodules.packing.source import PackSource
 
 TAR_BLOCK = 512
 """A member of a tar has a header of one block and is filled up to whole blocks."""
@@ -18,7 +22,7 @@ _HINT_AFTER_S = 3.0
 
 @dataclass(frozen=True)
 class BadFile:
-    """Something that is left out."""
+    """A file or sample that is left out, and why."""
 
     file: str
     reason: str
@@ -27,6 +31,8 @@ class BadFile:
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PackInput(ABC):
     """Samples to pack (N), in the order in which they are packed without shuffling.
+
+    A new kind of input is a subclass in a file of its own, and its entry in ``find_input.INPUTS``.
 
     It holds little of each sample and all of it in columns, because there may be tens of millions; bytes are read when
     a sample is packed.
@@ -40,38 +46,50 @@ class PackInput(ABC):
             (N,) ascending; None where the order makes no difference.
     """
 
+    extensions: ClassVar[tuple[str, ...]] = ()
+    """Extensions of the files that :meth:`find` wants to know of, in lower case."""
+
     sizes: NDArray[np.int64]
     fingerprint: str
     bad: tuple[BadFile, ...] = ()
     incomplete: tuple[BadFile, ...] = ()
     blocks: NDArray[np.int64] | None = field(default=None)
 
+    @classmethod
+    @abstractmethod
+    def find(cls, source: PackSource) -> PackInput | None:
+        """The samples of a folder or file; None where it holds another kind of input.
+
+        Raises:
+            UserError: If it is of this kind and cannot be read or understood.
+        """
+
     def __len__(self) -> int:
         return len(self.sizes)
 
     @abstractmethod
     def name(self, sample: int) -> str:
-        """What to call a sample in messages."""
+        """Name of a sample, for messages."""
 
     @abstractmethod
     def key(self, sample: int) -> str:
-        """The key of a sample in the shard: no dots, and no other sample has it."""
+        """Key of a sample in the shard: unique and without dots."""
 
     @abstractmethod
     def members(self, sample: int) -> dict[str, bytes]:
         """The bytes of a sample's members by extension.
 
         Raises:
-            BadSampleError: They cannot be read.
+            BadSampleError: If the members cannot be read.
         """
 
     @abstractmethod
     def select(self, samples: NDArray[np.int64]) -> PackInput:
-        """These samples alone, in this order: what a process needs that packs one shard."""
+        """These samples alone, in this order, for a process that packs one shard."""
 
 
 def show_planning(names: Iterable[str]) -> Iterable[str]:
-    """The same names, with a progress bar where they take long."""
+    """The same names, with a progress bar if they take long."""
     return tqdm(names, "planning", unit="sample", delay=_HINT_AFTER_S, leave=False, disable=None)
 
 

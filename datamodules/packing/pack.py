@@ -19,8 +19,8 @@ from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, d
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.packing.find_input import find_input
 from lit_lora.datamodules.packing.input import BadFile, PackInput
-from lit_lora.datamodules.packing.sources import find_input
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.draws import seed_of
@@ -33,7 +33,7 @@ _BAD = "bad.jsonl"
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What packing made.
+    """The result of packing.
 
     Attributes:
         folder: Where the shards are.
@@ -56,7 +56,7 @@ class PackSummary:
 
 @dataclass(frozen=True)
 class _Shard:
-    """What came of packing one shard."""
+    """The result of packing one shard."""
 
     path: Path
     samples: int
@@ -83,58 +83,65 @@ def pack_folder(
 
     Beside the shards and their indexes, ``out`` gets ``plan.json`` (what the shards were planned from), ``bad.jsonl``
     (what was left out and why), ``shardindex.json`` and ``sizes.json`` (for wids and open_clip), ``shards.index`` (the
-    index of all shards) and, last, ``manifest.json``. A run that was cut short goes on where it was when it is started
-    again; finished shards are kept.
+    index of all shards) and, last, ``manifest.json``. An interrupted run continues when it is started again.
 
     Args:
         source: A folder of images with a ``.txt`` or ``.json`` of the same name, at any depth; or of images that
             ``metadata.jsonl`` or ``.csv`` files list; or of tar shards, such as img2dataset makes; or of parquet files;
-            or one that ``datasets`` saved with ``save_to_disk``. Or one such file, or a ``.csv``, ``.tsv`` or ``.jsonl``
-            with paths of images.
-        out: The folder for the shards.
-        samples_per_shard: The most samples in a shard.
-        max_shard_bytes: The most bytes in a shard; only a single sample may exceed it. It is met roughly for images
-            inside tables, whose sizes are estimated.
+            or one that ``datasets`` saved with ``save_to_disk``. Or a single table or shard.
+        out: Folder for the shards.
+        samples_per_shard: Maximum number of samples in a shard.
+        max_shard_bytes: Maximum number of bytes in a shard; only a single sample may exceed it. Sizes of images inside
+            tables are estimated.
         jobs: Processes that pack, each a shard at a time. With more than one, a script that calls this needs
             ``if __name__ == "__main__":``.
         shuffle_seed: Pack in the random order of this seed; otherwise sorted by name, or in the order of a table. Parquet
             files are shuffled by blocks of rows, and within each.
-        max_bad: So many files may be left out, because they are damaged or have no caption.
-        caption_key: The key of the caption in ``.json`` files.
-        image_column: In tables, the column of images or of their paths; None looks for a usual name.
-        caption_column: In tables, the column of captions; None looks for a usual name.
-        prefix: How the names of the shards begin.
+        max_bad: Maximum number of files that may be left out because they are damaged or have no caption. The default is 0.
+        caption_key: Key of the caption in ``.json`` files.
+        image_column: In tables, the column of images or of their paths; None (default) for one with a usual name.
+        caption_column: In tables, the column of captions; None (default) for one with a usual name.
+        prefix: Beginning of the names of the shards.
 
     Raises:
-        UserError: An argument is out of bounds, there is nothing to pack, more than ``max_bad`` files are bad, or
+        UserError: If an argument is out of bounds, there is nothing to pack, more than ``max_bad`` files are bad, or
             ``out`` holds other shards.
     """
     check_least(1, samples_per_shard=samples_per_shard, max_shard_bytes=max_shard_bytes, jobs=jobs)
     check_least(0, max_bad=max_bad)
-    if not prefix or set(prefix) & set("/*?[]{}"):
-        raise UserError(f"prefix={prefix!r} cannot begin a file name; use letters, digits and -")
-    out = Path(out)
-    if Path(source).resolve() == out.resolve():
-        raise UserError(f"{out} is what is to be packed; name another output folder")
-    samples = find_input(
-        Path(source),
-        out,
-        image_column=image_column,
-        caption_column=caption_column,
-        caption_key=caption_key,
-        jobs=jobs,
-    )
-    bad = [*samples.bad]
-    _check_bad(out, bad, max_bad)
+    source, out = Path(source), Path(out)
+    _check_names(source, out, prefix)
+    columns: dict[str, Any] = {
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "caption_key": caption_key,
+    }
+    samples = find_input(source, out, jobs=jobs, **columns)
+    _check_bad(out, samples.bad, max_bad)
     groups = _group(samples.sizes, _order(samples, shuffle_seed), samples_per_shard, max_shard_bytes)
     digits = max(6, len(str(len(groups))))
-    paths = [out / f"{prefix}-{number:0{digits}}.tar" for number in range(len(groups))]
+    shards = {out / f"{prefix}-{number:0{digits}}.tar": group for number, group in enumerate(groups)}
     options = [samples_per_shard, max_shard_bytes, shuffle_seed, caption_key, image_column, caption_column]
-    _claim(out, paths, [samples.fingerprint, prefix, *options])
+    _claim(out, list(shards), [samples.fingerprint, prefix, *options])
+    return _pack(out, samples, shards, caption_key, jobs, max_bad)
+
+
+def _check_names(source: Path, out: Path, prefix: str) -> None:
+    if not prefix or set(prefix) & set("/*?[]{}"):
+        raise UserError(f"prefix={prefix!r} cannot begin a file name; use letters, digits and -")
+    if source.resolve() == out.resolve():
+        raise UserError(f"{out} is what is to be packed; name another output folder")
+
+
+def _pack(
+    out: Path, samples: PackInput, shards: dict[Path, NDArray[np.int64]], caption_key: str, jobs: int, max_bad: int
+) -> PackSummary:
+    """Write all shards, each with the samples of its numbers, and then what lies beside them."""
+    bad = [*samples.bad]
     done: list[_Shard] = []
     with tqdm(total=len(samples), desc="packing", unit="sample", disable=None) as bar:
-        parts = ((path, samples.select(group), caption_key) for path, group in zip(paths, groups, strict=True))
-        for shard, group in zip(run_jobs(_finish, parts, jobs), groups, strict=True):
+        parts = ((path, samples.select(group), caption_key) for path, group in shards.items())
+        for shard, group in zip(run_jobs(_finish, parts, jobs), shards.values(), strict=True):
             done.append(shard)
             bad += shard.bad
             _check_bad(out, bad, max_bad)
@@ -226,7 +233,7 @@ def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]
     """The members of a sample, after a check that training will accept them.
 
     Raises:
-        BadSampleError: The image or the caption cannot be used.
+        BadSampleError: If the image or the caption cannot be used.
     """
     members = samples.members(sample)
     image = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
@@ -238,7 +245,7 @@ def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]
     return members
 
 
-def _check_bad(out: Path, bad: list[BadFile], max_bad: int) -> None:
+def _check_bad(out: Path, bad: Sequence[BadFile], max_bad: int) -> None:
     if len(bad) > max_bad:
         _write_bad(writable_folder(out), bad)
         shown = "".join(f"\n  {file.file}: {file.reason}" for file in bad[:10])
@@ -269,7 +276,7 @@ def _conclude(out: Path, done: list[_Shard], bad: list[BadFile], incomplete: lis
     return PackSummary(out, len(kept), sum(shard.resumed for shard in kept), samples, size, bad, incomplete)
 
 
-def _write_bad(out: Path, bad: list[BadFile]) -> None:
+def _write_bad(out: Path, bad: Sequence[BadFile]) -> None:
     with atomic_file(out / _BAD) as part:
         lines = [json.dumps({"file": f.file, "reason": f.reason}) for f in sorted(bad, key=lambda f: f.file)]
         part.write_text("".join(line + "\n" for line in lines))

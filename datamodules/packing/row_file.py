@@ -38,7 +38,7 @@ class RowFile(ABC):
         """Each row: the byte where it starts, the number of its line, and its values by column.
 
         Raises:
-            UserError: The file cannot be read or has a row that cannot be understood.
+            UserError: If the file cannot be read or has a row that cannot be understood.
         """
         try:
             with self.path.open("rb") as file:
@@ -58,7 +58,7 @@ class RowFile(ABC):
         """The row that starts at this byte.
 
         Raises:
-            UserError: As for :meth:`rows`, or the file has changed.
+            UserError: As for :meth:`rows`, and if the file has changed.
         """
         try:
             with self.path.open("rb") as file:

@@ -60,7 +60,7 @@ class SampleNames:
         return SampleNames(b"".join(names), ends, self.numbers[samples])
 
     def _numbered(self, digests: NDArray[np.uint64]) -> SampleNames:
-        """Give numbers to keys that come again. Digests stand for keys: to mistake two for equal costs a number."""
+        """Number keys that occur again. Keys are compared by digests; a collision merely adds a number."""
         known = np.sort(digests)
         repeated = np.unique(known[1:][known[1:] == known[:-1]])
         given: set[int] = set()

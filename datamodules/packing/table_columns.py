@@ -1,4 +1,4 @@
-"""Which column of a table holds the image and which the caption."""
+"""The columns of a table that hold images and captions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TableColumns:
     def choose(
         cls, where: object, columns: Iterable[str], image: str | None, caption: str | None, caption_key: str
     ) -> TableColumns:
-        """The columns that the user names; where that is none, the ones with the usual names.
+        """The columns that the user names, or those with the usual names.
 
         Args:
             where: The table, for messages.
@@ -46,7 +46,7 @@ class TableColumns:
             caption_key: See the class.
 
         Raises:
-            UserError: There is no such column.
+            UserError: If there is no such column.
         """
         columns = list(columns)
         return cls(
@@ -59,7 +59,7 @@ class TableColumns:
         """The members that a row gives beside the image: ``txt`` for the caption, ``json`` for all other columns.
 
         Raises:
-            BadSampleError: The row has no caption, or text that is not Unicode.
+            BadSampleError: If the row has no caption, or text that is not Unicode.
         """
         column = next((name for name in self.captions if _is_caption(row.get(name))), None)
         if column is None:

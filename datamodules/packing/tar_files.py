@@ -8,18 +8,28 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, EXTENSIONS, IMAGE_EXTENSIONS, walk_members
+from lit_lora.datamodules.indexing.scan import (
+    CACHED_EXTENSION,
+    EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    OTHER_EXTENSIONS,
+    walk_members,
+)
 from lit_lora.datamodules.packing.input import BadFile, PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.sample_names import SampleNames
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError
 
-_PACKED = tuple(extension for extension in EXTENSIONS if extension != CACHED_EXTENSION)
+if TYPE_CHECKING:
+    from lit_lora.datamodules.packing.source import PackSource
+
+_PACKED = frozenset(EXTENSIONS) - {CACHED_EXTENSION, *OTHER_EXTENSIONS}
 _TWICE = -1  # in place of the offset of a member that a sample has twice
 
 
@@ -40,6 +50,8 @@ class TarFiles(PackInput):
         member_size: In bytes, int64 (M,).
     """
 
+    extensions = ("tar",)
+
     folder: Path
     shards: tuple[Path, ...]
     names: SampleNames
@@ -48,6 +60,12 @@ class TarFiles(PackInput):
     member_extension: NDArray[np.uint8]
     member_offset: NDArray[np.int64]
     member_size: NDArray[np.int64]
+
+    @classmethod
+    def find(cls, source: PackSource) -> TarFiles | None:
+        """The samples of a shard, or of all shards in a folder, unless a table there lists images."""
+        paths = source.files.get("tar", ())
+        return cls.scan(source.folder, paths, source.jobs) if paths and not source.metadata else None
 
     @classmethod
     def scan(cls, folder: Path, shards: Sequence[Path], jobs: int = 1) -> TarFiles:

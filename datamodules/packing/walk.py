@@ -22,7 +22,7 @@ def walk_files(folder: Path, skip: Path | None = None) -> Iterator[tuple[str, Se
         The file, relative to ``folder`` with ``/``; and the names of all files in its folder.
 
     Raises:
-        UserError: A folder cannot be read.
+        UserError: If a folder cannot be read.
     """
     return _walk(folder, "", None if skip is None else skip.resolve(), ())
 

@@ -16,7 +16,7 @@ class _NothingToWriteError(Exception):
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], tar_format: int) -> ShardIndex | None:
-    """Write a shard and its index; a reader finds the shard whole or not at all.
+    """Write a shard and its index atomically.
 
     Args:
         path: The shard.

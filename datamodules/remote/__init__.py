@@ -1,1 +1,1 @@
-"""Shards wherever they lie."""
+"""Reading of shards from remote and slow storage."""

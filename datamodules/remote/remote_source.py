@@ -1,4 +1,4 @@
-"""What a kind of storage has to offer so that shards can be read from it, and how it reports trouble."""
+"""The interface of a kind of storage, and its errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRY_LATER = "check the network and the server, then start again"
 
 
 class RemoteError(UserError):
-    """A shard cannot be read from where it lies. The message holds no credentials.
+    """A remote shard cannot be read. The message holds no credentials.
 
     Attributes:
         missing: Whether there is nothing at that place.
@@ -34,7 +34,7 @@ class RemoteError(UserError):
 
 
 class TransientError(Exception):
-    """A try that failed for a reason that may pass.
+    """A failure that may pass, so that another attempt makes sense.
 
     Args:
         reason: What happened, without credentials.

@@ -1,4 +1,4 @@
-"""Shards wherever they lie: slow disks, http(s), S3 and whatever else fsspec opens."""
+"""Transfer of shards from slow disks, http(s), S3 and other storage that fsspec opens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OTHER_SHARD = "this is not the shard that was indexed: bring back the old one, 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how patiently reading is tried again.
+    """Number of retries and waits between them.
 
     Attributes:
         attempts: Tries before reading has failed, counted anew after each that brought a further MiB or more.
@@ -73,7 +73,7 @@ def is_remote(location: str) -> bool:
 
 
 def fetch(location: str, path: Path, size: int | None = None, policy: RetryPolicy = _DEFAULT) -> int:
-    """Copy a whole object to a local file, which appears when it is complete.
+    """Copy an object to a local file, which appears when it is complete.
 
     A download that breaks off goes on where it was, unless the object has changed meanwhile.
 
@@ -87,8 +87,8 @@ def fetch(location: str, path: Path, size: int | None = None, policy: RetryPolic
         Its size in bytes.
 
     Raises:
-        RemoteError: The object is missing, forbidden, of another size, or could not be read in all tries.
-        OSError: The local file cannot be written.
+        RemoteError: If the object is missing, forbidden, of another size, or could not be read in all tries.
+        OSError: If the local file cannot be written.
     """
     source = _source(location, policy)
     with atomic_file(path) as part:
@@ -101,7 +101,7 @@ def read_range(location: str, offset: int, size: int, policy: RetryPolicy = _DEF
     """The ``size`` bytes of an object from ``offset`` on. Works in forked processes too.
 
     Raises:
-        RemoteError: The object ends before, is missing, forbidden, or could not be read in all tries.
+        RemoteError: If the object ends before that, is missing or forbidden, or could not be read in all tries.
     """
     if size == 0:
         return b""
@@ -116,7 +116,7 @@ def object_size(location: str, policy: RetryPolicy = _DEFAULT) -> int | None:
     """Bytes of an object; None if the server does not tell.
 
     Raises:
-        RemoteError: The object is missing, forbidden, or could not be asked for in all tries.
+        RemoteError: If the object is missing or forbidden, or could not be asked for in all tries.
     """
     source = _source(location, policy)
     return _retry(source, policy, source.size)
@@ -126,7 +126,7 @@ def exists(location: str, policy: RetryPolicy = _DEFAULT) -> bool:
     """Whether there is an object at a location.
 
     Raises:
-        RemoteError: It is forbidden to ask, or there was no answer in all tries.
+        RemoteError: If asking is forbidden, or there was no answer in all tries.
     """
     try:
         object_size(location, policy)
@@ -141,8 +141,8 @@ def list_tars(location: str, policy: RetryPolicy = _DEFAULT) -> list[str]:
     """The sorted locations of the ``*.tar`` in a folder, or of those that match a glob.
 
     Raises:
-        UserError: There are none, or the storage cannot list.
-        RemoteError: It is forbidden to list, or there was no answer in all tries.
+        UserError: If there are none, or the storage cannot list them.
+        RemoteError: If listing is forbidden, or there was no answer in all tries.
     """
     if _is_http(location):
         raise UserError(
@@ -202,7 +202,7 @@ def _retry(
 
 
 def _read_on(source: RemoteSource, file: BinaryIO, size: int | None) -> None:
-    """One try to bring in what the file lacks."""
+    """One attempt to fetch the rest of the file."""
     with source.open(file.tell()) as stream:
         _check_total(source, stream.total, size)
         file.seek(stream.start)

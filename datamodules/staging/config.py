@@ -1,4 +1,4 @@
-"""What a stager has to know."""
+"""The configuration of the staging process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StagerConfig:
-    """What a stager is told on its standard input, as one line of JSON.
+    """The configuration of a stager, which it reads from its standard input as one line of JSON.
 
     Attributes:
         folder: Where slots and job files are.

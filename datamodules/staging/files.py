@@ -1,4 +1,4 @@
-"""The files by which a stager and the processes that it works for know of each other."""
+"""Files through which a stager and the training processes communicate."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def passed_path(slot: Path, job: str, local_rank: int) -> Path:
 
 
 def job_path(folder: Path, job: str) -> Path:
-    """The file in which a stager tells how it is; one for each machine, in case they share the folder."""
+    """The file with the state of a stager; one for each machine, in case machines share the folder."""
     return folder / f"lit_lora-job-{job}-{host()}.json"
 
 
@@ -46,7 +46,7 @@ def host() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole. It need not outlive a crash of the machine, so there is no sync."""
+    """Replace a file atomically, without sync: it need not survive a crash of the machine."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text)
@@ -61,7 +61,7 @@ def write_job(path: Path, **values: Any) -> None:
 
 
 def read_job(path: Path) -> dict[str, Any] | None:
-    """What is in a job's file; None where there is no such file."""
+    """Contents of a job's file; None if there is no such file."""
     try:
         job = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -70,7 +70,7 @@ def read_job(path: Path) -> dict[str, Any] | None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine runs. One that has ended and only waits for its parent does not."""
+    """Whether a process of this machine is running. A zombie is not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

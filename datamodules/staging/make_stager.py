@@ -1,44 +1,47 @@
-"""Shards brought to local disk chunk by chunk, for a loader."""
+"""Construction of the stager for a loader."""
 
 from __future__ import annotations
 
 import secrets
-from pathlib import Path
 from typing import Any
 
 from lit_lora.byte_sizes import parse_bytes
 from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.staging.stager import StagedShard, Stager, check_budget
+from lit_lora.datamodules.staging.staging import Staging
 from lit_lora.files import writable_folder
 
 
-def checked_budget(folder: str | Path, budget: int | str | None, chunks: ChunkedSamples) -> int:
-    """The most bytes that staging may take, checked against what two chunks need.
+def checked_budget(staging: Staging, chunks: ChunkedSamples) -> int:
+    """Maximum number of bytes that staging may take, checked against what two chunks need.
 
-    Whether the disk has them is seen when staging starts, and it is known what of them is there already.
+    Free space on the disk is checked later, when staging starts and it is known which shards are there already.
 
     Args:
-        folder: Where shards are staged.
-        budget: What the user allows; None for what two chunks need.
-        chunks: What is staged.
+        staging: The folder, and what the user allows there.
+        chunks: The samples whose shards are staged.
 
     Raises:
-        UserError: The budget is too small, or the folder not writable.
+        UserError: If the budget is too small or the folder is not writable.
     """
     sizes = sorted(chunks.chunk_bytes.tolist(), reverse=True)
-    allowed = sum(sizes[:2]) if budget is None else parse_bytes("staging_budget", budget)
+    allowed = sum(sizes[:2]) if staging.budget is None else parse_bytes("chunks.staging.budget", staging.budget)
     check_budget(sizes, allowed)
-    writable_folder(folder)
+    writable_folder(staging.dir)
     return allowed
 
 
-def make_stager(
-    folder: str | Path, budget: int | str | None, chunks: ChunkedSamples, seed: int, trainer: Any | None
-) -> Stager:
+def make_stager(staging: Staging, chunks: ChunkedSamples, seed: int, trainer: Any | None) -> Stager:
     """The stager of this process; the processes of a node share one.
 
+    Args:
+        staging: The folder, and what the user allows there.
+        chunks: The samples whose shards are staged.
+        seed: Decides the order of the chunks.
+        trainer: The Lightning trainer of the run; None for a single process.
+
     Raises:
-        UserError: The budget is too small.
+        UserError: If the budget is too small or the folder is not writable.
     """
     token = secrets.token_hex(8)
     if trainer is not None:
@@ -46,8 +49,8 @@ def make_stager(
     table = chunks.table
     shards = [StagedShard(*row) for row in zip(table.locations, table.shard_size.tolist(), strict=True)]
     return Stager(
-        folder,
-        checked_budget(folder, budget, chunks),
+        staging.dir,
+        checked_budget(staging, chunks),
         shards,
         [part.tolist() for part in chunks.shards],
         seed,

@@ -1,4 +1,4 @@
-"""Which shards have to be on local disk, and which will be needed when."""
+"""The plan of staging: which shards are needed on local disk at which visit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_lora.datamodules.batches.plan import chunk_order
 
 
 class StagingPlan:
-    """A pure function of its arguments: the shards to keep while a given visit is read.
+    """The shards to keep while a given visit is read, as a pure function of the arguments.
 
     Visit ``v = pass * K + position`` goes through one of the K chunks.
 

@@ -1,4 +1,4 @@
-"""The process that brings shards to local disk ahead of training: ``python -m lit_lora.datamodules.staging.process``."""
+"""The process that copies shards to local disk ahead of training: ``python -m lit_lora.datamodules.staging.process``."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ class _Staging:
         self._check_disk()
 
     def step(self) -> None:
-        """Do what can be done now.
+        """Take one step: evict, start downloads, collect results.
 
         Raises:
-            UserError: A shard cannot be had.
-            OSError: The slot cannot be written.
+            UserError: If a shard cannot be fetched.
+            OSError: If the slot cannot be written.
         """
         for future in [future for future in self._running if future.done()]:
             shard = self._running.pop(future)
@@ -100,7 +100,7 @@ class _Staging:
             closed.wait(_POLL_S)
 
     def status(self) -> dict[str, int]:
-        """What the other processes are told; all shards up to the visit ``ready`` are here and will stay."""
+        """The state for the other processes; all shards up to the visit ``ready`` are present and will stay."""
         ready = self._first - 1
         for visit in self._visits:
             if any(self._names[shard] not in self._complete for shard in self._plan.shards(range(visit, visit + 1))):
@@ -239,7 +239,7 @@ def _check_tar(path: Path) -> None:
     """Walk the headers of a shard.
 
     Raises:
-        UserError: It is cut off, damaged or empty.
+        UserError: If the shard is cut off, damaged or empty.
     """
     with path.open("rb") as file:
         if sum(1 for _ in walk_members(path, file)) == 0:

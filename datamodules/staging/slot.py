@@ -15,7 +15,7 @@ _ORPHAN_WAIT_S = 10.0
 
 
 class StagerSlot:
-    """A numbered folder that belongs to one process as long as that runs.
+    """A numbered folder that belongs to one process while it runs.
 
     Of what is in it, only regular files with names of the stager's own making are counted and removed.
 
@@ -41,7 +41,7 @@ class StagerSlot:
             parent: The process that the caller works for.
 
         Raises:
-            OSError: The folder cannot be used.
+            OSError: If the folder cannot be used.
         """
         for number in count():
             slot = cls(folder, number)
@@ -100,7 +100,7 @@ class StagerSlot:
 
 
 def _is_orphaned(lock: int) -> bool:
-    """Whether the holder of a lock works for a process that has ended."""
+    """Whether the lock is held by a stager whose training process has ended."""
     try:
         owner = json.loads(os.pread(lock, 4096, 0))
         return bool(owner["host"] == host() and not is_alive(owner["parent"]))

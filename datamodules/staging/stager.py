@@ -1,4 +1,4 @@
-"""Shards on local disk, brought ahead of training by a process of their own."""
+"""The training side of staging: starts the staging process and waits for its shards."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _ENDED = (
 
 @dataclass(frozen=True)
 class StagedShard:
-    """A shard to bring.
+    """A shard to copy.
 
     Attributes:
         location: Its path or URL.
@@ -59,14 +59,14 @@ class StagedShard:
 
 
 def check_budget(chunk_bytes: Sequence[int], budget: int) -> None:
-    """Make sure that the shards of a chunk and of the next one fit together, whichever they are.
+    """Check that any two chunks fit into the budget together.
 
     Args:
         chunk_bytes: Bytes of the shards of each chunk.
         budget: The most bytes that may be kept.
 
     Raises:
-        UserError: They do not.
+        UserError: If they do not fit.
     """
     needed = sum(sorted(chunk_bytes)[-2:])
     if needed > budget:
@@ -99,7 +99,7 @@ class Stager:
         local_world_size: How many processes of the job this machine has.
 
     Raises:
-        UserError: The budget is too small for two chunks, or two shards have the same location.
+        UserError: If the budget is too small for two chunks, or two shards have the same location.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Stager:
         Local rank 0 starts the process, the others find it.
 
         Raises:
-            UserError: The folder cannot be used, the disk is too small, or the process cannot be started.
+            UserError: If the folder cannot be used, the disk is too small, or the process cannot be started.
         """
         assert self._process is None, "close() comes first"
         writable_folder(self._folder)
@@ -162,7 +162,7 @@ class Stager:
         """Return when all shards of a visit are complete on local disk; they stay until it has been passed.
 
         Raises:
-            UserError: A shard cannot be had, the stager has ended, or its files were removed by somebody else.
+            UserError: If a shard cannot be fetched, the stager has ended, or its files were removed by somebody else.
         """
         self._check_room(visit)
         next_log = time.monotonic() + _FIRST_LOG_S
@@ -187,7 +187,7 @@ class Stager:
         """Say that this process has read all that it needs of this visit and of those before.
 
         Raises:
-            UserError: The disk is full, or no longer there.
+            UserError: If the disk is full or has been removed.
         """
         assert self._slot is not None, "start() comes first"
         self._passed = visit
@@ -215,7 +215,7 @@ class Stager:
 
     @property
     def _job_name(self) -> str:
-        """Another one for each start, so that nobody takes the state of the one before for that of this one."""
+        """A name of its own for each start, so that the state of an earlier one is not mistaken for this one's."""
         return f"{self._job}-{self._starts}"
 
     @property
@@ -260,7 +260,7 @@ class Stager:
         return process
 
     def _attach(self) -> dict[str, Any]:
-        """Wait until the stager is at work."""
+        """Wait until the stager has started."""
         deadline = time.monotonic() + _ATTACH_S
         while True:
             ended = self._process is not None and self._process.poll() is not None
@@ -278,7 +278,7 @@ class Stager:
             time.sleep(_POLL_S)
 
     def _read_job(self) -> dict[str, Any]:
-        """The stager's state, if it is at work."""
+        """The stager's state, if it is running."""
         alive = is_alive(self._pid) if self._process is None else self._process.poll() is None
         job = read_job(self._job_path)  # after the question whether it is alive: it may have left a reason
         if job is not None:
@@ -292,7 +292,7 @@ class Stager:
             raise UserError(f"shards cannot be staged: {job['message']}")
 
     def _check_room(self, visit: int) -> None:
-        """While this process waits, it passes no visit, so what it waits for has to fit beside those before."""
+        """Check that the shards of a visit fit beside those before it, which stay while this process waits."""
         possible = self._plan.visits(self._passed + 1)
         if visit not in possible:
             raise UserError(

@@ -1,1 +1,1 @@
-"""Shards through webdataset's own pipeline."""
+"""Streaming of shards through webdataset's own pipeline."""

@@ -20,7 +20,7 @@ class RestartingStreamLoader(StreamLoader):
         """Yield the first batches.
 
         Raises:
-            UserError: More than ``max_bad_samples`` samples are bad.
+            UserError: If more than ``max_bad_samples`` samples are bad.
         """
         self.close()
         self.batches, self.slots = 0, 0

@@ -1,4 +1,4 @@
-"""Batches from shards that are read from front to back, wherever they come from."""
+"""Batches from shards that are read sequentially."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from lit_lora.datamodules.decoding.batch_builder import BatchBuilder
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
+from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport
 from lit_lora.datamodules.loading.dataset import Batch
@@ -43,10 +43,11 @@ class ShardStream(IterableDataset[Batch]):
         size: Height and width of the images, in pixels.
         batch_size: B.
         resampled: Draw shards without end.
-        shuffle_buffer: So many encoded samples are mixed in each worker, when ``resampled``.
+        shuffle_buffer: Number of encoded samples that each worker mixes, when ``resampled``; 0 (default) keeps their order.
         rank: The number of this process.
         world_size: The number of processes.
         max_bad_samples: A worker gives up when more samples than this are bad.
+        seed: Decides which shards are drawn, and the order of their samples.
 
     Attributes:
         start: Batches of this process that came before, and the first slot to use; set before workers start.
@@ -55,7 +56,7 @@ class ShardStream(IterableDataset[Batch]):
     def __init__(
         self,
         shards: Sequence[str],
-        decoder: ImageDecoder,
+        decoder: SampleDecoder,
         size: tuple[int, int],
         batch_size: int,
         resampled: bool,
@@ -63,6 +64,7 @@ class ShardStream(IterableDataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         max_bad_samples: int = 0,
+        seed: int = 0,
     ) -> None:
         self.shards = list(shards)
         self.decoder = decoder
@@ -73,6 +75,7 @@ class ShardStream(IterableDataset[Batch]):
         self.rank = rank
         self.world_size = world_size
         self.max_bad_samples = max_bad_samples
+        self.seed = seed
         self.start = (0, 0)
         self._names = {shard: _shown(shard, number, len(shards)) for number, shard in enumerate(shards, 1)}
 
@@ -100,7 +103,7 @@ class ShardStream(IterableDataset[Batch]):
             shards = self.shards[self.rank :: self.world_size][worker::num_workers]
             return self._read(({"url": shard} for shard in shards), failures)
         # The seed holds all of this itself; webdataset's own would need RANK and WORLD_SIZE in the environment.
-        seed = seed_of(self.decoder.seed, "stream", self.start[0], self.rank, worker)
+        seed = seed_of(self.seed, "stream", self.start[0], self.rank, worker)
         drawn = webdataset.ResampledShards(self.shards, deterministic=True, seed=seed, worker_seed=lambda: 0)
         samples = self._read(drawn, failures)
         return webdataset.shuffle(self.shuffle_buffer, seed=seed)(samples) if self.shuffle_buffer else samples
@@ -141,15 +144,18 @@ class ShardStream(IterableDataset[Batch]):
             if data is None:
                 raise BadSampleError(f"the .{extension} member has more than {MAX_MEMBER_BYTES} bytes")
         members = {extension: data for extension, data in sample.members.items() if data is not None}
+        for what, extensions in self.decoder.required.items():
+            if not set(extensions) & members.keys():
+                raise BadSampleError(f"there is no {what} ({' or '.join(f'.{extension}' for extension in extensions)})")
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-        if image is None:
-            raise BadSampleError("there is no image")
-        entries = self.decoder(members, slot, self.size, image_size(image))
+        entries = self.decoder(members, slot, self.size, (0, 0) if image is None else image_size(image))
         return entries | {"key": sample.key}
 
     def _batch(self, builder: BatchBuilder, number: int) -> Batch:
         first = self._first_slot(number)
-        return builder.finish() | {
+        return {
+            **builder.finish(),
+            **self.decoder.batch_entries(),
             "weight": torch.tensor([float(place in builder.places) for place in range(self.batch_size)]),
             "slot": list(range(first, first + self.batch_size)),
         }
@@ -167,7 +173,7 @@ class _Sample(NamedTuple):
 
 
 class _Failures:
-    """What one worker could not use."""
+    """The bad samples of one worker."""
 
     def __init__(self, limit: int) -> None:
         self.in_a_row = 0
@@ -187,13 +193,13 @@ class _Failures:
             self._new.append(report)
 
     def take(self) -> list[BadSampleReport]:
-        """Those not taken before."""
+        """The bad samples since the last call."""
         new, self._new = self._new, []
         return new
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Raises where ``tarfile`` would take a damaged header or a cut for the end of the archive."""
+    """Raises where ``tarfile`` would mistake a damaged header or a truncation for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
@@ -212,7 +218,7 @@ def _read_shard(url: str, wanted: frozenset[str]) -> Iterator[_Sample]:
     Grouped shard by shard: over several, webdataset puts members from both sides of a damage into one sample.
 
     Raises:
-        BadSampleError: The shard cannot be read to its end; samples before the damage came out.
+        BadSampleError: If the shard cannot be read to its end; samples before the damage came out.
     """
     from webdataset.tariterators import group_by_keys
 
@@ -271,7 +277,7 @@ def _opened(url: str) -> Iterator[Any]:
 
 
 def _end(process: Popen[bytes]) -> int:
-    """Its exit status; 0 also where it had to be stopped."""
+    """The exit status of a process; 0 also if it had to be stopped."""
     try:
         return process.wait(_PATIENCE_S)  # it may have closed its output and not be gone yet
     except TimeoutExpired:

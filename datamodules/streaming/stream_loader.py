@@ -27,7 +27,7 @@ class StreamLoader:
         stream: Makes the batches.
         num_batches: Batches in an epoch.
         num_workers: Worker processes that read and decode; 0 does it in this one.
-        max_bad_samples: So many different samples and damaged shards are skipped before this process gives up.
+        max_bad_samples: Maximum number of different samples and damaged shards that are skipped, by default 0.
     """
 
     def __init__(self, stream: ShardStream, num_batches: int, num_workers: int = 0, max_bad_samples: int = 0) -> None:
@@ -44,28 +44,28 @@ class StreamLoader:
 
     @property
     def num_bad_samples(self) -> int:
-        """How many different samples and damaged shards were skipped so far, in this process."""
+        """Number of different samples and damaged shards that this process has skipped so far."""
         return len(self._bad)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch.
 
         Raises:
-            UserError: More than ``max_bad_samples`` samples are bad, or no shard gives any.
+            UserError: If more than ``max_bad_samples`` samples are bad, or no shard gives any.
         """
         for batch in islice(self._fetch(), len(self) - self.batches % len(self)):
             self._count(batch)
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """How much was handed out: batches of this process, and slots of all."""
+        """Number of batches that this process has delivered, and of slots that all processes have."""
         return {"batches": self.batches, "slots": self.slots}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after so many batches, with other shards than they came from.
+        """Continue after so many batches, with shards that are drawn anew.
 
         Raises:
-            UserError: The state is not one of a stream.
+            UserError: If the state is not one of a stream.
         """
         if state.keys() != self.state_dict().keys():
             raise UserError(

@@ -23,8 +23,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lit_lora.datamodules import WebDatasetDataModule
-from lit_lora.datamodules.decoding.captions import Captions, CaptionSource
+from lit_lora.datamodules import Captions, CaptionSource, ImageDecoder, WebDatasetDataModule
 
 CLASSES = ("circle", "square", "triangle", "cross")
 SIDE = 32
@@ -110,8 +109,7 @@ def train(folder: Path, max_steps: int, num_workers: int = 2) -> float:
         val_samples=320,
         batch_size=32,
         resolution=SIDE,
-        random_flip=True,
-        captions=Captions([CaptionSource("cls")]),
+        decoder=ImageDecoder(random_flip=True, captions=Captions([CaptionSource("cls")])),
         num_workers=num_workers,
     )
     trainer = Trainer(

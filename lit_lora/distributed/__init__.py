@@ -1,23 +1,29 @@
-"""What several processes of one run do together, and the strategies; importing this registers their names with Lightning."""
+"""What several processes of one run do together, and the strategies.
 
-from lightning.pytorch.strategies import StrategyRegistry
+Asking for one of the names registers the strategies with Lightning. Importing the package alone, or one of its modules, does
+not: processes that pack, index or check shards must not load Lightning.
+"""
 
-from lit_lora.distributed.check import check_strategy, check_strategy_name, is_ours, shards_weights
-from lit_lora.distributed.deepspeed import LitLoraDeepSpeed
-from lit_lora.distributed.fsdp import LitLoraFSDP
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lit_lora.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from lit_lora.distributed.strategies import (
+        LitLoraDeepSpeed,
+        LitLoraFSDP,
+        check_strategy,
+        check_strategy_name,
+        is_ours,
+        shards_weights,
+    )
 
 __all__ = ["LitLoraDeepSpeed", "LitLoraFSDP", "check_strategy", "check_strategy_name", "is_ours", "shards_weights"]
 
-if "lit_lora_fsdp" not in StrategyRegistry:
-    StrategyRegistry.register("lit_lora_fsdp", LitLoraFSDP, description="FSDP2 for adapters")
-    for stage in (1, 2, 3):
-        name, description = f"lit_lora_deepspeed_stage_{stage}", f"DeepSpeed's ZeRO-{stage} for adapters"
-        StrategyRegistry.register(name, LitLoraDeepSpeed, description=description, stage=stage)
-        StrategyRegistry.register(
-            f"{name}_offload",
-            LitLoraDeepSpeed,
-            description=f"{description}, with host memory",
-            stage=stage,
-            offload_optimizer=True,
-            **({"offload_parameters": True} if stage == 3 else {}),
-        )
+__getattr__ = lazy_names(__name__, dict.fromkeys(__all__, "lit_lora.distributed.strategies"))
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import get_context, parent_process
-from threading import Thread, current_thread, main_thread
+from multiprocessing import get_context
+from threading import current_thread, main_thread
 from typing import Any, TypeVar
 
+from lit_lora.distributed.processes import end_with_parent
 from lit_lora.errors import UserError
 
 Result = TypeVar("Result")
@@ -29,7 +29,7 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
         jobs: The number of spawned processes; 1 stays in this one.
 
     Raises:
-        UserError: A process died.
+        UserError: If a process died.
     """
     if jobs == 1:
         yield from (function(*each) for each in arguments)
@@ -63,15 +63,3 @@ def interrupts_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def end_with_parent() -> None:
-    """End this process when its parent is killed; otherwise it would wait for work for ever."""
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=watch, daemon=True).start()

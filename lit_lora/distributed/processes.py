@@ -6,6 +6,9 @@ import ctypes
 import os
 import signal
 import sys
+from multiprocessing import parent_process
+from threading import Thread
+from typing import Any
 
 LAUNCHER = "LIT_LORA_LAUNCHER"
 """Environment variable with the number of the process from which Lightning's launcher starts the others."""
@@ -14,23 +17,43 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Let the system kill this process when the one that started it as part of a run ends, in whatever way; Linux only.
+    """End this process when the one that started it as part of a run or of parallel work ends, in whatever way.
 
-    Lightning's launcher and torchrun watch the processes that they start, but nobody watches them: without this the others
-    would wait for a killed main process in a collective call, with their GPUs, until it times out. A process that a person or
-    SLURM started is left alone, and remembered as the parent of those that Lightning will start from it.
+    Lightning's launcher, torchrun and process pools watch the processes that they start, but nobody watches them: without this
+    the others would wait for a killed main process, in a collective call with their GPUs until it times out, or for work for
+    ever. A process that a person or SLURM started is left alone, and remembered as the parent of those that Lightning will
+    start from it.
+
+    Children of ``multiprocessing`` watch their parent on every platform; others end with theirs on Linux only.
     """
+    parent = parent_process()
+    if parent is not None:
+        Thread(target=_exit_after, args=(parent,), daemon=True).start()
     if "LOCAL_RANK" not in os.environ:
         os.environ[LAUNCHER] = str(os.getpid())
-        return
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        parent = os.getppid()
+    elif parent is not None:
+        return  # a child of one of the run's processes, whose environment it has
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())
     elif LAUNCHER in os.environ:
-        parent = int(os.environ[LAUNCHER])
-    else:
-        return
+        end_with(int(os.environ[LAUNCHER]))
+
+
+def end_with(parent: int) -> None:
+    """Let the system kill this process when its parent ends, or at once if it has ended; Linux only.
+
+    The system takes the end of the *thread* that started this process for the end of the parent.
+
+    Args:
+        parent: The number of the parent process.
+    """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the call
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _exit_after(parent: Any) -> None:
+    parent.join()
+    os._exit(1)

@@ -8,7 +8,6 @@ import posixpath
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,6 +17,7 @@ from lightning.pytorch import LightningDataModule
 from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.caching.cache_writer import CachedShard
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription, size_name
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
@@ -102,16 +102,16 @@ def cache_shards(
     """
     if jobs < 1 or batch_size < 1:
         raise UserError(f"jobs and batch_size must be at least 1, not {jobs} and {batch_size}")
-    data = _cacheable(data, text)
+    data, decoder = _cacheable(data, text)
     specs = {name: getattr(data, name) for name in _SHARDS if getattr(data, name)}
     table = open_table([spec for named in specs.values() for spec in ([named] if isinstance(named, str) else named)])
     targets = _targets(table, out)
     table.check_complete("image", IMAGE_EXTENSIONS)
-    table.check_complete("caption", data.captions.extensions)
+    table.check_complete("caption", decoder.captions.extensions)
     family = module.family.unloaded()  # what is loaded here, training does without
     prepare(family, copy.deepcopy(module.objective))
     family.load(module.base_dtype, without=PARTS)
-    description = _describe(family, data, text, dtype)
+    description = _describe(family, data, decoder, text, dtype)
     for folder in _folders(targets):
         _claim(folder, description, [path for path in targets if path.parent == folder])
     work = CacheWork(
@@ -120,7 +120,7 @@ def cache_shards(
         table,
         description,
         Bucketing.of(data.resolution, data.buckets),
-        data.captions,
+        decoder.captions,
         batch_size,
         data.num_workers,
     )
@@ -164,15 +164,18 @@ class _CacheCLI(ToolCLI):
         return kept
 
 
-def _cacheable(data: LightningDataModule, text: bool) -> WebDatasetDataModule:
+def _cacheable(data: LightningDataModule, text: bool) -> tuple[WebDatasetDataModule, ImageDecoder]:
     if not isinstance(data, WebDatasetDataModule):
         raise UserError(f"data is a {type(data).__name__}; only the shards of a WebDatasetDataModule can be cached")
-    if not data.center_crop:
+    decoder = data.decoder
+    if type(decoder) is not ImageDecoder:  # a subclass may make something else of a sample
+        raise UserError(f"decoder is a {type(decoder).__name__}; only the samples of an ImageDecoder can be cached")
+    if not decoder.center_crop:
         raise UserError(
-            "center_crop is false: each showing crops a random place, which cannot be cached; set"
-            " --data.init_args.center_crop true, for the cache and for training"
+            "decoder.center_crop is false: each showing crops a random place, which cannot be cached; set"
+            " --data.init_args.decoder.center_crop true, for the cache and for training"
         )
-    if text and not data.captions.fixed:
+    if text and not decoder.captions.fixed:
         raise UserError(
             "captions differ from showing to showing (dropout, shuffle_tags or weights), so their embeddings cannot be"
             " cached; cache latents only (--text false), or take these options out of captions (model.caption_dropout"
@@ -180,7 +183,7 @@ def _cacheable(data: LightningDataModule, text: bool) -> WebDatasetDataModule:
         )
     if not any(getattr(data, name) for name in _SHARDS):
         raise UserError(f"there is nothing to cache; set {', '.join(_SHARDS)}")
-    return data
+    return data, decoder
 
 
 def _targets(table: SampleTable, out: str | None) -> dict[Path, int]:
@@ -203,7 +206,9 @@ def _folders(targets: Mapping[Path, int]) -> list[Path]:
     return list(dict.fromkeys(path.parent for path in targets))
 
 
-def _describe(family: ModelFamily, data: WebDatasetDataModule, text: bool, dtype: str | None) -> CacheDescription:
+def _describe(
+    family: ModelFamily, data: WebDatasetDataModule, decoder: ImageDecoder, text: bool, dtype: str | None
+) -> CacheDescription:
     identity = family.identity()
     if missing := {"vae", *(["text"] if text else [])} - identity.keys():
         raise UserError(
@@ -217,13 +222,13 @@ def _describe(family: ModelFamily, data: WebDatasetDataModule, text: bool, dtype
     return CacheDescription(
         vae=identity["vae"],
         resolution=data.resolution,
-        buckets=None if data.buckets is None else asdict(data.buckets),
+        buckets=None if data.buckets is None else data.buckets.description(),
         center_crop=True,
-        flipped=data.random_flip,
+        flipped=decoder.random_flip,
         dtype=dtype or ("float16" if own == "float32" else own),
         latent_shapes={size_name(*size): family.latent_shape(*size) for size in sizes},
         encoders=identity["text"] if text else None,
-        captions=data.captions.description() if text else None,
+        captions=decoder.captions.description() if text else None,
         text_masks=dict(family.text_masks) if text else {},
     )
 

@@ -19,7 +19,8 @@ from lit_lora.datamodules.caching.cache_writer import CachedShard, CacheWriter
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.distributed.jobs import end_with_parent, interrupts_ignored
+from lit_lora.distributed.jobs import interrupts_ignored
+from lit_lora.distributed.processes import end_with_parent
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 

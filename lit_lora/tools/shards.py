@@ -28,8 +28,8 @@ def pack(
 ) -> None:
     """Pack images with captions into tar shards.
 
-    The bytes of the shards depend on the input and the options, not on the number of jobs. A run that was cut short
-    goes on where it was when it is started again.
+    The bytes of the shards depend on the input and the options, not on the number of jobs. An interrupted run continues
+    when it is started again.
 
     Args:
         source: A folder of images with a .txt or .json of the same name, at any depth; or of images that metadata.jsonl
@@ -40,7 +40,7 @@ def pack(
         max_shard_bytes: The most bytes in a shard; only a single sample may exceed it.
         jobs: Processes that pack, each a shard at a time.
         shuffle_seed: Pack in the random order of this seed; otherwise sorted by name, or in the order of a table.
-        max_bad: So many files may be left out, because they are damaged or have no caption.
+        max_bad: Maximum number of files that may be left out because they are damaged or have no caption.
         caption_key: The key of the caption in .json files.
         image_column: In tables, the column of images or of their paths; by default one with a usual name.
         caption_column: In tables, the column of captions; by default one with a usual name.
@@ -111,7 +111,7 @@ def check(
     Args:
         shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list.
         jobs: Processes that check, each a shard at a time.
-        decode: Decode each image; false reads the headers of images alone, which is much quicker.
+        decode: Decode each image; false reads only the headers of images, which is much faster.
         caption_key: The key of the caption in .json members.
         report: A file for all problems, a JSON object in each line.
     """
@@ -134,13 +134,13 @@ def info(
     max_aspect_ratio: float = 2.0,
     jobs: int = 1,
 ) -> None:
-    """Say what is in shards: how much, and sizes and shapes of the images.
+    """Show statistics of shards: counts, and sizes and aspect ratios of the images.
 
     Args:
         shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list.
-        resolution: Also list the buckets of aspect ratios that training at this resolution would use.
+        resolution: Also list the aspect-ratio buckets that training at this resolution would use.
         divisor: Widths and heights of the buckets are multiples of this.
-        max_aspect_ratio: The longest shape of a bucket.
+        max_aspect_ratio: Longest shape of a bucket, as long side divided by short side.
         jobs: Processes that index shards which have no index yet.
     """
     from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing

@@ -1,4 +1,4 @@
-"""``lit-lora shards plan``: what a run will read, before it starts."""
+"""``lit-lora shards plan``: the data of a run, before it starts."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def describe(
     images_per_second: float | None = None,
     max_steps: int = -1,
 ) -> str:
-    """Chunks, batches, what is dropped or padded, disk and time of a run, as text.
+    """A summary of a run's data as text: chunks, batches, dropped or padded samples, disk space and time.
 
     Args:
         data: The run's data.
         processes: Training processes over all machines; by default the config's devices times nodes.
-        images_per_second: What all processes together train, from the progress bar of an earlier run, for the time
-            that a pass takes. Without it the time is what reading and decoding takes at least.
+        images_per_second: Training speed of all processes together, from the progress bar of an earlier run; the time of
+            a pass follows from it. By default the time is that of reading and decoding, which a pass takes at least.
         max_steps: Steps of the run; -1 for no limit.
 
     Raises:
-        UserError: The run could not start.
+        UserError: If the run could not start.
     """
     check_least(1, processes=processes)
     if images_per_second is not None and images_per_second <= 0:
@@ -108,19 +108,20 @@ def processes_of(trainer: Any) -> int:
 
 def _share(plan: Plan) -> str:
     number = plan.num_samples - plan.samples_per_round if plan.leftovers == "drop" else plan.padding_per_round
-    what = "samples do not fill a batch" if plan.leftovers == "drop" else "places of weight 0 fill batches up"
-    return f"{number:,} {what} ({number / plan.num_samples:.2%}) in going through each chunk once"
+    what = "samples do not fill a batch" if plan.leftovers == "drop" else "places of weight 0 fill up batches"
+    return f"{number:,} {what} ({number / plan.num_samples:.2%}) in one pass over each chunk"
 
 
 def _disk(data: WebDatasetDataModule, sizes: Sequence[int]) -> str:
-    if data.staging_dir is None:
-        return "none beside the shards, which are read where they lie"
+    staging = data.chunks.staging
+    if staging is None:
+        return "none: the shards are read in place"
     needed = sum(sizes[:2])
-    allowed = checked_budget(data.staging_dir, data.staging_budget, data.train_samples)
-    free = shutil.disk_usage(data.staging_dir).free
+    allowed = checked_budget(staging, data.train_samples)
+    free = shutil.disk_usage(staging.dir).free
     return (
         f"{format_bytes(needed)} for two chunks, at most {format_bytes(max(needed, min(allowed, sum(sizes))))} of the"
-        f" {format_bytes(allowed)} allowed in {data.staging_dir} ({format_bytes(free)} free)"
+        f" {format_bytes(allowed)} allowed in {staging.dir} ({format_bytes(free)} free)"
     )
 
 
@@ -135,8 +136,8 @@ def _time(data: WebDatasetDataModule, plan: Plan, shown: int, processes: int, im
     readers = max(1, data.num_workers) * processes
     who = _count(readers, "loader thread reads", "loader threads read")
     return (
-        f"{format_duration(shown / rate / readers)} a pass or more: {who} {rate:.0f} images/s each here"
-        " (--images_per_second gives training's own)"
+        f"at least {format_duration(shown / rate / readers)} a pass: {who} {rate:.0f} images/s each on this machine"
+        " (--images_per_second takes the speed of training)"
     )
 
 

@@ -14,8 +14,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lit_lora.datamodules import Plan, ShardIndex, WebDatasetDataModule
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
+from lit_lora.datamodules.batches.chunks import Chunks
 from lit_lora.datamodules.decoding.captions import Captions
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.data_index import DataIndex
+from lit_lora.datamodules.staging.staging import Staging
 from lit_lora.errors import UserError
 from tests.datamodules.faulty_server import FaultyServer
 
@@ -91,7 +94,8 @@ class ReadsSteppingBatches(Recorder):
 
 
 def _data(paths, **options):
-    options = {"batch_size": 2, "resolution": 8, "num_workers": 0, "random_flip": True, "seed": 4} | options
+    options = {"batch_size": 2, "resolution": 8, "num_workers": 0, "seed": 4} | options
+    options.setdefault("decoder", ImageDecoder(random_flip=True))
     return WebDatasetDataModule([str(path) for path in paths], **options)
 
 
@@ -258,12 +262,6 @@ def test_prepare_data_indexes_all_shards(make_shards):
         ({"max_bad_samples": -1}, "max_bad_samples=-1"),
         ({"seed": -1}, "seed=-1"),
         ({"val_shards": "x.tar", "val_samples": 3}, "val_shards=x.tar and val_samples=3 exclude each other"),
-        ({"chunks": 0}, "chunks=0 is too small"),
-        ({"chunks": 3, "chunk_samples": 10}, "chunks=3 and chunk_samples=10 exclude each other"),
-        ({"passes_per_chunk": 2, "steps_per_chunk": 10}, "exclude each other"),
-        ({"max_upscaling": 0.5}, "max_upscaling=0.5 is too small"),
-        ({"leftovers": "keep"}, "leftovers='keep' is not known; choose drop or pad"),
-        ({"staging_budget": "1GB"}, "staging_budget=1GB has no use without staging_dir"),
         ({"resolution": 500, "buckets": AspectRatioBuckets()}, "resolution=500 is not a multiple of .*choose 512"),
     ],
 )
@@ -293,7 +291,7 @@ def test_too_few_samples_are_reported_in_setup(make_shards):
 @pytest.mark.parametrize("options", [{}, {"chunks": 3}, {"chunks": 2, "buckets": AspectRatioBuckets(8)}])
 def test_another_batch_size_neither_repeats_nor_loses_samples(tmp_path, make_shards, options):
     paths = make_shards(8, 8, 8)
-    options = {"leftovers": "pad", "resolution": 16} | options
+    options = {"resolution": 16} | options | {"chunks": Chunks(options.get("chunks", 1), leftovers="pad")}
     first, second = CountsShowings(), CountsShowings()
     with pytest.raises(RuntimeError, match=CRASH):
         _fit(tmp_path, _data(paths, **options), [_save_each_step(tmp_path), Crash(5)], model=first, max_epochs=2)
@@ -313,7 +311,7 @@ def test_buckets_and_sdxls_conditioning(tmp_path, write_tar, encode_image):
             members[f"{name}{number}.png"] = encode_image(width, height, "PNG")
             members[f"{name}{number}.txt"] = b"x"
     shard = write_tar(tmp_path / "x.tar", members)
-    data = _data([shard], resolution=64, buckets=AspectRatioBuckets(16), max_upscaling=1.0, val_samples=2)
+    data = _data([shard], resolution=64, buckets=AspectRatioBuckets(16, max_upscaling=1.0), val_samples=2)
     data.setup("fit")
 
     seen = set()
@@ -335,8 +333,8 @@ def test_buckets_and_sdxls_conditioning(tmp_path, write_tar, encode_image):
 
 
 def test_all_samples_too_small(make_shards):
-    with pytest.raises(UserError, match=r"16 samples are all smaller than max_upscaling=1\.5 allows"):
-        _data(make_shards(16), resolution=64, max_upscaling=1.5).setup("fit")
+    with pytest.raises(UserError, match=r"16 samples are all smaller than buckets.max_upscaling=1\.5 allows"):
+        _data(make_shards(16), resolution=64, buckets=AspectRatioBuckets(max_upscaling=1.5)).setup("fit")
 
 
 @pytest.fixture
@@ -349,6 +347,17 @@ def server(make_shards, tmp_path, monkeypatch):
     server.close()
 
 
+@pytest.mark.parametrize(
+    ("buckets", "sizes"),
+    [
+        (None, [(64, 64)]),
+        (AspectRatioBuckets(32, 4.0), [(128, 32), (96, 32), (64, 64), (32, 96), (32, 128)]),
+    ],
+)
+def test_image_sizes_are_known_without_data(buckets, sizes):
+    assert WebDatasetDataModule(resolution=64, buckets=buckets).image_sizes() == sizes
+
+
 def test_shard_that_is_named_twice(make_shards):
     paths = make_shards(4, 4)
     with pytest.raises(UserError, match=r"shard-000001.tar is named more than once; name each shard once"):
@@ -356,19 +365,20 @@ def test_shard_that_is_named_twice(make_shards):
 
 
 def test_staged_run_sees_what_a_local_one_sees(tmp_path, server):
-    options = {"chunks": 3, "val_samples": 2, "num_workers": 2}
-    local = _fit(tmp_path, _data([server.folder], **options), max_epochs=2)
-    staged = _fit(tmp_path, _data([server.url], staging_dir=str(tmp_path / "stage"), **options), max_epochs=2)
+    options = {"val_samples": 2, "num_workers": 2}
+    staged_chunks = Chunks(3, staging=Staging(str(tmp_path / "stage")))
+    local = _fit(tmp_path, _data([server.folder], chunks=Chunks(3), **options), max_epochs=2)
+    staged = _fit(tmp_path, _data([server.url], chunks=staged_chunks, **options), max_epochs=2)
 
     assert staged.train_seen == local.train_seen
     assert staged.val_seen == local.val_seen
     assert multiprocessing.active_children() == []
-    slow = _fit(tmp_path, _data([server.folder], staging_dir=str(tmp_path / "stage"), **options), max_epochs=2)
+    slow = _fit(tmp_path, _data([server.folder], chunks=staged_chunks, **options), max_epochs=2)
     assert slow.train_seen == local.train_seen
 
 
 def test_crash_ends_the_stager(tmp_path, server):
-    data = _data([server.url], chunks=3, staging_dir=str(tmp_path / "stage"))
+    data = _data([server.url], chunks=Chunks(3, staging=Staging(str(tmp_path / "stage"))))
     with pytest.raises(RuntimeError, match=CRASH):
         _fit(tmp_path, data, [Crash(3)], max_epochs=2)
     assert data._train_loader._stage._process is None
@@ -377,18 +387,16 @@ def test_crash_ends_the_stager(tmp_path, server):
 
 def test_shard_that_cannot_be_had_ends_the_run(tmp_path, server):
     server.fault = lambda path: 404 if path.endswith("000001.tar") else None
-    data = _data([server.url], chunks=3, staging_dir=str(tmp_path / "stage"))
+    data = _data([server.url], chunks=Chunks(3, staging=Staging(str(tmp_path / "stage"))))
     with pytest.raises(UserError, match=r"shard-000001.tar.*404"):
         _fit(tmp_path, data, max_epochs=1)
 
 
 def test_remote_shards_need_a_place(server, tmp_path):
-    with pytest.raises(UserError, match=r"http://127.0.0.1:.* is not on a local disk; set staging_dir"):
+    with pytest.raises(UserError, match=r"http://127.0.0.1:.* is not on a local disk; set chunks.staging.dir"):
         _data([server.url]).setup("fit")
     with pytest.raises(UserError, match=r"budget for staged shards is 5.0 kB .* the two largest of 3 chunks have"):
-        _data([server.url], chunks=3, staging_dir=str(tmp_path), staging_budget="5 kB").setup("fit")
-    with pytest.raises(UserError, match="staging_budget='much' is no amount of bytes"):
-        _data([server.url], chunks=3, staging_dir=str(tmp_path), staging_budget="much").setup("fit")
+        _data([server.url], chunks=Chunks(3, staging=Staging(str(tmp_path), "5 kB"))).setup("fit")
 
 
 def test_package_exports_load_lazily():
@@ -409,14 +417,19 @@ def test_becomes_yaml(tmp_path):
     config = parser.parse_args(
         [
             "--data.train_shards=[a.tar, b.tar]",
-            "--data.captions.dropout=0.1",
+            "--data.decoder.captions.dropout=0.1",
+            "--data.decoder.random_flip=true",
+            "--data.chunks.count=4",
+            "--data.chunks.staging={dir: x, budget: 3GB}",
             "--data.buckets.divisor=32",
             "--data.batch_size=3",
         ]
     )
     again = parser.parse_string(parser.dump(config))
     data = parser.instantiate_classes(again).data
-    assert data.captions == parser.instantiate_classes(config).data.captions == Captions(dropout=0.1)
+    assert data.decoder == ImageDecoder(random_flip=True, captions=Captions(dropout=0.1))
+    assert data.decoder == parser.instantiate_classes(config).data.decoder
+    assert data.chunks == Chunks(4, staging=Staging("x", "3GB"))
     assert data.buckets == AspectRatioBuckets(divisor=32)
     assert data.train_shards == ["a.tar", "b.tar"]
 
@@ -427,7 +440,7 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 import torch
-from lit_lora.datamodules import WebDatasetDataModule
+from lit_lora.datamodules import ImageDecoder, WebDatasetDataModule
 
 
 class Recorder(LightningModule):
@@ -457,7 +470,7 @@ if __name__ == "__main__":
     )
     model = Recorder()
     data = WebDatasetDataModule(
-        shards, val_samples=4, batch_size=1, resolution=8, num_workers=1, random_flip=True, seed=4
+        shards, val_samples=4, batch_size=1, resolution=8, num_workers=1, decoder=ImageDecoder(random_flip=True), seed=4
     )
     trainer.fit(model, data, ckpt_path=ckpt_path or None)
     result = {"seen": model.seen, "val": model.val_seen}

@@ -19,6 +19,7 @@ from lit_lora.cli import main
 from lit_lora.datamodules.decoding.captions import Captions, CaptionSource
 from lit_lora.datamodules.decoding.decode import decode_rgb
 from lit_lora.datamodules.decoding.framing import Framing
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.webdataset_stream_datamodule import WebDatasetStreamDataModule
 from lit_lora.errors import UserError
 
@@ -87,7 +88,7 @@ def _samples(number_of):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_epochs_have_their_length_and_go_on_in_the_stream(make_shards, num_workers):
     """With webdataset's with_epoch, two workers would make twice as many."""
-    data = _data(make_shards(6, 6, 6), num_workers=num_workers, random_flip=True)
+    data = _data(make_shards(6, 6, 6), num_workers=num_workers, decoder=ImageDecoder(random_flip=True))
     data.setup("fit")
     loader = data.train_dataloader()
     assert len(loader) == 6
@@ -179,9 +180,9 @@ def test_validation_sees_each_sample_once(tmp_path, make_shards):
         assert sorted(key for key, weight in model.validated[0] if weight) == _samples(9)
 
 
-def test_validation_pictures_are_cropped_in_the_middle_and_not_flipped(make_shards, encode_image):
+def test_validation_images_are_cropped_in_the_middle_and_not_flipped(make_shards, encode_image):
     shards = [str(shard) for shard in make_shards(6)]
-    data = _data(shards, val_shards=shards, val_batches=3, random_flip=True)
+    data = _data(shards, val_shards=shards, val_batches=3, decoder=ImageDecoder(random_flip=True))
     data.setup("validate")
     framing = Framing(center_crop=True, random_flip=False, seed=0)
     for batch in data.val_dataloader():
@@ -258,7 +259,7 @@ def test_shards_that_give_nothing_are_an_error(monkeypatch, make_shards):
 def test_captions(tmp_path, write_tar, encode_image):
     shard = write_tar(tmp_path / "a.tar", {"0.jpg": encode_image(), "0.cls": b"1", "0.txt": b"not this"})
     captions = Captions([CaptionSource("cls", class_names=["hen", "fox"], template="a {}")])
-    data = _data([shard], captions=captions)
+    data = _data([shard], decoder=ImageDecoder(captions=captions))
     data.setup("fit")
     assert next(iter(data.train_dataloader()))["caption"] == ["a fox", "a fox"]
 
@@ -339,11 +340,12 @@ def test_becomes_yaml():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(WebDatasetStreamDataModule, "data")
     config = parser.parse_string(
-        "data: {train_shards: [a.tar, b.tar], batches_per_epoch: 10, captions: {sources: [{extension: json, key: a.b}]}}"
+        "data: {train_shards: [a.tar, b.tar], batches_per_epoch: 10,"
+        " decoder: {captions: {sources: [{extension: json, key: a.b}]}}}"
     )
     data = parser.instantiate_classes(parser.parse_string(parser.dump(config))).data
     assert data.train_shards == ["a.tar", "b.tar"]
-    assert data.captions == Captions([CaptionSource("json", "a.b")])
+    assert data.decoder == ImageDecoder(captions=Captions([CaptionSource("json", "a.b")]))
     with pytest.raises(Exception, match="batches_per_epoch"):
         parser.parse_string("data: {train_shards: a.tar}")
 

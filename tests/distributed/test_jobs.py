@@ -55,6 +55,15 @@ def test_processes_end_when_their_parent_is_killed():
         time.sleep(0.05)
 
 
+def test_processes_that_work_on_shards_do_not_load_lightning():
+    code = (
+        "import sys, lit_lora.datamodules.packing.pack; heavy = {'lightning', 'peft', 'diffusers'} & set(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", f"{code}; assert not heavy, heavy"], check=True, cwd=Path(__file__).parents[2]
+    )
+
+
 def _children(pid):
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
 

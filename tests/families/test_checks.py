@@ -149,7 +149,7 @@ def test_one_error_and_status_2(
         },
         "data": {
             "class_path": "WebDatasetDataModule",
-            "init_args": {"train_shards": str(session_shards), "resolution": 16, "center_crop": True},
+            "init_args": {"train_shards": str(session_shards), "resolution": 16, "decoder": {"center_crop": True}},
         },
     }
     if objective:

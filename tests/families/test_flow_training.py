@@ -92,7 +92,7 @@ def test_trains_from_a_cache(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = request.getfixturevalue(fixture)
-    centred = ["--data.init_args.center_crop", "true"]
+    centred = ["--data.init_args.decoder.center_crop", "true"]
     live = config(family, folder)
     assert main(["cache", "--config", str(live), "--out", str(tmp_path / "cache"), "--dtype", "float32", *centred]) == 0
     results = []

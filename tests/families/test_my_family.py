@@ -98,7 +98,7 @@ def test_plans(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_caches_text_without_its_padding(run: Callable[..., int], tmp_path: Path, tokenizer: CLIPTokenizer) -> None:
-    cache, centred = tmp_path / "cache", ["--data.init_args.center_crop", "true"]
+    cache, centred = tmp_path / "cache", ["--data.init_args.decoder.center_crop", "true"]
     assert run("cache", "--out", cache, "--dtype", "float32", *centred) == 0
     opened = open_cache(open_table(str(cache)))
     assert opened is not None
@@ -142,7 +142,7 @@ def test_padding_does_not_matter(my_family: Any, folder: Path) -> None:
 
 def test_a_size_that_does_not_fit(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("fit", "plan", "cache"):
-        more = ["--data.init_args.center_crop", "true"] if command == "cache" else []
+        more = ["--data.init_args.decoder.center_crop", "true"] if command == "cache" else []
         assert run(command, "--data.init_args.resolution", "18", *more) == 2
         error = capsys.readouterr().err
         assert "MyFamily takes images whose sides are multiples of 4 px, not 18 x 18" in error

@@ -80,9 +80,9 @@ def module_for(family_class: type[ModelFamily], folder: Path, **options: Any) ->
     return LoraDiffusion(family_class(str(folder)), LoraConfig(r=2, lora_alpha=2), **options)
 
 
-def data_for(shards: Path, **options: Any) -> WebDatasetDataModule:
-    options = {"batch_size": 2, "resolution": 16, "center_crop": True, "num_workers": 0, "seed": 4} | options
-    return WebDatasetDataModule(str(shards), **options)
+def data_for(shards: Path, decoder: dict[str, Any] | None = None, **options: Any) -> WebDatasetDataModule:
+    options = {"batch_size": 2, "resolution": 16, "num_workers": 0, "seed": 4} | options
+    return WebDatasetDataModule(str(shards), decoder=ImageDecoder(**{"center_crop": True} | (decoder or {})), **options)
 
 
 def members_of(path: Path) -> dict[str, bytes]:
@@ -128,14 +128,14 @@ def test_training_from_the_cache_equals_training_without(
 
     def losses(folder: Path, source: Path) -> list[float]:
         module = module_for(family_class, folder, caption_dropout=0.4)
-        data = data_for(source, buckets=buckets, random_flip=True, val_samples=3)
+        data = data_for(source, {"random_flip": True}, buckets=buckets, val_samples=3)
         recorder = Losses()
         trainer = Trainer(**trainer_options, max_steps=8, callbacks=[recorder])
         trainer.fit(module, data)
         return [*recorder.losses, float(trainer.callback_metrics["val/loss"])]
 
     expected = losses(whole, shards)
-    data = data_for(shards, buckets=buckets, random_flip=True)
+    data = data_for(shards, {"random_flip": True}, buckets=buckets)
     cache_shards(module_for(family_class, whole), data, text=text, dtype="float32", batch_size=4)
     shutil.move(shards / "cache", tmp_path / "cache")
     shutil.rmtree(shards)
@@ -163,7 +163,7 @@ def test_what_is_in_a_cache(
 ) -> None:
     """Each sample has what encoding it alone gives, mirrored or not."""
     module = module_for(family_class, request.getfixturevalue(fixture))
-    data = data_for(shards, buckets=BUCKETS, random_flip=True)
+    data = data_for(shards, {"random_flip": True}, buckets=BUCKETS)
     summary = cache_shards(module, data, dtype="float32", batch_size=3)
     assert not list(module.family.parameters())
     module.family.load(torch.float32, without={"denoiser"})
@@ -182,6 +182,7 @@ def test_what_is_in_a_cache(
     framing = Framing(center_crop=True, random_flip=True, seed=4)
     source, cached = open_table(str(shards)), open_table(str(folder))
     decoder = CachedDecoder(description, framing, Captions(), load_file(folder / "empty.safetensors"))
+    live_decoder = ImageDecoder(center_crop=True, random_flip=True).with_seed(4)
     bucketing = Bucketing.of(16, BUCKETS)
     width, height = cached.image_sizes(np.arange(3))
     buckets = bucketing.assign(width, height)
@@ -190,7 +191,7 @@ def test_what_is_in_a_cache(
     for sample in range(15):
         request_ = [SlotRequest(sample, 1.0, 100 + sample, tuple(bucketing.sizes[buckets[sample]].tolist()))]
         ours = ShardDataset(ShardReader(cached), decoder).__getitems__(request_)
-        live = ShardDataset(ShardReader(source), ImageDecoder(framing, Captions(), 4)).__getitems__(request_)
+        live = ShardDataset(ShardReader(source), live_decoder).__getitems__(request_)
         for name in ("original_size", "crop_top_left", "target_size"):
             assert torch.equal(ours[name], live[name])
         assert ours["caption"] == live["caption"]
@@ -236,7 +237,7 @@ def test_precision_of_what_is_cached(sd_folder: Path, shards: Path) -> None:
 
 def test_latents_alone(sd_folder: Path, shards: Path) -> None:
     captions = Captions([CaptionSource("txt")], dropout=0.5, prefix="an image of ")
-    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards, captions=captions), text=False)
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards, {"captions": captions}), text=False)
     folder = shards / "cache"
     assert CacheDescription.read(folder).cached == {"latents"}
     assert not (folder / "empty.safetensors").exists()
@@ -249,7 +250,7 @@ def test_latents_alone(sd_folder: Path, shards: Path) -> None:
 
 def test_captions_as_they_are_trained(sd_folder: Path, shards: Path) -> None:
     captions = Captions([CaptionSource("txt", template="this is {}")], suffix="!")
-    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards, captions=captions))
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards, {"captions": captions}))
     assert members_of(shards / "cache" / "shard-000001.tar")["k05.txt"] == b"this is a red star 5!"
 
 
@@ -302,7 +303,7 @@ def test_all_shards_of_a_config_in_their_order(sd_folder: Path, shards: Path, tm
         val_shards=str(tmp_path / "val"),
         test_shards=str(tmp_path / "val" / "v.tar"),
         resolution=16,
-        center_crop=True,
+        decoder=ImageDecoder(center_crop=True),
         num_workers=0,
     )
     summary = cache_shards(module_for(StableDiffusion, sd_folder), data)
@@ -392,10 +393,10 @@ def other_base(sd_folder: Path, tmp_path: Path, part: str) -> Path:
         ({}, "vae", "latents.vae: "),
         ({}, "text_encoder", "text.encoders: "),
         ({"resolution": 32}, None, "latents.resolution: 16 in the cache, 32 here"),
-        ({"center_crop": False}, None, "latents.center_crop: true in the cache, false here"),
-        ({"random_flip": True}, None, "latents.flipped: false in the cache, true here"),
+        ({"decoder": {"center_crop": False}}, None, "latents.center_crop: true in the cache, false here"),
+        ({"decoder": {"random_flip": True}}, None, "latents.flipped: false in the cache, true here"),
         ({"buckets": BUCKETS}, None, "latents.buckets: null in the cache"),
-        ({"captions": Captions(prefix="x")}, None, 'text.captions.prefix: "" in the cache, "x" here'),
+        ({"decoder": {"captions": Captions(prefix="x")}}, None, 'text.captions.prefix: "" in the cache, "x" here'),
     ],
 )
 def test_a_run_with_something_else_is_refused(
@@ -425,16 +426,26 @@ class TestRefusals:
         return module_for(StableDiffusion, sd_folder)
 
     def test_random_crops(self, module: LoraDiffusion, shards: Path) -> None:
-        assert "set --data.init_args.center_crop true" in failure(module, data_for(shards, center_crop=False))
+        assert "set --data.init_args.decoder.center_crop true" in failure(
+            module, data_for(shards, {"center_crop": False})
+        )
+        assert not (shards / "cache").exists()
+
+    def test_a_decoder_of_its_own(self, module: LoraDiffusion, shards: Path) -> None:
+        class OwnDecoder(ImageDecoder):
+            pass
+
+        data = WebDatasetDataModule(str(shards), decoder=OwnDecoder(center_crop=True))
+        assert "decoder is a OwnDecoder; only the samples of an ImageDecoder can be cached" in failure(module, data)
         assert not (shards / "cache").exists()
 
     def test_captions_that_vary(self, module: LoraDiffusion, shards: Path) -> None:
-        assert "--text false" in failure(module, data_for(shards, captions=Captions(dropout=0.1)))
-        assert "--text false" in failure(module, data_for(shards, captions=Captions(shuffle_tags=True)))
+        assert "--text false" in failure(module, data_for(shards, {"captions": Captions(dropout=0.1)}))
+        assert "--text false" in failure(module, data_for(shards, {"captions": Captions(shuffle_tags=True)}))
         assert not (shards / "cache").exists()
 
     def test_nothing_to_cache(self, module: LoraDiffusion) -> None:
-        assert "set train_shards" in failure(module, WebDatasetDataModule(center_crop=True))
+        assert "set train_shards" in failure(module, WebDatasetDataModule(decoder=ImageDecoder(center_crop=True)))
 
     def test_another_datamodule(self, module: LoraDiffusion) -> None:
         assert "data is a LightningDataModule" in failure(module, LightningDataModule())
@@ -506,7 +517,7 @@ class TestCommand:
         return path
 
     def test_it_prints_what_to_do_next(self, config: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        override = ["--data.init_args.center_crop", "true"]
+        override = ["--data.init_args.decoder.center_crop", "true"]
         command = ["cache", "--config", str(config), "--text=false", "--batch_size", "4", *override]
         assert main(command) == 0
         printed = capsys.readouterr().out
@@ -526,7 +537,7 @@ class TestCommand:
             (["--text", "maybe"], "text"),
             (["--dtype", "float8"], "dtype"),
             (["--data.init_args.resolutoin", "3"], "resolutoin"),
-            ([], "set --data.init_args.center_crop true"),
+            ([], "set --data.init_args.decoder.center_crop true"),
         ],
     )
     def test_mistakes(
@@ -546,7 +557,7 @@ class TestCommand:
         """The parent is killed while its processes write; they end too, and the next run has what one process has."""
         write_shard(shards / "shard-000003.tar", range(15, 20))
         command = [sys.executable, "-m", "lit_lora.cli", "cache", "--config", str(config), "--jobs", "2"]
-        command += ["--data.init_args.center_crop", "true", "--batch_size", "4", "--out"]
+        command += ["--data.init_args.decoder.center_crop", "true", "--batch_size", "4", "--out"]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         out = tmp_path / "out"
         with subprocess.Popen([*command, str(out)], env=environment, stderr=subprocess.DEVNULL) as process:

@@ -107,7 +107,7 @@ def test_check_of_clean_shards(make_shards, capsys):
 
 
 def test_check_with_problems(tmp_path, write_tar, encode_image, capsys):
-    path = write_tar(tmp_path / "x.tar", {"a.jpg": b"", "a.txt": b"x", "b.jpg": b"", "b.txt": b"", "c.npy": b""})
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": b"", "a.txt": b"x", "b.jpg": b"", "b.txt": b"", "c.pt": b""})
     with pytest.raises(SystemExit, match="1"):
         main(["shards", "check", str(path), "--report", str(tmp_path / "report.jsonl")])
     assert capsys.readouterr().out == (
@@ -121,7 +121,7 @@ def test_check_with_problems(tmp_path, write_tar, encode_image, capsys):
         "empty caption               1\n"
         f"    {path}: b\n"
         "note: members not read      1\n"
-        f"    {path}: c.npy (1 that end in .npy)\n"
+        f"    {path}: c.pt (1 that end in .pt)\n"
     )
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "report.jsonl").read_text().splitlines()]
     assert sorted(kinds) == ["empty caption", "empty image", "empty image", "members not read"]
@@ -129,7 +129,7 @@ def test_check_with_problems(tmp_path, write_tar, encode_image, capsys):
 
 def test_check_with_notes_alone_and_without_decoding(tmp_path, write_tar, encode_image, capsys):
     cut = encode_image(64, 64)[:-300]
-    path = write_tar(tmp_path / "x.tar", {"a.jpg": cut, "a.txt": b"x", "b.npy": b""})
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": cut, "a.txt": b"x", "b.pt": b""})
     assert main(["shards", "check", str(path), "--decode", "false"]) == 0
     assert "note: members not read      1" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="1"):

@@ -8,6 +8,7 @@ import yaml
 from lit_lora.cli import main
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
+from lit_lora.datamodules.batches.chunks import Chunks
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def plan(make_shards, tmp_path, capsys):
         },
         "data": {
             "class_path": "WebDatasetDataModule",
-            "init_args": {"train_shards": str(shards), "val_samples": 4, "resolution": 16, "chunks": 3},
+            "init_args": {"train_shards": str(shards), "val_samples": 4, "resolution": 16, "chunks": {"count": 3}},
         },
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
@@ -40,7 +41,7 @@ def test_says_what_a_run_would_do(plan, tmp_path):
     status, out, _ = plan(images_per_second=7)
 
     assert status == 0
-    data = WebDatasetDataModule(str(tmp_path / "shards"), val_samples=4, resolution=16, chunks=3)
+    data = WebDatasetDataModule(str(tmp_path / "shards"), val_samples=4, resolution=16, chunks=Chunks(3))
     data.setup("fit")
     expected = data.plan(6)
     assert "data 46 samples in 6 shards" in out
@@ -51,7 +52,7 @@ def test_says_what_a_run_would_do(plan, tmp_path):
     assert dropped > 0
     assert f"dropped {dropped} samples do not fill a batch ({dropped / 42:.2%})" in out
     assert f"steps 100, which is {100 / expected.batches_per_pass:.2f} passes" in out
-    assert "disk peak none beside the shards" in out
+    assert "disk peak none: the shards are read in place" in out
     assert f"time {expected.samples_per_round / 7:.1f} s a pass at 7 images/s" in out
     rows = [line.split() for line in out.split("\n\n")[1].splitlines()[1:]]
     assert [int(row[-3]) for row in rows] == [int(expected.chunks.counts[int(row[0])].sum()) for row in rows]
@@ -62,8 +63,8 @@ def test_says_what_a_run_would_do(plan, tmp_path):
 def test_staging_buckets_and_padding(plan, tmp_path):
     _, out, _ = plan(
         processes=1,
-        data__init_args__staging_dir=tmp_path / "stage",
-        data__init_args__leftovers="pad",
+        data__init_args__chunks__staging__dir=tmp_path / "stage",
+        data__init_args__chunks__leftovers="pad",
         data__init_args__batch_size=4,
         data__init_args__buckets__divisor=8,
         data__init_args__resolution=32,
@@ -72,17 +73,16 @@ def test_staging_buckets_and_padding(plan, tmp_path):
         str(tmp_path / "shards"),
         val_samples=4,
         resolution=32,
-        chunks=3,
-        leftovers="pad",
+        chunks=Chunks(3, leftovers="pad"),
         batch_size=4,
         buckets=AspectRatioBuckets(8),
     )
     data.setup("fit")
     padded = data.plan().padding_per_round
-    assert f"padded {padded} places of weight 0 fill batches up ({padded / 42:.2%})" in out
+    assert f"padded {padded} places of weight 0 fill up batches ({padded / 42:.2%})" in out
     two = sum(sorted(data.train_samples.chunk_bytes.tolist())[-2:])
     assert f"disk peak {two / 1000:.1f} kB for two chunks" in out
-    assert re.search(r"time [\d.]+ .* a pass or more: 2 loader threads read \d+ images/s each here", out)
+    assert re.search(r"time at least [\d.]+ .* a pass: 2 loader threads read \d+ images/s each on this machine", out)
     rows = [line.split() for line in out.split("\n\n")[2].splitlines()[1:]]
     assert sum(int(row[3]) for row in rows) == 42
     assert sum(int(row[-1]) for row in rows) == padded
@@ -93,9 +93,9 @@ def test_staging_buckets_and_padding(plan, tmp_path):
     [
         ({"processes": 0}, "processes=0 is too small"),
         ({"images_per_second": -1}, "images_per_second=-1.0 must be above 0"),
-        ({"data__init_args__chunks": 7}, "chunks=7 does not fit 6 shards"),
+        ({"data__init_args__chunks__count": 7}, "chunks.count=7 does not fit 6 shards"),
         ({"processes": 60}, "do not fill one batch of 60"),
-        ({"data__init_args__staging_dir": "x", "data__init_args__staging_budget": "1kB"}, "budget for staged shards"),
+        ({"data__init_args__chunks__staging": "{dir: x, budget: 1kB}"}, "budget for staged shards"),
         ({"data__init_args__nonsense": 1}, "nonsense"),
     ],
 )

@@ -76,6 +76,14 @@ def test_without_buckets_all_are_square():
     assert bucketing.assign(np.array([10, 5000]), np.array([700, 3])).tolist() == [0, 0]
 
 
+def test_the_smallest_aspect_ratio_leaves_squares():
+    assert AspectRatioBuckets(8, max_aspect_ratio=1.0).sizes(64).tolist() == [[64, 64]]
+
+
+def test_description_identifies_the_sizes():
+    assert AspectRatioBuckets(32, max_upscaling=1.5).description() == {"divisor": 32, "max_aspect_ratio": 2.0}
+
+
 def test_digest_tells_choices_apart():
     choices = [
         Bucketing.of(512, None),
@@ -93,6 +101,10 @@ def test_digest_tells_choices_apart():
     [
         (lambda: AspectRatioBuckets(divisor=0), "divisor=0 is too small"),
         (lambda: AspectRatioBuckets(max_aspect_ratio=0.5), r"max_aspect_ratio=0.5 must lie in \[1, 16\]"),
+        (
+            lambda: AspectRatioBuckets(max_upscaling=0.5),
+            r"max_upscaling=0.5 is too small; it must be at least 1, or null",
+        ),
         (lambda: AspectRatioBuckets().sizes(500), "resolution=500 is not a multiple of buckets.divisor=64; choose 512"),
         (lambda: AspectRatioBuckets().sizes(20), "choose 64 or another divisor"),
     ],

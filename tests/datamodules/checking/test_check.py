@@ -76,7 +76,7 @@ def test_captions(found, encode_image):
         "c.txt": b"x" * (1 << 20) + b"x",
         "d.json": b'{"text": "x"}',
         "e.json": b"{",
-        "f.npy": b"",
+        "f.pt": b"",
         "g.cls": b"3",
         "h.json": b'{"caption": "x", "y": "' + b"y" * (16 << 20) + b'"}',
         "i.txt": b"x" * (1 << 20),
@@ -85,7 +85,7 @@ def test_captions(found, encode_image):
     for name, data in captions.items():
         members |= {f"{name[0]}.jpg": image, name: data}
     expected = [
-        ("members not read", "f.npy"),
+        ("members not read", "f.pt"),
         ("empty caption", "a"),
         ("caption not UTF-8", "b"),
         ("caption too long", "c"),

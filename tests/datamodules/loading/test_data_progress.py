@@ -9,8 +9,7 @@ from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig, inject_adapter_in_model
 
 from lit_lora.callbacks import AdapterCheckpoint
-from lit_lora.datamodules import WebDatasetDataModule
-from lit_lora.datamodules.loading.data_progress import DataProgress
+from lit_lora.datamodules import Chunks, DataProgress, WebDatasetDataModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 
@@ -53,7 +52,7 @@ def fit(make_shards, trainer_options):
 
     def fit(callbacks=(), ckpt_path=None, data=None, **options):
         data = WebDatasetDataModule(
-            str(paths[0].parent), resolution=8, num_workers=0, **{"batch_size": 2, "chunks": 3} | (data or {})
+            str(paths[0].parent), resolution=8, num_workers=0, **{"batch_size": 2, "chunks": Chunks(3)} | (data or {})
         )
         module = Module()
         options = trainer_options | {"enable_checkpointing": True, "callbacks": list(callbacks)} | options
@@ -105,7 +104,7 @@ def test_bad_samples_are_counted(fit, tmp_path, make_shards):
 
 def test_one_chunk_has_no_end(fit):
     watcher = Watcher()
-    module, _ = fit([watcher], data={"chunks": 1}, max_epochs=2)
+    module, _ = fit([watcher], data={"chunks": Chunks()}, max_epochs=2)
     assert not watcher.seen
     assert not module.chunks
 
@@ -128,13 +127,12 @@ def test_checkpoint_at_the_end_of_each_chunk(fit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "epoch"), [({"passes_per_chunk": 2}, 24), ({"steps_per_chunk": 3}, 9), ({"chunk_samples": 12}, 12)]
+    ("chunks", "number", "epoch"),
+    [(Chunks(3, passes=2), 3, 24), (Chunks(3, steps=3), 3, 9), (Chunks(samples=12), 2, 12)],
 )
-def test_an_epoch_is_a_pass_through_all_chunks(fit, options, epoch):
-    if "chunk_samples" in options:
-        options = options | {"chunks": 1}
-    module, data = fit(max_epochs=2, data=options)
-    assert data.plan().num_chunks == (2 if "chunk_samples" in options else 3)
+def test_an_epoch_is_a_pass_through_all_chunks(fit, chunks, number, epoch):
+    module, data = fit(max_epochs=2, data={"chunks": chunks})
+    assert data.plan().num_chunks == number
     assert len(module.keys) == 2 * 2 * epoch
     assert len(module.chunks) == 2 * data.plan().num_chunks
 
@@ -167,7 +165,7 @@ class Epochs(Callback):
 
 @pytest.mark.parametrize(("size", "rest", "whole"), [(1, 16, 20), (4, 4, 5), (5, 4, 4)])
 def test_epochs_are_whole_after_the_batch_size_changed(fit, tmp_path, size, rest, whole):
-    options = {"chunks": 1, "val_samples": 4, "leftovers": "pad"}
+    options = {"chunks": Chunks(leftovers="pad"), "val_samples": 4}
     save = AdapterCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=2, save_top_k=-1)
     fit([save], max_steps=2, data=options)
     epochs = Epochs()
@@ -182,7 +180,11 @@ def test_epochs_are_whole_after_the_batch_size_changed(fit, tmp_path, size, rest
 def test_limited_epochs_are_validated_too(fit):
     epochs = Epochs()
     module, _ = fit(
-        [epochs], data={"val_samples": 4, "chunks": 1}, max_epochs=4, limit_train_batches=6, accumulate_grad_batches=4
+        [epochs],
+        data={"val_samples": 4, "chunks": Chunks()},
+        max_epochs=4,
+        limit_train_batches=6,
+        accumulate_grad_batches=4,
     )
     assert epochs.batches == [6, 4, 6, 4]
     assert epochs.validated == [1, 2, 3, 4]
@@ -209,7 +211,7 @@ def test_tuner_and_validation_leave_the_place_alone(fit, trainer_options, tmp_pa
     fresh, _ = fit([save], max_steps=5, data={"val_samples": 4})
     module = Module()
     again = WebDatasetDataModule(
-        str(tmp_path / "shards"), batch_size=2, resolution=8, num_workers=0, chunks=3, val_samples=4
+        str(tmp_path / "shards"), batch_size=2, resolution=8, num_workers=0, chunks=Chunks(3), val_samples=4
     )
     save = AdapterCheckpoint(tmp_path / "saved", every_n_train_steps=5)
     trainer = Trainer(**trainer_options | {"enable_checkpointing": True, "callbacks": [save]})

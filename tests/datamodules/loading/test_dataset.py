@@ -20,7 +20,9 @@ SIZE = (8, 12)
 def dataset_of():
     def make(paths, captions=None):
         table = SampleTable.of([ShardIndex.build(path) for path in paths])
-        return ShardDataset(ShardReader(table), ImageDecoder(FRAMING, captions or Captions(), seed=3))
+        return ShardDataset(
+            ShardReader(table), ImageDecoder(random_flip=True, captions=captions or Captions()).with_seed(3)
+        )
 
     return make
 

@@ -11,7 +11,6 @@ from itertools import islice
 import pytest
 import torch
 
-from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import decode_rgb
 from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
@@ -22,8 +21,8 @@ REST = "(the rest of the shard)"
 
 
 def _stream(shards, resampled=False, seed=4, **options):
-    decoder = ImageDecoder(Framing(center_crop=False, random_flip=True, seed=seed), Captions(), seed)
-    return ShardStream([str(shard) for shard in shards], decoder, (8, 8), 2, resampled, **options)
+    decoder = ImageDecoder(random_flip=True).with_seed(seed)
+    return ShardStream([str(shard) for shard in shards], decoder, (8, 8), 2, resampled, seed=seed, **options)
 
 
 def _read_all(stream):
@@ -172,8 +171,8 @@ def test_bad_samples_are_skipped_and_reported_once(tmp_path, write_tar, encode_i
     assert samples == [("0", "good"), ("5", "good too")] * 2
     assert [key for key, _ in bad] == ["1", "2", "3", "4"]
     assert "cannot be decoded" in bad[0][1]
-    assert bad[1][1] == "there is no image"
-    assert "no text in .txt" in bad[2][1]
+    assert bad[1][1] == "there is no image (.jpg or .jpeg or .png or .webp)"
+    assert bad[2][1] == "there is no caption (.txt or .json)"
     assert "not UTF-8" in bad[3][1]
 
 

@@ -14,9 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from lit_lora.datamodules import ShardIndex
+from lit_lora.datamodules.packing import find_input as find_input_module
+from lit_lora.datamodules.packing.column_table import ColumnTable
+from lit_lora.datamodules.packing.find_input import find_input
+from lit_lora.datamodules.packing.image_folder import ImageFolder
+from lit_lora.datamodules.packing.image_table import ImageTable
 from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.datamodules.packing.parquet import ParquetFile
-from lit_lora.datamodules.packing.sources import find_input
+from lit_lora.datamodules.packing.tar_files import TarFiles
 from lit_lora.errors import UserError
 
 
@@ -444,6 +449,60 @@ def test_file_that_cannot_be_packed(tmp_path, images):
     folder = images("1.jpg")
     with pytest.raises(UserError, match=r"cannot pack .*1.jpg \(.jpg\); name a folder, a table"):
         pack_folder(folder / "1.jpg", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["a.jpg", "b.tar", "c.parquet"], "ImageFolder"),
+        (["b.tar", "c.parquet"], "TarFiles"),
+        (["c.parquet", "rows.csv"], "ColumnTable"),
+        (["a.jpg", "metadata.csv", "b.tar"], "ImageTable"),
+        (["metadata.parquet", "c.parquet", "a.jpg"], "ListedImages"),
+        (["rows.csv"], "ImageTable"),
+        (["x.arrow"], "SavedDataset"),
+        (["metadata.parquet"], "ListedImages"),
+    ],
+)
+def test_the_first_kind_that_finds_samples_has_them(tmp_path, monkeypatch, names, kind):
+    for name in names:
+        (tmp_path / name).touch()
+    found = []
+    for each, method in ((ImageFolder, "scan"), (ImageTable, "read"), (TarFiles, "scan"), (ColumnTable, "of")):
+        monkeypatch.setattr(each, method, classmethod(lambda cls, *_, **__: found.append(cls.__name__) or cls))
+    find_input(tmp_path / names[0] if len(names) == 1 else tmp_path, tmp_path / "out")
+    assert found == [kind]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.txt", "rows.csv"], "holds no images .*, no shards and no tables; name another folder"),
+        (
+            ["a.jpg", "metadata.csv", "metadata.parquet"],
+            r"cannot pack .*metadata.csv \(.csv, .parquet\); name a folder",
+        ),
+    ],
+)
+def test_folders_that_cannot_be_packed(tmp_path, names, message):
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=message):
+        find_input(tmp_path, tmp_path / "out")
+
+
+def test_a_new_kind_is_one_entry(tmp_path, images, monkeypatch):
+    class TextFiles(ImageFolder):
+        extensions = ("text",)
+
+        @classmethod
+        def find(cls, source):
+            return [path.name for path in source.files.get("text", ())] or None
+
+    monkeypatch.setattr(find_input_module, "INPUTS", (TextFiles, *find_input_module.INPUTS))
+    (tmp_path / "b.text").touch()
+    (tmp_path / "a.text").touch()
+    assert find_input(tmp_path, tmp_path / "out") == ["a.text", "b.text"]
 
 
 def test_parts_go_to_other_processes(tmp_path, encode_image, images, make_shards):

@@ -1,0 +1,50 @@
+"""The options of training on one chunk of the shards after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lit_lora.datamodules.batches.plan import Leftovers
+from lit_lora.datamodules.staging.staging import Staging
+from lit_lora.errors import UserError, check_exclusive, check_least
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How training goes through the shards: one chunk of them after another.
+
+    Each chunk is a random choice of whole shards, the same in every epoch. An epoch visits each chunk once, in an order
+    of its own; within a chunk all samples are mixed.
+
+    Args:
+        count: Number of chunks. The default is 1: all samples are mixed.
+        samples: Approximate number of samples in a chunk, instead of ``count``.
+        passes: Passes over each chunk before moving on. The default is 1.
+        steps: Batches taken from each chunk before moving on, instead of ``passes``.
+        leftovers: What happens to samples that do not fill a batch of their chunk and bucket: ``drop`` (default) leaves
+            them out of the pass, ``pad`` fills the batch up with samples of weight 0.
+        staging: Copy the shards to a local disk, a chunk ahead of the training; null (default) reads them where they
+            are. Shards that are not on a local disk need it.
+
+    Raises:
+        UserError: If a value is out of its bounds, or two options exclude each other.
+    """
+
+    count: int = 1
+    samples: int | None = None
+    passes: int = 1
+    steps: int | None = None
+    leftovers: Leftovers = "drop"
+    staging: Staging | None = None
+
+    def __post_init__(self) -> None:
+        check_least(1, **{"chunks.count": self.count, "chunks.samples": self.samples})
+        check_least(1, **{"chunks.passes": self.passes, "chunks.steps": self.steps})
+        check_exclusive(**{"chunks.count": self.count if self.count > 1 else None, "chunks.samples": self.samples})
+        check_exclusive(**{"chunks.passes": self.passes if self.passes > 1 else None, "chunks.steps": self.steps})
+        if self.leftovers not in ("drop", "pad"):
+            raise UserError(f"chunks.leftovers={self.leftovers!r} is not known; choose drop or pad")
+
+    def number(self, num_samples: int) -> int:
+        """The number of chunks for a data set of so many samples."""
+        return self.count if self.samples is None else max(1, round(num_samples / self.samples))

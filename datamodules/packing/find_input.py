@@ -1,0 +1,67 @@
+"""The kinds of input to packing, and which of them a folder or file is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
+from lit_lora.datamodules.packing.column_table import ColumnTable
+from lit_lora.datamodules.packing.image_folder import ImageFolder
+from lit_lora.datamodules.packing.image_table import ImageTable
+from lit_lora.datamodules.packing.input import PackInput
+from lit_lora.datamodules.packing.listed_images import ListedImages
+from lit_lora.datamodules.packing.row_file import ROW_EXTENSIONS
+from lit_lora.datamodules.packing.saved_dataset import SavedDataset
+from lit_lora.datamodules.packing.source import PackSource
+from lit_lora.datamodules.packing.tar_files import TarFiles
+from lit_lora.errors import UserError
+
+INPUTS: tuple[type[PackInput], ...] = (SavedDataset, ImageTable, ListedImages, ImageFolder, TarFiles, ColumnTable)
+"""All kinds. The first that finds samples has them: img2dataset writes a parquet file beside each tar, for example."""
+
+
+def find_input(
+    source: Path,
+    out: Path,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    caption_key: str = "caption",
+    jobs: int = 1,
+) -> PackInput:
+    """The samples of a folder or file, of the first kind of input that finds any.
+
+    Args:
+        source: The folder; or a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or a ``.tar`` shard.
+        out: A folder that is no part of the input.
+        image_column: Column of images, where there are columns; None (default) for one with a usual name.
+        caption_column: Column of captions; None (default) for one with a usual name.
+        caption_key: Key of captions in ``.json`` files, by default "caption".
+        jobs: Processes that scan tar shards, by default 1.
+
+    Raises:
+        UserError: If nothing there can be packed, or a table cannot be understood.
+    """
+    looked = PackSource.look(
+        source,
+        out,
+        {extension for kind in INPUTS for extension in kind.extensions},
+        image_column=image_column,
+        caption_column=caption_column,
+        caption_key=caption_key,
+        jobs=jobs,
+    )
+    for kind in INPUTS:
+        found = kind.find(looked)
+        if found is not None:
+            return found
+    if looked.metadata or looked.is_file:
+        paths = looked.metadata or [source]
+        extensions = sorted({f".{path.suffix[1:].lower()}" for path in paths})
+        raise UserError(
+            f"cannot pack {paths[0]} ({', '.join(extensions)}); name a folder, a"
+            f" table ({', '.join(ROW_EXTENSIONS)}, parquet) or a .tar"
+        )
+    raise UserError(
+        f"{source} holds no images ({', '.join(IMAGE_EXTENSIONS)}), no shards and no tables; name another folder"
+    )
