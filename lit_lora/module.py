@@ -16,8 +16,7 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
-from lit_lora.adapters import ADAPTER_NAME, adapter_state, plain_config
-from lit_lora.adapters.rank_allocation import allocate_ranks, allocation_state, restore_allocation
+from lit_lora.adapters import ADAPTER_NAME, adapter_state, check_sharded_training, method_of, plain_config
 from lit_lora.blocks import outermost_blocks
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
 from lit_lora.distributed.node import Node
@@ -131,7 +130,8 @@ class LoraDiffusion(LightningModule):
             )
 
         strategy = self.trainer.strategy
-        check_strategy(strategy, self.adapter)
+        check_strategy(strategy)
+        check_sharded_training(self.adapter, strategy)
         device = strategy.root_device
         self.quantization.check(device)
         for name in self.memory.offloads:
@@ -211,13 +211,13 @@ class LoraDiffusion(LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.trainer.global_step + 1
         super().optimizer_step(*args, **kwargs)
-        allocate_ranks(self.family.denoiser, step)
+        method_of(self.adapter).after_step(self.family.denoiser, step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rank_allocation"] = allocation_state(self.family.denoiser)
+        checkpoint["adapter_method"] = method_of(self.adapter).state(self.family.denoiser)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        restore_allocation(self.family.denoiser, checkpoint.get("rank_allocation", {}))
+        method_of(self.adapter).restore(self.family.denoiser, checkpoint.get("adapter_method", {}))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, count = self.validation_loss(batch, batch_idx)

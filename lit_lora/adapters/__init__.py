@@ -8,19 +8,23 @@ from lit_lora.adapters.keys import (
     keep_only_adapter,
     plain_config,
 )
-from lit_lora.adapters.sharded import check_block_by_block, complete_adapter, same_adapter
+from lit_lora.adapters.methods import AdapterMethod, method_of
+from lit_lora.adapters.sharded import check_block_by_block, check_sharded_training, complete_adapter, same_adapter
 from lit_lora.adapters.state import adapter_state
 
 __all__ = [
     "ADAPTER_NAME",
+    "AdapterMethod",
     "adapter_keys",
     "adapter_state",
     "check_adapter_config",
     "check_adapter_state",
     "check_block_by_block",
+    "check_sharded_training",
     "complete_adapter",
     "inject",
     "keep_only_adapter",
+    "method_of",
     "plain_config",
     "same_adapter",
 ]

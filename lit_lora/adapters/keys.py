@@ -24,7 +24,7 @@ def adapter_keys(module: nn.Module) -> set[str]:
     """The keys of ``module.state_dict()`` that are the adapter's.
 
     These are the trainable parameters, and in every layer that PEFT has put in, whatever the layer itself declares
-    as its adapter's (AdaLoRA's ``ranknum`` and the frozen halves of some methods are not trainable, yet needed).
+    as its adapter's (some methods need buffers and frozen halves beside the trainable parameters).
     """
     keys = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     for path, layer in module.named_modules():

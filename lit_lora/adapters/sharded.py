@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -12,14 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from lit_lora.adapters.inject import check_trained_copy
 from lit_lora.adapters.keys import adapter_keys
+from lit_lora.adapters.methods import BLOCK_BY_BLOCK, method_of
+from lit_lora.distributed import is_ours
 from lit_lora.distributed.collectives import broadcast
 from lit_lora.errors import UserError
-
-_BLOCK_BY_BLOCK = frozenset(
-    {PeftType.LORA, PeftType.LOHA, PeftType.LOKR, PeftType.OFT, PeftType.IA3, PeftType.HRA, PeftType.VERA}
-    | {PeftType.FOURIERFT, PeftType.ADALORA}
-)
-"""Methods whose adapters were compared with those that were put into a model with its weights."""
 
 
 def same_adapter(module: nn.Module) -> None:
@@ -31,15 +27,37 @@ def same_adapter(module: nn.Module) -> None:
 
 
 def check_block_by_block(config: PeftConfig) -> None:
-    """Make sure that an adapter can be put in before the base's weights are there.
+    """Check that an adapter can be put in before the weights of the base are there.
+
+    Args:
+        config: PEFT config of the adapter.
 
     Raises:
-        UserError: Its method is not known to begin without them, or shares trained tensors between layers.
+        UserError: If it is not known whether the method's initial values depend on the base's weights, or whether its layers
+            share trained tensors.
     """
-    if config.peft_type not in _BLOCK_BY_BLOCK:
+    if not method_of(config).block_by_block:
         raise UserError(
-            f"{type(config).__name__} is not known to train where the weights are shared out while they are read; use strategy "
-            f"ddp, or one of {', '.join(sorted(kind.value for kind in _BLOCK_BY_BLOCK))}"
+            f"{type(config).__name__} is not known to train where the weights are sharded while they are read; use strategy "
+            f"ddp, or one of {', '.join(kind.__name__ for kind in BLOCK_BY_BLOCK)}"
+        )
+
+
+def check_sharded_training(config: PeftConfig, strategy: object) -> None:
+    """Check that a strategy leaves each process what the adapter's method reads.
+
+    Args:
+        config: PEFT config of the adapter.
+        strategy: Strategy of the trainer.
+
+    Raises:
+        UserError: If the strategy shards weights, gradients or optimizer states, and the method needs full ones.
+    """
+    method = method_of(config)
+    if is_ours(strategy) and (method.whole_gradients or not method.elementwise):
+        raise UserError(
+            f"{type(config).__name__} trains with full tensors and gradients, and {type(strategy).__name__} leaves each process "
+            f"a part of them; use strategy ddp, or peft.LoraConfig"
         )
 
 

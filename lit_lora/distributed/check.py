@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from peft import AdaLoraConfig, PeftConfig
 from torch.optim import ASGD, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from lit_lora.errors import UserError
@@ -46,15 +45,14 @@ def check_strategy_name(name: object) -> None:
         raise UserError(_NO_DEEPSPEED)
 
 
-def check_strategy(strategy: object, adapter: PeftConfig | None = None) -> None:
-    """Make sure that an adapter can be trained so.
+def check_strategy(strategy: object) -> None:
+    """Check that adapters can be trained with a strategy.
 
     Args:
-        strategy: Of the trainer.
-        adapter: What is trained.
+        strategy: Strategy of the trainer.
 
     Raises:
-        UserError: It cannot; the message names the strategy to take instead.
+        UserError: If it needs a replacement, which the message names.
     """
     ours = is_ours(strategy)
     if isinstance(strategy, FSDPStrategy):
@@ -65,11 +63,6 @@ def check_strategy(strategy: object, adapter: PeftConfig | None = None) -> None:
         )
     if isinstance(strategy, DeepSpeedStrategy) and not ours:
         raise UserError(_NO_DEEPSPEED)
-    if ours and isinstance(adapter, AdaLoraConfig):
-        raise UserError(
-            f"AdaLoRA allocates ranks by whole gradients, and {type(strategy).__name__} leaves each process a part of them; use "
-            f"strategy ddp, or peft.LoraConfig"
-        )
 
 
 def check_elementwise(optimizer: Optimizer) -> None:

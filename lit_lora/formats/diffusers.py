@@ -22,8 +22,9 @@ class DiffusersFormat(AdapterFormat):
     """``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of the pipeline reads; config in its metadata."""
 
     def holds(self, config: PeftConfig, pipeline_class: type[DiffusionPipeline]) -> bool:
-        """LoRA and DoRA, where the pipeline can write LoRA files."""
-        return type(config) is LoraConfig and hasattr(pipeline_class, "save_lora_weights")
+        """LoRA and DoRA, where the pipeline can write LoRA files; diffusers refuses trained biases and copies of layers."""
+        plain = type(config) is LoraConfig and config.bias == "none" and not config.modules_to_save
+        return plain and hasattr(pipeline_class, "save_lora_weights")
 
     def write(
         self, adapter: AdapterFiles, folder: Path, pipeline_class: type[DiffusionPipeline], denoiser_name: str

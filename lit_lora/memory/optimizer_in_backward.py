@@ -8,11 +8,12 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from peft import AdaLoraConfig, PeftConfig
+from peft import PeftConfig
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lit_lora.adapters import method_of
 from lit_lora.errors import UserError
 
 
@@ -154,8 +155,8 @@ def _problem(trainer: Trainer, adapter: PeftConfig | None) -> str | None:
         )
     if trainer.world_size > 1:
         return f"{trainer.world_size} processes average their gradients after the backward pass; set devices to 1"
-    if isinstance(adapter, AdaLoraConfig):
-        return "AdaLoRA allocates ranks by the gradients after each step; use peft.LoraConfig"
+    if method_of(adapter).whole_gradients:
+        return f"{type(adapter).__name__} reads all gradients after each step; use peft.LoraConfig"
     return None
 
 

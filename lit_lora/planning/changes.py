@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig
 
+from lit_lora.adapters import method_of
 from lit_lora.errors import UserError
 from lit_lora.planning.fake_module import unloaded
 from lit_lora.planning.memory_plan import MemoryPlan
@@ -192,8 +192,7 @@ def _on_gpu(run: Run) -> bool:
 
 def _steps_in_backward(run: Run) -> bool:
     clips = run.gradient_clip_val is not None
-    adaptive = isinstance(run.module.adapter, AdaLoraConfig)
-    alone = run.processes == 1 and not adaptive
+    alone = run.processes == 1 and not method_of(run.module.adapter).whole_gradients
     return alone and not clips and run.accumulate_grad_batches == 1 and run.precision != "16-mixed"
 
 
@@ -233,15 +232,13 @@ def _half_batch(run: Run) -> tuple[Change, Run] | None:
 
 
 def _half_rank(run: Run) -> tuple[Change, Run] | None:
-    rank = getattr(run.module.adapter, "r", None)
-    if not isinstance(rank, int) or rank < 2:
+    field = method_of(run.module.adapter).rank_field
+    rank = None if field is None else getattr(run.module.adapter, field, None)
+    if field is None or not isinstance(rank, int) or rank < 2:
         return None
     changed = _with_options(run)
-    adapter: Any = changed.module.adapter
-    adapter.r = rank // 2
-    if hasattr(adapter, "target_r"):  # AdaLoRA
-        return None
-    return Change({"model.adapter.init_args.r": rank // 2}, "an adapter of less capacity"), changed
+    setattr(changed.module.adapter, field, rank // 2)
+    return Change({f"model.adapter.init_args.{field}": rank // 2}, "an adapter of less capacity"), changed
 
 
 CANDIDATES: tuple[_Candidate, ...] = (

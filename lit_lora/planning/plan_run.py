@@ -9,10 +9,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from peft import AdaLoraModel
 from torch import Tensor, nn
 
-from lit_lora.adapters import adapter_state
+from lit_lora.adapters import adapter_state, method_of
 from lit_lora.blocks import outermost_blocks
 from lit_lora.draws import Draws
 from lit_lora.families import check_size
@@ -149,12 +148,11 @@ class _Simulation:
             offload_activations=run.module.memory.offload_activations,
             cuda=self.cuda,
         )
-        if isinstance(self.family.denoiser.base_model, AdaLoraModel):
-            self._count_importance()
+        self._count_method_state()
 
-    def _count_importance(self) -> None:
-        """Count AdaLoRA's averages, three numbers per trained number, which exist from the second step on."""
-        size = 3 * sum(parameter.nbytes for name, parameter in self.module.named_parameters() if "lora_" in name)
+    def _count_method_state(self) -> None:
+        """Count what the adapter's method keeps between steps, which exists from the second step on."""
+        size = method_of(self.module.adapter).state_bytes(self.family.denoiser)
         for phase in ("forward", "backward", "optimizer"):
             self.meter.peaks[phase]["other"] += size
         self.meter.adjust("other", size)

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
-from peft import AdaLoraConfig, LoraConfig
 
 from lit_lora.distributed import LitLoraFSDP, check_strategy, shards_weights
 from lit_lora.errors import UserError
@@ -18,12 +17,6 @@ from tests.distributed.scenarios import STRATEGIES
 def test_stock_strategies_are_refused_with_the_replacement(made: Any) -> None:
     with pytest.raises(UserError, match="use strategy lit_lora_fsdp"):
         check_strategy(made())
-
-
-def test_adaptive_ranks_need_whole_gradients() -> None:
-    with pytest.raises(UserError, match="use strategy ddp"):
-        check_strategy(LitLoraFSDP(), AdaLoraConfig(total_step=10))
-    check_strategy(LitLoraFSDP(), LoraConfig())
 
 
 def test_names_are_known_to_lightning() -> None:

@@ -302,7 +302,7 @@ def test_scaled_losses_and_adalora_are_refused(
     trainer_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(**trainer_options)
-    with pytest.raises(UserError, match=r"AdaLoRA allocates ranks .* use peft.LoraConfig"):
+    with pytest.raises(UserError, match=r"AdaLoraConfig reads all gradients .* use peft.LoraConfig"):
         check_optimizer_in_backward(trainer, AdaLoraConfig(total_step=10))
     monkeypatch.setattr(type(trainer), "precision", "16-mixed")  # which a CPU does not do
     with pytest.raises(UserError, match=r"precision 16-mixed .* base_dtype to 'bfloat16'"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig
 
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
@@ -84,6 +84,19 @@ def test_every_change_can_be_pasted_into_a_command_line(sd_folder: Path, tmp_pat
     assert cli.model.memory == MemoryOptions(True, True, True, True, True, True, True)
     assert type(cli.model.quantization) is NF4
     assert (cli.model.adapter.r, cli.datamodule.batch_size, cli.trainer.accumulate_grad_batches) == (2, 1, 2)
+
+
+def test_changes_that_the_adapters_method_rules_out_are_not_named(run: Run) -> None:
+    adaptive = AdaLoraConfig(init_r=64, target_r=32, total_step=100, tinit=10, tfinal=10, lora_alpha=64)
+    named = {}
+    for config in (LoraConfig(r=64, lora_alpha=64), adaptive):
+        family = StableDiffusion(run.module.family.pretrained_model_name_or_path)
+        module = LoraDiffusion(family, config, base_dtype="float32")
+        changes = ranked_changes(replace(run, module=module, gradient_clip_val=None))
+        named[type(config)] = " ".join(one.change.arguments for one in changes)
+    for key in ("optimizer_in_backward true", "--model.adapter.init_args.r 32"):
+        assert key in named[LoraConfig]
+        assert key not in named[AdaLoraConfig]
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(run: Run) -> None:

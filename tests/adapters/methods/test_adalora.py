@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from peft import AdaLoraConfig
 
+from lit_lora.adapters import method_of
 from lit_lora.callbacks import AdapterCheckpoint
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
@@ -50,3 +51,14 @@ def test_adalora_resumes_exactly(at: int, sd_folder: Path, trainer_options: dict
     resumed = fit(sd_folder, tmp_path, trainer_options, STEPS, resume_at=at)
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_bytes_between_steps_are_those_of_the_averages(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    module = fit(sd_folder, tmp_path, trainer_options, 4)
+    method = method_of(module.adapter)
+    state = method.state(module.family.denoiser)
+    averages = [value for name, values in state.items() if name != "rank_pattern" for value in values.values()]
+    assert averages
+    assert method.state_bytes(module.family.denoiser) == sum(value.nbytes for value in averages)
