@@ -31,7 +31,7 @@ class Uniform(TimestepDensity):
 
 @dataclass(frozen=True)
 class LogitNormal(TimestepDensity):
-    """The sigmoid of a normal value: ``t = sigmoid(mean + std * n)``, the density that SD 3 was trained with.
+    """The sigmoid of a normal value: ``t = sigmoid(mean + std * n)``, the density that the paper prefers.
 
     diffusers' training scripts count time from the noise, so that their ``logit_mean`` has the opposite sign.
 

@@ -6,7 +6,6 @@ import math
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from lit_lora.draws import Draws
@@ -36,8 +35,8 @@ class FlowMatching(Objective):
         weighting: Weight of each sample's loss: ``sigma_sqrt`` is :math:`\sigma^{-2}`, ``cosmap``
             :math:`2 / (\pi (1 - 2 \sigma + 2 \sigma^2))`; ``none`` by default.
         precondition_outputs: Measure the error of the latents that the predicted velocity leads to,
-            :math:`x_\sigma - \sigma v`, instead of the velocity's own: :math:`\sigma^2` times the loss. False by default;
-            diffusers' script for SD 3 has true.
+            :math:`x_\sigma - \sigma v`, instead of the velocity's own: :math:`\sigma^2` times the loss. False by default, true
+            in some of diffusers' scripts.
 
     Raises:
         UserError: If ``shift`` is not above 0.
@@ -111,5 +110,9 @@ class FlowMatching(Objective):
     def _weight(self, sigma: Tensor) -> Tensor:
         if not self.training:
             return torch.ones_like(sigma)
-        weight: Tensor = compute_loss_weighting_for_sd3(self.weighting, sigma)
+        weight = torch.ones_like(sigma)
+        if self.weighting == "sigma_sqrt":
+            weight = sigma**-2
+        elif self.weighting == "cosmap":
+            weight = 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
         return weight * sigma**2 if self.precondition_outputs else weight
