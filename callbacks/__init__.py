@@ -1,44 +1,10 @@
 """Callbacks for :class:`lit_lora.LoraDiffusion`; those that say so work with any LightningModule."""
 
-from __future__ import annotations
+from lit_lora.lazy import lazy_names, public_names
 
-from typing import TYPE_CHECKING
+__all__ = list(public_names(__name__))
 
-from lit_lora.lazy import lazy_names
-
-if TYPE_CHECKING:
-    from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
-    from lit_lora.callbacks.adapter_ema import AdapterEMA
-    from lit_lora.callbacks.image_writer import ImageWriter
-    from lit_lora.callbacks.memory_limit import MemoryLimit
-    from lit_lora.callbacks.memory_profiler import MemoryProfiler
-    from lit_lora.callbacks.preemption import Preemption
-    from lit_lora.callbacks.run_report import RunReport
-    from lit_lora.callbacks.sample_images import SampleImages
-
-__all__ = [
-    "AdapterCheckpoint",
-    "AdapterEMA",
-    "ImageWriter",
-    "MemoryLimit",
-    "MemoryProfiler",
-    "Preemption",
-    "RunReport",
-    "SampleImages",
-]
-
-_MODULES = {
-    "AdapterCheckpoint": "lit_lora.callbacks.adapter_checkpoint",
-    "AdapterEMA": "lit_lora.callbacks.adapter_ema",
-    "ImageWriter": "lit_lora.callbacks.image_writer",
-    "MemoryLimit": "lit_lora.callbacks.memory_limit",
-    "MemoryProfiler": "lit_lora.callbacks.memory_profiler",
-    "Preemption": "lit_lora.callbacks.preemption",
-    "RunReport": "lit_lora.callbacks.run_report",
-    "SampleImages": "lit_lora.callbacks.sample_images",
-}
-
-__getattr__ = lazy_names(__name__, _MODULES)
+__getattr__ = lazy_names(__name__, public_names(__name__))
 
 
 def __dir__() -> list[str]:

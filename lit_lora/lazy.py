@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 
-def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__``: importing the package alone stays light.
+@cache
+def public_names(package: str = "lit_lora") -> dict[str, str]:
+    """The public names of a package, each with the module that defines it.
 
     Args:
-        package: Its name.
+        package: The name of the package; ``lit_lora``, which has all of them, by default.
+    """
+    listed = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8")).body
+    imports = [statement for statement in listed if isinstance(statement, ast.ImportFrom)]
+    names = {alias.name: str(one.module) for one in imports for alias in one.names}
+    return {name: module for name, module in names.items() if module.startswith(f"{package}.")}
+
+
+def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]:
+    """A ``__getattr__`` for a package, so that importing the package alone stays light.
+
+    Args:
+        package: The name of the package.
         modules: For each name the module that has it.
     """
 

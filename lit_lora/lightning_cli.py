@@ -8,38 +8,29 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-# Bare names such as LoraConfig or AdapterCheckpoint work as class_path for what is imported here.
-import peft  # noqa: F401
+import peft  # noqa: F401  its configs are short class paths
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-import lit_lora.families
-import lit_lora.objectives
-import lit_lora.quantization  # noqa: F401
-from lit_lora.callbacks import (  # noqa: F401
-    AdapterCheckpoint,
-    AdapterEMA,
-    ImageWriter,
-    MemoryLimit,
-    MemoryProfiler,
-    Preemption,
-    RunReport,
-    SampleImages,
-)
-from lit_lora.datamodules import DataProgress, ImageDecoder, WebDatasetDataModule, WebDatasetStreamDataModule  # noqa: F401
+from lit_lora.callbacks.preemption import Preemption
 from lit_lora.datamodules.remote.transfer import is_remote, redact
-from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP, check_strategy_name  # noqa: F401
+from lit_lora.distributed import check_strategy_name
 from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
+from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
+
+for _module in set(public_names().values()):
+    import_module(_module)  # the public names are short class paths, which jsonargparse finds among imported classes
 
 _HARMLESS = (
     r"LightningCLI's args parameter",  # we are the command line

@@ -225,7 +225,7 @@ def test_fit_over_a_quantised_base(base: str, config: Callable[..., Path], tmp_p
     )
     assert (tmp_path / "ck" / "last.adapter" / "pytorch_lora_weights.safetensors").is_file()
     saved = yaml.safe_load((tmp_path / "run" / "lightning_logs" / "version_0" / "config.yaml").read_text())
-    assert saved["model"]["quantization"]["class_path"] == f"lit_lora.quantization.{base}"
+    assert saved["model"]["quantization"]["class_path"] == f"lit_lora.{base}"
 
 
 def test_the_command_line_wins_over_the_checkpoint(config: Callable[..., Path], tmp_path: Path) -> None:

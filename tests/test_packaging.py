@@ -6,13 +6,18 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback
 
 import lit_lora
 from lit_lora.embedded import base_path
+from lit_lora.families import ModelFamily
+from lit_lora.objectives import Objective
+from lit_lora.quantization import Quantization
 from tests.unrelated_project import make_project
 
 ROOT = Path(__file__).parents[1]
@@ -40,9 +45,24 @@ def test_every_folder_with_code_is_a_package() -> None:
 
 def test_all_exported_names_exist() -> None:
     assert all(getattr(lit_lora, name) is not None for name in lit_lora.__all__)
-    assert sorted(lit_lora.__all__) == sorted(lit_lora._HOME)
+    for package in ("callbacks", "datamodules"):
+        part = import_module(f"lit_lora.{package}")
+        assert part.__all__
+        assert all(getattr(part, name) is getattr(lit_lora, name) for name in part.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = lit_lora.Nothing
+
+
+def test_every_part_is_listed() -> None:
+    """Callbacks, families, objectives and quantizations that can be used are public names."""
+    kinds = (Callback, ModelFamily, Objective, Quantization)
+    files = [*(ROOT / "callbacks").glob("*.py"), *(ROOT / "lit_lora").glob("*/*.py")]
+    for file in files:
+        module = import_module(".".join(["lit_lora", *file.relative_to(ROOT).with_suffix("").parts[-2:]]))
+        for name, value in vars(module).items():
+            own = isinstance(value, type) and value.__module__ == module.__name__ and not name.startswith("_")
+            if own and issubclass(value, kinds) and not value.__subclasses__() and name != "EndOnError":
+                assert name in lit_lora.__all__, f"{name} of {file} is missing in lit_lora/__init__.pyi"
 
 
 def test_importing_is_light() -> None:

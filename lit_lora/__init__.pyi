@@ -1,0 +1,49 @@
+# The list of public names: type checkers read it, and so do the packages that import names when they are first asked for
+# (lazy.py) and the command line, where each is a short class_path. A new part is one line here.
+from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
+from lit_lora.callbacks.adapter_ema import AdapterEMA as AdapterEMA
+from lit_lora.callbacks.image_writer import ImageWriter as ImageWriter
+from lit_lora.callbacks.memory_limit import MemoryLimit as MemoryLimit
+from lit_lora.callbacks.memory_profiler import MemoryProfiler as MemoryProfiler
+from lit_lora.callbacks.preemption import Preemption as Preemption
+from lit_lora.callbacks.run_report import RunReport as RunReport
+from lit_lora.callbacks.sample_images import SampleImages as SampleImages
+from lit_lora.datamodules.batches.buckets import AspectRatioBuckets as AspectRatioBuckets
+from lit_lora.datamodules.batches.chunks import Chunks as Chunks
+from lit_lora.datamodules.batches.plan import Plan as Plan
+from lit_lora.datamodules.decoding.captions import Captions as Captions
+from lit_lora.datamodules.decoding.captions import CaptionSource as CaptionSource
+from lit_lora.datamodules.decoding.decode import BadSampleError as BadSampleError
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder as ImageDecoder
+from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder as SampleDecoder
+from lit_lora.datamodules.indexing.index import ShardIndex as ShardIndex
+from lit_lora.datamodules.loading.data_progress import DataProgress as DataProgress
+from lit_lora.datamodules.staging.staging import Staging as Staging
+from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule as WebDatasetDataModule
+from lit_lora.datamodules.webdataset_stream_datamodule import WebDatasetStreamDataModule as WebDatasetStreamDataModule
+from lit_lora.distributed.strategies import LitLoraDeepSpeed as LitLoraDeepSpeed
+from lit_lora.distributed.strategies import LitLoraFSDP as LitLoraFSDP
+from lit_lora.errors import UserError as UserError
+from lit_lora.families.base import ModelFamily as ModelFamily
+from lit_lora.families.flux import Flux as Flux
+from lit_lora.families.stable_diffusion import StableDiffusion as StableDiffusion
+from lit_lora.families.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
+from lit_lora.families.stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL
+from lit_lora.memory.options import MemoryOptions as MemoryOptions
+from lit_lora.module import LoraDiffusion as LoraDiffusion
+from lit_lora.objectives.base import Objective as Objective
+from lit_lora.objectives.ddpm import DDPM as DDPM
+from lit_lora.objectives.densities import CosMap as CosMap
+from lit_lora.objectives.densities import LogitNormal as LogitNormal
+from lit_lora.objectives.densities import Mode as Mode
+from lit_lora.objectives.densities import TimestepDensity as TimestepDensity
+from lit_lora.objectives.densities import Uniform as Uniform
+from lit_lora.objectives.flow_matching import FlowMatching as FlowMatching
+from lit_lora.quantization.base import Quantization as Quantization
+from lit_lora.quantization.dense import Dense as Dense
+from lit_lora.quantization.fp8 import FP8 as FP8
+from lit_lora.quantization.int8 import Int8 as Int8
+from lit_lora.quantization.nf4 import NF4 as NF4
+from lit_lora.sampling import SamplingOptions as SamplingOptions
+
+__version__: str
