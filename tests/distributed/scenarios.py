@@ -56,7 +56,7 @@ FEATURES = (
     "DoRA",
     "modules_to_save",
 )
-"""Of the table in the README; clipping by norm is in every run."""
+"""Features of the table in docs/cluster.md; clipping by norm is in every run."""
 
 REFUSED: dict[tuple[str, str], str] = {
     ("ZeRO-1", "clipping by value"): "DeepSpeed clips by the norm only",
@@ -68,7 +68,7 @@ REFUSED: dict[tuple[str, str], str] = {
 
 
 def feature_table() -> str:
-    """The README's table of what works under which strategy."""
+    """The table in docs/cluster.md of what works under which strategy."""
     columns = list(STRATEGIES.values())
     lines = ["| | " + " | ".join(f"`{name}`" for name in columns) + " |", "|---|" + "---|" * len(columns)]
     for feature in ("training, resuming, clipping by norm", *FEATURES):
@@ -219,7 +219,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Path) -> dict[str, Any]:
-    """A few steps with one feature of the table in the README: the losses and what the feature leaves behind."""
+    """A few steps with one feature of the table in docs/cluster.md: the losses and what the feature leaves behind."""
     options: dict[str, Any] = {"max_steps": RESUMED_TO}
     module, callbacks, data = module_of(model), [], None
     if name == "accumulation":
