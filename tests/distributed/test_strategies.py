@@ -174,7 +174,7 @@ def test_a_feature_does_what_it_does_in_one_process(
             name = f"samples/step-{RESUMED_TO:06}.png"
             pictures = [next((runs / f"{run}-sampling").rglob(name)) for run in ("single", strategy)]
             assert pictures[0].stat().st_size > 0
-            assert near_pictures(*pictures)
+            assert near_images(*pictures)
 
 
 def together(results: list[dict[str, Any]], key: str) -> list[list[str]]:
@@ -183,8 +183,8 @@ def together(results: list[dict[str, Any]], key: str) -> list[list[str]]:
     return [[name for part in batch for name in part] for batch in zip(*parts, strict=True)]
 
 
-def near_pictures(one: Path, other: Path) -> bool:
-    """Whether two pictures are the same up to rounding."""
+def near_images(one: Path, other: Path) -> bool:
+    """Whether two images are the same up to rounding."""
     from torchvision.io import decode_image
 
     difference = decode_image(str(one)).int() - decode_image(str(other)).int()
