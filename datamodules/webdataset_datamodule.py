@@ -67,8 +67,8 @@ class WebDatasetDataModule(LightningDataModule):
             rest is cropped.
         buckets: Train images near their own shape at about the same area, instead of as squares; null (default) for
             squares. A batch over all processes has one shape.
-        decoder: How a sample becomes an entry of a batch: crop, flip and captions of an ``ImageDecoder`` (default), or a
-            decoder of your own.
+        decoder: How a sample becomes an entry of a batch: crop, flip and captions of an ``ImageDecoder`` (default, also
+            for null), or a decoder of your own.
         chunks: How training goes through the shards: in how many chunks, how often through each, and whether they are
             staged on a local disk.
         num_workers: Threads that read and decode ahead of each training process, by default 2; 0 reads between the steps.
@@ -89,7 +89,7 @@ class WebDatasetDataModule(LightningDataModule):
         batch_size: int = 1,
         resolution: int = 512,
         buckets: AspectRatioBuckets | None = None,
-        decoder: SampleDecoder = ImageDecoder(),  # noqa: B008 it is frozen
+        decoder: SampleDecoder | None = ImageDecoder(),  # noqa: B008 it is frozen
         chunks: Chunks = Chunks(),  # noqa: B008 it is frozen
         num_workers: int = 2,
         max_bad_samples: int = 0,
@@ -106,7 +106,7 @@ class WebDatasetDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.resolution = resolution
         self.buckets = buckets
-        self.decoder = decoder
+        self.decoder: SampleDecoder = ImageDecoder() if decoder is None else decoder
         self.chunks = chunks
         self.num_workers = num_workers
         self.max_bad_samples = max_bad_samples

@@ -49,8 +49,8 @@ class WebDatasetStreamDataModule(LightningDataModule):
         batch_size: Samples in a batch of one process. The default is 1.
         resolution: Side R of the square images in pixels, by default 512. Images are resized to cover the square, and the rest
             is cropped.
-        decoder: How a sample becomes an entry of a batch: crop, flip and captions of an ``ImageDecoder`` (default), or a
-            decoder of your own.
+        decoder: How a sample becomes an entry of a batch: crop, flip and captions of an ``ImageDecoder`` (default, also
+            for null), or a decoder of your own.
         num_workers: Processes that read and decode for each training process, by default 2; 0 reads in the training process.
         shuffle_buffer: Number of encoded training samples that each worker mixes in memory, by default 1000; 0 keeps the
             order of the shards.
@@ -71,7 +71,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         val_batches: int | None = None,
         batch_size: int = 1,
         resolution: int = 512,
-        decoder: SampleDecoder = ImageDecoder(),  # noqa: B008 it is frozen
+        decoder: SampleDecoder | None = ImageDecoder(),  # noqa: B008 it is frozen
         num_workers: int = 2,
         shuffle_buffer: int = 1000,
         max_bad_samples: int = 0,
@@ -91,7 +91,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         self.val_batches = val_batches
         self.batch_size = batch_size
         self.resolution = resolution
-        self.decoder = decoder
+        self.decoder: SampleDecoder = ImageDecoder() if decoder is None else decoder
         self.num_workers = num_workers
         self.shuffle_buffer = shuffle_buffer
         self.max_bad_samples = max_bad_samples

@@ -43,6 +43,8 @@ _HARMLESS = (
 )
 """Warnings of Lightning that tell our users nothing."""
 
+_NO_CAUSES = ("Expected a <class", "Does not validate against any of the Union")
+"""Beginnings of the entries in jsonargparse's list of errors that only say which types a value does not have."""
 
 _ADVICE = {
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
@@ -186,13 +188,14 @@ def _advice(message: str) -> str:
 
 
 def _reasons(message: str) -> str:
-    """What was wrong, out of an error of jsonargparse that tells all types which a value is not, and the whole value.
+    """The causes in an error of jsonargparse that lists the types that a value does not have, and the whole value.
 
-    The value may hold URLs with credentials.
+    Options within options give such a list within a list. The value is left out: it may hold URLs with credentials.
     """
     _, found, errors = message.partition("\nErrors:\n")
     reasons = re.split(r"^\s*- ", errors.partition("\nGiven value")[0], flags=re.MULTILINE)[1:] if found else []
-    return "\n".join(reason.strip() for reason in reasons if not reason.startswith("Expected a <class"))
+    causes = [re.split(r"\n\s*Given value", reason)[0].strip() for reason in reasons]
+    return "\n".join(cause for cause in causes if not cause.startswith(_NO_CAUSES))
 
 
 def _redacted(value: Any) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_lora.datamodules.batches.cursor import Cursor, Segment
+from lit_lora.datamodules.batches.global_batch import GlobalBatch
+from lit_lora.datamodules.batches.planned_samples import PlannedSamples
 from lit_lora.errors import UserError
 
 Leftovers = Literal["drop", "pad"]
@@ -56,96 +58,6 @@ def chunk_order(seed: int, pass_number: int, num_chunks: int, shuffle: bool = Tr
     if not shuffle:
         return np.arange(num_chunks)
     return np.random.default_rng([seed, _CHUNKS, pass_number]).permutation(num_chunks)
-
-
-class PlannedSamples(Protocol):
-    """The samples that are planned, in K chunks and B buckets.
-
-    Attributes:
-        total: All samples of the data set, also those that are not planned; sample numbers are smaller.
-        counts: How many there are in each chunk and bucket, int64 (K, B).
-        sizes: Height and width in pixels of each bucket, int64 (B, 2).
-    """
-
-    @property
-    def total(self) -> int: ...
-
-    @property
-    def counts(self) -> NDArray[np.int64]: ...
-
-    @property
-    def sizes(self) -> NDArray[np.int64]: ...
-
-    def samples(self, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sample numbers and buckets of a chunk, int64 (n,) both."""
-
-
-@dataclass(frozen=True, eq=False)
-class OneChunk:
-    """All samples, in one chunk and at one size."""
-
-    total: int
-    size: tuple[int, int] = (0, 0)
-
-    @property
-    def counts(self) -> NDArray[np.int64]:
-        return np.array([[self.total]])
-
-    @property
-    def sizes(self) -> NDArray[np.int64]:
-        return np.array([self.size])
-
-    def samples(self, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        return np.arange(self.total), np.zeros(self.total, np.int64)
-
-
-class GlobalBatch(NamedTuple):
-    """One batch over all processes, G samples of one size.
-
-    Attributes:
-        samples: Sample numbers, int64 (G,).
-        weights: 1 for a sample, 0 for one that only fills the batch up, float32 (G,).
-        slots: A number for each showing of a sample in the whole run, int64 (G,). It depends on the sample, the pass
-            and the repeat within the pass, not on the batch; so what is drawn for it stays the same when batches are
-            made up differently. Samples that fill up share the slot of the sample that they repeat.
-        size: Height and width in pixels.
-        visit: The number of the visit to a chunk: pass times K plus the position in the pass.
-    """
-
-    samples: NDArray[np.int64]
-    weights: NDArray[np.float32]
-    slots: NDArray[np.int64]
-    size: tuple[int, int]
-    visit: int
-
-
-class Segment(NamedTuple):
-    """Consecutive batches of one size: the size, and how many of them have been taken."""
-
-    global_batch_size: int
-    batches: int
-
-
-class Cursor(NamedTuple):
-    """A place in the run, before a batch.
-
-    A pass visits each chunk once; a visit goes through the chunk's samples once or more: its rounds.
-
-    Attributes:
-        pass_number: From 0.
-        position: Of the visit in the pass, from 0.
-        repeat: Of the round in the visit, from 0.
-        pass_batches: Batches taken in this pass.
-        visit_batches: Batches taken in this visit.
-        segments: What has been taken in this round; the last one has the present global batch size.
-    """
-
-    pass_number: int
-    position: int
-    repeat: int
-    pass_batches: int
-    visit_batches: int
-    segments: tuple[Segment, ...]
 
 
 class _Round(NamedTuple):

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from lit_lora.datamodules.batches.plan import Cursor, Plan, Segment
+from lit_lora.datamodules.batches.cursor import Cursor, Segment
+from lit_lora.datamodules.batches.plan import Plan
 from lit_lora.datamodules.loading.bad_samples import BadSamples
 from lit_lora.datamodules.loading.dataset import Batch, ShardDataset, SlotRequest
 from lit_lora.datamodules.loading.threads import LoaderThreads

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_lora.datamodules import Plan
-from lit_lora.datamodules.batches.plan import Cursor, OneChunk, Segment, chunk_order, split_shards
+from lit_lora.datamodules.batches.cursor import Cursor, Segment
+from lit_lora.datamodules.batches.plan import chunk_order, split_shards
 from lit_lora.errors import UserError
+from tests.datamodules.one_chunk import OneChunk
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_lora.datamodules import BadSampleError, SampleDecoder, WebDatasetDataModule, WebDatasetStreamDataModule
+from lit_lora.datamodules import (
+    BadSampleError,
+    ImageDecoder,
+    SampleDecoder,
+    WebDatasetDataModule,
+    WebDatasetStreamDataModule,
+)
 from lit_lora.errors import UserError
 
 
@@ -98,6 +104,13 @@ def test_what_it_requires_is_checked_beforehand(tmp_path, write_tar, encode_imag
         WebDatasetDataModule(str(shard), decoder=ArrayDecoder(1)).setup("fit")
     with pytest.raises(UserError, match=r"\.pt \(tensors\) is not indexed; use one of jpg, "):
         WebDatasetDataModule(str(shard), decoder=WantsTensors(1)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    "datamodule", [WebDatasetDataModule, lambda **options: WebDatasetStreamDataModule("a.tar", 1, **options)]
+)
+def test_no_decoder_means_images_with_captions(datamodule):
+    assert datamodule(decoder=None).decoder == ImageDecoder()
 
 
 def test_streamed_training_on_arrays(shard, trainer_options):

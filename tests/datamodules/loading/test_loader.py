@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lit_lora.datamodules import Plan
-from lit_lora.datamodules.batches.plan import OneChunk
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.table import SampleTable
@@ -16,6 +15,7 @@ from lit_lora.datamodules.loading.loader import PlannedLoader
 from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
 from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.errors import UserError
+from tests.datamodules.one_chunk import OneChunk
 
 workers = pytest.mark.parametrize("num_workers", [0, 2])
 
