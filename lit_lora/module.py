@@ -63,9 +63,8 @@ class LoraDiffusion(LightningModule):
             :class:`~lit_lora.objectives.FlowMatching`, as the base's scheduler says.
         optimizer: Makes the optimizer of the trainable parameters.
         lr_scheduler: Makes the learning rate schedule of the optimizer, stepped at every optimizer step.
-        quantization: How the frozen weights of the denoiser's Linear and Conv2d layers are stored:
-            :class:`~lit_lora.quantization.Int8`, :class:`~lit_lora.quantization.NF4` or :class:`~lit_lora.quantization.FP8`;
-            in ``base_dtype`` if not given.
+        quantization: How the frozen weights of the denoiser's Linear and Conv2d layers are stored, such as
+            :class:`~lit_lora.quantization.NF4`; in ``base_dtype`` by default.
         base_dtype: Precision of the other frozen weights and of the forward pass. With ``float16`` also set the trainer's
             ``precision: 16-mixed``, which scales the loss.
         caption_dropout: Probability that a sample is trained with the empty caption (for classifier-free guidance).

@@ -1,4 +1,7 @@
-"""DeepSpeed's ZeRO: optimizer state, gradients and weights are shared out over the processes."""
+"""DeepSpeed's ZeRO: optimizer state, gradients and weights are sharded over the processes.
+
+Longer than other files: the strategy, its engine and its checkpoints are one protocol, which reads best in one place.
+"""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
 
     Args:
         module: The module; it stays as it is.
-        without: Parts of the family that the run does not need: see :data:`lit_lora.families.base.PARTS`.
+        without: Parts of the family that the run does not need: see :data:`lit_lora.families.parts.PARTS`.
         cuda: Whether the run is on a GPU, where NF4 weights are dequantised by one kernel.
 
     Raises:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lit_lora.blocks import outermost_blocks
@@ -22,11 +15,10 @@ from lit_lora.errors import UserError
 from lit_lora.quantization.base import Quantization
 from lit_lora.quantization.dense import Dense
 from lit_lora.quantization.frozen_layer import can_freeze, put_stored
+from lit_lora.quantization.weight_files import WeightFiles, weight_files
 
 _LARGE_LAYER = 8 << 20
 """Weights of a layer that is a part of its own: gathered alone, it is large enough for a network and small beside a block."""
-_STEM = "diffusion_pytorch_model"
-"""How diffusers' names for the files of a model's weights begin."""
 
 
 class Weights:
@@ -74,7 +66,7 @@ class Weights:
         """All weights, in the model's order."""
         # Kept, since an adapter puts other layers in their places.
         self._layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.names}
-        self._files: _WeightFiles | None = None
+        self._files: WeightFiles | None = None
         self._node.read(lambda: self._open(source, folder, revision, variant))
         _bring_computed_buffers(self.model, kind, config)
 
@@ -117,7 +109,7 @@ class Weights:
                 layer._parameters[attribute] = nn.Parameter(nothing, requires_grad=False)
 
     def _open(self, source: str, folder: str, revision: str | None, variant: str | None) -> dict[str, Tensor]:
-        self._files = _WeightFiles(self.model, self.names, _weight_files(source, folder, revision, variant))
+        self._files = WeightFiles(self.model, self.names, weight_files(source, folder, revision, variant))
         return {}
 
     def _form(self, name: str, layer: nn.Module) -> _Form:
@@ -299,103 +291,6 @@ def _weight(layer: nn.Module, attribute: str) -> Tensor:
     tensor = layer._parameters[attribute] if attribute in layer._parameters else layer._buffers[attribute]
     assert tensor is not None
     return tensor
-
-
-def _weight_files(source: str, folder: str, revision: str | None, variant: str | None) -> list[Path]:
-    """The model's files, all of them local."""
-    infix = f".{variant}" if variant else ""
-    tried = []
-    for suffix in ("safetensors", "bin"):
-        whole, parts_list = f"{_STEM}{infix}.{suffix}", f"{_STEM}.{suffix}.index{infix}.json"
-        for candidate in (whole, parts_list):
-            tried.append(candidate)
-            path = _local_file(source, folder, candidate, revision)
-            if path is None:
-                continue
-            if path.suffix != ".json":
-                return [path]
-            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-            found = [_local_file(source, folder, part, revision) for part in parts]
-            missing = [part for part, file in zip(parts, found, strict=True) if file is None]
-            if missing:
-                raise FileNotFoundError(f"{path.name} lists {missing[0]}, which is not there")
-            return [file for file in found if file is not None]
-    where = "there" if Path(source).is_dir() else "on the hub, or in its cache where there is no connection"
-    raise FileNotFoundError(f"no weights {where}: none of {', '.join(tried)}")
-
-
-def _local_file(source: str, folder: str, name: str, revision: str | None) -> Path | None:
-    if Path(source).is_dir():
-        path = Path(source) / folder / name
-        return path if path.is_file() else None
-    try:
-        return Path(hf_hub_download(source, name, subfolder=folder, revision=revision))
-    except EntryNotFoundError:  # also where there is no connection and the file is not in the cache
-        return None
-
-
-class _WeightFiles:
-    """The tensors of a model's files by the model's own names.
-
-    Raises:
-        OSError: A file is damaged.
-        UserError: The files hold other weights than the model has.
-    """
-
-    def __init__(self, model: nn.Module, names: Sequence[str], files: Sequence[Path]) -> None:
-        self._unpickled = {file: _unpickled(file, "cpu") for file in files if file.suffix == ".bin"}
-        saved = {name: (file, name) for file in files for name in self._saved_names(file)}
-        renamed: dict[str, Any] = {name: name for name in saved}
-        # Older files may have other names, which diffusers knows.
-        rename: Any = getattr(model, "_fix_state_dict_keys_on_load", None)
-        if rename is not None:
-            rename(renamed)
-        unknown = renamed.keys() - set(names)
-        missing = set(names) - renamed.keys()
-        if unknown or missing:
-            several = [
-                f"{len(found)} {what}, the first: {min(found)}"
-                for what, found in (
-                    ("weights are not in the file", missing),
-                    ("weights of the file are not in the model", unknown),
-                )
-                if found
-            ]
-            raise UserError(f"{files[0]} does not hold this {type(model).__name__}: {'; '.join(several)}")
-        self._places = {name: saved[in_file] for name, in_file in renamed.items()}
-
-    def tensor(self, name: str) -> Tensor:
-        """One of the tensors, maybe in the file's own memory."""
-        file, saved_name = self._places[name]
-        if file in self._unpickled:
-            return self._unpickled[file][saved_name]
-        # Opened for each: what is read of a mapped file stays in memory until it is closed.
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(saved_name)
-        except SafetensorError as error:
-            raise OSError(f"{file} is damaged: {error}") from error
-        return tensor
-
-    def _saved_names(self, file: Path) -> list[str]:
-        if file in self._unpickled:
-            return list(self._unpickled[file])
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return list(opened.keys())
-        except SafetensorError as error:
-            raise OSError(f"{file} is damaged: {error}") from error
-
-
-def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
-    try:
-        # Files of before torch 1.6 cannot be mapped.
-        weights: dict[str, Tensor] = torch.load(
-            file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file)
-        )
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise OSError(f"{file} is damaged: {error}") from error
-    return weights
 
 
 def _bring_computed_buffers(model: nn.Module, kind: Any, config: Any) -> None:

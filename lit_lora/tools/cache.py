@@ -27,7 +27,7 @@ from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, check_size, prepare
-from lit_lora.families.base import PARTS
+from lit_lora.families.parts import PARTS
 from lit_lora.files import atomic_file, writable_folder
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
@@ -124,17 +124,7 @@ def cache_shards(
         batch_size,
         data.num_workers,
     )
-    done: list[CachedShard] = []
-    try:
-        with closing(work.write_all(targets, jobs, device)) as shards:
-            for shard in shards:
-                done.append(shard)
-                _check_bad(done, data.max_bad_samples)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU has too little memory for batch_size={batch_size}; choose a smaller one") from error
-    finally:
-        for folder in _folders(targets):
-            _write_bad(folder, done)
+    done = _write_shards(work, targets, jobs, device, data.max_bad_samples)
     _conclude(targets, description)
     kept = [shard for shard in done if shard.samples]
     return CacheSummary(
@@ -145,6 +135,26 @@ def cache_shards(
         sorted(report for shard in done for report in shard.bad),
         {name: _cached_specs(named, out) for name, named in specs.items()},
     )
+
+
+def _write_shards(
+    work: CacheWork, targets: Mapping[Path, int], jobs: int, device: str, max_bad_samples: int
+) -> list[CachedShard]:
+    """Write all shards of the cache, and what is bad beside them, also where there is too much of it."""
+    done: list[CachedShard] = []
+    try:
+        with closing(work.write_all(targets, jobs, device)) as shards:
+            for shard in shards:
+                done.append(shard)
+                _check_bad(done, max_bad_samples)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU has too little memory for batch_size={work.batch_size}; choose a smaller one"
+        ) from error
+    finally:
+        for folder in _folders(targets):
+            _write_bad(folder, done)
+    return done
 
 
 class _CacheCLI(ToolCLI):

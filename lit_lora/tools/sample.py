@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -56,10 +56,8 @@ def sample(
         )
 
     import torch
-    from torchvision.utils import save_image
 
-    from lit_lora.files import atomic_file
-    from lit_lora.sampling import generate, image_grid
+    from lit_lora.sampling import generate
 
     pipeline, prompt_inputs = _pipeline(base, adapter, config, family, (height, width), getattr(torch, dtype))
     pipeline.set_progress_bar_config(disable=True)
@@ -75,7 +73,16 @@ def sample(
         width=width,
         prompt_inputs=prompt_inputs,
     )
-    target = Path(out)
+    _write(images, Path(out), columns)
+
+
+def _write(images: Sequence[Any], target: Path, columns: int) -> None:
+    """Write images as one grid, or into a folder where the target has no ending."""
+    from torchvision.utils import save_image
+
+    from lit_lora.files import atomic_file
+    from lit_lora.sampling import image_grid
+
     if target.suffix:
         with atomic_file(target) as part:
             save_image(image_grid(images, columns), part, format="png")

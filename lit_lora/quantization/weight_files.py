@@ -1,0 +1,122 @@
+"""The files that hold a model's weights."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lit_lora.errors import UserError
+
+_STEM = "diffusion_pytorch_model"
+"""How diffusers' names for the files of a model's weights begin."""
+
+
+def weight_files(source: str, folder: str, revision: str | None, variant: str | None) -> list[Path]:
+    """The files of a model's weights, all of them local.
+
+    Raises:
+        FileNotFoundError: If there are none, or a file is missing.
+    """
+    infix = f".{variant}" if variant else ""
+    tried = []
+    for suffix in ("safetensors", "bin"):
+        whole, parts_list = f"{_STEM}{infix}.{suffix}", f"{_STEM}.{suffix}.index{infix}.json"
+        for candidate in (whole, parts_list):
+            tried.append(candidate)
+            path = _local_file(source, folder, candidate, revision)
+            if path is None:
+                continue
+            if path.suffix != ".json":
+                return [path]
+            parts = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            found = [_local_file(source, folder, part, revision) for part in parts]
+            missing = [part for part, file in zip(parts, found, strict=True) if file is None]
+            if missing:
+                raise FileNotFoundError(f"{path.name} lists {missing[0]}, which is not there")
+            return [file for file in found if file is not None]
+    where = "there" if Path(source).is_dir() else "on the hub, or in its cache where there is no connection"
+    raise FileNotFoundError(f"no weights {where}: none of {', '.join(tried)}")
+
+
+def _local_file(source: str, folder: str, name: str, revision: str | None) -> Path | None:
+    if Path(source).is_dir():
+        path = Path(source) / folder / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(source, name, subfolder=folder, revision=revision))
+    except EntryNotFoundError:  # also where there is no connection and the file is not in the cache
+        return None
+
+
+class WeightFiles:
+    """The tensors of a model's files by the model's own names.
+
+    Raises:
+        OSError: A file is damaged.
+        UserError: The files hold other weights than the model has.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], files: Sequence[Path]) -> None:
+        self._unpickled = {file: _unpickled(file, "cpu") for file in files if file.suffix == ".bin"}
+        saved = {name: (file, name) for file in files for name in self._saved_names(file)}
+        renamed: dict[str, Any] = {name: name for name in saved}
+        # Older files may have other names, which diffusers knows.
+        rename: Any = getattr(model, "_fix_state_dict_keys_on_load", None)
+        if rename is not None:
+            rename(renamed)
+        unknown = renamed.keys() - set(names)
+        missing = set(names) - renamed.keys()
+        if unknown or missing:
+            several = [
+                f"{len(found)} {what}, the first: {min(found)}"
+                for what, found in (
+                    ("weights are not in the file", missing),
+                    ("weights of the file are not in the model", unknown),
+                )
+                if found
+            ]
+            raise UserError(f"{files[0]} does not hold this {type(model).__name__}: {'; '.join(several)}")
+        self._places = {name: saved[in_file] for name, in_file in renamed.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the tensors, maybe in the file's own memory."""
+        file, saved_name = self._places[name]
+        if file in self._unpickled:
+            return self._unpickled[file][saved_name]
+        # Opened for each: what is read of a mapped file stays in memory until it is closed.
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(saved_name)
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged: {error}") from error
+        return tensor
+
+    def _saved_names(self, file: Path) -> list[str]:
+        if file in self._unpickled:
+            return list(self._unpickled[file])
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return list(opened.keys())
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged: {error}") from error
+
+
+def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
+    try:
+        # Files of before torch 1.6 cannot be mapped.
+        weights: dict[str, Tensor] = torch.load(
+            file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file)
+        )
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise OSError(f"{file} is damaged: {error}") from error
+    return weights
