@@ -397,7 +397,7 @@ def _of_family(family: Any, base: str, rank: int) -> list[list[Weight]]:
 
 
 def _groups(denoiser: Any, plain: nn.Module, block_classes: Sequence[str]) -> list[list[Weight]]:
-    """The weights in the groups in which ``load_adapted`` has them shared out.
+    """The weights in the groups in which ``load_adapted`` has them sharded.
 
     Args:
         denoiser: With the adapter.

@@ -18,7 +18,7 @@ def parse_bytes(name: str, value: int | str) -> int:
         value: The value.
 
     Raises:
-        UserError: It is no such amount, or not above 0.
+        UserError: If it is no amount of bytes, or not above 0.
     """
     match = re.fullmatch(r"(\d{1,30}(?:_\d+)*(?:\.\d+)?)\s*([kmgtp]?i?)b?", str(value).strip().lower())
     factor = (_UNITS | _BINARY_UNITS).get(match[2]) if match else None

@@ -22,7 +22,7 @@ train
 tools
   plan      memory, time and files of a run before it starts: lit-lora plan --config configs/sd15.yaml
   demo      train on handwritten digits, from nothing, in minutes
-  sample    draw pictures with an adapter
+  sample    draw images with an adapter
   cache     encode images and captions once, to train without VAE and text encoders
   shards    pack, index, check, info, plan: image folders to WebDataset shards, and what is in them
 

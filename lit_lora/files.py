@@ -19,7 +19,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     A reader sees the old file or the whole new one, also after a crash.
 
     Raises:
-        UserError: The folder of ``path`` cannot be created or written.
+        UserError: If the folder of ``path`` cannot be created or written.
     """
     path = Path(path)
     # Machines that share the folder may have processes of the same number.
@@ -47,7 +47,7 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
         marker: Name of a file by which a folder that may be replaced is known; an empty one may be too.
 
     Raises:
-        UserError: ``path`` holds something else, or the folder above it cannot be created or written.
+        UserError: If ``path`` holds something else, or the folder above it cannot be created or written.
     """
     path = Path(path)
     if path.exists() and not (path / marker).is_file() and not (path.is_dir() and not any(path.iterdir())):
@@ -78,7 +78,7 @@ def writable_folder(path: str | Path) -> Path:
     """Create the folder where it is missing and make sure that files can be written to it.
 
     Raises:
-        UserError: It cannot be created, is no folder, or is not writable.
+        UserError: If it cannot be created, is no folder, or is not writable.
     """
     path = Path(path)
     try:

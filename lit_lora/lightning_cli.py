@@ -173,7 +173,7 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
     """Run ``fit --config …`` and the like.
 
     Raises:
-        UserError: Whatever the user can put right.
+        UserError: If the user can put right what is wrong.
     """
     try:
         return build_cli(arguments)

@@ -26,7 +26,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         default_targets: The layers that a family adapts where the config names none.
 
     Raises:
-        UserError: The targets match no layer or layers that the method cannot adapt; the method needs a model of another
+        UserError: If the targets match no layer, or layers that the method cannot adapt; if the method needs a model of another
             kind; its initialisation would change the base; or biases are trained in a base that is not float32.
     """
     _check_method(config, model)

@@ -45,10 +45,10 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
     """Make sure that a checkpoint's weights are those of this module's adapter.
 
     Raises:
-        UserError: Keys are missing or left over, or shapes differ.
+        UserError: If keys are missing or left over, or shapes differ.
     """
     here, own = module.state_dict(keep_vars=True), adapter_keys(module)
-    # Of a parameter that DeepSpeed has shared out, the shape says nothing.
+    # Of a parameter that DeepSpeed has sharded, the shape says nothing.
     expected = {key: tuple(getattr(value, "ds_shape", value.shape)) for key, value in here.items() if key in own}
     missing = sorted(expected.keys() - state_dict.keys())
     unknown = sorted(state_dict.keys() - here.keys())
@@ -77,7 +77,7 @@ def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     """Make sure that a checkpoint's adapter computes the same function of its weights as this one.
 
     Raises:
-        UserError: A setting such as ``lora_alpha`` differs.
+        UserError: If a setting such as ``lora_alpha`` differs.
     """
     changed = [
         f"{name} is {here[name]!r}, in the checkpoint {saved[name]!r}"

@@ -69,7 +69,7 @@ def complete_adapter(module: nn.Module, config: PeftConfig) -> None:
         config: The adapter's.
 
     Raises:
-        UserError: It is not known what the adapter's method takes.
+        UserError: If it is not known what the adapter's method takes from the base.
     """
     for path, layer in module.named_modules():
         if isinstance(layer, LoraLayer):
@@ -88,10 +88,10 @@ def complete_adapter(module: nn.Module, config: PeftConfig) -> None:
         if name in own and _is_nan(value):
             raise UserError(
                 f"the adapter begins with values that it takes from the base's weights ({name}), which is not possible where "
-                f"the weights are shared out while they are read; use strategy ddp"
+                f"the weights are sharded while they are read; use strategy ddp"
             )
 
 
 def _is_nan(value: Tensor) -> bool:
-    """Whether there is a nan, in a tensor that is not shared out over processes."""
+    """Whether there is a nan, in a tensor that is not sharded over processes."""
     return value.is_floating_point() and not isinstance(value, DTensor) and bool(value.isnan().any())

@@ -37,7 +37,7 @@ def check_strategy_name(name: object) -> None:
         name: A name, or whatever else a config has there.
 
     Raises:
-        UserError: It is; the message names the strategy to take instead.
+        UserError: If it is refused; the message names the strategy to take instead.
     """
     if isinstance(name, str) and name.startswith("fsdp"):
         raise UserError(_NO_FSDP)
@@ -69,7 +69,7 @@ def check_elementwise(optimizer: Optimizer) -> None:
     """Refuse optimizers whose steps depend on the shapes of the parameters, where each process steps pieces of them.
 
     Raises:
-        UserError: It is not known to step each element by itself, as those in eight bits do not.
+        UserError: If the optimizer is not known to step each element by itself, as those in eight bits do not.
     """
     kind = type(optimizer)
     if not isinstance(optimizer, _ELEMENTWISE) and kind.__name__ not in _ELEMENTWISE_OF_DEEPSPEED:

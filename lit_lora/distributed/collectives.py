@@ -32,7 +32,7 @@ def full_tensor(value: Any) -> Any:
     """A tensor of which each process has a part, in full; a collective call for such tensors, other values as they are.
 
     Args:
-        value: Of DeepSpeed's stage 3 the parameter itself, which alone knows that it is shared out.
+        value: Of DeepSpeed's stage 3 the parameter itself, which alone knows that it is sharded.
     """
     if isinstance(value, DTensor):
         return value.full_tensor()

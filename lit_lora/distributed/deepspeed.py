@@ -46,7 +46,7 @@ _BUCKET = 10_000_000
 class LitLoraDeepSpeed(DeepSpeedStrategy):
     """DeepSpeed's ZeRO for adapters: ``Trainer(strategy="lit_lora_deepspeed_stage_3")``, or ``_1``, ``_2``, ``_3_offload``.
 
-    Optimizer state is shared out over the processes, with stage 2 gradients too, with stage 3 weights too, frozen ones as
+    Optimizer state is sharded over the processes, with stage 2 gradients too, with stage 3 weights too, frozen ones as
     they are stored. Adapter and optimizer state stay float32, the base stays as the module has it. Runs on CPUs too, for
     trying things out. With :class:`~lit_lora.callbacks.AdapterCheckpoint` checkpoints are the files that a single process
     writes: the adapter and its optimizer state, whole, without the base ever being gathered. Any other strategy goes on
@@ -60,7 +60,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         process_group_backend: By default NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        UserError: DeepSpeed is not installed, or a value is outside its range.
+        UserError: If DeepSpeed is not installed, or a value is outside its range.
     """
 
     config: dict[str, Any]
@@ -78,7 +78,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         if stage not in (1, 2, 3):
             raise UserError(f"stage must be 1, 2 or 3, not {stage}")
         if offload_parameters and stage != 3:
-            raise UserError(f"offload_parameters needs stage 3, it is {stage}: only there the weights are shared out")
+            raise UserError(f"offload_parameters needs stage 3, it is {stage}: only there the weights are sharded")
         # Not DeepSpeedStrategy's own, which imports DeepSpeed before it is known which device it is for.
         DDPStrategy.__init__(self, process_group_backend=process_group_backend)
         self.config = _complete_config(stage, offload_optimizer, offload_parameters, _read_config(config))
@@ -154,14 +154,14 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         self.barrier()
 
     def shard(self, module: nn.Module) -> None:
-        """Share out the parameters of a module that are not yet shared out; the first process's values hold."""
+        """Shard the parameters of a module that are not yet sharded; the first process's values hold."""
         import deepspeed
 
         deepspeed.zero.Init(module=module, config_dict_or_path=copy.deepcopy(self.config))
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        yield  # what is to be shared out goes through shard()
+        yield  # what is to be sharded goes through shard()
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -346,7 +346,7 @@ class _AsTheModuleHasIt(DeepSpeedPrecision):
 
 @contextmanager
 def _writable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Inside the block those of the parameters that are shared out are whole; then the first process's values hold."""
+    """Inside the block those of the parameters that are sharded are whole; then the first process's values hold."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return

@@ -1,4 +1,4 @@
-"""FSDP2: weights, gradients and optimizer state are shared out over the processes."""
+"""FSDP2: weights, gradients and optimizer state are sharded over the processes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LitLoraFSDP(ModelParallelStrategy):
         process_group_backend: By default NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        UserError: ``shard_size`` does not divide the number of processes.
+        UserError: If ``shard_size`` does not divide the number of processes.
     """
 
     shards_weights = True
@@ -83,7 +83,7 @@ class LitLoraFSDP(ModelParallelStrategy):
             check_elementwise(optimizer)
 
     def shard(self, module: nn.Module) -> None:
-        """Share out the weights of a module that are not yet shared out; the same values have to be there in each process."""
+        """Shard the weights of a module that are not yet sharded; the same values have to be there in each process."""
         assert self._shard_mesh is not None, "setup_environment comes first"
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy()
         with _integer_parameters():
@@ -94,7 +94,7 @@ class LitLoraFSDP(ModelParallelStrategy):
             super().model_to_device()
             return
         assert self.model is not None
-        for module in self.model.modules():  # what is shared out stays in host memory
+        for module in self.model.modules():  # what is sharded stays in host memory
             for name, parameter in module._parameters.items():
                 if parameter is not None and not isinstance(parameter, DTensor):
                     module._parameters[name] = nn.Parameter(parameter.to(self.root_device), parameter.requires_grad)

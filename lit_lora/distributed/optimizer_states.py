@@ -63,7 +63,7 @@ def by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[st
         names: Of the parameters here, group by group.
 
     Raises:
-        UserError: It is the state of other parameters.
+        UserError: If it is the state of other parameters.
     """
     saved_groups = state["param_groups"]
     if not all("param_names" in group for group in saved_groups):

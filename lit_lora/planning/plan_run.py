@@ -168,7 +168,7 @@ class _Simulation:
 
     def _play_sampling(self, sampling: Sampling) -> None:
         """Play one step of the denoiser, then the decoder of the VAE."""
-        family, module, count = self.family, self.module, sampling.pictures
+        family, module, count = self.family, self.module, sampling.images
         height, width = sampling.height or family.default_size, sampling.width or family.default_size
         seen = count * family.sampling_passes(sampling.guidance_scale)
         batch = {"target_size": torch.tensor([[height, width]] * seen)}

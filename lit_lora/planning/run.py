@@ -14,16 +14,16 @@ from lit_lora.sampling import IMAGES_AT_A_TIME
 
 @dataclass(frozen=True)
 class Sampling:
-    """Pictures that are drawn while training.
+    """Images that are drawn while training.
 
     Args:
-        pictures: Images drawn at a time.
+        images: Images drawn at a time.
         guidance_scale: Guidance scale of the pipeline.
         height: In pixels; None for the model's own.
         width: In pixels; None for the model's own.
     """
 
-    pictures: int = 1
+    images: int = 1
     guidance_scale: float = 5.0
     height: int | None = None
     width: int | None = None
@@ -31,8 +31,8 @@ class Sampling:
     @classmethod
     def of(cls, prompts: Sequence[str], options: Mapping[str, Any]) -> Self:
         """What :class:`SampleImages` with these prompts and options draws."""
-        pictures = min(IMAGES_AT_A_TIME, len(prompts))
-        return cls(pictures, options["guidance_scale"], options["height"], options["width"])
+        images = min(IMAGES_AT_A_TIME, len(prompts))
+        return cls(images, options["guidance_scale"], options["height"], options["width"])
 
 
 @dataclass(frozen=True)

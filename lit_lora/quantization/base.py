@@ -23,7 +23,7 @@ class Quantization(ABC):
             layers of its own that stay, those that the timestep goes through among them.
 
     Raises:
-        UserError: An option is outside its range.
+        UserError: If an option is outside its range.
     """
 
     def __init__(self, skip: Sequence[str] = ()) -> None:
@@ -45,7 +45,7 @@ class Quantization(ABC):
         """Make sure that the device can do it.
 
         Raises:
-            UserError: It cannot.
+            UserError: If the device does not support this format.
         """
         try:
             # Every row has a scale of its own.

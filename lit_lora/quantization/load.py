@@ -39,8 +39,8 @@ class Weights:
         node: Who reads; only there the weights' files have to be.
 
     Raises:
-        OSError: A file is missing or cannot be read.
-        UserError: The files hold other weights than the model has.
+        OSError: If a file is missing or cannot be read.
+        UserError: If the files hold other weights than the model has.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Weights:
         """Read a weight into the model.
 
         Raises:
-            OSError: Its file is damaged.
-            UserError: It has another shape than the model's.
+            OSError: If its file is damaged.
+            UserError: If it has another shape than the model's.
         """
         layer, attribute = self._layers[name], name.rpartition(".")[2]
         form = self._form(name, layer)

@@ -38,7 +38,7 @@ class NF4(Quantization):
         skip: Glob patterns of further layers that stay in ``base_dtype``, such as ``mid_block.*``.
 
     Raises:
-        UserError: ``block_size`` is no positive even number.
+        UserError: If ``block_size`` is no positive even number.
     """
 
     def __init__(self, block_size: int = 64, double_quant: bool = True, skip: Sequence[str] = ()) -> None:

@@ -62,8 +62,8 @@ class WeightFiles:
     """The tensors of a model's files by the model's own names.
 
     Raises:
-        OSError: A file is damaged.
-        UserError: The files hold other weights than the model has.
+        OSError: If a file is damaged.
+        UserError: If the files hold other weights than the model has.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], files: Sequence[Path]) -> None:

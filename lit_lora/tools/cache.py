@@ -97,7 +97,7 @@ def cache_shards(
         dtype: Precision of the cached latents; by default the VAE's, and float16 where that is float32.
 
     Raises:
-        UserError: What is trained cannot be cached; shards are missing or damaged; more samples than the datamodule's
+        UserError: If what is trained cannot be cached; shards are missing or damaged; more samples than the datamodule's
             max_bad_samples are bad; or the folder holds something else.
     """
     if jobs < 1 or batch_size < 1:

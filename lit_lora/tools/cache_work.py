@@ -76,7 +76,7 @@ class CacheWork:
             device: ``auto``, ``cpu`` or ``cuda``.
 
         Raises:
-            UserError: A part cannot be loaded, a shard was made of other samples, there is no GPU, or a process died.
+            UserError: If a part cannot be loaded, a shard was made of other samples, there is no GPU, or a process died.
         """
         devices = _devices(device)
         samples = int(np.diff(self.table.starts)[list(targets.values())].sum())

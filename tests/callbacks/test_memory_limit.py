@@ -87,7 +87,7 @@ def test_the_run_is_what_the_trainer_does(sd_folder: Path, trainer_options: dict
         0.5,
     )
     assert run.sampling is not None
-    assert (run.sampling.pictures, run.sampling.guidance_scale, run.sampling.height) == (3, 1.0, 32)
+    assert (run.sampling.images, run.sampling.guidance_scale, run.sampling.height) == (3, 1.0, 32)
     assert run.averaged
     assert not run.validation
 

@@ -65,7 +65,7 @@ class Resumable:
 
 
 class WithOddParameter(LoraDiffusion):
-    """Trains five numbers more, which two processes cannot share out evenly; notes the frozen bytes that it has after a pass."""
+    """Trains five numbers more, which two processes cannot shard evenly; notes the frozen bytes that it has after a pass."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

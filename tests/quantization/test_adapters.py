@@ -142,7 +142,7 @@ def test_training_copies_of_layers_that_are_skipped_works(sd_folder: Path) -> No
 def test_loading_block_by_block_gives_the_same_model(
     quantization: Quantization, adapter: str, large: int, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What strategies that share out the weights do, large layers by themselves."""
+    """What strategies that shard the weights do, large layers by themselves."""
     monkeypatch.setattr(load, "_LARGE_LAYER", large)
     if adapter == "bias" and not isinstance(quantization, Dense):
         pytest.skip("biases are trained in a dense base alone")
