@@ -165,11 +165,11 @@ def test_a_feature_does_what_it_does_in_one_process(
         if feature == "validation":
             assert found["val/loss"] == pytest.approx(expected["val/loss"], abs=NEAR)
         if feature == "EMA":
-            one, other = (
-                load_file(runs / f"{name}-EMA" / f"{RESUMED_TO}.ema.adapter" / "adapter_model.safetensors")
-                for name in ("single", strategy)
-            )
-            assert all(torch.allclose(value, other[name], atol=1e-5) for name, value in one.items())
+            one, other = (_average_and_weights(runs / f"{name}-EMA") for name in ("single", strategy))
+            for name, (average, weights) in one.items():
+                # How far the average is from the weights: these differ themselves, where AdamW steps by a rounding error.
+                assert torch.allclose(average - weights, other[name][0] - other[name][1], atol=1e-5), name
+                assert torch.allclose(average, other[name][0], atol=1e-4), name
         if feature == "sampling":
             name = f"samples/step-{RESUMED_TO:06}.png"
             pictures = [next((runs / f"{run}-sampling").rglob(name)) for run in ("single", strategy)]
@@ -181,6 +181,14 @@ def together(results: list[dict[str, Any]], key: str) -> list[list[str]]:
     """The keys of each batch over all processes."""
     parts = [result[key]["keys"] for result in results]
     return [[name for part in batch for name in part] for batch in zip(*parts, strict=True)]
+
+
+def _average_and_weights(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Each tensor of the averaged adapter, and the same of the adapter itself, at the end of a run."""
+    average, weights = (
+        load_file(folder / f"{RESUMED_TO}.{kind}" / "adapter_model.safetensors") for kind in ("ema.adapter", "adapter")
+    )
+    return {name: (value, weights[name]) for name, value in average.items()}
 
 
 def near_images(one: Path, other: Path) -> bool:
