@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -37,7 +37,7 @@ from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
 from lit_lora.parameters import trainable_parameters
 from lit_lora.quantization import Dense, Quantization
-from lit_lora.sampling import SamplingOptions, generate
+from lit_lora.sampling import SamplingOptions
 
 VALIDATION_SEED = 20_240_229
 """Seed of validation's timesteps and noise, the same in every run, so that losses compare between runs."""
@@ -146,10 +146,10 @@ class LoraDiffusion(LightningModule):
         """
         # Lightning builds on the device, where the same seed would initialise another adapter and some PEFT methods fail.
         strategy: Any = None if self._trainer is None else self.trainer.strategy
-        shared_out = shards_weights(strategy)
+        sharded = shards_weights(strategy)
         with torch.device("cpu"):
             node = self._node()
-            dispensable = self.dispensable_parts() | ({"denoiser"} if shared_out else set())
+            dispensable = self.dispensable_parts() | ({"denoiser"} if sharded else set())
             if not self._configured:
                 self._scheduler_config = prepare(self.family, self.objective)
                 self._check_sizes()
@@ -159,7 +159,7 @@ class LoraDiffusion(LightningModule):
                     self._encoder_offload.add(encoder)
             if self._configured:
                 return
-            if shared_out:
+            if sharded:
                 self.family.load_adapted(self.adapter, strategy.shard)
             else:
                 self.family.add_adapter(self.adapter)
@@ -241,7 +241,7 @@ class LoraDiffusion(LightningModule):
         )
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-        """One image for each prompt, drawn with the current weights; takes the options of :func:`sampling.generate`.
+        """One image for each prompt, drawn with the current weights; takes the options of :func:`lit_lora.sampling.generate`.
 
         Raises:
             UserError: If the family cannot draw images of this height and width.
@@ -255,10 +255,8 @@ class LoraDiffusion(LightningModule):
                 self.family.all_parts(),
                 self._encoder_offload.on_device(),
                 self.autocast(),
-                self._vae_in_its_own_dtype(),
             ):
-                pipeline = self.family.pipeline(self._scheduler_config)
-                return generate(pipeline, prompts, seeds, prompt_inputs=self.family.prompt_inputs, **options)
+                return self.family.generate(prompts, seeds, self._scheduler_config, **options)
         finally:
             self.train(was_training)
 
@@ -344,22 +342,6 @@ class LoraDiffusion(LightningModule):
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         named = frozen + [name for name, _ in self.named_buffers()]
         return [name for name in named if name.startswith("family.")]
-
-    @contextmanager
-    def _vae_in_its_own_dtype(self) -> Iterator[None]:
-        """Keep autocast off the VAE's decoder, which overflows in half precision for some families."""
-        vae: Any = self.family.vae
-        decode = vae.decode
-
-        def decode_without_autocast(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-            with torch.autocast(self.device.type, enabled=False):
-                return decode(latents.to(vae.dtype), *args, **kwargs)
-
-        vae.decode = decode_without_autocast
-        try:
-            yield
-        finally:
-            del vae.decode
 
     def _check_sizes(self) -> None:
         """Refuse images that the family cannot be trained on, if the datamodule says which it will give."""

@@ -187,8 +187,9 @@ class CacheWriter:
         for place, (sample, weight) in enumerate(zip(batch["slot"], batch["weight"].tolist(), strict=True)):
             encoded[sample] = None
             if weight:
+                embeddings = without_padding(_row(text, place), self.description.text_masks)
                 try:
-                    encoded[sample] = self._members(batch, place, _row(tensors, place), self._text_row(text, place))
+                    encoded[sample] = self._members(batch, place, _row(tensors, place), embeddings)
                 except BadSampleError as error:
                     bad.append(BadSampleReport(self._location(sample), self.table.key(sample), str(error)))
         return encoded
@@ -207,10 +208,6 @@ class CacheWriter:
     ) -> dict[str, bytes]:
         height, width = batch["original_size"][place].tolist()
         return {CACHED_EXTENSION: encode_cached(tensors, text, width, height)} | dict(batch["caption_members"][place])
-
-    def _text_row(self, text: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:
-        row = _row(text, place)
-        return without_padding(row, self.description.text_masks) if row else row
 
     def _location(self, sample: int) -> str:
         return redact(self.table.locations[self.table.shard_of(sample)])

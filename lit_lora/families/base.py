@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lit_lora.draws import Draws
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.parts import PipelineParts
 from lit_lora.objectives import DDPM, Objective
+from lit_lora.sampling import generate, text_prompts
 
 _DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|schnell)(?![a-z])", re.IGNORECASE)
 """In the names of models that are distilled to few steps."""
@@ -78,14 +81,6 @@ class ModelFamily(PipelineParts, ABC):
     def in_channels(self) -> int:
         """What the denoiser's config must have as ``in_channels``, if it denoises latents and takes nothing else."""
         return int(self.vae_config["latent_channels"])
-
-    @property
-    def trainable_base(self) -> str | None:
-        """The model to train on instead, if this one is distilled to few steps; None if it is not.
-
-        By default a model is distilled if its name or its configs say so.
-        """
-        return self.undistilled if self._looks_distilled() else None
 
     @property
     def text_settings(self) -> dict[str, Any]:
@@ -154,7 +149,26 @@ class ModelFamily(PipelineParts, ABC):
 
     def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
         """The pipeline's arguments that stand for the prompts."""
-        return {"prompt": prompts}
+        return text_prompts(prompts, guidance_scale)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        scheduler_config: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> list[Image.Image]:
+        """One image for each prompt, with the weights as they are; it needs every part: see :meth:`all_parts`.
+
+        Args:
+            prompts: What to draw.
+            seeds: One for each prompt.
+            scheduler_config: The scheduler to sample with; the base's own by default.
+            **options: Further options of :func:`lit_lora.sampling.generate`.
+        """
+        with self._vae_in_its_own_dtype():
+            pipeline = self.pipeline(scheduler_config)
+            return generate(pipeline, prompts, seeds, prompt_inputs=self.prompt_inputs, **options)
 
     def identity(self) -> dict[str, str]:
         """What latents (``"vae"``) and embeddings (``"text"``) of a cache depend on, as texts to compare.
@@ -206,11 +220,30 @@ class ModelFamily(PipelineParts, ABC):
         ids: Tensor = encoded.input_ids
         return ids.to(self.device)
 
-    def _looks_distilled(self) -> bool:
+    @contextmanager
+    def _vae_in_its_own_dtype(self) -> Iterator[None]:
+        """Keep other dtypes and autocast off the VAE's decoder, which overflows in half precision for some families."""
+        vae = self.vae
+        decode = vae.decode
+
+        def decode_without_autocast(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(latents.device.type, enabled=False):
+                return decode(latents.to(vae.dtype), *args, **kwargs)
+
+        vae.decode = decode_without_autocast
+        try:
+            yield
+        finally:
+            del vae.decode
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the model is distilled to few steps, as far as its name and its configs tell."""
         scheduler = self.scheduler_config
         few_steps = scheduler.get("_class_name") in ("LCMScheduler", "TCDScheduler")
         # How SD-Turbo and SDXL-Turbo are sampled.
-        turbo = scheduler.get("_class_name", "").startswith("Euler") and scheduler.get("timestep_spacing") == "trailing"
+        euler = scheduler.get("_class_name", "").startswith("Euler") and not scheduler.get("rescale_betas_zero_snr")
+        turbo = euler and scheduler.get("timestep_spacing") == "trailing"
         guidance_embedded = self.denoiser_config.get("time_cond_proj_dim") is not None
         return few_steps or turbo or guidance_embedded or bool(_DISTILLED.search(Path(self.source.path).name))
 

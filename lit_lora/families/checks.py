@@ -37,9 +37,9 @@ def prepare(family: ModelFamily, objective: Objective) -> dict[str, Any]:
             f"objective {type(objective).__name__} cannot train {type(family).__name__} {str(family.source)!r}: {error}. "
             f"Models of this family are trained with {family.default_objective.__name__}, which is the default"
         ) from error
-    if family.trainable_base is not None:
+    if family.is_distilled:
         warnings.warn(
-            f"{str(family.source)!r} is distilled to few steps, which training undoes: train on {family.trainable_base}, and use "
+            f"{str(family.source)!r} is distilled to few steps, which training undoes: train on {family.undistilled}, and use "
             f"the adapter with the distilled model",
             stacklevel=2,
         )

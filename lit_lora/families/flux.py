@@ -51,6 +51,7 @@ class Flux(ModelFamily):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     default_objective: ClassVar[type[Objective]] = FlowMatching
+    undistilled: ClassVar[str] = "black-forest-labs/FLUX.1-dev"
     always_dense: ClassVar[tuple[str, ...]] = (
         "x_embedder",
         "context_embedder",
@@ -88,9 +89,9 @@ class Flux(ModelFamily):
         return 4 * super().in_channels
 
     @property
-    def trainable_base(self) -> str | None:
-        """FLUX.1-dev for schnell, which has no guidance embedding."""
-        return None if self.denoiser_config["guidance_embeds"] else "black-forest-labs/FLUX.1-dev"
+    def is_distilled(self) -> bool:
+        """Schnell is, which has no guidance embedding."""
+        return not self.denoiser_config["guidance_embeds"] or super().is_distilled
 
     @property
     def text_settings(self) -> dict[str, Any]:

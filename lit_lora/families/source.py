@@ -49,10 +49,13 @@ class ModelSource:
         return Path(self.location).is_dir()
 
     def lacks(self, part: str) -> bool:
-        """Whether the pipeline is known to have no such part: its folder is missing, or ``model_index.json`` says null."""
-        if self.is_local:
-            return not (Path(self.location) / part).is_dir()
-        return self.index().get(part, [None])[0] is None
+        """Whether the pipeline has no such part, as ``model_index.json`` says; where that is missing, a local folder tells.
+
+        A part that is listed and missing is not lacking: loading it is an error.
+        """
+        if index := self.index():
+            return index.get(part, [None])[0] is None
+        return self.is_local and not self._folder(part).is_dir()
 
     def index(self) -> Mapping[str, Any]:
         """The contents of ``model_index.json``; empty if there is none."""
@@ -86,7 +89,7 @@ class ModelSource:
         Raises:
             UserError: If the part is missing or cannot be read; the message names part and source.
         """
-        if self.is_local and self.lacks(part):
+        if self.is_local and not self._folder(part).is_dir():
             held = ", ".join(sorted(entry.name for entry in Path(self.location).iterdir())) or "nothing"
             raise UserError(
                 f"{self.location} has no folder {part!r}, so the pipeline is not complete; it holds {held}. Give a folder that "
@@ -109,6 +112,9 @@ class ModelSource:
             return parts_identity(Path(self.location), parts, self.variant)
         name = f"{self.location}@{self.revision or 'main'}"
         return dict.fromkeys(parts, f"{name}:{self.variant}" if self.variant else name)
+
+    def _folder(self, part: str) -> Path:
+        return Path(self.location) / part
 
     def __str__(self) -> str:
         return self.path if self.revision is None else f"{self.path}@{self.revision}"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_lora.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from lit_lora.families import ModelFamily
 
 
 def sample(
@@ -57,26 +64,17 @@ def sample(
 
     import torch
 
-    from lit_lora.sampling import generate
-
-    pipeline, prompt_inputs = _pipeline(base, adapter, config, family, (height, width), getattr(torch, dtype))
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = _family_class(family, base)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    arguments = (base, adapter, getattr(torch, dtype), device)
+    size = (height, width)
+    generate = _from_pipeline(*arguments, config) if kind is None else _from_family(kind, *arguments, size)
     seeds = [seed + i for i in range(len(texts))]
-    images = generate(
-        pipeline,
-        texts,
-        seeds,
-        num_inference_steps=steps,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-        prompt_inputs=prompt_inputs,
-    )
-    _write(images, Path(out), columns)
+    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+    _write(generate(texts, seeds, **options), Path(out), columns)
 
 
-def _write(images: Sequence[Any], target: Path, columns: int) -> None:
+def _write(images: Sequence[Image.Image], target: Path, columns: int) -> None:
     """Write images as one grid, or into a folder where the target has no ending."""
     from torchvision.utils import save_image
 
@@ -93,46 +91,55 @@ def _write(images: Sequence[Any], target: Path, columns: int) -> None:
     print(f"{len(images)} images: {target}")
 
 
-def _pipeline(
+def _from_family(
+    kind: type[ModelFamily],
     base: str,
     adapter: str | None,
-    config: Mapping[str, Any],
-    family: str | None,
+    dtype: torch.dtype,
+    device: str,
     size: tuple[int | None, int | None],
-    dtype: Any,
-) -> Any:
-    """The pipeline with the adapter, and how it takes prompts."""
+) -> Callable[..., list[Image.Image]]:
+    """What draws with a base of a family and the adapter; the size is checked before weights are read."""
+    from peft import PeftModel
+
+    from lit_lora.families import check_size
+
+    family = kind(base)
+    family.read_configs()
+    check_size(family, *(edge or family.default_size for edge in size))
+    family.load(dtype)
+    if adapter:
+        PeftModel.from_pretrained(family.denoiser, adapter)  # in place
+    return family.to(device).generate
+
+
+def _from_pipeline(
+    base: str, adapter: str | None, dtype: torch.dtype, device: str, config: Mapping[str, Any]
+) -> Callable[..., list[Image.Image]]:
+    """What draws with a base of no known family, by diffusers alone, and the adapter."""
     from diffusers import DiffusionPipeline
     from peft import PeftModel
 
-    from lit_lora.families import ModelSource, check_size
-    from lit_lora.sampling import text_prompts
+    from lit_lora.embedded import resolve
+    from lit_lora.sampling import generate
 
-    source = ModelSource(base)
-    kind = _family_class(family, str(source.index().get("_class_name")))
-    if kind is not None:
-        model = kind(base)
-        model.load(dtype)
-        check_size(model, *(edge or model.default_size for edge in size))
-        if adapter:
-            PeftModel.from_pretrained(model.denoiser, adapter)  # in place
-        return model.pipeline(), model.prompt_inputs
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source.location, dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(resolve(base), dtype=dtype)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot load the base {base!r}: {error}") from error
     if adapter:
         PeftModel.from_pretrained(_adapted_part(pipeline, config), adapter)
-    return pipeline, text_prompts
+    pipeline.set_progress_bar_config(disable=True)
+    return partial(generate, pipeline.to(device))
 
 
-def _family_class(family: str | None, pipeline_name: str) -> Any:
-    """The family of this name or import path, or the one that trains for the pipeline; None if there is none."""
+def _family_class(family: str | None, base: str) -> type[ModelFamily] | None:
+    """The family of this name or import path, or the one that trains for the base's pipeline; None if there is none."""
     import lit_lora
-    from lit_lora.families import ModelFamily, family_of
+    from lit_lora.families import ModelFamily, ModelSource, family_of
 
     if family is None:
-        return family_of(pipeline_name)
+        return family_of(str(ModelSource(base).index().get("_class_name")))
     path, _, name = family.rpartition(".")
     try:
         kind = getattr(import_module(path) if path else lit_lora, name)

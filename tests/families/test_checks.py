@@ -224,6 +224,14 @@ def test_names_of_distilled_models(name: str, sdxl_folder: Path, tmp_path: Path)
         prepare(StableDiffusionXL(str(folder)), DDPM())
 
 
+def test_schedules_that_end_in_noise_are_not_distilled(sdxl_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(sdxl_folder, folder)
+    values = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    change(folder, "scheduler/scheduler_config.json", _class_name="EulerDiscreteScheduler", **values)
+    prepare(StableDiffusionXL(str(folder)), DDPM())  # a warning would be an error
+
+
 def test_families_of_pipelines() -> None:
     assert family_of("StableDiffusion3Pipeline") is StableDiffusion3
     assert family_of("FluxPipeline") is Flux
