@@ -1,4 +1,4 @@
-"""The repeated parts of a denoiser."""
+"""Repeated blocks of a denoiser."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import nn
 
 
 def outermost_blocks(module: nn.Module, class_names: Collection[str]) -> Iterator[nn.Module]:
-    """The blocks of these classes; of blocks inside each other the outermost."""
-    # Sharing out the weights makes a class of each block's class.
+    """The blocks of the named classes; of nested blocks only the outermost."""
+    # FSDP2 replaces the class of a sharded block by a subclass.
     if any(kind.__name__ in class_names for kind in type(module).__mro__):
         yield module
         return

@@ -1,4 +1,4 @@
-"""Amounts of bytes as people write and read them."""
+"""Parsing and formatting of byte sizes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "pi": 2**50
 
 
 def parse_bytes(name: str, value: int | str) -> int:
-    """A number of bytes from ``140_000_000``, ``"140 MB"`` or ``"1.5TiB"``.
+    """Parse a byte size such as ``140_000_000``, ``"140 MB"`` or ``"1.5TiB"``.
 
     Args:
-        name: What the value is for, in the error.
-        value: The value.
+        name: Name of the option, for the error.
+        value: Number of bytes, or a number with a unit.
 
     Raises:
-        UserError: If it is no amount of bytes, or not above 0.
+        UserError: If the value is not a byte size, or below 1 byte.
     """
     match = re.fullmatch(r"(\d{1,30}(?:_\d+)*(?:\.\d+)?)\s*([kmgtp]?i?)b?", str(value).strip().lower())
     factor = (_UNITS | _BINARY_UNITS).get(match[2]) if match else None
     if match is None or factor is None:
-        raise UserError(f"{name}={value!r} is no amount of bytes; write for example 200GB, 1.5TiB or 200000000000")
+        raise UserError(f"{name}={value!r} is not a byte size; write for example 200GB, 1.5TiB or 200000000000")
     amount = int(float(match[1]) * factor)
     if amount < 1:
         raise UserError(f"{name}={value!r} is too small; it must be at least 1 byte")
@@ -31,7 +31,7 @@ def parse_bytes(name: str, value: int | str) -> int:
 
 
 def format_bytes(amount: float) -> str:
-    """In the decimal unit that leaves one to three digits before the point: ``12.3 GB``."""
+    """A byte size in the decimal unit that leaves one to three digits before the point: ``12.3 GB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if abs(amount) < 1000:
             return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"

@@ -1,6 +1,6 @@
 """The command line: ``lit-lora COMMAND …``.
 
-Help and dispatch are static, so that they answer at once; what a command needs is imported when it runs.
+Help and dispatch are static and need no heavy import; each command imports what it needs when it runs.
 """
 
 from __future__ import annotations
@@ -78,17 +78,20 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
     "cache": _cache,
     "shards": _shards,
 }
-"""The commands that are no trainer's. They give the exit status, 0 if they give none."""
+"""Commands that do not run a trainer. They return the exit status; None stands for 0."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
+    Args:
+        arguments: Command and options; defaults to those of the process.
+
     Returns:
-        The exit status: 2 for a mistake of the user's, 1 where a plan does not fit, 130 after Ctrl-C.
+        Exit status: 2 for a user error, 1 if a plan does not fit, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: A signal has stopped ``fit``, with 128 and the signal's number: 143 for SIGTERM.
+        SystemExit: If a signal has stopped ``fit``, with 128 plus the signal's number (143 for SIGTERM).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -135,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         # Lightning has ended the run and exits; what the last checkpoint has is kept.
-        print("lit-lora: interrupted; --ckpt_path last goes on from the last checkpoint", file=sys.stderr)
+        print("lit-lora: interrupted; resume with --ckpt_path last", file=sys.stderr)
         return 130
     return 0
 

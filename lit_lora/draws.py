@@ -1,4 +1,4 @@
-"""Random draws that depend on what is drawn and for which sample, never on how much was drawn before."""
+"""Random draws that depend on name and sample, not on earlier draws."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def seed_of(*parts: int | str) -> int:
 
 
 class Draws:
-    """The random numbers of one batch.
+    """Random numbers of one batch.
 
     Sample ``i`` of the batch draws from generators that are seeded by ``(seed, name, slots[i])``. A slot is the number
-    of a sample's place in the whole run (pass, batch and position in the global batch in one integer), so a resumed
+    of a sample's place in the run (pass, batch and position in the global batch in one integer), so a resumed
     run, other loader workers and another number of processes all see the same values. They are drawn on the CPU, which
     makes them the same on every device too.
 
     Args:
-        seed: The run's seed.
-        slots: One integer for each sample of the batch.
-        device: Where the values are wanted.
+        seed: Seed of the run.
+        slots: One integer per sample of the batch.
+        device: Device of the returned tensors; defaults to the CPU.
     """
 
     def __init__(self, seed: int, slots: Sequence[int], device: torch.device | str = "cpu") -> None:

@@ -1,10 +1,10 @@
-"""The one exception that stands for a mistake the user can mend."""
+"""The exception for mistakes that the user can correct."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """A wrong value, file or combination that the user can put right.
+    """A wrong value, file or combination that the user can correct.
 
     The message gives the value, the bound and the next action. The command line prints it alone, without a traceback,
     and exits with status 2.

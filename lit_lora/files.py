@@ -1,4 +1,4 @@
-"""Files and folders that are either absent or whole: temporary name, sync, rename."""
+"""Atomic writes of files and folders: temporary name, sync, rename."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from lit_lora.errors import UserError
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; when the block ends without an error, it becomes ``path``.
 
-    A reader sees the old file or the whole new one, also after a crash.
+    A reader sees the old file or the complete new one, also after a crash.
+
+    Args:
+        path: File to write.
 
     Raises:
         UserError: If the folder of ``path`` cannot be created or written.
     """
     path = Path(path)
-    # Machines that share the folder may have processes of the same number.
+    # Machines that share the folder may have processes with the same id.
     part = path.with_name(path.name + f".{os.getpid()}-{secrets.token_hex(4)}.part")
     writable_folder(path.parent)
     try:
@@ -39,15 +42,15 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
     """Yield a new, empty folder beside ``path``; when the block ends without an error, it becomes ``path``.
 
-    A folder that stands at ``path`` already is replaced if it is ours; between its removal and the rename ``path`` is
-    absent for a moment, never half-written.
+    An existing folder is replaced if it is empty or holds the marker file; ``path`` is then absent for a moment, but never
+    incomplete.
 
     Args:
-        path: The folder to make.
-        marker: Name of a file by which a folder that may be replaced is known; an empty one may be too.
+        path: Folder to write.
+        marker: Name of a file that every folder written here holds.
 
     Raises:
-        UserError: If ``path`` holds something else, or the folder above it cannot be created or written.
+        UserError: If ``path`` holds other files, or its parent folder cannot be created or written.
     """
     path = Path(path)
     if path.exists() and not (path / marker).is_file() and not (path.is_dir() and not any(path.iterdir())):
@@ -75,10 +78,13 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Create the folder where it is missing and make sure that files can be written to it.
+    """Create the folder if it is missing and check that files can be written to it.
+
+    Args:
+        path: Folder to create or check.
 
     Raises:
-        UserError: If it cannot be created, is no folder, or is not writable.
+        UserError: If the folder cannot be created, is not a folder, or is not writable.
     """
     path = Path(path)
     try:
@@ -91,14 +97,14 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def _open_to_others(path: Path) -> None:
-    """Give a file the permissions that new files have; safetensors makes its own for nobody else to read."""
+    """Set a file's permissions to the default for new files; safetensors writes files that only their owner can read."""
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
 
 
 def sync(path: Path) -> None:
-    """Bring a file or folder to the disk."""
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

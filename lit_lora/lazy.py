@@ -15,7 +15,7 @@ def public_names(package: str = "lit_lora") -> dict[str, str]:
     """The public names of a package, each with the module that defines it.
 
     Args:
-        package: The name of the package; ``lit_lora``, which has all of them, by default.
+        package: Name of the package; defaults to ``lit_lora``, which has all names.
     """
     listed = ast.parse(Path(__file__).with_name("__init__.pyi").read_text(encoding="utf-8")).body
     imports = [statement for statement in listed if isinstance(statement, ast.ImportFrom)]
@@ -27,8 +27,8 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
     """A ``__getattr__`` for a package, so that importing the package alone stays light.
 
     Args:
-        package: The name of the package.
-        modules: For each name the module that has it.
+        package: Name of the package.
+        modules: The module that defines each name.
     """
 
     def get(name: str) -> Any:

@@ -173,7 +173,7 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
     """Run ``fit --config …`` and the like.
 
     Raises:
-        UserError: If the user can put right what is wrong.
+        UserError: If the config or a file is wrong, or the run raises one.
     """
     try:
         return build_cli(arguments)

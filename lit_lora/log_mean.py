@@ -1,4 +1,4 @@
-"""Means over the samples of all batches and processes, in which some may not count."""
+"""Means over the samples of all batches and processes, weighted by how many samples count."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def log_mean(module: LightningModule, name: str, value: Tensor, count: int, **op
     """Log a batch's mean towards the mean over all samples.
 
     Args:
-        module: That logs.
-        name: Of the metric.
-        value: The mean of the batch.
-        count: How many of its samples count; they need not be as many in each process. If none counts anywhere, the mean
-            is nan.
-        **options: Of ``LightningModule.log``.
+        module: Module that logs.
+        name: Name of the metric.
+        value: Mean over the batch.
+        count: Number of samples in the batch that count; it may differ between processes. The mean is nan if no sample counts
+            in any process.
+        **options: Options of ``LightningModule.log``.
     """
-    # Lightning averages the counts over the processes, integers as integers: 3 and 2 would become 2.
+    # Lightning averages the counts over the processes in their own type: integers 3 and 2 would become 2.
     counted: Any = float(count)
     module.log(name, value, batch_size=counted, sync_dist=True, **options)

@@ -1,4 +1,4 @@
-"""Which parameters of a module are trained."""
+"""Trainable parameters of a module."""
 
 from __future__ import annotations
 

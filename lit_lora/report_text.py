@@ -1,4 +1,4 @@
-"""Tables and durations as people read them."""
+"""Formatting of tables and durations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of aligned columns, the first to the left and the others to the right."""
+    """Lines of a table with aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -16,7 +16,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def format_duration(seconds: float) -> str:
-    """In the two largest units: ``2 d 3 h``, ``12 min 5 s``, ``0.8 s``."""
+    """A duration in its two largest units: ``2 d 3 h``, ``12 min 5 s``, ``0.8 s``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     days, rest = divmod(round(seconds), 86400)

@@ -16,7 +16,7 @@ from torchvision.utils import make_grid
 from lit_lora.errors import check_least
 
 IMAGES_AT_A_TIME = 16
-"""As many as are drawn together unless somebody says otherwise."""
+"""Default number of images that are drawn together."""
 
 PromptInputs = Callable[[list[str], float], dict[str, Any]]
 """The pipeline's arguments for prompts and a guidance scale: see :meth:`ModelFamily.prompt_inputs`."""
@@ -62,15 +62,15 @@ def generate(
     """One image for each prompt.
 
     Args:
-        pipeline: Any text-to-image pipeline.
-        prompts: What to draw.
+        pipeline: Text-to-image pipeline.
+        prompts: Prompts to draw.
         seeds: Seeds of the initial noise, one for each prompt; it is drawn on the CPU, so that an image is the same on any
             device up to rounding.
         num_inference_steps: Denoising steps.
         guidance_scale: Guidance scale of the pipeline; 1 turns classifier-free guidance off.
-        height: In pixels; the model's own by default.
-        width: In pixels; the model's own by default.
-        batch_size: Images made at a time.
+        height: Height in pixels; defaults to the model's own.
+        width: Width in pixels; defaults to the model's own.
+        batch_size: Number of images drawn together; defaults to 16.
         prompt_inputs: How the pipeline takes prompts; by default as texts.
     """
     images: list[Image.Image] = []

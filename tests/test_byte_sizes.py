@@ -24,7 +24,7 @@ def test_what_people_write(text, amount):
 
 @pytest.mark.parametrize("text", ["", "much", "-3GB", "_5", "1__0", "9" * 400, "3 XB", "1.2.3", "GB"])
 def test_what_is_no_amount(text):
-    with pytest.raises(UserError, match=r"budget=.* is no amount of bytes; write for example 200GB"):
+    with pytest.raises(UserError, match=r"budget=.* is not a byte size; write for example 200GB"):
         parse_bytes("budget", text)
 
 

@@ -455,5 +455,5 @@ def test_interrupted_training_says_how_to_go_on(config: Callable[..., Path], tmp
         finally:
             process.kill()
     assert process.returncode == 130
-    assert error.endswith("lit-lora: interrupted; --ckpt_path last goes on from the last checkpoint\n")
+    assert error.endswith("lit-lora: interrupted; resume with --ckpt_path last\n")
     assert "Traceback" not in error

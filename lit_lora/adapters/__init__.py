@@ -1,4 +1,4 @@
-"""The adapter: how it is put into a model and which keys are its own."""
+"""Adapters: injection into a model, keys, methods, and sharded models."""
 
 from lit_lora.adapters.inject import ADAPTER_NAME, inject
 from lit_lora.adapters.keys import (

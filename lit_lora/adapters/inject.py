@@ -1,4 +1,4 @@
-"""How an adapter is put into a model."""
+"""Injection of an adapter into a model."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ ADAPTER_NAME = "default"
 
 
 def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...]) -> PeftModel:
-    """Freeze ``model`` and put the adapter into it.
+    """Freeze a model and inject an adapter into it.
 
     Args:
-        model: The model to adapt; changed in place.
-        config: Any PEFT config whose method sits in the layers. Without ``target_modules`` it takes the defaults.
-        default_targets: The layers that a family adapts where the config names none.
+        model: Model to adapt; changed in place.
+        config: PEFT config of a method that adapts layers. If it has no ``target_modules``, they are set to the defaults.
+        default_targets: Layers to adapt if the config names none.
 
     Raises:
-        UserError: If the targets match no layer, or layers that the method cannot adapt; if the method needs a model of another
-            kind; its initialisation would change the base; or biases are trained in a base that is not float32.
+        UserError: If the targets match no layer, or layers that the method cannot adapt; if the method does not adapt layers;
+            if its initialisation would change the base; or if biases are trained in a base that is not float32.
     """
     _check_method(config, model)
     if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
@@ -51,10 +51,10 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
 
 
 def _check_method(config: PeftConfig, model: nn.Module) -> None:
-    """Refuse what cannot be trained here, or not so that the adapter's files alone give the trained model."""
+    """Refuse configs that cannot be trained here, or whose files would not reproduce the trained model."""
     if config.is_prompt_learning:
         raise UserError(
-            f"{type(config).__name__} adapts prompts, not layers; use one of LoRA's kind, as peft.LoraConfig"
+            f"{type(config).__name__} adapts prompts, not layers; use a method that adapts layers, such as peft.LoraConfig"
         )
     initialisation = getattr(config, "init_lora_weights", True)
     if initialisation not in (True, False, "gaussian", "orthogonal"):
@@ -71,7 +71,7 @@ def _check_method(config: PeftConfig, model: nn.Module) -> None:
 
 
 def _check_trained_copies(names: Sequence[str], model: nn.Module) -> None:
-    """Refuse to train copies of layers that are not stored densely."""
+    """Refuse to train copies of quantized layers."""
     for name in names:
         for path, layer in model.named_modules():
             if path.endswith(name):
@@ -79,11 +79,20 @@ def _check_trained_copies(names: Sequence[str], model: nn.Module) -> None:
 
 
 def check_trained_copy(path: str, layer: nn.Module) -> None:
+    """Refuse to train a copy of a quantized layer.
+
+    Args:
+        path: Name of the layer in the model.
+        layer: Layer that ``modules_to_save`` names.
+
+    Raises:
+        UserError: If a weight in the layer is quantized, since it has no gradient.
+    """
     quantised = [inner for inner in frozen_layers(layer) if not inner.is_dense]
     if quantised:
         raise UserError(
-            f"modules_to_save would train a copy of {path}, which is stored as "
-            f"{type(quantised[0].quantization).__name__} and has no gradient; keep it dense with model.quantization's skip: "
+            f"modules_to_save would train a copy of {path}, which has quantization="
+            f"{type(quantised[0].quantization).__name__} and no gradient; keep it dense with model.quantization's skip: "
             f"['*{path.rpartition('.')[2]}'], or adapt it with target_modules"
         )
 

@@ -1,4 +1,4 @@
-"""Which keys and settings of a model are the adapter's."""
+"""Keys and settings of a model that belong to its adapter."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NOT_PART_OF_THE_FUNCTION = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
     | {"init_lora_weights", "init_weights", "runtime_config", "task_type", "loftq_config", "target_modules"}
 )
-"""Fields of a PEFT config that two interchangeable adapters may differ in."""
+"""Fields of a PEFT config that do not change what the adapter computes from its weights."""
 
 
 def adapter_keys(module: nn.Module) -> set[str]:
     """The keys of ``module.state_dict()`` that are the adapter's.
 
-    These are the trainable parameters, and in every layer that PEFT has put in, whatever the layer itself declares
-    as its adapter's (some methods need buffers and frozen halves beside the trainable parameters).
+    These are the trainable parameters and, in every layer that PEFT injected, all tensors that the layer itself declares to be
+    its adapter's: some methods need buffers and frozen matrices beside the trainable parameters.
     """
     keys = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     for path, layer in module.named_modules():
@@ -36,19 +36,23 @@ def adapter_keys(module: nn.Module) -> set[str]:
 
 
 def keep_only_adapter(state_dict: dict[str, Any], keys: set[str]) -> None:
-    """Drop every entry that is not the adapter's, in place."""
+    """Remove all entries of a state dict whose key is not in ``keys``, in place."""
     for key in [key for key in state_dict if key not in keys]:
         del state_dict[key]
 
 
 def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Make sure that a checkpoint's weights are those of this module's adapter.
+    """Check that a checkpoint's weights are those of this module's adapter.
+
+    Args:
+        module: Module with the adapter.
+        state_dict: Weights from the checkpoint.
 
     Raises:
-        UserError: If keys are missing or left over, or shapes differ.
+        UserError: If keys are missing or unknown, or shapes differ.
     """
     here, own = module.state_dict(keep_vars=True), adapter_keys(module)
-    # Of a parameter that DeepSpeed has sharded, the shape says nothing.
+    # A parameter that DeepSpeed has sharded is empty; ds_shape is its full shape.
     expected = {key: tuple(getattr(value, "ds_shape", value.shape)) for key, value in here.items() if key in own}
     missing = sorted(expected.keys() - state_dict.keys())
     unknown = sorted(state_dict.keys() - here.keys())
@@ -74,7 +78,11 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
 
 
 def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Make sure that a checkpoint's adapter computes the same function of its weights as this one.
+    """Check that a checkpoint's adapter computes the same function of its weights as this one.
+
+    Args:
+        here: Plain config of this run's adapter.
+        saved: Plain config from the checkpoint.
 
     Raises:
         UserError: If a setting such as ``lora_alpha`` differs.
@@ -92,8 +100,8 @@ def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> N
 
 
 def plain_config(config: PeftConfig) -> dict[str, Any]:
-    """The config as JSON has it: no sets, enums or classes; the same for the same config, also in another process."""
-    # PEFT lists a set in the set's order, which differs from process to process.
+    """The config in JSON's types, equal in every process for equal configs."""
+    # PEFT lists sets in iteration order, which differs between processes.
     sets = {name: sorted(value) for name, value in vars(config).items() if isinstance(value, set)}
     plain: dict[str, Any] = json.loads(json.dumps(config.to_dict() | sets, default=_plain))
     return plain

@@ -1,4 +1,4 @@
-"""Adapters in a model whose weights come block by block and are sharded."""
+"""Adapters in a model whose weights are loaded block by block and sharded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lit_lora.errors import UserError
 
 
 def same_adapter(module: nn.Module) -> None:
-    """Give the adapter the first process's values; a collective call where there are several."""
+    """Set the adapter to the first process's values; a collective call where there are several processes."""
     own = adapter_keys(module)
     state = {key: value for key, value in module.state_dict().items() if key in own and not _is_nan(value)}
     for key, value in broadcast(state).items():
@@ -62,14 +62,16 @@ def check_sharded_training(config: PeftConfig, strategy: object) -> None:
 
 
 def complete_adapter(module: nn.Module, config: PeftConfig) -> None:
-    """Take from the base what the adapter begins with, where it was put in before the base's weights, which were nan, came.
+    """Initialize what an adapter takes from the base, after it was injected into a model with nan for weights.
+
+    These are DoRA's magnitudes and trained copies of layers.
 
     Args:
-        module: All frozen weights in it are there by now.
-        config: The adapter's.
+        module: Part of the model whose frozen weights are all loaded.
+        config: PEFT config of the adapter.
 
     Raises:
-        UserError: If it is not known what the adapter's method takes from the base.
+        UserError: If other tensors of the adapter are still nan.
     """
     for path, layer in module.named_modules():
         if isinstance(layer, LoraLayer):
@@ -87,11 +89,11 @@ def complete_adapter(module: nn.Module, config: PeftConfig) -> None:
     for name, value in module.state_dict(keep_vars=True).items():
         if name in own and _is_nan(value):
             raise UserError(
-                f"the adapter begins with values that it takes from the base's weights ({name}), which is not possible where "
-                f"the weights are sharded while they are read; use strategy ddp"
+                f"the adapter takes initial values from the base's weights ({name}), which is not possible where the weights "
+                f"are sharded while they are read; use strategy ddp"
             )
 
 
 def _is_nan(value: Tensor) -> bool:
-    """Whether there is a nan, in a tensor that is not sharded over processes."""
+    """Whether a tensor that is not sharded contains nan."""
     return value.is_floating_point() and not isinstance(value, DTensor) and bool(value.isnan().any())

@@ -1,4 +1,4 @@
-"""The adapter's tensors."""
+"""Tensors of an adapter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from lit_lora.distributed.collectives import full_tensor
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's names without the adapter's name, whole and on the CPU; a collective call."""
+    """The adapter's full tensors on the CPU, under PEFT's names without the adapter's name.
+
+    A collective call where the strategy shards weights: every process has to make it.
+    """
     state = get_peft_model_state_dict(
         model, model.state_dict(keep_vars=True), ADAPTER_NAME, save_embedding_layers=False
     )

@@ -1,4 +1,4 @@
-"""What each process of a run has, and what they have together."""
+"""Collective calls: gathering, broadcasting, and full tensors from shards and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, in the order of their ranks; a collective call where there are several."""
+    """The values of all processes, in rank order; a collective call where there are several processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [value]
     values: list[T | None] = [None] * distributed.get_world_size()
@@ -20,7 +20,7 @@ def gather(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """The value of the first process, in all of them; a collective call where there are several."""
+    """The first process's value, in every process; a collective call where there are several processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return value
     values = [value]
@@ -29,10 +29,10 @@ def broadcast(value: T) -> T:
 
 
 def full_tensor(value: Any) -> Any:
-    """A tensor of which each process has a part, in full; a collective call for such tensors, other values as they are.
+    """The full tensor of a sharded one, by a collective call; other values are returned unchanged.
 
     Args:
-        value: Of DeepSpeed's stage 3 the parameter itself, which alone knows that it is sharded.
+        value: Any value. Under DeepSpeed's ZeRO-3 pass the parameter itself: only it records that it is sharded.
     """
     if isinstance(value, DTensor):
         return value.full_tensor()
@@ -45,13 +45,13 @@ def full_tensor(value: Any) -> Any:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """The process's own part of a tensor that it has in full, if ``like`` is a tensor of which each process has a part.
+    """The process's own shard of a full tensor, sharded as ``like`` is; the tensor itself if ``like`` is not sharded.
 
     Args:
-        value: The same in all processes.
-        like: Of the same shape, or the value stays as it is.
+        value: Full tensor, equal in all processes.
+        like: Tensor that gives mesh and placements; a tensor of another shape leaves the value unchanged.
     """
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
-    # Without a source rank nothing is sent: each process cuts out its own part.
+    # Without a source rank nothing is sent: each process slices its own shard.
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to(like.device)

@@ -1,13 +1,9 @@
-"""DeepSpeed's ZeRO: optimizer state, gradients and weights are sharded over the processes.
-
-Longer than other files: the strategy, its engine and its checkpoints are one protocol, which reads best in one place.
-"""
+"""DeepSpeed's ZeRO: optimizer state, gradients and weights are sharded over the processes."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import logging
 import os
 import warnings
@@ -32,32 +28,27 @@ from transformers import PreTrainedModel
 
 from lit_lora.distributed.check import check_elementwise
 from lit_lora.distributed.collectives import full_tensor
+from lit_lora.distributed.deepspeed_config import complete_config, read_config
 from lit_lora.distributed.optimizer_states import by_name, parameter_names
 from lit_lora.errors import UserError
 from lit_lora.parameters import trainable_parameters
-
-_OURS = ("fp16", "bf16", "optimizer", "scheduler", "gradient_accumulation_steps", "gradient_clipping")
-"""Keys of a DeepSpeed config that the trainer and the module decide."""
-
-_BUCKET = 10_000_000
-"""Elements that are reduced or gathered at once: DeepSpeed allocates that many in any case, an adapter has few."""
 
 
 class LitLoraDeepSpeed(DeepSpeedStrategy):
     """DeepSpeed's ZeRO for adapters: ``Trainer(strategy="lit_lora_deepspeed_stage_3")``, or ``_1``, ``_2``, ``_3_offload``.
 
-    Optimizer state is sharded over the processes, with stage 2 gradients too, with stage 3 weights too, frozen ones as
-    they are stored. Adapter and optimizer state stay float32, the base stays as the module has it. Runs on CPUs too, for
-    trying things out. With :class:`~lit_lora.callbacks.AdapterCheckpoint` checkpoints are the files that a single process
-    writes: the adapter and its optimizer state, whole, without the base ever being gathered. Any other strategy goes on
-    from them.
+    Stage 1 shards the optimizer state over the processes, stage 2 also the gradients, stage 3 also the weights; frozen
+    weights are sharded in their quantized form. Adapter and optimizer state stay float32, and the base keeps its dtype. It
+    also runs on CPUs, for trials. With :class:`~lit_lora.callbacks.AdapterCheckpoint` a checkpoint is the file that a single
+    process writes, with full tensors of the adapter and of its optimizer state; the base is never gathered. Any other
+    strategy resumes from it.
 
     Args:
-        stage: Of ZeRO: 1, 2 or 3.
-        offload_optimizer: The optimizer's state waits in host memory, and the optimizer steps there.
-        offload_parameters: The parts of the weights wait in host memory; with stage 3.
-        config: Further keys of a DeepSpeed config, or a JSON file with them; they come before the strategy's own.
-        process_group_backend: By default NCCL on GPUs and gloo on CPUs.
+        stage: Stage of ZeRO: 1, 2 or 3; defaults to 2.
+        offload_optimizer: Keep the optimizer state in host memory and step the optimizer there; off by default.
+        offload_parameters: Keep the shards of the weights in host memory, with stage 3; off by default.
+        config: Further keys of a DeepSpeed config, or a JSON file with them; they take precedence over the strategy's own.
+        process_group_backend: Backend of ``torch.distributed``; defaults to NCCL on GPUs and gloo on CPUs.
 
     Raises:
         UserError: If DeepSpeed is not installed, or a value is outside its range.
@@ -78,15 +69,15 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         if stage not in (1, 2, 3):
             raise UserError(f"stage must be 1, 2 or 3, not {stage}")
         if offload_parameters and stage != 3:
-            raise UserError(f"offload_parameters needs stage 3, it is {stage}: only there the weights are sharded")
-        # Not DeepSpeedStrategy's own, which imports DeepSpeed before it is known which device it is for.
+            raise UserError(f"offload_parameters=True needs stage=3, which shards the weights; stage is {stage}")
+        # DeepSpeedStrategy's own __init__ would import DeepSpeed before the device is known.
         DDPStrategy.__init__(self, process_group_backend=process_group_backend)
-        self.config = _complete_config(stage, offload_optimizer, offload_parameters, _read_config(config))
+        self.config = complete_config(stage, offload_optimizer, offload_parameters, read_config(config))
         self._parameter_names: list[list[str]] = []
 
     @property
     def shards_weights(self) -> bool:
-        """Whether the loader is to call :meth:`shard` for each block as soon as its weights are there."""
+        """Whether the loader calls :meth:`shard` for each block once its weights are loaded."""
         return self.zero_stage_3
 
     @property
@@ -95,7 +86,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, precision_plugin: Precision | None) -> None:
-        # It stays None: Lightning would take a plugin of the strategy for the user's choice, before trainer.precision.
+        # It stays None: Lightning would prefer a plugin of the strategy to trainer.precision.
         self._precision_plugin: Precision | None = None
         if precision_plugin is not None and precision_plugin.precision != "32-true":
             raise UserError(
@@ -105,7 +96,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
 
     @property
     def handles_gradient_accumulation(self) -> bool:
-        """Lightning counts: DeepSpeed would go on counting over the end of an epoch, where Lightning steps."""
+        """False: Lightning counts, since DeepSpeed would count on past the end of an epoch, where Lightning steps."""
         return False
 
     @property
@@ -114,23 +105,23 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """The weights come first, as in a single process; DeepSpeed then makes its own copies of them."""
+        """False: the weights are restored before setup, as in a single process; DeepSpeed then copies them."""
         return False
 
     def setup_environment(self) -> None:
         device = self.root_device.type
         if device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            # Collective calls in shared memory, of which training makes none: they would be compiled first.
+            # Collective calls in shared memory would be compiled first, and training makes none.
             import deepspeed.ops
 
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         elif device != "cuda":
-            raise UserError(f"DeepSpeed runs on CUDA, and on CPUs for trying things out, not on {device}; use ddp")
+            raise UserError(f"DeepSpeed runs on CUDA, and on CPUs for trials, not on {device}; use strategy ddp")
         from deepspeed.utils import logger
 
         logger.setLevel(logging.WARNING)
-        # DeepSpeed calls functions that the newest torch has under other names.
+        # DeepSpeed calls functions that newer versions of torch have renamed.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         DDPStrategy.setup_environment(self)
 
@@ -154,14 +145,14 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         self.barrier()
 
     def shard(self, module: nn.Module) -> None:
-        """Shard the parameters of a module that are not yet sharded; the first process's values hold."""
+        """Shard the parameters of a module that are not sharded yet, with the first process's values."""
         import deepspeed
 
         deepspeed.zero.Init(module=module, config_dict_or_path=copy.deepcopy(self.config))
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        yield  # what is to be sharded goes through shard()
+        yield  # shard() shards the weights
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -178,7 +169,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
             module.load_state_dict(state, strict=strict)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As of the same optimizer in a single process; a collective call."""
+        """The optimizer state that a single process would have, with full tensors; a collective call."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         zero: Any = self.optimizers[0]
@@ -206,7 +197,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         saved = by_name(checkpoint["optimizer_states"][0], self._parameter_names)
         for group, saved_group in zip(zero.optimizer.param_groups, saved["param_groups"], strict=True):
             group.update(_options(saved_group))
-        # Where torch has the number of steps.
+        # torch keeps the step count on the device for these, on the CPU otherwise.
         fused = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
         states = {parameter: saved["state"].get(i, {}) for i, parameter in enumerate(self._parameters())}
         for flat, parameters in self._flat_parameters(zero):
@@ -235,7 +226,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         if isinstance(self.model, LightningModule) or self.model is None:
             super().teardown()
             return
-        # Not Strategy's own, which moves all to the CPU: a checkpoint can still be saved, and that takes the device.
+        # Strategy's own teardown would move all to the CPU, but a checkpoint may still be saved, which needs the device.
         engine: Any = self.model
         self.model = self.lightning_module
         engine.destroy()
@@ -255,8 +246,8 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         clip = float(trainer.gradient_clip_val or 0)
         if clip and trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
             raise UserError(
-                f"gradient_clip_algorithm='value' with gradient_clip_val={clip}: DeepSpeed clips by the norm only; set "
-                f"gradient_clip_algorithm to 'norm'"
+                f"gradient_clip_algorithm='value' with gradient_clip_val={clip}: DeepSpeed does not support clipping by value; "
+                f"set gradient_clip_algorithm to 'norm'"
             )
         optimizer, scheduler = self._init_optimizers()
         check_elementwise(optimizer)
@@ -273,7 +264,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         from deepspeed.utils import set_z3_leaf_module
 
         for part in module.modules():
-            # Text encoders read weights of layers that they do not call: they get all of theirs at once.
+            # Text encoders read weights of layers that they do not call, so all their weights are gathered at once.
             if isinstance(part, PreTrainedModel) and not trainable_parameters(part):
                 set_z3_leaf_module(part, True)
         engine, zero_optimizer, _, _ = deepspeed.initialize(
@@ -286,27 +277,27 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         )
         if self.zero_stage_3:
             for layer in module.modules():
-                # So do adapters: DoRA reads the base's weight, others lists of parameters.
+                # Adapters do the same: DoRA reads the base's weight, others read lists of parameters.
                 if isinstance(layer, BaseTunerLayer):
                     for parameter in layer.parameters():
                         deepspeed.zero.register_external_parameter(layer, parameter)
         return engine, zero_optimizer
 
     def _parameters(self) -> list[Tensor]:
-        """Those of the optimizer, in its order."""
+        """The optimizer's parameters, in its order."""
         named = dict(self._module.named_parameters())
         return [named[name] for names in self._parameter_names for name in names]
 
     def _flat_parameters(self, zero: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """What the optimizer steps in this process: its part of a flat tensor of several parameters, and these."""
+        """Flat tensors that the optimizer steps in this process, each with the parameters it holds shards of."""
         if self.zero_stage_3:
             yield from zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
         else:
             yield from zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
 
     def _link(self, zero: Any) -> None:
-        """Have DeepSpeed know where in the flat tensors each parameter's state is."""
-        if not self.zero_stage_3:  # it does so in the first step, and forgets it at the end
+        """Make DeepSpeed map each parameter to its place in the flat tensors."""
+        if not self.zero_stage_3:  # DeepSpeed does so in its first step only
             zero._link_all_hp_params()
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
@@ -318,14 +309,14 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         if not self.zero_stage_3:
             safe_set_full_optimizer_state(parameter, value, name)
             return
-        # DeepSpeed's own function for the whole value does not know that the last part may be shorter.
+        # DeepSpeed's own function for full values ignores that the last shard may be shorter.
         size = parameter.ds_tensor.numel()
         padded = nn.functional.pad(value, (0, size * self.world_size - value.numel()))
         safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.global_rank, size), name)
 
 
 class _AsTheModuleHasIt(DeepSpeedPrecision):
-    """Casts nothing: the module's own autocast decides what is computed in which precision."""
+    """A precision plugin that casts nothing: the module's own autocast chooses the precision of each operation."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module
@@ -346,7 +337,7 @@ class _AsTheModuleHasIt(DeepSpeedPrecision):
 
 @contextmanager
 def _writable(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Inside the block those of the parameters that are sharded are whole; then the first process's values hold."""
+    """Gather sharded parameters inside the block; afterwards all processes have the first process's values."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
@@ -356,62 +347,12 @@ def _writable(parameters: Sequence[Tensor]) -> Iterator[None]:
         yield
 
 
-def _read_config(config: dict[str, Any] | str | Path | None) -> dict[str, Any]:
-    """The user's part of the DeepSpeed config."""
-    if isinstance(config, str | Path):
-        try:
-            keys = json.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"config: {config} is no JSON file that can be read: {error}") from error
-    else:
-        keys = config or {}
-    if not isinstance(keys, dict):
-        raise UserError(f"config: {config} holds a {type(keys).__name__}; it must hold a dict of DeepSpeed's keys")
-    taken = [key for key in _OURS if key in keys]
-    if "stage" in keys.get("zero_optimization", {}):
-        taken.append("zero_optimization.stage")
-    if taken:
-        raise UserError(
-            f"config: {', '.join(taken)} is not for DeepSpeed's config here; take it out, and set the strategy's stage, the "
-            f"model's optimizer, lr_scheduler and base_dtype, and the trainer's gradient_clip_val and accumulate_grad_batches"
-        )
-    return keys
-
-
-def _complete_config(
-    stage: int, offload_optimizer: bool, offload_parameters: bool, config: dict[str, Any]
-) -> dict[str, Any]:
-    """The whole DeepSpeed config, as far as it is known before a run."""
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "reduce_bucket_size": _BUCKET,
-        "allgather_bucket_size": _BUCKET,
-        "memory_efficient_linear": False,  # it would take the place of torch's own function for good
-        # By default a base of less than a billion weights would stay whole once it has been gathered.
-        "stage3_max_reuse_distance": 0,
-        "stage3_max_live_parameters": 5 * _BUCKET,
-        "stage3_prefetch_bucket_size": _BUCKET,
-    }
-    if offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    if offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # of its own statistics alone
-        "gradient_accumulation_steps": 1,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        **config,
-        "zero_optimization": {**zero, **config.get("zero_optimization", {})},
-    }
-
-
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
 def _shape(parameter: Any) -> torch.Size:
-    """Of the parameter as a whole."""
+    """The shape of the full parameter."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 

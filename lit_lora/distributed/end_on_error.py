@@ -1,4 +1,4 @@
-"""A process that has failed ends, whoever waits for it."""
+"""The end of a process that has failed, even while others wait for it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _SECONDS_TO_END = 30
 
 
 class EndOnError(Callback):
-    """An error in one of several processes is on the console at once, and that process ends within half a minute.
+    """Prints the error of one of several processes at once, and ends that process within 30 seconds.
 
-    The others may wait for it in a collective call. Then what Lightning and libraries do on the way out, moving the model to
-    the CPU, a checkpoint callback's ``save_on_exception`` or closing NCCL, may wait for them in turn, and the launcher, which
-    would end all of them, sees no process that has failed. For a program that does not go on after an error.
+    The other processes may wait for it in a collective call. Cleaning up (moving the model to the CPU, a checkpoint callback's
+    ``save_on_exception``, closing NCCL) may then wait for them in turn, so the launcher, which would end all of them, sees no
+    failed process. Use it in programs that end after an error.
     """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -25,23 +25,25 @@ from lit_lora.errors import UserError
 class LitLoraFSDP(ModelParallelStrategy):
     """FSDP2 (``torch.distributed.fsdp.fully_shard``) for adapters: ``Trainer(strategy="lit_lora_fsdp")``.
 
-    Each process keeps its part of the denoiser, frozen weights as they are stored, and gets the rest of a block while it
-    computes with that block. With :class:`~lit_lora.callbacks.AdapterCheckpoint` checkpoints are the files that a single
-    process writes: the adapter and its optimizer state, whole, without the base ever being gathered. Any other strategy
-    goes on from them.
+    Each process keeps a shard of the denoiser, frozen weights in their quantized form, and gathers a block's other shards
+    while it computes with that block. With :class:`~lit_lora.callbacks.AdapterCheckpoint` a checkpoint is the file that a
+    single process writes, with full tensors of the adapter and of its optimizer state; the base is never gathered. Any other
+    strategy resumes from it.
 
     Args:
-        shard_size: So many processes share one copy of the weights, and the gradients of the copies are averaged; ``node``:
-            those of one machine, which keeps the weights' traffic off the network. By default all processes share one.
-        cpu_offload: Parts of weights, gradients and optimizer state wait in host memory, and the optimizer steps there.
-        process_group_backend: By default NCCL on GPUs and gloo on CPUs.
+        shard_size: Number of processes that share one copy of the weights; gradients are averaged over the copies. ``node``
+            stands for the processes of one machine, which keeps the weights' traffic off the network. Defaults to all
+            processes.
+        cpu_offload: Keep shards of weights, gradients and optimizer state in host memory and step the optimizer there; off by
+            default.
+        process_group_backend: Backend of ``torch.distributed``; defaults to NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        UserError: If ``shard_size`` does not divide the number of processes.
+        UserError: If ``shard_size`` is below 1 or, once the run starts, does not divide the number of processes.
     """
 
     shards_weights = True
-    """The loader calls :meth:`shard` for each block as soon as its weights are there."""
+    """The loader calls :meth:`shard` for each block once its weights are loaded."""
 
     def __init__(
         self,
@@ -72,8 +74,8 @@ class LitLoraFSDP(ModelParallelStrategy):
     def setup(self, trainer: Trainer) -> None:
         if str(trainer.precision) != "32-true":
             raise UserError(
-                f"trainer.precision={str(trainer.precision)!r} does not go with lit_lora_fsdp; leave it at 32-true and set "
-                f"model.base_dtype to 'bfloat16'"
+                f"trainer.precision={str(trainer.precision)!r} cannot be combined with lit_lora_fsdp; leave it at 32-true "
+                f"and set model.base_dtype to 'bfloat16'"
             )
         super().setup(trainer)
 
@@ -83,7 +85,7 @@ class LitLoraFSDP(ModelParallelStrategy):
             check_elementwise(optimizer)
 
     def shard(self, module: nn.Module) -> None:
-        """Shard the weights of a module that are not yet sharded; the same values have to be there in each process."""
+        """Shard the weights of a module that are not sharded yet; every process must have the same values."""
         assert self._shard_mesh is not None, "setup_environment comes first"
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy()
         with _integer_parameters():
@@ -94,7 +96,7 @@ class LitLoraFSDP(ModelParallelStrategy):
             super().model_to_device()
             return
         assert self.model is not None
-        for module in self.model.modules():  # what is sharded stays in host memory
+        for module in self.model.modules():  # shards stay in host memory
             for name, parameter in module._parameters.items():
                 if parameter is not None and not isinstance(parameter, DTensor):
                     module._parameters[name] = nn.Parameter(parameter.to(self.root_device), parameter.requires_grad)
@@ -141,7 +143,7 @@ class LitLoraFSDP(ModelParallelStrategy):
 
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
-        # What waits in host memory is sent from there.
+        # Shards in host memory are sent from there.
         return "cpu:gloo,cuda:nccl" if backend == "nccl" and self.cpu_offload else backend
 
     def _make_mesh(self) -> DeviceMesh:
@@ -159,7 +161,7 @@ class LitLoraFSDP(ModelParallelStrategy):
 
 @contextmanager
 def _integer_parameters() -> Iterator[None]:
-    """Before 2.14 torch first makes each part a parameter that requires a gradient, which integers cannot."""
+    """Let integer parameters be sharded: torch before 2.14 makes each shard require a gradient, which integers cannot."""
     new: Any = nn.Parameter.__new__
 
     def new_parameter(cls: type, data: Any = None, requires_grad: bool = True) -> Any:

@@ -1,4 +1,4 @@
-"""The same work on many things, in several processes."""
+"""One function applied to many arguments in several processes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lit_lora.errors import UserError
 
 Result = TypeVar("Result")
 
-_AHEAD = 4  # for each process, so that a slow piece of work does not keep the others idle
+_AHEAD = 4  # submitted calls per process, so that a slow call does not keep the others idle
 
 
 def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[Result]:
     """Call a function with each tuple of arguments and yield the results in their order.
 
     Args:
-        function: Can be imported by its name.
-        arguments: Taken only a few ahead of the results.
-        jobs: The number of spawned processes; 1 stays in this one.
+        function: Function that can be imported by its name.
+        arguments: Tuples of arguments; read only a few ahead of the results.
+        jobs: Number of processes to spawn; 1 runs the calls in this process.
 
     Raises:
-        UserError: If a process died.
+        UserError: If a process dies.
     """
     if jobs == 1:
         yield from (function(*each) for each in arguments)
@@ -54,7 +54,7 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
 
 @contextmanager
 def interrupts_ignored() -> Iterator[None]:
-    """Processes that are started within do not hear of Ctrl-C; this one ends them, without a traceback from each."""
+    """Let processes started inside the block ignore Ctrl-C: this process ends them, without a traceback from each."""
     if current_thread() is not main_thread():
         yield
         return

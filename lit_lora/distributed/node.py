@@ -1,4 +1,4 @@
-"""The processes of one machine, one of which reads files for all of them."""
+"""The processes of one machine, of which one reads files for all."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from torch import Tensor, distributed
 
 
 class Node:
-    """Has what is large read by one process of each machine, which sends it to the others there.
+    """Reads large files in one process of each machine, which sends them to the other processes of that machine.
+
+    Creating it is a collective call of all processes of the run.
 
     Args:
-        processes: How many processes of the run this machine has; ranks are counted machine by machine. All processes of
-            the run have to make their :class:`Node` at the same time.
+        processes: Number of the run's processes on this machine; defaults to 1. Ranks are counted machine by machine.
     """
 
     def __init__(self, processes: int = 1) -> None:
         self._group: distributed.ProcessGroup | None = None
         self._leader = 0
         if processes > 1:
-            # Over the CPU whatever the run's own group is: what is read is in host memory.
+            # gloo whatever the run's own backend is: what is read is in host memory.
             self._group, _ = distributed.new_subgroups(processes, backend="gloo")
             self._leader = distributed.get_process_group_ranks(self._group)[0]
 
     @property
     def reads(self) -> bool:
-        """Whether this is the process that reads."""
+        """Whether this process reads the files."""
         return self._group is None or distributed.get_rank() == self._leader
 
     def read(self, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``make`` gives in the process that reads, on the CPU, in all processes; what it raises, all raise.
+        """The tensors that ``make`` returns in the reading process, on the CPU, in every process of the machine.
+
+        A collective call of the machine's processes. An exception that ``make`` raises is raised in all of them.
 
         Args:
-            make: Called in that process only. All processes of the node have to come here.
+            make: Function that reads; called only in the reading process.
         """
         if self._group is None:
             return make()
@@ -45,7 +48,7 @@ class Node:
             try:
                 values = {name: value.detach().contiguous() for name, value in make().items()}
                 header[0] = [(name, value.shape, value.dtype) for name, value in values.items()]
-            except Exception as error:  # all of them: the other processes wait
+            except Exception as error:  # of any kind: the other processes wait
                 failure, header[0] = error, _sendable(error)
         distributed.broadcast_object_list(header, self._leader, self._group)
         if failure is not None:
@@ -63,7 +66,7 @@ class Node:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error as it is, if it can be sent to other processes."""
+    """The error itself if it can be pickled, otherwise one with its text."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

@@ -1,7 +1,7 @@
-"""States of optimizers as every run reads them, whatever strategy and optimizer wrote them.
+"""Optimizer states that every run can load, whatever strategy and optimizer wrote them.
 
-The form is that of ``torch.optim.Optimizer.state_dict()`` with whole, plain tensors, and in each group ``param_names``
-beside ``params``.
+The form is that of ``torch.optim.Optimizer.state_dict()`` with full, plain tensors, and ``param_names`` beside ``params`` in
+each group.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _KNOWN_PACKAGES = ("torchao",)
 
 
 def make_portable(optimizer: Optimizer, module: nn.Module) -> None:
-    """Have the optimizer's ``state_dict`` name the parameters, and its ``load_state_dict`` go by these names.
+    """Make the optimizer's ``state_dict`` name its parameters, and its ``load_state_dict`` match them by name.
 
-    Tensors of a class of the optimizer's own, as torchao's in eight bits, are saved as the plain tensors that they are made
-    of: Lightning reads a checkpoint with a map of devices, which ``torch.load`` refuses for such tensors.
+    Tensor subclasses, such as torchao's 8-bit tensors, are saved as the plain tensors that they consist of: Lightning loads a
+    checkpoint with a map of devices, which ``torch.load`` refuses for such subclasses.
 
     Args:
-        optimizer: Of some of the module's parameters.
-        module: Gives the names.
+        optimizer: Optimizer of some of the module's parameters; changed in place.
+        module: Module that names the parameters.
     """
     names = parameter_names(optimizer, module)
 
@@ -44,26 +44,26 @@ def make_portable(optimizer: Optimizer, module: nn.Module) -> None:
     optimizer.register_state_dict_post_hook(saved)
     if type(optimizer).load_state_dict is Optimizer.load_state_dict:
         optimizer.register_load_state_dict_pre_hook(loaded)
-    else:  # bitsandbytes has a function of its own, without hooks
+    else:  # bitsandbytes overrides it without calling hooks
         load = optimizer.load_state_dict
         optimizer.load_state_dict = lambda state, *more, **options: load(loaded(optimizer, state), *more, **options)  # type: ignore[method-assign]
 
 
 def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
-    """The names of the optimizer's parameters, group by group."""
+    """Names of the optimizer's parameters, group by group; empty for a parameter that the module does not have."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     return [[names.get(parameter, "") for parameter in group["params"]] for group in optimizer.param_groups]
 
 
 def by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """A saved state in the order of these parameters.
+    """A saved optimizer state, reordered to these parameters.
 
     Args:
-        state: It stays as it is if it has no names.
-        names: Of the parameters here, group by group.
+        state: Saved state; one without names is returned unchanged.
+        names: Names of the optimizer's parameters, group by group.
 
     Raises:
-        UserError: If it is the state of other parameters.
+        UserError: If the state belongs to other parameters.
     """
     saved_groups = state["param_groups"]
     if not all("param_names" in group for group in saved_groups):
@@ -98,7 +98,7 @@ def by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[st
 
 
 def to_plain(states: Any) -> Any:
-    """The states with each tensor of an optimizer's own class as a dict of what it is made of."""
+    """The states with each tensor subclass of a known package as a dict of plain tensors."""
 
     def convert(value: Any) -> Any:
         if not (is_traceable_wrapper_subclass(value) and type(value).__module__.split(".")[0] in _KNOWN_PACKAGES):
@@ -117,7 +117,7 @@ def to_plain(states: Any) -> Any:
 
 
 def from_plain(states: Any) -> Any:
-    """The states as the optimizer knows them."""
+    """The states with the tensor subclasses that :func:`to_plain` took apart."""
 
     def convert(value: Any) -> Any:
         if not (isinstance(value, dict) and str(value.get(_CLASS, "")).split(".")[0] in _KNOWN_PACKAGES):
@@ -130,7 +130,7 @@ def from_plain(states: Any) -> Any:
 
 
 def map_states(value: Any, convert: Callable[[Any], Any]) -> Any:
-    """All values inside, those that a conversion made not entered again."""
+    """Apply a conversion to every value in nested dicts and lists; converted values are not entered."""
     changed = convert(value)
     if changed is not value:
         return changed

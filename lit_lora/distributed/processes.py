@@ -11,18 +11,17 @@ from threading import Thread
 from typing import Any
 
 LAUNCHER = "LIT_LORA_LAUNCHER"
-"""Environment variable with the number of the process from which Lightning's launcher starts the others."""
+"""Environment variable with the id of the process from which Lightning's launcher starts the others."""
 
 _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """End this process when the one that started it as part of a run or of parallel work ends, in whatever way.
+    """End this process when the process that started it ends, even if it was killed.
 
-    Lightning's launcher, torchrun and process pools watch the processes that they start, but nobody watches them: without this
-    the others would wait for a killed main process, in a collective call with their GPUs until it times out, or for work for
-    ever. A process that a person or SLURM started is left alone, and remembered as the parent of those that Lightning will
-    start from it.
+    Lightning's launcher, torchrun and process pools watch the processes that they start, but no process watches them: without
+    this, the processes of a killed main process would wait in a collective call until it times out, or for work for ever. A
+    process that a person or SLURM started is not affected; it is recorded as the parent of those that Lightning starts.
 
     Children of ``multiprocessing`` watch their parent on every platform; others end with theirs on Linux only.
     """
@@ -32,7 +31,7 @@ def end_with_parent() -> None:
     if "LOCAL_RANK" not in os.environ:
         os.environ[LAUNCHER] = str(os.getpid())
     elif parent is not None:
-        return  # a child of one of the run's processes, whose environment it has
+        return  # a child of one of the run's processes, which inherited its environment
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         end_with(os.getppid())
     elif LAUNCHER in os.environ:
@@ -40,12 +39,12 @@ def end_with_parent() -> None:
 
 
 def end_with(parent: int) -> None:
-    """Let the system kill this process when its parent ends, or at once if it has ended; Linux only.
+    """Have the kernel kill this process when its parent ends, or at once if it has ended already; Linux only.
 
-    The system takes the end of the *thread* that started this process for the end of the parent.
+    The kernel takes the end of the *thread* that started this process for the end of the parent.
 
     Args:
-        parent: The number of the parent process.
+        parent: Id of the parent process.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""How the frozen weights of the base are stored; each kind is an object with options."""
+"""Quantizations of the frozen base weights: one class each, with its options."""
 
 from lit_lora.quantization.base import Quantization
 from lit_lora.quantization.dense import Dense

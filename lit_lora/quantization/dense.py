@@ -1,4 +1,4 @@
-"""Weights as they are, in the base's dtype."""
+"""No quantization."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_lora.quantization.base import Quantization, Stored
 
 
 class Dense(Quantization):
-    """Stores nothing in another way than ``base_dtype``: two bytes a weight in bfloat16."""
+    """No quantization: all weights stay in ``base_dtype``, two bytes each in bfloat16."""
 
     def __init__(self) -> None:
         super().__init__()

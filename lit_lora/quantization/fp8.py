@@ -1,4 +1,4 @@
-"""Eight bits a weight: floating point and a scale for each output channel."""
+"""8-bit floating point weights with one scale per output channel."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lit_lora.quantization.scaled import Scaled
 
 
 class FP8(Scaled):
-    """Floating point of eight bits and a float32 scale for each output channel.
+    """8-bit floating point weights and one float32 scale per output channel: ``W ≈ scale * W8``.
 
-    Half of bfloat16's memory; small weights of a channel keep more of their precision than in ``Int8``, large ones less.
+    Half of bfloat16's memory. Small weights of a channel keep more precision than with ``Int8``, large ones less.
 
     Args:
-        format: ``e4m3fn`` (three bits of mantissa) or ``e5m2`` (two, and a wider range): Micikevicius et al. 2022.
-        skip: Glob patterns of further layers that stay in ``base_dtype``, such as ``mid_block.*``.
+        format: ``e4m3fn`` (3 bits of mantissa, the default) or ``e5m2`` (2 bits, wider range): Micikevicius et al. 2022.
+        skip: Glob patterns of further layers that stay in ``base_dtype``, such as ``mid_block.*``; none by default.
     """
 
     rounds: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Layers whose frozen weights are kept in a quantization, and that keep nothing else for the backward pass."""
+"""Layers with quantized frozen weights that save no tensor for the backward pass."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ from lit_lora.quantization.base import Quantization
 class FrozenLayer(nn.Module):
     """A Linear or Conv2d layer with frozen weights.
 
-    An ordinary frozen layer keeps its weight and its input for the backward pass. This one keeps neither: a gradient with
-    respect to the input needs the weight alone, and that is read through the layer again, from wherever it is then. So
-    a weight in eight or four bits never stays in memory in full, and the stored tensors may move between devices
-    from one pass to the other.
+    An ordinary frozen layer saves its weight and its input for the backward pass. This one saves neither: the gradient with
+    respect to the input, ``dX = dY W``, needs only the weight, which the backward pass restores again. So a quantized weight
+    never stays in memory in full precision, and the stored tensors may move between devices between the passes.
 
-    :attr:`weight` is the weight as a tensor, made anew at each access unless it is stored densely.
+    :attr:`weight` is the restored weight, computed at each access unless it is stored densely.
     """
 
     quantization: Quantization
     stored_names: tuple[str, ...] = ()
-    """The parameters that hold the weight."""
+    """Names of the parameters that hold the quantized weight."""
     weight_shape: torch.Size
     weight_dtype: torch.dtype
-    """What :attr:`weight` has; the passes take autocast's or the input's dtype."""
+    """dtype of :attr:`weight`; forward and backward pass use the dtype of autocast or of the input."""
 
     @property
     def is_dense(self) -> bool:
-        """Whether the weight is stored as it is."""
+        """Whether the weight is stored without quantization."""
         return "weight" in self._parameters
 
     @property
@@ -43,7 +42,7 @@ class FrozenLayer(nn.Module):
         return self.restored(self.weight_dtype) if dense is None else dense
 
     def restored(self, dtype: torch.dtype) -> Tensor:
-        """The weight in this dtype."""
+        """The restored weight in the given dtype."""
         stored = {name: self._parameters[name] for name in self.stored_names}
         with torch.no_grad():
             return self.quantization.dequantize(stored, self.weight_shape, dtype)  # type: ignore[arg-type]
@@ -51,7 +50,9 @@ class FrozenLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         dense: Tensor | None = self._parameters.get("weight")
         if dense is not None and (dense.requires_grad or not self.stored_names):
-            trained: Tensor = super().forward(input)  # a copy, or a layer that PEFT has made of the base layer's class
+            trained: Tensor = super().forward(
+                input
+            )  # a trained copy, or a layer that PEFT created from the base layer's class
             return trained
         device = input.device.type
         bias: Tensor | None = self._parameters.get("bias")
@@ -59,16 +60,16 @@ class FrozenLayer(nn.Module):
             dtype = torch.get_autocast_dtype(device)
             input = input.to(dtype)  # noqa: A001
             bias = bias if bias is None else bias.to(dtype)
-        if torch.compiler.is_compiling():  # the compiler itself decides what to keep for the backward pass
+        if torch.compiler.is_compiling():  # the compiler decides what to save for the backward pass
             return self.apply_weight(input, self.restored(input.dtype), bias)
         return _Frozen.apply(input, bias, self)
 
     def apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
-        """The layer's function."""
+        """The output of the layer with this weight and bias."""
         raise NotImplementedError
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
-        """The gradient with respect to the input, from that of the output."""
+        """The gradient with respect to the input, from the gradient with respect to the output."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -83,7 +84,7 @@ class FrozenLinear(FrozenLayer, nn.Linear):  # type: ignore[override]  # weight 
         if input.ndim == 2:
             return F.linear(input, weight, bias)
         rows = F.linear(input.flatten(0, -2), weight, bias)
-        # F.linear's own output would be a view, which PEFT's in-place additions may not follow out of our function.
+        # A view as output of an autograd function would forbid PEFT's in-place additions.
         output: Tensor = torch.ops.aten._unsafe_view(rows, [*input.shape[:-1], rows.shape[-1]])
         return output
 
@@ -124,7 +125,7 @@ class _Frozen(torch.autograd.Function):
 
 
 def frozen_layers(model: nn.Module) -> Iterator[FrozenLayer]:
-    """The frozen layers of a model; not those that PEFT has made of a base layer's class, which store nothing."""
+    """The frozen layers of a model, without those that PEFT created from a base layer's class, which store nothing."""
     for layer in model.modules():
         if isinstance(layer, FrozenLayer) and layer.stored_names:
             yield layer
@@ -134,10 +135,10 @@ def freeze_layer(layer: nn.Module, quantization: Quantization, weight: Tensor, d
     """Make a Linear or Conv2d layer a :class:`FrozenLayer`, in place.
 
     Args:
-        layer: One that :func:`can_freeze`.
-        quantization: How to store the weight.
-        weight: The weight; the layer's own is let go.
-        dtype: What ``layer.weight`` is to have.
+        layer: Layer that :func:`can_freeze` accepts.
+        quantization: Quantization of the weight.
+        weight: Weight to quantize; the layer's own weight is dropped.
+        dtype: dtype of ``layer.weight``.
     """
     with torch.no_grad():
         put_stored(layer, quantization, quantization.quantize(weight), weight.shape, dtype)
@@ -146,14 +147,14 @@ def freeze_layer(layer: nn.Module, quantization: Quantization, weight: Tensor, d
 def put_stored(
     layer: nn.Module, quantization: Quantization, stored: Mapping[str, Tensor], shape: torch.Size, dtype: torch.dtype
 ) -> None:
-    """Make a Linear or Conv2d layer a :class:`FrozenLayer` whose weight is stored already.
+    """Make a Linear or Conv2d layer a :class:`FrozenLayer` with a weight that is quantized already, in place.
 
     Args:
-        layer: One that :func:`can_freeze`; its own weight is let go.
-        quantization: How the weight is stored.
-        stored: What :meth:`Quantization.quantize` gave.
-        shape: Of the weight.
-        dtype: What ``layer.weight`` is to have.
+        layer: Layer that :func:`can_freeze` accepts; its own weight is dropped.
+        quantization: Quantization that made ``stored``.
+        stored: Tensors that :meth:`Quantization.quantize` returned.
+        shape: Shape of the weight.
+        dtype: dtype of ``layer.weight``.
     """
     layer.__class__ = FrozenLinear if isinstance(layer, nn.Linear) else FrozenConv2d
     assert isinstance(layer, FrozenLayer)
@@ -165,7 +166,7 @@ def put_stored(
 
 
 def can_freeze(layer: nn.Module) -> bool:
-    """Whether the layer is of a kind that :func:`freeze_layer` takes; a subclass may do something of its own."""
+    """Whether :func:`freeze_layer` accepts the layer; subclasses are refused, since they may override ``forward``."""
     return type(layer) is nn.Linear or (
         type(layer) is nn.Conv2d and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     )

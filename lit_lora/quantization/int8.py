@@ -1,4 +1,4 @@
-"""Eight bits a weight: integers and a scale for each output channel."""
+"""8-bit integer weights with one scale per output channel."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from lit_lora.quantization.scaled import Scaled
 
 
 class Int8(Scaled):
-    """Integers from -127 to 127 and a float32 scale for each output channel (absmax quantisation, symmetric).
+    """8-bit integer weights and one float32 scale per output channel: ``W ≈ scale * W8`` (symmetric absmax quantization).
 
-    Half of bfloat16's memory, an error of at most 1/254 of a channel's largest weight, and that of rounding to ``base_dtype``.
-    Works on every device.
+    Half of bfloat16's memory. The error is at most 1/254 of a channel's largest weight, plus that of rounding to
+    ``base_dtype``. Works on every device.
 
     Args:
-        skip: Glob patterns of further layers that stay in ``base_dtype``, such as ``mid_block.*``.
+        skip: Glob patterns of further layers that stay in ``base_dtype``, such as ``mid_block.*``; none by default.
     """
 
     dtype = torch.int8

@@ -1,4 +1,4 @@
-"""A denoiser with its frozen weights in a quantization, read weight by weight."""
+"""Loading a model with quantized frozen weights, weight by weight."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from lit_lora.quantization.frozen_layer import can_freeze, put_stored
 from lit_lora.quantization.weight_files import WeightFiles, weight_files
 
 _LARGE_LAYER = 8 << 20
-"""Weights of a layer that is a part of its own: gathered alone, it is large enough for a network and small beside a block."""
+"""Number of weights from which a layer is sharded by itself: large enough to gather efficiently, small beside a block."""
 
 
 class Weights:
-    """The weights of a diffusers model, which come from its files one by one.
+    """The weights of a diffusers model, read from its files one by one.
 
-    :attr:`model` is there from the beginning, without values; each weight is read, stored and let go by itself, so that the
-    model never exists in the precision of its file.
+    :attr:`model` exists from the beginning, on the meta device. Each weight is read, quantized and freed before the next, so
+    the model never exists in the precision of its files.
 
     Args:
-        kind: The model's class.
-        source: A local folder or hub id.
-        folder: The model's folder in it.
-        quantization: How the weights of its layers are stored.
-        dtype: Of everything else.
-        always_skipped: Glob patterns of layers that stay in ``dtype`` whatever the quantization.
-        revision: Branch, tag or commit on the hub.
-        variant: Weight files of this variant, such as ``fp16``.
-        node: Who reads; only there the weights' files have to be.
+        kind: Class of the model.
+        source: Local folder or hub id.
+        folder: Subfolder of the model.
+        quantization: Quantization of the Linear and Conv2d weights.
+        dtype: dtype of all other weights.
+        always_skipped: Glob patterns of layers that stay in ``dtype`` whatever the quantization; none by default.
+        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
+        variant: Variant of the weight files, such as ``fp16``; none by default.
+        node: Processes of this machine; defaults to this process alone. Only the reading process needs the weight files.
 
     Raises:
-        OSError: If a file is missing or cannot be read.
-        UserError: If the files hold other weights than the model has.
+        OSError: If a file is missing or damaged.
+        UserError: If the files do not hold exactly the model's weights.
     """
 
     def __init__(
@@ -63,31 +63,34 @@ class Weights:
         with torch.device("meta"):
             self.model: nn.Module = kind.from_config(config)
         self.names = list(dict.fromkeys([*dict(self.model.named_parameters()), *self.model.state_dict()]))
-        """All weights, in the model's order."""
-        # Kept, since an adapter puts other layers in their places.
+        """Names of all weights, in the model's order."""
+        # Looked up now: an adapter replaces layers later.
         self._layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.names}
         self._files: WeightFiles | None = None
         self._node.read(lambda: self._open(source, folder, revision, variant))
         _bring_computed_buffers(self.model, kind, config)
 
     def put(self, name: str) -> None:
-        """Read a weight into the model.
+        """Read a weight and put it into the model.
+
+        Args:
+            name: Name of the weight, one of :attr:`names`.
 
         Raises:
             OSError: If its file is damaged.
-            UserError: If it has another shape than the model's.
+            UserError: If its shape differs from the model's.
         """
         layer, attribute = self._layers[name], name.rpartition(".")[2]
         form = self._form(name, layer)
         _assign(layer, attribute, self._node.read(lambda: self._stored(name, form)), form)
 
     def in_parts(self, block_classes: Collection[str]) -> list[tuple[nn.Module, list[str]]]:
-        """Modules, and the names of the weights in each that are in none before it: large layers, blocks, at last the model.
+        """Parts of the model to load and shard one by one: large layers, blocks, modules around blocks, at last the model.
 
-        What is between the blocks and the model is a part for each module that computes by itself.
+        Each part comes with the names of its weights that no earlier part has.
 
         Args:
-            block_classes: Names of the blocks' classes; of blocks inside each other the outermost counts.
+            block_classes: Class names of the blocks; of nested blocks the outermost is a part.
         """
         remaining = dict(self._layers)
         parts: list[tuple[nn.Module, list[str]]] = []
@@ -100,7 +103,7 @@ class Weights:
         return parts
 
     def show_nothing(self) -> None:
-        """Let every weight that is still to be read be one nan in the shape that it will have, which takes no memory."""
+        """Set every weight that is not read yet to an expanded nan of its shape, which takes no memory."""
         for name, layer in self._layers.items():
             attribute = name.rpartition(".")[2]
             shape = _weight(layer, attribute).shape
@@ -124,11 +127,11 @@ class Weights:
 
 
 def load_model(*args: Any, **kwargs: Any) -> nn.Module:
-    """A diffusers model, frozen, whose Linear and Conv2d layers are all :class:`~lit_lora.quantization.frozen_layer.FrozenLayer`.
+    """Load a diffusers model, frozen, with quantized Linear and Conv2d layers.
 
     Args:
-        *args: As for :class:`Weights`.
-        **kwargs: As for :class:`Weights`.
+        *args: Arguments of :class:`Weights`.
+        **kwargs: Arguments of :class:`Weights`.
     """
     weights = Weights(*args, **kwargs)
     for name in weights.names:
@@ -146,20 +149,20 @@ def shape_model(
     always_skipped: Sequence[str] = (),
     revision: str | None = None,
 ) -> nn.Module:
-    """What :func:`load_model` gives, made from the config alone: the values mean nothing.
+    """Build the model of :func:`load_model` from its config alone, with meaningless values.
 
     Args:
-        kind: See :func:`load_model`, as for all arguments.
-        source: Here only the config is read from it.
-        folder: The model's folder in it.
-        quantization: How the weights of its layers are stored.
-        dtype: Of everything else.
-        always_skipped: Glob patterns of layers that stay in ``dtype``.
-        revision: Branch, tag or commit on the hub.
+        kind: Class of the model.
+        source: Local folder or hub id, of which only the config is read.
+        folder: Subfolder of the model.
+        quantization: Quantization of the Linear and Conv2d weights.
+        dtype: dtype of all other weights.
+        always_skipped: Glob patterns of layers that stay in ``dtype``; none by default.
+        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
     """
     options = {"revision": revision} if revision else {}
     model = kind.from_config(kind.load_config(source, subfolder=folder, **options)).requires_grad_(False)
-    # What a file has: parameters, and buffers that are saved.
+    # The tensors that a file holds: parameters and persistent buffers.
     for name, tensor in dict([*model.named_parameters(), *model.state_dict().items()]).items():
         path, _, attribute = name.rpartition(".")
         layer = model.get_submodule(path)
@@ -169,22 +172,22 @@ def shape_model(
 
 
 def load_part(kind: Any, source: str, folder: str, dtype: torch.dtype, node: Node, **options: Any) -> nn.Module:
-    """A model of diffusers or transformers in ``dtype``, frozen, by its own ``from_pretrained``.
+    """Load a model of diffusers or transformers, frozen, with its own ``from_pretrained``.
 
     Args:
-        kind: The model's class.
-        source: A local folder or hub id.
-        folder: The model's folder in it.
-        dtype: Of its weights.
-        node: Who reads; only there the weights' files have to be.
-        **options: Of ``from_pretrained``.
+        kind: Class of the model.
+        source: Local folder or hub id.
+        folder: Subfolder of the model.
+        dtype: dtype of the weights.
+        node: Processes of this machine; only the reading process needs the weight files.
+        **options: Options of ``from_pretrained``.
     """
     model: nn.Module | None = None
 
     def read() -> dict[str, Tensor]:
         nonlocal model
         model = kind.from_pretrained(source, subfolder=folder, dtype=dtype, **options)
-        # Under all their names, and buffers that no file has too.
+        # Shared weights under all their names, and non-persistent buffers too.
         return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 
     tensors = node.read(read)
@@ -224,7 +227,7 @@ def shape_part(kind: Any, source: str, folder: str, dtype: torch.dtype, revision
 
 
 def _parts(module: nn.Module, blocks: set[nn.Module], inside: bool = False) -> Iterator[nn.Module]:
-    """The parts of a model, inner ones first."""
+    """The parts of a model, inner parts first."""
     block = module in blocks
     around_blocks = not inside and not blocks.isdisjoint(module.modules())
     for child in module.children():
@@ -237,7 +240,7 @@ def _parts(module: nn.Module, blocks: set[nn.Module], inside: bool = False) -> I
 
 
 def _from_config(kind: Any, source: str, folder: str, options: Mapping[str, Any]) -> nn.Module:
-    """A model of diffusers or transformers that has not read its weights."""
+    """Build a model of diffusers or transformers without loading its weights."""
     if hasattr(kind, "load_config"):
         model: nn.Module = kind.from_config(kind.load_config(source, subfolder=folder, **options))
         return model
@@ -246,15 +249,15 @@ def _from_config(kind: Any, source: str, folder: str, options: Mapping[str, Any]
 
 
 class _Form(NamedTuple):
-    """How one of a model's weights is kept."""
+    """How one weight of a model is stored."""
 
     quantization: Quantization | None
-    """None for what is no weight of a layer that can be frozen: it is kept as it is."""
+    """None for tensors that are not the weight of a Linear or Conv2d layer; they are stored without quantization."""
     dtype: torch.dtype
     shape: torch.Size
 
     def quantize(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The tensors to keep, none of them in the file's memory."""
+        """The tensors to store; none of them shares memory with the file."""
         if self.quantization is None or isinstance(self.quantization, Dense):
             return {"weight": tensor.to(self.dtype if tensor.is_floating_point() else tensor.dtype, copy=True)}
         return self.quantization.quantize(tensor)
@@ -277,7 +280,7 @@ def _form_of(
 
 
 def _assign(layer: nn.Module, attribute: str, stored: dict[str, Tensor], form: _Form) -> None:
-    """Give a layer one of its weights."""
+    """Put a weight into its layer."""
     if form.quantization is not None:
         put_stored(layer, form.quantization, stored, form.shape, form.dtype)
     elif attribute in layer._buffers:
@@ -294,7 +297,7 @@ def _weight(layer: nn.Module, attribute: str) -> Tensor:
 
 
 def _bring_computed_buffers(model: nn.Module, kind: Any, config: Any) -> None:
-    """Buffers that no file has: the model computes them when it is made."""
+    """Fill non-persistent buffers, which no file holds: the model computes them when it is built."""
     absent = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if absent:
         with init_empty_weights():

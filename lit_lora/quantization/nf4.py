@@ -1,4 +1,4 @@
-"""Four bits a weight: NF4, the quantization of QLoRA."""
+"""NF4, the 4-bit quantization of QLoRA."""
 
 from __future__ import annotations
 
@@ -18,27 +18,29 @@ LEVELS = (
     *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-"""The values of four bits: quantiles of the normal distribution (Dettmers et al. 2023, appendix E)."""
+"""Values of the 16 codes: quantiles of the normal distribution (Dettmers et al. 2023, appendix E)."""
 
 _SCALES_PER_GROUP = 256
 _BITSANDBYTES_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-"""Sizes of blocks that its kernels know."""
+"""Block sizes that bitsandbytes' kernels support."""
 _BYTES_AT_A_TIME = 1 << 20
 
 
 class NF4(Quantization):
-    """Four bits a weight and a scale for each block: QLoRA's NF4 (Dettmers et al. 2023), for convolutions too.
+    """4-bit weights and one scale per block of weights: QLoRA's NF4 (Dettmers et al. 2023), also for convolutions.
 
-    About a quarter of bfloat16's memory. Where bitsandbytes is installed, its kernels bring the weights back; the bytes
-    are the same as its own.
+    About a quarter of bfloat16's memory. Where bitsandbytes is installed, its kernels dequantize on CUDA; the stored bytes
+    equal those of bitsandbytes.
 
     Args:
-        block_size: Weights that share a scale: an even number; fewer are more exact and larger.
-        double_quant: Store the scales in eight bits too: 0.13 instead of 0.5 bits a weight with blocks of 64.
-        skip: Glob patterns of further layers that stay in ``base_dtype``, such as ``mid_block.*``.
+        block_size: Number of weights that share a scale, even; defaults to 64. Smaller blocks are more exact and take more
+            memory.
+        double_quant: Store the scales in 8 bits, which takes 0.13 instead of 0.5 bits per weight with blocks of 64; on by
+            default.
+        skip: Glob patterns of further layers that stay in ``base_dtype``, such as ``mid_block.*``; none by default.
 
     Raises:
-        UserError: If ``block_size`` is no positive even number.
+        UserError: If ``block_size`` is not a positive even number.
     """
 
     def __init__(self, block_size: int = 64, double_quant: bool = True, skip: Sequence[str] = ()) -> None:
@@ -55,7 +57,9 @@ class NF4(Quantization):
         scale = torch.empty(len(blocks), device=weight.device)
         packed = torch.empty(blocks.numel() // 2, dtype=torch.uint8, device=weight.device)
         at_a_time = max(1, _BYTES_AT_A_TIME // self.block_size)
-        for start in range(0, len(blocks), at_a_time):  # in pieces, since each takes several times the weights' memory
+        for start in range(
+            0, len(blocks), at_a_time
+        ):  # in pieces: intermediate tensors take several times the weights' memory
             piece = slice(start, start + at_a_time)
             values = blocks[piece].float()
             scale[piece] = values.abs().amax(dim=1)
@@ -68,7 +72,7 @@ class NF4(Quantization):
     def dequantize(self, stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         count = shape.numel()
         data, scale = stored["weight_data"], self._restore_scale(stored)
-        # Its CPU code compiles at the first use, which takes longer than it saves.
+        # The CPU kernels compile at first use, which takes longer than they save.
         if data.is_cuda and self.block_size in _BITSANDBYTES_SIZES and _bitsandbytes_is_here():
             padded = [data.numel() * 2]
             weight = torch.ops.bitsandbytes.dequantize_4bit(data, scale, self.block_size, "nf4", padded, dtype)
@@ -78,7 +82,7 @@ class NF4(Quantization):
         return weight[:count].view(shape)
 
     def _store_scale(self, scale: Tensor) -> dict[str, Tensor]:
-        """The scales, or their distances from the mean in eight bits, in groups."""
+        """The scales, or with double quantization their 8-bit differences from the mean, scaled by group."""
         if not self.double_quant:
             return {"weight_scale": scale}
         mean = scale.mean()
@@ -103,7 +107,7 @@ def _padded(values: Tensor, multiple: int) -> Tensor:
 def _look_up(data: Tensor, levels: Tensor) -> Tensor:
     """The two levels of each byte, high half first: ``(2 * bytes,)``.
 
-    Pairs of levels are looked up as one integer, and in pieces, since an index takes four bytes for each of the data.
+    Pairs of levels are looked up as one integer, and in pieces, since an index takes four bytes per byte of data.
     """
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
     integer = torch.int32 if levels.element_size() == 2 else torch.int64
@@ -117,7 +121,7 @@ def _look_up(data: Tensor, levels: Tensor) -> Tensor:
 
 @cache
 def _bitsandbytes_is_here() -> bool:
-    """Whether its kernels can be called."""
+    """Whether bitsandbytes is installed, so that its kernels can be called."""
     if find_spec("bitsandbytes") is None:
         return False
     import bitsandbytes.functional  # noqa: F401  registers the operations

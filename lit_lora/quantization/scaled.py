@@ -1,4 +1,4 @@
-"""One number of eight bits for each weight, and one scale for each output channel."""
+"""8-bit weights with one scale per output channel."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lit_lora.quantization.base import Quantization, Stored
 
 
 class Scaled(Quantization):
-    """Weights of an output channel divided by their largest magnitude, in a dtype of eight bits."""
+    """Base of the 8-bit quantizations: each output channel is scaled to the range of :attr:`dtype`."""
 
     dtype: torch.dtype
     largest: float
-    """The largest number that is used of :attr:`dtype`."""
+    """Largest number of :attr:`dtype` that is used."""
     rounds: ClassVar[bool]
-    """Whether a conversion to :attr:`dtype` has to be told to round."""
+    """Whether to round before the conversion to :attr:`dtype`, which would truncate."""
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         rows = weight.float().flatten(1)
@@ -25,12 +25,12 @@ class Scaled(Quantization):
         data = rows / scale
         if self.rounds:
             data.round_()
-        # As integers, whatever they mean: processes can exchange these, and nobody takes them for trainable numbers.
+        # Stored as int8 whatever the format: processes can exchange it, and nothing treats it as a trainable tensor.
         return {"weight_data": data.to(self.dtype).view(torch.int8).view(weight.shape), "weight_scale": scale}
 
     def dequantize(self, stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         data = stored["weight_data"].view(self.dtype)
         scale = stored["weight_scale"].view(-1, *[1] * (len(shape) - 1))
-        if dtype == torch.float16:  # in which a scale may be too small to be a normal number
+        if dtype == torch.float16:  # a scale may underflow in float16
             return data.float().mul_(scale).to(dtype)
         return data.to(dtype).mul_(scale.to(dtype))

@@ -1,4 +1,4 @@
-"""The files that hold a model's weights."""
+"""Weight files of diffusers models."""
 
 from __future__ import annotations
 
@@ -18,14 +18,20 @@ from torch import Tensor, nn
 from lit_lora.errors import UserError
 
 _STEM = "diffusion_pytorch_model"
-"""How diffusers' names for the files of a model's weights begin."""
+"""Start of the names of diffusers' weight files."""
 
 
 def weight_files(source: str, folder: str, revision: str | None, variant: str | None) -> list[Path]:
-    """The files of a model's weights, all of them local.
+    """Local paths of a model's weight files; files on the hub are downloaded.
+
+    Args:
+        source: Local folder or hub id.
+        folder: Subfolder of the model.
+        revision: Branch, tag or commit on the hub.
+        variant: Variant of the weight files, such as ``fp16``.
 
     Raises:
-        FileNotFoundError: If there are none, or a file is missing.
+        FileNotFoundError: If there are no weight files, or one that an index lists is missing.
     """
     infix = f".{variant}" if variant else ""
     tried = []
@@ -42,7 +48,7 @@ def weight_files(source: str, folder: str, revision: str | None, variant: str | 
             found = [_local_file(source, folder, part, revision) for part in parts]
             missing = [part for part, file in zip(parts, found, strict=True) if file is None]
             if missing:
-                raise FileNotFoundError(f"{path.name} lists {missing[0]}, which is not there")
+                raise FileNotFoundError(f"{path.name} lists {missing[0]}, which is missing")
             return [file for file in found if file is not None]
     where = "there" if Path(source).is_dir() else "on the hub, or in its cache where there is no connection"
     raise FileNotFoundError(f"no weights {where}: none of {', '.join(tried)}")
@@ -54,23 +60,28 @@ def _local_file(source: str, folder: str, name: str, revision: str | None) -> Pa
         return path if path.is_file() else None
     try:
         return Path(hf_hub_download(source, name, subfolder=folder, revision=revision))
-    except EntryNotFoundError:  # also where there is no connection and the file is not in the cache
+    except EntryNotFoundError:  # also without a connection if the file is not in the cache
         return None
 
 
 class WeightFiles:
-    """The tensors of a model's files by the model's own names.
+    """Tensors in a model's weight files, by the model's own names.
+
+    Args:
+        model: The model; only its names are used.
+        names: Names of all its weights.
+        files: Its weight files.
 
     Raises:
         OSError: If a file is damaged.
-        UserError: If the files hold other weights than the model has.
+        UserError: If the files do not hold exactly the model's weights.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], files: Sequence[Path]) -> None:
         self._unpickled = {file: _unpickled(file, "cpu") for file in files if file.suffix == ".bin"}
         saved = {name: (file, name) for file in files for name in self._saved_names(file)}
         renamed: dict[str, Any] = {name: name for name in saved}
-        # Older files may have other names, which diffusers knows.
+        # Older files may use other names; diffusers translates them.
         rename: Any = getattr(model, "_fix_state_dict_keys_on_load", None)
         if rename is not None:
             rename(renamed)
@@ -89,11 +100,15 @@ class WeightFiles:
         self._places = {name: saved[in_file] for name, in_file in renamed.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """One of the tensors, maybe in the file's own memory."""
+        """Read one tensor, which may share memory with its file.
+
+        Raises:
+            OSError: If the file is damaged.
+        """
         file, saved_name = self._places[name]
         if file in self._unpickled:
             return self._unpickled[file][saved_name]
-        # Opened for each: what is read of a mapped file stays in memory until it is closed.
+        # Opened for each tensor: pages of a mapped file stay in memory until the file is closed.
         try:
             with safe_open(file, framework="pt") as opened:
                 tensor: Tensor = opened.get_tensor(saved_name)
@@ -113,7 +128,7 @@ class WeightFiles:
 
 def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
     try:
-        # Files of before torch 1.6 cannot be mapped.
+        # Files from before torch 1.6 cannot be mapped.
         weights: dict[str, Tensor] = torch.load(
             file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file)
         )

@@ -59,9 +59,9 @@ FEATURES = (
 """Features of the table in docs/cluster.md; clipping by norm is in every run."""
 
 REFUSED: dict[tuple[str, str], str] = {
-    ("ZeRO-1", "clipping by value"): "DeepSpeed clips by the norm only",
-    ("ZeRO-2", "clipping by value"): "DeepSpeed clips by the norm only",
-    ("ZeRO-3", "clipping by value"): "DeepSpeed clips by the norm only",
+    ("ZeRO-1", "clipping by value"): "DeepSpeed does not support clipping by value",
+    ("ZeRO-2", "clipping by value"): "DeepSpeed does not support clipping by value",
+    ("ZeRO-3", "clipping by value"): "DeepSpeed does not support clipping by value",
     ("ZeRO-3", "EMA"): "AdapterEMA needs full parameters",
 }
 """Which strategy refuses which feature, and what its error says."""

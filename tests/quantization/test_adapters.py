@@ -114,7 +114,7 @@ def test_training_copies_of_quantised_layers_is_refused(quantization: str, sd_fo
     family = StableDiffusion(str(sd_folder))
     family.load(torch.float32, without=("vae", "text"), quantization=QUANTIZATIONS[quantization])
     config = peft.LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv1"])
-    with pytest.raises(UserError, match=rf"modules_to_save .*conv1, .* {quantization}.*skip: \['\*conv1'\]"):
+    with pytest.raises(UserError, match=rf"modules_to_save .*conv1, .*{quantization}.*skip: \['\*conv1'\]"):
         family.add_adapter(config)
 
 
@@ -184,7 +184,7 @@ def test_loading_block_by_block_gives_the_same_model(
     [
         (peft.DeloraConfig(r=2, target_modules=["to_q"]), "DeloraConfig is not known to train where the weights"),
         (peft.VBLoRAConfig(r=2, target_modules=["to_q"], vector_length=4), "VBLoRAConfig is not known to train"),
-        (peft.LoraConfig(r=2, modules_to_save=["conv1"]), "modules_to_save would train a copy of .*conv1, .* as NF4"),
+        (peft.LoraConfig(r=2, modules_to_save=["conv1"]), "modules_to_save would train a copy of .*conv1, .*=NF4"),
         (peft.LoraConfig(r=2, target_modules=["nothing"]), "^the adapter LoraConfig does not fit"),
     ],
 )

@@ -107,7 +107,7 @@ def test_files_in_parts(folder: Path) -> None:
     index = json.loads((folder / "unet" / f"{NAME}.safetensors.index.json").read_text())
     missing = sorted(set(index["weight_map"].values()))[-1]
     (folder / "unet" / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=f"lists {missing}, which is not there"):
+    with pytest.raises(FileNotFoundError, match=f"lists {missing}, which is missing"):
         _load(folder)
 
 

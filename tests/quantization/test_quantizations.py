@@ -144,6 +144,6 @@ def test_a_device_that_cannot_do_it_is_refused_with_the_alternative(monkeypatch:
 
     monkeypatch.setattr(FP8, "dequantize", fail)
     with pytest.raises(
-        UserError, match=r"quantization=FP8: cpu cannot store .*no such kernel\).*lit_lora.quantization.Int8"
+        UserError, match=r"quantization=FP8: cpu does not support .*no such kernel\).*lit_lora.quantization.Int8"
     ):
         FP8().check(torch.device("cpu"))
