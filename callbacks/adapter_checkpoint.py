@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -13,24 +16,43 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_lora.adapters import adapter_keys, check_adapter_config, check_adapter_state, keep_only_adapter, plain_config
+from lit_lora.adapters import (
+    TrainingState,
+    adapter_keys,
+    check_adapter_config,
+    check_adapter_state,
+    check_finite,
+    keep_only_adapter,
+    plain_config,
+)
 from lit_lora.callbacks.adapter_ema import AdapterEMA
+from lit_lora.callbacks.finite_gradients import FiniteGradients
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.collectives import gather
+from lit_lora.errors import UserError
 from lit_lora.files import sync, writable_folder
+from lit_lora.finite import non_finite_names, tensors_in
 
 
 class AdapterCheckpoint(ModelCheckpoint):
     """A :class:`~lightning.pytorch.callbacks.ModelCheckpoint` with all its options that saves only the adapter.
 
-    A checkpoint holds the weights of the adapter, the state of optimizer, loops and datamodule, and the random number generators
-    of every process. If the module has ``save_adapter(folder)``, as :class:`~lit_lora.LoraDiffusion` has, the folder
+    A checkpoint holds the weights of the adapter, everything else that training changes, such as running statistics of BatchNorm
+    (:class:`~lit_lora.adapters.training_state.TrainingState`), the state of optimizer, loops and datamodule, and the random
+    number generators of every process. If the module has ``save_adapter(folder)``, as :class:`~lit_lora.LoraDiffusion` has, the
+    folder
     ``NAME.adapter`` beside ``NAME.ckpt`` holds the same adapter as files of PEFT and diffusers, and with :class:`AdapterEMA`
     ``NAME.ema.adapter`` holds its average. Checkpoints and folders are written atomically.
+
+    All checkpoints are taken between two optimizer steps: what is due in the middle of accumulated gradients waits for the next
+    step, and so does the end of training. Every end of training is saved, ``last`` is always the newest checkpoint, and weights
+    or optimizer states that are NaN or Inf are never written.
 
     It works with any LightningModule that has PEFT layers or frozen parameters. Resuming with another adapter raises
     :class:`~lit_lora.UserError`.
@@ -45,6 +67,12 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().__init__(*args, **kwargs)
         self.save_on_chunk_end = save_on_chunk_end
         self._chunk_has_ended = False
+        self._is_due = False
+        """Whether a checkpoint waits for the next optimizer step."""
+        self._stop_is_due = False
+        self._first_step = 0
+        self._step_of_last: int | None = None
+        """The optimizer step that ``last`` was saved at."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -60,10 +88,18 @@ class AdapterCheckpoint(ModelCheckpoint):
                     unfinished.unlink()
         pl_module.strict_loading = False
         self._saved_rng: list[dict[str, Any]] | None = None
+        self._unfrozen: list[str] = []
+        # partial: torch sets attributes on hooks, which methods do not take.
         self._hooks: list[RemovableHandle] = [
-            pl_module.register_state_dict_post_hook(_keep_only_adapter),
-            pl_module.register_load_state_dict_pre_hook(_check_adapter_state),
+            pl_module.register_state_dict_post_hook(partial(self._keep_training_state)),
+            pl_module.register_load_state_dict_pre_hook(partial(self._check_loaded)),
         ]
+        self._state: TrainingState | None = None
+        self._filters = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._state = self._state or TrainingState(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for hook in self._hooks:
@@ -75,6 +111,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         checkpoint["lit_lora"] = {
             "adapters": _adapter_configs(pl_module),
             "rng": gather(_rng_state()),
+            "unfrozen": [] if self._state is None else self._state.unfrozen(pl_module),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -84,9 +121,18 @@ class AdapterCheckpoint(ModelCheckpoint):
         for name, saved in ours.get("adapters", {}).items():
             check_adapter_config(here.get(name, {}), saved)
         self._saved_rng = ours.get("rng")
+        self._unfrozen = ours.get("unfrozen", [])
+        check_finite(tensors_in(checkpoint.get("optimizer_states", [])))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._is_due = self._stop_is_due = self._chunk_has_ended = False
+        self._first_step, self._step_of_last = trainer.global_step, None
+        # Lightning's finetuning callbacks freeze all layers at the start and restore the optimizer's parameters alone.
+        named = dict(pl_module.named_parameters())
+        for name in self._unfrozen:
+            named[name].requires_grad_(True)
+        self._unfrozen = []
         if self._saved_rng is None:
             return
         if len(self._saved_rng) == trainer.world_size:
@@ -98,19 +144,114 @@ class AdapterCheckpoint(ModelCheckpoint):
             )
         self._saved_rng = None
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if self._state is not None:
+            self._state.look(pl_module)  # layers that are unfrozen in this epoch and frozen again before a checkpoint
+
     def on_train_chunk_end(self, trainer: Trainer, pl_module: LightningModule, chunk: int) -> None:
         """Remember to save; :class:`~lit_lora.datamodules.DataProgress` calls this at the end of a chunk."""
         self._chunk_has_ended = self.save_on_chunk_end
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, *args, **kwargs)
-        # A checkpoint between two optimizer steps would lose the accumulated gradients, and so their samples.
-        if self._chunk_has_ended and not trainer.fit_loop._should_accumulate():
-            self._chunk_has_ended = False
+        self._stop_at_step(trainer)
+        due = self._chunk_has_ended or self._is_due
+        if due and not _accumulating(trainer):
+            self._chunk_has_ended = self._is_due = False
             if not self._should_skip_saving_checkpoint(trainer):
-                candidates = self._monitor_candidates(trainer)
+                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._stop_at_step(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with _within_epoch(trainer):
+            super().on_train_epoch_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if _accumulating(trainer) and self._should_save_on_exception(trainer):
+            rank_zero_warn(
+                "the checkpoint does not hold the gradients that the unfinished optimizer step had accumulated"
+            )
+        super().on_exception(trainer, pl_module, exception)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of training, which ModelCheckpoint does only if it has saved nothing before."""
+        if self._should_skip_saving_checkpoint(trainer) or trainer.global_step == self._first_step:
+            return
+        with _within_epoch(trainer):
+            candidates = self._monitor_candidates(trainer)
+            if self.save_last:
+                self._write_last(trainer, candidates)
+            elif self.monitor is None:
                 self._save_topk_checkpoint(trainer, candidates)
-                self._save_last_checkpoint(trainer, candidates)
+
+    def save_now(self, trainer: Trainer) -> str:
+        """Save a complete ``last`` checkpoint, whatever the options say, and return its path; a collective call.
+
+        Raises:
+            UserError: If the trained weights or the optimizer's state are not finite.
+        """
+        options = self.save_last, self.save_weights_only
+        self.save_last, self.save_weights_only = True, False
+        try:
+            self._step_of_last = None
+            self._write_last(trainer, self._monitor_candidates(trainer))
+        finally:
+            self.save_last, self.save_weights_only = options
+        return self.last_model_path
+
+    def _stop_at_step(self, trainer: Trainer) -> None:
+        """Put off the end of training to the next optimizer step: accumulated gradients, and so their samples, would be lost."""
+        if _accumulating(trainer):
+            self._stop_is_due |= trainer.should_stop
+            trainer.should_stop = False
+        elif self._stop_is_due:
+            trainer.should_stop = True
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self._must_wait(trainer):
+            return
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        # ModelCheckpoint leaves ``last`` as it is when this checkpoint is not among the best.
+        self._write_last(trainer, monitor_candidates)
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        # ModelCheckpoint calls this after its triggers, and after each validation if save_last is "link".
+        if self._last_global_step_saved == trainer.global_step:
+            self._write_last(trainer, monitor_candidates)
+
+    def _write_last(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if self._step_of_last == trainer.global_step or not self.save_last or self._must_wait(trainer):
+            return
+        option = self.save_last
+        if self._last_global_step_saved != trainer.global_step:
+            self.save_last = True  # no checkpoint of this step to link to
+        try:
+            super()._save_last_checkpoint(trainer, monitor_candidates)
+        finally:
+            self.save_last = option
+        self._step_of_last = trainer.global_step
+
+    def _must_wait(self, trainer: Trainer) -> bool:
+        """Whether nothing may be saved now; the next optimizer step saves what is due in the middle of accumulated gradients.
+
+        Raises:
+            UserError: If the trained weights or the optimizer's state are not finite.
+        """
+        if _accumulating(trainer):
+            self._is_due = True
+            return True
+        if guard := FiniteGradients.of(trainer):
+            guard.read(trainer, trainer.lightning_module)
+            if guard.streak:
+                self._is_due = True
+                return True
+        _check_finite(trainer)
+        return False
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         """Checkpoints that ``ckpt_path="last"`` considers; without a ``dirpath`` also those in the log folders of earlier runs.
@@ -171,6 +312,20 @@ class AdapterCheckpoint(ModelCheckpoint):
                 else:
                     shutil.rmtree(folder, ignore_errors=True)
 
+    def _keep_training_state(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        if self._filters:
+            keys = adapter_keys(module) if self._state is None else self._state.look(module)
+            keep_only_adapter(state_dict, {prefix + key for key in keys})
+
+    def _check_loaded(self, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        self._state = self._state or TrainingState(module)
+        self._filters = False
+        try:
+            check_adapter_state(module, state_dict)
+        finally:
+            self._filters = True
+        self._state.restored(set(state_dict))
+
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
@@ -178,12 +333,46 @@ class AdapterCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier()
 
 
-def _keep_only_adapter(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    keep_only_adapter(state_dict, {prefix + key for key in adapter_keys(module)})
+def _accumulating(trainer: Trainer) -> bool:
+    """Whether the last batch's gradients wait for those of the next one."""
+    return trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate()
 
 
-def _check_adapter_state(module: torch.nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-    check_adapter_state(module, state_dict)
+@contextmanager
+def _within_epoch(trainer: Trainer) -> Iterator[None]:
+    """Context in which an epoch that training left early counts as begun, so that a resumed run takes its remaining batches.
+
+    Lightning counts such an epoch as complete.
+    """
+    loop: Any = trainer.fit_loop
+    changed = []
+    if not loop.epoch_loop._num_ready_batches_reached():
+        for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
+            changed += [(progress, n) for n in ("processed", "completed") if getattr(progress, n) == progress.started]
+    for progress, name in changed:
+        setattr(progress, name, getattr(progress, name) - 1)
+    try:
+        yield
+    finally:
+        for progress, name in changed:
+            setattr(progress, name, getattr(progress, name) + 1)
+
+
+def _check_finite(trainer: Trainer) -> None:
+    """Refuse to write weights or optimizer states that are not finite, in all processes alike; a collective call.
+
+    Raises:
+        UserError: If a value is NaN or Inf.
+    """
+    trained = ((name, p) for name, p in trainer.lightning_module.named_parameters() if p.requires_grad)
+    named = {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in trained}  # DeepSpeed's own shard
+    states = tensors_in([list(optimizer.state.values()) for optimizer in trainer.optimizers])
+    found = [name for names in gather(non_finite_names(named) or non_finite_names(states)) for name in names]
+    if found:
+        raise UserError(
+            f"nothing is saved at step {trainer.global_step}: {len(found)} tensors of weights or optimizer state hold NaN or "
+            f"Inf, the first is {found[0]}. Resume from an earlier checkpoint with a lower lr or trainer.gradient_clip_val: 1.0"
+        )
 
 
 def _adapter_folders(filepath: str) -> tuple[Path, Path]:

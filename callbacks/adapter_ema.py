@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from diffusers.training_utils import EMAModel
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lit_lora.distributed.collectives import full_tensor, shard_like
@@ -37,6 +38,8 @@ class AdapterEMA(Callback):
             raise UserError(f"decay must be in [0, 1), not {decay}")
         self.decay = decay
         self._average: EMAModel | None = None
+        self._names: list[str] = []
+        """The averaged parameters, in the average's order."""
         self._restored: dict[str, Any] | None = None
         self._step = 0
 
@@ -50,7 +53,7 @@ class AdapterEMA(Callback):
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
         """Context in which the module has the averaged weights."""
         assert self._average is not None, "no average before training has begun"
-        parameters = trainable_parameters(pl_module)
+        parameters = self._parameters(pl_module)
         self._average.store(parameters)
         self._average.copy_to(parameters)
         try:
@@ -65,7 +68,8 @@ class AdapterEMA(Callback):
                 "AdapterEMA needs full parameters, which DeepSpeed stage 3 shards; use stage 2 or strategy lit_lora_fsdp, or "
                 "remove AdapterEMA from trainer.callbacks"
             )
-        self._average = EMAModel(parameters, decay=self.decay)
+        self._average, self._names = EMAModel([], decay=self.decay), []
+        self._add_trainable(pl_module)
         self._restore(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,7 +81,8 @@ class AdapterEMA(Callback):
     ) -> None:
         if self._average is not None and trainer.global_step != self._step:
             self._step = trainer.global_step
-            self._average.step(trainable_parameters(pl_module))
+            self._add_trainable(pl_module)
+            self._average.step(self._parameters(pl_module))
 
     def on_validation_batch_end(
         self,
@@ -100,7 +105,7 @@ class AdapterEMA(Callback):
         state = self._average.state_dict()
         # One tensor for all: each tensor costs half a kilobyte in a checkpoint.
         state["shadow_params"] = parameters_to_vector([full_tensor(value) for value in state["shadow_params"]])
-        return state
+        return state | {"names": self._names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
@@ -109,9 +114,24 @@ class AdapterEMA(Callback):
         """Restore the average of a checkpoint, if one was loaded."""
         if self._restored is None or self._average is None:
             return
-        parameters = trainable_parameters(pl_module)
+        self._names = self._restored.pop("names")
+        parameters = self._parameters(pl_module)
         shadow = [torch.empty(parameter.shape) for parameter in parameters]
         vector_to_parameters(self._restored["shadow_params"].cpu(), shadow)
         parts = [shard_like(value.to(p.device), p) for value, p in zip(shadow, parameters, strict=True)]
         self._average.load_state_dict({**self._restored, "shadow_params": parts})
         self._restored = None
+
+    def _add_trainable(self, pl_module: LightningModule) -> None:
+        """Begin to average parameters that have become trainable, as ``BackboneFinetuning`` makes them."""
+        assert self._average is not None
+        known = set(self._names)
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad and name not in known:
+                self._names.append(name)
+                self._average.shadow_params.append(parameter.clone().detach())
+
+    def _parameters(self, pl_module: LightningModule) -> list[nn.Parameter]:
+        """The averaged parameters, also those that are frozen again."""
+        named = dict(pl_module.named_parameters())
+        return [named[name] for name in self._names]

@@ -133,6 +133,8 @@ def _save_last(trainer: Trainer) -> str | None:
     if not callbacks:
         return None
     checkpoint = callbacks[0]
+    if isinstance(checkpoint, AdapterCheckpoint):
+        return checkpoint.save_now(trainer)
     options = checkpoint.save_last, checkpoint.save_weights_only
     checkpoint.save_last, checkpoint.save_weights_only = True, False
     try:

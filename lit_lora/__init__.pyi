@@ -2,6 +2,7 @@
 # (lazy.py) and the command line, where each is a short class_path. A new part is one line here.
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
 from lit_lora.callbacks.adapter_ema import AdapterEMA as AdapterEMA
+from lit_lora.callbacks.finite_gradients import FiniteGradients as FiniteGradients
 from lit_lora.callbacks.image_writer import ImageWriter as ImageWriter
 from lit_lora.callbacks.memory_limit import MemoryLimit as MemoryLimit
 from lit_lora.callbacks.memory_profiler import MemoryProfiler as MemoryProfiler

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from lit_lora.callbacks.finite_gradients import FiniteGradients
 from lit_lora.callbacks.preemption import Preemption
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.distributed import check_strategy_name
@@ -102,6 +103,8 @@ class LitLoraCLI(LightningCLI):
         self._check_ckpt_path()
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.insert(0, EndOnError())
+        if not any(isinstance(callback, FiniteGradients) for callback in callbacks):
+            callbacks.insert(1, FiniteGradients())
         if not any(isinstance(callback, Preemption) for callback in callbacks):
             callbacks.append(Preemption())
 

@@ -337,6 +337,14 @@ class LoraDiffusion(LightningModule):
         return torch.autocast(self.device.type, self.base_dtype)
 
     @property
+    def non_finite_in_backward(self) -> Tensor | None:
+        """Whether ``optimizer_in_backward`` met a NaN or Inf gradient since this was last read: a bool scalar, None without it.
+
+        :class:`~lit_lora.callbacks.FiniteGradients` reads it, since no gradients are left for it to look at.
+        """
+        return None if self._in_backward is None else self._in_backward.take_non_finite()
+
+    @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """What DDP neither sends from the first process to the others at the start nor looks at: all read the same base."""
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]

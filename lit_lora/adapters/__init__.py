@@ -5,21 +5,25 @@ from lit_lora.adapters.keys import (
     adapter_keys,
     check_adapter_config,
     check_adapter_state,
+    check_finite,
     keep_only_adapter,
     plain_config,
 )
 from lit_lora.adapters.methods import AdapterMethod, method_of
 from lit_lora.adapters.sharded import check_block_by_block, check_sharded_training, complete_adapter, same_adapter
 from lit_lora.adapters.state import adapter_state
+from lit_lora.adapters.training_state import TrainingState
 
 __all__ = [
     "ADAPTER_NAME",
     "AdapterMethod",
+    "TrainingState",
     "adapter_keys",
     "adapter_state",
     "check_adapter_config",
     "check_adapter_state",
     "check_block_by_block",
+    "check_finite",
     "check_sharded_training",
     "complete_adapter",
     "inject",

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lit_lora.errors import UserError
+from lit_lora.finite import non_finite_names
 
 _NOT_PART_OF_THE_FUNCTION = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
@@ -49,16 +50,14 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
         state_dict: Weights from the checkpoint.
 
     Raises:
-        UserError: If keys are missing or unknown, or shapes differ.
+        UserError: If keys are missing or unknown, shapes differ, or values are NaN or Inf.
     """
     here, own = module.state_dict(keep_vars=True), adapter_keys(module)
-    # A parameter that DeepSpeed has sharded is empty; ds_shape is its full shape.
-    expected = {key: tuple(getattr(value, "ds_shape", value.shape)) for key, value in here.items() if key in own}
-    missing = sorted(expected.keys() - state_dict.keys())
+    missing = sorted(own - state_dict.keys())
     unknown = sorted(state_dict.keys() - here.keys())
     shapes = [
         f"{key} {tuple(state_dict[key].shape)} in the checkpoint, {shape} here"
-        for key, shape in expected.items()
+        for key, shape in _shapes(here).items()
         if key in state_dict and tuple(state_dict[key].shape) != shape
     ]
     problems = [
@@ -70,11 +69,33 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
         )
         if found
     ]
+    check_finite(state_dict)
     if problems:
         raise UserError(
             "the checkpoint holds another adapter:\n  " + "\n  ".join(problems) + "\n"
             "Resume with the adapter settings that the checkpoint was made with, or start without ckpt_path."
         )
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Check the values of a checkpoint.
+
+    Raises:
+        UserError: If some are NaN or Inf.
+    """
+    if bad := non_finite_names(tensors):
+        raise UserError(
+            f"{len(bad)} tensors of the checkpoint hold NaN or Inf, the first is {bad[0]}: resume from an earlier checkpoint"
+        )
+
+
+def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    # A parameter that DeepSpeed has sharded is empty; ds_shape is its full shape.
+    return {
+        key: tuple(getattr(value, "ds_shape", value.shape))
+        for key, value in tensors.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

@@ -95,6 +95,11 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
             )
 
     @property
+    def skipped_step(self) -> bool:
+        """Whether the last optimizer step was left out, in all processes, because gradients were not finite."""
+        return bool(self.optimizers and getattr(self.optimizers[0], "overflow", False))
+
+    @property
     def handles_gradient_accumulation(self) -> bool:
         """False: Lightning counts, since DeepSpeed would count on past the end of an epoch, where Lightning steps."""
         return False
@@ -275,6 +280,10 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
             config=copy.deepcopy(config),
             dist_init_required=False,
         )
+        if not self.zero_stage_3:
+            zero_optimizer.check_grad_overflow = (
+                True  # as stage 3 does: a step whose gradients are not finite is left out
+            )
         if self.zero_stage_3:
             for layer in module.modules():
                 # Adapters do the same: DoRA reads the base's weight, others read lists of parameters.

@@ -6,6 +6,7 @@ import inspect
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from peft import PeftConfig
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import method_of
 from lit_lora.errors import UserError
+from lit_lora.finite import any_non_finite, zero_where
 
 
 class OptimizerInBackward:
@@ -44,6 +46,8 @@ class OptimizerInBackward:
         self.optimizer = optimizer
         self.clip_value = clip_value
         self.bucket_bytes = bucket_bytes
+        self.non_finite = torch.tensor(False)
+        """Whether a gradient was NaN or Inf since :meth:`take_non_finite`; a bool scalar on the gradients' device."""
         self._checked = False
         self._complete: dict[int, list[Tensor]] = {}
         """Parameters with complete gradients, by the number of their parameter group."""
@@ -61,6 +65,11 @@ class OptimizerInBackward:
             hook.remove()
         self._hooks.clear()
 
+    def take_non_finite(self) -> Tensor:
+        """Return :attr:`non_finite` and reset it."""
+        found, self.non_finite = self.non_finite, torch.tensor(False)
+        return found
+
     def _take(self, group_number: int, parameter: Tensor) -> None:
         """Collect a parameter whose gradient is complete."""
         assert parameter.grad is not None
@@ -72,7 +81,11 @@ class OptimizerInBackward:
             self._step()
 
     def _step(self) -> None:
-        """Step the parameters whose gradients are complete."""
+        """Step the parameters whose gradients are complete; gradients that are not finite become zero."""
+        gradients = [parameter.grad for parameters in self._complete.values() for parameter in parameters]
+        bad = any_non_finite([gradient for gradient in gradients if gradient is not None])
+        zero_where(bad, [gradient for gradient in gradients if gradient is not None])
+        self.non_finite = self.non_finite.to(bad.device) | bad
         groups = self.optimizer.param_groups  # looked up each time, because loading a checkpoint replaces them
         chosen = {number: groups[number] for number in self._complete}
         members = {number: group["params"] for number, group in chosen.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,10 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 
-from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, MemoryProfiler, RunReport, SampleImages
+from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, FiniteGradients, MemoryProfiler, RunReport, SampleImages
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.distributed import LitLoraFSDP
 from lit_lora.distributed.collectives import full_tensor
+from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
@@ -55,6 +57,7 @@ FEATURES = (
     "NF4",
     "DoRA",
     "modules_to_save",
+    "skipped steps",
 )
 """Features of the table in docs/cluster.md; clipping by norm is in every run."""
 
@@ -75,6 +78,18 @@ def feature_table() -> str:
         cells = ["no" if (short, feature) in REFUSED else "yes" for short in STRATEGIES]
         lines.append(f"| {feature} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+class Spoils(Callback):
+    """Puts NaN into the last sample of the last process's batch, from one batch to before another."""
+
+    def __init__(self, first: int, end: int) -> None:
+        self.batches = range(first, end)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx in self.batches and trainer.global_rank == trainer.world_size - 1:
+            batch["pixel_values"] = batch["pixel_values"].float()
+            batch["pixel_values"][-1] = torch.nan
 
 
 class Seen(Callback):
@@ -248,6 +263,11 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         module = module_of(model, config)
     elif name == "modules_to_save":
         module = module_of(model, LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], modules_to_save=["conv_out"]))
+    elif name == "skipped steps":
+        # Without momentum a step with gradients of zero changes nothing, as one that is left out.
+        module = module_of(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        guard = FiniteGradients(patience=2)
+        callbacks = [Spoils(1, 2), guard]
     with _captured_alone() if name == "compile" else nullcontext():
         seen, module, trainer = train(
             strategy, model, shards, folder, module=module, callbacks=callbacks, data=data, **options
@@ -257,6 +277,15 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         result["val/loss"] = float(trainer.callback_metrics["val/loss"])
         pictures = trainer.predict(module, data)
         result["pictures"] = sum(len(batch) for batch in pictures or [])
+    if name == "skipped steps":
+        result["losses"] = [loss for loss in seen.losses if math.isfinite(loss)]
+        result["skipped"] = guard.skipped
+        result["finite"] = all(bool(value.isfinite().all()) for value in adapter(module).values())
+        try:
+            ending = [Spoils(1, 9), FiniteGradients(patience=2)]
+            train(copy.deepcopy(strategy), model, shards, folder, callbacks=ending, **options)
+        except UserError as error:
+            result["end"] = str(error)
     return result
 
 

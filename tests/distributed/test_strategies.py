@@ -164,6 +164,10 @@ def test_a_feature_does_what_it_does_in_one_process(
         assert apart(found["losses"], expected["losses"]) <= near
         if feature == "validation":
             assert found["val/loss"] == pytest.approx(expected["val/loss"], abs=NEAR)
+        if feature == "skipped steps":
+            assert (found["skipped"], found["finite"]) == (1, True)
+            assert len(found["losses"]) == RESUMED_TO - 1
+            assert "not finite in 2 steps in a row, up to step 3" in found["end"]
         if feature == "EMA":
             one, other = (_average_and_weights(runs / f"{name}-EMA") for name in ("single", strategy))
             for name, (average, weights) in one.items():

@@ -1,0 +1,190 @@
+"""Skips optimizer steps whose loss or gradients are not finite."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, distributed
+from torch.optim import Optimizer
+
+from lit_lora.errors import UserError, check_least
+from lit_lora.finite import any_non_finite, non_finite_names, zero_where
+
+_SCALER_STEPS = 16
+"""Further steps in a row that ``precision: 16-mixed`` may skip while its scale falls from 65536 to 1."""
+
+_KEYS_SHOWN = 8
+
+
+class FiniteGradients(Callback):
+    """Skips the optimizer steps of any LightningModule whose loss or gradients are NaN or Inf, and ends a run that stays so.
+
+    Before an optimizer step all gradients become zero if the loss or a gradient of any process is not finite. The weights then
+    move by the optimizer's momentum alone, and its state stays finite. Under DeepSpeed the whole step is left out. The decision
+    is made on the GPU: the host reads it one step later, so that it never waits for the step in progress.
+
+    Every skipped step is a warning with the step, the loss and the samples' keys, and ``train/skipped_steps`` counts them.
+    :class:`AdapterCheckpoint` saves nothing after a skipped step, so that earlier checkpoints stay. ``lit-lora fit`` adds this
+    callback by default.
+
+    Args:
+        patience: Number of skipped steps in a row that ends the run; defaults to 5. With ``precision: 16-mixed``, which skips
+            steps to find the scale of the loss, 16 more.
+
+    Raises:
+        UserError: If ``patience`` is below 1; during training, if that many steps in a row are skipped, or the last step is.
+    """
+
+    def __init__(self, patience: int = 5) -> None:
+        check_least(1, patience=patience)
+        self.patience = patience
+        self.skipped = 0
+        """Steps that were skipped so far, in earlier parts of a resumed run too."""
+        self.streak = 0
+        """Steps that were skipped in a row, up to the last step whose result was read."""
+        self._step: _Step | None = None
+        self._unread: list[_Step] = []
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> FiniteGradients | None:
+        """The trainer's :class:`FiniteGradients`; None if it has none."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, cls)), None)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.streak, self._step, self._unread = 0, None, []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._step is None:
+            self._step = _Step(trainer.global_step + 1)
+        if isinstance(batch, dict):
+            self._step.keys += [str(key) for key in batch.get("key", [])]
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._step is not None:
+            self._step.losses.append(loss.detach())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if hasattr(trainer.strategy, "skipped_step"):  # it decides in its own step
+            return
+        step, self._step = self._step or _Step(trainer.global_step + 1), None
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        flags = [any_non_finite(step.losses), any_non_finite(gradients)]
+        if (backward := getattr(pl_module, "non_finite_in_backward", None)) is not None:
+            flags.append(backward)
+        bad = torch.stack([flag.to(pl_module.device) for flag in flags]).any()
+        if trainer.world_size > 1:
+            number = bad.float()
+            distributed.all_reduce(number, distributed.ReduceOp.MAX)
+            bad = number > 0
+        zero_where(bad, gradients)
+        self.read(trainer, pl_module)
+        self._unread.append(step.decided(bad))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        skipped: bool | None = getattr(trainer.strategy, "skipped_step", None)
+        if skipped is not None and self._step is not None and not trainer.fit_loop._should_accumulate():
+            self._unread.append(self._step.decided(torch.tensor(skipped)))
+            self._step = None
+            self.read(trainer, pl_module)
+        if self.skipped:
+            pl_module.log("train/skipped_steps", float(self.skipped))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.read(trainer, pl_module)
+        if self.streak:
+            raise self._error(trainer, pl_module, f"in the last {_steps(self.streak)} of the run")
+
+    def read(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the steps that were taken, and count those that were skipped.
+
+        Raises:
+            UserError: If ``patience`` steps in a row were skipped.
+        """
+        unread, self._unread = self._unread, []
+        for step in unread:
+            if not step.was_skipped():
+                self.streak = 0
+                continue
+            self.skipped += 1
+            self.streak += 1
+            self._last = step
+            if self.streak >= self.patience + (_SCALER_STEPS if str(trainer.precision) == "16-mixed" else 0):
+                raise self._error(trainer, pl_module, f"in {_steps(self.streak)} in a row")
+            if trainer.is_global_zero or step.has_bad_loss():  # a process knows only its own samples
+                warnings.warn(
+                    f"optimizer step {step.number} is skipped: its loss or gradients are not finite; {step.found()}",
+                    stacklevel=2,
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = state_dict.get("skipped", 0)
+
+    def _error(self, trainer: Trainer, pl_module: LightningModule, where: str) -> UserError:
+        rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
+        rate = ", ".join(f"{float(lr):g}" for lr in sorted(rates))
+        # The weights of the base are looked at here alone: reading all of them at each start would take seconds.
+        named = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
+        frozen = {name: value for name, value in named.items() if not value.requires_grad}
+        trained = {name: value for name, value in named.items() if value.requires_grad}
+        if names := non_finite_names(frozen):
+            advice = f"replace the base's files: {len(names)} frozen tensors hold NaN or Inf, the first is {names[0]}"
+        elif names := non_finite_names(trained):
+            advice = (
+                f"resume from an earlier checkpoint: {len(names)} trained tensors hold NaN or Inf, such as {names[0]}"
+            )
+        else:
+            advice = "remove samples that cause it"
+        return UserError(
+            f"training has diverged: loss or gradients were not finite {where}, up to step {self._last.number}, at lr {rate}; "
+            f"{self._last.found()}. Lower lr, set trainer.gradient_clip_val to 1.0, or {advice}. Checkpoints saved before step "
+            f"{self._last.number - self.streak + 1} are kept"
+        )
+
+
+@dataclass
+class _Step:
+    """What is known of one optimizer step."""
+
+    number: int
+    losses: list[Tensor] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+    def decided(self, bad: Tensor) -> _Step:
+        """Begin to copy the decision to the host."""
+        self._event = None
+        if bad.is_cuda:
+            self._bad = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._bad.copy_(bad, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._bad = bad
+        return self
+
+    def was_skipped(self) -> bool:
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._bad)
+
+    def has_bad_loss(self) -> bool:
+        return bool(any_non_finite(self.losses))
+
+    def found(self) -> str:
+        """The losses and the samples, for a message."""
+        losses = ", ".join(f"{loss.item():g}" for loss in self.losses)
+        keys = ", ".join(self.keys[:_KEYS_SHOWN]) + (" …" if len(self.keys) > _KEYS_SHOWN else "")
+        return f"loss {losses or 'unknown'}" + (f", samples {keys}" if keys else "")
+
+
+def _steps(count: int) -> str:
+    return f"{count} steps" if count > 1 else "1 step"

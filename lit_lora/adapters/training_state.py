@@ -1,0 +1,87 @@
+"""What belongs into a checkpoint beside the adapter: buffers that training changes, and layers that were unfrozen for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lit_lora.adapters.keys import adapter_keys
+
+_COPIED_BYTES = 1 << 24
+"""Larger buffers of a frozen base, such as weights that another library has quantized, are compared by a hash."""
+
+
+class TrainingState:
+    """Keys of a module's ``state_dict()`` that a checkpoint of its training needs.
+
+    These are the adapter's keys (:func:`adapter_keys`), parameters that were trainable at an earlier :meth:`look`, buffers
+    outside the frozen base, and buffers of the frozen base that have changed since this object was made, such as the statistics
+    of BatchNorm. The frozen base is every ``PeftModel``, and every other module whose parameters are all frozen.
+
+    Args:
+        module: The module as it is before training.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._seen: set[str] = set()
+        self._trainable = _trainable(module)
+        frozen = dict(_frozen_buffers(module))
+        self._before = {name: _fingerprint(buffer) for name, buffer in frozen.items()}
+
+    def restored(self, keys: set[str]) -> None:
+        """Note the keys of a checkpoint that was loaded: a checkpoint saved later holds them too."""
+        self._seen |= keys
+
+    def unfrozen(self, module: nn.Module) -> list[str]:
+        """Names of the parameters that have become trainable since this object was made."""
+        return sorted(_trainable(module) - self._trainable)
+
+    def look(self, module: nn.Module) -> set[str]:
+        """The keys that belong into a checkpoint now."""
+        own = adapter_keys(module)
+        self._seen |= own
+        persistent = set(_persistent_buffers(module))
+        frozen = dict(_frozen_buffers(module))
+        changed = {
+            name
+            for name, buffer in frozen.items()
+            if name not in self._before or not torch.equal(self._before[name], _fingerprint(buffer))
+        }
+        return self._seen | (persistent - frozen.keys()) | changed
+
+
+def _trainable(module: nn.Module) -> set[str]:
+    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[str]:
+    for path, child in module.named_modules():
+        for name in child._buffers:
+            if name not in child._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name
+
+
+def _frozen_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Persistent buffers of the frozen base, by name."""
+    persistent = set(_persistent_buffers(module))
+    bases = [path for path, child in module.named_modules() if _is_base(child)]
+    prefixes = tuple(f"{path}." for path in bases if path)
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        if name in persistent and ("" in bases or name.startswith(prefixes)):
+            yield name, buffer
+
+
+def _is_base(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return isinstance(module, PeftModel) or (bool(parameters) and not any(p.requires_grad for p in parameters))
+
+
+def _fingerprint(buffer: Tensor) -> Tensor:
+    """A copy on the CPU, or a hash of a large buffer."""
+    buffer = buffer.detach()
+    if buffer.nbytes <= _COPIED_BYTES:
+        return buffer.to("cpu", copy=True)
+    return torch.hash_tensor(buffer.contiguous().view(torch.uint8)).cpu()

@@ -1,0 +1,61 @@
+"""Tests for NaN and Inf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def any_non_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether any value in tensors of one device is NaN or Inf: a bool scalar on that device, without waiting for it.
+
+    Of a ``DTensor`` only the process's own shard is looked at.
+    """
+    local = [tensor for tensor in map(_local, tensors) if tensor.numel()]
+    if not local:
+        return torch.tensor(False)
+    # The largest magnitude of a tensor is NaN or Inf exactly if one of its values is.
+    largest = torch._foreach_norm(local, ord=float("inf"))
+    return ~torch.stack([value.float() for value in largest]).isfinite().all()
+
+
+def zero_where(condition: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Set all tensors to zero, in place, if a bool scalar on their device is true; the host need not know it."""
+    for tensor in tensors:
+        _local(tensor).masked_fill_(condition, 0)
+
+
+def non_finite_names(tensors: Mapping[str, Any]) -> list[str]:
+    """Names of the floating-point tensors that hold NaN or Inf.
+
+    Values of other kinds, quantized tensors among them, count as finite.
+    """
+    return [
+        name
+        for name, value in tensors.items()
+        if type(value) in (Tensor, nn.Parameter, DTensor)
+        and value.dtype in _DTYPES
+        and bool(any_non_finite([value.detach()]))
+    ]
+
+
+def tensors_in(state: Any, prefix: str = "") -> dict[str, Tensor]:
+    """All tensors in nested dicts, lists and tuples, by their place such as ``"0.state.3.exp_avg"``."""
+    if isinstance(state, Tensor):
+        return {prefix: state}
+    if isinstance(state, list | tuple):
+        state = dict(enumerate(state))
+    if not isinstance(state, Mapping):
+        return {}
+    below = [tensors_in(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in state.items()]
+    return {name: tensor for tensors in below for name, tensor in tensors.items()}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
