@@ -1,8 +1,7 @@
 """An image classifier trained from WebDataset shards: ``python docs/examples/classifier.py``.
 
-Nothing here has to do with diffusion: the module is a plain LightningModule, and the only part of this project is the
-datamodule. A sample is a picture and its class, ``000017.png`` and ``000017.cls``; the datamodule hands the class on as
-the caption. It resumes, shuffles and shards as in any other training.
+The module is a plain LightningModule without diffusion; only the datamodule is from this project. A sample is an image and
+its class, ``000017.png`` and ``000017.cls``; the datamodule returns the class as the caption.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SIDE = 32
 
 
 def write_shards(folder: Path, num_shards: int = 4, samples_per_shard: int = 400) -> None:
-    """Pictures of shapes in random places, sizes and colours."""
+    """Write images of shapes in random places, sizes and colours."""
     random = np.random.default_rng(0)
     for shard in range(num_shards):
         with webdataset.TarWriter(str(folder / f"shard-{shard:06}.tar"), mtime=0) as writer:
@@ -40,6 +39,7 @@ def write_shards(folder: Path, num_shards: int = 4, samples_per_shard: int = 400
 
 
 def draw(shape: str, random: np.random.Generator) -> bytes:
+    """An image of a shape, as the bytes of a PNG file."""
     background = tuple(random.integers(110, size=3).tolist())
     colour = tuple(random.integers(130, 256, size=3).tolist())
     image = Image.new("RGB", (SIDE, SIDE), background)
@@ -81,7 +81,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         logits, labels = self._predict(batch)
         losses = F.cross_entropy(logits, labels, reduction="none")
-        # A place whose sample was damaged holds another one with weight 0.
+        # A damaged sample is replaced by another one of the batch with weight 0.
         return (losses * batch["weight"]).mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -99,11 +99,17 @@ class Classifier(LightningModule):
 
 
 def train(folder: Path, max_steps: int, num_workers: int = 2) -> float:
-    """Train on shards in ``folder``, made where there are none, and return the accuracy on samples held out."""
+    """Train on the shards in ``folder`` and return the accuracy on held-out samples.
+
+    Args:
+        folder: Folder of the shards; they are written if it has none.
+        max_steps: Optimizer steps.
+        num_workers: Threads that read and decode; defaults to 2.
+    """
     if not any(folder.glob("*.tar")):
         write_shards(folder)
     seed_everything(0)
-    torch.set_num_threads(1)  # for so small a network more of them are slower
+    torch.set_num_threads(1)  # more threads are slower for such a small network
     data = WebDatasetDataModule(
         str(folder),
         val_samples=320,
@@ -129,13 +135,13 @@ def train(folder: Path, max_steps: int, num_workers: int = 2) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max_steps", type=int, default=300)
-    parser.add_argument("--shards", type=Path, help="a folder to keep the shards in; without it they are made anew")
+    parser.add_argument("--shards", type=Path, help="folder to keep the shards in; defaults to a temporary one")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.shards or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         accuracy = train(folder, options.max_steps)
-    print(f"accuracy on held-out pictures: {accuracy:.1%} (chance: {1 / len(CLASSES):.0%})")
+    print(f"accuracy on held-out images: {accuracy:.1%} (chance: {1 / len(CLASSES):.0%})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A model family of one's own: a small made-up transformer, trained by flow matching, whose captions have a mask.
+"""A custom model family: a small made-up transformer, trained by flow matching, whose captions have a mask.
 
 With this file on PYTHONPATH (or beside the config), a config names it:
 
@@ -25,7 +25,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from lit_lora import FlowMatching, ModelFamily, Objective
 from lit_lora.families import Batch, Conditioning
 
-# The model: B images, C channels, h x w latents, D features.
+# The model. Shapes: B images, C channels, h x w latents, N image tokens, T text tokens, D features.
 
 
 class MyBlock(nn.Module):
@@ -39,7 +39,7 @@ class MyBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, image: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """Image tokens ``(B, N, D)`` from these, text ``(B, T, D)`` and the text's mask ``(B, T)``."""
+        """Updated image tokens ``(B, N, D)``, given text tokens ``(B, T, D)`` and their mask ``(B, T)``."""
         both = torch.cat([self.norm(image), text], dim=1)
         seen = torch.cat([mask.new_ones(image.shape[:2]), mask], dim=1).bool()[:, None, None]
         query, key, value = (
@@ -74,7 +74,7 @@ class MyTransformer(ModelMixin, ConfigMixin):
         return Transformer2DModelOutput(sample=self.out(image.transpose(1, 2).view_as(grid)))
 
 
-# The pipeline, as diffusers would have it.
+# The pipeline, in the form of diffusers' own.
 
 
 def encode(tokenizer: CLIPTokenizer, encoder: CLIPTextModel, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -127,7 +127,7 @@ class MyPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=VaeImageProcessor().postprocess(images.detach()))
 
 
-# The family: all that lit_lora has to know.
+# The family: everything that lit_lora needs to know about the model.
 
 
 class MyFamily(ModelFamily):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains on one node or several. Run it on every node, with the address of the first:
+# Trains on one node or several. Run it on every node, with the address of the first node in HEAD:
 #
 #     docs/examples/torchrun.sh --config my.yaml                                    # one node, all of its GPUs
 #     NNODES=2 NODE_RANK=0 HEAD=10.0.0.1 docs/examples/torchrun.sh --config my.yaml
 #     NNODES=2 NODE_RANK=1 HEAD=10.0.0.1 docs/examples/torchrun.sh --config my.yaml
 #
-# It takes the options of `lit-lora fit`. Run again after a failure, it goes on from the last checkpoint in OUTPUT, a folder
-# that all nodes share; another training needs another OUTPUT.
+# It takes the options of `lit-lora fit`. After a failure, the same command resumes from the last checkpoint in OUTPUT, a
+# folder that all nodes share; another training needs another OUTPUT.
 set -euo pipefail
 
 NNODES=${NNODES:-1}

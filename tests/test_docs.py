@@ -1,0 +1,199 @@
+"""The documentation names what exists: classes, config keys, commands, and configs that parse."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from lit_lora.cli import TOOLS, TRAINER_COMMANDS
+from lit_lora.lazy import public_names
+from lit_lora.lightning_cli import build_cli
+from lit_lora.tools import cache, demo, plan, sample, shards
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+CONFIG = str(ROOT / "configs" / "sd15.yaml")
+NO_CONFIG = {"BadSampleError", "UserError", "Plan", "ShardIndex"}
+"""Public classes that no config names."""
+FUNCTIONS = {
+    "sample": sample.sample,
+    "demo": demo.demo,
+    **{f"shards {name}": getattr(shards, name) for name in ("pack", "index", "check", "info")},
+}
+
+
+@pytest.fixture(scope="module")
+def config_keys() -> ModuleType:
+    """The hook that makes the tables of docs/config.md."""
+    spec = importlib.util.spec_from_file_location("config_keys", ROOT / "docs" / "hooks" / "config_keys.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["config_keys"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def parsers() -> dict[str, Any]:
+    """The parsers of the commands that take the options of ``fit``."""
+    kinds: dict[str, dict[str, Any]] = {
+        "fit": {},
+        "plan": {"cli_class": plan._PlanCLI},
+        "cache": {"cli_class": cache._CacheCLI},
+    }
+    arguments = ["fit", "--config", CONFIG, "--trainer.accelerator", "cpu"]
+    return {name: build_cli(arguments, run=False, **kind).parser for name, kind in kinds.items()}
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of the code blocks of a page; indented blocks have no language."""
+    text = page.read_text()
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    rest = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [*fenced, *(("", block) for block in re.findall(r"(?:^    .*\n)+", rest, re.MULTILINE))]
+
+
+def commands() -> list[str]:
+    """Every command of the pages and configs."""
+    lines = [
+        line.strip() for page in PAGES for language, text in blocks(page) if not language for line in text.split("\n")
+    ]
+    configs = [path.read_text() for path in (ROOT / "configs").rglob("*.yaml")]
+    lines += [line.removeprefix("#").strip() for text in configs for line in text.split("\n") if line.startswith("#")]
+    return sorted({line for line in lines if re.match(r"lit-lora [a-z]+ (--|shards|\w+ \S+$|\w+ )", line)})
+
+
+def test_every_public_class_has_its_config_keys(config_keys: ModuleType) -> None:
+    page = config_keys.reference()
+    described = {one.__name__ for section in config_keys.SECTIONS for one in config_keys.classes_of(section)}
+    abstract = {name for name, one in config_keys.public_classes().items() if inspect.isabstract(one)}
+    assert described == set(public_names()) - NO_CONFIG - abstract
+    for section in config_keys.SECTIONS:
+        assert f"## `{section.key}`" in page
+        for one in config_keys.classes_of(section):
+            assert section.options is not None or f"### `{one.__name__}`" in page
+            for key in config_keys.keys_of(one):
+                assert f"| `{key.name}` | {key.type} | {key.default} | {key.meaning} |" in page
+    assert config_keys.MARKER in (ROOT / "docs" / "config.md").read_text()
+    assert not re.search(r":\w+:`|``", page), "no Sphinx roles are left"
+
+
+def test_an_argument_without_a_description_is_an_error(config_keys: ModuleType) -> None:
+    class Undocumented:
+        """A class.
+
+        Args:
+            known: Described.
+        """
+
+        def __init__(self, known: int, unknown: int = 0) -> None: ...
+
+    with pytest.raises(LookupError, match="Undocumented does not describe its argument unknown"):
+        config_keys.keys_of(Undocumented)
+
+
+def test_nested_keys_are_where_the_page_says(config_keys: ModuleType, parsers: dict[str, Any], tmp_path: Path) -> None:
+    """The path of each section takes its keys, with their defaults."""
+    required = {"family": {"pretrained_model_name_or_path": "base"}, "staging": {"dir": "/disk"}}
+    chosen = {"model.objective": "FlowMatching"}  # the next section's key is one of its options
+    config: dict[str, Any] = {}
+    for section in config_keys.SECTIONS[1:]:
+        *parents, last = section.key.split(".")
+        place = config
+        for name in parents:
+            place = place.setdefault(name, {})
+        last, is_list, _ = last.partition("[]")
+        classes = config_keys.classes_of(section)
+        one = next((one for one in classes if one.__name__ == chosen.get(section.key)), classes[0])
+        parameters = inspect.signature(one).parameters.values()
+        plain = [each for each in parameters if isinstance(each.default, bool | int | float | str | None)]
+        values: dict[str, Any] = {each.name: each.default for each in plain if not each.name.startswith("_")}
+        values |= required.get(last, {})
+        if section.options is None:
+            values = {"class_path": one.__name__, "init_args": values}
+        place[last] = [values] if is_list else values
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    parsed = parsers["fit"].parse_args(["--config", CONFIG, "--config", str(path)])
+    assert parsed.data.init_args.chunks.staging.dir == "/disk"
+    assert parsed.data.init_args.decoder.init_args.captions.sources[0].extension == "txt"
+    assert parsed.model.objective.init_args.density.class_path.endswith("CosMap")
+
+
+def test_the_reference_has_every_public_name() -> None:
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert {name.rpartition(".")[2] for name in listed} >= set(public_names())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_configs_in_the_pages_parse(
+    page: Path, parsers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "examples"))
+    for number, (_, text) in enumerate(block for block in blocks(page) if block[0] == "yaml"):
+        values = yaml.safe_load(text)
+        if "decoder" in values:
+            values = {"data": {"class_path": "WebDatasetDataModule", "init_args": values}}
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        parsers["fit"].parse_args(["--config", CONFIG, "--config", str(path)])
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_in_the_pages_have_real_options(command: str, parsers: dict[str, Any]) -> None:
+    arguments = shlex.split(command, comments=True)[1:]
+    name = arguments[0] if arguments[0] != "shards" else " ".join(arguments[:2])
+    if name == "shards plan":
+        name, arguments = "fit", arguments[1:]
+    if name in FUNCTIONS:
+        parameters = inspect.signature(FUNCTIONS[name]).parameters
+        assert {one[2:].partition("=")[0] for one in arguments if one.startswith("--")} <= set(parameters)
+        return
+    assert name in (*TRAINER_COMMANDS, *TOOLS)
+    assert "--config" in arguments
+    rest = [
+        str(ROOT / one) if one.startswith("configs/") else CONFIG if one == "my.yaml" else one for one in arguments[1:]
+    ]
+    if "--ckpt_path" in rest:  # an option of the subcommand
+        place = rest.index("--ckpt_path")
+        del rest[place : place + 2]
+    parser = parsers.get(name, parsers["fit"])
+    # Parsing alone would take the beginning of an option's name for the option.
+    assert {one for one in rest if re.fullmatch(r"--\w+", one)} <= set(re.findall(r"--\w+", parser.format_help()))
+    parser.parse_args(rest)
+
+
+def test_options_in_the_text_exist(parsers: dict[str, Any]) -> None:
+    """Options of commands that are named within sentences."""
+    known = {name: set(re.findall(r"--(\w+)", parser.format_help())) for name, parser in parsers.items()}
+    known |= {name: set(inspect.signature(function).parameters) for name, function in FUNCTIONS.items()}
+    for page in PAGES:
+        text = re.sub(r"\s+", " ", page.read_text())
+        for command, options in re.findall(r"`lit-lora (\w+(?: \w+)?)((?: --[^`]*)?)`", text):
+            assert command.split()[0] in (*TRAINER_COMMANDS, *TOOLS), command
+            unknown = set(re.findall(r"--(\w+)", options)) - known.get(command, known["fit"])
+            assert not unknown, f"{page}: lit-lora {command}{options}"
+
+
+def test_the_examples_are_included_in_their_pages() -> None:
+    """The formatter would take ``--8<-- "FILE"`` in a Python block for an expression; the form of blocks stays."""
+    for name, example in (
+        ("family", "my_family"),
+        ("objective", "my_objective"),
+        ("callback", "my_callback"),
+        ("data_source", "my_data"),
+        ("format", "my_format"),
+    ):
+        text = (ROOT / "docs" / "extend" / f"{name}.md").read_text()
+        assert f"```python\n--8<--\nexamples/{example}.py\n--8<--\n```" in text
+        assert (ROOT / "docs" / "examples" / f"{example}.py").is_file()
