@@ -321,7 +321,7 @@ class TestMistakes:
             "chunks.count=0": "chunks.count=0 is too small; it must be at least 1",
             "buckets.divisor=7": "resolution=16 is not a multiple of buckets.divisor=7; choose 14 or another divisor",
             'chunks={"staging": {"dir": "x", "budget": "9XB"}}': (
-                "chunks.staging.budget='9XB' is no amount of bytes; write for example 200GB, 1.5TiB or 200000000000"
+                "chunks.staging.budget='9XB' is not a byte size; write for example 200GB, 1.5TiB or 200000000000"
             ),
         }.items():
             error = failure(capsys, "fit", "--config", path, f"--data.init_args.{option}")
