@@ -251,7 +251,7 @@ def test_shards_that_give_nothing_are_an_error(monkeypatch, make_shards):
     data.setup("fit")
     with (
         pytest.warns(UserWarning, match="it holds no samples"),
-        pytest.raises(UserError, match="give no samples any more; check train_shards"),
+        pytest.raises(UserError, match="contain no usable samples; check train_shards"),
     ):
         list(data.train_dataloader())
 
