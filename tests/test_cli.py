@@ -317,7 +317,7 @@ class TestMistakes:
         path = config(data__init_args__train_shards="https://user:hunter2@example.org/x?token=hunter2")
         for option, message in {
             "batch_size=0": "batch_size=0 is too small; it must be at least 1",
-            "decoder.captions.dropout=2": "dropout=2.0 is no probability; it must be from 0 to 1",
+            "decoder.captions.dropout=2": "dropout=2.0 is not a probability; it must be in [0, 1]",
             "chunks.count=0": "chunks.count=0 is too small; it must be at least 1",
             "buckets.divisor=7": "resolution=16 is not a multiple of buckets.divisor=7; choose 14 or another divisor",
             'chunks={"staging": {"dir": "x", "budget": "9XB"}}': (
