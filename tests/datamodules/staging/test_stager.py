@@ -360,7 +360,7 @@ def test_file_of_another_size_is_fetched_again(data, stage):
     ("fault", "reason"),
     [
         (403, r"cannot read http://127.0.0.1:\d+/shard-0000\d\d.tar: HTTP status 403; check the credentials"),
-        ("long", r"cannot read .*: it has \d+ bytes, its index gives \d+; this is not the shard that was indexed"),
+        ("long", r"cannot read .*: it has \d+ bytes, but \d+ in its index; this is not the shard that was indexed"),
         ("not tar", r"http://127.0.0.1:\d+/shard-0000\d\d.tar cannot be staged: .*holds no samples"),
     ],
 )
