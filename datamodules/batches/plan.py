@@ -247,12 +247,12 @@ class Plan:
         number = cursor.segments[-1].batches
         rows = planned.rows[number]
         samples = planned.samples[rows]
-        showing = cursor.pass_number + (cursor.repeat << _REPEATS_FROM_BIT)
+        occurrence = cursor.pass_number + (cursor.repeat << _REPEATS_FROM_BIT)
         height, width = self.chunks.sizes[planned.buckets[rows[0]]].tolist()
         return GlobalBatch(
             samples,
             (np.arange(len(rows)) < planned.valid[number]).astype(np.float32),
-            showing * self.chunks.total + samples,
+            occurrence * self.chunks.total + samples,
             (height, width),
             self.visit(cursor),
         )

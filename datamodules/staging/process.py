@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import math
@@ -32,12 +31,12 @@ from lit_lora.datamodules.staging.files import (
 )
 from lit_lora.datamodules.staging.plan import StagingPlan
 from lit_lora.datamodules.staging.slot import StagerSlot
+from lit_lora.distributed.processes import end_with
 from lit_lora.errors import UserError
 from lit_lora.files import sync
 
 _POLL_S = 0.1
 _THREADS = 4
-_PR_SET_PDEATHSIG = 1
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -203,7 +202,10 @@ def main() -> None:
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     config = StagerConfig(**json.loads(sys.stdin.buffer.readline()))
-    _end_with_parent(config)
+    if (
+        config.by_main_thread
+    ):  # end_with watches the starting thread; for other threads the loop in serve checks the parent
+        end_with(config.parent)
     closed = threading.Event()
     threading.Thread(target=_listen, args=(closed,), daemon=True).start()
     status = 1
@@ -218,14 +220,6 @@ def main() -> None:
 def _listen(closed: threading.Event) -> None:
     sys.stdin.buffer.readline()  # returns when the parent closes or ends
     closed.set()
-
-
-def _end_with_parent(config: StagerConfig) -> None:
-    # The kernel sends this signal when the thread that started this process ends; otherwise the main loop checks the parent.
-    if config.by_main_thread and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != config.parent:
-        os._exit(1)
 
 
 def _remove_stale_jobs(folder: Path) -> None:
