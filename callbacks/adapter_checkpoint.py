@@ -1,4 +1,4 @@
-"""Saves checkpoints that hold only the adapter, and the adapter as files beside them."""
+"""Checkpoints that hold only the adapter, with the adapter's files beside them."""
 
 from __future__ import annotations
 
@@ -78,10 +78,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = writable_folder(str(self.dirpath))
-            # Unfinished files of a run that was killed.
-            for unfinished in (
-                p for kind in ("*.ckpt.part", "*.adapter*.part", "*.adapter.*.old") for p in folder.glob(kind)
-            ):
+            # A killed run may have left unfinished files.
+            patterns = ("*.ckpt.part", "*.adapter*.part", "*.adapter.*.old")
+            for unfinished in (path for pattern in patterns for path in folder.glob(pattern)):
                 if unfinished.is_dir() and not unfinished.is_symlink():
                     shutil.rmtree(unfinished)
                 else:
@@ -139,8 +138,8 @@ class AdapterCheckpoint(ModelCheckpoint):
             _set_rng_state(self._saved_rng[trainer.global_rank])
         else:
             rank_zero_warn(
-                f"the checkpoint was saved by {len(self._saved_rng)} processes, this run has {trainer.world_size}: dropout does "
-                f"not continue the random numbers of that run"
+                f"the checkpoint was saved by {len(self._saved_rng)} processes and this run has {trainer.world_size}, so dropout "
+                f"does not continue the random numbers of that run"
             )
         self._saved_rng = None
 
@@ -150,7 +149,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._state.look(pl_module)  # layers that are unfrozen in this epoch and frozen again before a checkpoint
 
     def on_train_chunk_end(self, trainer: Trainer, pl_module: LightningModule, chunk: int) -> None:
-        """Remember to save; :class:`~lit_lora.datamodules.DataProgress` calls this at the end of a chunk."""
+        """Save after this optimizer step; :class:`~lit_lora.datamodules.DataProgress` calls this at the end of a chunk."""
         self._chunk_has_ended = self.save_on_chunk_end
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -254,12 +253,12 @@ class AdapterCheckpoint(ModelCheckpoint):
         return False
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Checkpoints that ``ckpt_path="last"`` considers; without a ``dirpath`` also those in the log folders of earlier runs.
+        """Candidates for ``ckpt_path="last"``; without a ``dirpath`` also those in the log folders of earlier runs.
 
         Loggers give every run a new ``version_N`` folder, so ModelCheckpoint would find nothing there and start over.
         """
         found: set[str] = super()._find_last_checkpoints(trainer)
-        if found:  # a resumed run may not have written a new last checkpoint: the newest of all counts
+        if found:  # the newest of all counts, since a resumed run may not have written a new ``last`` yet
             return found | {str(path) for name in found for path in Path(name).parent.glob("*.ckpt") if path.exists()}
         if self.dirpath is not None or trainer.log_dir is None:
             return found
@@ -289,10 +288,8 @@ class AdapterCheckpoint(ModelCheckpoint):
             return
         plain, averaged = _adapter_folders(filepath)
         for folder in (plain, averaged):
-            if (
-                trainer.is_global_zero and folder.is_symlink()
-            ):  # ``last`` was a link and becomes a checkpoint of its own
-                folder.unlink()
+            if trainer.is_global_zero and folder.is_symlink():
+                folder.unlink()  # ``last`` was a link and becomes a checkpoint of its own
         module.save_adapter(plain)
         if ema := AdapterEMA.of(trainer):
             with ema.averaged(module):
@@ -301,8 +298,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         link = self.last_model_path
         if trainer.is_global_zero and os.path.islink(link) and os.path.realpath(link) == os.path.realpath(filepath):
-            # ModelCheckpoint removes the old checkpoint before it moves the link: a run killed in between could not be
-            # resumed.
+            # ModelCheckpoint removes the old checkpoint before it moves the link; a run killed in between could not be resumed.
             _link_with_folders(self._last_checkpoint_saved, link)
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
@@ -376,7 +372,7 @@ def _check_finite(trainer: Trainer) -> None:
 
 
 def _adapter_folders(filepath: str) -> tuple[Path, Path]:
-    """Folders of a checkpoint's adapter files: of the weights and of their average."""
+    """The folders beside a checkpoint: the adapter, and its average."""
     stem = filepath.removesuffix(ModelCheckpoint.FILE_EXTENSION)
     return Path(f"{stem}.adapter"), Path(f"{stem}.ema.adapter")
 
@@ -408,7 +404,7 @@ def _adapter_configs(module: LightningModule) -> dict[str, dict[str, Any]]:
 
 
 def _rng_state() -> dict[str, Any]:
-    """Random number generators of this process, in types that ``torch.load(weights_only=True)`` accepts."""
+    """States of this process's random number generators, in types that ``torch.load(weights_only=True)`` accepts."""
     name, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),

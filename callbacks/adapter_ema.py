@@ -21,13 +21,14 @@ from lit_lora.parameters import trainable_parameters
 class AdapterEMA(Callback):
     """Keeps an exponential moving average of the trainable parameters, for any LightningModule.
 
-    Unlike Lightning's ``WeightAveraging`` it copies only trainable parameters. :class:`SampleImages` draws with the average,
-    :class:`AdapterCheckpoint` writes it as files, and validation logs ``val/loss_ema`` beside ``val/loss`` for modules that have
-    ``validation_loss``, as :class:`~lit_lora.LoraDiffusion` has.
+    After each optimizer step ``average = decay * average + (1 - decay) * parameters``. Unlike Lightning's ``WeightAveraging``
+    it copies only trainable parameters. :class:`SampleImages` draws with the average, :class:`AdapterCheckpoint` writes it as
+    files, and validation logs ``val/loss_ema`` beside ``val/loss`` for modules that have ``validation_loss``, as
+    :class:`~lit_lora.LoraDiffusion` has.
 
     Args:
-        decay: Decay of the average per optimizer step; defaults to 0.999. In the first steps ``(1 + step) / (10 + step)`` is
-            used where that is smaller, so that the average follows quickly.
+        decay: Decay of the average per optimizer step. Defaults to 0.999. While ``(1 + step) / (10 + step)`` is smaller, it is
+            used instead, so that the average follows the first steps quickly.
 
     Raises:
         UserError: If ``decay`` is not in [0, 1).
@@ -52,7 +53,7 @@ class AdapterEMA(Callback):
     @contextmanager
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
         """Context in which the module has the averaged weights."""
-        assert self._average is not None, "no average before training has begun"
+        assert self._average is not None, "the average exists only after training has begun"
         parameters = self._parameters(pl_module)
         self._average.store(parameters)
         self._average.copy_to(parameters)
@@ -103,7 +104,7 @@ class AdapterEMA(Callback):
         if self._average is None:
             return {}
         state = self._average.state_dict()
-        # One tensor for all: each tensor costs half a kilobyte in a checkpoint.
+        # Stored as one vector, since each tensor costs half a kilobyte in a checkpoint.
         state["shadow_params"] = parameters_to_vector([full_tensor(value) for value in state["shadow_params"]])
         return state | {"names": self._names}
 

@@ -14,10 +14,10 @@ from lit_lora.files import atomic_file, writable_folder
 
 
 class ImageWriter(BasePredictionWriter):
-    """Writes the images of ``predict`` as ``NUMBER-KEY.png``, with the caption beside it in ``NUMBER-KEY.txt``.
+    """Writes the images of ``predict`` as ``NUMBER-KEY.png``, each with its caption in ``NUMBER-KEY.txt``.
 
     Args:
-        output_dir: Folder of the files; created if missing.
+        output_dir: Folder for the files; created if missing.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -45,9 +45,9 @@ class ImageWriter(BasePredictionWriter):
         keys = batch.get("key", [""] * count)
         weights = batch["weight"].tolist() if "weight" in batch else [1.0] * count
         for image, slot, key, caption, weight in zip(prediction, slots, keys, batch["caption"], weights, strict=True):
-            if weight == 0:  # a slot that only fills the batch
+            if weight == 0:  # the sample only pads the batch
                 continue
-            # The number keeps equal keys of several shards apart; a key may hold any character.
+            # The number distinguishes equal keys of different shards. A key may hold any character.
             name = f"{int(slot):06d}-" + re.sub(r"[^\w-]+", "_", key)
             with atomic_file(self.output_dir / f"{name}.png") as part:
                 image.save(part, format="png")

@@ -21,15 +21,15 @@ from lit_lora.planning.verdict import verdict
 
 
 class MemoryLimit(Callback):
-    """Plans the memory of a fit before anything is loaded, and refuses a run that is planned to take more than a limit.
+    """Plans the memory of a fit before anything is loaded, and refuses a run whose planned memory exceeds a limit.
 
     The error names the cheapest changes that make the run fit, as ``lit-lora plan`` does.
 
     Args:
-        limit: Bytes that the run may take on each device, such as ``"8GB"``.
+        limit: Maximum memory of the run on each device, such as ``"8GB"``.
 
     Raises:
-        UserError: If ``limit`` is no amount of bytes.
+        UserError: If ``limit`` is not a byte size.
     """
 
     def __init__(self, limit: str) -> None:
@@ -41,12 +41,12 @@ class MemoryLimit(Callback):
             return
         if not isinstance(pl_module, LoraDiffusion):
             raise UserError(
-                f"MemoryLimit plans the runs of a LoraDiffusion, not of a {type(pl_module).__name__}; leave MemoryLimit out"
+                f"MemoryLimit can plan a LoraDiffusion, not a {type(pl_module).__name__}; remove it from trainer.callbacks"
             )
         if shards_weights(trainer.strategy):
             raise UserError(
-                f"MemoryLimit(limit={self.limit!r}) plans a run with a full copy of the weights on each GPU, which "
-                f"{type(trainer.strategy).__name__} does not have; leave MemoryLimit out"
+                f"MemoryLimit(limit={self.limit!r}) plans a full copy of the weights on each GPU, but "
+                f"{type(trainer.strategy).__name__} shards them; remove MemoryLimit from trainer.callbacks"
             )
         run = run_of(pl_module, trainer)
         planned = plan(run)
@@ -56,14 +56,14 @@ class MemoryLimit(Callback):
 
 
 def run_of(module: LoraDiffusion, trainer: Trainer) -> Run:
-    """The run that a trainer is about to start or has started.
+    """Description of a trainer's run, for the planner.
 
     Args:
-        module: What is trained.
+        module: Module that is trained.
         trainer: Trainer of the run, with its datamodule and callbacks.
 
     Raises:
-        UserError: If the datamodule does not say how large a batch or an image is.
+        UserError: If the datamodule does not state its batch size or image size.
     """
     data: Any = getattr(trainer, "datamodule", None)
     height, width = image_size(data)

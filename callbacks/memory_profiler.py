@@ -1,4 +1,4 @@
-"""Measures where the memory of a run goes."""
+"""Profile of a run's memory by phase and by kind."""
 
 from __future__ import annotations
 
@@ -39,28 +39,28 @@ class MemoryProfiler(Callback):
     """Measures the memory of any LightningModule's run, by phase and by kind.
 
     Phases are load, forward, backward, optimizer, validation, test, predict, and those that the code names with
-    :func:`lit_lora.profiling.phases.phase` (:class:`SampleImages` names "sampling"); of nested phases the innermost counts.
-    ``between`` is everything else: loading data, saving, and the steps that are not measured in detail. These are watched as
-    one, so that the highest peak of the run is always known.
+    :func:`lit_lora.profiling.phases.phase` (:class:`SampleImages` names "sampling"); of nested phases the innermost is measured.
+    ``between`` is everything else: loading data, saving, and the steps that are not measured in detail. It is always measured
+    as one phase, so that the highest peak of the run is known.
 
-    On CUDA the figures are PyTorch's allocated and reserved memory, whose peak statistics are reset where phases begin;
-    elsewhere they are the resident memory of the process.
+    On CUDA the figures are PyTorch's allocated and reserved memory, whose peak statistics are reset at the beginning of each
+    phase; elsewhere they are the resident memory of the process.
 
     The kinds frozen weights (with buffers), adapter (all trained parameters), gradients and optimizer state are the tensors on
-    the training device at the end of the phase, each storage counted once. "other" is what else is in use before a step
-    begins; on the CPU that is the libraries, and freed memory that the process keeps. "activations" are what a phase takes
-    beyond these.
+    the training device at the end of the phase, each storage counted once. "other" is the rest of the memory in use before a
+    step begins; on the CPU it contains libraries and freed memory that the process keeps. "activations" is the memory that a
+    phase takes beyond these.
 
     At the end a table is printed, and ``memory.json`` and the chart ``memory.png`` are written (``memory-test.json`` and so
-    on after stages other than fit). Loggers get ``memory_mib/peak/PHASE`` and, for the highest phase of a measured step,
-    ``memory_mib/kind/KIND``; TensorBoard also gets the chart. With several processes these are the figures of the first, and
-    the text lists the peak of each process.
+    on after stages other than fit). Loggers get ``memory_mib/peak/PHASE`` and, for the phase with the highest peak of a measured
+    step, ``memory_mib/kind/KIND``; TensorBoard also gets the chart. With several processes these are the figures of the first,
+    and the text lists the peak of each process.
 
-    At an out-of-memory error the same is written, also by processes other than the first (``memory-rank1.json``), with the
-    phase and what to change, most saving first. For a :class:`~lit_lora.LoraDiffusion` the changes are config keys and what
-    the planner says that they save. Another module may have a method ``memory_advice(kinds) -> list[tuple[str, int]]``, which
-    gets bytes by kind and returns changes with the bytes that each would save. On CUDA ``memory_summary.txt`` is PyTorch's
-    own summary.
+    At an out-of-memory error the same files are written, also by processes other than the first (``memory-rank1.json``),
+    together with the phase and the changes that save memory, largest saving first. For a :class:`~lit_lora.LoraDiffusion` the
+    changes are config keys with the savings that the planner predicts. Another module may have a method
+    ``memory_advice(kinds) -> list[tuple[str, int]]``, which receives bytes by kind and returns changes with the bytes that each
+    would save. On CUDA ``memory_summary.txt`` holds PyTorch's own summary.
 
     ``memory.json`` has ``schema`` (1), ``status`` (finished, interrupted, failed, out of memory), ``stage``, ``device``,
     ``device_name``, ``note`` (what the figures leave out, or null), ``versions``, ``options``, ``baseline`` (bytes in use
@@ -69,11 +69,11 @@ class MemoryProfiler(Callback):
     ``step``, ``count``) and ``out_of_memory`` (null, or ``phase``, ``message``, ``kinds``, ``advice``). All sizes are bytes.
 
     Args:
-        every_n_steps: Optimizer steps from one measured step to the next; the first two steps of the run are always measured.
-            Phases outside steps are measured at most once in as many steps, validation always.
-        output_dir: Folder of the files; defaults to the logger's folder.
-        snapshot_entries: On CUDA, the number of events of the allocator to record; they are written to
-            ``memory_snapshot.pickle`` at an out-of-memory error (for https://pytorch.org/memory_viz). 0 records none.
+        every_n_steps: Optimizer steps between two measured steps. Defaults to 50. The first two steps of the run are always
+            measured. A phase outside steps is measured at most once in this many steps, validation always.
+        output_dir: Folder for the files. Defaults to the logger's folder.
+        snapshot_entries: Number of allocator events to record on CUDA; at an out-of-memory error they are written to
+            ``memory_snapshot.pickle`` (for https://pytorch.org/memory_viz). Defaults to 0, which records none.
 
     Raises:
         UserError: If ``every_n_steps`` is below 1 or ``snapshot_entries`` below 0.
@@ -96,7 +96,7 @@ class MemoryProfiler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer, self._module = trainer, pl_module
         self._stage = TrainerFn(stage).value
-        # Asking for the log folder is a collective call: all processes are here now, and not after an error.
+        # Asking for the log folder is a collective call, in which all processes take part now, but not after an error.
         self._folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
         self._meter = meter_of(trainer.strategy.root_device)
         self._record, self._pending = MemoryRecord(), MemoryRecord()
@@ -189,7 +189,7 @@ class MemoryProfiler(Callback):
         self._end()
 
     def enter_phase(self, name: str) -> None:
-        """Begin a phase that the code names."""
+        """Begin a named phase; called by :func:`~lit_lora.profiling.phases.phase`."""
         step = self._step()
         measured = self._sampled or self._bottom == "load" or step >= self._next_of.get(name, step)
         if measured:
@@ -197,7 +197,7 @@ class MemoryProfiler(Callback):
         self._begin(name, measured)
 
     def leave_phase(self, name: str, failed: bool) -> None:
-        """End the innermost phase that the code names."""
+        """End the innermost named phase."""
         if failed and self._failed_in is None:
             self._failed_in = name
         self._end()
@@ -266,18 +266,18 @@ class MemoryProfiler(Callback):
             self._other = self._close()
 
     def _step(self) -> int:
-        """Number of the current step; with manual optimization, number of the batch, since optimizers step as they like."""
+        """Number of the current step; with manual optimization, of the batch, since each optimizer steps at its own times."""
         if self._module.automatic_optimization:
             return self._trainer.global_step
         return self._trainer.fit_loop.total_batch_idx
 
     def _look(self) -> None:
-        """Find the parameters and optimizers again, which may have changed."""
+        """Look up parameters and optimizers, which may have changed."""
         trainer = self._trainer
         self._kinds = MemoryKinds(self._module, trainer.optimizers, trainer.strategy.root_device)
 
     def _close(self) -> int:
-        """Record the phase that was measured and begin to measure the next.
+        """Record the measured phase and begin to measure the next.
 
         Returns:
             Bytes in use now beyond weights, gradients and optimizer state.
@@ -318,7 +318,7 @@ class MemoryProfiler(Callback):
         return {"phase": phase, "message": str(exception), "kinds": kinds, "advice": advice}
 
     def _own_advice(self, kinds: Mapping[str, int]) -> list[tuple[str, int]] | None:
-        """Changes that the module's own ``memory_advice`` or the planner names; None where neither can."""
+        """Changes from the module's own ``memory_advice`` or from the planner; None if neither has any."""
         try:
             if hasattr(self._module, "memory_advice"):
                 return sorted_advice(cast(Any, self._module).memory_advice(kinds))

@@ -1,4 +1,4 @@
-"""Advice of the planner for a run that is out of memory."""
+"""The planner's advice for a run that ran out of memory."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from lightning.pytorch import LightningModule, Trainer
 
 
 def planned_advice(module: LightningModule, trainer: Trainer) -> list[tuple[str, int]] | None:
-    """Options that save memory and the bytes that each would save alone, most first; None for a module that cannot be planned.
+    """Options that save memory, each with the bytes that it alone would save, largest first.
 
     Args:
-        module: What is trained; a :class:`~lit_lora.LoraDiffusion` can be planned.
+        module: Module that is trained.
         trainer: Trainer of the run.
 
+    Returns:
+        The options; None if the module is not a :class:`~lit_lora.LoraDiffusion`, which alone can be planned.
+
     Raises:
-        UserError: If the datamodule does not say how large a batch or an image is.
+        UserError: If the datamodule does not state its batch size or image size.
     """
-    # Imported here, because the profiler also works without diffusers' models.
+    # Imported here, since the profiler also works without diffusers' models.
     from lit_lora.callbacks.memory_limit import run_of
     from lit_lora.module import LoraDiffusion
     from lit_lora.planning.changes import ranked_changes

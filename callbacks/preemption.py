@@ -1,4 +1,4 @@
-"""Ends a run on a signal so that it can be resumed."""
+"""Stopping a run on a signal so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Preemption(Callback):
         if stage == "fit":
             connector: Any = trainer._signal_connector
             connector.register_signal_handlers = lambda: self._listen(trainer)
-            if _requeue_signal(trainer):  # before training starts it would end the process
+            if _requeue_signal(trainer):  # without a handler it would end the process before training starts
                 self._listen(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Last of all callbacks, so that the checkpoint has what the others do at the end of a batch.
+        # Moved behind all other callbacks, so that the checkpoint contains what they do at the end of a batch.
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
         if trainer.world_size > 1:
@@ -73,7 +73,7 @@ class Preemption(Callback):
         if path := _save_last(trainer):
             done.append(f"saved {path}; resume with --ckpt_path last")
         else:
-            done.append("nothing is saved: the trainer has no checkpoint callback")
+            done.append("nothing was saved, since the trainer has no checkpoint callback")
         if trainer.is_global_zero:
             if number == _requeue_signal(trainer):
                 done.append(_requeue())
@@ -111,7 +111,7 @@ class Preemption(Callback):
             signal.raise_signal(number)
 
     def _agree(self) -> int:
-        """Number of a signal that any process has received, the same on all processes; 0 for none."""
+        """Number of a signal that any process has received, equal on all processes; 0 for none."""
         number = next(iter(self._received), 0)
         if self._group is None:
             return number
@@ -121,7 +121,7 @@ class Preemption(Callback):
 
 
 def _more_is_due(trainer: Trainer) -> bool:
-    """Whether validation or the end of an epoch comes next, which a resumed run would skip."""
+    """Whether validation or the end of an epoch is due next; a resumed run would skip it."""
     loop: Any = trainer.fit_loop.epoch_loop
     return bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher) or loop._num_ready_batches_reached())
 
@@ -152,7 +152,7 @@ def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
 
 
 def _requeue() -> str:
-    """Requeue this SLURM job; returns a sentence about the result."""
+    """Requeue this SLURM job and return a sentence about the result."""
     job = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = os.environ["SLURM_JOB_ID"] if job is None else f"{job}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
@@ -165,7 +165,7 @@ def _requeue() -> str:
 
 
 def _exit_status(trainer: Trainer, number: int) -> int:
-    # Lightning's launcher kills the main process, whose status counts, if a process that it started ends with another status.
+    # If a launched process ends with a status other than 0, Lightning kills the main process, whose status is the run's.
     launched = (
         isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment) and trainer.local_rank
     )

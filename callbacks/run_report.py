@@ -1,4 +1,4 @@
-"""Reports time, energy, samples and cost of a run."""
+"""Report of a run's time, energy, samples and cost."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Figures = dict[str, Any]
 class RunReport(Callback):
     """Measures time, energy, samples and cost of training any LightningModule; prints a table and writes ``report.json``.
 
-    Interrupted and failed runs are reported too. A resumed run reports itself and the total, since checkpoints hold the figures
-    up to them.
+    Interrupted and failed runs are reported too. A resumed run reports its own figures and the total of all runs, since
+    checkpoints hold the figures up to them.
 
     ``report.json`` has ``schema`` (1), ``status`` (finished, interrupted, failed), ``world_size``, ``processes`` (the
     number of processes in the figures: after an error each process reports only its own, in ``report-rank1.json`` and so on
     for all but the first), ``this_run``, ``total`` and ``runs`` (number of runs in ``total``), ``peak_memory`` (bytes of the
-    process that needed most in this run), ``peak_memory_of`` (``allocated`` or ``resident``, see :class:`MemoryProfiler`),
+    process with the highest peak in this run), ``peak_memory_of`` (``allocated`` or ``resident``, see :class:`MemoryProfiler`),
     ``adapter_parameters`` (number of trained parameters), ``gpu_energy_note`` and ``prices``. ``this_run``
     and ``total`` have
 
@@ -48,14 +48,14 @@ class RunReport(Callback):
     - ``gpu_energy_kwh`` from the driver's counter of each GPU, which includes other users of the GPU; null without a counter,
       for the reason in ``gpu_energy_note``;
     - ``samples`` trained: samples with a positive ``weight`` if the batch has weights, otherwise all samples of the batch; null
-      if that is not known; ``samples_per_second`` of training;
+      if the size of a batch is unknown; ``samples_per_second`` of training;
     - ``optimizer_steps``;
     - ``time_cost`` and ``energy_cost``, null without a price.
 
     Args:
-        price_per_hour: Price of an hour of all machines of the run together, in any currency; None for no cost of time.
-        price_per_kwh: Price of a kWh of electricity, in the same currency; None for no cost of energy.
-        output_dir: Folder of the file; defaults to the logger's folder.
+        price_per_hour: Price per hour of all machines of the run together, in any currency. Defaults to None: no cost of time.
+        price_per_kwh: Price per kWh of electricity, in the same currency. Defaults to None: no cost of energy.
+        output_dir: Folder for the file. Defaults to the logger's folder.
 
     Raises:
         UserError: If a price is negative.
@@ -77,7 +77,7 @@ class RunReport(Callback):
         if stage != "fit":
             return
         self._trainer, self._before = trainer, {}
-        # Asking for the log folder is a collective call: all processes are here now, and not after an error.
+        # Asking for the log folder is a collective call, in which all processes take part now, but not after an error.
         self._folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
         self._start, self._cpu_start = time.monotonic(), _cpu_seconds()
         self._energy = _GpuEnergy(_uuid(trainer.strategy.root_device))
@@ -86,7 +86,7 @@ class RunReport(Callback):
         self._loaded: float | None = None
         self._first_step = 0
         self._samples: int | None = 0
-        # Weights are counted on the device, since reading the number at each step would synchronise.
+        # Weighted samples are counted on the device, since reading the number at each step would synchronise.
         self._weighted: Tensor | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,7 +132,7 @@ class RunReport(Callback):
             self._trainer = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Totals over all processes and runs so far; a collective call in training."""
+        """Totals over all processes and runs so far; a collective call during training."""
         return {} if self._trainer is None else _sum(self._before, _together(gather(self._own())))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class RunReport(Callback):
         if samples is not None and self._weighted is not None:
             samples += int(self._weighted)
         peak = next(iter(self._meter.peak().values()))
-        # A profiler resets the peak, so it is asked for the highest that it saw.
+        # A profiler resets the peak, so the highest peak that it has recorded counts too.
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         peaks = [getattr(callback, "peak_memory", 0) for callback in callbacks]
         return {
@@ -201,7 +201,7 @@ class _GpuEnergy:
     """The driver's energy counter of one GPU.
 
     Args:
-        uuid: UUID of the GPU as the driver writes it; None if the run is on no NVIDIA GPU.
+        uuid: UUID of the GPU in the driver's notation; None if the run does not use an NVIDIA GPU.
     """
 
     def __init__(self, uuid: str | None) -> None:
@@ -210,7 +210,7 @@ class _GpuEnergy:
         self._start = self._read()
 
     def joules(self) -> float | None:
-        """Energy since the start; None without a counter, for the reason in :attr:`note`."""
+        """Energy since the start in joules; None without a counter, for the reason in :attr:`note`."""
         now = self._read()
         return None if now is None or self._start is None else (now - self._start) / 1000
 
@@ -241,7 +241,7 @@ class _GpuEnergy:
 
 
 def _uuid(device: torch.device) -> str | None:
-    """UUID of a CUDA device; its index would mislead, since a program may see only some of the driver's devices."""
+    """UUID of a CUDA device. Its index would not do, since a program may see only some of the driver's devices."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else None
 
 

@@ -1,4 +1,4 @@
-"""Draws images of fixed prompts during training."""
+"""Sample images of fixed prompts during training."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lit_lora.sampling import image_grid
 
 
 class SampleImages(Callback):
-    """Draws an image for each of the same prompts, from the same seeds, every ``every_n_steps`` steps.
+    """Draws images of fixed prompts from fixed seeds every ``every_n_steps`` optimizer steps.
 
-    A grid goes to TensorBoard (``samples``) and to ``samples/step-NNNNNN.png`` in the log folder. With :class:`AdapterEMA` the
-    averaged weights are used. Sampling leaves the random number generators of training alone. The module needs a ``generate``
-    method like that of :class:`~lit_lora.LoraDiffusion`.
+    A grid of the images goes to TensorBoard (``samples``) and to ``samples/step-NNNNNN.png`` in the log folder. With
+    :class:`AdapterEMA` the averaged weights are used. Sampling does not change the random number generators of training. The
+    module needs a ``generate`` method like that of :class:`~lit_lora.LoraDiffusion`.
 
     Args:
-        prompts: Prompts, for one image each.
-        every_n_steps: Optimizer steps between two grids; one grid is also drawn before the first step.
-        seed: Seed of the first prompt; prompt ``i`` is drawn from ``seed + i``.
-        num_inference_steps: Denoising steps.
-        guidance_scale: Scale of classifier-free guidance; 1 turns it off.
-        height: Height of an image in pixels; defaults to the model's.
-        width: Width of an image in pixels; defaults to the model's.
-        columns: Images in a row of the grid.
+        prompts: Prompts, of which one image each is drawn.
+        every_n_steps: Optimizer steps between two grids. Defaults to 500. One grid is also drawn before the first step.
+        seed: Seed of the first prompt; prompt ``i`` is drawn from ``seed + i``. Defaults to 0.
+        num_inference_steps: Number of denoising steps. Defaults to 25.
+        guidance_scale: Scale of classifier-free guidance; 1 turns it off. Defaults to 5.0.
+        height: Height of an image in pixels. Defaults to the model's.
+        width: Width of an image in pixels. Defaults to the model's.
+        columns: Number of images in a row of the grid. Defaults to 4.
 
     Raises:
         UserError: If there are no prompts, or ``every_n_steps``, ``num_inference_steps`` or ``columns`` is below 1.
@@ -88,7 +88,7 @@ class SampleImages(Callback):
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Asking for the log folder is a collective call.
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
-        # Each process draws equally many images, since with sharded weights all processes compute together.
+        # Every process draws the same number of images, since with sharded weights all processes compute together.
         each = math.ceil(len(self.prompts) / trainer.world_size)
         mine = [min(trainer.global_rank * each + i, len(self.prompts) - 1) for i in range(each)]
         ema = AdapterEMA.of(trainer)

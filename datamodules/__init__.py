@@ -1,4 +1,4 @@
-"""Training data from tar shards: indexing, planning, decoding, loading, packing."""
+"""Training data from tar shards: packing, indexing, planning, decoding, loading, streaming."""
 
 from lit_lora.lazy import lazy_names, public_names
 

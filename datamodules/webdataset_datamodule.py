@@ -45,13 +45,13 @@ class WebDatasetDataModule(LightningDataModule):
 
     Shards are ``.tar`` files, folders of them, globs, or braces as in ``data/shard-{000000..000099}.tar``, on a local
     disk or as URLs that fsspec opens (``https://``, ``s3://`` …). A sample is an image (``.jpg``, ``.jpeg``, ``.png``,
-    ``.webp``) and a caption (``.txt``, ``.json`` or ``.cls``), an entry of a cache that ``lit-lora cache`` made, or
-    whatever a ``decoder`` of your own makes of a sample's members.
+    ``.webp``) and a caption (``.txt``, ``.json`` or ``.cls``), a sample of a cache that ``lit-lora cache`` made, or any
+    members that a custom ``decoder`` reads.
 
     A batch is a dict: ``pixel_values`` uint8 (B, 3, H, W); ``caption`` list of str; ``original_size`` and
     ``target_size`` int64 (B, 2), height and width; ``crop_top_left`` int64 (B, 2), top and left; ``weight`` float32
-    (B,), 0 for a place that must not count; ``slot`` list of int, a number for each showing of a sample in the whole
-    run; ``key`` list of str.
+    (B,), 0 for a sample that is not trained on; ``slot`` list of int, the number of this occurrence of the sample in the
+    whole run; ``key`` list of str.
 
     Training can be resumed at any step, with another number of loader workers, processes or samples in a batch: no
     sample of a pass is repeated or lost.
@@ -60,21 +60,21 @@ class WebDatasetDataModule(LightningDataModule):
         train_shards: Shards to train on.
         val_shards: Shards to validate on.
         test_shards: Shards to test on.
-        val_samples: Number of samples of ``train_shards`` that are held out to validate on, chosen by ``seed``; it
-            excludes ``val_shards``. The default is 0.
-        batch_size: Samples in a batch of one process. The default is 1.
-        resolution: Side of the square images in pixels, by default 512. Images are resized to cover the square, and the
-            rest is cropped.
-        buckets: Train images near their own shape at about the same area, instead of as squares; null (default) for
-            squares. A batch over all processes has one shape.
-        decoder: How a sample becomes an entry of a batch: crop, flip and captions of an ``ImageDecoder`` (default, also
-            for null), or a decoder of your own.
-        chunks: How training goes through the shards: in how many chunks, how often through each, and whether they are
-            staged on a local disk.
-        num_workers: Threads that read and decode ahead of each training process, by default 2; 0 reads between the steps.
-        max_bad_samples: Number of different samples that may be damaged before training stops, by default 0. Their places
-            in the batch are filled by other samples with weight 0. Each process counts its own.
-        seed: Decides the order, the crops, the flips, the captions, and which samples are held out. The default is 0.
+        val_samples: Number of samples of ``train_shards`` that are held out for validation, chosen by ``seed``; excludes
+            ``val_shards``. Defaults to 0.
+        batch_size: Samples in a batch of one process. Defaults to 1.
+        resolution: Side of the square images in pixels. Defaults to 512. Images are resized to cover the square and then
+            cropped.
+        buckets: Aspect ratio buckets, which keep images near their own shape at about the same area. Defaults to null:
+            square images. A batch over all processes has one shape.
+        decoder: Conversion of a sample's members to its entries in a batch. Defaults (also for null) to ``ImageDecoder``,
+            which has the options for crops, flips and captions.
+        chunks: Options of chunked training: the number of chunks, the passes over each, and staging on a local disk.
+            Defaults to one chunk that is read in place.
+        num_workers: Threads per training process that read and decode ahead. Defaults to 2; 0 reads between the steps.
+        max_bad_samples: Number of different bad samples that each process tolerates before training stops. Defaults to 0.
+            Other samples with weight 0 replace them in the batch.
+        seed: Seed of the order, the crops, the flips, the captions, and the choice of held-out samples. Defaults to 0.
 
     Raises:
         UserError: If a value is out of its bounds, or two arguments exclude each other.
@@ -112,7 +112,7 @@ class WebDatasetDataModule(LightningDataModule):
         self.max_bad_samples = max_bad_samples
         self.seed = seed
         self.cached: frozenset[str] = frozenset()
-        """The parts of a batch that come from a cache, known after setup: ``"latents"``, ``"text"``."""
+        """Parts of a batch that come from a cache, ``"latents"`` and ``"text"``; known after setup."""
         self._bucketing = Bucketing.of(resolution, buckets, None if buckets is None else buckets.max_upscaling)
         self._cache_of: dict[SampleTable, OpenCache | None] = {}
         self._train: ChunkedSamples | None = None
@@ -122,7 +122,7 @@ class WebDatasetDataModule(LightningDataModule):
         self._loaded_state: dict[str, Any] | None = None
 
     def prepare_data(self) -> None:
-        """Index the shards that have no index yet and copy the indexes of remote ones, once per node.
+        """Index local shards that have no index yet, and copy the indexes of remote shards; called once per node.
 
         Raises:
             UserError: If a shard or an index is missing or damaged.
@@ -132,14 +132,14 @@ class WebDatasetDataModule(LightningDataModule):
                 open_table(shards, refresh=True)
 
     def setup(self, stage: str) -> None:
-        """Read the indexes and check that the samples are complete and the plan can be carried out.
+        """Read the indexes and check that the samples are complete and that training on them can be planned.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``. Prediction runs over the validation samples.
 
         Raises:
-            UserError: If there is no data for this stage, samples lack an image or a caption, there are too few, or the
-                shards of two chunks do not fit where they are staged.
+            UserError: If there is no data for this stage, samples lack an image or a caption, there are too few samples, or
+                the shards of two chunks exceed the staging budget.
         """
         if stage == "test":
             if not self.test_shards:
@@ -161,23 +161,23 @@ class WebDatasetDataModule(LightningDataModule):
         self.cached = frozenset.intersection(*(c.description.cached if c else frozenset() for c in caches))
 
     def image_sizes(self) -> list[tuple[int, int]]:
-        """Height and width in pixels of every size that a batch may have; known without :meth:`setup`.
+        """Height and width in pixels of every size that a batch may have; available before :meth:`setup`.
 
-        A model that needs multiples of some number of pixels can check them before anything is loaded.
+        They let a model that needs multiples of some number of pixels check them before anything is loaded.
         """
         return [(int(height), int(width)) for height, width in self._bucketing.sizes]
 
     @property
     def train_samples(self) -> ChunkedSamples:
         """The training samples, after ``setup("fit")``."""
-        assert self._train is not None, "setup('fit') comes first"
+        assert self._train is not None, "call setup('fit') first"
         return self._train
 
     def plan(self, world_size: int | None = None) -> Plan:
-        """The plan of training.
+        """The plan of all training batches.
 
         Args:
-            world_size: Number of training processes; by default the trainer's.
+            world_size: Number of training processes. Defaults to the trainer's.
 
         Raises:
             UserError: If there are too few samples.
@@ -192,7 +192,7 @@ class WebDatasetDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> PlannedLoader:
-        """The loader for training, at the place where the checkpoint or the loader before it left off.
+        """The loader for training, which continues after the checkpoint or the previous loader.
 
         With ``Trainer(overfit_batches=...)`` each epoch sees the same batches.
 
@@ -222,8 +222,8 @@ class WebDatasetDataModule(LightningDataModule):
             size, earlier = loader.plan.global_batch_size, state["segments"][-2]
             if before is None and size != earlier and self._rank == 0:
                 _log.warning(
-                    "a batch over all processes has %d samples, it had %d in the run that is resumed; batch_size or "
-                    "accumulate_grad_batches can make up for it",
+                    "the global batch has %d samples, but %d in the resumed run; change batch_size or "
+                    "trainer.accumulate_grad_batches to keep its size",
                     size,
                     earlier,
                 )
@@ -236,43 +236,44 @@ class WebDatasetDataModule(LightningDataModule):
         """Random access to the training samples.
 
         Args:
-            locate: Function from the number of a shard to its local file, if shards are staged.
+            locate: Function from the number of a shard to its local file, for staged shards. Defaults to None: shards are read
+                in place.
         """
         table = self.train_samples.table
         return ShardDataset(ShardReader(table, locate), self._decoder_of(table, self.decoder))
 
     def val_dataloader(self) -> PlannedLoader | list[PlannedLoader]:
-        """The loader for validation, each sample once over all processes; an empty list where there is no data."""
+        """The loader for validation, each sample once over all processes; an empty list if there is no data."""
         return [] if self._val is None else self._evaluation_loader(self._val)
 
     def test_dataloader(self) -> PlannedLoader:
         """The loader for testing, each sample once over all processes."""
-        assert self._test is not None, "setup('test') comes first"
+        assert self._test is not None, "call setup('test') first"
         return self._evaluation_loader(self._test)
 
     def predict_dataloader(self) -> PlannedLoader:
         """The loader for prediction: the validation samples, each once over all processes."""
-        assert self._val is not None, "setup('predict') comes first"
+        assert self._val is not None, "call setup('predict') first"
         return self._evaluation_loader(self._val)
 
     def teardown(self, stage: str) -> None:
-        """End the threads that read and the staging of shards."""
+        """End the loader threads and the staging of shards."""
         if self._train_loader is not None:
             self._train_loader.close()
 
     def on_exception(self, exception: BaseException) -> None:
-        """End threads and staging after an error, when Lightning does not call :meth:`teardown`."""
+        """End threads and staging after an error, since Lightning then does not call :meth:`teardown`."""
         self.teardown("fit")
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training data. Lightning keeps the loader's own state too, but loses it in some cases."""
+        """The position in the training data. Lightning also keeps the loader's own state, but loses it in some cases."""
         state = self._loaded_state if self._train_loader is None else self._train_loader.state_dict()
-        return {"train_loader": state}  # also without a place: Lightning's tuner goes back to where it was
+        return {"train_loader": state}  # also for None: Lightning's tuner restores the state before the first batch
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the place for the next train loader; Lightning calls this before it asks for one."""
+        """Keep the position for the next train loader; Lightning calls this before it requests one."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
-            return  # a checkpoint that is validated says nothing about a later training
+            return  # the position in a checkpoint under validation does not apply to a later fit
         self._loaded_state = state_dict.get("train_loader")
         if self._train_loader is not None:
             self._train_loader.close()
@@ -281,7 +282,7 @@ class WebDatasetDataModule(LightningDataModule):
     def _split_train(self, table: SampleTable) -> None:
         if self.val_samples >= len(table):
             raise UserError(
-                f"val_samples={self.val_samples} leaves nothing of {len(table)} samples to train on; choose fewer"
+                f"val_samples={self.val_samples} leaves none of {len(table)} samples to train on; choose fewer"
             )
         generator = np.random.default_rng(seed_of(self.seed, "held out"))
         held_out = np.sort(generator.choice(len(table), self.val_samples, replace=False))
@@ -289,21 +290,20 @@ class WebDatasetDataModule(LightningDataModule):
         self._train = ChunkedSamples.split(table, self._bucketing, num_chunks, self.seed, held_out)
         if not self._train.counts.any():
             raise UserError(
-                f"{self._train.too_small} samples are all smaller than buckets.max_upscaling="
-                f"{self._bucketing.max_upscaling} allows at resolution={self.resolution}; lower the resolution or raise"
-                " buckets.max_upscaling"
+                f"all {self._train.too_small} samples are too small for resolution={self.resolution} with"
+                f" buckets.max_upscaling={self._bucketing.max_upscaling}; lower the resolution or raise buckets.max_upscaling"
             )
         if self.val_samples:
             self._val = ListedSamples(table, held_out, self._evaluation_bucketing)
 
     def _prepare_training(self) -> None:
-        """Check plan and staging before the model is loaded, and add the callback that reports progress."""
+        """Check plan and staging before the model is loaded, and add the callback :class:`DataProgress`."""
         plan = self.plan()
         dropped = plan.num_samples - plan.samples_per_round
         if dropped > _MUCH_DROPPED * plan.num_samples and self.trainer is not None and self._rank == 0:
             _log.warning(
-                "each pass leaves out %d of %d samples, which do not fill a batch of %d in their chunk and bucket;"
-                " chunks.leftovers=pad trains on them too, and fewer chunks or buckets or smaller batches leave out fewer",
+                "each pass drops %d of %d samples, which do not fill a batch of %d in their chunk and bucket;"
+                " set chunks.leftovers=pad to train on them too, or use fewer chunks, fewer buckets or smaller batches",
                 dropped,
                 plan.num_samples,
                 plan.global_batch_size,
@@ -313,14 +313,14 @@ class WebDatasetDataModule(LightningDataModule):
             checked_budget(self.chunks.staging, self.train_samples)
         elif remote is not None:
             raise UserError(
-                f"{redact(remote)} is not on a local disk; set chunks.staging.dir to a folder that is (and chunks.count,"
-                " so that not everything has to fit there), or use WebDatasetStreamDataModule"
+                f"{redact(remote)} is not on a local disk; set chunks.staging.dir to a folder on a local disk (and chunks.count,"
+                " since two chunks have to fit there), or use WebDatasetStreamDataModule"
             )
         if self.trainer is not None:
             add_data_progress(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def _open(self, shards: str | list[str]) -> SampleTable:
-        """The samples of shards, after a check that the run can use them."""
+        """The samples of shards, after checking that the run can use them."""
         table = open_table(shards)
         twice = next((location for location, number in Counter(table.locations).items() if number > 1), None)
         if twice is not None:
@@ -331,9 +331,9 @@ class WebDatasetDataModule(LightningDataModule):
         return table
 
     def _open_cache(self, table: SampleTable, is_training: bool) -> OpenCache | None:
-        """The cache behind a table, if it is one, after a check that it holds what the run would encode itself.
+        """The cache to which a table's shards belong, after checking that it holds what the run would encode; None for images.
 
-        A decoder of the user's own, also a subclass of ``ImageDecoder``, reads the members of a cache as they are.
+        A custom decoder, also a subclass of ``ImageDecoder``, reads the members of a cache as they are.
         """
         decoder = self.decoder if is_training else self.decoder.for_evaluation()
         if type(decoder) is not ImageDecoder:
@@ -358,11 +358,11 @@ class WebDatasetDataModule(LightningDataModule):
 
     @property
     def _evaluation_bucketing(self) -> Bucketing:
-        """The sizes for evaluation, in which no image is too small."""
+        """The sizes for evaluation, for which no image is too small."""
         return Bucketing.of(self.resolution, self.buckets)
 
     def _decoder_of(self, table: SampleTable, decoder: SampleDecoder) -> SampleDecoder:
-        """The decoder for a table: the given one, or one that reads the same from the table's cache."""
+        """The decoder for a table: the given one, or if the table is a cache, one that reads the same entries from it."""
         decoder = decoder.with_seed(self.seed)
         cache = self._cache_of[table]
         if cache is None:

@@ -22,42 +22,42 @@ _PIPE = "pipe:"
 _UNSAFE = re.compile(r"""[\s"'`$;|]""")
 
 _PROGRAMS = {"gs": "gsutil", "ais": "ais"}
-"""What webdataset reads a kind of URL with; ``curl`` where nothing else is written."""
+"""Program with which webdataset reads the URLs of a scheme; ``curl`` for all others."""
 
 
 class WebDatasetStreamDataModule(LightningDataModule):
     """Images with captions from tar shards that can be neither indexed nor copied to a local disk.
 
-    Shards are read by webdataset, from front to back. Prefer ``WebDatasetDataModule`` wherever it can be used: here a
-    resumed run is not the same as one without a break, an epoch does not hold each sample once, and two runs agree only
+    The library webdataset reads each shard from front to back. Prefer ``WebDatasetDataModule`` wherever it can be used: here a
+    resumed run differs from an uninterrupted one, an epoch does not contain each sample once, and two runs are equal only
     with the same number of processes and loader workers.
 
-    In training each loader worker draws shards at random without end and mixes their samples in a buffer. In validation
-    each shard is read once over all processes and workers.
+    For training, each loader worker draws an endless sequence of shards at random and shuffles their samples in a buffer. For
+    validation, each shard is read once over all processes and workers.
 
     A batch is a dict: ``pixel_values`` uint8 (B, 3, R, R); ``caption`` list of str; ``original_size`` and
     ``target_size`` int64 (B, 2), height and width; ``crop_top_left`` int64 (B, 2), top and left; ``weight`` float32
-    (B,), 0 for a place that must not count; ``slot`` list of int, a number for each showing of a sample in the whole
-    run; ``key`` list of str.
+    (B,), 0 for a sample that does not count; ``slot`` list of int, the number of this occurrence of the sample in the
+    whole run; ``key`` list of str.
 
     Args:
         train_shards: Shards to train on: paths, folders, globs, braces (``shard-{000000..000099}.tar``), or URLs that
             webdataset opens (``https://``, ``gs://``, ``hf://``, ``pipe:``), also with braces. They may be compressed.
         batches_per_epoch: Batches of one process in an epoch; the stream itself has no length.
         val_shards: Shards to validate on.
-        val_batches: Maximum number of validation batches in one process.
-        batch_size: Samples in a batch of one process. The default is 1.
-        resolution: Side R of the square images in pixels, by default 512. Images are resized to cover the square, and the rest
-            is cropped.
-        decoder: How a sample becomes an entry of a batch: crop, flip and captions of an ``ImageDecoder`` (default, also
-            for null), or a decoder of your own.
-        num_workers: Processes that read and decode for each training process, by default 2; 0 reads in the training process.
-        shuffle_buffer: Number of encoded training samples that each worker mixes in memory, by default 1000; 0 keeps the
-            order of the shards.
-        max_bad_samples: Number of different samples or shards that may be damaged before training stops, by default 0.
-            They are skipped. Each process counts its own.
-        allow_pipe: Open ``pipe:`` URLs, which run shell commands. The default is false.
-        seed: Decides the shards, the order, the crops, the flips and the captions. The default is 0.
+        val_batches: Maximum number of validation batches of one process.
+        batch_size: Samples in a batch of one process. Defaults to 1.
+        resolution: Side R of the square images in pixels. Defaults to 512. Images are resized to cover the square and then
+            cropped.
+        decoder: Conversion of a sample's members to its entries in a batch. Defaults (also for null) to ``ImageDecoder``,
+            which has the options for crops, flips and captions.
+        num_workers: Processes per training process that read and decode. Defaults to 2; 0 reads in the training process.
+        shuffle_buffer: Number of encoded training samples that each worker shuffles in memory. Defaults to 1000; 0 keeps
+            the order of the shards.
+        max_bad_samples: Number of different bad samples and damaged shards that each process skips before training stops.
+            Defaults to 0.
+        allow_pipe: Whether to open ``pipe:`` URLs, which run shell commands. Defaults to false.
+        seed: Seed of the choice of shards, the order, the crops, the flips and the captions. Defaults to 0.
 
     Raises:
         UserError: If a value is out of its bounds, or a URL cannot be opened or is not safe to open.
@@ -106,16 +106,16 @@ class WebDatasetStreamDataModule(LightningDataModule):
                 _check_url(spec, allow_pipe)
 
     def setup(self, stage: str) -> None:
-        """Find the shards.
+        """Find the shards of a stage.
 
         Args:
             stage: ``"fit"``, ``"validate"`` or ``"predict"``. Prediction runs over the validation samples.
 
         Raises:
-            UserError: If there are no data for this stage, or local shards, or a program that reads others, are missing.
+            UserError: If there is no data for this stage, or local shards or the program that reads remote shards are missing.
         """
         if stage == "test":
-            raise UserError("this datamodule has no data to test on; validate instead")
+            raise UserError("WebDatasetStreamDataModule has no data to test on; validate instead")
         if stage != "fit" and not self.val_shards:
             raise UserError(f"there is no data to {stage} on; set val_shards and val_batches")
         if stage == "fit":
@@ -128,14 +128,14 @@ class WebDatasetStreamDataModule(LightningDataModule):
         return [(self.resolution, self.resolution)]
 
     def train_dataloader(self) -> StreamLoader:
-        """The loader for training, after as many batches as the checkpoint or the loader before it had handed out.
+        """The loader for training, which continues after the batches of the checkpoint or of the previous loader.
 
         With ``Trainer(overfit_batches=...)`` each epoch sees the same batches.
 
         Raises:
             UserError: If the checkpoint was made with another datamodule.
         """
-        assert self._train, "setup('fit') comes first"
+        assert self._train, "call setup('fit') first"
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         stream = self._stream(self._train, self.decoder, resampled=True)
         loader = (RestartingStreamLoader if overfit else StreamLoader)(
@@ -150,7 +150,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         return loader
 
     def val_dataloader(self) -> StreamLoader | list[StreamLoader]:
-        """The loader for validation, each sample once over all processes; an empty list where there is no data."""
+        """The loader for validation, each sample once over all processes; an empty list if there is no data."""
         if not self._val or self.val_batches is None:
             return []
         stream = self._stream(self._val, self.decoder.for_evaluation(), resampled=False)
@@ -166,12 +166,12 @@ class WebDatasetStreamDataModule(LightningDataModule):
             self._train_loader.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches were trained on. Lightning keeps the loader's own state too, but loses it in some cases."""
+        """The number of batches that were trained on. Lightning also keeps the loader's own state, but loses it in some cases."""
         state = self._loaded_state if self._train_loader is None else self._train_loader.state_dict()
         return {} if state is None else {"train_loader": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the count for the next train loader; Lightning calls this before it asks for one."""
+        """Keep the count for the next train loader; Lightning calls this before it requests one."""
         self._loaded_state = state_dict.get("train_loader")
         self._train_loader = None
 
@@ -204,13 +204,13 @@ def _scheme(url: str) -> str:
 
 
 def _check_url(url: str, allow_pipe: bool) -> None:
-    """Refuse what webdataset cannot open, and what could make it run commands."""
+    """Refuse URLs that webdataset cannot open or that could make it run commands."""
     from webdataset.gopen import gopen_schemes
 
     if url.startswith(_PIPE):
         if not allow_pipe:
             raise UserError(
-                "shards that start with pipe: run shell commands; set allow_pipe: true if you trust whoever wrote them"
+                "shards that start with pipe: run shell commands; set allow_pipe: true if you trust their source"
             )
         return
     if _scheme(url) not in gopen_schemes:
@@ -221,13 +221,13 @@ def _check_url(url: str, allow_pipe: bool) -> None:
     unsafe = _UNSAFE.search(url)
     if unsafe:
         raise UserError(
-            f"{redact(url)} holds {unsafe.group()!r}, which a shell could take for a command, and URLs are read by other"
-            f" programs; write %{ord(unsafe.group()):02X} for it"
+            f"{redact(url)} contains {unsafe.group()!r}, which a shell could interpret as a command; write"
+            f" %{ord(unsafe.group()):02X} instead"
         )
 
 
 def _expand(shards: str | list[str]) -> list[str]:
-    """All shards one by one, local ones as absolute paths, in which webdataset sees no scheme."""
+    """All shards one by one; local shards as absolute paths, which webdataset does not mistake for URLs."""
     found: list[str] = []
     for spec in _listed(shards):
         if _is_url(spec):
@@ -241,4 +241,4 @@ def _expand(shards: str | list[str]) -> list[str]:
 def _check_program(url: str) -> None:
     program = _PROGRAMS.get(_scheme(url), "curl")
     if not url.startswith(_PIPE) and shutil.which(program) is None:
-        raise UserError(f"{redact(url)} is read with the program {program}, which is not installed; install it")
+        raise UserError(f"{redact(url)} is read by the program {program}, which is not installed; install it")

@@ -133,7 +133,7 @@ def test_comes_back_with_fewer_and_with_more_processes(start: Callable[..., Any]
             assert run.ends_within(1)
             assert run.console.count("lit-lora: stopped by SIGTERM at step ") == (signalled is not None)
             assert run.console.count(f"processes, this run has {processes}") == bool(resumed)
-            assert run.console.count("a batch over all processes has ") == bool(resumed)
+            assert run.console.count("the global batch has ") == bool(resumed)
         resumed = ["--ckpt_path", "last"]
     keys = [key for _, *keys in diaries(tmp_path) for key in keys]
     assert sorted(keys) == [f"{i:04}" for i in range(24)]

@@ -1,1 +1,1 @@
-"""Which samples make which batch: buckets, chunks and the plan of a pass."""
+"""Assignment of samples to batches: buckets, chunks and the plan of a pass."""

@@ -1,4 +1,4 @@
-"""Sizes of training images, and the choice of one for each image."""
+"""Aspect ratio buckets: sizes of training images, and the choice of a size for each image."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ LEFT_OUT = -1
 
 @dataclass(frozen=True)
 class AspectRatioBuckets:
-    """Train each image close to its own shape, at about the area of ``resolution`` squared.
+    """Sizes at which images are trained close to their own shape, with about the area of ``resolution`` squared.
 
     The sizes are those of NovelAI's and SDXL's training: multiples of ``divisor`` whose area is at most that of the
     square, for each width the tallest and for each height the widest (Podell et al. 2023, appendix I).
 
     Args:
-        divisor: Widths and heights are multiples of this, in pixels: 64 for Stable Diffusion; at least 8, what its VAE
-            needs.
-        max_aspect_ratio: Longest shape, as long side divided by short side; 1 trains squares only.
-        max_upscaling: Leave out images that would have to be enlarged by more than this factor; null (default) keeps
-            all. Validation and test images are never left out.
+        divisor: Number of pixels of which widths and heights are multiples. Defaults to 64, for Stable Diffusion, whose VAE
+            needs multiples of 8.
+        max_aspect_ratio: Maximum ratio of the long side to the short side; 1 trains only squares. Defaults to 2.0.
+        max_upscaling: Maximum factor by which a training image may be enlarged; images that need more are excluded. Defaults
+            to null: no limit. Validation and test images are never excluded.
 
     Raises:
         UserError: If a value is out of its bounds.
@@ -39,19 +39,19 @@ class AspectRatioBuckets:
 
     def __post_init__(self) -> None:
         if self.divisor < 1:
-            raise UserError(f"buckets: divisor={self.divisor} is too small; it must be at least 1")
+            raise UserError(f"buckets.divisor={self.divisor} is too small; it must be at least 1")
         if not 1 <= self.max_aspect_ratio <= 16:
-            raise UserError(f"buckets: max_aspect_ratio={self.max_aspect_ratio} must lie in [1, 16]")
+            raise UserError(f"buckets.max_aspect_ratio={self.max_aspect_ratio} must be in [1, 16]")
         if self.max_upscaling is not None and self.max_upscaling < 1:
             raise UserError(
-                f"buckets: max_upscaling={self.max_upscaling} is too small; it must be at least 1, or null for no limit"
+                f"buckets.max_upscaling={self.max_upscaling} is too small; it must be at least 1, or null for no limit"
             )
 
     def sizes(self, resolution: int) -> NDArray[np.int64]:
         """The sizes for a resolution, from the tallest to the widest.
 
         Returns:
-            int64 (B, 2): height, width in pixels.
+            int64 (B, 2), height and width in pixels.
 
         Raises:
             UserError: If the resolution is not a multiple of the divisor.
@@ -70,7 +70,7 @@ class AspectRatioBuckets:
         return np.array(sorted(sizes, key=lambda size: (size[1] / size[0], size)), np.int64)
 
     def description(self) -> dict[str, Any]:
-        """Plain JSON values that identify the size of each image."""
+        """The options that determine the size of each image, as JSON values."""
         return {"divisor": self.divisor, "max_aspect_ratio": self.max_aspect_ratio}
 
 
@@ -79,8 +79,9 @@ class Bucketing:
     """Assigns each image the size at which it is trained.
 
     Attributes:
-        sizes: int64 (B, 2): height, width in pixels, with rising width by height.
-        max_upscaling: Images that would have to be enlarged by more than this factor are left out; None keeps all.
+        sizes: Height and width in pixels, in ascending order of width / height, int64 (B, 2).
+        max_upscaling: Maximum factor by which an image may be enlarged; images that need more are excluded. Defaults to None:
+            no limit.
     """
 
     sizes: NDArray[np.int64]
@@ -88,7 +89,7 @@ class Bucketing:
 
     @classmethod
     def of(cls, resolution: int, buckets: AspectRatioBuckets | None, max_upscaling: float | None = None) -> Bucketing:
-        """The sizes of ``buckets``, or the square of ``resolution`` alone where there are none."""
+        """The sizes of ``buckets``, or only the square of ``resolution`` if ``buckets`` is None."""
         sizes = np.array([[resolution, resolution]], np.int64) if buckets is None else buckets.sizes(resolution)
         return cls(sizes, max_upscaling)
 
@@ -99,20 +100,20 @@ class Bucketing:
 
     @property
     def digest(self) -> int:
-        """A number that identifies this choice of sizes."""
+        """A number that identifies these sizes and the limit."""
         return seed_of(str(self.sizes.tolist()), str(self.max_upscaling))
 
     def assign(self, width: NDArray[np.integer], height: NDArray[np.integer]) -> NDArray[np.int64]:
-        """The bucket with the nearest aspect ratio (on a logarithmic scale) for each image.
+        """The bucket of each image: the one with the nearest aspect ratio, on a logarithmic scale.
 
-        An image of unknown size (0) gets the bucket nearest to a square; it is found to be bad when it is read.
+        An image of unknown size (0) gets the bucket nearest to a square; reading it reports it as bad.
 
         Args:
-            width: In pixels, (N,).
-            height: In pixels, (N,).
+            width: Widths of the images in pixels, (N,).
+            height: Heights of the images in pixels, (N,).
 
         Returns:
-            int64 (N,): a row of :attr:`sizes`, or ``LEFT_OUT``.
+            Rows of :attr:`sizes`, or ``LEFT_OUT``, int64 (N,).
         """
         known = (width > 0) & (height > 0)
         shown_width, shown_height = np.where(known, width, 1), np.where(known, height, 1)

@@ -1,4 +1,4 @@
-"""The samples of a data set in chunks of whole shards and buckets of size."""
+"""The samples of a data set, divided into chunks of whole shards and into buckets."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class ChunkedSamples:
     """Training samples of a :class:`~lit_lora.datamodules.batches.plan.Plan`, in chunks and buckets.
 
     Attributes:
-        table: All samples.
-        shards: The shards of each chunk.
-        bucketing: Which sample is trained at which size.
-        held_out: Samples that do not take part, ascending.
-        counts: Samples in each chunk and bucket, int64 (K, B).
-        too_small: Samples that are left out because they would be enlarged too much.
+        table: Table of all samples.
+        shards: Numbers of the shards of each chunk.
+        bucketing: Assignment of a size to each sample.
+        held_out: Numbers of the samples that are not trained on, ascending.
+        counts: Number of samples in each chunk and bucket, int64 (K, B).
+        too_small: Number of samples that are excluded because they would have to be enlarged too much.
     """
 
     table: SampleTable
@@ -41,7 +41,7 @@ class ChunkedSamples:
         seed: int = 0,
         held_out: NDArray[np.int64] | None = None,
     ) -> ChunkedSamples:
-        """Split a table into chunks.
+        """Divide the samples of a table into chunks.
 
         Raises:
             UserError: If there are fewer shards than chunks.

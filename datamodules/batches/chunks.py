@@ -1,4 +1,4 @@
-"""The options of training on one chunk of the shards after another."""
+"""The options of chunked training."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from lit_lora.errors import UserError, check_exclusive, check_least
 
 @dataclass(frozen=True)
 class Chunks:
-    """How training goes through the shards: one chunk of them after another.
+    """Chunked training: training on one chunk of the shards after another.
 
-    Each chunk is a random choice of whole shards, the same in every epoch. An epoch visits each chunk once, in an order
-    of its own; within a chunk all samples are mixed.
+    Each chunk is a random set of whole shards, the same in every epoch. An epoch visits each chunk once, in a new order;
+    within a chunk all samples are shuffled.
 
     Args:
-        count: Number of chunks. The default is 1: all samples are mixed.
+        count: Number of chunks. Defaults to 1, which shuffles all samples together.
         samples: Approximate number of samples in a chunk, instead of ``count``.
-        passes: Passes over each chunk before moving on. The default is 1.
-        steps: Batches taken from each chunk before moving on, instead of ``passes``.
-        leftovers: What happens to samples that do not fill a batch of their chunk and bucket: ``drop`` (default) leaves
-            them out of the pass, ``pad`` fills the batch up with samples of weight 0.
-        staging: Copy the shards to a local disk, a chunk ahead of the training; null (default) reads them where they
-            are. Shards that are not on a local disk need it.
+        passes: Passes over each chunk before moving on. Defaults to 1.
+        steps: Number of batches from each chunk before moving on, instead of ``passes``.
+        leftovers: Treatment of samples that do not fill a batch of their chunk and bucket: ``drop`` (default) drops them for
+            the pass, ``pad`` fills the batch with samples of weight 0.
+        staging: Options for copying the shards to a local disk, one chunk ahead of training. Required for shards that are not
+            on a local disk. Defaults to null: shards are read in place.
 
     Raises:
         UserError: If a value is out of its bounds, or two options exclude each other.
@@ -43,8 +43,8 @@ class Chunks:
         check_exclusive(**{"chunks.count": self.count if self.count > 1 else None, "chunks.samples": self.samples})
         check_exclusive(**{"chunks.passes": self.passes if self.passes > 1 else None, "chunks.steps": self.steps})
         if self.leftovers not in ("drop", "pad"):
-            raise UserError(f"chunks.leftovers={self.leftovers!r} is not known; choose drop or pad")
+            raise UserError(f"chunks.leftovers={self.leftovers!r} is unknown; choose drop or pad")
 
     def number(self, num_samples: int) -> int:
-        """The number of chunks for a data set of so many samples."""
+        """The number of chunks for a data set of ``num_samples`` samples."""
         return self.count if self.samples is None else max(1, round(num_samples / self.samples))

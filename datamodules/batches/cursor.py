@@ -1,4 +1,4 @@
-"""A place in a plan, as plain integers that a checkpoint can keep."""
+"""A position in a plan, as plain integers for checkpoints."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Segment(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """A place in the run, before a batch.
+    """The position of a batch in the run.
 
-    A pass visits each chunk once; a visit goes through the chunk's samples once or more: its rounds.
+    A pass visits each chunk once. A visit consists of one or more rounds, each of which takes every sample of the chunk once.
 
     Attributes:
         pass_number: Number of the pass, counted from 0.
@@ -23,7 +23,7 @@ class Cursor(NamedTuple):
         repeat: Number of the round within the visit, counted from 0.
         pass_batches: Number of batches taken in this pass.
         visit_batches: Number of batches taken in this visit.
-        segments: Batches taken in this round; the last segment has the present global batch size.
+        segments: Batches taken in this round; the last segment has the current global batch size.
     """
 
     pass_number: int

@@ -1,4 +1,4 @@
-"""Samples of a table that are named one by one."""
+"""Samples of a table, selected one by one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class ListedSamples:
     """Evaluation samples of a :class:`~lit_lora.datamodules.batches.plan.Plan`, in one chunk.
 
     Args:
-        table: All samples.
-        samples: Those that take part, ascending, int64 (n,).
-        bucketing: The size of each.
+        table: Table of all samples.
+        samples: Numbers of the selected samples, ascending, int64 (n,).
+        bucketing: Assignment of a size to each sample.
     """
 
     def __init__(self, table: SampleTable, samples: NDArray[np.int64], bucketing: Bucketing) -> None:

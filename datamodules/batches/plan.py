@@ -1,4 +1,4 @@
-"""The plan of all batches: which sample goes where in which batch."""
+"""The plan of all batches: which samples each batch contains."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from lit_lora.errors import UserError
 
 Leftovers = Literal["drop", "pad"]
 
-# Keep the permutations apart that are drawn from the same seed.
+# Make permutations that are drawn from the same seed independent.
 _SHARDS, _CHUNKS, _SAMPLES, _BATCHES = 1, 2, 3, 4
 
 _REPEATS_FROM_BIT = 20  # a slot leaves room for a million passes
 
 
 def split_shards(sample_counts: NDArray[np.int64], num_chunks: int, seed: int) -> list[NDArray[np.int64]]:
-    """Deal shards into chunks of about the same number of samples, at random.
+    """Distribute shards at random over chunks of about the same number of samples.
 
-    The chunks are the same for all passes, so that the number of batches is too.
+    All passes have the same chunks, and so the same number of batches.
 
     Args:
-        sample_counts: Samples in each shard, (S,).
-        num_chunks: K.
-        seed: Decides which shards come together.
+        sample_counts: Number of samples in each shard, (S,).
+        num_chunks: Number of chunks, K.
+        seed: Seed of the distribution.
 
     Returns:
         K ascending arrays of shard numbers.
@@ -41,8 +41,8 @@ def split_shards(sample_counts: NDArray[np.int64], num_chunks: int, seed: int) -
     num_shards = len(sample_counts)
     if not 1 <= num_chunks <= num_shards:
         raise UserError(
-            f"chunks.count={num_chunks} does not fit {num_shards} shards: a chunk is one shard or more;"
-            f" choose at most {num_shards} or pack smaller shards"
+            f"chunks.count={num_chunks} exceeds the number of shards, {num_shards}; choose at most {num_shards} or pack"
+            " smaller shards"
         )
     order = np.random.default_rng([seed, _SHARDS]).permutation(num_shards)
     ends = np.cumsum(sample_counts[order])
@@ -54,14 +54,14 @@ def split_shards(sample_counts: NDArray[np.int64], num_chunks: int, seed: int) -
 
 
 def chunk_order(seed: int, pass_number: int, num_chunks: int, shuffle: bool = True) -> NDArray[np.int64]:
-    """The order in which a pass goes through the chunks, int64 (K,)."""
+    """The order in which a pass visits the chunks, int64 (K,)."""
     if not shuffle:
         return np.arange(num_chunks)
     return np.random.default_rng([seed, _CHUNKS, pass_number]).permutation(num_chunks)
 
 
 class _Round(NamedTuple):
-    """The batches of a round after all segments but the last; ``rows`` (n, G) index its samples."""
+    """The batches of a round that follow all segments but the last; ``rows`` (n, G) are indices into ``samples``."""
 
     samples: NDArray[np.int64]
     buckets: NDArray[np.int64]
@@ -72,21 +72,21 @@ class _Round(NamedTuple):
 class Plan:
     """The batches of every pass over the data, as a pure function of the arguments.
 
-    Nothing depends on the number of processes or loader workers, so a run can change both and go on. It can go on with
-    another global batch size too: the samples that a round has consumed are computed, and the rest is planned anew.
+    The plan does not depend on the number of processes or loader workers, so a resumed run can change both. It can also change
+    the global batch size: the samples that the round has consumed are computed, and the others are planned anew.
 
     Args:
-        chunks: The samples.
+        chunks: Samples in chunks and buckets.
         global_batch_size: Samples in a batch over all processes, G.
-        seed: Decides the order.
-        shuffle: Draw a new order for each pass; otherwise samples keep their order.
-        leftovers: What happens to samples of a bucket that do not fill a batch. ``"drop"`` leaves them out of the
-            round, ``"pad"`` fills their batch up with samples of weight 0.
-        passes_per_chunk: Rounds through the chunk in a visit.
-        steps_per_chunk: Batches in a visit instead, in as many rounds as that takes.
+        seed: Seed of the order. Defaults to 0.
+        shuffle: Whether to draw a new order for each pass. Defaults to True; otherwise samples keep their order.
+        leftovers: Treatment of the samples of a bucket that do not fill a batch: ``"drop"`` (default) drops them for the round,
+            ``"pad"`` fills their batch with samples of weight 0.
+        passes_per_chunk: Number of rounds in a visit. Defaults to 1.
+        steps_per_chunk: Number of batches in a visit, instead of ``passes_per_chunk``; it takes as many rounds as it needs.
 
     Raises:
-        UserError: If there are no samples, or a chunk has too few for one batch where leftovers are dropped.
+        UserError: If there are no samples, or leftovers are dropped and a chunk has too few samples for one batch.
     """
 
     def __init__(
@@ -109,9 +109,9 @@ class Plan:
         self.num_samples = int(chunks.counts.sum())
         self.num_chunks = len(chunks.counts)
         self.batches_per_round = self.count_batches(chunks.counts).sum(axis=1)
-        """Batches in one round of each chunk, int64 (K,)."""
+        """Number of batches in one round of each chunk, int64 (K,)."""
         if not self.num_samples:
-            raise UserError("there are no samples to plan batches of; add data")
+            raise UserError("there are no samples to plan; add data")
         if not self.batches_per_round.all():
             raise UserError(self._too_few())
         if steps_per_chunk is None:
@@ -128,39 +128,39 @@ class Plan:
 
     @property
     def samples_per_round(self) -> int:
-        """Number of samples in the batches of one round of each chunk; the others are dropped."""
+        """Number of samples in the batches of one round of all chunks; the others are dropped."""
         return int(self._samples_in_round.sum())
 
     @property
     def samples_per_pass(self) -> int:
-        """Number of samples in the batches of a pass, with repeats but without padding."""
+        """Number of samples in the batches of a pass, including repeats and excluding padding."""
         rounds = self.batches_per_visit / self.batches_per_round
         return math.floor((self._samples_in_round * rounds).sum())
 
     @property
     def _samples_in_round(self) -> NDArray[np.int64]:
-        """Samples in the batches of one round of each chunk, int64 (K,)."""
+        """Number of samples in the batches of one round of each chunk, int64 (K,)."""
         places = self.count_batches(self.chunks.counts) * self.global_batch_size
         return np.minimum(places, self.chunks.counts).sum(axis=1)
 
     @property
     def padding_per_round(self) -> int:
-        """Number of places of weight 0 that fill batches up in one round of each chunk."""
+        """Number of samples of weight 0 in the batches of one round of all chunks."""
         return int(self.batches_per_round.sum()) * self.global_batch_size - self.samples_per_round
 
     def start(self) -> Cursor:
-        """The place before the first batch."""
+        """The position of the first batch."""
         return self._settle(Cursor(0, 0, 0, 0, 0, (Segment(self.global_batch_size, 0),)))
 
     def resume(self, cursor: Cursor) -> Cursor:
-        """The same place in this plan, for a place in a run that may have had another global batch size."""
+        """The position in this plan that continues a run which may have had another global batch size."""
         taken = tuple(segment for segment in cursor.segments if segment.batches)
         if not taken or taken[-1].global_batch_size != self.global_batch_size:
             taken = (*taken, Segment(self.global_batch_size, 0))
         return self._settle(cursor._replace(segments=taken))
 
     def remaining(self, cursor: Cursor) -> int:
-        """Number of batches from a place to the end of the pass."""
+        """Number of batches from a position to the end of the pass."""
         order = self._order(cursor.pass_number)
         chunk = order[cursor.position]
         if self.steps_per_chunk is not None:
@@ -171,7 +171,7 @@ class Plan:
         return here + int(self.batches_per_visit[order[cursor.position + 1 :]].sum())
 
     def walk(self, cursor: Cursor) -> Iterator[tuple[GlobalBatch, Cursor]]:
-        """Batches from a place to the end of the pass, each with the place after it."""
+        """Yield the batches from a position to the end of the pass, each with the position after it."""
         pass_number = cursor.pass_number
         while cursor.pass_number == pass_number:
             batch = self._batch(cursor)
@@ -179,11 +179,11 @@ class Plan:
             yield batch, cursor
 
     def visit(self, cursor: Cursor) -> int:
-        """The number of the visit at a place."""
+        """Number of the visit at a position."""
         return cursor.pass_number * self.num_chunks + cursor.position
 
     def chunk(self, cursor: Cursor) -> int:
-        """The number of the chunk at a place."""
+        """Number of the chunk at a position."""
         return int(self._order(cursor.pass_number)[cursor.position])
 
     def _too_few(self) -> str:
@@ -198,7 +198,7 @@ class Plan:
         )
 
     def count_batches(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Number of batches in one round of chunks and buckets with so many samples."""
+        """Number of batches in one round, for the number of samples in each chunk and bucket."""
         if self.leftovers == "pad":
             return -(-counts // self.global_batch_size)
         return counts // self.global_batch_size
@@ -224,7 +224,7 @@ class Plan:
         )
 
     def _settle(self, cursor: Cursor) -> Cursor:
-        """Move on from the end of a round, visit or pass to the next place where there is a batch."""
+        """Advance from the end of a round, visit or pass to the next position that has a batch."""
         fresh = (Segment(self.global_batch_size, 0),)
         while True:
             if self._visit_is_over(cursor):
@@ -247,12 +247,12 @@ class Plan:
         number = cursor.segments[-1].batches
         rows = planned.rows[number]
         samples = planned.samples[rows]
-        showing = cursor.pass_number + (cursor.repeat << _REPEATS_FROM_BIT)
+        occurrence = cursor.pass_number + (cursor.repeat << _REPEATS_FROM_BIT)
         height, width = self.chunks.sizes[planned.buckets[rows[0]]].tolist()
         return GlobalBatch(
             samples,
             (np.arange(len(rows)) < planned.valid[number]).astype(np.float32),
-            showing * self.chunks.total + samples,
+            occurrence * self.chunks.total + samples,
             (height, width),
             self.visit(cursor),
         )
@@ -285,7 +285,7 @@ class Plan:
     def _group(
         self, rest: NDArray[np.int64], buckets: NDArray[np.int64], size: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Batches of one bucket each: rows int64 (n, G) out of ``rest``, and how many places of each hold samples."""
+        """Batches of one bucket each: rows of ``rest``, int64 (n, G), and the number of unpadded samples in each, (n,)."""
         by_bucket = rest[np.argsort(buckets[rest], kind="stable")]
         present = buckets[by_bucket]
         starts = np.flatnonzero(np.diff(present, prepend=-1))
@@ -296,7 +296,7 @@ class Plan:
             rows.append(members[: full * size].reshape(full, size))
             valid.append(np.full(full, size))
             if left and self.leftovers == "pad":
-                # The members over again, those of the unfilled batch first.
+                # The leftover samples come first, followed by repeated samples of the bucket.
                 rows.append(np.resize(np.roll(members, left), (1, size)))
                 valid.append(np.array([left]))
         return np.concatenate(rows), np.concatenate(valid)

@@ -32,7 +32,7 @@ def chunk_rows(plan: Plan, chunks: ChunkedSamples) -> list[list[str]]:
 
 
 def bucket_rows(plan: Plan, chunks: ChunkedSamples) -> list[list[str]]:
-    """The sizes as a table."""
+    """The buckets as a table."""
     rows = [["size (h x w)", "samples", "share", "batches", _leftover_name(plan)]]
     for (height, width), counts in zip(chunks.sizes.tolist(), chunks.counts.T, strict=True):
         batches = int(plan.count_batches(counts).sum())
@@ -52,7 +52,7 @@ def measure_reading(dataset: ShardDataset, plan: Plan) -> float:
             requests.append(SlotRequest(sample, 1.0, slot, batch.size))
         if len(requests) >= _PROBE_SAMPLES:
             break
-    dataset.__getitems__(requests[:1])  # what is loaded and looked up at the first time
+    dataset.__getitems__(requests[:1])  # the first read loads libraries and indexes
     start, done = time.perf_counter(), 0
     for request in requests[:_PROBE_SAMPLES]:
         dataset.__getitems__([request])

@@ -1,4 +1,4 @@
-"""The samples of a plan."""
+"""The interface of the samples of a plan."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class PlannedSamples(Protocol):
     """The samples that are planned, in K chunks and B buckets.
 
     Attributes:
-        total: All samples of the data set, also those that are not planned; sample numbers are smaller.
-        counts: How many there are in each chunk and bucket, int64 (K, B).
+        total: Number of samples in the data set, including those that are not planned; sample numbers are smaller than this.
+        counts: Number of planned samples in each chunk and bucket, int64 (K, B).
         sizes: Height and width in pixels of each bucket, int64 (B, 2).
     """
 

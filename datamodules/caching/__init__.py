@@ -1,1 +1,1 @@
-"""Shards of latents and text embeddings in place of images."""
+"""Caches: shards of latents and text embeddings instead of images and captions."""

@@ -1,4 +1,4 @@
-"""From a shard of images to a shard of their latents and their captions' embeddings."""
+"""Encoding of a shard of images to a shard of latents and text embeddings."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 
 _BATCHES_AT_A_TIME = 64
-"""Batches of one size are made of so many batches' worth of neighbours, and a shard is written in order: so much of it is
-in memory at a time."""
+"""Number of batches' worth of consecutive samples that are grouped by size. Shards are written in order, so this many batches
+are in memory at a time."""
 
 
 class CachedShard(NamedTuple):
-    """What became of a shard.
+    """The result of caching a shard.
 
     Attributes:
-        path: The shard of the cache.
-        samples: How many samples it has; without any it was not written.
-        bad: The samples that were left out.
-        resumed: Whether it was there already.
+        path: Path of the shard in the cache.
+        samples: Number of its samples; if it is 0, the shard was not written.
+        bad: Samples that were left out.
+        resumed: Whether the shard already existed.
     """
 
     path: Path
@@ -58,13 +58,13 @@ class CacheWriter:
     """Writes shards of a cache.
 
     Args:
-        family: A :class:`~lit_lora.families.ModelFamily` with its VAE, and its text encoders where text is cached.
-        table: The samples to cache.
-        description: What the cache is to be.
-        bucketing: The size of each image.
-        captions: Where captions are; fixed ones where text is cached.
-        batch_size: Images that are encoded at a time.
-        num_workers: Threads that read and decode; 0 does it between the batches.
+        family: A :class:`~lit_lora.families.ModelFamily` with its VAE and, if text is cached, its text encoders.
+        table: Table of the samples to cache.
+        description: Description of the cache.
+        bucketing: Assignment of a size to each image.
+        captions: Sources of captions; they must be fixed if text is cached.
+        batch_size: Number of images that are encoded at a time.
+        num_workers: Threads that read and decode ahead; 0 reads between the batches.
     """
 
     def __init__(
@@ -87,17 +87,17 @@ class CacheWriter:
         self._decoder = _SourceDecoder(captions, self._text, description.flipped)
 
     def write(self, shard: int, path: Path, progress: Callable[[int], None]) -> CachedShard:
-        """Write the cache's shard of a shard, and its index; one that is there already stays.
+        """Write the cached shard and its index; an existing one is kept.
 
-        Beside the first it also writes ``empty.safetensors``, where text is cached.
+        If text is cached, this also writes ``empty.safetensors`` beside the first shard.
 
         Args:
             shard: Number of the shard in the table.
-            path: The shard to write.
-            progress: Is told how many more samples are done.
+            path: Path of the cached shard.
+            progress: Function that is called with the number of samples that were finished since the last call.
 
         Raises:
-            UserError: If ``path`` was made of other samples than the shard has.
+            UserError: If ``path`` exists and was made from other samples.
         """
         first, end = self.table.starts[shard : shard + 2].tolist()
         if self._text and not (path.parent / EMPTY).exists():
@@ -115,7 +115,7 @@ class CacheWriter:
             part.write_bytes(save({name: value[0].contiguous().cpu() for name, value in empty.items()}))
 
     def _resume(self, samples: range, path: Path, progress: Callable[[int], None]) -> CachedShard:
-        """What was left out of the shard is found again by encoding it."""
+        """The result for an existing shard; samples that it lacks are encoded again to find out why they were left out."""
         index = ShardIndex.load_or_build(path)
         cached = {index.key(number) for number in range(len(index))}
         numbers = {self.table.key(number): number for number in samples}
@@ -125,8 +125,8 @@ class CacheWriter:
         others = len(cached - numbers.keys())
         if good or others:
             raise UserError(
-                f"{path} was made of other samples than {self._location(samples[0])} has now: it lacks {good} and has"
-                f" {others} others; remove it, or name another folder by --out"
+                f"{path} was made from other samples than {self._location(samples[0])} has now: {good} are missing and"
+                f" {others} are not in that shard; remove it, or choose another folder with --out"
             )
         progress(len(cached))
         return CachedShard(path, len(cached), bad, resumed=True)
@@ -134,7 +134,7 @@ class CacheWriter:
     def _encode(
         self, samples: Sequence[int], bad: list[BadSampleReport], progress: Callable[[int], None]
     ) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Key and members of each good sample, in order; the others are appended to ``bad``."""
+        """Yield key and members of each good sample, in order; bad samples are appended to ``bad``."""
         done: dict[int, dict[str, bytes] | None] = {}
         written = 0
         for batch in self._load(samples):
@@ -148,7 +148,7 @@ class CacheWriter:
                 written += 1
 
     def _load(self, samples: Sequence[int]) -> Iterator[Batch]:
-        """Batches of images of one size each."""
+        """Yield batches of images, each of one size."""
         dataset = ShardDataset(ShardReader(self.table), self._decoder)
         if not self.num_workers:
             yield from map(dataset.__getitems__, self._requests(samples))
@@ -171,14 +171,14 @@ class CacheWriter:
                     yield requests[first : first + self.batch_size]
 
     def _size(self, sample: int) -> tuple[int, int]:
-        """Height and width that a sample is trained at."""
+        """Height and width at which a sample is trained."""
         width, height = (np.array([edge]) for edge in self.table.image_size(sample))
         bucket = self.bucketing.assign(width, height)[0]
         return int(self.bucketing.sizes[bucket, 0]), int(self.bucketing.sizes[bucket, 1])
 
     @torch.no_grad()
     def _encode_batch(self, batch: Batch, bad: list[BadSampleReport]) -> dict[int, dict[str, bytes] | None]:
-        """The members of each sample by its number; None for a bad one."""
+        """The members of each sample by its number; None for a bad sample."""
         tensors = {name: batch[name] for name in SIZES} | self._posteriors(batch)
         text: dict[str, Tensor] = {}
         if self._text:
@@ -215,7 +215,7 @@ class CacheWriter:
 
 @dataclass(frozen=True)
 class _SourceDecoder(SampleDecoder):
-    """What is to be encoded of a sample: its image, the mirrored one, its caption."""
+    """Decodes the inputs of the encoders: a sample's image, its flipped image, its caption."""
 
     captions: Captions
     text: bool
@@ -238,7 +238,7 @@ class _SourceDecoder(SampleDecoder):
             **self._caption(members),
         }
         if self.flipped:
-            mirrored = _MirroredFraming(center_crop=True, random_flip=True, seed=0)(image, slot, size)
+            mirrored = _FlippedFraming(center_crop=True, random_flip=True, seed=0)(image, slot, size)
             entries[f"pixel_values{FLIPPED}"] = mirrored.pixels
         return entries
 
@@ -249,7 +249,7 @@ class _SourceDecoder(SampleDecoder):
         return {f"pixel_values{side}": pixels for side in sides} | sizes | {"caption": "", "caption_members": []}
 
     def _caption(self, members: Mapping[str, bytes]) -> dict[str, Any]:
-        """The caption, and the members that the cached sample has for it."""
+        """The caption, and the members that hold it in the cached sample."""
         if self.text:
             caption = self.captions.draw_fixed(members)
             return {"caption": caption, "caption_members": [("txt", caption.encode())]}
@@ -257,8 +257,8 @@ class _SourceDecoder(SampleDecoder):
         return {"caption": "", "caption_members": kept}
 
 
-class _MirroredFraming(Framing):
-    """Mirrors every image as :class:`Framing` mirrors half of them."""
+class _FlippedFraming(Framing):
+    """A framing that flips every image."""
 
     def flips(self, slot: int) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""From the bytes of a cached sample to latents and embeddings, and back."""
+"""Decoding and encoding of cached samples: latents and text embeddings."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
 
 TEXT = "text."
-"""Begins the names of the tensors that are text embeddings."""
+"""Prefix of the names of text embeddings."""
 
 FLIPPED = "_flipped"
-"""Ends the names of the latents of the mirrored image."""
+"""Suffix of the names of the flipped image's latents."""
 
 LATENTS = ("latents_mean", "latents_std")
 SIZES = ("original_size", "crop_top_left", "target_size")
 
 
 class CachedDecoder(SampleDecoder):
-    """Reads the samples of a cache.
+    """Decodes the samples of a cache.
 
-    A sample's ``.safetensors`` member has ``latents_mean`` and ``latents_std`` (C, h, w), the VAE's posterior; the same
-    with ``_flipped`` for the mirrored image, where the cache has it; ``original_size``, ``crop_top_left`` and
-    ``target_size``, int64 (2,), height or top first; and ``text.NAME`` for each text embedding, where text is cached.
+    The ``.safetensors`` member of a sample holds the VAE's posterior, ``latents_mean`` and ``latents_std`` (C, h, w); the same
+    with the suffix ``_flipped`` for the flipped image, if the cache has it; ``original_size``, ``crop_top_left`` and
+    ``target_size``, int64 (2,), height or top first; and ``text.NAME`` for each text embedding, if text is cached.
 
     Args:
-        description: Of the cache.
-        framing: Says which showings are mirrored: those that are without a cache.
-        captions: How captions are drawn where text is not cached. Where it is, they are in the cache's ``.txt`` members.
-        empty: The embeddings of one empty caption by name, where text is cached: the cache's ``empty.safetensors``.
+        description: Description of the cache.
+        framing: Framing of the run, which decides which occurrences are flipped, as without a cache.
+        captions: Sources of captions, if text is not cached; otherwise the cache's ``.txt`` members hold the captions.
+        empty: Embeddings of one empty caption by name, from the cache's ``empty.safetensors``, if text is cached.
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class CachedDecoder(SampleDecoder):
         self.framing = framing
         self.captions = captions
         self.empty = dict(empty or {})
-        assert bool(self.empty) == ("text" in description.cached), "cached text has embeddings of the empty caption"
+        assert bool(self.empty) == ("text" in description.cached), (
+            "cached text needs the embeddings of the empty caption"
+        )
 
     @property
     def required(self) -> dict[str, tuple[str, ...]]:
@@ -65,17 +67,17 @@ class CachedDecoder(SampleDecoder):
         """The entries of one sample in a batch.
 
         Args:
-            members: Its members by extension.
-            slot: The number of this showing of the sample.
-            size: Height and width that are wanted, in pixels.
-            image_size: Not needed.
+            members: The sample's members by extension.
+            slot: Number of this occurrence of the sample.
+            size: Planned height and width, in pixels.
+            image_size: Unused.
 
         Returns:
             ``latents_mean`` and ``latents_std`` (C, h, w); ``original_size``, ``crop_top_left`` and ``target_size``, int64
-            (2,); ``caption``; and ``text_embeddings``, a dict of tensors, where text is cached.
+            (2,); ``caption``; and ``text_embeddings``, a dict of tensors, if text is cached.
 
         Raises:
-            BadSampleError: If a member is missing or damaged, a tensor is missing or not finite, or the sample was cached in
+            BadSampleError: If a member is missing or damaged, a tensor is missing or not finite, or the sample was cached at
                 another size.
         """
         tensors = _tensors(members)
@@ -98,11 +100,11 @@ class CachedDecoder(SampleDecoder):
         return entries | ({"text_embeddings": self.empty} if self.empty else {})
 
     def batch_entries(self) -> dict[str, Any]:
-        """What each batch holds besides: ``empty_text_embeddings`` where text is cached."""
+        """Additional entries of each batch: ``empty_text_embeddings``, if text is cached."""
         return {"empty_text_embeddings": self.empty} if self.empty else {}
 
     def _embedding(self, tensors: Mapping[str, Tensor], name: str) -> Tensor:
-        """A text embedding in full length, with zeros for the padding that was not stored."""
+        """A text embedding of full length, with zeros for the padding that was not stored."""
         empty, masks = self.empty[name], self.description.text_masks
         if name not in masks and name not in masks.values():
             return _tensor(tensors, TEXT + name, tuple(empty.shape), empty.dtype)
@@ -113,17 +115,17 @@ class CachedDecoder(SampleDecoder):
         return padded
 
     def _latents(self, size: tuple[int, int]) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and type of the latents of a picture."""
+        """Shape and dtype of the latents of an image."""
         shape = tuple(self.description.latent_shapes[size_name(*size)])
         return shape, getattr(torch, self.description.dtype)
 
 
 def without_padding(text: Mapping[str, Tensor], masks: Mapping[str, str]) -> dict[str, Tensor]:
-    """The embeddings of one caption, those that have a mask cut behind its last token that counts, and so are the masks.
+    """Remove the padding from the embeddings of one caption that have a mask, and from the masks.
 
     Args:
-        text: Embeddings by name, ``(tokens, …)`` where they have a mask.
-        masks: For some of them the name of the mask, ``(tokens,)``.
+        text: Embeddings by name, ``(tokens, …)`` if they have a mask.
+        masks: Name of the mask, ``(tokens,)``, of each embedding that has one.
     """
     kept = dict(text)
     lengths = {mask: _tokens(text[mask]) for mask in set(masks.values())}
@@ -133,19 +135,19 @@ def without_padding(text: Mapping[str, Tensor], masks: Mapping[str, str]) -> dic
 
 
 def _tokens(mask: Tensor) -> int:
-    """Tokens up to the last one that counts, at least one."""
+    """Number of tokens up to the last one in the mask, at least 1."""
     counting = mask.nonzero()
     return int(counting.max()) + 1 if len(counting) else 1
 
 
 def encode_cached(tensors: Mapping[str, Tensor], text: Mapping[str, Tensor], width: int, height: int) -> bytes:
-    """The ``.safetensors`` member of a sample; the same bytes for the same values.
+    """Encode the ``.safetensors`` member of a sample; equal values give equal bytes.
 
     Args:
         tensors: Latents and sizes, see :class:`CachedDecoder`.
-        text: Embeddings by name, none where text is not cached.
-        width: Of the image as it is shown, in pixels.
-        height: The same.
+        text: Embeddings by name; empty if text is not cached.
+        width: Width of the image after the rotation by EXIF, in pixels.
+        height: Height of the image, in the same way.
 
     Raises:
         BadSampleError: If a value is not finite.
@@ -159,7 +161,7 @@ def encode_cached(tensors: Mapping[str, Tensor], text: Mapping[str, Tensor], wid
 
 
 def _with_sorted_header(data: bytes) -> bytes:
-    """Safetensors writes the metadata in another order each time."""
+    """Sort the metadata, which safetensors writes in random order."""
     start = 8
     end = start + int.from_bytes(data[:start], "little")
     header = json.loads(data[start:end])

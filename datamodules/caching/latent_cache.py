@@ -1,4 +1,4 @@
-"""What a cache of latents and text embeddings was made with."""
+"""The description of a cache of latents and text embeddings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 
 DESCRIPTION = "cache.json"
-"""The file beside the shards of a cache by which it is known as one."""
+"""Name of the file beside the shards of a cache that describes it."""
 
 EMPTY = "empty.safetensors"
-"""The file beside it with the embeddings of one empty caption, where text is cached."""
+"""Name of the file with the embeddings of one empty caption, if text is cached."""
 
 _SHOWN = 60
 
@@ -31,20 +31,20 @@ _FORMAT = {"format": "lit_lora.cache", "version": 2}
 
 @dataclass(frozen=True)
 class CacheDescription:
-    """What a cache was made with; kept in its ``cache.json``.
+    """The models and options with which a cache was made; saved in its ``cache.json``.
 
     Attributes:
-        vae: The VAE's identity, see :meth:`lit_lora.families.ModelFamily.identity`.
-        resolution: The datamodule's, in pixels.
-        buckets: The fields of its aspect ratio buckets; None for squares.
-        center_crop: Whether the middle was cropped. Random crops cannot be cached.
-        flipped: Whether the mirrored image is there too.
-        dtype: Of the latents.
-        latent_shapes: Shape of the latents for each size of image, by :func:`size_name`.
-        encoders: The identity of the text encoders; None where text is not cached.
-        captions: :meth:`~lit_lora.datamodules.decoding.captions.Captions.description` of the captions; None where text is
-            not cached.
-        text_masks: For text embeddings that are stored without their padding, the name of the mask:
+        vae: Identity of the VAE, see :meth:`lit_lora.families.ModelFamily.identity`.
+        resolution: Resolution of the datamodule, in pixels.
+        buckets: Options of its aspect ratio buckets; None for squares.
+        center_crop: Whether images were cropped at the center. Random crops cannot be cached.
+        flipped: Whether the cache also has the flipped images.
+        dtype: Name of the latents' dtype.
+        latent_shapes: Shape of the latents for each image size, by :func:`size_name`.
+        encoders: Identity of the text encoders; None if text is not cached.
+        captions: :meth:`~lit_lora.datamodules.decoding.captions.Captions.description` of the captions; None if text is not
+            cached.
+        text_masks: Name of the mask for each text embedding that is stored without padding, see
             :attr:`lit_lora.families.ModelFamily.text_masks`.
     """
 
@@ -61,15 +61,15 @@ class CacheDescription:
 
     @property
     def cached(self) -> frozenset[str]:
-        """What a run over the cache need not encode: ``"latents"``, and ``"text"`` where it is cached."""
+        """The parts of a batch that the cache holds: ``"latents"``, and ``"text"`` if it is cached."""
         return frozenset({"latents"} if self.encoders is None else {"latents", "text"})
 
     @classmethod
     def read(cls, folder: str | Path, name: str = DESCRIPTION) -> CacheDescription:
-        """The description of the cache in a folder.
+        """Read the description of the cache in a folder.
 
         Raises:
-            UserError: If there is no description, or it cannot be read.
+            UserError: If the description is missing or cannot be read.
         """
         path = Path(folder) / name
         try:
@@ -79,14 +79,14 @@ class CacheDescription:
 
     @classmethod
     def parse(cls, data: bytes, name: str) -> CacheDescription:
-        """The description in the bytes of a ``cache.json``.
+        """Parse the content of a ``cache.json``.
 
         Args:
-            data: What the file holds.
-            name: What to call it in messages.
+            data: Content of the file.
+            name: Name of the file, for messages.
 
         Raises:
-            UserError: If it is not a description, or one of another version.
+            UserError: If it is not a description of this version.
         """
         try:
             document = json.loads(data)
@@ -100,15 +100,15 @@ class CacheDescription:
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{name} is no description of a cache ({error!r}); make the cache anew") from error
+            raise UserError(f"{name} is not a description of a cache ({error!r}); make the cache anew") from error
 
     def write(self, folder: str | Path, name: str = DESCRIPTION) -> None:
-        """Write the description into a folder."""
+        """Write the description to a folder."""
         with atomic_file(Path(folder) / name) as part:
             part.write_text(json.dumps(self._document(), indent=2) + "\n", encoding="utf-8")
 
     def differences(self, other: CacheDescription) -> list[str]:
-        """Each field in which ``other`` differs, with both values; none where both describe the same."""
+        """The fields in which ``other`` differs, each with both values; an empty list if the descriptions are equal."""
         return list(_differences(self._document(), other._document()))
 
     def check(
@@ -122,16 +122,16 @@ class CacheDescription:
         random_flip: bool,
         captions: Captions,
     ) -> None:
-        """Make sure that a run gets from the cache what it would encode itself.
+        """Check that the cache holds what a run would encode itself.
 
         Args:
-            folder: Where the cache is, for the message.
-            identity: What the module's ``cache_identity()`` gives; a part that it does not mention is not compared.
-            resolution: The run's, in pixels.
-            buckets: The fields of the run's aspect ratio buckets; None for squares.
-            center_crop: Whether the run crops the middle.
-            random_flip: Whether the run mirrors images; a cache of both sides also serves a run that does not.
-            captions: The run's captions; they are compared where text is cached.
+            folder: Folder of the cache, for the message.
+            identity: Result of the module's ``cache_identity()``; parts that it lacks are not compared.
+            resolution: Resolution of the run, in pixels.
+            buckets: Options of the run's aspect ratio buckets; None for squares.
+            center_crop: Whether the run crops images at the center.
+            random_flip: Whether the run flips images; if it does, the cache must have the flipped images.
+            captions: Captions of the run, which are compared if text is cached.
 
         Raises:
             UserError: If anything differs; the message lists every difference.
@@ -150,13 +150,13 @@ class CacheDescription:
             wanted = replace(wanted, encoders=encoders, captions=captions.description())
         if differences := self.differences(wanted):
             raise UserError(
-                f"the cache in {folder} was made with something else than this run has:\n  "
+                f"the cache in {folder} does not match this run:\n  "
                 + "\n  ".join(differences)
-                + "\nset these values back, or make the cache anew: lit-lora cache --config … --out …"
+                + "\nrestore these values, or make the cache anew: lit-lora cache --config … --out …"
             )
 
     def _document(self) -> dict[str, Any]:
-        """As JSON has it: tuples become lists."""
+        """The description as JSON values, in which tuples become lists."""
         latents = {
             "vae": self.vae,
             "resolution": self.resolution,
@@ -180,7 +180,7 @@ class CacheDescription:
 
 
 def _differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
-    """Compares nested JSON; an entry goes by a dotted name."""
+    """Compare nested JSON values; entries are named by dotted paths."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         pairs = [(key, ours.get(key), theirs.get(key)) for key in dict.fromkeys([*ours, *theirs])]
     elif isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):

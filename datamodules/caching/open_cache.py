@@ -1,4 +1,4 @@
-"""The cache of latents and embeddings that shards may be."""
+"""Detection and opening of a cache of latents and embeddings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lit_lora.errors import UserError
 
 @dataclass(frozen=True)
 class OpenCache:
-    """What is known of a cache besides its samples.
+    """The description and shared embeddings of a cache.
 
     Attributes:
-        folder: Where it is, for messages.
-        description: What it was made with.
-        empty: The embeddings of one empty caption by name; none where text is not cached.
+        folder: Folder of the cache, for messages.
+        description: Description of the cache.
+        empty: Embeddings of one empty caption by name; empty if text is not cached.
     """
 
     folder: str
@@ -33,10 +33,13 @@ class OpenCache:
 
 
 def open_cache(table: SampleTable) -> OpenCache | None:
-    """The cache that the shards of a table are, or None if they hold images.
+    """Open the cache to which the shards of a table belong.
+
+    Returns:
+        The cache; None if the shards hold images.
 
     Raises:
-        UserError: If some shards are of another cache, or its description or embeddings cannot be read.
+        UserError: If the shards belong to different caches, or the description or embeddings of a cache cannot be read.
     """
     are_cached: dict[str, bool] = {}
     for location, first_sample in zip(table.locations, table.starts.tolist(), strict=False):
@@ -47,7 +50,7 @@ def open_cache(table: SampleTable) -> OpenCache | None:
         return None
     if not all(are_cached.values()):
         cached, others = (next(f for f, is_cached in are_cached.items() if is_cached is kind) for kind in (True, False))
-        raise UserError(f"{redact(cached)} is a cache and {redact(others)} holds images; name shards of one kind")
+        raise UserError(f"{redact(cached)} is a cache and {redact(others)} holds images; name only shards of one kind")
     caches = [_open(folder) for folder in are_cached]
     for other in caches[1:]:
         if differences := caches[0].description.differences(other.description):
@@ -71,7 +74,7 @@ def _open(folder: str) -> OpenCache:
 
 
 def _read(folder: str, name: str) -> bytes:
-    unfinished = "the shards there are a cache that is not finished: run `lit-lora cache` again"
+    unfinished = "the shards there belong to an unfinished cache: run `lit-lora cache` again"
     path = Path(inside(folder, name))
     if is_remote(folder):
         path = remote_copy(folder, name)

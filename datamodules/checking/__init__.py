@@ -1,1 +1,1 @@
-"""Statistics of shards, and checks for damage."""
+"""Checks of shards for damage, and statistics of shards."""

@@ -1,4 +1,4 @@
-"""Checks of shards before training."""
+"""Check of shards and their samples before training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SHARED_KEYS = "keys of another shard"
 NOT_READ = "members not read"
 
 NOTES = (WRONG_EXTENSION, NOT_READ)
-"""Kinds of problems that training can cope with."""
+"""Kinds of problems that do not affect training."""
 
 _EXAMPLES = 3
 
@@ -42,10 +42,10 @@ class Problem(NamedTuple):
     """A problem in a shard.
 
     Attributes:
-        kind: One of the kinds above or of ``check_sample``.
-        shard: The path of the shard.
-        key: The sample or member; empty where the shard as a whole is meant.
-        detail: What was found.
+        kind: One of the kinds in this module or in ``check_sample``.
+        shard: Path of the shard.
+        key: Key of the sample or name of the member; empty if the problem concerns the whole shard.
+        detail: Description of the problem.
     """
 
     kind: str
@@ -59,10 +59,10 @@ class CheckSummary:
     """The result of a check.
 
     Attributes:
-        shards: The number of shards.
-        samples: The number of samples in them.
-        counts: How often each kind of problem was found.
-        examples: The first of each kind.
+        shards: Number of shards.
+        samples: Number of samples in the shards.
+        counts: Number of problems of each kind.
+        examples: The first problems of each kind.
     """
 
     shards: int = 0
@@ -72,7 +72,7 @@ class CheckSummary:
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing but notes was found."""
+        """Whether there are no problems except notes."""
         return set(self.counts) <= set(NOTES)
 
     def add(self, problem: Problem) -> None:
@@ -99,12 +99,12 @@ def check_shards(
     """Check shards and all of their samples.
 
     Args:
-        paths: The shards.
-        decode: Decode each image; otherwise only the headers of images are read.
-        jobs: Processes that check, each a shard at a time. With more than one, a script that calls this needs
-            ``if __name__ == "__main__":``.
-        caption_key: The key of the caption in ``.json`` members.
-        report: A file that gets all problems, a JSON object in each line.
+        paths: Paths of the shards.
+        decode: Whether to decode each image instead of reading only its header. Defaults to True.
+        jobs: Number of processes, each of which checks one shard at a time. Defaults to 1. With more than one, a script that
+            calls this needs ``if __name__ == "__main__":``.
+        caption_key: Key of the caption in ``.json`` members. Defaults to "caption".
+        report: File for all problems, one JSON object per line. Defaults to None: no file.
 
     Raises:
         UserError: If ``jobs`` is below 1, or ``report`` cannot be written.
@@ -145,7 +145,7 @@ def _check_shard(path: Path, decode: bool, caption_key: str) -> _ShardReport:
 def _check_file(
     path: Path, samples: dict[str, _Members], decode: bool, captions: Captions
 ) -> Iterator[tuple[str, str, str]]:
-    """Kind, key and detail of all problems of a shard; its samples are added to ``samples``."""
+    """Yield kind, key and detail of all problems of a shard, and add its samples to ``samples``."""
     try:
         with path.open("rb") as file:
             complete = samples
@@ -156,7 +156,7 @@ def _check_file(
                     yield NO_SAMPLES, "", ""
             except UserError as error:
                 yield DAMAGED, "", str(error).removeprefix(f"{path} is ")
-                complete = dict(list(samples.items())[:-1])  # of the last one, members may be missing
+                complete = dict(list(samples.items())[:-1])  # the last sample may lack members
             for extension, names in _members_not_read(path).items():
                 yield (
                     NOT_READ,
@@ -171,7 +171,7 @@ def _check_file(
 
 
 def _collect(path: Path, file: io.BufferedReader, samples: dict[str, _Members]) -> Iterator[tuple[str, str]]:
-    """Add offset and size of each sample's members to ``samples``; yield keys that occur twice."""
+    """Add offset and size of each sample's members to ``samples``; yield key and detail of repeated ones."""
     last = ""
     repeated = False
     for key, number, offset, size in walk_members(path, file):
@@ -188,7 +188,7 @@ def _collect(path: Path, file: io.BufferedReader, samples: dict[str, _Members]) 
 
 
 def _members_not_read(path: Path) -> dict[str, list[str]]:
-    """Members that are not indexed, by the part of their names after the first dot."""
+    """Names of the members that are not indexed, by the part after the first dot."""
     found: dict[str, list[str]] = {}
     try:
         with tarfile.open(path, "r:") as archive:
@@ -197,12 +197,12 @@ def _members_not_read(path: Path) -> dict[str, list[str]]:
                 if info.isreg() and extension.lower() not in EXTENSIONS:
                     found.setdefault(extension, []).append(info.name)
     except (tarfile.TarError, ValueError):
-        pass  # it is damaged, which has been reported
+        pass  # the damage has already been reported
     return found
 
 
 def _find_shared_keys(paths: Sequence[Path], keys: Sequence[NDArray[np.uint64]]) -> Iterator[Problem]:
-    """One problem for each shard that repeats keys of the shards before it."""
+    """Yield one problem for each shard that repeats keys of earlier shards."""
     digests = np.concatenate(keys)
     starts = np.cumsum([0, *(len(each) for each in keys)])
     order = np.argsort(digests, kind="stable")

@@ -1,4 +1,4 @@
-"""Checks of one sample of a shard."""
+"""Check of one sample of a shard."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _LIMITS = {"txt": MAX_TEXT_BYTES, "cls": MAX_TEXT_BYTES, "json": MAX_JSON_BYTES}
 def check_sample(
     file: BinaryIO, members: Mapping[str, tuple[int, int]], decode: bool, captions: Captions
 ) -> Iterator[tuple[str, str]]:
-    """All problems of a sample: a kind of those above and a detail for each.
+    """Yield kind and detail of all problems of a sample.
 
     Args:
-        file: The shard.
+        file: Open file of the shard.
         members: Offset and size of the sample's members in bytes, by extension.
-        decode: Decode the image; otherwise only its header is read.
-        captions: Where captions may be.
+        decode: Whether to decode the image instead of reading only its header.
+        captions: Sources of captions.
     """
     image = next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
     if image is not None:
@@ -72,7 +72,7 @@ def _check_image(file: BinaryIO, offset: int, size: int, extension: str, decode:
 
 
 def _refusal(data: bytes) -> tuple[str, str] | None:
-    """The problem with an image's header, if it is refused for that."""
+    """Kind and detail of the problem for which an image is refused by its header; None if there is none."""
     size = image_size(data)
     try:
         check_pixels(*size)
@@ -87,7 +87,7 @@ def _check_caption(
     if not places:
         yield NO_CAPTION, f"none of {', '.join(f'.{extension}' for extension in captions.extensions)}"
         return
-    # One byte more than is allowed is enough to be refused.
+    # One byte above the limit suffices for a refusal.
     texts = {ext: _read(file, offset, min(size, _LIMITS[ext] + 1)) for ext, (offset, size) in places.items()}
     try:
         if not captions.draw(texts, seed=0, slot=0):

@@ -25,11 +25,11 @@ class ShardStatistics:
     """Statistics of the samples (N) of shards, as tables.
 
     Attributes:
-        shards: The number of shards.
-        size: Their bytes.
-        members: For each extension the number of members and their bytes.
-        width: Widths of the images as they are shown, in pixels, int64 (N,); 0 where there is no readable image.
-        height: The same for heights.
+        shards: Number of shards.
+        size: Total size of the shards in bytes.
+        members: Number of members and their total size in bytes, by extension.
+        width: Widths of the images after the rotation by EXIF, in pixels, int64 (N,); 0 if there is no readable image.
+        height: Heights of the images, in the same way.
     """
 
     shards: int
@@ -56,24 +56,24 @@ class ShardStatistics:
 
     @property
     def is_known(self) -> NDArray[np.bool_]:
-        """Which images have a size, bool (N,)."""
+        """Whether the size of each image is known, bool (N,)."""
         return (self.width > 0) & (self.height > 0)
 
     def total_rows(self) -> Rows:
-        """Shards, samples and bytes."""
+        """Table of the numbers of shards and samples, and of their size."""
         rows = [["shards", f"{self.shards:,}"], ["samples", f"{len(self.width):,}"], ["size", format_bytes(self.size)]]
         unknown = len(self.width) - int(self.is_known.sum())
         return [*rows, ["images of unknown size", f"{unknown:,}"]] if unknown else rows
 
     def member_rows(self) -> Rows:
-        """Members by extension."""
+        """Table of the members by extension."""
         rows = [["members", "number", "size", "mean"]]
         for extension, (count, size) in self.members.items():
             rows.append([f".{extension}", f"{count:,}", format_bytes(size), format_bytes(size / count)])
         return rows
 
     def size_rows(self) -> Rows:
-        """Sizes of the images."""
+        """Table of the images' sizes in percentiles."""
         width, height = self.width[self.is_known], self.height[self.is_known]
         measures = {
             "width": (width, "{:.0f}"),
@@ -88,7 +88,7 @@ class ShardStatistics:
         return rows
 
     def aspect_rows(self) -> Rows:
-        """Images by the nearest of the usual aspect ratios, on a logarithmic scale."""
+        """Table of the images by the nearest usual aspect ratio, on a logarithmic scale."""
         named = {f"{a}:{b}": a / b for a, b in _ASPECT_RATIOS}
         named |= {f"{b}:{a}": b / a for a, b in reversed(_ASPECT_RATIOS)}
         ratios = np.log(list(named.values()))
@@ -101,7 +101,7 @@ class ShardStatistics:
         return rows
 
     def bucket_rows(self, bucketing: Bucketing) -> Rows:
-        """The sizes that training would use, with the shares that are cropped away and enlarged."""
+        """Table of the buckets that training would use, with the share of pixels cropped and of images enlarged."""
         width, height = self.width[self.is_known], self.height[self.is_known]
         bucket = bucketing.assign(width, height)
         rows = [["bucket (h x w)", "images", "share", "mean crop loss", "upscaled"]]

@@ -1,1 +1,1 @@
-"""From a sample's bytes to its row in a batch: decode, frame, caption."""
+"""Decoding of a sample's bytes to its entries in a batch: images, framing, captions, collation."""

@@ -15,14 +15,13 @@ from torch.utils.data import get_worker_info
 
 
 class BatchBuilder:
-    """A batch of B places, filled one by one.
+    """A batch of B rows, filled one by one.
 
-    A tensor is copied into the batch's own at once, in the order of dimensions that it has in memory. So the memory of a
-    decoded image is free for the next one, and its channels stay last: to turn them here would take four times as long
-    as the copy.
+    Each tensor is copied into the batch at once, with its own memory layout. This frees the memory of a decoded image for the
+    next one and keeps channels last; reordering the channels here would take four times as long as the copy.
 
     Args:
-        batch_size: B.
+        batch_size: Number of rows, B.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -31,12 +30,12 @@ class BatchBuilder:
         self._batch: dict[str, Any] = {}
 
     def put(self, place: int, sample: Mapping[str, Any]) -> None:
-        """Fill a place: tensors and tuples of integers become rows of one tensor, other values elements of a list."""
+        """Fill a row: tensors and tuples of integers become rows of one tensor, other values elements of a list."""
         self._put(self._batch, place, sample)
         self.places.append(place)
 
     def finish(self) -> dict[str, Any]:
-        """The batch; copies of the first sample fill the places that were left empty."""
+        """The batch; copies of the first sample fill the empty rows."""
         for place in set(range(self._batch_size)) - set(self.places):
             _repeat(self._batch, self.places[0], place)
         return {name: _as_tensor(values) for name, values in self._batch.items()}
@@ -56,7 +55,7 @@ class BatchBuilder:
 
 
 def _as_tensor(values: Any) -> Any:
-    """Tuples of integers as one int64 tensor: a tensor for each would take longer than everything else."""
+    """Tuples of integers as one int64 tensor; one tensor per tuple would take longer than all other work."""
     return torch.tensor(values) if isinstance(values, list) and isinstance(values[0], tuple) else values
 
 
@@ -75,7 +74,7 @@ def _empty_rows(value: Tensor, count: int) -> Tensor:
     shape = (count, *(value.shape[dim] for dim in order))
     nbytes = value.element_size() * value.numel() * count
     if get_worker_info() is not None:
-        # As in torch's default_collate: otherwise all would be copied there when the batch is handed over.
+        # As in torch's default_collate, since other tensors would be copied to shared memory when the batch is sent.
         storage = torch.UntypedStorage._new_shared(nbytes, device="cpu")
         rows = torch.empty(0, dtype=value.dtype).set_(storage).view(shape)
     elif torch.cuda.is_available():
@@ -88,10 +87,10 @@ def _empty_rows(value: Tensor, count: int) -> Tensor:
 
 
 class _ReusedMemory:
-    """Memory of large batches, used again when the batch is gone: new pages cost more than the copy into them.
+    """Memory of large batches, reused when a batch has been freed, since new pages cost more than the copy into them.
 
-    A tensor, and whatever is a view of it, holds the array that its memory comes from; so the array's reference count says
-    whether any is left.
+    A tensor and all its views refer to the array that holds their memory, so the array's reference count shows whether any of
+    them still exists.
     """
 
     def __init__(self) -> None:
@@ -99,13 +98,13 @@ class _ReusedMemory:
         self._arrays: list[NDArray[np.uint8]] = []
 
     def take(self, nbytes: int) -> NDArray[np.uint8]:
-        """An array of so many bytes that nothing else refers to."""
+        """An array of ``nbytes`` bytes that nothing else refers to."""
         with self._lock:
             unused = [sys.getrefcount(self._arrays[place]) == _UNUSED for place in range(len(self._arrays))]
             for place, is_unused in enumerate(unused):
                 if is_unused and nbytes <= self._arrays[place].nbytes <= 2 * nbytes:
                     return self._arrays[place][:nbytes]
-            # Those of other sizes make room, so that no more is kept than is in use at once.
+            # Unused arrays of other sizes are freed, so that no more memory is kept than is in use at once.
             self._arrays = [array for array, is_unused in zip(self._arrays, unused, strict=True) if not is_unused]
             self._arrays.append(np.empty(nbytes, np.uint8))
             return self._arrays[-1][:nbytes]

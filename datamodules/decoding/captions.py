@@ -1,4 +1,4 @@
-"""Sources of captions, and their random variation."""
+"""Sources and random augmentation of captions."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_least
 
 MAX_TEXT_BYTES = 1 << 20
-"""A larger ``.txt`` or ``.cls`` member is no caption; it is refused before it is decoded."""
+"""Maximum size of a ``.txt`` or ``.cls`` member; a larger one is refused before it is decoded."""
 
 MAX_JSON_BYTES = 16 << 20
-"""The same for ``.json`` members, in which a caption may be one entry of many."""
+"""Maximum size of a ``.json`` member, in which a caption may be one entry of many."""
 
 _EXTENSIONS = ("txt", "json", "cls")
 
 
 @dataclass(frozen=True)
 class CaptionSource:
-    """A place in a sample where a caption may be.
+    """A source of captions: the member of a sample, and the location within it, that may hold a caption.
 
     Args:
-        extension: The member that holds it: ``txt`` is the text itself, ``json`` has it under ``key``, ``cls`` is a class,
-            as image classification sets have it.
-        key: Where the caption is in a ``json`` member: names of keys and numbers of list entries with dots between
-            them, as in ``captions.en.0``. A list of texts there is several captions, of which each showing draws one.
-        template: Caption in which the text or class replaces ``{}``, as in ``a photo of a {}``. The default is ``{}``.
-        class_names: The names of the classes, for ``cls`` members that hold a number, counted from 0: a text file with
-            one name in each line, or a list. Without it the member holds the name itself.
-        weight: With several sources, how often this one is drawn in proportion to the others.
+        extension: Extension of the member: ``txt`` (default) holds the text itself, ``json`` holds it under ``key``, ``cls``
+            holds a class, as in image classification data sets.
+        key: Path of the caption in a ``json`` member: keys and list indices separated by dots, as in ``captions.en.0``. If it
+            leads to a list of texts, one of them is drawn for each occurrence of the sample. Defaults to ``caption``.
+        template: Caption in which the text or class replaces ``{}``, as in ``a photo of a {}``. Defaults to ``{}``.
+        class_names: Names of the classes, for ``cls`` members that hold a number, counted from 0: a list, or a text file with
+            one name per line. Defaults to null: the member holds the name itself.
+        weight: Relative probability of drawing this source among several. Defaults to null: the first source that a sample has
+            is used.
 
     Raises:
         UserError: If a value is out of its bounds, or the file of class names cannot be read.
@@ -51,32 +52,36 @@ class CaptionSource:
 
     def __post_init__(self) -> None:
         if self.extension not in _EXTENSIONS:
-            raise UserError(f"extension={self.extension!r} holds no captions; choose one of {', '.join(_EXTENSIONS)}")
+            raise UserError(
+                f"extension={self.extension!r} cannot hold captions; choose one of {', '.join(_EXTENSIONS)}"
+            )
         if not all(self.key.split(".")):
-            raise UserError(f"key={self.key!r} has an empty part; write names with single dots between, as captions.en")
+            raise UserError(f"key={self.key!r} has an empty part; separate names by single dots, as in captions.en")
         if self.template.count("{}") != 1:
             raise UserError(
-                f"template={self.template!r} has {self.template.count('{}')} places for the text; write {{}} once,"
+                f"template={self.template!r} contains {{}} {self.template.count('{}')} times; write it once,"
                 " as in 'a photo of a {}'"
             )
         if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise UserError(f"weight={self.weight} is no finite number above 0; leave out a source that is not wanted")
+            raise UserError(f"weight={self.weight} must be finite and above 0; remove the source if it is not wanted")
         if self.class_names is not None and self.extension != "cls":
-            raise UserError(f"class_names belongs to extension cls, not {self.extension}; drop one of them")
+            raise UserError(
+                f"class_names needs extension: cls, not {self.extension}; change the extension or remove class_names"
+            )
         names = self._names
         if names is not None and not names:
-            raise UserError(f"class_names={self.class_names!r} holds no names; write one for each class")
+            raise UserError(f"class_names={self.class_names!r} contains no names; write one for each class")
         if names is not None and "" in names:
             raise UserError(f"class_names: the name of class {names.index('')} is empty; each class needs one")
 
     def texts(self, members: Mapping[str, bytes]) -> list[str]:
-        """The captions that a sample has here, before the template; none where there is nothing.
+        """The captions that this source finds in a sample, before the template is applied; an empty list if there are none.
 
         Args:
             members: The sample's members by extension.
 
         Raises:
-            BadSampleError: If the member is there but cannot be read.
+            BadSampleError: If the member exists but cannot be read.
         """
         if self.extension not in members:
             return []
@@ -90,7 +95,7 @@ class CaptionSource:
         return [text if self._names is None else _class_name(text, self._names)]
 
     def description(self) -> dict[str, Any]:
-        """Plain JSON values that identify what captions come out; class names as a digest."""
+        """The options that determine the captions, as JSON values; class names as a digest."""
         values = asdict(self)
         if self._names is not None:
             values["class_names"] = hashlib.blake2b("\n".join(self._names).encode(), digest_size=16).hexdigest()
@@ -98,7 +103,7 @@ class CaptionSource:
 
     @property
     def place(self) -> str:
-        """A phrase for the place, for messages."""
+        """Location of the caption, for messages."""
         return f"under the key {self.key!r} in .json" if self.extension == "json" else f"in .{self.extension}"
 
     @property
@@ -112,20 +117,20 @@ def _default_sources() -> list[CaptionSource]:
 
 @dataclass(frozen=True)
 class Captions:
-    """Where captions are, and how they vary from one showing of a sample to the next.
+    """Sources of captions, and their augmentation at each occurrence of a sample.
 
-    Each random choice is a function of the seed and the slot, so a sample has other captions at other showings, and the
+    Each random choice is a function of the seed and the slot, so captions vary between the occurrences of a sample and are the
     same after a resume.
 
     Args:
-        sources: Where captions are. Without weights, the first that a sample has; with weights, one of those it has is
-            drawn at each showing.
-        dropout: Probability of an empty caption, for classifier-free guidance. The default is 0.
-        shuffle_tags: Shuffle the tags of a caption at each showing. The default is false.
-        keep_tags: Number of tags at the front that stay in place, by default 0.
-        separator: Text between two tags, by default ``", "``.
-        prefix: Text before each caption that is not dropped; empty by default.
-        suffix: Text after each caption that is not dropped; empty by default.
+        sources: Sources of captions. Without weights, the first source that a sample has is used; with weights, one of its
+            sources is drawn at each occurrence. Defaults to ``txt``, then ``json`` under the key ``caption``.
+        dropout: Probability of an empty caption, for classifier-free guidance. Defaults to 0.
+        shuffle_tags: Whether to shuffle the tags of a caption at each occurrence. Defaults to false.
+        keep_tags: Number of tags at the front that are not shuffled. Defaults to 0.
+        separator: Text between two tags. Defaults to ``", "``.
+        prefix: Text before each caption that is not dropped. Defaults to nothing.
+        suffix: Text after each caption that is not dropped. Defaults to nothing.
 
     Raises:
         UserError: If a value is out of its bounds, or some sources have weights and others have none.
@@ -141,44 +146,44 @@ class Captions:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise UserError("sources is empty; name at least one place for captions, as {extension: txt}")
+            raise UserError("sources is empty; add at least one source of captions, as {extension: txt}")
         weighted = sum(source.weight is not None for source in self.sources)
         if weighted not in (0, len(self.sources)):
             raise UserError(
                 f"{weighted} of {len(self.sources)} caption sources have a weight; give one to all or to none"
             )
         if not 0 <= self.dropout <= 1:
-            raise UserError(f"dropout={self.dropout} is no probability; it must be from 0 to 1")
+            raise UserError(f"dropout={self.dropout} is not a probability; it must be in [0, 1]")
         check_least(0, keep_tags=self.keep_tags)
         if not self.separator:
-            raise UserError("separator is empty; write what stands between two tags, as ', '")
+            raise UserError("separator is empty; write the text between two tags, as ', '")
 
     @classmethod
     def anywhere(cls, key: str) -> Captions:
-        """Captions from the first member that has one, for packing and checking.
+        """Captions from the first of all members that has one, for packing and checking.
 
         Args:
-            key: Where captions are in ``json`` members.
+            key: Path of captions in ``json`` members.
         """
         return cls([CaptionSource("txt"), CaptionSource("json", key), CaptionSource("cls")])
 
     @property
     def extensions(self) -> tuple[str, ...]:
-        """The members that may hold a caption, each once, in the order of the sources."""
+        """Extensions of the members that may hold a caption, in the order of the sources, without repeats."""
         return tuple(dict.fromkeys(source.extension for source in self.sources))
 
     @property
     def fixed(self) -> bool:
-        """Whether captions are the same at each showing, so that :meth:`draw_fixed` needs no slot."""
+        """Whether captions are the same at each occurrence, so that :meth:`draw_fixed` needs no slot."""
         return not self.dropout and not self.shuffle_tags and not self._drawn_by_weight
 
     def draw(self, members: Mapping[str, bytes], seed: int, slot: int) -> str:
-        """The caption of a sample at one showing.
+        """The caption of a sample at one occurrence.
 
         Args:
-            members: The sample's members by extension; those that are not in :attr:`extensions` are not looked at.
-            seed: The run's seed.
-            slot: The number of this showing in the whole run.
+            members: The sample's members by extension; members that are not in :attr:`extensions` are ignored.
+            seed: Seed of the run.
+            slot: Number of this occurrence in the whole run.
 
         Raises:
             BadSampleError: If the sample has no caption, or one that cannot be read.
@@ -188,25 +193,25 @@ class Captions:
         text = texts[0] if len(texts) == 1 else texts[_generator(seed, "caption", slot).integers(len(texts))]
         if self.shuffle_tags:
             text = self._shuffle(text, seed, slot)
-        # Last, so that a sample without a usable caption is found whether or not the caption is dropped.
+        # Drawn last, so that a sample without a usable caption is found even if its caption is dropped.
         if self.dropout and _generator(seed, "caption dropout", slot).random() < self.dropout:
             return ""
         return self._finish(source, text)
 
     def draw_fixed(self, members: Mapping[str, bytes]) -> str:
-        """The one caption of a sample, where the captions are :attr:`fixed`.
+        """The only caption of a sample, if captions are :attr:`fixed`.
 
         Raises:
             BadSampleError: As for :meth:`draw`, and if there are several captions to draw from.
         """
-        assert self.fixed, "these captions differ from showing to showing"
+        assert self.fixed, "captions that vary need a slot"
         source, texts = next(self._found(members))
         if len(texts) > 1:
-            raise BadSampleError(f"there are {len(texts)} captions {source.place}; name one, as {source.key}.0")
+            raise BadSampleError(f"there are {len(texts)} captions {source.place}; select one, as {source.key}.0")
         return self._finish(source, texts[0])
 
     def description(self) -> dict[str, Any]:
-        """Plain JSON values that identify what captions come out; equal for class names of equal content."""
+        """The options that determine the captions, as JSON values; equal for class names of equal content."""
         return asdict(self) | {"sources": [source.description() for source in self.sources]}
 
     @property
@@ -214,7 +219,7 @@ class Captions:
         return len(self.sources) > 1 and self.sources[0].weight is not None
 
     def _found(self, members: Mapping[str, bytes]) -> Iterator[tuple[CaptionSource, list[str]]]:
-        """The sources that the sample has, at least one, with their texts; read lazily."""
+        """Yield each source that the sample has, with its texts; there is at least one."""
         none = True
         for source in self.sources:
             if texts := source.texts(members):
@@ -244,7 +249,7 @@ def _generator(seed: int, name: str, slot: int) -> np.random.Generator:
 
 
 def _texts_under(key: str, data: bytes) -> list[str]:
-    """The texts at a dotted path of a JSON document; none where the path leads to no text."""
+    """The texts at a dotted path of a JSON document; an empty list if the path does not lead to a text."""
     try:
         value: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -266,7 +271,7 @@ def _entry(value: Any, part: str) -> Any:
 
 
 def _whole(text: str) -> str:
-    # JSON can spell half a character, at which tokenizers fail much later.
+    # JSON can encode half of a surrogate pair, at which tokenizers would fail much later.
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -276,19 +281,17 @@ def _whole(text: str) -> str:
 
 def _class_name(text: str, names: Sequence[str]) -> str:
     if not (text.isascii() and text.isdigit()):
-        raise BadSampleError(f"the class {text[:20]!r} is not a number, as class_names needs it")
+        raise BadSampleError(f"the class {text[:20]!r} is not a number, which class_names requires")
     if len(text) > 18 or int(text) >= len(names):  # Python refuses to read thousands of digits
         raise BadSampleError(f"the class {text[:20]} is out of range; class_names has {len(names)} names")
     return names[int(text)]
 
 
-@lru_cache  # the dataclass cannot keep them: what it has besides its fields, jsonargparse takes for options
+@lru_cache  # not an attribute of the dataclass, since jsonargparse would take it for an option
 def _read_lines(path: str) -> list[str]:
     try:
         with Path(path).expanduser().open(encoding="utf-8-sig") as file:
             return [line.strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(
-            f"class_names: cannot read {path} ({reason}); name a file with one name in each line"
-        ) from error
+        raise UserError(f"class_names: cannot read {path} ({reason}); name a file with one name per line") from error

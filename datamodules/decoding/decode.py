@@ -12,14 +12,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 MAX_PIXELS = 100_000_000
-"""Larger images are refused: they cost 300 MB and more for one sample, and a few bytes can claim any size."""
+"""Maximum size of an image; a larger one takes over 300 MB of memory, and a damaged header can state any size."""
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class BadSampleError(Exception):
-    """A sample that cannot be used; the message says why."""
+    """A sample that cannot be used; the message is the reason."""
 
 
 def check_pixels(width: int, height: int) -> None:
@@ -35,7 +35,7 @@ def check_pixels(width: int, height: int) -> None:
 
 
 def decode_rgb(data: bytes) -> Tensor:
-    """Decode a JPEG, PNG or WebP image, turned upright by its EXIF data.
+    """Decode a JPEG, PNG or WebP image and rotate it as its EXIF data requires.
 
     Returns:
         uint8 (3, H, W).
@@ -51,8 +51,8 @@ def decode_rgb(data: bytes) -> Tensor:
 
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        # What torchvision.io.decode_image calls after a warning, each time, that torchcodec will succeed it; that is not
-        # on every platform that torchvision is on.
+        # torchvision.io.decode_image would call this too, but it warns each time that torchcodec will replace it, which is not
+        # available on every platform.
         image: Tensor = torch.ops.image.decode_image(buffer, _RGB, True)
     except RuntimeError as error:
         raise BadSampleError(f"the image cannot be decoded ({_reason(error)})") from error
@@ -67,14 +67,14 @@ def _reason(error: RuntimeError) -> str:
 
 
 def _decode_png(data: bytes) -> Tensor:
-    """By Pillow: torchvision 0.29's PNG decoder kills the process on damaged data."""
+    """Decode a PNG with Pillow, since torchvision 0.29's PNG decoder kills the process on damaged data."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels has the say
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels decides
             image = Image.open(io.BytesIO(data), formats=("PNG",))
             image.load()
             upright = ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow's readers raise about any exception on damaged bytes
+    except Exception as error:  # Pillow's readers raise almost any exception on damaged bytes
         raise BadSampleError(f"the image cannot be decoded ({error})") from error
     if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
         grey = torch.from_numpy(np.asarray(upright).astype(np.int64))
@@ -83,7 +83,7 @@ def _decode_png(data: bytes) -> Tensor:
 
 
 def decode_text(data: bytes) -> str:
-    """The caption in a ``.txt`` member, without white space around it.
+    """The text of a ``.txt`` member, without surrounding white space.
 
     Raises:
         BadSampleError: If the bytes are not UTF-8.

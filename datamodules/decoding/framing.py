@@ -13,11 +13,11 @@ from lit_lora.draws import seed_of
 
 
 class FramedImage(NamedTuple):
-    """An image in its training size, with the size and crop that condition SDXL.
+    """An image at its training size, with the size and crop on which SDXL is conditioned.
 
     Attributes:
         pixels: uint8 (3, H, W).
-        original_size: Height and width before anything was done, in pixels.
+        original_size: Height and width before resizing, in pixels.
         crop_top_left: Top and left of the crop in the resized (and flipped) image, in pixels.
     """
 
@@ -33,9 +33,9 @@ class Framing:
     For squares these are the steps of diffusers' ``train_text_to_image_lora_sdxl.py``.
 
     Args:
-        center_crop: Crop the middle; otherwise a random place.
-        random_flip: Mirror half of the images left to right.
-        seed: The random choices are a function of this and the slot.
+        center_crop: Whether to crop at the center; otherwise at a random position.
+        random_flip: Whether to flip half of the images horizontally.
+        seed: Seed of the random choices, which depend on it and the slot.
     """
 
     center_crop: bool
@@ -47,11 +47,11 @@ class Framing:
 
         Args:
             image: uint8 (3, H, W).
-            slot: The number of this showing of the sample.
+            slot: Number of this occurrence of the sample.
             size: Planned height and width, in pixels.
 
         Raises:
-            BadSampleError: If the image is so narrow that resizing it would take more than ``MAX_PIXELS``.
+            BadSampleError: If the image is so narrow that the resized image would have more than ``MAX_PIXELS``.
         """
         from torchvision.transforms.v2 import InterpolationMode
         from torchvision.transforms.v2 import functional as F
@@ -68,7 +68,7 @@ class Framing:
         return FramedImage(pixels, (height, width), (top, left))
 
     def flips(self, slot: int) -> bool:
-        """Whether this showing is mirrored."""
+        """Whether the image is flipped at this occurrence."""
         return self.random_flip and bool(self._generator("flip", slot).random() < 0.5)
 
     def _crop(self, spare_height: int, spare_width: int, slot: int) -> tuple[int, int]:
@@ -82,7 +82,7 @@ class Framing:
 
 
 def _covering_size(image: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """The smallest size of the image's own shape that covers ``size``; all are height, width."""
+    """The smallest size with the image's aspect ratio that covers ``size``; all sizes are height and width."""
     if size[0] * image[1] >= size[1] * image[0]:
         return size[0], size[0] * image[1] // image[0]
     return size[1] * image[0] // image[1], size[1]

@@ -18,26 +18,26 @@ from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
 
 @dataclass(frozen=True)
 class ImageDecoder(SampleDecoder):
-    """Images with captions: decodes the image, resizes and crops it, and draws the caption.
+    """Decodes images with captions: decodes, resizes and crops the image, and draws the caption.
 
     The image is resized until it covers the planned size, flipped, and cropped; see
     :class:`~lit_lora.datamodules.decoding.framing.Framing`.
 
     Args:
-        center_crop: Crop the middle of training images; by default a random place. Validation and test images are always
-            cropped in the middle.
-        random_flip: Mirror half of the training images left to right. The default is false.
-        captions: Where captions are, and what is varied in them.
+        center_crop: Whether to crop training images at the center instead of at a random position. Defaults to false.
+            Validation and test images are always cropped at the center.
+        random_flip: Whether to flip half of the training images horizontally. Defaults to false.
+        captions: Sources and augmentation of captions. Defaults to the caption in ``.txt``, or else in ``.json``.
     """
 
     center_crop: bool = False
     random_flip: bool = False
     captions: Captions = Captions()  # noqa: RUF009 it is frozen
-    _seed: int = 0  # with an underscore, so that it is no option: it is the datamodule's
+    _seed: int = 0  # private, since it is not an option: the datamodule sets it
 
     @property
     def framing(self) -> Framing:
-        """How images take their size."""
+        """The conversion of an image to its training size."""
         return Framing(self.center_crop, self.random_flip, self._seed)
 
     @property
@@ -77,11 +77,11 @@ def decode_image(members: Mapping[str, bytes], image_size: tuple[int, int]) -> T
     """The image of a sample, uint8 (3, H, W).
 
     Args:
-        members: The sample's members by extension; of several images, the first of ``IMAGE_EXTENSIONS`` counts.
-        image_size: Its width and height according to the index.
+        members: The sample's members by extension; of several images, the first in ``IMAGE_EXTENSIONS`` is used.
+        image_size: Width and height of the image according to the index, in pixels.
 
     Raises:
-        BadSampleError: If it is too large or cannot be decoded.
+        BadSampleError: If the image is too large or cannot be decoded.
     """
     check_pixels(*image_size)
     return decode_rgb(next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members))

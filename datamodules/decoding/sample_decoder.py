@@ -1,4 +1,4 @@
-"""The interface of a kind of samples."""
+"""The interface of decoders for samples."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from typing import Any, Self
 
 
 class SampleDecoder(ABC):
-    """Turns the members of a sample into its entries of a batch; a new kind of samples is one subclass.
+    """Converts the members of a sample to its entries in a batch; a new kind of sample needs one subclass.
 
-    Give it to a datamodule as ``decoder``; nothing else has to know it. Shards index the members ``jpg``, ``jpeg``, ``png``,
-    ``webp``, ``txt``, ``json``, ``cls``, ``safetensors``, ``npy``, ``npz`` and ``bin``.
+    Pass an instance to a datamodule as ``decoder``. Indexes of shards contain the members ``jpg``, ``jpeg``, ``png``, ``webp``,
+    ``txt``, ``json``, ``cls``, ``safetensors``, ``npy``, ``npz`` and ``bin``.
 
-    Loader threads call it concurrently, so it keeps no state between calls. Random choices should be a function of the seed
-    and the slot (:func:`lit_lora.draws.seed_of`), so that a resumed run repeats them.
+    Loader threads call the decoder concurrently, so it must not keep state between calls. Random choices should be a function of
+    the seed and the slot (:func:`lit_lora.draws.seed_of`), so that a resumed run repeats them.
     """
 
     @property
     @abstractmethod
     def required(self) -> dict[str, tuple[str, ...]]:
-        """What each sample must have: by name, the extensions of the members of which one is enough.
+        """Required members: for each kind of content, the extensions of which a sample must have at least one.
 
-        It is checked for all samples before training starts.
+        This is checked for all samples before training starts.
         """
 
     @property
     def extensions(self) -> tuple[str, ...]:
-        """Extensions of the members that are read; by default those of :attr:`required`."""
+        """Extensions of the members to read. Defaults to those of :attr:`required`."""
         return tuple(extension for extensions in self.required.values() for extension in extensions)
 
     @abstractmethod
     def __call__(
         self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
     ) -> dict[str, Any]:
-        """Entries of one sample in a batch.
+        """The entries of one sample in a batch.
 
-        In the batch, a tensor becomes a row of one tensor, so all samples of one ``size`` have the same shape; a tuple of
-        integers becomes a row of one int64 tensor; a dict is put together entry by entry; anything else becomes an element
-        of a list.
+        In the batch, a tensor becomes a row of one tensor, so all samples of one ``size`` must have the same shape; a tuple of
+        integers becomes a row of one int64 tensor; dicts are collated entry by entry; any other value becomes an element of a
+        list.
 
         Args:
             members: The sample's members by extension.
-            slot: The number of this showing of the sample in the whole run.
+            slot: Number of this occurrence of the sample in the whole run.
             size: Planned height and width, in pixels.
             image_size: Width and height of the image according to the index, in pixels; (0, 0) without an image.
 
@@ -52,20 +52,20 @@ class SampleDecoder(ABC):
 
     @abstractmethod
     def blank(self, size: tuple[int, int]) -> dict[str, Any]:
-        """Entries for a batch in which no sample can be used, with the shapes that :meth:`__call__` gives.
+        """Entries for a batch in which every sample is bad, with the shapes that :meth:`__call__` returns.
 
         Args:
             size: Planned height and width, in pixels.
         """
 
     def batch_entries(self) -> dict[str, Any]:
-        """Further entries of each batch as a whole; none by default."""
+        """Additional entries of each batch as a whole. Defaults to none."""
         return {}
 
     def with_seed(self, seed: int) -> Self:
-        """A decoder that draws its random choices from the datamodule's seed; by default the decoder itself."""
+        """A decoder that makes its random choices with the datamodule's seed. Defaults to the decoder itself."""
         return self
 
     def for_evaluation(self) -> Self:
-        """A decoder without random choices, for validation and testing; by default the decoder itself."""
+        """A decoder without random choices, for validation and testing. Defaults to the decoder itself."""
         return self

@@ -1,4 +1,4 @@
-"""Samples and their members as columns."""
+"""Arrays that describe samples and their members."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class SampleColumns:
     """Samples (N) and their members (M) as arrays, without a Python object for each sample.
 
     Attributes:
-        key_bytes: All keys one after the other in UTF-8, uint8.
-        key_ends: Where each key ends in ``key_bytes``, int64 (N,).
-        width: Width of the image as it is shown, in pixels, int32 (N,); 0 where there is no readable image.
-        height: The same for its height.
-        member_sample: The sample that a member belongs to, int64 (M,), ascending.
-        member_extension: Its number in ``scan.EXTENSIONS``, uint8 (M,).
-        member_offset: Where its data start in the shard, in bytes, int64 (M,).
-        member_size: How long they are, in bytes, int64 (M,).
+        key_bytes: Concatenated keys in UTF-8, uint8.
+        key_ends: End of each key in ``key_bytes``, int64 (N,).
+        width: Width of the image after the rotation by EXIF, in pixels, int32 (N,); 0 if there is no readable image.
+        height: Height of the image, in the same way.
+        member_sample: Number of the sample to which a member belongs, ascending, int64 (M,).
+        member_extension: Number of the member's extension in ``scan.EXTENSIONS``, uint8 (M,).
+        member_offset: Offset of the member's data in the shard, in bytes, int64 (M,).
+        member_size: Size of the member's data, in bytes, int64 (M,).
     """
 
     key_bytes: NDArray[np.uint8]

@@ -35,18 +35,17 @@ _METADATA = {"format": "lit_lora.data_index", "version": "1", "extensions": " ".
 class DataIndex:
     """The samples (N) and members (M) of the shards (S) of one folder.
 
-    It is kept in ``shards.index``, a safetensors file, in that folder, or, where that is not writable, under the
-    user's cache folder. 10 million samples take about 1 GB there, of which only the parts that are looked at come into
-    memory.
+    It is saved in ``shards.index``, a safetensors file, in that folder or, if the folder is not writable, in the user's cache
+    folder. 10 million samples take about 1 GB on disk, of which only the accessed parts are read into memory.
 
     Attributes:
         names: File names of the shards.
-        shard_size: Their sizes in bytes, int64 (S,).
-        shard_mtime_ns: Their times of modification in nanoseconds, int64 (S,).
-        sample_start: Where each shard's samples begin, int64 (S + 1,).
-        width: See :class:`SampleColumns`, int32 (N,).
-        height: The same for the height.
-        extensions: Which members each sample has: bit ``i`` stands for ``scan.EXTENSIONS[i]``, uint16 (N,).
+        shard_size: Sizes of the shards in bytes, int64 (S,).
+        shard_mtime_ns: Modification times of the shards in nanoseconds, int64 (S,).
+        sample_start: Number of the first sample of each shard, and the total number of samples, int64 (S + 1,).
+        width: Widths of the images, see :class:`SampleColumns`, int32 (N,).
+        height: Heights of the images, int32 (N,).
+        extensions: Members of each sample: bit ``i`` is set if it has ``scan.EXTENSIONS[i]``, uint16 (N,).
     """
 
     def __init__(self, names: Sequence[str], columns: dict[str, NDArray[Any]], file: Path | None = None) -> None:
@@ -65,18 +64,17 @@ class DataIndex:
 
     @classmethod
     def load_or_build(cls, paths: Sequence[Path], jobs: int = 1) -> DataIndex:
-        """The index of the shards of one folder: the saved one if it is up to date, otherwise a new one, which is saved.
+        """The index of the shards of one folder: the saved index if it is up to date, otherwise a new one, which is saved.
 
-        Shards that have no index of their own yet, or one that is out of date, are scanned. What the file knew of
-        other shards in the folder is kept.
+        Shards without an up-to-date index of their own are scanned. Entries of other shards in the folder are kept.
 
         Args:
-            paths: The shards; the index may hold more of them.
-            jobs: Processes that scan. With more than one, a script that calls this needs
+            paths: Shards in one folder; the index may contain further ones.
+            jobs: Number of processes that scan. Defaults to 1. With more than one, a script that calls this needs
                 ``if __name__ == "__main__":``.
 
         Raises:
-            UserError: If shards are missing or damaged; the message names all of them. The others keep their new indexes.
+            UserError: If shards are missing or damaged; the message names all of them. The indexes of the other shards are saved.
         """
         folder = paths[0].parent
         found = cls._find(folder)
@@ -105,18 +103,18 @@ class DataIndex:
             columns, metadata = _map(file)
             names = json.loads(metadata.pop("names"))
             if metadata != _METADATA:
-                raise ValueError("it has another version")
+                raise ValueError("it has another format or version")
             index = cls(names, columns, file)
             index._check()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{file} is no index that can be read ({error}); run `lit-lora shards index` on its folder again"
+                f"{file} is not a readable index ({error}); run `lit-lora shards index` on its folder again"
             ) from error
         return index
 
     @classmethod
     def combine(cls, indexes: Sequence[ShardIndex]) -> DataIndex:
-        """One index of at least one shard, all in one folder."""
+        """The combined index of one or more shards of one folder."""
         columns: dict[str, NDArray[Any]] = {
             name: np.concatenate([getattr(index, name) for index in indexes])
             for name in ("key_bytes", *_PER_SAMPLE, *_PER_MEMBER)
@@ -151,7 +149,7 @@ class DataIndex:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Workers that are spawned map the file themselves instead of receiving it.
+        # Spawned workers map the file again instead of receiving a copy.
         if self._file is not None:
             return _load_again, (self._file, self.names, self.shard_size.tolist())
         return DataIndex, (self.names, self._columns)
@@ -172,13 +170,13 @@ class DataIndex:
             try:
                 stat = path.stat()
             except OSError:
-                return False  # the scan says what is wrong
+                return False  # the scan reports the reason
             if row < 0 or (stat.st_size, stat.st_mtime_ns) != (sizes[row], times[row]):
                 return False
         return True
 
     def _check(self) -> None:
-        """Check the shapes and types of the columns; the file was written atomically, so its contents need no check."""
+        """Check the lengths of the columns; the values need no check, since the file was written atomically."""
         columns, num_shards = self._columns, len(self.names)
         counts = {"sample_start": _PER_SAMPLE, "member_start": _PER_MEMBER, "key_start": ("key_bytes",)}
         right = num_shards > 0 and all(len(columns[name]) == num_shards for name in _PER_SHARD)
@@ -188,7 +186,7 @@ class DataIndex:
             right = right and len(starts) == num_shards + 1 and starts[0] == 0 and bool((np.diff(starts) > 0).all())
             right = right and all(len(columns[name]) == starts[-1] for name in names)
         if not right:
-            raise ValueError("its columns do not belong together")
+            raise ValueError("its columns do not match")
 
 
 def _extension_bits(index: SampleColumns) -> NDArray[np.uint16]:
@@ -202,15 +200,15 @@ def _load_again(file: Path, names: tuple[str, ...], sizes: list[int]) -> DataInd
     """Map the file again in another process, and refuse it if it has changed."""
     index = DataIndex.load(file)
     if (index.names, index.shard_size.tolist()) != (names, sizes):
-        raise UserError(f"{file} was changed by another program meanwhile; start again")
+        raise UserError(f"{file} was changed by another program during the run; start again")
     return index
 
 
 def _index_all(paths: list[Path], jobs: int, wanted: Collection[str]) -> list[ShardIndex]:
-    """The indexes of shards; failures count only for those that are ``wanted``."""
+    """The indexes of shards; only failures of ``wanted`` shards are errors."""
     indexes: list[ShardIndex] = []
     problems: list[str] = []
-    # The bar appears only where this takes long, which is when shards have to be scanned.
+    # The delayed progress bar appears only if shards have to be scanned.
     with tqdm(total=len(paths), desc="indexing shards", unit="shard", delay=_HINT_AFTER_S, leave=False) as bar:
         for path, outcome in zip(paths, run_jobs(_try_to_index, ((path,) for path in paths), jobs), strict=True):
             if not isinstance(outcome, str):
@@ -223,10 +221,10 @@ def _index_all(paths: list[Path], jobs: int, wanted: Collection[str]) -> list[Sh
 
 
 def refuse_unusable(problems: Sequence[str], count: int) -> None:
-    """Report all problems with shards in one error.
+    """Raise one error for all shards that cannot be used.
 
     Raises:
-        UserError: If there are problems.
+        UserError: If ``problems`` is not empty.
     """
     if problems:
         shown = "".join(f"\n  {problem}" for problem in problems[:20])
@@ -243,7 +241,7 @@ def _try_to_index(path: Path) -> ShardIndex | str:
 def _map(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """The tensors of a safetensors file, mapped into memory, and its metadata.
 
-    safetensors itself has no way to look at parts of a tensor as an array without copying it.
+    The library safetensors cannot view part of a tensor as an array without copying it.
     """
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")

@@ -6,7 +6,7 @@ _BEGINNINGS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png"}
 
 
 def image_format(data: bytes) -> str:
-    """``jpg``, ``png`` or ``webp`` by the first bytes of an image; empty for anything else."""
+    """The format of an image by its first bytes: ``jpg``, ``png`` or ``webp``; empty for other data."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((name for beginning, name in _BEGINNINGS.items() if data.startswith(beginning)), "")

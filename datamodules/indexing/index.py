@@ -32,15 +32,15 @@ _COLUMNS: dict[str, type[np.generic]] = {
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex(SampleColumns):
-    """The samples of a tar shard (N) and their members (M), as columns.
+    """The index of a tar shard: its samples (N) and their members (M), as columns.
 
-    It is kept beside the shard in ``NAME.tar.index``, a safetensors file, or under the user's cache folder where the
-    shard's own is not writable.
+    It is saved beside the shard in ``NAME.tar.index``, a safetensors file, or in the user's cache folder if the folder of the
+    shard is not writable.
 
     Attributes:
-        path: The shard.
-        shard_size: Its size in bytes.
-        shard_mtime_ns: Its time of modification in nanoseconds.
+        path: Path of the shard.
+        shard_size: Size of the shard in bytes.
+        shard_mtime_ns: Modification time of the shard in nanoseconds.
     """
 
     path: Path
@@ -49,12 +49,12 @@ class ShardIndex(SampleColumns):
 
     @classmethod
     def load_or_build(cls, path: str | Path) -> ShardIndex:
-        """The index that was saved beside the shard, or a new one if that is absent, unreadable or out of date.
+        """The saved index of a shard, or a new one if that is missing, unreadable or out of date.
 
-        A new one is saved; where that is impossible, it stays in memory.
+        A new index is saved if possible.
 
         Raises:
-            UserError: If the shard cannot be read, is damaged, holds no samples or holds a key twice.
+            UserError: If the shard cannot be read, is damaged, contains no samples or contains a key twice.
         """
         path = Path(path)
         index = cls._load(path)
@@ -66,13 +66,13 @@ class ShardIndex(SampleColumns):
 
     @classmethod
     def build(cls, path: str | Path) -> ShardIndex:
-        """Scan the shard.
+        """Build the index by scanning the shard.
 
         Raises:
             UserError: As for :meth:`load_or_build`.
         """
         path = Path(path)
-        stat = _stat(path)  # before the scan, so that a shard which changes meanwhile leaves a stale index
+        stat = _stat(path)  # before the scan, so that the index is stale if the shard changes during it
         shard = scan_shard(path)
         keys = [key.encode("utf-8", "surrogateescape") for key in shard.keys]
         members = np.array(shard.members, np.int64)
@@ -92,7 +92,7 @@ class ShardIndex(SampleColumns):
         )
 
     def save(self) -> None:
-        """Write the index beside the shard, or under the user's cache folder where that is not possible.
+        """Write the index beside the shard or, if that is not possible, to the user's cache folder.
 
         Raises:
             UserError: If neither folder is writable.
@@ -112,11 +112,14 @@ class ShardIndex(SampleColumns):
 
     @classmethod
     def read(cls, file: Path, path: Path) -> ShardIndex | None:
-        """The index in a file, of a shard that need not be here; None if it cannot be read.
+        """Read an index file without access to its shard.
 
         Args:
-            file: The index.
-            path: The shard.
+            file: Path of the index.
+            path: Path of the shard, which need not exist.
+
+        Returns:
+            The index; None if it cannot be read.
         """
         try:
             with safe_open(file, framework="numpy") as opened:
@@ -164,13 +167,13 @@ class ShardIndex(SampleColumns):
 
 
 def index_folders(folder: Path) -> tuple[Path, Path]:
-    """Where indexes of the shards in a folder are: there, or under the user's cache folder if that is not writable."""
+    """Folders for the indexes of a folder's shards: the folder itself and, if it is not writable, one in the user's cache."""
     digest = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:16]
     return folder, index_cache() / digest
 
 
 def index_cache() -> Path:
-    """Where indexes are kept that cannot lie beside their shards."""
+    """Folder in the user's cache for indexes that cannot be saved beside their shards."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_lora" / "indexes"
 
 

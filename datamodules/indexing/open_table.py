@@ -1,4 +1,4 @@
-"""The table of the samples that a user names."""
+"""The table of the samples in the shards that a user names."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lit_lora.errors import UserError
 
 
 def open_table(specs: str | Iterable[str], refresh: bool = False) -> SampleTable:
-    """The samples of shards that are named by paths, folders, globs, braces, or URLs of these.
+    """Open the table of the samples in shards.
 
-    Local shards are indexed where they have no index yet. Remote ones need the index of their folder beside them
-    (``shards.index``), which is copied here.
+    Local shards are indexed if they have no index yet. Remote shards need the index of their folder beside them
+    (``shards.index``), which is copied to this machine.
 
     Args:
-        specs: The shards, in this order.
-        refresh: Copy the indexes of remote folders anew, also where there is a copy.
+        specs: Paths of shards, folders, globs, braces, or URLs of these; the table keeps their order.
+        refresh: Whether to copy the indexes of remote folders even if there is a copy. Defaults to False.
 
     Raises:
         UserError: If shards or indexes are missing or damaged.
@@ -55,7 +55,7 @@ def open_table(specs: str | Iterable[str], refresh: bool = False) -> SampleTable
 
 
 def folder_and_name(location: str) -> tuple[str, str]:
-    """The folder and the file name of a shard; a URL's folder keeps its query, in which there may be a signature."""
+    """Folder and file name of a shard; the folder of a URL keeps the query, which may contain a signature."""
     if not is_remote(location):
         return str(Path(location).parent), Path(location).name
     path, mark, query = location.partition("?")
@@ -64,7 +64,7 @@ def folder_and_name(location: str) -> tuple[str, str]:
 
 
 def split_url(spec: str) -> list[tuple[str, str]]:
-    """Remote folders, and the name or glob of shards in each; an empty one for all.
+    """Remote folders, each with the name or glob of its shards, or an empty string for all shards.
 
     Raises:
         UserError: If braces are unbalanced.
@@ -102,12 +102,12 @@ def inside(folder: str, name: str) -> str:
 
 
 def remote_copy(folder: str, name: str) -> Path:
-    """Where a small file of a remote folder is kept on this machine."""
+    """Path of the local copy of a small file in a remote folder."""
     return index_cache() / f"{hashlib.sha256(redact(folder).encode()).hexdigest()[:16]}-{name}"
 
 
 def remote_index_copy(folder: str) -> Path:
-    """Where the index of a remote folder is kept on this machine."""
+    """Path of the local copy of a remote folder's index."""
     return remote_copy(folder, INDEX_NAME)
 
 
@@ -119,11 +119,10 @@ def _remote_index(folder: str, refresh: bool) -> DataIndex:
         except RemoteError as error:
             if not error.missing:
                 raise
-            if not copy.exists():  # where there is one, `lit-lora shards index` of the URL has left it
+            if not copy.exists():  # a copy may have been made by `lit-lora shards index URL`
                 raise UserError(
-                    f"the shards at {redact(folder)} need their index beside them: {error}. Make it where the shards"
-                    f" are local (`lit-lora shards index`) and copy {INDEX_NAME} there, or index them from here"
-                    " (`lit-lora shards index URL`, which reads all of them once), or read them without an index by"
-                    " WebDatasetStreamDataModule"
+                    f"the shards at {redact(folder)} need their index beside them: {error}. Run `lit-lora shards index`"
+                    f" where the shards are local and copy {INDEX_NAME} there, or run `lit-lora shards index URL` here, which"
+                    " reads all shards once, or use WebDatasetStreamDataModule, which needs no index"
                 ) from None
     return DataIndex.load(copy)

@@ -1,4 +1,4 @@
-"""Indexing of remote shards, one after another, without local space for all of them."""
+"""Indexing of remote shards without local space for all of them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lit_lora.files import writable_folder
 
 
 def index_remote(specs: Iterable[str], jobs: int = 1) -> dict[str, Path]:
-    """Read each shard once and keep the index of each folder on this machine, where training finds it.
+    """Read each shard once and save the index of each folder on this machine, where training finds it.
 
-    At most ``jobs`` shards are on the disk at a time. A run that was cut short goes on where it was; shards that have
-    another size than when they were indexed are read again.
+    At most ``jobs`` shards are on the disk at a time. An interrupted run continues when it is started again; shards whose size
+    has changed since they were indexed are read again.
 
     Args:
-        specs: URLs of shards, with braces, or with globs or as folders where the storage can list.
-        jobs: Shards that are read at a time.
+        specs: URLs of shards, also with braces; globs and folders if the storage can list them.
+        jobs: Number of shards that are read at a time. Defaults to 1.
 
     Returns:
-        The index file of each folder, by the folder without credentials.
+        The index file of each folder, by the folder's URL without credentials.
 
     Raises:
-        UserError: If shards are missing or damaged; the message names all of them. The others keep their indexes.
+        UserError: If shards are missing or damaged; the message names all of them. The indexes of the other shards are saved.
     """
     folders: dict[str, list[str]] = {}
     for spec in specs:
@@ -51,7 +51,7 @@ def index_remote(specs: Iterable[str], jobs: int = 1) -> dict[str, Path]:
 
 
 def _known_others(workspace: Path, names: set[str]) -> list[ShardIndex]:
-    """The indexes of shards of the folder that were made before."""
+    """The saved indexes of further shards in the folder."""
     found = []
     for file in workspace.glob("*.tar.index"):
         path = file.with_suffix("")

@@ -1,4 +1,4 @@
-"""One pass over a tar shard: where each member lies and how large each image is."""
+"""Scan of a tar shard for the position of each member and the size of each image."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lit_lora.datamodules.indexing.image_format import image_format
 from lit_lora.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""What torchvision decodes; where a sample has several images, the first of these counts."""
+"""Extensions of images; if a sample has several images, the first extension in this order is used."""
 
 CACHED_EXTENSION = "safetensors"
-"""In a cache of latents it takes the image's place."""
+"""Extension of the member that replaces the image in a cache of latents."""
 
 OTHER_EXTENSIONS = ("npy", "npz", "bin")
-"""Members for a :class:`~lit_lora.datamodules.decoding.sample_decoder.SampleDecoder` of a user's own."""
+"""Extensions for a custom :class:`~lit_lora.datamodules.decoding.sample_decoder.SampleDecoder`."""
 
 EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", CACHED_EXTENSION, *OTHER_EXTENSIONS)
-"""The members that are indexed; all others are passed over."""
+"""Extensions of the members that are indexed; all others are ignored."""
 
 _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
     "jpg": JpegImageFile,
     "png": PngImageFile,
     "webp": WebPImageFile,
 }
-"""Pillow's readers by format. ``Image.open`` would refuse large images without telling their size."""
+"""Pillow's readers by format. ``Image.open`` would refuse large images without returning their size."""
 
 _HEADER_BYTES = 65536
 _EXIF_ORIENTATION = 0x0112
@@ -46,9 +46,11 @@ _END_MARKER_BYTES = 1024
 class ScannedShard:
     """The samples of a shard in their order, and their members.
 
-    Sample ``i`` has the key ``keys[i]`` and an image of ``sizes[i]`` (width, height) as it is shown, after the rotation
-    that EXIF asks for; (0, 0) stands for no readable image. A member is (sample, number in ``EXTENSIONS``, offset of
-    its data in bytes, size in bytes).
+    Attributes:
+        keys: Keys of the samples.
+        sizes: Width and height of each sample's image after the rotation by EXIF, in pixels; (0, 0) if there is no readable
+            image.
+        members: Sample number, number in ``EXTENSIONS``, data offset and data size in bytes of each member.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -57,10 +59,10 @@ class ScannedShard:
 
 
 def scan_shard(path: Path) -> ScannedShard:
-    """Read the headers of a shard, of its tar members and of its images.
+    """Read the headers of a shard's members and images.
 
     Raises:
-        UserError: If the shard is cut off or damaged, holds no samples, or holds a key twice.
+        UserError: If the shard is truncated or damaged, contains no samples, or contains a key twice.
     """
     shard = ScannedShard()
     seen: set[str] = set()
@@ -88,25 +90,25 @@ def scan_shard(path: Path) -> ScannedShard:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height of an encoded image in pixels, as it is shown; (0, 0) if its header cannot be read.
+    """Width and height of an encoded image after the rotation by EXIF, in pixels; (0, 0) if its header cannot be read.
 
-    Only the header is read, so an image of any size is told.
+    Only the header is read, so the size of an image is not limited.
     """
     try:
         image = _OPENERS[image_format(data)](io.BytesIO(data))
-    except Exception:  # Pillow's readers raise about any exception on damaged bytes
+    except Exception:  # Pillow's readers raise almost any exception on damaged bytes
         return 0, 0
     width, height = image.size
     return (height, width) if _is_turned(image) else (width, height)
 
 
 def _is_turned(image: ImageFile) -> bool:
-    # torchvision obeys EXIF in JPEG and PNG only. Without the first test Pillow would decode the whole PNG.
+    # torchvision applies EXIF only in JPEG and PNG. Without the test for "exif" Pillow would decode the whole PNG.
     if image.format == "WEBP" or "exif" not in image.info:
         return False
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except Exception:  # as above; damaged EXIF says nothing
+    except Exception:  # damaged EXIF is ignored
         return False
 
 
@@ -118,7 +120,7 @@ def _size_in_file(file: io.BufferedReader, offset: int, size: int) -> tuple[int,
 
 
 def _size_of_cached(file: io.BufferedReader, offset: int, size: int) -> tuple[int, int]:
-    """Width and height of the image that a cached sample was made from, out of its safetensors metadata."""
+    """Width and height of the image from which a cached sample was made, from its safetensors metadata."""
     try:
         length = int.from_bytes(os.pread(file.fileno(), 8, offset), "little")
         metadata = json.loads(os.pread(file.fileno(), min(length, size, _HEADER_BYTES), offset + 8))["__metadata__"]
@@ -131,7 +133,7 @@ def walk_members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int
     """Key, number in ``EXTENSIONS``, data offset and size of each indexed member, in the order of the archive.
 
     Raises:
-        UserError: If the shard is cut off or damaged.
+        UserError: If the shard is truncated or damaged.
     """
     end = 0
     try:
@@ -147,14 +149,14 @@ def walk_members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """Key and extension by the rule of webdataset: the key ends at the first dot of the last path component."""
+    """Key and extension by webdataset's rule: the key ends at the first dot of the last path component."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (folder + slash + stem, extension.lower()) if stem else ("", "")
 
 
 def _check_end(path: Path, file: io.BufferedReader, offset: int) -> None:
-    """``tarfile`` stops in silence at a header that it cannot read, so what follows has to be the end marker."""
+    """Check that the end marker follows, since ``tarfile`` stops silently at a header that it cannot read."""
     file.seek(offset)
     rest = offset
     while chunk := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""The paths of the shards that a user names."""
+"""Paths of the shards that a user names."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lit_lora.errors import UserError
 
 
 def find_shards(specs: str | Iterable[str]) -> list[Path]:
-    """The shards that paths, folders, globs and braces stand for (``shard-{000000..000099}.tar``).
+    """The local shards that paths, folders, globs and braces (``shard-{000000..000099}.tar``) name.
 
-    The order is that of ``specs``; what a folder or a glob finds is sorted.
+    They have the order of ``specs``; the shards of a folder or a glob are sorted.
 
     Raises:
         UserError: If a shard is missing, nothing matches, or the shards are not local files.
@@ -25,13 +25,13 @@ def find_shards(specs: str | Iterable[str]) -> list[Path]:
     for spec in map(os.fspath, [specs] if isinstance(specs, str | Path) else specs):
         if spec.startswith("pipe:"):
             raise UserError(
-                "pipe: runs shell commands and is refused here; WebDatasetStreamDataModule(allow_pipe=True) takes it"
+                "pipe: runs shell commands and is refused; only WebDatasetStreamDataModule(allow_pipe=True) accepts it"
             )
         if "://" in spec:
             raise UserError(f"{redact(spec)} is not a local file; name local shards")
         found = [path for pattern in _expand(spec) for path in _match(pattern)]
         if not found:
-            raise UserError(f"{spec} matches no shards; name *.tar files or a folder that holds some")
+            raise UserError(f"{spec} matches no shards; name *.tar files or a folder that contains some")
         paths += found
     missing = [path for path in paths if not path.is_file()]
     if missing:
@@ -44,13 +44,13 @@ def _expand(spec: str) -> list[str]:
     try:
         if Path(spec).exists():
             return [spec]
-    except OSError:  # a long list in braces is no file name
+    except OSError:  # a long list in braces is not a valid file name
         pass
     return expand_braces(spec)
 
 
 def expand_braces(spec: str) -> list[str]:
-    """The paths or URLs that braces stand for.
+    """The paths or URLs to which braces expand.
 
     Raises:
         UserError: If the braces are not balanced.

@@ -29,15 +29,15 @@ class Span(NamedTuple):
 class SampleTable:
     """The samples (N) of shards (S), numbered in the order of the shards.
 
-    It refers to the indexes, which are mapped files: what is not looked at takes no memory.
+    It refers to memory-mapped indexes, of which only the accessed parts take memory.
 
     Args:
-        shards: For each shard its location, the index that has it, and its number there.
+        shards: Location, index, and number in that index of each shard.
 
     Attributes:
         locations: Paths or URLs of the shards.
-        shard_size: Their sizes in bytes, int64 (S,).
-        starts: Where each shard's samples begin, int64 (S + 1,).
+        shard_size: Sizes of the shards in bytes, int64 (S,).
+        starts: Number of the first sample of each shard, and the total number of samples, int64 (S + 1,).
     """
 
     def __init__(self, shards: Sequence[tuple[str, DataIndex, int]]) -> None:
@@ -61,7 +61,7 @@ class SampleTable:
 
     @classmethod
     def of(cls, indexes: Sequence[ShardIndex]) -> SampleTable:
-        """The samples of some shards."""
+        """The table of the samples in indexed shards."""
         combined = DataIndex.combine(indexes)
         return cls([(str(index.path), combined, row) for row, index in enumerate(indexes)])
 
@@ -69,17 +69,17 @@ class SampleTable:
         return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_views": {}}  # pickled, a view would be a copy
+        return self.__dict__ | {"_views": {}}  # a pickled view would be a copy
 
     @property
     def digest(self) -> int:
-        """A number that identifies the list of shards by their names and counts, wherever they are stored."""
+        """A number that identifies the list of shards by file names and sample counts, independent of their location."""
         counts = np.diff(self.starts).tolist()
         names = (posixpath.basename(location.partition("?")[0]) for location in self.locations)
         return seed_of(*(f"{name} {count}" for name, count in zip(names, counts, strict=True)))
 
     def shard_of(self, sample: int) -> int:
-        """The number of the shard that holds a sample."""
+        """Number of the shard that holds a sample."""
         return int(np.searchsorted(self.starts, sample, side="right")) - 1
 
     def key(self, sample: int) -> str:
@@ -88,7 +88,7 @@ class SampleTable:
         return index.key(local)
 
     def image_size(self, sample: int) -> tuple[int, int]:
-        """Width and height of a sample's image as it is shown, in pixels; (0, 0) if that cannot be read."""
+        """Width and height of a sample's image after the rotation by EXIF, in pixels; (0, 0) if its header cannot be read."""
         index, local = self._find(sample)
         return int(index.width[local]), int(index.height[local])
 
@@ -107,15 +107,15 @@ class SampleTable:
         }
 
     def image_sizes(self, shards: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Width and height of the images in some shards, one after the other."""
+        """Widths and heights of the images in the given shards, concatenated."""
         return self._gather("width", shards), self._gather("height", shards)
 
     def check_complete(self, what: str, extensions: Sequence[str]) -> None:
-        """Make sure that each sample has one of these members.
+        """Check that each sample has at least one of these members.
 
         Args:
-            what: What the members hold, for the message.
-            extensions: The members, of which one is enough.
+            what: Content of the members, for the message.
+            extensions: Extensions of the members.
 
         Raises:
             UserError: If samples have none of them, or one of the extensions is not indexed.
@@ -139,11 +139,11 @@ class SampleTable:
             f"{counts.sum()} of {len(self)} samples have no {what}"
             f" ({' or '.join(f'.{extension}' for extension in extensions)}); in {redact(self.locations[shard])}"
             f" {counts[shard]} of {high - low}, first {', '.join(self.key(int(number)) for number in first)};"
-            " add what is missing or leave these samples out"
+            " add the missing members or remove these samples"
         )
 
     def samples(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers of the samples in some shards, one after the other."""
+        """Numbers of the samples in the given shards, concatenated."""
         starts, counts = self.starts[shards], np.diff(self.starts)[shards]
         return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
 

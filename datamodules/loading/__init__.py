@@ -1,1 +1,1 @@
-"""Reading and loading of batches: readers, threads, loaders and progress."""
+"""Loading of batches: readers, threads, loaders and progress."""

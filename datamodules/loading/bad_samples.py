@@ -1,4 +1,4 @@
-"""Bad samples, and the limit of their number."""
+"""Count of the bad samples, with a limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lit_lora.errors import UserError
 
 
 class BadSampleReport(NamedTuple):
-    """A sample that could not be used."""
+    """A sample that could not be used, and the reason."""
 
     shard: str
     key: str
@@ -18,13 +18,13 @@ class BadSampleReport(NamedTuple):
 
 
 class BadSamples(dict[tuple[str, str], BadSampleReport]):
-    """The different bad samples so far in this process, by shard and key.
+    """The different bad samples that this process has met, by shard and key.
 
     Args:
         limit: Maximum number of bad samples.
-        what: Name of the bad samples in the error.
-        fate: What happens to a bad sample, for the warning.
-        remedy: What to do about too many, for the error.
+        what: Name of the bad samples in the error, in the plural.
+        fate: What happens to a bad sample, for the warning: ``"skipped"``.
+        remedy: What the user can do about them, for the error.
     """
 
     def __init__(self, limit: int, what: str, fate: str, remedy: str) -> None:
@@ -35,10 +35,10 @@ class BadSamples(dict[tuple[str, str], BadSampleReport]):
         self._remedy = remedy
 
     def count(self, reports: Iterable[BadSampleReport]) -> None:
-        """Count bad samples, and warn of each one that is new.
+        """Count bad samples and warn of each new one.
 
         Raises:
-            UserError: If there are more than the limit.
+            UserError: If their number exceeds the limit.
         """
         new = {(report.shard, report.key): report for report in reports if (report.shard, report.key) not in self}
         self.update(new)
@@ -56,5 +56,5 @@ class BadSamples(dict[tuple[str, str], BadSampleReport]):
 
 
 def list_reports(reports: Iterable[BadSampleReport]) -> str:
-    """The first ten of them, a line each."""
+    """The first ten reports, one per line."""
     return "".join(f"\n  {report.key} in {report.shard}: {report.reason}" for report in list(reports)[:10])

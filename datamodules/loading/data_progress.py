@@ -1,4 +1,4 @@
-"""Progress in the training data, for logs and other callbacks."""
+"""Progress through the training data, for logs and other callbacks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
 
 
 class DataProgress(Callback):
-    """Reports the end of each chunk, and bad samples.
+    """Reports the end of each chunk, and the number of bad samples.
 
-    At the end of a visit to a chunk, on all processes, it calls ``on_train_chunk_end(trainer, pl_module, chunk)`` of each
-    callback and ``on_train_chunk_end(chunk)`` of the module where they have such a method (``chunk`` is the chunk's
-    number), and logs a line. In training it
-    logs ``data/chunk``, the chunks that have been gone through so far in the whole run, where there are several; and
-    ``data/bad_samples``, the different samples that were bad so far in this process, where there are any.
+    At the end of each visit to a chunk, on all processes, it logs a line and calls the hooks
+    ``on_train_chunk_end(trainer, pl_module, chunk)`` of callbacks and ``on_train_chunk_end(chunk)`` of the module, if they are
+    defined; ``chunk`` is the number of the chunk. It logs the metrics ``data/chunk``, the number of chunk visits completed in the
+    whole run, if there are several chunks; and ``data/bad_samples``, the number of different bad samples in this process, if
+    there are any.
 
-    ``WebDatasetDataModule`` adds it to the trainer by itself.
+    ``WebDatasetDataModule`` adds this callback to the trainer.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class DataProgress(Callback):
             self._remember(loader)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell Lightning the length of this epoch: it asks only once, and a changed batch size changes it."""
+        """Tell Lightning the length of this epoch. It asks only once, but a changed batch size changes the length."""
         loader = _loader(trainer)
         if loader is None or isinstance(loader, RestartingLoader):
             return
@@ -59,7 +59,7 @@ class DataProgress(Callback):
             return
         visit = loader.plan.visit(loader.cursor)
         ended = visit > self._visit
-        if visit < self._visit:  # with overfit_batches each epoch goes back to the start
+        if visit < self._visit:  # with overfit_batches each epoch restarts
             self._remember(loader)
         pl_module.log("data/chunk", float(self._visit + ended), batch_size=1)
         if ended:
@@ -67,8 +67,8 @@ class DataProgress(Callback):
             self._remember(loader)
             pass_number, position = divmod(number, loader.plan.num_chunks)
             rank_zero_info(
-                f"chunk {position + 1} of {loader.plan.num_chunks} in pass {pass_number + 1} is done"
-                f" (chunk {chunk} of the plan), at step {trainer.global_step}"
+                f"finished chunk {position + 1} of {loader.plan.num_chunks} in pass {pass_number + 1}"
+                f" (chunk {chunk} of the plan) at step {trainer.global_step}"
             )
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 getattr(callback, "on_train_chunk_end", _nothing)(trainer, pl_module, chunk)
@@ -79,10 +79,10 @@ class DataProgress(Callback):
 
 
 def add_data_progress(callbacks: list[Callback]) -> None:
-    """Add a :class:`DataProgress` where there is none.
+    """Add a :class:`DataProgress` if there is none.
 
-    It goes behind the user's callbacks and before checkpoints, so that a checkpoint at the end of a chunk finds all of them
-    done with it.
+    It is inserted after the user's callbacks and before checkpoints, so that a checkpoint at the end of a chunk is saved after
+    all other callbacks have run.
     """
     if not any(isinstance(callback, DataProgress) for callback in callbacks):
         checkpoints = [place for place, callback in enumerate(callbacks) if isinstance(callback, Checkpoint)]
@@ -95,4 +95,4 @@ def _loader(trainer: Trainer) -> PlannedLoader | None:
 
 
 def _nothing(*args: Any) -> None:
-    """Stands for a hook that is not there."""
+    """Default for a hook that is not defined."""

@@ -1,4 +1,4 @@
-"""Samples of shards, read and decoded a batch at a time."""
+"""Dataset that reads and decodes samples of shards batch by batch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Batch = dict[str, Any]
 
 
 class SlotRequest(NamedTuple):
-    """One place of a batch.
+    """Request for one sample of a batch.
 
     Attributes:
-        sample: The sample that goes there.
-        weight: Its weight in the batch.
-        slot: The number of this showing of the sample in the whole run.
-        size: Height and width that are wanted, in pixels.
+        sample: Number of the sample in the table.
+        weight: Weight of the sample in the batch.
+        slot: Number of this occurrence of the sample in the whole run.
+        size: Planned height and width, in pixels.
     """
 
     sample: int
@@ -35,11 +35,11 @@ class SlotRequest(NamedTuple):
 
 
 class ShardDataset(Dataset[Batch]):
-    """Random access to samples of shards.
+    """Random access to the samples of shards.
 
     Args:
-        reader: Reads their members.
-        decoder: Makes entries of a batch of them.
+        reader: Reader of their members.
+        decoder: Conversion of members to entries of a batch.
     """
 
     def __init__(self, reader: ShardReader, decoder: SampleDecoder) -> None:
@@ -51,13 +51,13 @@ class ShardDataset(Dataset[Batch]):
         return len(self.reader.table)
 
     def __getitems__(self, requests: Sequence[SlotRequest]) -> Batch:
-        """One batch of B places.
+        """One batch of B samples.
 
-        A bad sample does not change the shapes: another sample of the batch stands in for it with weight 0, and it is
-        reported under ``"bad"``, because an exception would reach the main process without its type.
+        A bad sample does not change the shapes: another sample of the batch replaces it with weight 0. It is reported under
+        ``"bad"``, since an exception would reach the main process without its type.
 
         Returns:
-            The decoder's entries (tensors stacked, others as lists of B); ``weight`` float32 (B,), ``slot`` list[int],
+            The decoder's entries (tensors stacked, other values in lists of B); ``weight`` float32 (B,), ``slot`` list[int],
             ``key`` list[str], ``bad`` list[BadSampleReport].
         """
         table = self.reader.table

@@ -1,4 +1,4 @@
-"""The loader that follows a plan and remembers where it is."""
+"""The loader that follows a plan and keeps its position."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LoaderState = dict[str, int | list[int]]
 
 
 class ShardStage(Protocol):
-    """Copies shards to a local disk before they are read; see :class:`~lit_lora.datamodules.staging.stager.Stager`."""
+    """Interface of :class:`~lit_lora.datamodules.staging.stager.Stager`, which copies shards before they are read."""
 
     def start(self, visit: int) -> None: ...
 
@@ -31,20 +31,21 @@ class ShardStage(Protocol):
 class PlannedLoader:
     """One process's share of the planned batches, pass after pass.
 
-    An iteration yields the batches of the current pass that are still to come; then the next pass is the current one.
-    ``len`` is the number of batches in the current pass. The state counts the batches that were handed out, so what
-    threads have prefetched is not lost when a run is resumed, and it is the same in all processes: it may be resumed
-    with another number of them, and with another global batch size.
+    An iteration yields the remaining batches of the current pass; after it the next pass becomes the current one. ``len`` is
+    the number of batches in the current pass. The state counts the batches that were yielded, so batches that threads have
+    prefetched are not lost when a run is resumed. It is the same in all processes, and can be resumed with another number of
+    processes and another global batch size.
 
     Args:
-        dataset: Reads the samples.
-        plan: Says which sample goes where.
-        rank: Number of this process, by default 0.
-        world_size: Number of processes, by default 1; the global batch is a multiple of it.
-        num_workers: Threads that read and decode ahead; 0 (default) reads when a batch is asked for.
-        max_bad_samples: Maximum number of different bad samples in this process, by default 0.
+        dataset: Dataset of the samples.
+        plan: Plan of the batches.
+        rank: Number of this process. Defaults to 0.
+        world_size: Number of processes, of which the global batch size is a multiple. Defaults to 1.
+        num_workers: Threads that read and decode ahead. Defaults to 0, which reads each batch when it is requested.
+        max_bad_samples: Maximum number of different bad samples in this process. Defaults to 0.
         identity: Numbers that identify the data; a state with other numbers is refused.
-        stage: Copies the shards of a visit to a local disk before they are read; None (default) if that is not needed.
+        stage: Stager that copies the shards of a visit to a local disk before they are read. Defaults to None: shards are
+            read in place.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class PlannedLoader:
         return self.cursor.pass_batches + self.plan.remaining(self.cursor)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the rest of the current pass.
+        """Yield the remaining batches of the current pass.
 
         Raises:
             UserError: If more than ``max_bad_samples`` samples are bad, or a shard cannot be staged.
@@ -95,7 +96,7 @@ class PlannedLoader:
                 yield batch
 
     def state_dict(self) -> LoaderState:
-        """The place of the loader, and numbers that identify plan and data: integers and lists of integers."""
+        """The position, and numbers that identify plan and data, as integers and lists of integers."""
         cursor = self.cursor
         return {
             "pass": cursor.pass_number,
@@ -108,24 +109,24 @@ class PlannedLoader:
         }
 
     def load_state_dict(self, state: LoaderState) -> None:
-        """Go to the place of a saved state.
+        """Continue from a saved state.
 
         Raises:
             UserError: If the state belongs to other data or another plan.
         """
         remedies = {
-            "seed": "set the seed back",
-            "chunks": "set chunks.count or chunks.samples back",
+            "seed": "restore seed",
+            "chunks": "restore chunks.count or chunks.samples",
             "samples": "use the shards of that run",
             "shards": "use the shards of that run in the same order",
-            "bucketing": "set resolution and buckets back",
-            "pads": "set chunks.leftovers back",
+            "bucketing": "restore resolution and buckets",
+            "pads": "restore chunks.leftovers",
         }
         for name, value in self._identities().items():
             if state.get(name) != value:
                 raise UserError(
                     f"cannot resume within the data: the checkpoint has {name} {state.get(name)}, this run {value};"
-                    f" {remedies[name]}, or load the checkpoint's weights alone"
+                    f" {remedies[name]}, or load only the checkpoint's weights"
                 )
         numbers: Any = state
         pairs = zip(numbers["segments"][::2], numbers["segments"][1::2], strict=True)
@@ -157,7 +158,7 @@ class PlannedLoader:
         before, now = self.plan.visit(self.cursor), self.plan.visit(cursor)
         self.cursor = cursor
         if self._stage is not None and now != before:
-            # Batches come in order, so nobody reads the chunks before this one any more.
+            # Batches come in order, so the chunks before this one are not read any more.
             self._stage.passed(now - 1)
 
     def _stop_stage(self) -> None:
@@ -174,10 +175,10 @@ class PlannedLoader:
 
 
 class _Share:
-    """One process's share of the global batches, from ``cursor`` to the end of the pass, or of the visit.
+    """One process's share of the global batches, from ``cursor`` to the end of the pass or, for staged shards, of the visit.
 
-    Threads take batches ahead of time; ``ahead`` has the place after each of them. Over shards that are staged they
-    must not ask beyond the visit: the stage makes room for the one after the next when this one is over.
+    Threads take batches ahead of time; ``ahead`` holds the position after each of them. They must not read staged shards beyond
+    the current visit, since the stager frees space for later visits only when this one is over.
     """
 
     def __init__(self, plan: Plan, rank: int, world_size: int, within_visit: bool) -> None:

@@ -1,4 +1,4 @@
-"""The loader for evaluation."""
+"""The loader for evaluation, which restarts at each iteration."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lit_lora.datamodules.loading.loader import PlannedLoader
 
 
 class RestartingLoader(PlannedLoader):
-    """Yields the first pass each time, from its start.
+    """A loader that yields the first pass from its start at each iteration.
 
-    So every evaluation sees the same samples in the same slots, also where the one before was cut short.
+    Every evaluation sees the same samples in the same slots, even if the previous one was interrupted.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -22,6 +22,6 @@ class RestartingLoader(PlannedLoader):
         """
         start = self.plan.start()
         if self.plan.visit(self.cursor) != self.plan.visit(start):
-            self.close()  # a stage does not go back
+            self.close()  # a stager cannot return to an earlier visit
         self.cursor = start
         yield from super().__iter__()

@@ -11,16 +11,16 @@ from lit_lora.datamodules.indexing.table import SampleTable, Span
 from lit_lora.datamodules.remote.transfer import RemoteError, is_remote, read_range
 
 MAX_MEMBER_BYTES = 256 << 20
-"""No member of a sample is larger; a header can claim any size."""
+"""Maximum size of a sample's member; larger ones are bad, since a damaged header can state any size."""
 
 
 class ShardReader:
-    """Reads the members of samples.
+    """Reads the members of samples from local and remote shards.
 
     Args:
-        table: Where they are in the shards.
-        locate: The local file of a shard by its number; without it the shards are read where they lie, remote ones
-            with a request for each sample.
+        table: Table with the offset and size of each member.
+        locate: Function from the number of a shard to its local file. Defaults to None: shards are read in place, remote ones
+            with one request per sample.
     """
 
     def __init__(self, table: SampleTable, locate: Callable[[int], Path] | None = None) -> None:
@@ -28,12 +28,12 @@ class ShardReader:
         self._locate = locate
 
     def location(self, sample: int) -> str:
-        """The path or URL of the shard that a sample is read from."""
+        """Path or URL of the shard that holds a sample."""
         shard = self.table.shard_of(sample)
         return self.table.locations[shard] if self._locate is None else str(self._locate(shard))
 
     def read(self, sample: int, extensions: tuple[str, ...]) -> dict[str, bytes]:
-        """The members of a sample with one of these extensions, by extension.
+        """The members of a sample that have one of the extensions, by extension.
 
         Raises:
             BadSampleError: If the members cannot be read.
@@ -49,7 +49,7 @@ class ShardReader:
 
 
 def _read_local(location: str, spans: Mapping[str, Span]) -> dict[str, bytes]:
-    # The shard is opened anew each time: that takes microseconds, and leaves nothing open in forked workers.
+    # The shard is opened for each sample: this takes microseconds and leaves no open files in forked workers.
     try:
         descriptor = os.open(location, os.O_RDONLY)
         try:
@@ -64,7 +64,7 @@ def _read_local(location: str, spans: Mapping[str, Span]) -> dict[str, bytes]:
 
 
 def _read_remote(location: str, spans: Mapping[str, Span]) -> dict[str, bytes]:
-    # Members of a sample lie side by side, so one request gets them all.
+    # The members of a sample are adjacent, so one request reads all of them.
     start = min(span.offset for span in spans.values())
     end = max(span.offset + span.size for span in spans.values())
     try:

@@ -1,4 +1,4 @@
-"""Threads that work ahead and deliver in order."""
+"""Worker threads that prefetch results in order."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_AHEAD = 2  # for each thread, as DataLoader has it
+_AHEAD = 2  # items per thread, as DataLoader's prefetch_factor
 
 
 class LoaderThreads(Generic[Item, Result]):
-    """Calls a function with items in several threads and yields the results in the order of the items.
+    """Calls a function for each item in several threads and yields the results in the order of the items.
 
-    For reading and decoding images threads are better than processes: nearly all of it happens outside Python's lock, and
-    a batch need not be handed over through shared memory, which costs a third of what decoding it does. They also
-    start at once, share all memory, and leave nothing behind when the process is killed.
+    Threads suit reading and decoding of images better than processes: nearly all of the work releases Python's lock, and a
+    batch need not be copied through shared memory, which costs a third of decoding it. They also start at once, share all
+    memory, and leave nothing behind when the process is killed.
 
     Args:
-        function: What is called.
-        count: The number of threads.
+        function: Function to call; it must be thread-safe.
+        count: Number of threads.
     """
 
     def __init__(self, function: Callable[[Item], Result], count: int) -> None:
@@ -34,19 +34,19 @@ class LoaderThreads(Generic[Item, Result]):
         self._ahead = _AHEAD * count
         self._tasks: queue.SimpleQueue[tuple[Future[Result], Item] | None] = queue.SimpleQueue()
         ready = threading.Barrier(count + 1)
-        # Daemons: one that waits for a slow disk must not keep the program from ending.
+        # Daemon threads, since one that waits for a slow disk must not keep the program from ending.
         self._threads = [threading.Thread(target=self._work, args=(ready,), daemon=True) for _ in range(count)]
         own = torch.get_num_threads()
         for thread in self._threads:
             thread.start()
         ready.wait()
-        torch.set_num_threads(own)  # what the threads chose for themselves is also the default of new threads
+        torch.set_num_threads(own)  # the setting in the worker threads is also the default for new threads
 
     def run(self, items: Iterable[Item]) -> Iterator[Result]:
-        """The results, in order; a few items are taken ahead of them.
+        """Yield the results in order; a few items are processed ahead.
 
         Raises:
-            Exception: Whatever the function raised, when its result is due.
+            Exception: If the function raised it for an item; raised when the result of that item is due.
         """
         pending: deque[Future[Result]] = deque()
         try:
@@ -69,8 +69,8 @@ class LoaderThreads(Generic[Item, Result]):
         self._threads = []
 
     def _work(self, ready: threading.Barrier) -> None:
-        # Each thread is one worker. Torch would start as many again for each large copy. It looks up the default at the
-        # first question, which must not come after the answer.
+        # Without this limit torch would start further threads for each large copy. The first call of get_num_threads reads the
+        # default, so it must come before set_num_threads.
         torch.get_num_threads()
         torch.set_num_threads(1)
         ready.wait()
@@ -79,6 +79,6 @@ class LoaderThreads(Generic[Item, Result]):
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(self._function(item))
-                except BaseException as error:  # raised again where the result is due
+                except BaseException as error:  # raised again when the result is due
                     future.set_exception(error)
-            del task, future, item  # nothing of a batch stays here while the thread waits for the next
+            del task, future, item  # frees the batch while the thread waits for the next item

@@ -1,1 +1,1 @@
-"""Images with captions from many kinds of input to shards."""
+"""Packing of images with captions from many kinds of input into shards."""

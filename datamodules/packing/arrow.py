@@ -1,4 +1,4 @@
-"""Rows of arrow files."""
+"""Rows of Arrow files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lit_lora.errors import UserError
 
 
 class ArrowFile(BatchFile):
-    """An arrow file as ``datasets.Dataset.save_to_disk`` writes it, mapped into memory."""
+    """A memory-mapped Arrow file, in the stream format that ``datasets.Dataset.save_to_disk`` writes."""
 
     @property
     def schema(self) -> Any:
         return self._table.schema
 
     def row_sizes(self, columns: Sequence[str]) -> NDArray[np.int64]:
-        """The mean of the batch of rows, as they were written."""
+        """Mean size of the rows in each row's batch."""
         means = [
             np.full(batch.num_rows, batch.select(list(columns)).nbytes // max(batch.num_rows, 1), np.int64)
             for batch in self._batches
@@ -49,7 +49,7 @@ class ArrowFile(BatchFile):
         try:
             return arrow.ipc.open_stream(arrow.memory_map(str(self.path))).read_all()
         except (OSError, arrow.ArrowException) as error:
-            raise UserError(f"cannot read {self.path} as an arrow stream ({error}); name another file") from error
+            raise UserError(f"cannot read {self.path} as an Arrow stream ({error}); name another file") from error
 
     @cached_property
     def _batches(self) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Packing the rows of parquet and arrow files."""
+"""Packing of the rows of Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ColumnTable(PackInput):
-    """Rows with an image, or the path of one, and a caption.
+    """Rows with an image or its path, and a caption.
 
-    Sizes of images that are in the file are estimated, because planning does not read them.
+    Sizes of images inside the files are estimated, since planning does not read them.
 
     Attributes:
-        folder: Where names of files start.
-        files: The files.
-        columns: The roles of the columns.
-        read: The columns that are packed.
-        names: Paths of the images, relative to ``folder`` or absolute; None where the images themselves are in the file.
-        row: Numbers of the rows over all files, int64 (N,).
-        first_row: The number of each file's first row, int64 (files + 1,).
+        folder: Folder to which names of files are relative.
+        files: The files, which have the same columns.
+        columns: Roles of the columns.
+        read: Names of the columns that are packed.
+        names: Paths of the images, relative to ``folder`` or absolute; None if the files contain the images.
+        row: Number of each sample's row, counted over all files, int64 (N,).
+        first_row: Number of each file's first row, and the total number of rows, int64 (files + 1,).
     """
 
     extensions = ("parquet",)
@@ -55,7 +55,7 @@ class ColumnTable(PackInput):
 
     @classmethod
     def find(cls, source: PackSource) -> ColumnTable | None:
-        """The rows of parquet files, unless these list images beside them."""
+        """The rows of Parquet files, unless a metadata file lists the images of the folder."""
         files = [] if source.metadata else [ParquetFile(path) for path in source.files.get("parquet", ())]
         return cls.of(source.folder, files, **source.column_options) if files else None
 
@@ -69,15 +69,15 @@ class ColumnTable(PackInput):
         caption_column: str | None = None,
         caption_key: str = "caption",
     ) -> ColumnTable:
-        """All rows of these files, which have the same columns.
+        """All rows of files that have the same columns.
 
         Args:
-            folder: Where names of files start; each of ``files`` lies below it.
-            files: Paths of images in them are relative to the file that holds them.
-            image_column: The column of images (bytes, or a struct with bytes and path) or of their paths; None looks for
-                one of that type, then for a usual name.
-            caption_column: The column of captions; None looks for a usual name.
-            caption_key: Where several captions of one image go in a ``.json`` member.
+            folder: Folder to which names of files are relative; it contains all ``files``.
+            files: The files; paths of images in a file are relative to its folder.
+            image_column: Column of images (bytes, or a struct with bytes and path) or of their paths. Defaults to None: a column
+                with the struct type, or else with a usual name.
+            caption_column: Column of captions. Defaults to None: a column with a usual name.
+            caption_key: Key in the ``.json`` member for several captions of one image. Defaults to "caption".
 
         Raises:
             UserError: If pyarrow is not installed, or a file cannot be read or has no such column.
@@ -93,7 +93,7 @@ class ColumnTable(PackInput):
         for file in files[1:]:
             if missing := [name for name in read if name not in file.schema.names]:
                 raise UserError(
-                    f"{file.path} lacks the column {missing[0]!r} of {files[0].path}; pack these files one by one"
+                    f"{file.path} lacks the column {missing[0]!r} of {files[0].path}; pack these files separately"
                 )
         sizes = [file.row_sizes(read) for file in files]
         first_row = np.cumsum([0, *(len(rows) for rows in sizes)], dtype=np.int64)
@@ -144,12 +144,12 @@ class ColumnTable(PackInput):
         )
 
     def _place(self, sample: int) -> tuple[int, int]:
-        """The file of a sample, and its row there."""
+        """Number of a sample's file, and of its row in that file."""
         file = int(np.searchsorted(self.first_row, self.row[sample], "right")) - 1
         return file, int(self.row[sample] - self.first_row[file])
 
     def _with_paths(self, column: str) -> ColumnTable:
-        """The rows whose images are found, with their names and sizes."""
+        """The rows whose image files exist, with their names and sizes."""
         bad: list[BadFile] = []
         rows, sizes = array("q"), array("q")
         digest = hashlib.sha256(self.fingerprint.encode())
@@ -179,7 +179,7 @@ class ColumnTable(PackInput):
         )
 
     def _paths(self, column: str) -> Iterator[tuple[str, str]]:
-        """For each row what to call it, and the path of its image or nothing."""
+        """Yield the name of each row for messages, and the path of its image or an empty string."""
         for file in self.files:
             prefix = file.path.parent.relative_to(self.folder)
             row = 0
@@ -195,7 +195,7 @@ def _has_bytes(kind: Any) -> bool:
 
 
 def _is_packed(kind: Any) -> bool:
-    """Whether a column goes into ``.json``: numbers and texts, but no embeddings and the like."""
+    """Whether a column is packed into ``.json``: numbers and texts, but not embeddings or nested values."""
     types = import_arrow().types
     if types.is_list(kind) or types.is_large_list(kind):
         kind = kind.value_type
@@ -205,7 +205,7 @@ def _is_packed(kind: Any) -> bool:
 
 
 def _path_column(files: Sequence[BatchFile], image: str) -> str | None:
-    """Where the paths of images are, if the files do not hold the images themselves."""
+    """The column of image paths; None if the files contain the images."""
     kind = files[0].schema.field(image).type
     types = import_arrow().types
     if types.is_binary(kind) or types.is_large_binary(kind):
@@ -214,7 +214,7 @@ def _path_column(files: Sequence[BatchFile], image: str) -> str | None:
         return image
     if not _has_bytes(kind):
         raise UserError(
-            f"{files[0].path}: the column {image!r} holds {kind}, not images or paths; set image_column to another"
+            f"{files[0].path}: the column {image!r} holds {kind}, not images or paths; set image_column to another column"
         )
     if kind.get_field_index("path") < 0:
         return None
@@ -225,7 +225,7 @@ def _path_column(files: Sequence[BatchFile], image: str) -> str | None:
 
 
 def _image(folder: Path, value: Any) -> dict[str, bytes]:
-    """The image of a row, which has its bytes or its path."""
+    """The image of a row, from its bytes or its path, by extension."""
     if isinstance(value, dict):
         value = value["bytes"] if value["bytes"] is not None else value.get("path")
     if isinstance(value, bytes):

@@ -1,4 +1,4 @@
-"""The kinds of input to packing, and which of them a folder or file is."""
+"""The kinds of input to packing, and the choice of one for a folder or file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_lora.datamodules.packing.tar_files import TarFiles
 from lit_lora.errors import UserError
 
 INPUTS: tuple[type[PackInput], ...] = (SavedDataset, ImageTable, ListedImages, ImageFolder, TarFiles, ColumnTable)
-"""All kinds. The first that finds samples has them: img2dataset writes a parquet file beside each tar, for example."""
+"""All kinds of input, in the order in which they are tried: img2dataset writes a Parquet file beside each tar, for example."""
 
 
 def find_input(
@@ -29,18 +29,18 @@ def find_input(
     caption_key: str = "caption",
     jobs: int = 1,
 ) -> PackInput:
-    """The samples of a folder or file, of the first kind of input that finds any.
+    """The samples of a folder or file, found by the first kind of input that finds any.
 
     Args:
-        source: The folder; or a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or a ``.tar`` shard.
-        out: A folder that is no part of the input.
-        image_column: Column of images, where there are columns; None (default) for one with a usual name.
-        caption_column: Column of captions; None (default) for one with a usual name.
-        caption_key: Key of captions in ``.json`` files, by default "caption".
-        jobs: Processes that scan tar shards, by default 1.
+        source: Folder, or a ``.jsonl``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow`` or ``.tar`` file.
+        out: Output folder, which is not part of the input.
+        image_column: Column of images in tables. Defaults to None: a column with a usual name.
+        caption_column: Column of captions in tables. Defaults to None: a column with a usual name.
+        caption_key: Key of captions in ``.json`` files. Defaults to "caption".
+        jobs: Number of processes that scan tar shards. Defaults to 1.
 
     Raises:
-        UserError: If nothing there can be packed, or a table cannot be understood.
+        UserError: If nothing can be packed, or a table cannot be parsed.
     """
     looked = PackSource.look(
         source,

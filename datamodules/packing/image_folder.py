@@ -1,4 +1,4 @@
-"""Packing a folder of images with a caption file beside each."""
+"""Packing of a folder of images with a caption file beside each."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
 
 NOT_AN_IMAGE = f"is not one of the image formats {', '.join(IMAGE_EXTENSIONS)}"
-"""Why a file is left out."""
+"""Reason for which a file is left out."""
 
 _SIDES = ("txt", "json")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageFolder(PackInput):
-    """Images at any depth, each with a ``.txt`` or ``.json`` of the same name beside it.
+    """Images at any depth, each with a ``.txt`` or ``.json`` file of the same name beside it.
 
     Attributes:
-        folder: Where they are.
-        names: The images, relative to ``folder``.
-        sides: Which files an image has beside it, a bit for each of txt and json, uint8 (N,).
+        folder: Folder of the images.
+        names: Paths of the images, relative to ``folder``.
+        sides: Files beside each image: bit 0 for txt, bit 1 for json, uint8 (N,).
     """
 
     folder: Path
@@ -43,12 +43,12 @@ class ImageFolder(PackInput):
 
     @classmethod
     def find(cls, source: PackSource) -> ImageFolder | None:
-        """The images of a folder, unless a table there lists them."""
+        """The images of a folder, unless a metadata file lists them."""
         return cls.scan(source.path, skip=source.out) if source.has_images and not source.metadata else None
 
     @classmethod
     def scan(cls, folder: Path, skip: Path | None = None) -> ImageFolder:
-        """All images below a folder, except below ``skip``, in the order of their names.
+        """All images below a folder, except below ``skip``, sorted by path.
 
         Raises:
             UserError: If a folder cannot be read.
@@ -99,13 +99,13 @@ class ImageFolder(PackInput):
 
 
 def image_extension(file: str) -> str:
-    """The extension of an image in lower case; empty for other files."""
+    """Extension of an image file in lower case; empty for other files."""
     extension = PurePosixPath(file).suffix[1:].lower()
     return extension if extension in IMAGE_EXTENSIONS else ""
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of a file.
+    """Read a file.
 
     Raises:
         BadSampleError: If the file cannot be read.
@@ -117,7 +117,10 @@ def read_file(path: Path) -> bytes:
 
 
 def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
-    """The bytes that files of these extensions will take in a tar, and a text that changes when one of them changes.
+    """Size of a sample's files in a tar, and a fingerprint that changes when a file changes.
+
+    Args:
+        paths: Paths of the files by extension.
 
     Raises:
         BadSampleError: If a file is missing, or an image is empty.

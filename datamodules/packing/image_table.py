@@ -1,4 +1,4 @@
-"""Packing images that are listed in text files, with their captions."""
+"""Packing of images that text files list with their captions."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class ImageTable(PackInput):
     """Rows of text files, each with the path of an image and a caption.
 
     Attributes:
-        folder: Where relative paths start.
+        folder: Folder to which relative paths refer.
         files: The text files.
-        columns: The columns of each file.
-        names: The images, as paths that are relative to ``folder`` or absolute.
-        file: The text file that a sample comes from, int32 (N,).
-        start: The byte where its row starts, int64 (N,).
+        columns: Roles of the columns of each file.
+        names: Paths of the images, relative to ``folder`` or absolute.
+        file: Number of each sample's text file, int32 (N,).
+        start: Offset of each sample's row in its file, in bytes, int64 (N,).
     """
 
     extensions = ROW_EXTENSIONS
@@ -48,7 +48,7 @@ class ImageTable(PackInput):
 
     @classmethod
     def find(cls, source: PackSource) -> ImageTable | None:
-        """The rows of a text file, or of those in a folder that list the images beside them."""
+        """The rows of a text file, or of the metadata files in a folder of images."""
         paths = source.metadata_in(ROW_EXTENSIONS)
         if source.is_file:
             paths = [path for extension in ROW_EXTENSIONS for path in source.files.get(extension, ())]
@@ -67,18 +67,18 @@ class ImageTable(PackInput):
         caption_key: str = "caption",
         inside: bool = False,
     ) -> ImageTable:
-        """The rows of these files in their order.
+        """Read the rows of text files, in order.
 
         Args:
-            folder: Where names of samples start; each of ``paths`` lies below it.
-            paths: The text files. Paths of images are relative to the file that holds them.
-            image_column: The column of paths; None looks for a usual name.
-            caption_column: The column of captions; None looks for a usual name.
-            caption_key: Where several captions of one image go in a ``.json`` member.
-            inside: Refuse images outside the folder of their file.
+            folder: Folder to which names of samples are relative; it contains all ``paths``.
+            paths: Paths of the text files; paths of images in a file are relative to its folder.
+            image_column: Column of paths. Defaults to None: a column with a usual name.
+            caption_column: Column of captions. Defaults to None: a column with a usual name.
+            caption_key: Key in the ``.json`` member for several captions of one image. Defaults to "caption".
+            inside: Whether to refuse images outside the folder of their file. Defaults to False.
 
         Raises:
-            UserError: If a file cannot be read or understood, has no such column, or names an image outside its folder.
+            UserError: If a file cannot be read or parsed, has no such column, or names an image outside its folder.
         """
         files = tuple(RowFile.open(path) for path in paths)
         columns = tuple(
@@ -144,12 +144,14 @@ class ImageTable(PackInput):
 def _image_path(table: Path, line: int, row: dict[str, Any], column: str, inside: bool) -> PurePosixPath:
     image = row.get(column)
     if not isinstance(image, str) or not image or "\0" in image:
-        raise UserError(f"{table}, line {line}: no path of an image under {column}; mend the line")
+        raise UserError(f"{table}, line {line}: the column {column} has no path of an image; correct the line")
     if "://" in image:
-        raise UserError(f"{table}, line {line}: {image} is an address; download the images first, as img2dataset does")
+        raise UserError(
+            f"{table}, line {line}: {image} is a URL; download the images first, for example with img2dataset"
+        )
     path = PurePosixPath(image)
     if inside and (path.is_absolute() or ".." in path.parts):
-        raise UserError(f"{table}, line {line}: {image} lies outside the folder; move it there")
+        raise UserError(f"{table}, line {line}: {image} is outside the folder of the table; move it there")
     return path
 
 

@@ -1,4 +1,4 @@
-"""The interface of a kind of input to packing."""
+"""The interface of the kinds of input to packing."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
 
 TAR_BLOCK = 512
-"""A member of a tar has a header of one block and is filled up to whole blocks."""
+"""Size of a tar block in bytes: a member has a header of one block and is padded to full blocks."""
 
 _HINT_AFTER_S = 3.0
 
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file or sample that is left out, and why."""
+    """A file or sample that is left out, and the reason."""
 
     file: str
     reason: str
@@ -32,22 +32,22 @@ class BadFile:
 class PackInput(ABC):
     """Samples to pack (N), in the order in which they are packed without shuffling.
 
-    A new kind of input is a subclass in a file of its own, and its entry in ``find_input.INPUTS``.
+    A new kind of input is a subclass in its own file, and an entry in ``find_input.INPUTS``.
 
-    It holds little of each sample and all of it in columns, because there may be tens of millions; bytes are read when
-    a sample is packed.
+    It keeps little data per sample, in columns, since there may be tens of millions of samples; their content is read when they
+    are packed.
 
     Attributes:
-        sizes: The bytes that each sample will take in a tar, int64 (N,).
-        fingerprint: Changes when the samples or what they are read from change.
-        bad: What cannot become a sample.
-        incomplete: Shards that their maker has not finished.
-        blocks: Samples with the same number are quick to read one after the other and slow to read at random, int64
-            (N,) ascending; None where the order makes no difference.
+        sizes: Size of each sample in a tar, in bytes, int64 (N,).
+        fingerprint: A text that changes when the samples or their files change.
+        bad: Files and samples that cannot be packed.
+        incomplete: Shards that img2dataset has not finished.
+        blocks: Number of each sample's block, ascending, int64 (N,): samples of a block are fast to read in order and slow to
+            read at random. None if the order makes no difference.
     """
 
     extensions: ClassVar[tuple[str, ...]] = ()
-    """Extensions of the files that :meth:`find` wants to know of, in lower case."""
+    """Extensions, in lower case, of the files that :meth:`find` needs."""
 
     sizes: NDArray[np.int64]
     fingerprint: str
@@ -58,10 +58,10 @@ class PackInput(ABC):
     @classmethod
     @abstractmethod
     def find(cls, source: PackSource) -> PackInput | None:
-        """The samples of a folder or file; None where it holds another kind of input.
+        """The samples of a folder or file; None if it is not this kind of input.
 
         Raises:
-            UserError: If it is of this kind and cannot be read or understood.
+            UserError: If it is this kind of input but cannot be read or parsed.
         """
 
     def __len__(self) -> int:
@@ -73,11 +73,11 @@ class PackInput(ABC):
 
     @abstractmethod
     def key(self, sample: int) -> str:
-        """Key of a sample in the shard: unique and without dots."""
+        """Key of a sample in its shard, unique and without dots."""
 
     @abstractmethod
     def members(self, sample: int) -> dict[str, bytes]:
-        """The bytes of a sample's members by extension.
+        """Read the members of a sample, by extension.
 
         Raises:
             BadSampleError: If the members cannot be read.
@@ -85,14 +85,14 @@ class PackInput(ABC):
 
     @abstractmethod
     def select(self, samples: NDArray[np.int64]) -> PackInput:
-        """These samples alone, in this order, for a process that packs one shard."""
+        """Only the given samples, in this order, for a process that packs one shard."""
 
 
 def show_planning(names: Iterable[str]) -> Iterable[str]:
-    """The same names, with a progress bar if they take long."""
+    """Yield the names, with a progress bar if this takes more than a few seconds."""
     return tqdm(names, "planning", unit="sample", delay=_HINT_AFTER_S, leave=False, disable=None)
 
 
 def packed_size(*sizes: int) -> int:
-    """The bytes that members of these sizes take in a tar."""
+    """Size in a tar, in bytes, of members with these sizes."""
     return sum(TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK for size in sizes)

@@ -1,4 +1,4 @@
-"""Packing images that ``metadata.parquet`` files list."""
+"""Packing of images that ``metadata.parquet`` files list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pack images with captions into tar shards."""
+"""Packing of images with captions into tar shards."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class PackSummary:
     """The result of packing.
 
     Attributes:
-        folder: Where the shards are.
-        shards: Their number.
-        resumed: How many of them were there already.
-        samples: The number of samples in all shards.
-        size: Bytes of all shards.
-        bad: What was left out.
-        incomplete: Shards of img2dataset that were passed over because it has not finished them.
+        folder: Folder of the shards.
+        shards: Number of shards.
+        resumed: Number of shards that an earlier run had written.
+        samples: Number of samples in all shards.
+        size: Total size of the shards in bytes.
+        bad: Files and samples that were left out.
+        incomplete: Shards that were skipped because img2dataset has not finished them.
     """
 
     folder: Path
@@ -81,27 +81,28 @@ def pack_folder(
 ) -> PackSummary:
     """Pack images with captions into tar shards, whose bytes depend on the input and the options but not on ``jobs``.
 
-    Beside the shards and their indexes, ``out`` gets ``plan.json`` (what the shards were planned from), ``bad.jsonl``
-    (what was left out and why), ``shardindex.json`` and ``sizes.json`` (for wids and open_clip), ``shards.index`` (the
-    index of all shards) and, last, ``manifest.json``. An interrupted run continues when it is started again.
+    Beside the shards and their indexes, ``out`` contains ``plan.json`` (a digest of the input and the options), ``bad.jsonl``
+    (files that were left out, with the reasons), ``shardindex.json`` and ``sizes.json`` (for wids and open_clip),
+    ``shards.index`` (the index of all shards) and, written last, ``manifest.json``. An interrupted run continues when it is
+    started again.
 
     Args:
-        source: A folder of images with a ``.txt`` or ``.json`` of the same name, at any depth; or of images that
-            ``metadata.jsonl`` or ``.csv`` files list; or of tar shards, such as img2dataset makes; or of parquet files;
-            or one that ``datasets`` saved with ``save_to_disk``. Or a single table or shard.
+        source: Folder of images with a ``.txt`` or ``.json`` of the same name, at any depth; of images that
+            ``metadata.jsonl``, ``.csv`` or ``.parquet`` files list; of tar shards, for example from img2dataset; of Parquet
+            files; or written by ``save_to_disk`` of ``datasets``. Or a single table or shard.
         out: Folder for the shards.
-        samples_per_shard: Maximum number of samples in a shard.
-        max_shard_bytes: Maximum number of bytes in a shard; only a single sample may exceed it. Sizes of images inside
-            tables are estimated.
-        jobs: Processes that pack, each a shard at a time. With more than one, a script that calls this needs
-            ``if __name__ == "__main__":``.
-        shuffle_seed: Pack in the random order of this seed; otherwise sorted by name, or in the order of a table. Parquet
-            files are shuffled by blocks of rows, and within each.
-        max_bad: Maximum number of files that may be left out because they are damaged or have no caption. The default is 0.
-        caption_key: Key of the caption in ``.json`` files.
-        image_column: In tables, the column of images or of their paths; None (default) for one with a usual name.
-        caption_column: In tables, the column of captions; None (default) for one with a usual name.
-        prefix: Beginning of the names of the shards.
+        samples_per_shard: Maximum number of samples in a shard. Defaults to 10,000.
+        max_shard_bytes: Maximum size of a shard in bytes, which only a single sample may exceed. Sizes of images inside
+            tables are estimated. Defaults to 1 GB.
+        jobs: Number of processes, each of which packs one shard at a time. Defaults to 1. With more than one, a script that
+            calls this needs ``if __name__ == "__main__":``.
+        shuffle_seed: Seed of a random order of the samples. Parquet files are shuffled by blocks of rows, and within the
+            blocks. Defaults to None: sorted by name, or in the order of a table.
+        max_bad: Maximum number of files that are left out because they are damaged or have no caption. Defaults to 0.
+        caption_key: Key of the caption in ``.json`` files. Defaults to "caption".
+        image_column: Column of images, or of their paths, in tables. Defaults to None: a column with a usual name.
+        caption_column: Column of captions in tables. Defaults to None: a column with a usual name.
+        prefix: Prefix of the names of the shards. Defaults to "shard".
 
     Raises:
         UserError: If an argument is out of bounds, there is nothing to pack, more than ``max_bad`` files are bad, or
@@ -128,15 +129,15 @@ def pack_folder(
 
 def _check_names(source: Path, out: Path, prefix: str) -> None:
     if not prefix or set(prefix) & set("/*?[]{}"):
-        raise UserError(f"prefix={prefix!r} cannot begin a file name; use letters, digits and -")
+        raise UserError(f"prefix={prefix!r} cannot be part of a file name; use letters, digits and -")
     if source.resolve() == out.resolve():
-        raise UserError(f"{out} is what is to be packed; name another output folder")
+        raise UserError(f"out={out} is also the source; name another output folder")
 
 
 def _pack(
     out: Path, samples: PackInput, shards: dict[Path, NDArray[np.int64]], caption_key: str, jobs: int, max_bad: int
 ) -> PackSummary:
-    """Write all shards, each with the samples of its numbers, and then what lies beside them."""
+    """Write all shards, each with the samples of the given numbers, and then the files beside them."""
     bad = [*samples.bad]
     done: list[_Shard] = []
     with tqdm(total=len(samples), desc="packing", unit="sample", disable=None) as bar:
@@ -161,7 +162,7 @@ def _order(samples: PackInput, seed: int | None) -> NDArray[np.int64]:
 
 
 def _group(sizes: NDArray[np.int64], order: NDArray[np.int64], most: int, most_bytes: int) -> list[NDArray[np.int64]]:
-    """Cut the order into shards."""
+    """Divide the ordered samples into shards."""
     groups = []
     ends = np.cumsum(sizes[order])
     start = 0
@@ -175,14 +176,14 @@ def _group(sizes: NDArray[np.int64], order: NDArray[np.int64], most: int, most_b
 
 
 def _claim(out: Path, shards: list[Path], inputs: list[object]) -> None:
-    """Make sure that what ``out`` holds is a part of the same plan, and write the plan down."""
+    """Check that the shards in ``out`` belong to the same plan, and write the plan."""
     digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
     plan = {"format": "lit_lora.pack_plan", "version": 2, "shards": len(shards), "fingerprint": digest}
     writable_folder(out)
     try:
         found = json.loads((out / _PLAN).read_text()) if (out / _PLAN).exists() else None
     except ValueError as error:
-        raise UserError(f"{out / _PLAN} is not a plan of this program; name another output folder") from error
+        raise UserError(f"{out / _PLAN} is not a plan of lit-lora; name another output folder") from error
     if found is not None and found != plan:
         raise UserError(f"{out} holds shards of other files or options; name another output folder or empty this one")
     if found is None:
@@ -195,7 +196,7 @@ def _claim(out: Path, shards: list[Path], inputs: list[object]) -> None:
 
 
 def _finish(path: Path, samples: PackInput, caption_key: str) -> _Shard:
-    """Write a shard, or look up what is in it where it was written before."""
+    """Write a shard, or read the result of an existing one."""
     if not path.exists():
         return _write(path, samples, caption_key)
     index = ShardIndex.load_or_build(path)
@@ -219,7 +220,7 @@ def _write(path: Path, samples: PackInput, caption_key: str) -> _Shard:
 
 
 def _good(samples: PackInput, caption_key: str, bad: list[BadFile]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and members of the good samples; the others are appended to ``bad``."""
+    """Yield key and members of the good samples; bad samples are appended to ``bad``."""
     for sample in range(len(samples)):
         try:
             members = _read(samples, sample, caption_key)
@@ -230,7 +231,7 @@ def _good(samples: PackInput, caption_key: str, bad: list[BadFile]) -> Iterator[
 
 
 def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]:
-    """The members of a sample, after a check that training will accept them.
+    """Read the members of a sample and check that training will accept them.
 
     Raises:
         BadSampleError: If the image or the caption cannot be used.
@@ -250,8 +251,7 @@ def _check_bad(out: Path, bad: Sequence[BadFile], max_bad: int) -> None:
         _write_bad(writable_folder(out), bad)
         shown = "".join(f"\n  {file.file}: {file.reason}" for file in bad[:10])
         raise UserError(
-            f"{len(bad)} bad files, more than max_bad={max_bad}; mend them or raise max_bad (all of them are in"
-            f" {out / _BAD}):{shown}"
+            f"{len(bad)} bad files, more than max_bad={max_bad}; repair them or raise max_bad ({out / _BAD} lists all):{shown}"
         )
 
 
@@ -283,7 +283,7 @@ def _write_bad(out: Path, bad: Sequence[BadFile]) -> None:
 
 
 def _write_wids(path: Path, shards: Sequence[_Shard]) -> None:
-    """The index of webdataset's wids, under the name that its ``widsindex`` gives it."""
+    """Write the index for webdataset's wids, in the format of its command ``widsindex``."""
     shard_list = [{"url": s.path.name, "nsamples": s.samples, "filesize": s.size} for s in shards]
     _write_json(path, {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shard_list})
 

@@ -1,4 +1,4 @@
-"""Rows of parquet files."""
+"""Rows of Parquet files."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 from lit_lora.datamodules.packing.batch_file import BatchFile, import_arrow
 from lit_lora.errors import UserError
 
-_ROWS = 256  # at a time: with images in them some 40 MB
+_ROWS = 256  # per batch, about 40 MB with images in them
 
 
 class ParquetFile(BatchFile):
-    """A parquet file. It can only be read from the start of a row group, so rows at random are slow."""
+    """A Parquet file. It can be read only from the start of a row group, so random access to rows is slow."""
 
     @property
     def schema(self) -> Any:
         return self._file.schema_arrow
 
     def row_sizes(self, columns: Sequence[str]) -> NDArray[np.int64]:
-        """The mean of the row group, from the file's footer."""
+        """Mean size of the rows in each row's row group, from the file's footer."""
         means = [np.zeros(0, np.int64)]
         for number in range(self._file.num_row_groups):
             group = self._file.metadata.row_group(number)
@@ -54,10 +54,10 @@ class ParquetFile(BatchFile):
     def _file(self) -> Any:
         parquet, arrow = import_arrow("pyarrow.parquet"), import_arrow()
         try:
-            # Otherwise whole row groups would be read at once, which may be larger than memory.
+            # With other settings pyarrow would read whole row groups at once, which may exceed the memory.
             return parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
         except (OSError, arrow.ArrowException) as error:
-            raise UserError(f"cannot read {self.path} as parquet ({error}); name another file") from error
+            raise UserError(f"cannot read {self.path} as Parquet ({error}); name another file") from error
 
     @cached_property
     def _cursor(self) -> _Cursor:
@@ -65,7 +65,7 @@ class ParquetFile(BatchFile):
 
 
 class _Cursor:
-    """The place up to which a row group has been read."""
+    """The position up to which a row group has been read."""
 
     def __init__(self, file: Any) -> None:
         counts = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
@@ -90,7 +90,7 @@ class _Cursor:
         return self._batch, self._first
 
     def _read(self) -> Any:
-        place, self._group = self._group, -1  # after an error the group is begun again
+        place, self._group = self._group, -1  # after an error the group is read from its start
         batch = next(self._rest, None)
         if batch is None:
             raise OSError("the row group has fewer rows than the file says")

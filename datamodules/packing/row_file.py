@@ -1,4 +1,4 @@
-"""Text files with one sample in each row."""
+"""Text files with one sample per row."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from lit_lora.errors import UserError
 
 ROW_EXTENSIONS = ("jsonl", "csv", "tsv")
 
-_MAX_FIELD = 1 << 30  # Python's own bound is so low that a long caption would end the reading
+_MAX_FIELD = 1 << 30  # characters; the default of csv is too low for long captions
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class RowFile(ABC):
-    """A text file with rows that can be found again by where they start.
+    """A text file whose rows can be read again from their start.
 
     Attributes:
-        path: The file.
+        path: Path of the file.
     """
 
     path: Path
 
     @staticmethod
     def open(path: Path) -> RowFile:
-        """The file by its extension: jsonl, csv or tsv."""
+        """The row file of the kind that its extension names: jsonl, csv or tsv."""
         return JsonLines(path) if path.suffix.lower() == ".jsonl" else DelimitedFile(path)
 
     def rows(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Each row: the byte where it starts, the number of its line, and its values by column.
+        """Yield the offset of each row in bytes, its line number, and its values by column.
 
         Raises:
-            UserError: If the file cannot be read or has a row that cannot be understood.
+            UserError: If the file or one of its rows cannot be read.
         """
         try:
             with self.path.open("rb") as file:
@@ -48,17 +48,17 @@ class RowFile(ABC):
 
     @abstractmethod
     def columns(self) -> list[str]:
-        """All columns that the file has.
+        """Names of all columns of the file.
 
         Raises:
             UserError: As for :meth:`rows`.
         """
 
     def row(self, start: int) -> dict[str, Any]:
-        """The row that starts at this byte.
+        """Values by column of the row that starts at this byte.
 
         Raises:
-            UserError: As for :meth:`rows`, and if the file has changed.
+            UserError: As for :meth:`rows`, or if the file has changed.
         """
         try:
             with self.path.open("rb") as file:
@@ -66,7 +66,7 @@ class RowFile(ABC):
         except OSError as error:
             raise _unreadable(self.path, error) from error
         if found is None:
-            raise UserError(f"{self.path} has changed while it was read; start again")
+            raise UserError(f"{self.path} changed while it was read; start again")
         return found[2]
 
     @abstractmethod
@@ -74,7 +74,7 @@ class RowFile(ABC):
 
 
 class JsonLines(RowFile):
-    """A JSON object in each line."""
+    """A file with one JSON object per line."""
 
     def columns(self) -> list[str]:
         names = list(dict.fromkeys(name for _, _, row in self.rows() for name in row))
@@ -89,14 +89,16 @@ class JsonLines(RowFile):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{self.path}, line {lines.number}: not JSON ({error}); mend the line") from error
+                raise UserError(f"{self.path}, line {lines.number}: not JSON ({error}); correct the line") from error
             if not isinstance(row, dict):
-                raise UserError(f"{self.path}, line {lines.number}: not a JSON object with names of columns; mend it")
+                raise UserError(
+                    f"{self.path}, line {lines.number}: not a JSON object with names of columns; correct the line"
+                )
             yield lines.start, lines.number, row
 
 
 class DelimitedFile(RowFile):
-    """Comma- or, in a ``.tsv``, tab-separated values under a line with the names of the columns."""
+    """A file of comma-separated (in a ``.tsv``, tab-separated) values, whose first line names the columns."""
 
     def columns(self) -> list[str]:
         return self._names
@@ -116,9 +118,9 @@ class DelimitedFile(RowFile):
         except OSError as error:
             raise _unreadable(self.path, error) from error
         if not names:
-            raise UserError(f"{self.path} does not begin with a line that names its columns; add one")
+            raise UserError(f"{self.path} has no first line that names its columns; add one")
         if len(set(names)) < len(names):
-            raise UserError(f"{self.path} names a column twice in its first line: {', '.join(names)}")
+            raise UserError(f"{self.path} names a column twice in its first line, {', '.join(names)}; rename one")
         return names
 
     def _values(self, lines: _Lines) -> Iterator[list[str]]:
@@ -127,19 +129,19 @@ class DelimitedFile(RowFile):
         try:
             yield from csv.reader(lines, delimiter=delimiter, strict=True)
         except csv.Error as error:
-            raise UserError(f"{self.path}, line {lines.number}: {error}; mend the line") from error
+            raise UserError(f"{self.path}, line {lines.number}: {error}; correct the line") from error
 
     def _row(self, values: list[str], line: int) -> dict[str, Any]:
         if len(values) != len(self._names):
             raise UserError(
                 f"{self.path}, line {line}: {len(values)} values, but the first line names {len(self._names)} columns;"
-                " mend the line"
+                " correct the line"
             )
         return dict(zip(self._names, values, strict=True))
 
 
 class _Lines:
-    """The lines of a file as text, and where the last one starts and ends."""
+    """The lines of a file as text, with number, start and end of the last line that was read."""
 
     def __init__(self, path: Path, file: BinaryIO, start: int = 0) -> None:
         file.seek(start)

@@ -1,4 +1,4 @@
-"""Names of the samples to pack, and a key for each."""
+"""Names and keys of the samples to pack."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _MAX_KEY_BYTES = 80  # with an extension it fits the 100 bytes of a plain tar he
 
 @dataclass(frozen=True, eq=False)
 class SampleNames:
-    """The names of N samples in one buffer, because there may be tens of millions.
+    """The names of N samples in one buffer, since there may be tens of millions.
 
-    A key is the name without its extension and without dots. Where several names give the same key, all but the first
-    get a number.
+    A key is the name without its extension and without dots. If several names give the same key, a number is appended to all but
+    the first.
 
     Attributes:
-        text: All names one after the other, in UTF-8.
-        ends: Where each name ends in ``text``, int64 (N,).
-        numbers: What is added to each key; 0 adds nothing, int32 (N,).
+        text: Concatenated names, in UTF-8.
+        ends: End of each name in ``text``, int64 (N,).
+        numbers: Number that is appended to each key, or 0 for none, int32 (N,).
     """
 
     text: bytes
@@ -32,7 +32,7 @@ class SampleNames:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> SampleNames:
-        """The names in this order, which decides who gets which number."""
+        """Collect names, in the order that determines the numbers of equal keys."""
         text, ends, digests = bytearray(), array("q"), array("Q")
         for name in names:
             text += name.encode("utf-8", "surrogateescape")
@@ -49,18 +49,18 @@ class SampleNames:
         return self.text[start : self.ends[sample]].decode("utf-8", "surrogateescape")
 
     def key(self, sample: int) -> str:
-        """The key of a sample, which no other sample has."""
+        """The unique key of a sample."""
         number = self.numbers[sample]
         return f"{_key(self[sample])}-{number}" if number else _key(self[sample])
 
     def select(self, samples: NDArray[np.int64]) -> SampleNames:
-        """The names and keys of these samples alone."""
+        """Only the names and keys of the given samples."""
         names = [self[sample].encode("utf-8", "surrogateescape") for sample in samples.tolist()]
         ends = np.cumsum([len(name) for name in names], dtype=np.int64)
         return SampleNames(b"".join(names), ends, self.numbers[samples])
 
     def _numbered(self, digests: NDArray[np.uint64]) -> SampleNames:
-        """Number keys that occur again. Keys are compared by digests; a collision merely adds a number."""
+        """Number repeated keys. Keys are compared by digests; a collision only adds an unneeded number."""
         known = np.sort(digests)
         repeated = np.unique(known[1:][known[1:] == known[:-1]])
         given: set[int] = set()
@@ -93,7 +93,7 @@ def _key(name: str) -> str:
 
 
 def key_digest(key: str) -> int:
-    """64 bits that stand for a key."""
+    """A 64-bit digest of a key."""
     raw = key.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 

@@ -1,4 +1,4 @@
-"""Packing a data set that ``datasets`` has saved."""
+"""Packing of a data set that ``datasets`` has saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SavedDataset(ColumnTable):
-    """Rows of a folder that ``datasets.Dataset.save_to_disk`` made, or of one of its arrow files."""
+    """Rows of a folder that ``datasets.Dataset.save_to_disk`` has written, or of one of its Arrow files."""
 
     extensions = ("arrow",)
 
@@ -28,7 +28,7 @@ class SavedDataset(ColumnTable):
             paths = list(source.files.get("arrow", ()))
         elif (folder / "dataset_dict.json").is_file():
             splits = ", ".join(str(path.parent) for path in sorted(folder.glob("*/state.json")))
-            raise UserError(f"{folder} holds several splits; pack one of them: {splits}")
+            raise UserError(f"{folder} contains several splits; pack one of them: {splits}")
         else:
             paths = _listed_files(folder) if (folder / "state.json").is_file() else []
         return cls.of(folder, [ArrowFile(path) for path in paths], **source.column_options) if paths else None

@@ -1,4 +1,4 @@
-"""The folder or file that is to be packed."""
+"""The folder or file to pack."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class PackSource:
     """A folder or file to pack, and the names of its files.
 
     Attributes:
-        path: The folder or file.
-        files: The files of it that a kind of input asks for, by extension in lower case.
-        has_images: Whether there are image files in the folder.
-        out: A folder that is no part of the input.
-        image_column: Column of images, where there are columns; None for one with a usual name.
-        caption_column: Column of captions; None for one with a usual name.
+        path: Path of the folder or file.
+        files: Files that a kind of input needs, by extension in lower case.
+        has_images: Whether the folder contains image files.
+        out: Output folder, which is not part of the input.
+        image_column: Column of images in tables; None for a column with a usual name.
+        caption_column: Column of captions in tables; None for a column with a usual name.
         caption_key: Key of captions in ``.json`` files.
-        jobs: Processes that scan tar shards.
+        jobs: Number of processes that scan tar shards.
     """
 
     path: Path
@@ -41,19 +41,19 @@ class PackSource:
 
     @classmethod
     def look(cls, path: Path, out: Path, extensions: Collection[str], **options: Any) -> PackSource:
-        """Walk through a folder once, or take a file as it is.
+        """Collect the files of a folder in one walk, or take a single file.
 
         Args:
-            path: The folder or file.
-            out: A folder that is no part of the input.
-            extensions: Those of the files to collect.
-            **options: The attributes from ``image_column`` on.
+            path: Path of the folder or file.
+            out: Output folder, which is not part of the input.
+            extensions: Extensions of the files to collect.
+            **options: Attributes from ``image_column`` on.
 
         Raises:
-            UserError: If there is no such folder or file, or a folder cannot be read.
+            UserError: If the folder or file does not exist, or a folder cannot be read.
         """
         if not path.exists():
-            raise UserError(f"{path} is not a folder or file; name what holds the images")
+            raise UserError(f"{path} does not exist; name the folder or file with the images")
         if not path.is_dir():
             return cls(path, {path.suffix[1:].lower(): [path]}, False, out, **options)
         files: dict[str, list[Path]] = {}
@@ -67,28 +67,28 @@ class PackSource:
 
     @property
     def is_file(self) -> bool:
-        """Whether it is one file, and not a folder."""
+        """Whether the source is a single file."""
         return self.path.is_file()
 
     @property
     def folder(self) -> Path:
-        """Where names of files and samples start."""
+        """Folder to which names of files and samples are relative."""
         return self.path.parent if self.is_file else self.path
 
     @property
     def metadata(self) -> list[Path]:
-        """Files that list images, under the names that ``datasets`` prescribes, in the order of their paths."""
+        """Metadata files, which list images and have the names that ``datasets`` prescribes, sorted by path."""
         named = (path for paths in self.files.values() for path in paths if path.name in _METADATA)
         return sorted(named, key=Path.as_posix)
 
     @property
     def column_options(self) -> dict[str, Any]:
-        """The arguments of inputs that have columns."""
+        """Arguments of the inputs that have columns."""
         image_column = self.image_column or (_METADATA_IMAGE if self.metadata else None)
         options = {"caption_column": self.caption_column, "caption_key": self.caption_key}
         return {"image_column": image_column, **options}
 
     def metadata_in(self, extensions: Collection[str]) -> list[Path]:
-        """The same files where all of them have one of these extensions; none otherwise."""
+        """The metadata files if all of them have one of these extensions, otherwise none."""
         paths = self.metadata
         return paths if all(path.suffix[1:].lower() in extensions for path in paths) else []

@@ -1,4 +1,4 @@
-"""The columns of a table that hold images and captions."""
+"""The roles of a table's columns: image, captions, others."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class TableColumns:
     """The roles of a table's columns.
 
     Attributes:
-        image: Holds the image, or where it is.
-        captions: Of these, the first in which a row has a text, or a list of texts, holds its caption.
-        caption_key: Several captions of one image are packed in a ``.json`` member under this key.
+        image: Column of the image or its path.
+        captions: Columns of captions; the first in which a row has a text or a list of texts is used.
+        caption_key: Key in the ``.json`` member under which several captions of one image are packed. Defaults to "caption".
     """
 
     image: str
@@ -36,14 +36,14 @@ class TableColumns:
     def choose(
         cls, where: object, columns: Iterable[str], image: str | None, caption: str | None, caption_key: str
     ) -> TableColumns:
-        """The columns that the user names, or those with the usual names.
+        """Choose the columns that the user names, or else those with usual names.
 
         Args:
-            where: The table, for messages.
-            columns: All that it has.
-            image: What the user says of the image.
-            caption: What the user says of the caption.
-            caption_key: See the class.
+            where: Name of the table, for messages.
+            columns: Names of all columns.
+            image: Column of images that the user names, or None.
+            caption: Column of captions that the user names, or None.
+            caption_key: Key for several captions, as in the class.
 
         Raises:
             UserError: If there is no such column.
@@ -56,10 +56,10 @@ class TableColumns:
         )
 
     def texts(self, row: Mapping[str, Any]) -> dict[str, bytes]:
-        """The members that a row gives beside the image: ``txt`` for the caption, ``json`` for all other columns.
+        """The members of a row besides the image: ``txt`` for the caption, ``json`` for all other columns.
 
         Raises:
-            BadSampleError: If the row has no caption, or text that is not Unicode.
+            BadSampleError: If the row has no caption, or contains invalid Unicode.
         """
         column = next((name for name in self.captions if _is_caption(row.get(name))), None)
         if column is None:
@@ -99,12 +99,12 @@ def _is_caption(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    # JSON has no NaN, which tables have where a number is missing.
+    # Tables contain NaN for missing numbers, which JSON cannot represent.
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _encode(text: str) -> bytes:
     try:
         return text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character
+    except UnicodeEncodeError as error:  # JSON can encode half of a surrogate pair
         raise BadSampleError(f"the row has text that is not Unicode (character {error.start})") from error

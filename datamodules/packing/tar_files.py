@@ -1,4 +1,4 @@
-"""Packing the samples of tar shards anew."""
+"""Repacking of the samples of tar shards."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
 
 _PACKED = frozenset(EXTENSIONS) - {CACHED_EXTENSION, *OTHER_EXTENSIONS}
-_TWICE = -1  # in place of the offset of a member that a sample has twice
+_TWICE = -1  # replaces the offset of a member that a sample has twice
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TarFiles(PackInput):
-    """Samples of WebDataset shards, for example those that img2dataset makes.
+    """Samples of WebDataset shards, for example from img2dataset.
 
-    The members of a sample need not lie next to each other.
+    The members of a sample need not be adjacent.
 
     Attributes:
-        folder: Where names of shards start.
-        shards: The shards.
-        names: Keys of the samples there.
-        shard: The shard of a sample, int32 (N,).
-        member_end: Where the members of a sample end in the next three, int64 (N,).
-        member_extension: Numbers in ``scan.EXTENSIONS``, uint8 (M,).
-        member_offset: Where the data start in the shard, in bytes, int64 (M,).
-        member_size: In bytes, int64 (M,).
+        folder: Folder to which names of shards are relative.
+        shards: Paths of the shards.
+        names: Keys of the samples in their shards.
+        shard: Number of each sample's shard, int32 (N,).
+        member_end: End of each sample's members in the following three arrays, int64 (N,).
+        member_extension: Number of each member's extension in ``scan.EXTENSIONS``, uint8 (M,).
+        member_offset: Offset of each member's data in the shard, in bytes, int64 (M,).
+        member_size: Size of each member's data, in bytes, int64 (M,).
     """
 
     extensions = ("tar",)
@@ -63,24 +63,24 @@ class TarFiles(PackInput):
 
     @classmethod
     def find(cls, source: PackSource) -> TarFiles | None:
-        """The samples of a shard, or of all shards in a folder, unless a table there lists images."""
+        """The samples of a shard, or of all shards in a folder, unless a metadata file lists images."""
         paths = source.files.get("tar", ())
         return cls.scan(source.folder, paths, source.jobs) if paths and not source.metadata else None
 
     @classmethod
     def scan(cls, folder: Path, shards: Sequence[Path], jobs: int = 1) -> TarFiles:
-        """All samples of these shards, in their order there.
+        """Scan shards for their samples, in order.
 
-        Where img2dataset has written ``NAME_stats.json`` beside complete shards, others are passed over. A damaged shard
-        is passed over as a whole.
+        img2dataset writes ``NAME_stats.json`` beside each complete shard; if there are any such files, shards without one are
+        skipped. A damaged shard is skipped entirely.
 
         Args:
-            folder: Where names of shards start; each of ``shards`` lies below it.
-            shards: The shards.
-            jobs: Processes that scan.
+            folder: Folder to which names of shards are relative; it contains all ``shards``.
+            shards: Paths of the shards.
+            jobs: Number of processes that scan. Defaults to 1.
         """
         complete = [shard for shard in shards if _stats(shard).exists()]
-        kept = tuple(complete or shards)  # without any, they were not made by img2dataset
+        kept = tuple(complete or shards)  # if there are none, the shards are not from img2dataset
         incomplete = sorted(set(shards) - set(kept))
         bad: list[BadFile] = []
         numbers, ends, sizes = array("i"), array("q"), array("q")
@@ -121,7 +121,8 @@ class TarFiles(PackInput):
             bad=tuple(bad),
             incomplete=tuple(
                 BadFile(
-                    shard.relative_to(folder).as_posix(), f"{_stats(shard).name} is missing: img2dataset was cut short"
+                    shard.relative_to(folder).as_posix(),
+                    f"{_stats(shard).name} is missing: img2dataset was interrupted",
                 )
                 for shard in incomplete
             ),
@@ -173,7 +174,7 @@ class TarFiles(PackInput):
 
 
 def _try_to_scan(shard: Path) -> dict[str, dict[int, tuple[int, int]]] | str:
-    """Offset and size of the members of each sample, by their number in ``EXTENSIONS``; or what is wrong."""
+    """Offset and size of each sample's members, by number in ``EXTENSIONS``; or the reason why the shard cannot be read."""
     samples: dict[str, dict[int, tuple[int, int]]] = {}
     try:
         with shard.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The files below a folder."""
+"""Recursive listing of the files below a folder."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lit_lora.errors import UserError
 
 
 def walk_files(folder: Path, skip: Path | None = None) -> Iterator[tuple[str, Set[str]]]:
-    """Each file at any depth, in the order of the paths, together with the names of the files beside it.
+    """Yield all files below a folder, sorted by path, each with the names of the files beside it.
 
-    Links are followed, except to a folder that the link lies in.
+    Links are followed, except those to a folder that contains the link.
 
     Args:
-        folder: Where to look.
-        skip: A folder that is passed over.
+        folder: Folder to list.
+        skip: Folder to skip. Defaults to None.
 
     Yields:
-        The file, relative to ``folder`` with ``/``; and the names of all files in its folder.
+        Path of the file relative to ``folder``, with ``/``; and the names of all files in its folder.
 
     Raises:
         UserError: If a folder cannot be read.
@@ -36,7 +36,7 @@ def _walk(
         if here in above or folder.resolve() == skip:
             return
         with os.scandir(folder) as entries:
-            # With the slash, the order is that of whole paths.
+            # With the slash, names are sorted like full paths.
             names = sorted(entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
     except OSError as error:
         raise UserError(f"cannot read the folder {folder}: {error.strerror}; check its permissions") from error

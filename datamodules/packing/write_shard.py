@@ -1,4 +1,4 @@
-"""Tar shards whose bytes depend on their samples alone."""
+"""Writing of tar shards whose bytes depend only on their samples."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lit_lora.files import atomic_file
 
 
 class _NothingToWriteError(Exception):
-    """There are no samples; raised so that no empty file is left."""
+    """There are no samples; raised so that atomic_file discards the empty file."""
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], tar_format: int) -> ShardIndex | None:
     """Write a shard and its index atomically.
 
     Args:
-        path: The shard.
-        samples: The key of each sample, and its members by extension.
-        tar_format: ``tarfile.USTAR_FORMAT``, or ``tarfile.PAX_FORMAT`` where keys may be long or not ASCII.
+        path: Path of the shard.
+        samples: Key of each sample, and its members by extension.
+        tar_format: ``tarfile.USTAR_FORMAT``, or ``tarfile.PAX_FORMAT`` if keys may be long or not ASCII.
 
     Returns:
-        The index; None where there are no samples, which leaves no file.
+        The index; None if there are no samples, in which case no file is written.
     """
     written = 0
     try:
@@ -46,7 +46,7 @@ def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], 
 
 
 def _header(name: str, size: int) -> tarfile.TarInfo:
-    """A header without anything that differs between two runs or machines."""
+    """A tar header that is the same for all runs and machines."""
     info = tarfile.TarInfo(name)
     info.size = size
     info.mtime = 0

@@ -1,1 +1,1 @@
-"""Reading of shards from remote and slow storage."""
+"""Reading of shards from remote storage and slow disks."""

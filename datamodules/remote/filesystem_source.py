@@ -1,4 +1,4 @@
-"""Objects on whatever fsspec opens: local and mounted disks, S3, Google Cloud Storage, SFTP and others."""
+"""Objects on file systems that fsspec opens: local and mounted disks, S3, Google Cloud Storage, SFTP and others."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ _FINAL_ERRORS = (
     ValueError,
 )
 
-# A file system that is dropped in a forked process tries to end its connections through the parent's event loop, and
-# waits for it in vain. So none is dropped.
+# A file system that is garbage-collected in a forked process tries to end its connections through the parent's event loop and
+# waits for it forever. So all file systems are kept.
 _kept: dict[int, Any] = {}
 
 
@@ -80,12 +80,12 @@ class FilesystemSource(RemoteSource):
         return size
 
     def list_tars(self) -> list[str]:
-        """The sorted locations of the ``*.tar`` in this folder, or of those that match this glob."""
+        """The sorted locations of the ``*.tar`` files in this folder or that match this glob."""
         with self._translated():
             filesystem, path = self._filesystem
             filesystem.invalidate_cache()
             found = filesystem.glob(path if has_magic(path) else path.rstrip("/") + "/*.tar")
-        # fsspec leaves the host out of some paths, so it is taken from the location.
+        # fsspec omits the host from some paths, so it is taken from the location.
         location = self.location.rstrip("/")
         prefix = location.removesuffix(path) if location.endswith(path) else None
         names = [filesystem.unstrip_protocol(name) if prefix is None else prefix + name for name in found]
@@ -108,7 +108,7 @@ class FilesystemSource(RemoteSource):
         except ValueError:
             raise self.error(f"{scheme}:// is not known to fsspec", "check the location") from None
         if scheme in _S3_SCHEMES:
-            filesystem.retries = 1  # trying again is done here, once
+            filesystem.retries = 1  # retries are made by transfer._retry alone
         _kept[id(filesystem)] = filesystem
         return filesystem, path
 
@@ -136,13 +136,13 @@ class FilesystemSource(RemoteSource):
             yield
         except (UserError, TransientError):
             raise
-        except Exception as error:  # each kind of storage has its own
+        except Exception as error:  # each kind of storage raises its own exceptions
             raise self._failure(error) from None
 
     def _failure(self, error: Exception) -> RemoteError | TransientError:
-        """What an exception means, without its message: that may hold a URL."""
+        """Convert an exception to an error of this package, without its message, which may contain a URL."""
         if isinstance(error, FileNotFoundError):
-            return self.error("there is nothing of this name", "check the name", missing=True)
+            return self.error("it does not exist", "check the name", missing=True)
         description = _describe(error)
         if isinstance(error, PermissionError) or "Credential" in description:
             return self.error(f"access is denied, {description}", _CHECK_ACCESS)
@@ -151,7 +151,7 @@ class FilesystemSource(RemoteSource):
 
 @cache
 def _prepare_for_forks() -> None:
-    """A lock that another thread holds while this process forks would never be released in the child."""
+    """Reset fsspec's lock in forked processes, since a lock that another thread holds would never be released there."""
     import fsspec.asyn
 
     os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
@@ -162,7 +162,7 @@ def _may_pass(error: Exception) -> bool:
         status = getattr(error, name, None)
         if isinstance(status, int):
             return status in RETRIED_STATUS
-    botocore = sys.modules.get("botocore.exceptions")  # where it was not imported, the error is not one of its own
+    botocore = sys.modules.get("botocore.exceptions")  # if it was not imported, it did not raise the error
     if botocore is not None and isinstance(error, botocore.BotoCoreError):
         passing = (botocore.HTTPClientError, botocore.ConnectionError, botocore.IncompleteReadError)
         return isinstance(error, passing)
@@ -172,7 +172,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _describe(error: Exception) -> str:
-    """The type of an error, and the code of S3 or of the system."""
+    """Type of an error, and its S3 or system error code."""
     answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if isinstance(answer, dict) and "Error" in answer:
         return f"{type(error).__name__} ({answer['Error'].get('Code')})"

@@ -1,4 +1,4 @@
-"""Objects on http and https servers."""
+"""Objects on HTTP and HTTPS servers."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _ACTIONS = {
     404: "check the name",
     410: "check the name",
 }
-_WRONG_RANGE = "the server answered with a range that was not asked for"
+_WRONG_RANGE = "the server answered with a range that was not requested"
 _PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 _local = threading.local()
 
 
 class HttpSource(RemoteSource):
-    """An object on an http server, read by ranges where the server has them."""
+    """An object on an HTTP server, read by range requests if the server supports them."""
 
     def __init__(self, location: str, timeout: float) -> None:
         super().__init__(location, timeout)
@@ -54,7 +54,7 @@ class HttpSource(RemoteSource):
                 return
         if start == 0:
             raise TransientError(_WRONG_RANGE)
-        # The rest of another object must not be put behind what is there.
+        # The object has changed, so its rest must not be appended to the bytes read before.
         with self.open(0) as stream:
             yield stream
 
@@ -74,7 +74,7 @@ class HttpSource(RemoteSource):
             return bytes(data[:size])
 
     def size(self) -> int | None:
-        # Not HEAD: signed URLs are often for GET alone.
+        # Not HEAD, since signed URLs often allow only GET.
         with self._get({"Range": "bytes=0-0"}) as response:
             return _place(response)[1]
 
@@ -83,12 +83,12 @@ class HttpSource(RemoteSource):
             return {}
         headers = {"Range": f"bytes={start}-"}
         etag = self._version[0] if self._version else None
-        if etag and not etag.startswith("W/"):  # weak ones are no good here (RFC 9110, 13.1.5)
+        if etag and not etag.startswith("W/"):  # weak ETags are not allowed here (RFC 9110, 13.1.5)
             headers["If-Range"] = etag
         return headers
 
     def _get(self, headers: Mapping[str, str]) -> requests.Response:
-        """The answer to a request: the object, a range of it, or that there is no such range."""
+        """Send a request; the response is the object, a range of it, or status 416 for a missing range."""
         try:
             response = _session().get(self.location, headers=headers, stream=True, timeout=self.timeout)
         except requests.RequestException as error:
@@ -102,7 +102,7 @@ class HttpSource(RemoteSource):
             raise self.error(reason, _ACTIONS.get(status, "check the URL"), missing=status in _MISSING)
         if response.headers.get("Content-Encoding", "identity") != "identity":
             response.close()
-            raise self.error("the server compresses it", "switch compression off for *.tar on the server")
+            raise self.error("the server compresses it", "turn off compression of *.tar on the server")
         return response
 
     def _pieces(self, response: requests.Response) -> Iterator[bytes]:
@@ -112,7 +112,7 @@ class HttpSource(RemoteSource):
             raise self._failure(error) from None
 
     def _failure(self, error: requests.RequestException) -> RemoteError | TransientError:
-        """What an exception means, by types alone: the messages hold URLs."""
+        """Convert an exception to an error of this package by its type, since the message contains the URL."""
         inner = error.args[0] if error.args else None
         inner = getattr(inner, "reason", inner)
         name = type(inner if isinstance(inner, Exception) else error).__name__
@@ -124,7 +124,7 @@ class HttpSource(RemoteSource):
 
 
 def _session() -> requests.Session:
-    """The session of this thread; after a fork a new one, since connections must not be shared."""
+    """The session of this thread; a new one after a fork, since processes must not share connections."""
     if getattr(_local, "pid", None) != os.getpid():
         _local.session = requests.Session()
         _local.session.headers["Accept-Encoding"] = "identity"
@@ -135,14 +135,14 @@ def _session() -> requests.Session:
 
 
 def _hide_queries(record: logging.LogRecord) -> bool:
-    """Take queries, which may hold signatures, out of what urllib3 logs."""
+    """Remove queries, which may contain signatures, from urllib3's log records."""
     if isinstance(record.args, tuple):
         record.args = tuple(re.sub(r"\?\S*", "?...", a) if isinstance(a, str) else a for a in record.args)
     return True
 
 
 def _place(response: requests.Response) -> tuple[int, int | None]:
-    """The offset of the body's first byte in the object, and the bytes of the object."""
+    """Offset of the body's first byte in the object, and size of the object in bytes if it is known."""
     if response.status_code == 200:
         length = response.headers.get("Content-Length", "")
         return 0, int(length) if length.isdecimal() else None
@@ -150,12 +150,12 @@ def _place(response: requests.Response) -> tuple[int, int | None]:
     if match is None:
         if response.status_code == 416:
             return 0, None
-        raise TransientError("the server answered with a range but does not say which")
+        raise TransientError("the server answered with a range but did not state which")
     return int(match[1] or 0), None if match[2] == "*" else int(match[2])
 
 
 def _retry_after(response: requests.Response) -> float:
-    """Seconds that the server asks to wait, 0 if it does not."""
+    """Seconds to wait according to the header ``Retry-After``; 0 without one."""
     value = response.headers.get("Retry-After", "").strip()
     if value.isdecimal():
         return float(value)

@@ -1,4 +1,4 @@
-"""The interface of a kind of storage, and its errors."""
+"""The interface of remote storage, and its errors."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import NamedTuple
 from lit_lora.errors import UserError
 
 PIECE_BYTES = 1 << 20
-"""How much is read at a time, and how much must have come in for a download to count as going on."""
+"""Number of bytes that are read at a time, and that an attempt must read to count as progress."""
 
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""Answers of a server that may be others a moment later; all further errors are final."""
+"""HTTP statuses that are retried; all other errors are final."""
 
-_CONTAINER_SCHEMES = ("abfs", "abfss")  # what stands before the @ is a container there
+_CONTAINER_SCHEMES = ("abfs", "abfss")  # here a container precedes the @, not a user
 
 TRY_LATER = "check the network and the server, then start again"
 
 
 class RemoteError(UserError):
-    """A remote shard cannot be read. The message holds no credentials.
+    """A remote shard cannot be read. The message contains no credentials.
 
     Attributes:
-        missing: Whether there is nothing at that place.
+        missing: Whether the object does not exist.
     """
 
     def __init__(self, message: str, missing: bool = False) -> None:
@@ -34,12 +34,12 @@ class RemoteError(UserError):
 
 
 class TransientError(Exception):
-    """A failure that may pass, so that another attempt makes sense.
+    """A temporary failure, after which another attempt may succeed.
 
     Args:
-        reason: What happened, without credentials.
-        action: What the user can do if it does not pass.
-        wait: How long the server asks to wait in seconds.
+        reason: Description of the failure, without credentials.
+        action: Advice to the user if all attempts fail.
+        wait: Seconds that the server asks to wait. Defaults to 0.
     """
 
     def __init__(self, reason: str, action: str = TRY_LATER, wait: float = 0.0) -> None:
@@ -53,9 +53,9 @@ class Stream(NamedTuple):
     """An object that is being read.
 
     Attributes:
-        start: The offset in bytes of the first piece.
-        total: Bytes of the whole object, if that is known.
-        pieces: The bytes from ``start`` on.
+        start: Offset of the first piece in the object, in bytes.
+        total: Size of the whole object in bytes, if known.
+        pieces: The bytes from ``start`` on, in pieces.
     """
 
     start: int
@@ -64,14 +64,14 @@ class Stream(NamedTuple):
 
 
 class RemoteSource(ABC):
-    """One object on one kind of storage.
+    """An object in some kind of storage.
 
-    All methods, and the pieces of a stream, raise :class:`TransientError` for what may pass and :class:`RemoteError`
-    for what will not.
+    All methods, and the pieces of a stream, raise :class:`TransientError` for temporary failures and :class:`RemoteError` for
+    final ones.
 
     Args:
-        location: The path or URL of the object.
-        timeout: Seconds without an answer or without bytes after which a try has failed.
+        location: Path or URL of the object.
+        timeout: Seconds without a response or without data after which an attempt fails.
     """
 
     def __init__(self, location: str, timeout: float) -> None:
@@ -80,15 +80,15 @@ class RemoteSource(ABC):
 
     @abstractmethod
     def open(self, start: int) -> AbstractContextManager[Stream]:
-        """Read on from ``start``, or from 0 where that is not possible or the object has changed since."""
+        """Read from ``start``, or from 0 if that is not possible or the object has changed."""
 
     @abstractmethod
     def read(self, offset: int, size: int) -> bytes:
-        """These bytes of the object, fewer where it ends before."""
+        """``size`` bytes of the object from ``offset``, fewer if it ends before."""
 
     @abstractmethod
     def size(self) -> int | None:
-        """Bytes of the object, if the storage tells."""
+        """Size of the object in bytes; None if the storage does not state it."""
 
     def error(self, reason: str, action: str, missing: bool = False) -> RemoteError:
         """A :class:`RemoteError` that names the object."""
@@ -96,8 +96,8 @@ class RemoteSource(ABC):
 
 
 def redact(location: str) -> str:
-    """A path or URL without user, password, query and fragment, as it may be shown and logged."""
-    # fsspec chains URLs by "::".
+    """A path or URL without user, password, query and fragment, for messages and logs."""
+    # fsspec chains URLs with "::".
     return "::".join(_redact(part) for part in re.split(r"::(?=[A-Za-z][\w+.-]*(?:://|::))", location))
 
 
@@ -109,7 +109,7 @@ def _redact(url: str) -> str:
     user, at, host = authority.rpartition("@")
     if scheme in _CONTAINER_SCHEMES and ":" not in user:
         host = user + at + host
-    # What follows a colon is a port. Anything else is a part of a password that was not percent-encoded.
+    # A colon must precede a port; otherwise the text after it may be part of a password that was not percent-encoded.
     if not re.fullmatch(r"(\[[\w:.%]*\]|[^:]*)(:\d*)?", host):
         return f"{scheme}://..."
     return f"{scheme}://{host}{slash}{path}"

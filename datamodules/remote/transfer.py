@@ -1,4 +1,4 @@
-"""Transfer of shards from slow disks, http(s), S3 and other storage that fsspec opens."""
+"""Transfer of shards from slow disks, HTTP(S), S3 and other storage that fsspec opens."""
 
 from __future__ import annotations
 
@@ -32,22 +32,25 @@ _T = TypeVar("_T")
 
 _LOG = logging.getLogger("lit_lora")
 
-_SILENT_FAILURES = 3  # in a row; fewer are what networks do
+_SILENT_FAILURES = 3  # in a row; fewer are usual in networks
 
-_OTHER_SHARD = "this is not the shard that was indexed: bring back the old one, or index the shards again"
+_OTHER_SHARD = "this is not the shard that was indexed: restore that one, or index the shards again"
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Number of retries and waits between them.
+    """Number of attempts, and waits between them.
 
     Attributes:
-        attempts: Tries before reading has failed, counted anew after each that brought a further MiB or more.
-        first_wait: Seconds before the second try.
-        factor: By which each wait is longer than the one before.
-        longest_wait: The most seconds between two tries, also where the server asks for more (``Retry-After``).
-        timeout: Seconds without an answer or without bytes after which a try has failed.
-        jitter: The share by which waits are longer or shorter at random, so that many readers spread out.
+        attempts: Attempts in a row before reading fails; an attempt that reads at least one more MiB restarts the count.
+            Defaults to 8.
+        first_wait: Seconds before the second attempt. Defaults to 0.5.
+        factor: Factor by which each wait is longer than the previous one. Defaults to 2.0.
+        longest_wait: Maximum number of seconds between two attempts, even if the server asks for more (``Retry-After``).
+            Defaults to 30.0.
+        timeout: Seconds without a response or without data after which an attempt fails. Defaults to 30.0.
+        jitter: Fraction by which waits are randomly lengthened or shortened, so that many readers do not retry at the same
+            time. Defaults to 0.25.
     """
 
     attempts: int = 8
@@ -58,8 +61,8 @@ class RetryPolicy:
     jitter: float = 0.25
 
     def wait(self, failures: int, asked: float = 0.0) -> float:
-        """Seconds to wait after so many failures in a row, at least what the server asked for."""
-        # The system's generator: the global one is the user's, who may have seeded it.
+        """Seconds to wait after a number of failures in a row, at least ``asked``, which the server asked for."""
+        # Not the global generator, which the user may have seeded.
         spread = 1 + random.SystemRandom().uniform(-self.jitter, self.jitter)
         return min(max(self.first_wait * self.factor ** (failures - 1) * spread, asked), self.longest_wait)
 
@@ -68,26 +71,26 @@ _DEFAULT = RetryPolicy()
 
 
 def is_remote(location: str) -> bool:
-    """Whether a location is a URL; ``file://`` does not count."""
+    """Whether a location is a URL other than ``file://``."""
     return re.match(r"[A-Za-z][\w+.:-]*://", location) is not None and not location.startswith("file://")
 
 
 def fetch(location: str, path: Path, size: int | None = None, policy: RetryPolicy = _DEFAULT) -> int:
-    """Copy an object to a local file, which appears when it is complete.
+    """Copy an object to a local file, which is created atomically once it is complete.
 
-    A download that breaks off goes on where it was, unless the object has changed meanwhile.
+    An interrupted download continues where it stopped, unless the object has changed.
 
     Args:
         location: Path or URL of the object.
-        path: The file to make.
-        size: Bytes that the object must have.
-        policy: How failures are handled.
+        path: Path of the local file.
+        size: Required size of the object in bytes. Defaults to None: any size.
+        policy: Number of attempts and waits.
 
     Returns:
-        Its size in bytes.
+        The size of the file in bytes.
 
     Raises:
-        RemoteError: If the object is missing, forbidden, of another size, or could not be read in all tries.
+        RemoteError: If the object is missing, forbidden or of another size, or if all attempts fail.
         OSError: If the local file cannot be written.
     """
     source = _source(location, policy)
@@ -98,10 +101,10 @@ def fetch(location: str, path: Path, size: int | None = None, policy: RetryPolic
 
 
 def read_range(location: str, offset: int, size: int, policy: RetryPolicy = _DEFAULT) -> bytes:
-    """The ``size`` bytes of an object from ``offset`` on. Works in forked processes too.
+    """Read ``size`` bytes of an object from ``offset``; this also works in forked processes.
 
     Raises:
-        RemoteError: If the object ends before that, is missing or forbidden, or could not be read in all tries.
+        RemoteError: If the object is too short, missing or forbidden, or if all attempts fail.
     """
     if size == 0:
         return b""
@@ -113,20 +116,20 @@ def read_range(location: str, offset: int, size: int, policy: RetryPolicy = _DEF
 
 
 def object_size(location: str, policy: RetryPolicy = _DEFAULT) -> int | None:
-    """Bytes of an object; None if the server does not tell.
+    """Size of an object in bytes; None if the server does not state it.
 
     Raises:
-        RemoteError: If the object is missing or forbidden, or could not be asked for in all tries.
+        RemoteError: If the object is missing or forbidden, or if all attempts fail.
     """
     source = _source(location, policy)
     return _retry(source, policy, source.size)
 
 
 def exists(location: str, policy: RetryPolicy = _DEFAULT) -> bool:
-    """Whether there is an object at a location.
+    """Whether an object exists.
 
     Raises:
-        RemoteError: If asking is forbidden, or there was no answer in all tries.
+        RemoteError: If access is forbidden, or if all attempts fail.
     """
     try:
         object_size(location, policy)
@@ -138,15 +141,15 @@ def exists(location: str, policy: RetryPolicy = _DEFAULT) -> bool:
 
 
 def list_tars(location: str, policy: RetryPolicy = _DEFAULT) -> list[str]:
-    """The sorted locations of the ``*.tar`` in a folder, or of those that match a glob.
+    """The sorted locations of the ``*.tar`` files in a folder or that match a glob.
 
     Raises:
         UserError: If there are none, or the storage cannot list them.
-        RemoteError: If listing is forbidden, or there was no answer in all tries.
+        RemoteError: If access is forbidden, or if all attempts fail.
     """
     if _is_http(location):
         raise UserError(
-            f"{redact(location)} cannot be listed: http has no folders;"
+            f"{redact(location)} cannot be listed, since HTTP has no folders;"
             " name the shards with braces, for example https://host/shard-{000000..000099}.tar"
         )
     from lit_lora.datamodules.remote.filesystem_source import FilesystemSource
@@ -154,7 +157,7 @@ def list_tars(location: str, policy: RetryPolicy = _DEFAULT) -> list[str]:
     source = FilesystemSource(location, policy.timeout)
     found = _retry(source, policy, source.list_tars)
     if not found:
-        raise UserError(f"{redact(location)} holds no *.tar; check the name of the folder or bucket")
+        raise UserError(f"{redact(location)} contains no *.tar; check the name of the folder or bucket")
     return found
 
 
@@ -175,7 +178,7 @@ def _source(location: str, policy: RetryPolicy) -> RemoteSource:
 def _retry(
     source: RemoteSource, policy: RetryPolicy, action: Callable[[], _T], progress: Callable[[], int] = lambda: 0
 ) -> _T:
-    """Try until it works; ``progress`` tells how many bytes have come in so far."""
+    """Retry an action until it succeeds; ``progress`` returns the number of bytes read so far."""
     failures = furthest = 0
     while True:
         try:
@@ -186,12 +189,12 @@ def _retry(
         furthest = progress() if went_on else furthest
         failures = 1 if went_on else failures + 1
         if failures >= policy.attempts:
-            tries = "1 try" if failures == 1 else f"{failures} tries in a row"
+            tries = "1 attempt" if failures == 1 else f"{failures} attempts in a row"
             raise source.error(f"{failure.reason} ({tries})", failure.action)
         pause = policy.wait(failures, failure.wait)
         if failures >= _SILENT_FAILURES:
             _LOG.warning(
-                "cannot read %s: %s; trying again in %.0f s (%d of %d)",
+                "cannot read %s: %s; retrying in %.0f s (attempt %d of %d)",
                 redact(source.location),
                 failure.reason,
                 pause,
@@ -209,17 +212,17 @@ def _read_on(source: RemoteSource, file: BinaryIO, size: int | None) -> None:
         file.truncate()
         for piece in stream.pieces:
             if size is not None and file.tell() + len(piece) > size:
-                raise source.error(f"it has more than the {size} bytes that its index gives", _OTHER_SHARD)
+                raise source.error(f"it has more than the {size} bytes in its index", _OTHER_SHARD)
             file.write(piece)
     expected = stream.total if size is None else size
     if expected is not None and file.tell() < expected:
-        raise TransientError(f"it broke off after {file.tell()} of {expected} bytes")
+        raise TransientError(f"it ended after {file.tell()} of {expected} bytes")
 
 
 def _check_total(source: RemoteSource, total: int | None, size: int | None) -> None:
     if total is None or size is None or total == size:
         return
-    reason = f"it has {total} bytes, its index gives {size}"
+    reason = f"it has {total} bytes, but {size} in its index"
     if total > size:
         raise source.error(reason, _OTHER_SHARD)
-    raise TransientError(reason, _OTHER_SHARD)  # it may be in the middle of being written
+    raise TransientError(reason, _OTHER_SHARD)  # another program may still be writing it

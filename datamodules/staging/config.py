@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StagerConfig:
-    """The configuration of a stager, which it reads from its standard input as one line of JSON.
+    """The configuration of a staging process, which it reads from its standard input as one line of JSON.
 
     Attributes:
-        folder: Where slots and job files are.
-        budget: The most bytes of shards.
+        folder: Folder for slots and job files.
+        budget: Maximum total size of the staged shards in bytes.
         locations: Paths or URLs of the shards.
-        sizes: Their bytes.
-        chunks: The shard numbers of each chunk.
-        seed: Decides the order of the chunks.
-        shuffle: Whether the chunks are shuffled.
-        job: A name that the processes of a job and their stager share.
-        local_world_size: How many processes read the shards.
-        visit: The first visit.
-        parent: The process that started the stager and that it ends with.
-        by_main_thread: Whether the main thread of that process did so.
+        sizes: Sizes of the shards in bytes.
+        chunks: Shard numbers of each chunk.
+        seed: Seed of the order of the chunks.
+        shuffle: Whether each pass shuffles the chunks.
+        job: Name that the processes of a job share.
+        local_world_size: Number of processes on this machine that read the shards.
+        visit: Number of the first visit.
+        parent: Id of the process that started the staging process, which ends when it does.
+        by_main_thread: Whether the parent's main thread started it.
     """
 
     folder: str

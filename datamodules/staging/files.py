@@ -1,4 +1,4 @@
-"""Files through which a stager and the training processes communicate."""
+"""Files through which the staging process and the training processes communicate."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ _JOB_FORMAT = "lit_lora.stager_job"
 
 
 def local_name(location: str) -> str:
-    """The name under which a shard is kept on local disk; it has no credentials in it."""
+    """File name of a shard's local copy; it contains no credentials."""
     plain = redact(location) if is_remote(location) else os.path.abspath(location.removeprefix("file://"))
     base = re.sub(r"[^\w.-]", "_", plain.rpartition("/")[2], flags=re.ASCII)[-100:]
     return f"{hashlib.sha256(plain.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}-{base}"
 
 
 def slot_path(folder: Path, number: int) -> Path:
-    """The folder of one job's shards."""
+    """Folder for the shards of one job."""
     return folder / f"lit_lora-slot-{number}"
 
 
 def passed_path(slot: Path, job: str, local_rank: int) -> Path:
-    """The file in which a process keeps the number of the last visit that it has read."""
+    """File in which a process writes the number of the last visit that it has read."""
     return slot / f"passed-{job}-{local_rank}"
 
 
 def job_path(folder: Path, job: str) -> Path:
-    """The file with the state of a stager; one for each machine, in case machines share the folder."""
+    """File with the state of a staging process; one per machine, in case machines share the folder."""
     return folder / f"lit_lora-job-{job}-{host()}.json"
 
 
 def host() -> str:
-    """The name of this machine."""
+    """Name of this machine, as part of file names."""
     return re.sub(r"[^\w.-]", "_", platform.node())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file atomically, without sync: it need not survive a crash of the machine."""
+    """Replace a file atomically, without sync, since it need not survive a crash of the machine."""
     part = path.with_name(path.name + ".part")
     try:
         part.write_text(text)
@@ -56,12 +56,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_job(path: Path, **values: Any) -> None:
-    """Write a job's file."""
+    """Write the file of a job."""
     write_text(path, json.dumps({"format": _JOB_FORMAT, "host": host(), **values}) + "\n")
 
 
 def read_job(path: Path) -> dict[str, Any] | None:
-    """Contents of a job's file; None if there is no such file."""
+    """Content of the file of a job; None if it does not exist or is not such a file."""
     try:
         job = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -70,7 +70,7 @@ def read_job(path: Path) -> dict[str, Any] | None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is running. A zombie is not."""
+    """Whether a process of this machine is running; a zombie is not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -78,7 +78,7 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         pass
     try:
-        # The state comes after the name, which may hold spaces and brackets.
+        # The state follows the name, which may contain spaces and brackets.
         return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
     except (OSError, IndexError):
         return True

@@ -1,4 +1,4 @@
-"""Construction of the stager for a loader."""
+"""Construction of a loader's stager."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lit_lora.files import writable_folder
 
 
 def checked_budget(staging: Staging, chunks: ChunkedSamples) -> int:
-    """Maximum number of bytes that staging may take, checked against what two chunks need.
+    """The budget of staging in bytes, after checking that two chunks fit into it.
 
-    Free space on the disk is checked later, when staging starts and it is known which shards are there already.
+    The free disk space is checked when staging starts and the shards that are already staged are known.
 
     Args:
-        staging: The folder, and what the user allows there.
-        chunks: The samples whose shards are staged.
+        staging: Options of staging.
+        chunks: Samples whose shards are staged.
 
     Raises:
         UserError: If the budget is too small or the folder is not writable.
@@ -32,13 +32,13 @@ def checked_budget(staging: Staging, chunks: ChunkedSamples) -> int:
 
 
 def make_stager(staging: Staging, chunks: ChunkedSamples, seed: int, trainer: Any | None) -> Stager:
-    """The stager of this process; the processes of a node share one.
+    """Construct the stager of this process; all processes of a node share one staging process.
 
     Args:
-        staging: The folder, and what the user allows there.
-        chunks: The samples whose shards are staged.
-        seed: Decides the order of the chunks.
-        trainer: The Lightning trainer of the run; None for a single process.
+        staging: Options of staging.
+        chunks: Samples whose shards are staged.
+        seed: Seed of the order of the chunks.
+        trainer: Lightning trainer of the run; None for a single process.
 
     Raises:
         UserError: If the budget is too small or the folder is not writable.

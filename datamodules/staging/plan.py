@@ -1,4 +1,4 @@
-"""The plan of staging: which shards are needed on local disk at which visit."""
+"""The plan of staging: the shards to keep on local disk at each visit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lit_lora.datamodules.batches.plan import chunk_order
 
 
 class StagingPlan:
-    """The shards to keep while a given visit is read, as a pure function of the arguments.
+    """The shards to keep at each visit, as a pure function of the arguments.
 
-    Visit ``v = pass * K + position`` goes through one of the K chunks.
+    Visit ``v = pass * K + position`` reads one of the K chunks.
 
     Args:
-        sizes: Bytes of each shard.
-        chunks: The shard numbers of each chunk.
-        budget: The most bytes that may be kept.
-        seed: Decides the order of the chunks in each pass.
-        shuffle: Whether passes have orders of their own; otherwise chunks keep their order.
+        sizes: Size of each shard in bytes.
+        chunks: Shard numbers of each chunk.
+        budget: Maximum total size of the kept shards in bytes.
+        seed: Seed of the order of the chunks in each pass.
+        shuffle: Whether each pass has its own order; otherwise chunks keep their order.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class StagingPlan:
         self._orders: dict[int, NDArray[np.int64]] = {}
 
     def chunk(self, visit: int) -> int:
-        """The chunk of a visit."""
+        """Number of the chunk of a visit."""
         pass_number, position = divmod(visit, len(self.chunks))
         if pass_number not in self._orders:
             previous = {number: order for number, order in self._orders.items() if number == pass_number - 1}
@@ -44,7 +44,7 @@ class StagingPlan:
         return int(self._orders[pass_number][position])
 
     def visits(self, first: int) -> range:
-        """The visits whose shards can be kept together, from ``first`` on, at most K after it."""
+        """The visits from ``first`` whose shards fit the budget together, at most K after it."""
         kept: set[int] = set()
         size = 0
         for visit in range(first, first + len(self.chunks) + 1):
@@ -56,13 +56,13 @@ class StagingPlan:
         return range(first, visit + 1)
 
     def shards(self, visits: range) -> list[int]:
-        """The shards of some visits, each once, in the order in which they are needed."""
+        """The shards of the given visits, each once, in the order in which they are needed."""
         return list(dict.fromkeys(shard for visit in visits for shard in self.chunks[self.chunk(visit)]))
 
     def next_use(self, first: int) -> list[float]:
-        """The next visit that each shard is needed for, from ``first`` on; infinity where there is none."""
+        """The next visit from ``first`` that needs each shard; infinity if there is none."""
         uses = [math.inf] * len(self.sizes)
-        for visit in range(first, first + 2 * len(self.chunks)):  # each pass has every chunk
+        for visit in range(first, first + 2 * len(self.chunks)):  # contains a full pass
             for shard in self.chunks[self.chunk(visit)]:
                 uses[shard] = min(uses[shard], visit)
         return uses

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import math
@@ -32,20 +31,20 @@ from lit_lora.datamodules.staging.files import (
 )
 from lit_lora.datamodules.staging.plan import StagingPlan
 from lit_lora.datamodules.staging.slot import StagerSlot
+from lit_lora.distributed.processes import end_with
 from lit_lora.errors import UserError
 from lit_lora.files import sync
 
 _POLL_S = 0.1
 _THREADS = 4
-_PR_SET_PDEATHSIG = 1
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class _Staging:
-    """Keeps the shards of the present visit, and of as many after it as fit the budget, in a slot.
+    """Keeps the shards of the current visit, and of as many later visits as fit the budget, in a slot.
 
-    A shard is complete when it is there under its name and in its size: it is checked before it gets that name. The
-    complete ones, and those that are being fetched at their full size, never exceed the budget.
+    A file with the name and size of a shard is complete, since it is checked before it gets that name. The total size of the
+    complete shards and of the shards that are being fetched never exceeds the budget.
     """
 
     def __init__(self, config: StagerConfig, slot: StagerSlot) -> None:
@@ -70,7 +69,7 @@ class _Staging:
         self._check_disk()
 
     def step(self) -> None:
-        """Take one step: evict, start downloads, collect results.
+        """Collect finished downloads, evict shards and start further downloads.
 
         Raises:
             UserError: If a shard cannot be fetched.
@@ -93,14 +92,14 @@ class _Staging:
         self._peak = max(self._peak, self.size())
 
     def rest(self, closed: threading.Event) -> None:
-        """Wait for something to do."""
+        """Wait until a download has finished, but not longer than the polling interval."""
         if self._running:
             wait(self._running, _POLL_S, FIRST_COMPLETED)
         else:
             closed.wait(_POLL_S)
 
     def status(self) -> dict[str, int]:
-        """The state for the other processes; all shards up to the visit ``ready`` are present and will stay."""
+        """The state for the training processes; all shards up to the visit ``ready`` are complete and will be kept."""
         ready = self._first - 1
         for visit in self._visits:
             if any(self._names[shard] not in self._complete for shard in self._plan.shards(range(visit, visit + 1))):
@@ -109,7 +108,7 @@ class _Staging:
         return {"ready": ready, "bytes": self.size(), "peak_bytes": self._peak}
 
     def size(self) -> int:
-        """Bytes of the shards that are here, and of those to come that are being fetched."""
+        """Total size in bytes of the complete shards and of those that are being fetched."""
         return sum(self._complete.values()) + sum(self._config.sizes[shard] for shard in self._running.values())
 
     def _look_ahead(self) -> None:
@@ -140,7 +139,7 @@ class _Staging:
         del self._complete[name]
 
     def _check_disk(self) -> None:
-        """Find out now, not after hours, that the disk is smaller than the budget."""
+        """Raise an error at the start if the disk is smaller than the budget."""
         missing = min(self._config.budget, sum(self._config.sizes)) - self.size()
         if shutil.disk_usage(self._slot.path).free < missing:
             raise UserError(_too_little_disk(self._config, self.size()))
@@ -166,7 +165,7 @@ def serve(config: StagerConfig, closed: threading.Event) -> int:
     """Stage until ``closed`` is set or the parent has ended.
 
     Returns:
-        0, or 1 where staging failed and the job's file says why.
+        Exit status: 0, or 1 if staging failed; the job's file then contains the reason.
     """
     folder = Path(config.folder)
     path = job_path(folder, config.job)
@@ -192,18 +191,21 @@ def serve(config: StagerConfig, closed: threading.Event) -> int:
         message = _describe(error, config, staging.size() if staging else 0)
     try:
         write_job(path, state="failed", pid=os.getpid(), message=message)
-    except OSError:  # most likely the disk is full
+    except OSError:  # the disk may be full
         print(message, file=sys.stderr)
     return 1
 
 
 def main() -> None:
-    """Read the configuration and serve until told to end."""
-    # A scheduler's or terminal's signals are for the process that trains: it may need more shards before it ends.
+    """Read the configuration from standard input and stage until the parent closes or ends."""
+    # Signals from a scheduler or terminal are for the training process, which may need more shards before it ends.
     for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     config = StagerConfig(**json.loads(sys.stdin.buffer.readline()))
-    _end_with_parent(config)
+    if (
+        config.by_main_thread
+    ):  # end_with watches the starting thread; for other threads the loop in serve checks the parent
+        end_with(config.parent)
     closed = threading.Event()
     threading.Thread(target=_listen, args=(closed,), daemon=True).start()
     status = 1
@@ -216,16 +218,8 @@ def main() -> None:
 
 
 def _listen(closed: threading.Event) -> None:
-    sys.stdin.buffer.readline()  # a line, or the end, once the parent closes
+    sys.stdin.buffer.readline()  # returns when the parent closes or ends
     closed.set()
-
-
-def _end_with_parent(config: StagerConfig) -> None:
-    # The kernel sends this signal when the *thread* ends that started us. Without it, the main loop finds out.
-    if config.by_main_thread and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != config.parent:
-        os._exit(1)
 
 
 def _remove_stale_jobs(folder: Path) -> None:
@@ -236,10 +230,10 @@ def _remove_stale_jobs(folder: Path) -> None:
 
 
 def _check_tar(path: Path) -> None:
-    """Walk the headers of a shard.
+    """Check the headers of a shard.
 
     Raises:
-        UserError: If the shard is cut off, damaged or empty.
+        UserError: If the shard is truncated, damaged or empty.
     """
     with path.open("rb") as file:
         if sum(1 for _ in walk_members(path, file)) == 0:
@@ -249,15 +243,15 @@ def _check_tar(path: Path) -> None:
 def _describe(error: OSError, config: StagerConfig, size: int) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _too_little_disk(config, size)
-    return f"cannot stage shards in {config.folder}: {error.strerror}; choose another folder"
+    return f"cannot stage shards in {config.folder}: {error.strerror}; choose another chunks.staging.dir"
 
 
 def _too_little_disk(config: StagerConfig, size: int) -> str:
     free = shutil.disk_usage(config.folder).free
     return (
-        f"the disk of {config.folder} is too small: of the budget of {format_bytes(config.budget)},"
-        f" {format_bytes(size)} are taken, and {format_bytes(free)} are free;"
-        " free space, lower the budget or choose another folder"
+        f"the disk of {config.folder} is too small: {format_bytes(size)} of the budget of {format_bytes(config.budget)} are"
+        f" staged, but only {format_bytes(free)} are free; free space, lower chunks.staging.budget or choose another"
+        " chunks.staging.dir"
     )
 
 

@@ -1,4 +1,4 @@
-"""The folder in which one stager keeps shards."""
+"""The folder in which one staging process keeps shards."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _ORPHAN_WAIT_S = 10.0
 class StagerSlot:
     """A numbered folder that belongs to one process while it runs.
 
-    Of what is in it, only regular files with names of the stager's own making are counted and removed.
+    Only regular files whose names have the form of staged files are counted and removed.
 
     Attributes:
-        number: Of the slot.
-        path: The folder.
+        number: Number of the slot.
+        path: Path of the folder.
     """
 
     def __init__(self, folder: Path, number: int) -> None:
@@ -31,14 +31,14 @@ class StagerSlot:
 
     @classmethod
     def claim(cls, folder: Path, parent: int) -> StagerSlot:
-        """Take the first slot that is free.
+        """Claim the first free slot.
 
-        A slot whose owner is about to end, because the process that it worked for has ended, is waited for: a job that
-        is started again then finds its shards.
+        If the parent of a slot's owner has ended, the owner is about to end too, so this waits for the slot: a restarted job then
+        finds its shards.
 
         Args:
-            folder: Where slots are.
-            parent: The process that the caller works for.
+            folder: Folder of the slots.
+            parent: Id of the training process for which the caller stages.
 
         Raises:
             OSError: If the folder cannot be used.
@@ -50,7 +50,7 @@ class StagerSlot:
         raise AssertionError("not reached")
 
     def files(self) -> dict[str, int]:
-        """Names and sizes in bytes of the shards that are here, also of other data."""
+        """Names and sizes in bytes of the shards in the slot, including those of other data sets."""
         with os.scandir(self.path) as entries:
             return {
                 entry.name: entry.stat(follow_symlinks=False).st_size
@@ -59,7 +59,7 @@ class StagerSlot:
             }
 
     def clean(self) -> None:
-        """Remove what earlier owners left unfinished."""
+        """Remove unfinished files of earlier owners."""
         with os.scandir(self.path) as entries:
             for entry in entries:
                 name = entry.name.removesuffix(".part")
@@ -68,7 +68,7 @@ class StagerSlot:
                     os.unlink(entry.path)
 
     def remove(self, name: str) -> None:
-        """Remove a shard, which may be gone already."""
+        """Remove a shard if it exists."""
         assert SHARD_NAME.fullmatch(name)
         (self.path / name).unlink(missing_ok=True)
 
@@ -105,4 +105,4 @@ def _is_orphaned(lock: int) -> bool:
         owner = json.loads(os.pread(lock, 4096, 0))
         return bool(owner["host"] == host() and not is_alive(owner["parent"]))
     except (ValueError, KeyError, TypeError):
-        return False  # it has only just been taken
+        return False  # the owner has not written its id yet

@@ -40,8 +40,8 @@ _CLOSE_S = 10.0
 _FIRST_LOG_S = 10.0
 _LOG_EVERY_S = 30.0
 _ENDED = (
-    "the process that stages shards has ended; if there is no error of its own above, it was killed, perhaps for lack"
-    " of memory; start again"
+    "the process that stages shards has ended; if it printed no error above, it was killed, perhaps because the machine"
+    " ran out of memory; start again"
 )
 
 
@@ -50,8 +50,8 @@ class StagedShard:
     """A shard to copy.
 
     Attributes:
-        location: Its path or URL.
-        size: Its bytes, from the index.
+        location: Path or URL of the shard.
+        size: Size of the shard in bytes, from the index.
     """
 
     location: str
@@ -62,41 +62,42 @@ def check_budget(chunk_bytes: Sequence[int], budget: int) -> None:
     """Check that any two chunks fit into the budget together.
 
     Args:
-        chunk_bytes: Bytes of the shards of each chunk.
-        budget: The most bytes that may be kept.
+        chunk_bytes: Total size of the shards of each chunk in bytes.
+        budget: Maximum total size of the staged shards in bytes.
 
     Raises:
-        UserError: If they do not fit.
+        UserError: If the two largest chunks do not fit.
     """
     needed = sum(sorted(chunk_bytes)[-2:])
     if needed > budget:
         number = "the only chunk has" if len(chunk_bytes) == 1 else f"the two largest of {len(chunk_bytes)} chunks have"
         raise UserError(
-            f"the budget for staged shards is {format_bytes(budget)} ({budget} bytes), and {number}"
-            f" {format_bytes(needed)} ({needed} bytes); raise the budget or use more chunks"
+            f"the budget for staged shards is {format_bytes(budget)} ({budget} bytes), but {number}"
+            f" {format_bytes(needed)} ({needed} bytes); raise chunks.staging.budget or use more chunks"
         )
 
 
 class Stager:
-    """Keeps the shards of the present chunk, and of the next ones, on local disk.
+    """Keeps the shards of the current chunk and of the next ones on a local disk.
 
     A visit is the training on one chunk: visit ``v = pass * K + position``, in the order of
-    :func:`~lit_lora.datamodules.batches.plan.chunk_order`. Visits are waited for and passed in ascending order.
+    :func:`~lit_lora.datamodules.batches.plan.chunk_order`. :meth:`wait` and :meth:`passed` are called in ascending order of
+    visits.
 
-    One process per machine, a child of local rank 0, fetches and evicts; it ends with its parent, however that ends.
-    What is staged stays when it ends, and a later run with the same folder goes on with it. Jobs that share a folder
-    have slots of their own there, each with its own budget.
+    One staging process per machine, a child of local rank 0, fetches and evicts shards; it ends with its parent in any case.
+    Staged shards remain when it ends, and a later run with the same folder reuses them. Jobs that share a folder have their own
+    slots there, each with its own budget.
 
     Args:
-        folder: Where shards are kept, on a local disk.
-        budget: The most bytes that they take.
+        folder: Folder for the shards, on a local disk.
+        budget: Maximum total size of the shards in bytes.
         shards: All shards of the data set.
-        chunks: The shard numbers of each of the K chunks.
-        seed: Decides the order of the chunks.
-        shuffle: Whether each pass has an order of its own.
-        job: A random name that all processes of the job share; letters, digits, ``_`` and ``-``.
-        local_rank: The number of this process on this machine.
-        local_world_size: How many processes of the job this machine has.
+        chunks: Shard numbers of each of the K chunks.
+        seed: Seed of the order of the chunks.
+        shuffle: Whether each pass has its own order.
+        job: Random name that all processes of the job share; letters, digits, ``_`` and ``-``.
+        local_rank: Number of this process on this machine. Defaults to 0.
+        local_world_size: Number of processes of the job on this machine. Defaults to 1.
 
     Raises:
         UserError: If the budget is too small for two chunks, or two shards have the same location.
@@ -133,18 +134,18 @@ class Stager:
         self._check_names()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy in another process knows where shards lie, but does not own the stager's process."""
+        """The state for a copy in another process, which knows the paths but does not own the staging process."""
         return {**self.__dict__, "_process": None}
 
     def start(self, visit: int) -> None:
-        """Begin with the shards of this visit; all processes of the job do so. It can be done again after a close.
+        """Start staging at a visit, in all processes of the job; this is possible again after :meth:`close`.
 
-        Local rank 0 starts the process, the others find it.
+        Local rank 0 starts the staging process, to which the others attach.
 
         Raises:
-            UserError: If the folder cannot be used, the disk is too small, or the process cannot be started.
+            UserError: If the folder cannot be used, the disk is too small, or the staging process cannot be started.
         """
-        assert self._process is None, "close() comes first"
+        assert self._process is None, "call close() first"
         writable_folder(self._folder)
         self._starts += 1
         self._passed = visit - 1
@@ -159,10 +160,10 @@ class Stager:
         self._slot = slot_path(self._folder, job["slot"])
 
     def wait(self, visit: int) -> None:
-        """Return when all shards of a visit are complete on local disk; they stay until it has been passed.
+        """Wait until all shards of a visit are complete; they are kept until :meth:`passed` is called for the visit.
 
         Raises:
-            UserError: If a shard cannot be fetched, the stager has ended, or its files were removed by somebody else.
+            UserError: If a shard cannot be fetched, the staging process has ended, or another program has removed its files.
         """
         self._check_room(visit)
         next_log = time.monotonic() + _FIRST_LOG_S
@@ -174,17 +175,17 @@ class Stager:
         missing = [shard for shard, present in self._presence(visit).items() if not present]
         if missing:
             raise UserError(
-                f"{len(missing)} staged shards have vanished from {self._slot}, first {self.path(missing[0]).name};"
-                " make sure that nothing else cleans this folder, then start again"
+                f"{len(missing)} staged shards were removed from {self._slot}, first {self.path(missing[0]).name};"
+                " make sure that no other program cleans this folder, then start again"
             )
 
     def path(self, shard: int) -> Path:
-        """Where shard number ``shard`` lies, or will lie, on local disk. Works in copies in other processes too."""
+        """Path of the local copy of a shard; this also works in copies of the stager in other processes."""
         assert self._slot is not None, "start() comes first"
         return self._slot / self._names[shard]
 
     def passed(self, visit: int) -> None:
-        """Say that this process has read all that it needs of this visit and of those before.
+        """Report that this process no longer needs the shards of this visit and of earlier ones.
 
         Raises:
             UserError: If the disk is full or has been removed.
@@ -194,10 +195,12 @@ class Stager:
         try:
             write_text(passed_path(self._slot, self._job_name, self._local_rank), str(visit))
         except OSError as error:
-            raise UserError(f"cannot write in {self._slot}: {error.strerror}; mend that, then start again") from error
+            raise UserError(
+                f"cannot write to {self._slot}: {error.strerror}; free disk space, then start again"
+            ) from error
 
     def close(self) -> None:
-        """End the stager's process, in local rank 0; the staged shards stay."""
+        """End the staging process, in local rank 0; the staged shards remain."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -210,12 +213,12 @@ class Stager:
             process.kill()
             process.wait()
         job = read_job(self._job_path)
-        if job is not None and job["state"] != "failed":  # other processes may have to read why it failed
+        if job is not None and job["state"] != "failed":  # other processes may still have to read the reason
             self._job_path.unlink(missing_ok=True)
 
     @property
     def _job_name(self) -> str:
-        """A name of its own for each start, so that the state of an earlier one is not mistaken for this one's."""
+        """Name of the job with the number of the start, so that the state of an earlier start is not read."""
         return f"{self._job}-{self._starts}"
 
     @property
@@ -227,8 +230,8 @@ class Stager:
         if number > 1:
             first, second = [loc for loc, n in zip(self._locations, self._names, strict=True) if n == name][:2]
             raise UserError(
-                f"two shards have the same location but for user, query and fragment: {redact(first)}"
-                f" and {redact(second)}; name each shard once, and rename shards that differ in these alone"
+                f"the locations of two shards differ at most in user, query or fragment: {redact(first)} and"
+                f" {redact(second)}; name each shard once, and rename shards that differ only in these"
             )
 
     def _start_process(self, visit: int) -> subprocess.Popen[bytes]:
@@ -253,14 +256,14 @@ class Stager:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
         )
         assert process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended, which is found out by its status
-            # Not as an argument: URLs may hold credentials, and all users see arguments.
+        with suppress(BrokenPipeError):  # the process has ended, which _attach reports
+            # Not an argument, since URLs may contain credentials, and all users can see arguments.
             process.stdin.write(json.dumps(asdict(config)).encode() + b"\n")
             process.stdin.flush()
         return process
 
     def _attach(self) -> dict[str, Any]:
-        """Wait until the stager has started."""
+        """Wait until the staging process has started, and return its state."""
         deadline = time.monotonic() + _ATTACH_S
         while True:
             ended = self._process is not None and self._process.poll() is not None
@@ -272,15 +275,15 @@ class Stager:
                 raise UserError(_ENDED)
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"no stager has started in {self._folder} within {_ATTACH_S:.0f} s; local rank 0 starts it,"
-                    " so see what became of that process"
+                    f"no staging process has started in {self._folder} within {_ATTACH_S:.0f} s; the process with local rank 0"
+                    " starts it, so check its output"
                 )
             time.sleep(_POLL_S)
 
     def _read_job(self) -> dict[str, Any]:
-        """The stager's state, if it is running."""
+        """The state of the staging process, which must be running."""
         alive = is_alive(self._pid) if self._process is None else self._process.poll() is None
-        job = read_job(self._job_path)  # after the question whether it is alive: it may have left a reason
+        job = read_job(self._job_path)  # after the check above, since an ended process may have left the reason
         if job is not None:
             self._check_state(job)
         if job is None or not alive:
@@ -292,17 +295,17 @@ class Stager:
             raise UserError(f"shards cannot be staged: {job['message']}")
 
     def _check_room(self, visit: int) -> None:
-        """Check that the shards of a visit fit beside those before it, which stay while this process waits."""
+        """Check that the shards of a visit fit beside those of earlier visits that are still needed."""
         possible = self._plan.visits(self._passed + 1)
         if visit not in possible:
             raise UserError(
-                f"visit {visit} was asked for before visit {self._passed + 1} was over, and only {len(possible)} of"
-                f" their chunks fit the budget of {format_bytes(self._plan.budget)} together: the loader reads ahead"
-                " over whole chunks; use fewer chunks, fewer workers or a larger budget"
+                f"visit {visit} was requested before visit {self._passed + 1} had ended, but only {len(possible)} of"
+                f" their chunks fit the budget of {format_bytes(self._plan.budget)} together, since the loader reads ahead"
+                " by whole chunks; use fewer chunks, fewer workers or a larger chunks.staging.budget"
             )
 
     def _presence(self, visit: int) -> dict[int, bool]:
-        """Whether each shard of a visit is complete."""
+        """The shards of a visit, each with whether it is complete."""
         assert self._slot is not None
         with os.scandir(self._slot) as entries:
             there = {entry.name for entry in entries}

@@ -10,15 +10,15 @@ from lit_lora.errors import UserError
 
 @dataclass(frozen=True)
 class Staging:
-    """Copies shards to a local disk, a chunk ahead of the training.
+    """Options for copying shards to a local disk, one chunk ahead of training.
 
     Args:
         dir: Folder on a local disk for the copies.
-        budget: Maximum number of bytes in it for each job on the machine, as in ``200GB``; null (default) for what two
-            chunks take.
+        budget: Maximum size of the copies for each job on the machine, as in ``200GB``. Defaults to null: the size of the two
+            largest chunks.
 
     Raises:
-        UserError: If ``dir`` is empty or ``budget`` is not an amount of bytes.
+        UserError: If ``dir`` is empty or ``budget`` is not a byte size.
     """
 
     dir: str

@@ -1,1 +1,1 @@
-"""Streaming of shards through webdataset's own pipeline."""
+"""Streaming of shards that webdataset reads sequentially."""

@@ -1,4 +1,4 @@
-"""The loader over a stream of shards for evaluation."""
+"""The loader for evaluation on a stream, which restarts at each iteration."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from lit_lora.datamodules.streaming.stream_loader import StreamLoader
 
 
 class RestartingStreamLoader(StreamLoader):
-    """Yields the first batches each time, at most ``num_batches``.
+    """A loader that yields the first batches of the stream at each iteration, at most ``num_batches``.
 
-    Where there are several processes, one whose shards give out sooner goes on with batches in which nothing counts, so
-    that all have the same number.
+    With several processes, one whose shards end early continues with batches of weight 0, so that all processes yield the same
+    number of batches.
     """
 
     def __iter__(self) -> Iterator[Batch]:
@@ -28,7 +28,7 @@ class RestartingStreamLoader(StreamLoader):
             for batch in islice(self._fetch(), len(self)):
                 self._count(batch)
                 yield batch
-            unused = len(self) * max(1, self._num_workers)  # workers number their batches each for itself
+            unused = len(self) * max(1, self._num_workers)  # each worker numbers its own batches
             while self.batches < len(self) and self._stream.world_size > 1:
                 batch = self._stream.blank(unused + self.batches)
                 self._count(batch)

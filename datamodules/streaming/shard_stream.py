@@ -28,29 +28,29 @@ _WHOLE_SHARD = "(the rest of the shard)"
 
 
 class ShardStream(IterableDataset[Batch]):
-    """Reads shards through webdataset and makes batches of B samples.
+    """Reads shards through webdataset and yields batches of B samples.
 
-    Resampled, each loader worker draws shards with replacement and without end, and mixes their samples in a buffer;
-    otherwise each shard is read once, by one worker of one process.
+    If ``resampled``, each loader worker draws an endless sequence of shards with replacement and shuffles their samples in a
+    buffer. Otherwise each shard is read once, by one worker of one process.
 
-    A sample that cannot be used is skipped and reported in the next batch under ``"bad"``, because an exception would
-    reach the main process without its type. The last item of a worker is ``{"bad": [...]}`` alone: the shards are at
-    their end, or the worker gave up.
+    A bad sample is skipped and reported in the next batch under ``"bad"``, since an exception would reach the main process
+    without its type. The last item of a worker holds only ``"bad"``: the shards have ended, or too many samples were bad.
 
     Args:
         shards: Absolute paths, and URLs that webdataset can open.
-        decoder: Makes entries of a batch.
+        decoder: Conversion of a sample's members to its entries in a batch.
         size: Height and width of the images, in pixels.
-        batch_size: B.
-        resampled: Draw shards without end.
-        shuffle_buffer: Number of encoded samples that each worker mixes, when ``resampled``; 0 (default) keeps their order.
-        rank: The number of this process.
-        world_size: The number of processes.
-        max_bad_samples: A worker gives up when more samples than this are bad.
-        seed: Decides which shards are drawn, and the order of their samples.
+        batch_size: Samples in a batch, B.
+        resampled: Whether to draw shards endlessly.
+        shuffle_buffer: Number of encoded samples that each worker shuffles if ``resampled``. Defaults to 0, which keeps their
+            order.
+        rank: Number of this process. Defaults to 0.
+        world_size: Number of processes. Defaults to 1.
+        max_bad_samples: Maximum number of bad samples, after which a worker stops. Defaults to 0.
+        seed: Seed of the choice of shards and of the order of their samples. Defaults to 0.
 
     Attributes:
-        start: Batches of this process that came before, and the first slot to use; set before workers start.
+        start: Number of batches that this process has already yielded, and the first slot to use; set before workers start.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ShardStream(IterableDataset[Batch]):
         self._names = {shard: _shown(shard, number, len(shards)) for number, shard in enumerate(shards, 1)}
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield this worker's batches; worker w of W makes those with the numbers w, w + W, w + 2 W, …."""
+        """Yield the batches of this worker: worker w of W yields the numbers w, w + W, w + 2 W, …."""
         info = get_worker_info()
         number, step = (0, 1) if info is None else (info.id, info.num_workers)
         failures = _Failures(self.max_bad_samples)
@@ -91,7 +91,7 @@ class ShardStream(IterableDataset[Batch]):
         yield {"bad": failures.take()}
 
     def blank(self, number: int) -> Batch:
-        """A batch in which nothing counts."""
+        """A batch in which all weights are 0."""
         builder = BatchBuilder(self.batch_size)
         builder.put(0, self.decoder.blank(self.size) | {"key": ""})
         return self._batch(builder, number) | {"weight": torch.zeros(self.batch_size)}
@@ -102,7 +102,7 @@ class ShardStream(IterableDataset[Batch]):
         if not self.resampled:
             shards = self.shards[self.rank :: self.world_size][worker::num_workers]
             return self._read(({"url": shard} for shard in shards), failures)
-        # The seed holds all of this itself; webdataset's own would need RANK and WORLD_SIZE in the environment.
+        # The seed contains rank and worker; webdataset would take them from RANK and WORLD_SIZE in the environment.
         seed = seed_of(self.seed, "stream", self.start[0], self.rank, worker)
         drawn = webdataset.ResampledShards(self.shards, deterministic=True, seed=seed, worker_seed=lambda: 0)
         samples = self._read(drawn, failures)
@@ -124,7 +124,7 @@ class ShardStream(IterableDataset[Batch]):
                 return
 
     def _take(self, samples: Iterator[_Sample], first_slot: int, failures: _Failures) -> BatchBuilder:
-        """The next samples that can be used: B, or fewer at the end, or none."""
+        """The next usable samples: B, fewer at the end of the shards, or none if too many are bad."""
         builder = BatchBuilder(self.batch_size)
         for sample in samples:
             place = len(builder.places)
@@ -165,7 +165,7 @@ class ShardStream(IterableDataset[Batch]):
 
 
 class _Sample(NamedTuple):
-    """An encoded sample; a member that is too large is None."""
+    """An encoded sample; members that are too large are None."""
 
     url: str
     key: str
@@ -183,7 +183,7 @@ class _Failures:
 
     @property
     def too_many(self) -> bool:
-        # The second: damaged shards that are drawn again and again are known, but would be read for ever.
+        # The second condition ends the endless reading of damaged shards, which count only once.
         return len(self._known) > self._limit or self.in_a_row > _MAX_FAILURES_IN_A_ROW
 
     def add(self, report: BadSampleReport) -> None:
@@ -199,7 +199,7 @@ class _Failures:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Raises where ``tarfile`` would mistake a damaged header or a truncation for the end of the archive."""
+    """A header reader that raises if ``tarfile`` would mistake damage or truncation for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
@@ -213,12 +213,13 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def _read_shard(url: str, wanted: frozenset[str]) -> Iterator[_Sample]:
-    """The samples of one shard.
+    """Yield the samples of one shard.
 
-    Grouped shard by shard: over several, webdataset puts members from both sides of a damage into one sample.
+    Members are grouped shard by shard, since across shards webdataset would merge members before and after damage into one
+    sample.
 
     Raises:
-        BadSampleError: If the shard cannot be read to its end; samples before the damage came out.
+        BadSampleError: If the shard cannot be read to its end; the samples before the damage have been yielded.
     """
     from webdataset.tariterators import group_by_keys
 
@@ -241,16 +242,16 @@ def _members(url: str, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
                 assert file is not None
                 data = file.read() if info.size <= MAX_MEMBER_BYTES else None
                 yield {"fname": info.name, "data": data, "__url__": url}
-            archive.members.clear()  # type: ignore[attr-defined]  # else a shard's headers stay in memory
+            archive.members.clear()  # type: ignore[attr-defined]  # otherwise all headers would stay in memory
         rest: Any = archive.fileobj
         while chunk := rest.read(1 << 20):
             if chunk.strip(b"\0"):
-                raise tarfile.ReadError("something follows the end of the archive")
+                raise tarfile.ReadError("there is data after the end of the archive")
 
 
 @contextmanager
 def _opened(url: str) -> Iterator[Any]:
-    """A shard as a stream; what webdataset's errors say is left out, since it holds the URL with its credentials."""
+    """Open a shard as a stream. Errors omit webdataset's messages, which contain the URL with its credentials."""
     from webdataset.gopen import Pipe, gopen
 
     try:
@@ -269,7 +270,7 @@ def _opened(url: str) -> Iterator[Any]:
         raise
     except BaseException:
         if process is not None:
-            process.kill()  # a stalled one would never notice that nobody reads any more
+            process.kill()  # a stalled program would not notice that its output is closed
         raise
     finally:
         with suppress(OSError):
@@ -277,9 +278,9 @@ def _opened(url: str) -> Iterator[Any]:
 
 
 def _end(process: Popen[bytes]) -> int:
-    """The exit status of a process; 0 also if it had to be stopped."""
+    """Exit status of a process; 0 if it does not end by itself and is killed."""
     try:
-        return process.wait(_PATIENCE_S)  # it may have closed its output and not be gone yet
+        return process.wait(_PATIENCE_S)  # it may have closed its output and still be running
     except TimeoutExpired:
         process.kill()
         return 0

@@ -1,4 +1,4 @@
-"""The loaders over a stream of shards, for training and for evaluation."""
+"""The loader over a stream of shards."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lit_lora.errors import UserError
 
 
 class StreamLoader:
-    """One process's batches of an endless stream, cut into epochs.
+    """One process's batches of an endless stream, divided into epochs.
 
-    An iteration yields the batches of the current epoch that are still to come; ``len`` is the number of batches in a
-    whole epoch. The state counts batches and is the same in all processes.
+    An iteration yields the remaining batches of the current epoch; ``len`` is the number of batches in a full epoch. The state
+    counts batches and is the same in all processes.
 
     Args:
-        stream: Makes the batches.
+        stream: Stream of batches.
         num_batches: Batches in an epoch.
-        num_workers: Worker processes that read and decode; 0 does it in this one.
-        max_bad_samples: Maximum number of different samples and damaged shards that are skipped, by default 0.
+        num_workers: Worker processes that read and decode. Defaults to 0, which reads in this process.
+        max_bad_samples: Maximum number of different bad samples and damaged shards, which are skipped. Defaults to 0.
     """
 
     def __init__(self, stream: ShardStream, num_batches: int, num_workers: int = 0, max_bad_samples: int = 0) -> None:
@@ -36,8 +36,8 @@ class StreamLoader:
         self.slots = 0
         self._stream = stream
         self._num_workers = num_workers
-        self._iterator: Any = None  # by this name Lightning looks for worker processes when it ends
-        self._bad = BadSamples(max_bad_samples, "bad samples or shards", "skipped", "mend the shards")
+        self._iterator: Any = None  # Lightning looks for worker processes under this name when it ends
+        self._bad = BadSamples(max_bad_samples, "bad samples or shards", "skipped", "repair the shards")
 
     def __len__(self) -> int:
         return self.num_batches
@@ -48,50 +48,50 @@ class StreamLoader:
         return len(self._bad)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the rest of the current epoch.
+        """Yield the remaining batches of the current epoch.
 
         Raises:
-            UserError: If more than ``max_bad_samples`` samples are bad, or no shard gives any.
+            UserError: If more than ``max_bad_samples`` samples are bad, or the shards contain no usable samples.
         """
         for batch in islice(self._fetch(), len(self) - self.batches % len(self)):
             self._count(batch)
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Number of batches that this process has delivered, and of slots that all processes have."""
+        """Number of batches that this process has yielded, and of slots that all processes have used."""
         return {"batches": self.batches, "slots": self.slots}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after so many batches, with shards that are drawn anew.
+        """Continue after the saved number of batches, with newly drawn shards.
 
         Raises:
-            UserError: If the state is not one of a stream.
+            UserError: If the state was saved by another datamodule.
         """
         if state.keys() != self.state_dict().keys():
             raise UserError(
                 "cannot resume within the data: the checkpoint was made with another datamodule; use that one, or load"
-                " the checkpoint's weights alone"
+                " only the checkpoint's weights"
             )
         if state == self.state_dict():
             return
         self.close()
         self.batches, self.slots = state["batches"], state["slots"]
         rank_zero_info(
-            f"the data is a stream, so resuming is approximate: after {self.batches} batches it goes on with shards"
-            " drawn anew, in which samples of the epoch may come again"
+            f"the data is a stream, so resuming is approximate: after {self.batches} batches it continues with newly drawn"
+            " shards, which may repeat samples of the epoch"
         )
 
     def close(self) -> None:
         """End the worker processes; the next iteration starts new ones.
 
-        Left to the garbage collector, they may take seconds to end.
+        If the garbage collector ended them, this could take seconds.
         """
         if isinstance(self._iterator, _MultiProcessingDataLoaderIter):
             self._iterator._shutdown_workers()
         self._iterator = None
 
     def _fetch(self) -> Iterator[Batch]:
-        """The batches from here to the end of the stream; an iteration after another goes on with the same workers."""
+        """Yield the following batches of the stream; successive iterations share the workers."""
         if self._iterator is None:
             self._stream.start = (self.batches, self.slots)
             workers = DataLoader(
@@ -100,7 +100,7 @@ class StreamLoader:
                 num_workers=self._num_workers,
                 collate_fn=_identity,
                 pin_memory=torch.cuda.is_available(),
-                generator=torch.Generator(),  # otherwise it would draw from the global one
+                generator=torch.Generator(),  # otherwise it would draw from the global generator
             )
             self._iterator = iter(workers)
         for batch in self._iterator:
@@ -109,7 +109,7 @@ class StreamLoader:
                 yield batch
             elif self._stream.resampled:
                 raise UserError(
-                    f"the shards give no samples any more; check train_shards:{list_reports(self._bad.values())}"
+                    f"the shards contain no usable samples; check train_shards:{list_reports(self._bad.values())}"
                 )
 
     def _count(self, batch: Batch) -> None:

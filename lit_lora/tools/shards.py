@@ -1,4 +1,4 @@
-"""Commands for shards."""
+"""The commands ``lit-lora shards pack``, ``index``, ``check`` and ``info``."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ def pack(
     when it is started again.
 
     Args:
-        source: A folder of images with a .txt or .json of the same name, at any depth; or of images that metadata.jsonl
-            or metadata.csv files list; or of tar shards, such as img2dataset makes; or of parquet files; or one that
-            datasets saved with save_to_disk. Or one such file, or a .csv, .tsv or .jsonl with paths of images.
-        out: The folder for the shards.
-        samples_per_shard: The most samples in a shard.
-        max_shard_bytes: The most bytes in a shard; only a single sample may exceed it.
-        jobs: Processes that pack, each a shard at a time.
-        shuffle_seed: Pack in the random order of this seed; otherwise sorted by name, or in the order of a table.
-        max_bad: Maximum number of files that may be left out because they are damaged or have no caption.
-        caption_key: The key of the caption in .json files.
-        image_column: In tables, the column of images or of their paths; by default one with a usual name.
-        caption_column: In tables, the column of captions; by default one with a usual name.
-        prefix: How the names of the shards begin.
+        source: Folder of images with a .txt or .json of the same name, at any depth; of images that metadata.jsonl, .csv
+            or .parquet files list; of tar shards, for example from img2dataset; of Parquet files; or written by
+            save_to_disk of datasets. Or a single shard, or a .csv, .tsv, .jsonl, .parquet or .arrow table.
+        out: Folder for the shards.
+        samples_per_shard: Maximum number of samples in a shard.
+        max_shard_bytes: Maximum size of a shard in bytes, which only a single sample may exceed.
+        jobs: Number of processes, each of which packs one shard at a time.
+        shuffle_seed: Seed of a random order of the samples. Defaults to sorted by name, or the order of a table.
+        max_bad: Maximum number of files that are left out because they are damaged or have no caption.
+        caption_key: Key of the caption in .json files.
+        image_column: Column of images, or of their paths, in tables. Defaults to a column with a usual name.
+        caption_column: Column of captions in tables. Defaults to a column with a usual name.
+        prefix: Prefix of the names of the shards.
     """
     from lit_lora.datamodules.packing.pack import pack_folder
 
@@ -61,7 +61,7 @@ def pack(
         caption_column=caption_column,
         prefix=prefix,
     )
-    print(f"shards   {summary.shards} ({summary.resumed} were there already)")
+    print(f"shards   {summary.shards} ({summary.resumed} already existed)")
     print(f"samples  {summary.samples}")
     print(f"size     {summary.size / 1e6:.1f} MB")
     print(f"left out {len(summary.bad)}" + (f" (see {summary.folder / 'bad.jsonl'})" if summary.bad else ""))
@@ -71,17 +71,17 @@ def pack(
 
 
 def index(shards: str | list[str], jobs: int = 1) -> None:
-    """Index shards: one file beside each, and shards.index for all in a folder.
+    """Index shards: write an index beside each shard, and shards.index for all shards of a folder.
 
-    Training does this by itself where it is missing; do it beforehand for many shards, or before they go to a server.
-    Shards that have an index that is up to date are not read again.
+    Training indexes shards that have no index; run this beforehand for many shards, or before copying them to a server.
+    Shards with an up-to-date index are not read again.
 
-    Shards named by URLs are read once, a few at a time; their index stays on this machine, where training finds it.
+    Shards named by URLs are read once, a few at a time; their index is saved on this machine, where training finds it.
 
     Args:
-        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list. Or
-            URLs of these; http has no folders and no globs.
-        jobs: Processes that index, each a shard at a time.
+        shards: Paths of .tar files, folders, globs in quotes, or braces as in data/shard-{000000..000099}.tar; URLs of
+            these, except that HTTP has no folders and globs; or a list.
+        jobs: Number of processes, each of which indexes one shard at a time.
     """
     from lit_lora.datamodules.indexing.data_index import INDEX_NAME
     from lit_lora.datamodules.indexing.index import index_folders
@@ -106,14 +106,14 @@ def check(
     caption_key: str = "caption",
     report: str | None = None,
 ) -> None:
-    """Check shards and all of their samples: structure, images, captions. Exit status 1 if something is wrong.
+    """Check shards and all of their samples: structure, images, captions. The exit status is 1 if there are problems.
 
     Args:
-        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list.
-        jobs: Processes that check, each a shard at a time.
+        shards: Paths of .tar files, folders, globs in quotes, or braces as in data/shard-{000000..000099}.tar; or a list.
+        jobs: Number of processes, each of which checks one shard at a time.
         decode: Decode each image; false reads only the headers of images, which is much faster.
-        caption_key: The key of the caption in .json members.
-        report: A file for all problems, a JSON object in each line.
+        caption_key: Key of the caption in .json members.
+        report: File for all problems, one JSON object per line.
     """
     from lit_lora.datamodules.checking.check import check_shards
     from lit_lora.datamodules.indexing.shard_paths import find_shards
@@ -137,11 +137,11 @@ def info(
     """Show statistics of shards: counts, and sizes and aspect ratios of the images.
 
     Args:
-        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list.
-        resolution: Also list the aspect-ratio buckets that training at this resolution would use.
-        divisor: Widths and heights of the buckets are multiples of this.
-        max_aspect_ratio: Longest shape of a bucket, as long side divided by short side.
-        jobs: Processes that index shards which have no index yet.
+        shards: Paths of .tar files, folders, globs in quotes, or braces as in data/shard-{000000..000099}.tar; or a list.
+        resolution: Resolution for which to list the aspect ratio buckets that training would use. Defaults to none.
+        divisor: Number of pixels of which widths and heights of the buckets are multiples.
+        max_aspect_ratio: Maximum ratio of the long side to the short side of a bucket.
+        jobs: Number of processes that index shards without an index.
     """
     from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
     from lit_lora.datamodules.checking.shard_statistics import ShardStatistics
@@ -165,7 +165,7 @@ def _index_remote(specs: list[str], jobs: int) -> None:
 
     local = next((spec for spec in specs if not is_remote(spec)), None)
     if local is not None:
-        raise UserError(f"{local} is local and {redact(next(filter(is_remote, specs)))} is not; index them one by one")
+        raise UserError(f"{local} is local and {redact(next(filter(is_remote, specs)))} is not; index them separately")
     check_least(1, jobs=jobs)
     for folder, file in index_remote(specs, jobs).items():
         made = DataIndex.load(file)
@@ -173,11 +173,11 @@ def _index_remote(specs: list[str], jobs: int) -> None:
         print(f"shards   {len(made.names):,}")
         print(f"samples  {len(made):,}")
         print(f"index    {file}\n")
-    print("For other machines, copy each index beside its shards as shards.index.")
+    print("To train on other machines, copy each index to the folder of its shards under the name shards.index.")
 
 
 def _load_indexes(specs: str | list[str], jobs: int) -> list[ShardIndex]:
-    """The indexes of shards, made where there is none."""
+    """Load the indexes of shards, and build those that are missing."""
     from lit_lora.datamodules.indexing.data_index import DataIndex
     from lit_lora.datamodules.indexing.shard_paths import find_shards
 
@@ -206,7 +206,7 @@ def _check_lines(summary: CheckSummary) -> list[str]:
 
     lines = format_table([["shards", f"{summary.shards:,}"], ["samples", f"{summary.samples:,}"]])
     if not summary.counts:
-        return [*lines, "", "nothing is wrong"]
+        return [*lines, "", "no problems found"]
     kinds = sorted(summary.counts, key=lambda kind: (kind in NOTES, -summary.counts[kind], kind))
     names = [f"note: {kind}" if kind in NOTES else kind for kind in kinds]
     counts = [f"{summary.counts[kind]:,}" for kind in kinds]

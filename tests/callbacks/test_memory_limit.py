@@ -99,19 +99,19 @@ def test_only_fits_are_planned(sd_folder: Path, trainer_options: dict[str, Any])
 
 
 def test_other_modules_cannot_be_planned(trainer_options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="MemoryLimit plans the runs of a LoraDiffusion, not of a BoringModel; leave"):
+    with pytest.raises(UserError, match="MemoryLimit can plan a LoraDiffusion, not a BoringModel; remove it"):
         _trainer(trainer_options, "4GB").fit(BoringModel())
 
 
 def test_strategies_that_shard_weights_are_refused() -> None:
     trainer: Any = SimpleNamespace(strategy=LitLoraFSDP())
     module: Any = object.__new__(LoraDiffusion)
-    with pytest.raises(UserError, match="full copy of the weights on each GPU, which LitLoraFSDP does not have; leave"):
+    with pytest.raises(UserError, match="full copy of the weights on each GPU, but LitLoraFSDP shards them; remove"):
         MemoryLimit("4GB").setup(trainer, module, "fit")
 
 
 def test_a_limit_is_an_amount_of_bytes() -> None:
-    with pytest.raises(UserError, match="limit='much' is no amount of bytes"):
+    with pytest.raises(UserError, match="limit='much' is not a byte size"):
         MemoryLimit("much")
 
 

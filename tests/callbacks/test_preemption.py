@@ -186,7 +186,10 @@ def test_nothing_is_saved_without_a_checkpoint_callback(
 ) -> None:
     with pytest.raises(SIGTERMException):
         fit_line(trainer_options, Preemption(), Signal(before_batch=1), enable_checkpointing=False)
-    assert "stopped by SIGTERM at step 2; nothing is saved: the trainer has no checkpoint" in capsys.readouterr().err
+    assert (
+        "stopped by SIGTERM at step 2; nothing was saved, since the trainer has no checkpoint"
+        in capsys.readouterr().err
+    )
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

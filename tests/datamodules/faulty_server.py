@@ -28,7 +28,7 @@ class FaultyServer(ThreadingHTTPServer):
 
     A fault is a status, or one of ``drop`` (the connection is closed without an answer), ``truncate`` (after half of
     the body), ``stall`` (the second half never comes), ``long`` (``Content-Length`` is too large by 10), ``short``
-    (too small by 10), ``gzip`` (a false ``Content-Encoding``), ``shift`` (a range that was not asked for), ``redirect``
+    (too small by 10), ``gzip`` (a false ``Content-Encoding``), ``shift`` (a range that was not requested), ``redirect``
     and ``not tar`` (the right number of wrong bytes).
 
     Attributes:

@@ -284,7 +284,7 @@ def test_too_few_samples_are_reported_in_setup(make_shards):
     paths = make_shards(3)
     with pytest.raises(UserError, match="3 samples do not fill one batch of 4"):
         _data(paths, batch_size=4).setup("fit")
-    with pytest.raises(UserError, match="val_samples=3 leaves nothing of 3 samples"):
+    with pytest.raises(UserError, match="val_samples=3 leaves none of 3 samples"):
         _data(paths, val_samples=3).setup("fit")
 
 
@@ -333,7 +333,9 @@ def test_buckets_and_sdxls_conditioning(tmp_path, write_tar, encode_image):
 
 
 def test_all_samples_too_small(make_shards):
-    with pytest.raises(UserError, match=r"16 samples are all smaller than buckets.max_upscaling=1\.5 allows"):
+    with pytest.raises(
+        UserError, match=r"all 16 samples are too small for resolution=.* with buckets.max_upscaling=1\.5"
+    ):
         _data(make_shards(16), resolution=64, buckets=AspectRatioBuckets(max_upscaling=1.5)).setup("fit")
 
 

@@ -488,8 +488,8 @@ class TestRefusals:
         cache_shards(module, data_for(shards))
         write_shard(shards / "shard-000001.tar", range(4, 9))
         message = failure(module, data_for(shards))
-        assert "was made of other samples than" in message
-        assert "it lacks 1 and has 1 others" in message
+        assert "was made from other samples than" in message
+        assert "1 are missing and 1 are not in that shard" in message
 
 
 class TestCommand:

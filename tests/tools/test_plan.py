@@ -90,7 +90,7 @@ def test_without_the_data(plan: Plan, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"device": "abacus"}, "device='abacus' is not known"),
-        ({"device_memory": "much"}, "device_memory='much' is no amount of bytes"),
+        ({"device_memory": "much"}, "device_memory='much' is not a byte size"),
         ({"search": True}, "search needs the memory to fill"),
         ({"batch_size": 0}, "batch_size=0 is too small"),
     ],

@@ -100,7 +100,7 @@ def test_digest_tells_choices_apart():
     ("make", "message"),
     [
         (lambda: AspectRatioBuckets(divisor=0), "divisor=0 is too small"),
-        (lambda: AspectRatioBuckets(max_aspect_ratio=0.5), r"max_aspect_ratio=0.5 must lie in \[1, 16\]"),
+        (lambda: AspectRatioBuckets(max_aspect_ratio=0.5), r"buckets.max_aspect_ratio=0.5 must be in \[1, 16\]"),
         (
             lambda: AspectRatioBuckets(max_upscaling=0.5),
             r"max_upscaling=0.5 is too small; it must be at least 1, or null",

@@ -109,9 +109,9 @@ def test_a_part_of_unknown_identity_is_not_compared():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"{", "is no description of a cache"),
-        (b"[]", "is no description of a cache"),
-        (b'{"format": "lit_lora.cache", "version": 2, "latents": {"vae": ""}, "text": null}', "is no description"),
+        (b"{", "is not a description of a cache"),
+        (b"[]", "is not a description of a cache"),
+        (b'{"format": "lit_lora.cache", "version": 2, "latents": {"vae": ""}, "text": null}', "is not a description"),
         (b'{"format": "lit_lora.cache", "version": 1}', "version 1, not 'lit_lora.cache', version 2"),
         (b'{"format": "other", "version": 1}', "format 'other'"),
     ],

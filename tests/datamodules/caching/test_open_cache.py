@@ -93,7 +93,7 @@ def test_a_remote_cache(make_cache, serve, monkeypatch, tmp_path):
 
 def test_unfinished_or_damaged(make_cache):
     with pytest.raises(
-        UserError, match=r"cache.json: No such file or directory; .* not finished: run `lit-lora cache`"
+        UserError, match=r"cache.json: No such file or directory; .* unfinished cache: run `lit-lora cache`"
     ):
         open_cache(open_table(str(make_cache("a", None))))
     folder = make_cache("b")

@@ -191,7 +191,7 @@ def test_fixed():
     assert not Captions(dropout=0.1).fixed
     assert not Captions(shuffle_tags=True).fixed
     assert not Captions([CaptionSource("txt", weight=1), CaptionSource("json", weight=1)]).fixed
-    with pytest.raises(BadSampleError, match=r"2 captions under the key 'a' in \.json; name one, as a\.0"):
+    with pytest.raises(BadSampleError, match=r"2 captions under the key 'a' in \.json; select one, as a\.0"):
         Captions([CaptionSource("json", key="a")]).draw_fixed(_json({"a": ["x", "y"]}))
 
 
@@ -210,14 +210,14 @@ def test_description_identifies_the_captions(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"extension": "caption"}, "extension='caption' holds no captions; choose one of txt, json, cls"),
+        ({"extension": "caption"}, "extension='caption' cannot hold captions; choose one of txt, json, cls"),
         ({"extension": "json", "key": "a..b"}, r"key='a\.\.b' has an empty part"),
-        ({"template": "a fox"}, "has 0 places for the text; write {} once"),
-        ({"template": "{} {}"}, "has 2 places"),
-        ({"weight": 0.0}, r"weight=0\.0 is no finite number above 0"),
+        ({"template": "a fox"}, "contains {} 0 times; write it once"),
+        ({"template": "{} {}"}, "contains {} 2 times"),
+        ({"weight": 0.0}, r"weight=0\.0 must be finite and above 0"),
         ({"weight": float("nan")}, "weight=nan"),
-        ({"class_names": ["a"]}, "class_names belongs to extension cls, not txt"),
-        ({"extension": "cls", "class_names": []}, "holds no names"),
+        ({"class_names": ["a"]}, "class_names needs extension: cls, not txt"),
+        ({"extension": "cls", "class_names": []}, "contains no names"),
         ({"extension": "cls", "class_names": ["a", ""]}, "the name of class 1 is empty"),
         ({"extension": "cls", "class_names": "nowhere.txt"}, r"cannot read nowhere\.txt \(No such file"),
     ],
@@ -232,7 +232,7 @@ def test_sources_are_checked(options, message):
     [
         ({"sources": []}, "sources is empty"),
         ({"sources": [CaptionSource(weight=1), CaptionSource("json")]}, "1 of 2 caption sources have a weight"),
-        ({"dropout": 1.5}, r"dropout=1\.5 is no probability"),
+        ({"dropout": 1.5}, r"dropout=1\.5 is not a probability"),
         ({"dropout": float("nan")}, "dropout=nan"),
         ({"keep_tags": -1}, "keep_tags=-1 is too small; it must be at least 0"),
         ({"separator": ""}, "separator is empty"),

@@ -96,8 +96,8 @@ def test_index_may_lie_in_the_users_cache(make_shards, tmp_path, monkeypatch):
     [
         (lambda data: data[:40], "truncated"),
         (lambda data: data[:-300], "truncated"),
-        (lambda data: b"", "index that can be read"),
-        (lambda data: data.replace(b'"version":"1"', b'"version":"0"'), "another version"),
+        (lambda data: b"", "not a readable index"),
+        (lambda data: data.replace(b'"version":"1"', b'"version":"0"'), "another format or version"),
     ],
 )
 def test_damaged_file(make_shards, damage, message):
@@ -105,7 +105,7 @@ def test_damaged_file(make_shards, damage, message):
     DataIndex.load_or_build(paths)
     file = paths[0].parent / INDEX_NAME
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=f"(?s)no index that can be read.*{message}|{message}"):
+    with pytest.raises(UserError, match=f"(?s)not a readable index.*{message}|{message}"):
         DataIndex.load(file)
     assert len(DataIndex.load_or_build(paths)) == 4
     assert len(DataIndex.load(file)) == 4
@@ -139,5 +139,5 @@ def test_another_process_is_not_given_other_shards(make_shards):
     paths = make_shards(2, 2)
     sent = pickle.dumps(DataIndex.load_or_build(paths[1:]))
     DataIndex.load_or_build(paths)
-    with pytest.raises(UserError, match="was changed by another program meanwhile; start again"):
+    with pytest.raises(UserError, match="was changed by another program during the run; start again"):
         pickle.loads(sent)

@@ -119,7 +119,7 @@ def test_state_serves_another_number_of_processes(dataset):
 @pytest.mark.parametrize(
     ("seed", "samples", "identity", "message"),
     [
-        (1, 13, {}, "the checkpoint has seed 0, this run 1; set the seed back"),
+        (1, 13, {}, "the checkpoint has seed 0, this run 1; restore seed"),
         (0, 12, {}, "the checkpoint has samples 13, this run 12; use the shards"),
         (0, 13, {"shards": 8}, "the checkpoint has shards 7, this run 8; use the shards of that run in the same order"),
     ],
@@ -132,7 +132,7 @@ def test_state_of_other_data(dataset, seed, samples, identity, message):
 
 def test_another_rule_for_leftovers_is_refused(dataset):
     state = PlannedLoader(dataset, _plan(13, 4)).state_dict()
-    with pytest.raises(UserError, match=r"the checkpoint has pads 0, this run 1; set chunks\.leftovers back"):
+    with pytest.raises(UserError, match=r"the checkpoint has pads 0, this run 1; restore chunks\.leftovers"):
         PlannedLoader(dataset, _plan(13, 4, leftovers="pad")).load_state_dict(state)
 
 

@@ -106,11 +106,11 @@ def test_metadata_in_subfolders_describes_what_lies_below(tmp_path, images, writ
     ("line", "message"),
     [
         ('{"text": "x"}', "has no column 'file_name'.*; its columns are text"),
-        ('{"file_name": 3, "text": "x"}', "line 1: no path of an image under file_name"),
+        ('{"file_name": 3, "text": "x"}', "line 1: the column file_name has no path of an image"),
         ("{", "line 1: not JSON"),
-        ('{"file_name": "../x.jpg", "text": "x"}', "line 1: ../x.jpg lies outside the folder"),
-        ('{"file_name": "/x.jpg", "text": "x"}', "line 1: /x.jpg lies outside"),
-        ('{"file_name": "https://a.org/x.jpg", "text": "x"}', "line 1: https://a.org/x.jpg is an address; download"),
+        ('{"file_name": "../x.jpg", "text": "x"}', "line 1: ../x.jpg is outside the folder"),
+        ('{"file_name": "/x.jpg", "text": "x"}', "line 1: /x.jpg is outside"),
+        ('{"file_name": "https://a.org/x.jpg", "text": "x"}', "line 1: https://a.org/x.jpg is a URL; download"),
     ],
 )
 def test_wrong_metadata(tmp_path, line, message):
@@ -324,7 +324,7 @@ def test_saved_data_set(tmp_path, encode_image):
     images, column = _image_struct(encode_image, 7)
     _save_to_disk(tmp_path / "data" / "train", pa.table({"img": column, "prompt": [f"p{n}" for n in range(7)]}))
     (tmp_path / "data" / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    with pytest.raises(UserError, match=r"holds several splits; pack one of them: .*/data/train"):
+    with pytest.raises(UserError, match=r"contains several splits; pack one of them: .*/data/train"):
         pack_folder(tmp_path / "data", tmp_path / "out")
     pack_folder(tmp_path / "data" / "train", tmp_path / "out", samples_per_shard=3, shuffle_seed=1)
     contents = _contents(tmp_path / "out")
@@ -345,7 +345,7 @@ def test_saved_data_set_of_paths(tmp_path, images):
 def test_wrong_column_files(tmp_path, images):
     folder = images("1.jpg")
     (folder / "x.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(UserError, match=r"cannot read .*x.parquet as parquet"):
+    with pytest.raises(UserError, match=r"cannot read .*x.parquet as Parquet"):
         pack_folder(folder / "x.parquet", tmp_path / "out")
     pq.write_table(pa.table({"image": [1], "text": ["x"]}), folder / "x.parquet")
     with pytest.raises(UserError, match="the column 'image' holds int64, not images or paths; set image_column"):
@@ -360,7 +360,7 @@ def test_wrong_column_files(tmp_path, images):
     with pytest.raises(UserError, match=r"gone.arrow, which .*state.json lists, is missing"):
         pack_folder(tmp_path / "saved", tmp_path / "out")
     (tmp_path / "saved" / "gone.arrow").write_bytes(b"no arrow")
-    with pytest.raises(UserError, match="as an arrow stream"):
+    with pytest.raises(UserError, match="as an Arrow stream"):
         pack_folder(tmp_path / "saved", tmp_path / "out")
 
 
@@ -395,7 +395,7 @@ def test_img2dataset(tmp_path, encode_image, write_tar):
 
     assert (summary.samples, summary.bad) == (6, [])
     assert [file.file for file in summary.incomplete] == ["00001.tar"]
-    assert _bad(tmp_path / "out") == {"00001.tar": "00001_stats.json is missing: img2dataset was cut short"}
+    assert _bad(tmp_path / "out") == {"00001.tar": "00001_stats.json is missing: img2dataset was interrupted"}
     contents = _contents(tmp_path / "out")
     assert list(contents)[:3] == ["000000000.jpg", "000000000.txt", "000000000.json"]
     assert contents["000020002.jpg"] == encode_image(seed=22)

@@ -256,7 +256,7 @@ def test_json_captions(tmp_path, encode_image):
         ({"max_shard_bytes": 0}, "max_shard_bytes=0"),
         ({"jobs": 0}, "jobs=0"),
         ({"max_bad": -1}, "max_bad=-1"),
-        ({"prefix": "a/b"}, "prefix='a/b' cannot begin a file name"),
+        ({"prefix": "a/b"}, "prefix='a/b' cannot be part of a file name"),
         ({"prefix": ""}, "prefix=''"),
     ],
 )
@@ -266,7 +266,7 @@ def test_arguments_are_checked(folder, tmp_path, options, message):
 
 
 def test_wrong_folders(tmp_path):
-    with pytest.raises(UserError, match="absent is not a folder or file"):
+    with pytest.raises(UserError, match="absent does not exist; name the folder or file"):
         pack_folder(tmp_path / "absent", tmp_path / "out")
     with pytest.raises(UserError, match="holds no images"):
         pack_folder(tmp_path, tmp_path / "out")

@@ -53,7 +53,7 @@ def test_byte_order_mark_blank_lines_and_long_fields(tmp_path):
         ("x.csv", b'a,b\n1,"2\n', "line 2: unexpected end of data"),
         ("x.csv", b"a,b\n1,caf\xe9\n", "line 2: not UTF-8"),
         ("x.csv", b"a,a\n1,2\n", "names a column twice"),
-        ("x.csv", b"", "does not begin with a line that names its columns"),
+        ("x.csv", b"", "has no first line that names its columns"),
         ("x.jsonl", b'{"a": 1}\n{', "line 2: not JSON"),
         ("x.jsonl", b"[1]\n", "line 1: not a JSON object"),
         ("x.jsonl", b"\n", "has no rows"),
@@ -70,5 +70,5 @@ def test_missing_or_changed_file(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*x.csv: No such file"):
         RowFile.open(tmp_path / "x.csv").columns()
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n')
-    with pytest.raises(UserError, match="has changed while it was read"):
+    with pytest.raises(UserError, match="changed while it was read"):
         RowFile.open(tmp_path / "x.jsonl").row(9)

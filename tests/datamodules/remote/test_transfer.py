@@ -197,7 +197,7 @@ def test_tries_are_counted_anew_when_something_has_come_in(server, target):
 
     server.requests.clear()
     server.faults.extend(["drop", "drop", "drop"])
-    with pytest.raises(RemoteError, match="3 tries in a row"):
+    with pytest.raises(RemoteError, match="3 attempts in a row"):
         fetch(f"{server.url}/a.tar", target, len(DATA), QUICK)
     assert len(server.requests) == 3
 
@@ -231,13 +231,13 @@ def test_final_answers_are_not_asked_for_again(server, target, status, message):
         (429, "HTTP status 429"),
         ("drop", "ProtocolError"),
         ("truncate", r"IncompleteRead|ProtocolError"),
-        ("short", "it has 2999990 bytes, its index gives 3000000"),
+        ("short", "it has 2999990 bytes, but 3000000 in its index"),
     ],
 )
 def test_gives_up_after_all_tries(server, target, fault, reason):
     server.fault = fault
     server.ranges = False
-    with pytest.raises(RemoteError, match=rf"a.tar: ({reason}) \(3 tries in a row\); "):
+    with pytest.raises(RemoteError, match=rf"a.tar: ({reason}) \(3 attempts in a row\); "):
         fetch(f"{server.url}/a.tar", target, len(DATA), QUICK)
     assert len(server.requests) == 3
     assert _nothing_left(target)
@@ -245,7 +245,7 @@ def test_gives_up_after_all_tries(server, target, fault, reason):
 
 def test_no_server(server, target):
     server.close()
-    with pytest.raises(RemoteError, match=r"NewConnectionError \(3 tries in a row\); check the network"):
+    with pytest.raises(RemoteError, match=r"NewConnectionError \(3 attempts in a row\); check the network"):
         fetch(f"{server.url}/a.tar", target, None, QUICK)
     assert _nothing_left(target)
 
@@ -267,14 +267,14 @@ def test_longer_than_indexed(server, target, size, chunked):
 
 
 def test_shorter_than_indexed(server, target):
-    with pytest.raises(RemoteError, match=r"3000000 bytes, its index gives 3000001 \(3 tries in a row\).*indexed"):
+    with pytest.raises(RemoteError, match=r"3000000 bytes, but 3000001 in its index \(3 attempts in a row\).*indexed"):
         fetch(f"{server.url}/a.tar", target, len(DATA) + 1, QUICK)
     assert _nothing_left(target)
 
 
 def test_compressed_answer(server, target):
     server.fault = "gzip"
-    with pytest.raises(RemoteError, match="the server compresses it; switch compression off"):
+    with pytest.raises(RemoteError, match="the server compresses it; turn off compression"):
         fetch(f"{server.url}/a.tar", target, None, QUICK)
 
 
@@ -408,7 +408,7 @@ def test_local_files(tmp_path, target, scheme):
 
 
 def test_local_file_that_is_missing(tmp_path, target):
-    with pytest.raises(RemoteError, match=r"nothing.tar: there is nothing of this name; check") as caught:
+    with pytest.raises(RemoteError, match=r"nothing.tar: it does not exist; check") as caught:
         fetch(str(tmp_path / "nothing.tar"), target, 1, QUICK)
     assert caught.value.missing
     assert not exists(str(tmp_path / "nothing.tar"), QUICK)
@@ -441,7 +441,7 @@ def test_other_schemes(memory, target):
     assert [read_range(location, 1, 2, QUICK) for location in found] == [DATA[1:3]] * 2
     assert found == sorted(found)
     assert list_tars("memory://train/b*", QUICK) == found[1:]
-    with pytest.raises(UserError, match=r"memory://other holds no \*.tar; check the name"):
+    with pytest.raises(UserError, match=r"memory://other contains no \*.tar; check the name"):
         list_tars("memory://other", QUICK)
 
 
@@ -536,17 +536,17 @@ def test_s3(s3, target):
 
     target.unlink()
     for location in ("s3://train/shards/no.tar", "s3://nobucket/a.tar"):
-        with pytest.raises(RemoteError, match=f"cannot read {location}: there is nothing of this name") as caught:
+        with pytest.raises(RemoteError, match=f"cannot read {location}: it does not exist") as caught:
             fetch(location, target, None, QUICK)
         assert caught.value.missing
         assert not exists(location, QUICK)
-    with pytest.raises(UserError, match=r"s3://nobucket holds no \*.tar; check the name of the folder or bucket"):
+    with pytest.raises(UserError, match=r"s3://nobucket contains no \*.tar; check the name of the folder or bucket"):
         list_tars("s3://nobucket", QUICK)
     with pytest.raises(RemoteError, match="ends at byte 3000000, before byte 3000005"):
         read_range("s3://train/shards/a.tar", 2_999_998, 7, QUICK)
     with pytest.raises(RemoteError, match="InvalidRange"):
         read_range("s3://train/shards/a.tar", 10_000_000, 7, QUICK)
-    with pytest.raises(RemoteError, match="3000000 bytes, its index gives 2999999"):
+    with pytest.raises(RemoteError, match="3000000 bytes, but 2999999 in its index"):
         fetch("s3://train/shards/a.tar", target, len(DATA) - 1, QUICK)
     assert _nothing_left(target)
 
@@ -616,7 +616,7 @@ def test_s3_that_fails_for_a_moment(s3_faults, target, faults):
     ("fault", "message", "requests"),
     [
         (403, r"access is denied, PermissionError \(403\); check the credentials and the permissions", 1),
-        (503, r"OSError \(503\) \(3 tries in a row\)", 3),
+        (503, r"OSError \(503\) \(3 attempts in a row\)", 3),
     ],
 )
 def test_s3_that_refuses(s3_faults, target, fault, message, requests):

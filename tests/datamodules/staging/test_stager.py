@@ -360,7 +360,7 @@ def test_file_of_another_size_is_fetched_again(data, stage):
     ("fault", "reason"),
     [
         (403, r"cannot read http://127.0.0.1:\d+/shard-0000\d\d.tar: HTTP status 403; check the credentials"),
-        ("long", r"cannot read .*: it has \d+ bytes, its index gives \d+; this is not the shard that was indexed"),
+        ("long", r"cannot read .*: it has \d+ bytes, but \d+ in its index; this is not the shard that was indexed"),
         ("not tar", r"http://127.0.0.1:\d+/shard-0000\d\d.tar cannot be staged: .*holds no samples"),
     ],
 )
@@ -467,7 +467,7 @@ def test_shards_that_somebody_removes(data, stage):
         stager.wait(0)
         for shard in range(12):
             stager.path(shard).unlink(missing_ok=True)
-        with pytest.raises(UserError, match=r"3 staged shards have vanished from .*nothing else cleans this folder"):
+        with pytest.raises(UserError, match=r"3 staged shards were removed from .*no other program cleans this folder"):
             stager.wait(0)
 
 
@@ -475,7 +475,7 @@ def test_reading_ahead_over_whole_chunks_is_refused(data, stage):
     with closing(data.stager(stage)) as stager:
         stager.start(0)
         with pytest.raises(
-            UserError, match=r"visit 2 was asked for before visit 0 was over, and only 2 of their chunks"
+            UserError, match=r"visit 2 was requested before visit 0 had ended, but only 2 of their chunks"
         ):
             stager.wait(2)
 
@@ -483,7 +483,7 @@ def test_reading_ahead_over_whole_chunks_is_refused(data, stage):
 def test_disk_that_is_smaller_than_the_budget(data, stage):
     shards = [StagedShard(shard.location, 10**15) for shard in data.shards()]
     stager = data.stager(stage, shards=shards, budget=7 * 10**15)
-    with closing(stager), pytest.raises(UserError, match=r"the disk of .* is too small: of the budget of 7.0 PB, 0 B"):
+    with closing(stager), pytest.raises(UserError, match=r"the disk of .* is too small: 0 B of the budget of 7.0 PB"):
         stager.start(0)
     assert data.requested() == []
 
@@ -491,7 +491,7 @@ def test_disk_that_is_smaller_than_the_budget(data, stage):
 def test_disk_that_is_full_is_told_apart_from_other_errors(tmp_path):
     config = StagerConfig(str(tmp_path), 10**9, [], [], [], 0, True, "job", 1, 0, 1, True)
     full = _describe(OSError(errno.ENOSPC, "No space left"), config, 5 * 10**8)
-    assert "of the budget of 1.0 GB, 500.0 MB are taken, and" in full
+    assert "500.0 MB of the budget of 1.0 GB are staged, but only" in full
     assert "cannot stage shards in" in _describe(OSError(errno.EROFS, "Read-only file system"), config, 0)
 
 
@@ -503,7 +503,7 @@ def test_folder_that_cannot_be_used(data, tmp_path):
 
 def test_no_stager_to_find(data, stage, monkeypatch):
     monkeypatch.setattr(stager_module, "_ATTACH_S", 0.0)
-    with pytest.raises(UserError, match="no stager has started"):
+    with pytest.raises(UserError, match="no staging process has started"):
         data.stager(stage, local_rank=1, local_world_size=2).start(0)
 
 
@@ -513,9 +513,9 @@ def test_no_stager_to_find(data, stage, monkeypatch):
         (
             [3, 5, 4],
             8,
-            r"8 B \(8 bytes\), and the two largest of 3 chunks have 9 B \(9 bytes\); raise the budget or use",
+            r"8 B \(8 bytes\), but the two largest of 3 chunks have 9 B \(9 bytes\); raise chunks.staging.budget",
         ),
-        ([7], 6, r"6 B \(6 bytes\), and the only chunk has 7 B \(7 bytes\)"),
+        ([7], 6, r"6 B \(6 bytes\), but the only chunk has 7 B \(7 bytes\)"),
     ],
 )
 def test_budget_that_is_too_small(chunk_bytes, budget, message):
@@ -538,7 +538,7 @@ def test_budget_that_suffices(chunk_bytes, budget):
                 "shards": [StagedShard("https://a@h/x.tar?1", 1), StagedShard("https://h/x.tar?2", 1)],
                 "chunks": [[0, 1]],
             },
-            "two shards have the same location .*: https://h/x.tar and https://h/x.tar; name each shard once",
+            "locations of two shards differ at most in .*: https://h/x.tar and https://h/x.tar; name each shard once",
         ),
     ],
 )

@@ -124,7 +124,7 @@ DAMAGES = {
     "zero block": (
         lambda data: _replace(data, _header(data, 4), bytes(512)),
         1,
-        "something follows the end of the archive",
+        "there is data after the end of the archive",
     ),
     "not a tar": (lambda data: b"<html>not found</html>" * 100, 0, "a header is damaged"),
     "empty": (lambda data: b"", 0, "the end of the archive is missing"),
