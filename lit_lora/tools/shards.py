@@ -1,4 +1,4 @@
-"""Commands for shards."""
+"""``lit-lora shards``: packs, indexes, checks and describes WebDataset shards."""
 
 from __future__ import annotations
 
@@ -32,21 +32,26 @@ def pack(
     when it is started again.
 
     Args:
-        source: A folder of images with a .txt or .json of the same name, at any depth; or of images that metadata.jsonl
-            or metadata.csv files list; or of tar shards, such as img2dataset makes; or of parquet files; or one that
-            datasets saved with save_to_disk. Or one such file, or a .csv, .tsv or .jsonl with paths of images.
-        out: The folder for the shards.
-        samples_per_shard: The most samples in a shard.
-        max_shard_bytes: The most bytes in a shard; only a single sample may exceed it.
-        jobs: Processes that pack, each a shard at a time.
-        shuffle_seed: Pack in the random order of this seed; otherwise sorted by name, or in the order of a table.
+        source: Folder with images and a .txt or .json file of the same name for each, at any depth; or with images that
+            metadata.jsonl or metadata.csv files list; or with tar shards, such as img2dataset makes; or with parquet
+            files; or one that datasets.save_to_disk wrote. Or one such file, or a .csv, .tsv or .jsonl file with paths of
+            images.
+        out: Folder for the shards.
+        samples_per_shard: Maximum number of samples in a shard.
+        max_shard_bytes: Maximum size of a shard in bytes; only a shard of one sample may exceed it.
+        jobs: Number of processes that pack, each one shard at a time.
+        shuffle_seed: Seed of a random order; defaults to the order of names, or of a table's rows.
         max_bad: Maximum number of files that may be left out because they are damaged or have no caption.
-        caption_key: The key of the caption in .json files.
-        image_column: In tables, the column of images or of their paths; by default one with a usual name.
-        caption_column: In tables, the column of captions; by default one with a usual name.
-        prefix: How the names of the shards begin.
+        caption_key: Key of the caption in .json files.
+        image_column: Column of a table that holds images or their paths; defaults to a column with a common name.
+        caption_column: Column of a table that holds captions; defaults to a column with a common name.
+        prefix: Start of the shards' names.
+
+    Raises:
+        UserError: If the source cannot be read, an option is outside its range, or more than ``max_bad`` files are bad.
     """
     from lit_lora.datamodules.packing.pack import pack_folder
+    from lit_lora.report_text import format_written
 
     summary = pack_folder(
         source,
@@ -61,27 +66,28 @@ def pack(
         caption_column=caption_column,
         prefix=prefix,
     )
-    print(f"shards   {summary.shards} ({summary.resumed} were there already)")
-    print(f"samples  {summary.samples}")
-    print(f"size     {summary.size / 1e6:.1f} MB")
-    print(f"left out {len(summary.bad)}" + (f" (see {summary.folder / 'bad.jsonl'})" if summary.bad else ""))
+    numbers = (summary.shards, summary.resumed, summary.samples, summary.size, len(summary.bad))
+    print(format_written(*numbers, str(summary.folder / "bad.jsonl")))
     if summary.incomplete:
         print(f"skipped  {len(summary.incomplete)} shards that img2dataset has not finished")
     print(f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {summary.folder}")
 
 
 def index(shards: str | list[str], jobs: int = 1) -> None:
-    """Index shards: one file beside each, and shards.index for all in a folder.
+    """Index shards: write one index file beside each shard, and shards.index for all shards of a folder.
 
-    Training does this by itself where it is missing; do it beforehand for many shards, or before they go to a server.
-    Shards that have an index that is up to date are not read again.
+    Training indexes shards that have no index; do it beforehand for many shards, or before they are copied to a server.
+    Shards with an up-to-date index are not read again.
 
     Shards named by URLs are read once, a few at a time; their index stays on this machine, where training finds it.
 
     Args:
-        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list. Or
-            URLs of these; http has no folders and no globs.
-        jobs: Processes that index, each a shard at a time.
+        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list of
+            these. Or URLs of them; for http no folders and no globs.
+        jobs: Number of processes that index, each one shard at a time.
+
+    Raises:
+        UserError: If a shard is missing or damaged, or local shards and URLs are mixed.
     """
     from lit_lora.datamodules.indexing.data_index import INDEX_NAME
     from lit_lora.datamodules.indexing.index import index_folders
@@ -106,14 +112,18 @@ def check(
     caption_key: str = "caption",
     report: str | None = None,
 ) -> None:
-    """Check shards and all of their samples: structure, images, captions. Exit status 1 if something is wrong.
+    """Check shards and all their samples: structure, images, captions. The exit status is 1 if there are problems.
 
     Args:
-        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list.
-        jobs: Processes that check, each a shard at a time.
-        decode: Decode each image; false reads only the headers of images, which is much faster.
-        caption_key: The key of the caption in .json members.
-        report: A file for all problems, a JSON object in each line.
+        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list of
+            these.
+        jobs: Number of processes that check, each one shard at a time.
+        decode: Whether to decode each image; false reads only the headers of images, which is much faster.
+        caption_key: Key of the caption in .json members.
+        report: File for a list of all problems, one JSON object per line; defaults to none.
+
+    Raises:
+        UserError: If a shard cannot be found.
     """
     from lit_lora.datamodules.checking.check import check_shards
     from lit_lora.datamodules.indexing.shard_paths import find_shards
@@ -134,14 +144,18 @@ def info(
     max_aspect_ratio: float = 2.0,
     jobs: int = 1,
 ) -> None:
-    """Show statistics of shards: counts, and sizes and aspect ratios of the images.
+    """Print statistics of shards: counts, and sizes and aspect ratios of the images.
 
     Args:
-        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list.
-        resolution: Also list the aspect-ratio buckets that training at this resolution would use.
-        divisor: Widths and heights of the buckets are multiples of this.
-        max_aspect_ratio: Longest shape of a bucket, as long side divided by short side.
-        jobs: Processes that index shards which have no index yet.
+        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list of
+            these.
+        resolution: Resolution for which aspect-ratio buckets are listed too; defaults to no list.
+        divisor: Divisor of the buckets' heights and widths, in pixels.
+        max_aspect_ratio: Maximum ratio of a bucket's long side to its short side.
+        jobs: Number of processes that index shards without an index.
+
+    Raises:
+        UserError: If a shard is missing or damaged, or an option is outside its range.
     """
     from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
     from lit_lora.datamodules.checking.shard_statistics import ShardStatistics
@@ -165,7 +179,7 @@ def _index_remote(specs: list[str], jobs: int) -> None:
 
     local = next((spec for spec in specs if not is_remote(spec)), None)
     if local is not None:
-        raise UserError(f"{local} is local and {redact(next(filter(is_remote, specs)))} is not; index them one by one")
+        raise UserError(f"{local} is local and {redact(next(filter(is_remote, specs)))} is not; index them separately")
     check_least(1, jobs=jobs)
     for folder, file in index_remote(specs, jobs).items():
         made = DataIndex.load(file)
@@ -177,7 +191,7 @@ def _index_remote(specs: list[str], jobs: int) -> None:
 
 
 def _load_indexes(specs: str | list[str], jobs: int) -> list[ShardIndex]:
-    """The indexes of shards, made where there is none."""
+    """Load the indexes of shards, and build those that are missing."""
     from lit_lora.datamodules.indexing.data_index import DataIndex
     from lit_lora.datamodules.indexing.shard_paths import find_shards
 
@@ -206,7 +220,7 @@ def _check_lines(summary: CheckSummary) -> list[str]:
 
     lines = format_table([["shards", f"{summary.shards:,}"], ["samples", f"{summary.samples:,}"]])
     if not summary.counts:
-        return [*lines, "", "nothing is wrong"]
+        return [*lines, "", "no problems found"]
     kinds = sorted(summary.counts, key=lambda kind: (kind in NOTES, -summary.counts[kind], kind))
     names = [f"note: {kind}" if kind in NOTES else kind for kind in kinds]
     counts = [f"{summary.counts[kind]:,}" for kind in kinds]

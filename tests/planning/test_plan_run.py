@@ -237,7 +237,7 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
 def test_numbers_out_of_range(sd_folder: Path) -> None:
     with pytest.raises(UserError, match="batch_size=0 is too small"):
         plan_of(module_for(sd_folder), 0)
-    with pytest.raises(UserError, match="a cache has latents and text"):
+    with pytest.raises(UserError, match="choose from latents and text"):
         plan_of(module_for(sd_folder), cached=frozenset({"pixels"}))
 
 

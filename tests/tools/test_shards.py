@@ -34,7 +34,7 @@ def test_pack(images, tmp_path, capsys):
         main(["shards", "pack", str(images), str(out), "--samples_per_shard=2", "--max_bad=1", "--shuffle_seed=3"]) == 0
     )
     printed = capsys.readouterr().out
-    assert "shards   2 (0 were there already)" in printed
+    assert "shards   2 (0 of them from an earlier run)" in printed
     assert "samples  3" in printed
     assert f"left out 1 (see {out / 'bad.jsonl'})" in printed
     assert f"--data.init_args.train_shards {out}" in printed
@@ -103,7 +103,7 @@ def test_wrong_jobs(make_shards, command, capsys):
 
 def test_check_of_clean_shards(make_shards, capsys):
     assert main(["shards", "check", str(make_shards(2, 3)[0].parent)]) == 0
-    assert capsys.readouterr().out == "shards   2\nsamples  5\n\nnothing is wrong\n"
+    assert capsys.readouterr().out == "shards   2\nsamples  5\n\nno problems found\n"
 
 
 def test_check_with_problems(tmp_path, write_tar, encode_image, capsys):
