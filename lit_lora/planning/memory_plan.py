@@ -82,24 +82,23 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """The plan as text: a table and a summary."""
-        rows = [["MB", *KINDS, "total"]]
+        # The first word of each kind, so that the table fits 80 columns.
+        rows = [["MB", *(kind.partition(" ")[0] for kind in KINDS), "total"]]
         for phase, kinds in self.phases.items():
             rows.append([phase, *(_mb(kinds[kind]) for kind in KINDS), _mb(sum(kinds.values()))])
-        beside = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.beside.items())
         share = f"{COMPUTE_UTILISATION:.0%} of the arithmetic and {BANDWIDTH_UTILISATION:.0%} of the bandwidth"
         lines = [
             ["run", f"{self.batch_size} x {self.height} x {self.width} px on {self.device}"],
             ["peak", f"{format_bytes(self.peak)} of tensors, in {self.peak_phase}"],
-            ["beside", f"{beside} (allowances)"],
+            ["beside", "allowances for what is not a tensor:"],
+            *(["", f"{format_bytes(size)} {name}"] for name, size in self.beside.items()),
             ["needed", format_bytes(self.needed)],
             ["adapter", f"{self.adapter_parameters:,} parameters in a file of {format_bytes(self.adapter_file_bytes)}"],
             ["step", f"{self.flops_per_step / 1e12:.2f} TFLOP, about {format_duration(self.seconds_per_step)}"],
             ["", f"(estimated at {share} of {self.device})"],
         ]
         if self.device != "cpu":
-            lines.append(
-                ["note", "figures for GPUs are modeled; two plans were compared with runs on an H100: within 4 %"]
-            )
+            lines.append(["note", "modeled for GPUs; two plans were within 4 % of runs on an H100"])
         return "\n".join([*format_table(rows), "", *(f"{label:<8} {value}" for label, value in lines)])
 
 

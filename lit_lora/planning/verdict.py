@@ -20,7 +20,7 @@ def verdict(planned: MemoryPlan, memory: int, changes: list[ChangedRun] | None) 
         return f"fits: {said}"
     if changes is None:
         return f"does not fit: {said}, not even with all {len(CANDIDATES)} kinds of changes together"
-    lines = [f"does not fit: {said}. The cheapest changes that make it fit, cumulatively:"]
+    lines = [f"does not fit: {said}", "The cheapest changes that make it fit, cumulatively:"]
     for one in changes:
         lines.append(f"  {one.change.arguments}   needs {format_bytes(one.plan.needed)} ({one.change.price})")
     return "\n".join(lines)

@@ -89,13 +89,7 @@ def print_plan(
     blocks.append(data_summary)
     print("\n\n".join(blocks))
     if json is not None:
-        planned.write(
-            json,
-            device_memory=memory,
-            fits=None if memory is None else planned.fits(memory),
-            largest_batch_size=largest and largest.batch_size,
-            changes=[{"keys": one.change.keys, "needed": one.plan.needed} for one in changes or ()],
-        )
+        planned.write(json, **_findings(planned, memory, largest, changes or []))
     return 0 if memory is None or device_memory is None or planned.fits(memory) else 1
 
 
@@ -103,6 +97,18 @@ class _PlanCLI(ToolCLI):
     command = "lit-lora plan"
     function = staticmethod(print_plan)
     parts = frozenset({"module", "data", "trainer"})
+
+
+def _findings(
+    planned: MemoryPlan, memory: int | None, largest: MemoryPlan | None, changes: Iterable[ChangedRun]
+) -> dict[str, Any]:
+    """Entries that the command adds to the JSON object of a plan."""
+    return {
+        "device_memory": memory,
+        "fits": None if memory is None else planned.fits(memory),
+        "largest_batch_size": largest and largest.batch_size,
+        "changes": [{"keys": one.change.keys, "needed": one.plan.needed} for one in changes],
+    }
 
 
 def _run(

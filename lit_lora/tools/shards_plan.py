@@ -142,8 +142,8 @@ def _time(data: WebDatasetDataModule, plan: Plan, shown: int, processes: int, im
     readers = max(1, data.num_workers) * processes
     who = _count(readers, "loader thread reads", "loader threads read")
     return (
-        f"at least {format_duration(shown / rate / readers)} a pass: {who} {rate:.0f} images/s each on this machine"
-        " (set --images_per_second to the speed of training for an estimate)"
+        f"at least {format_duration(shown / rate / readers)} a pass: {who} {rate:.0f} images/s each\n"
+        f"{'':<15} (for an estimate set --images_per_second to the speed of training)"
     )
 
 
