@@ -168,7 +168,7 @@ def _full(setting: dict[str, Any], options: argparse.Namespace, batch_size: int,
     from lightning.pytorch import LightningModule
 
     from lit_lora.planning.fake_module import fake_tensors
-    from lit_lora.planning.step import make_meter, play_steps
+    from lit_lora.planning.step import make_meter, simulate_step
 
     class Full(LightningModule):
         def __init__(self) -> None:
@@ -192,7 +192,7 @@ def _full(setting: dict[str, Any], options: argparse.Namespace, batch_size: int,
         model, meter = Full().train(), make_meter(cuda=options.device == "cuda")
         meter.assign(model.parameters(), "adapter")
         inputs = batch()
-        play_steps(
+        simulate_step(
             meter, list(model.parameters()), lambda: model.training_step(inputs), lambda _: model.configure_optimizers()
         )
     planned = max(sum(kinds.values()) for kinds in meter.peaks.values())

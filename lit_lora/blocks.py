@@ -8,7 +8,7 @@ from torch import nn
 
 
 def outermost_blocks(module: nn.Module, class_names: Collection[str]) -> Iterator[nn.Module]:
-    """The blocks of the named classes; of nested blocks only the outermost."""
+    """Iterate over the blocks of the named classes; of nested blocks only over the outermost."""
     # FSDP2 replaces the class of a sharded block by a subclass.
     if any(kind.__name__ in class_names for kind in type(module).__mro__):
         yield module

@@ -14,11 +14,11 @@ def parse_bytes(name: str, value: int | str) -> int:
     """Parse a byte size such as ``140_000_000``, ``"140 MB"`` or ``"1.5TiB"``.
 
     Args:
-        name: Name of the option, for the error.
+        name: Name of the option, for the error message.
         value: Number of bytes, or a number with a unit.
 
     Raises:
-        UserError: If the value is not a byte size, or below 1 byte.
+        UserError: If the value is not a byte size, or is below 1 byte.
     """
     match = re.fullmatch(r"(\d{1,30}(?:_\d+)*(?:\.\d+)?)\s*([kmgtp]?i?)b?", str(value).strip().lower())
     factor = (_UNITS | _BINARY_UNITS).get(match[2]) if match else None

@@ -14,19 +14,22 @@ USAGE = """usage: lit-lora COMMAND [options]
 Adapter training for diffusion models.
 
 train
-  fit       train an adapter: lit-lora fit --config configs/sd15.yaml
-  validate  validation loss of a checkpoint
-  test      the same on the test shards
-  predict   draw the validation captions
+  fit       train an adapter
+  validate  compute the loss on the validation shards
+  test      compute the loss on the test shards
+  predict   draw an image for each caption of the validation shards
 
 tools
-  plan      memory, time and files of a run before it starts: lit-lora plan --config configs/sd15.yaml
-  demo      train on handwritten digits, from nothing, in minutes
+  plan      predict the memory, time and file sizes of a run before it starts
+  demo      train on handwritten digits in minutes, without downloading anything
   sample    draw images with an adapter
-  cache     encode images and captions once, to train without VAE and text encoders
-  shards    pack, index, check, info, plan: image folders to WebDataset shards, and what is in them
+  cache     encode images and captions once, to train without the encoders
+  shards    pack, index, check and describe WebDataset shards
 
-Options of a command: lit-lora COMMAND --help
+examples
+  lit-lora plan --config configs/sd15.yaml
+  lit-lora fit --config configs/sd15.yaml
+  lit-lora COMMAND --help
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -60,7 +63,8 @@ def _shards(arguments: list[str]) -> None:
 
     commands = {name: getattr(shards, name) for name in ("pack", "index", "check", "info")}
     epilog = (
-        "And: lit-lora shards plan --config FILE, with the options of fit: what a run would read, before it starts."
+        "A fifth subcommand takes the options of lit-lora fit: lit-lora shards plan --config FILE describes the data of a run"
+        " before it starts."
     )
     run_tool(commands, arguments, "lit-lora shards", epilog=epilog)
 
@@ -78,20 +82,20 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
     "cache": _cache,
     "shards": _shards,
 }
-"""Commands that do not run a trainer. They return the exit status; None stands for 0."""
+"""Commands that do not run a trainer. They return the exit status; None means 0."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        arguments: Command and options; defaults to those of the process.
+        arguments: Command and its options; defaults to the arguments of the process.
 
     Returns:
         Exit status: 2 for a user error, 1 if a plan does not fit, 130 after Ctrl-C.
 
     Raises:
-        SystemExit: If a signal has stopped ``fit``, with 128 plus the signal's number (143 for SIGTERM).
+        SystemExit: If a signal stops ``fit``, with 128 plus the signal's number (143 for SIGTERM).
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -105,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, *rest = arguments
     if command not in (*TRAINER_COMMANDS, *TOOLS):
         known = ", ".join((*TRAINER_COMMANDS, *TOOLS))
-        print(f"lit-lora: error\nno command {command!r}; the commands are {known}", file=sys.stderr)
+        print(f"lit-lora: error\nunknown command {command!r}; choose from {known}", file=sys.stderr)
         return 2
     from lit_lora.errors import UserError
 
@@ -127,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = f" {error.filename}" if error.filename else ""
         print(
             f"lit-lora: error\ncannot write{where}: {error.strerror}; free some space or name another folder."
-            " What is complete is kept",
+            " Complete files are kept",
             file=sys.stderr,
         )
         return 2
@@ -137,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        # Lightning has ended the run and exits; what the last checkpoint has is kept.
+        # Lightning has ended the run and exits; the last checkpoint is kept.
         print("lit-lora: interrupted; resume with --ckpt_path last", file=sys.stderr)
         return 130
     return 0

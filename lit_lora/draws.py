@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from a sequence of numbers and names, the same on every platform."""
+    """Derive a 63-bit seed from numbers and names; it is the same on every platform."""
     text = "/".join(str(part) for part in parts)
     return (
         int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little") >> 1
@@ -22,8 +22,8 @@ class Draws:
 
     Sample ``i`` of the batch draws from generators that are seeded by ``(seed, name, slots[i])``. A slot is the number
     of a sample's place in the run (pass, batch and position in the global batch in one integer), so a resumed
-    run, other loader workers and another number of processes all see the same values. They are drawn on the CPU, which
-    makes them the same on every device too.
+    run, other loader workers and another number of processes all see the same values. Values are drawn on the CPU, so
+    that they do not depend on the device either.
 
     Args:
         seed: Seed of the run.

@@ -11,11 +11,11 @@ class UserError(ValueError):
     """
 
 
-def check_least(least: int, **values: int | None) -> None:
-    """Refuse values below a bound; None stands for an option that is not set.
+def check_least(least: float, **values: float | None) -> None:
+    """Refuse values below a bound; None means that an option is not set.
 
     Raises:
-        UserError: If a value is below the bound; the message names it.
+        UserError: If a value is below the bound.
     """
     for name, value in values.items():
         if value is not None and value < least:
@@ -23,10 +23,10 @@ def check_least(least: int, **values: int | None) -> None:
 
 
 def check_exclusive(**values: object) -> None:
-    """Refuse options that exclude each other; a false value, such as None or 0, stands for an option that is not set.
+    """Refuse options that exclude each other; a false value, such as None or 0, means that an option is not set.
 
     Raises:
-        UserError: If more than one of them is set.
+        UserError: If more than one of the options is set.
     """
     given = [f"{name}={value}" for name, value in values.items() if value]
     if len(given) > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
 import pickle
 import re
@@ -13,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
-import peft  # noqa: F401  its configs are short class paths
+import peft  # noqa: F401  makes its configs available as short class paths
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -42,24 +44,24 @@ _HARMLESS = (
     r"Total length of `list` across ranks is zero",  # no validation data is a choice
     r"The .*dataloader.* does not have many workers",  # num_workers has a default and a reason
 )
-"""Warnings of Lightning that tell our users nothing."""
+"""Warnings of Lightning, torch and PEFT that need no action from the user."""
 
 _NO_CAUSES = ("Expected a <class", "Does not validate against any of the Union")
-"""Beginnings of the entries in jsonargparse's list of errors that only say which types a value does not have."""
+"""Beginnings of those entries in jsonargparse's list of errors that only name a type which the value does not have."""
 
 _ADVICE = {
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
     r"No module named 'torchao": "pip install torchao, or use torch.optim.AdamW",
     r"lit_lora\.quantization\.base\.Quantization(.|\n)*Expected a dot import path": "quantizations are Int8, FP8, NF4 and Dense",
 }
-"""What to do, by what a config error says."""
+"""Advice to add to config errors that match a pattern."""
 
 
 CLI = TypeVar("CLI", bound="LitLoraCLI")
 
 
 class Parser(LightningArgumentParser):
-    """Config errors are one message: no usage dump, no traceback; exit status 2."""
+    """Reports a config error as one message, without usage or traceback, with exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         print(f"lit-lora: config error\n{message}{_advice(message)}", file=sys.stderr)
@@ -67,14 +69,14 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the run's config beside its logs, without the user names, passwords and queries of URLs."""
+    """Saves the run's config beside its logs, without the user names, passwords and queries of URLs."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
         super().__init__(parser, _redacted(config.clone()), **options)
 
 
 class LitLoraCLI(LightningCLI):
-    """A :class:`~lightning.pytorch.cli.LightningCLI` with this project's rules."""
+    """The commands that run a trainer; checks outputs and checkpoint before a run starts, and reports errors in short."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["lit_lora config"])
@@ -82,8 +84,15 @@ class LitLoraCLI(LightningCLI):
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML format.")
         return parser
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_core_arguments_to_parser(parser)
+        assert parser.groups is not None
+        # Lightning's own titles are the first sentences of its docstrings.
+        parser.groups["trainer"].title = "Options of the trainer"
+        parser.groups["data"].title = "Datamodule"
+
     def _parse_ckpt_path(self) -> None:
-        """What the user wrote holds: Lightning would let the checkpoint's hyperparameters override it."""
+        """Do nothing: Lightning would let the checkpoint's hyperparameters override the user's config."""
 
     def instantiate_classes(self) -> None:
         check_strategy_name(self._get(self.config, "trainer.strategy"))
@@ -95,7 +104,7 @@ class LitLoraCLI(LightningCLI):
             raise UserError(_reasons(str(error)) or f"a part of the config cannot be built: {error}") from None
 
     def before_fit(self) -> None:
-        """Look before the work: can the output be written, is there a checkpoint to resume from. Add what ends a run in order."""
+        """Check that outputs can be written and the checkpoint can be read; add the callbacks that end a run in order."""
         writable_folder(self.trainer.default_root_dir)
         for logger in self.trainer.loggers:
             if logger.save_dir:
@@ -111,48 +120,62 @@ class LitLoraCLI(LightningCLI):
     def _check_ckpt_path(self) -> None:
         path = self._get(self.config, "ckpt_path")
         if path and path not in ("last", "best", "hpc", "registry") and "://" not in path and not Path(path).exists():
-            raise UserError(f"ckpt_path: there is no file {path}")
+            raise UserError(f"ckpt_path: {path} does not exist; name an existing checkpoint, or last")
         if path and Path(path).is_file():
             try:
                 torch.load(path, map_location="meta", weights_only=True, mmap=True)
             except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-                raise UserError(f"ckpt_path: {path} is no checkpoint that can be read: {error}") from error
+                raise UserError(f"ckpt_path: {path} cannot be read as a checkpoint: {error}") from error
 
     before_validate = before_test = before_predict = _check_ckpt_path
 
 
 class ToolCLI(LitLoraCLI):
-    """A command that takes what ``fit`` takes, and the options of a function; it builds the module and the datamodule alone.
+    """A command with the options of ``fit`` and those of a function; it builds module and datamodule, but no trainer.
 
     Attributes:
-        function: What the command calls.
-        parts: Those of its parameters that are no options.
+        command: Name of the command, such as ``lit-lora plan``.
+        function: Function with the command's own options.
+        parts: Names of its parameters that are not options.
     """
 
+    command: ClassVar[str]
     function: ClassVar[Callable[..., Any]]
     parts: ClassVar[frozenset[str]]
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # A config may have them.
-        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        summary = (inspect.getdoc(self.function) or "").partition("\n\n")[0]
+        return super().init_parser(**_parser_options(self.command, summary), **kwargs)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         self._names = parser.add_function_arguments(self.function, skip=set(self.parts))
+        # The first group of --help, before the options of fit.
+        parser._action_groups[-1].title = f"Options of {self.command}"
+        super().add_core_arguments_to_parser(parser)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Configs of fit may set these; here they have no effect.
+        ignored = parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+        for action in parser._actions:
+            if action.dest in ignored:
+                action.help = argparse.SUPPRESS
 
     def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
-        """None is needed."""
+        """Build no trainer."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the command line says for the function."""
+        """Values of the function's options."""
         return {name: self.config[name] for name in self._names}
 
 
 def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] = LitLoraCLI) -> CLI:  # type: ignore[assignment]
-    """Parse, build trainer, model and data, and with ``run`` call the trainer.
+    """Parse the arguments, build trainer, model and data, and call the trainer.
 
     Args:
         arguments: ``["fit", "--config", …]``.
-        run: Otherwise the parts are built and returned, nothing starts.
-        cli_class: A command that takes what ``fit`` takes and builds other parts.
+        run: Whether to call the trainer; False only builds the parts. Defaults to True.
+        cli_class: Class that parses the arguments and builds the parts; defaults to :class:`LitLoraCLI`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
     arguments = [_shipped_config(part) for argument in arguments for part in _config_and_path(argument)]
@@ -166,6 +189,7 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
             auto_configure_optimizers=False,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={} if not run else _PARSERS,
             seed_everything_default=0,
             args=arguments if run else arguments[1:],
             run=run,
@@ -173,10 +197,13 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
 
 
 def run(arguments: Sequence[str]) -> LitLoraCLI:
-    """Run ``fit --config …`` and the like.
+    """Run one of the commands ``fit``, ``validate``, ``test`` and ``predict``.
+
+    Args:
+        arguments: ``["fit", "--config", …]``.
 
     Raises:
-        UserError: If the config or a file is wrong, or the run raises one.
+        UserError: If the config or a file is wrong, or the run itself raises a UserError.
     """
     try:
         return build_cli(arguments)
@@ -186,14 +213,27 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
         raise UserError(f"{error.strerror}: {error.filename}") from error
 
 
+def _parser_options(command: str, description: str) -> dict[str, Any]:
+    """Options of a command's parser; its usage is one line, where the list of all options would fill a screen."""
+    return {"prog": command, "usage": f"{command} --config FILE [options]", "description": description}
+
+
+_PARSERS = {
+    "fit": _parser_options("lit-lora fit", "Train an adapter."),
+    "validate": _parser_options("lit-lora validate", "Compute the loss on the validation shards."),
+    "test": _parser_options("lit-lora test", "Compute the loss on the test shards."),
+    "predict": _parser_options("lit-lora predict", "Draw an image for each caption of the validation shards."),
+}
+
+
 def _advice(message: str) -> str:
     return "".join(f"\n{advice}" for pattern, advice in _ADVICE.items() if re.search(pattern, message))
 
 
 def _reasons(message: str) -> str:
-    """The causes in an error of jsonargparse that lists the types that a value does not have, and the whole value.
+    """The causes in a jsonargparse error, without the types that do not match and without the value.
 
-    Options within options give such a list within a list. The value is left out: it may hold URLs with credentials.
+    jsonargparse nests such lists for nested options. The value is left out because it may hold URLs with credentials.
     """
     _, found, errors = message.partition("\nErrors:\n")
     reasons = re.split(r"^\s*- ", errors.partition("\nGiven value")[0], flags=re.MULTILINE)[1:] if found else []
@@ -213,12 +253,12 @@ def _redacted(value: Any) -> Any:
 
 
 def _config_and_path(argument: str) -> list[str]:
-    """``--config=FILE`` as two arguments: as one, jsonargparse 4.47 forgets the file's ``class_path`` of ``data``."""
+    """Split ``--config=FILE`` into two arguments: from one, jsonargparse 4.47 loses the file's ``class_path`` of ``data``."""
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
 def _shipped_config(argument: str) -> str:
-    """``configs/sd15.yaml`` where there is no such file: the one that ships with the package."""
+    """The config that ships with the package, for a path such as ``configs/sd15.yaml`` that does not exist."""
     path = Path(argument)
     if "configs" not in path.parts or path.exists():
         return argument

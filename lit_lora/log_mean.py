@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def log_mean(module: LightningModule, name: str, value: Tensor, count: int, **options: Any) -> None:
-    """Log a batch's mean towards the mean over all samples.
+    """Log a batch's mean, so that the epoch's value is the mean over all samples that count.
 
     Args:
         module: Module that logs.
@@ -19,6 +19,6 @@ def log_mean(module: LightningModule, name: str, value: Tensor, count: int, **op
             in any process.
         **options: Options of ``LightningModule.log``.
     """
-    # Lightning averages the counts over the processes in their own type: integers 3 and 2 would become 2.
+    # Lightning averages the counts of the processes in their own dtype: the mean of the integers 3 and 2 would be 2.
     counted: Any = float(count)
     module.log(name, value, batch_size=counted, sync_dist=True, **options)

@@ -40,10 +40,10 @@ from lit_lora.quantization import Dense, Quantization
 from lit_lora.sampling import SamplingOptions
 
 VALIDATION_SEED = 20_240_229
-"""Seed of validation's timesteps and noise, the same in every run, so that losses compare between runs."""
+"""Seed of validation's timesteps and noise; it is the same in every run, so that losses of runs can be compared."""
 
 _ENCODER_OF = {"latents": "vae", "text": "text"}
-"""The part of a family that makes what a datamodule may have from a cache: the entries of its ``cached``."""
+"""Part of a family that computes each kind of data that a datamodule may read from a cache (its ``cached``)."""
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -57,24 +57,27 @@ class LoraDiffusion(LightningModule):
     which is why ``Trainer(precision=...)`` stays at its default.
 
     Args:
-        family: The kind of model and where its weights are.
-        adapter: Any PEFT config whose method sits in layers. Without ``target_modules`` the family's defaults are taken.
-        objective: What is drawn and what the loss is; by default the family's, :class:`~lit_lora.objectives.DDPM` or
-            :class:`~lit_lora.objectives.FlowMatching`, as the base's scheduler says.
-        optimizer: Makes the optimizer of the trainable parameters.
-        lr_scheduler: Makes the learning rate schedule of the optimizer, stepped at every optimizer step.
-        quantization: How the frozen weights of the denoiser's Linear and Conv2d layers are stored, such as
-            :class:`~lit_lora.quantization.NF4`; in ``base_dtype`` by default.
-        base_dtype: Precision of the other frozen weights and of the forward pass. With ``float16`` also set the trainer's
-            ``precision: 16-mixed``, which scales the loss.
-        caption_dropout: Probability that a sample is trained with the empty caption (for classifier-free guidance).
+        family: Model family of the base, with the location of its weights.
+        adapter: PEFT config of a method that adapts layers. Without ``target_modules`` the family's default layers are adapted.
+        objective: Distribution of timesteps and noise, and the loss; defaults to the family's objective, ``DDPM`` or
+            ``FlowMatching``.
+        optimizer: Function from the trainable parameters to their optimizer; defaults to AdamW with a learning rate of 1e-4.
+        lr_scheduler: Function from the optimizer to its learning rate schedule, which is stepped at every optimizer step;
+            defaults to a constant learning rate.
+        quantization: Quantization of the frozen weights in the denoiser's Linear and Conv2d layers, such as ``NF4``; defaults
+            to none, so that they are stored in ``base_dtype``.
+        base_dtype: dtype of the other frozen weights and of the forward pass; defaults to bfloat16. With float16 also set
+            ``trainer.precision`` to ``16-mixed``, which scales the loss.
+        caption_dropout: Probability that a sample is trained with the empty caption, for classifier-free guidance; defaults
+            to 0.
         memory: Options that trade time or exactness for memory; all are off by default.
-        compile_blocks: Compile the denoiser's blocks with torch.compile: less time for a step, after minutes at the start.
-        sampling: How ``predict`` draws images; by default 25 steps at a guidance scale of 5.
-        seed: Seed of timesteps, noise and caption dropout, and of the images of ``predict``.
+        compile_blocks: Compile the denoiser's blocks with ``torch.compile``: steps take less time, after minutes of compiling
+            at the start. Off by default.
+        sampling: Options of the images that ``predict`` draws; defaults to 25 steps at a guidance scale of 5.
+        seed: Seed of timesteps, noise and caption dropout, and of the images that ``predict`` draws; defaults to 0.
 
     Raises:
-        UserError: If a value is outside its range.
+        UserError: If ``caption_dropout`` is outside [0, 1].
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class LoraDiffusion(LightningModule):
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout <= 1:
-            raise UserError(f"caption_dropout is a probability in [0, 1], not {caption_dropout}")
+            raise UserError(f"caption_dropout={caption_dropout} is not a probability; it must lie in [0, 1]")
         self.family = family
         self.adapter = adapter
         self.objective: Objective = objective or family.default_objective()
@@ -108,7 +111,7 @@ class LoraDiffusion(LightningModule):
         self.compile_blocks = compile_blocks
         self.sampling = sampling
         self.seed = seed
-        # A checkpoint holds the adapter alone; AdapterCheckpoint makes sure that it holds all of it.
+        # A checkpoint holds only the adapter; AdapterCheckpoint checks that it holds all of the adapter.
         self.strict_loading = False
         self._configured = False
         self._reader: Node | None = None
@@ -124,8 +127,8 @@ class LoraDiffusion(LightningModule):
             )
         if self.base_dtype == torch.float16 and stage == "fit" and precision != "16-mixed":
             raise UserError(
-                f"base_dtype='float16' needs a scaled loss: set trainer.precision to '16-mixed' (it is {precision!r}), or "
-                f"base_dtype to 'bfloat16'"
+                f"model.base_dtype='float16' needs a scaled loss: set trainer.precision to '16-mixed' (it is {precision!r}), or "
+                f"model.base_dtype to 'bfloat16'"
             )
 
         strategy = self.trainer.strategy
@@ -139,12 +142,12 @@ class LoraDiffusion(LightningModule):
             check_optimizer_in_backward(self.trainer, self.adapter)
 
     def configure_model(self) -> None:
-        """Load the base, freeze it and put the adapter in; Lightning calls this.
+        """Load the frozen base and put the adapter into it; Lightning calls this before each stage.
 
-        What the datamodule has from a cache needs no encoder. A second call loads encoders that the first could do without
-        and changes nothing else.
+        Encoders whose outputs the datamodule reads from a cache are not loaded. A second call only loads encoders that the
+        first one left out.
         """
-        # Lightning builds on the device, where the same seed would initialise another adapter and some PEFT methods fail.
+        # Lightning would build on the device, where the same seed gives other initial values and some PEFT methods fail.
         strategy: Any = None if self._trainer is None else self.trainer.strategy
         sharded = shards_weights(strategy)
         with torch.device("cpu"):
@@ -167,7 +170,7 @@ class LoraDiffusion(LightningModule):
                 enable_gradient_checkpointing(self.family.denoiser, self.memory.gradient_checkpointing)
             if self.compile_blocks:
                 for block in outermost_blocks(self.family.denoiser, self.family.block_classes):
-                    block.compile()  # in place: the names of the weights stay
+                    block.compile()  # in place, which keeps the names of the weights
             if self.memory.offload_blocks:
                 BlockOffload(self.family.denoiser, self.family.block_classes)
             self.family.train()
@@ -191,11 +194,11 @@ class LoraDiffusion(LightningModule):
             self._in_backward = OptimizerInBackward(optimizer, float(self.trainer.gradient_clip_val or 0))
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        if self._in_backward is None:  # which clips, since no gradients are left here
+        if self._in_backward is None:  # otherwise OptimizerInBackward clips: no gradients are left here
             super().configure_gradient_clipping(*args, **kwargs)
 
     def teardown(self, stage: str) -> None:
-        self._reader = None  # the processes of the next run may be others
+        self._reader = None  # the next run may have other processes
         if self._in_backward is not None:
             self._in_backward.remove()
             self._in_backward = None
@@ -229,7 +232,7 @@ class LoraDiffusion(LightningModule):
         return loss
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Image.Image]:
-        """One image for each caption, in the size of the batch's own images."""
+        """Draw one image for each caption, in the size of the batch's images."""
         height, width = target_size(batch)[0].tolist()
         return self.generate(
             batch["caption"],
@@ -241,10 +244,15 @@ class LoraDiffusion(LightningModule):
         )
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-        """One image for each prompt, drawn with the current weights; takes the options of :func:`lit_lora.sampling.generate`.
+        """Draw one image for each prompt with the current weights.
+
+        Args:
+            prompts: Prompts to draw.
+            seeds: Seeds of the initial noise, one for each prompt.
+            **options: Further options of :func:`lit_lora.sampling.generate`.
 
         Raises:
-            UserError: If the family cannot draw images of this height and width.
+            UserError: If the family cannot draw images of the given height and width.
         """
         height, width = (options.get(edge) or self.family.default_size for edge in ("height", "width"))
         check_size(self.family, height, width)
@@ -261,14 +269,17 @@ class LoraDiffusion(LightningModule):
             self.train(was_training)
 
     def cache_identity(self) -> dict[str, str]:
-        """What a cache of latents (``"vae"``) and text embeddings (``"text"``) must have been made with."""
+        """Identities of the VAE (``"vae"``) and the text encoders (``"text"``) that a cache must have been made with."""
         return self.family.identity()
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Write a folder with the adapter's files: PEFT's, and diffusers' LoRA file where that can hold it.
+        """Write the adapter to a folder in PEFT's format, and as diffusers' LoRA file if that format can hold it.
 
         A folder with an older adapter is replaced atomically. If the weights are sharded over several processes, all of them must
         call this method; the first one writes.
+
+        Args:
+            folder: Folder to write.
 
         Raises:
             UserError: If the folder cannot be written, or holds other files.
@@ -279,7 +290,7 @@ class LoraDiffusion(LightningModule):
             return
         with atomic_folder(folder, marker="adapter_config.json") as part:
             config = family.denoiser.peft_config[ADAPTER_NAME]
-            # As PEFT's own save_pretrained says which model the adapter is for.
+            # PEFT's save_pretrained names the adapted model in the same way.
             model = {
                 "base_model_class": family.denoiser_class.__name__,
                 "parent_library": family.denoiser_class.__module__,
@@ -289,13 +300,13 @@ class LoraDiffusion(LightningModule):
             write_adapter(files, config, part, family.pipeline_class, family.denoiser_name)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
-        """Mean loss of the batch at fixed timesteps and noise, and how many samples count in it."""
+        """Mean loss of the batch at fixed timesteps and noise, and the number of its samples that count."""
         draws = Draws(VALIDATION_SEED, self._slots(batch, batch_idx), self.device)
         losses, weight = self.losses(batch, draws)
         return losses.sum() / weight.sum().clamp(min=1), int(weight.sum())
 
     def losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Each sample's loss times its weight in the batch, and these weights: float32 ``(B,)``."""
+        """Weighted loss of each sample, and the weight of each sample in the batch; float32 ``(B,)`` each."""
         encoding = torch.autocast(self.device.type, enabled=False)
         with torch.no_grad(), encoding, self._encoder_offload.on_device():
             latents, conditioning = self.family.encode(batch, draws)
@@ -307,9 +318,9 @@ class LoraDiffusion(LightningModule):
         return self.objective.loss(prediction, sample) * counts, counts
 
     def dispensable_parts(self) -> set[str]:
-        """Names of the family's parts that this run does not need, because the datamodule has what they make from a cache."""
+        """Names of the family's parts that the run does not need, because the datamodule reads their outputs from a cache."""
         trainer = self._trainer
-        if trainer is None or trainer.predicting:  # images need all parts, for each batch
+        if trainer is None or trainer.predicting:  # drawing images needs all parts
             return set()
         datamodule = getattr(trainer, "datamodule", None)
         return {_ENCODER_OF[cached] for cached in getattr(datamodule, "cached", ())}
@@ -328,9 +339,9 @@ class LoraDiffusion(LightningModule):
         return fresh
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Compute in the base's dtype; the adapter's float32 weights are cast as they are used.
+        """A context that computes in the base's dtype and casts the adapter's float32 weights when they are used.
 
-        Over a float32 base the trainer's own precision holds.
+        With a float32 base the trainer's own precision applies.
         """
         if self.base_dtype == torch.float32:
             return nullcontext()
@@ -346,26 +357,26 @@ class LoraDiffusion(LightningModule):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """What DDP neither sends from the first process to the others at the start nor looks at: all read the same base."""
+        """Names of the frozen tensors, which DDP neither broadcasts nor synchronizes: every process reads the same base."""
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
         named = frozen + [name for name, _ in self.named_buffers()]
         return [name for name in named if name.startswith("family.")]
 
     def _check_sizes(self) -> None:
-        """Refuse images that the family cannot be trained on, if the datamodule says which it will give."""
+        """Check that the family can be trained on the datamodule's image sizes, if the datamodule lists them."""
         datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
         for height, width in getattr(datamodule, "image_sizes", list)():
             check_size(self.family, height, width)
 
     def _node(self) -> Node:
-        """Who reads the base's files."""
+        """The processes of this machine, of which one reads the base's files."""
         if self._reader is None:
             trainer = self._trainer
             self._reader = Node(trainer.num_devices if trainer is not None and trainer.world_size > 1 else 1)
         return self._reader
 
     def _drop_captions(self, batch: Batch, draws: Draws) -> Batch:
-        """Empty the captions of a share of the samples, or put the empty caption's embeddings in their place."""
+        """Replace the captions of a random share of the samples, or their cached embeddings, by the empty caption's."""
         if not self.caption_dropout:
             return batch
         dropped = draws.uniform("caption dropout") < self.caption_dropout
@@ -377,7 +388,7 @@ class LoraDiffusion(LightningModule):
         return {**batch, "caption": captions}
 
     def _slots(self, batch: Batch, batch_number: int) -> list[int]:
-        """The samples' places in the run: from the batch, or counted here for a datamodule that does not number them."""
+        """Slots of the samples (see :class:`Draws`), counted here if the datamodule does not number its samples."""
         if "slot" in batch:
             return list(batch["slot"])
         count = len(batch["caption"])
@@ -386,5 +397,5 @@ class LoraDiffusion(LightningModule):
 
 
 def _replace(values: Tensor, rows: Tensor, value: Tensor) -> Tensor:
-    """``values``, ``(B, …)``, with ``value`` in the rows that are true in ``rows``, ``(B,)``."""
+    """Replace the rows of ``values``, ``(B, …)``, that are true in ``rows``, ``(B,)``, by ``value``."""
     return torch.where(rows.view(-1, *[1] * value.ndim), value, values)

@@ -1,8 +1,10 @@
-"""Formatting of tables and durations."""
+"""Formatting of tables, durations and summaries."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+from lit_lora.byte_sizes import format_bytes
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -13,6 +15,26 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return lines
+
+
+def format_written(shards: int, resumed: int, samples: int, size: int, left_out: int, reports: str) -> str:
+    """A summary of written shards, in four lines.
+
+    Args:
+        shards: Number of shards.
+        resumed: Number of shards that an earlier run had written.
+        samples: Number of samples.
+        size: Size of the shards in bytes.
+        left_out: Number of bad samples that were left out.
+        reports: File that describes the bad samples.
+    """
+    lines = [
+        f"shards   {shards:,} ({resumed:,} of them from an earlier run)",
+        f"samples  {samples:,}",
+        f"size     {format_bytes(size)}",
+        f"left out {left_out:,}" + (f" (see {reports})" if left_out else ""),
+    ]
+    return "\n".join(lines)
 
 
 def format_duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Images from a diffusers pipeline, one seed each."""
+"""Draws images with a diffusers pipeline, each from its own seed."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from torchvision.utils import make_grid
 from lit_lora.errors import check_least
 
 IMAGES_AT_A_TIME = 16
-"""Default number of images that are drawn together."""
+"""Default number of images in a batch."""
 
 PromptInputs = Callable[[list[str], float], dict[str, Any]]
-"""The pipeline's arguments for prompts and a guidance scale: see :meth:`ModelFamily.prompt_inputs`."""
+"""Function from prompts and a guidance scale to the pipeline's arguments: see :meth:`ModelFamily.prompt_inputs`."""
 
 
 def text_prompts(prompts: list[str], guidance_scale: float) -> dict[str, Any]:
-    """Prompts as most pipelines take them."""
+    """Arguments of a pipeline that takes its prompts as texts, as most do."""
     return {"prompt": prompts}
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How images are drawn.
+    """Options for drawing images.
 
     Args:
-        num_inference_steps: Denoising steps.
-        guidance_scale: Scale of classifier-free guidance; 1 turns it off.
+        num_inference_steps: Number of denoising steps; defaults to 25.
+        guidance_scale: Scale of classifier-free guidance; 1 turns it off. Defaults to 5.
 
     Raises:
-        UserError: If there are no denoising steps.
+        UserError: If ``num_inference_steps`` is below 1.
     """
 
     num_inference_steps: int = 25
@@ -59,19 +59,19 @@ def generate(
     batch_size: int = IMAGES_AT_A_TIME,
     prompt_inputs: PromptInputs = text_prompts,
 ) -> list[Image.Image]:
-    """One image for each prompt.
+    """Draw one image for each prompt.
 
     Args:
         pipeline: Text-to-image pipeline.
         prompts: Prompts to draw.
-        seeds: Seeds of the initial noise, one for each prompt; it is drawn on the CPU, so that an image is the same on any
-            device up to rounding.
-        num_inference_steps: Denoising steps.
+        seeds: Seeds of the initial noise, one for each prompt. Noise is drawn on the CPU, so that an image is the same on
+            every device, up to rounding.
+        num_inference_steps: Number of denoising steps.
         guidance_scale: Guidance scale of the pipeline; 1 turns classifier-free guidance off.
-        height: Height in pixels; defaults to the model's own.
-        width: Width in pixels; defaults to the model's own.
-        batch_size: Number of images drawn together; defaults to 16.
-        prompt_inputs: How the pipeline takes prompts; by default as texts.
+        height: Height in pixels; defaults to the pipeline's own.
+        width: Width in pixels; defaults to the pipeline's own.
+        batch_size: Number of images in a batch; defaults to 16.
+        prompt_inputs: Function that gives the pipeline's arguments for prompts; defaults to :func:`text_prompts`.
     """
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
@@ -88,5 +88,10 @@ def generate(
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Tensor:
-    """Images of one size side by side: float32 in [0, 1], ``(3, H, W)``."""
+    """Arrange images of one size in rows: float32 in [0, 1], ``(3, H, W)``.
+
+    Args:
+        images: Images of one size.
+        columns: Number of images in a row.
+    """
     return make_grid([pil_to_tensor(image).float() / 255 for image in images], nrow=columns)

@@ -264,8 +264,18 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lit-lora {__version__}\n"
 
 
+def test_help_of_a_tool_begins_with_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    usage, description, *sections = capsys.readouterr().out.split("\n\n")
+    assert usage == "usage: lit-lora plan --config FILE [options]"
+    assert description.startswith("Print the plan of a run")
+    assert sections[1].startswith("Options of lit-lora plan:")
+    assert not any("--ckpt_path" in section for section in sections)
+
+
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no command 'fti'; the commands are fit, validate" in failure(capsys, "fti")
+    assert "unknown command 'fti'; choose from fit, validate" in failure(capsys, "fti")
 
 
 class TestMistakes:
@@ -283,7 +293,7 @@ class TestMistakes:
     def test_no_such_storage(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
         message = failure(capsys, "fit", "--config", config(), "--model.quantization", "nf4")
         assert message.endswith("quantizations are Int8, FP8, NF4 and Dense\n")
-        assert "block_size=63 must be an even number" in failure(
+        assert "block_size=63 is not possible; it must be an even number" in failure(
             capsys, "fit", "--config", config(), "--model.quantization", "NF4", "--model.quantization.block_size", 63
         )
 
@@ -384,7 +394,7 @@ class TestMistakes:
         assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "ck").iterdir()}
 
     def test_no_such_checkpoint(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-        assert "there is no file x.ckpt" in failure(capsys, "fit", "--config", config(), "--ckpt_path", "x.ckpt")
+        assert "x.ckpt does not exist" in failure(capsys, "fit", "--config", config(), "--ckpt_path", "x.ckpt")
 
     def test_something_that_is_no_checkpoint(
         self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -408,7 +418,7 @@ class TestMistakes:
     def test_sample(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert "give --prompts" in failure(capsys, "sample", "--base", "embedded")
         assert "give --base" in failure(capsys, "sample", "--prompts", "x")
-        assert "is no adapter folder" in failure(capsys, "sample", "--prompts", "x", "--adapter", tmp_path)
+        assert "is not an adapter folder" in failure(capsys, "sample", "--prompts", "x", "--adapter", tmp_path)
         assert "cannot load the base" in failure(capsys, "sample", "--prompts", "x", "--base", tmp_path)
 
     def test_demo(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

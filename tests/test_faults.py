@@ -78,7 +78,7 @@ def test_raises_under_lightnings_launcher_while_the_other_hangs(start: Callable[
         both_train(run, tmp_path)
         assert run.ends_within(SECONDS)
         assert run.wait(1) != 0
-        assert "process 1 of 2 fails: ValueError: a fault of the test's" in run.console
+        assert "process 1 of 2 failed: ValueError: a fault of the test's" in run.console
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_main_process_raises_under_lightnings_launcher(start: Callable[..., Any]
         both_train(run, tmp_path)
         assert run.ends_within(SECONDS)
         assert run.wait(1) == 1
-        assert "process 0 of 2 fails: ValueError: a fault of the test's" in run.console
+        assert "process 0 of 2 failed: ValueError: a fault of the test's" in run.console
 
 
 @pytest.mark.slow
@@ -113,7 +113,7 @@ def test_one_process_gives_up_under_torchrun(
         write_tar(tmp_path / "shards" / "shard-000001.tar", members)
         assert run.ends_within(SECONDS + 60)
         assert run.wait(1) == 1
-        assert "of 2 fails: UserError: " in run.console
+        assert "of 2 failed: UserError: " in run.console
         assert "bad sample" in run.console
 
 

@@ -323,7 +323,7 @@ def test_a_run_without_the_cache_after_one_with_it(sd_folder: Path, trainer_opti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"caption_dropout": 1.5}, r"caption_dropout is a probability in \[0, 1\], not 1.5"),
+        ({"caption_dropout": 1.5}, r"caption_dropout=1.5 is not a probability; it must lie in \[0, 1\]"),
     ],
 )
 def test_values_out_of_range(options: dict[str, Any], message: str, sd_folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What several processes of one run do together, and the strategies.
+"""Strategies, and functions for the processes of one run.
 
 Asking for one of the names registers the strategies with Lightning. Importing the package alone, or one of its modules, does
 not: processes that pack, index or check shards must not load Lightning.

@@ -1,4 +1,4 @@
-"""Which strategies a run can have."""
+"""Checks whether a run can use a strategy and an optimizer."""
 
 from __future__ import annotations
 

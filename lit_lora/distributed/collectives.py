@@ -45,7 +45,7 @@ def full_tensor(value: Any) -> Any:
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """The process's own shard of a full tensor, sharded as ``like`` is; the tensor itself if ``like`` is not sharded.
+    """Shard of a full tensor for this process, sharded as ``like`` is; the full tensor if ``like`` is not sharded.
 
     Args:
         value: Full tensor, equal in all processes.

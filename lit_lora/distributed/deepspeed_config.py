@@ -12,7 +12,7 @@ _OURS = ("fp16", "bf16", "optimizer", "scheduler", "gradient_accumulation_steps"
 """Keys of a DeepSpeed config that follow from the trainer and the module."""
 
 _BUCKET = 10_000_000
-"""Elements that are reduced or gathered at once; an adapter has few, and DeepSpeed allocates this many in any case."""
+"""Number of elements that are reduced or gathered at once. DeepSpeed allocates this many, and an adapter needs few."""
 
 
 def read_config(config: dict[str, Any] | str | Path | None) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def read_config(config: dict[str, Any] | str | Path | None) -> dict[str, Any]:
 def complete_config(
     stage: int, offload_optimizer: bool, offload_parameters: bool, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """The full DeepSpeed config, as far as it is known before a run.
+    """Complete the user's keys to a DeepSpeed config, except for keys that the run sets, such as gradient clipping.
 
     Args:
         stage: Stage of ZeRO.

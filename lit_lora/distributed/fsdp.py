@@ -32,8 +32,7 @@ class LitLoraFSDP(ModelParallelStrategy):
 
     Args:
         shard_size: Number of processes that share one copy of the weights; gradients are averaged over the copies. ``node``
-            stands for the processes of one machine, which keeps the weights' traffic off the network. Defaults to all
-            processes.
+            means the processes of one machine, so that no weights are sent over the network. Defaults to all processes.
         cpu_offload: Keep shards of weights, gradients and optimizer state in host memory and step the optimizer there; off by
             default.
         process_group_backend: Backend of ``torch.distributed``; defaults to NCCL on GPUs and gloo on CPUs.

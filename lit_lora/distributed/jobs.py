@@ -1,4 +1,4 @@
-"""One function applied to many arguments in several processes."""
+"""Applies a function to many arguments in several processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from lit_lora.errors import UserError
 
 Result = TypeVar("Result")
 
-_AHEAD = 4  # submitted calls per process, so that a slow call does not keep the others idle
+_AHEAD = 4
+"""Number of submitted calls per process, so that a slow call does not keep the other processes idle."""
 
 
 def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...]], jobs: int) -> Iterator[Result]:
@@ -25,7 +26,7 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
 
     Args:
         function: Function that can be imported by its name.
-        arguments: Tuples of arguments; read only a few ahead of the results.
+        arguments: Tuples of arguments, which are read only a few ahead of the results.
         jobs: Number of processes to spawn; 1 runs the calls in this process.
 
     Raises:
@@ -54,7 +55,7 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
 
 @contextmanager
 def interrupts_ignored() -> Iterator[None]:
-    """Let processes started inside the block ignore Ctrl-C: this process ends them, without a traceback from each."""
+    """Make processes started inside the block ignore Ctrl-C; this process ends them, without a traceback from each."""
     if current_thread() is not main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""The processes of one machine, of which one reads files for all."""
+"""The processes of one machine, of which one reads files for all of them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Node:
             try:
                 values = {name: value.detach().contiguous() for name, value in make().items()}
                 header[0] = [(name, value.shape, value.dtype) for name, value in values.items()]
-            except Exception as error:  # of any kind: the other processes wait
+            except Exception as error:  # whatever it is, the other processes wait for a header
                 failure, header[0] = error, _sendable(error)
         distributed.broadcast_object_list(header, self._leader, self._group)
         if failure is not None:

@@ -1,4 +1,4 @@
-"""How the processes of one run end together."""
+"""Ends the processes of a run together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def end_with_parent() -> None:
     """End this process when the process that started it ends, even if it was killed.
 
     Lightning's launcher, torchrun and process pools watch the processes that they start, but no process watches them: without
-    this, the processes of a killed main process would wait in a collective call until it times out, or for work for ever. A
+    this, the processes of a killed main process would wait in a collective call until it times out, or forever for work. A
     process that a person or SLURM started is not affected; it is recorded as the parent of those that Lightning starts.
 
     Children of ``multiprocessing`` watch their parent on every platform; others end with theirs on Linux only.

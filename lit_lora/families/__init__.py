@@ -1,4 +1,4 @@
-"""Model families: one file each."""
+"""Model families: one file for each kind of diffusion pipeline."""
 
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size

@@ -1,4 +1,4 @@
-"""What a batch holds, and what a denoiser is told beside its latents."""
+"""Types of a batch and of a denoiser's conditioning."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Batch = Mapping[str, Any]
-"""What a datamodule gives, ``B`` samples:
+"""A batch of ``B`` samples, as a datamodule gives it:
 
 | key | value |
 |---|---|
@@ -18,13 +18,13 @@ Batch = Mapping[str, Any]
 | ``original_size`` | int64 ``(B, 2)``: height, width before resizing (optional) |
 | ``crop_top_left`` | int64 ``(B, 2)``: top, left of the crop in resized pixels (optional) |
 | ``target_size`` | int64 ``(B, 2)``: height, width of the images to train on, ``H, W`` (optional) |
-| ``weight`` | float32 ``(B,)``: 0 for a slot that must not count (optional) |
-| ``slot`` | list of ``B`` ints: number of the sample's place in the whole run (optional) |
+| ``weight`` | float32 ``(B,)``: 0 for a padding sample that must not count (optional) |
+| ``slot`` | list of ``B`` ints: number of the sample's place in the whole run; see ``Draws`` (optional) |
 | ``key`` | list of ``B`` strings, the samples' names (optional) |
 
-From a cache ``latents_mean`` and ``latents_std``, float ``(B, *latent_shape)``, the VAE's posterior, stand in for
-``pixel_values``, and ``target_size`` is there. Where text is cached too, ``text_embeddings`` is a dict of tensors
-``(B, …)``, what :meth:`ModelFamily.encode_captions` gives, and ``empty_text_embeddings`` the same for one empty caption,
+A batch from a cache has the VAE's posterior instead of ``pixel_values``: ``latents_mean`` and ``latents_std``, float
+``(B, *latent_shape)``; it always has ``target_size``. If text is cached too, ``text_embeddings`` is the dict of tensors
+``(B, …)`` that :meth:`ModelFamily.encode_captions` returns, and ``empty_text_embeddings`` is the same for one empty caption,
 without the batch dimension.
 """
 

@@ -1,4 +1,4 @@
-"""Whether a base, a family and an objective belong together, known before any weights are read."""
+"""Checks that base, family and objective match, before any weights are read."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from lit_lora.objectives import Objective
 
 
 def prepare(family: ModelFamily, objective: Objective) -> dict[str, Any]:
-    """Check that the base is of the family's kind, and prepare the objective for the base's scheduler.
+    """Check that the base belongs to the family, and prepare the objective for the base's scheduler.
 
     Warns if the base is distilled to few steps.
 
     Args:
-        family: Its configs are read here if they were not before.
-        objective: It takes the noise schedule.
+        family: Model family of the base, whose configs are read here if they were not read before.
+        objective: Objective, which takes the base's noise schedule.
 
     Returns:
-        The scheduler config to sample with.
+        Config of the scheduler to sample with.
 
     Raises:
-        UserError: If a config cannot be read, the base is of another kind, or the objective cannot train it.
+        UserError: If a config cannot be read, the base belongs to another family, or the objective cannot train it.
     """
     _check_pipeline(family)
     family.read_configs()
@@ -39,8 +39,8 @@ def prepare(family: ModelFamily, objective: Objective) -> dict[str, Any]:
         ) from error
     if family.is_distilled:
         warnings.warn(
-            f"{str(family.source)!r} is distilled to few steps, which training undoes: train on {family.undistilled}, and use "
-            f"the adapter with the distilled model",
+            f"{str(family.source)!r} is distilled to few steps, and training undoes the distillation: train on "
+            f"{family.undistilled}, and use the adapter with the distilled model",
             stacklevel=2,
         )
     return scheduler_config
@@ -50,9 +50,9 @@ def check_size(family: ModelFamily, height: int, width: int) -> None:
     """Check that a model of the family can be trained on images of this size.
 
     Args:
-        family: Its configs are read.
-        height: In pixels.
-        width: In pixels.
+        family: Model family whose configs are read.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
 
     Raises:
         UserError: If height or width is not a multiple of :attr:`ModelFamily.size_multiple`.
@@ -67,7 +67,7 @@ def check_size(family: ModelFamily, height: int, width: int) -> None:
 
 
 def family_of(pipeline_name: str) -> type[ModelFamily] | None:
-    """The family that trains for a diffusers pipeline class of this name; None if there is none."""
+    """The family for the diffusers pipeline class of this name; None if there is none."""
     return next((kind for kind in _families() if kind.pipeline_class.__name__ == pipeline_name), None)
 
 

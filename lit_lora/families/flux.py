@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.objectives import FlowMatching, Objective
@@ -19,17 +19,17 @@ _MOST_TOKENS = 512
 
 
 class Flux(ModelFamily):
-    """FLUX.1 dev and schnell (Black Forest Labs 2024).
+    """FLUX.1 dev and schnell (Black Forest Labs, 2024).
 
-    The denoiser sees each 2 x 2 patch of the latents as one token. FLUX.1-dev is distilled from a model with
-    classifier-free guidance and is told the guidance scale; training tells it a scale of its own.
+    Each 2 x 2 patch of the latents is one token of the denoiser. FLUX.1-dev is distilled from classifier-free guidance and takes
+    the guidance scale as an input, for which training has an option of its own.
 
     Args:
-        pretrained_model_name_or_path: A folder that diffusers' ``save_pretrained`` wrote, or a hub id.
-        revision: Branch, tag or commit on the hub.
-        variant: Weight files of this variant, such as ``fp16``.
-        train_guidance_scale: What FLUX.1-dev is told as its guidance scale while it trains, at least 0; 1 by default.
-        max_sequence_length: Tokens of a caption that T5 sees, at most 512, as the pipeline's argument; 512 by default.
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
+        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        train_guidance_scale: Guidance scale that FLUX.1-dev gets as input in training, at least 0; defaults to 1.
+        max_sequence_length: Number of tokens of a caption for T5, at most 512; defaults to 512, as in the pipeline.
 
     Raises:
         UserError: If a value is outside its range.
@@ -69,10 +69,11 @@ class Flux(ModelFamily):
         max_sequence_length: int = _MOST_TOKENS,
     ) -> None:
         super().__init__(pretrained_model_name_or_path, revision, variant)
-        if train_guidance_scale < 0:
-            raise UserError(f"train_guidance_scale={train_guidance_scale} must be at least 0")
+        check_least(0, train_guidance_scale=train_guidance_scale)
         if not 1 <= max_sequence_length <= _MOST_TOKENS:
-            raise UserError(f"max_sequence_length={max_sequence_length} must lie in [1, {_MOST_TOKENS}]")
+            raise UserError(
+                f"max_sequence_length={max_sequence_length} is out of range; it must lie in [1, {_MOST_TOKENS}]"
+            )
         self.train_guidance_scale = train_guidance_scale
         self.max_sequence_length = max_sequence_length
 
@@ -90,7 +91,7 @@ class Flux(ModelFamily):
 
     @property
     def is_distilled(self) -> bool:
-        """Schnell is, which has no guidance embedding."""
+        """Whether the model is distilled to few steps: FLUX.1-schnell is, and has no guidance embedding."""
         return not self.denoiser_config["guidance_embeds"] or super().is_distilled
 
     @property
@@ -101,7 +102,7 @@ class Flux(ModelFamily):
         return int(latent_shape[-2] // 2 * (latent_shape[-1] // 2))
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """CLIP's pooled output, and T5's last hidden states, whose padding is not masked, as in the pipeline."""
+        """CLIP's pooled output, and T5's last hidden states; as in the pipeline, padding is not masked."""
         clip_ids = self.tokenize(self.encoders["tokenizer"], captions)
         t5_ids = self.tokenize(self.encoders["tokenizer_2"], captions, self.max_sequence_length)
         return {
@@ -127,7 +128,7 @@ class Flux(ModelFamily):
         return _unpack(prediction, *noisy.shape[-2:])
 
     def sampling_passes(self, guidance_scale: float) -> int:
-        """Once: the guidance scale is an input of the denoiser."""
+        """One pass: the guidance scale is an input of the denoiser."""
         return 1
 
     def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
@@ -135,19 +136,19 @@ class Flux(ModelFamily):
 
 
 def _pack(latents: Tensor) -> Tensor:
-    """``(B, C, h, w)`` to tokens of 2 x 2 patches, ``(B, h/2 * w/2, 4 C)``."""
+    """Pack latents, ``(B, C, h, w)``, to tokens of 2 x 2 patches, ``(B, h/2 * w/2, 4 C)``."""
     batch, channels, height, width = latents.shape
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)
 
 
 def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of :func:`_pack`: ``(B, C, height, width)``."""
+    """Invert :func:`_pack`; returns ``(B, C, height, width)``."""
     patches = tokens.view(len(tokens), height // 2, width // 2, -1, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
 
 
 def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """For each token 0, its row and its column: float32 ``(rows * columns, 3)``."""
+    """Positions of the tokens, each (0, row, column): float32 ``(rows * columns, 3)``."""
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float().to(device)

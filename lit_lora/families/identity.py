@@ -1,4 +1,4 @@
-"""Which weights a part of a pipeline folder has, told by their contents."""
+"""Identity of the parts of a pipeline folder, as a digest of their contents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCKS = 256
 _BLOCK_BYTES = 1 << 16
 
 _WEIGHTS = re.compile(r"[^.]+(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?P<format>safetensors|bin)")
-"""As ``model.safetensors``, ``model.fp16.safetensors``, ``model-00001-of-00002.safetensors``."""
+"""Names of weight files, such as ``model.safetensors``, ``model.fp16.safetensors``, ``model-00001-of-00002.safetensors``."""
 
 _SETTINGS = (".json", ".txt", ".model")
 
@@ -20,14 +20,14 @@ _SETTINGS = (".json", ".txt", ".model")
 def parts_identity(source: Path, parts: Mapping[str, Sequence[str]], variant: str | None) -> dict[str, str]:
     """A digest of each part that has weights.
 
-    It covers the names and contents of configs, tokenizer files and the weights that would be loaded. It does not depend
-    on the path, so that a folder that was moved or copied is the same. Of a file above 16 MiB it covers the size and 256
-    evenly spaced blocks of 64 KiB: other weights differ everywhere, and reading all of them takes too long for a start.
+    A digest covers the names and contents of configs, tokenizer files and the weight files that would be loaded. It does not
+    depend on the path, so a folder keeps it when it is moved or copied. Of a file above 16 MiB it covers the size and 256 evenly
+    spaced blocks of 64 KiB: other weights differ everywhere, and reading whole files would delay the start too long.
 
     Args:
-        source: A folder that diffusers' ``save_pretrained`` wrote.
-        parts: The sub-folders of each part.
-        variant: The weights' variant.
+        source: Folder that diffusers' ``save_pretrained`` wrote.
+        parts: Subfolders of each part.
+        variant: Variant of the weight files, such as ``fp16``; None for files without a variant.
     """
     identities = {}
     for part, folders in parts.items():
@@ -42,7 +42,7 @@ def parts_identity(source: Path, parts: Mapping[str, Sequence[str]], variant: st
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:
-    """The settings and those weights that are loaded: of the variant, and no ``.bin`` where there is a safetensors file."""
+    """Settings and the weight files that are loaded: those of the variant, ``.bin`` only if there is no safetensors file."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
     named = [(file, _WEIGHTS.fullmatch(file.name)) for file in files]
     weights = [(file, match["format"]) for file, match in named if match and match["variant"] == variant]

@@ -1,4 +1,4 @@
-"""How the parts of a pipeline become models in memory."""
+"""Loads the parts of a pipeline as models in memory."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class PartLoader:
     """Loads the parts of one pipeline, frozen and in evaluation mode.
 
     Args:
-        source: The pipeline.
+        source: Source of the pipeline.
         dtype: dtype of the denoiser and the text encoders.
-        quantization: How the denoiser's weights are stored; in ``dtype`` by default.
-        always_dense: Glob patterns of the denoiser's layers that stay in ``dtype``.
-        weights: False makes models from their configs alone: their values mean nothing.
-        node: Which process reads the files for the others; by default each process reads them itself.
+        quantization: Quantization of the denoiser's weights; defaults to none, so that they are stored in ``dtype``.
+        always_dense: Glob patterns of the denoiser's layers that stay in ``dtype``; defaults to none.
+        weights: Whether to load weights; False builds models from their configs alone, with meaningless values. Defaults to
+            True.
+        node: Processes of this machine, of which one reads the files; defaults to this process alone.
     """
 
     source: ModelSource
@@ -41,15 +42,15 @@ class PartLoader:
     node: Node = field(default_factory=Node)
 
     def encoder(self, name: str, kind: type[Any], dtype: torch.dtype | None = None) -> Any:
-        """A VAE, text encoder or tokenizer.
+        """Load a VAE, text encoder or tokenizer.
 
         Args:
-            name: Its name in the pipeline.
-            kind: Its class.
-            dtype: dtype of its weights; that of the loader by default.
+            name: Name of the part in the pipeline.
+            kind: Class of the part.
+            dtype: dtype of its weights; defaults to the loader's dtype.
 
         Raises:
-            UserError: If it is missing or cannot be read.
+            UserError: If the part is missing or cannot be read.
         """
         if not issubclass(kind, nn.Module):
             return self.source.load(name, kind.from_pretrained)
@@ -64,10 +65,14 @@ class PartLoader:
         return self.source.load(name, load)
 
     def denoiser(self, name: str, kind: type[nn.Module]) -> Any:
-        """The denoiser, its weights stored as the quantization says.
+        """Load the denoiser with quantized weights.
+
+        Args:
+            name: Name of the denoiser in the pipeline.
+            kind: Class of the denoiser.
 
         Raises:
-            UserError: If it is missing or cannot be read.
+            UserError: If the denoiser is missing or cannot be read.
         """
 
         def load(location: str, subfolder: str, **options: Any) -> nn.Module:
@@ -88,19 +93,19 @@ class PartLoader:
         config: PeftConfig,
         shard: Callable[[nn.Module], None],
     ) -> nn.Module:
-        """The adapted denoiser, without ever having all of its weights in one process.
+        """Load the denoiser with its adapter, sharding it part by part, so that no process ever has all weights.
 
         Args:
-            name: The denoiser's name in the pipeline.
-            kind: Its class.
-            block_classes: Class names of its repeated blocks.
-            adapt: Puts the adapter into the denoiser, whose weights are not there yet.
-            config: The adapter's.
-            shard: Called with each part of the denoiser once its weights are there: blocks and large layers, at last the
-                denoiser itself. It may take the weights away.
+            name: Name of the denoiser in the pipeline.
+            kind: Class of the denoiser.
+            block_classes: Class names of the denoiser's repeated blocks.
+            adapt: Function that puts the adapter into the denoiser; the weights are not loaded yet when it is called.
+            config: Config of the adapter.
+            shard: Function that shards one part of the denoiser, called when the part's weights are loaded: for blocks and
+                large layers, finally for the denoiser itself.
 
         Raises:
-            UserError: If a part cannot be read, or it is not known how the adapter begins without the base's weights.
+            UserError: If a part cannot be read, or the adapter's method needs the base's weights to initialize the adapter.
         """
         check_block_by_block(config)
 
@@ -136,7 +141,7 @@ class PartLoader:
 
 
 def _read_by_others(denoiser: nn.Module) -> set[nn.Module]:
-    """Modules whose weights are read without calling them: by adapters, and to copy them."""
+    """Modules whose weights are read without calling the modules, by adapters or to copy them."""
     read: set[nn.Module] = set()
     for layer in denoiser.modules():
         if isinstance(layer, BaseTunerLayer):

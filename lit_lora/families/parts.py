@@ -1,4 +1,4 @@
-"""The parts of a diffusion pipeline in memory: loaded, left out, brought in for a while, put together again."""
+"""The parts of a diffusion pipeline in memory: loading, leaving out, loading for a while, assembling a pipeline."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
 
 PARTS = ("vae", "text", "denoiser")
-"""What can be left out when a family is loaded: ``text`` is all tokenizers and text encoders."""
+"""Parts that can be left out when a family is loaded; ``text`` is all tokenizers and text encoders."""
 
 
 class PipelineParts(nn.Module):
     """The denoiser, VAE and encoders of one diffusers pipeline, which class attributes name.
 
-    The constructor keeps strings and numbers; :meth:`load` brings the weights in.
+    The constructor only stores its arguments; :meth:`load` loads the weights.
 
     Args:
-        pretrained_model_name_or_path: A folder that diffusers' ``save_pretrained`` wrote, a hub id, or ``embedded`` for
-            the small model that ships with the package.
-        revision: Branch, tag or commit on the hub.
-        variant: Weight files of this variant, such as ``fp16``.
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or ``embedded`` for the
+            small model that ships with the package.
+        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
-    """The diffusers pipeline that the family trains for: sampling and file formats."""
+    """Diffusers pipeline for sampling and for the format of LoRA files."""
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_name: ClassVar[str]
     """Name of the denoiser in the pipeline: ``unet`` or ``transformer``."""
@@ -45,26 +45,26 @@ class PipelineParts(nn.Module):
     encoder_classes: ClassVar[dict[str, type[Any]]]
     """Tokenizers and text encoders of the pipeline by name."""
     optional_encoders: ClassVar[frozenset[str]] = frozenset()
-    """Those of them that a pipeline may lack."""
+    """Names in :attr:`encoder_classes` that a pipeline may lack; none by default."""
     block_classes: ClassVar[tuple[str, ...]]
-    """Class names of the denoiser's repeated blocks: what is sharded, compiled or offloaded as one."""
+    """Class names of the denoiser's repeated blocks, the units of sharding, compiling and offloading."""
     default_targets: ClassVar[tuple[str, ...]]
-    """Layers that an adapter takes where its config names none."""
+    """Layers to adapt if the adapter's config names none."""
     always_dense: ClassVar[tuple[str, ...]] = ()
-    """Glob patterns of the denoiser's layers that stay in the base's dtype under every quantization."""
+    """Glob patterns of the denoiser's layers that are never quantized; none by default."""
     default_vae_dtype: ClassVar[torch.dtype | None] = None
-    """dtype of the VAE; defaults to the base's dtype unless the VAE overflows in that."""
+    """dtype of the VAE, for families whose VAE overflows in half precision; defaults to None, the base's dtype."""
     pipeline_options: ClassVar[dict[str, Any]] = {}
-    """Further arguments of the pipeline's constructor."""
+    """Further arguments of the pipeline's constructor; none by default."""
 
     scheduler_config: dict[str, Any]
     vae_config: dict[str, Any]
     denoiser_config: dict[str, Any]
-    """Configs with their defaults filled in; :meth:`read_configs` reads them, without any weights."""
+    """Configs of the parts, complete with defaults; :meth:`read_configs` reads them, without any weights."""
     vae: Any
     denoiser: Any
     encoders: dict[str, Any]
-    """Tokenizers and text encoders that are loaded, by name."""
+    """Loaded tokenizers and text encoders by name."""
 
     def __init__(
         self, pretrained_model_name_or_path: str, revision: str | None = None, variant: str | None = None
@@ -76,11 +76,11 @@ class PipelineParts(nn.Module):
 
     @property
     def pretrained_model_name_or_path(self) -> str:
-        """Where the family's pipeline is, as it was given."""
+        """Folder or hub id of the pipeline, as given to the constructor."""
         return self.source.path
 
     def read_configs(self) -> None:
-        """Read the configs of scheduler, VAE and denoiser, if they were not read before.
+        """Read the configs of scheduler, VAE and denoiser, unless they were read before.
 
         Raises:
             UserError: If a part is missing or its config cannot be read.
@@ -99,15 +99,16 @@ class PipelineParts(nn.Module):
         weights: bool = True,
         node: Node | None = None,
     ) -> None:
-        """Load the parts, frozen. What is loaded already stays as it is.
+        """Load the parts, frozen; parts that are loaded already do not change.
 
         Args:
             dtype: dtype of the denoiser and the text encoders.
-            vae_dtype: dtype of the VAE; by default :attr:`default_vae_dtype`, and ``dtype`` where that is None.
-            without: Parts to leave out, of :data:`PARTS`; :meth:`all_parts` brings them in for a while.
-            quantization: How the weights of the denoiser's layers are stored; in ``dtype`` by default.
-            weights: False makes the parts from their configs, with values that mean nothing.
-            node: Which process reads the files for the others; by default each process reads them itself.
+            vae_dtype: dtype of the VAE; defaults to :attr:`default_vae_dtype`, or to ``dtype`` if that is None.
+            without: Parts to leave out, of :data:`PARTS`; defaults to none. :meth:`all_parts` loads them for a while.
+            quantization: Quantization of the denoiser's weights; defaults to none, so that they are stored in ``dtype``.
+            weights: Whether to load weights; False builds the parts from their configs alone, with meaningless values.
+                Defaults to True.
+            node: Processes of this machine, of which one reads the files; defaults to this process alone.
 
         Raises:
             UserError: If a part is missing or cannot be read.
@@ -123,16 +124,17 @@ class PipelineParts(nn.Module):
                 self._load_part(part)
 
     def load_adapted(self, config: PeftConfig, shard: Callable[[nn.Module], None]) -> None:
-        """Load the denoiser with the adapter in it, block by block, after :meth:`load` without the denoiser.
+        """Load the denoiser with its adapter, block by block, after :meth:`load` without the denoiser.
 
-        It gives what :meth:`load` and :meth:`add_adapter` give, the adapter with the first process's values.
+        The result is that of :meth:`load` and :meth:`add_adapter`, with the first process's values of the adapter.
 
         Args:
-            config: The adapter's.
-            shard: See :meth:`~lit_lora.families.loading.PartLoader.sharded_denoiser`.
+            config: Config of the adapter.
+            shard: Function that shards a part: see :meth:`~lit_lora.families.loading.PartLoader.sharded_denoiser`.
 
         Raises:
-            UserError: As for these, or if it is not known how the adapter begins without the base's weights.
+            UserError: If the denoiser cannot be read or adapted, or the adapter's method needs the base's weights to initialize
+                the adapter.
         """
 
         def adapt(denoiser: nn.Module) -> nn.Module:
@@ -145,14 +147,17 @@ class PipelineParts(nn.Module):
     def add_adapter(self, config: PeftConfig) -> None:
         """Put the adapter into the denoiser; :attr:`denoiser` becomes a :class:`peft.PeftModel`.
 
+        Args:
+            config: Config of the adapter.
+
         Raises:
-            UserError: As :func:`lit_lora.adapters.inject`.
+            UserError: If the config does not fit the denoiser: see :func:`lit_lora.adapters.inject`.
         """
         self.denoiser = inject(self.denoiser, config, self.default_targets)
 
     @contextmanager
     def all_parts(self) -> Iterator[None]:
-        """Inside the block every part is there; those that were left out of :meth:`load` are freed at its end.
+        """A context in which all parts are loaded; parts that :meth:`load` left out are freed at its end.
 
         Raises:
             UserError: If a part is missing or cannot be read.
@@ -168,7 +173,7 @@ class PipelineParts(nn.Module):
                 self._free_part(part)
 
     def split_vae(self, slicing: bool, tiling: bool) -> None:
-        """Have the VAE work on one image at a time (slicing), or on one tile of a large one (tiling): diffusers' names."""
+        """Make the VAE process one image at a time (slicing), or one tile of a large image at a time (tiling)."""
         self.vae_slicing, self.vae_tiling = slicing, tiling
         if self.vae is not None:
             (self.vae.enable_slicing if slicing else self.vae.disable_slicing)()
@@ -176,29 +181,27 @@ class PipelineParts(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser computes."""
+        """Device on which the denoiser computes."""
         model = self if self.denoiser is None else self.denoiser
         parameter = next(model.parameters())
-        if isinstance(parameter, DTensor):  # it may wait elsewhere
+        if isinstance(parameter, DTensor):  # a shard may be in host memory
             kind = parameter.device_mesh.device_type
             return torch.device(kind if kind == "cpu" else torch.get_device_module(kind).current_device())
         return parameter.device
 
     def encoding_models(self) -> list[nn.Module]:
-        """VAE and text encoders, as far as they are loaded."""
+        """Those of the VAE and the text encoders that are loaded."""
         return [model for name, model in self.named_children() if name != "denoiser"]
 
     def skips(self, encoder: str) -> bool:
-        """Whether one of :attr:`encoder_classes` is not loaded: by default if the pipeline may lack it, and does."""
+        """Whether one of :attr:`encoder_classes` is not loaded; by default only an optional one that the pipeline lacks."""
         return encoder in self.optional_encoders and self.source.lacks(encoder)
 
     def pipeline(self, scheduler_config: Mapping[str, Any] | None = None) -> DiffusionPipeline:
-        """A diffusers pipeline over these very weights, adapter included.
-
-        It needs every part: see :meth:`all_parts`.
+        """A diffusers pipeline that shares the loaded weights, adapter included; call it inside :meth:`all_parts`.
 
         Args:
-            scheduler_config: The scheduler to sample with; the base's own by default.
+            scheduler_config: Config of the scheduler to sample with; defaults to the base's own.
         """
         config = scheduler_config or self.scheduler_config
         scheduler_class = getattr(diffusers, config["_class_name"])

@@ -1,4 +1,4 @@
-"""Where the parts of a diffusion pipeline are: a folder or a hub repository."""
+"""The source of a diffusion pipeline: a local folder or a hub repository."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class ModelSource:
     """A pipeline in diffusers' folder layout, on disk or on the hub.
 
     Args:
-        path: A folder that diffusers' ``save_pretrained`` wrote, a hub id, or ``embedded`` for the model in this package.
-        revision: Branch, tag or commit on the hub; the main branch by default.
-        variant: Variant of the weight files, such as ``fp16``; the plain files by default.
+        path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or ``embedded`` for the model in this package.
+        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
     """
 
     path: str
@@ -49,9 +49,12 @@ class ModelSource:
         return Path(self.location).is_dir()
 
     def lacks(self, part: str) -> bool:
-        """Whether the pipeline has no such part, as ``model_index.json`` says; where that is missing, a local folder tells.
+        """Whether the pipeline has no such part, according to ``model_index.json`` or, without that file, its subfolders.
 
-        A part that is listed and missing is not lacking: loading it is an error.
+        A part that ``model_index.json`` lists but that is missing does not count as lacking: loading it raises an error.
+
+        Args:
+            part: Name of the part in the pipeline.
         """
         if index := self.index():
             return index.get(part, [None])[0] is None
@@ -67,11 +70,11 @@ class ModelSource:
         return index
 
     def config(self, part: str, kind: type[Any] | None = None) -> dict[str, Any]:
-        """The config of a part.
+        """Read the config of a part.
 
         Args:
-            part: The part's name in the pipeline.
-            kind: The model's class, whose defaults fill in what older files leave out; by default nothing is filled in.
+            part: Name of the part in the pipeline.
+            kind: Class of the model, whose defaults complete configs of older files; defaults to the config as it is.
 
         Raises:
             UserError: If the part is missing or its config cannot be read.
@@ -84,16 +87,21 @@ class ModelSource:
         return {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty} | config
 
     def load(self, part: str, from_pretrained: Callable[..., Any], **options: Any) -> Any:
-        """What ``from_pretrained(location, subfolder=part, **options)`` gives.
+        """Load a part with ``from_pretrained(location, subfolder=part, **options)``.
+
+        Args:
+            part: Name of the part in the pipeline.
+            from_pretrained: Function that loads the part.
+            **options: Further arguments of the function.
 
         Raises:
-            UserError: If the part is missing or cannot be read; the message names part and source.
+            UserError: If the part is missing or cannot be read.
         """
         if self.is_local and not self._folder(part).is_dir():
             held = ", ".join(sorted(entry.name for entry in Path(self.location).iterdir())) or "nothing"
             raise UserError(
-                f"{self.location} has no folder {part!r}, so the pipeline is not complete; it holds {held}. Give a folder that "
-                f"diffusers' save_pretrained wrote, or a hub id."
+                f"{self.location} has no folder {part!r}, so the pipeline is incomplete; it holds {held}. Set "
+                f"pretrained_model_name_or_path to a folder that diffusers' save_pretrained wrote, or to a hub id."
             )
         if self.revision:
             options["revision"] = self.revision
@@ -103,10 +111,10 @@ class ModelSource:
             raise UserError(f"cannot load {part!r} of {self.location!r}: {error}") from error
 
     def identity(self, parts: Mapping[str, list[str]]) -> dict[str, str]:
-        """A text for each part that differs where its weights or settings differ; see :func:`parts_identity`.
+        """A text for each part that is equal if and only if its weights and settings are: see :func:`parts_identity`.
 
         Args:
-            parts: The sub-folders of each part. A part whose folders have no weights is left out of the result.
+            parts: Subfolders of each part. A part whose subfolders have no weights has no entry in the result.
         """
         if self.is_local:
             return parts_identity(Path(self.location), parts, self.variant)

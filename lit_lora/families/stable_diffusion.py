@@ -13,17 +13,17 @@ from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
 
 UNET_ALWAYS_DENSE = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj")
-"""Layers at the ends of a UNet, and those that the timestep goes through: 3 % of Stable Diffusion 1.5's weights."""
+"""Layers at both ends of a UNet and those of the timestep embedding: 3 % of Stable Diffusion 1.5's weights."""
 
 
 class StableDiffusion(ModelFamily):
-    """Stable Diffusion 1.x and 2.x, and whatever shares their pipeline (Rombach et al. 2022).
+    """Stable Diffusion 1.x and 2.x, and other models with the same pipeline (Rombach et al., 2022).
 
     Args:
-        pretrained_model_name_or_path: A folder that diffusers' ``save_pretrained`` wrote, a hub id, or ``embedded`` for
-            the small model that ships with the package.
-        revision: Branch, tag or commit on the hub.
-        variant: Weight files of this variant, such as ``fp16``.
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or ``embedded`` for the
+            small model that ships with the package.
+        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline

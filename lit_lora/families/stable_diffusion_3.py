@@ -18,17 +18,17 @@ from lit_lora.objectives import FlowMatching, Objective
 
 
 class StableDiffusion3(ModelFamily):
-    """Stable Diffusion 3 and 3.5, medium and large (Esser et al. 2024, arXiv 2403.03206).
+    """Stable Diffusion 3 and 3.5, medium and large (Esser et al., 2024, arXiv 2403.03206).
 
-    The T5 encoder, more than half of the weights, may be left out: the denoiser was trained to do without its embeddings,
-    which are then zeros.
+    The T5 encoder, more than half of the weights, may be left out: the denoiser was also trained with zeros in place of its
+    embeddings.
 
     Args:
-        pretrained_model_name_or_path: A folder that diffusers' ``save_pretrained`` wrote, or a hub id.
-        revision: Branch, tag or commit on the hub.
-        variant: Weight files of this variant, such as ``fp16``.
-        t5: Whether to use the T5 encoder, if the pipeline has it.
-        max_sequence_length: Tokens of a caption that T5 sees, as the pipeline's argument; 256 by default.
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
+        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        t5: Whether to use the T5 encoder, if the pipeline has it; defaults to True.
+        max_sequence_length: Number of tokens of a caption for T5; defaults to 256, as in the pipeline.
 
     Raises:
         UserError: If ``max_sequence_length`` is below 1.
@@ -86,7 +86,10 @@ class StableDiffusion3(ModelFamily):
         return super().skips(encoder) or (not self.t5 and encoder in self.optional_encoders)
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """Both CLIP encoders' last but one hidden states side by side, then T5's below them; their pooled outputs."""
+        """Hidden states of both CLIP encoders, joined by channel, then of T5, joined by token; pooled outputs of CLIP.
+
+        CLIP's hidden states are those of the last layer but one.
+        """
         hidden, pooled = [], []
         for suffix in ("", "_2"):
             ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
@@ -101,7 +104,7 @@ class StableDiffusion3(ModelFamily):
         return {"encoder_hidden_states": text["encoder_hidden_states"], "pooled_projections": text["pooled"]}
 
     def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
-        """Embeddings instead of the prompts where T5 is left out, which diffusers 0.42's pipeline cannot do itself."""
+        """The prompts, or without T5 their embeddings, since diffusers 0.42's pipeline cannot encode prompts without T5."""
         if "text_encoder_3" in self.encoders:
             return {"prompt": prompts, "max_sequence_length": self.max_sequence_length}
         text = self.encode_captions(prompts)
@@ -113,7 +116,7 @@ class StableDiffusion3(ModelFamily):
         return inputs
 
     def _t5_embeddings(self, captions: list[str]) -> Tensor:
-        """``(B, max_sequence_length, joint_attention_dim)``; padding is not masked, as in the pipeline."""
+        """T5's hidden states, ``(B, max_sequence_length, joint_attention_dim)``; as in the pipeline, padding is not masked."""
         if "text_encoder_3" not in self.encoders:
             width = int(self.denoiser_config["joint_attention_dim"])
             return torch.zeros(len(captions), self.max_sequence_length, width, device=self.device)

@@ -16,14 +16,14 @@ from lit_lora.families.stable_diffusion import UNET_ALWAYS_DENSE
 
 
 class StableDiffusionXL(ModelFamily):
-    """Stable Diffusion XL, base models (Podell et al. 2023).
+    """Base models of Stable Diffusion XL (Podell et al., 2023).
 
-    Its VAE overflows in half precision, so it runs in float32 whatever the base's dtype.
+    The VAE overflows in half precision, so it always runs in float32.
 
     Args:
-        pretrained_model_name_or_path: A folder that diffusers' ``save_pretrained`` wrote, or a hub id.
-        revision: Branch, tag or commit on the hub.
-        variant: Weight files of this variant, such as ``fp16``.
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
+        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
@@ -40,11 +40,11 @@ class StableDiffusionXL(ModelFamily):
     always_dense: ClassVar[tuple[str, ...]] = (*UNET_ALWAYS_DENSE, "add_embedding.*")
     default_vae_dtype: ClassVar[torch.dtype | None] = torch.float32
     undistilled: ClassVar[str] = "stabilityai/stable-diffusion-xl-base-1.0"
-    # diffusers would import a watermarking package if it finds one; what we sample is for looking at while training.
+    # By default diffusers adds watermarks if the package for them is installed; samples of a training run need none.
     pipeline_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
-        """Both encoders' last but one hidden states side by side, and the second one's pooled output."""
+        """Hidden states of both encoders' last layer but one, joined by channel, and the pooled output of the second encoder."""
         hidden_states = []
         for suffix in ("", "_2"):
             ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
@@ -59,7 +59,7 @@ class StableDiffusionXL(ModelFamily):
 
     @staticmethod
     def _time_ids(batch: Batch) -> Tensor:
-        """Original size, crop and target size, ``(B, 6)``: SDXL's micro-conditioning."""
+        """SDXL's micro-conditioning: original size, top left corner of the crop and target size, ``(B, 6)``."""
         target = target_size(batch)
         original = batch.get("original_size", target)
         corner = batch.get("crop_top_left", torch.zeros_like(target))

@@ -1,4 +1,4 @@
-"""File formats of adapters: one file each."""
+"""File formats of adapters: one module for each."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from lit_lora.formats.diffusers import DiffusersFormat
 from lit_lora.formats.peft import PeftFormat
 
 FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat())
-"""All formats that an adapter's folder has, where they can hold it."""
+"""All formats; an adapter is written in each one that can hold it."""
 
 __all__ = ["FORMATS", "AdapterFiles", "AdapterFormat", "DiffusersFormat", "PeftFormat", "write_adapter"]
 
@@ -25,11 +25,11 @@ def write_adapter(
     """Write an adapter in every format that can hold it.
 
     Args:
-        adapter: The adapter.
-        config: Its config.
-        folder: An existing folder.
-        pipeline_class: The pipeline that it was trained for.
-        denoiser_name: The adapted part of it: ``unet`` or ``transformer``.
+        adapter: Adapter to write.
+        config: Config of the adapter.
+        folder: Existing folder.
+        pipeline_class: Pipeline for which the adapter was trained.
+        denoiser_name: Name of the adapted part of the pipeline: ``unet`` or ``transformer``.
     """
     for one in FORMATS:
         if one.holds(config, pipeline_class):

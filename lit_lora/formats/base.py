@@ -1,4 +1,4 @@
-"""What a file format of adapters is."""
+"""The interface of a file format of adapters."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """An adapter on its way to or from files.
+    """The contents of an adapter's files.
 
     Args:
-        state: Its tensors under PEFT's names without the adapter's name, such as ``base_model.model.….lora_A.weight``.
-        config: Its PEFT config as plain JSON values, with the base's name.
+        state: Tensors under PEFT's names without the adapter's name, such as ``base_model.model.….lora_A.weight``.
+        config: PEFT config as plain JSON values, with the name of the base.
     """
 
     state: Mapping[str, Tensor]
@@ -27,11 +27,11 @@ class AdapterFiles:
 
 
 class AdapterFormat(ABC):
-    """A file format of adapters; a new one is a file in this folder and an entry in ``FORMATS``."""
+    """A file format of adapters; a new format is one module in this folder and an entry in ``FORMATS``."""
 
     @abstractmethod
     def holds(self, config: PeftConfig, pipeline_class: type[DiffusionPipeline]) -> bool:
-        """Whether an adapter of this config, trained for this pipeline, can be written in the format."""
+        """Whether the format can hold an adapter of this config for this pipeline."""
 
     @abstractmethod
     def write(
@@ -40,16 +40,21 @@ class AdapterFormat(ABC):
         """Write an adapter that the format :meth:`holds`; the same adapter gives the same bytes.
 
         Args:
-            adapter: The adapter.
-            folder: An existing folder.
-            pipeline_class: The pipeline that the adapter was trained for.
-            denoiser_name: The adapted part of it: ``unet`` or ``transformer``.
+            adapter: Adapter to write.
+            folder: Existing folder.
+            pipeline_class: Pipeline for which the adapter was trained.
+            denoiser_name: Name of the adapted part of the pipeline: ``unet`` or ``transformer``.
         """
 
     @abstractmethod
     def read(self, folder: Path, pipeline_class: type[DiffusionPipeline], denoiser_name: str) -> AdapterFiles:
-        """Read what :meth:`write` has written.
+        """Read an adapter that :meth:`write` wrote.
+
+        Args:
+            folder: Folder of the adapter.
+            pipeline_class: Pipeline for which the adapter was trained.
+            denoiser_name: Name of the adapted part of the pipeline: ``unet`` or ``transformer``.
 
         Raises:
-            UserError: If there is no such file, or it is damaged.
+            UserError: If the file is missing or damaged.
         """

@@ -1,4 +1,4 @@
-"""diffusers' LoRA file."""
+"""The LoRA file of diffusers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _METADATA = "lora_adapter_metadata"
 
 
 class DiffusersFormat(AdapterFormat):
-    """``pytorch_lora_weights.safetensors``, which ``load_lora_weights`` of the pipeline reads; config in its metadata."""
+    """``pytorch_lora_weights.safetensors`` with the config in its metadata, for ``load_lora_weights`` of the pipeline."""
 
     def holds(self, config: PeftConfig, pipeline_class: type[DiffusionPipeline]) -> bool:
-        """LoRA and DoRA, where the pipeline can write LoRA files; diffusers refuses trained biases and copies of layers."""
+        """Whether it is LoRA or DoRA, without trained biases or ``modules_to_save``, for a pipeline with LoRA files."""
         plain = type(config) is LoraConfig and config.bias == "none" and not config.modules_to_save
         return plain and hasattr(pipeline_class, "save_lora_weights")
 
@@ -46,17 +46,17 @@ class DiffusersFormat(AdapterFormat):
         config = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
         state = {_PREFIX + key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if not state or not config:
-            raise UserError(f"{path} holds no adapter of a {denoiser_name} with its config")
+            raise UserError(f"{path} does not hold an adapter of a {denoiser_name} and its config")
         return AdapterFiles(state, config)
 
 
 def _sort_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file, which are written in any order, so that the same adapter is the same bytes."""
+    """Sort the metadata of a safetensors file, whose order varies, so that the same adapter gives the same bytes."""
     with file.open("r+b") as opened:
         size = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(size))
         header = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(text) <= size, "the tensors begin where they began"
+        assert len(text) <= size, "the header must not grow, because the tensors follow it"
         opened.seek(8)
         opened.write(text.ljust(size))

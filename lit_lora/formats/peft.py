@@ -1,4 +1,4 @@
-"""PEFT's files of an adapter."""
+"""The files in which PEFT saves an adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG = "adapter_config.json"
 
 
 class PeftFormat(AdapterFormat):
-    """``adapter_model.safetensors`` and ``adapter_config.json``, which ``PeftModel.from_pretrained`` reads."""
+    """``adapter_model.safetensors`` and ``adapter_config.json``, for ``PeftModel.from_pretrained``."""
 
     def holds(self, config: PeftConfig, pipeline_class: type[DiffusionPipeline]) -> bool:
         return True
@@ -37,26 +37,32 @@ class PeftFormat(AdapterFormat):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The contents of ``adapter_config.json``.
+    """Read ``adapter_config.json``.
+
+    Args:
+        folder: Folder of the adapter.
 
     Raises:
-        UserError: If it is missing, or no JSON object.
+        UserError: If the file is missing or does not hold a JSON object.
     """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no adapter folder: cannot read {path.name} ({error})") from error
+        raise UserError(f"{folder} is not an adapter folder: cannot read {path.name} ({error})") from error
     if not isinstance(config, dict):
-        raise UserError(f"{folder} is no adapter folder: {path.name} holds no JSON object")
+        raise UserError(f"{folder} is not an adapter folder: {path.name} does not hold a JSON object")
     return config
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
+
+    Args:
+        path: File to read.
 
     Raises:
-        UserError: If it is missing or damaged.
+        UserError: If the file is missing or damaged.
     """
     try:
         return dict(load_file(path))

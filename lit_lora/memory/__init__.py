@@ -1,1 +1,1 @@
-"""Ways to need less memory on the device that trains: checkpointing, offloading, stepping in the backward pass."""
+"""Saves memory on the device that trains: checkpointing, offloading, optimizer steps in the backward pass."""

@@ -15,24 +15,25 @@ from lit_lora.memory.host_weights import HostWeights, target_of
 from lit_lora.quantization.frozen_layer import FrozenConv2d, FrozenLayer, FrozenLinear
 
 _SMALLEST = 16 << 10
-"""Bytes from which a tensor is worth a copy each time; scales and tables of quantised layers are smaller."""
+"""Smallest tensor, in bytes, that is worth repeated copies; scales and tables of quantized layers are smaller."""
 
 
 class BlockOffload:
-    """Keeps the frozen weights of a model's blocks in host memory; at most two blocks have theirs on the device.
+    """Keeps the frozen weights of a model's blocks in host memory, except those of at most two blocks on the device.
 
-    A block's weights are fetched when it is used, in a forward or backward pass, and those of the block that is likely to be
-    next are fetched meanwhile: the block that followed the last time in the same kind of pass, and in the first backward pass
-    the block before it. A wrong guess only costs time. Code that reads a weight always gets it on the device.
+    The weights of a block are fetched when a forward or backward pass uses it, while those of the next block are prefetched. The
+    next block is the one that followed the last time in the same kind of pass; in the first backward pass it is the previous
+    block of the forward pass. A wrong guess only costs time. Code that reads a weight always gets it on the device.
 
-    ``to(device)`` of the model moves everything except these weights, and sets the device that they are fetched to. So the
+    ``to(device)`` of the model moves everything except these weights and sets the device to which they are fetched, so the
     device never holds all of them, not even while a run starts.
 
     Args:
         model: Model with :class:`~lit_lora.quantization.frozen_layer.FrozenLayer` layers in host memory, with or without an
             adapter.
-        block_classes: Class names of blocks; of nested blocks the outermost counts.
-        smallest_bytes: Bytes from which a tensor is kept in host memory; smaller ones move with the rest of the model.
+        block_classes: Class names of the blocks; of nested blocks only the outermost count.
+        smallest_bytes: Smallest tensor, in bytes, that is kept in host memory; defaults to 16 KiB. Smaller ones move with the
+            rest of the model.
     """
 
     def __init__(self, model: nn.Module, block_classes: Sequence[str], smallest_bytes: int = _SMALLEST) -> None:
@@ -63,7 +64,7 @@ class BlockOffload:
         self._passes = set()
 
     def moved_to(self, device: torch.device) -> None:
-        """Set the device that weights are fetched to."""
+        """Set the device to which weights are fetched."""
         self.release()
         if device == self.device:
             return
@@ -75,7 +76,7 @@ class BlockOffload:
                 block.pin()
 
     def use(self, block: HostWeights, kind: str) -> None:
-        """Fetch the weights of a block, and begin to fetch those of the block that is likely to be next.
+        """Fetch the weights of a block, and begin to fetch those of the block that is expected next.
 
         Args:
             block: Weights of the block that is about to compute.
@@ -129,7 +130,7 @@ class BlockOffload:
         block.register_forward_hook(lambda _module, _inputs, output: self._watch_backward(weights, output))
 
     def _watch_backward(self, block: HostWeights, output: Any) -> None:
-        """Use the block's weights once the gradient of its output is computed, when its backward pass begins."""
+        """Fetch the block's weights when the gradient of its output is computed, as its backward pass begins."""
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 tensor.register_hook(partial(self._begin_backward, block))
@@ -142,7 +143,7 @@ class _OffloadedLayer(FrozenLayer):
     """A frozen layer whose stored tensors :class:`BlockOffload` fetches before they are read."""
 
     offload: BlockOffload | None = None
-    """None in a layer of this class that PEFT made."""
+    """None in a layer that PEFT created from this class."""
     block: HostWeights
     host_names: frozenset[str] = frozenset()
 
@@ -190,7 +191,7 @@ _OFFLOADED: dict[type[nn.Module], type[_OffloadedLayer]] = {
 
 
 def _large(layer: nn.Module, smallest_bytes: int) -> Iterator[str]:
-    """Names of stored tensors large enough to move; copies in PEFT's ``modules_to_save`` are trained and stay."""
+    """Names of the stored tensors that are large enough to move; trained copies in PEFT's ``modules_to_save`` stay."""
     # PEFT adapts a convolution with layers of the same class, which store nothing.
     for name in getattr(layer, "stored_names", ()):
         parameter = layer._parameters[name]

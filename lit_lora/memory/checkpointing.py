@@ -16,14 +16,14 @@ _NAMES_SHOWN = 40
 
 
 def enable_gradient_checkpointing(model: nn.Module, which: bool | Sequence[str]) -> None:
-    """Make blocks save only their inputs and recompute their activations in the backward pass (Chen et al. 2016).
+    """Make blocks save only their inputs and recompute their activations in the backward pass (Chen et al., 2016).
 
     The unit of recomputation is diffusers' own: one ResNet or transformer block.
 
     Args:
         model: A diffusers model, with or without an adapter.
-        which: True for all blocks, False for none, or glob patterns that match names of blocks, which then count with everything
-            inside them: ``down_blocks.0``, ``up_blocks.*``, ``transformer_blocks.1?``.
+        which: True for all blocks, False for none, or glob patterns of the names of blocks, such as ``down_blocks.0``,
+            ``up_blocks.*`` or ``transformer_blocks.1?``; a pattern also covers everything inside a block.
 
     Raises:
         UserError: If the model does not support checkpointing, or a pattern matches none of its blocks.
@@ -31,10 +31,12 @@ def enable_gradient_checkpointing(model: nn.Module, which: bool | Sequence[str])
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not getattr(base, "_supports_gradient_checkpointing", False):
         raise UserError(
-            f"{type(base).__name__} has no gradient checkpointing in diffusers; set gradient_checkpointing to false"
+            f"{type(base).__name__} does not support gradient checkpointing; set gradient_checkpointing to false"
         )
     if isinstance(which, str):
-        raise UserError(f"gradient_checkpointing is true, false or a list of patterns; write ['{which}']")
+        raise UserError(
+            f"gradient_checkpointing={which!r} is neither true, false nor a list of patterns; write ['{which}']"
+        )
     if which is False:
         base.disable_gradient_checkpointing()
     elif which is True:
@@ -63,7 +65,7 @@ def _only(chosen: set[nn.Module]) -> Callable[..., Any]:
     """The function that diffusers calls instead of a block, which checkpoints the chosen blocks."""
 
     def call(block: Any, *args: Any) -> Any:
-        # Most models of diffusers pass the block, some a method of it.
+        # Most models of diffusers pass the block, some pass a method of it.
         if getattr(block, "__self__", block) in chosen:
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
@@ -94,5 +96,5 @@ def _parents(name: str) -> list[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether the pattern matches the name or that of a module around it."""
+    """Whether the pattern matches the name or the name of a module around it."""
     return any(fnmatchcase(candidate, pattern) for candidate in (name, *_parents(name)))

@@ -16,10 +16,10 @@ from lit_lora.memory.host_weights import HostWeights, target_of
 class EncoderOffload:
     """Keeps frozen models in host memory, and moves them to the device for the duration of a ``with`` block.
 
-    ``to(device)`` of such a model, or of a model that contains it, only sets the device for these blocks. So the device never
-    holds all models while a run starts.
+    ``to(device)`` of such a model, or of a model that contains it, only sets the device for these blocks, so the device does not
+    hold the models while a run starts.
 
-    For a GPU the host memory is page-locked. Moving back costs nothing, because the models do not change.
+    For a GPU the host memory is page-locked. Nothing is copied back, because the models do not change.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class EncoderOffload:
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
-        """Context in which the models are on the device; it can be nested."""
+        """A context in which the models are on the device; it can be nested."""
         self._depth += 1
         try:
             for weights in self._models.values():
@@ -74,7 +74,7 @@ class EncoderOffload:
 
 
 def _moves_nothing(model: Any, convert: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """Replaces ``nn.Module._apply``, which moves modules."""
+    """Replacement for ``nn.Module._apply`` that sets the device of the offload and moves nothing."""
     offload: EncoderOffload = model._encoder_offload
     offload.moved_to(target_of(convert, offload.device))
     return model

@@ -13,11 +13,11 @@ from lit_lora.errors import UserError
 class HostWeights:
     """Frozen tensors that stay in host memory and have copies on a device while they are in use.
 
-    The ``data`` of a tensor is its copy on the device while there is one, and the host's otherwise. Nothing is copied back,
-    because the tensors do not change.
+    The ``data`` of a tensor is its copy on the device while there is one, otherwise its value in host memory. Nothing is copied
+    back, because the tensors do not change.
 
-    Copies can be made on a separate stream. Their memory is allocated for the computing stream, so that it is reused in the
-    order of that stream, and copying waits no longer than necessary.
+    Copies can be made on a separate stream. Their memory is allocated on the computing stream, so it is reused in the order of
+    that stream, and copies wait no longer than necessary.
 
     Args:
         tensors: Parameters and buffers in host memory.
@@ -55,20 +55,21 @@ class HostWeights:
             except RuntimeError as error:
                 raise UserError(
                     f"no more host memory can be page-locked for offloaded weights ({str(error).splitlines()[0]}); "
-                    f"turn the memory.offload_… options off, or store the base in fewer bits with quantization"
+                    f"turn off memory.offload_encoders and memory.offload_blocks, or store the base in fewer bits with "
+                    f"model.quantization"
                 ) from error
             tensor.data = self._host[index]
 
     def fetch(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
-        """Begin to copy to the device; without effect if the copies exist already.
+        """Begin to copy the tensors to the device; this has no effect if the copies exist already.
 
         Args:
             device: Device to copy to.
-            stream: Stream to copy on, after which :meth:`wait` must be called before use; by default the current stream.
+            stream: Stream that copies, so that :meth:`wait` must be called before use; defaults to the current stream.
         """
         if self._copies:
             return
-        # In inference mode, as Lightning validates in, the copies could not be used for training later.
+        # Copies made in inference mode, in which Lightning validates, could not be used for training.
         with torch.inference_mode(False), torch.no_grad():
             copies = [torch.empty_like(tensor, device=device) for tensor in self._host]
             if stream is None:
@@ -113,31 +114,31 @@ class HostWeights:
 
 
 def target_of(convert: Callable[[Tensor], Tensor], device: torch.device) -> torch.device:
-    """Device to which a function given to ``nn.Module._apply`` moves tensors of this device."""
+    """The device to which a function given to ``nn.Module._apply`` moves tensors that are on ``device``."""
     with torch.inference_mode(False), torch.no_grad():
         return convert(torch.empty(0, device=device)).device
 
 
 def check_offload(key: str, device: torch.device, strategy: object | None = None) -> None:
-    """Make sure that offloading to host memory can save memory in this run.
+    """Check that offloading to host memory can save memory in this run.
 
     Args:
         key: Config key to name in the error.
         device: Device that computes.
-        strategy: Strategy that shards state over the processes and moves it by itself; None for any other.
+        strategy: Strategy that shards and moves state by itself; defaults to None, for any other strategy.
 
     Raises:
-        UserError: If the device is no GPU, or there is such a strategy.
+        UserError: If the device is not a CUDA GPU, or the strategy moves state by itself.
     """
     if device.type == "cpu":
         raise UserError(
             f"{key} moves memory from a GPU to the host, and this run computes on the host itself; set {key} to false, or "
-            f"save memory with memory.gradient_checkpointing and quantization"
+            f"save memory with memory.gradient_checkpointing and model.quantization"
         )
     if device.type != "cuda":
-        raise UserError(f"{key} works with CUDA devices, not with {device.type!r}; set {key} to false")
+        raise UserError(f"{key} supports CUDA devices only, not {device.type!r}; set {key} to false")
     if strategy is not None:
         raise UserError(
-            f"{key} does not go with {type(strategy).__name__}; set {key} to false and the strategy's own cpu_offload, "
+            f"{key} cannot be combined with {type(strategy).__name__}; set {key} to false and the strategy's own cpu_offload, "
             f"offload_optimizer or offload_parameters to true, or use strategy ddp"
         )

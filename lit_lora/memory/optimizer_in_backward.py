@@ -20,28 +20,28 @@ from lit_lora.finite import any_non_finite, zero_where
 
 
 class OptimizerInBackward:
-    """Steps parameters as soon as their gradients are complete, and frees the gradients (LOMO, Lv et al. 2023).
+    """Steps parameters as soon as their gradients are complete, and frees the gradients (LOMO, Lv et al., 2023).
 
     The optimizer and its state stay the same, so that checkpoints, schedules and 8-bit optimizers work as usual. The call of
-    ``optimizer.step`` at the end of a training step remains; it only has the last few gradients left to apply.
+    ``optimizer.step`` at the end of a training step remains; it applies the last few gradients.
 
     Args:
         optimizer: Optimizer that updates each parameter independently.
-        clip_value: Absolute value to which each element of a gradient is clipped first; 0 for no clipping. Nothing else may
-            clip, because no gradients are left after the backward pass.
-        bucket_bytes: Bytes of complete gradients that trigger a step; defaults to 1 MiB. A step for each parameter would take
-            longer than the arithmetic.
+        clip_value: Absolute value to which each element of a gradient is clipped before the step; defaults to 0, no clipping.
+            Nothing else may clip, because no gradients are left after the backward pass.
+        bucket_bytes: Bytes of complete gradients that trigger a step; defaults to 1 MiB. With a step for each parameter the
+            overhead would exceed the arithmetic.
 
     Raises:
-        UserError: If the optimizer calls the training step itself.
+        UserError: If the optimizer calls the training step itself, as LBFGS does.
     """
 
     def __init__(self, optimizer: Optimizer, clip_value: float = 0.0, bucket_bytes: int = 1 << 20) -> None:
         closure = inspect.signature(type(optimizer).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise UserError(
-                f"optimizer_in_backward: {type(optimizer).__name__} computes the gradients itself, several times a step; "
-                f"set optimizer_in_backward to false, or use an optimizer such as torch.optim.AdamW"
+                f"memory.optimizer_in_backward: {type(optimizer).__name__} computes the gradients itself, several times a step; "
+                f"set memory.optimizer_in_backward to false, or use an optimizer such as torch.optim.AdamW"
             )
         self.optimizer = optimizer
         self.clip_value = clip_value
@@ -91,7 +91,7 @@ class OptimizerInBackward:
         members = {number: group["params"] for number, group in chosen.items()}
         before = None if self._checked else [_settings(group) for group in chosen.values()]
         try:
-            # With all its parameters the optimizer would search for gradients in each step.
+            # With all its parameters the optimizer would look for gradients of all of them in each step.
             self.optimizer.param_groups = list(chosen.values())
             for number, group in chosen.items():
                 group["params"] = self._complete[number]
@@ -121,25 +121,27 @@ class OptimizerInBackward:
         }
         if changed:
             raise UserError(
-                f"optimizer_in_backward: {type(self.optimizer).__name__} keeps {', '.join(sorted(changed))} for all parameters "
-                f"together, so it cannot step them one by one; set optimizer_in_backward to false, or use an "
-                f"optimizer such as torch.optim.AdamW"
+                f"memory.optimizer_in_backward: {type(self.optimizer).__name__} keeps {', '.join(sorted(changed))} for all "
+                f"parameters together, so it cannot step them one by one; set memory.optimizer_in_backward to false, or use "
+                f"an optimizer such as torch.optim.AdamW"
             )
 
 
 def check_optimizer_in_backward(trainer: Trainer, adapter: PeftConfig | None = None) -> None:
-    """Make sure that nothing in the run needs all gradients at once.
+    """Check that nothing in the run needs all gradients at once.
 
     Args:
         trainer: Trainer of the run.
-        adapter: Config of the trained adapter.
+        adapter: Config of the trained adapter; defaults to none.
 
     Raises:
         UserError: If something in the run needs all gradients at once.
     """
     problem = _problem(trainer, adapter)
     if problem:
-        raise UserError(f"optimizer_in_backward steps each parameter as soon as it has a gradient, but {problem}")
+        raise UserError(
+            f"memory.optimizer_in_backward steps each parameter as soon as it has a gradient, but {problem}"
+        )
 
 
 def _problem(trainer: Trainer, adapter: PeftConfig | None) -> str | None:
@@ -163,8 +165,8 @@ def _problem(trainer: Trainer, adapter: PeftConfig | None) -> str | None:
         return f"gradients accumulate over {accumulated} batches; set accumulate_grad_batches to 1 and raise the batch size"
     if str(trainer.precision) == "16-mixed":
         return (
-            "precision 16-mixed looks at all gradients before a step; leave precision at 32-true and set base_dtype to "
-            "'bfloat16'"
+            "precision 16-mixed checks all gradients before a step; leave trainer.precision at 32-true and set model.base_dtype "
+            "to 'bfloat16'"
         )
     if trainer.world_size > 1:
         return f"{trainer.world_size} processes average their gradients after the backward pass; set devices to 1"

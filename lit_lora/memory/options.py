@@ -7,19 +7,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What a training run does to need less memory; every option is off by default.
+    """Options that save memory in a training run; all are off by default.
 
     Args:
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time. True for all blocks, or a
-            list of glob patterns that match the names of blocks, such as ``["up_blocks.*"]``.
+        gradient_checkpointing: Recompute activations in the backward pass, which takes less memory and more time. True for all
+            blocks, or a list of glob patterns of the names of blocks, such as ``["up_blocks.*"]``.
         vae_slicing: Encode one image of a batch at a time, so that the VAE keeps the activations of one image only.
-        vae_tiling: Encode images larger than the VAE was trained on in overlapping tiles; latents differ slightly.
+        vae_tiling: Encode images that are larger than those the VAE was trained on in overlapping tiles, which changes latents
+            slightly.
         offload_encoders: Keep VAE and text encoders in host memory, and move them to the GPU only while they encode.
-        offload_blocks: Keep the frozen weights of the denoiser's blocks in host memory; at most two blocks have theirs on
-            the GPU at a time.
+        offload_blocks: Keep the frozen weights of the denoiser's blocks in host memory, except those of at most two blocks at a
+            time.
         offload_activations: Keep the activations that the backward pass needs in host memory.
-        optimizer_in_backward: Step each parameter as soon as its gradient is complete, then free the gradient. It does not
-            work with clipping by norm or accumulated gradients, which need all gradients at once.
+        optimizer_in_backward: Step each parameter as soon as its gradient is complete, then free the gradient. It excludes
+            clipping by norm and gradient accumulation, which need all gradients at once.
     """
 
     gradient_checkpointing: bool | list[str] = False

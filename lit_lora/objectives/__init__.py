@@ -1,4 +1,4 @@
-"""Objectives: one file each."""
+"""Training objectives: one file for each, and the densities of flow matching."""
 
 from lit_lora.objectives.base import NoisySample, Objective
 from lit_lora.objectives.ddpm import DDPM

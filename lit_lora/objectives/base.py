@@ -1,4 +1,4 @@
-"""What an objective is: what is drawn for a training step and what the loss is. It knows no model."""
+"""The interface of an objective: noisy samples, targets and the loss, independent of any model."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lit_lora.errors import UserError
 
 
 class NoisySample(NamedTuple):
-    """What an objective makes of the latents of ``B`` samples."""
+    """The latents of ``B`` samples with noise, and what the denoiser should predict for them."""
 
     noisy: Tensor
-    """The denoiser's input, float32 ``(B, *latent_shape)``."""
+    """Input of the denoiser, float32 ``(B, *latent_shape)``."""
     timesteps: Tensor
-    """int64 or float32 ``(B,)``, in the units of the base's scheduler: 0 for data, ``num_train_timesteps`` for noise."""
+    """Timesteps from 0 for data to ``num_train_timesteps`` of the base's scheduler for noise, int64 or float32 ``(B,)``."""
     target: Tensor
-    """What the denoiser should predict, ``(B, *latent_shape)``."""
+    """Target of the denoiser's prediction, ``(B, *latent_shape)``."""
     weight: Tensor
     """Weight of each sample's loss, float32 ``(B,)``."""
     latents: Tensor
-    """The latents without noise, ``(B, *latent_shape)``."""
+    """Latents without noise, ``(B, *latent_shape)``."""
 
 
 class Objective(nn.Module, ABC):
-    """A training objective; in training mode as configured, in evaluation mode in its plain form.
+    """A training objective: the distribution of noisy samples, their targets and the loss.
 
-    The plain form has no weighting, offset or perturbation, so that validation losses of runs with different settings
-    compare.
+    In evaluation mode there is no weighting, offset or perturbation, so that validation losses of runs with different settings
+    can be compared.
     """
 
     schedulers: ClassVar[tuple[str, ...]]
@@ -41,42 +41,45 @@ class Objective(nn.Module, ABC):
         """Take the noise schedule of the base; return the scheduler config to sample with.
 
         Args:
-            scheduler_config: As in the base's ``scheduler_config.json``.
+            scheduler_config: Contents of the base's ``scheduler_config.json``.
 
         Raises:
-            UserError: If the objective cannot train a model of this scheduler, or the schedule and the objective's settings
-                contradict each other.
+            UserError: If the objective cannot train models of this scheduler, or the schedule contradicts the objective's
+                settings.
         """
         name = scheduler_config.get("_class_name")
         if name not in self.schedulers:
-            raise UserError(f"the scheduler is {name}; {type(self).__name__} takes {', '.join(self.schedulers)}")
+            raise UserError(f"the scheduler is {name}, and {type(self).__name__} supports {', '.join(self.schedulers)}")
         return self.set_schedule(scheduler_config.copy())
 
     @abstractmethod
     def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
         """Take the noise schedule of a scheduler in :attr:`schedulers`; return the scheduler config to sample with.
 
+        Args:
+            config: Contents of the base's ``scheduler_config.json``.
+
         Raises:
-            UserError: If the schedule and the objective's settings contradict each other.
+            UserError: If the schedule contradicts the objective's settings.
         """
 
     @abstractmethod
     def sample(self, latents: Tensor, draws: Draws, num_tokens: int = 1) -> NoisySample:
-        """Draw timesteps and noise.
+        """Draw timesteps and noise for a batch of latents.
 
         Args:
-            latents: float32 ``(B, *latent_shape)``.
-            draws: The random numbers of the batch.
-            num_tokens: Tokens that the denoiser makes of the latents of one sample, for schedules that depend on the
-                resolution.
+            latents: Normalized latents, float32 ``(B, *latent_shape)``.
+            draws: Random numbers of the batch.
+            num_tokens: Number of tokens that the denoiser makes of one sample's latents, for schedules that depend on
+                resolution; defaults to 1.
         """
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
         """Weighted mean squared error of each sample, float32 ``(B,)``.
 
         Args:
-            prediction: What the denoiser gave for ``sample.noisy``, ``(B, *latent_shape)``.
-            sample: What :meth:`sample` gave.
+            prediction: Prediction of the denoiser for ``sample.noisy``, ``(B, *latent_shape)``.
+            sample: Result of :meth:`sample`.
         """
         errors = F.mse_loss(prediction.float(), sample.target.float(), reduction="none")
         return errors.flatten(1).mean(1) * sample.weight

@@ -1,4 +1,4 @@
-"""Denoising diffusion: noise, velocity or sample prediction."""
+"""Denoising diffusion with prediction of the noise, the velocity or the sample."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from lit_lora.draws import Draws
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 from lit_lora.objectives.base import NoisySample, Objective
 
 
 class DDPM(Objective):
-    """The objective of Ho et al. 2020 over the base's own noise schedule.
+    r"""Denoising diffusion (DDPM, Ho et al., 2020) with the base's own noise schedule.
+
+    For noise :math:`\epsilon` and a uniform timestep :math:`t` the denoiser sees
+    :math:`x_t = \sqrt{\bar\alpha_t} x_0 + \sqrt{1 - \bar\alpha_t} \epsilon` and predicts :math:`\epsilon`, the velocity
+    :math:`\sqrt{\bar\alpha_t} \epsilon - \sqrt{1 - \bar\alpha_t} x_0`, or :math:`x_0`.
 
     Args:
-        prediction_type: What the denoiser predicts; by default what the base's scheduler says.
-        snr_gamma: Min-SNR weighting with this gamma (Hang et al. 2023), 5 is usual; none by default.
-        noise_offset: Adds this times a standard normal value per sample and channel to the noise.
-        input_perturbation: Adds this times more noise to the denoiser's input, not to its target (Ning et al. 2023).
+        prediction_type: Target of the prediction: ``epsilon``, ``v_prediction`` or ``sample``; defaults to that of the base's
+            scheduler.
+        snr_gamma: Gamma of min-SNR weighting (Hang et al., 2023), usually 5; defaults to no weighting.
+        noise_offset: Factor of a standard normal value per sample and channel that is added to the noise; defaults to 0.
+        input_perturbation: Factor of further noise that is added to the denoiser's input but not to its target (Ning et al.,
+            2023); defaults to 0.
 
     Raises:
-        UserError: If a value is outside its range.
+        UserError: If ``snr_gamma`` is not above 0, or ``noise_offset`` or ``input_perturbation`` is below 0.
     """
 
     schedulers: ClassVar[tuple[str, ...]] = (
@@ -54,10 +60,8 @@ class DDPM(Objective):
     ) -> None:
         super().__init__()
         if snr_gamma is not None and snr_gamma <= 0:
-            raise UserError(f"snr_gamma must be above 0, not {snr_gamma}; leave it out for no weighting")
-        for name, value in (("noise_offset", noise_offset), ("input_perturbation", input_perturbation)):
-            if value < 0:
-                raise UserError(f"{name} must be at least 0, not {value}")
+            raise UserError(f"snr_gamma={snr_gamma} is too small; it must be above 0, or null for no weighting")
+        check_least(0, noise_offset=noise_offset, input_perturbation=input_perturbation)
         self.prediction_type = prediction_type
         self.snr_gamma = snr_gamma
         self.noise_offset = noise_offset
@@ -66,7 +70,7 @@ class DDPM(Objective):
     def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
         if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):
             raise UserError(
-                f"the {config['_class_name']} is set up for flow matching (prediction_type "
+                f"the {config['_class_name']} is configured for flow matching (prediction_type "
                 f"{config.get('prediction_type')!r}, use_flow_sigmas {config.get('use_flow_sigmas', False)})"
             )
         if config.get("timestep_type", "discrete") != "discrete":
@@ -79,8 +83,8 @@ class DDPM(Objective):
         self.prediction_type = self.scheduler.config.prediction_type
         if self.prediction_type == "epsilon" and self.scheduler.alphas_cumprod[-1] == 0:
             raise UserError(
-                "the base's schedule ends in pure noise (rescale_betas_zero_snr), where predicting epsilon says nothing "
-                "about the image; use prediction_type: v_prediction"
+                "the base's schedule ends in pure noise (rescale_betas_zero_snr), from which epsilon cannot be learned; set "
+                "prediction_type to v_prediction"
             )
         return config
 
@@ -107,7 +111,7 @@ class DDPM(Objective):
         return latents
 
     def _weight(self, timesteps: Tensor) -> Tensor:
-        """Min-SNR weights: min(SNR, gamma) over SNR for epsilon, over SNR + 1 for v, over 1 for the sample."""
+        """Min-SNR weights: min(SNR, gamma) divided by SNR for epsilon, by SNR + 1 for v, by 1 for the sample."""
         if self.snr_gamma is None or not self.training:
             return torch.ones(len(timesteps), device=timesteps.device)
         snr = compute_snr(self.scheduler, timesteps)

@@ -1,4 +1,4 @@
-"""From where flow matching draws its times: densities on [0, 1], 0 for data and 1 for noise."""
+"""Densities of the times in flow matching, on [0, 1] with 0 for data and 1 for noise."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from lit_lora.errors import UserError
 
 
 class TimestepDensity(ABC):
-    """A density of training times; all but :class:`Uniform` are from Esser et al. 2024 (arXiv 2403.03206, section 3.1)."""
+    """A density of training times; all except :class:`Uniform` are from Esser et al., 2024 (arXiv 2403.03206, section 3.1)."""
 
     @abstractmethod
     def times(self, draws: Draws) -> Tensor:
-        """Times in [0, 1], float32 ``(B,)``, one for each sample of the draws."""
+        """Draw one time in [0, 1] for each sample of the batch, float32 ``(B,)``.
+
+        Args:
+            draws: Random numbers of the batch.
+        """
 
 
 @dataclass(frozen=True)
 class Uniform(TimestepDensity):
-    """All times alike."""
+    """The uniform density on [0, 1)."""
 
     def times(self, draws: Draws) -> Tensor:
         return draws.uniform("timestep")
@@ -31,13 +35,13 @@ class Uniform(TimestepDensity):
 
 @dataclass(frozen=True)
 class LogitNormal(TimestepDensity):
-    """The sigmoid of a normal value: ``t = sigmoid(mean + std * n)``, the density that the paper prefers.
+    """The logit-normal density, which the paper prefers: ``t = sigmoid(mean + std * n)`` for standard normal ``n``.
 
-    diffusers' training scripts count time from the noise, so that their ``logit_mean`` has the opposite sign.
+    diffusers' training scripts measure time from the noise, so their ``logit_mean`` has the opposite sign.
 
     Args:
-        mean: Of the normal value; above 0 there is more noise. 0 by default.
-        std: Of the normal value, above 0; 1 by default.
+        mean: Mean of the normal value; values above 0 give more noise. Defaults to 0.
+        std: Standard deviation of the normal value, above 0; defaults to 1.
 
     Raises:
         UserError: If ``std`` is not above 0.
@@ -48,7 +52,7 @@ class LogitNormal(TimestepDensity):
 
     def __post_init__(self) -> None:
         if self.std <= 0:
-            raise UserError(f"LogitNormal: std={self.std} must be above 0; use Uniform for a flat density")
+            raise UserError(f"LogitNormal: std={self.std} is too small; it must be above 0")
 
     def times(self, draws: Draws) -> Tensor:
         return torch.sigmoid(self.mean + self.std * draws.normal("timestep", ()))
@@ -59,8 +63,8 @@ class Mode(TimestepDensity):
     """A density with a heavy tail: ``t = 1 - u - scale * (cos(pi u / 2)**2 - 1 + u)`` for uniform ``u``.
 
     Args:
-        scale: In [-1, 2 / (pi - 2)], where the map is monotonic; above 0 the middle of the times is drawn more often. 1.29
-            by default, as in the paper.
+        scale: Scale in [-1, 2 / (pi - 2)], where the map is monotonic; values above 0 favor times in the middle. Defaults to
+            1.29, as in the paper.
 
     Raises:
         UserError: If ``scale`` is outside its range.
@@ -70,7 +74,7 @@ class Mode(TimestepDensity):
 
     def __post_init__(self) -> None:
         if not -1 <= self.scale <= 2 / (math.pi - 2):
-            raise UserError(f"Mode: scale={self.scale} must lie in [-1, {2 / (math.pi - 2):.4f}]")
+            raise UserError(f"Mode: scale={self.scale} is out of range; it must lie in [-1, {2 / (math.pi - 2):.4f}]")
 
     def times(self, draws: Draws) -> Tensor:
         u = draws.uniform("timestep")
@@ -80,7 +84,7 @@ class Mode(TimestepDensity):
 
 @dataclass(frozen=True)
 class CosMap(TimestepDensity):
-    """The times of a cosine schedule: ``t = 1 - 1 / (tan(pi u / 2) + 1)`` for uniform ``u``."""
+    """The density of a cosine schedule: ``t = 1 - 1 / (tan(pi u / 2) + 1)`` for uniform ``u``."""
 
     def times(self, draws: Draws) -> Tensor:
         u = draws.uniform("timestep")

@@ -1,4 +1,4 @@
-"""Flow matching: straight paths from data to noise, and their velocity."""
+"""Flow matching: prediction of the velocity on straight paths from data to noise."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from lit_lora.objectives.densities import LogitNormal, TimestepDensity, Uniform
 
 
 class FlowMatching(Objective):
-    r"""Rectified flow (Liu et al. 2022, Lipman et al. 2022) as Esser et al. 2024 train it (arXiv 2403.03206).
+    r"""Rectified flow (Liu et al., 2022; Lipman et al., 2022) as trained by Esser et al., 2024 (arXiv 2403.03206).
 
     For noise :math:`\epsilon` and a noise level :math:`\sigma` in (0, 1] the denoiser sees
     :math:`(1 - \sigma) x_0 + \sigma \epsilon` at the timestep :math:`1000 \sigma` and predicts the velocity
     :math:`\epsilon - x_0`. The density draws a time :math:`t`, which is rounded to one of the scheduler's
     ``num_train_timesteps`` and shifted towards noise: :math:`\sigma = s t / (1 + (s - 1) t)`.
 
-    The shift :math:`s` is what the base's scheduler config says: constant (``shift``), or by resolution
-    (``use_dynamic_shifting``), where :math:`\mu` grows linearly with the number of tokens from ``base_shift`` at
+    The shift :math:`s` comes from the base's scheduler config. It is constant (``shift``) or depends on resolution
+    (``use_dynamic_shifting``); then :math:`\mu` grows linearly with the number of tokens from ``base_shift`` at
     ``base_image_seq_len`` to ``max_shift`` at ``max_image_seq_len``, and :math:`s = e^\mu` (or :math:`\mu`, with
     ``time_shift_type: linear``).
 
-    In evaluation mode times are uniform and not shifted, and nothing is weighted.
+    In evaluation mode times are uniform, without shift, and losses are not weighted.
 
     Args:
-        density: Where times are drawn from: ``LogitNormal`` by default, or ``Uniform``, ``Mode``, ``CosMap``.
-        shift: A constant shift of its own; by default what the base's scheduler says. 1 is no shift.
-        weighting: Weight of each sample's loss: ``sigma_sqrt`` is :math:`\sigma^{-2}`, ``cosmap``
-            :math:`2 / (\pi (1 - 2 \sigma + 2 \sigma^2))`; ``none`` by default.
-        precondition_outputs: Measure the error of the latents that the predicted velocity leads to,
-            :math:`x_\sigma - \sigma v`, instead of the velocity's own: :math:`\sigma^2` times the loss. False by default, true
-            in some of diffusers' scripts.
+        density: Density of the times: ``LogitNormal``, ``Uniform``, ``Mode`` or ``CosMap``; defaults to ``LogitNormal``.
+        shift: Constant shift, above 0; 1 is no shift. Defaults to the shift of the base's scheduler.
+        weighting: Weight of each sample's loss: ``none``, ``sigma_sqrt`` for :math:`\sigma^{-2}`, or ``cosmap`` for
+            :math:`2 / (\pi (1 - 2 \sigma + 2 \sigma^2))`; defaults to ``none``.
+        precondition_outputs: Measure the error of the latents that follow from the predicted velocity,
+            :math:`x_\sigma - \sigma v`, instead of the velocity's error, which multiplies the loss by :math:`\sigma^2`. Off by
+            default; on in some of diffusers' scripts.
 
     Raises:
         UserError: If ``shift`` is not above 0.
@@ -58,7 +58,7 @@ class FlowMatching(Objective):
     ) -> None:
         super().__init__()
         if shift is not None and not shift > 0:
-            raise UserError(f"shift={shift} must be above 0; 1 is no shift, null what the base's scheduler says")
+            raise UserError(f"shift={shift} is too small; it must be above 0: 1 for no shift, null for the base's own")
         self.density = density
         self.shift = shift
         self.weighting = weighting
@@ -66,10 +66,10 @@ class FlowMatching(Objective):
 
     def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
         if config.get("invert_sigmas"):
-            raise UserError("the scheduler has invert_sigmas, which counts time from the noise: not known here")
+            raise UserError("the scheduler has invert_sigmas, which measures time from the noise and is not supported")
         if not config["_class_name"].startswith("FlowMatch") and not config.get("use_flow_sigmas"):
             raise UserError(
-                f"the {config['_class_name']} is not set up for flow matching (use_flow_sigmas is not true)"
+                f"the {config['_class_name']} is not configured for flow matching (use_flow_sigmas is not true)"
             )
         self.scheduler_config = config
         self.num_train_timesteps = int(config.get("num_train_timesteps", 1000))
@@ -86,7 +86,7 @@ class FlowMatching(Objective):
         return NoisySample(noisy, sigma * self.num_train_timesteps, noise - latents, self._weight(sigma), latents)
 
     def shift_for(self, num_tokens: int) -> float:
-        """The shift for images of so many tokens."""
+        """The shift for images of this many tokens."""
         config = self.scheduler_config
         if self.shift is not None:
             return self.shift

@@ -1,1 +1,1 @@
-"""Plans the memory of a run before it starts, by phase and kind, from one step on tensors without contents."""
+"""Plans the memory of a run before it starts, by phase and kind, by simulating one step on tensors without contents."""

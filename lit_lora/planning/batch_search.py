@@ -14,13 +14,13 @@ _LARGEST = 4096
 def largest_batch(run: Run, device_memory: int, planned: MemoryPlan | None = None) -> MemoryPlan | None:
     """The plan with the largest batch size that fits; None if not even one sample fits.
 
-    Memory grows nearly linearly with the batch size. So a line through two known plans predicts the size to plan next, until a
-    size fits and the next larger one does not.
+    Memory grows almost linearly with the batch size. So a line through two known plans predicts which size to plan next, until
+    one size fits and the next larger one does not.
 
     Args:
         run: The run; its own batch size does not matter.
         device_memory: Memory of the device in bytes.
-        planned: The plan of ``run``, if it is known already.
+        planned: Plan of ``run``, if it is known already; made here by default.
 
     Raises:
         UserError: If the run cannot be planned: see :func:`~lit_lora.planning.plan_run.plan`.
@@ -42,7 +42,7 @@ def largest_batch(run: Run, device_memory: int, planned: MemoryPlan | None = Non
         if too_large - fits == 1:
             return known[fits]
         guess = _on_the_line(known, device_memory)
-        # Where the line misleads, bisection guarantees an end.
+        # Bisection guarantees that the search ends if memory does not grow linearly.
         if not fits < guess < too_large or len(known) > 6:
             guess = min(fits * 2, (fits + too_large) // 2) if too_large > _LARGEST else (fits + too_large) // 2
         of(max(fits + 1, min(guess, too_large - 1)))

@@ -1,4 +1,4 @@
-"""Changes of a config that save memory: each by itself, and the cheapest ones that make a run fit."""
+"""Changes of a config that save memory: one at a time, and the cheapest sequence that makes a run fit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Change:
 
     Args:
         keys: Config keys and their new values.
-        price: What it costs in time or exactness, in a few words.
+        price: Cost of the change in time or exactness, in a few words.
     """
 
     keys: dict[str, Any]
@@ -41,12 +41,12 @@ class Change:
 
 @dataclass(frozen=True)
 class ChangedRun:
-    """A change together with the changed run and its plan.
+    """A change with the changed run and its plan.
 
     Args:
-        change: The change.
-        run: The run with this change; in a list of cheapest changes, with all changes before it too.
-        plan: Plan of this run.
+        change: Change of the config.
+        run: Run with this change and, in a list of cheapest changes, all changes before it.
+        plan: Plan of the changed run.
         saved: Bytes that this change saves.
     """
 
@@ -60,15 +60,15 @@ _Candidate = Callable[[Run], "tuple[Change, Run] | None"]
 
 
 def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = None) -> list[ChangedRun] | None:
-    """The cheapest changes that, applied cumulatively, make a run fit; None if even all of them do not.
+    """The cheapest changes that, applied cumulatively, make a run fit; None if even all of them together do not.
 
-    They are tried in the order of :data:`CANDIDATES`, cheapest first. A change that turns out not to be needed in the end is
-    left out.
+    Changes are tried in the order of :data:`CANDIDATES`, cheapest first; those that later changes make unnecessary are left
+    out.
 
     Args:
-        run: The run.
+        run: Run to change.
         device_memory: Memory of the device in bytes.
-        planned: The plan of ``run``, if it is known already.
+        planned: Plan of ``run``, if it is known already; made here by default.
 
     Raises:
         UserError: If the run cannot be planned: see :func:`~lit_lora.planning.plan_run.plan`.
@@ -85,7 +85,7 @@ def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = 
         return None
     for candidate in reversed(taken[:-1]):
         without = tuple(name for name in taken if name is not candidate)
-        # A change that saved more than twice the remaining slack is certainly needed, which spares a plan.
+        # A change that saved more than twice the remaining slack is certainly needed and need not be planned without.
         slack = device_memory - paths.plan(taken).needed
         saved = paths.saved(taken[: taken.index(candidate) + 1])
         if taken.count(candidate) == 1 and saved <= 2 * slack and paths.plan(without).fits(device_memory):
@@ -94,11 +94,11 @@ def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = 
 
 
 def ranked_changes(run: Run, planned: MemoryPlan | None = None) -> list[ChangedRun]:
-    """Changes applied one at a time, most saving first; those that save next to nothing are left out.
+    """Changes applied one at a time, largest saving first; those that save less than 1 % of the peak are left out.
 
     Args:
-        run: The run.
-        planned: The plan of ``run``, if it is known already.
+        run: Run to change.
+        planned: Plan of ``run``, if it is known already; made here by default.
 
     Raises:
         UserError: If the run cannot be planned: see :func:`~lit_lora.planning.plan_run.plan`.
@@ -149,7 +149,7 @@ class _Paths:
 
 
 def _plan_or_none(run: Run) -> MemoryPlan | None:
-    """The plan, or None if such a run is refused, as quantising layers that the adapter trains is."""
+    """The plan, or None if the run is refused, for example because it would quantize layers that the adapter trains."""
     try:
         return plan(run)
     except UserError:
@@ -165,7 +165,7 @@ def _with_options(run: Run, **options: Any) -> Run:
 
 
 def _memory_option(name: str, price: str, applies: Callable[[Run], bool] = lambda run: True) -> _Candidate:
-    """A candidate that turns a memory option on, where it is off and applies."""
+    """A candidate that turns a memory option on if it is off and applies to the run."""
 
     def candidate(run: Run) -> tuple[Change, Run] | None:
         if getattr(run.module.memory, name) or not applies(run):
@@ -197,11 +197,11 @@ def _steps_in_backward(run: Run) -> bool:
 
 
 def _int8(run: Run) -> tuple[Change, Run] | None:
-    return _stored(run, Int8, "base weights off by up to 1/254 of their channel's largest; some time")
+    return _stored(run, Int8, "errors up to 1/254 of a channel's largest weight; some time")
 
 
 def _nf4(run: Run) -> tuple[Change, Run] | None:
-    return _stored(run, NF4, "base weights in 16 levels; some time")
+    return _stored(run, NF4, "base weights rounded to 16 levels; some time")
 
 
 def _stored(run: Run, kind: Any, price: str) -> tuple[Change, Run] | None:
@@ -238,25 +238,25 @@ def _half_rank(run: Run) -> tuple[Change, Run] | None:
         return None
     changed = _with_options(run)
     setattr(changed.module.adapter, field, rank // 2)
-    return Change({f"model.adapter.init_args.{field}": rank // 2}, "an adapter of less capacity"), changed
+    return Change({f"model.adapter.init_args.{field}": rank // 2}, "an adapter with less capacity"), changed
 
 
 CANDIDATES: tuple[_Candidate, ...] = (
-    _memory_option("vae_slicing", "none to speak of", _encodes_several),
-    _memory_option("offload_encoders", "moving the encoders each step", _on_gpu),
+    _memory_option("vae_slicing", "almost none", _encodes_several),
+    _memory_option("offload_encoders", "copying the encoders in each step", _on_gpu),
     _memory_option("gradient_checkpointing", "a third more time"),
-    _memory_option("optimizer_in_backward", "no clipping by norm, no accumulation", _steps_in_backward),
+    _memory_option("optimizer_in_backward", "no clipping by norm, no gradient accumulation", _steps_in_backward),
     _eight_bit_optimizer,
     _half_batch,
     _int8,
-    _memory_option("vae_tiling", "latents differ a little", _uses_vae),
-    _memory_option("offload_activations", "moving activations each step", _on_gpu),
+    _memory_option("vae_tiling", "slightly different latents", _uses_vae),
+    _memory_option("offload_activations", "copying activations in each step", _on_gpu),
     _nf4,
-    _memory_option("offload_blocks", "moving the base twice each step", _on_gpu),
+    _memory_option("offload_blocks", "copying the base twice in each step", _on_gpu),
     _half_rank,
 )
-"""All changes, cheapest first: those that keep result and time, those that only take time, those that store the base less
-exactly, those that move much data in each step, and last those that train another adapter."""
+"""All changes, cheapest first: those that keep the result and take little time, those that only take time, those that store the
+base less exactly or copy much data in each step, and finally the one that trains another adapter."""
 
 
 def _shown(value: Any) -> str:

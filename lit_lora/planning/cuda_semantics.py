@@ -1,4 +1,4 @@
-"""CUDA's autocast and attention for fake CPU tensors."""
+"""Makes fake CPU tensors follow CUDA's autocast rules and attention kernels."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ _IN_FLOAT32 = frozenset(
         "acos",
     }
 )
-"""Functions that autocast computes in float32 on CUDA, but mostly not on the CPU (from the lists of ``torch/amp``)."""
+"""Functions that autocast computes in float32 on CUDA, but mostly not on the CPU (from the lists in ``torch/amp``)."""
 
 _FLASH_WIDTH = 256
 """Largest head size of the flash attention kernels."""
 
 
 class CudaSemantics(TorchFunctionMode):
-    """Makes a step on fake CPU tensors allocate what it would allocate on a GPU, through CUDA's autocast list and attention.
+    """Makes a step on fake CPU tensors allocate the same tensors as on a GPU, by CUDA's autocast rules and attention kernels.
 
-    Fake CUDA tensors are no alternative: on a machine without a GPU they cannot run a backward pass.
+    Fake CUDA tensors would be no alternative: without a GPU they cannot run a backward pass.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -85,7 +85,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The flash kernel where it applies, otherwise the memory-efficient kernel; both save one float32 number per row."""
+    """Attention by the flash kernel where it applies, otherwise by the memory-efficient one; both save one float32 per row."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)

@@ -1,4 +1,4 @@
-"""What a datamodule says about the batches of a run."""
+"""Reads from a datamodule the options that the memory of a run depends on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def image_size(data: Any, resolution: int | None = None) -> tuple[int, int]:
     """Height and width of the largest images of a run, in pixels.
 
     Args:
-        data: The run's datamodule, or None.
-        resolution: Edge of a square image in pixels; by default the datamodule's.
+        data: Datamodule of the run, or None.
+        resolution: Edge of a square image in pixels; defaults to the datamodule's.
 
     Raises:
-        UserError: If neither says it.
+        UserError: If there is neither a resolution nor a datamodule with one.
     """
     edge = resolution or data_option(data, "resolution")
     buckets = getattr(data, "buckets", None)
@@ -28,21 +28,21 @@ def image_size(data: Any, resolution: int | None = None) -> tuple[int, int]:
 
 
 def data_option(data: Any, name: str) -> int:
-    """A number that a datamodule has as an attribute.
+    """An integer attribute of a datamodule.
 
     Args:
-        data: The run's datamodule, or None.
+        data: Datamodule of the run, or None.
         name: Name of the attribute, such as ``batch_size``.
 
     Raises:
-        UserError: If there is no datamodule, or it has no such number.
+        UserError: If there is no datamodule, or it has no such integer.
     """
     value = getattr(data, name, None)
     if not isinstance(value, int):
-        who = "there is no datamodule that says" if data is None else f"{type(data).__name__} does not say"
+        reason = "there is no datamodule" if data is None else f"{type(data).__name__} has no attribute {name}"
         raise UserError(
-            f"the memory of the run cannot be planned, since {who} its {name}: use one that does, leave MemoryLimit out, or "
-            f"call lit-lora plan with --{name} N"
+            f"the memory of the run cannot be planned, since {reason}: use a datamodule with an integer {name}, remove "
+            f"MemoryLimit, or call lit-lora plan with --{name} N"
         )
     return value
 

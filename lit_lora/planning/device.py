@@ -1,4 +1,4 @@
-"""Memory and speed of devices, for estimates."""
+"""Memory and speed of devices, for the estimates of a plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from lit_lora.errors import UserError
 
 COMPUTE_UTILISATION = 0.4
-"""Assumed share of the peak rate that matrix products and convolutions of a training step reach; estimates print it."""
+"""Assumed share of the peak rate that matrix products and convolutions reach in a training step; plans print it."""
 BANDWIDTH_UTILISATION = 0.7
 """Assumed share of the memory bandwidth that other operations reach."""
 
@@ -23,7 +23,7 @@ WORKSPACES = 130 * 10**6
 FRAGMENTATION = 0.03
 """Share of the peak that the caching allocator reserves but cannot use."""
 PROCESS = 900 * 10**6
-"""Bytes of Python and its libraries in host memory."""
+"""Bytes of host memory for Python and its libraries."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Device:
     Args:
         name: Name of the device, or ``cpu``.
         memory: Memory in bytes; None if it is not known.
-        half_flops: Dense bfloat16 operations per second with float32 sums (float16 on devices without bfloat16).
+        half_flops: Dense bfloat16 operations per second with float32 accumulation; float16 on devices without bfloat16.
         float_flops: float32 operations per second.
         bandwidth: Memory bandwidth in bytes per second.
     """
@@ -50,7 +50,7 @@ class Device:
         return self.name != "cpu"
 
     def beside(self, peak: int) -> dict[str, int]:
-        """Bytes that a run takes beside its tensors, by what for: allowances, not measurements."""
+        """Bytes that a run needs beside its tensors, by purpose: allowances, not measurements."""
         if not self.is_cuda:
             return {"Python and libraries": PROCESS}
         return {
@@ -60,10 +60,10 @@ class Device:
         }
 
     def seconds(self, work: Sequence[tuple[int, int, int]]) -> float:
-        """Estimated time of operations: each takes its arithmetic or its memory traffic, whichever is longer.
+        """Estimated seconds of operations: each takes the time of its arithmetic or of its memory traffic, whichever is longer.
 
         Args:
-            work: See :attr:`~lit_lora.planning.storage_meter.StorageMeter.work`.
+            work: Operations, as in :attr:`~lit_lora.planning.storage_meter.StorageMeter.work`.
         """
         bandwidth = self.bandwidth * BANDWIDTH_UTILISATION
         rates = {True: self.half_flops * COMPUTE_UTILISATION, False: self.float_flops * COMPUTE_UTILISATION}
@@ -74,7 +74,7 @@ def _gpu(name: str, gigabytes: int, half: float, single: float, bandwidth: float
     return Device(name, gigabytes * 10**9, half * 1e12, single * 1e12, bandwidth * 1e9)
 
 
-# From the makers' data sheets: GB, TFLOP/s of bfloat16 with float32 sums, TFLOP/s of float32, GB/s.
+# From the vendors' data sheets: GB, TFLOP/s of bfloat16 with float32 accumulation, TFLOP/s of float32, GB/s.
 _GPUS = (
     _gpu("T4", 16, 65, 8.1, 320),
     _gpu("V100", 16, 125, 15.7, 900),
@@ -94,7 +94,10 @@ _GPUS = (
 
 
 def find_device(name: str) -> Device:
-    """The device of this name, whatever its case and blanks; ``cpu`` is the CPU of this machine.
+    """The device of this name; case, spaces and punctuation do not matter, and ``cpu`` is the CPU of this machine.
+
+    Args:
+        name: ``cpu`` or the name of a GPU, such as ``RTX 3060``.
 
     Raises:
         UserError: If no device has this name.
@@ -104,14 +107,14 @@ def find_device(name: str) -> Device:
     known = {_plain(device.name): device for device in _GPUS}
     if _plain(name) not in known:
         raise UserError(
-            f"device={name!r} is not known; choose cpu, {', '.join(device.name for device in _GPUS)}, or the nearest one "
-            f"with its own device_memory"
+            f"device={name!r} is not known; choose cpu, {', '.join(device.name for device in _GPUS)}, or the most similar "
+            f"one, together with device_memory"
         )
     return known[_plain(name)]
 
 
 def default_device(accelerator: str) -> Device:
-    """The device that a trainer with this ``accelerator`` would use here; an A100 stands for a GPU that is not present."""
+    """The device that a trainer with this ``accelerator`` would use on this machine; an A100 if a GPU is asked for and absent."""
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return _this_cpu()
     if not torch.cuda.is_available():
@@ -120,7 +123,7 @@ def default_device(accelerator: str) -> Device:
 
 
 def device_of(root_device: torch.device) -> Device:
-    """The device that a trainer uses, by its root device."""
+    """The device of a trainer with this root device."""
     return _this_gpu(root_device) if root_device.type == "cuda" else _this_cpu()
 
 

@@ -23,15 +23,15 @@ _MECHANISMS_OFF = {
     "offload_activations": False,
     "optimizer_in_backward": False,
 }
-"""Memory options whose effect the simulation counts itself: their mechanisms would move tensors between devices."""
+"""Memory options that the simulation turns off and accounts for itself, since they would move tensors between devices."""
 
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Context in which new tensors have no contents, and modules of such tensors can be moved and cast."""
+    """A context in which new tensors have no contents, and modules of such tensors can be moved and cast."""
     original: Any = nn.Module._apply
     nn.Module._apply = _apply_by_replacing  # type: ignore[method-assign]
-    # torch would copy contents, which do not exist; PEFT copies layers for modules_to_save.
+    # PEFT copies layers for modules_to_save; torch would copy contents, which do not exist.
     FakeTensor.__deepcopy__ = _deepcopy_by_cloning  # type: ignore[method-assign, assignment]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -42,18 +42,18 @@ def fake_tensors() -> Iterator[None]:
 
 
 def unloaded(module: LoraDiffusion) -> LoraDiffusion:
-    """A copy of the module with the same options, before anything is loaded; the module itself stays as it is."""
+    """A copy of the module with the same options and nothing loaded; the module itself does not change."""
     with unset_fake_temporarily():
         return module.unloaded()
 
 
 def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -> LoraDiffusion:
-    """A built copy of the module; to be called inside :func:`fake_tensors`.
+    """A copy of the module with its parts built from fake tensors; call it inside :func:`fake_tensors`.
 
     Args:
-        module: The module; it stays as it is.
+        module: Module to copy; it does not change.
         without: Parts of the family that the run does not need: see :data:`lit_lora.families.parts.PARTS`.
-        cuda: Whether the run is on a GPU, where NF4 weights are dequantised by one kernel.
+        cuda: Whether the run is on a GPU, where one kernel dequantizes NF4 weights; defaults to False.
 
     Raises:
         UserError: If the module cannot be built: see :meth:`~lit_lora.LoraDiffusion.configure_model`.
@@ -62,10 +62,10 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
     fake.memory = replace(fake.memory, **_MECHANISMS_OFF)
     own: Any = fake
     own.quantization = copy.copy(own.quantization)
-    own.quantization.dequantize = _restored_at_once  # PEFT reads each weight many times, but only its shape and dtype
+    own.quantization.dequantize = _restored_at_once  # PEFT often reads weights here, but only their shape and dtype
     own.dispensable_parts = lambda: set(without)
     own.family.load = partial(own.family.load, weights=False)
-    # The schedule is a few numbers, whose values are needed.
+    # The values of the noise schedule are needed.
     own.objective.prepare = _with_real_tensors(own.objective.prepare)
     fake.configure_model()
     if not (cuda and isinstance(own.quantization, NF4)):
@@ -74,7 +74,7 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
 
 
 def _restored_at_once(stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The dequantised weight, without the intermediate tensors of dequantisation."""
+    """A dequantized weight, without the intermediate tensors of dequantization."""
     return torch.empty(shape, dtype=dtype)
 
 
@@ -95,7 +95,7 @@ def _deepcopy_by_cloning(self: FakeTensor, memo: dict[int, Any]) -> Any:
 
 
 def _apply_by_replacing(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """``Module._apply`` that makes new parameters; the original would replace the contents of the old ones."""
+    """``Module._apply`` that creates new parameters; the original would replace the contents of the old ones."""
     for child in self.children() if recurse else ():
         child._apply(fn)
     for name, parameter in self._parameters.items():

@@ -1,7 +1,7 @@
-"""Temporary memory inside operations, which no tensor shows.
+"""Temporary memory inside operations, which belongs to no tensor.
 
-The CPU's formulas are those of PyTorch 2.14 with oneDNN 3.12; ``benchmarks/planner.py`` compares whole runs with what
-the allocator hands out. The GPU's formulas follow the sources of the attention kernels; two runs were compared with an H100.
+The CPU's formulas are those of PyTorch 2.14 with oneDNN 3.12; ``benchmarks/planner.py`` compares plans of whole runs with the
+allocated memory. The GPU's formulas follow the sources of the attention kernels; two plans were compared with runs on an H100.
 """
 
 from __future__ import annotations
@@ -22,11 +22,16 @@ _ROW_BLOCK = 128
 def inside_cpu(func: Any, args: tuple[Any, ...], made: Any) -> int:
     """Bytes of the temporary memory of an operation on the CPU.
 
-    * A convolution's input and weight are reordered to oneDNN's blocked layout; then its output is ordered back.
-    * Its backward pass reorders the weight and the output's gradient, and the input's gradient back; where a weight
-      is trained, its gradient is ordered back too, through float32 if it is in half precision.
-    * Attention has, for each thread, a block of scores and one of outputs in float32.
-    * A layer norm over an input with gaps makes it contiguous, and nearest upsampling goes through channels-last.
+    * A convolution reorders its input and weight to oneDNN's blocked layout, and its output back.
+    * Its backward pass reorders the weight and the output's gradient, and the input's gradient back. The gradient of a
+      trained weight is reordered too, through float32 if it is in half precision.
+    * Attention has one float32 block of scores and one of outputs per thread.
+    * A layer norm makes its input contiguous, and nearest upsampling converts to channels-last.
+
+    Args:
+        func: Operation, an overload of ``torch.ops.aten``.
+        args: Its positional arguments.
+        made: Its result.
     """
     packet = func.overloadpacket
     if packet is aten.convolution:
@@ -50,6 +55,11 @@ def inside_cuda(func: Any, args: tuple[Any, ...], made: Any) -> int:
     Flash attention's backward pass sums the queries' gradients in float32, in blocks of rows, plus one float32 number
     per row. The workspaces of cuDNN and cuBLAS are an allowance of the plan: see
     :data:`~lit_lora.planning.device.WORKSPACES`.
+
+    Args:
+        func: Operation, an overload of ``torch.ops.aten``.
+        args: Its positional arguments.
+        made: Its result.
     """
     packet = func.overloadpacket
     if packet in (

@@ -1,4 +1,4 @@
-"""The result of planning a run."""
+"""The plan of a run: its memory by phase and kind, and the work and time of a step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MemoryPlan:
         width: Width of the images in pixels.
         phases: Bytes of each kind at the peak of each phase: ``load``, ``forward``, ``backward``, ``optimizer``,
             ``validation`` and ``sampling``. The forward phase includes the VAE and the text encoders.
-        beside: Allowances in bytes for what is no tensor, such as the CUDA context, by name.
+        beside: Allowances in bytes for memory that belongs to no tensor, such as the CUDA context, by name.
         adapter_parameters: Number of trained parameters.
         adapter_file_bytes: Size of ``adapter_model.safetensors``.
         flops_per_step: Floating point operations of an optimizer step, including all its batches and the encoders.
@@ -55,7 +55,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """Bytes that the device must have: the peak and the allowances."""
+        """Bytes that the device must have: the peak plus the allowances."""
         return self.peak + sum(self.beside.values())
 
     def fits(self, device_memory: int) -> bool:
@@ -71,7 +71,7 @@ class MemoryPlan:
         """Write the plan as JSON.
 
         Args:
-            path: The file.
+            path: File to write.
             more: Further entries of the JSON object.
 
         Raises:
@@ -82,22 +82,23 @@ class MemoryPlan:
 
     def describe(self) -> str:
         """The plan as text: a table and a summary."""
-        rows = [["MB", *KINDS, "total"]]
+        # The first word of each kind, so that the table fits 80 columns.
+        rows = [["MB", *(kind.partition(" ")[0] for kind in KINDS), "total"]]
         for phase, kinds in self.phases.items():
             rows.append([phase, *(_mb(kinds[kind]) for kind in KINDS), _mb(sum(kinds.values()))])
-        beside = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.beside.items())
         share = f"{COMPUTE_UTILISATION:.0%} of the arithmetic and {BANDWIDTH_UTILISATION:.0%} of the bandwidth"
         lines = [
             ["run", f"{self.batch_size} x {self.height} x {self.width} px on {self.device}"],
             ["peak", f"{format_bytes(self.peak)} of tensors, in {self.peak_phase}"],
-            ["allowed", f"{beside} (allowances for what is no tensor)"],
+            ["beside", "allowances for what is not a tensor:"],
+            *(["", f"{format_bytes(size)} {name}"] for name, size in self.beside.items()),
             ["needed", format_bytes(self.needed)],
-            ["adapter", f"{self.adapter_parameters:,} parameters, a file of {format_bytes(self.adapter_file_bytes)}"],
-            ["a step", f"{self.flops_per_step / 1e12:.2f} TFLOP, about {format_duration(self.seconds_per_step)}"],
-            ["", f"(an estimate: {share} of {self.device})"],
+            ["adapter", f"{self.adapter_parameters:,} parameters in a file of {format_bytes(self.adapter_file_bytes)}"],
+            ["step", f"{self.flops_per_step / 1e12:.2f} TFLOP, about {format_duration(self.seconds_per_step)}"],
+            ["", f"(estimated at {share} of {self.device})"],
         ]
         if self.device != "cpu":
-            lines.append(["note", "GPU figures are modelled; two runs were compared with an H100 and were within 4 %"])
+            lines.append(["note", "modeled for GPUs; two plans were within 4 % of runs on an H100"])
         return "\n".join([*format_table(rows), "", *(f"{label:<8} {value}" for label, value in lines)])
 
 

@@ -14,18 +14,18 @@ from lit_lora.errors import UserError
 from lit_lora.profiling.kinds import parts_of, tensors_in
 
 _LARGEST = 1 << 20
-"""Elements of the largest stand-in; beyond it the state is taken to grow with the parameter."""
+"""Elements of the largest stand-in; for larger parameters the state is scaled up in proportion."""
 
 
 def measured_state(make: Any, parameters: Sequence[Tensor]) -> int:
     """Bytes of the state that an optimizer keeps for these parameters.
 
-    It is found by real steps on one and on two parameters of each shape, for optimizers that read values or call libraries,
-    which tensors without contents do not allow.
+    They are measured by real steps on one and on two parameters of each shape: optimizers that read values or call libraries
+    cannot step tensors without contents.
 
     Args:
-        make: Function from a list of parameters to their optimizer.
-        parameters: The trained parameters; only their shapes matter.
+        make: Function from parameters to their optimizer.
+        parameters: Trained parameters, of which only the shapes matter.
 
     Raises:
         UserError: If the optimizer cannot take a step on this machine.
@@ -36,7 +36,7 @@ def measured_state(make: Any, parameters: Sequence[Tensor]) -> int:
             one, two = _state_of(make, shape, 1), _state_of(make, shape, 2)
         size = torch.Size(shape).numel()
         total += count * (two - one) * max(1.0, size / _LARGEST)
-        shared = max(shared, 2 * one - two)  # tables of an 8-bit optimizer
+        shared = max(shared, 2 * one - two)  # such as the tables of an 8-bit optimizer
     return int(total + shared)
 
 
@@ -56,8 +56,8 @@ def _state_of(make: Any, shape: tuple[int, ...], count: int) -> int:
         optimizer.step()
     except (RuntimeError, TypeError, ValueError, ImportError, NotImplementedError) as error:
         raise UserError(
-            f"{type(optimizer).__name__} cannot take a step on this machine's CPU, so that its memory is not known "
-            f"({str(error).splitlines()[0]}); plan with torch.optim.AdamW, which takes at least as much"
+            f"{type(optimizer).__name__} cannot take a step on this machine's CPU, so its memory is unknown "
+            f"({str(error).splitlines()[0]}); plan with torch.optim.AdamW, which needs at least as much"
         ) from error
     return sum(
         tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors_of(dict(optimizer.state))}.values()

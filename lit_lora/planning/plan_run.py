@@ -1,4 +1,4 @@
-"""Plans the memory of a run by playing one of its steps on tensors without contents."""
+"""Plans the memory of a run by simulating one of its steps on tensors without contents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_lora.planning.fake_module import build, fake_tensors, unloaded
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.optimizer_memory import tensors_of
 from lit_lora.planning.run import Run, Sampling
-from lit_lora.planning.step import make_meter, play_steps
+from lit_lora.planning.step import make_meter, simulate_step
 from lit_lora.quantization.frozen_layer import frozen_layers
 
 _ORDER = ("load", "forward", "backward", "optimizer", "validation", "sampling")
@@ -33,20 +33,20 @@ def plan_run(module: LoraDiffusion, batch_size: int, height: int, width: int, **
     """Plan the run of a module.
 
     Args:
-        module: The module to train; it may be loaded or not, and stays as it is.
+        module: Module to train, loaded or not; it does not change.
         batch_size: Samples in a batch of one process.
         height: Height of the images in pixels.
         width: Width of the images in pixels.
         options: Further arguments of :class:`~lit_lora.planning.run.Run`.
 
     Raises:
-        UserError: If the configs of the base model cannot be read, or the run itself would be refused.
+        UserError: If the configs of the base model cannot be read, or the run itself would raise a UserError.
     """
     return plan(Run(module, batch_size, height, width, **options))
 
 
 def plan(run: Run) -> MemoryPlan:
-    """Plan a run: build its module without weights and play one step, in the order in which Lightning runs it.
+    """Plan a run: build its module without weights and simulate one step in the order in which Lightning runs it.
 
     Raises:
         UserError: If the run cannot be planned: see :func:`plan_run`.
@@ -60,7 +60,7 @@ def plan(run: Run) -> MemoryPlan:
 
 
 class _Simulation:
-    """A run on fake tensors; to be used inside :func:`fake_tensors`."""
+    """Simulates a run on fake tensors; use it inside :func:`fake_tensors`."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -80,13 +80,13 @@ class _Simulation:
         with ExitStack() as stack:
             if self.cuda:
                 stack.enter_context(CudaSemantics())
-            self._play_training()
+            self._simulate_training()
             work, accumulated = meter.work, run.accumulate_grad_batches
             meter.work = []
             if run.validation:
-                self._play_validation()
+                self._simulate_validation()
             if run.sampling:
-                self._play_sampling(run.sampling)
+                self._simulate_sampling(run.sampling)
         flops = sum(flops for flops, _, _ in work) * accumulated
         phases = {name: meter.peaks[name] for name in _ORDER if name in meter.peaks}
         peak = max(sum(kinds.values()) for kinds in phases.values())
@@ -116,7 +116,7 @@ class _Simulation:
             self.meter.adjust("frozen weights", -_waiting_block_bytes(self.family.denoiser, self.family.block_classes))
 
     def _load_phase(self) -> None:
-        """Count the load phase on the CPU: the largest weight is held in float32, and twice while it is quantised."""
+        """Record the load phase; on the CPU the largest weight is in memory in float32, twice while it is quantized."""
         self.meter.begin("load")
         if not self.cuda:
             layers = frozen_layers(self.family.denoiser)
@@ -125,7 +125,7 @@ class _Simulation:
             self.meter.adjust("other", -max(sizes, default=0))
         self.meter.begin(None)
 
-    def _play_training(self) -> None:
+    def _simulate_training(self) -> None:
         run, module = self.run, self.module
         batch = self._batch()
         draws = Draws(0, range(run.batch_size))
@@ -137,7 +137,7 @@ class _Simulation:
 
         if run.averaged:
             self.meter.adjust("other", sum(parameter.nbytes for parameter in self.trained))
-        self.optimizer = play_steps(
+        self.optimizer = simulate_step(
             self.meter,
             self.trained,
             loss,
@@ -151,13 +151,13 @@ class _Simulation:
         self._count_method_state()
 
     def _count_method_state(self) -> None:
-        """Count what the adapter's method keeps between steps, which exists from the second step on."""
+        """Count the state that the adapter's method keeps between steps; it exists from the second step on."""
         size = method_of(self.module.adapter).state_bytes(self.family.denoiser)
         for phase in ("forward", "backward", "optimizer"):
             self.meter.peaks[phase]["other"] += size
         self.meter.adjust("other", size)
 
-    def _play_validation(self) -> None:
+    def _simulate_validation(self) -> None:
         batch = self._batch()
         self.module.eval()
         with self.meter, torch.no_grad(), self._trainer_autocast():
@@ -166,8 +166,8 @@ class _Simulation:
             self.meter.begin(None)
         self.module.train()
 
-    def _play_sampling(self, sampling: Sampling) -> None:
-        """Play one step of the denoiser, then the decoder of the VAE."""
+    def _simulate_sampling(self, sampling: Sampling) -> None:
+        """Simulate one step of the denoiser, then the decoder of the VAE."""
         family, module, count = self.family, self.module, sampling.images
         height, width = sampling.height or family.default_size, sampling.width or family.default_size
         seen = count * family.sampling_passes(sampling.guidance_scale)
@@ -204,7 +204,7 @@ class _Simulation:
         return batch
 
     def _cached_text(self) -> dict[str, Tensor]:
-        """Text embeddings as the text encoders make them, for their shapes."""
+        """Text embeddings in the shapes that the text encoders give."""
         family: Any = unloaded(self.run.module).family
         family.load(self.run.module.base_dtype, without={"vae", "denoiser"}, weights=False)
         with torch.no_grad():
@@ -225,13 +225,13 @@ class _Simulation:
         own.encode = encode_on_device
 
     def _trainer_autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision of the trainer."""
+        """The context of the trainer's mixed precision."""
         dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.run.precision)
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
 def _waiting_block_bytes(denoiser: nn.Module, block_classes: Sequence[str]) -> int:
-    """Bytes of frozen weights in host memory while two blocks are on the device."""
+    """Bytes of the frozen weights that stay in host memory while those of two blocks are on the device."""
     sizes = [
         sum(layer.get_parameter(name).nbytes for layer in frozen_layers(block) for name in layer.stored_names)
         for block in outermost_blocks(denoiser, block_classes)
@@ -245,7 +245,7 @@ def _bytes(module: nn.Module) -> int:
 
 
 def _safetensors_bytes(state: dict[str, Tensor]) -> int:
-    """Size in bytes of a safetensors file: length, header, tensors."""
+    """Size in bytes of a safetensors file: length of the header, header, tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in sorted(state.items()):

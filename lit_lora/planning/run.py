@@ -1,4 +1,4 @@
-"""The properties of a run that its memory depends on."""
+"""The properties of a run on which its memory depends."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Sampling:
     """Images that are drawn while training.
 
     Args:
-        images: Images drawn at a time.
-        guidance_scale: Guidance scale of the pipeline.
-        height: In pixels; None for the model's own.
-        width: In pixels; None for the model's own.
+        images: Number of images in a batch; defaults to 1.
+        guidance_scale: Scale of classifier-free guidance; defaults to 5.
+        height: Height in pixels; defaults to the model's own.
+        width: Width in pixels; defaults to the model's own.
     """
 
     images: int = 1
@@ -30,7 +30,7 @@ class Sampling:
 
     @classmethod
     def of(cls, prompts: Sequence[str], options: Mapping[str, Any]) -> Self:
-        """What :class:`SampleImages` with these prompts and options draws."""
+        """The images that :class:`SampleImages` draws with these prompts and options."""
         images = min(IMAGES_AT_A_TIME, len(prompts))
         return cls(images, options["guidance_scale"], options["height"], options["width"])
 
@@ -40,19 +40,19 @@ class Run:
     """A run to plan.
 
     Args:
-        module: The module to train; it may be loaded or not, and stays as it is.
+        module: Module to train, loaded or not; it does not change.
         batch_size: Samples in a batch of one process.
         height: Height of the images in pixels.
         width: Width of the images in pixels.
         device: Device that trains; defaults to the CPU of this machine.
-        accumulate_grad_batches: Batches per optimizer step.
-        gradient_clip_val: Norm that the trainer clips gradients to; None for no clipping by norm. The value does not matter.
-        precision: Precision of the trainer.
-        cached: What batches take from a cache: ``"latents"``, ``"text"``.
-        averaged: Whether a moving average of the adapter is kept.
-        validation: Whether the run validates, in batches of the same size.
-        sampling: Images that are drawn while training; None for none.
-        processes: Number of processes that train together; the plan is that of one of them.
+        accumulate_grad_batches: Batches per optimizer step; defaults to 1.
+        gradient_clip_val: Norm to which the trainer clips gradients; defaults to no clipping by norm. The value does not matter.
+        precision: Precision of the trainer; defaults to ``32-true``.
+        cached: Kinds of data that batches take from a cache, of ``"latents"`` and ``"text"``; defaults to none.
+        averaged: Whether a moving average of the adapter is kept; defaults to False.
+        validation: Whether the run validates, in batches of the same size; defaults to False.
+        sampling: Images that are drawn while training; defaults to none.
+        processes: Number of processes that train together, of which one is planned; defaults to 1.
 
     Raises:
         UserError: If a number is too small, or ``cached`` holds anything else.
@@ -77,4 +77,4 @@ class Run:
         check_least(8, height=self.height, width=self.width)
         unknown = self.cached - {"latents", "text"}
         if unknown:
-            raise UserError(f"cached={sorted(self.cached)} holds {min(unknown)!r}; a cache has latents and text")
+            raise UserError(f"cached={sorted(self.cached)} holds {min(unknown)!r}; choose from latents and text")

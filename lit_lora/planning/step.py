@@ -1,4 +1,4 @@
-"""Plays one training step under a meter."""
+"""Simulates one training step under a meter."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lit_lora.planning.optimizer_memory import measured_state, tensors_of
 from lit_lora.planning.storage_meter import StorageMeter
 
 _CUDA_GRANULARITY = 512
-"""Bytes to which CUDA's caching allocator rounds every tensor up."""
+"""CUDA's caching allocator rounds the size of every tensor up to a multiple of this many bytes."""
 
 
 def make_meter(cuda: bool) -> StorageMeter:
-    """A meter that also counts the temporary memory of the device's operations."""
+    """A meter that also counts temporary memory inside operations, on CUDA or on the CPU."""
     return StorageMeter(inside_cuda if cuda else inside_cpu, _CUDA_GRANULARITY if cuda else 1)
 
 
-def play_steps(
+def simulate_step(
     meter: StorageMeter,
     trained: Sequence[nn.Parameter],
     loss: Callable[[], Tensor],
@@ -36,18 +36,18 @@ def play_steps(
     offload_activations: bool = False,
     cuda: bool = False,
 ) -> object:
-    """Play a step from the middle of a run, in which optimizer state and the previous gradients exist.
+    """Simulate a step from the middle of a run, where optimizer state and gradients of the previous step exist.
 
     Args:
         meter: Meter that records the phases ``forward``, ``backward`` and ``optimizer``; it is not active yet.
-        trained: Trained parameters, which the meter counts as ``adapter`` already.
+        trained: Trained parameters, which the meter already counts as ``adapter``.
         loss: Function that runs the forward pass and returns the loss.
         make_optimizer: Function from trained parameters to their optimizer.
         clip: Whether gradients are clipped by their norm.
         accumulate: Whether gradients are kept from one batch to the next.
-        in_backward: Whether each parameter is stepped as soon as its gradient is complete, and the gradient freed.
-        offload_activations: Whether tensors saved for the backward pass wait in host memory.
-        cuda: Whether the optimizer works on all parameters at once, as it does on CUDA by default.
+        in_backward: Whether each parameter is stepped as soon as its gradient is complete, and the gradient is freed then.
+        offload_activations: Whether tensors saved for the backward pass are kept in host memory.
+        cuda: Whether the optimizer updates all parameters at once, as torch does on CUDA by default.
 
     Returns:
         An object that keeps the optimizer's state alive.
@@ -90,7 +90,7 @@ def _optimizer_step(
     make_optimizer: Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
     cuda: bool,
 ) -> Callable[[], object]:
-    """The optimizer's step function, with optimizer state and gradients in place."""
+    """Allocate optimizer state and gradients, and return the optimizer's step function."""
     for parameter in trained:
         parameter.grad = torch.empty_like(parameter)
         meter.assign([parameter.grad], "gradients")
@@ -104,20 +104,19 @@ def _optimizer_step(
                     group["foreach"] = True
         try:
             optimizer.step()
-        except RuntimeError:  # it reads values, which fake tensors do not have
+        except RuntimeError:  # it read values, which fake tensors do not have
             optimizer.state.clear()
         else:
             meter.assign(tensors_of(dict(optimizer.state)), "optimizer state")
             return optimizer.step
     meter.adjust("optimizer state", measured_state(make_optimizer, trained))
     largest = max(parameter.nbytes for parameter in trained)
-    return lambda: torch.empty(
-        2 * largest, dtype=torch.uint8
-    )  # the update of one parameter, in float32, and a square root
+    # One parameter at a time: its update in float32, and a square root.
+    return lambda: torch.empty(2 * largest, dtype=torch.uint8)
 
 
 def _backward(loss: Tensor) -> None:
-    """``loss.backward()``, except that modes such as ``CudaSemantics`` stay active, also while activations are recomputed."""
+    """``loss.backward()``, but with modes such as ``CudaSemantics`` active also while activations are recomputed."""
     torch.autograd.graph._engine_run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
@@ -130,7 +129,7 @@ def _forget_gradients(parameters: Sequence[nn.Parameter]) -> None:
 
 @contextmanager
 def _saved_on_host() -> Iterator[None]:
-    """Context in which tensors saved for the backward pass leave the device and come back as new tensors."""
+    """A context in which tensors saved for the backward pass leave the device and return as new tensors."""
 
     def pack(tensor: Tensor) -> Any:
         if is_parameter(tensor) or tensor.nbytes < SMALLEST:

@@ -1,4 +1,4 @@
-"""Counts the bytes of all living tensors, and the work of the operations that make them."""
+"""Counts the bytes of all live tensors, and the work of the operations that create them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 from lit_lora.profiling.kinds import KINDS
 
 InsideOf = Callable[[Any, tuple[Any, ...], Any], int]
-"""From an operation, its arguments and its result to the bytes of its temporary memory."""
+"""Function from an operation, its arguments and its result to the bytes of its temporary memory."""
 
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -25,14 +25,14 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 
 
 class StorageMeter(TorchDispatchMode):
-    """A mode that counts every storage made by an operation for as long as the storage lives.
+    """A dispatch mode that counts every storage created by an operation for as long as the storage lives.
 
-    A storage is counted once, however many views it has, as :attr:`kind` unless :meth:`assign` says otherwise. The kinds at
-    each new peak of a phase are kept. Storages of fake tensors have the right size and take no memory.
+    A storage is counted once, however many views it has, as :attr:`kind` unless :meth:`assign` changes that. Bytes by kind are
+    kept for the peak of each phase. Storages of fake tensors have the right size and take no memory.
 
     Args:
-        inside: Temporary memory of operations, which no tensor shows: see :data:`InsideOf`.
-        granularity: Bytes that the allocator rounds up to.
+        inside: Function that gives the temporary memory inside an operation.
+        granularity: The allocator rounds sizes up to a multiple of this many bytes; defaults to 1.
     """
 
     def __init__(self, inside: InsideOf, granularity: int = 1) -> None:
@@ -53,13 +53,13 @@ class StorageMeter(TorchDispatchMode):
         self._peak = -1
 
     def begin(self, phase: str | None) -> None:
-        """Begin a phase, or continue it if it was there before; None for no phase."""
+        """Begin a phase, or continue one that was begun before; None for no phase."""
         self._phase = phase
         self._peak = sum(self.peaks[phase].values()) if phase in self.peaks else -1
         self._note(0)
 
     def assign(self, tensors: Iterable[Tensor], kind: str) -> None:
-        """Count the storages of these tensors as this kind, whether they were counted before or not."""
+        """Count the storages of these tensors as this kind, also if they were counted as another before."""
         for storage in (tensor.untyped_storage() for tensor in tensors):
             key = id(storage)
             if key not in self._kinds:
@@ -72,7 +72,7 @@ class StorageMeter(TorchDispatchMode):
         self._note(0)
 
     def adjust(self, kind: str, size: int) -> None:
-        """Add bytes, or remove them where ``size`` is negative, that no tensor stands for."""
+        """Add bytes that belong to no tensor; a negative ``size`` removes them."""
         self.alive[kind] += size
         self._total += size
         self._note(0)
@@ -126,7 +126,7 @@ class StorageMeter(TorchDispatchMode):
 def _value(func: Any, args: tuple[Any, ...]) -> Any:
     """The value of a one-element tensor; True or 1 for a tensor without contents.
 
-    Some adapter methods ask whether a random number lets a layer take part in the step.
+    Some adapter methods read a random number to decide whether a layer takes part in the step.
     """
     try:
         return func(*args)

@@ -1,4 +1,4 @@
-"""Whether a planned run fits into memory, in words."""
+"""Describes whether a planned run fits into memory."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ from lit_lora.planning.memory_plan import MemoryPlan
 
 
 def verdict(planned: MemoryPlan, memory: int, changes: list[ChangedRun] | None) -> str:
-    """Whether a run fits into memory and, if not, which changes make it fit.
+    """A sentence that says whether a run fits into memory and, if not, a list of changes that make it fit.
 
     Args:
-        planned: The run's plan.
-        memory: Bytes that the run may take.
-        changes: What :func:`~lit_lora.planning.changes.cheapest_changes` found; used where the run does not fit.
+        planned: Plan of the run.
+        memory: Memory available to the run, in bytes.
+        changes: Result of :func:`~lit_lora.planning.changes.cheapest_changes`; used if the run does not fit.
     """
     said = f"{format_bytes(planned.needed)} of {format_bytes(memory)}"
     if planned.fits(memory):
         return f"fits: {said}"
     if changes is None:
-        return (
-            f"does not fit: {said}, and all of the {len(CANDIDATES)} known kinds of changes together do not make it fit"
-        )
-    lines = [f"does not fit: {said}. The cheapest changes that make it fit, cumulatively:"]
+        return f"does not fit: {said}, not even with all {len(CANDIDATES)} kinds of changes together"
+    lines = [f"does not fit: {said}", "The cheapest changes that make it fit, cumulatively:"]
     for one in changes:
         lines.append(f"  {one.change.arguments}   needs {format_bytes(one.plan.needed)} ({one.change.price})")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 def general_advice(
     kinds: Mapping[str, int], full_precision: Mapping[str, int], unused: int, precision: str
 ) -> list[tuple[str, int]]:
-    """Changes that save memory in any run, with the approximate bytes that each would save by itself.
+    """Changes that save memory in any run, with the approximate bytes that each saves by itself.
 
     Args:
         kinds: Bytes of each kind of memory.
@@ -17,16 +17,16 @@ def general_advice(
         precision: Precision of the trainer.
 
     Returns:
-        Pairs of change and bytes, most saving first, without changes that would save nothing.
+        Pairs of a change and the bytes it saves, largest first, without changes that save nothing.
     """
     frozen, elements = full_precision["frozen weights"], full_precision["frozen elements"]
     trained = kinds["gradients"] + kinds["optimizer state"]
     advice = [
         # 4.5 bits: each block of weights has a scale.
-        ("store the frozen weights in 4 bits (a quantised base)", frozen - elements * 9 // 16),
-        ("store the frozen weights in 8 bits (a quantised base)", frozen - elements),
+        ("store the frozen weights in 4 bits (a quantized base)", frozen - elements * 9 // 16),
+        ("store the frozen weights in 8 bits (a quantized base)", frozen - elements),
         ("store the frozen weights in 16 bits", frozen - 2 * elements),
-        # Assumes that inputs of blocks and the activations of one block are three tenths.
+        # Assumes that the inputs of all blocks and the activations of one block are three tenths.
         ("recompute activations in the backward pass (gradient checkpointing)", kinds["activations"] * 7 // 10),
         ("halve the batch size and double accumulate_grad_batches", kinds["activations"] // 2),
         (
@@ -35,7 +35,7 @@ def general_advice(
         ),
         ("step the optimizer in the backward pass, so that gradients are freed at once", kinds["gradients"]),
         (
-            "reduce fragmentation: set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before the start",
+            "reduce fragmentation: start with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
             unused,
         ),
     ]
@@ -47,5 +47,5 @@ def general_advice(
 
 
 def sorted_advice(advice: list[tuple[str, int]]) -> list[tuple[str, int]]:
-    """The changes, most saving first, without those that save nothing."""
+    """The changes in order of the bytes they save, largest first, without those that save nothing."""
     return sorted(((change, saved) for change, saved in advice if saved > 0), key=lambda pair: -pair[1])

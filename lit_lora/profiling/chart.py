@@ -8,17 +8,17 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lit_lora.profiling.kinds import KINDS
 
-# Okabe and Ito's colours, which colour-blind people can tell apart.
-_COLOURS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#BBBBBB"), strict=True))
+# Okabe and Ito's colors, which color-blind people can tell apart.
+_COLORS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#BBBBBB"), strict=True))
 _WIDTH, _LEFT, _RIGHT, _TOP, _BAR, _GAP, _BOTTOM = 1000, 150, 130, 110, 30, 16, 60
 _INK, _GRID = "#222222", "#DDDDDD"
 
 
 def memory_chart(phases: Mapping[str, Mapping[str, int]], title: str) -> Image.Image:
-    """A chart with one bar per phase, stacked from its kinds of memory.
+    """Draw a chart with one bar per phase, stacked from its kinds of memory.
 
     Args:
-        phases: For each phase the bytes of each of :data:`~lit_lora.profiling.kinds.KINDS`.
+        phases: Bytes of each phase, by kind: see :data:`~lit_lora.profiling.kinds.KINDS`.
         title: Title of the chart.
     """
     text, small = ImageFont.load_default(16), ImageFont.load_default(14)
@@ -44,7 +44,7 @@ def memory_chart(phases: Mapping[str, Mapping[str, int]], title: str) -> Image.I
         for kind in KINDS:
             width = kinds[kind] / unit * pixels
             if width >= 0.5:
-                draw.rectangle((x, y, x + width, y + _BAR), _COLOURS[kind])
+                draw.rectangle((x, y, x + width, y + _BAR), _COLORS[kind])
             x += width
         draw.text((x + 8, y + _BAR / 2), f"{sum(kinds.values()) / unit:.4g} {name}", _INK, text, anchor="lm")
     draw.line((_LEFT, _TOP - 8, _LEFT, floor), _INK)
@@ -54,7 +54,7 @@ def memory_chart(phases: Mapping[str, Mapping[str, int]], title: str) -> Image.I
 def _draw_legend(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> None:
     x = float(_LEFT)
     for kind in KINDS:
-        draw.rectangle((x, 58, x + 14, 72), _COLOURS[kind])
+        draw.rectangle((x, 58, x + 14, 72), _COLORS[kind])
         draw.text((x + 20, 65), kind, _INK, font, anchor="lm")
         x += 20 + draw.textlength(kind, font) + 22
 

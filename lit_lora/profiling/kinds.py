@@ -1,4 +1,4 @@
-"""Kinds of memory, by what it is used for."""
+"""Kinds of memory: what its bytes are used for."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _PLAIN = (Tensor, nn.Parameter)  # the fast path, for nearly all tensors
 class MemoryKinds:
     """Counts the bytes of a module's weights, gradients and optimizer state on one device.
 
-    A storage counts once, however many tensors share it, for the first kind in the order of :data:`KINDS`. Tensors that consist
-    of other tensors (eight-bit optimizer states, sharded parameters) count as these.
+    A storage that several tensors share is counted once, as the first kind in the order of :data:`KINDS`. Tensors that consist
+    of other tensors (8-bit optimizer states, sharded parameters) are counted as these.
 
     Args:
-        module: The module. Its parameters are found, and the frozen ones counted, now; the others are counted by :meth:`count`.
+        module: Module to count. Frozen parameters and buffers are counted by the constructor, the others by :meth:`count`.
         optimizers: Optimizers of the module.
         device: Device whose memory is counted.
     """
@@ -48,7 +48,7 @@ class MemoryKinds:
         }
 
     def full_precision(self) -> dict[str, int]:
-        """Sizes of what could be stored in fewer bits.
+        """Sizes of tensors that could be stored in fewer bits.
 
         Returns:
             Bytes of frozen weights and of optimizer state with 16 or more bits per element, and the number of ``frozen

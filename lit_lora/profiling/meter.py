@@ -14,7 +14,7 @@ import torch
 from lit_lora.files import atomic_file
 
 Reading = dict[str, int]
-"""Bytes by measure, such as ``allocated``; kinds of memory are shares of the first measure."""
+"""Bytes by measure, such as ``allocated``; kinds of memory divide the first measure."""
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -24,7 +24,7 @@ class MemoryMeter(ABC):
     """Reads the memory in use on one device.
 
     Attributes:
-        note: What the figures leave out, as a sentence; None if they are complete.
+        note: Sentence on what the figures leave out; None if they are complete.
         keeps_freed: Whether freed memory may still be counted, because the process has not returned it.
     """
 
@@ -56,7 +56,7 @@ class MemoryMeter(ABC):
 
         Args:
             folder: Folder of the files.
-            prefix: How the files' names begin.
+            prefix: Start of the files' names.
 
         Returns:
             The written files.
@@ -110,13 +110,14 @@ class CudaMeter(MemoryMeter):
 class ProcessMeter(MemoryMeter):
     """Reads the ``resident`` memory of this process.
 
-    At each reset the C library returns freed memory where it can; otherwise the figures would contain memory of earlier phases.
-    Linux keeps the peak and resets it on demand. Where a process may not do that, a peak is exact only if it is the highest of
-    the process so far, and otherwise the larger of the readings at both ends of a phase; ``note`` then says so.
+    At each reset the C library returns freed memory to the system if it can; otherwise the figures would include memory of
+    earlier phases. Linux keeps the peak and resets it on demand. If a process may not reset it, a phase's peak is exact only if
+    it is the highest of the process until then; otherwise it is the larger of the readings at both ends of the phase, and
+    ``note`` says so.
 
     Args:
         device: The CPU.
-        resettable: Whether the system lets this process reset its peak; found out by default.
+        resettable: Whether the system lets this process reset its peak; defaults to the result of a trial.
     """
 
     def __init__(self, device: torch.device, resettable: bool | None = None) -> None:
@@ -126,8 +127,8 @@ class ProcessMeter(MemoryMeter):
         self._resettable = _forget_peak() if resettable is None else resettable
         if not self._resettable:
             self.note = (
-                "the system does not let this process reset its peak: a phase's peak is exact only where it is the "
-                "highest of the process so far"
+                "the system does not let this process reset its peak, so a phase's peak is exact only if it is the "
+                "highest of the process until then"
             )
         self.reset()
 
@@ -158,7 +159,7 @@ class ProcessMeter(MemoryMeter):
 
 
 def meter_of(device: torch.device) -> MemoryMeter:
-    """The meter of a device; for all devices except CUDA it measures the process."""
+    """The meter of a device: of the allocator on CUDA, of the process on all other devices."""
     return CudaMeter(device) if device.type == "cuda" else ProcessMeter(device)
 
 

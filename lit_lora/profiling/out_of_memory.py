@@ -1,15 +1,15 @@
-"""Recognises errors of exhausted memory."""
+"""Recognizes errors of exhausted memory."""
 
 from __future__ import annotations
 
 import torch
 
 _MESSAGES = ("can't allocate memory", "not enough memory")
-"""What PyTorch's CPU allocator says in a plain RuntimeError."""
+"""Messages of PyTorch's CPU allocator, which raises a plain RuntimeError."""
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or the one that caused it, says that a device or the host has no memory left."""
+    """Whether an error, or an error that caused it, reports that a device or the host has no memory left."""
     if error is None:
         return False
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -14,7 +14,7 @@ class PhaseListener(Protocol):
         """A phase of this name begins."""
 
     def leave_phase(self, name: str, failed: bool) -> None:
-        """The innermost phase, called ``name``, ends; ``failed`` says whether by an exception."""
+        """The innermost phase, called ``name``, ends; ``failed`` is True if an exception ended it."""
 
 
 _listeners: list[PhaseListener] = []
@@ -22,9 +22,12 @@ _SILENT = nullcontext()
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """A context whose contents are a phase of the run, with its own row in the table of :class:`MemoryProfiler`.
+    """A context that marks a phase of the run, which gets its own row in the table of :class:`MemoryProfiler`.
 
     It has no effect while there are no listeners. Use it in the thread that trains.
+
+    Args:
+        name: Name of the phase.
     """
     return _Phase(name) if _listeners else _SILENT
 
@@ -44,7 +47,7 @@ def remove_listener(listener: PhaseListener) -> None:
 class _Phase(AbstractContextManager[None]):
     def __init__(self, name: str) -> None:
         self.name = name
-        # A listener that is added inside the block does not hear of its end.
+        # A listener that is added inside the block is not told of its end.
         self.listeners = list(_listeners)
 
     def __enter__(self) -> None:

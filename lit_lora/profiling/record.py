@@ -1,4 +1,4 @@
-"""Peaks of the phases of a run, and the kinds of memory that they consist of."""
+"""Records the peak of each phase of a run, divided into kinds of memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lit_lora.profiling.kinds import KINDS
 from lit_lora.profiling.meter import Reading
 
 BETWEEN = "between"
-"""Phase of everything that is in no other: loading data, saving, and steps that are not measured."""
+"""Name of the phase between the others: loading data, saving, and steps that are not measured."""
 
 MIB = 2**20
 
@@ -25,9 +25,9 @@ class PhaseMemory:
     Args:
         peak: Highest number of bytes in use, by measure.
         end: Bytes in use at the last end of the phase, by measure.
-        kinds: Bytes of each of :data:`~lit_lora.profiling.kinds.KINDS` at the peak.
+        kinds: Bytes at the peak by kind: see :data:`~lit_lora.profiling.kinds.KINDS`.
         step: Optimizer step of the peak.
-        count: Number of times the phase was measured.
+        count: Number of times that the phase was measured; defaults to 1.
     """
 
     peak: Reading
@@ -38,11 +38,11 @@ class PhaseMemory:
 
     @property
     def height(self) -> int:
-        """The peak in bytes, by the measure that kinds are shares of."""
+        """The peak in bytes of the first measure, which kinds divide."""
         return next(iter(self.peak.values()))
 
     def with_next(self, later: PhaseMemory) -> PhaseMemory:
-        """The measurement combined with a later one of the same phase."""
+        """Combine the measurement with a later one of the same phase."""
         higher = later if later.height > self.height else self
         peak = {name: max(value, later.peak[name]) for name, value in self.peak.items()}
         return PhaseMemory(peak, later.end, higher.kinds, higher.step, self.count + later.count)
@@ -67,7 +67,7 @@ class MemoryRecord:
         return max(self.phases.items(), key=lambda item: item[1].height, default=None)
 
     def scalars(self) -> dict[str, float]:
-        """Scalars for loggers in MiB: peaks by phase, and kinds at the highest peak."""
+        """Scalars for loggers, in MiB: peaks by phase, and kinds at the highest peak."""
         if self.highest is None:
             return {}
         values = {
@@ -94,7 +94,7 @@ class MemoryRecord:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Sort key of a phase: in the order of a run, then phases that the code names, then ``between``."""
+    """Sort key of a phase: first in the order of a run, then phases named with :func:`phase`, then ``between``."""
     known = name in _ORDER
     return (_ORDER.index(name) if known else len(_ORDER) + (name == BETWEEN), "" if known else name)
 
@@ -106,11 +106,11 @@ def divide(name: str, peak: int, counted: Mapping[str, int], other: int) -> dict
         name: Name of the phase.
         peak: Peak in bytes.
         counted: Bytes of the kinds that can be counted, at the end of the phase.
-        other: Bytes in use beyond these outside a step.
+        other: Bytes in use outside a step that belong to none of these kinds.
 
     Returns:
-        Bytes of each of :data:`~lit_lora.profiling.kinds.KINDS`. What exceeds ``counted`` and ``other`` is activations, except in
-        phases in which the model computes nothing.
+        Bytes by kind: see :data:`~lit_lora.profiling.kinds.KINDS`. Bytes beyond ``counted`` and ``other`` are activations, except
+        in phases in which the model computes nothing.
     """
     above = max(0, peak - sum(counted.values()))
     other = min(max(0, other), above)

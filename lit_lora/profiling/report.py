@@ -1,4 +1,4 @@
-"""The report of a memory profile: plain data, and text for the console."""
+"""The report of a memory profile, as plain data and as text for the console."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def profile_report(
 
     Args:
         record: Peaks of all phases.
-        meter: What measured them.
+        meter: Meter that measured them.
         status: How the run ended: finished, interrupted, failed or out of memory.
         stage: Stage of the trainer, such as fit.
         baseline: Bytes in use before the model was loaded.
         options: Options of the profiler.
-        ranks: Highest peak of each process in bytes; None where it is not known.
-        out_of_memory: What is known of an out-of-memory error; None without one.
+        ranks: Highest peak of each process in bytes; None if it is unknown.
+        out_of_memory: Details of an out-of-memory error; None if there was none.
     """
     highest = record.highest
     return {
@@ -64,7 +64,7 @@ def profile_report(
 
 
 def profile_title(meter: MemoryMeter) -> str:
-    """Title of the table and the chart: what was measured, and where."""
+    """Title of the table and the chart, with the measure and the device."""
     measure = next(iter(meter.current()))
     return f"Peak memory by phase and kind ({measure}, {meter.device})"
 
@@ -82,7 +82,7 @@ def profile_text(report: Mapping[str, Any], table: str, title: str, files: Seque
     if report["peak"]:
         lines.append("highest peak: {bytes:,} bytes in {phase} at step {step}".format(**report["peak"]))
     if report["baseline"] > 0:
-        lines.append(f"other includes {report['baseline'] / MIB:,.1f} MiB in use before the model was loaded")
+        lines.append(f'"other" includes {report["baseline"] / MIB:,.1f} MiB in use before the model was loaded')
     if report["ranks"] and len(report["ranks"]) > 1:
         peaks = ", ".join(f"{peak / MIB:,.1f}" for peak in report["ranks"])
         lines.append(f"highest peak of each process: {peaks} MiB")
@@ -94,9 +94,9 @@ def profile_text(report: Mapping[str, Any], table: str, title: str, files: Seque
 
 
 def _out_of_memory_lines(error: Mapping[str, Any]) -> list[str]:
-    lines = [f"\nOut of memory in {error['phase']}: {error['message'].splitlines()[0]}", "in use at that moment, MiB:"]
+    lines = [f"\nOut of memory in {error['phase']}: {error['message'].splitlines()[0]}", "in use at that time, MiB:"]
     lines += [f"  {kind:16}{size / MIB:12,.1f}" for kind, size in error["kinds"].items()]
     if error["advice"]:
-        lines.append("what to change, and about how much each change saves by itself, MiB:")
+        lines.append("changes, with the MiB that each saves by itself, approximately:")
         lines += [f"{saved / MIB:12,.1f}  {change}" for change, saved in error["advice"]]
     return lines

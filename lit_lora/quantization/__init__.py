@@ -1,4 +1,4 @@
-"""Quantizations of the frozen base weights: one class each, with its options."""
+"""Quantizations of the frozen base weights: one class for each."""
 
 from lit_lora.quantization.base import Quantization
 from lit_lora.quantization.dense import Dense

@@ -1,4 +1,4 @@
-"""What a quantization of frozen weights is: a pair of functions, quantize and dequantize."""
+"""The interface of a quantization of frozen weights: quantize and dequantize."""
 
 from __future__ import annotations
 

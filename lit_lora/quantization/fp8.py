@@ -16,7 +16,7 @@ class FP8(Scaled):
     Half of bfloat16's memory. Small weights of a channel keep more precision than with ``Int8``, large ones less.
 
     Args:
-        format: ``e4m3fn`` (3 bits of mantissa, the default) or ``e5m2`` (2 bits, wider range): Micikevicius et al. 2022.
+        format: ``e4m3fn`` (3 bits of mantissa, the default) or ``e5m2`` (2 bits, wider range), from Micikevicius et al., 2022.
         skip: Glob patterns of further layers that stay in ``base_dtype``, such as ``mid_block.*``; none by default.
     """
 

@@ -50,9 +50,8 @@ class FrozenLayer(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         dense: Tensor | None = self._parameters.get("weight")
         if dense is not None and (dense.requires_grad or not self.stored_names):
-            trained: Tensor = super().forward(
-                input
-            )  # a trained copy, or a layer that PEFT created from the base layer's class
+            # A trained copy, or a layer that PEFT created from the base layer's class.
+            trained: Tensor = super().forward(input)
             return trained
         device = input.device.type
         bias: Tensor | None = self._parameters.get("bias")

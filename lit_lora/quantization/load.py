@@ -64,7 +64,7 @@ class Weights:
             self.model: nn.Module = kind.from_config(config)
         self.names = list(dict.fromkeys([*dict(self.model.named_parameters()), *self.model.state_dict()]))
         """Names of all weights, in the model's order."""
-        # Looked up now: an adapter replaces layers later.
+        # Looked up now, because an adapter replaces layers later.
         self._layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.names}
         self._files: WeightFiles | None = None
         self._node.read(lambda: self._open(source, folder, revision, variant))
@@ -85,7 +85,7 @@ class Weights:
         _assign(layer, attribute, self._node.read(lambda: self._stored(name, form)), form)
 
     def in_parts(self, block_classes: Collection[str]) -> list[tuple[nn.Module, list[str]]]:
-        """Parts of the model to load and shard one by one: large layers, blocks, modules around blocks, at last the model.
+        """Parts of the model to load and shard one by one: large layers, blocks, modules around blocks, finally the model.
 
         Each part comes with the names of its weights that no earlier part has.
 
@@ -206,17 +206,17 @@ def load_part(kind: Any, source: str, folder: str, dtype: torch.dtype, node: Nod
 
 
 def shape_part(kind: Any, source: str, folder: str, dtype: torch.dtype, revision: str | None = None) -> nn.Module:
-    """A model of diffusers or transformers in ``dtype``, made from its config alone: the values mean nothing.
+    """Build the model of :func:`load_part` from its config alone, with meaningless values.
 
     Args:
-        kind: The model's class.
-        source: A local folder or hub id, from which only the config is read.
-        folder: The model's folder in it.
-        dtype: Of its weights.
-        revision: Branch, tag or commit on the hub.
+        kind: Class of the model.
+        source: Local folder or hub id, of which only the config is read.
+        folder: Subfolder of the model.
+        dtype: dtype of the weights.
+        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
     """
     model = _from_config(kind, source, folder, {"revision": revision} if revision else {})
-    cast: dict[nn.Parameter, nn.Parameter] = {}  # a weight may be in several layers
+    cast: dict[nn.Parameter, nn.Parameter] = {}  # layers may share a weight
     for layer in model.modules():  # not model.to(dtype), which cannot swap fake tensors
         for name, parameter in layer._parameters.items():
             if parameter is not None:
@@ -274,9 +274,9 @@ def _form_of(
     path, _, attribute = name.rpartition(".")
     exact = any(part in name.split(".") for part in getattr(model, "_keep_in_fp32_modules", None) or ())
     frozen = attribute == "weight" and can_freeze(layer)
-    stored_so = frozen and quantization.takes(path, skipped) and not exact
+    quantized = frozen and quantization.takes(path, skipped) and not exact
     shape = _weight(layer, attribute).shape
-    return _Form(quantization if stored_so else Dense() if frozen else None, torch.float32 if exact else dtype, shape)
+    return _Form(quantization if quantized else Dense() if frozen else None, torch.float32 if exact else dtype, shape)
 
 
 def _assign(layer: nn.Module, attribute: str, stored: dict[str, Tensor], form: _Form) -> None:

@@ -27,7 +27,7 @@ _BYTES_AT_A_TIME = 1 << 20
 
 
 class NF4(Quantization):
-    """4-bit weights and one scale per block of weights: QLoRA's NF4 (Dettmers et al. 2023), also for convolutions.
+    """4-bit weights and one scale per block of weights: QLoRA's NF4 (Dettmers et al., 2023), also for convolutions.
 
     About a quarter of bfloat16's memory. Where bitsandbytes is installed, its kernels dequantize on CUDA; the stored bytes
     equal those of bitsandbytes.
@@ -46,7 +46,9 @@ class NF4(Quantization):
     def __init__(self, block_size: int = 64, double_quant: bool = True, skip: Sequence[str] = ()) -> None:
         super().__init__(skip)
         if block_size < 2 or block_size % 2:
-            raise UserError(f"block_size={block_size} must be an even number of at least 2; 64 is the usual one")
+            raise UserError(
+                f"block_size={block_size} is not possible; it must be an even number of at least 2, usually 64"
+            )
         self.block_size = block_size
         self.double_quant = double_quant
 
@@ -57,9 +59,8 @@ class NF4(Quantization):
         scale = torch.empty(len(blocks), device=weight.device)
         packed = torch.empty(blocks.numel() // 2, dtype=torch.uint8, device=weight.device)
         at_a_time = max(1, _BYTES_AT_A_TIME // self.block_size)
-        for start in range(
-            0, len(blocks), at_a_time
-        ):  # in pieces: intermediate tensors take several times the weights' memory
+        # In pieces, because intermediate tensors take several times the memory of the weights.
+        for start in range(0, len(blocks), at_a_time):
             piece = slice(start, start + at_a_time)
             values = blocks[piece].float()
             scale[piece] = values.abs().amax(dim=1)

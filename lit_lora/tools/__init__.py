@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, auto_cli
 
 
 class ToolParser(ArgumentParser):
-    """Errors are one message without a usage dump; exit status 2."""
+    """Reports an error as one message, without usage, with exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         print(f"lit-lora: error\n{message}", file=sys.stderr)
@@ -18,5 +18,12 @@ class ToolParser(ArgumentParser):
 
 
 def run_tool(function: Callable[..., Any] | dict[str, Any], arguments: list[str], prog: str, **options: Any) -> Any:
-    """Call a typed function, or one of several, with what the command line says; ``options`` are the parser's."""
+    """Call a typed function, or one of several, with the arguments of a command line.
+
+    Args:
+        function: Function to call, or functions by the name of their subcommand.
+        arguments: Arguments of the command line.
+        prog: Name of the command, for its help.
+        **options: Further options of the parser.
+    """
     return auto_cli(function, args=arguments, prog=prog, parser_class=ToolParser, as_positional=True, **options)

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -25,30 +25,31 @@ from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport, list_reports
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 from lit_lora.families import ModelFamily, check_size, prepare
 from lit_lora.families.parts import PARTS
 from lit_lora.files import atomic_file, writable_folder
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
+from lit_lora.report_text import format_written
 from lit_lora.tools.cache_work import CacheWork
 
 UNFINISHED = "cache.unfinished.json"
-"""The description of a cache that is being made; it becomes ``cache.json`` when all is there."""
+"""Name of the description while a cache is being made; a complete cache has ``cache.json`` instead."""
 
 _SHARDS = ("train_shards", "val_shards", "test_shards")
 
 
 class CacheSummary(NamedTuple):
-    """What caching made.
+    """Result of making a cache.
 
     Attributes:
-        shards: The number of the cache's shards.
-        resumed: How many of them were there already.
-        samples: The number of samples in all of them.
-        size: Their bytes.
-        bad: What was left out.
-        arguments: The datamodule's arguments by which a run reads from the cache.
+        shards: Number of shards in the cache.
+        resumed: Number of shards that an earlier run had written.
+        samples: Number of samples in the cache.
+        size: Size of the shards in bytes.
+        bad: Reports of the bad samples that were left out.
+        arguments: Arguments of the datamodule that make a run read from the cache.
     """
 
     shards: int
@@ -58,15 +59,26 @@ class CacheSummary(NamedTuple):
     bad: list[BadSampleReport]
     arguments: dict[str, str | list[str]]
 
+    @classmethod
+    def of(cls, written: Sequence[CachedShard], arguments: dict[str, str | list[str]]) -> Self:
+        """Summarize written shards; shards without samples are not part of the cache."""
+        kept = [shard for shard in written if shard.samples]
+        return cls(
+            len(kept),
+            sum(shard.resumed for shard in kept),
+            sum(shard.samples for shard in kept),
+            sum(shard.path.stat().st_size for shard in kept),
+            sorted(report for shard in written for report in shard.bad),
+            arguments,
+        )
+
 
 def cache(arguments: list[str]) -> None:
     """Run ``lit-lora cache`` with the arguments of ``lit-lora fit`` and those of :func:`cache_shards`."""
     cli = build_cli(["fit", *arguments], run=False, cli_class=_CacheCLI)
     summary = cache_shards(cli.model, cli.datamodule, **cli.options)
-    print(f"shards   {summary.shards} ({summary.resumed} were there already)")
-    print(f"samples  {summary.samples}")
-    print(f"size     {summary.size / 1e6:.1f} MB")
-    print(f"left out {len(summary.bad)}" + (" (see bad.jsonl beside the cached shards)" if summary.bad else ""))
+    numbers = (summary.shards, summary.resumed, summary.samples, summary.size, len(summary.bad))
+    print(format_written(*numbers, "bad.jsonl beside the cached shards"))
     print("\nNext:", shlex.join(["lit-lora", "fit", *cli.arguments_for_fit(arguments), *_options(summary.arguments)]))
 
 
@@ -80,35 +92,34 @@ def cache_shards(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> CacheSummary:
-    """Write a cache of the latents, and of the captions' embeddings, of all shards of a datamodule.
+    """Encode the images and captions of a datamodule's shards once, so that training needs no VAE and no text encoders.
 
-    The cache has shards of the same names, with the same samples in the same order. A run that was cut short goes on where
-    it was when it is started again; finished shards are kept.
+    The cache has shards of the same names, with the same samples in the same order. An interrupted run continues when it is
+    started again; complete shards are kept.
 
     Args:
-        module: Has the encoders.
-        data: Has the shards.
-        out: The folder for the cache; by default "cache" in the folder of the shards.
-        text: Cache the captions' embeddings too; in bfloat16 they take 0.1 MB for each sample of Stable
-            Diffusion, 0.3 MB of SDXL.
-        jobs: Processes that encode, each a shard at a time; with several GPUs they take turns.
-        batch_size: Images that a process encodes at a time.
-        device: Where to encode; "auto" takes the GPUs if there are any.
-        dtype: Precision of the cached latents; by default the VAE's, and float16 where that is float32.
+        module: Module that has the encoders.
+        data: Datamodule that names the shards.
+        out: Folder of the cache; defaults to "cache" in the folder of the shards.
+        text: Whether to cache text embeddings too. In bfloat16 they take 0.1 MB per sample for Stable Diffusion and 0.3 MB
+            for SDXL.
+        jobs: Number of processes that encode, each one shard at a time; they are spread evenly over the GPUs.
+        batch_size: Number of images that a process encodes at a time.
+        device: Device that encodes; "auto" uses all GPUs, or the CPU if there is none.
+        dtype: dtype of the cached latents; defaults to the VAE's dtype, or to float16 if that is float32.
 
     Raises:
-        UserError: If what is trained cannot be cached; shards are missing or damaged; more samples than the datamodule's
-            max_bad_samples are bad; or the folder holds something else.
+        UserError: If the samples cannot be cached, shards are missing or damaged, more than the datamodule's max_bad_samples
+            samples are bad, or the folder holds something else.
     """
-    if jobs < 1 or batch_size < 1:
-        raise UserError(f"jobs and batch_size must be at least 1, not {jobs} and {batch_size}")
+    check_least(1, jobs=jobs, batch_size=batch_size)
     data, decoder = _cacheable(data, text)
     specs = {name: getattr(data, name) for name in _SHARDS if getattr(data, name)}
     table = open_table([spec for named in specs.values() for spec in ([named] if isinstance(named, str) else named)])
     targets = _targets(table, out)
     table.check_complete("image", IMAGE_EXTENSIONS)
     table.check_complete("caption", decoder.captions.extensions)
-    family = module.family.unloaded()  # what is loaded here, training does without
+    family = module.family.unloaded()
     prepare(family, copy.deepcopy(module.objective))
     family.load(module.base_dtype, without=PARTS)
     description = _describe(family, data, decoder, text, dtype)
@@ -124,23 +135,15 @@ def cache_shards(
         batch_size,
         data.num_workers,
     )
-    done = _write_shards(work, targets, jobs, device, data.max_bad_samples)
-    _conclude(targets, description)
-    kept = [shard for shard in done if shard.samples]
-    return CacheSummary(
-        len(kept),
-        sum(shard.resumed for shard in kept),
-        sum(shard.samples for shard in kept),
-        sum(shard.path.stat().st_size for shard in kept),
-        sorted(report for shard in done for report in shard.bad),
-        {name: _cached_specs(named, out) for name, named in specs.items()},
-    )
+    written = _write_shards(work, targets, jobs, device, data.max_bad_samples)
+    _complete(targets, description)
+    return CacheSummary.of(written, {name: _cached_specs(named, out) for name, named in specs.items()})
 
 
 def _write_shards(
     work: CacheWork, targets: Mapping[Path, int], jobs: int, device: str, max_bad_samples: int
 ) -> list[CachedShard]:
-    """Write all shards of the cache, and what is bad beside them, also where there is too much of it."""
+    """Write all shards of the cache, and reports of bad samples beside them, even if there are too many of these."""
     done: list[CachedShard] = []
     try:
         with closing(work.write_all(targets, jobs, device)) as shards:
@@ -149,7 +152,7 @@ def _write_shards(
                 _check_bad(done, max_bad_samples)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"the GPU has too little memory for batch_size={work.batch_size}; choose a smaller one"
+            f"the GPU has too little memory for batch_size={work.batch_size}; choose a smaller batch_size"
         ) from error
     finally:
         for folder in _folders(targets):
@@ -158,11 +161,12 @@ def _write_shards(
 
 
 class _CacheCLI(ToolCLI):
+    command = "lit-lora cache"
     function = staticmethod(cache_shards)
     parts = frozenset({"module", "data"})
 
     def arguments_for_fit(self, arguments: Sequence[str]) -> list[str]:
-        """The arguments without those for :func:`cache_shards`."""
+        """The arguments without the options of :func:`cache_shards`."""
         kept = []
         remaining = iter(arguments)
         for argument in remaining:
@@ -176,20 +180,20 @@ class _CacheCLI(ToolCLI):
 
 def _cacheable(data: LightningDataModule, text: bool) -> tuple[WebDatasetDataModule, ImageDecoder]:
     if not isinstance(data, WebDatasetDataModule):
-        raise UserError(f"data is a {type(data).__name__}; only the shards of a WebDatasetDataModule can be cached")
+        raise UserError(f"data is a {type(data).__name__}, which cannot be cached; use a WebDatasetDataModule")
     decoder = data.decoder
-    if type(decoder) is not ImageDecoder:  # a subclass may make something else of a sample
-        raise UserError(f"decoder is a {type(decoder).__name__}; only the samples of an ImageDecoder can be cached")
+    if type(decoder) is not ImageDecoder:  # a subclass may decode samples to something else
+        raise UserError(f"decoder is a {type(decoder).__name__}, whose samples cannot be cached; use an ImageDecoder")
     if not decoder.center_crop:
         raise UserError(
-            "decoder.center_crop is false: each showing crops a random place, which cannot be cached; set"
+            "decoder.center_crop is false: each pass crops another part of the image, which cannot be cached; set"
             " --data.init_args.decoder.center_crop true, for the cache and for training"
         )
     if text and not decoder.captions.fixed:
         raise UserError(
-            "captions differ from showing to showing (dropout, shuffle_tags or weights), so their embeddings cannot be"
-            " cached; cache latents only (--text false), or take these options out of captions (model.caption_dropout"
-            " drops cached captions too)"
+            "captions differ from pass to pass (dropout, shuffle_tags or weights), so their embeddings cannot be cached;"
+            " cache only latents (--text false), or remove these options of captions (model.caption_dropout also drops"
+            " cached captions)"
         )
     if not any(getattr(data, name) for name in _SHARDS):
         raise UserError(f"there is nothing to cache; set {', '.join(_SHARDS)}")
@@ -197,14 +201,14 @@ def _cacheable(data: LightningDataModule, text: bool) -> tuple[WebDatasetDataMod
 
 
 def _targets(table: SampleTable, out: str | None) -> dict[Path, int]:
-    """The shards of the cache, and the number in the table of the shard of each."""
+    """Paths of the cache's shards, each with the number of its source shard in the table."""
     targets: dict[Path, int] = {}
     for number, location in enumerate(table.locations):
         folder, name = posixpath.split(location.partition("?")[0] if is_remote(location) else location)
         if out is None and is_remote(location):
-            raise UserError(f"{redact(location)} is not on a local disk; say where its cache goes by --out")
+            raise UserError(f"{redact(location)} is not on a local disk; name the folder of its cache with --out")
         if not is_remote(location) and (Path(folder) / DESCRIPTION).exists():
-            raise UserError(f"{folder} is a cache already; name the shards that it was made of")
+            raise UserError(f"{folder} is a cache already; name the shards that it was made from")
         path = (Path(folder) / "cache" if out is None else Path(out)) / name
         other = table.locations[targets.setdefault(path, number)]
         if other != location:
@@ -244,7 +248,7 @@ def _describe(
 
 
 def _claim(folder: Path, description: CacheDescription, paths: list[Path]) -> None:
-    """Make sure that what the folder holds is a part of the same cache, and mark it as unfinished."""
+    """Check that a folder holds nothing or a part of the same cache, and mark the cache as unfinished."""
     writable_folder(folder)
     for path in paths:
         for left_over in folder.glob(f"{path.name}.*.part"):
@@ -261,13 +265,13 @@ def _claim(folder: Path, description: CacheDescription, paths: list[Path]) -> No
 def _check_same(folder: Path, description: CacheDescription) -> None:
     found = [name for name in (DESCRIPTION, UNFINISHED) if (folder / name).exists()]
     if not found:
-        raise UserError(f"{folder} holds shards that are no cache; name another folder by --out")
+        raise UserError(f"{folder} holds shards that are not a cache; name another folder with --out")
     for name in found:
         if differences := CacheDescription.read(folder, name).differences(description):
             raise UserError(
-                f"{folder} holds a cache of something else:\n  "
+                f"{folder} holds a cache that was made differently:\n  "
                 + "\n  ".join(differences)
-                + "\nname another folder by --out, or remove this one"
+                + "\nname another folder with --out, or remove this one"
             )
 
 
@@ -275,7 +279,7 @@ def _check_bad(done: list[CachedShard], max_bad_samples: int) -> None:
     bad = [report for shard in done for report in shard.bad]
     if len(bad) > max_bad_samples:
         raise UserError(
-            f"{len(bad)} bad samples, more than max_bad_samples={max_bad_samples}; mend them or raise"
+            f"{len(bad)} bad samples, more than max_bad_samples={max_bad_samples}; repair them or raise"
             f" --data.init_args.max_bad_samples:{list_reports(bad)}"
         )
 
@@ -286,18 +290,19 @@ def _write_bad(folder: Path, done: list[CachedShard]) -> None:
         part.write_text("".join(json.dumps(report._asdict()) + "\n" for report in reports), encoding="utf-8")
 
 
-def _conclude(targets: Mapping[Path, int], description: CacheDescription) -> None:
-    """Index the cache; its description comes last, so that nobody reads a part of it."""
+def _complete(targets: Mapping[Path, int], description: CacheDescription) -> None:
+    """Index the cache, then write its description: a cache is read only if it has one, so never incomplete."""
     for folder in _folders(targets):
         paths = [path for path in targets if path.parent == folder and path.exists()]
         if not paths:
-            raise UserError(f"all samples are bad; see {folder / 'bad.jsonl'}")
+            raise UserError(f"all samples of {folder} are bad; see {folder / 'bad.jsonl'}")
         DataIndex.load_or_build(paths)
         description.write(folder)
         (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def _cached_specs(named: str | list[str], out: str | None) -> str | list[str]:
+    """The shards argument of a datamodule, changed to name the cache."""
     if not isinstance(named, str):
         return [str(_cached_specs(spec, out)) for spec in named]
     if not is_remote(named) and Path(named).expanduser().is_dir():
@@ -307,5 +312,6 @@ def _cached_specs(named: str | list[str], out: str | None) -> str | list[str]:
 
 
 def _options(arguments: Mapping[str, str | list[str]]) -> list[str]:
+    """Arguments of the datamodule as options of the command line."""
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in arguments.items()}
     return [part for name, text in texts.items() for part in (f"--data.init_args.{name}", text)]

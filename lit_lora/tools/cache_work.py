@@ -1,4 +1,4 @@
-"""The work of ``lit-lora cache``, in one process or several."""
+"""Encodes the shards of ``lit-lora cache``, in one process or several."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _POLL_S = 0.2
 
 @dataclass(frozen=True)
 class CacheWork:
-    """What is to be encoded, and with what; it can be sent to another process.
+    """The samples to encode and the encoders, in a form that can be sent to other processes.
 
     Attributes:
-        family: Not loaded yet.
-        base_dtype: Precision of the text encoders.
-        table: The samples.
-        description: What the cache is to be.
-        bucketing: The size of each image.
-        captions: Where captions are.
-        batch_size: Images that a process encodes at a time.
-        num_workers: Threads that read and decode for each process that encodes.
+        family: Model family, not loaded yet.
+        base_dtype: dtype of the text encoders.
+        table: Table of the samples.
+        description: Description of the cache.
+        bucketing: Size to which each image is resized.
+        captions: Captions of the samples.
+        batch_size: Number of images that a process encodes at a time.
+        num_workers: Number of threads that read and decode samples for each process that encodes.
     """
 
     family: ModelFamily
@@ -53,7 +53,7 @@ class CacheWork:
     num_workers: int
 
     def writer(self, device: str) -> CacheWriter:
-        """Load the encoders."""
+        """Load the encoders onto a device, and return a writer that uses them."""
         unneeded = {"denoiser"} if "text" in self.description.cached else {"denoiser", "text"}
         self.family.load(self.base_dtype, without=unneeded)
         self.family.to(device)
@@ -68,15 +68,16 @@ class CacheWork:
         )
 
     def write_all(self, targets: Mapping[Path, int], jobs: int, device: str) -> _Shards:
-        """Write the shards of the cache, in any order.
+        """Write the shards of the cache and yield each one when it is complete, in any order.
 
         Args:
-            targets: For each shard of the cache the number of its shard in the table.
-            jobs: Processes; 1 stays in this one.
+            targets: For each shard of the cache, the number of its source shard in the table.
+            jobs: Number of processes; 1 encodes in this process.
             device: ``auto``, ``cpu`` or ``cuda``.
 
         Raises:
-            UserError: If a part cannot be loaded, a shard was made of other samples, there is no GPU, or a process died.
+            UserError: If a part of the model cannot be loaded, an existing shard was made from other samples, ``cuda`` is
+                asked for without a GPU, or a process dies.
         """
         devices = _devices(device)
         samples = int(np.diff(self.table.starts)[list(targets.values())].sum())
@@ -103,7 +104,7 @@ class _Worker:
 
     @classmethod
     def start(cls, work: CacheWork, devices: Any, done: Any, stop: Any, jobs: int) -> None:
-        """Begin a process."""
+        """Set up a process of the pool."""
         end_with_parent()
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
         cls.current = cls(work, devices.get(), done, stop)
@@ -112,7 +113,7 @@ class _Worker:
     def write(cls, shard: int, path: Path) -> CachedShard:
         """Write one shard."""
         self = cls.current
-        if self.writer is None:  # not at the start, where an error would lose its message
+        if self.writer is None:  # not in start(), where an error would lose its message
             self.writer = self.work.writer(self.device)
         return self.writer.write(shard, path, self.progress)
 
@@ -126,7 +127,7 @@ class _Worker:
 def _devices(device: str) -> list[str]:
     count = torch.cuda.device_count() if device != "cpu" else 0
     if device == "cuda" and not count:
-        raise UserError("device=cuda: there is no GPU here; choose cpu or auto")
+        raise UserError("device=cuda needs a GPU, and this machine has none; choose cpu or auto")
     return [f"cuda:{number}" for number in range(count)] or ["cpu"]
 
 
@@ -151,9 +152,9 @@ def _write_in_parallel(
         except BrokenProcessPool as error:
             raise UserError(
                 f"one of {jobs} processes died, perhaps for lack of memory; start again with fewer jobs or a smaller"
-                " batch_size: finished shards are kept"
+                " batch_size: complete shards are kept"
             ) from error
         finally:
-            stop.set()  # shards that are being written when something is wrong are given up
+            stop.set()  # after an error, abandon the shards that are being written
             for future in pending:
                 future.cancel()

@@ -1,4 +1,4 @@
-"""``lit-lora plan``: memory, time and files of a run before it starts."""
+"""``lit-lora plan``: memory, time and file sizes of a run before it starts."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from lit_lora.tools.shards_plan import processes_of
 
 
 def plan_command(arguments: list[str]) -> int:
-    """Run ``lit-lora plan`` with the arguments of ``lit-lora fit`` and those of :func:`tell`.
+    """Run ``lit-lora plan`` with the arguments of ``lit-lora fit`` and those of :func:`print_plan`.
 
     Returns:
         Exit status: 0, or 1 if the run does not fit into ``device_memory``.
     """
     cli = build_cli(["fit", *arguments], run=False, cli_class=_PlanCLI)
-    return tell(cli.model, cli.datamodule, cli.config["trainer"], **cli.options)
+    return print_plan(cli.model, cli.datamodule, cli.config["trainer"], **cli.options)
 
 
-def tell(
+def print_plan(
     module: LoraDiffusion,
     data: LightningDataModule,
     trainer: Any,
@@ -46,31 +46,35 @@ def tell(
     cached: list[str] | None = None,
     json: str | None = None,
 ) -> int:
-    """Print the plan of a run: memory by phase and kind, the adapter's file, work and time of a step, and the data.
+    """Print the plan of a run: memory by phase and kind, size of the adapter's file, time of a step, and a summary of the data.
 
     Args:
-        module: The module to train.
-        data: Datamodule of the run; the data need not exist yet.
+        module: Module to train.
+        data: Datamodule of the run; its data need not exist yet.
         trainer: Config of the trainer.
-        device: Device that trains: cpu, or a GPU such as "RTX 3060" or H100; by default what trainer.accelerator finds here.
-        device_memory: Memory of the device, in GB or with a unit. The command then says whether the run fits and, if not,
-            what makes it fit. Exit status 1 means that the run as it is does not fit.
+        device: Device that trains: cpu, or a GPU such as "RTX 3060" or H100; defaults to the device of this machine that
+            trainer.accelerator chooses.
+        device_memory: Memory of the device, in GB or with a unit. The command then reports whether the run fits and, if
+            not, the cheapest changes that make it fit; its exit status is 1 if the run does not fit as it is.
         search: Find the largest batch size that fits into device_memory.
-        batch_size: Samples in a batch; by default what the data say.
-        resolution: Edge of a square image in pixels; by default what the data say.
-        cached: What batches take from a cache (latents, text), for data that do not exist yet.
-        json: File to write the plan to.
+        batch_size: Number of samples in a batch; defaults to the datamodule's.
+        resolution: Edge of a square image in pixels; defaults to the datamodule's.
+        cached: Kinds of data that batches take from a cache (latents, text); defaults to those of the datamodule.
+        json: JSON file to write the plan to; defaults to none.
+
+    Returns:
+        Exit status: 0, or 1 if the run does not fit into ``device_memory``.
 
     Raises:
-        UserError: If the configs of the base model cannot be read, or a value is out of its bounds.
+        UserError: If the configs of the base model cannot be read, or a value is outside its range.
     """
     check_least(1, batch_size=batch_size, resolution=resolution)
     found = find_device(device) if device is not None else default_device(trainer["accelerator"])
     memory = _memory(device_memory, found)
     if search and memory is None:
-        raise UserError("search needs the memory to fill: give device_memory, for example 12, or a GPU as device")
-    about_data, data_are_there = _data(data, trainer["max_steps"])
-    from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_are_there else ()
+        raise UserError("search=true needs device_memory, for example 12GB, or a GPU as device")
+    data_summary, data_readable = _data(data, trainer["max_steps"])
+    from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_readable else ()
     run = _run(module, data, trainer, found, batch_size, resolution, from_cache)
     planned = plan(run)
     blocks = [planned.describe()]
@@ -78,26 +82,33 @@ def tell(
     largest = None
     if search and memory is not None:
         largest = largest_batch(run, memory, planned)
-        blocks.append(_tell_largest(largest, memory))
+        blocks.append(_largest_line(largest, memory))
     if memory is not None and device_memory is not None:
         changes = cheapest_changes(run, memory, planned)
         blocks.append(verdict(planned, memory, changes))
-    blocks.append(about_data)
+    blocks.append(data_summary)
     print("\n\n".join(blocks))
     if json is not None:
-        planned.write(
-            json,
-            device_memory=memory,
-            fits=None if memory is None else planned.fits(memory),
-            largest_batch_size=largest and largest.batch_size,
-            changes=[{"keys": one.change.keys, "needed": one.plan.needed} for one in changes or ()],
-        )
+        planned.write(json, **_findings(planned, memory, largest, changes or []))
     return 0 if memory is None or device_memory is None or planned.fits(memory) else 1
 
 
 class _PlanCLI(ToolCLI):
-    function = staticmethod(tell)
+    command = "lit-lora plan"
+    function = staticmethod(print_plan)
     parts = frozenset({"module", "data", "trainer"})
+
+
+def _findings(
+    planned: MemoryPlan, memory: int | None, largest: MemoryPlan | None, changes: Iterable[ChangedRun]
+) -> dict[str, Any]:
+    """Entries that the command adds to the JSON object of a plan."""
+    return {
+        "device_memory": memory,
+        "fits": None if memory is None else planned.fits(memory),
+        "largest_batch_size": largest and largest.batch_size,
+        "changes": [{"keys": one.change.keys, "needed": one.plan.needed} for one in changes],
+    }
 
 
 def _run(
@@ -109,7 +120,7 @@ def _run(
     resolution: int | None,
     cached: Iterable[str],
 ) -> Run:
-    """The run that a config describes; see :func:`tell` for the arguments."""
+    """The run that a config describes; see :func:`print_plan` for the arguments."""
     height, width = image_size(data, resolution)
     samples = _callback(trainer, "SampleImages")
     return Run(
@@ -130,6 +141,7 @@ def _run(
 
 
 def _memory(device_memory: str | None, device: Device) -> int | None:
+    """Memory in bytes; a number without a unit is in GB, and None means the device's own memory."""
     if device_memory is None:
         return device.memory
     plain = device_memory.strip()
@@ -137,16 +149,17 @@ def _memory(device_memory: str | None, device: Device) -> int | None:
 
 
 def _data(data: LightningDataModule, max_steps: int) -> tuple[str, bool]:
-    """Text about the data, and whether the data can be read."""
+    """A summary of the data as text, and whether the data can be read."""
     if not isinstance(data, WebDatasetDataModule):
-        return f"data: a {type(data).__name__}, which has no plan of its batches", False
+        return f"data: no summary, since a {type(data).__name__} does not plan its batches", False
     try:
         return describe_data(data, max_steps=max_steps), True
     except (UserError, OSError) as error:
-        return f"data: left out, since they cannot be read yet ({str(error).splitlines()[0]})", False
+        return f"data: no summary, since it cannot be read yet ({str(error).splitlines()[0]})", False
 
 
 def _clip(trainer: Any) -> float | None:
+    """Norm to which the trainer clips gradients; None if it does not clip by norm."""
     return trainer["gradient_clip_val"] if trainer["gradient_clip_algorithm"] in (None, "norm") else None
 
 
@@ -159,7 +172,7 @@ def _callback(trainer: Any, name: str) -> Any:
     return None
 
 
-def _tell_largest(largest: MemoryPlan | None, memory: int) -> str:
+def _largest_line(largest: MemoryPlan | None, memory: int) -> str:
     if largest is None:
-        return f"largest batch: not even one sample fits into {format_bytes(memory)}"
+        return f"largest batch: none; one sample already needs more than {format_bytes(memory)}"
     return f"largest batch: {largest.batch_size}, which needs {format_bytes(largest.needed)} of {format_bytes(memory)}"

@@ -1,4 +1,4 @@
-"""``lit-lora sample``: images from a base model with an adapter."""
+"""``lit-lora sample``: draws images with a base model and an adapter."""
 
 from __future__ import annotations
 
@@ -33,24 +33,28 @@ def sample(
     device: str | None = None,
     family: str | None = None,
 ) -> None:
-    """Draw images and write them as one grid.
+    """Draw images for prompts and write them as one grid, or as one file each.
 
     Args:
-        adapter: Folder with adapter_config.json, or nothing to draw with the base alone.
-        base: Folder, hub id or "embedded"; by default what the adapter was trained on.
-        prompts: What to draw: one text, or a list as '["a red seven", "a blue star"]'.
-        count: Images of each prompt.
-        out: PNG file for the grid; a name without ending makes a folder with one PNG for each image.
-        seed: Image i is drawn from seed + i.
-        steps: Denoising steps.
-        guidance_scale: Classifier-free guidance; 1 turns it off.
-        height: Of an image in pixels; the model's own by default.
-        width: Of an image in pixels; the model's own by default.
-        columns: Images in a row of the grid.
-        dtype: Precision of the base model.
-        device: Device to draw on; by default the first GPU if there is one, else the CPU.
-        family: Model family of the base, such as StableDiffusion or my_package.MyFamily; by default the one whose pipeline the
-            base is.
+        adapter: Folder of the adapter, with adapter_config.json; defaults to the base model alone.
+        base: Folder, hub id or "embedded"; defaults to the base that the adapter was trained on.
+        prompts: One text, or a list of texts such as '["a red seven", "a blue star"]'.
+        count: Number of images for each prompt.
+        out: PNG file for the grid, or, if the name has no ending, a folder for one PNG file per image.
+        seed: Seed of the first image; image i is drawn from seed + i.
+        steps: Number of denoising steps.
+        guidance_scale: Scale of classifier-free guidance; 1 turns it off.
+        height: Height of the images in pixels; defaults to the model's own.
+        width: Width of the images in pixels; defaults to the model's own.
+        columns: Number of images in a row of the grid.
+        dtype: dtype of the base model.
+        device: Device to draw on; defaults to the first GPU, or to the CPU if there is none.
+        family: Model family of the base, such as StableDiffusion or my_package.MyFamily; defaults to the family for the base's
+            pipeline.
+
+    Raises:
+        UserError: If prompts or base are missing, the base or the adapter cannot be loaded, or the family cannot draw images of
+            this size.
     """
     if not prompts:
         raise UserError('give --prompts: one text, or a list as \'["a red seven on white", "a blue star"]\'')
@@ -59,7 +63,8 @@ def sample(
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise UserError(
-            "give --base: a folder, a hub id or 'embedded'" + (" (the adapter names none)" if adapter else "")
+            "give --base: a folder, a hub id or 'embedded'"
+            + (" (the adapter does not name its base)" if adapter else "")
         )
 
     import torch
@@ -75,7 +80,7 @@ def sample(
 
 
 def _write(images: Sequence[Image.Image], target: Path, columns: int) -> None:
-    """Write images as one grid, or into a folder where the target has no ending."""
+    """Write images as one grid, or one by one into a folder if the target has no file ending."""
     from torchvision.utils import save_image
 
     from lit_lora.files import atomic_file
@@ -99,7 +104,7 @@ def _from_family(
     device: str,
     size: tuple[int | None, int | None],
 ) -> Callable[..., list[Image.Image]]:
-    """What draws with a base of a family and the adapter; the size is checked before weights are read."""
+    """Function that draws with a base of a known family and the adapter; the size is checked before weights are read."""
     from peft import PeftModel
 
     from lit_lora.families import check_size
@@ -116,7 +121,7 @@ def _from_family(
 def _from_pipeline(
     base: str, adapter: str | None, dtype: torch.dtype, device: str, config: Mapping[str, Any]
 ) -> Callable[..., list[Image.Image]]:
-    """What draws with a base of no known family, by diffusers alone, and the adapter."""
+    """Function that draws with a base of no known family, through its diffusers pipeline, and the adapter."""
     from diffusers import DiffusionPipeline
     from peft import PeftModel
 
@@ -134,7 +139,7 @@ def _from_pipeline(
 
 
 def _family_class(family: str | None, base: str) -> type[ModelFamily] | None:
-    """The family of this name or import path, or the one that trains for the base's pipeline; None if there is none."""
+    """The family of this name or import path, or the one for the base's pipeline; None if there is none."""
     import lit_lora
     from lit_lora.families import ModelFamily, ModelSource, family_of
 
@@ -146,12 +151,12 @@ def _family_class(family: str | None, base: str) -> type[ModelFamily] | None:
     except (ImportError, AttributeError) as error:
         raise UserError(f"family={family!r} cannot be imported: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, ModelFamily)):
-        raise UserError(f"family={family!r} is no subclass of lit_lora.ModelFamily")
+        raise UserError(f"family={family!r} is not a subclass of lit_lora.ModelFamily")
     return kind
 
 
 def _adapted_part(pipeline: Any, config: Mapping[str, Any]) -> Any:
-    """The part of a pipeline that an adapter was made for: PEFT's config has its class."""
+    """The part of a pipeline that an adapter was made for, whose class PEFT's config names."""
     wanted = (config.get("auto_mapping") or {}).get("base_model_class")
     components = pipeline.components
     if wanted is None:
@@ -160,8 +165,8 @@ def _adapted_part(pipeline: Any, config: Mapping[str, Any]) -> Any:
         parts = [part for part in components.values() if type(part).__name__ == wanted]
     if not parts:
         raise UserError(
-            f"the adapter was made for a {wanted}, which {type(pipeline).__name__} does not have; name the base that it was "
-            f"trained on by --base"
+            f"the adapter was made for a {wanted}, which {type(pipeline).__name__} does not have; set --base to the "
+            f"base that the adapter was trained on"
         )
     return parts[0]
 

@@ -1,4 +1,4 @@
-"""The commands ``lit-lora shards pack``, ``index``, ``check`` and ``info``."""
+"""``lit-lora shards``: packs, indexes, checks and describes WebDataset shards."""
 
 from __future__ import annotations
 
@@ -32,21 +32,26 @@ def pack(
     when it is started again.
 
     Args:
-        source: Folder of images with a .txt or .json of the same name, at any depth; of images that metadata.jsonl, .csv
-            or .parquet files list; of tar shards, for example from img2dataset; of Parquet files; or written by
-            save_to_disk of datasets. Or a single shard, or a .csv, .tsv, .jsonl, .parquet or .arrow table.
+        source: Folder with images and a .txt or .json file of the same name for each, at any depth; or with images that
+            metadata.jsonl or metadata.csv files list; or with tar shards, such as img2dataset makes; or with parquet
+            files; or one that datasets.save_to_disk wrote. Or one such file, or a .csv, .tsv or .jsonl file with paths of
+            images.
         out: Folder for the shards.
         samples_per_shard: Maximum number of samples in a shard.
-        max_shard_bytes: Maximum size of a shard in bytes, which only a single sample may exceed.
-        jobs: Number of processes, each of which packs one shard at a time.
-        shuffle_seed: Seed of a random order of the samples. Defaults to sorted by name, or the order of a table.
-        max_bad: Maximum number of files that are left out because they are damaged or have no caption.
+        max_shard_bytes: Maximum size of a shard in bytes; only a shard of one sample may exceed it.
+        jobs: Number of processes that pack, each one shard at a time.
+        shuffle_seed: Seed of a random order; defaults to the order of names, or of a table's rows.
+        max_bad: Maximum number of files that may be left out because they are damaged or have no caption.
         caption_key: Key of the caption in .json files.
-        image_column: Column of images, or of their paths, in tables. Defaults to a column with a usual name.
-        caption_column: Column of captions in tables. Defaults to a column with a usual name.
-        prefix: Prefix of the names of the shards.
+        image_column: Column of a table that holds images or their paths; defaults to a column with a common name.
+        caption_column: Column of a table that holds captions; defaults to a column with a common name.
+        prefix: Start of the shards' names.
+
+    Raises:
+        UserError: If the source cannot be read, an option is outside its range, or more than ``max_bad`` files are bad.
     """
     from lit_lora.datamodules.packing.pack import pack_folder
+    from lit_lora.report_text import format_written
 
     summary = pack_folder(
         source,
@@ -61,27 +66,28 @@ def pack(
         caption_column=caption_column,
         prefix=prefix,
     )
-    print(f"shards   {summary.shards} ({summary.resumed} already existed)")
-    print(f"samples  {summary.samples}")
-    print(f"size     {summary.size / 1e6:.1f} MB")
-    print(f"left out {len(summary.bad)}" + (f" (see {summary.folder / 'bad.jsonl'})" if summary.bad else ""))
+    numbers = (summary.shards, summary.resumed, summary.samples, summary.size, len(summary.bad))
+    print(format_written(*numbers, str(summary.folder / "bad.jsonl")))
     if summary.incomplete:
         print(f"skipped  {len(summary.incomplete)} shards that img2dataset has not finished")
     print(f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {summary.folder}")
 
 
 def index(shards: str | list[str], jobs: int = 1) -> None:
-    """Index shards: write an index beside each shard, and shards.index for all shards of a folder.
+    """Index shards: write one index file beside each shard, and shards.index for all shards of a folder.
 
-    Training indexes shards that have no index; run this beforehand for many shards, or before copying them to a server.
+    Training indexes shards that have no index; do it beforehand for many shards, or before they are copied to a server.
     Shards with an up-to-date index are not read again.
 
-    Shards named by URLs are read once, a few at a time; their index is saved on this machine, where training finds it.
+    Shards named by URLs are read once, a few at a time; their index stays on this machine, where training finds it.
 
     Args:
-        shards: Paths of .tar files, folders, globs in quotes, or braces as in data/shard-{000000..000099}.tar; URLs of
-            these, except that HTTP has no folders and globs; or a list.
-        jobs: Number of processes, each of which indexes one shard at a time.
+        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list of
+            these. Or URLs of them; for http no folders and no globs.
+        jobs: Number of processes that index, each one shard at a time.
+
+    Raises:
+        UserError: If a shard is missing or damaged, or local shards and URLs are mixed.
     """
     from lit_lora.datamodules.indexing.data_index import INDEX_NAME
     from lit_lora.datamodules.indexing.index import index_folders
@@ -106,14 +112,18 @@ def check(
     caption_key: str = "caption",
     report: str | None = None,
 ) -> None:
-    """Check shards and all of their samples: structure, images, captions. The exit status is 1 if there are problems.
+    """Check shards and all their samples: structure, images, captions. The exit status is 1 if there are problems.
 
     Args:
-        shards: Paths of .tar files, folders, globs in quotes, or braces as in data/shard-{000000..000099}.tar; or a list.
-        jobs: Number of processes, each of which checks one shard at a time.
-        decode: Decode each image; false reads only the headers of images, which is much faster.
+        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list of
+            these.
+        jobs: Number of processes that check, each one shard at a time.
+        decode: Whether to decode each image; false reads only the headers of images, which is much faster.
         caption_key: Key of the caption in .json members.
-        report: File for all problems, one JSON object per line.
+        report: File for a list of all problems, one JSON object per line; defaults to none.
+
+    Raises:
+        UserError: If a shard cannot be found.
     """
     from lit_lora.datamodules.checking.check import check_shards
     from lit_lora.datamodules.indexing.shard_paths import find_shards
@@ -134,14 +144,18 @@ def info(
     max_aspect_ratio: float = 2.0,
     jobs: int = 1,
 ) -> None:
-    """Show statistics of shards: counts, and sizes and aspect ratios of the images.
+    """Print statistics of shards: counts, and sizes and aspect ratios of the images.
 
     Args:
-        shards: Paths of .tar files, folders, globs in quotes, or braces as in data/shard-{000000..000099}.tar; or a list.
-        resolution: Resolution for which to list the aspect ratio buckets that training would use. Defaults to none.
-        divisor: Number of pixels of which widths and heights of the buckets are multiples.
-        max_aspect_ratio: Maximum ratio of the long side to the short side of a bucket.
+        shards: Paths of .tar files, folders, globs in quotes, braces as in data/shard-{000000..000099}.tar; or a list of
+            these.
+        resolution: Resolution for which aspect-ratio buckets are listed too; defaults to no list.
+        divisor: Divisor of the buckets' heights and widths, in pixels.
+        max_aspect_ratio: Maximum ratio of a bucket's long side to its short side.
         jobs: Number of processes that index shards without an index.
+
+    Raises:
+        UserError: If a shard is missing or damaged, or an option is outside its range.
     """
     from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
     from lit_lora.datamodules.checking.shard_statistics import ShardStatistics
@@ -173,7 +187,7 @@ def _index_remote(specs: list[str], jobs: int) -> None:
         print(f"shards   {len(made.names):,}")
         print(f"samples  {len(made):,}")
         print(f"index    {file}\n")
-    print("To train on other machines, copy each index to the folder of its shards under the name shards.index.")
+    print("For other machines, copy each index beside its shards as shards.index.")
 
 
 def _load_indexes(specs: str | list[str], jobs: int) -> list[ShardIndex]:

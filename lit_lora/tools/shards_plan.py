@@ -1,4 +1,4 @@
-"""``lit-lora shards plan``: the data of a run, before it starts."""
+"""``lit-lora shards plan``: a summary of the data of a run before it starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shards_plan(arguments: list[str]) -> None:
     cli = build_cli(["fit", *arguments], run=False, cli_class=_PlanCLI)
     data, options = cli.datamodule, cli.options
     if not isinstance(data, WebDatasetDataModule):
-        raise UserError(f"data is a {type(data).__name__}; only a WebDatasetDataModule follows a plan")
+        raise UserError(f"data is a {type(data).__name__}, which does not plan its batches; use a WebDatasetDataModule")
     if options["processes"] is None:
         options["processes"] = processes_of(cli.config["trainer"])
     print(describe(data, max_steps=cli.config["trainer"]["max_steps"], **options))
@@ -43,21 +43,24 @@ def describe(
     images_per_second: float | None = None,
     max_steps: int = -1,
 ) -> str:
-    """A summary of a run's data as text: chunks, batches, dropped or padded samples, disk space and time.
+    """Describe the data of a run: chunks, batches, dropped or padded samples, disk space and time.
 
     Args:
-        data: The run's data.
-        processes: Training processes over all machines; by default the config's devices times nodes.
-        images_per_second: Training speed of all processes together, from the progress bar of an earlier run; the time of
-            a pass follows from it. By default the time is that of reading and decoding, which a pass takes at least.
-        max_steps: Steps of the run; -1 for no limit.
+        data: Datamodule of the run.
+        processes: Number of training processes on all machines; defaults to the trainer's devices times nodes.
+        images_per_second: Training speed of all processes together, from the progress bar of an earlier run, which gives
+            the time of a pass. Defaults to the measured speed of reading and decoding, which gives a lower bound.
+        max_steps: Optimizer steps of the run; -1 for no limit.
+
+    Returns:
+        The description as text.
 
     Raises:
-        UserError: If the run could not start.
+        UserError: If the shards are missing or damaged, or the run could not start for another reason.
     """
     check_least(1, processes=processes)
     if images_per_second is not None and images_per_second <= 0:
-        raise UserError(f"images_per_second={images_per_second} must be above 0")
+        raise UserError(f"images_per_second={images_per_second} is too small; it must be above 0")
     data.prepare_data()
     data.setup("fit")
     processes = processes or 1
@@ -67,14 +70,14 @@ def describe(
     sizes = sorted(chunks.chunk_bytes.tolist(), reverse=True)
     lines = [
         ["data", f"{len(table):,} samples in {len(table.locations):,} shards, {format_bytes(sum(sizes))}"],
-        ["not trained on", f"{len(chunks.held_out):,} held out to validate on, {chunks.too_small:,} too small"],
+        ["excluded", f"{len(chunks.held_out):,} samples held out for validation, {chunks.too_small:,} too small"],
         ["batch", f"{plan.global_batch_size:,} = {data.batch_size} x {_count(processes, 'process', 'processes')}"],
         ["chunks", f"{plan.num_chunks:,}, largest {format_bytes(sizes[0])}"],
-        ["a pass", f"{plan.batches_per_pass:,} batches, {shown:,} samples"],
+        ["pass", f"{plan.batches_per_pass:,} batches, {shown:,} samples"],
         ["dropped" if plan.leftovers == "drop" else "padded", _share(plan)],
     ]
     if max_steps > 0:
-        lines.append(["steps", f"{max_steps:,}, which is {max_steps / plan.batches_per_pass:.2f} passes"])
+        lines.append(["steps", f"{max_steps:,}, or {max_steps / plan.batches_per_pass:.2f} passes"])
     lines.append(["disk peak", _disk(data, sizes)])
     lines.append(["time", _time(data, plan, shown, processes, images_per_second)])
     blocks = [[f"{label:<15} {value}" for label, value in lines]]
@@ -86,6 +89,7 @@ def describe(
 
 
 class _PlanCLI(ToolCLI):
+    command = "lit-lora shards plan"
     function = staticmethod(describe)
     parts = frozenset({"data", "max_steps"})
 
@@ -96,7 +100,7 @@ class _PlanCLI(ToolCLI):
 
 
 def processes_of(trainer: Any) -> int:
-    """Training processes over all machines, by the config of the trainer."""
+    """Number of training processes on all machines, from the config of the trainer."""
     devices = trainer["devices"]
     if isinstance(devices, str) and devices not in ("auto", "-1"):
         devices = [part for part in devices.split(",") if part] if "," in devices else int(devices)
@@ -108,7 +112,9 @@ def processes_of(trainer: Any) -> int:
 
 def _share(plan: Plan) -> str:
     number = plan.num_samples - plan.samples_per_round if plan.leftovers == "drop" else plan.padding_per_round
-    what = "samples do not fill a batch" if plan.leftovers == "drop" else "places of weight 0 fill up batches"
+    what = (
+        "samples that do not fill a batch" if plan.leftovers == "drop" else "samples of weight 0 that fill up batches"
+    )
     return f"{number:,} {what} ({number / plan.num_samples:.2%}) in one pass over each chunk"
 
 
@@ -130,14 +136,14 @@ def _time(data: WebDatasetDataModule, plan: Plan, shown: int, processes: int, im
         return f"{format_duration(shown / images_per_second)} a pass at {images_per_second:g} images/s"
     dataset = data.train_dataset()
     if any(is_remote(location) for location in dataset.reader.table.locations):
-        return "not known: give --images_per_second, from the progress bar of an earlier run"
+        return "unknown; set --images_per_second to the speed in the progress bar of an earlier run"
     with _torch_threads(1):
         rate = measure_reading(dataset, plan)
     readers = max(1, data.num_workers) * processes
     who = _count(readers, "loader thread reads", "loader threads read")
     return (
-        f"at least {format_duration(shown / rate / readers)} a pass: {who} {rate:.0f} images/s each on this machine"
-        " (--images_per_second takes the speed of training)"
+        f"at least {format_duration(shown / rate / readers)} a pass: {who} {rate:.0f} images/s each\n"
+        f"{'':<15} (for an estimate set --images_per_second to the speed of training)"
     )
 
 
@@ -147,7 +153,7 @@ def _count(number: int, one: str, more: str) -> str:
 
 @contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """As many threads as a loader process has."""
+    """Context in which torch uses this many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -63,7 +63,9 @@ def test_the_changes_that_it_names_make_it_fit(sd_folder: Path, trainer_options:
 
 
 def test_data_of_unknown_size(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="cannot be planned, since there is no datamodule that says its resolution"):
+    with pytest.raises(
+        UserError, match=r"cannot be planned, since there is no datamodule: use .* an integer resolution"
+    ):
         _trainer(trainer_options, "4GB").fit(_module(sd_folder), Images().train_dataloader())
 
 

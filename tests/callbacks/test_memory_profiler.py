@@ -398,7 +398,7 @@ def test_advice_follows_the_largest_kind():
 
     gib = 2**30
     assert first({"frozen weights": gib}, {"frozen weights": gib, "frozen elements": gib // 2}) == (
-        "store the frozen weights in 4 bits (a quantised base)",
+        "store the frozen weights in 4 bits (a quantized base)",
         gib - gib * 9 // 32,
     )
     assert "checkpointing" in first({"activations": gib}, {})[0]

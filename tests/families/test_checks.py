@@ -42,7 +42,7 @@ MISTAKES: dict[str, tuple[str, str, str | None, Callable[[Path], None], str]] = 
         "sd3_folder",
         "DDPM",
         lambda folder: None,
-        r"objective DDPM cannot train StableDiffusion3 .*the scheduler is FlowMatchEulerDiscreteScheduler; DDPM takes "
+        r"objective DDPM cannot train StableDiffusion3 .*the scheduler is FlowMatchEulerDiscreteScheduler, and DDPM supports "
         r"DDIM.*FlowMatching, which is the default",
     ),
     "diffusion base under FlowMatching": (
@@ -64,7 +64,7 @@ MISTAKES: dict[str, tuple[str, str, str | None, Callable[[Path], None], str]] = 
         "sd_folder",
         None,
         scheduler(_class_name="DPMSolverMultistepScheduler", prediction_type="flow_prediction"),
-        "DPMSolverMultistepScheduler is set up for flow matching",
+        "DPMSolverMultistepScheduler is configured for flow matching",
     ),
     "SDXL as Stable Diffusion": (
         "StableDiffusion",

@@ -55,11 +55,11 @@ def test_where_a_move_leads() -> None:
     ("device", "strategy", "message"),
     [
         ("cpu", None, "offload_blocks moves memory from a GPU to the host, .* set offload_blocks to false"),
-        ("mps", None, "offload_blocks works with CUDA devices, not with 'mps'"),
+        ("mps", None, "offload_blocks supports CUDA devices only, not 'mps'"),
         (
             "cuda",
             LitLoraFSDP(),
-            "offload_blocks does not go with LitLoraFSDP; set offload_blocks to false and the strategy's",
+            "offload_blocks cannot be combined with LitLoraFSDP; set offload_blocks to false and the strategy's",
         ),
     ],
 )

@@ -89,9 +89,9 @@ def test_loss_is_per_sample_and_weighted() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"snr_gamma": 0.0}, "snr_gamma must be above 0, not 0.0"),
-        ({"noise_offset": -1.0}, "noise_offset must be at least 0, not -1.0"),
-        ({"input_perturbation": -1.0}, "input_perturbation must be at least 0"),
+        ({"snr_gamma": 0.0}, "snr_gamma=0.0 is too small; it must be above 0"),
+        ({"noise_offset": -1.0}, "noise_offset=-1.0 is too small; it must be at least 0"),
+        ({"input_perturbation": -1.0}, "input_perturbation=-1.0 is too small"),
     ],
 )
 def test_values_out_of_range(options: dict[str, float], message: str) -> None:

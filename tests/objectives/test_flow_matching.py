@@ -132,8 +132,8 @@ def test_a_diffusion_solver_that_is_set_up_for_flow() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"_class_name": "DDIMScheduler"}, "the scheduler is DDIMScheduler; FlowMatching takes FlowMatchEuler"),
-        ({"_class_name": "DPMSolverMultistepScheduler"}, "not set up for flow matching"),
+        ({"_class_name": "DDIMScheduler"}, "the scheduler is DDIMScheduler, and FlowMatching supports FlowMatchEuler"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "not configured for flow matching"),
         ({"invert_sigmas": True}, "invert_sigmas"),
     ],
 )
@@ -143,9 +143,9 @@ def test_schedulers_that_do_not_fit(config: dict[str, Any], message: str) -> Non
 
 
 def test_values_out_of_range() -> None:
-    with pytest.raises(UserError, match="shift=0 must be above 0"):
+    with pytest.raises(UserError, match="shift=0 is too small; it must be above 0"):
         FlowMatching(shift=0)
-    with pytest.raises(UserError, match=r"std=-1.0 must be above 0"):
+    with pytest.raises(UserError, match=r"std=-1.0 is too small; it must be above 0"):
         LogitNormal(std=-1.0)
-    with pytest.raises(UserError, match=r"scale=2.0 must lie in \[-1, 1.75"):
+    with pytest.raises(UserError, match=r"scale=2.0 is out of range; it must lie in \[-1, 1.75"):
         Mode(2.0)

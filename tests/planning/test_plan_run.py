@@ -225,8 +225,8 @@ def test_a_gpu_computes_norms_in_float32_under_autocast(sd_folder: Path) -> None
     cached = frozenset({"latents", "text"})
     cpu, gpu = (plan_of(module, cached=cached, device=find_device(name)) for name in ("cpu", "rtx3060"))
     assert gpu.phases["backward"]["activations"] > 1.1 * cpu.phases["backward"]["activations"]
-    assert "GPU figures are modelled" in gpu.describe()
-    assert "modelled" not in cpu.describe()
+    assert "modeled for GPUs" in gpu.describe()
+    assert "modeled" not in cpu.describe()
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
 def test_numbers_out_of_range(sd_folder: Path) -> None:
     with pytest.raises(UserError, match="batch_size=0 is too small"):
         plan_of(module_for(sd_folder), 0)
-    with pytest.raises(UserError, match="a cache has latents and text"):
+    with pytest.raises(UserError, match="choose from latents and text"):
         plan_of(module_for(sd_folder), cached=frozenset({"pixels"}))
 
 

@@ -83,7 +83,7 @@ def test_says_what_makes_it_fit(plan: Plan, tmp_path: Path) -> None:
 def test_without_the_data(plan: Plan, tmp_path: Path) -> None:
     status, out = plan(data__init_args__train_shards=tmp_path / "absent", cached="[latents,text]")
     assert status == 0
-    assert "data: left out, since they cannot be read yet" in out
+    assert "data: no summary, since it cannot be read yet" in out
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_without_the_data(plan: Plan, tmp_path: Path) -> None:
     [
         ({"device": "abacus"}, "device='abacus' is not known"),
         ({"device_memory": "much"}, "device_memory='much' is not a byte size"),
-        ({"search": True}, "search needs the memory to fill"),
+        ({"search": True}, "search=true needs device_memory"),
         ({"batch_size": 0}, "batch_size=0 is too small"),
     ],
 )

@@ -44,6 +44,6 @@ def test_a_size_that_does_not_fit_is_refused_before_weights_are_read(
 
 
 def test_a_family_that_cannot_be_imported(sd_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for family, message in (("no_such.Family", "cannot be imported"), ("LoraDiffusion", "is no subclass of")):
+    for family, message in (("no_such.Family", "cannot be imported"), ("LoraDiffusion", "is not a subclass of")):
         assert main(["sample", "--base", str(sd_folder), "--family", family, *DRAWN]) == 2
         assert message in capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_pack(images, tmp_path, capsys):
         main(["shards", "pack", str(images), str(out), "--samples_per_shard=2", "--max_bad=1", "--shuffle_seed=3"]) == 0
     )
     printed = capsys.readouterr().out
-    assert "shards   2 (0 already existed)" in printed
+    assert "shards   2 (0 of them from an earlier run)" in printed
     assert "samples  3" in printed
     assert f"left out 1 (see {out / 'bad.jsonl'})" in printed
     assert f"--data.init_args.train_shards {out}" in printed

@@ -1,6 +1,6 @@
-"""What adapter methods need beyond steps of the optimizer: one file for each method that needs more.
+"""Adapter methods: one module for each that needs more from training than optimizer steps.
 
-``method_of.register`` names the method of a further PEFT config, also from outside of this package.
+``method_of.register`` registers the method of a further PEFT config, also from outside this package.
 """
 
 from functools import singledispatch
@@ -25,12 +25,12 @@ from lit_lora.adapters.methods.block_by_block import BlockByBlockMethod
 __all__ = ["BLOCK_BY_BLOCK", "AdaLoraMethod", "AdapterMethod", "BlockByBlockMethod", "method_of"]
 
 BLOCK_BY_BLOCK = (LoraConfig, LoHaConfig, LoKrConfig, OFTConfig, IA3Config, HRAConfig, VeraConfig, FourierFTConfig)
-"""Configs whose adapters can be put in block by block: tests compare them with adapters in a model with its weights."""
+"""Configs whose adapters can be injected block by block; tests compare them with adapters injected into a loaded model."""
 
 
 @singledispatch
 def method_of(config: PeftConfig | None) -> AdapterMethod:
-    """The method that a config belongs to; configs without a registered method need nothing special."""
+    """The adapter method of a config; defaults to :class:`AdapterMethod` for configs without a registered method."""
     return AdapterMethod()
 
 

@@ -1,4 +1,4 @@
-"""AdaLoRA's rank allocation, which PEFT leaves to the training loop to call and to save."""
+"""AdaLoRA's rank allocation, which PEFT expects the training loop to call and to save."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from peft import PeftModel
 from lit_lora.adapters.methods.base import AdapterMethod
 
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
-"""Tensors of the rank allocator, one number per trained number each: importance, its average and its uncertainty."""
+"""Tensors of the rank allocator, each the size of the trained weights: importance, its average and its uncertainty."""
 
 
 class AdaLoraMethod(AdapterMethod):
-    """AdaLoRA (Zhang et al. 2023): prunes ranks of low importance by a schedule, ``W + B diag(E) A`` with shrinking ``E``.
+    """AdaLoRA (Zhang et al., 2023): ``W + B diag(E) A``, where a schedule prunes entries of ``E`` with low importance.
 
     Importance is an average of ``|weight * gradient|`` over the steps, and ranks compete across all layers.
     """

@@ -1,4 +1,4 @@
-"""What an adapter method asks of training beyond steps of the optimizer."""
+"""The interface of an adapter method: what it needs from training beyond optimizer steps."""
 
 from __future__ import annotations
 
@@ -8,44 +8,52 @@ from peft import PeftModel
 
 
 class AdapterMethod:
-    """An adapter method that needs nothing but steps of the optimizer; others override what they need.
+    """An adapter method that needs only optimizer steps; methods that need more are subclasses.
 
-    The training loop, the planner and the checks of strategies ask these questions, so none of them knows a method by name.
+    The training loop, the planner and the checks of strategies use this interface, so none of them knows a method by name.
     """
 
     whole_gradients: ClassVar[bool] = False
-    """Whether :meth:`after_step` reads the gradients of all parameters, which must then neither be freed nor sharded."""
+    """Whether :meth:`after_step` reads the gradients of all parameters, which then must not be freed or sharded."""
     elementwise: ClassVar[bool] = True
-    """Whether training treats each element by itself, so that a process may hold pieces of the adapter's tensors."""
+    """Whether training treats each element independently, so that the adapter's tensors can be sharded."""
     block_by_block: ClassVar[bool] = False
-    """Whether the adapter can be put into a model before the weights of the base are there.
+    """Whether the adapter can be injected into a model before the base's weights are loaded.
 
-    Its initial values then depend on no weight of the base, and its layers share no trained tensor. True only for methods
-    that were compared with an adapter put into a model that has its weights.
+    This requires that its initial values depend on no weight of the base and that its layers share no trained tensor. Only
+    methods that were compared with an adapter in a loaded model set it to True.
     """
     rank_field: ClassVar[str | None] = "r"
-    """Field of the config that alone sets the adapter's rank; None if there is no such field."""
+    """Field of the config that sets the adapter's rank by itself; None if there is no such field."""
 
     def after_step(self, model: PeftModel, step: int) -> None:
-        """Called after each step of the optimizer, before the gradients are freed.
+        """Hook after each optimizer step, before the gradients are freed; does nothing by default.
 
         Args:
-            model: The adapted model.
-            step: Number of the optimizer step just done, from 1.
+            model: Adapted model.
+            step: Number of the completed optimizer step, from 1.
         """
 
     def state(self, model: PeftModel) -> dict[str, Any]:
-        """What :meth:`after_step` keeps between steps, in the types of a checkpoint; empty by default."""
+        """State that :meth:`after_step` keeps between steps, in types that a checkpoint can hold; empty by default.
+
+        Args:
+            model: Adapted model.
+        """
         return {}
 
     def restore(self, model: PeftModel, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state`, with the adapter's weights restored already.
+        """Restore the state, after the adapter's weights were restored.
 
         Args:
-            model: The adapted model.
-            state: What :meth:`state` returned; empty for a checkpoint without it.
+            model: Adapted model.
+            state: Result of :meth:`state`; empty for a checkpoint without it.
         """
 
     def state_bytes(self, model: PeftModel) -> int:
-        """Bytes that :meth:`after_step` keeps on the device between steps; 0 by default."""
+        """Bytes that :meth:`after_step` keeps on the device between steps; 0 by default.
+
+        Args:
+            model: Adapted model.
+        """
         return 0

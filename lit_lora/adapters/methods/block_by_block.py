@@ -1,4 +1,4 @@
-"""Methods that start without the base's weights."""
+"""Adapter methods that initialize an adapter without the base's weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from lit_lora.adapters.methods.base import AdapterMethod
 
 
 class BlockByBlockMethod(AdapterMethod):
-    """An adapter method whose adapters can be put into a model before the weights of the base are there."""
+    """An adapter method whose adapters can be injected into a model before the base's weights are loaded."""
 
     block_by_block: ClassVar[bool] = True
