@@ -1,8 +1,8 @@
 """An image classifier trained from WebDataset shards: ``python docs/examples/classifier.py``.
 
-Nothing here has to do with diffusion: the module is a plain LightningModule, and the only part of this project is the
-datamodule. A sample is a picture and its class, ``000017.png`` and ``000017.cls``; the datamodule hands the class on as
-the caption. It resumes, shuffles and shards as in any other training.
+This example does not use diffusion: the module is a plain LightningModule, and the only part of this project is the
+datamodule. A sample is an image with its class, ``000017.png`` and ``000017.cls``; batches hold the class as the caption. The
+datamodule resumes, shuffles and divides the samples among processes as in any other training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIDE = 32
 
 
 def write_shards(folder: Path, num_shards: int = 4, samples_per_shard: int = 400) -> None:
-    """Pictures of shapes in random places, sizes and colours."""
+    """Write shards with images of shapes at random positions, in random sizes and colours."""
     random = np.random.default_rng(0)
     for shard in range(num_shards):
         with webdataset.TarWriter(str(folder / f"shard-{shard:06}.tar"), mtime=0) as writer:
@@ -40,6 +40,7 @@ def write_shards(folder: Path, num_shards: int = 4, samples_per_shard: int = 400
 
 
 def draw(shape: str, random: np.random.Generator) -> bytes:
+    """Draw one shape and encode the image as PNG."""
     background = tuple(random.integers(110, size=3).tolist())
     colour = tuple(random.integers(130, 256, size=3).tolist())
     image = Image.new("RGB", (SIDE, SIDE), background)
@@ -62,7 +63,7 @@ def draw(shape: str, random: np.random.Generator) -> bytes:
 
 
 class Classifier(LightningModule):
-    """A small convolutional network."""
+    """A small convolutional classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         logits, labels = self._predict(batch)
         losses = F.cross_entropy(logits, labels, reduction="none")
-        # A place whose sample was damaged holds another one with weight 0.
+        # A damaged sample is replaced by another one with weight 0.
         return (losses * batch["weight"]).mean()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -99,11 +100,11 @@ class Classifier(LightningModule):
 
 
 def train(folder: Path, max_steps: int, num_workers: int = 2) -> float:
-    """Train on shards in ``folder``, made where there are none, and return the accuracy on samples held out."""
+    """Train on the shards in ``folder``, which are written if there are none; return the accuracy on held-out samples."""
     if not any(folder.glob("*.tar")):
         write_shards(folder)
     seed_everything(0)
-    torch.set_num_threads(1)  # for so small a network more of them are slower
+    torch.set_num_threads(1)  # more threads are slower for such a small network
     data = WebDatasetDataModule(
         str(folder),
         val_samples=320,
@@ -129,13 +130,13 @@ def train(folder: Path, max_steps: int, num_workers: int = 2) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max_steps", type=int, default=300)
-    parser.add_argument("--shards", type=Path, help="a folder to keep the shards in; without it they are made anew")
+    parser.add_argument("--shards", type=Path, help="folder that keeps the shards; defaults to a temporary folder")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.shards or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         accuracy = train(folder, options.max_steps)
-    print(f"accuracy on held-out pictures: {accuracy:.1%} (chance: {1 / len(CLASSES):.0%})")
+    print(f"accuracy on held-out images: {accuracy:.1%} (chance: {1 / len(CLASSES):.0%})")
 
 
 if __name__ == "__main__":
