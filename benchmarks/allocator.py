@@ -1,4 +1,4 @@
-"""How many bytes PyTorch's CPU allocator has handed out at most while something runs."""
+"""Peak of the bytes that PyTorch's CPU allocator has handed out."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch.autograd.profiler import profile
 
 
 class AllocatorPeak:
-    """Watches PyTorch's CPU allocator inside a block; afterwards :attr:`bytes` is the most that was held at any moment.
+    """Measures the peak of PyTorch's CPU allocator inside a ``with`` block.
 
-    Every allocation counts that is made in this thread, where the CPU's backward pass runs too, also those inside a
-    kernel (oneDNN's reordered weights, attention's buffers). Memory that was there before counts neither at the start
-    nor when it is freed. A file that is mapped counts as a whole, so let a model be loaded before. The resident memory
-    of the process is larger: libraries, the C heap's own needs, buffers of the BLAS.
+    All allocations of this thread count, including the backward pass, which runs in it on the CPU, and buffers inside
+    kernels (oneDNN's reordered weights, attention's buffers). Tensors from before the block do not count. A mapped file
+    counts with its full size, so load models before the block. The resident memory of the process is larger: it includes
+    libraries, overhead of the C heap, and BLAS buffers.
 
-    What is recorded, about a kilobyte for each operation and allocation, lies outside the allocator.
+    The profiler's records take about a kilobyte for each operation and allocation, outside the allocator.
     """
 
     bytes = 0
+    """Largest number of bytes that were allocated at any moment of the block, known after it."""
 
     def __enter__(self) -> Self:
         self._profiler = profile(use_kineto=True, profile_memory=True)
@@ -41,7 +42,7 @@ class AllocatorPeak:
 
 
 def peak_allocated(function: Callable[[], object]) -> int:
-    """Call ``function`` and return the most bytes that it held at any moment: see :class:`AllocatorPeak`."""
+    """Call ``function`` and return the peak of the bytes that it allocated; see :class:`AllocatorPeak`."""
     with AllocatorPeak() as peak:
         function()
     return peak.bytes

@@ -1,10 +1,10 @@
-"""Time and memory until training can read, at ten million samples: ``python benchmarks/data_scale.py``.
+"""Time and memory until ten million samples can be read: ``python benchmarks/data_scale.py``.
 
-An index is made up for 10,000 shards of 1,000 samples (the shards are empty files of the right size), and one for ten.
-In a process of its own for each, timed after the imports: the datamodule's ``setup``, the loader, the place nine tenths
-through the pass as from a checkpoint, and the plan of the chunk there up to its first batch. Then the same at other places
-of the pass, to show that the cost does not grow with what has been seen. Memory is the process's peak (VmHWM) over its
-size after the imports; pages of the mapped index that were looked at count.
+One synthetic index describes 10,000 shards of 1,000 samples (the shards are sparse files of the right size), another one ten
+shards. For each index a fresh process measures, after its imports, the time of the datamodule's ``setup`` with the loader, and
+the time to seek to nine tenths of the pass, as on resume, and to plan the chunk there up to its first batch. Seeks to other
+positions of the pass show that the time does not grow with the number of samples seen. Memory is the process' peak resident
+memory less its resident memory after the imports; it includes the pages of the mapped index that were read.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fresh_processes import result_of_process
+from process_memory import peak_resident, resident
 
 SAMPLES_PER_SHARD = 1000
 CHUNKS = 10
@@ -27,8 +27,8 @@ GLOBAL_BATCH = 256
 BOUND_S, BOUND_MB = 2.0, 400.0
 
 
-def make_up(folder: Path, num_shards: int) -> None:
-    """Shards without content and their index."""
+def write_shards(folder: Path, num_shards: int) -> None:
+    """Write sparse files as shards, and an index of their synthetic samples."""
     from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
     from lit_lora.datamodules.indexing.scan import EXTENSIONS
 
@@ -65,10 +65,10 @@ def make_up(folder: Path, num_shards: int) -> None:
 
 
 def measure(folder: str, buckets: bool) -> dict[str, Any]:
-    """Seconds and megabytes of one start."""
+    """Measure the seconds and the megabytes of one start."""
     from lit_lora.datamodules import AspectRatioBuckets, Chunks, WebDatasetDataModule
 
-    before = _memory_mb("VmRSS")
+    before = resident()
     start = time.perf_counter()
     data = WebDatasetDataModule(
         folder,
@@ -90,13 +90,8 @@ def measure(folder: str, buckets: bool) -> dict[str, Any]:
         next(loader.plan.walk(loader.cursor))
         seeks[tenths] = time.perf_counter() - start
         if tenths == 9:
-            peak = _memory_mb("VmHWM") - before
-    return {"samples": len(loader._dataset), "set_up_s": set_up, "seeks_s": seeks, "peak_mb": peak}
-
-
-def _memory_mb(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1e3
+            peak = peak_resident() - before
+    return {"samples": len(loader._dataset), "set_up_s": set_up, "seeks_s": seeks, "peak_mb": peak / 1e6}
 
 
 def main() -> None:
@@ -108,16 +103,15 @@ def main() -> None:
         print(json.dumps(measure(arguments.measure, arguments.buckets)))
         return
     print(f"{platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}; {CHUNKS} chunks")
-    print(f"bounds: {BOUND_S} s for set-up, plan and seek; {BOUND_MB:.0f} MB more than 10,000 samples take\n")
-    print("    samples  buckets  set-up s  plan and seek to 9/10 s  0/10 s  5/10 s   sum s  peak MB  more MB")
+    print(f"bounds: {BOUND_S} s for set-up, seek and plan; {BOUND_MB:.0f} MB more than for 10,000 samples\n")
+    print("    samples  buckets  set-up s  seek and plan at 9/10 s  0/10 s  5/10 s   sum s  peak MB  more MB")
     with tempfile.TemporaryDirectory() as folder:
         for num_shards in (10, 10_000):
-            make_up(Path(folder) / str(num_shards), num_shards)
+            write_shards(Path(folder) / str(num_shards), num_shards)
         for buckets in ([], ["--buckets"]):
             small = 0.0
             for num_shards in (10, 10_000):
-                command = [sys.executable, __file__, "--measure", f"{folder}/{num_shards}", *buckets]
-                found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+                found = result_of_process([__file__, "--measure", f"{folder}/{num_shards}", *buckets])
                 seeks = found["seeks_s"]
                 small = small or found["peak_mb"]
                 print(

@@ -1,17 +1,17 @@
-"""Images per second of this project's loader and of others: ``python benchmarks/data_throughput.py``.
+"""Images per second of this project's loader and of other loaders: ``python benchmarks/data_throughput.py``.
 
-All read the same JPEGs (made here, 512 to 768 px, quality 90), resize the short side to 512, crop the middle, and make
-batches, each with the same number of workers (ours are threads, the others' processes), one torch thread in each:
+All loaders read the same generated JPEGs (512 to 768 px, quality 90), resize the short side to 512, crop the middle, and make
+batches. They have the same number of workers (threads in this project, processes in the others) with one torch thread each:
 
 - ours: ``WebDatasetDataModule``.
-- webdataset: its pipeline with PIL's decode and the usual torchvision transforms on PIL images.
-- litdata: a ``StreamingDataset`` that was optimized before; its own decode, then the same transforms on tensors.
-- ImageFolder: torchvision's, with the same transforms on PIL images.
-- limit: torchvision's decode, resize and crop of bytes in memory, in as many processes, and nothing else.
+- webdataset: its pipeline with PIL's decoder and the usual torchvision transforms on PIL images.
+- litdata: a ``StreamingDataset`` that was optimized before; its own decoder and the same transforms on tensors.
+- ImageFolder: torchvision's data set with the same transforms on PIL images.
+- limit: torchvision's decoder, resize and crop on bytes in memory, in the same number of processes, and nothing else.
 
-They take turns pass by pass, so that a machine whose speed drifts slows all of them. A ratio is the median of those of
-the rounds. The time of all processors together says more than the clock where others use the machine. Files are in the
-page cache; each contender has had a pass to warm up.
+The loaders take turns pass by pass, so that changes of the machine's speed affect all of them. Each ratio is the median over the
+rounds. On a machine that others use too, CPU time is more reliable than wall time. The files are in the page cache, and each
+loader makes one pass to warm up.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from environment import versions
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -49,46 +49,47 @@ from lit_lora.datamodules import Chunks, ImageDecoder, WebDatasetDataModule
 SIDE = 512
 SHARDS = 8
 Pass = Callable[[], int]
-"""Goes through all images once and says how many they were."""
+"""Reads all images once and returns their number."""
 
 
-def make_picture(number: int) -> bytes:
-    """A JPEG with the spectrum of a photograph, and edges: about 140 KB."""
+def make_image(number: int) -> bytes:
+    """Make a JPEG of about 140 KB with the spectrum of a photograph and with edges."""
     random = np.random.default_rng(number)
     width, height = (int(n) for n in random.integers(SIDE, 769, 2))
     noise = torch.Generator().manual_seed(number)
-    picture = torch.zeros(1, 3, height, width)
+    image = torch.zeros(1, 3, height, width)
     for level in range(8):
         grey, colour = torch.randn(2, 1, 3, max(2, height >> level), max(2, width >> level), generator=noise)
         octave = F.interpolate(grey[:, :1] + 0.3 * colour, (height, width), mode="bilinear")
-        picture += octave * 4.7 * 1.3**level
+        image += octave * 4.7 * 1.3**level
     for _ in range(12):
         top, left = int(random.integers(height - 64)), int(random.integers(width - 64))
-        box = picture[..., top : top + int(random.integers(32, 256)), left : left + int(random.integers(32, 256))]
+        box = image[..., top : top + int(random.integers(32, 256)), left : left + int(random.integers(32, 256))]
         box += torch.tensor(random.normal(0, 40, (3, 1, 1)), dtype=torch.float32)
-    pixels = (picture[0] + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    pixels = (image[0] + 128).clamp(0, 255).byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
 
 
 def write_data(folder: Path, count: int) -> list[bytes]:
-    """Shards in ``shards``, single files in ``files/all``."""
+    """Write the same images as shards in ``shards`` and as single files in ``files/all``; return their bytes."""
     import webdataset
 
-    pictures = [make_picture(number) for number in range(count)]
+    images = [make_image(number) for number in range(count)]
     (folder / "files" / "all").mkdir(parents=True)
     (folder / "shards").mkdir()
     for shard in range(SHARDS):
         with webdataset.TarWriter(str(folder / "shards" / f"{shard:06}.tar")) as writer:
             for number in range(shard, count, SHARDS):
-                writer.write({"__key__": f"{number:06}", "jpg": pictures[number], "txt": f"picture {number}"})
-    for number, picture in enumerate(pictures):
-        (folder / "files" / "all" / f"{number:06}.jpg").write_bytes(picture)
-    return pictures
+                writer.write({"__key__": f"{number:06}", "jpg": images[number], "txt": f"image {number}"})
+    for number, image in enumerate(images):
+        (folder / "files" / "all" / f"{number:06}.jpg").write_bytes(image)
+    return images
 
 
 def ours(folder: Path, batch_size: int, workers: int) -> Pass:
+    """Passes of this project's data module."""
     data = WebDatasetDataModule(
         str(folder / "shards"),
         batch_size=batch_size,
@@ -104,7 +105,7 @@ def ours(folder: Path, batch_size: int, workers: int) -> Pass:
 
 
 def usual_transform() -> Any:
-    """What people write for PIL images."""
+    """The usual transforms of PIL images."""
     steps = [
         transforms.Resize(SIDE, InterpolationMode.BICUBIC),
         transforms.CenterCrop(SIDE),
@@ -114,7 +115,7 @@ def usual_transform() -> Any:
 
 
 def tensor_transform() -> Any:
-    """The same for uint8 tensors, by the faster of torchvision's two implementations."""
+    """The same transforms of uint8 tensors, in the faster one of torchvision's two implementations."""
     steps = [
         transforms.v2.Resize(SIDE, InterpolationMode.BICUBIC, antialias=True),
         transforms.v2.CenterCrop(SIDE),
@@ -171,7 +172,7 @@ def optimize(folder: Path, optimized: Path) -> None:
 
 
 def litdata_sample(path: str) -> dict[str, Any]:
-    return {"image": Image.open(path), "caption": f"picture {Path(path).stem}"}
+    return {"image": Image.open(path), "caption": f"image {Path(path).stem}"}
 
 
 def image_folder(folder: Path, batch_size: int, workers: int) -> Pass:
@@ -187,29 +188,27 @@ def of_loader(batches: Iterable[Any]) -> Pass:
     return lambda: sum(len(images) for images, _ in batches)
 
 
-def decode(pictures: list[bytes]) -> int:
-    for picture in pictures:
-        image = decode_image(torch.frombuffer(bytearray(picture), dtype=torch.uint8), ImageReadMode.RGB)
+def decode(images: list[bytes]) -> int:
+    """Decode, resize and crop images; return their number."""
+    for encoded in images:
+        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
         v2.center_crop(v2.resize(image, [SIDE], InterpolationMode.BICUBIC, antialias=True), [SIDE, SIDE])
-    return len(pictures)
+    return len(images)
 
 
-def limit(pictures: list[bytes], workers: int) -> Pass:
+def limit(images: list[bytes], workers: int) -> Pass:
+    """Passes that only decode, resize and crop."""
     if not workers:
-        return lambda: decode(pictures)
+        return lambda: decode(images)
     pools = [
         ProcessPoolExecutor(1, multiprocessing.get_context("fork"), start, (share,))
-        for share in split(pictures, workers)
+        for share in (images[number::workers] for number in range(workers))
     ]
     return lambda: sum(future.result() for future in [pool.submit(decode_share) for pool in pools])
 
 
-def split(pictures: list[bytes], count: int) -> list[list[bytes]]:
-    return [pictures[number::count] for number in range(count)]
-
-
 def start(share: list[bytes]) -> None:
-    """Keep a worker's pictures, so that they are not sent at each pass."""
+    """Keep a worker's images, so that they are not sent in each pass."""
     global SHARE
     SHARE = share
     torch.set_num_threads(1)
@@ -223,28 +222,28 @@ SHARE: list[bytes] = []
 
 
 class Cost(NamedTuple):
-    """Seconds of one pass: by the clock, and of all processors together."""
+    """Seconds of one pass: wall time and CPU time."""
 
     wall: float
     cpu: float
 
 
 def cpu_seconds() -> float:
-    """What this process and its children have used so far."""
+    """CPU time that this process and its children have used so far."""
     ticks = 0
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it ended meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             fields = stat.read_text().rpartition(")")[2].split()
             if os.getpid() in (int(stat.parent.name), int(fields[1])):
                 ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measure(contenders: dict[str, Pass], count: int, rounds: int) -> dict[str, list[Cost]]:
-    """The cost of each pass."""
-    costs: dict[str, list[Cost]] = {name: [] for name in contenders}
+def measure(loaders: dict[str, Pass], count: int, rounds: int) -> dict[str, list[Cost]]:
+    """Measure the cost of each pass; the first round warms up and is left out."""
+    costs: dict[str, list[Cost]] = {name: [] for name in loaders}
     for number in range(rounds + 1):
-        for name, go in contenders.items():
+        for name, go in loaders.items():
             cpu, wall = cpu_seconds(), time.perf_counter()
             seen = go()
             cost = Cost(time.perf_counter() - wall, cpu_seconds() - cpu)
@@ -256,6 +255,7 @@ def measure(contenders: dict[str, Pass], count: int, rounds: int) -> dict[str, l
 
 
 def table(costs: dict[str, list[Cost]], count: int) -> list[str]:
+    """Lines of a table with the speed of each loader, compared with webdataset and with the limit."""
     lines = [
         f"{'':<12}{'images/s':>10}{'to webdataset':>16}{'of the limit':>15}{'CPU ms/image':>15}{'of the limit':>15}"
     ]
@@ -271,48 +271,42 @@ def table(costs: dict[str, list[Cost]], count: int) -> list[str]:
     return lines
 
 
-def installed(name: str) -> str:
-    try:
-        return f"{name} {version(name)}"
-    except PackageNotFoundError:
-        return f"{name} not installed"
-
-
 def run(options: argparse.Namespace, folder: Path) -> list[str]:
-    pictures = write_data(folder, options.images)
-    packages = ("torch", "torchvision", "lightning", "webdataset", "litdata", "pillow")
+    """Lines of the report."""
+    images = write_data(folder, options.images)
     lines = [
         "python " + " ".join(["benchmarks/data_throughput.py", *sys.argv[1:]]),
         f"{os.cpu_count()} cores of {processor()}, Python {platform.python_version()}, "
-        + ", ".join(installed(name) for name in packages),
-        f"{len(pictures)} JPEGs of {np.mean([len(p) for p in pictures]) / 1000:.0f} KB mean, batches of"
+        + versions("torch", "torchvision", "lightning", "webdataset", "litdata", "pillow"),
+        f"{len(images)} JPEGs of {np.mean([len(image) for image in images]) / 1000:.0f} KB mean, batches of"
         f" {options.batch_size}, {options.rounds} rounds",
     ]
     for workers in options.workers:
-        contenders = {
+        loaders = {
             "ours": ours(folder, options.batch_size, workers),
             "webdataset": plain_webdataset(folder, options.batch_size, workers),
         }
         if find_spec("litdata"):
-            contenders["litdata"] = litdata(folder, options.batch_size, workers)
-        contenders["ImageFolder"] = image_folder(folder, options.batch_size, workers)
-        contenders["limit"] = limit(pictures, workers)
-        lines += ["", f"{workers} workers", *table(measure(contenders, len(pictures), options.rounds), len(pictures))]
+            loaders["litdata"] = litdata(folder, options.batch_size, workers)
+        loaders["ImageFolder"] = image_folder(folder, options.batch_size, workers)
+        loaders["limit"] = limit(images, workers)
+        lines += ["", f"{workers} workers", *table(measure(loaders, len(images), options.rounds), len(images))]
     return lines
 
 
 def processor() -> str:
+    """Name of the CPU."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=640)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--images", type=int, default=640, help="number of images")
+    parser.add_argument("--rounds", type=int, default=5, help="measured passes of each loader")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="numbers of workers to measure")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--out", default="", help="also write the table to this file")
+    parser.add_argument("--out", default="", help="file to write the report to as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

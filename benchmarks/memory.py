@@ -1,22 +1,19 @@
-"""Peak memory of a training step, setting by setting: ``python benchmarks/memory.py``.
+"""Peak memory of a training step with different settings: ``python benchmarks/memory.py``.
 
-A UNet of real size with random weights, trained for two steps (optimizer state exists from the second on) through the
-Trainer on latents and text embeddings as a cache gives them, each setting in a fresh process. The first row is full
-fine-tuning, a bare loop of plain diffusers and PyTorch; each later row changes what its name says.
+A UNet of real size with random weights is trained for two steps (optimizer state exists from the second step on) through the
+Trainer, on latents and text embeddings as a cache provides them, each setting in a fresh process. The first row is full
+fine-tuning in a bare loop of plain diffusers and PyTorch; the name of each later row says what it changes.
 
-On the CPU two figures are shown: the peak of the process' resident memory above what it had before the model was loaded,
-the peak while loading included; and the model's tensors with the peak of torch's allocator in the steps, from a second
-process, since watching the allocator takes memory too. On CUDA it is ``max_memory_allocated`` and ``max_memory_reserved``.
+On the CPU there are two figures. The first is the peak of the process' resident memory, loading included, less its resident
+memory before the model is loaded. The second is the size of the model's tensors plus the peak of torch's allocator in the steps;
+it comes from a second process, because recording allocations takes memory too. On CUDA the figures are
+``max_memory_reserved`` and ``max_memory_allocated``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +21,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
+
+from environment import cpu_cores, versions
+from fresh_processes import result_of_process
+from process_memory import peak_resident, reset_peak, resident
 
 ROWS: dict[str, dict[str, Any]] = {
     "full fine-tuning, fp32": {"full": "float32"},
@@ -62,13 +64,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "with encoders: and VAE tiling": {"encoders": True, "vae_tiling": True},
     "with encoders: on the host": {"encoders": True, "offload_encoders": True},
 }
-"""What each row changes. ``full`` is full fine-tuning; ``encoders`` trains from pictures and captions, without a cache."""
+"""Settings of each row: ``full`` is the dtype of full fine-tuning, ``encoders`` trains on images and captions without a cache;
+the others are arguments of ``LoraDiffusion`` and ``MemoryOptions``."""
 
 GPU_ROWS = ({"full": "bfloat16"}, {"encoders": True, "vae_tiling": True})
-"""What is not measured on the CPU: as large as in float32 there, or of use only for large pictures."""
+"""Rows that are not measured on the CPU: autocast needs as much memory as float32 there, and tiling helps only with large
+images."""
 
 ON_THE_HOST = ("offload_activations", "offload_blocks", "offload_encoders")
-"""What needs a device that is not the host."""
+"""Settings that need a device other than the host."""
 
 
 def main() -> None:
@@ -77,7 +81,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--models", help="folder that keeps the models between runs; by default they are written anew")
+    parser.add_argument("--models", help="folder that keeps the models between runs; defaults to a temporary folder")
     parser.add_argument("--only", nargs="*", help="parts of the names of the rows to measure")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--watch", choices=("process", "allocator"), default="process", help=argparse.SUPPRESS)
@@ -94,16 +98,9 @@ def _table(options: argparse.Namespace) -> None:
     from real_models import write_pipeline
 
     write_pipeline(options.model, Path(options.models) / options.model, device=options.device)
-    import bitsandbytes
-    import diffusers
-    import lightning
-    import peft
-    import torch
-
     print(
-        f"{options.model} at {options.resolution} px, batch {options.batch_size}, {_device_name(options.device)}; torch"
-        f" {torch.__version__}, lightning {lightning.__version__}, diffusers {diffusers.__version__}, peft {peft.__version__},"
-        f" bitsandbytes {bitsandbytes.__version__}"
+        f"{options.model} at {options.resolution} px, batch {options.batch_size}, {_device_name(options.device)};"
+        f" {versions('torch', 'lightning', 'diffusers', 'peft', 'bitsandbytes')}"
     )
     first, second = ("resident GiB", "allocator GiB") if options.device == "cpu" else ("reserved GiB", "allocated GiB")
     print(f"{'':<40} {first:>13} {'less':>7} {second:>14} {'less':>7} {'s/step':>8}", flush=True)
@@ -128,26 +125,26 @@ def _table(options: argparse.Namespace) -> None:
 
 
 def _in_fresh_process(options: argparse.Namespace, row: str, watch: str) -> dict[str, float] | None:
-    """What a row measured; None where the GPU has too little memory for it."""
+    """Measure a row in a fresh process; returns None if the GPU has too little memory."""
     arguments = [
         f"--{key}={getattr(options, key.replace('-', '_'))}" for key in ("model", "resolution", "batch-size", "device")
     ]
-    command = [sys.executable, __file__, *arguments, f"--models={options.models}", f"--row={row}", f"--watch={watch}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "OutOfMemoryError" in done.stderr:
-        return None
-    if done.returncode:
-        sys.exit(f"{row}: {done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    arguments += [f"--models={options.models}", f"--row={row}", f"--watch={watch}"]
+    try:
+        result: dict[str, float] = result_of_process([__file__, *arguments])
+    except RuntimeError as error:
+        if "OutOfMemoryError" in str(error):
+            return None
+        raise
     return result
 
 
 def _measure(options: argparse.Namespace) -> dict[str, float]:
-    """One row, in this process."""
+    """Measure one row in this process."""
     warnings.simplefilter("ignore")
     import torch
 
-    import lit_lora.lightning_cli  # noqa: F401  all the libraries, before memory is counted
+    import lit_lora.lightning_cli  # noqa: F401  imports all libraries before memory is measured
 
     row = ROWS[options.row]
     folder = Path(options.models) / options.model
@@ -163,10 +160,10 @@ def _measure(options: argparse.Namespace) -> dict[str, float]:
     if options.watch == "allocator":
         prepared()
         return {"peak": _allocator_peaks[0], "seconds": seconds[-1]}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
-    before = _status("VmRSS")
+    reset_peak()
+    before = resident()
     prepared()
-    return {"peak": _status("VmHWM") - before, "seconds": seconds[-1]}
+    return {"peak": peak_resident() - before, "seconds": seconds[-1]}
 
 
 _allocator_peaks: list[int] = []
@@ -174,7 +171,7 @@ _allocator_peaks: list[int] = []
 
 @contextmanager
 def _watched(options: argparse.Namespace, model: Any) -> Iterator[None]:
-    """The steps of a loaded model."""
+    """Record the allocator's peak in the steps of a loaded model, if it is to be measured."""
     if options.watch != "allocator" or options.device != "cpu":
         yield
         return
@@ -186,28 +183,19 @@ def _watched(options: argparse.Namespace, model: Any) -> Iterator[None]:
     _allocator_peaks.append(held + peak.bytes)
 
 
-def _batch(options: argparse.Namespace, encoders: bool, device: str) -> dict[str, Any]:
-    import torch
+def _batch(options: argparse.Namespace, encoders: bool = False) -> dict[str, Any]:
+    from short_training import cached_batch, image_batch
 
-    count, size = options.batch_size, options.resolution
-    batch: dict[str, Any] = {
-        "caption": ["a photo of a cat"] * count,
-        "target_size": torch.tensor([[size, size]] * count),
-    }
     if encoders:
-        return batch | {"pixel_values": torch.randint(256, (count, 3, size, size), dtype=torch.uint8)}
-    width = {"sd15": 768, "sdxl": 2048}[options.model]
-    text = {"encoder_hidden_states": torch.randn(count, 77, width)}
-    if options.model == "sdxl":
-        text["pooled"] = torch.randn(count, 1280)
-    mean = torch.randn(count, 4, size // 8, size // 8)
-    return batch | {"latents_mean": mean, "latents_std": torch.ones_like(mean), "text_embeddings": text}
+        return image_batch(options.batch_size, options.resolution)
+    text_width, pooled_width = {"sd15": (768, None), "sdxl": (2048, 1280)}[options.model]
+    return cached_batch(options.batch_size, options.resolution, text_width, pooled_width)
 
 
 def _full_fine_tuning(
     row: dict[str, Any], folder: Path, options: argparse.Namespace, seconds: list[float]
 ) -> Callable[[], None]:
-    """The denoiser alone, all of it trained; what a cache gives is drawn at random."""
+    """Prepare full fine-tuning of the denoiser on random latents and text embeddings."""
 
     def run() -> None:
         import torch
@@ -216,7 +204,7 @@ def _full_fine_tuning(
 
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").to(options.device).train()
         optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6)
-        batch = _batch(options, False, options.device)
+        batch = _batch(options)
         noisy = batch["latents_mean"].to(options.device)
         text = {name: value.to(options.device) for name, value in batch["text_embeddings"].items()}
         added = {}
@@ -242,20 +230,16 @@ def _full_fine_tuning(
 def _adapter_training(
     row: dict[str, Any], folder: Path, options: argparse.Namespace, seconds: list[float]
 ) -> Callable[[], None]:
+    """Prepare training of an adapter."""
+
     def run() -> None:
         import torch
-        from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+        from lightning.pytorch import Callback, LightningModule, Trainer
         from peft import LoraConfig
+        from short_training import RepeatedBatch, plain_trainer
 
         import lit_lora.quantization
         from lit_lora import LoraDiffusion, MemoryOptions, StableDiffusion, StableDiffusionXL
-
-        class Batches(LightningDataModule):
-            cached = () if row.get("encoders") else ("latents", "text")
-
-            def train_dataloader(self) -> Any:
-                batch = _batch(options, bool(row.get("encoders")), options.device)
-                return torch.utils.data.DataLoader([batch] * 2, batch_size=None)  # type: ignore[arg-type]
 
         class Seconds(Callback):
             def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -279,29 +263,14 @@ def _adapter_training(
         if "quantization" in keys:
             keys["quantization"] = getattr(lit_lora.quantization, keys["quantization"])()
         if "optimizer" in keys:
-            module, _, name = keys["optimizer"].rpartition(".")
-            keys["optimizer"] = getattr(__import__(module, fromlist=[name]), name)
+            keys["optimizer"] = resolve_name(keys["optimizer"])
         family = (StableDiffusion if options.model == "sd15" else StableDiffusionXL)(str(folder))
         model = LoraDiffusion(family, LoraConfig(r=16, lora_alpha=16), **keys)
-        Trainer(
-            accelerator="gpu" if options.device == "cuda" else "cpu",
-            devices=1,
-            max_steps=2,
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[Seconds()],
-        ).fit(model, datamodule=Batches())
+        batch = _batch(options, encoders="encoders" in row)
+        trainer = plain_trainer(options.device, devices=1, max_steps=2, callbacks=[Seconds()])
+        trainer.fit(model, datamodule=RepeatedBatch(batch, 2))
 
     return run
-
-
-def _status(field: str) -> int:
-    """Bytes, of this process."""
-    text = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in text.splitlines() if line.startswith(f"{field}:"))) * 1024
 
 
 def _device_name(device: str) -> str:
@@ -309,7 +278,7 @@ def _device_name(device: str) -> str:
 
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return cpu_cores()
 
 
 if __name__ == "__main__":

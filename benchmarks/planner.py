@@ -1,21 +1,22 @@
-"""The memory planner against the allocator: ``python benchmarks/planner.py``.
+"""Planned memory compared with the allocator's peak: ``python benchmarks/planner.py``.
 
-Runs of a real architecture with random weights, two steps under the Trainer, each in a fresh process: the peak that the
-plan says next to what torch's allocator handed out at most, weights included, on the CPU or with ``--device cuda`` on a GPU
-(``max_memory_allocated``). Loading is not compared: the weights are drawn, not read.
+A real architecture with random weights is trained for two steps under the Trainer, each setting in a fresh process. The table
+shows the planned peak beside the measured peak of torch's allocator, weights included, on the CPU or with ``--device cuda`` on a
+GPU (``max_memory_allocated``). Loading is not compared, because the weights are drawn instead of read.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import warnings
 from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
+
+from fresh_processes import result_of_process
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA, bf16 base, from a cache": {"cached": True},
@@ -47,14 +48,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "full fine-tuning, fp32": {"full": True},
 }
-"""What each setting changes."""
+"""Name and options of each setting."""
 
 _ALL_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument(
+        "--size", type=int, default=256, help="width and height of the images, unless a setting has its own"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--only", nargs="*", help="parts of the names of the settings to compare")
     parser.add_argument("--setting", help=argparse.SUPPRESS)
@@ -65,33 +68,21 @@ def main() -> None:
         return
     from real_models import write_pipeline
 
-    print(
-        f"{'sd15, at ' + str(options.size) + ' px if not said':<52} {'plan MB':>10} {'allocator MB':>13} {'':>7} seconds"
-    )
+    print(f"{f'sd15 at {options.size} px unless named':<52} {'plan MB':>10} {'allocator MB':>13} {'':>7} seconds")
     with tempfile.TemporaryDirectory() as folder:
         write_pipeline("sd15", Path(folder) / "sd15", weights=False)
         for name in SETTINGS:
             if options.only and not any(part in name for part in options.only):
                 continue
-            command = [
-                sys.executable,
-                __file__,
-                f"--size={options.size}",
-                f"--device={options.device}",
-                f"--folder={folder}/sd15",
-                f"--setting={name}",
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{name}: {done.stderr[-3000:]}")
-            result = json.loads(done.stdout.splitlines()[-1])
+            arguments = [f"--size={options.size}", f"--device={options.device}"]
+            result = result_of_process([__file__, *arguments, f"--folder={folder}/sd15", f"--setting={name}"])
             off = result["planned"] / result["measured"] - 1
             columns = f"{result['planned'] / 1e6:>10,.0f} {result['measured'] / 1e6:>13,.0f} {off:>+7.1%}"
             print(f"{name:<52} {columns} {result['seconds']:>7.1f}", flush=True)
 
 
 def _compare(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
-    """One setting, in this process; ``seconds`` are those of the plan."""
+    """Plan and measure one setting in this process; ``seconds`` is the time that planning took."""
     warnings.simplefilter("ignore")
     import time
 
@@ -105,19 +96,26 @@ def _compare(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     started = time.perf_counter()
     planned, build = prepare(setting, options, batch_size, size)
     seconds = time.perf_counter() - started
-    resident, fit = build()
+    weights, fit = build()
     if options.device == "cuda":
         fit()
         measured = torch.cuda.max_memory_allocated()
-        planned += WORKSPACES  # which the plan shows beside the tensors, and torch's allocator gives out too
+        # The plan lists workspaces apart from the tensors; torch's allocator hands them out too.
+        planned += WORKSPACES
     else:
-        measured = resident + peak_allocated(fit)
+        measured = weights + peak_allocated(fit)
     return {"planned": planned, "measured": measured, "seconds": seconds}
 
 
 def _adapter(setting: dict[str, Any], options: argparse.Namespace, batch_size: int, size: int) -> tuple[int, Any]:
-    import torch
+    """Plan the training of an adapter.
+
+    Returns:
+        The planned peak in bytes, and a function that builds the model and returns the bytes of its weights and a function that
+        trains it.
+    """
     from peft import LoraConfig
+    from short_training import cached_batch, image_batch
 
     import lit_lora.quantization
     from lit_lora import LoraDiffusion, MemoryOptions, StableDiffusion
@@ -130,8 +128,7 @@ def _adapter(setting: dict[str, Any], options: argparse.Namespace, batch_size: i
     if "quantization" in setting:
         keys["quantization"] = getattr(lit_lora.quantization, setting["quantization"])()
     if "optimizer" in setting:
-        module, _, name = setting["optimizer"].rpartition(".")
-        keys["optimizer"] = getattr(__import__(module, fromlist=[name]), name)
+        keys["optimizer"] = resolve_name(setting["optimizer"])
     rank = setting.get("rank", 16)
     targets = _ALL_LAYERS if "targets" in setting else None
     adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
@@ -145,23 +142,14 @@ def _adapter(setting: dict[str, Any], options: argparse.Namespace, batch_size: i
         model.dispensable_parts = lambda: {"vae", "text"} if cached else set()
         model.family.load = partial(model.family.load, weights=False)
         model.configure_model()
-        mean = torch.randn(batch_size, 4, size // 8, size // 8)
-        batch: dict[str, Any] = {
-            "caption": ["a photo of a cat"] * batch_size,
-            "target_size": torch.tensor([[size, size]] * batch_size),
-        }
-        if cached:
-            text = {"encoder_hidden_states": torch.randn(batch_size, 77, 768)}
-            batch |= {"latents_mean": mean, "latents_std": torch.ones_like(mean), "text_embeddings": text}
-        else:
-            batch["pixel_values"] = torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8)
-        return _resident(model), partial(_fit, model, batch, setting.get("clip"), options.device)
+        batch = (cached_batch if cached else image_batch)(batch_size, size)
+        return _weight_bytes(model), partial(_fit, model, batch, setting.get("clip"), options.device)
 
     return planned, build
 
 
 def _full(setting: dict[str, Any], options: argparse.Namespace, batch_size: int, size: int) -> tuple[int, Any]:
-    """All of the denoiser trained, without this project's module."""
+    """Plan full fine-tuning of the denoiser without this project's module; returns the same as :func:`_adapter`."""
     import torch
     import torch.nn.functional as F
     from diffusers import UNet2DConditionModel
@@ -199,34 +187,25 @@ def _full(setting: dict[str, Any], options: argparse.Namespace, batch_size: int,
 
     def build() -> tuple[int, Any]:
         real = Full()
-        return _resident(real), partial(_fit, real, batch(), None, options.device)
+        return _weight_bytes(real), partial(_fit, real, batch(), None, options.device)
 
     return planned, build
 
 
 def _fit(model: Any, batch: dict[str, Any], clip: float | None, device: str) -> None:
-    import torch
-    from lightning.pytorch import Trainer
+    """Train two steps."""
+    from short_training import RepeatedBatch, plain_trainer
 
-    Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        max_steps=2,
-        max_epochs=-1,
-        gradient_clip_val=clip,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    ).fit(model, torch.utils.data.DataLoader([batch] * 2, batch_size=None))  # type: ignore[arg-type]
+    trainer = plain_trainer(device, devices=1, max_steps=2, gradient_clip_val=clip)
+    trainer.fit(model, datamodule=RepeatedBatch(batch, 2))
 
 
-def _resident(model: Any) -> int:
-    """Bytes of the weights."""
-    quantizations = {
+def _weight_bytes(model: Any) -> int:
+    """Bytes of the model's parameters and buffers; storage that several of them share counts once."""
+    storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
     }
-    return sum(quantizations.values())
+    return sum(storages.values())
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What each setting learns of handwritten digits: ``python benchmarks/quality.py``.
+"""How well each setting learns handwritten digits: ``python benchmarks/quality.py``.
 
-The embedded base is trained on scikit-learn's scans as ``lit-lora demo`` does: full fine-tuning, LoRA over a dense base and over
-each quantization, the same steps, batches and seeds. Then it draws digits, and a support vector machine that was trained
-on scans alone says how many are what was asked for. The validation loss is that of held-out scans at fixed timesteps
-and noise. Memory is what is there between the steps: weights of the denoiser, gradients and optimizer state.
+The embedded base is trained on scikit-learn's scans as in ``lit-lora demo``, with full fine-tuning and with LoRA on a dense base
+and on each quantization, with the same steps, batches and seeds. Then each model generates digits. Accuracy is the share of
+images in which a support vector machine, trained on scans only, recognises the digit in the prompt. The validation loss is
+computed on held-out scans at fixed timesteps and noise. Memory counts the denoiser's weights, the gradients and the optimizer
+state.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class FullFineTuning(LoraDiffusion):
-    """The same step without an adapter: the whole denoiser is trained."""
+    """Training of the whole denoiser without an adapter, with the same training step."""
 
     def configure_model(self) -> None:
         if self.family.denoiser is None:
@@ -49,7 +50,7 @@ class FullFineTuning(LoraDiffusion):
             self.family.train()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        LightningModule.optimizer_step(self, *args, **kwargs)  # there are no ranks to allocate
+        LightningModule.optimizer_step(self, *args, **kwargs)  # without the adapter method's work after each step
 
 
 def _module(setting: dict[str, Any], seed: int, steps: int, options: argparse.Namespace) -> LoraDiffusion:
@@ -78,6 +79,7 @@ def _module(setting: dict[str, Any], seed: int, steps: int, options: argparse.Na
 def _run(
     setting: dict[str, Any], seed: int, shards: Path, classifier: Any, options: argparse.Namespace
 ) -> dict[str, float]:
+    """Train with one setting and one seed, and measure the result."""
     seed_everything(seed, verbose=False)
     module = _module(setting, seed, options.steps, options)
     data = WebDatasetDataModule(
@@ -111,8 +113,8 @@ def _run(
     held = sum(t.numel() * t.element_size() for t in (*denoiser, *trained, *state))
     judge = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     loss = judge.validate(module, data, verbose=False)[0]["val/loss"]
-    prompts = [_prompt(digit) for digit in range(10)] * options.pictures
-    pictures = module.generate(
+    prompts = [_prompt(digit) for digit in range(10)] * options.images_per_digit
+    images = module.generate(
         prompts,
         seeds=range(len(prompts)),
         num_inference_steps=INFERENCE_STEPS,
@@ -120,7 +122,7 @@ def _run(
         batch_size=50,
     )
     return {
-        "accuracy": _accuracy(classifier, pictures),
+        "accuracy": _accuracy(classifier, images),
         "loss": loss,
         "bytes": held,
         "trained": sum(parameter.numel() for parameter in trained),
@@ -132,9 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--pictures", type=int, default=20, help="of each digit")
-    parser.add_argument("--lr", type=float, default=2e-3, help="of the adapters")
-    parser.add_argument("--full-lr", type=float, default=5e-4, help="of full fine-tuning")
+    parser.add_argument(
+        "--images-per-digit", type=int, default=20, help="images of each digit to generate and classify"
+    )
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of the adapters")
+    parser.add_argument("--full-lr", type=float, default=5e-4, help="learning rate of full fine-tuning")
     parser.add_argument("--only", nargs="*", help="parts of the names of the settings to run")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -142,7 +146,7 @@ def main() -> None:
     scans, digits = load_digits(return_X_y=True)
     classifier, on_scans = _fit_classifier(scans, digits)
     print(
-        f"{options.steps} steps of 48 pictures, seeds {options.seeds}, {10 * options.pictures} pictures judged each; the"
+        f"{options.steps} steps of 48 images, seeds {options.seeds}, {10 * options.images_per_digit} images judged each; the"
         f" classifier reads {on_scans:.1%} of unseen scans; torch {torch.__version__}, {torch.get_num_threads()} threads"
     )
     print(f"{'':<26}{'accuracy':>9} {'(each seed)':<22}{'val loss':>9}{'trained':>11}{'MB':>8}{'s':>7}", flush=True)

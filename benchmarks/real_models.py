@@ -1,7 +1,7 @@
-"""Pipelines of real architecture and size with random weights, as folders: memory and time do not depend on the values.
+"""Folders of pipelines with real architecture and size and random weights, on whose values memory and time do not depend.
 
-The configs are those published with Stable Diffusion 1.5, XL 1.0, 3.5 medium and large, and FLUX.1, written from memory;
-``python benchmarks/real_models.py sd15 FOLDER`` writes one.
+The configs follow those published with Stable Diffusion 1.5, XL 1.0, 3.5 medium and large, and FLUX.1; they were written from
+memory. ``python benchmarks/real_models.py sd15 FOLDER`` writes one pipeline.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ _T5_XXL = {
 
 
 def _sd3(layers: int, heads: int, pos_embed_max_size: int, dual: tuple[int, ...] = ()) -> dict[str, Callable[[], Any]]:
+    """The parts of a Stable Diffusion 3.5 pipeline; ``dual`` holds the indices of its layers with dual attention."""
     return {
         "transformer": lambda: SD3Transformer2DModel(
             sample_size=128,
@@ -147,13 +148,16 @@ _MARKER = "random_weights.txt"
 
 
 def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: str = "cpu") -> Path:
-    """A complete pipeline folder; one that is there already is taken as it is.
+    """Write a complete pipeline folder, unless an earlier call has written it.
 
     Args:
         name: One of :data:`PIPELINES`.
-        folder: Where to write it: 4.3 GB for ``sd15``, 14 GB for ``sdxl``, more for the others.
-        weights: Otherwise only the configs and tokenizers are written: kilobytes.
-        device: Where the weights are drawn: a GPU needs a moment.
+        folder: Folder to write: 4.3 GB for ``sd15``, 14 GB for ``sdxl``, more for the others.
+        weights: Whether to write weights; without them the configs and tokenizers take kilobytes. Defaults to True.
+        device: Device that draws the weights; a GPU is much faster. Defaults to "cpu".
+
+    Returns:
+        The folder.
     """
     folder = Path(folder)
     if (folder / _MARKER).exists() and (not weights or any((folder / "vae").glob("*.safetensors"))):

@@ -1,9 +1,9 @@
-"""Time of a training step under the Trainer against a bare loop: ``python benchmarks/step_overhead.py``.
+"""Time of a training step under the Trainer compared with a bare loop: ``python benchmarks/step_overhead.py``.
 
-The same model, adapter, optimizer and batch, in one process, the two in turn step by step, so that a machine whose speed
-drifts slows both. The bare loop is plain PyTorch: encode, add noise, denoise, loss, backward, clip, step. Under the
-Trainer run progress bar, TensorBoard logging at every step and the checkpoint callback. The time is the loop's own:
-what the Trainer does between the end of one step and the end of the next.
+Both train the same model and adapter on the same batch with the same optimizer, in one process. They take turns step by step, so
+that changes of the machine's speed affect both. The bare loop is plain PyTorch: encode, add noise, denoise, loss, backward, clip,
+step. The Trainer runs with progress bar, TensorBoard logging at every step and the checkpoint callback. Its time is measured
+from the end of one step to the end of the next, without the bare loop's step in between.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lit_lora import AdapterCheckpoint, LoraDiffusion, StableDiffusion
 
 
 class BareLoop:
-    """What the training step computes, without Lightning and without this project's step."""
+    """The computation of the training step without Lightning and without this project's module."""
 
     def __init__(self, batch: dict[str, Any]) -> None:
         self.family = StableDiffusion("embedded")
@@ -56,7 +56,7 @@ class BareLoop:
 
 
 class TakeTurns(Callback):
-    """After each step under the Trainer, one of the bare loop; both timed."""
+    """Runs one step of the bare loop after each step under the Trainer, and times both."""
 
     def __init__(self, bare: BareLoop) -> None:
         self.bare = bare
@@ -78,10 +78,10 @@ class TakeTurns(Callback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--warm-up", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=200, help="measured steps")
+    parser.add_argument("--warm-up", type=int, default=20, help="steps before the measured steps")
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 (default) keeps torch's own number")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -107,7 +107,7 @@ def main() -> None:
         ).fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
     under, bare = turns.trainer_times[options.warm_up :], turns.bare_times[options.warm_up :]
     ratio = statistics.median(a / b for a, b in zip(under, bare, strict=True))
-    print(f"\n{options.steps} steps of {options.batch_size} pictures, {torch.get_num_threads()} threads")
+    print(f"\n{options.steps} steps of {options.batch_size} images, {torch.get_num_threads()} threads")
     print(f"bare loop      {statistics.median(bare) * 1000:8.1f} ms (median)")
     print(f"under Trainer  {statistics.median(under) * 1000:8.1f} ms (median)")
     print(f"ratio          {ratio:8.3f} (median of the pairs), {sum(under) / sum(bare):.3f} (of the sums)")

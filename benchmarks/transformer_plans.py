@@ -1,6 +1,6 @@
-"""Planned memory of training SD 3.5 and FLUX.1 at 1024 px, batch 1, rank 16: real sizes from their configs, no weights.
+"""Planned memory of training SD 3.5 and FLUX.1 at 1024 px, batch 1, rank 16: ``python benchmarks/transformer_plans.py``.
 
-python benchmarks/transformer_plans.py > benchmarks/results/transformer_plans.txt
+The configs give the models' real sizes; no weights are read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SETTINGS: dict[str, tuple[Quantization, bool]] = {
 
 
 def main() -> None:
-    """Print a table."""
+    """Print the plans as a table."""
     print(
         f"{'model':<12} {'setting':<34} {'forward':>9} {'backward':>9} {'peak':>9} {'needed':>9} {'adapter':>9}  (GB, 'H100')"
     )

@@ -43,7 +43,7 @@ def tokenizer() -> CLIPTokenizer:
 
 @pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
-    """A Stable Diffusion pipeline with random weights, pictures of 16 px."""
+    """A Stable Diffusion pipeline with random weights for images of 16 px."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "sd"
     unet = tiny_unet()
@@ -62,7 +62,7 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer
 
 @pytest.fixture(scope="session")
 def sdxl_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
-    """A Stable Diffusion XL pipeline with random weights, pictures of 16 px."""
+    """A Stable Diffusion XL pipeline with random weights for images of 16 px."""
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp("models") / "sdxl"
     unet = UNet2DConditionModel(
@@ -125,7 +125,7 @@ def trainer_options(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def encode_image() -> Callable[..., bytes]:
-    """Encode a picture of noise: ``encode_image(width, height, format, **options for Pillow)``."""
+    """Encode an image of noise: ``encode_image(width, height, format, **options for Pillow)``."""
 
     def encode(width: int = 24, height: int = 16, format: str = "JPEG", seed: int = 0, **options: object) -> bytes:  # noqa: A002
         pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -1,14 +1,9 @@
-"""What several test files share."""
+"""Helpers that several test files share."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +15,7 @@ from filelock import FileLock
 from torch import nn
 from torch.utils.data import DataLoader
 
+from benchmarks.fresh_processes import run_processes
 from lit_lora.adapters import ADAPTER_NAME, adapter_state, plain_config
 from lit_lora.families import ModelFamily
 from lit_lora.formats import AdapterFiles, write_adapter
@@ -42,7 +38,7 @@ def tiny_unet() -> UNet2DConditionModel:
 
 
 def make_batches(count: int, batch_size: int = 2, size: int = 16, seed: int = 3) -> list[dict[str, Any]]:
-    """Random pictures as a datamodule gives them."""
+    """Batches of random images, as a datamodule provides them."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch_size, 3, size, size)
     return [
@@ -95,45 +91,17 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 
 def processes(arguments: Sequence[object], count: int, folder: Path, timeout: float = 1200) -> None:
-    """Run Python with these arguments in several processes, in the environment that torchrun gives them.
+    """Run Python with the same arguments in several processes on the CPU, as under torchrun.
 
-    What they print is in ``folder``; it is in the error if one of them fails, and then the others are killed.
+    Args:
+        arguments: The script, or ``-m`` and a module, with its arguments.
+        count: Number of processes.
+        folder: Folder for the files with the processes' output and errors.
+        timeout: Seconds after which all processes are killed.
+
+    Raises:
+        RuntimeError: If a process fails, or all of them together take longer than ``timeout``.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": count,
-        "LOCAL_WORLD_SIZE": count,
-        "GROUP_RANK": 0,
-        "MASTER_PORT": port,
-        "OMP_NUM_THREADS": 1,
-    }
-    names = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test", "CUDA_VISIBLE_DEVICES": ""}
-    names |= {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
-    names |= {name: str(value) for name, value in shared.items()}
-    root = Path(__file__).parents[1]
-    started = []
-    logs = [folder / f"process-{rank}.log" for rank in range(count)]
-    try:
-        for rank, log in enumerate(logs):
-            environment = os.environ | names | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(root)}
-            with log.open("wb") as output:
-                command = [sys.executable, *map(str, arguments)]
-                started.append(
-                    subprocess.Popen(
-                        command, env=environment, cwd=root, stdout=output, stderr=output, start_new_session=True
-                    )
-                )
-        end = time.monotonic() + timeout
-        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
-            if time.monotonic() > end:
-                break
-            time.sleep(0.1)
-        failed = [rank for rank, process in enumerate(started) if process.poll() != 0]
-        assert not failed, f"processes {failed}:\n" + "\n".join(log.read_text()[-5000:] for log in logs)
-    finally:
-        for process in started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    run_processes([str(argument) for argument in arguments], count, folder, timeout, environment)

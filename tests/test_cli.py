@@ -33,12 +33,12 @@ OVERLAYS = sorted(file.name for file in files("lit_lora.configs").joinpath("over
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(10):
-        Image.new("RGB", (20, 18), (20 * i, 90, 200)).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(f"a blue star {i}")
-    pack_folder(pictures, tmp_path / "shards", samples_per_shard=5)
+        Image.new("RGB", (20, 18), (20 * i, 90, 200)).save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"a blue star {i}")
+    pack_folder(images, tmp_path / "shards", samples_per_shard=5)
     return tmp_path / "shards"
 
 
@@ -347,12 +347,12 @@ class TestMistakes:
     def test_full_disk(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
-        (tmp_path / "pictures").mkdir()
-        Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "a.png")
-        (tmp_path / "pictures" / "a.txt").write_text("a")
+        (tmp_path / "images").mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / "images" / "a.png")
+        (tmp_path / "images" / "a.txt").write_text("a")
         full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/plan.json")
         monkeypatch.setattr("lit_lora.files.sync", lambda path: (_ for _ in ()).throw(full))
-        error = failure(capsys, "shards", "pack", tmp_path / "pictures", tmp_path / "out")
+        error = failure(capsys, "shards", "pack", tmp_path / "images", tmp_path / "out")
         assert "cannot write out/plan.json: No space left on device; free some space" in error
 
     def test_no_such_config(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -106,9 +106,9 @@ def test_killed_under_torchrun(start: Callable[..., Any], tmp_path: Path, fault:
 def test_one_process_gives_up_under_torchrun(
     start: Callable[..., Any], tmp_path: Path, write_tar: Callable[..., Path], encode_image: Callable[..., bytes]
 ) -> None:
-    """A sample is bad, which only one of them reads."""
+    """A damaged sample that only one process reads ends the whole job."""
     with start(TORCHRUN) as run:  # it takes seconds until it reads a shard
-        samples = [(f"{i:04}", encode_image(seed=i) if i != 18 else b"no picture") for i in range(12, 24)]
+        samples = [(f"{i:04}", encode_image(seed=i) if i != 18 else b"no image") for i in range(12, 24)]
         members = {f"{key}.{kind}": data for key, image in samples for kind, data in (("jpg", image), ("txt", b"a"))}
         write_tar(tmp_path / "shards" / "shard-000001.tar", members)
         assert run.ends_within(SECONDS + 60)

@@ -81,12 +81,12 @@ def final_adapter(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_not_killed(sd_folder: Path, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for i in range(26):
-        Image.linear_gradient("L").rotate(13 * i).resize((20 + i, 24)).convert("RGB").save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(f"picture {i}")
-    pack_folder(pictures, tmp_path / "shards", samples_per_shard=9)
+        Image.linear_gradient("L").rotate(13 * i).resize((20 + i, 24)).convert("RGB").save(images / f"{i}.png")
+        (images / f"{i}.txt").write_text(f"picture {i}")
+    pack_folder(images, tmp_path / "shards", samples_per_shard=9)
 
     whole = write_config(tmp_path / "whole", sd_folder, tmp_path / "shards")
     assert start(whole).wait(timeout=300) == 0

@@ -24,12 +24,12 @@ from pathlib import Path
 from PIL import Image
 from lit_lora.datamodules.packing.pack import pack_folder
 
-pictures = Path("pictures")
-pictures.mkdir()
+images = Path("images")
+images.mkdir()
 for i in range(8):
-    Image.new("RGB", (40 + i, 40), (30 * i, 90, 200)).save(pictures / f"{i}.png")
-    (pictures / f"{i}.txt").write_text(f"picture {i}")
-pack_folder(pictures, Path("shards"))
+    Image.new("RGB", (40 + i, 40), (30 * i, 90, 200)).save(images / f"{i}.png")
+    (images / f"{i}.txt").write_text(f"picture {i}")
+pack_folder(images, Path("shards"))
 
 trainer = Trainer(
     accelerator="cpu", max_steps=2, max_epochs=-1, enable_progress_bar=False, log_every_n_steps=1,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 NAME = "embedded"
-"""What to write in place of a folder or hub id."""
+"""Name of the embedded base model, used in place of a folder or hub id."""
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-"""The digits by the words that the model was trained with."""
+"""Names of the digits in the captions that the model was trained on."""
 
 
 def base_path() -> Path:
@@ -17,5 +17,5 @@ def base_path() -> Path:
 
 
 def resolve(pretrained_model_name_or_path: str) -> str:
-    """The folder behind ``embedded``; anything else as it is."""
+    """Replace ``embedded`` by the folder of the embedded pipeline; return any other name unchanged."""
     return str(base_path()) if pretrained_model_name_or_path == NAME else pretrained_model_name_or_path

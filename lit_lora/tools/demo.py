@@ -25,23 +25,23 @@ INFERENCE_STEPS = 25
 _MARKER = "demo.txt"
 
 
-def demo(out: str = "runs/demo", steps: int = 500, pictures_per_digit: int = 20) -> None:
+def demo(out: str = "runs/demo", steps: int = 500, images_per_digit: int = 20) -> None:
     """Train a LoRA on scikit-learn's scans of handwritten digits and measure what it learned.
 
-    Writes under the output folder: shards/, adapter/ (PEFT's and diffusers' files), lightning_logs/ (TensorBoard and
-    checkpoints), samples.png (base and adapted model, same prompts and seeds) and report.json.
+    Writes these into the output folder: shards/, adapter/ (PEFT's and diffusers' files), lightning_logs/ (TensorBoard logs and
+    checkpoints), samples.png (base and adapted model with the same prompts and seeds) and report.json.
 
     Args:
-        out: Output folder.
-        steps: Optimizer steps of 48 pictures.
-        pictures_per_digit: Pictures that the classifier judges for each digit, before and after.
+        out: Output folder. Defaults to runs/demo.
+        steps: Optimizer steps with a batch of 48 images. Defaults to 500.
+        images_per_digit: Images of each digit to generate and classify, before and after training. Defaults to 20.
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise UserError('the demo\'s scans come with scikit-learn: pip install "lit_lora[demo]"') from error
-    if steps < 1 or pictures_per_digit < 1:
-        raise UserError(f"steps and pictures_per_digit must be at least 1, not {steps} and {pictures_per_digit}")
+        raise UserError('the demo needs the scans that come with scikit-learn: pip install "lit_lora[demo]"') from error
+    if steps < 1 or images_per_digit < 1:
+        raise UserError(f"steps and images_per_digit must be at least 1, not {steps} and {images_per_digit}")
     from lit_lora.files import writable_folder
 
     started = time.monotonic()
@@ -51,18 +51,18 @@ def demo(out: str = "runs/demo", steps: int = 500, pictures_per_digit: int = 20)
     _pack(scans, digits, folder / "shards")
     classifier, classifier_accuracy = _fit_classifier(scans, digits)
 
-    print("2/4 drawing with the base model")
-    before = _draw(_pipeline(None), pictures_per_digit)
+    print("2/4 generating images with the base model")
+    before = _draw(_pipeline(None), images_per_digit)
     print(f"3/4 training {steps} steps")
     module = _fit(folder, steps)
-    print("4/4 drawing with the adapter")
-    after = _draw(_pipeline(folder / "adapter"), pictures_per_digit)
+    print("4/4 generating images with the adapter")
+    after = _draw(_pipeline(folder / "adapter"), images_per_digit)
 
     report = {
         "accuracy_before": _accuracy(classifier, before),
         "accuracy_after": _accuracy(classifier, after),
         "classifier_accuracy": classifier_accuracy,
-        "pictures_judged": len(after),
+        "images_judged": len(after),
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in module.parameters()),
         "adapter_bytes": (folder / "adapter" / "adapter_model.safetensors").stat().st_size,
@@ -70,7 +70,7 @@ def demo(out: str = "runs/demo", steps: int = 500, pictures_per_digit: int = 20)
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    _write(folder, report, before, after, pictures_per_digit)
+    _write(folder, report, before, after, images_per_digit)
     print(_summary(folder, report))
 
 
@@ -82,13 +82,13 @@ def _pack(scans: np.ndarray, digits: np.ndarray, out: Path) -> None:
         for i, (image, digit) in enumerate(zip(_scan_images(scans), digits, strict=True)):
             image.save(Path(name) / f"{i:04d}.png")
             (Path(name) / f"{i:04d}.txt").write_text(_prompt(digit), encoding="utf-8")
-        with atomic_folder(out, marker=_MARKER) as part:  # anew each time, in place of an earlier demo's
+        with atomic_folder(out, marker=_MARKER) as part:  # replaces the shards of an earlier demo
             pack_folder(name, part, samples_per_shard=600)
             (part / _MARKER).write_text("made by lit-lora demo, which replaces this folder\n", encoding="utf-8")
 
 
 def _scan_images(scans: np.ndarray) -> list[Image.Image]:
-    """scikit-learn's scans, ``(N, 64)`` in 0 to 16, as pictures."""
+    """Convert scikit-learn's scans, ``(N, 64)`` with values from 0 to 16, to RGB images."""
     import numpy as np
     from PIL import Image
 
@@ -101,7 +101,7 @@ def _prompt(digit: int) -> str:
 
 
 def _fit_classifier(scans: np.ndarray, digits: np.ndarray) -> tuple[SVC, float]:
-    """A support vector machine on every other scan, and how often it is right on the rest."""
+    """Fit a support vector machine on every other scan; return it and its accuracy on the remaining scans."""
     from sklearn.svm import SVC
 
     classifier = SVC(gamma=0.001).fit(scans[::2], digits[::2])
@@ -109,7 +109,7 @@ def _fit_classifier(scans: np.ndarray, digits: np.ndarray) -> tuple[SVC, float]:
 
 
 def _pipeline(adapter: Path | None) -> StableDiffusionPipeline:
-    """Plain diffusers: what the files hold is what is measured."""
+    """Load the pipeline with plain diffusers, so that the written adapter files are what is measured."""
     from diffusers import StableDiffusionPipeline
 
     from lit_lora.embedded import base_path
@@ -122,7 +122,7 @@ def _pipeline(adapter: Path | None) -> StableDiffusionPipeline:
 
 
 def _draw(pipeline: StableDiffusionPipeline, per_digit: int) -> list[Image.Image]:
-    """Pictures of all digits in turn, ``per_digit`` rounds of ten."""
+    """Generate ``per_digit`` rounds of ten images, one of each digit from zero to nine."""
     from lit_lora.sampling import generate
 
     prompts = [_prompt(digit) for digit in range(10)] * per_digit
@@ -137,7 +137,7 @@ def _draw(pipeline: StableDiffusionPipeline, per_digit: int) -> list[Image.Image
 
 
 def _accuracy(classifier: SVC, images: list[Image.Image]) -> float:
-    """Share of pictures, drawn by :func:`_draw`, in which the classifier reads the digit that was asked for."""
+    """Share of the images from :func:`_draw` that the classifier recognises as the digit in the prompt."""
     import numpy as np
     from PIL import Image
 
@@ -147,7 +147,7 @@ def _accuracy(classifier: SVC, images: list[Image.Image]) -> float:
 
 
 def _fit(folder: Path, steps: int) -> Any:
-    """The same code path as ``lit-lora fit --config configs/demo.yaml``; the adapter's files go to ``adapter``."""
+    """Train as ``lit-lora fit --config configs/demo.yaml`` does, and write the adapter's files to ``adapter``."""
     from lit_lora.lightning_cli import run
 
     with as_file(files("lit_lora.configs") / "demo.yaml") as config:
@@ -187,17 +187,17 @@ def _write(
 def _summary(folder: Path, report: dict[str, Any]) -> str:
     share = report["trainable_parameters"] / report["total_parameters"]
     return f"""
-Asked for handwritten digits, the base model drew a digit that the classifier recognised as asked in \
-{report["accuracy_before"]:.0%} of {report["pictures_judged"]} pictures; with the adapter in {report["accuracy_after"]:.0%}. \
-On real scans the classifier is right in {report["classifier_accuracy"]:.0%}.
-Trained {report["trainable_parameters"]:,} parameters ({share:.0%} of all) in {report["steps"]} steps, \
-{report["seconds"]:.0f} s in all; the adapter is {report["adapter_bytes"] / 1e6:.1f} MB.
+The classifier recognised the prompted digit in {report["accuracy_before"]:.0%} of {report["images_judged"]} images from the \
+base model and in {report["accuracy_after"]:.0%} with the adapter. Its accuracy on unseen scans is \
+{report["classifier_accuracy"]:.0%}.
+{report["trainable_parameters"]:,} parameters ({share:.0%} of all) were trained in {report["steps"]} steps; the demo took \
+{report["seconds"]:.0f} s. The adapter has {report["adapter_bytes"] / 1e6:.1f} MB.
 
   before and after  {folder / "samples.png"}
   adapter           {folder / "adapter"}
   figures           {folder / "report.json"}
   training curves   tensorboard --logdir {folder}
 
-Next: draw with it
+Next: generate images with the adapter
   lit-lora sample --adapter {folder / "adapter"} --prompts "a handwritten seven" --count 8 --guidance_scale {GUIDANCE_SCALE}
-or train on your own pictures: lit-lora shards pack --help"""
+or train on your own images: lit-lora shards pack --help"""

@@ -1,4 +1,4 @@
-"""Pictures of typed digits and shapes with their captions: what the embedded base model has seen."""
+"""Images of typed digits and shapes with their captions: the training data of the embedded base model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from lit_lora.embedded import DIGITS
 
 SIZE = 32
-"""Edge of a picture in pixels."""
+"""Width and height of an image in pixels."""
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "heart")
 THINGS = DIGITS + SHAPES
@@ -25,26 +25,26 @@ COLOURS = {
     "purple": (140, 50, 170),
 }
 
-_CANVAS = 128  # drawn four times too large, then reduced: smooth edges
+_CANVAS = 128  # drawn at four times SIZE and then reduced, for smooth edges
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture with what it shows."""
+    """One image with its caption and labels."""
 
     image: Image.Image
-    """RGB, ``SIZE`` x ``SIZE``."""
+    """RGB image of ``SIZE`` x ``SIZE`` pixels."""
     caption: str
     thing: int
-    """Index into :data:`THINGS`."""
+    """Index of the thing in :data:`THINGS`."""
     colour: int
-    """Index into :data:`COLOURS`, of the thing."""
+    """Index of the thing's colour in :data:`COLOURS`."""
     background: int
-    """Index into :data:`COLOURS`, of the background."""
+    """Index of the background's colour in :data:`COLOURS`."""
 
 
 def draw(rng: np.random.Generator) -> Drawing:
-    """Draw one thing of random kind, colours, place, size and turn."""
+    """Draw one thing with random kind, colours, position, size and rotation."""
     thing = int(rng.integers(len(THINGS)))
     colour, background = (int(i) for i in rng.choice(len(COLOURS), size=2, replace=False))
     names = list(COLOURS)
@@ -70,7 +70,7 @@ def draw(rng: np.random.Generator) -> Drawing:
 
 
 def prompt(thing: str, colour: str, background: str) -> str:
-    """The full caption of a picture."""
+    """The full caption of an image: thing, colour and background."""
     return f"a {colour} {thing} on {background}"
 
 
@@ -117,10 +117,10 @@ def _draw_shape(pen: ImageDraw.ImageDraw, name: str, centre: tuple[float, ...], 
         points = zip(x + across * radius / 16, y + down * radius / 16, strict=True)
         pen.polygon([(float(u), float(v)) for u, v in points], fill=255)
     else:
-        raise ValueError(f"no shape is called {name!r}; the shapes are {', '.join(SHAPES)}")
+        raise ValueError(f"unknown shape {name!r}; choose one of {', '.join(SHAPES)}")
 
 
 def _polygon(x: float, y: float, radii: list[float]) -> list[tuple[float, float]]:
-    """Corners at the given distances from the centre, the first straight above it."""
+    """Corners of a polygon at the given distances from its centre; the first is straight above the centre."""
     turn = 2 * math.pi / len(radii)
     return [(x + r * math.sin(i * turn), y - r * math.cos(i * turn)) for i, r in enumerate(radii)]

@@ -1,8 +1,8 @@
-"""Train the embedded base model from drawn pictures: ``python scripts/embedded/train.py --out FOLDER``.
+"""Train the embedded base model on drawn images: ``python scripts/embedded/train.py --out FOLDER``.
 
-Writes a complete Stable Diffusion pipeline folder (VAE, text encoder, tokenizer, UNet, scheduler) and measures,
-with an independent classifier, whether the pictures that it draws show what their captions ask for. The figures go
-into the folder's model card. Seeded; 30 to 60 minutes on two CPU cores.
+Writes a complete Stable Diffusion pipeline folder (VAE, text encoder, tokenizer, UNet, scheduler) and measures with an
+independent classifier whether the generated images show what their captions ask for. The figures are written into the
+folder's model card. All random numbers are seeded. Training takes 30 to 60 minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -35,17 +35,18 @@ INFERENCE_STEPS = 25
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Drawn pictures as arrays, ``N`` of them."""
+class DrawnImages:
+    """``N`` drawn images as tensors."""
 
     images: Tensor
-    """uint8, ``(N, 3, SIZE, SIZE)``."""
+    """uint8 pixels, ``(N, 3, SIZE, SIZE)``."""
     captions: list[str]
     labels: Tensor
-    """int64, ``(N, 3)``: thing, colour, background."""
+    """int64, ``(N, 3)``: thing, colour and background."""
 
     @classmethod
-    def drawn(cls, count: int, seed: int) -> Pictures:
+    def from_seed(cls, count: int, seed: int) -> DrawnImages:
+        """Draw ``count`` images."""
         rng = np.random.default_rng(seed)
         drawings = [draw(rng) for _ in range(count)]
         images = torch.from_numpy(np.stack([np.asarray(d.image) for d in drawings])).permute(0, 3, 1, 2)
@@ -54,15 +55,16 @@ class Pictures:
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 images to floats in [-1, 1]."""
+    """Convert uint8 images to floats in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer of CLIP's kind that knows the captions' words and can spell all others."""
-    alone = list(string.ascii_lowercase + string.digits + string.punctuation)
+    """Train a byte-level BPE tokenizer like CLIP's, with tokens for the captions' words; other words are spelled in bytes."""
+    characters = list(string.ascii_lowercase + string.digits + string.punctuation)
+    # Common words of users' captions get tokens of their own too.
     words = ["handwritten", "digit", "photo", "picture", "drawing", "of", "the", "and", "with", "in", "style"]
-    corpus = itertools.chain(captions, alone, words * 3)
+    corpus = itertools.chain(captions, characters, words * 3)
     tokenizer = CLIPTokenizer().train_new_from_iterator(corpus, vocab_size=1024, show_progress=False)
     tokenizer.model_max_length = MAX_TOKENS
     return tokenizer
@@ -111,7 +113,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of batch after batch, for ever, each pass in a new order."""
+    """Endless batches of indices, in a new random order on each pass."""
     while True:
         for batch in torch.randperm(count, generator=generator).split(batch_size):
             if len(batch) == batch_size:
@@ -127,7 +129,7 @@ def fit(
     lr: float,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """Minimise ``loss`` with AdamW, a short warm-up and a cosine to zero."""
+    """Minimise ``loss`` with AdamW; the learning rate warms up briefly and then follows a cosine to zero."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=1e-2)
     warm_up = max(1, steps // 20)
     schedule = LambdaLR(
@@ -148,14 +150,18 @@ def fit(
             print(f"{name}: step {step}/{steps}, loss {running:.4f}, {time.monotonic() - started:.0f} s", flush=True)
 
 
-def train_vae(pictures: Pictures, held_out: Pictures, steps: int) -> tuple[AutoencoderKL, float]:
-    """The VAE, its ``scaling_factor`` set, and its reconstruction error on the held-out pictures (MSE on [-1, 1])."""
+def train_vae(train: DrawnImages, held_out: DrawnImages, steps: int) -> tuple[AutoencoderKL, float]:
+    """Train the VAE and set its ``scaling_factor``.
+
+    Returns:
+        The VAE and its reconstruction error on the held-out images (MSE on [-1, 1]).
+    """
     vae = new_vae()
     generator = torch.Generator().manual_seed(1)
-    source = batches(len(pictures.images), 48, generator)
+    source = batches(len(train.images), 48, generator)
 
     def loss() -> Tensor:
-        x = pixels(pictures.images[next(source)])
+        x = pixels(train.images[next(source)])
         posterior = vae.encode(x).latent_dist
         reconstruction = vae.decode(posterior.sample(generator=generator)).sample
         return F.mse_loss(reconstruction, x) + 0.1 * F.l1_loss(reconstruction, x) + 1e-5 * posterior.kl().mean()
@@ -170,16 +176,20 @@ def train_vae(pictures: Pictures, held_out: Pictures, steps: int) -> tuple[Autoe
 
 
 def train_denoiser(
-    pictures: Pictures, vae: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler, steps: int
+    train: DrawnImages, vae: AutoencoderKL, tokenizer: CLIPTokenizer, scheduler: DDIMScheduler, steps: int
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """UNet and text encoder together on the noise prediction of Ho et al. 2020; averaged weights."""
+    """Train UNet and text encoder together to predict noise (Ho et al. 2020, arXiv:2006.11239).
+
+    Returns:
+        Both models with the exponential moving average of their weights.
+    """
     unet, text_encoder = new_unet(), new_text_encoder(tokenizer)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        posteriors = [vae.encode(pixels(part)).latent_dist for part in pictures.images.split(256)]
+        posteriors = [vae.encode(pixels(part)).latent_dist for part in train.images.split(256)]
     mean = torch.cat([p.mean for p in posteriors]) * vae.config.scaling_factor
     std = torch.cat([p.std for p in posteriors]) * vae.config.scaling_factor
-    ids = tokenize(tokenizer, pictures.captions)
+    ids = tokenize(tokenizer, train.captions)
     empty = tokenize(tokenizer, [""])[0]
     source = batches(len(mean), 64, generator)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
@@ -201,13 +211,40 @@ def train_denoiser(
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """int64, ``(len(captions), MAX_TOKENS)``."""
+    """Token ids of the captions, int64, ``(len(captions), MAX_TOKENS)``."""
     tokens = tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     return tokens.input_ids
 
 
+def train_pipeline(
+    train: DrawnImages, held_out: DrawnImages, vae_steps: int, unet_steps: int
+) -> tuple[StableDiffusionPipeline, float]:
+    """Train all models of the pipeline.
+
+    Returns:
+        The pipeline, and the VAE's reconstruction error on the held-out images.
+    """
+    tokenizer = train_tokenizer(train.captions)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    vae, error = train_vae(train, held_out, vae_steps)
+    print(f"vae: reconstruction error {error:.4f}, scaling factor {vae.config.scaling_factor}", flush=True)
+    unet, text_encoder = train_denoiser(train, vae, tokenizer, scheduler, unet_steps)
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    return pipeline, error
+
+
 class Classifier(nn.Module):
-    """Reads thing, colour and background off a picture; knows nothing of the diffusion model."""
+    """Convolutional classifier of thing, colour and background, independent of the diffusion model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,19 +262,20 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def right(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Per image, whether thing, colour and background are right: bool, ``(N, 3)``."""
+        """Whether thing, colour and background of each image are classified as labelled, bool, ``(N, 3)``."""
         return torch.stack([logits.argmax(1) for logits in self(pixels(images))], 1) == labels
 
 
-def train_classifier(pictures: Pictures, steps: int) -> Classifier:
+def train_classifier(train: DrawnImages, steps: int) -> Classifier:
+    """Train the classifier on drawn images."""
     classifier = Classifier()
     generator = torch.Generator().manual_seed(3)
-    source = batches(len(pictures.images), 128, generator)
+    source = batches(len(train.images), 128, generator)
 
     def loss() -> Tensor:
         chosen = next(source)
-        logits = classifier(pixels(pictures.images[chosen]))
-        labels = pictures.labels[chosen]
+        logits = classifier(pixels(train.images[chosen]))
+        labels = train.labels[chosen]
         return torch.stack([F.cross_entropy(out, labels[:, i]) for i, out in enumerate(logits)]).sum()
 
     fit("classifier", list(classifier.parameters()), loss, steps=steps, lr=2e-3)
@@ -247,7 +285,11 @@ def train_classifier(pictures: Pictures, steps: int) -> Classifier:
 def measure(
     pipeline: StableDiffusionPipeline, classifier: Classifier, per_thing: int
 ) -> tuple[dict[str, float], list[Image.Image]]:
-    """Shares of generated pictures that show what was asked for, and the pictures."""
+    """Generate ``per_thing`` images of each thing and classify them.
+
+    Returns:
+        The shares of images that show what their captions ask for, and the images.
+    """
     rng = np.random.default_rng(7)
     labels = [
         (thing, *(int(i) for i in rng.choice(len(COLOURS), size=2, replace=False)))
@@ -284,80 +326,68 @@ tags: [stable-diffusion, text-to-image]
 ---
 # The embedded base model of lit_lora
 
-A complete Stable Diffusion pipeline for {size} x {size} pictures of typed digits and shapes in colours
-("{example}"). It is small enough to train on a CPU and it has learned something, which is what it is for: first
-steps, examples and tests. Made by `python scripts/embedded/train.py`, from pictures that the script draws.
+A complete Stable Diffusion pipeline that generates {size} x {size} images of coloured typed digits and shapes
+("{example}"). It is small enough to train on a CPU and serves for first steps, examples and tests.
+`python scripts/embedded/train.py` made it, from images that the script draws.
 
 | figure | value |
 |---|---|
 {figures}
 
-Pictures judged: {judged}, {steps} DDIM steps, guidance {guidance}, by a classifier that was trained on drawn pictures alone.
+The first five figures are shares of {judged} generated images ({steps} DDIM steps, guidance scale {guidance}), according to
+a classifier that was trained on drawn images only.
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python scripts/embedded/train.py", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
-    parser.add_argument("--pictures", type=int, default=40_000)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; it must not exist yet")
+    parser.add_argument("--images", type=int, default=40_000, help="number of drawn images to train on")
     parser.add_argument("--vae-steps", type=int, default=1_500)
     parser.add_argument("--unet-steps", type=int, default=4_500)
     parser.add_argument("--classifier-steps", type=int, default=1_500)
-    parser.add_argument("--per-thing", type=int, default=20, help="pictures judged for each digit and shape")
+    parser.add_argument("--per-thing", type=int, default=20, help="images to generate and classify for each thing")
     options = parser.parse_args(arguments)
     if options.out.exists():
         parser.error(f"{options.out} exists; name a new folder")
+    if options.per_thing < 2:
+        parser.error(
+            f"--per-thing must be at least 2, not {options.per_thing}: samples.png shows two images of each thing"
+        )
 
     torch.manual_seed(0)
-    pictures, held_out = Pictures.drawn(options.pictures, seed=0), Pictures.drawn(2_000, seed=1)
-    classifier = train_classifier(pictures, options.classifier_steps)
+    train, held_out = DrawnImages.from_seed(options.images, seed=0), DrawnImages.from_seed(2_000, seed=1)
+    classifier = train_classifier(train, options.classifier_steps)
     drawn_right = classifier.right(held_out.images, held_out.labels).float().mean(0).tolist()
-    print("classifier on drawn pictures (thing, colour, background):", [round(x, 4) for x in drawn_right], flush=True)
+    print("classifier on drawn images (thing, colour, background):", [round(x, 4) for x in drawn_right], flush=True)
 
-    tokenizer = train_tokenizer(pictures.captions)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    vae, error = train_vae(pictures, held_out, options.vae_steps)
-    print(f"vae: reconstruction error {error:.4f}, scaling factor {vae.config.scaling_factor}", flush=True)
-    unet, text_encoder = train_denoiser(pictures, vae, tokenizer, scheduler, options.unet_steps)
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    pipeline, vae_error = train_pipeline(train, held_out, options.vae_steps, options.unet_steps)
     staging = options.out.with_name(options.out.name + ".part")
-    # Half precision halves the folder; the figures below are measured on what is read back from it. The text encoder
-    # stays in float32: transformers loads a file in the precision that it has, diffusers in float32.
-    vae.to(torch.float16)
-    unet.to(torch.float16)
+    # Half precision halves the size of the folder; the figures below are measured on the models as read back from it. The
+    # text encoder stays in float32: transformers loads a file in the precision that it is stored in, diffusers in float32.
+    pipeline.vae.to(torch.float16)
+    pipeline.unet.to(torch.float16)
     pipeline.save_pretrained(staging)
     pipeline = StableDiffusionPipeline.from_pretrained(staging)
     shares, images = measure(pipeline, classifier, options.per_thing)
     figures = {
         **shares,
         "classifier right on drawn things": drawn_right[0],
-        "VAE reconstruction error (MSE on [-1, 1])": error,
-        "parameters (UNet)": sum(p.numel() for p in unet.parameters()),
+        "VAE reconstruction error (MSE on [-1, 1])": vae_error,
+        "parameters (UNet)": sum(p.numel() for p in pipeline.unet.parameters()),
     }
     for name, value in figures.items():
         print(f"{name}: {value:.4g}")
     make_image_grid(images[:: max(1, options.per_thing // 2)][:32], rows=4, cols=8).save(staging / "samples.png")
-    (staging / "README.md").write_text(
-        CARD.format(
-            size=SIZE,
-            example=prompt("seven", "red", "white"),
-            figures="\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items()),
-            judged=len(images),
-            steps=INFERENCE_STEPS,
-            guidance=GUIDANCE_SCALE,
-        ),
-        encoding="utf-8",
+    card = CARD.format(
+        size=SIZE,
+        example=prompt("seven", "red", "white"),
+        figures="\n".join(f"| {name} | {value:.4g} |" for name, value in figures.items()),
+        judged=len(images),
+        steps=INFERENCE_STEPS,
+        guidance=GUIDANCE_SCALE,
     )
+    (staging / "README.md").write_text(card, encoding="utf-8")
     staging.rename(options.out)
     return 0
 

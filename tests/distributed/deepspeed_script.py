@@ -189,15 +189,13 @@ def train_reading_weights(model: str, strategy: Strategy | str, folder: Path) ->
 
 
 def evaluate(model: str, strategy: Strategy | str, new_strategy: Strategy | str, checkpoint: Path) -> dict[str, Any]:
-    """Validate while training, after it, and from a checkpoint; train on; draw."""
+    """Validate during training, after it, and from a checkpoint; generate images; continue training."""
     module = make_module(model, sampling=SamplingOptions(num_inference_steps=2))
     trainer = make_trainer(strategy, max_steps=SHORT, val_check_interval=2)
     trainer.fit(module, batches(SHORT), batches(2, seed=4))
     found = {"fit": float(trainer.callback_metrics["val/loss"])}
     [after] = trainer.validate(module, batches(2, seed=4), verbose=False)
-    pictures = [
-        torch.tensor(list(picture.tobytes())) for batch in trainer.predict(module, batches(1)) for picture in batch
-    ]
+    images = [torch.tensor(list(image.tobytes())) for batch in trainer.predict(module, batches(1)) for image in batch]
     trainer.fit_loop.epoch_loop.max_steps = SHORT + 1
     trainer.fit(module, batches(SHORT + 1), batches(2, seed=4))
 
@@ -209,7 +207,7 @@ def evaluate(model: str, strategy: Strategy | str, new_strategy: Strategy | str,
         **found,
         "after": after["val/loss"],
         "from file": from_file["val/loss"],
-        "pictures": [[len(picture), float(picture.float().std())] for picture in pictures],
+        "images": [[len(image), float(image.float().std())] for image in images],
         "steps": trainer.global_step,
     }
 

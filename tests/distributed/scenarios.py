@@ -275,8 +275,8 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
     result: dict[str, Any] = {"losses": seen.losses}
     if name == "validation":
         result["val/loss"] = float(trainer.callback_metrics["val/loss"])
-        pictures = trainer.predict(module, data)
-        result["pictures"] = sum(len(batch) for batch in pictures or [])
+        images = trainer.predict(module, data)
+        result["images"] = sum(len(batch) for batch in images or [])
     if name == "skipped steps":
         result["losses"] = [loss for loss in seen.losses if math.isfinite(loss)]
         result["skipped"] = guard.skipped

@@ -209,9 +209,9 @@ def test_validates_and_draws(runs: Runs, stage: int) -> None:
         assert one["after"] == pytest.approx(expected["after"], abs=1e-5)
         assert one["from file"] == pytest.approx(expected["from file"], abs=1e-5)
         assert one["steps"] == script.SHORT + 1  # it went on
-    pictures = [picture for one in found for picture in one["pictures"]]
-    for picture, single in zip(pictures, expected["pictures"], strict=True):
-        assert picture == pytest.approx(single, abs=0.1)
+    images = [image for one in found for image in one["images"]]
+    for image, single in zip(images, expected["images"], strict=True):
+        assert image == pytest.approx(single, abs=0.1)
 
 
 @pytest.mark.slow

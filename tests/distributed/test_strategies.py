@@ -176,9 +176,9 @@ def test_a_feature_does_what_it_does_in_one_process(
                 assert torch.allclose(average, other[name][0], atol=1e-4), name
         if feature == "sampling":
             name = f"samples/step-{RESUMED_TO:06}.png"
-            pictures = [next((runs / f"{run}-sampling").rglob(name)) for run in ("single", strategy)]
-            assert pictures[0].stat().st_size > 0
-            assert near_images(*pictures)
+            images = [next((runs / f"{run}-sampling").rglob(name)) for run in ("single", strategy)]
+            assert images[0].stat().st_size > 0
+            assert near_images(*images)
 
 
 def together(results: list[dict[str, Any]], key: str) -> list[list[str]]:

@@ -67,9 +67,9 @@ def measured_peak(module: LoraDiffusion, options: dict[str, Any], batch_size: in
     """Bytes of the weights, and what two steps take beside."""
     module.configure_model()
     tensors = [*module.parameters(), *module.buffers()]
-    quantizations = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     batches = make_batches(2, batch_size, size)
-    return sum(quantizations.values()) + peak_allocated(
+    return sum(storages.values()) + peak_allocated(
         lambda: Trainer(**options, max_steps=2).fit(module, loader_of(batches))
     )
 

@@ -30,7 +30,7 @@ def _module(folder: Path, base: Quantization | None, **options: Any) -> LoraDiff
 
 
 def _data(count: int) -> Any:
-    """The same pictures again and again; timesteps and noise follow from the number of the batch in the run."""
+    """The same images in every batch; timesteps and noise follow from the number of the batch in the run."""
     generator = torch.Generator().manual_seed(6)
     batch = {
         "pixel_values": torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8, generator=generator),
@@ -85,8 +85,8 @@ def test_a_checkpoint_goes_with_any_storage(sd_folder: Path, tmp_path: Path, tra
 def test_draws(base: Quantization, sd_folder: Path) -> None:
     module = _module(sd_folder, base)
     module.configure_model()
-    pictures = module.generate(["a star"], [0], num_inference_steps=2, guidance_scale=2.0)
-    assert pictures[0].size == (16, 16)
+    images = module.generate(["a star"], [0], num_inference_steps=2, guidance_scale=2.0)
+    assert images[0].size == (16, 16)
 
 
 @pytest.mark.parametrize("optimizer", ["bitsandbytes", "torchao"])

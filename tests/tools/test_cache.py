@@ -152,9 +152,9 @@ def test_predicting_from_the_cache(sd_folder: Path, shards: Path, trainer_option
         batches = Trainer(**trainer_options).predict(module, data)
         return [(image.size, image.tobytes()) for images in batches or [] for image in images]
 
-    pictures = drawn(shards)
-    assert len({size for size, _ in pictures}) > 1
-    assert drawn(shards / "cache") == pictures
+    images = drawn(shards)
+    assert len({size for size, _ in images}) > 1
+    assert drawn(shards / "cache") == images
 
 
 @pytest.mark.parametrize(("family_class", "fixture"), FAMILIES)

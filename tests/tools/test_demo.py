@@ -17,29 +17,29 @@ def test_the_demo_from_end_to_end_and_again(
 ) -> None:
     monkeypatch.setattr(demo, "INFERENCE_STEPS", 2)
     for _ in range(2):
-        demo.demo(str(tmp_path), steps=2, pictures_per_digit=2)
+        demo.demo(str(tmp_path), steps=2, images_per_digit=2)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["classifier_accuracy"] > 0.97
     assert 0 <= report["accuracy_before"] <= 1
     assert 0 <= report["accuracy_after"] <= 1
-    assert report["pictures_judged"] == 20
+    assert report["images_judged"] == 20
     assert 0 < report["trainable_parameters"] < 0.2 * report["total_parameters"]
     adapter = tmp_path / "adapter"
     names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert sorted(p.name for p in adapter.iterdir()) == names
     assert report["adapter_bytes"] == (adapter / "adapter_model.safetensors").stat().st_size
-    with Image.open(tmp_path / "samples.png") as picture:
-        assert picture.size == (2 * (10 * 34 + 2) + 12, 2 * 34 + 2)
+    with Image.open(tmp_path / "samples.png") as image:
+        assert image.size == (2 * (10 * 34 + 2) + 12, 2 * 34 + 2)
     assert list(tmp_path.glob("lightning_logs/version_1/events*"))
     assert f"lit-lora sample --adapter {adapter}" in capsys.readouterr().out
 
 
-def test_the_classifier_reads_the_scans_through_the_same_path_as_pictures() -> None:
-    """Scans enlarged as the model sees them are recognised: scale and orientation are right."""
+def test_the_classifier_reads_scans_through_the_same_path_as_generated_images() -> None:
+    """Scans enlarged to the model's size are recognised, so scale and orientation are right."""
     scans, digits = load_digits(return_X_y=True)
     classifier, _ = demo._fit_classifier(scans, digits)
     held_out = {digit: np.flatnonzero(digits[1::2] == digit) for digit in range(10)}
-    images = demo._scan_images(scans[1::2])
-    pictures = [images[held_out[i % 10][i // 10]].resize((32, 32), Image.Resampling.BICUBIC) for i in range(100)]
-    assert demo._accuracy(classifier, pictures) > 0.95
-    assert demo._accuracy(classifier, pictures[1:] + pictures[:1]) < 0.2
+    small = demo._scan_images(scans[1::2])
+    images = [small[held_out[i % 10][i // 10]].resize((32, 32), Image.Resampling.BICUBIC) for i in range(100)]
+    assert demo._accuracy(classifier, images) > 0.95
+    assert demo._accuracy(classifier, images[1:] + images[:1]) < 0.2

@@ -1,0 +1,125 @@
+"""Runs of a Python script in a fresh process, or in several that train together as under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_SHOWN = 5000  # characters of a process' errors that an error message shows
+
+
+def result_of_process(arguments: Sequence[str]) -> Any:
+    """Run Python in a fresh process and decode the JSON that it prints in its last line.
+
+    Args:
+        arguments: The script and its arguments.
+
+    Raises:
+        RuntimeError: If the process fails.
+    """
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} failed; its errors:\n{done.stderr[-_SHOWN:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def results_of_processes(
+    arguments: Sequence[str], count: int, timeout: float, environment: Mapping[str, str] | None = None
+) -> list[Any]:
+    """Run Python with the same arguments in several processes and decode the JSON that each prints in its last line.
+
+    Args:
+        arguments: The script and its arguments.
+        count: Number of processes; one process gets no process group.
+        timeout: Seconds after which all processes are killed.
+        environment: Further environment variables.
+
+    Raises:
+        RuntimeError: If a process fails, or all of them together take longer than ``timeout``.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = run_processes(arguments, count, Path(folder), timeout, environment)
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def run_processes(
+    arguments: Sequence[str], count: int, folder: Path, timeout: float, environment: Mapping[str, str] | None = None
+) -> list[str]:
+    """Run Python with the same arguments in several processes, which get the environment variables that torchrun sets.
+
+    If one process fails, the others are killed.
+
+    Args:
+        arguments: The script and its arguments.
+        count: Number of processes; one process gets no process group.
+        folder: Folder for the files with the processes' output and errors.
+        timeout: Seconds after which all processes are killed.
+        environment: Further environment variables.
+
+    Returns:
+        The standard output of each process.
+
+    Raises:
+        RuntimeError: If a process fails, or all of them together take longer than ``timeout``.
+    """
+    outputs, errors = ([folder / f"process-{rank}.{kind}" for rank in range(count)] for kind in ("out", "err"))
+    variables = _torchrun_variables(count)
+    started: list[subprocess.Popen[bytes]] = []
+    end = time.monotonic() + timeout
+    try:
+        for rank in range(count):
+            with outputs[rank].open("wb") as output, errors[rank].open("wb") as error:
+                process = subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env={**os.environ, **variables[rank], **(environment or {})},
+                    stdout=output,
+                    stderr=error,
+                    start_new_session=True,  # so that the processes that it starts can be killed with it
+                )
+            started.append(process)
+        while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
+            if time.monotonic() > end:
+                raise RuntimeError(f"{' '.join(arguments)} took longer than {timeout:g} s; {_last_lines(errors)}")
+            time.sleep(0.1)
+        failed = [rank for rank, process in enumerate(started) if process.poll()]
+        if failed:
+            raise RuntimeError(f"{' '.join(arguments)} failed in processes {failed}; {_last_lines(errors)}")
+    finally:
+        for process in started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return [output.read_text() for output in outputs]
+
+
+def _torchrun_variables(count: int) -> list[dict[str, str]]:
+    """Environment variables of each process, with a process group on this machine for more than one."""
+    if count == 1:
+        return [{"OMP_NUM_THREADS": "1"}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "fresh-processes",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": "0",
+    }
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def _last_lines(errors: Sequence[Path]) -> str:
+    """The end of what each process wrote to its standard error."""
+    return "\n".join(f"errors of process {rank}:\n{path.read_text()[-_SHOWN:]}" for rank, path in enumerate(errors))

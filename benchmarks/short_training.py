@@ -1,0 +1,73 @@
+"""Random batches and a plain Trainer for short training runs that are measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
+
+
+class RepeatedBatch(LightningDataModule):
+    """The same batch in every step.
+
+    Args:
+        batch: The batch.
+        count: Number of batches in an epoch, over all processes.
+    """
+
+    def __init__(self, batch: dict[str, Any], count: int) -> None:
+        super().__init__()
+        self.cached = ("latents", "text") if "latents_mean" in batch else ()
+        self._batches = [batch] * count
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self._batches, batch_size=None)  # type: ignore[arg-type]
+
+
+def cached_batch(
+    count: int, size: int, text_width: int = 768, pooled_width: int | None = None, downsampling: int = 8
+) -> dict[str, Any]:
+    """A batch with random latents and text embeddings, as a cache provides them.
+
+    Args:
+        count: Number of samples.
+        size: Width and height of the images in pixels.
+        text_width: Width of the text encoder's hidden states. Defaults to that of Stable Diffusion 1.5.
+        pooled_width: Width of the pooled text embedding. Defaults to no pooled embedding.
+        downsampling: Pixels for each latent value in a row. Defaults to that of Stable Diffusion's VAE.
+    """
+    text = {"encoder_hidden_states": torch.randn(count, 77, text_width)}
+    if pooled_width is not None:
+        text["pooled"] = torch.randn(count, pooled_width)
+    mean = torch.randn(count, 4, size // downsampling, size // downsampling)
+    cached = {"latents_mean": mean, "latents_std": torch.ones_like(mean), "text_embeddings": text}
+    return _captions(count, size) | cached
+
+
+def image_batch(count: int, size: int) -> dict[str, Any]:
+    """A batch with random images of ``size`` x ``size`` pixels."""
+    return _captions(count, size) | {"pixel_values": torch.randint(256, (count, 3, size, size), dtype=torch.uint8)}
+
+
+def _captions(count: int, size: int) -> dict[str, Any]:
+    return {"caption": ["a photo of a cat"] * count, "target_size": torch.tensor([[size, size]] * count)}
+
+
+def plain_trainer(device: str = "cpu", **options: Any) -> Trainer:
+    """A Trainer without loggers, checkpoints and progress bar.
+
+    Args:
+        device: "cpu" or "cuda". Defaults to "cpu".
+        **options: Further arguments of the Trainer.
+    """
+    return Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
