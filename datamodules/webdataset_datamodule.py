@@ -120,6 +120,7 @@ class WebDatasetDataModule(LightningDataModule):
         self._test: ListedSamples | None = None
         self._train_loader: PlannedLoader | None = None
         self._loaded_state: dict[str, Any] | None = None
+        self._restored_cursor: Cursor | None = None
 
     def prepare_data(self) -> None:
         """Index local shards that have no index yet, and copy the indexes of remote shards; called once per node.
@@ -201,8 +202,9 @@ class WebDatasetDataModule(LightningDataModule):
         """
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         before, state = self._train_loader, self._loaded_state
+        resumed = before is None or before.cursor is self._restored_cursor
         if before is not None:
-            state = before.state_dict()
+            state = state if resumed else before.state_dict()
             before.close()
         stager = None
         if self.chunks.staging is not None:
@@ -220,7 +222,7 @@ class WebDatasetDataModule(LightningDataModule):
         if state is not None:
             loader.load_state_dict(state)
             size, earlier = loader.plan.global_batch_size, state["segments"][-2]
-            if before is None and size != earlier and self._rank == 0:
+            if resumed and size != earlier and self._rank == 0:
                 _log.warning(
                     "the global batch has %d samples, but %d in the resumed run; change batch_size or "
                     "trainer.accumulate_grad_batches to keep its size",
@@ -271,13 +273,13 @@ class WebDatasetDataModule(LightningDataModule):
         return {"train_loader": state}  # also for None: Lightning's tuner restores the state before the first batch
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the position for the next train loader; Lightning calls this before it requests one."""
+        """Restore the position: of the next train loader, and of the present one, which Lightning's tuner goes on with."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # the position in a checkpoint under validation does not apply to a later fit
         self._loaded_state = state_dict.get("train_loader")
         if self._train_loader is not None:
-            self._train_loader.close()
-            self._train_loader = None
+            self._train_loader.restart(self._loaded_state)
+            self._restored_cursor = self._train_loader.cursor
 
     def _split_train(self, table: SampleTable) -> None:
         if self.val_samples >= len(table):

@@ -142,6 +142,18 @@ class PlannedLoader:
             )
         )
 
+    def restart(self, state: LoaderState | None) -> None:
+        """Continue from a saved state, or for None from the start.
+
+        Raises:
+            UserError: If the state belongs to other data or another plan.
+        """
+        if state is not None:
+            self.load_state_dict(state)
+            return
+        self.close()
+        self.cursor = self.plan.start()
+
     def close(self) -> None:
         """End the threads and the stage; the next iteration starts new ones."""
         if self._threads is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -26,22 +27,26 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         default_targets: Layers to adapt if the config names none.
 
     Raises:
-        UserError: If the targets match no layer, or layers that the method cannot adapt; if the method does not adapt layers;
-            if its initialisation would change the base; or if biases are trained in a base that is not float32.
+        UserError: If a name in the config matches no layer, or layers that the method cannot adapt; if the method does not
+            adapt layers; if its initialisation would change the base; or if biases are trained in a base that is not float32.
     """
     _check_method(config, model)
+    _check_names(config, model)
     if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
         config.target_modules = set(default_targets)
     _warn_of_small_alpha(config)
     model.requires_grad_(False)
     try:
-        adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*did not match any targeted module")  # an error here
+            adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except ValueError as error:
         raise UserError(
             f"the adapter {type(config).__name__} does not fit {type(model).__name__}: {error}\n"
             f"target_modules is {_shown(getattr(config, 'target_modules', None))}; names that occur in this model are "
             f"{', '.join(_layer_names(model))}"
         ) from error
+    _check_patterns(config, adapted)
     trained = trainable_parameters(adapted)
     if not trained:
         raise UserError(f"the adapter {type(config).__name__} has no trainable parameter: check its target_modules")
@@ -68,6 +73,33 @@ def _check_method(config: PeftConfig, model: nn.Module) -> None:
             f"bias={bias!r} trains weights of the base, which needs base_dtype float32; or leave bias at 'none'"
         )
     _check_trained_copies(getattr(config, "modules_to_save", None) or (), model)
+
+
+def _check_names(config: PeftConfig, model: nn.Module) -> None:
+    """Refuse names of layers that match nothing: PEFT only asks that one of them matches."""
+    paths = [path for path, _ in model.named_modules()]
+    for option in ("target_modules", "modules_to_save", "exclude_modules"):
+        names = getattr(config, option, None)
+        if isinstance(names, str):  # a regular expression: PEFT reports that nothing matches
+            continue
+        for name in sorted({*(names or ())} - {"all-linear"}):
+            if not any(path == name or path.endswith(f".{name}") for path in paths):
+                raise UserError(
+                    f"{option}: {name!r} matches no layer of {type(model).__name__}; correct or remove it. Names that occur "
+                    f"in this model are {', '.join(_layer_names(model))}"
+                )
+
+
+def _check_patterns(config: PeftConfig, model: PeftModel) -> None:
+    """Refuse patterns for the rank or alpha of layers that are not adapted."""
+    targets: list[str] = getattr(model.base_model, "targeted_module_names", [])
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option, None) or {}:
+            # As PEFT compares them.
+            if not any(re.match(rf"(.*\.)?({pattern})$", path) for path in targets):
+                raise UserError(
+                    f"{option}: {pattern!r} matches none of the {len(targets)} adapted layers; correct or remove it"
+                )
 
 
 def _check_trained_copies(names: Sequence[str], model: nn.Module) -> None:

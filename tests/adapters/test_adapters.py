@@ -60,8 +60,34 @@ def test_any_layer_method_goes_in_and_its_keys_restore_it(name: str, unet: UNet2
 
 def test_targets_that_match_nothing_raise_and_say_what_there_is(unet: UNet2DConditionModel) -> None:
     config = peft.LoraConfig(target_modules=["q_proj"])
-    with pytest.raises(UserError, match=r"q_proj(.|\n)*names that occur in this model are .*to_q"):
+    with pytest.raises(UserError, match=r"q_proj.*Names that occur in this model are .*to_q"):
         inject(unet, config, TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": ["to_q", "to_qq"]}, "target_modules: 'to_qq' matches no layer"),
+        ({"target_modules": ["to_q"], "modules_to_save": ["conv_end"]}, "modules_to_save: 'conv_end' matches no layer"),
+        ({"target_modules": ["to_q"], "exclude_modules": ["mid"]}, "exclude_modules: 'mid' matches no layer"),
+        ({"target_modules": ["to_q"], "rank_pattern": {"to_k": 4}}, "rank_pattern: 'to_k' matches none of the"),
+        (
+            {"target_modules": ["to_q"], "alpha_pattern": {"attn9.*": 4}},
+            r"alpha_pattern: 'attn9\.\*' matches none of the",
+        ),
+    ],
+)
+def test_each_name_has_to_match(options: dict[str, Any], message: str, unet: UNet2DConditionModel) -> None:
+    with pytest.raises(UserError, match=message):
+        inject(unet, peft.LoraConfig(r=2, lora_alpha=2, **options), ("to_q",))
+
+
+def test_names_and_patterns_that_match_go_in(unet: UNet2DConditionModel) -> None:
+    config = peft.LoraConfig(
+        r=2, target_modules=["attn1.to_q", "to_v"], rank_pattern={r"attn1\.to_q": 4}, modules_to_save=["conv_out"]
+    )
+    ranks = {value.shape[0] for name, value in inject(unet, config, ()).named_parameters() if "to_q.lora_A" in name}
+    assert ranks == {4}
 
 
 def test_methods_for_prompts_are_refused(unet: UNet2DConditionModel) -> None:
