@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits
 import lit_lora.quantization
 from lit_lora import LoraDiffusion, StableDiffusion, WebDatasetDataModule
 from lit_lora.datamodules import ImageDecoder
+from lit_lora.families.checks import prepare
 from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, _accuracy, _fit_classifier, _pack, _prompt
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
@@ -43,11 +44,13 @@ class FullFineTuning(LoraDiffusion):
     """Training of the whole denoiser without an adapter, with the same training step."""
 
     def configure_model(self) -> None:
-        if self.family.denoiser is None:
-            self.family.load(torch.float32)
-            self.family.scheduler_config = self.objective.prepare(self.family.scheduler_config)
-            self.family.denoiser.requires_grad_(True)
-            self.family.train()
+        if self._configured:
+            return
+        self._scheduler_config = prepare(self.family, self.objective)
+        self.family.load(torch.float32)
+        self.family.denoiser.requires_grad_(True)
+        self.family.train()
+        self._configured = True
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         LightningModule.optimizer_step(self, *args, **kwargs)  # without the adapter method's work after each step

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.batches.chunks import Chunks
+from lit_lora.datamodules.batches.cursor import Cursor
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
 from lit_lora.datamodules.batches.plan import Plan
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder

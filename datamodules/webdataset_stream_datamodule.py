@@ -168,12 +168,13 @@ class WebDatasetStreamDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """The number of batches that were trained on. Lightning also keeps the loader's own state, but loses it in some cases."""
         state = self._loaded_state if self._train_loader is None else self._train_loader.state_dict()
-        return {} if state is None else {"train_loader": state}
+        return {"train_loader": state}  # also for None: Lightning's tuner restores the state before the first batch
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the count for the next train loader; Lightning calls this before it requests one."""
+        """Restore the count: of the next train loader, and of the present one, which Lightning's tuner goes on with."""
         self._loaded_state = state_dict.get("train_loader")
-        self._train_loader = None
+        if self._train_loader is not None:
+            self._train_loader.restart(self._loaded_state)
 
     def _stream(self, shards: list[str], decoder: SampleDecoder, resampled: bool) -> ShardStream:
         trainer = self.trainer

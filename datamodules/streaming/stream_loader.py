@@ -81,6 +81,18 @@ class StreamLoader:
             " shards, which may repeat samples of the epoch"
         )
 
+    def restart(self, state: dict[str, int] | None) -> None:
+        """Continue after the saved number of batches, or for None from the start.
+
+        Raises:
+            UserError: If the state was saved by another datamodule.
+        """
+        if state is not None:
+            self.load_state_dict(state)
+            return
+        self.close()
+        self.batches, self.slots = 0, 0
+
     def close(self) -> None:
         """End the worker processes; the next iteration starts new ones.
 
