@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -38,6 +38,7 @@ from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.files import sync, writable_folder
 from lit_lora.finite import non_finite_names, tensors_in
+from lit_lora.optimizer_settings import apply_settings, optimizer_names, own_settings, settings
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -59,12 +60,17 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     Args:
         *args: Arguments of ``ModelCheckpoint``.
+        keep_optimizer_settings: Whether a resumed run goes on with the checkpoint's lr, weight decay and other settings of
+            optimizer and schedule; false applies those of this run. Defaults to true, with a warning if they differ.
         save_on_chunk_end: Also save after the optimizer step that ends a chunk of the training data; off by default.
         **kwargs: Keyword arguments of ``ModelCheckpoint``.
     """
 
-    def __init__(self, *args: Any, save_on_chunk_end: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, save_on_chunk_end: bool = False, keep_optimizer_settings: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.keep_optimizer_settings = keep_optimizer_settings
         self.save_on_chunk_end = save_on_chunk_end
         self._chunk_has_ended = False
         self._is_due = False
@@ -88,6 +94,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         pl_module.strict_loading = False
         self._saved_rng: list[dict[str, Any]] | None = None
         self._unfrozen: list[str] = []
+        self._saved_optimizers: tuple[list[str], dict[str, Any]] | None = None
+        self._other_settings: dict[str, Any] = {}
         # partial: torch sets attributes on hooks, which methods do not take.
         self._hooks: list[RemovableHandle] = [
             pl_module.register_state_dict_post_hook(partial(self._keep_training_state)),
@@ -99,6 +107,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._state = self._state or TrainingState(pl_module)
+        self._compare_optimizers(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for hook in self._hooks:
@@ -110,6 +119,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         checkpoint["lit_lora"] = {
             "adapters": _adapter_configs(pl_module),
             "rng": gather(_rng_state()),
+            "optimizers": optimizer_names(trainer),
             "unfrozen": [] if self._state is None else self._state.unfrozen(pl_module),
         }
 
@@ -121,12 +131,18 @@ class AdapterCheckpoint(ModelCheckpoint):
             check_adapter_config(here.get(name, {}), saved)
         self._saved_rng = ours.get("rng")
         self._unfrozen = ours.get("unfrozen", [])
-        check_finite(tensors_in(checkpoint.get("optimizer_states", [])))
+        states = checkpoint.get("optimizer_states", [])
+        check_finite(tensors_in(states))
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._saved_optimizers = ours.get("optimizers", []), settings(states, checkpoint.get("lr_schedulers", []))
+            self._compare_optimizers(trainer)  # some strategies load a checkpoint after on_fit_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._is_due = self._stop_is_due = self._chunk_has_ended = False
         self._first_step, self._step_of_last = trainer.global_step, None
+        apply_settings(trainer, self._other_settings)
+        self._other_settings = {}
         # Lightning's finetuning callbacks freeze all layers at the start and restore the optimizer's parameters alone.
         named = dict(pl_module.named_parameters())
         for name in self._unfrozen:
@@ -307,6 +323,33 @@ class AdapterCheckpoint(ModelCheckpoint):
                     folder.unlink()
                 else:
                     shutil.rmtree(folder, ignore_errors=True)
+
+    def _compare_optimizers(self, trainer: Trainer) -> None:
+        """Compare the optimizers of a checkpoint that is about to be restored with those of this run."""
+        if self._saved_optimizers is None or not trainer.optimizers:
+            return
+        (names, saved), self._saved_optimizers = self._saved_optimizers, None
+        here = optimizer_names(trainer)
+        if names and names != here:
+            raise UserError(
+                f"the checkpoint was trained with {', '.join(names)}, this run has {', '.join(here)}: resume with the same "
+                f"optimizer, or start without ckpt_path"
+            )
+        own = own_settings(trainer)
+        changed = {name: value for name, value in own.items() if name in saved and saved[name] != value}
+        if not changed:
+            return
+        listed = "; ".join(
+            f"{name} {saved[name]} in the checkpoint, {value} in this run" for name, value in changed.items()
+        )
+        if self.keep_optimizer_settings:
+            rank_zero_warn(
+                f"the checkpoint's optimizer settings stay: {listed}. AdapterCheckpoint(keep_optimizer_settings=False) applies "
+                f"those of this run"
+            )
+        else:
+            rank_zero_info(f"this run's optimizer settings apply: {listed}")
+            self._other_settings = changed
 
     def _keep_training_state(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         if self._filters:

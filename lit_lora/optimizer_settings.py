@@ -1,0 +1,90 @@
+"""Settings of optimizers and learning rate schedules: what a resumed run changes, and applying it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+_OF_THE_SCHEDULE = (
+    "initial_lr",
+    "params",
+    "param_names",
+    "initial_momentum",
+    "max_lr",
+    "min_lr",
+    "max_momentum",
+    "base_momentum",
+)
+"""Entries of a parameter group that are no settings of the optimizer, or that the schedule sets."""
+
+_PROGRESS = ("last_epoch", "_step_count", "_last_lr", "base_lrs", "_get_lr_called_within_step", "_is_initial")
+_PROGRESS_OF_PLATEAUS = ("best", "num_bad_epochs", "cooldown_counter", "mode_worse", "last_value")
+
+
+def optimizer_names(trainer: Trainer) -> list[str]:
+    """Names of the classes of the run's optimizers."""
+    return [type(_inner(optimizer)).__name__ for optimizer in trainer.optimizers]
+
+
+def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Settings such as ``lr`` and ``weight_decay`` of each parameter group, and the constants of each schedule, by name."""
+    found: dict[str, Any] = {}
+    for number, state in enumerate(optimizer_states):
+        for place, group in enumerate(state["param_groups"]):
+            values = {name: value for name, value in group.items() if name not in _OF_THE_SCHEDULE}
+            values["lr"] = group.get("initial_lr", group["lr"])
+            found |= {f"optimizer {number}, group {place}: {name}": _plain(value) for name, value in values.items()}
+    for number, state in enumerate(scheduler_states):
+        constants = {name: value for name, value in state.items() if name not in (*_PROGRESS, *_PROGRESS_OF_PLATEAUS)}
+        found |= {
+            f"lr_scheduler {number}: {name}": value
+            for name, value in constants.items()
+            if isinstance(value, int | float | str | list | tuple) and not name.startswith("_")
+        }
+    return found
+
+
+def own_settings(trainer: Trainer) -> dict[str, Any]:
+    """The settings that this run's config gives, before a checkpoint is restored."""
+    groups = [{"param_groups": _inner(optimizer).param_groups} for optimizer in trainer.optimizers]
+    return settings(groups, [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs])
+
+
+def apply_settings(trainer: Trainer, wanted: dict[str, Any]) -> None:
+    """Give optimizers and schedules other settings in the middle of a run; their progress stays.
+
+    A learning rate that the schedule has reduced to a fraction becomes the same fraction of the new one.
+
+    Args:
+        trainer: Trainer whose state is restored.
+        wanted: Values by the names that :func:`settings` gives.
+    """
+    for name, value in wanted.items():
+        place, _, key = name.partition(": ")
+        if place.startswith("optimizer"):
+            number, group_number = (int(part.rpartition(" ")[2]) for part in place.split(", "))
+            group = _inner(trainer.optimizers[number]).param_groups[group_number]
+            if key != "lr":
+                group[key] = value
+                continue
+            before = group.get("initial_lr", group["lr"])
+            group["lr"] = value * (float(group["lr"]) / float(before)) if before else value
+            if "initial_lr" in group:
+                group["initial_lr"] = value
+                for config in trainer.lr_scheduler_configs:
+                    if _inner(config.scheduler.optimizer) is _inner(trainer.optimizers[number]):
+                        config.scheduler.base_lrs[group_number] = value
+        else:
+            setattr(trainer.lr_scheduler_configs[int(place.rpartition(" ")[2])].scheduler, key, value)
+
+
+def _inner(optimizer: Any) -> Any:
+    """The torch optimizer that Lightning or DeepSpeed wraps."""
+    wrapped = getattr(optimizer, "optimizer", None)
+    return optimizer if wrapped is None else wrapped
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
