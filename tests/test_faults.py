@@ -132,7 +132,7 @@ def test_comes_back_with_fewer_and_with_more_processes(start: Callable[..., Any]
             assert run.wait(120) == (0 if signalled is None else 128 + signal.SIGTERM)
             assert run.ends_within(1)
             assert run.console.count("lit-lora: stopped by SIGTERM at step ") == (signalled is not None)
-            assert run.console.count(f"processes, this run has {processes}") == bool(resumed)
+            assert run.console.count(f"processes and this run has {processes}") == bool(resumed)
             assert run.console.count("the global batch has ") == bool(resumed)
         resumed = ["--ckpt_path", "last"]
     keys = [key for _, *keys in diaries(tmp_path) for key in keys]

@@ -76,7 +76,7 @@ def test_size_is_bounded_by_the_adapters(sd_folder: Path, trainer_options: dict[
 
 
 @pytest.mark.parametrize("ema", [False, True])
-def test_resuming_equals_not_stopping(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     ema: bool, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
     whole = fit(sd_folder, trainer_options, every(2, tmp_path / "a"), max_steps=6, ema=ema)
@@ -118,7 +118,7 @@ def test_a_checkpoint_of_another_adapter_is_refused(
         fit(sd_folder, trainer_options, every(2, tmp_path / "new"), max_steps=4, resume=resume, **change)
 
 
-def test_old_checkpoints_go_with_their_folders(
+def test_old_checkpoints_are_removed_with_their_folders(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
     fit(sd_folder, trainer_options, every(1, tmp_path, save_top_k=-1), max_steps=3, ema=True)
@@ -127,7 +127,7 @@ def test_old_checkpoints_go_with_their_folders(
     assert sorted(p.suffix for p in (tmp_path / "one").iterdir()) == [".adapter", ".adapter", ".ckpt"]
 
 
-def test_what_a_killed_run_left_half_written_goes(
+def test_unfinished_files_of_a_killed_run_are_removed(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "epoch=0-step=9.ckpt.part").write_text("")
@@ -137,10 +137,10 @@ def test_what_a_killed_run_left_half_written_goes(
     assert sorted(p.name for p in tmp_path.glob("*.part")) == ["mine.part"]
 
 
-def test_the_last_link_always_leads_somewhere(
+def test_the_last_link_is_never_broken(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the moment when an old checkpoint has gone, ``last.ckpt`` already names the new one."""
+    """When an old checkpoint is removed, ``last.ckpt`` already points to the new one."""
     seen = []
     original = AdapterCheckpoint._remove_checkpoint
 
@@ -171,7 +171,7 @@ def test_an_unwritable_folder_is_found_before_training(
 
 
 class Plain(LightningModule):
-    """Somebody's module with PEFT layers that knows nothing of this project."""
+    """A module with PEFT layers that does not use this package."""
 
     def __init__(self) -> None:
         super().__init__()

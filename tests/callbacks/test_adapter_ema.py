@@ -44,7 +44,7 @@ def test_the_average_follows_the_formula(accumulate: int, trainer_options: dict[
     assert module.weight.item() == 4
 
 
-def test_the_average_is_there_where_a_finished_run_goes_on(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_average_is_restored_when_a_finished_run_continues(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     ema, batches = AdapterEMA(decay=0.5), loader_of([torch.zeros(1)] * 4)  # type: ignore[list-item]
     options = trainer_options | {"max_steps": 4}
     trainer = Trainer(callbacks=[ema], **options)
@@ -69,7 +69,7 @@ def test_decay_out_of_range() -> None:
         AdapterEMA(1.0)
 
 
-def test_it_copies_only_what_is_trained(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+def test_only_trainable_parameters_are_copied(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     ema = AdapterEMA()
     Trainer(callbacks=[ema], **trainer_options | {"max_steps": 1}).fit(Counting(), loader_of([torch.zeros(1)]))  # type: ignore[list-item]
     assert ema.state_dict()["shadow_params"].numel() == 1

@@ -47,13 +47,13 @@ def test_a_run_that_does_not_fit_is_refused_before_it_loads(sd_folder: Path, tra
     assert module.family.denoiser is None
 
 
-def test_a_run_that_fits_goes_on(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+def test_a_run_that_fits_starts(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     trainer = _trainer(trainer_options, "4GB")
     trainer.fit(_module(sd_folder), datamodule=Images())
     assert trainer.global_step == 1
 
 
-def test_the_changes_that_it_names_make_it_fit(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+def test_the_named_changes_make_the_run_fit(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     trainer = Trainer(max_steps=1, **trainer_options)
     trainer.fit(_module(sd_folder), datamodule=Images())
     needed = plan(run_of(_module(sd_folder), trainer)).needed

@@ -107,7 +107,7 @@ def fit(trainer_options, tmp_path):
 
 
 def near(size: int) -> Any:
-    """Residents are pages of the whole process: code is loaded when first used, freed blocks are kept for a while."""
+    """Resident memory counts all pages of the process: code is loaded at first use, and freed blocks are kept for a while."""
     return pytest.approx(size, abs=24 * MIB)
 
 
@@ -266,7 +266,7 @@ def test_sampling_is_a_phase_of_its_own(trainer_options, tmp_path):
 
 
 class Greedy(Heavy):
-    """Asks for more memory than there is."""
+    """Allocates more memory than there is."""
 
     def training_step(self, batch, batch_idx):
         if batch_idx == 1:
@@ -292,7 +292,7 @@ def test_out_of_memory(fit, capsys):
     assert out.index(error["advice"][0][0]) < out.index(error["advice"][1][0])
 
 
-def test_out_of_memory_in_a_phase_that_the_code_names_in_a_step_that_is_not_measured(fit):
+def test_out_of_memory_in_a_named_phase_of_an_unmeasured_step(fit):
     class Module(Heavy):
         def training_step(self, batch, batch_idx):
             if batch_idx == 3:
@@ -357,7 +357,7 @@ def test_shared_storages_count_once():
     assert (kinds["frozen weights"], kinds["adapter"]) == (8 * 4 * 4, 0)
 
 
-def test_stored_bytes_and_what_is_elsewhere():
+def test_quantized_weights_and_weights_on_other_devices():
     module = nn.Module()
     module.stored = nn.Parameter(torch.zeros(100, dtype=torch.uint8), requires_grad=False)
     module.wide = nn.Parameter(torch.zeros(10, dtype=torch.bfloat16), requires_grad=False)
@@ -408,7 +408,7 @@ def test_advice_follows_the_largest_kind():
     assert general_advice(none, full, 0, "32-true") == []
 
 
-def test_a_phase_is_told_by_its_highest_peak_and_its_last_end():
+def test_a_phase_records_its_highest_peak_and_its_last_end():
     record = MemoryRecord()
     for step, peak in enumerate((10, 30, 20)):
         sizes = {"allocated": peak, "reserved": 100 - peak}
@@ -418,10 +418,10 @@ def test_a_phase_is_told_by_its_highest_peak_and_its_last_end():
     assert (memory.end, memory.kinds, memory.step, memory.count) == ({"allocated": 2}, {"activations": 30}, 1, 3)
 
 
-def test_the_meter_has_freed_memory_given_back():
+def test_the_meter_returns_freed_memory_to_the_system():
     meter = ProcessMeter(CPU)
     if meter.keeps_freed:
-        pytest.skip("this C library gives memory back as it likes")
+        pytest.skip("this C library decides by itself when to return memory")
     before = meter.current()["resident"]
     blocks = [bytearray(b"x" * 50_000) for _ in range(1000)]
     kept = blocks[::50]  # free blocks between them are not at the end of the heap
@@ -432,7 +432,7 @@ def test_the_meter_has_freed_memory_given_back():
     del kept
 
 
-def test_the_meter_forgets():
+def test_the_meter_can_be_reset():
     meter = ProcessMeter(CPU)
     before = meter.current()["resident"]
     block = torch.ones(64 * MIB // 4)
@@ -442,7 +442,7 @@ def test_the_meter_forgets():
     assert meter.peak()["resident"] - before < 32 * MIB
 
 
-def test_the_meter_says_what_it_cannot_see():
+def test_the_meter_notes_what_it_cannot_measure():
     meter = ProcessMeter(CPU, resettable=False)
     assert "does not let this process reset its peak" in meter.note
     before = meter.current()["resident"]
@@ -463,7 +463,7 @@ def test_the_chart_is_to_scale():
         assert widths[kind] == pytest.approx(size * scale, abs=3)
 
 
-def test_a_run_without_the_callback_imports_nothing_of_it():
+def test_a_run_without_the_callback_does_not_import_it():
     code = (
         "import sys, lit_lora.callbacks, lit_lora.profiling.phases\n"
         "print(*[name for name in sys.modules if name == 'torch' or name.startswith('lit_lora.callbacks.')])"

@@ -1,4 +1,4 @@
-"""A fit that a signal stops goes on from there as if nothing had been. With several processes: test_faults.py."""
+"""A fit that a signal has stopped is resumed exactly; test_faults.py tests this with several processes."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def fit_line(options: dict[str, Any], *callbacks: Callback, resume: str | None =
 
 
 @pytest.mark.parametrize("accumulated", [1, 3])
-def test_resuming_equals_not_stopping(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     accumulated: int,
     sd_folder: Path,
     make_shards: Callable[..., list[Path]],
@@ -119,7 +119,7 @@ class Validations(Callback):
             self.steps.append(trainer.global_step)
 
 
-def test_a_signal_where_validation_is_due_counts_after_the_next_step(
+def test_a_signal_when_validation_is_due_takes_effect_after_the_next_step(
     trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
     more = {"val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
@@ -131,7 +131,7 @@ def test_a_signal_where_validation_is_due_counts_after_the_next_step(
     assert validations.steps == [2, 4, 6]
 
 
-def test_the_newest_checkpoint_counts_after_a_preemption(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_used_after_a_preemption(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     saving = {"every_n_train_steps": 2, "save_top_k": -1}
     with pytest.raises(SIGTERMException):
         fit_line(trainer_options, Preemption(), Signal(2), AdapterCheckpoint(tmp_path, **saving))
@@ -168,7 +168,7 @@ def test_last_is_found_however_checkpoints_are_saved(
 def test_a_link_to_the_last_checkpoint_becomes_a_checkpoint(
     sd_module: LoraDiffusion, make_shards: Callable[..., list[Path]], trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """With the adapter's folders, which are links then too."""
+    """The adapter's folders, which are links in this case, become folders too."""
     make_shards(12)
     checkpoints = AdapterCheckpoint(tmp_path / "here", every_n_train_steps=2, save_last="link")
     callbacks = [checkpoints, AdapterEMA(), Signal(before_batch=2), Preemption()]
@@ -202,10 +202,8 @@ def test_a_signal_in_the_sanity_check_stops_after_the_first_step(
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_the_handlers_of_before_are_back_afterwards(
-    stopped: bool, trainer_options: dict[str, Any], tmp_path: Path
-) -> None:
-    """And where the trainer does something else, or the callback is not there, Lightning has its own."""
+def test_previous_handlers_are_restored(stopped: bool, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    """Other stages, and runs without the callback, keep Lightning's handlers."""
     ours: list[bool] = []
 
     class Look(Callback):
@@ -243,7 +241,7 @@ def test_the_handlers_of_before_are_back_afterwards(
         (signal.SIGTERM, False, 0, "stopped by SIGTERM at step 2; .* resume with --ckpt_path last\n", ""),
     ],
 )
-def test_a_slurm_job_goes_into_the_queue_again(
+def test_a_slurm_job_is_requeued(
     number: signal.Signals,
     array: bool,
     status: int,
@@ -271,10 +269,10 @@ def test_a_slurm_job_goes_into_the_queue_again(
     assert re.search(said, capsys.readouterr().err)
 
 
-def test_the_plugin_says_which_signal_requeues(
+def test_the_plugin_sets_the_requeue_signal(
     trainer_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And none does with ``auto_requeue=False``."""
+    """With ``auto_requeue=False`` no signal requeues the job."""
     for name, value in {"JOB_ID": "77", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("PATH", str(tmp_path))  # without scontrol
@@ -295,7 +293,7 @@ def test_the_plugin_says_which_signal_requeues(
 
 
 @pytest.mark.parametrize("configured", [[], [{"class_path": "Preemption"}]])
-def test_lit_lora_fit_has_it_once(
+def test_lit_lora_fit_adds_one_preemption(
     configured: list[dict[str, Any]], sd_folder: Path, make_shards: Callable[..., list[Path]], tmp_path: Path
 ) -> None:
     make_shards(2)
@@ -306,7 +304,7 @@ def test_lit_lora_fit_has_it_once(
 
 @pytest.mark.slow
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
-    """Two signals in a moment are one, since launchers hand on what their processes have got already."""
+    """Two signals in quick succession count once, since launchers forward signals that their processes have already received."""
     script = subprocess.Popen([sys.executable, str(SLOW_SCRIPT), str(tmp_path)], stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120

@@ -50,7 +50,7 @@ def fit(trainer_options, tmp_path):
     return fit
 
 
-def test_what_is_counted(fit, capsys):
+def test_counted_figures(fit, capsys):
     start, cpu = time.monotonic(), time.process_time()
     report = fit()
     taken = report["this_run"]
@@ -102,7 +102,7 @@ class Busy(Dataset):
 
 
 @pytest.mark.slow
-def test_loader_processes_take_time_too(fit):
+def test_time_of_loader_processes_is_counted(fit):
     before = time.process_time()
     taken = fit(loader=DataLoader(Busy(), batch_size=1, num_workers=1))["this_run"]
     assert taken["cpu_seconds"] >= time.process_time() - before + 0.4
@@ -187,7 +187,7 @@ def test_a_second_run_starts_from_zero(fit):
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_the_peak_beside_a_profiler_that_has_it_forgotten(fit, first):
+def test_the_peak_with_a_profiler_that_resets_it(fit, first):
     class Module(Tiny):
         def training_step(self, batch, batch_idx):
             if batch_idx == 1:

@@ -58,7 +58,7 @@ def test_sampling_does_not_disturb_training(sd_module: LoraDiffusion, trainer_op
     assert sd_module.family.denoiser.training
 
 
-def test_the_average_draws_if_there_is_one(
+def test_the_averaged_weights_are_used_if_there_are_any(
     sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
     sd_module.optimizer = lambda p: torch.optim.SGD(p, lr=10.0)
@@ -107,7 +107,7 @@ def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None
 
 @pytest.mark.slow
 def test_two_processes_train_and_sample(sd_folder: Path, tmp_path: Path) -> None:
-    """Only the first draws, and the other one's collective calls stay in step."""
+    """Both processes draw a part of the grid, and their collective calls match."""
     images = tmp_path / "images"
     images.mkdir()
     for i in range(12):

@@ -1,4 +1,4 @@
-"""An http server on the loopback device that fails as it is told to."""
+"""An HTTP server on the loopback device that fails on request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Fault = str | int | None
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for."""
+    """A request that the server received."""
 
     method: str
     path: str
@@ -24,24 +24,24 @@ class Request:
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves the files of a folder by GET and HEAD, and does wrong what it is told to.
+    """Serves the files of a folder by GET and HEAD, with configured faults.
 
-    A fault is a status, or one of ``drop`` (the connection is closed without an answer), ``truncate`` (after half of
-    the body), ``stall`` (the second half never comes), ``long`` (``Content-Length`` is too large by 10), ``short``
+    A fault is a status, or one of ``drop`` (the connection is closed without a response), ``truncate`` (after half of
+    the body), ``stall`` (the second half is never sent), ``long`` (``Content-Length`` is too large by 10), ``short``
     (too small by 10), ``gzip`` (a false ``Content-Encoding``), ``shift`` (a range that was not requested), ``redirect``
     and ``not tar`` (the right number of wrong bytes).
 
     Attributes:
-        faults: One for each of the next requests.
-        fault: For all requests after those; a function of the request's path may choose.
-        ranges: Whether ``Range`` is obeyed.
-        conditions: Whether ``If-Range`` is.
+        faults: Faults of the next requests, one each.
+        fault: Fault of all later requests, or a function from a request's path to its fault.
+        ranges: Whether the server supports ``Range``.
+        conditions: Whether the server supports ``If-Range``.
         etags: Whether files have an ``ETag``.
-        retry_after: The header's value in answers with 429 and 503.
-        chunked: Whether bodies come without ``Content-Length``.
-        requests: All that came in.
-        sent: Bytes of bodies that went out.
-        stalling: How many answers are being held back.
+        retry_after: Value of this header in responses with status 429 and 503.
+        chunked: Whether bodies are sent without ``Content-Length``.
+        requests: All requests that were received.
+        sent: Number of bytes of all bodies that were sent.
+        stalling: Number of responses that are being held back.
     """
 
     daemon_threads = True

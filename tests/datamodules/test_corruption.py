@@ -1,4 +1,4 @@
-"""Damage of all kinds: what the user sees at training, and what `lit-lora shards check` says."""
+"""Damage of all kinds, with the messages of training and of `lit-lora shards check`."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ JPEG, PNG = _encode(), _encode(image_format="PNG")
 
 
 class Case(NamedTuple):
-    """Damage, and what is seen of it.
+    """Damage, and the messages that report it.
 
     Attributes:
-        training: Part of what training says: of the whole shard, when it starts, or of one sample. Empty if nothing.
-        check: The kind of problem that the check finds; empty if none.
-        at_start: Whether the run does not start.
+        training: Part of the message of training about the shard or one sample; empty if there is none.
+        check: Kind of problem that the check finds; empty if there is none.
+        at_start: Whether the run is refused at the start.
         members: Members that replace those of one sample, by extension.
-        damage: What happens to the file; it gets its bytes and the place of that sample's first header.
+        damage: Function that damages the shard, from its bytes and the offset of that sample's first header.
     """
 
     training: str

@@ -63,19 +63,19 @@ class Recorder(LightningModule):
 
 
 class CountsShowings(Recorder):
-    """Records the showings that count."""
+    """Records the samples with positive weight."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.showings: list[int] = []
+        self.slots: list[int] = []
 
     def training_step(self, batch, batch_idx):
-        self.showings += [slot for slot, weight in zip(batch["slot"], batch["weight"], strict=True) if weight]
+        self.slots += [slot for slot, weight in zip(batch["slot"], batch["weight"], strict=True) if weight]
         return super().training_step(batch, batch_idx)
 
 
 class Crash(Callback):
-    """Raises before a step, as a kill would end the run."""
+    """Raises an error before a step, which ends the run like a kill."""
 
     def __init__(self, step):
         self.step = step
@@ -86,7 +86,7 @@ class Crash(Callback):
 
 
 class ReadsSteppingBatches(Recorder):
-    """Asks for the number of steps, which makes Lightning forget the loader's own state."""
+    """Reads the estimated number of steps, which makes Lightning lose the loader's own state."""
 
     def configure_optimizers(self):
         assert self.trainer.estimated_stepping_batches > 0
@@ -164,7 +164,7 @@ def test_each_pass_takes_all_samples_once(tmp_path, make_shards):
     assert sorted(slots) == list(range(24))
 
 
-def test_place_survives_where_lightning_drops_the_loader_state(tmp_path, make_shards):
+def test_position_survives_if_lightning_drops_the_loader_state(tmp_path, make_shards):
     paths = make_shards(12)
     whole = _fit(tmp_path, _data(paths), max_epochs=2)
     save, model = _save_each_step(tmp_path), ReadsSteppingBatches()
@@ -184,14 +184,14 @@ def test_checkpoint_of_other_data(tmp_path, make_shards):
         _fit(tmp_path, data, [_save_each_step(tmp_path)], tmp_path / "step=2.ckpt", max_steps=4)
 
 
-def test_reloading_the_loader_goes_on(tmp_path, make_shards):
+def test_reloading_the_loader_continues(tmp_path, make_shards):
     paths = make_shards(12)
     whole = _fit(tmp_path, _data(paths), max_epochs=3)
     reloaded = _fit(tmp_path, _data(paths), max_epochs=3, reload_dataloaders_every_n_epochs=1)
     assert reloaded.train_seen == whole.train_seen
 
 
-def test_fitting_again_goes_on(tmp_path, make_shards):
+def test_second_fit_continues(tmp_path, make_shards):
     paths = make_shards(12)
     whole = _fit(tmp_path, _data(paths), max_epochs=2)
     data = _data(paths)
@@ -298,7 +298,7 @@ def test_another_batch_size_neither_repeats_nor_loses_samples(tmp_path, make_sha
     data = _data(paths, batch_size=5, **options)
     _fit(tmp_path, data, [_save_each_step(tmp_path)], tmp_path / "step=5.ckpt", second, max_epochs=2)
 
-    shown = first.showings + second.showings
+    shown = first.slots + second.slots
     assert sorted(shown) == list(range(48))
     assert sorted(shown[:24]) == list(range(24))
 
@@ -387,14 +387,14 @@ def test_crash_ends_the_stager(tmp_path, server):
     assert not list((tmp_path / "stage").glob("lit_lora-job-*"))
 
 
-def test_shard_that_cannot_be_had_ends_the_run(tmp_path, server):
+def test_unavailable_shard_ends_the_run(tmp_path, server):
     server.fault = lambda path: 404 if path.endswith("000001.tar") else None
     data = _data([server.url], chunks=Chunks(3, staging=Staging(str(tmp_path / "stage"))))
     with pytest.raises(UserError, match=r"shard-000001.tar.*404"):
         _fit(tmp_path, data, max_epochs=1)
 
 
-def test_remote_shards_need_a_place(server, tmp_path):
+def test_remote_shards_need_staging(server, tmp_path):
     with pytest.raises(UserError, match=r"http://127.0.0.1:.* is not on a local disk; set chunks.staging.dir"):
         _data([server.url]).setup("fit")
     with pytest.raises(UserError, match=r"budget for staged shards is 5.0 kB .* the two largest of 3 chunks have"):
@@ -481,7 +481,7 @@ if __name__ == "__main__":
 
 
 def _run_pair(out, shards, ckpt_path=""):
-    """What the processes of a run with two of them saw, the batches put together."""
+    """The global batches that the two processes of a run saw."""
     out.mkdir()
     script = out / "script.py"
     script.write_text(SCRIPT)

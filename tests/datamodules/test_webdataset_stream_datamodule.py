@@ -58,7 +58,7 @@ def _data(shards, batches_per_epoch=6, **options):
 
 
 def _process(data, rank, world_size):
-    """As if this were one of several processes."""
+    """The datamodule with a trainer of one of several processes."""
     data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, overfit_batches=0)
     return data
 
@@ -86,7 +86,7 @@ def _samples(number_of):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_epochs_have_their_length_and_go_on_in_the_stream(make_shards, num_workers):
+def test_epochs_have_fixed_length_and_continue_the_stream(make_shards, num_workers):
     """With webdataset's with_epoch, two workers would make twice as many."""
     data = _data(make_shards(6, 6, 6), num_workers=num_workers, decoder=ImageDecoder(random_flip=True))
     data.setup("fit")
@@ -133,7 +133,7 @@ def test_processes_see_different_samples_in_different_slots(make_shards):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resumed_run_goes_on_approximately(tmp_path, caplog, make_shards, num_workers):
+def test_resume_is_approximate(tmp_path, caplog, make_shards, num_workers):
     shards = make_shards(*[3] * 6)
     save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole = _fit(tmp_path, _data(shards, num_workers=num_workers), [save], max_epochs=2)
@@ -199,7 +199,7 @@ def test_validation_is_limited_and_predicts(tmp_path, make_shards):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_all_processes_validate_as_many_batches(make_shards, num_workers):
+def test_all_processes_validate_the_same_number_of_batches(make_shards, num_workers):
     shards = [str(shard) for shard in make_shards(5, 1, 1, 1)]
     seen = []
     for rank in range(3):
@@ -243,7 +243,7 @@ def test_bad_samples_are_skipped_up_to_the_limit(tmp_path, write_tar, encode_ima
     assert f"\n  6 in {shard}: the image's header cannot be read" in str(error.value)
 
 
-def test_shards_that_give_nothing_are_an_error(monkeypatch, make_shards):
+def test_shards_without_usable_samples_are_an_error(monkeypatch, make_shards):
     monkeypatch.setattr("lit_lora.datamodules.streaming.shard_stream._MAX_FAILURES_IN_A_ROW", 10)
     (shard,) = make_shards(1)
     shard.write_bytes(bytes(1024))
@@ -314,7 +314,7 @@ def test_missing_data_is_reported(tmp_path, monkeypatch):
         _data(["https://host/a.tar"]).setup("fit")
 
 
-def test_shards_in_every_way_of_writing(monkeypatch, make_shards):
+def test_all_forms_of_shard_names(monkeypatch, make_shards):
     shards = make_shards(1, 1)
     folder = shards[0].parent
     monkeypatch.chdir(folder.parent)
@@ -328,7 +328,7 @@ def test_shards_in_every_way_of_writing(monkeypatch, make_shards):
 
 
 def test_colons_in_a_local_path(monkeypatch, make_shards):
-    """By itself webdataset takes what is before the colon for a scheme."""
+    """Webdataset alone would take the text before the colon for a scheme."""
     (shard,) = make_shards(2, folder="http:")
     monkeypatch.chdir(shard.parents[1])
     data = _data(["http:/shard-000000.tar"])
@@ -382,7 +382,7 @@ def test_command_line(tmp_path, capsys, make_shards, sd_folder):
 
 @pytest.mark.slow
 def test_spawned_workers(monkeypatch, make_shards):
-    """They know neither rank nor world size from their environment."""
+    """Their environment contains neither rank nor world size."""
     monkeypatch.setattr(
         multiprocessing.context._default_context, "_actual_context", multiprocessing.get_context("spawn")
     )
@@ -436,7 +436,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_uneven_shards_on_two_processes(tmp_path, make_shards):
-    """By itself webdataset gives the processes different numbers of batches, and they wait for each other for ever."""
+    """Webdataset alone would give the processes different numbers of batches, and they would wait for each other forever."""
     shards = make_shards(2, 1, 2, 1, 2)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

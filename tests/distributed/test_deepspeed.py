@@ -121,7 +121,7 @@ def test_goes_on_where_another_run_was(runs: Runs, stage: int, source: str) -> N
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_single_process_goes_on(runs: Runs, tmp_path: Path, stage: int) -> None:
     resume = runs.folder / f"stage-{stage}" / script.WITHIN
-    with pytest.warns(UserWarning, match="saved by 2 processes, this run has 1"):
+    with pytest.warns(UserWarning, match="saved by 2 processes and this run has 1"):
         found = script.train(runs.model, "auto", tmp_path, resume=resume)
     assert found["losses"] == pytest.approx(runs.losses(f"stage-{stage}")[script.RESUMED_FROM :], abs=1e-6)
     after = torch.load(tmp_path / "after.ckpt", weights_only=True)

@@ -93,7 +93,7 @@ def test_staging_buckets_and_padding(plan, tmp_path):
     [
         ({"processes": 0}, "processes=0 is too small"),
         ({"images_per_second": -1}, "images_per_second=-1.0 is too small"),
-        ({"data__init_args__chunks__count": 7}, "chunks.count=7 does not fit 6 shards"),
+        ({"data__init_args__chunks__count": 7}, "chunks.count=7 exceeds the number of shards, 6"),
         ({"processes": 60}, "do not fill one batch of 60"),
         ({"data__init_args__chunks__staging": "{dir: x, budget: 1kB}"}, "budget for staged shards"),
         ({"data__init_args__nonsense": 1}, "nonsense"),

@@ -49,7 +49,7 @@ def test_counts_are_those_of_the_samples(table, bucketing, held_out):
     assert chunks.chunk_bytes.sum() == table.shard_size.sum()
 
 
-def test_samples_come_to_their_shape(table):
+def test_samples_are_assigned_to_the_nearest_shape(table):
     chunks = ChunkedSamples.split(table, Bucketing.of(64, BUCKETS), 1)
     sizes = {
         table.key(int(sample)).partition("-")[2]: chunks.sizes[bucket].tolist()

@@ -17,7 +17,7 @@ from tests.datamodules.one_chunk import OneChunk
 
 @dataclass(frozen=True)
 class Chunked:
-    """Samples in chunks and buckets as they are listed: ``buckets[chunk]`` has the bucket of each of its samples."""
+    """Listed samples in chunks and buckets: ``buckets[chunk]`` holds the bucket of each sample of the chunk."""
 
     buckets: tuple[tuple[int, ...], ...]
     num_buckets: int
@@ -99,7 +99,7 @@ def test_a_pass_is_a_partition_up_to_leftovers(chunks, size, kind, number):
 
 
 @given(chunked(), sizes, kinds, st.integers(0, 50))
-def test_a_batch_is_whole_and_of_one_bucket_and_chunk(chunks, size, kind, number):
+def test_a_batch_is_full_and_of_one_bucket_and_chunk(chunks, size, kind, number):
     plan = _plan(chunks, size, **kind)
     if plan is None:
         return
@@ -118,7 +118,7 @@ def test_a_batch_is_whole_and_of_one_bucket_and_chunk(chunks, size, kind, number
 
 
 @given(chunked(), sizes, kinds)
-def test_places_are_the_same_from_wherever_one_comes(chunks, size, kind):
+def test_resuming_at_any_position_gives_the_same_batches(chunks, size, kind):
     plan = _plan(chunks, size, **kind)
     if plan is None:
         return
@@ -231,7 +231,7 @@ def test_chunks_come_in_another_order_each_pass():
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=60), st.integers(1, 60), st.integers(0, 2**40))
-def test_shards_are_dealt_evenly(counts, num_chunks, seed):
+def test_shards_are_distributed_evenly(counts, num_chunks, seed):
     counts = np.array(counts)
     if num_chunks > len(counts):
         with pytest.raises(UserError, match=rf"chunks\.count={num_chunks} exceeds .* shards, {len(counts)};"):
@@ -245,7 +245,7 @@ def test_shards_are_dealt_evenly(counts, num_chunks, seed):
     assert max(counts[chunk].sum() for chunk in chunks) <= counts.sum() / num_chunks + 2 * counts.max()
 
 
-def test_shards_come_together_at_random():
+def test_chunks_are_random_sets_of_shards():
     counts = np.full(100, 10)
     chunks = split_shards(counts, 10, 0)
     assert [len(chunk) for chunk in chunks] == [10] * 10
@@ -264,6 +264,6 @@ def test_too_few_samples():
         Plan(OneChunk(0), 8, leftovers="pad")
 
 
-def test_resuming_with_the_old_size_after_nothing_was_taken_forgets_the_other():
+def test_resuming_with_another_size_before_any_batch_leaves_one_segment():
     cursor = Plan(OneChunk(20), 4).start()
     assert Plan(OneChunk(20), 5).resume(cursor).segments == (Segment(5, 0),)

@@ -66,7 +66,7 @@ def test_contract(decoder):
     assert decoder.extensions == ("safetensors", "txt")
 
 
-def test_the_same_showings_are_mirrored_as_without_a_cache(decoder):
+def test_the_same_occurrences_are_flipped_as_without_a_cache(decoder):
     tensors, members = _tensors(), _members()
     mirrored = 0
     for slot in range(60):

@@ -89,14 +89,14 @@ def test_all_differences_are_listed():
     assert str(caught.value).count(" in the cache, ") == 2
 
 
-def test_mirrored_images_have_to_be_there_only_where_they_are_wanted():
+def test_flipped_images_are_required_only_by_runs_that_flip():
     DESCRIPTION.check("cache", **RUN | {"random_flip": False})
     with pytest.raises(UserError, match="flipped: false in the cache, true here"):
         replace(DESCRIPTION, flipped=False).check("cache", **RUN)
     replace(DESCRIPTION, flipped=False).check("cache", **RUN | {"random_flip": False})
 
 
-def test_without_cached_text_captions_and_encoders_are_free():
+def test_without_cached_text_captions_and_encoders_are_not_compared():
     latents = replace(DESCRIPTION, encoders=None, captions=None)
     latents.check("cache", **RUN | {"captions": Captions(dropout=0.5), "identity": {"vae": "a vae", "text": "other"}})
 

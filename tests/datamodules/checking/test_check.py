@@ -15,7 +15,7 @@ from lit_lora.errors import UserError
 
 @pytest.fixture
 def found(tmp_path, write_tar):
-    """What is found in a shard of these members: the kinds and keys."""
+    """Kinds and keys of the problems found in a shard of these members."""
 
     def find(members, **options):
         path = write_tar(tmp_path / "x.tar", members)
@@ -62,8 +62,8 @@ def test_images_of_too_many_pixels_are_not_decoded(found, tmp_path, width, heigh
     assert found({"a.png": (tmp_path / "x.png").read_bytes(), "a.txt": b"x"}) == [("too many pixels", "a")]
 
 
-def test_header_that_lies_far_behind(found, encode_image):
-    """64 KiB of metadata come first; without decoding the whole image is read only then."""
+def test_header_behind_long_metadata(found, encode_image):
+    """The header follows 64 KiB of metadata; only then does the check without decoding read the whole image."""
     image = encode_image(exif=b"Exif\0\0" + bytes(60_000), comment=bytes(60_000))
     assert found({"a.jpg": image, "a.txt": b"x"}, decode=False) == []
 
@@ -163,7 +163,7 @@ def test_damaged_shards_do_not_hide_the_others(tmp_path, make_shards):
     assert summary.examples["unreadable image header"][0].key == "0003"
 
 
-def test_examples_are_few_and_the_report_is_whole(tmp_path, write_tar, encode_image):
+def test_the_summary_has_few_examples_and_the_report_all_problems(tmp_path, write_tar, encode_image):
     path = write_tar(tmp_path / "x.tar", {f"{number}.jpg": encode_image() for number in range(9)})
     summary = check_shards([path], report=tmp_path / "new" / "report.jsonl")
     assert summary.counts == {"no caption": 9}
@@ -172,7 +172,7 @@ def test_examples_are_few_and_the_report_is_whole(tmp_path, write_tar, encode_im
     assert os.listdir(tmp_path / "new") == ["report.jsonl"]
 
 
-def test_report_of_a_check_that_was_cut_short(tmp_path, make_shards, monkeypatch):
+def test_report_of_an_interrupted_check(tmp_path, make_shards, monkeypatch):
     monkeypatch.setattr(check, "check_sample", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check_shards(make_shards(2), report=tmp_path / "new" / "report.jsonl")

@@ -40,7 +40,7 @@ def test_samples_become_rows():
     assert (batch["pixels"].dtype, batch["latents"].dtype) == (torch.uint8, torch.float16)
 
 
-def test_first_sample_stands_in():
+def test_first_sample_fills_empty_rows():
     batch = _build(2, 1, size=4).finish()
     assert batch["count"].tolist() == [2, 1, 2, 2]
     assert batch["caption"] == ["number 2", "number 1", "number 2", "number 2"]
@@ -79,7 +79,7 @@ class Batches(Dataset):
         return batch | {"shared": batch["pixels"].is_shared()}
 
 
-def test_batches_of_workers_are_built_where_they_are_handed_over():
+def test_batches_of_workers_are_built_in_shared_memory():
     (first, second) = DataLoader(Batches(), batch_size=None, num_workers=1, collate_fn=_same)
     assert first["shared"]
     assert first["count"].tolist() == second["count"].tolist() == [0, 1, 2]
@@ -99,7 +99,7 @@ def _large(value):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory has an allocator of its own")
-def test_memory_is_used_again_when_nothing_of_the_batch_is_left():
+def test_memory_is_reused_when_the_batch_has_been_freed():
     first = _large(1)
     address, part = first.data_ptr(), first[0, 0]
     assert _large(2).data_ptr() != address
@@ -115,7 +115,7 @@ def test_memory_is_used_again_when_nothing_of_the_batch_is_left():
     assert (third == 4).all()
 
 
-def test_memory_of_batches_of_other_sizes_does_not_pile_up():
+def test_memory_of_batches_of_other_sizes_is_freed():
     from lit_lora.datamodules.decoding.batch_builder import _MEMORY
 
     for height in range(300, 900, 100):

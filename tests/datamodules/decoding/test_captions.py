@@ -29,7 +29,7 @@ def _draw_json(value, key):
     return Captions([CaptionSource("json", key=key)]).draw(_json(value), 0, 0)
 
 
-def test_by_default_the_text_and_else_the_json():
+def test_default_is_the_text_and_then_the_json():
     captions = Captions()
     assert captions.extensions == ("txt", "json")
     assert captions.draw({"txt": b"\xef\xbb\xbf a fox\n", "json": b"not looked at"}, 0, 0) == "a fox"
@@ -66,7 +66,7 @@ def test_paths_that_lead_nowhere(key):
         _draw_json({"a": ["x", "y"]}, key)
 
 
-def test_of_a_list_each_text_is_drawn_equally_often():
+def test_texts_of_a_list_are_drawn_uniformly():
     captions = Captions([CaptionSource("json", key="texts")])
     members = _json({"texts": ["a", "b", "c", "d"]})
     counts = Counter(captions.draw(members, 0, slot) for slot in SLOTS)
@@ -160,7 +160,7 @@ def test_shuffling_reaches_every_order():
 
 
 def test_draws_do_not_depend_on_each_other():
-    """The order of tags of a caption is the same with and without dropout and further captions."""
+    """Dropout and further captions do not change the order of a caption's tags."""
     plain = Captions(shuffle_tags=True)
     varied = Captions([CaptionSource("txt", weight=1), CaptionSource("json", weight=1)], dropout=0.5, shuffle_tags=True)
     text = b"a, b, c, d, e"
@@ -177,7 +177,7 @@ def test_which_caption_and_which_order_are_independent():
     assert all(abs(count - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for count in counts.values())
 
 
-def test_drawn_anew_at_each_showing_and_for_each_seed():
+def test_drawn_anew_at_each_occurrence_and_for_each_seed():
     captions = Captions(shuffle_tags=True)
     members = {"txt": b"a, b, c, d, e, f, g, h"}
     assert len({captions.draw(members, 0, slot) for slot in range(10)}) > 5

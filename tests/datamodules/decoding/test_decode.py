@@ -74,7 +74,7 @@ def test_text():
 
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
 def test_damaged_bytes_never_kill_the_process(encode_image, format_):
-    """Torchvision's own PNG decoder ends in a segmentation fault on some of these."""
+    """Torchvision's PNG decoder crashes with a segmentation fault on some of these."""
     data = encode_image(24, 16, format_)
     rng = np.random.default_rng(0)
     bad = 0

@@ -1,4 +1,4 @@
-"""A kind of samples that the project does not know, in one class."""
+"""A custom kind of sample, defined in one class."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_bad_arrays_are_counted(tmp_path, write_tar, trainer_options):
         Trainer(**trainer_options | {"max_epochs": 1}).fit(Recorder(), data)
 
 
-def test_what_it_requires_is_checked_beforehand(tmp_path, write_tar, encode_image):
+def test_required_members_are_checked_before_training(tmp_path, write_tar, encode_image):
     shard = write_tar(tmp_path / "a.tar", {"0.npy": _npy([0]), "1.jpg": encode_image()})
     with pytest.raises(UserError, match=r"1 of 2 samples have no array \(\.npy\)"):
         WebDatasetDataModule(str(shard), decoder=ArrayDecoder(1)).setup("fit")

@@ -16,7 +16,7 @@ def _facts(index: ShardIndex):
     return index.shard_size, index.shard_mtime_ns, columns
 
 
-def test_holds_what_the_shards_indexes_hold(make_shards):
+def test_equals_the_indexes_of_the_shards(make_shards):
     paths = make_shards(3, 1, 4)
     made = DataIndex.load_or_build(paths)
 
@@ -52,7 +52,7 @@ def test_other_shards_of_the_folder_stay_known(make_shards):
     assert DataIndex.load_or_build(paths[:2]).names == ("shard-000000.tar", "shard-000001.tar")
 
 
-def test_is_mapped_and_travels_as_its_path(make_shards):
+def test_is_mapped_and_pickled_as_its_path(make_shards):
     made = DataIndex.load_or_build(make_shards(30, 30))
     assert len(pickle.dumps(made)) < 500
     assert _facts(pickle.loads(pickle.dumps(made)).shard(1)) == _facts(made.shard(1))

@@ -60,7 +60,7 @@ def test_copy_of_the_index_is_kept_until_refreshed(server):
     assert len(server.requests) == 2
 
 
-def test_signature_goes_with_each_request_and_into_no_message(server):
+def test_signature_is_sent_with_each_request_and_in_no_message(server):
     secret = "hid" + "den"  # the traceback shows this file's lines
     base, query = server.url.replace("//", f"//user:{secret}@"), f"?signature={secret}"
     table = open_table(base + "/shard-{000000..000001}.tar" + query)
@@ -82,6 +82,6 @@ def test_signature_goes_with_each_request_and_into_no_message(server):
         ("/shard-{0..", "unbalanced braces"),
     ],
 )
-def test_what_is_not_there(server, spec, message):
+def test_missing_shards_and_indexes(server, spec, message):
     with pytest.raises(UserError, match=message):
         open_table(server.url + spec)

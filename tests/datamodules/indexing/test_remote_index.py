@@ -38,7 +38,7 @@ def test_index_is_that_of_the_local_shards_and_training_finds_it(server, paths, 
     assert not list((remote_index_copy(server.url).parent).rglob("*.tar"))
 
 
-def test_goes_on_where_it_was(server, paths):
+def test_interrupted_run_continues(server, paths):
     spec = server.url + "/shard-{000000..000002}.tar"
     server.fault = lambda path: 404 if path.endswith("2.tar") else None
     with pytest.raises(UserError, match=r"(?s)1 of 3 shards cannot be used:\n  .*000002.tar.*404"):
@@ -50,7 +50,7 @@ def test_goes_on_where_it_was(server, paths):
     assert read == ["/shard-000002.tar"]
 
 
-def test_damaged_shard_is_named_without_what_is_secret(server, paths):
+def test_damaged_shard_is_named_without_credentials(server, paths):
     paths[1].write_bytes(paths[1].read_bytes()[:700])
     with pytest.raises(UserError, match=r"(?s)1 of 3 shards cannot be used:\n  .*000001.tar is trunc") as caught:
         index_remote([server.url + "/shard-{000000..000002}.tar?token=secret"])

@@ -147,12 +147,12 @@ def test_without_samples(tmp_path, write_tar, members):
         scan_shard(write_tar(tmp_path / "x.tar", members))
 
 
-def test_key_that_comes_back(tmp_path, write_tar):
+def test_repeated_key(tmp_path, write_tar):
     members = dict.fromkeys(["first.txt", "second.txt", "first.json"], b"x")
     with pytest.raises(UserError, match="key 'first' twice"):
         scan_shard(write_tar(tmp_path / "x.tar", members))
 
 
-def test_member_that_comes_twice(tmp_path, write_tar):
+def test_repeated_member(tmp_path, write_tar):
     with pytest.raises(UserError, match="key 'a' twice"):
         scan_shard(write_tar(tmp_path / "x.tar", dict.fromkeys(["a.txt", "a.TXT"], b"x")))

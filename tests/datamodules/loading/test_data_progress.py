@@ -102,14 +102,14 @@ def test_bad_samples_are_counted(fit, tmp_path, make_shards):
     assert float(rows[1].split(",")[rows[0].split(",").index("data/bad_samples")]) == 1.0
 
 
-def test_one_chunk_has_no_end(fit):
+def test_a_single_chunk_calls_no_hook(fit):
     watcher = Watcher()
     module, _ = fit([watcher], data={"chunks": Chunks()}, max_epochs=2)
     assert not watcher.seen
     assert not module.chunks
 
 
-def test_users_own_is_kept_and_there_is_one(fit):
+def test_the_users_callback_is_kept_and_not_duplicated(fit):
     own, watcher = DataProgress(), Watcher()
     fit([own, watcher], max_epochs=1)
     assert len(watcher.seen) == 3
@@ -206,7 +206,7 @@ def test_chunks_that_end_between_two_steps_are_saved_after_the_step(fit, tmp_pat
         assert resumed.keys == whole.keys[len(whole.keys) - len(resumed.keys) :]
 
 
-def test_tuner_and_validation_leave_the_place_alone(fit, trainer_options, tmp_path):
+def test_tuner_and_validation_keep_the_position(fit, trainer_options, tmp_path):
     save = AdapterCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=5, save_top_k=-1)
     fresh, _ = fit([save], max_steps=5, data={"val_samples": 4})
     module = Module()

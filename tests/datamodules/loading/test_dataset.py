@@ -54,14 +54,14 @@ def test_batch_contract(make_shards, dataset_of, encode_image):
         assert batch["crop_top_left"][place].tolist() == list(framed.crop_top_left)
 
 
-def test_only_what_is_needed_is_read(tmp_path, write_tar, encode_image, dataset_of):
+def test_only_needed_members_are_read(tmp_path, write_tar, encode_image, dataset_of):
     members = {"a.jpg": encode_image(), "a.json": b'{"caption": "json"}', "a.txt": b"txt"}
     dataset = dataset_of([write_tar(tmp_path / "x.tar", members)], Captions([CaptionSource("json")]))
     assert dataset.__getitems__(_requests(0))["caption"] == ["json"]
     assert set(dataset.reader.read(0, dataset.decoder.extensions)) == {"jpg", "json"}
 
 
-def test_bad_samples_are_stood_in_for(tmp_path, write_tar, encode_image, dataset_of):
+def test_bad_samples_are_replaced(tmp_path, write_tar, encode_image, dataset_of):
     good = encode_image()
     members = {
         "a.jpg": good[:-50], "a.txt": b"a", "b.jpg": good, "b.txt": b"b", "c.jpg": good, "c.txt": b"caf\xe9",

@@ -80,7 +80,7 @@ def test_resumes_exactly(dataset, num_workers, consumed):
 
 
 @workers
-def test_abandoned_iteration_goes_on_where_it_was(dataset, num_workers):
+def test_abandoned_iteration_continues(dataset, num_workers):
     loader = PlannedLoader(dataset, _plan(13, 3), num_workers=num_workers)
     whole = _seen(PlannedLoader(dataset, _plan(13, 3)))
 
@@ -105,7 +105,7 @@ def test_processes_share_the_global_batch(dataset):
             assert torch.equal(batch[name], torch.cat([low[name], high[name]]))
 
 
-def test_state_serves_another_number_of_processes(dataset):
+def test_state_works_with_another_number_of_processes(dataset):
     pair = [PlannedLoader(dataset, _plan(13, 4), rank, world_size=2) for rank in range(2)]
     for loader in pair:
         next(iter(loader))

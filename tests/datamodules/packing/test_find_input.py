@@ -1,4 +1,4 @@
-"""What people have, packed."""
+"""Packing of every kind of input."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_parquet_with_paths(tmp_path, images, struct):
 
 
 def _save_to_disk(folder, table, files=2):
-    """As ``datasets.Dataset.save_to_disk`` writes it."""
+    """A data set in the format that ``datasets.Dataset.save_to_disk`` writes."""
     folder.mkdir(parents=True)
     names = [f"data-{number:05}-of-{files:05}.arrow" for number in range(files)]
     size = -(-len(table) // files)
@@ -376,7 +376,7 @@ def test_pyarrow_is_optional(tmp_path, monkeypatch):
 
 
 def test_img2dataset(tmp_path, encode_image, write_tar):
-    """Its keys go on over the shards, each complete shard has a statistics file, and parquet files lie beside."""
+    """Keys are unique over all shards, and each complete shard has a statistics file and a Parquet file beside it."""
     folder = tmp_path / "data"
     for shard in range(3):
         members = {}
@@ -402,8 +402,8 @@ def test_img2dataset(tmp_path, encode_image, write_tar):
     assert json.loads(contents["000020002.json"])["caption"] == "c000020002"
 
 
-def test_shards_are_mended_by_packing_them_anew(tmp_path, encode_image, write_tar):
-    """Members that are apart, keys that come again in each shard, foreign members, a damaged shard."""
+def test_shards_are_repaired_by_repacking(tmp_path, encode_image, write_tar):
+    """Separated members, keys that are repeated in each shard, foreign members, a damaged shard."""
     folder = tmp_path / "data"
     image = encode_image()
     write_tar(folder / "sub" / "0.tar", {"a.jpg": image, "b.png": image, "b.txt": b"b0", "a.txt": b"a0", "a.x": b"x"})
@@ -464,7 +464,7 @@ def test_file_that_cannot_be_packed(tmp_path, images):
         (["metadata.parquet"], "ListedImages"),
     ],
 )
-def test_the_first_kind_that_finds_samples_has_them(tmp_path, monkeypatch, names, kind):
+def test_the_first_kind_that_finds_samples_is_used(tmp_path, monkeypatch, names, kind):
     for name in names:
         (tmp_path / name).touch()
     found = []
@@ -505,8 +505,8 @@ def test_a_new_kind_is_one_entry(tmp_path, images, monkeypatch):
     assert find_input(tmp_path, tmp_path / "out") == ["a.text", "b.text"]
 
 
-def test_parts_go_to_other_processes(tmp_path, encode_image, images, make_shards):
-    """What a process gets of each kind of input gives the same samples there."""
+def test_selections_work_in_other_processes(tmp_path, encode_image, images, make_shards):
+    """The selection of samples that a process receives, of each kind of input, yields the same samples there."""
     _, column = _image_struct(encode_image, 4)
     folder = images("1.jpg", "2.jpg")
     for name in "12":

@@ -19,7 +19,7 @@ def test_keys_are_unique_and_without_dots():
     assert all(len(key.encode()) <= 90 and "." not in key for key in keys)
 
 
-def test_number_that_is_somebody_elses_name_is_passed_over():
+def test_number_that_would_give_an_existing_key_is_skipped():
     assert _keys("a-2", "a", "a", "a-3", "a-4", "a-4") == ["a-2", "a", "a-5", "a-3", "a-4", "a-4-2"]
 
 

@@ -44,7 +44,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def target(tmp_path):
-    """Where to fetch to; on failure it and its temporary files must be absent."""
+    """Path to fetch to; after a failure neither it nor temporary files may exist."""
     (tmp_path / "local").mkdir()
     return tmp_path / "local" / "a.tar"
 
@@ -127,7 +127,7 @@ def test_waiting_leaves_the_global_generator_alone():
         ["truncate", 416],
     ],
 )
-def test_comes_through(server, target, faults, ranges):
+def test_fetch_survives_faults(server, target, faults, ranges):
     server.ranges = ranges
     server.faults.extend(faults)
     assert fetch(f"{server.url}/a.tar", target, len(DATA), QUICK) == len(DATA)
@@ -137,7 +137,7 @@ def test_comes_through(server, target, faults, ranges):
 
 @pytest.mark.parametrize("faults", [[], ["truncate"]])
 @pytest.mark.parametrize(("chunked", "etags"), [(True, True), (False, False)])
-def test_comes_through_without_some_headers(server, target, faults, chunked, etags):
+def test_fetch_survives_faults_without_some_headers(server, target, faults, chunked, etags):
     server.chunked, server.etags = chunked, etags
     server.faults.extend(faults)
     fetch(f"{server.url}/a.tar", target, len(DATA), QUICK)
@@ -151,7 +151,7 @@ def test_stall_is_broken_off(server, target):
     assert server.stalling == 1
 
 
-def test_goes_on_where_it_broke_off(server, target):
+def test_interrupted_download_continues(server, target):
     server.faults.extend(["truncate", "truncate"])
     fetch(f"{server.url}/a.tar", target, len(DATA), QUICK)
 
@@ -181,7 +181,7 @@ def test_goes_on_where_it_broke_off(server, target):
         "no tag, longer",
     ],
 )
-def test_changed_object_is_not_glued_together(server, target, changed, etags, conditions):
+def test_changed_object_is_fetched_from_its_start(server, target, changed, etags, conditions):
     server.etags, server.conditions = etags, conditions
     server.faults.append("truncate")
     server.fault = lambda path: (server.folder / "a.tar").write_bytes(changed) and None
@@ -189,7 +189,7 @@ def test_changed_object_is_not_glued_together(server, target, changed, etags, co
     assert target.read_bytes() == changed
 
 
-def test_tries_are_counted_anew_when_something_has_come_in(server, target):
+def test_progress_restarts_the_count_of_attempts(server, target):
     server.faults.extend(["drop", "drop", "truncate", "drop"])
     fetch(f"{server.url}/a.tar", target, len(DATA), QUICK)
     assert target.read_bytes() == DATA
@@ -215,7 +215,7 @@ def test_tries_are_counted_anew_when_something_has_come_in(server, target):
         (501, "HTTP status 501; check the URL"),
     ],
 )
-def test_final_answers_are_not_asked_for_again(server, target, status, message):
+def test_final_errors_are_not_retried(server, target, status, message):
     server.fault = status
     with pytest.raises(RemoteError, match=f"cannot read {server.url}/a.tar: {message}") as caught:
         fetch(f"{server.url}/a.tar", target, len(DATA), QUICK)
@@ -234,7 +234,7 @@ def test_final_answers_are_not_asked_for_again(server, target, status, message):
         ("short", "it has 2999990 bytes, but 3000000 in its index"),
     ],
 )
-def test_gives_up_after_all_tries(server, target, fault, reason):
+def test_fails_after_all_attempts(server, target, fault, reason):
     server.fault = fault
     server.ranges = False
     with pytest.raises(RemoteError, match=rf"a.tar: ({reason}) \(3 attempts in a row\); "):
@@ -331,7 +331,7 @@ def test_size_and_existence(server, ranges):
         exists(f"{server.url}/a.tar", QUICK)
 
 
-def test_size_that_the_server_does_not_tell(server):
+def test_size_that_the_server_does_not_state(server):
     server.ranges, server.chunked = False, True
     assert object_size(f"{server.url}/a.tar", QUICK) is None
 
@@ -342,7 +342,7 @@ def test_http_cannot_be_listed():
 
 
 @pytest.mark.parametrize("fault", [None, 403, 500, "drop", "truncate", "gzip", "redirect", "long", "not there"])
-def test_credentials_are_told_to_nobody_but_the_server(server, target, fault, caplog, capfd):
+def test_credentials_appear_in_no_message(server, target, fault, caplog, capfd):
     caplog.set_level(logging.DEBUG)
     server.fault = 404 if fault == "not there" else fault
     server.ranges = False
@@ -445,8 +445,8 @@ def test_other_schemes(memory, target):
         list_tars("memory://other", QUICK)
 
 
-def test_breaks_of_other_schemes(memory, target, monkeypatch):
-    """A file that breaks off goes on at the same byte; one that changed starts over."""
+def test_interruptions_of_other_schemes(memory, target, monkeypatch):
+    """An interrupted download continues at the same byte, unless the file has changed."""
     memory.pipe("/a.tar", DATA)
     opened = []
     open_ = type(memory).open
@@ -554,7 +554,7 @@ def test_s3(s3, target):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_s3_in_forked_processes(s3):
-    """Although the parent's connections, event loop and threads are not there any more."""
+    """Forked processes lack the parent's connections, event loop and threads."""
     location = "s3://train/shards/a.tar"
     assert read_range(location, 0, 3, QUICK) == DATA[:3]
     context = multiprocessing.get_context("fork")
@@ -573,7 +573,7 @@ def test_s3_in_forked_processes(s3):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_http_in_forked_processes(server):
-    """A connection that is shared would mix up the answers."""
+    """A shared connection would mix up the responses."""
     location = f"{server.url}/a.tar"
     assert read_range(location, 0, 3, QUICK) == DATA[:3]
     session = http_source._session()
@@ -594,7 +594,7 @@ def _read_to(queue, location, offset):
 
 @pytest.fixture
 def s3_faults(server, monkeypatch):
-    """The faulty server as storage for s3://bucket/a.tar."""
+    """The faulty server as S3 storage for s3://bucket/a.tar."""
     for name, value in _s3_environment(server.url).items():
         monkeypatch.setenv(name, value)
     (server.folder / "bucket").mkdir()

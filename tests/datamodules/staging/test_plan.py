@@ -45,7 +45,7 @@ def test_visits_fit_the_budget_and_one_more_would_not(plan, first):
 
 
 @given(_plans(), st.integers(0, 30))
-def test_what_is_kept_stays_until_it_has_been_passed(plan, first):
+def test_kept_shards_remain_until_their_visit_has_passed(plan, first):
     assert plan.visits(first + 1).stop >= plan.visits(first).stop
 
 

@@ -17,7 +17,7 @@ from lit_lora.datamodules.staging.slot import StagerSlot
 
 @pytest.fixture
 def ended():
-    """The number of a process that has ended."""
+    """Id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
@@ -25,7 +25,7 @@ def ended():
 
 @contextmanager
 def _held(folder, **owner):
-    """Slot 0 in the hands of an owner; yields what lets it go."""
+    """Slot 0, claimed by an owner; yields the function that releases it."""
     slot = folder / "lit_lora-slot-0"
     slot.mkdir()
     with (slot / "lock").open("w") as lock:

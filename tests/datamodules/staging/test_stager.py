@@ -29,7 +29,7 @@ SEED = 1
 
 
 class Data:
-    """Shards in a folder, served over http too, in chunks of three."""
+    """Shards in a folder, also served over HTTP, in chunks of three."""
 
     def __init__(self, paths, server):
         self.paths = paths
@@ -81,7 +81,7 @@ def _until(condition, seconds=20):
 
 @contextmanager
 def _size_watched(folder, sizes):
-    """Measure again and again what the slots of a folder take."""
+    """Measure the size of a folder's slots repeatedly."""
     done = threading.Event()
 
     def watch():
@@ -128,7 +128,7 @@ def test_next_chunk_comes_while_the_present_one_is_in_use(data, stage):
         assert data.is_staged(stager, 1)
 
 
-def test_begins_in_the_middle_of_a_run(data, stage):
+def test_starts_in_the_middle_of_a_run(data, stage):
     with closing(data.stager(stage)) as stager:
         stager.start(11)
         stager.wait(11)
@@ -139,7 +139,7 @@ def test_begins_in_the_middle_of_a_run(data, stage):
 
 
 @pytest.mark.parametrize("num_chunks", [1, 4])
-def test_what_fits_is_fetched_once(data, stage, num_chunks):
+def test_shards_that_fit_are_fetched_once(data, stage, num_chunks):
     chunks = [list(range(12))] if num_chunks == 1 else data.chunks
     with closing(data.stager(stage, chunks=chunks, budget=sum(data.sizes))) as stager:
         stager.start(0)
@@ -222,7 +222,7 @@ time.sleep(100)
 
 @contextmanager
 def _parent(tmp_path, stager, ending):
-    """A process that has started a stager, and that ends before its own worker does; yields the stager's number."""
+    """A process that starts a stager and ends before its own worker; yields the id of the staging process."""
     (tmp_path / "stager.pickle").write_bytes(pickle.dumps(stager))
     command = [sys.executable, "-c", PARENT, str(tmp_path / "stager.pickle"), ending]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
@@ -237,7 +237,7 @@ def _parent(tmp_path, stager, ending):
 
 
 @pytest.mark.parametrize("ending", ["kill", "exit"])
-def test_ends_with_its_parent_and_goes_on_later(data, stage, tmp_path, ending):
+def test_ends_with_its_parent_and_can_be_resumed(data, stage, tmp_path, ending):
     stager = data.stager(stage)
     held = data.paths[stager._plan.shards(range(2))[1]].name
     data.server.fault = lambda path: "stall" if path == f"/{held}" else None
@@ -258,7 +258,7 @@ def test_ends_with_its_parent_and_goes_on_later(data, stage, tmp_path, ending):
         assert data.requested() == [held]
 
 
-def test_what_is_not_its_own_is_left_alone(data, stage, tmp_path):
+def test_foreign_files_are_not_touched(data, stage, tmp_path):
     slot = stage / "lit_lora-slot-0"
     slot.mkdir(parents=True)
     outside = tmp_path / "outside.tar"
@@ -296,7 +296,7 @@ def test_what_is_not_its_own_is_left_alone(data, stage, tmp_path):
     assert outside.read_bytes() == b"precious"
 
 
-def test_what_other_data_left_behind_goes_first(data, stage):
+def test_shards_of_other_data_are_evicted_first(data, stage):
     with closing(data.stager(stage)) as stager:
         stager.start(0)
         stager.wait(1)
@@ -313,7 +313,7 @@ def test_what_other_data_left_behind_goes_first(data, stage):
     assert data.requested() == []
 
 
-def test_what_is_needed_last_goes_first(data, stage):
+def test_shards_needed_last_are_evicted_first(data, stage):
     with closing(data.stager(stage, budget=sum(data.sizes))) as stager:
         stager.start(0)
         stager.wait(3)
@@ -326,7 +326,7 @@ def test_what_is_needed_last_goes_first(data, stage):
     assert left[3] == 0
 
 
-def test_what_is_wanted_is_not_evicted_for_what_is_on_its_way(data, stage):
+def test_needed_shards_are_not_evicted_for_other_downloads(data, stage):
     stager = data.stager(stage)
     visits = [[data.paths[shard].name for shard in data.chunks[stager._plan.chunk(visit)]] for visit in range(4)]
     data.server.faults.append("stall")
@@ -389,7 +389,7 @@ def test_failure_reaches_every_process(data, stage, fault, reason, capfd):
     assert not list(stage.glob(f"*/*{bad.strip('/')}"))
 
 
-def test_damage_on_the_way_is_mended(data, stage):
+def test_shard_damaged_in_transfer_is_fetched_again(data, stage):
     data.server.faults.append("not tar")
     with closing(data.stager(stage)) as stager:
         stager.start(0)
@@ -562,7 +562,7 @@ def test_names_tell_locations_apart_and_keep_secrets(tmp_path, monkeypatch):
 
 
 def test_process_starts_fast():
-    """Without the packages that take seconds to import."""
+    """It does not import packages that take seconds to import."""
     slow = "{'torch', 'lightning', 'requests', 'fsspec'}"
     code = f"import sys, lit_lora.datamodules.staging.process; print({slow} & {{*sys.modules}})"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

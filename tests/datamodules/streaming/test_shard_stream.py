@@ -26,7 +26,7 @@ def _stream(shards, resampled=False, seed=4, **options):
 
 
 def _read_all(stream):
-    """Keys with captions of what counts, and keys with reasons of what is bad."""
+    """Key and caption of each sample, and key and reason of each bad sample."""
     batches = list(stream)
     samples = [
         (key, caption)
@@ -74,7 +74,7 @@ def test_each_shard_once_over_all_processes(make_shards):
     assert _read_all(_stream(shards[:1], rank=2, world_size=3)) == ([], [])
 
 
-def test_slots_are_unique_over_processes_and_after_a_start_in_between(make_shards):
+def test_slots_are_unique_over_processes_and_after_a_restart(make_shards):
     slots = []
     for rank in range(2):
         stream = _stream(make_shards(5), resampled=True, rank=rank, world_size=2)
@@ -109,7 +109,7 @@ def test_buffer_mixes_shards(make_shards):
 
 
 def _header(data, number):
-    """Where the header of a member begins."""
+    """Offset of a member's header."""
     return [offset for offset in range(0, len(data), 512) if data[offset + 257 :].startswith(b"ustar")][number]
 
 
@@ -133,7 +133,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_ends_there_and_is_reported(tmp_path, make_shards, damage):
-    """The shards have the same keys, so that a sample could be made of members of both."""
+    """The shards have the same keys, so their members could be merged into one sample."""
     change, usable, reason = DAMAGES[damage]
     first = make_shards(4, folder="a")[0]
     (second,) = make_shards(4, folder="b")
@@ -145,7 +145,7 @@ def test_a_damaged_shard_ends_there_and_is_reported(tmp_path, make_shards, damag
     assert bad == [(REST, reason)]
 
 
-def test_names_twice_in_a_sample(tmp_path, write_tar, encode_image):
+def test_repeated_names_in_a_sample(tmp_path, write_tar, encode_image):
     shard = write_tar(tmp_path / "a.tar", {"1.jpg": encode_image(), "1.JPG": encode_image(), "1.txt": b"x"})
     samples, bad = _read_all(_stream([shard], max_bad_samples=1))
     assert samples == []
@@ -176,7 +176,7 @@ def test_bad_samples_are_skipped_and_reported_once(tmp_path, write_tar, encode_i
     assert "not UTF-8" in bad[3][1]
 
 
-def test_gives_up_past_the_limit(make_shards):
+def test_stops_above_the_limit(make_shards):
     shards = make_shards(*[1] * 6)
     for shard in shards[1:5]:
         shard.write_bytes(b"")
@@ -185,7 +185,7 @@ def test_gives_up_past_the_limit(make_shards):
     assert len(bad) == 3
 
 
-def test_an_endless_stream_of_nothing_ends(monkeypatch, make_shards):
+def test_an_endless_stream_without_usable_samples_ends(monkeypatch, make_shards):
     monkeypatch.setattr(shard_stream, "_MAX_FAILURES_IN_A_ROW", 20)
     shards = make_shards(1, 1)
     for shard in shards:
@@ -234,7 +234,7 @@ def test_nothing_is_unpickled(tmp_path, write_tar, encode_image):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_members_without_meaning_are_passed_over(tmp_path, write_tar, encode_image):
+def test_unknown_members_are_ignored(tmp_path, write_tar, encode_image):
     members = {
         "README": b"",
         ".hidden": b"",
@@ -264,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """A loopback server for files by path; those named ``/short.tar`` break off."""
+    """A loopback server for files by path; it truncates ``/short.tar``."""
     servers = []
 
     def start(files):
