@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import proxy
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -36,9 +31,11 @@ from lit_lora.callbacks.finite_gradients import FiniteGradients
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
-from lit_lora.files import sync, writable_folder
+from lit_lora.files import link, sync, writable_folder
 from lit_lora.finite import non_finite_names, tensors_in
-from lit_lora.optimizer_settings import apply_settings, optimizer_names, own_settings, settings
+from lit_lora.loops import accumulating, within_epoch
+from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names
+from lit_lora.random_state import random_state, set_random_state
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -94,8 +91,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         pl_module.strict_loading = False
         self._saved_rng: list[dict[str, Any]] | None = None
         self._unfrozen: list[str] = []
-        self._saved_optimizers: tuple[list[str], dict[str, Any]] | None = None
-        self._other_settings: dict[str, Any] = {}
+        self._resumed: ResumedOptimizers | None = None
         # partial: torch sets attributes on hooks, which methods do not take.
         self._hooks: list[RemovableHandle] = [
             pl_module.register_state_dict_post_hook(partial(self._keep_training_state)),
@@ -107,7 +103,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._state = self._state or TrainingState(pl_module)
-        self._compare_optimizers(trainer)
+        if self._resumed is not None:
+            self._resumed.compare(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for hook in self._hooks:
@@ -118,7 +115,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["lit_lora"] = {
             "adapters": _adapter_configs(pl_module),
-            "rng": gather(_rng_state()),
+            "rng": gather(random_state()),
             "optimizers": optimizer_names(trainer),
             "unfrozen": [] if self._state is None else self._state.unfrozen(pl_module),
         }
@@ -134,15 +131,16 @@ class AdapterCheckpoint(ModelCheckpoint):
         states = checkpoint.get("optimizer_states", [])
         check_finite(tensors_in(states))
         if trainer.state.fn == TrainerFn.FITTING:
-            self._saved_optimizers = ours.get("optimizers", []), settings(states, checkpoint.get("lr_schedulers", []))
-            self._compare_optimizers(trainer)  # some strategies load a checkpoint after on_fit_start
+            self._resumed = ResumedOptimizers(ours.get("optimizers", []), checkpoint, self.keep_optimizer_settings)
+            self._resumed.compare(trainer)  # some strategies load a checkpoint after on_fit_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._is_due = self._stop_is_due = self._chunk_has_ended = False
         self._first_step, self._step_of_last = trainer.global_step, None
-        apply_settings(trainer, self._other_settings)
-        self._other_settings = {}
+        if self._resumed is not None:
+            self._resumed.apply(trainer)
+            self._resumed = None
         # Lightning's finetuning callbacks freeze all layers at the start and restore the optimizer's parameters alone.
         named = dict(pl_module.named_parameters())
         for name in self._unfrozen:
@@ -151,7 +149,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         if self._saved_rng is None:
             return
         if len(self._saved_rng) == trainer.world_size:
-            _set_rng_state(self._saved_rng[trainer.global_rank])
+            set_random_state(self._saved_rng[trainer.global_rank])
         else:
             rank_zero_warn(
                 f"the checkpoint was saved by {len(self._saved_rng)} processes and this run has {trainer.world_size}, so dropout "
@@ -172,7 +170,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, *args, **kwargs)
         self._stop_at_step(trainer)
         due = self._chunk_has_ended or self._is_due
-        if due and not _accumulating(trainer):
+        if due and not accumulating(trainer):
             self._chunk_has_ended = self._is_due = False
             if not self._should_skip_saving_checkpoint(trainer):
                 self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -183,11 +181,11 @@ class AdapterCheckpoint(ModelCheckpoint):
             self._stop_at_step(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with _within_epoch(trainer):
+        with within_epoch(trainer):
             super().on_train_epoch_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if _accumulating(trainer) and self._should_save_on_exception(trainer):
+        if accumulating(trainer) and self._should_save_on_exception(trainer):
             rank_zero_warn(
                 "the checkpoint does not hold the gradients that the unfinished optimizer step had accumulated"
             )
@@ -197,7 +195,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Save the end of training, which ModelCheckpoint does only if it has saved nothing before."""
         if self._should_skip_saving_checkpoint(trainer) or trainer.global_step == self._first_step:
             return
-        with _within_epoch(trainer):
+        with within_epoch(trainer):
             candidates = self._monitor_candidates(trainer)
             if self.save_last:
                 self._write_last(trainer, candidates)
@@ -221,7 +219,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _stop_at_step(self, trainer: Trainer) -> None:
         """Put off the end of training to the next optimizer step: accumulated gradients, and so their samples, would be lost."""
-        if _accumulating(trainer):
+        if accumulating(trainer):
             self._stop_is_due |= trainer.should_stop
             trainer.should_stop = False
         elif self._stop_is_due:
@@ -257,7 +255,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         Raises:
             UserError: If the trained weights or the optimizer's state are not finite.
         """
-        if _accumulating(trainer):
+        if accumulating(trainer):
             self._is_due = True
             return True
         if guard := FiniteGradients.of(trainer):
@@ -312,10 +310,10 @@ class AdapterCheckpoint(ModelCheckpoint):
                 module.save_adapter(averaged)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        link = self.last_model_path
-        if trainer.is_global_zero and os.path.islink(link) and os.path.realpath(link) == os.path.realpath(filepath):
+        last = self.last_model_path
+        if trainer.is_global_zero and os.path.islink(last) and os.path.realpath(last) == os.path.realpath(filepath):
             # ModelCheckpoint removes the old checkpoint before it moves the link; a run killed in between could not be resumed.
-            _link_with_folders(self._last_checkpoint_saved, link)
+            _link_with_folders(self._last_checkpoint_saved, last)
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             for folder in _adapter_folders(filepath):
@@ -323,33 +321,6 @@ class AdapterCheckpoint(ModelCheckpoint):
                     folder.unlink()
                 else:
                     shutil.rmtree(folder, ignore_errors=True)
-
-    def _compare_optimizers(self, trainer: Trainer) -> None:
-        """Compare the optimizers of a checkpoint that is about to be restored with those of this run."""
-        if self._saved_optimizers is None or not trainer.optimizers:
-            return
-        (names, saved), self._saved_optimizers = self._saved_optimizers, None
-        here = optimizer_names(trainer)
-        if names and names != here:
-            raise UserError(
-                f"the checkpoint was trained with {', '.join(names)}, this run has {', '.join(here)}: resume with the same "
-                f"optimizer, or start without ckpt_path"
-            )
-        own = own_settings(trainer)
-        changed = {name: value for name, value in own.items() if name in saved and saved[name] != value}
-        if not changed:
-            return
-        listed = "; ".join(
-            f"{name} {saved[name]} in the checkpoint, {value} in this run" for name, value in changed.items()
-        )
-        if self.keep_optimizer_settings:
-            rank_zero_warn(
-                f"the checkpoint's optimizer settings stay: {listed}. AdapterCheckpoint(keep_optimizer_settings=False) applies "
-                f"those of this run"
-            )
-        else:
-            rank_zero_info(f"this run's optimizer settings apply: {listed}")
-            self._other_settings = changed
 
     def _keep_training_state(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         if self._filters:
@@ -370,31 +341,6 @@ class AdapterCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
             _link_with_folders(filepath, linkpath)
         trainer.strategy.barrier()
-
-
-def _accumulating(trainer: Trainer) -> bool:
-    """Whether the last batch's gradients wait for those of the next one."""
-    return trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate()
-
-
-@contextmanager
-def _within_epoch(trainer: Trainer) -> Iterator[None]:
-    """Context in which an epoch that training left early counts as begun, so that a resumed run takes its remaining batches.
-
-    Lightning counts such an epoch as complete.
-    """
-    loop: Any = trainer.fit_loop
-    changed = []
-    if not loop.epoch_loop._num_ready_batches_reached():
-        for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
-            changed += [(progress, n) for n in ("processed", "completed") if getattr(progress, n) == progress.started]
-    for progress, name in changed:
-        setattr(progress, name, getattr(progress, name) - 1)
-    try:
-        yield
-    finally:
-        for progress, name in changed:
-            setattr(progress, name, getattr(progress, name) + 1)
 
 
 def _check_finite(trainer: Trainer) -> None:
@@ -421,20 +367,10 @@ def _adapter_folders(filepath: str) -> tuple[Path, Path]:
 
 
 def _link_with_folders(filepath: str, linkpath: str) -> None:
-    _link(Path(filepath), Path(linkpath))
-    for folder, link in zip(_adapter_folders(filepath), _adapter_folders(linkpath), strict=True):
+    link(Path(filepath), Path(linkpath))
+    for folder, folder_link in zip(_adapter_folders(filepath), _adapter_folders(linkpath), strict=True):
         if folder.exists():
-            _link(folder, link)
-
-
-def _link(target: Path, link: Path) -> None:
-    """Point ``link`` at ``target`` atomically."""
-    part = link.with_name(link.name + ".part")
-    part.unlink(missing_ok=True)
-    part.symlink_to(os.path.relpath(target, link.parent))
-    if link.is_dir() and not link.is_symlink():
-        shutil.rmtree(link)
-    part.replace(link)
+            link(folder, folder_link)
 
 
 def _adapter_configs(module: LightningModule) -> dict[str, dict[str, Any]]:
@@ -444,26 +380,3 @@ def _adapter_configs(module: LightningModule) -> dict[str, dict[str, Any]]:
         if isinstance(child, PeftModel)
         for name, config in child.peft_config.items()
     }
-
-
-def _rng_state() -> dict[str, Any]:
-    """States of this process's random number generators, in types that ``torch.load(weights_only=True)`` accepts."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lit_lora.loops import accumulating, more_is_due
 
 _ONE_SIGNAL_SECONDS = 3.0
 """Signals of one kind within this time count once: SLURM signals all processes, and torchrun forwards its own to them."""
@@ -64,7 +65,7 @@ class Preemption(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         # A checkpoint between two optimizer steps would lose the accumulated gradients, and so their samples.
-        if trainer.fit_loop._should_accumulate() or _more_is_due(trainer):
+        if accumulating(trainer) or more_is_due(trainer):
             return
         number = self._agree()
         if not number:
@@ -118,12 +119,6 @@ class Preemption(Callback):
         largest = torch.tensor(number)  # on the CPU, so that no GPU is synchronised
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, group=self._group)
         return int(largest)
-
-
-def _more_is_due(trainer: Trainer) -> bool:
-    """Whether validation or the end of an epoch is due next; a resumed run would skip it."""
-    loop: Any = trainer.fit_loop.epoch_loop
-    return bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher) or loop._num_ready_batches_reached())
 
 
 def _save_last(trainer: Trainer) -> str | None:

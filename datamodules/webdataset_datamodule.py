@@ -29,10 +29,11 @@ from lit_lora.datamodules.loading.dataset import ShardDataset
 from lit_lora.datamodules.loading.loader import PlannedLoader
 from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
 from lit_lora.datamodules.loading.shard_reader import ShardReader
-from lit_lora.datamodules.remote.transfer import is_remote, redact
+from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_exclusive, check_least
+from lit_lora.redact import redact
 
 Shards = str | list[str] | None
 

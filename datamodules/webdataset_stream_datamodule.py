@@ -11,11 +11,12 @@ from lightning.pytorch import LightningDataModule
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
-from lit_lora.datamodules.remote.transfer import is_remote, redact
+from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.streaming.restarting_stream_loader import RestartingStreamLoader
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
 from lit_lora.datamodules.streaming.stream_loader import StreamLoader
 from lit_lora.errors import UserError, check_least
+from lit_lora.redact import redact
 
 _PIPE = "pipe:"
 

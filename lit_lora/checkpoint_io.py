@@ -13,15 +13,16 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from lit_lora.byte_sizes import format_bytes
-from lit_lora.datamodules.remote.transfer import fetch, is_remote, object_size, redact
+from lit_lora.datamodules.remote.transfer import fetch, is_remote, object_size
 from lit_lora.errors import UserError
+from lit_lora.redact import redact
 
 _MAX_BYTES = 64 * 2**30
 """Size limit of a remote checkpoint."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, read with ``weights_only=True`` from whatever path: ``Trainer(plugins=[SafeCheckpointIO()])``.
+    """Checkpoints of Lightning, always read with ``weights_only=True``: ``Trainer(plugins=[SafeCheckpointIO()])``.
 
     Lightning unpickles checkpoints from ``http://`` and ``https://``, which executes what is in them. Here a remote checkpoint is
     downloaded to a temporary file first. ``lit-lora`` uses this class for ``--ckpt_path``.

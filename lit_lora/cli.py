@@ -111,28 +111,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = ", ".join((*TRAINER_COMMANDS, *TOOLS))
         print(f"lit-lora: error\nunknown command {command!r}; choose from {known}", file=sys.stderr)
         return 2
+    from lit_lora import console
     from lit_lora.errors import UserError
 
     try:
         if command in TOOLS:
-            return TOOLS[command](rest) or 0
-        from lit_lora.distributed.processes import end_with_parent
-
-        end_with_parent()
-        from lit_lora.lightning_cli import run
-
-        run(arguments)
+            status = TOOLS[command](rest) or 0
+        else:
+            _train(arguments)
+            status = 0
+        sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
+        return status
     except UserError as error:
-        print(f"lit-lora: error\n{error}", file=sys.stderr)
+        console.print_error(str(error))
         return 2
+    except BrokenPipeError:
+        return console.end_quietly()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
+            console.print_fault(error)
+            return 1
         where = f" {error.filename}" if error.filename else ""
-        print(
-            f"lit-lora: error\ncannot write{where}: {error.strerror}; free some space or name another folder."
-            " Complete files are kept",
-            file=sys.stderr,
+        console.print_error(
+            f"cannot write{where}: {error.strerror}; free some space or name another folder. What is complete is kept"
         )
         return 2
     except KeyboardInterrupt:
@@ -141,10 +142,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        # Lightning has ended the run and exits; the last checkpoint is kept.
+        # Lightning has ended the run and exits; what the last checkpoint has is kept.
         print("lit-lora: interrupted; resume with --ckpt_path last", file=sys.stderr)
         return 130
-    return 0
+    except Exception as error:
+        if message := console.out_of_memory(error):
+            console.print_error(message)
+            return 1
+        if console.is_config_mistake(error):
+            console.print_error(str(error))
+            return 2
+        console.print_fault(error)
+        return 1
+
+
+def _train(arguments: list[str]) -> None:
+    from lit_lora.distributed.processes import end_with_parent
+
+    end_with_parent()
+    from lit_lora.lightning_cli import run
+
+    run(arguments)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-import pickle
 import re
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -16,21 +14,24 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import peft  # noqa: F401  makes its configs available as short class paths
-import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lit_lora.callbacks.finite_gradients import FiniteGradients
 from lit_lora.callbacks.preemption import Preemption
-from lit_lora.datamodules.remote.transfer import is_remote, redact
+from lit_lora.checkpoint_io import SafeCheckpointIO, read_checkpoint
+from lit_lora.console import print_error
+from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.distributed import check_strategy_name
 from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
+from lit_lora.redact import redact
 
 for _module in set(public_names().values()):
     import_module(_module)  # the public names are short class paths, which jsonargparse finds among imported classes
@@ -64,8 +65,36 @@ class Parser(LightningArgumentParser):
     """Reports a config error as one message, without usage or traceback, with exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"lit-lora: config error\n{message}{_advice(message)}", file=sys.stderr)
+        print_error(f"{message}{_advice(message)}", "config error")
         self.exit(2)
+
+
+class LastFound(Callback):
+    """Says that ``--ckpt_path last`` has found no checkpoint, before anything is loaded.
+
+    Args:
+        required: Whether that is an error.
+
+    Raises:
+        UserError: When training starts without a checkpoint, if one is required.
+    """
+
+    def __init__(self, required: bool) -> None:
+        self.required = required
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.ckpt_path is not None:
+            return
+        folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+        searched = next((str(folder) for folder in folders if folder), str(trainer.log_dir or trainer.default_root_dir))
+        dangling = [str(link) for link in Path(searched).glob("*.ckpt") if link.is_symlink() and not link.exists()]
+        found = f"there is no checkpoint to resume from in {searched}"
+        if dangling:
+            found = f"{dangling[0]} points to {os.readlink(dangling[0])}, which is gone"
+        if self.required:
+            raise UserError(f"ckpt_path=last: {found}; name a checkpoint, or set must_resume to false")
+        if trainer.is_global_zero:
+            print_error(f"ckpt_path=last: {found}; training starts from the beginning", "warning")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -91,6 +120,15 @@ class LitLoraCLI(LightningCLI):
         parser.groups["trainer"].title = "Options of the trainer"
         parser.groups["data"].title = "Datamodule"
 
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_default_arguments_to_parser(parser)
+        parser.add_argument(
+            "--must_resume",
+            type=bool,
+            default=False,
+            help="Refuse to start from the beginning if --ckpt_path last finds no checkpoint.",
+        )
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's hyperparameters override the user's config."""
 
@@ -109,25 +147,25 @@ class LitLoraCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if logger.save_dir:
                 writable_folder(logger.save_dir)
-        self._check_ckpt_path()
+        self._read_safely()
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.insert(0, EndOnError())
         if not any(isinstance(callback, FiniteGradients) for callback in callbacks):
             callbacks.insert(1, FiniteGradients())
+        if self._get(self.config, "ckpt_path") == "last":
+            callbacks.insert(1, LastFound(self._get(self.config, "must_resume")))
         if not any(isinstance(callback, Preemption) for callback in callbacks):
             callbacks.append(Preemption())
 
-    def _check_ckpt_path(self) -> None:
+    def _read_safely(self) -> None:
+        """Look at the checkpoint before anything is loaded, and have it read without unpickling, wherever it is."""
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = SafeCheckpointIO()
         path = self._get(self.config, "ckpt_path")
-        if path and path not in ("last", "best", "hpc", "registry") and "://" not in path and not Path(path).exists():
-            raise UserError(f"ckpt_path: {path} does not exist; name an existing checkpoint, or last")
-        if path and Path(path).is_file():
-            try:
-                torch.load(path, map_location="meta", weights_only=True, mmap=True)
-            except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-                raise UserError(f"ckpt_path: {path} cannot be read as a checkpoint: {error}") from error
+        if path and path not in ("last", "best", "hpc", "registry") and not is_remote(path):
+            read_checkpoint(path, "meta")
 
-    before_validate = before_test = before_predict = _check_ckpt_path
+    before_validate = before_test = before_predict = _read_safely
 
 
 class ToolCLI(LitLoraCLI):

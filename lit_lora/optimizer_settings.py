@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+
+from lit_lora.errors import UserError
 
 _OF_THE_SCHEDULE = (
     "initial_lr",
@@ -26,6 +30,58 @@ _PROGRESS_OF_PLATEAUS = ("best", "num_bad_epochs", "cooldown_counter", "mode_wor
 def optimizer_names(trainer: Trainer) -> list[str]:
     """Names of the classes of the run's optimizers."""
     return [type(_inner(optimizer)).__name__ for optimizer in trainer.optimizers]
+
+
+class ResumedOptimizers:
+    """Compares the optimizers of a checkpoint with those of the run that resumes from it.
+
+    Args:
+        names: Class names of the checkpoint's optimizers; empty if the checkpoint does not tell.
+        checkpoint: The checkpoint.
+        keep: Whether the checkpoint's settings stay where the run's differ.
+    """
+
+    def __init__(self, names: list[str], checkpoint: Mapping[str, Any], keep: bool) -> None:
+        self._names = names
+        self._saved = settings(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []))
+        self._keep = keep
+        self._compared = False
+        self._wanted: dict[str, Any] = {}
+
+    def compare(self, trainer: Trainer) -> None:
+        """Warn of settings that differ; nothing happens before the trainer has its optimizers, or a second time.
+
+        Raises:
+            UserError: If the checkpoint was trained with another optimizer.
+        """
+        if self._compared or not trainer.optimizers:
+            return
+        self._compared = True
+        here = optimizer_names(trainer)
+        if self._names and self._names != here:
+            raise UserError(
+                f"the checkpoint was trained with {', '.join(self._names)}, this run has {', '.join(here)}: resume with the same "
+                f"optimizer, or start without ckpt_path"
+            )
+        own = own_settings(trainer)
+        changed = {name: value for name, value in own.items() if name in self._saved and self._saved[name] != value}
+        if not changed:
+            return
+        listed = "; ".join(
+            f"{name} {self._saved[name]} in the checkpoint, {value} here" for name, value in changed.items()
+        )
+        if self._keep:
+            rank_zero_warn(
+                f"the checkpoint's optimizer settings stay: {listed}. keep_optimizer_settings: false of AdapterCheckpoint "
+                f"applies those of this run"
+            )
+        else:
+            rank_zero_info(f"this run's optimizer settings apply: {listed}")
+            self._wanted = changed
+
+    def apply(self, trainer: Trainer) -> None:
+        """Apply the run's settings, if they are wanted, once the checkpoint is restored."""
+        apply_settings(trainer, self._wanted)
 
 
 def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict[str, Any]]) -> dict[str, Any]:

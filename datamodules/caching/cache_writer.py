@@ -29,9 +29,9 @@ from lit_lora.datamodules.loading.dataset import Batch, ShardDataset, SlotReques
 from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.datamodules.loading.threads import LoaderThreads
 from lit_lora.datamodules.packing.write_shard import write_shard
-from lit_lora.datamodules.remote.transfer import redact
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
+from lit_lora.redact import redact
 
 _BATCHES_AT_A_TIME = 64
 """Number of batches' worth of consecutive samples that are grouped by size. Shards are written in order, so this many batches

@@ -13,8 +13,9 @@ from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheD
 from lit_lora.datamodules.indexing.open_table import folder_and_name, inside, remote_copy
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.remote.transfer import RemoteError, fetch, is_remote, redact
+from lit_lora.datamodules.remote.transfer import RemoteError, fetch, is_remote
 from lit_lora.errors import UserError
+from lit_lora.redact import redact
 
 
 @dataclass(frozen=True)

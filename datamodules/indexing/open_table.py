@@ -13,8 +13,9 @@ from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
 from lit_lora.datamodules.indexing.index import index_cache
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.remote.transfer import RemoteError, fetch, is_remote, redact
+from lit_lora.datamodules.remote.transfer import RemoteError, fetch, is_remote
 from lit_lora.errors import UserError
+from lit_lora.redact import redact
 
 
 def open_table(specs: str | Iterable[str], refresh: bool = False) -> SampleTable:

@@ -12,9 +12,10 @@ from tqdm import tqdm
 from lit_lora.datamodules.indexing.data_index import DataIndex, refuse_unusable
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.open_table import folder_and_name, inside, remote_index_copy, split_url
-from lit_lora.datamodules.remote.transfer import fetch, list_tars, object_size, redact
+from lit_lora.datamodules.remote.transfer import fetch, list_tars, object_size
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
+from lit_lora.redact import redact
 
 
 def index_remote(specs: Iterable[str], jobs: int = 1) -> dict[str, Path]:

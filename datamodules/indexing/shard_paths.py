@@ -9,8 +9,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from lit_lora.datamodules.remote.transfer import redact
 from lit_lora.errors import UserError
+from lit_lora.redact import redact
 
 
 def find_shards(specs: str | Iterable[str]) -> list[Path]:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import EXTENSIONS
-from lit_lora.datamodules.remote.transfer import redact
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError
+from lit_lora.redact import redact
 
 _MOST_VIEWS = 4096
 

@@ -13,7 +13,7 @@ from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport
 from lit_lora.datamodules.loading.shard_reader import ShardReader
-from lit_lora.datamodules.remote.transfer import redact
+from lit_lora.redact import redact
 
 Batch = dict[str, Any]
 

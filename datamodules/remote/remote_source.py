@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from lit_lora.errors import UserError
+from lit_lora.redact import redact
 
 PIECE_BYTES = 1 << 20
 """Number of bytes that are read at a time, and that an attempt must read to count as progress."""
 
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 """HTTP statuses that are retried; all other errors are final."""
-
-_CONTAINER_SCHEMES = ("abfs", "abfss")  # here a container precedes the @, not a user
 
 TRY_LATER = "check the network and the server, then start again"
 
@@ -93,23 +91,3 @@ class RemoteSource(ABC):
     def error(self, reason: str, action: str, missing: bool = False) -> RemoteError:
         """A :class:`RemoteError` that names the object."""
         return RemoteError(f"cannot read {redact(self.location)}: {reason}; {action}", missing)
-
-
-def redact(location: str) -> str:
-    """A path or URL without user, password, query and fragment, for messages and logs."""
-    # fsspec chains URLs with "::".
-    return "::".join(_redact(part) for part in re.split(r"::(?=[A-Za-z][\w+.-]*(?:://|::))", location))
-
-
-def _redact(url: str) -> str:
-    scheme, mark, rest = url.partition("://")
-    if not mark or scheme == "file":
-        return url
-    authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
-    user, at, host = authority.rpartition("@")
-    if scheme in _CONTAINER_SCHEMES and ":" not in user:
-        host = user + at + host
-    # A colon must precede a port; otherwise the text after it may be part of a password that was not percent-encoded.
-    if not re.fullmatch(r"(\[[\w:.%]*\]|[^:]*)(:\d*)?", host):
-        return f"{scheme}://..."
-    return f"{scheme}://{host}{slash}{path}"

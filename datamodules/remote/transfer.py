@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from lit_lora.datamodules.remote.remote_source import PIECE_BYTES, RemoteError, RemoteSource, TransientError, redact
+from lit_lora.datamodules.remote.remote_source import PIECE_BYTES, RemoteError, RemoteSource, TransientError
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
+from lit_lora.redact import redact
 
 __all__ = [
     "RemoteError",
@@ -25,7 +26,6 @@ __all__ = [
     "list_tars",
     "object_size",
     "read_range",
-    "redact",
 ]
 
 _T = TypeVar("_T")

@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lit_lora.datamodules.remote.transfer import is_remote, redact
+from lit_lora.datamodules.remote.transfer import is_remote
+from lit_lora.redact import redact
 
 SHARD_NAME = re.compile(r"[0-9a-f]{16}-.+")
 PASSED_NAME = re.compile(r"passed-[\w.-]+-\d+")

@@ -17,7 +17,7 @@ from typing import Any
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.indexing.scan import walk_members
-from lit_lora.datamodules.remote.transfer import RemoteError, fetch, redact
+from lit_lora.datamodules.remote.transfer import RemoteError, fetch
 from lit_lora.datamodules.staging.config import StagerConfig
 from lit_lora.datamodules.staging.files import (
     JOB_GLOB,
@@ -34,6 +34,7 @@ from lit_lora.datamodules.staging.slot import StagerSlot
 from lit_lora.distributed.processes import end_with
 from lit_lora.errors import UserError
 from lit_lora.files import sync
+from lit_lora.redact import redact
 
 _POLL_S = 0.1
 _THREADS = 4

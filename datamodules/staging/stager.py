@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.byte_sizes import format_bytes
-from lit_lora.datamodules.remote.transfer import redact
 from lit_lora.datamodules.staging.config import StagerConfig
 from lit_lora.datamodules.staging.files import (
     is_alive,
@@ -32,6 +31,7 @@ from lit_lora.datamodules.staging.files import (
 from lit_lora.datamodules.staging.plan import StagingPlan
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
+from lit_lora.redact import redact
 
 _LOG = logging.getLogger("lit_lora")
 _POLL_S = 0.05

@@ -19,8 +19,8 @@ from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport
 from lit_lora.datamodules.loading.dataset import Batch
 from lit_lora.datamodules.loading.shard_reader import MAX_MEMBER_BYTES
-from lit_lora.datamodules.remote.transfer import redact
 from lit_lora.draws import seed_of
+from lit_lora.redact import redact
 
 _MAX_FAILURES_IN_A_ROW = 1000
 _PATIENCE_S = 1.0

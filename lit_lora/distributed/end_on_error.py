@@ -7,6 +7,8 @@ import sys
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_lora.redact import redact_urls
+
 _SECONDS_TO_END = 30
 
 
@@ -23,7 +25,7 @@ class EndOnError(Callback):
             exception, Exception
         ):  # Ctrl-C and an orderly stop are not failures
             return
-        error = f"{type(exception).__name__}: {exception}"
+        error = redact_urls(f"{type(exception).__name__}: {exception}")
         print(
             f"lit-lora: process {trainer.global_rank} of {trainer.world_size} failed: {error}",
             file=sys.stderr,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
+
+from lit_lora.console import print_error
 
 
 class ToolParser(ArgumentParser):
     """Reports an error as one message, without usage, with exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"lit-lora: error\n{message}", file=sys.stderr)
+        print_error(message)
         self.exit(2)
 
 

@@ -23,7 +23,7 @@ from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport, list_reports
-from lit_lora.datamodules.remote.transfer import is_remote, redact
+from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError, check_least
 from lit_lora.families import ModelFamily, check_size, prepare
@@ -31,6 +31,7 @@ from lit_lora.families.parts import PARTS
 from lit_lora.files import atomic_file, writable_folder
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
+from lit_lora.redact import redact
 from lit_lora.report_text import format_written
 from lit_lora.tools.cache_work import CacheWork
 

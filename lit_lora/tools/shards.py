@@ -175,7 +175,8 @@ def info(
 def _index_remote(specs: list[str], jobs: int) -> None:
     from lit_lora.datamodules.indexing.data_index import DataIndex
     from lit_lora.datamodules.indexing.remote_index import index_remote
-    from lit_lora.datamodules.remote.transfer import is_remote, redact
+    from lit_lora.datamodules.remote.transfer import is_remote
+    from lit_lora.redact import redact
 
     local = next((spec for spec in specs if not is_remote(spec)), None)
     if local is not None:

@@ -25,9 +25,9 @@ from lit_lora.datamodules.remote.transfer import (
     list_tars,
     object_size,
     read_range,
-    redact,
 )
 from lit_lora.errors import UserError
+from lit_lora.redact import redact
 from tests.datamodules.faulty_server import FaultyServer
 
 QUICK = RetryPolicy(attempts=3, first_wait=0.01, longest_wait=0.05, timeout=5)

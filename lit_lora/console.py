@@ -1,0 +1,71 @@
+"""Errors on the console: one message each, without secrets."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import tempfile
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+
+from lit_lora.redact import redact_urls
+
+_VERSIONS = ("lit_lora", "torch", "lightning", "diffusers", "peft", "transformers")
+
+_CONFIG_CHECKS = re.compile(r"[/\\](lightning[/\\](pytorch|fabric)|torch[/\\]optim|jsonargparse)[/\\]")
+"""Libraries that check the user's config while a run starts; their own ``ValueError`` and the like are about it."""
+
+
+def print_error(message: str, title: str = "error") -> None:
+    """Print a mistake of the user's to stderr."""
+    print(f"lit-lora: {title}\n{redact_urls(message)}", file=sys.stderr, flush=True)
+
+
+def print_fault(error: BaseException) -> None:
+    """Print a short message about an error that nobody expected; the traceback and the versions go to a file that it names."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="lit-lora-", suffix=".log", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
+        file.write("".join(f"{name} {_version(name)}\n" for name in _VERSIONS))
+        file.write(f"Python {platform.python_version()}, {platform.platform()}\n")
+        file.write(f"{redact_urls(' '.join(sys.argv))}\n\n")
+        file.write(redact_urls("".join(traceback.format_exception(error))))
+    lines = str(error).strip().splitlines() or [""]
+    print_error(
+        f"{type(error).__name__}: {lines[0]}\nThis is not a mistake that lit-lora expects. The traceback and all versions are in "
+        f"{file.name}; please report it with that file",
+        "unexpected error",
+    )
+
+
+def is_config_mistake(error: BaseException) -> bool:
+    """Whether a library found a value of the config wrong, as ``Trainer`` and learning rate schedules do."""
+    if not isinstance(error, ValueError | TypeError | KeyError | NotImplementedError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and _CONFIG_CHECKS.search(frames[-1].filename) is not None
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """A sentence about an error that means that memory of the host or of the GPU ran out; None for other errors."""
+    text = str(error)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+        return "the host's memory ran out; lower batch_size or num_workers, or quantize the base"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{text.splitlines()[0]}\nlit-lora plan --config … shows what makes the run fit"
+    return None
+
+
+def end_quietly() -> int:
+    """After the reader of stdout has closed it, as ``head`` does: write nothing more, and return the exit status of SIGPIPE."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "is not installed"
