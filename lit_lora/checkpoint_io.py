@@ -112,7 +112,7 @@ def _check_kind(path: Path, shown: str) -> None:
     if path.is_symlink() and not path.exists():
         raise UserError(f"ckpt_path: {shown} points to {os.readlink(path)}, which is gone; name another checkpoint")
     if not path.is_file():
-        raise UserError(f"ckpt_path: there is no file {shown}")
+        raise UserError(f"ckpt_path: {shown} does not exist; name a .ckpt file, or last")
 
 
 def _first_line(error: Exception) -> str:
