@@ -52,5 +52,12 @@ def test_a_family_that_cannot_be_imported(sd_folder: Path, capsys: pytest.Captur
 
 
 def test_help_does_not_import_torch() -> None:
-    code = "import sys; from lit_lora.cli import main\ntry: main(['sample', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = """if True:
+        import sys
+        from lit_lora.cli import main
+        try:
+            main(["sample", "--help"])
+        finally:
+            assert "torch" not in sys.modules
+    """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
