@@ -113,7 +113,7 @@ def test_strategies_that_shard_weights_are_refused() -> None:
 
 
 def test_a_limit_is_an_amount_of_bytes() -> None:
-    with pytest.raises(UserError, match="limit='much' is no amount of bytes"):
+    with pytest.raises(UserError, match="limit='much' is not a byte size"):
         MemoryLimit("much")
 
 

@@ -10,7 +10,7 @@ from lit_lora.errors import UserError
     ("options", "message"),
     [
         ({"dir": ""}, r"chunks\.staging\.dir is empty"),
-        ({"dir": "x", "budget": "much"}, r"chunks\.staging\.budget='much' is no amount of bytes"),
+        ({"dir": "x", "budget": "much"}, r"chunks\.staging\.budget='much' is not a byte size"),
         ({"dir": "x", "budget": 0}, r"chunks\.staging\.budget=0 is too small"),
     ],
 )
