@@ -38,7 +38,7 @@ for _module in set(public_names().values()):
 
 _HARMLESS = (
     r"LightningCLI's args parameter",  # we are the command line
-    r"The dirpath has changed",  # each run has a log folder of its own
+    r"The dirpath has changed",  # each run has its own log folder
     r"Found \d+ module\(s\) in eval mode",  # the frozen encoders
     r".*isinstance.treespec, LeafSpec",  # Lightning's own use of torch
     r"`loftq_config` specified but will be ignored",  # a default that jsonargparse spells out

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def gather(value: T) -> list[T]:
-    """The values of all processes, in rank order; a collective call where there are several processes."""
+    """Gather the values of all processes, in rank order; a collective call if there are several processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [value]
     values: list[T | None] = [None] * distributed.get_world_size()
@@ -20,7 +20,7 @@ def gather(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """The first process's value, in every process; a collective call where there are several processes."""
+    """Send the first process's value to all processes; a collective call if there are several processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return value
     values = [value]

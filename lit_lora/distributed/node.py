@@ -22,7 +22,7 @@ class Node:
         self._group: distributed.ProcessGroup | None = None
         self._leader = 0
         if processes > 1:
-            # gloo whatever the run's own backend is: what is read is in host memory.
+            # Always gloo, because the tensors are in host memory.
             self._group, _ = distributed.new_subgroups(processes, backend="gloo")
             self._leader = distributed.get_process_group_ranks(self._group)[0]
 
@@ -48,7 +48,7 @@ class Node:
             try:
                 values = {name: value.detach().contiguous() for name, value in make().items()}
                 header[0] = [(name, value.shape, value.dtype) for name, value in values.items()]
-            except Exception as error:  # whatever it is, the other processes wait for a header
+            except Exception as error:  # of any kind, since the other processes wait for the header
                 failure, header[0] = error, _sendable(error)
         distributed.broadcast_object_list(header, self._leader, self._group)
         if failure is not None:

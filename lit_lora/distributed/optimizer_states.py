@@ -1,4 +1,4 @@
-"""Optimizer states that every run can load, whatever strategy and optimizer wrote them.
+"""Portable optimizer states, which a run can load from any strategy and optimizer.
 
 The form is that of ``torch.optim.Optimizer.state_dict()`` with full, plain tensors, and ``param_names`` beside ``params`` in
 each group.

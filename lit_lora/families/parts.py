@@ -224,7 +224,7 @@ class PipelineParts(nn.Module):
         return self
 
     def unloaded(self) -> Self:
-        """A copy with the same settings, as it was before anything was loaded or read; this one stays as it is."""
+        """A copy with the same settings and nothing loaded or read; this object does not change."""
         fresh = copy.copy(self)
         fresh._modules = {}
         fresh._forget()

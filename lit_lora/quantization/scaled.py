@@ -25,7 +25,7 @@ class Scaled(Quantization):
         data = rows / scale
         if self.rounds:
             data.round_()
-        # Stored as int8 whatever the format: processes can exchange it, and nothing treats it as a trainable tensor.
+        # Stored as int8 in every format, which processes can exchange and which nothing treats as trainable.
         return {"weight_data": data.to(self.dtype).view(torch.int8).view(weight.shape), "weight_scale": scale}
 
     def dequantize(self, stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -50,7 +50,7 @@ def weight_files(source: str, folder: str, revision: str | None, variant: str | 
             if missing:
                 raise FileNotFoundError(f"{path.name} lists {missing[0]}, which is missing")
             return [file for file in found if file is not None]
-    where = "there" if Path(source).is_dir() else "on the hub, or in its cache where there is no connection"
+    where = "there" if Path(source).is_dir() else "on the hub, or in the local cache without a connection"
     raise FileNotFoundError(f"no weights {where}: none of {', '.join(tried)}")
 
 

@@ -75,5 +75,5 @@ def test_missing_and_damaged_files(one: AdapterFormat, tmp_path: Path) -> None:
 def test_a_config_that_is_no_object(sd_folder: Path, tmp_path: Path) -> None:
     PeftFormat().write(adapter_for(sd_folder, CONFIGS["LoRA"]()), tmp_path, StableDiffusionPipeline, "unet")
     (tmp_path / "adapter_config.json").write_text("[]")
-    with pytest.raises(UserError, match="holds no JSON object"):
+    with pytest.raises(UserError, match="does not hold a JSON object"):
         PeftFormat().read(tmp_path, StableDiffusionPipeline, "unet")

@@ -305,7 +305,7 @@ def test_scaled_losses_and_adalora_are_refused(
     with pytest.raises(UserError, match=r"AdaLoraConfig reads all gradients .* use peft.LoraConfig"):
         check_optimizer_in_backward(trainer, AdaLoraConfig(total_step=10))
     monkeypatch.setattr(type(trainer), "precision", "16-mixed")  # which a CPU does not do
-    with pytest.raises(UserError, match=r"precision 16-mixed .* base_dtype to 'bfloat16'"):
+    with pytest.raises(UserError, match=r"precision 16-mixed .* model.base_dtype to 'bfloat16'"):
         check_optimizer_in_backward(trainer)
 
 

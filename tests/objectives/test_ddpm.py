@@ -100,6 +100,6 @@ def test_values_out_of_range(options: dict[str, float], message: str) -> None:
 
 
 def test_epsilon_over_a_schedule_that_ends_in_pure_noise_is_refused() -> None:
-    with pytest.raises(UserError, match="use prediction_type: v_prediction"):
+    with pytest.raises(UserError, match="set prediction_type to v_prediction"):
         DDPM("epsilon").prepare({**SCHEDULE, "rescale_betas_zero_snr": True})
     DDPM("v_prediction").prepare({**SCHEDULE, "rescale_betas_zero_snr": True})

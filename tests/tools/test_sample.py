@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,15 @@ def test_a_family_that_cannot_be_imported(sd_folder: Path, capsys: pytest.Captur
     for family, message in (("no_such.Family", "cannot be imported"), ("LoraDiffusion", "is not a subclass of")):
         assert main(["sample", "--base", str(sd_folder), "--family", family, *DRAWN]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_help_does_not_import_torch() -> None:
+    code = """if True:
+        import sys
+        from lit_lora.cli import main
+        try:
+            main(["sample", "--help"])
+        finally:
+            assert "torch" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
