@@ -43,7 +43,7 @@ class FiniteGradients(Callback):
         check_least(1, patience=patience)
         self.patience = patience
         self.skipped = 0
-        """Steps that were skipped so far, in earlier parts of a resumed run too."""
+        """Number of steps that were skipped in this run."""
         self.streak = 0
         """Steps that were skipped in a row, up to the last step whose result was read."""
         self._step: _Step | None = None
@@ -122,12 +122,6 @@ class FiniteGradients(Callback):
                     f"optimizer step {step.number} is skipped: its loss or gradients are not finite; {step.found()}",
                     stacklevel=2,
                 )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.skipped = state_dict.get("skipped", 0)
 
     def _error(self, trainer: Trainer, pl_module: LightningModule, where: str) -> UserError:
         rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}

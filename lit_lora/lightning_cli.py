@@ -195,7 +195,7 @@ class ToolCLI(LitLoraCLI):
         # Configs of fit may set these; here they have no effect.
         ignored = parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
         for action in parser._actions:
-            if action.dest in ignored:
+            if action.dest in (*ignored, "must_resume"):
                 action.help = argparse.SUPPRESS
 
     def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]

@@ -18,6 +18,7 @@ from unicodedata import lookup
 
 import torch
 from docstring_parser import DocstringStyle, parse
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.strategies import Strategy
 
@@ -65,6 +66,7 @@ SECTIONS = (
     Section("data.init_args.chunks", "How training goes through the shards.", options=lit_lora.Chunks),
     Section("data.init_args.chunks.staging", "Copies of the shards on a local disk.", options=lit_lora.Staging),
     Section("trainer.callbacks[]", "Each entry of the list is one callback.", choice=Callback),
+    Section("trainer.plugins[]", "Each entry of the list is one plugin.", choice=CheckpointIO),
     Section("trainer.strategy", "How several GPUs work together.", choice=Strategy),
 )
 """All sections, in the order of the page."""
@@ -209,10 +211,16 @@ def _default(one: type[Any], parameter: inspect.Parameter) -> str:
 
 
 def _readable(formula: str) -> str:
-    """A formula in TeX with Greek letters in place of their commands and without braces."""
-    letter = re.compile(r"\\([a-z]+)")
-    formula = letter.sub(lambda name: lookup(f"GREEK SMALL LETTER {name[1]}"), formula)
+    """A formula in TeX with Unicode letters and roots in place of commands, and without braces."""
+    formula = re.sub(r"\\bar\s*\\([a-z]+)", lambda name: f"{_letter(name[1])}\u0305", formula)
+    formula = re.sub(r"\\sqrt\{((?:[^{}]|\{[^{}]*\})*)\}", r"√(\1)", formula)
+    formula = re.sub(r"\\([a-z]+)", lambda name: _letter(name[1]), formula)
     return formula.replace("{", "").replace("}", "")
+
+
+def _letter(name: str) -> str:
+    """A Greek letter; the build fails for a command that is none."""
+    return lookup(f"GREEK SMALL LETTER {name}")
 
 
 if __name__ == "__main__":

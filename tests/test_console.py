@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_lora import cli, console
+from lit_lora.errors import UserError
+from lit_lora.redact import redact_urls
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "cannot read https://me:secret@host/a.tar?token=secret; try again",
+            "cannot read https://host/a.tar try again",
+        ),
+        ("['s3://key:secret@bucket/x', 'b']", "['s3://bucket/x', 'b']"),
+        ("no URL here: a/b and C:\\\\d", "no URL here: a/b and C:\\\\d"),
+    ],
+)
+def test_urls_lose_their_secrets_in_any_text(text: str, shown: str) -> None:
+    assert redact_urls(text).replace(";", "") == shown
+
+
+def fails_with(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+    def command(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(cli.TOOLS, "demo", command)
+    return cli.main(["demo"])
+
+
+def test_a_mistake_is_its_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    error = UserError("cannot read https://me:hunter2@host/a.tar: gone")
+    assert fails_with(error, monkeypatch) == 2
+    assert capsys.readouterr().err == "lit-lora: error\ncannot read https://host/a.tar: gone\n"
+
+
+def test_a_fault_is_a_short_message_and_a_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert fails_with(RuntimeError("the sky fell at https://me:hunter2@host/x\nand more"), monkeypatch) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("lit-lora: unexpected error\nRuntimeError: the sky fell at https://host/x\n")
+    assert "Traceback" not in printed
+    (log,) = tmp_path.glob("lit-lora-*.log")
+    assert str(log) in printed
+    text = log.read_text()
+    assert "Traceback" in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+    assert "hunter2" not in text + printed
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_the_hosts_memory(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails_with(error, monkeypatch) == 1
+    assert "the host's memory ran out; lower batch_size" in capsys.readouterr().err
+
+
+def test_what_a_library_finds_wrong_in_the_config_is_a_mistake() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match="learning rate") as mistake:
+        torch.optim.AdamW([parameter], lr=-1.0)
+    assert console.is_config_mistake(mistake.value)
+    with pytest.raises(ValueError, match="invalid literal") as fault:
+        int("x")
+    assert not console.is_config_mistake(fault.value)
+
+
+def test_a_reader_that_closes_the_pipe() -> None:
+    command = f"{sys.executable} -m lit_lora.cli --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout.startswith("usage: lit-lora")
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr

@@ -1,0 +1,117 @@
+"""Resuming with other settings of optimizer and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lit_lora.callbacks import AdapterCheckpoint
+from lit_lora.errors import UserError
+from tests.helpers import loader_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*ended before the epoch ended")
+
+
+class Line(LightningModule):
+    def __init__(self, optimizer: Callable[..., Any], schedule: Callable[..., Any] | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.line = nn.Linear(3, 1)
+        self.make = optimizer, schedule
+        self.rates: list[float] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return self.line(batch["x"]).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make[0](self.parameters())
+        if self.make[1] is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make[1](optimizer), "interval": "step"}}
+
+
+def adamw(lr: float, **options: Any) -> Callable[..., Any]:
+    return lambda parameters: torch.optim.AdamW(parameters, lr=lr, **options)
+
+
+def cosine(steps: int) -> Callable[..., Any]:
+    return lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+def run(folder: Path, options: dict[str, Any], module: Line, max_steps: int, **more: Any) -> Line:
+    resume = more.pop("resume", None)
+    checkpoints = AdapterCheckpoint(folder, save_last=True, enable_version_counter=False, **more)
+    options = options | {"enable_checkpointing": True, "max_steps": max_steps, "callbacks": [checkpoints]}
+    batches: Any = [{"x": torch.full((2, 3), float(i))} for i in range(8)]
+    Trainer(**options).fit(module, loader_of(batches), ckpt_path=resume)
+    return module
+
+
+def test_another_lr_is_said_and_the_checkpoints_stays(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, trainer_options, Line(adamw(0.1)), 2)
+    expected = (
+        r"optimizer 0, group 0: lr 0.1 in the checkpoint, 0.5 here.*weight_decay 0.01 in the checkpoint, 0.2 here"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        module = run(tmp_path, trainer_options, Line(adamw(0.5, weight_decay=0.2)), 4, resume=tmp_path / "last.ckpt")
+    assert module.rates == [0.1, 0.1]
+
+
+def test_another_lr_is_applied_on_request(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, trainer_options, Line(adamw(0.1)), 2)
+    module = run(
+        tmp_path,
+        trainer_options,
+        Line(adamw(0.5, weight_decay=0.2)),
+        4,
+        resume=tmp_path / "last.ckpt",
+        keep_optimizer_settings=False,
+    )
+    assert module.rates == [0.5, 0.5]
+    group = module.trainer.optimizers[0].param_groups[0]
+    assert group["weight_decay"] == 0.2
+    assert module.trainer.optimizers[0].state[module.line.weight]["step"] == 4  # the state goes on
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_under_a_schedule_its_progress_goes_on(keep: bool, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, trainer_options, Line(adamw(0.1), cosine(8)), 4)
+    module = Line(adamw(0.2), cosine(8))
+    options = {"resume": tmp_path / "last.ckpt", "keep_optimizer_settings": keep}
+    if keep:
+        with pytest.warns(UserWarning, match=r"lr 0.1 in the checkpoint, 0.2 here"):
+            run(tmp_path, trainer_options, module, 8, **options)
+    else:
+        run(tmp_path, trainer_options, module, 8, **options)
+    whole = run(tmp_path / "whole", trainer_options, Line(adamw(0.1 if keep else 0.2), cosine(8)), 8)
+    assert module.rates == pytest.approx(whole.rates[4:])
+
+
+def test_the_length_of_a_schedule(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, trainer_options, Line(adamw(0.1), cosine(4)), 2)
+    with pytest.warns(UserWarning, match=r"lr_scheduler 0: T_max 4 in the checkpoint, 8 here"):
+        run(tmp_path, trainer_options, Line(adamw(0.1), cosine(8)), 3, resume=tmp_path / "last.ckpt")
+    run(tmp_path / "b", trainer_options, Line(adamw(0.1), cosine(4)), 2)
+    last = tmp_path / "b" / "last.ckpt"
+    options = {"resume": last, "keep_optimizer_settings": False}
+    module = run(tmp_path / "b", trainer_options, Line(adamw(0.1), cosine(8)), 3, **options)
+    assert module.trainer.lr_scheduler_configs[0].scheduler.T_max == 8
+
+
+def test_the_same_settings_say_nothing(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, trainer_options, Line(adamw(0.1), cosine(8)), 2)
+    run(tmp_path, trainer_options, Line(adamw(0.1), cosine(8)), 4, resume=tmp_path / "last.ckpt")
+
+
+def test_another_optimizer_is_refused(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, trainer_options, Line(adamw(0.1)), 2)
+    module = Line(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+    with pytest.raises(UserError, match="trained with AdamW, this run has SGD: resume with the same optimizer"):
+        run(tmp_path, trainer_options, module, 4, resume=tmp_path / "last.ckpt")
