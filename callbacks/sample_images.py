@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torchvision.utils import save_image
 
 from lit_lora.callbacks.adapter_ema import AdapterEMA
@@ -16,7 +17,7 @@ from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.profiling.phases import phase
-from lit_lora.sampling import image_grid
+from lit_lora.sampling import NonFiniteImageError, image_grid
 
 
 class SampleImages(Callback):
@@ -94,9 +95,18 @@ class SampleImages(Callback):
         ema = AdapterEMA.of(trainer)
         with phase("sampling"), ema.averaged(pl_module) if ema else nullcontext():
             prompts, seeds = [self.prompts[i] for i in mine], [self.seed + i for i in mine]
-            drawn = cast(Any, pl_module).generate(prompts, seeds, **self.options)
-        images = [image for part in gather(drawn) for image in part]
+            try:
+                drawn, problem = cast(Any, pl_module).generate(prompts, seeds, **self.options), None
+            except NonFiniteImageError as error:  # training may be well where sampling overflows
+                drawn, problem = [], str(error)
+        images, problems = [], []
+        for part, found in gather((drawn, problem)):
+            images += part
+            problems += [found] if found else []
         if not trainer.is_global_zero:
+            return
+        if problems:
+            rank_zero_warn(f"no images are written at step {trainer.global_step}: {problems[0]}")
             return
         grid = image_grid(images[: len(self.prompts)], self.columns)
         with atomic_file(folder / f"step-{trainer.global_step:06d}.png") as part:

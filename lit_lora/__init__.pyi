@@ -1,6 +1,5 @@
 # The list of public names: type checkers read it, and so do the packages that import names when they are first asked for
 # (lazy.py) and the command line, where each is a short class_path. A new part is one line here.
-from lit_lora.checkpoint_io import SafeCheckpointIO as SafeCheckpointIO
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
 from lit_lora.callbacks.adapter_ema import AdapterEMA as AdapterEMA
 from lit_lora.callbacks.finite_gradients import FiniteGradients as FiniteGradients
@@ -10,6 +9,7 @@ from lit_lora.callbacks.memory_profiler import MemoryProfiler as MemoryProfiler
 from lit_lora.callbacks.preemption import Preemption as Preemption
 from lit_lora.callbacks.run_report import RunReport as RunReport
 from lit_lora.callbacks.sample_images import SampleImages as SampleImages
+from lit_lora.checkpoint_io import SafeCheckpointIO as SafeCheckpointIO
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets as AspectRatioBuckets
 from lit_lora.datamodules.batches.chunks import Chunks as Chunks
 from lit_lora.datamodules.batches.plan import Plan as Plan

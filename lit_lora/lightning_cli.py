@@ -19,6 +19,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from transformers.utils.logging import disable_progress_bar
 
 from lit_lora.callbacks.finite_gradients import FiniteGradients
 from lit_lora.callbacks.preemption import Preemption
@@ -215,6 +216,7 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
         run: Whether to call the trainer; False only builds the parts. Defaults to True.
         cli_class: Class that parses the arguments and builds the parts; defaults to :class:`LitLoraCLI`.
     """
+    disable_progress_bar()  # of transformers, one for each text encoder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
     arguments = [_shipped_config(part) for argument in arguments for part in _config_and_path(argument)]
     with warnings.catch_warnings():

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
-from lit_lora.adapters import ADAPTER_NAME, adapter_state, check_sharded_training, method_of, plain_config
+from lit_lora.adapters import ADAPTER_NAME, adapter_state, check_finite, check_sharded_training, method_of, plain_config
 from lit_lora.blocks import outermost_blocks
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
 from lit_lora.distributed.node import Node
@@ -256,6 +256,8 @@ class LoraDiffusion(LightningModule):
         """
         height, width = (options.get(edge) or self.family.default_size for edge in ("height", "width"))
         check_size(self.family, height, width)
+        if not self._configured:
+            raise UserError("the base is not loaded yet: call generate after trainer.fit, in the same process")
         was_training = self.training
         self.eval()
         try:
@@ -282,10 +284,13 @@ class LoraDiffusion(LightningModule):
             folder: Folder to write.
 
         Raises:
-            UserError: If the folder cannot be written, or holds other files.
+            UserError: If the folder cannot be written or holds other files, the adapter holds NaN or Inf, or there is none yet.
         """
         family = self.family
+        if not self._configured:
+            raise UserError("the module has no adapter yet: call save_adapter after trainer.fit, in the same process")
         state = adapter_state(family.denoiser)
+        check_finite(state, "adapter", "train with a lower lr or trainer.gradient_clip_val: 1.0")
         if self._trainer is not None and not self.trainer.is_global_zero:
             return
         with atomic_folder(folder, marker="adapter_config.json") as part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,17 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
-from lit_lora.errors import check_least
+from lit_lora.errors import UserError, check_least
 
 IMAGES_AT_A_TIME = 16
 """Default number of images in a batch."""
 
 PromptInputs = Callable[[list[str], float], dict[str, Any]]
 """Function from prompts and a guidance scale to the pipeline's arguments: see :meth:`ModelFamily.prompt_inputs`."""
+
+
+class NonFiniteImageError(UserError):
+    """An image holds NaN."""
 
 
 def text_prompts(prompts: list[str], guidance_scale: float) -> dict[str, Any]:
@@ -76,14 +81,22 @@ def generate(
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        images += pipeline(
-            **prompt_inputs(list(prompts[start : start + batch_size]), guidance_scale),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            height=height,
-            width=width,
-            generator=generators,
-        ).images
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)  # NaN as a byte
+            try:
+                images += pipeline(
+                    **prompt_inputs(list(prompts[start : start + batch_size]), guidance_scale),
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    height=height,
+                    width=width,
+                    generator=generators,
+                ).images
+            except RuntimeWarning as warning:
+                raise NonFiniteImageError(
+                    f"an image from {prompts[start]!r} on holds NaN: the weights of base or adapter are NaN or Inf, or values "
+                    f"overflow in {pipeline.dtype}; use another checkpoint, or bfloat16 or float32"
+                ) from warning
     return images
 
 

@@ -77,16 +77,21 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
         )
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Check the values of a checkpoint.
+def check_finite(
+    tensors: Mapping[str, Tensor], what: str = "checkpoint", advice: str = "resume from an earlier checkpoint"
+) -> None:
+    """Check that tensors hold no NaN or Inf.
+
+    Args:
+        tensors: Tensors by name.
+        what: What they are in, for the error.
+        advice: What to do, for the error.
 
     Raises:
-        UserError: If some are NaN or Inf.
+        UserError: If some values are NaN or Inf.
     """
     if bad := non_finite_names(tensors):
-        raise UserError(
-            f"{len(bad)} tensors of the checkpoint hold NaN or Inf, the first is {bad[0]}: resume from an earlier checkpoint"
-        )
+        raise UserError(f"{len(bad)} tensors of the {what} hold NaN or Inf, the first is {bad[0]}; {advice}")
 
 
 def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -6,14 +6,53 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from diffusers import ConfigMixin, DiffusionPipeline
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
 from lit_lora.families.identity import parts_identity
+
+_SECONDS_FOR_THE_HUB = 10
+
+
+@lru_cache
+def check_hub(repository: str, revision: str | None) -> None:
+    """Check that a repository can be loaded: from the local copy of an earlier download, or from the hub.
+
+    The libraries that load the parts would try each file for a while and report the first that is missing.
+
+    Args:
+        repository: Id of the repository.
+        revision: Branch, tag or commit; None for the default branch.
+
+    Raises:
+        UserError: If there is no local copy, and the hub cannot be reached or has no such repository.
+    """
+    advice = "name a local folder that diffusers' save_pretrained wrote, or correct pretrained_model_name_or_path"
+    try:
+        if isinstance(try_to_load_from_cache(repository, "model_index.json", revision=revision), str):
+            return
+        HfApi(endpoint=constants.ENDPOINT).model_info(repository, revision=revision, timeout=_SECONDS_FOR_THE_HUB)
+    except HFValidationError as error:
+        raise UserError(
+            f"{repository!r} is neither a folder nor the id of a repository on the hub; {advice}"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        shown = repository if revision is None else f"{repository}@{revision}"
+        raise UserError(f"the hub has no repository {shown}, or it needs a login (hf auth login); {advice}") from error
+    except Exception as error:  # the HTTP library differs between versions of huggingface_hub
+        if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code < 500:
+            raise UserError(f"the hub refuses {repository!r}: {error}; {advice}") from error
+        raise UserError(
+            f"{repository!r} is not on this machine, and the hub {constants.ENDPOINT} cannot be reached ({error}); check the "
+            f"network, or {advice}"
+        ) from error
 
 
 class _ModelConfig(ConfigMixin):
@@ -61,7 +100,13 @@ class ModelSource:
         return self.is_local and not self._folder(part).is_dir()
 
     def index(self) -> Mapping[str, Any]:
-        """The contents of ``model_index.json``; empty if there is none."""
+        """The contents of ``model_index.json``; empty if there is none.
+
+        Raises:
+            UserError: If the pipeline is on the hub, and neither the hub nor a local copy can be read.
+        """
+        if not self.is_local:
+            check_hub(self.location, self.revision)
         options = {"revision": self.revision} if self.revision else {}
         try:
             index: Mapping[str, Any] = DiffusionPipeline.load_config(self.location, **options)
@@ -103,6 +148,8 @@ class ModelSource:
                 f"{self.location} has no folder {part!r}, so the pipeline is incomplete; it holds {held}. Set "
                 f"pretrained_model_name_or_path to a folder that diffusers' save_pretrained wrote, or to a hub id."
             )
+        if not self.is_local:
+            check_hub(self.location, self.revision)
         if self.revision:
             options["revision"] = self.revision
         try:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
 
 from lit_lora.console import print_error
+from lit_lora.errors import UserError
 
 
 class ToolParser(ArgumentParser):
@@ -26,5 +29,13 @@ def run_tool(function: Callable[..., Any] | dict[str, Any], arguments: list[str]
         arguments: Arguments of the command line.
         prog: Name of the command, for its help.
         **options: Further options of the parser.
+
+    Raises:
+        UserError: If an option is given more than once.
     """
+    given = Counter(argument.partition("=")[0] for argument in arguments if re.match("--[a-z]", argument))
+    if twice := [name for name, count in given.items() if count > 1]:
+        raise UserError(
+            f"{twice[0]} is given more than once, and only the last would count; give it once, with a list if it takes one"
+        )
     return auto_cli(function, args=arguments, prog=prog, parser_class=ToolParser, as_positional=True, **options)

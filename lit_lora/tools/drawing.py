@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import PeftModel
+from peft.utils.save_and_load import get_peft_model_state_dict
 from PIL import Image
+from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar
 
 import lit_lora
+from lit_lora.adapters import check_finite
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource, check_size, family_of
+from lit_lora.formats.peft import WEIGHTS, read_config, read_tensors
 from lit_lora.sampling import generate
 
 
@@ -43,16 +50,21 @@ def make_generate(
     Raises:
         UserError: If base or adapter cannot be loaded, or the family cannot draw images of this size.
     """
+    disable_progress_bar()  # of transformers, one for each text encoder
+    state = None if adapter is None else read_adapter(Path(adapter))
+    if device is not None:
+        _check_device(device)
     kind = _family_class(family, base)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    arguments = (base, adapter, getattr(torch, dtype), device)
+    loaded = None if state is None else partial(load_adapter, folder=Path(str(adapter)), saved=state)
+    arguments = (base, loaded, getattr(torch, dtype), device)
     return _from_pipeline(*arguments, config) if kind is None else _from_family(kind, *arguments, size)
 
 
 def _from_family(
     kind: type[ModelFamily],
     base: str,
-    adapter: str | None,
+    adapt: Callable[[nn.Module], None] | None,
     dtype: torch.dtype,
     device: str,
     size: tuple[int | None, int | None],
@@ -62,23 +74,74 @@ def _from_family(
     family.read_configs()
     check_size(family, *(edge or family.default_size for edge in size))
     family.load(dtype)
-    if adapter:
-        PeftModel.from_pretrained(family.denoiser, adapter)  # in place
+    if adapt:
+        adapt(family.denoiser)
     return family.to(device).generate
 
 
 def _from_pipeline(
-    base: str, adapter: str | None, dtype: torch.dtype, device: str, config: Mapping[str, Any]
+    base: str, adapt: Callable[[nn.Module], None] | None, dtype: torch.dtype, device: str, config: Mapping[str, Any]
 ) -> Callable[..., list[Image.Image]]:
     """Function that draws with a base of no known family, through its diffusers pipeline, and the adapter."""
     try:
         pipeline = DiffusionPipeline.from_pretrained(resolve(base), dtype=dtype)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot load the base {base!r}: {error}") from error
-    if adapter:
-        PeftModel.from_pretrained(_adapted_part(pipeline, config), adapter)
+    if adapt:
+        adapt(_adapted_part(pipeline, config))
     pipeline.set_progress_bar_config(disable=True)
     return partial(generate, pipeline.to(device))
+
+
+def read_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's PEFT files.
+
+    Raises:
+        UserError: If a file is missing or damaged, or values are NaN or Inf.
+    """
+    read_config(folder)
+    tensors = read_tensors(folder / WEIGHTS)
+    check_finite(tensors, f"adapter {folder}", "use the adapter of an earlier checkpoint")
+    return tensors
+
+
+def load_adapter(model: nn.Module, folder: Path, saved: Mapping[str, Tensor]) -> None:
+    """Load an adapter into a model, in place.
+
+    Args:
+        model: The denoiser.
+        folder: Folder with the adapter's PEFT files.
+        saved: Tensors of the adapter.
+
+    Raises:
+        UserError: If the adapter does not fit the model, or tensors are missing or unknown.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            adapted = PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[:2]
+        raise UserError(
+            f"the adapter {folder} does not fit {type(model).__name__}: {' '.join(reason) or type(error).__name__}; set "
+            f"--base to the base that it was trained on"
+        ) from error
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    for what, names in (("misses", expected - saved.keys()), ("has unknown", saved.keys() - expected)):
+        if names:
+            raise UserError(
+                f"the adapter {folder} {what} {len(names)} tensors, the first is {min(names)}; its file is incomplete or of "
+                f"another adapter than its adapter_config.json"
+            )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine does not have."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"device={device!r} cannot be used here ({reason}); use cpu, or leave it out") from error
 
 
 def _family_class(family: str | None, base: str) -> type[ModelFamily] | None:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 # Nothing heavy is imported here, not even for type checking: jsonargparse would import it for --help.
 
@@ -34,7 +36,7 @@ def sample(
         base: Folder, hub id or "embedded"; defaults to the base that the adapter was trained on.
         prompts: One text, or a list of texts such as '["a red seven", "a blue star"]'.
         count: Number of images for each prompt.
-        out: PNG file for the grid, or, if the name has no ending, a folder for one PNG file per image.
+        out: File for the grid, with the ending .png, .jpg or .webp; or, without an ending, a folder for one PNG file per image.
         seed: Seed of the first image; image i is drawn from seed + i.
         steps: Number of denoising steps.
         guidance_scale: Scale of classifier-free guidance; 1 turns it off.
@@ -52,6 +54,9 @@ def sample(
     """
     if not prompts:
         raise UserError('give --prompts: one text, or a list as \'["a red seven on white", "a blue star"]\'')
+    check_least(1, count=count, steps=steps, columns=columns)
+    check_least(0, seed=seed)
+    target = _target(out)
     texts = [text for text in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(count)]
     config = _adapter_config(adapter)
     base = base or config.get("base_model_name_or_path")
@@ -68,19 +73,30 @@ def sample(
     )
     seeds = [seed + i for i in range(len(texts))]
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
-    _write(generate(texts, seeds, **options), Path(out), columns)
+    _write(generate(texts, seeds, **options), target, columns)
+
+
+def _target(out: str) -> Path:
+    target = Path(out)
+    if target.suffix and target.suffix.lower() not in _FORMATS:
+        raise UserError(
+            f"out={out!r} has an ending that is not known; use {', '.join(_FORMATS)} for one file, or none for a folder"
+        )
+    if target.is_dir() if target.suffix else target.is_file():
+        raise UserError(f"out={out!r} exists and is {'a folder' if target.suffix else 'a file'}; name another")
+    return target
 
 
 def _write(images: Sequence[Any], target: Path, columns: int) -> None:
     """Write images as one grid, or one by one into a folder if the target has no file ending."""
-    from torchvision.utils import save_image
+    from torchvision.transforms.v2.functional import to_pil_image
 
     from lit_lora.files import atomic_file
     from lit_lora.sampling import image_grid
 
     if target.suffix:
         with atomic_file(target) as part:
-            save_image(image_grid(images, columns), part, format="png")
+            to_pil_image(image_grid(images, columns)).save(part, format=_FORMATS[target.suffix.lower()], quality=95)
     else:
         for i, image in enumerate(images):
             with atomic_file(target / f"{i:04d}.png") as part:

@@ -177,5 +177,5 @@ def test_a_checkpoint_that_is_not_finite_is_refused(trainer_options: dict[str, A
         else:
             checkpoint["optimizer_states"][0]["state"][0]["exp_avg"][0] = float("nan")
         torch.save(checkpoint, tmp_path / f"{place}.ckpt")
-        with pytest.raises(UserError, match=r"hold NaN or Inf.*resume from an earlier checkpoint"):
+        with pytest.raises(UserError, match=r"hold NaN or Inf.*; resume from an earlier checkpoint"):
             run(tmp_path, trainer_options, Backbone(), max_epochs=2, resume=tmp_path / f"{place}.ckpt")
