@@ -15,7 +15,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lit_lora.datamodules.decoding.batch_builder import BatchBuilder
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
-from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
+from lit_lora.datamodules.indexing.scan import image_size
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport
 from lit_lora.datamodules.loading.dataset import Batch
 from lit_lora.datamodules.loading.shard_reader import MAX_MEMBER_BYTES
