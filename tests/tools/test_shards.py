@@ -61,7 +61,9 @@ def test_pack_shards_that_are_not_finished(tmp_path, make_shards, capsys):
     first, _ = make_shards(1, 1)
     first.with_name("shard-000000_stats.json").write_text("{}")
     assert main(["shards", "pack", str(first.parent), str(tmp_path / "out")]) == 0
-    assert "skipped  1 shards that img2dataset has not finished" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left out 1 " in printed
+    assert "  1  shard-000001.tar: shard-000001_stats.json is missing: img2dataset was interrupted" in printed
 
 
 def test_index(tmp_path, make_shards, capsys):
