@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, image_extension
+from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, extension_of, image_extension
 from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.sample_names import SampleNames
@@ -150,9 +150,11 @@ def _find_sides(file: str, siblings: Set[str]) -> int:
 
 
 def _is_lone_caption(file: str, siblings: Set[str]) -> bool:
-    path = PurePosixPath(file)
-    spellings = (f"{path.stem}.{each}" for low in IMAGE_FILES for each in (low, low.upper(), low.capitalize()))
-    return path.suffix[1:].lower() in _SIDES and siblings.isdisjoint(spellings)
+    if extension_of(file) not in _SIDES:
+        return False
+    stem = file.rpartition("/")[2].rpartition(".")[0]
+    spellings = (f"{stem}.{each}" for low in IMAGE_FILES for each in (low, low.upper(), low.capitalize()))
+    return siblings.isdisjoint(spellings)
 
 
 def _paths(folder: Path, file: str, bits: int) -> dict[str, Path]:

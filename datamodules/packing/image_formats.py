@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import warnings
 from importlib import import_module
-from pathlib import PurePosixPath
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -31,6 +30,8 @@ ANY_IMAGE = "image"
 IMAGE_FILES = (*IMAGE_EXTENSIONS, *_RENAMED, *_CONVERTED, *_REFUSED, ANY_IMAGE)
 """Extensions by which image files are found; all are packed, or left out with a reason."""
 
+_ALL = frozenset(IMAGE_FILES)
+
 NOT_AN_IMAGE = (
     f"is not one of the image formats {', '.join((*IMAGE_EXTENSIONS, *_CONVERTED))}; convert it to PNG or JPEG"
 )
@@ -47,8 +48,15 @@ _SAFE_MODES = {"CMYK": "RGB", "YCbCr": "RGB", "RGBX": "RGB", "PA": "RGBA", "RGBa
 
 def image_extension(file: str) -> str:
     """Extension of an image file in lower case; empty for other files."""
-    extension = PurePosixPath(file).suffix[1:].lower()
-    return extension if extension in IMAGE_FILES else ""
+    extension = extension_of(file)
+    return extension if extension in _ALL else ""
+
+
+def extension_of(file: str) -> str:
+    """Extension of a file in lower case, as of ``Path.suffix``, which takes ten times as long."""
+    name = file.rpartition("/")[2]
+    dot = name.rfind(".")
+    return name[dot + 1 :].lower() if dot > 0 else ""
 
 
 def to_shard_format(extension: str, data: bytes) -> tuple[str, bytes]:

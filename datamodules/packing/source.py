@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from lit_lora.datamodules.packing.image_formats import image_extension
+from lit_lora.datamodules.packing.image_formats import extension_of, image_extension
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.unknown_files import UnknownFiles
 from lit_lora.datamodules.packing.walk import OtherSplits, walk_files
@@ -71,16 +71,17 @@ class PackSource:
         others, unknown, repeats = OtherSplits(), UnknownFiles(), set()
         has_images = False
         for file, _ in walk_files(path, out, others):
-            extension = Path(file).suffix[1:].lower()
+            extension = extension_of(file)
             if extension in extensions:
                 files.setdefault(extension, []).append(path / file)
             elif image_extension(file):
                 has_images = True
-                if _REPEATS.match(PurePosixPath(path.name, file).parent.name):
-                    repeats.add(PurePosixPath(file).parent.as_posix())
+                folder = file.rpartition("/")[0]
+                if _REPEATS.match(folder.rpartition("/")[2] or path.name):
+                    repeats.add(folder or path.name)
             else:
                 unknown.add(file)
-        return cls(path, files, has_images, out, others, unknown.entries, sorted(repeats), **options)
+        return cls(path, files, has_images, out, others, unknown.entries(), sorted(repeats), **options)
 
     @property
     def is_file(self) -> bool:

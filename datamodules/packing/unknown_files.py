@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import PurePosixPath
-
 from lit_lora.datamodules.indexing.tar_headers import is_compressed_tar
+from lit_lora.datamodules.packing.image_formats import extension_of
 from lit_lora.datamodules.packing.left_out import BadFile
 
 _OWN = frozenset(
@@ -31,26 +29,28 @@ class UnknownFiles:
     """The files of a folder that are no images, captions, tables or shards, counted by extension.
 
     Captions are among them only as long as no image is beside them, which the walk of a folder of images decides.
-
-    Attributes:
-        entries: One entry for the files of each extension.
     """
 
     def __init__(self) -> None:
-        self.entries: dict[str, BadFile] = {}
+        self._first: dict[str, str] = {}
+        self._counts: dict[str, int] = {}
 
     def add(self, file: str) -> None:
         """Count a file unless it describes the data, or is hidden."""
-        path = PurePosixPath(file)
-        extension = path.suffix[1:].lower()
-        name = path.name.lower()
-        is_own = name in _OWN or extension in _NO_DATA or name.endswith("_stats.json") or path.stem.lower() in _OWN
-        if is_own or any(part.startswith(".") for part in path.parts):
+        name = file.rpartition("/")[2].lower()
+        extension = extension_of(name)
+        is_own = extension in _NO_DATA or name.partition(".")[0] in _OWN or name in _OWN or name.endswith("_stats.json")
+        if is_own or file.startswith(".") or "/." in file:
             return
-        if extension in self.entries:
-            self.entries[extension] = replace(self.entries[extension], count=self.entries[extension].count + 1)
-        else:
-            self.entries[extension] = BadFile(file, _reason(path.name, extension))
+        self._first.setdefault(extension, file)
+        self._counts[extension] = self._counts.get(extension, 0) + 1
+
+    def entries(self) -> dict[str, BadFile]:
+        """One entry for the files of each extension."""
+        return {
+            extension: BadFile(self._first[extension], _reason(self._first[extension], extension), count)
+            for extension, count in self._counts.items()
+        }
 
 
 def _reason(name: str, extension: str) -> str:
