@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from lit_lora.visible import visible_lines
+
 
 class UserError(ValueError):
     """A wrong value, file or combination that the user can correct.
 
     The message gives the value, the bound and the next action. The command line prints it alone, without a traceback,
-    and exits with status 2.
+    and exits with status 2. Control characters other than line ends are shown as escapes.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(visible_lines(message))
 
 
 def check_least(least: float, **values: float | None) -> None:

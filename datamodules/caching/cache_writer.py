@@ -21,8 +21,9 @@ from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.image_decoder import decode_image
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
+from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.index import ShardIndex
-from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, IMAGE_EXTENSIONS
+from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport
 from lit_lora.datamodules.loading.dataset import Batch, ShardDataset, SlotRequest
@@ -32,6 +33,7 @@ from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.redact import redact
+from lit_lora.visible import visible
 
 _BATCHES_AT_A_TIME = 64
 """Number of batches' worth of consecutive samples that are grouped by size. Shards are written in order, so this many batches
@@ -125,7 +127,7 @@ class CacheWriter:
         others = len(cached - numbers.keys())
         if good or others:
             raise UserError(
-                f"{path} was made from other samples than {self._location(samples[0])} has now: {good} are missing and"
+                f"{visible(path)} was made from other samples than {self._location(samples[0])} has now: {good} are missing and"
                 f" {others} are not in that shard; remove it, or choose another folder with --out"
             )
         progress(len(cached))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -19,16 +18,19 @@ from tqdm import tqdm
 from lit_lora.datamodules.checking.check_sample import WRONG_EXTENSION, check_sample
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.indexing.scan import EXTENSIONS, walk_members
+from lit_lora.datamodules.indexing.unread_members import UnreadMembers
 from lit_lora.datamodules.packing.sample_names import key_digest
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file
+from lit_lora.visible import visible
 
 DAMAGED = "damaged shard"
 NO_SAMPLES = "no samples"
 DUPLICATE_KEY = "duplicate key"
 SHARED_KEYS = "keys of another shard"
 NOT_READ = "members not read"
+PASSED_OVER = "samples passed over"
 
 NOTES = (WRONG_EXTENSION, NOT_READ)
 """Kinds of problems that do not affect training."""
@@ -146,18 +148,21 @@ def _check_file(
     path: Path, samples: dict[str, _Members], decode: bool, captions: Captions
 ) -> Iterator[tuple[str, str, str]]:
     """Yield kind, key and detail of all problems of a shard, and add its samples to ``samples``."""
+    unread = UnreadMembers()
     try:
         with path.open("rb") as file:
             complete = samples
             try:
-                for key, detail in _collect(path, file, samples):
+                for key, detail in _collect(path, file, samples, unread):
                     yield DUPLICATE_KEY, key, detail
                 if not samples:
                     yield NO_SAMPLES, "", ""
             except UserError as error:
-                yield DAMAGED, "", str(error).removeprefix(f"{path} is ")
+                yield DAMAGED, "", str(error).removeprefix(f"{visible(path)} is ")
                 complete = dict(list(samples.items())[:-1])  # the last sample may lack members
-            for extension, names in _members_not_read(path).items():
+            for lost in unread.lost:
+                yield PASSED_OVER, lost.name, lost.reason
+            for extension, names in unread.others.items():
                 yield (
                     NOT_READ,
                     names[0],
@@ -170,11 +175,13 @@ def _check_file(
         yield DAMAGED, "", f"cannot be read ({error.strerror})"
 
 
-def _collect(path: Path, file: io.BufferedReader, samples: dict[str, _Members]) -> Iterator[tuple[str, str]]:
+def _collect(
+    path: Path, file: io.BufferedReader, samples: dict[str, _Members], unread: UnreadMembers | None = None
+) -> Iterator[tuple[str, str]]:
     """Add offset and size of each sample's members to ``samples``; yield key and detail of repeated ones."""
     last = ""
     repeated = False
-    for key, number, offset, size in walk_members(path, file):
+    for key, number, offset, size in walk_members(path, file, unread):
         extension = EXTENSIONS[number]
         if key != last:
             repeated = key in samples
@@ -185,20 +192,6 @@ def _collect(path: Path, file: io.BufferedReader, samples: dict[str, _Members]) 
         if not repeated:
             samples.setdefault(key, {}).setdefault(extension, (offset, size))
         last = key
-
-
-def _members_not_read(path: Path) -> dict[str, list[str]]:
-    """Names of the members that are not indexed, by the part after the first dot."""
-    found: dict[str, list[str]] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for info in archive:
-                extension = info.name.rpartition("/")[2].partition(".")[2]
-                if info.isreg() and extension.lower() not in EXTENSIONS:
-                    found.setdefault(extension, []).append(info.name)
-    except (tarfile.TarError, ValueError):
-        pass  # the damage has already been reported
-    return found
 
 
 def _find_shared_keys(paths: Sequence[Path], keys: Sequence[NDArray[np.uint64]]) -> Iterator[Problem]:

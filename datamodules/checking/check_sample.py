@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 
 from lit_lora.datamodules.decoding.captions import MAX_JSON_BYTES, MAX_TEXT_BYTES, Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, decode_rgb
+from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.image_format import image_format
-from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, image_size
 
 NO_IMAGE = "no image"
 EMPTY_IMAGE = "empty image"

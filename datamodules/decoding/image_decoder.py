@@ -13,7 +13,7 @@ from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import check_pixels, decode_rgb
 from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
-from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
+from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import tarfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,12 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from lit_lora.datamodules.indexing.extensions import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.image_format import image_format
+from lit_lora.datamodules.indexing.tar_headers import walk_headers
+from lit_lora.datamodules.indexing.unread_members import UnreadMembers, split_name
 from lit_lora.errors import UserError
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Extensions of images; if a sample has several images, the first extension in this order is used."""
+from lit_lora.visible import visible
 
 CACHED_EXTENSION = "safetensors"
 """Extension of the member that replaces the image in a cache of latents."""
@@ -27,8 +28,8 @@ CACHED_EXTENSION = "safetensors"
 OTHER_EXTENSIONS = ("npy", "npz", "bin")
 """Extensions for a custom :class:`~lit_lora.datamodules.decoding.sample_decoder.SampleDecoder`."""
 
-EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json", "cls", CACHED_EXTENSION, *OTHER_EXTENSIONS)
-"""Extensions of the members that are indexed; all others are ignored."""
+EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, CACHED_EXTENSION, *OTHER_EXTENSIONS)
+"""Extensions of the members that are indexed; all others are passed over."""
 
 _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
     "jpg": JpegImageFile,
@@ -39,7 +40,6 @@ _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
 
 _HEADER_BYTES = 65536
 _EXIF_ORIENTATION = 0x0112
-_END_MARKER_BYTES = 1024
 
 
 @dataclass
@@ -59,7 +59,7 @@ class ScannedShard:
 
 
 def scan_shard(path: Path) -> ScannedShard:
-    """Read the headers of a shard's members and images.
+    """Read the headers of a shard's members and images, and warn of samples that are passed over.
 
     Raises:
         UserError: If the shard is truncated or damaged, contains no samples, or contains a key twice.
@@ -67,8 +67,9 @@ def scan_shard(path: Path) -> ScannedShard:
     shard = ScannedShard()
     seen: set[str] = set()
     extensions: set[int] = set()
+    unread = UnreadMembers()
     with path.open("rb") as file:
-        for key, extension, offset, size in walk_members(path, file):
+        for key, extension, offset, size in walk_members(path, file, unread):
             if not shard.keys or key != shard.keys[-1]:
                 if key in seen:
                     raise _duplicate(path, key)
@@ -85,7 +86,9 @@ def scan_shard(path: Path) -> ScannedShard:
                 shard.sizes[-1] = _size_of_cached(file, offset, size)
             shard.members.append((len(shard.keys) - 1, extension, offset, size))
     if not shard.keys:
-        raise UserError(f"{path} holds no samples (members that end in {', '.join(EXTENSIONS)}); remove it")
+        raise _without_samples(path, unread)
+    if unread.lost:
+        warnings.warn(f"{visible(path)}: {unread.describe_lost()}, so they are not trained on", stacklevel=2)
     return shard
 
 
@@ -129,50 +132,38 @@ def _size_of_cached(file: io.BufferedReader, offset: int, size: int) -> tuple[in
         return 0, 0
 
 
-def walk_members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int, int, int]]:
+def walk_members(
+    path: Path, file: io.BufferedReader, unread: UnreadMembers | None = None
+) -> Iterator[tuple[str, int, int, int]]:
     """Key, number in ``EXTENSIONS``, data offset and size of each indexed member, in the order of the archive.
+
+    Args:
+        path: Path of the shard, for messages.
+        file: The shard, open for reading.
+        unread: Gets the other members. Defaults to None.
 
     Raises:
         UserError: If the shard is truncated or damaged.
     """
-    end = 0
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for info in archive:
-                key, extension = _split_name(info.name)
-                if info.isreg() and not info.issparse() and key and extension in EXTENSIONS:
-                    yield key, EXTENSIONS.index(extension), info.offset_data, info.size
-                end = archive.offset
-    except (tarfile.TarError, ValueError) as error:
-        raise _damaged(path, min(end, path.stat().st_size), str(error)) from error
-    _check_end(path, file, end)
+    for info in walk_headers(path, file):
+        key, extension = split_name(info.name)
+        if info.isreg() and not info.issparse() and key and extension in EXTENSIONS:
+            yield key, EXTENSIONS.index(extension), info.offset_data, info.size
+        elif unread is not None:
+            unread.add(info)
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Key and extension by webdataset's rule: the key ends at the first dot of the last path component."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem else ("", "")
-
-
-def _check_end(path: Path, file: io.BufferedReader, offset: int) -> None:
-    """Check that the end marker follows, since ``tarfile`` stops silently at a header that it cannot read."""
-    file.seek(offset)
-    rest = offset
-    while chunk := file.read(1 << 20):
-        if chunk.strip(b"\0"):
-            raise _damaged(path, offset, "no member starts there and it is not the end of the archive")
-        rest += len(chunk)
-    if rest - offset < _END_MARKER_BYTES:
-        raise _damaged(path, rest, "the end of the archive is missing")
-
-
-def _damaged(path: Path, offset: int, reason: str) -> UserError:
-    return UserError(f"{path} is truncated or damaged at byte {offset} ({reason}); pack it again or remove it")
+def _without_samples(path: Path, unread: UnreadMembers) -> UserError:
+    what = f"{visible(path)} holds no samples (members that end in {', '.join(EXTENSIONS)})"
+    if unread.lost:
+        return UserError(f"{what}: {unread.describe_lost()}")
+    names = [name for names in unread.others.values() for name in names]
+    first = f": {len(names)} members have other names, first {visible(names[0])}" if names else ""
+    return UserError(f"{what}{first}; remove it")
 
 
 def _duplicate(path: Path, key: str) -> UserError:
     return UserError(
-        f"{path} holds the key {key!r} twice, or the members of this sample are not next to each other;"
+        f"{visible(path)} holds the key '{visible(key)}' twice, or the members of this sample are not next to each other;"
         " pack it again with unique keys in sorted order (`tar --sort=name`)"
     )

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import glob
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 from braceexpand import braceexpand
 
+from lit_lora.datamodules.indexing.hidden_files import is_hidden
+from lit_lora.datamodules.indexing.tar_headers import is_compressed_tar
 from lit_lora.errors import UserError
 from lit_lora.redact import redact
+from lit_lora.visible import visible
 
 
 def find_shards(specs: str | Iterable[str]) -> list[Path]:
@@ -31,11 +35,13 @@ def find_shards(specs: str | Iterable[str]) -> list[Path]:
             raise UserError(f"{redact(spec)} is not a local file; name local shards")
         found = [path for pattern in _expand(spec) for path in _match(pattern)]
         if not found:
-            raise UserError(f"{spec} matches no shards; name *.tar files or a folder that contains some")
+            raise UserError(
+                f"{visible(spec)} matches no shards; name *.tar files or a folder that contains some{_compressed_in(spec)}"
+            )
         paths += found
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        shown = ", ".join(str(path) for path in missing[:3])
+        shown = ", ".join(visible(path) for path in missing[:3])
         raise UserError(f"{len(missing)} of {len(paths)} shards are missing, first {shown}; check the names")
     return paths
 
@@ -64,8 +70,23 @@ def expand_braces(spec: str) -> list[str]:
 def _match(pattern: str) -> list[Path]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        return sorted(path.glob("*.tar"))
+        if compressed := _compressed_in(path):
+            warnings.warn(f"{visible(path)}{compressed}", stacklevel=3)
+        return sorted(each for each in path.iterdir() if each.suffix.lower() == ".tar" and not is_hidden(each.name))
     if path.exists() or not glob.has_magic(pattern):
         return [path]
     found = glob.glob(str(path), recursive=True)
     return sorted(Path(name) for name in found)
+
+
+def _compressed_in(folder: str | Path) -> str:
+    """A remark on the compressed tars in a folder, which cannot be indexed; empty if there are none."""
+    folder = Path(folder)
+    found = sorted(each.name for each in folder.iterdir() if is_compressed_tar(each.name)) if folder.is_dir() else []
+    if not found:
+        return ""
+    first = visible(found[0])
+    return (
+        f"; {len(found)} compressed tars there cannot be indexed and are left out, first {first}: decompress them"
+        f" (`gunzip {first}`), or stream them with WebDatasetStreamDataModule"
+    )

@@ -15,6 +15,7 @@ from lit_lora.datamodules.indexing.scan import EXTENSIONS
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError
 from lit_lora.redact import redact
+from lit_lora.visible import visible
 
 _MOST_VIEWS = 4096
 
@@ -138,7 +139,7 @@ class SampleTable:
         raise UserError(
             f"{counts.sum()} of {len(self)} samples have no {what}"
             f" ({' or '.join(f'.{extension}' for extension in extensions)}); in {redact(self.locations[shard])}"
-            f" {counts[shard]} of {high - low}, first {', '.join(self.key(int(number)) for number in first)};"
+            f" {counts[shard]} of {high - low}, first {', '.join(visible(self.key(int(number))) for number in first)};"
             " add the missing members or remove these samples"
         )
 

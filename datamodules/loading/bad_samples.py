@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from lit_lora.errors import UserError
+from lit_lora.visible import visible
 
 
 class BadSampleReport(NamedTuple):
@@ -49,7 +50,7 @@ class BadSamples(dict[tuple[str, str], BadSampleReport]):
             )
         for report in new.values():
             warnings.warn(
-                f"bad sample {report.key} in {report.shard}, {self._fate}: {report.reason}"
+                f"bad sample {visible(report.key)} in {visible(report.shard)}, {self._fate}: {visible(report.reason)}"
                 f" ({len(self)} of at most {self.limit})",
                 stacklevel=3,
             )
@@ -57,4 +58,7 @@ class BadSamples(dict[tuple[str, str], BadSampleReport]):
 
 def list_reports(reports: Iterable[BadSampleReport]) -> str:
     """The first ten reports, one per line."""
-    return "".join(f"\n  {report.key} in {report.shard}: {report.reason}" for report in list(reports)[:10])
+    return "".join(
+        f"\n  {visible(report.key)} in {visible(report.shard)}: {visible(report.reason)}"
+        for report in list(reports)[:10]
+    )

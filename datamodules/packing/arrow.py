@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lit_lora.datamodules.packing.batch_file import BatchFile, import_arrow
 from lit_lora.errors import UserError
+from lit_lora.visible import visible
 
 
 class ArrowFile(BatchFile):
@@ -49,7 +50,9 @@ class ArrowFile(BatchFile):
         try:
             return arrow.ipc.open_stream(arrow.memory_map(str(self.path))).read_all()
         except (OSError, arrow.ArrowException) as error:
-            raise UserError(f"cannot read {self.path} as an Arrow stream ({error}); name another file") from error
+            raise UserError(
+                f"cannot read {visible(self.path)} as an Arrow stream ({visible(error)}); name another file"
+            ) from error
 
     @cached_property
     def _batches(self) -> list[Any]:

@@ -14,17 +14,20 @@ from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.indexing.image_format import image_format
-from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
 from lit_lora.datamodules.packing.batch_file import BatchFile, import_arrow
-from lit_lora.datamodules.packing.image_folder import NOT_AN_IMAGE, image_extension, read_file, stat_files
-from lit_lora.datamodules.packing.input import TAR_BLOCK, BadFile, PackInput, show_planning
+from lit_lora.datamodules.packing.image_folder import read_file, stat_files
+from lit_lora.datamodules.packing.image_formats import ANY_IMAGE, NOT_AN_IMAGE, image_extension
+from lit_lora.datamodules.packing.input import TAR_BLOCK, PackInput, show_planning
+from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.parquet import ParquetFile
 from lit_lora.datamodules.packing.sample_names import SampleNames
 from lit_lora.datamodules.packing.table_columns import TableColumns
 from lit_lora.errors import UserError
+from lit_lora.visible import visible
 
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
+    from lit_lora.datamodules.packing.walk import OtherSplits
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -68,6 +71,7 @@ class ColumnTable(PackInput):
         image_column: str | None = None,
         caption_column: str | None = None,
         caption_key: str = "caption",
+        others: OtherSplits | None = None,
     ) -> ColumnTable:
         """All rows of files that have the same columns.
 
@@ -78,6 +82,7 @@ class ColumnTable(PackInput):
                 with the struct type, or else with a usual name.
             caption_column: Column of captions. Defaults to None: a column with a usual name.
             caption_key: Key in the ``.json`` member for several captions of one image. Defaults to "caption".
+            others: Folders of other splits, whose images are left out. Defaults to None.
 
         Raises:
             UserError: If pyarrow is not installed, or a file cannot be read or has no such column.
@@ -93,12 +98,14 @@ class ColumnTable(PackInput):
         for file in files[1:]:
             if missing := [name for name in read if name not in file.schema.names]:
                 raise UserError(
-                    f"{file.path} lacks the column {missing[0]!r} of {files[0].path}; pack these files separately"
+                    f"{visible(file.path)} lacks the column {missing[0]!r} of {visible(files[0].path)}; pack these"
+                    " files separately"
                 )
+        unpacked = [name for name in schema.names if name not in read]
         sizes = [file.row_sizes(read) for file in files]
         first_row = np.cumsum([0, *(len(rows) for rows in sizes)], dtype=np.int64)
         if not first_row[-1]:
-            raise UserError(f"{files[0].path} has no rows; name another file")
+            raise UserError(f"{visible(files[0].path)} has no rows; name another file")
         every = cls(
             folder=folder,
             files=tuple(files),
@@ -110,9 +117,20 @@ class ColumnTable(PackInput):
             sizes=np.concatenate(sizes) + 3 * TAR_BLOCK,
             fingerprint=hashlib.sha256("\n".join(_stamp(folder, file) for file in files).encode()).hexdigest(),
             blocks=_number_blocks(files),
+            notes=(f"the columns {', '.join(map(visible, unpacked))} are neither texts nor numbers and not packed",)
+            if unpacked
+            else (),
         )
         path = _path_column(files, columns.image)
-        return every if path is None else every._with_paths(path)
+        return every if path is None else every._with_paths(path, others)
+
+    def read_files(self) -> list[Path]:
+        return [file.path for file in self.files]
+
+    def image_names(self) -> Iterator[str]:
+        if self.names is not None:
+            yield from (self.names[sample] for sample in range(len(self)))
+            yield from (file.file for file in self.bad)
 
     def name(self, sample: int) -> str:
         if self.names is not None:
@@ -141,6 +159,7 @@ class ColumnTable(PackInput):
             sizes=self.sizes[samples],
             blocks=None,
             bad=(),
+            skipped=(),
         )
 
     def _place(self, sample: int) -> tuple[int, int]:
@@ -148,7 +167,7 @@ class ColumnTable(PackInput):
         file = int(np.searchsorted(self.first_row, self.row[sample], "right")) - 1
         return file, int(self.row[sample] - self.first_row[file])
 
-    def _with_paths(self, column: str) -> ColumnTable:
+    def _with_paths(self, column: str, others: OtherSplits | None) -> ColumnTable:
         """The rows whose image files exist, with their names and sizes."""
         bad: list[BadFile] = []
         rows, sizes = array("q"), array("q")
@@ -156,6 +175,8 @@ class ColumnTable(PackInput):
 
         def good_images() -> Iterator[str]:
             for row, (name, path) in enumerate(self._paths(column)):
+                if others is not None and others.contain(path):
+                    continue
                 try:
                     size, stamp = _stat_image(self.folder, path)
                 except BadSampleError as error:
@@ -214,7 +235,8 @@ def _path_column(files: Sequence[BatchFile], image: str) -> str | None:
         return image
     if not _has_bytes(kind):
         raise UserError(
-            f"{files[0].path}: the column {image!r} holds {kind}, not images or paths; set image_column to another column"
+            f"{visible(files[0].path)}: the column {image!r} holds {kind}, not images or paths; set image_column to"
+            " another column"
         )
     if kind.get_field_index("path") < 0:
         return None
@@ -227,11 +249,12 @@ def _path_column(files: Sequence[BatchFile], image: str) -> str | None:
 def _image(folder: Path, value: Any) -> dict[str, bytes]:
     """The image of a row, from its bytes or its path, by extension."""
     if isinstance(value, dict):
-        value = value["bytes"] if value["bytes"] is not None else value.get("path")
+        if value["bytes"] is not None:
+            extension = image_extension(value.get("path") or "") or ANY_IMAGE
+            return {image_format(value["bytes"]) or extension: value["bytes"]}
+        value = value.get("path")
     if isinstance(value, bytes):
-        if value and not image_format(value):
-            raise BadSampleError(NOT_AN_IMAGE)
-        return {image_format(value) or IMAGE_EXTENSIONS[0]: value}
+        return {image_format(value) or ANY_IMAGE: value}
     if isinstance(value, str):
         path = folder / value
         if not image_extension(path.name):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
+from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
 from lit_lora.datamodules.packing.column_table import ColumnTable
 from lit_lora.datamodules.packing.image_folder import ImageFolder
 from lit_lora.datamodules.packing.image_table import ImageTable
 from lit_lora.datamodules.packing.input import PackInput
+from lit_lora.datamodules.packing.left_out import list_first
 from lit_lora.datamodules.packing.listed_images import ListedImages
 from lit_lora.datamodules.packing.row_file import ROW_EXTENSIONS
 from lit_lora.datamodules.packing.saved_dataset import SavedDataset
 from lit_lora.datamodules.packing.source import PackSource
 from lit_lora.datamodules.packing.tar_files import TarFiles
+from lit_lora.datamodules.packing.unused import name_unused
 from lit_lora.errors import UserError
+from lit_lora.visible import visible
 
 INPUTS: tuple[type[PackInput], ...] = (SavedDataset, ImageTable, ListedImages, ImageFolder, TarFiles, ColumnTable)
 """All kinds of input, in the order in which they are tried: img2dataset writes a Parquet file beside each tar, for example."""
@@ -54,14 +57,17 @@ def find_input(
     for kind in INPUTS:
         found = kind.find(looked)
         if found is not None:
-            return found
+            return name_unused(looked, found)
     if looked.metadata or looked.is_file:
         paths = looked.metadata or [source]
         extensions = sorted({f".{path.suffix[1:].lower()}" for path in paths})
         raise UserError(
-            f"cannot pack {paths[0]} ({', '.join(extensions)}); name a folder, a"
+            f"cannot pack {visible(paths[0])} ({', '.join(extensions)}); name a folder, a"
             f" table ({', '.join(ROW_EXTENSIONS)}, parquet) or a .tar"
         )
+    unknown = sorted(looked.unknown.values(), key=lambda file: -file.count)
+    also = f"; it holds {list_first(unknown)}" if unknown else ""
     raise UserError(
-        f"{source} holds no images ({', '.join(IMAGE_EXTENSIONS)}), no shards and no tables; name another folder"
+        f"{visible(source)} holds no images ({', '.join(IMAGE_EXTENSIONS)} and others), no shards and no tables; name another"
+        f" folder{also}"
     )

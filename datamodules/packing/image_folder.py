@@ -13,16 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
-from lit_lora.datamodules.packing.input import BadFile, PackInput, packed_size, show_planning
+from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, extension_of, image_extension
+from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
+from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.sample_names import SampleNames
 from lit_lora.datamodules.packing.walk import walk_files
 
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
-
-NOT_AN_IMAGE = f"is not one of the image formats {', '.join(IMAGE_EXTENSIONS)}"
-"""Reason for which a file is left out."""
 
 _SIDES = ("txt", "json")
 
@@ -36,6 +34,8 @@ class ImageFolder(PackInput):
         names: Paths of the images, relative to ``folder``.
         sides: Files beside each image: bit 0 for txt, bit 1 for json, uint8 (N,).
     """
+
+    captions_are_beside = True
 
     folder: Path
     names: SampleNames
@@ -54,12 +54,15 @@ class ImageFolder(PackInput):
             UserError: If a folder cannot be read.
         """
         bad: list[BadFile] = []
+        skipped: list[BadFile] = []
         sizes, sides = array("q"), array("B")
         digest = hashlib.sha256()
 
         def good_files() -> Iterator[str]:
             for file, siblings in walk_files(folder, skip):
                 if not image_extension(file):
+                    if _is_lone_caption(file, siblings):
+                        skipped.append(BadFile(file, "is no caption of an image beside it"))
                     continue
                 try:
                     bits = _find_sides(file, siblings)
@@ -80,6 +83,7 @@ class ImageFolder(PackInput):
             sizes=np.array(sizes, np.int64),
             fingerprint=digest.hexdigest(),
             bad=tuple(bad),
+            skipped=tuple(skipped),
         )
 
     def name(self, sample: int) -> str:
@@ -94,14 +98,13 @@ class ImageFolder(PackInput):
 
     def select(self, samples: NDArray[np.int64]) -> ImageFolder:
         return replace(
-            self, names=self.names.select(samples), sides=self.sides[samples], sizes=self.sizes[samples], bad=()
+            self,
+            names=self.names.select(samples),
+            sides=self.sides[samples],
+            sizes=self.sizes[samples],
+            bad=(),
+            skipped=(),
         )
-
-
-def image_extension(file: str) -> str:
-    """Extension of an image file in lower case; empty for other files."""
-    extension = PurePosixPath(file).suffix[1:].lower()
-    return extension if extension in IMAGE_EXTENSIONS else ""
 
 
 def read_file(path: Path) -> bytes:
@@ -131,7 +134,7 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
             stat = path.stat()
         except OSError as error:
             raise BadSampleError(f"cannot be read ({error.strerror})") from error
-        if stat.st_size == 0 and extension in IMAGE_EXTENSIONS:
+        if stat.st_size == 0 and extension in IMAGE_FILES:
             raise BadSampleError("the image is empty")
         sizes.append(stat.st_size)
         stamps.append(f"{extension} {stat.st_size} {stat.st_mtime_ns}")
@@ -144,6 +147,14 @@ def _find_sides(file: str, siblings: Set[str]) -> int:
     if not bits:
         raise BadSampleError("has no caption (a .txt or .json file of the same name)")
     return bits
+
+
+def _is_lone_caption(file: str, siblings: Set[str]) -> bool:
+    if extension_of(file) not in _SIDES:
+        return False
+    stem = file.rpartition("/")[2].rpartition(".")[0]
+    spellings = (f"{stem}.{each}" for low in IMAGE_FILES for each in (low, low.upper(), low.capitalize()))
+    return siblings.isdisjoint(spellings)
 
 
 def _paths(folder: Path, file: str, bits: int) -> dict[str, Path]:

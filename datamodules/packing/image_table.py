@@ -13,15 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.packing.image_folder import NOT_AN_IMAGE, image_extension, read_file, stat_files
-from lit_lora.datamodules.packing.input import BadFile, PackInput, packed_size, show_planning
+from lit_lora.datamodules.packing.image_folder import read_file, stat_files
+from lit_lora.datamodules.packing.image_formats import NOT_AN_IMAGE, image_extension
+from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
+from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.row_file import ROW_EXTENSIONS, RowFile
 from lit_lora.datamodules.packing.sample_names import SampleNames
 from lit_lora.datamodules.packing.table_columns import TableColumns
-from lit_lora.errors import UserError
 
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
+    from lit_lora.datamodules.packing.walk import OtherSplits
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -54,7 +56,8 @@ class ImageTable(PackInput):
             paths = [path for extension in ROW_EXTENSIONS for path in source.files.get(extension, ())]
         if not paths:
             return None
-        return cls.read(source.folder, paths, inside=bool(source.metadata), **source.column_options)
+        inside = bool(source.metadata)
+        return cls.read(source.folder, paths, inside=inside, others=source.others, **source.column_options)
 
     @classmethod
     def read(
@@ -66,6 +69,7 @@ class ImageTable(PackInput):
         caption_column: str | None = None,
         caption_key: str = "caption",
         inside: bool = False,
+        others: OtherSplits | None = None,
     ) -> ImageTable:
         """Read the rows of text files, in order.
 
@@ -75,10 +79,11 @@ class ImageTable(PackInput):
             image_column: Column of paths. Defaults to None: a column with a usual name.
             caption_column: Column of captions. Defaults to None: a column with a usual name.
             caption_key: Key in the ``.json`` member for several captions of one image. Defaults to "caption".
-            inside: Whether to refuse images outside the folder of their file. Defaults to False.
+            inside: Whether images outside the folder of their file are bad. Defaults to False.
+            others: Folders of other splits, whose rows are left out. Defaults to None.
 
         Raises:
-            UserError: If a file cannot be read or parsed, has no such column, or names an image outside its folder.
+            UserError: If a file cannot be read or parsed, or has no such column.
         """
         files = tuple(RowFile.open(path) for path in paths)
         columns = tuple(
@@ -92,9 +97,11 @@ class ImageTable(PackInput):
             for number, file in enumerate(files):
                 prefix = file.path.parent.relative_to(folder)
                 for start, line, row in file.rows():
-                    image = _image_path(file.path, line, row, columns[number].image, inside)
-                    name = (prefix / image).as_posix()
+                    name = (prefix / f"{file.path.name}, line {line}").as_posix()
                     try:
+                        name = (prefix / _image_path(row, columns[number].image, inside)).as_posix()
+                        if others is not None and others.contain(name):
+                            continue
                         size, stamp = _measure(folder / name, columns[number].texts(row))
                     except BadSampleError as error:
                         bad.append(BadFile(name, str(error)))
@@ -118,6 +125,13 @@ class ImageTable(PackInput):
             bad=tuple(bad),
         )
 
+    def read_files(self) -> list[Path]:
+        return [file.path for file in self.files]
+
+    def image_names(self) -> Iterator[str]:
+        yield from (self.names[sample] for sample in range(len(self)))
+        yield from (file.file for file in self.bad)
+
     def name(self, sample: int) -> str:
         return self.names[sample]
 
@@ -138,20 +152,19 @@ class ImageTable(PackInput):
             start=self.start[samples],
             sizes=self.sizes[samples],
             bad=(),
+            skipped=(),
         )
 
 
-def _image_path(table: Path, line: int, row: dict[str, Any], column: str, inside: bool) -> PurePosixPath:
+def _image_path(row: dict[str, Any], column: str, inside: bool) -> PurePosixPath:
     image = row.get(column)
     if not isinstance(image, str) or not image or "\0" in image:
-        raise UserError(f"{table}, line {line}: the column {column} has no path of an image; correct the line")
+        raise BadSampleError(f"the column {column} has no path of an image; correct the line")
     if "://" in image:
-        raise UserError(
-            f"{table}, line {line}: {image} is a URL; download the images first, for example with img2dataset"
-        )
+        raise BadSampleError(f"{image} is a URL; download the images first, for example with img2dataset")
     path = PurePosixPath(image)
     if inside and (path.is_absolute() or ".." in path.parts):
-        raise UserError(f"{table}, line {line}: {image} is outside the folder of the table; move it there")
+        raise BadSampleError(f"{image} is outside the folder of the table; move it there")
     return path
 
 

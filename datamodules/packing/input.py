@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+from lit_lora.datamodules.packing.left_out import BadFile
 
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
@@ -18,14 +21,6 @@ TAR_BLOCK = 512
 """Size of a tar block in bytes: a member has a header of one block and is padded to full blocks."""
 
 _HINT_AFTER_S = 3.0
-
-
-@dataclass(frozen=True)
-class BadFile:
-    """A file or sample that is left out, and the reason."""
-
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -41,7 +36,8 @@ class PackInput(ABC):
         sizes: Size of each sample in a tar, in bytes, int64 (N,).
         fingerprint: A text that changes when the samples or their files change.
         bad: Files and samples that cannot be packed.
-        incomplete: Shards that img2dataset has not finished.
+        skipped: Files that are left out and are not bad: unfinished shards, images that no table lists, other splits.
+        notes: Remarks for the user.
         blocks: Number of each sample's block, ascending, int64 (N,): samples of a block are fast to read in order and slow to
             read at random. None if the order makes no difference.
     """
@@ -49,10 +45,14 @@ class PackInput(ABC):
     extensions: ClassVar[tuple[str, ...]] = ()
     """Extensions, in lower case, of the files that :meth:`find` needs."""
 
+    captions_are_beside: ClassVar[bool] = False
+    """Whether the input is images with files of captions beside them."""
+
     sizes: NDArray[np.int64]
     fingerprint: str
     bad: tuple[BadFile, ...] = ()
-    incomplete: tuple[BadFile, ...] = ()
+    skipped: tuple[BadFile, ...] = ()
+    notes: tuple[str, ...] = ()
     blocks: NDArray[np.int64] | None = field(default=None)
 
     @classmethod
@@ -66,6 +66,14 @@ class PackInput(ABC):
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def read_files(self) -> Iterable[Path]:
+        """Tables and shards that contain the samples. Defaults to none."""
+        return ()
+
+    def image_names(self) -> Iterable[str]:
+        """Paths of the images that tables list, relative to the folder, bad ones included. Defaults to none."""
+        return ()
 
     @abstractmethod
     def name(self, sample: int) -> str:

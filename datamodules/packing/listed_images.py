@@ -19,4 +19,4 @@ class ListedImages(ColumnTable):
     @classmethod
     def find(cls, source: PackSource) -> ColumnTable | None:
         files = [ParquetFile(path) for path in source.metadata_in(("parquet",))]
-        return cls.of(source.folder, files, **source.column_options) if files else None
+        return cls.of(source.folder, files, others=source.others, **source.column_options) if files else None

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tarfile
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,19 @@ from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, decode_rgb
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
-from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.indexing.scan import image_size
 from lit_lora.datamodules.packing.find_input import find_input
-from lit_lora.datamodules.packing.input import BadFile, PackInput
+from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, to_shard_format
+from lit_lora.datamodules.packing.input import PackInput
+from lit_lora.datamodules.packing.left_out import BadFile, count_files, list_first, write_left_out
+from lit_lora.datamodules.packing.pack_lock import only_pack_in
+from lit_lora.datamodules.packing.pack_plan import MANIFEST, claim, write_json
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_least
-from lit_lora.files import atomic_file, writable_folder
+from lit_lora.visible import visible
 
-_PLAN = "plan.json"
 _BAD = "bad.jsonl"
 
 
@@ -41,8 +43,9 @@ class PackSummary:
         resumed: Number of shards that an earlier run had written.
         samples: Number of samples in all shards.
         size: Total size of the shards in bytes.
-        bad: Files and samples that were left out.
-        incomplete: Shards that were skipped because img2dataset has not finished them.
+        bad: Files and samples that were left out because they cannot be used.
+        skipped: Files that were left out for another reason, such as images that no table lists.
+        notes: Remarks for the user.
     """
 
     folder: Path
@@ -51,7 +54,8 @@ class PackSummary:
     samples: int
     size: int
     bad: list[BadFile]
-    incomplete: list[BadFile]
+    skipped: list[BadFile]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,10 @@ def pack_folder(
 ) -> PackSummary:
     """Pack images with captions into tar shards, whose bytes depend on the input and the options but not on ``jobs``.
 
+    JPEG, PNG and WebP images are packed as they are; other formats that Pillow reads become PNG.
+
     Beside the shards and their indexes, ``out`` contains ``plan.json`` (a digest of the input and the options), ``bad.jsonl``
-    (files that were left out, with the reasons), ``shardindex.json`` and ``sizes.json`` (for wids and open_clip),
+    (all files that were left out, with the reasons), ``shardindex.json`` and ``sizes.json`` (for wids and open_clip),
     ``shards.index`` (the index of all shards) and, written last, ``manifest.json``. An interrupted run continues when it is
     started again.
 
@@ -93,7 +99,7 @@ def pack_folder(
         out: Folder for the shards.
         samples_per_shard: Maximum number of samples in a shard. Defaults to 10,000.
         max_shard_bytes: Maximum size of a shard in bytes, which only a single sample may exceed. Sizes of images inside
-            tables are estimated. Defaults to 1 GB.
+            tables, and of those that become PNG, are estimated. Defaults to 1 GB.
         jobs: Number of processes, each of which packs one shard at a time. Defaults to 1. With more than one, a script that
             calls this needs ``if __name__ == "__main__":``.
         shuffle_seed: Seed of a random order of the samples. Parquet files are shuffled by blocks of rows, and within the
@@ -118,36 +124,52 @@ def pack_folder(
         "caption_key": caption_key,
     }
     samples = find_input(source, out, jobs=jobs, **columns)
-    _check_bad(out, samples.bad, max_bad)
     groups = _group(samples.sizes, _order(samples, shuffle_seed), samples_per_shard, max_shard_bytes)
     digits = max(6, len(str(len(groups))))
     shards = {out / f"{prefix}-{number:0{digits}}.tar": group for number, group in enumerate(groups)}
-    options = [samples_per_shard, max_shard_bytes, shuffle_seed, caption_key, image_column, caption_column]
-    _claim(out, list(shards), [samples.fingerprint, prefix, *options])
-    return _pack(out, samples, shards, caption_key, jobs, max_bad)
+    options = [str(source.absolute()), prefix, samples_per_shard, max_shard_bytes, shuffle_seed, *columns.values()]
+    with only_pack_in(out):
+        if count_files(samples.bad) <= max_bad:
+            claim(out, list(shards), samples.fingerprint, options)
+        return _pack(out, samples, shards, caption_key, jobs, max_bad)
 
 
 def _check_names(source: Path, out: Path, prefix: str) -> None:
     if not prefix or set(prefix) & set("/*?[]{}"):
         raise UserError(f"prefix={prefix!r} cannot be part of a file name; use letters, digits and -")
     if source.resolve() == out.resolve():
-        raise UserError(f"out={out} is also the source; name another output folder")
+        raise UserError(f"out={visible(out)} is also the source; name another output folder")
 
 
 def _pack(
     out: Path, samples: PackInput, shards: dict[Path, NDArray[np.int64]], caption_key: str, jobs: int, max_bad: int
 ) -> PackSummary:
-    """Write all shards, each with the samples of the given numbers, and then the files beside them."""
+    """Write all shards, each with the samples of the given numbers, and then the files beside them.
+
+    When too many files are bad, the other samples are only checked, so that ``bad.jsonl`` is complete.
+    """
     bad = [*samples.bad]
     done: list[_Shard] = []
+
+    def work() -> Iterator[tuple[Path, PackInput, str, bool]]:
+        for path, group in shards.items():
+            yield path, samples.select(group), caption_key, count_files(bad) <= max_bad
+
     with tqdm(total=len(samples), desc="packing", unit="sample", disable=None) as bar:
-        parts = ((path, samples.select(group), caption_key) for path, group in shards.items())
-        for shard, group in zip(run_jobs(_finish, parts, jobs), shards.values(), strict=True):
+        for shard, group in zip(run_jobs(_finish, work(), jobs), shards.values(), strict=True):
             done.append(shard)
             bad += shard.bad
-            _check_bad(out, bad, max_bad)
+            if count_files(bad) > max_bad:
+                bar.set_description("checking, since there are too many bad files")
             bar.update(len(group))
-    return _conclude(out, done, bad, list(samples.incomplete))
+    left_out = [*bad, *samples.skipped]
+    write_left_out(out / _BAD, left_out)
+    if count_files(bad) > max_bad:
+        raise UserError(
+            f"{count_files(bad)} bad files, more than max_bad={max_bad}; repair them or raise max_bad"
+            f" ({visible(out / _BAD)} lists all):{list_first(bad)}"
+        )
+    return _conclude(out, done, samples, bad)
 
 
 def _order(samples: PackInput, seed: int | None) -> NDArray[np.int64]:
@@ -175,28 +197,12 @@ def _group(sizes: NDArray[np.int64], order: NDArray[np.int64], most: int, most_b
     return groups
 
 
-def _claim(out: Path, shards: list[Path], inputs: list[object]) -> None:
-    """Check that the shards in ``out`` belong to the same plan, and write the plan."""
-    digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-    plan = {"format": "lit_lora.pack_plan", "version": 2, "shards": len(shards), "fingerprint": digest}
-    writable_folder(out)
-    try:
-        found = json.loads((out / _PLAN).read_text()) if (out / _PLAN).exists() else None
-    except ValueError as error:
-        raise UserError(f"{out / _PLAN} is not a plan of lit-lora; name another output folder") from error
-    if found is not None and found != plan:
-        raise UserError(f"{out} holds shards of other files or options; name another output folder or empty this one")
-    if found is None:
-        if any(out.glob("*.tar")):
-            raise UserError(f"{out} holds shards that were not packed here; name another output folder")
-        _write_json(out / _PLAN, plan)
-    for shard in shards:
-        for left_over in out.glob(f"{shard.name}.*.part"):
-            left_over.unlink()
-
-
-def _finish(path: Path, samples: PackInput, caption_key: str) -> _Shard:
-    """Write a shard, or read the result of an existing one."""
+def _finish(path: Path, samples: PackInput, caption_key: str, write: bool) -> _Shard:
+    """Write a shard, or read the result of an existing one, or only check the samples."""
+    if not write:
+        bad: list[BadFile] = []
+        deque(_good(samples, caption_key, bad), maxlen=0)
+        return _Shard(path, 0, 0, tuple(bad))
     if not path.exists():
         return _write(path, samples, caption_key)
     index = ShardIndex.load_or_build(path)
@@ -237,57 +243,38 @@ def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]
         BadSampleError: If the image or the caption cannot be used.
     """
     members = samples.members(sample)
-    image = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
-    if not image:
-        raise BadSampleError("the image is empty")
+    extension = next(extension for extension in IMAGE_FILES if extension in members)
+    name, image = to_shard_format(extension, members.pop(extension))
     check_pixels(*image_size(image))
     decode_rgb(image)
+    members = {name: image, **members}
     Captions.anywhere(caption_key).draw(members, seed=0, slot=0)
     return members
 
 
-def _check_bad(out: Path, bad: Sequence[BadFile], max_bad: int) -> None:
-    if len(bad) > max_bad:
-        _write_bad(writable_folder(out), bad)
-        shown = "".join(f"\n  {file.file}: {file.reason}" for file in bad[:10])
-        raise UserError(
-            f"{len(bad)} bad files, more than max_bad={max_bad}; repair them or raise max_bad ({out / _BAD} lists all):{shown}"
-        )
-
-
-def _conclude(out: Path, done: list[_Shard], bad: list[BadFile], incomplete: list[BadFile]) -> PackSummary:
+def _conclude(out: Path, done: list[_Shard], samples: PackInput, bad: list[BadFile]) -> PackSummary:
     kept = [shard for shard in done if shard.samples]
     if not kept:
-        first = [*bad, *incomplete][0]
-        raise UserError(f"none of {len(bad) + len(incomplete)} files can be packed, first {first.file}: {first.reason}")
-    _write_bad(out, [*bad, *incomplete])
+        left_out = [*bad, *samples.skipped]
+        first = f", first {visible(left_out[0].file)}: {visible(left_out[0].reason)}" if left_out else ""
+        raise UserError(f"none of {count_files(left_out)} files can be packed{first}; {visible(out / _BAD)} lists all")
     _write_wids(out / "shardindex.json", kept)
-    _write_json(out / "sizes.json", {shard.path.name: shard.samples for shard in kept})
+    write_json(out / "sizes.json", {shard.path.name: shard.samples for shard in kept})
     DataIndex.load_or_build([shard.path for shard in kept])
-    samples, size = sum(shard.samples for shard in kept), sum(shard.size for shard in kept)
+    count, size = sum(shard.samples for shard in kept), sum(shard.size for shard in kept)
     manifest = {
         "format": "lit_lora.shards",
         "version": 1,
-        "samples": samples,
+        "samples": count,
         "bytes": size,
         "shards": [{"name": s.path.name, "samples": s.samples, "bytes": s.size} for s in kept],
     }
-    _write_json(out / "manifest.json", manifest)
-    return PackSummary(out, len(kept), sum(shard.resumed for shard in kept), samples, size, bad, incomplete)
-
-
-def _write_bad(out: Path, bad: Sequence[BadFile]) -> None:
-    with atomic_file(out / _BAD) as part:
-        lines = [json.dumps({"file": f.file, "reason": f.reason}) for f in sorted(bad, key=lambda f: f.file)]
-        part.write_text("".join(line + "\n" for line in lines))
+    write_json(out / MANIFEST, manifest)
+    resumed = sum(shard.resumed for shard in kept)
+    return PackSummary(out, len(kept), resumed, count, size, bad, list(samples.skipped), list(samples.notes))
 
 
 def _write_wids(path: Path, shards: Sequence[_Shard]) -> None:
     """Write the index for webdataset's wids, in the format of its command ``widsindex``."""
     shard_list = [{"url": s.path.name, "nsamples": s.samples, "filesize": s.size} for s in shards]
-    _write_json(path, {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shard_list})
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_file(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n")
+    write_json(path, {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": shard_list})

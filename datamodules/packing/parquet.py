@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from lit_lora.datamodules.packing.batch_file import BatchFile, import_arrow
 from lit_lora.errors import UserError
+from lit_lora.visible import visible
 
 _ROWS = 256  # per batch, about 40 MB with images in them
 
@@ -57,7 +58,9 @@ class ParquetFile(BatchFile):
             # With other settings pyarrow would read whole row groups at once, which may exceed the memory.
             return parquet.ParquetFile(self.path, pre_buffer=False, buffer_size=1 << 20)
         except (OSError, arrow.ArrowException) as error:
-            raise UserError(f"cannot read {self.path} as Parquet ({error}); name another file") from error
+            raise UserError(
+                f"cannot read {visible(self.path)} as Parquet ({visible(error)}); name another file"
+            ) from error
 
     @cached_property
     def _cursor(self) -> _Cursor:

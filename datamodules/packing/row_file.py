@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lit_lora.errors import UserError
+from lit_lora.visible import visible
 
 ROW_EXTENSIONS = ("jsonl", "csv", "tsv")
 
@@ -66,7 +67,7 @@ class RowFile(ABC):
         except OSError as error:
             raise _unreadable(self.path, error) from error
         if found is None:
-            raise UserError(f"{self.path} changed while it was read; start again")
+            raise UserError(f"{visible(self.path)} changed while it was read; start again")
         return found[2]
 
     @abstractmethod
@@ -79,7 +80,7 @@ class JsonLines(RowFile):
     def columns(self) -> list[str]:
         names = list(dict.fromkeys(name for _, _, row in self.rows() for name in row))
         if not names:
-            raise UserError(f"{self.path} has no rows; name another file")
+            raise UserError(f"{visible(self.path)} has no rows; name another file")
         return names
 
     def _parse(self, lines: _Lines) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -89,10 +90,12 @@ class JsonLines(RowFile):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{self.path}, line {lines.number}: not JSON ({error}); correct the line") from error
+                raise UserError(
+                    f"{visible(self.path)}, line {lines.number}: not JSON ({visible(error)}); correct the line"
+                ) from error
             if not isinstance(row, dict):
                 raise UserError(
-                    f"{self.path}, line {lines.number}: not a JSON object with names of columns; correct the line"
+                    f"{visible(self.path)}, line {lines.number}: not a JSON object with names of columns; correct the line"
                 )
             yield lines.start, lines.number, row
 
@@ -118,9 +121,11 @@ class DelimitedFile(RowFile):
         except OSError as error:
             raise _unreadable(self.path, error) from error
         if not names:
-            raise UserError(f"{self.path} has no first line that names its columns; add one")
+            raise UserError(f"{visible(self.path)} has no first line that names its columns; add one")
         if len(set(names)) < len(names):
-            raise UserError(f"{self.path} names a column twice in its first line, {', '.join(names)}; rename one")
+            raise UserError(
+                f"{visible(self.path)} names a column twice in its first line, {', '.join(map(visible, names))}; rename one"
+            )
         return names
 
     def _values(self, lines: _Lines) -> Iterator[list[str]]:
@@ -129,12 +134,12 @@ class DelimitedFile(RowFile):
         try:
             yield from csv.reader(lines, delimiter=delimiter, strict=True)
         except csv.Error as error:
-            raise UserError(f"{self.path}, line {lines.number}: {error}; correct the line") from error
+            raise UserError(f"{visible(self.path)}, line {lines.number}: {visible(error)}; correct the line") from error
 
     def _row(self, values: list[str], line: int) -> dict[str, Any]:
         if len(values) != len(self._names):
             raise UserError(
-                f"{self.path}, line {line}: {len(values)} values, but the first line names {len(self._names)} columns;"
+                f"{visible(self.path)}, line {line}: {len(values)} values, but the first line names {len(self._names)} columns;"
                 " correct the line"
             )
         return dict(zip(self._names, values, strict=True))
@@ -158,9 +163,9 @@ class _Lines:
                 yield (line.removeprefix(_BYTE_ORDER_MARK) if self.start == 0 else line).decode()
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{self._path}, line {self.number}: not UTF-8 (byte {error.start} of the line); save it as UTF-8"
+                    f"{visible(self._path)}, line {self.number}: not UTF-8 (byte {error.start} of the line); save it as UTF-8"
                 ) from error
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot read {path}: {error.strerror}; check its name")
+    return UserError(f"cannot read {visible(path)}: {error.strerror}; check its name")

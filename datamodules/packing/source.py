@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lit_lora.datamodules.packing.image_folder import image_extension
-from lit_lora.datamodules.packing.walk import walk_files
+from lit_lora.datamodules.packing.image_formats import extension_of, image_extension
+from lit_lora.datamodules.packing.left_out import BadFile
+from lit_lora.datamodules.packing.unknown_files import UnknownFiles
+from lit_lora.datamodules.packing.walk import OtherSplits, walk_files
 from lit_lora.errors import UserError
+from lit_lora.visible import visible
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_REPEATS = re.compile(r"\d+_.")
 _METADATA_IMAGE = "file_name"  # as datasets prescribes
 
 
@@ -24,6 +29,9 @@ class PackSource:
         files: Files that a kind of input needs, by extension in lower case.
         has_images: Whether the folder contains image files.
         out: Output folder, which is not part of the input.
+        others: Files of other splits than the training data beside them, which are not part of the input.
+        unknown: Files of which no kind of input makes use, by their extension.
+        repeats: Folders of images whose names begin with a number, as in ``10_name``.
         image_column: Column of images in tables; None for a column with a usual name.
         caption_column: Column of captions in tables; None for a column with a usual name.
         caption_key: Key of captions in ``.json`` files.
@@ -34,6 +42,9 @@ class PackSource:
     files: Mapping[str, Sequence[Path]]
     has_images: bool
     out: Path
+    others: OtherSplits = field(default_factory=OtherSplits)
+    unknown: Mapping[str, BadFile] = field(default_factory=dict)
+    repeats: Collection[str] = ()
     image_column: str | None = None
     caption_column: str | None = None
     caption_key: str = "caption"
@@ -53,17 +64,24 @@ class PackSource:
             UserError: If the folder or file does not exist, or a folder cannot be read.
         """
         if not path.exists():
-            raise UserError(f"{path} does not exist; name the folder or file with the images")
+            raise UserError(f"{visible(path)} does not exist; name the folder or file with the images")
         if not path.is_dir():
             return cls(path, {path.suffix[1:].lower(): [path]}, False, out, **options)
         files: dict[str, list[Path]] = {}
+        others, unknown, repeats = OtherSplits(), UnknownFiles(), set()
         has_images = False
-        for file, _ in walk_files(path, skip=out):
-            extension = Path(file).suffix[1:].lower()
+        for file, _ in walk_files(path, out, others):
+            extension = extension_of(file)
             if extension in extensions:
                 files.setdefault(extension, []).append(path / file)
-            has_images = has_images or bool(image_extension(file))
-        return cls(path, files, has_images, out, **options)
+            elif image_extension(file):
+                has_images = True
+                folder = file.rpartition("/")[0]
+                if _REPEATS.match(folder.rpartition("/")[2] or path.name):
+                    repeats.add(folder or path.name)
+            else:
+                unknown.add(file)
+        return cls(path, files, has_images, out, others, unknown.entries(), sorted(repeats), **options)
 
     @property
     def is_file(self) -> bool:

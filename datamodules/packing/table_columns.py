@@ -10,6 +10,7 @@ from typing import Any
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.errors import UserError
+from lit_lora.visible import visible
 
 IMAGE_NAMES = (
     "file_name", "image", "image_path", "img_path", "file_path", "filepath", "filename", "path", "file", "img",
@@ -81,15 +82,19 @@ def _choose(
 ) -> tuple[str, ...]:
     if given is not None:
         if given not in columns:
-            raise UserError(f"{where} has no column {given!r} ({option}); its columns are {', '.join(columns)}")
+            raise UserError(f"{visible(where)} has no column {given!r} ({option}); its columns are {_listed(columns)}")
         return (given,)
     found = tuple(column for name in usual for column in columns if column.lower() == name)
     if not found:
         raise UserError(
-            f"{where} has no column with a usual name ({', '.join(usual)}); set {option} to one of its columns:"
-            f" {', '.join(columns)}"
+            f"{visible(where)} has no column with a usual name ({', '.join(usual)}); set {option} to one of its columns:"
+            f" {_listed(columns)}"
         )
     return found
+
+
+def _listed(columns: Iterable[str]) -> str:
+    return ", ".join(map(visible, columns))
 
 
 def _is_caption(value: Any) -> bool:

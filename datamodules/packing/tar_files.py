@@ -14,23 +14,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.indexing.scan import (
-    CACHED_EXTENSION,
-    EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    OTHER_EXTENSIONS,
-    walk_members,
-)
-from lit_lora.datamodules.packing.input import BadFile, PackInput, packed_size, show_planning
+from lit_lora.datamodules.packing.image_formats import IMAGE_FILES
+from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
+from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.sample_names import SampleNames
+from lit_lora.datamodules.packing.tar_contents import MEMBERS, TWICE, TarContents
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError
+from lit_lora.visible import visible
 
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
 
-_PACKED = frozenset(EXTENSIONS) - {CACHED_EXTENSION, *OTHER_EXTENSIONS}
-_TWICE = -1  # replaces the offset of a member that a sample has twice
+_NUMBERS = {extension: number for number, extension in enumerate(MEMBERS)}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,10 +38,11 @@ class TarFiles(PackInput):
     Attributes:
         folder: Folder to which names of shards are relative.
         shards: Paths of the shards.
+        unfinished: Paths of the shards that img2dataset has not finished.
         names: Keys of the samples in their shards.
         shard: Number of each sample's shard, int32 (N,).
         member_end: End of each sample's members in the following three arrays, int64 (N,).
-        member_extension: Number of each member's extension in ``scan.EXTENSIONS``, uint8 (M,).
+        member_extension: Number of each member's extension in ``tar_contents.MEMBERS``, uint8 (M,).
         member_offset: Offset of each member's data in the shard, in bytes, int64 (M,).
         member_size: Size of each member's data, in bytes, int64 (M,).
     """
@@ -54,6 +51,7 @@ class TarFiles(PackInput):
 
     folder: Path
     shards: tuple[Path, ...]
+    unfinished: tuple[Path, ...]
     names: SampleNames
     shard: NDArray[np.int32]
     member_end: NDArray[np.int64]
@@ -83,33 +81,41 @@ class TarFiles(PackInput):
         kept = tuple(complete or shards)  # if there are none, the shards are not from img2dataset
         incomplete = sorted(set(shards) - set(kept))
         bad: list[BadFile] = []
+        skipped = [
+            BadFile(_relative(shard, folder), f"{_stats(shard).name} is missing: img2dataset was interrupted")
+            for shard in incomplete
+        ]
         numbers, ends, sizes = array("i"), array("q"), array("q")
         extensions, offsets, lengths = array("B"), array("q"), array("q")
         digest = hashlib.sha256()
 
         def keys() -> Iterator[str]:
-            scans = run_jobs(_try_to_scan, ((shard,) for shard in kept), jobs)
-            for number, (shard, samples) in enumerate(zip(kept, scans, strict=True)):
-                name = shard.relative_to(folder).as_posix()
-                if isinstance(samples, str):
-                    bad.append(BadFile(name, samples))
+            scans = run_jobs(_try_to_read, ((shard,) for shard in kept), jobs)
+            for number, (shard, contents) in enumerate(zip(kept, scans, strict=True)):
+                name = _relative(shard, folder)
+                if isinstance(contents, str):
+                    bad.append(BadFile(name, contents))
                     continue
+                bad.extend(replace(file, file=f"{name}: {file.file}") for file in contents.bad)
+                skipped.extend(replace(file, file=f"{name}: {file.file}") for file in contents.skipped)
                 stat = shard.stat()
                 digest.update(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-                for key, members in samples.items():
-                    for extension, (offset, size) in sorted(members.items()):
-                        extensions.append(extension)
+                for key, members in contents.samples.items():
+                    for extension, (offset, size) in sorted(members.items(), key=lambda item: _NUMBERS[item[0]]):
+                        extensions.append(_NUMBERS[extension])
                         offsets.append(offset)
                         lengths.append(size)
                     numbers.append(number)
                     ends.append(len(extensions))
                     sizes.append(packed_size(*(size for _, size in members.values())))
-                    yield key
+                    # What follows the last dot is no part of the key.
+                    yield f"{key}." if "." in key.rpartition("/")[2] else key
 
         names = SampleNames.of(show_planning(keys()))
         return cls(
             folder=folder,
             shards=kept,
+            unfinished=tuple(incomplete),
             names=names,
             shard=np.array(numbers, np.int32),
             member_end=np.array(ends, np.int64),
@@ -119,17 +125,14 @@ class TarFiles(PackInput):
             sizes=np.array(sizes, np.int64),
             fingerprint=digest.hexdigest(),
             bad=tuple(bad),
-            incomplete=tuple(
-                BadFile(
-                    shard.relative_to(folder).as_posix(),
-                    f"{_stats(shard).name} is missing: img2dataset was interrupted",
-                )
-                for shard in incomplete
-            ),
+            skipped=tuple(skipped),
         )
 
+    def read_files(self) -> tuple[Path, ...]:
+        return (*self.shards, *self.unfinished)
+
     def name(self, sample: int) -> str:
-        return f"{self.shards[self.shard[sample]].relative_to(self.folder).as_posix()}: {self.names[sample]}"
+        return f"{_relative(self.shards[self.shard[sample]], self.folder)}: {self.names[sample].removesuffix('.')}"
 
     def key(self, sample: int) -> str:
         return self.names.key(sample)
@@ -140,16 +143,16 @@ class TarFiles(PackInput):
             descriptor = os.open(self.shards[self.shard[sample]], os.O_RDONLY)
             try:
                 for member in range(*self._member_range(sample)):
-                    extension = EXTENSIONS[self.member_extension[member]]
+                    extension = MEMBERS[self.member_extension[member]]
                     offset, size = int(self.member_offset[member]), int(self.member_size[member])
-                    if offset == _TWICE:
+                    if offset == TWICE:
                         raise BadSampleError(f"has two .{extension} members")
                     data[extension] = os.pread(descriptor, size, offset)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise BadSampleError(f"cannot be read ({error.strerror})") from error
-        if not set(data) & set(IMAGE_EXTENSIONS):
+        if not set(data) & set(IMAGE_FILES):
             raise BadSampleError("has no image")
         return data
 
@@ -166,25 +169,25 @@ class TarFiles(PackInput):
             member_size=self.member_size[members],
             sizes=self.sizes[samples],
             bad=(),
-            incomplete=(),
+            skipped=(),
         )
 
     def _member_range(self, sample: int) -> tuple[int, int]:
         return int(self.member_end[sample - 1]) if sample else 0, int(self.member_end[sample])
 
 
-def _try_to_scan(shard: Path) -> dict[str, dict[int, tuple[int, int]]] | str:
-    """Offset and size of each sample's members, by number in ``EXTENSIONS``; or the reason why the shard cannot be read."""
-    samples: dict[str, dict[int, tuple[int, int]]] = {}
+def _try_to_read(shard: Path) -> TarContents | str:
+    """The samples of a shard, or the reason why it cannot be read."""
     try:
-        with shard.open("rb") as file:
-            for key, extension, offset, size in walk_members(shard, file):
-                if EXTENSIONS[extension] in _PACKED:
-                    members = samples.setdefault(key, {})
-                    members[extension] = (_TWICE, 0) if extension in members else (offset, size)
-    except (UserError, OSError) as error:
-        return str(error)
-    return samples
+        return TarContents.read(shard)
+    except UserError as error:
+        return str(error).removeprefix(f"{visible(shard)} ")
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _relative(shard: Path, folder: Path) -> str:
+    return shard.relative_to(folder).as_posix()
 
 
 def _stats(shard: Path) -> Path:

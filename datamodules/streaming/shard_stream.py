@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,12 +16,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lit_lora.datamodules.decoding.batch_builder import BatchBuilder
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
-from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
+from lit_lora.datamodules.indexing.scan import EXTENSIONS, image_size
+from lit_lora.datamodules.indexing.unread_members import UnreadMembers
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport
 from lit_lora.datamodules.loading.dataset import Batch
 from lit_lora.datamodules.loading.shard_reader import MAX_MEMBER_BYTES
 from lit_lora.draws import seed_of
 from lit_lora.redact import redact
+from lit_lora.visible import visible
 
 _MAX_FAILURES_IN_A_ROW = 1000
 _PATIENCE_S = 1.0
@@ -111,11 +115,13 @@ class ShardStream(IterableDataset[Batch]):
     def _read(self, urls: Iterable[dict[str, str]], failures: _Failures) -> Iterator[_Sample]:
         wanted = frozenset(self.decoder.extensions)
         for item in urls:
-            url, count = item["url"], 0
+            url, count, unread = item["url"], 0, UnreadMembers()
             try:
-                for sample in _read_shard(url, wanted):
+                for sample in _read_shard(url, wanted, unread):
                     count += 1
                     yield sample
+                if unread.lost:
+                    warnings.warn(f"{visible(self._names[url])}: {unread.describe_lost()}", stacklevel=2)
                 if not count:
                     raise BadSampleError("it holds no samples")
             except BadSampleError as error:
@@ -212,8 +218,8 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(what) from error
 
 
-def _read_shard(url: str, wanted: frozenset[str]) -> Iterator[_Sample]:
-    """Yield the samples of one shard.
+def _read_shard(url: str, wanted: frozenset[str], unread: UnreadMembers) -> Iterator[_Sample]:
+    """Yield the samples of one shard; ``unread`` gets the members that are passed over.
 
     Members are grouped shard by shard, since across shards webdataset would merge members before and after damage into one
     sample.
@@ -224,14 +230,14 @@ def _read_shard(url: str, wanted: frozenset[str]) -> Iterator[_Sample]:
     from webdataset.tariterators import group_by_keys
 
     try:
-        for group in group_by_keys(_members(url, wanted)):
+        for group in group_by_keys(_members(url, wanted, unread)):
             members = {name: data for name, data in group.items() if not name.startswith("__")}
             yield _Sample(url, group["__key__"], members)
     except (tarfile.TarError, zlib.error, EOFError, ValueError) as error:
         raise BadSampleError(str(error.args[0]).splitlines()[0]) from None
 
 
-def _members(url: str, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
+def _members(url: str, wanted: frozenset[str], unread: UnreadMembers) -> Iterator[dict[str, Any]]:
     from webdataset.tariterators import base_plus_ext
 
     with _opened(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
@@ -242,6 +248,8 @@ def _members(url: str, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
                 assert file is not None
                 data = file.read() if info.size <= MAX_MEMBER_BYTES else None
                 yield {"fname": info.name, "data": data, "__url__": url}
+            elif info.islnk() or info.issym() or extension not in EXTENSIONS:
+                unread.add(info)
             archive.members.clear()  # type: ignore[attr-defined]  # otherwise all headers would stay in memory
         rest: Any = archive.fileobj
         while chunk := rest.read(1 << 20):

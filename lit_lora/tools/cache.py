@@ -19,8 +19,8 @@ from lit_lora.datamodules.caching.cache_writer import CachedShard
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription, size_name
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.data_index import DataIndex
+from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.open_table import open_table
-from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport, list_reports
 from lit_lora.datamodules.remote.transfer import is_remote

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_lora.errors import UserError, check_least
+from lit_lora.visible import visible
 
 if TYPE_CHECKING:
     from lit_lora.datamodules.checking.check import CheckSummary
@@ -50,6 +52,7 @@ def pack(
     Raises:
         UserError: If the source cannot be read, an option is outside its range, or more than ``max_bad`` files are bad.
     """
+    from lit_lora.datamodules.packing.left_out import count_files, format_reasons
     from lit_lora.datamodules.packing.pack import pack_folder
     from lit_lora.report_text import format_written
 
@@ -66,11 +69,14 @@ def pack(
         caption_column=caption_column,
         prefix=prefix,
     )
-    numbers = (summary.shards, summary.resumed, summary.samples, summary.size, len(summary.bad))
-    print(format_written(*numbers, str(summary.folder / "bad.jsonl")))
-    if summary.incomplete:
-        print(f"skipped  {len(summary.incomplete)} shards that img2dataset has not finished")
-    print(f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {summary.folder}")
+    left_out = [*summary.bad, *summary.skipped]
+    numbers = (summary.shards, summary.resumed, summary.samples, summary.size, count_files(left_out))
+    print("\n".join([format_written(*numbers, visible(summary.folder / "bad.jsonl")), *format_reasons(left_out)]))
+    for note in summary.notes:
+        print(f"note     {note}")
+    print(
+        f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {shlex.quote(visible(summary.folder))}"
+    )
 
 
 def index(shards: str | list[str], jobs: int = 1) -> None:
@@ -100,9 +106,12 @@ def index(shards: str | list[str], jobs: int = 1) -> None:
     indexes = _load_indexes(shards, jobs)
     print(f"shards   {len(indexes):,}")
     print(f"samples  {sum(map(len, indexes)):,}")
+    unread = _unread_lines(indexes, jobs)
+    if unread:
+        print("unread   " + "\n         ".join(unread))
     for folder in dict.fromkeys(found.path.parent for found in indexes):
         saved = [place / INDEX_NAME for place in index_folders(folder) if (place / INDEX_NAME).exists()]
-        print(f"index    {saved[0] if saved else 'could not be saved'}")
+        print(f"index    {visible(saved[0]) if saved else 'could not be saved'}")
 
 
 def check(
@@ -164,12 +173,15 @@ def info(
     check_least(1, resolution=resolution)
     buckets = AspectRatioBuckets(divisor, max_aspect_ratio)
     bucketing = None if resolution is None else Bucketing.of(resolution, buckets)
-    numbers = ShardStatistics.of(_load_indexes(shards, jobs))
+    indexes = _load_indexes(shards, jobs)
+    numbers = ShardStatistics.of(indexes)
     tables = [numbers.total_rows(), numbers.member_rows()]
     if numbers.is_known.any():
         tables += [numbers.size_rows(), numbers.aspect_rows()]
         tables += [] if bucketing is None else [numbers.bucket_rows(bucketing)]
-    print("\n\n".join("\n".join(format_table(table)) for table in tables))
+    lines = ["\n".join(format_table(table)) for table in tables]
+    unread = _unread_lines(indexes, jobs)
+    print("\n\n".join([*lines, "\n".join(["not read", *unread])] if unread else lines))
 
 
 def _index_remote(specs: list[str], jobs: int) -> None:
@@ -215,6 +227,17 @@ def _load_indexes(specs: str | list[str], jobs: int) -> list[ShardIndex]:
     return found
 
 
+def _unread_lines(indexes: list[ShardIndex], jobs: int) -> list[str]:
+    """Lines that count and name the members of shards that no index contains."""
+    from lit_lora.datamodules.checking.find_unread import find_unread
+
+    lines = []
+    for unread in find_unread(indexes, jobs):
+        why = f" ({unread.reason})" if unread.reason else ""
+        lines.append(f"{unread.count:,} {unread.kind}, first {visible(unread.first)} in {visible(unread.shard)}{why}")
+    return lines
+
+
 def _check_lines(summary: CheckSummary) -> list[str]:
     from lit_lora.datamodules.checking.check import NOTES
     from lit_lora.report_text import format_table
@@ -230,6 +253,6 @@ def _check_lines(summary: CheckSummary) -> list[str]:
     for row, kind in zip(rows, kinds, strict=True):
         lines.append(row)
         for problem in summary.examples[kind]:
-            where = ": ".join(filter(None, (problem.shard, problem.key)))
-            lines.append(f"    {where}" + (f" ({problem.detail})" if problem.detail else ""))
+            where = ": ".join(map(visible, filter(None, (problem.shard, problem.key))))
+            lines.append(f"    {where}" + (f" ({visible(problem.detail)})" if problem.detail else ""))
     return lines

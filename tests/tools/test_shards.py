@@ -61,7 +61,9 @@ def test_pack_shards_that_are_not_finished(tmp_path, make_shards, capsys):
     first, _ = make_shards(1, 1)
     first.with_name("shard-000000_stats.json").write_text("{}")
     assert main(["shards", "pack", str(first.parent), str(tmp_path / "out")]) == 0
-    assert "skipped  1 shards that img2dataset has not finished" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left out 1 " in printed
+    assert "  1  shard-000001.tar: shard-000001_stats.json is missing: img2dataset was interrupted" in printed
 
 
 def test_index(tmp_path, make_shards, capsys):
@@ -201,3 +203,38 @@ def test_index_with_jobs(make_shards, capsys):
     assert f"{paths[1]} is truncated" in capsys.readouterr().err
     os.remove(paths[1])
     assert main(["shards", "index", str(paths[0].parent), "--jobs=2"]) == 0
+
+
+def test_names_in_shards_cannot_control_the_terminal(tmp_path, write_tar, encode_image, capsys):
+    key = "\x1b[2J\nlit-lora: done"
+    write_tar(
+        tmp_path / "a.tar", {f"{key}.jpg": encode_image(), "b.jpg": encode_image(), f"{key}.txt": b"x", "\x1b.y": b""}
+    )
+    write_tar(tmp_path / "c.tar", {"c.jpg": encode_image(), f"{key}.y": b"", f"{key}.jpg": b""})
+    assert main(["shards", "check", str(tmp_path / "a.tar")]) == 1
+    assert main(["shards", "info", str(tmp_path / "a.tar")]) == 2
+    assert main(["shards", "info", str(tmp_path / "c.tar")]) == 0
+    assert main(["shards", "index", str(tmp_path / "c.tar")]) == 0
+    printed = "".join(capsys.readouterr())
+    assert "\x1b" not in printed
+    assert "\\x1b[2J\\nlit-lora: done" in printed
+    assert "the key '\\x1b[2J\\nlit-lora: done' twice" in printed
+    assert not any(line.startswith("lit-lora: done") for line in printed.splitlines())
+
+
+def test_info_and_index_name_members_that_no_index_contains(tmp_path, write_tar, encode_image, capsys):
+    image = encode_image()
+    write_tar(
+        tmp_path / "a.tar", {"0.jpg": image, "0.txt": b"0", "22.05.jpg": image, "22.05.txt": b"5", "0.seg.png": b""}
+    )
+    with pytest.warns(UserWarning, match="2 members are passed over, first 22.05.jpg"):
+        assert main(["shards", "info", str(tmp_path)]) == 0
+    expected = [
+        f"2 members of samples that are passed over, first 22.05.jpg in {tmp_path}/a.tar (a key ends at the first dot"
+    ]
+    expected += [f"1 members that end in .seg.png, first 0.seg.png in {tmp_path}/a.tar"]
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in expected)
+    assert main(["shards", "index", str(tmp_path)]) == 0  # from the saved index
+    printed = capsys.readouterr().out
+    assert all(line in printed for line in expected)

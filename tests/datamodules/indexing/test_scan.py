@@ -50,7 +50,8 @@ def test_links_folders_and_sparse_files_are_passed_over(tmp_path):
             info = tarfile.TarInfo(f"{number}.txt")
             info.type = kind
             archive.addfile(info)
-    assert scan_shard(path).keys == ["3"]
+    with pytest.warns(UserWarning, match="1 members are passed over, first 1.txt, since it is a link"):
+        assert scan_shard(path).keys == ["3"]
 
 
 @pytest.mark.parametrize(("format_", "turned"), [("JPEG", True), ("PNG", True), ("WEBP", False)])
@@ -133,7 +134,7 @@ def test_damaged_header_within_the_archive(make_shards):
         scan_shard(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a tar" * 100, b"\x1f\x8b" + bytes(2000)])
+@pytest.mark.parametrize("content", [b"", b"not a tar" * 100])
 def test_not_a_tar(tmp_path, content):
     path = tmp_path / "x.tar"
     path.write_bytes(content)

@@ -73,3 +73,21 @@ def test_paths_are_taken_too(folder):
 def test_shell_commands_are_refused():
     with pytest.raises(UserError, match="pipe: runs shell commands and is refused; only"):
         find_shards("pipe:cat c.tar")
+
+
+def test_a_folder_names_what_it_leaves_out(tmp_path):
+    for name in ("a.tar", "B.TAR", "._a.tar"):
+        (tmp_path / name).touch()
+    assert [path.name for path in find_shards(str(tmp_path))] == ["B.TAR", "a.tar"]
+    (tmp_path / "c.tar.gz").touch()
+    with pytest.warns(UserWarning, match="1 compressed tars there cannot be indexed and are left out, first c.tar.gz"):
+        assert len(find_shards(str(tmp_path))) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*compressed tars")
+def test_a_folder_of_compressed_shards(tmp_path):
+    (tmp_path / "c.tgz").touch()
+    with pytest.raises(
+        UserError, match=r"matches no shards.*first c.tgz: decompress them .*WebDatasetStreamDataModule"
+    ):
+        find_shards(str(tmp_path))

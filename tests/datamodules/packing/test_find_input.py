@@ -84,21 +84,24 @@ def test_metadata_jsonl(tmp_path, images):
     assert list(contents) == ["b.jpg", "b.txt", "b.json", "sub/a.png", "sub/a.txt"]
     assert (contents["b.txt"], contents["sub/a.txt"]) == (b"a fox", b"a hen")
     assert json.loads(contents["b.json"]) == {"score": 3, "artist": "Ü"}
-    assert _bad(tmp_path / "out") == {"c.jpg": "has no caption (a text under text or caption)"}
+    assert _bad(tmp_path / "out") == {
+        "c.jpg": "has no caption (a text under text or caption)",
+        "not_listed.jpg": "is listed in no table beside it; add a row with its caption",
+    }
 
 
 @pytest.mark.parametrize("write", [_write_csv, _write_lines])
 def test_metadata_in_subfolders_describes_what_lies_below(tmp_path, images, write):
-    folder = images("train/x/1.jpg", "test/1.jpg")
+    folder = images("train/x/1.jpg", "more/1.jpg")
     extension = "csv" if write is _write_csv else "jsonl"
     write(folder / "train" / f"metadata.{extension}", {"file_name": "x/1.jpg", "text": "train"})
-    write(folder / "test" / f"metadata.{extension}", {"file_name": "1.jpg", "text": "test"})
+    write(folder / "more" / f"metadata.{extension}", {"file_name": "1.jpg", "text": "more"})
     pack_folder(folder, tmp_path / "out")
     contents = _contents(tmp_path / "out")
-    assert list(contents) == ["test/1.jpg", "test/1.txt", "train/x/1.jpg", "train/x/1.txt"]
+    assert list(contents) == ["more/1.jpg", "more/1.txt", "train/x/1.jpg", "train/x/1.txt"]
     pack_folder(folder, tmp_path / "apart", samples_per_shard=1)
     assert _contents(tmp_path / "apart") == contents
-    assert (contents["test/1.txt"], contents["train/x/1.txt"]) == (b"test", b"train")
+    assert (contents["more/1.txt"], contents["train/x/1.txt"]) == (b"more", b"train")
     assert contents["train/x/1.jpg"] == (folder / "train/x/1.jpg").read_bytes()
 
 
@@ -120,11 +123,11 @@ def test_wrong_metadata(tmp_path, line, message):
 
 
 def test_metadata_of_missing_and_foreign_files(tmp_path):
-    rows = [{"file_name": "gone.jpg", "text": "x"}, {"file_name": "x.gif", "text": "x"}]
+    rows = [{"file_name": "gone.jpg", "text": "x"}, {"file_name": "x.mp4", "text": "x"}]
     _write_lines(tmp_path / "metadata.jsonl", *rows, {"file_name": "y.jpg", "text": "\ud800"})
     with pytest.raises(
         UserError,
-        match=r"(?s)gone.jpg: cannot be read \(No such file.*x.gif: is not one of the image formats.*y.jpg:.*Unicode",
+        match=r"(?s)gone.jpg: cannot be read \(No such file.*x.mp4: is not one of the image formats.*y.jpg:.*Unicode",
     ):
         pack_folder(tmp_path, tmp_path / "out")
 
@@ -295,7 +298,7 @@ def test_parquet_with_paths(tmp_path, images, struct):
     pq.write_table(
         pa.table({"image": column, "text": ["one", "two", "x", "x", "x", None]}), folder / "metadata.parquet"
     )
-    with pytest.raises(UserError, match="3 bad files"):
+    with pytest.raises(UserError, match="4 bad files"):
         pack_folder(folder, tmp_path / "out", image_column="image")
     summary = pack_folder(folder, tmp_path / "out", image_column="image", max_bad=4)
     assert summary.samples == 2
@@ -394,7 +397,7 @@ def test_img2dataset(tmp_path, encode_image, write_tar):
     summary = pack_folder(folder, tmp_path / "out", samples_per_shard=4)
 
     assert (summary.samples, summary.bad) == (6, [])
-    assert [file.file for file in summary.incomplete] == ["00001.tar"]
+    assert [file.file for file in summary.skipped] == ["00001.tar"]
     assert _bad(tmp_path / "out") == {"00001.tar": "00001_stats.json is missing: img2dataset was interrupted"}
     contents = _contents(tmp_path / "out")
     assert list(contents)[:3] == ["000000000.jpg", "000000000.txt", "000000000.json"]

@@ -217,16 +217,42 @@ def test_shard_of_bad_files_alone_is_left_out(damaged, tmp_path):
     )
 
 
-def test_too_many_bad_files(damaged, tmp_path):
+def test_too_many_bad_files_are_all_named_at_once(damaged, tmp_path):
+    """Those found while planning, while reading and while decoding, although the limit is exceeded from the start."""
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=r"(?s)2 bad files, more than max_bad=1;.*img.3.jpg: has no caption.*img.0.jpg"):
-        pack_folder(damaged, out, max_bad=1)
-    assert [line["file"] for line in _bad(out)] == ["cats/img.3.jpg", "dogs/img.0.jpg"]
-    with pytest.raises(UserError, match=r"(?s)4 bad files, more than max_bad=3.*cats/img.1.jpg: the image cannot"):
-        pack_folder(damaged, out, max_bad=3, samples_per_shard=2)
-    assert len(_bad(out)) == 4
-    assert not list(out.glob("*.part"))
-    assert pack_folder(damaged, out, max_bad=4, samples_per_shard=2).samples == 3
+    (damaged / "dogs" / "img.6.gif").write_bytes(b"GIF89a")
+    expected = ["cats/img.1.jpg", "cats/img.3.jpg", "cats/img.5.jpg", "dogs/img.0.jpg", "dogs/img.6.gif"]
+    for max_bad, options in ((0, {}), (1, {}), (4, {"samples_per_shard": 2})):
+        with pytest.raises(
+            UserError, match=rf"(?s)5 bad files, more than max_bad={max_bad};.*img.3.jpg: has no caption.*img.0"
+        ):
+            pack_folder(damaged, out, max_bad=max_bad, **options)
+        assert [line["file"] for line in _bad(out)] == expected
+        assert not list(out.glob("*.part"))
+    assert pack_folder(damaged, out, max_bad=5, samples_per_shard=2).samples == 3
+
+
+def test_repaired_files_go_on_in_the_same_folder(damaged, tmp_path, encode_image):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="4 bad files"):
+        pack_folder(damaged, out, max_bad=3)  # all but the last is known while planning
+    assert pack_folder(damaged, out, max_bad=4).samples == 3
+    with pytest.raises(UserError, match="holds shards of other files or options"):
+        (damaged / "cats" / "img.1.jpg").write_bytes(encode_image(seed=1))
+        pack_folder(damaged, out, max_bad=4)  # what is complete is kept
+
+
+def test_shards_of_an_unfinished_run_make_way_for_repaired_files(folder, tmp_path, encode_image):
+    out = tmp_path / "out"
+    (folder / "dogs" / "img.6.jpg").write_bytes(encode_image()[:-50])
+    with pytest.raises(UserError, match="1 bad files"):
+        pack_folder(folder, out, samples_per_shard=2)
+    assert list(_files(out))
+    (folder / "dogs" / "img.6.jpg").write_bytes(encode_image(seed=6))
+    summary = pack_folder(folder, out, samples_per_shard=2)
+    assert (summary.samples, summary.resumed, _bad(out)) == (7, 0, [])
+    pack_folder(folder, tmp_path / "new", samples_per_shard=2)
+    assert _files(out) == _files(tmp_path / "new")
 
 
 def test_nothing_but_bad_files(tmp_path):

@@ -317,3 +317,20 @@ def test_a_stalled_program_is_not_waited_for(tmp_path, make_shards):
 
 def test_a_local_file_that_is_missing(tmp_path):
     assert _read_all(_stream([tmp_path / "a.tar"]))[1] == [(REST, "it cannot be opened (No such file or directory)")]
+
+
+def test_samples_that_are_passed_over_are_named(tmp_path, write_tar, encode_image):
+    members = {
+        "0.jpg": encode_image(),
+        "0.txt": b"0",
+        "1.2.jpg": encode_image(),
+        "1.2.txt": b"1",
+        "0.seg.png": b"",
+        "0.json": b"",
+    }
+    path = write_tar(tmp_path / "x.tar", members)
+    with pytest.warns(
+        UserWarning, match=r"x.tar: 2 members are passed over, first 1.2.jpg, since a key ends"
+    ) as warned:
+        assert _read_all(_stream([path])) == ([("0", "0")], [])
+    assert len(warned) == 1
