@@ -52,6 +52,10 @@ class AdapterCheckpoint(ModelCheckpoint):
     step, and so does the end of training. Every end of training is saved, ``last`` is always the newest checkpoint, and weights
     or optimizer states that are NaN or Inf are never written.
 
+    Resuming is exact, bit for bit on the same device and number of processes, with ``WebDatasetDataModule`` and with every
+    loader that has ``state_dict`` and ``load_state_dict``. A plain ``DataLoader`` has none: Lightning starts it over, so that
+    samples of the epoch are repeated.
+
     It works with any LightningModule that has PEFT layers or frozen parameters. Resuming with another adapter raises
     :class:`~lit_lora.UserError`.
 

@@ -27,7 +27,9 @@ _ONE_SIGNAL_SECONDS = 3.0
 
 
 class Preemption(Callback):
-    """Saves a checkpoint and ends the fit of any LightningModule on SIGTERM; ``ckpt_path="last"`` resumes it, bit for bit.
+    """Saves a checkpoint and ends the fit of any LightningModule on SIGTERM; ``ckpt_path="last"`` resumes it.
+
+    The resumed run equals one that was not stopped as far as :class:`AdapterCheckpoint` says, which depends on the loader.
 
     A signal to any process stops all processes after the next optimizer step, once the other callbacks have handled that step.
     Validation, sampling and the end of an epoch are completed first, and then one more step is taken. The checkpoint is

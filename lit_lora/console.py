@@ -11,6 +11,7 @@ import traceback
 from importlib.metadata import PackageNotFoundError, version
 
 from lit_lora.redact import redact_urls
+from lit_lora.visible import visible_lines
 
 _VERSIONS = ("lit_lora", "torch", "lightning", "diffusers", "peft", "transformers")
 
@@ -20,7 +21,7 @@ _CONFIG_CHECKS = re.compile(r"[/\\](lightning[/\\](pytorch|fabric)|torch[/\\]opt
 
 def print_error(message: str, title: str = "error") -> None:
     """Print a mistake of the user's to stderr."""
-    print(f"lit-lora: {title}\n{redact_urls(message)}", file=sys.stderr, flush=True)
+    print(f"lit-lora: {title}\n{visible_lines(redact_urls(message))}", file=sys.stderr, flush=True)
 
 
 def print_fault(error: BaseException) -> None:

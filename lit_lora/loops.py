@@ -17,22 +17,22 @@ def accumulating(trainer: Trainer) -> bool:
 
 @contextmanager
 def within_epoch(trainer: Trainer) -> Iterator[None]:
-    """Context in which an epoch that training left early counts as begun, so that a resumed run takes its remaining batches.
+    """Context in which Lightning's count of epochs is as in the hooks where it saves checkpoints itself.
 
-    Lightning counts such an epoch as complete.
+    After an epoch that training left early, as at ``max_steps``, the epoch counts as begun, so that a resumed run takes its
+    remaining batches. After a complete one it counts as processed and not yet as completed, as in ``on_train_epoch_end``.
     """
     loop: Any = trainer.fit_loop
-    changed = []
-    if not loop.epoch_loop._num_ready_batches_reached():
-        for progress in (loop.epoch_progress.current, loop.epoch_progress.total):
-            changed += [(progress, n) for n in ("processed", "completed") if getattr(progress, n) == progress.started]
-    for progress, name in changed:
-        setattr(progress, name, getattr(progress, name) - 1)
+    names = ["completed"] if loop.epoch_loop._num_ready_batches_reached() else ["processed", "completed"]
+    progress = (loop.epoch_progress.current, loop.epoch_progress.total)
+    changed = [(one, name) for one in progress for name in names if getattr(one, name) == one.started]
+    for one, name in changed:
+        setattr(one, name, getattr(one, name) - 1)
     try:
         yield
     finally:
-        for progress, name in changed:
-            setattr(progress, name, getattr(progress, name) + 1)
+        for one, name in changed:
+            setattr(one, name, getattr(one, name) + 1)
 
 
 def more_is_due(trainer: Trainer) -> bool:

@@ -221,3 +221,43 @@ def test_what_is_due_between_accumulated_batches_resumes_exactly(
     trainer.fit(module, loader, DataLoader(Numbers(2)), ckpt_path=middle)
     assert trainer.current_epoch == whole.trainer.current_epoch
     assert torch.equal(module.line.weight, whole.line.weight)
+
+
+class Keeping(Rest):
+    """A loader that keeps its position."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.taken = state["given"]
+
+    def __iter__(self) -> Any:
+        self.given = self.taken
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+
+
+@pytest.mark.filterwarnings("ignore:.*ended before the epoch ended")
+@pytest.mark.parametrize(
+    ("loader", "steps", "exact"),
+    [(DataLoader, 5, False), (Keeping, 5, True), (Keeping, 8, True)],
+)
+def test_what_the_docs_promise_for_each_kind_of_loader(
+    loader: type[DataLoader[Tensor]], steps: int, exact: bool, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Eight batches are an epoch: loaders that keep their position resume exactly, at its end too, others repeat samples."""
+
+    def run(max_steps: int, resume: Path | None = None) -> Line:
+        module = Line()
+        checkpoints = AdapterCheckpoint(tmp_path / "ck", save_last=True, enable_version_counter=False)
+        options = trainer_options | {"enable_checkpointing": True, "max_steps": max_steps, "limit_val_batches": 0}
+        trainer = Trainer(**options | {"max_epochs": -1, "callbacks": [checkpoints]})
+        trainer.fit(module, loader(Numbers(16), batch_size=2), ckpt_path=resume)
+        return module
+
+    whole = run(12)
+    run(steps)
+    resumed = run(12, tmp_path / "ck" / "last.ckpt")
+    assert torch.equal(resumed.line.weight, whole.line.weight) == exact

@@ -142,6 +142,25 @@ def test_training_from_the_cache_equals_training_without(
     assert losses(bare, tmp_path / "cache") == pytest.approx(expected, rel=1e-5)
 
 
+def test_in_batches_of_the_same_size_the_losses_are_equal(
+    sd_folder: Path, shards: Path, trainer_options: dict[str, Any]
+) -> None:
+    """The VAE rounds differently in batches of other sizes; nothing else differs from training without a cache."""
+
+    def losses(source: Path) -> list[float]:
+        module, data, recorder = (
+            module_for(StableDiffusion, sd_folder),
+            data_for(source, batch_size=1, val_samples=1),
+            Losses(),
+        )
+        Trainer(**trainer_options, max_steps=6, callbacks=[recorder]).fit(module, data)
+        return recorder.losses
+
+    expected = losses(shards)
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards), dtype="float32", batch_size=1)
+    assert losses(shards / "cache") == expected
+
+
 def test_predicting_from_the_cache(sd_folder: Path, shards: Path, trainer_options: dict[str, Any]) -> None:
     options: dict[str, Any] = {"resolution": 32, "buckets": AspectRatioBuckets(divisor=8)}
     cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards, **options))
