@@ -5,7 +5,6 @@ Help and dispatch are static and need no heavy import; each command imports what
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable, Sequence
 
@@ -112,7 +111,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lit-lora: error\nunknown command {command!r}; choose from {known}", file=sys.stderr)
         return 2
     from lit_lora import console
-    from lit_lora.errors import UserError
 
     try:
         if command in TOOLS:
@@ -122,20 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = 0
         sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
         return status
-    except UserError as error:
-        console.print_error(str(error))
-        return 2
-    except BrokenPipeError:
-        return console.end_quietly()
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            console.print_fault(error)
-            return 1
-        where = f" {error.filename}" if error.filename else ""
-        console.print_error(
-            f"cannot write{where}: {error.strerror}; free some space or name another folder. What is complete is kept"
-        )
-        return 2
     except KeyboardInterrupt:
         print("lit-lora: interrupted", file=sys.stderr)
         return 130
@@ -146,14 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("lit-lora: interrupted; resume with --ckpt_path last", file=sys.stderr)
         return 130
     except Exception as error:
-        if message := console.out_of_memory(error):
-            console.print_error(message)
-            return 1
-        if console.is_config_mistake(error):
-            console.print_error(str(error))
-            return 2
-        console.print_fault(error)
-        return 1
+        return console.report(error)
 
 
 def _train(arguments: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -10,8 +11,11 @@ import tempfile
 import traceback
 from importlib.metadata import PackageNotFoundError, version
 
+from lit_lora.errors import UserError
 from lit_lora.redact import redact_urls
 from lit_lora.visible import visible_lines
+
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 _VERSIONS = ("lit_lora", "torch", "lightning", "diffusers", "peft", "transformers")
 
@@ -39,6 +43,26 @@ def print_fault(error: BaseException) -> None:
         f"{file.name}; please report it with that file",
         "unexpected error",
     )
+
+
+def report(error: Exception) -> int:
+    """Print an error that has ended a command, and return the exit status: 2 for a mistake of the user's, otherwise 1."""
+    if isinstance(error, BrokenPipeError):
+        return end_quietly()
+    if isinstance(error, UserError) or is_config_mistake(error):
+        print_error(str(error))
+        return 2
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        where = f" {error.filename}" if error.filename else ""
+        print_error(
+            f"cannot write{where}: {error.strerror}; free some space or name another folder. What is complete is kept"
+        )
+        return 2
+    if message := out_of_memory(error):
+        print_error(message)
+    else:
+        print_fault(error)
+    return 1
 
 
 def is_config_mistake(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lit_lora.adapters import ADAPTER_NAME, adapter_state, check_finite, check_sharded_training, method_of, plain_config
 from lit_lora.blocks import outermost_blocks
+from lit_lora.caption_dropout import drop_captions
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
 from lit_lora.distributed.node import Node
 from lit_lora.distributed.optimizer_states import make_portable
@@ -205,7 +206,7 @@ class LoraDiffusion(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         draws = Draws(self.seed, self._slots(batch, self.trainer.fit_loop.total_batch_idx), self.device)
-        losses, _ = self.losses(self._drop_captions(batch, draws), draws)
+        losses, _ = self.losses(drop_captions(batch, draws, self.caption_dropout), draws)
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(losses), sync_dist=True)
         return loss
@@ -380,18 +381,6 @@ class LoraDiffusion(LightningModule):
             self._reader = Node(trainer.num_devices if trainer is not None and trainer.world_size > 1 else 1)
         return self._reader
 
-    def _drop_captions(self, batch: Batch, draws: Draws) -> Batch:
-        """Replace the captions of a random share of the samples, or their cached embeddings, by the empty caption's."""
-        if not self.caption_dropout:
-            return batch
-        dropped = draws.uniform("caption dropout") < self.caption_dropout
-        if "text_embeddings" in batch:
-            empty = batch["empty_text_embeddings"]
-            embeddings = {name: _replace(v, dropped, empty[name]) for name, v in batch["text_embeddings"].items()}
-            return {**batch, "text_embeddings": embeddings}
-        captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
-        return {**batch, "caption": captions}
-
     def _slots(self, batch: Batch, batch_number: int) -> list[int]:
         """Slots of the samples (see :class:`Draws`), counted here if the datamodule does not number its samples."""
         if "slot" in batch:
@@ -399,8 +388,3 @@ class LoraDiffusion(LightningModule):
         count = len(batch["caption"])
         first = (batch_number * self.trainer.world_size + self.trainer.global_rank) * count
         return list(range(first, first + count))
-
-
-def _replace(values: Tensor, rows: Tensor, value: Tensor) -> Tensor:
-    """Replace the rows of ``values``, ``(B, …)``, that are true in ``rows``, ``(B,)``, by ``value``."""
-    return torch.where(rows.view(-1, *[1] * value.ndim), value, values)

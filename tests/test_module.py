@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from lit_lora.adapters import adapter_keys
 from lit_lora.callbacks import SampleImages
+from lit_lora.caption_dropout import drop_captions
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
@@ -123,10 +124,13 @@ def test_a_slot_with_weight_zero_does_not_count(sd_folder: Path, trainer_options
 def test_caption_dropout_follows_the_slots(sd_folder: Path) -> None:
     module = module_for(sd_folder, caption_dropout=0.5)
     batch = {"caption": ["x"] * 400}
-    dropped = module._drop_captions(batch, Draws(0, range(400)))["caption"]
+    dropped = drop_captions(batch, Draws(0, range(400)), module.caption_dropout)["caption"]
     assert 150 < dropped.count("") < 250
     assert set(dropped) == {"", "x"}
-    assert module._drop_captions({"caption": ["x"] * 200}, Draws(0, range(200, 400)))["caption"] == dropped[200:]
+    assert (
+        drop_captions({"caption": ["x"] * 200}, Draws(0, range(200, 400)), module.caption_dropout)["caption"]
+        == dropped[200:]
+    )
 
 
 def test_validation_loss_is_the_same_in_every_run_and_weighted(
@@ -246,11 +250,11 @@ def test_training_from_a_cache_is_the_same_training(
 def test_cached_captions_are_dropped_like_others(sd_folder: Path) -> None:
     module = module_for(sd_folder, caption_dropout=0.5)
     draws = Draws(0, range(8))
-    plain = module._drop_captions({"caption": ["x"] * 8}, draws)["caption"]
+    plain = drop_captions({"caption": ["x"] * 8}, draws, module.caption_dropout)["caption"]
     empty = {"hidden": torch.zeros(3, 2), "pooled": torch.zeros(())}
     embeddings = {"hidden": torch.ones(8, 3, 2), "pooled": torch.ones(8)}
     batch = {"caption": ["x"] * 8, "text_embeddings": embeddings, "empty_text_embeddings": empty}
-    dropped = module._drop_captions(batch, draws)["text_embeddings"]
+    dropped = drop_captions(batch, draws, module.caption_dropout)["text_embeddings"]
     kept = torch.tensor([float(caption == "x") for caption in plain])
     assert 0 < kept.sum() < 8
     assert torch.equal(dropped["hidden"], kept.view(8, 1, 1).expand(8, 3, 2))

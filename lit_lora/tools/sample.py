@@ -49,8 +49,7 @@ def sample(
             pipeline.
 
     Raises:
-        UserError: If prompts or base are missing, the base or the adapter cannot be loaded, or the family cannot draw images of
-            this size.
+        UserError: If prompts or base are missing, or base, adapter or a size cannot be used.
     """
     if not prompts:
         raise UserError('give --prompts: one text, or a list as \'["a red seven on white", "a blue star"]\'')
