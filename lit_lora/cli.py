@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     from lit_lora import console
 
+    console.quiet_libraries()
     try:
         if command in TOOLS:
             status = TOOLS[command](rest) or 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import platform
 import re
@@ -21,6 +22,20 @@ _VERSIONS = ("lit_lora", "torch", "lightning", "diffusers", "peft", "transformer
 
 _CONFIG_CHECKS = re.compile(r"[/\\](lightning[/\\](pytorch|fabric)|torch[/\\]optim|jsonargparse)[/\\]")
 """Libraries that check the user's config while a run starts; their own ``ValueError`` and the like are about it."""
+
+
+_NOISY_LOGGERS = ("torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers that warn about each other's libraries, which a user can do nothing about."""
+
+
+def quiet_libraries() -> None:
+    """Hide messages of libraries that tell a user nothing; call it before they are imported. Their errors are still shown."""
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    advertised = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advertised.addFilter(
+        lambda record: not record.getMessage().startswith(("\N{ELECTRIC LIGHT BULB}", "TPU available"))
+    )
 
 
 def print_error(message: str, title: str = "error") -> None:

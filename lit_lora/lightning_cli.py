@@ -18,11 +18,13 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils.logging import disable_progress_bar
 
 from lit_lora.callbacks.finite_gradients import FiniteGradients
 from lit_lora.callbacks.preemption import Preemption
+from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.checkpoint_io import SafeCheckpointIO, read_checkpoint
 from lit_lora.console import print_error
 from lit_lora.datamodules.remote.transfer import is_remote
@@ -153,6 +155,10 @@ class LitLoraCLI(LightningCLI):
         callbacks.insert(0, EndOnError())
         if not any(isinstance(callback, FiniteGradients) for callback in callbacks):
             callbacks.insert(1, FiniteGradients())
+        configured = [entry.class_path for entry in self._get(self.config, "trainer.callbacks") or []]
+        if not any(path.endswith("ProgressBar") for path in configured):
+            bars = (TQDMProgressBar, RichProgressBar)
+            callbacks[:] = [StepProgress() if isinstance(callback, bars) else callback for callback in callbacks]
         if self._get(self.config, "ckpt_path") == "last":
             callbacks.insert(1, LastFound(self._get(self.config, "must_resume")))
         if not any(isinstance(callback, Preemption) for callback in callbacks):

@@ -1,0 +1,176 @@
+"""What a run shows on the screen: what it trains, one bar over its optimizer steps, and where its files are."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.utilities.data import extract_batch_size
+from tqdm import tqdm
+
+from lit_lora.errors import UserError
+from lit_lora.parameters import trainable_parameters
+
+
+class StepProgress(ProgressBar):
+    """One progress bar over all optimizer steps of a fit, with loss, lr, images per second and the time left.
+
+    At the start it prints what is trained on what, and at the end where the checkpoints are. It works with any LightningModule.
+    ``lit-lora fit`` uses it in place of Lightning's bars, unless the config has a progress bar.
+
+    Args:
+        refresh_seconds: Seconds between two updates of the bar; reading the loss waits for the GPU. Defaults to 1.
+
+    Raises:
+        UserError: If ``refresh_seconds`` is negative.
+    """
+
+    def __init__(self, refresh_seconds: float = 1.0) -> None:
+        super().__init__()
+        if refresh_seconds < 0:
+            raise UserError(f"refresh_seconds={refresh_seconds} must be at least 0")
+        self.refresh_seconds = refresh_seconds
+        self._enabled = True
+        self._bar: tqdm[Any] | None = None
+        self._ended = False
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (self._enabled and trainer.is_global_zero):
+            return
+        for line in _summary(trainer, pl_module):
+            self.print(line)
+        self._samples, self._seconds, self._refreshed = 0, 0.0, 0.0
+        self._bar = tqdm(
+            total=_total_steps(trainer),
+            initial=trainer.global_step,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            bar_format="step {n_fmt}/{total_fmt} {bar} {desc}, {remaining} left",
+        )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._start = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._bar is None:
+            return
+        now = time.monotonic()
+        self._seconds += now - self._start
+        self._samples += _batch_size(batch) * trainer.world_size
+        if now - self._refreshed >= self.refresh_seconds or trainer.global_step == self._bar.total:
+            self._refreshed = now
+            self._bar.set_description_str(self._figures(trainer, pl_module), refresh=False)
+            self._bar.n = trainer.global_step
+            self._bar.refresh()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.n = trainer.global_step
+            self._bar.refresh()
+            self._close()
+            self._ended = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._ended:  # here, where the last checkpoint is written
+            for line in _files(trainer):
+                self.print(line)
+        self._ended = False
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print a line above the bar."""
+        if self._bar is None:
+            print(*args, file=sys.stderr, **kwargs)
+        else:
+            self._bar.write(" ".join(map(str, args)), file=sys.stderr)
+
+    def _figures(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        metrics: dict[str, Any] = self.get_metrics(trainer, pl_module)
+        loss = next((float(metrics[name]) for name in ("train/loss", "train_loss", "loss") if name in metrics), None)
+        figures = [] if loss is None else [f"loss {loss:.4g}"]
+        if trainer.optimizers:
+            figures.append(f"lr {float(trainer.optimizers[0].param_groups[0]['lr']):.2g}")
+        if self._samples and self._seconds:
+            figures.append(f"{self._samples / self._seconds:.3g} images/s")
+        return ", ".join(figures)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _batch_size(batch: Any) -> int:
+    """Number of samples in a batch; 0 if it cannot be told."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # captions make it ambiguous for Lightning
+        try:
+            return extract_batch_size(batch)
+        except (MisconfigurationException, RecursionError):
+            return 0
+
+
+def _total_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps until the run ends; None if nothing but time or a callback ends it."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) and steps > 0 else None
+
+
+def _summary(trainer: Trainer, pl_module: LightningModule) -> list[str]:
+    """What is trained on what, in lines of at most 80 columns for usual names."""
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable_parameters(pl_module))
+    family, adapter = getattr(pl_module, "family", None), getattr(pl_module, "adapter", None)
+    what = type(pl_module).__name__
+    if family is not None and adapter is not None:
+        rank = getattr(adapter, "r", None)
+        what = (
+            f"{type(adapter).__name__.removesuffix('Config')}{f' r={rank}' if rank else ''} in {type(family).__name__}"
+        )
+    lines = [f"trains   {what}: {count:,} parameters"]
+    if family is not None:
+        lines.append(f"base     {getattr(family, 'pretrained_model_name_or_path', '')}")
+    plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
+    steps = _total_steps(trainer)
+    length = "" if steps is None else f"{steps:,} steps"
+    if plan is not None:
+        made = plan()
+        batch = made.global_batch_size * trainer.accumulate_grad_batches
+        passes = "" if steps is None else f", {steps * batch / made.num_samples:.3g} passes"
+        lines.append(f"data     {made.num_samples:,} samples, {batch} in a step{passes}")
+    if length:
+        first = f" from step {trainer.global_step:,} on" if trainer.global_step else ""
+        lines.append(f"length   {length}{first}")
+    return lines
+
+
+def _files(trainer: Trainer) -> list[str]:
+    """Where the run's checkpoints and adapters are."""
+    lines = []
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            paths = {"last": callback.last_model_path, "best": callback.best_model_path}
+            if paths["best"] == paths["last"] or (callback.monitor is None and paths["last"]):
+                del paths["best"]
+            for name, path in paths.items():
+                if path:
+                    folder = Path(path).with_suffix(".adapter")
+                    lines.append(f"{name:8} {path}")
+                    lines += [f"adapter  {folder}"] if folder.exists() else []
+    return lines

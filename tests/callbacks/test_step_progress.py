@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lit_lora.callbacks import AdapterCheckpoint, StepProgress
+from lit_lora.datamodules import WebDatasetDataModule
+from lit_lora.errors import UserError
+from lit_lora.module import LoraDiffusion
+from tests.helpers import loader_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+
+
+def fit(module: LightningModule, data: Any, folder: Path, options: dict[str, Any], **more: Any) -> None:
+    checkpoints = AdapterCheckpoint(folder, save_last=True, enable_version_counter=False)
+    options = options | {"enable_progress_bar": True, "enable_checkpointing": True, "max_epochs": -1} | more
+    Trainer(**options | {"callbacks": [StepProgress(refresh_seconds=0), checkpoints]}).fit(module, data)
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_screen_of_a_run(
+    columns: int,
+    sd_module: LoraDiffusion,
+    session_shards: Path,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    data = WebDatasetDataModule(str(session_shards), batch_size=4, resolution=16, num_workers=0)
+    monkeypatch.chdir(tmp_path)
+    fit(sd_module, data, Path("ck"), trainer_options, max_steps=4, accumulate_grad_batches=2)
+    lines = [line.rstrip() for line in re.split("[\r\n]+", capsys.readouterr().err) if line.strip()]
+    summary = [line for line in lines if re.match("(trains|data|length|last|adapter) ", line)]
+    trained = sum(p.numel() for p in sd_module.parameters() if p.requires_grad)
+    assert summary == [
+        f"trains   Lora r={sd_module.adapter.r} in StableDiffusion: {trained:,} parameters",
+        "data     32 samples, 8 in a step, 1 passes",
+        "length   4 steps",
+        f"last     {Path.cwd() / 'ck' / 'last.ckpt'}",
+        f"adapter  {Path.cwd() / 'ck' / 'last.adapter'}",
+    ]
+    bars = [line for line in lines if line.startswith("step ")]
+    assert re.match(r"step 4/4 .*loss \d\S*, lr \S+, \S+ images/s, 00:00 left$", bars[-1])
+    assert all(len(bar) <= columns for bar in bars)
+
+
+def test_a_module_that_knows_nothing_of_images(
+    trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Number(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(3))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.weight.sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.5)
+
+    fit(Number(), loader_of([{"x": torch.zeros(2)}] * 3), tmp_path, trainer_options, max_steps=3)
+    printed = capsys.readouterr().err
+    assert "trains   Number: 3 parameters\nlength   3 steps\n" in printed
+    assert re.search(r"step 3/3 .*lr 0.5", printed)
+
+
+def test_seconds_have_a_bound() -> None:
+    with pytest.raises(UserError, match="refresh_seconds=-1 must be at least 0"):
+        StepProgress(refresh_seconds=-1)
