@@ -88,29 +88,26 @@ class ImageTable(PackInput):
             UserError: If a file cannot be read or parsed, or has no such column.
         """
         files = tuple(map(RowFile.open, paths))
-        columns = tuple(
-            TableColumns.choose(f.path, f.columns(), image_column, caption_column, caption_key) for f in files
-        )
+        choice = (image_column, caption_column, caption_key)
+        columns = tuple(TableColumns.choose(file.path, file.columns(), *choice) for file in files)
         bad: list[BadFile] = []
         sizes, file_numbers, starts, digest = array("q"), array("i"), array("q"), hashlib.sha256()
 
         def good_images() -> Iterator[str]:
-            for number, file in enumerate(files):
-                prefix = file.path.parent.relative_to(folder)
-                for start, line, row in file.rows():
-                    name = f"{(prefix / file.path.name).as_posix()}, line {line}"
-                    try:
-                        name = (prefix / _image_path(row, columns[number].image, inside)).as_posix()
-                        if others.contain(name):
-                            continue
-                        size, stamp = _measure(folder / name, columns[number].texts(row))
-                    except BadSampleError as error:
-                        bad.append(BadFile(name, str(error)))
+            for number, prefix, start, name, row in _rows(folder, files):
+                try:
+                    name = (prefix / _image_path(row, columns[number].image, inside)).as_posix()
+                    if others.contain(name):
                         continue
-                    for column, value in ((sizes, size), (file_numbers, number), (starts, start)):
-                        column.append(value)
-                    digest.update(f"{name}\t{stamp}\n".encode("utf-8", "surrogateescape"))
-                    yield name
+                    size, stamp = _measure(folder / name, columns[number].texts(row))
+                except BadSampleError as error:
+                    bad.append(BadFile(name, str(error)))
+                    continue
+                sizes.append(size)
+                file_numbers.append(number)
+                starts.append(start)
+                digest.update(f"{name}\t{stamp}\n".encode("utf-8", "surrogateescape"))
+                yield name
 
         names = SampleNames.of(show_planning(good_images()))  # fills the columns
         return cls(
@@ -154,6 +151,14 @@ class ImageTable(PackInput):
             bad=(),
             skipped=(),
         )
+
+
+def _rows(folder: Path, files: Sequence[RowFile]) -> Iterator[tuple[int, PurePosixPath, int, str, dict[str, Any]]]:
+    """Yield number and folder of a row's file, offset of the row in bytes, its name for messages, and its values."""
+    for number, file in enumerate(files):
+        path = PurePosixPath(file.path.relative_to(folder))
+        for start, line, row in file.rows():
+            yield number, path.parent, start, f"{path}, line {line}", row
 
 
 def _image_path(row: dict[str, Any], column: str, inside: bool) -> PurePosixPath:
