@@ -20,10 +20,12 @@ from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.row_file import ROW_EXTENSIONS, RowFile
 from lit_lora.datamodules.packing.sample_names import SampleNames
 from lit_lora.datamodules.packing.table_columns import TableColumns
+from lit_lora.datamodules.packing.walk import OtherSplits
 
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
-    from lit_lora.datamodules.packing.walk import OtherSplits
+
+_NO_SPLITS = OtherSplits()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,7 +71,7 @@ class ImageTable(PackInput):
         caption_column: str | None = None,
         caption_key: str = "caption",
         inside: bool = False,
-        others: OtherSplits | None = None,
+        others: OtherSplits = _NO_SPLITS,
     ) -> ImageTable:
         """Read the rows of text files, in order.
 
@@ -77,42 +79,37 @@ class ImageTable(PackInput):
             folder: Folder to which names of samples are relative; it contains all ``paths``.
             paths: Paths of the text files; paths of images in a file are relative to its folder.
             image_column: Column of paths. Defaults to None: a column with a usual name.
-            caption_column: Column of captions. Defaults to None: a column with a usual name.
-            caption_key: Key in the ``.json`` member for several captions of one image. Defaults to "caption".
+            caption_column: Column of captions, in the same way.
+            caption_key: As in :class:`TableColumns`. Defaults to "caption".
             inside: Whether images outside the folder of their file are bad. Defaults to False.
-            others: Folders of other splits, whose rows are left out. Defaults to None.
+            others: Folders of other splits, whose rows are left out. Defaults to none.
 
         Raises:
             UserError: If a file cannot be read or parsed, or has no such column.
         """
-        files = tuple(RowFile.open(path) for path in paths)
-        columns = tuple(
-            TableColumns.choose(file.path, file.columns(), image_column, caption_column, caption_key) for file in files
-        )
+        files = tuple(map(RowFile.open, paths))
+        choice = (image_column, caption_column, caption_key)
+        columns = tuple(TableColumns.choose(file.path, file.columns(), *choice) for file in files)
         bad: list[BadFile] = []
-        sizes, file_numbers, starts = array("q"), array("i"), array("q")
-        digest = hashlib.sha256()
+        sizes, file_numbers, starts, digest = array("q"), array("i"), array("q"), hashlib.sha256()
 
         def good_images() -> Iterator[str]:
-            for number, file in enumerate(files):
-                prefix = file.path.parent.relative_to(folder)
-                for start, line, row in file.rows():
-                    name = (prefix / f"{file.path.name}, line {line}").as_posix()
-                    try:
-                        name = (prefix / _image_path(row, columns[number].image, inside)).as_posix()
-                        if others is not None and others.contain(name):
-                            continue
-                        size, stamp = _measure(folder / name, columns[number].texts(row))
-                    except BadSampleError as error:
-                        bad.append(BadFile(name, str(error)))
+            for number, prefix, start, name, row in _rows(folder, files):
+                try:
+                    name = (prefix / _image_path(row, columns[number].image, inside)).as_posix()
+                    if others.contain(name):
                         continue
-                    sizes.append(size)
-                    file_numbers.append(number)
-                    starts.append(start)
-                    digest.update(f"{name}\t{stamp}\n".encode("utf-8", "surrogateescape"))
-                    yield name
+                    size, stamp = _measure(folder / name, columns[number].texts(row))
+                except BadSampleError as error:
+                    bad.append(BadFile(name, str(error)))
+                    continue
+                sizes.append(size)
+                file_numbers.append(number)
+                starts.append(start)
+                digest.update(f"{name}\t{stamp}\n".encode("utf-8", "surrogateescape"))
+                yield name
 
-        names = SampleNames.of(show_planning(good_images()))
+        names = SampleNames.of(show_planning(good_images()))  # fills the columns
         return cls(
             folder=folder,
             files=files,
@@ -154,6 +151,14 @@ class ImageTable(PackInput):
             bad=(),
             skipped=(),
         )
+
+
+def _rows(folder: Path, files: Sequence[RowFile]) -> Iterator[tuple[int, PurePosixPath, int, str, dict[str, Any]]]:
+    """Yield number and folder of a row's file, offset of the row in bytes, its name for messages, and its values."""
+    for number, file in enumerate(files):
+        path = PurePosixPath(file.path.relative_to(folder))
+        for start, line, row in file.rows():
+            yield number, path.parent, start, f"{path}, line {line}", row
 
 
 def _image_path(row: dict[str, Any], column: str, inside: bool) -> PurePosixPath:

@@ -118,20 +118,21 @@ def pack_folder(
     check_least(0, max_bad=max_bad)
     source, out = Path(source), Path(out)
     _check_names(source, out, prefix)
-    columns: dict[str, Any] = {
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "caption_key": caption_key,
-    }
+    columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
+    columns["caption_key"] = caption_key
     samples = find_input(source, out, jobs=jobs, **columns)
     groups = _group(samples.sizes, _order(samples, shuffle_seed), samples_per_shard, max_shard_bytes)
-    digits = max(6, len(str(len(groups))))
-    shards = {out / f"{prefix}-{number:0{digits}}.tar": group for number, group in enumerate(groups)}
+    shards = _name_shards(out, prefix, groups)
     options = [str(source.absolute()), prefix, samples_per_shard, max_shard_bytes, shuffle_seed, *columns.values()]
     with only_pack_in(out):
         if count_files(samples.bad) <= max_bad:
             claim(out, list(shards), samples.fingerprint, options)
         return _pack(out, samples, shards, caption_key, jobs, max_bad)
+
+
+def _name_shards(out: Path, prefix: str, groups: list[NDArray[np.int64]]) -> dict[Path, NDArray[np.int64]]:
+    digits = max(6, len(str(len(groups))))
+    return {out / f"{prefix}-{number:0{digits}}.tar": group for number, group in enumerate(groups)}
 
 
 def _check_names(source: Path, out: Path, prefix: str) -> None:

@@ -79,15 +79,11 @@ class TarFiles(PackInput):
         """
         complete = [shard for shard in shards if _stats(shard).exists()]
         kept = tuple(complete or shards)  # if there are none, the shards are not from img2dataset
-        incomplete = sorted(set(shards) - set(kept))
+        incomplete = tuple(sorted(set(shards) - set(kept)))
         bad: list[BadFile] = []
-        skipped = [
-            BadFile(_relative(shard, folder), f"{_stats(shard).name} is missing: img2dataset was interrupted")
-            for shard in incomplete
-        ]
+        skipped = [BadFile(_relative(shard, folder), _unfinished(shard)) for shard in incomplete]
         numbers, ends, sizes = array("i"), array("q"), array("q")
-        extensions, offsets, lengths = array("B"), array("q"), array("q")
-        digest = hashlib.sha256()
+        extensions, offsets, lengths, digest = array("B"), array("q"), array("q"), hashlib.sha256()
 
         def keys() -> Iterator[str]:
             scans = run_jobs(_try_to_read, ((shard,) for shard in kept), jobs)
@@ -96,8 +92,8 @@ class TarFiles(PackInput):
                 if isinstance(contents, str):
                     bad.append(BadFile(name, contents))
                     continue
-                bad.extend(replace(file, file=f"{name}: {file.file}") for file in contents.bad)
-                skipped.extend(replace(file, file=f"{name}: {file.file}") for file in contents.skipped)
+                for entries, found in ((bad, contents.bad), (skipped, contents.skipped)):
+                    entries.extend(replace(file, file=f"{name}: {file.file}") for file in found)
                 stat = shard.stat()
                 digest.update(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
                 for key, members in contents.samples.items():
@@ -111,11 +107,11 @@ class TarFiles(PackInput):
                     # What follows the last dot is no part of the key.
                     yield f"{key}." if "." in key.rpartition("/")[2] else key
 
-        names = SampleNames.of(show_planning(keys()))
+        names = SampleNames.of(show_planning(keys()))  # fills the columns
         return cls(
             folder=folder,
             shards=kept,
-            unfinished=tuple(incomplete),
+            unfinished=incomplete,
             names=names,
             shard=np.array(numbers, np.int32),
             member_end=np.array(ends, np.int64),
@@ -188,6 +184,10 @@ def _try_to_read(shard: Path) -> TarContents | str:
 
 def _relative(shard: Path, folder: Path) -> str:
     return shard.relative_to(folder).as_posix()
+
+
+def _unfinished(shard: Path) -> str:
+    return f"{_stats(shard).name} is missing: img2dataset was interrupted"
 
 
 def _stats(shard: Path) -> Path:

@@ -13,6 +13,7 @@ from lit_lora.visible import visible
 if TYPE_CHECKING:
     from lit_lora.datamodules.checking.check import CheckSummary
     from lit_lora.datamodules.indexing.index import ShardIndex
+    from lit_lora.datamodules.packing.pack import PackSummary
 
 
 def pack(
@@ -30,8 +31,9 @@ def pack(
 ) -> None:
     """Pack images with captions into tar shards.
 
-    The bytes of the shards depend on the input and the options, not on the number of jobs. An interrupted run continues
-    when it is started again.
+    JPEG, PNG and WebP images are packed as they are; other formats become PNG. What is left out is counted and named. The
+    bytes of the shards depend on the input and the options, not on the number of jobs. An interrupted run continues when it
+    is started again.
 
     Args:
         source: Folder with images and a .txt or .json file of the same name for each, at any depth; or with images that
@@ -52,9 +54,7 @@ def pack(
     Raises:
         UserError: If the source cannot be read, an option is outside its range, or more than ``max_bad`` files are bad.
     """
-    from lit_lora.datamodules.packing.left_out import count_files, format_reasons
     from lit_lora.datamodules.packing.pack import pack_folder
-    from lit_lora.report_text import format_written
 
     summary = pack_folder(
         source,
@@ -69,14 +69,19 @@ def pack(
         caption_column=caption_column,
         prefix=prefix,
     )
+    print("\n".join(_pack_lines(summary)))
+
+
+def _pack_lines(summary: PackSummary) -> list[str]:
+    from lit_lora.datamodules.packing.left_out import count_files, format_reasons
+    from lit_lora.report_text import format_written
+
     left_out = [*summary.bad, *summary.skipped]
+    folder = visible(summary.folder)
     numbers = (summary.shards, summary.resumed, summary.samples, summary.size, count_files(left_out))
-    print("\n".join([format_written(*numbers, visible(summary.folder / "bad.jsonl")), *format_reasons(left_out)]))
-    for note in summary.notes:
-        print(f"note     {note}")
-    print(
-        f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {shlex.quote(visible(summary.folder))}"
-    )
+    written = format_written(*numbers, visible(summary.folder / "bad.jsonl"))
+    fit = f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {shlex.quote(folder)}"
+    return [written, *format_reasons(left_out), *(f"note     {note}" for note in summary.notes), fit]
 
 
 def index(shards: str | list[str], jobs: int = 1) -> None:

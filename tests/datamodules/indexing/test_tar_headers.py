@@ -55,6 +55,7 @@ def _raw(archive):
 
 HOSTILE = {
     "negative PAX size": _pax_size("-1024"),
+    "a PAX size that leads back to its own header": _pax_size("-1536"),
     "huge PAX size": _pax_size(str(10**30)),
     "PAX size above the file": _pax_size("100000"),
     "3000 long names in a row": _extended(tarfile.GNUTYPE_LONGNAME, 3000),
@@ -82,10 +83,25 @@ def hostile(request, tmp_path, encode_image):
 def test_hostile_headers_are_damage(hostile, tmp_path):
     with pytest.raises(UserError, match=r"x.tar is truncated or damaged at byte \d+ \("):
         scan_shard(hostile)
+    with pytest.raises(UserError), hostile.open("rb") as file:
+        for info in walk_headers(hostile, file):
+            assert info.offset_data + info.size <= hostile.stat().st_size
     summary = check_shards([hostile], decode=False)
     assert summary.counts["damaged shard"] == 1
     with pytest.raises(UserError, match=r"1 bad files.*\n  x.tar: is truncated or damaged at byte \d+"):
         pack_folder(hostile.parent, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [(1 << 61, r"an extended header of \d+ bytes"), (100_000_000, r"an extended header of 100000000 bytes")],
+)
+def test_long_extended_headers_are_not_read_into_memory(tmp_path, size, reason):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as archive:
+        _extended(tarfile.XHDTYPE, 1, size)(archive)
+    with pytest.raises(UserError, match=reason):
+        scan_shard(path)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -87,6 +87,13 @@ def test_exif_rotation_is_applied():
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.rot90(PIXELS, -1))
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_rotation_of_avif_is_applied():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_rgb(to_shard_format("avif", _encode("AVIF", exif=exif))[1]).shape == (3, 24, 16)
+
+
 def test_cmyk_becomes_rgb():
     image = Image.fromarray(PIXELS).convert("CMYK")
     image.info["icc_profile"] = b"of CMYK"
