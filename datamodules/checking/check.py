@@ -19,10 +19,11 @@ from tqdm import tqdm
 from lit_lora.datamodules.checking.check_sample import WRONG_EXTENSION, check_sample
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.indexing.scan import EXTENSIONS, walk_members
+from lit_lora.datamodules.indexing.tar_headers import READ_ERRORS, BoundedTarInfo, read_headers
 from lit_lora.datamodules.packing.sample_names import key_digest
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError, check_least
-from lit_lora.files import atomic_file
+from lit_lora.files import atomic_file, check_regular
 
 DAMAGED = "damaged shard"
 NO_SAMPLES = "no samples"
@@ -147,6 +148,7 @@ def _check_file(
 ) -> Iterator[tuple[str, str, str]]:
     """Yield kind, key and detail of all problems of a shard, and add its samples to ``samples``."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             complete = samples
             try:
@@ -166,6 +168,8 @@ def _check_file(
             for key, members in complete.items():
                 for kind, detail in check_sample(file, members, decode, captions):
                     yield kind, key, detail
+    except UserError as error:
+        yield DAMAGED, "", str(error).removeprefix(f"{path} is ")
     except OSError as error:
         yield DAMAGED, "", f"cannot be read ({error.strerror})"
 
@@ -191,12 +195,12 @@ def _members_not_read(path: Path) -> dict[str, list[str]]:
     """Names of the members that are not indexed, by the part after the first dot."""
     found: dict[str, list[str]] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
-            for info in archive:
+        with tarfile.open(path, "r:", tarinfo=BoundedTarInfo) as archive:
+            for info in read_headers(archive):
                 extension = info.name.rpartition("/")[2].partition(".")[2]
                 if info.isreg() and extension.lower() not in EXTENSIONS:
                     found.setdefault(extension, []).append(info.name)
-    except (tarfile.TarError, ValueError):
+    except READ_ERRORS:
         pass  # the damage has already been reported
     return found
 

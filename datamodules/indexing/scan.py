@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from lit_lora.datamodules.indexing.image_format import image_format
+from lit_lora.datamodules.indexing.tar_headers import MAX_MEMBER_BYTES, READ_ERRORS, BoundedTarInfo, read_headers
 from lit_lora.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -40,6 +41,7 @@ _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
 _HEADER_BYTES = 65536
 _EXIF_ORIENTATION = 0x0112
 _END_MARKER_BYTES = 1024
+_MAX_SIDE = 2**31 - 1  # what the column of the index holds
 
 
 @dataclass
@@ -98,7 +100,7 @@ def image_size(data: bytes) -> tuple[int, int]:
         image = _OPENERS[image_format(data)](io.BytesIO(data))
     except Exception:  # Pillow's readers raise almost any exception on damaged bytes
         return 0, 0
-    width, height = image.size
+    width, height = _bounded(*image.size)
     return (height, width) if _is_turned(image) else (width, height)
 
 
@@ -114,9 +116,14 @@ def _is_turned(image: ImageFile) -> bool:
 
 def _size_in_file(file: io.BufferedReader, offset: int, size: int) -> tuple[int, int]:
     found = image_size(os.pread(file.fileno(), min(size, _HEADER_BYTES), offset))
-    if found == (0, 0) and size > _HEADER_BYTES:
+    if found == (0, 0) and _HEADER_BYTES < size <= MAX_MEMBER_BYTES:
         found = image_size(os.pread(file.fileno(), size, offset))
     return found
+
+
+def _bounded(width: int, height: int) -> tuple[int, int]:
+    """The size of an image; (0, 0), which is an unknown size, for one that the index cannot hold."""
+    return (width, height) if min(width, height) >= 0 and max(width, height) <= _MAX_SIDE else (0, 0)
 
 
 def _size_of_cached(file: io.BufferedReader, offset: int, size: int) -> tuple[int, int]:
@@ -124,8 +131,8 @@ def _size_of_cached(file: io.BufferedReader, offset: int, size: int) -> tuple[in
     try:
         length = int.from_bytes(os.pread(file.fileno(), 8, offset), "little")
         metadata = json.loads(os.pread(file.fileno(), min(length, size, _HEADER_BYTES), offset + 8))["__metadata__"]
-        return int(metadata["width"]), int(metadata["height"])
-    except (ValueError, KeyError, TypeError):
+        return _bounded(int(metadata["width"]), int(metadata["height"]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0, 0
 
 
@@ -137,14 +144,15 @@ def walk_members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int
     """
     end = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for info in archive:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=BoundedTarInfo) as archive:
+            for info in read_headers(archive):
                 key, extension = _split_name(info.name)
                 if info.isreg() and not info.issparse() and key and extension in EXTENSIONS:
                     yield key, EXTENSIONS.index(extension), info.offset_data, info.size
                 end = archive.offset
-    except (tarfile.TarError, ValueError) as error:
-        raise _damaged(path, min(end, path.stat().st_size), str(error)) from error
+    except READ_ERRORS as error:
+        reason = "thousands of extended headers" if isinstance(error, RecursionError) else str(error)
+        raise _damaged(path, min(end, path.stat().st_size), reason) from error
     _check_end(path, file, end)
 
 

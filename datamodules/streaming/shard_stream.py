@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from subprocess import Popen, TimeoutExpired
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -16,9 +16,9 @@ from lit_lora.datamodules.decoding.batch_builder import BatchBuilder
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
+from lit_lora.datamodules.indexing.tar_headers import MAX_MEMBER_BYTES, READ_ERRORS, BoundedTarInfo, check_size
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport
-from lit_lora.datamodules.loading.dataset import Batch
-from lit_lora.datamodules.loading.shard_reader import MAX_MEMBER_BYTES
+from lit_lora.datamodules.loading.dataset import NO_MEMBER, Batch
 from lit_lora.datamodules.remote.transfer import redact
 from lit_lora.draws import seed_of
 
@@ -148,7 +148,10 @@ class ShardStream(IterableDataset[Batch]):
             if not set(extensions) & members.keys():
                 raise BadSampleError(f"there is no {what} ({' or '.join(f'.{extension}' for extension in extensions)})")
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-        entries = self.decoder(members, slot, self.size, (0, 0) if image is None else image_size(image))
+        try:
+            entries = self.decoder(members, slot, self.size, (0, 0) if image is None else image_size(image))
+        except StopIteration as error:  # of a `next()` that found no member
+            raise BadSampleError(NO_MEMBER) from error
         return entries | {"key": sample.key}
 
     def _batch(self, builder: BatchBuilder, number: int) -> Batch:
@@ -198,11 +201,11 @@ class _Failures:
         return new
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class _StrictTarInfo(BoundedTarInfo):
     """A header reader that raises if ``tarfile`` would mistake damage or truncation for the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
@@ -227,8 +230,10 @@ def _read_shard(url: str, wanted: frozenset[str]) -> Iterator[_Sample]:
         for group in group_by_keys(_members(url, wanted)):
             members = {name: data for name, data in group.items() if not name.startswith("__")}
             yield _Sample(url, group["__key__"], members)
-    except (tarfile.TarError, zlib.error, EOFError, ValueError) as error:
-        raise BadSampleError(str(error.args[0]).splitlines()[0]) from None
+    except RecursionError:
+        raise BadSampleError("it has thousands of extended headers") from None
+    except (*READ_ERRORS, zlib.error, EOFError) as error:
+        raise BadSampleError(str(error).partition("\n")[0]) from None
 
 
 def _members(url: str, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
@@ -236,6 +241,7 @@ def _members(url: str, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
 
     with _opened(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
         while (info := archive.next()) is not None:
+            check_size(info)
             extension = (base_plus_ext(info.name)[1] or "").lower()
             if info.isreg() and not info.issparse() and extension in wanted:
                 file = archive.extractfile(info)
