@@ -17,6 +17,7 @@ from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.batches.chunks import Chunks
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
 from lit_lora.datamodules.batches.plan import Plan
+from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
 from lit_lora.datamodules.caching.open_cache import OpenCache, open_cache
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
@@ -204,6 +205,7 @@ class WebDatasetDataModule(LightningDataModule):
         if before is not None:
             state = before.state_dict()
             before.close()
+        table = self.train_samples.table
         stager = None
         if self.chunks.staging is not None:
             stager = make_stager(self.chunks.staging, self.train_samples, self.seed, self.trainer)
@@ -214,11 +216,12 @@ class WebDatasetDataModule(LightningDataModule):
             self._world_size,
             self.num_workers,
             self.max_bad_samples,
-            {"shards": self.train_samples.table.digest, "bucketing": self._bucketing.digest},
+            {"shards": table.digest, "keys": table.key_digest, "bucketing": self._bucketing.digest},
             stager,
         )
         if state is not None:
-            loader.load_state_dict(state)
+            with naming_checkpoint(self.trainer):
+                loader.load_state_dict(state)
             size, earlier = loader.plan.global_batch_size, state["segments"][-2]
             if before is None and size != earlier and self._rank == 0:
                 _log.warning(
@@ -274,7 +277,7 @@ class WebDatasetDataModule(LightningDataModule):
         """Keep the position for the next train loader; Lightning calls this before it requests one."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # the position in a checkpoint under validation does not apply to a later fit
-        self._loaded_state = state_dict.get("train_loader")
+        self._loaded_state = loader_state(state_dict)
         if self._train_loader is not None:
             self._train_loader.close()
             self._train_loader = None

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
@@ -145,7 +146,8 @@ class WebDatasetStreamDataModule(LightningDataModule):
             self._train_loader.close()
             loader.load_state_dict(self._train_loader.state_dict())
         elif self._loaded_state is not None:
-            loader.load_state_dict(self._loaded_state)
+            with naming_checkpoint(self.trainer):
+                loader.load_state_dict(self._loaded_state)
         self._train_loader = loader
         return loader
 
@@ -172,7 +174,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the count for the next train loader; Lightning calls this before it requests one."""
-        self._loaded_state = state_dict.get("train_loader")
+        self._loaded_state = loader_state(state_dict)
         self._train_loader = None
 
     def _stream(self, shards: list[str], decoder: SampleDecoder, resampled: bool) -> ShardStream:
