@@ -33,15 +33,18 @@ def parse_header(data: bytes) -> dict[str, tuple[Any, int, int]]:
     Raises:
         ValueError: If the header is damaged.
     """
-    header = json.loads(data)
-    if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
-        raise ValueError("it has no metadata")
-    tensors = {"__metadata__": (header.pop("__metadata__"), 0, 0)}
-    for name, tensor in header.items():
-        low, high = tensor["data_offsets"]
-        if not (type(low) is type(high) is int and 0 <= low <= high) or tensor["dtype"] not in _DTYPES:
-            raise ValueError(f"its column {name[:20]!r} is damaged")
-        tensors[name] = (_DTYPES[tensor["dtype"]], low, high)
+    try:
+        header = json.loads(data)
+        if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
+            raise ValueError("it has no metadata")
+        tensors: dict[str, tuple[Any, int, int]] = {"__metadata__": (header.pop("__metadata__"), 0, 0)}
+        for name, tensor in header.items():
+            low, high = tensor["data_offsets"]
+            if not (type(low) is type(high) is int and 0 <= low <= high):
+                raise ValueError(f"its column {name[:20]!r} lies at {low} to {high}")
+            tensors[name] = (_DTYPES[tensor["dtype"]], low, high)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"its header is damaged ({error!r})") from error
     return tensors
 
 
@@ -52,7 +55,7 @@ def map_tensors(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: If the file is damaged; some damage raises KeyError, TypeError or RecursionError.
+        ValueError: If the file is damaged.
     """
     with file.open("rb") as opened:
         length = header_length(opened.read(8))
@@ -61,6 +64,9 @@ def map_tensors(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         raise ValueError("it is truncated within its header")
     tensors = parse_header(header)
     data = np.asarray(np.memmap(file, np.uint8, "r", offset=8 + length))
+    end = max(high for _, _, high in tensors.values())
+    if end < len(data):
+        raise ValueError(f"{len(data) - end} bytes follow its columns")
     metadata, _, _ = tensors.pop("__metadata__")
     columns = {}
     for name, (dtype, low, high) in tensors.items():

@@ -16,7 +16,13 @@ from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from lit_lora.datamodules.indexing.image_format import image_format
-from lit_lora.datamodules.indexing.tar_headers import MAX_MEMBER_BYTES, READ_ERRORS, BoundedTarInfo, read_headers
+from lit_lora.datamodules.indexing.tar_headers import (
+    MAX_MEMBER_BYTES,
+    READ_ERRORS,
+    BoundedTarInfo,
+    describe,
+    read_headers,
+)
 from lit_lora.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -151,8 +157,7 @@ def walk_members(path: Path, file: io.BufferedReader) -> Iterator[tuple[str, int
                     yield key, EXTENSIONS.index(extension), info.offset_data, info.size
                 end = archive.offset
     except READ_ERRORS as error:
-        reason = "thousands of extended headers" if isinstance(error, RecursionError) else str(error)
-        raise _damaged(path, min(end, path.stat().st_size), reason) from error
+        raise _damaged(path, min(end, path.stat().st_size), describe(error)) from error
     _check_end(path, file, end)
 
 

@@ -29,6 +29,15 @@ READ_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, OSEr
 """What ``tarfile`` raises on damaged or hostile archives: also for offsets beyond 64 bits and thousands of extended headers."""
 
 
+def describe(error: Exception) -> str:
+    """What is wrong with an archive, for one of the ``READ_ERRORS``."""
+    if isinstance(error, RecursionError):
+        return "thousands of extended headers"
+    if isinstance(error, OverflowError):
+        return "a size beyond 64 bits"
+    return str(error).partition("\n")[0]
+
+
 class BoundedTarInfo(tarfile.TarInfo):
     """A header reader that refuses negative sizes and extended headers without bound."""
 
@@ -70,7 +79,8 @@ def is_header_of(header: bytes, name: bytes, size: int) -> bool:
     The case of letters is ignored. Names that do not fit into the block or are not ASCII are stored in an extended header, so
     only the sizes of these members are compared.
     """
-    if header[: len(name) + 1] == name + b"\0" and header[124:135] == b"%011o" % size:
+    is_same = header[: len(name) + 1] == name + b"\0" and header[124:135] == b"%011o" % size
+    if is_same and header[156:157] in tarfile.REGULAR_TYPES:
         return True  # nearly all members
     try:
         info = BoundedTarInfo.frombuf(header, "utf-8", "surrogateescape")

@@ -16,7 +16,13 @@ from lit_lora.datamodules.decoding.batch_builder import BatchBuilder
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.scan import IMAGE_EXTENSIONS, image_size
-from lit_lora.datamodules.indexing.tar_headers import MAX_MEMBER_BYTES, READ_ERRORS, BoundedTarInfo, check_size
+from lit_lora.datamodules.indexing.tar_headers import (
+    MAX_MEMBER_BYTES,
+    READ_ERRORS,
+    BoundedTarInfo,
+    check_size,
+    describe,
+)
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport
 from lit_lora.datamodules.loading.dataset import NO_MEMBER, Batch
 from lit_lora.datamodules.remote.transfer import redact
@@ -24,6 +30,9 @@ from lit_lora.draws import seed_of
 
 _MAX_FAILURES_IN_A_ROW = 1000
 _PATIENCE_S = 1.0
+_LEAST_RATE = 64  # bytes a second; a higher one would refuse servers while training itself reads slowly
+_RETRY_S = 600
+_SPEED_S = 60  # seconds below this rate after which curl gives up
 _WHOLE_SHARD = "(the rest of the shard)"
 
 
@@ -230,10 +239,8 @@ def _read_shard(url: str, wanted: frozenset[str]) -> Iterator[_Sample]:
         for group in group_by_keys(_members(url, wanted)):
             members = {name: data for name, data in group.items() if not name.startswith("__")}
             yield _Sample(url, group["__key__"], members)
-    except RecursionError:
-        raise BadSampleError("it has thousands of extended headers") from None
     except (*READ_ERRORS, zlib.error, EOFError) as error:
-        raise BadSampleError(str(error).partition("\n")[0]) from None
+        raise BadSampleError(describe(error)) from None
 
 
 def _members(url: str, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
@@ -258,10 +265,10 @@ def _members(url: str, wanted: frozenset[str]) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _opened(url: str) -> Iterator[Any]:
     """Open a shard as a stream. Errors omit webdataset's messages, which contain the URL with its credentials."""
-    from webdataset.gopen import Pipe, gopen
+    from webdataset.gopen import Pipe
 
     try:
-        stream = gopen(url)
+        stream = _open(url)
     except OSError as error:
         raise BadSampleError(f"it cannot be opened ({error.strerror})") from None
     process = stream.proc if isinstance(stream, Pipe) else None
@@ -281,6 +288,19 @@ def _opened(url: str) -> Iterator[Any]:
     finally:
         with suppress(OSError):
             stream.close()
+
+
+def _open(url: str) -> Any:
+    """Open a shard as webdataset does, with a least rate for ``curl``, which would wait for a silent server for ever."""
+    from webdataset.gopen import Pipe, gopen, gopen_curl, gopen_schemes, rewrite_url
+
+    url = rewrite_url(url)
+    if gopen_schemes.get(url.partition(":")[0]) is not gopen_curl:
+        return gopen(url)
+    patient = ["--connect-timeout", "30", "--retry", "30", "--retry-delay", "2", "--retry-max-time", str(_RETRY_S)]
+    limits = ["--speed-limit", str(_LEAST_RATE), "--speed-time", str(_SPEED_S)]
+    command = ["curl", *patient, *limits, "-f", "-s", "-L", url]
+    return Pipe(command, mode="rb", bufsize=8192, ignore_status=[141, 23])
 
 
 def _end(process: Popen[bytes]) -> int:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from lit_lora.datamodules.indexing.shard_paths import find_shards
+from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.errors import UserError
 
 
@@ -73,3 +75,18 @@ def test_paths_are_taken_too(folder):
 def test_shell_commands_are_refused():
     with pytest.raises(UserError, match="pipe: runs shell commands and is refused; only"):
         find_shards("pipe:cat c.tar")
+
+
+@pytest.mark.parametrize(
+    "spec", ["x-{0..1000000000000}.tar", "x-{0..999}{0..999}{0..9}.tar", f"x-{{0..{'9' * 5000}}}.tar"]
+)
+def test_braces_without_bound(spec):
+    with pytest.raises(UserError, match="names more than 1000000 shards; name fewer"):
+        expand_braces(spec)
+
+
+@pytest.mark.parametrize("spec", ["x.tar", "."])
+def test_pipe_that_is_called_a_shard(folder, spec):
+    os.mkfifo("x.tar")
+    with pytest.raises(UserError, match=r"x\.tar is a pipe, not a regular file"):
+        find_shards(spec)
