@@ -16,7 +16,7 @@ from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.batches.chunks import Chunks
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
-from lit_lora.datamodules.batches.plan import Plan
+from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE, Plan
 from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
 from lit_lora.datamodules.caching.open_cache import OpenCache, open_cache
@@ -31,8 +31,9 @@ from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
 from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.datamodules.remote.transfer import is_remote, redact
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
+from lit_lora.distributed.jobs import check_workers
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError, check_exclusive, check_least
+from lit_lora.errors import UserError, check_exclusive, check_least, check_most
 
 Shards = str | list[str] | None
 
@@ -98,7 +99,9 @@ class WebDatasetDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_least(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
-        check_least(1, batch_size=batch_size, resolution=resolution)
+        check_least(1, batch_size=batch_size)
+        check_most(MAX_BATCH_SIZE, batch_size=batch_size)
+        check_workers(num_workers=num_workers)
         check_exclusive(val_shards=val_shards, val_samples=val_samples)
         self.train_shards = train_shards
         self.val_shards = val_shards

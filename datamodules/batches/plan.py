@@ -21,6 +21,9 @@ _SHARDS, _CHUNKS, _SAMPLES, _BATCHES = 1, 2, 3, 4
 
 _REPEATS_FROM_BIT = 20
 
+MAX_BATCH_SIZE = 1 << 16
+"""Maximum number of samples in a batch of one process."""
+
 MAX_PASSES = 1 << _REPEATS_FROM_BIT
 """Number of passes for which a slot leaves room."""
 
