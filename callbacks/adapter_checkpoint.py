@@ -134,9 +134,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._unfrozen = ours.get("unfrozen", [])
         states = checkpoint.get("optimizer_states", [])
         check_finite(tensors_in(states))
-        if trainer.state.fn == TrainerFn.FITTING:
+        # With optimizers there, this is the tuner, which restores what it has saved itself.
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.optimizers:
             self._resumed = ResumedOptimizers(ours.get("optimizers", []), checkpoint, self.keep_optimizer_settings)
-            self._resumed.compare(trainer)  # some strategies load a checkpoint after on_fit_start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

@@ -17,7 +17,8 @@ from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.batches.chunks import Chunks
 from lit_lora.datamodules.batches.cursor import Cursor
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
-from lit_lora.datamodules.batches.plan import Plan
+from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE, Plan
+from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
 from lit_lora.datamodules.caching.open_cache import OpenCache, open_cache
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
@@ -31,8 +32,9 @@ from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
 from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
+from lit_lora.distributed.jobs import check_workers
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError, check_exclusive, check_least
+from lit_lora.errors import UserError, check_exclusive, check_least, check_most
 from lit_lora.redact import redact
 
 Shards = str | list[str] | None
@@ -99,7 +101,9 @@ class WebDatasetDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_least(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
-        check_least(1, batch_size=batch_size, resolution=resolution)
+        check_least(1, batch_size=batch_size)
+        check_most(MAX_BATCH_SIZE, batch_size=batch_size)
+        check_workers(num_workers=num_workers)
         check_exclusive(val_shards=val_shards, val_samples=val_samples)
         self.train_shards = train_shards
         self.val_shards = val_shards
@@ -208,6 +212,7 @@ class WebDatasetDataModule(LightningDataModule):
         if before is not None:
             state = state if resumed else before.state_dict()
             before.close()
+        table = self.train_samples.table
         stager = None
         if self.chunks.staging is not None:
             stager = make_stager(self.chunks.staging, self.train_samples, self.seed, self.trainer)
@@ -218,11 +223,12 @@ class WebDatasetDataModule(LightningDataModule):
             self._world_size,
             self.num_workers,
             self.max_bad_samples,
-            {"shards": self.train_samples.table.digest, "bucketing": self._bucketing.digest},
+            {"shards": table.digest, "keys": table.key_digest, "bucketing": self._bucketing.digest},
             stager,
         )
         if state is not None:
-            loader.load_state_dict(state)
+            with naming_checkpoint(self.trainer):
+                loader.load_state_dict(state)
             size, earlier = loader.plan.global_batch_size, state["segments"][-2]
             if resumed and size != earlier and self._rank == 0:
                 _log.warning(
@@ -278,7 +284,7 @@ class WebDatasetDataModule(LightningDataModule):
         """Restore the position: of the next train loader, and of the present one, which Lightning's tuner goes on with."""
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return  # the position in a checkpoint under validation does not apply to a later fit
-        self._loaded_state = state_dict.get("train_loader")
+        self._loaded_state = loader_state(state_dict)
         if self._train_loader is not None:
             self._train_loader.restart(self._loaded_state)
             self._restored_cursor = self._train_loader.cursor

@@ -8,6 +8,9 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
+from lit_lora.datamodules.batches.buckets import check_resolution
+from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE
+from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
@@ -15,7 +18,8 @@ from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.streaming.restarting_stream_loader import RestartingStreamLoader
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
 from lit_lora.datamodules.streaming.stream_loader import StreamLoader
-from lit_lora.errors import UserError, check_least
+from lit_lora.distributed.jobs import check_workers
+from lit_lora.errors import UserError, check_least, check_most
 from lit_lora.redact import redact
 
 _PIPE = "pipe:"
@@ -80,7 +84,10 @@ class WebDatasetStreamDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_least(1, batches_per_epoch=batches_per_epoch, batch_size=batch_size, resolution=resolution)
+        check_least(1, batches_per_epoch=batches_per_epoch, batch_size=batch_size)
+        check_resolution(resolution)
+        check_most(MAX_BATCH_SIZE, batch_size=batch_size)
+        check_workers(num_workers=num_workers)
         check_least(1, val_batches=val_batches)
         check_least(0, num_workers=num_workers, shuffle_buffer=shuffle_buffer, max_bad_samples=max_bad_samples)
         check_least(0, seed=seed)
@@ -146,7 +153,8 @@ class WebDatasetStreamDataModule(LightningDataModule):
             self._train_loader.close()
             loader.load_state_dict(self._train_loader.state_dict())
         elif self._loaded_state is not None:
-            loader.load_state_dict(self._loaded_state)
+            with naming_checkpoint(self.trainer):
+                loader.load_state_dict(self._loaded_state)
         self._train_loader = loader
         return loader
 
@@ -173,7 +181,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the count: of the next train loader, and of the present one, which Lightning's tuner goes on with."""
-        self._loaded_state = state_dict.get("train_loader")
+        self._loaded_state = loader_state(state_dict)
         if self._train_loader is not None:
             self._train_loader.restart(self._loaded_state)
 

@@ -27,6 +27,22 @@ def check_least(least: float, **values: float | None) -> None:
             raise UserError(f"{name}={value} is too small; it must be at least {least}")
 
 
+def check_most(most: float, because: str = "", /, **values: float | None) -> None:
+    """Refuse values above a bound; None means that an option is not set.
+
+    Args:
+        most: The bound.
+        because: Reason for the bound, which ends the message. Defaults to none.
+        values: Values by the names of their options.
+
+    Raises:
+        UserError: If a value is above the bound.
+    """
+    for name, value in values.items():
+        if value is not None and value > most:
+            raise UserError(f"{name}={value} is too large; it must be at most {most}{because}")
+
+
 def check_exclusive(**values: object) -> None:
     """Refuse options that exclude each other; a false value, such as None or 0, means that an option is not set.
 

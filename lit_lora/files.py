@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,24 @@ def writable_folder(path: str | Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise UserError(f"the folder {path} is not writable; name another folder or change its permissions")
     return path
+
+
+def check_regular(path: str | Path) -> os.stat_result:
+    """Refuse anything but a regular file, since opening or reading a pipe, a device or a socket may never end.
+
+    Returns:
+        The state of the file.
+
+    Raises:
+        OSError: If the file is missing.
+        UserError: If it is not a regular file.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+        kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
+        raise UserError(f"{path} is {kind}, not a regular file; name a file, or remove it")
+    return found
 
 
 def _open_to_others(path: Path) -> None:

@@ -1,10 +1,12 @@
 import os
+import socket
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file, atomic_folder, writable_folder
+from lit_lora.files import atomic_file, atomic_folder, check_regular, writable_folder
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -60,3 +62,17 @@ def test_others_may_read_what_safetensors_writes(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "folder/b")] == [0o644, 0o644]
+
+
+def test_only_regular_files(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert check_regular(tmp_path / "file").st_size == 0
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    with closing(socket.socket(socket.AF_UNIX)) as listening:
+        listening.bind(str(tmp_path / "socket"))
+    for name, kind in (("pipe", "pipe"), ("link", "device"), ("socket", "socket"), (".", "folder")):
+        with pytest.raises(UserError, match=f"is a {kind}, not a regular file"):
+            check_regular(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        check_regular(tmp_path / "absent")

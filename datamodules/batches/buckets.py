@@ -9,10 +9,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least, check_most
 
 LEFT_OUT = -1
 """Bucket number of an image that is too small for any bucket."""
+
+MAX_RESOLUTION = 10_000
+"""Maximum side of a square in pixels, whose area is that of the largest image that is decoded."""
+
+
+def check_resolution(resolution: int) -> None:
+    """Refuse a resolution that no image can have.
+
+    Raises:
+        UserError: If it is not between 1 and ``MAX_RESOLUTION``.
+    """
+    check_least(1, resolution=resolution)
+    check_most(MAX_RESOLUTION, resolution=resolution)
 
 
 @dataclass(frozen=True)
@@ -54,8 +67,9 @@ class AspectRatioBuckets:
             int64 (B, 2), height and width in pixels.
 
         Raises:
-            UserError: If the resolution is not a multiple of the divisor.
+            UserError: If the resolution is above ``MAX_RESOLUTION``, or not a multiple of the divisor.
         """
+        check_resolution(resolution)
         if resolution % self.divisor:
             nearest = max(self.divisor, round(resolution / self.divisor) * self.divisor)
             raise UserError(
@@ -89,7 +103,12 @@ class Bucketing:
 
     @classmethod
     def of(cls, resolution: int, buckets: AspectRatioBuckets | None, max_upscaling: float | None = None) -> Bucketing:
-        """The sizes of ``buckets``, or only the square of ``resolution`` if ``buckets`` is None."""
+        """The sizes of ``buckets``, or only the square of ``resolution`` if ``buckets`` is None.
+
+        Raises:
+            UserError: If the resolution is not between 1 and ``MAX_RESOLUTION``, or not a multiple of the buckets' divisor.
+        """
+        check_resolution(resolution)
         sizes = np.array([[resolution, resolution]], np.int64) if buckets is None else buckets.sizes(resolution)
         return cls(sizes, max_upscaling)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lit_lora.datamodules.batches.plan import Leftovers
+from lit_lora.datamodules.batches.plan import MAX_PASSES, Leftovers
 from lit_lora.datamodules.staging.staging import Staging
-from lit_lora.errors import UserError, check_exclusive, check_least
+from lit_lora.errors import UserError, check_exclusive, check_least, check_most
+
+_MAX_STEPS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Chunks:
     def __post_init__(self) -> None:
         check_least(1, **{"chunks.count": self.count, "chunks.samples": self.samples})
         check_least(1, **{"chunks.passes": self.passes, "chunks.steps": self.steps})
+        check_most(MAX_PASSES, **{"chunks.passes": self.passes})
+        check_most(_MAX_STEPS, **{"chunks.steps": self.steps})
         check_exclusive(**{"chunks.count": self.count if self.count > 1 else None, "chunks.samples": self.samples})
         check_exclusive(**{"chunks.passes": self.passes if self.passes > 1 else None, "chunks.steps": self.steps})
         if self.leftovers not in ("drop", "pad"):

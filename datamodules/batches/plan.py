@@ -19,7 +19,13 @@ Leftovers = Literal["drop", "pad"]
 # Make permutations that are drawn from the same seed independent.
 _SHARDS, _CHUNKS, _SAMPLES, _BATCHES = 1, 2, 3, 4
 
-_REPEATS_FROM_BIT = 20  # a slot leaves room for a million passes
+_REPEATS_FROM_BIT = 20
+
+MAX_BATCH_SIZE = 1 << 16
+"""Maximum number of samples in a batch of one process."""
+
+MAX_PASSES = 1 << _REPEATS_FROM_BIT
+"""Number of passes for which a slot leaves room."""
 
 
 def split_shards(sample_counts: NDArray[np.int64], num_chunks: int, seed: int) -> list[NDArray[np.int64]]:

@@ -97,7 +97,7 @@ class CacheDescription:
                     f" version {_FORMAT['version']}; make the cache anew"
                 )
             return cls(**document["latents"], **(document["text"] or {}))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{name} is not a description of a cache ({error!r}); make the cache anew") from error

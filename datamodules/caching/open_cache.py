@@ -10,12 +10,16 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription
-from lit_lora.datamodules.indexing.open_table import folder_and_name, inside, remote_copy
+from lit_lora.datamodules.indexing.open_table import fetch_small, folder_and_name, inside, remote_copy
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.remote.transfer import RemoteError, fetch, is_remote
+from lit_lora.datamodules.remote.transfer import RemoteError, is_remote
 from lit_lora.errors import UserError
+from lit_lora.files import check_regular
 from lit_lora.redact import redact
+
+_MOST_BYTES = {DESCRIPTION: 64 << 20, EMPTY: 1 << 30}
+"""Maximum sizes of the files that describe a cache."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +84,13 @@ def _read(folder: str, name: str) -> bytes:
     if is_remote(folder):
         path = remote_copy(folder, name)
         try:
-            fetch(inside(folder, name), path)
+            fetch_small(inside(folder, name), path, _MOST_BYTES[name])
         except RemoteError as error:
             raise UserError(f"{error}. {unfinished}, and copy all of its files") if error.missing else error from None
     try:
+        size = check_regular(path).st_size
+        if size > _MOST_BYTES[name]:
+            raise UserError(f"{path} has {size} bytes, more than {_MOST_BYTES[name]}; make the cache anew")
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {unfinished}") from error

@@ -22,7 +22,7 @@ from lit_lora.datamodules.indexing.unread_members import UnreadMembers
 from lit_lora.datamodules.packing.sample_names import key_digest
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError, check_least
-from lit_lora.files import atomic_file
+from lit_lora.files import atomic_file, check_regular
 from lit_lora.visible import visible
 
 DAMAGED = "damaged shard"
@@ -150,6 +150,7 @@ def _check_file(
     """Yield kind, key and detail of all problems of a shard, and add its samples to ``samples``."""
     unread = UnreadMembers()
     try:
+        check_regular(path)
         with path.open("rb") as file:
             complete = samples
             try:
@@ -171,6 +172,8 @@ def _check_file(
             for key, members in complete.items():
                 for kind, detail in check_sample(file, members, decode, captions):
                     yield kind, key, detail
+    except UserError as error:
+        yield DAMAGED, "", str(error).removeprefix(f"{path} is ")
     except OSError as error:
         yield DAMAGED, "", f"cannot be read ({error.strerror})"
 

@@ -15,6 +15,7 @@ import numpy as np
 from lit_lora.datamodules.decoding.decode import BadSampleError, decode_text
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_least
+from lit_lora.files import check_regular
 
 MAX_TEXT_BYTES = 1 << 20
 """Maximum size of a ``.txt`` or ``.cls`` member; a larger one is refused before it is decoded."""
@@ -22,6 +23,7 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_JSON_BYTES = 16 << 20
 """Maximum size of a ``.json`` member, in which a caption may be one entry of many."""
 
+_MAX_NAMES_BYTES = 64 << 20
 _EXTENSIONS = ("txt", "json", "cls")
 
 
@@ -265,7 +267,7 @@ def _texts_under(key: str, data: bytes) -> list[str]:
 def _entry(value: Any, part: str) -> Any:
     if isinstance(value, dict):
         return value.get(part)
-    if isinstance(value, list) and part.isascii() and part.isdigit() and int(part) < len(value):
+    if isinstance(value, list) and part.isascii() and part.isdigit() and len(part) < 18 and int(part) < len(value):
         return value[int(part)]
     return None
 
@@ -290,8 +292,12 @@ def _class_name(text: str, names: Sequence[str]) -> str:
 @lru_cache  # not an attribute of the dataclass, since jsonargparse would take it for an option
 def _read_lines(path: str) -> list[str]:
     try:
-        with Path(path).expanduser().open(encoding="utf-8-sig") as file:
-            return [line.strip() for line in file]
+        file = Path(path).expanduser()
+        size = check_regular(file).st_size
+        if size > _MAX_NAMES_BYTES:
+            raise UserError(f"class_names: {path} has {size} bytes, more than {_MAX_NAMES_BYTES}; name the right file")
+        with file.open(encoding="utf-8-sig") as lines:
+            return [line.strip() for line in lines]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise UserError(f"class_names: cannot read {path} ({reason}); name a file with one name per line") from error

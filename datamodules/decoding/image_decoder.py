@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lit_lora.datamodules.decoding.captions import Captions
-from lit_lora.datamodules.decoding.decode import check_pixels, decode_rgb
+from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, decode_rgb
 from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
+from lit_lora.datamodules.indexing.scan import image_size
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,25 @@ class ImageDecoder(SampleDecoder):
         return replace(self, center_crop=True, random_flip=False)
 
 
-def decode_image(members: Mapping[str, bytes], image_size: tuple[int, int]) -> Tensor:
+def decode_image(members: Mapping[str, bytes], indexed_size: tuple[int, int]) -> Tensor:
     """The image of a sample, uint8 (3, H, W).
 
     Args:
         members: The sample's members by extension; of several images, the first in ``IMAGE_EXTENSIONS`` is used.
-        image_size: Width and height of the image according to the index, in pixels.
+        indexed_size: Width and height of the image according to the index, in pixels.
 
     Raises:
-        BadSampleError: If the image is too large or cannot be decoded.
+        BadSampleError: If there is no image, or it is too large, of another size, or cannot be decoded.
     """
-    check_pixels(*image_size)
-    return decode_rgb(next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members))
+    data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+    if data is None:
+        raise BadSampleError("there is no image")
+    check_pixels(*indexed_size)
+    # The index may be wrong, and decoding would reserve the memory for any size.
+    size = image_size(data)
+    check_pixels(*size)
+    if size != indexed_size:
+        raise BadSampleError(
+            f"the image has {size[0]} x {size[1]} pixels, but {indexed_size[0]} x {indexed_size[1]} in the index"
+        )
+    return decode_rgb(data)

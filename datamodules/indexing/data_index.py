@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,23 +14,23 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from lit_lora.datamodules.indexing.bounds import DTYPES, PER_MEMBER, PER_SAMPLE, check_lengths, check_values
 from lit_lora.datamodules.indexing.columns import SampleColumns
-from lit_lora.datamodules.indexing.index import ShardIndex, index_folders
+from lit_lora.datamodules.indexing.index import ShardIndex, index_folders, warn_of_damage
+from lit_lora.datamodules.indexing.safetensors_map import map_tensors
 from lit_lora.datamodules.indexing.scan import EXTENSIONS
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file
+from lit_lora.files import atomic_file, check_regular
 
 INDEX_NAME = "shards.index"
 """The file in a folder of shards."""
 
 _HINT_AFTER_S = 3.0
-_PER_SHARD = ("shard_size", "shard_mtime_ns")
 _STARTS = ("sample_start", "member_start", "key_start")
-_PER_SAMPLE = ("key_ends", "width", "height")
-_PER_MEMBER = ("member_sample", "member_extension", "member_offset", "member_size")
-_DTYPES = {"I64": np.int64, "I32": np.int32, "U16": np.uint16, "U8": np.uint8}
 _METADATA = {"format": "lit_lora.data_index", "version": "1", "extensions": " ".join(EXTENSIONS)}
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class DataIndex:
@@ -66,7 +67,8 @@ class DataIndex:
     def load_or_build(cls, paths: Sequence[Path], jobs: int = 1) -> DataIndex:
         """The index of the shards of one folder: the saved index if it is up to date, otherwise a new one, which is saved.
 
-        Shards without an up-to-date index of their own are scanned. Entries of other shards in the folder are kept.
+        A damaged index causes a warning and is made again. Shards without an up-to-date index of their own are scanned. Entries
+        of other shards in the folder are kept.
 
         Args:
             paths: Shards in one folder; the index may contain further ones.
@@ -93,31 +95,37 @@ class DataIndex:
 
     @classmethod
     def load(cls, file: str | Path) -> DataIndex:
-        """Map an index file.
+        """Map an index file, and check its values against their bounds.
 
         Raises:
             UserError: If the file is missing, damaged, or of another version.
         """
         file = Path(file)
         try:
-            columns, metadata = _map(file)
-            names = json.loads(metadata.pop("names"))
-            if metadata != _METADATA:
-                raise ValueError("it has another format or version")
-            index = cls(names, columns, file)
-            index._check()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls._map(file)
+        except _UNREADABLE as error:
             raise UserError(
                 f"{file} is not a readable index ({error}); run `lit-lora shards index` on its folder again"
             ) from error
-        return index
+
+    @classmethod
+    def _map(cls, file: Path, check: bool = True) -> DataIndex:
+        """The same; raises one of ``_UNREADABLE`` with the reason. ``check`` is whether to check the values."""
+        check_regular(file)
+        columns, metadata = map_tensors(file)
+        names = json.loads(metadata.pop("names"))
+        if metadata != _METADATA:
+            raise ValueError("it has another format or version")
+        check_lengths(columns, names)
+        if check:
+            check_values(columns, names)
+        return cls(names, columns, file)
 
     @classmethod
     def combine(cls, indexes: Sequence[ShardIndex]) -> DataIndex:
         """The combined index of one or more shards of one folder."""
         columns: dict[str, NDArray[Any]] = {
-            name: np.concatenate([getattr(index, name) for index in indexes])
-            for name in ("key_bytes", *_PER_SAMPLE, *_PER_MEMBER)
+            name: np.concatenate([getattr(index, name) for index in indexes]) for name in DTYPES
         }
         columns["shard_size"] = np.array([index.shard_size for index in indexes], np.int64)
         columns["shard_mtime_ns"] = np.array([index.shard_mtime_ns for index in indexes], np.int64)
@@ -138,7 +146,7 @@ class DataIndex:
     def shard(self, number: int, path: Path | None = None) -> ShardIndex:
         """The index of one shard, as a view."""
         parts: dict[str, Any] = {}
-        for start, names in zip(_STARTS, (_PER_SAMPLE, _PER_MEMBER, ("key_bytes",)), strict=True):
+        for start, names in zip(_STARTS, (PER_SAMPLE, PER_MEMBER, ("key_bytes",)), strict=True):
             low, high = self._columns[start][number : number + 2].tolist()
             parts |= {name: self._columns[name][low:high] for name in names}
         return ShardIndex(
@@ -158,8 +166,11 @@ class DataIndex:
     def _find(cls, folder: Path) -> list[DataIndex]:
         found = []
         for place in index_folders(folder):
-            with suppress(UserError):
-                found.append(cls.load(place / INDEX_NAME))
+            if os.path.lexists(place / INDEX_NAME):
+                try:
+                    found.append(cls._map(place / INDEX_NAME))
+                except _UNREADABLE as error:
+                    warn_of_damage(place / INDEX_NAME, error)
         return found
 
     def _is_current(self, paths: Sequence[Path]) -> bool:
@@ -175,19 +186,6 @@ class DataIndex:
                 return False
         return True
 
-    def _check(self) -> None:
-        """Check the lengths of the columns; the values need no check, since the file was written atomically."""
-        columns, num_shards = self._columns, len(self.names)
-        counts = {"sample_start": _PER_SAMPLE, "member_start": _PER_MEMBER, "key_start": ("key_bytes",)}
-        right = num_shards > 0 and all(len(columns[name]) == num_shards for name in _PER_SHARD)
-        right = right and len(self.extensions) == len(self.width)
-        for start, names in counts.items():
-            starts = columns[start]
-            right = right and len(starts) == num_shards + 1 and starts[0] == 0 and bool((np.diff(starts) > 0).all())
-            right = right and all(len(columns[name]) == starts[-1] for name in names)
-        if not right:
-            raise ValueError("its columns do not match")
-
 
 def _extension_bits(index: SampleColumns) -> NDArray[np.uint16]:
     bits = np.zeros(len(index), np.uint16)
@@ -197,8 +195,11 @@ def _extension_bits(index: SampleColumns) -> NDArray[np.uint16]:
 
 
 def _load_again(file: Path, names: tuple[str, ...], sizes: list[int]) -> DataIndex:
-    """Map the file again in another process, and refuse it if it has changed."""
-    index = DataIndex.load(file)
+    """Map the file again in another process, and refuse it if it has changed; its values have been checked before."""
+    try:
+        index = DataIndex._map(file, check=False)
+    except _UNREADABLE as error:
+        raise UserError(f"{file} cannot be read any more ({error}); start again") from error
     if (index.names, index.shard_size.tolist()) != (names, sizes):
         raise UserError(f"{file} was changed by another program during the run; start again")
     return index
@@ -236,24 +237,3 @@ def _try_to_index(path: Path) -> ShardIndex | str:
         return ShardIndex.load_or_build(path)
     except UserError as error:
         return str(error)
-
-
-def _map(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of a safetensors file, mapped into memory, and its metadata.
-
-    The library safetensors cannot view part of a tensor as an array without copying it.
-    """
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length > file.stat().st_size:
-            raise ValueError("it is truncated")
-        header = json.loads(opened.read(length))
-    metadata: dict[str, str] = header.pop("__metadata__")
-    data = np.asarray(np.memmap(file, np.uint8, "r", offset=8 + length))
-    columns = {}
-    for name, tensor in header.items():
-        low, high = tensor["data_offsets"]
-        if high > len(data):
-            raise ValueError("it is truncated")
-        columns[name] = data[low:high].view(_DTYPES[tensor["dtype"]])
-    return columns, metadata

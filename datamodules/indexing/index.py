@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +14,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lit_lora.datamodules.indexing.bounds import DTYPES, check_lengths, check_values
 from lit_lora.datamodules.indexing.columns import SampleColumns
 from lit_lora.datamodules.indexing.scan import EXTENSIONS, scan_shard
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file
+from lit_lora.files import atomic_file, check_regular
 
-_COLUMNS: dict[str, type[np.generic]] = {
-    "key_bytes": np.uint8,
-    "key_ends": np.int64,
-    "width": np.int32,
-    "height": np.int32,
-    "member_sample": np.int64,
-    "member_extension": np.uint8,
-    "member_offset": np.int64,
-    "member_size": np.int64,
-}
+_UNREADABLE = (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError)
+"""What reading a damaged index raises."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +43,9 @@ class ShardIndex(SampleColumns):
 
     @classmethod
     def load_or_build(cls, path: str | Path) -> ShardIndex:
-        """The saved index of a shard, or a new one if that is missing, unreadable or out of date.
+        """The saved index of a shard, or a new one if that is missing, damaged or out of date.
 
-        A new index is saved if possible.
+        A new index is saved if possible. A damaged one causes a warning.
 
         Raises:
             UserError: If the shard cannot be read, is damaged, contains no samples or contains a key twice.
@@ -97,7 +91,7 @@ class ShardIndex(SampleColumns):
         Raises:
             UserError: If neither folder is writable.
         """
-        columns = {name: np.ascontiguousarray(getattr(self, name)) for name in _COLUMNS}
+        columns = {name: np.ascontiguousarray(getattr(self, name)) for name in DTYPES}
         own, elsewhere = _sidecars(self.path)
         try:
             with atomic_file(own) as part:
@@ -119,51 +113,64 @@ class ShardIndex(SampleColumns):
             path: Path of the shard, which need not exist.
 
         Returns:
-            The index; None if it cannot be read.
+            The index; None if it is missing or damaged.
         """
         try:
-            with safe_open(file, framework="numpy") as opened:
-                metadata = opened.metadata() or {}
-                columns: dict[str, Any] = {name: opened.get_tensor(name) for name in _COLUMNS}
-            index = cls(
-                path=path,
-                shard_size=int(metadata["shard_size"]),
-                shard_mtime_ns=int(metadata["shard_mtime_ns"]),
-                **columns,
-            )
-        except (OSError, SafetensorError, KeyError, ValueError):
+            return cls._read(file, path)
+        except _UNREADABLE:
             return None
-        right = metadata == _metadata(index.shard_size, index.shard_mtime_ns) and index._is_consistent()
-        return index if right else None
+
+    @classmethod
+    def _read(cls, file: Path, path: Path) -> ShardIndex:
+        """The same; raises one of ``_UNREADABLE`` with the reason."""
+        check_regular(file)
+        with safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+            columns: dict[str, Any] = {name: opened.get_tensor(name) for name in DTYPES}
+        size, mtime_ns = int(metadata["shard_size"]), int(metadata["shard_mtime_ns"])
+        if metadata != _metadata(size, mtime_ns):
+            raise ValueError("it has another format or version")
+        if not 0 < size < 2**63:
+            raise ValueError(f"shard_size is {size}")
+        index = cls(path=path, shard_size=size, shard_mtime_ns=mtime_ns, **columns)
+        index._check()
+        return index
 
     @classmethod
     def _load(cls, path: Path) -> ShardIndex | None:
         stat = _stat(path)
         for file in _sidecars(path):
-            index = cls.read(file, path)
-            if index is not None and (index.shard_size, index.shard_mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            if not os.path.lexists(file):
+                continue
+            try:
+                index = cls._read(file, path)
+            except _UNREADABLE as error:
+                warn_of_damage(file, error)
+                continue
+            if (index.shard_size, index.shard_mtime_ns) == (stat.st_size, stat.st_mtime_ns):
                 return index
         return None
 
-    def _is_consistent(self) -> bool:
-        n, m = len(self.key_ends), len(self.member_sample)
-        per_sample = (self.key_ends, self.width, self.height)
-        per_member = (self.member_sample, self.member_extension, self.member_offset, self.member_size)
-        return (
-            n > 0
-            and m > 0
-            and all(getattr(self, name).dtype == dtype for name, dtype in _COLUMNS.items())
-            and all(column.shape == (n,) for column in per_sample)
-            and all(column.shape == (m,) for column in per_member)
-            and self.key_bytes.shape == (int(self.key_ends[-1]),)
-            and bool((np.diff(self.key_ends, prepend=0) > 0).all())
-            and bool((np.diff(self.member_sample) >= 0).all())
-            and 0 <= int(self.member_sample[0]) <= int(self.member_sample[-1]) < n
-            and int(self.member_extension.max()) < len(EXTENSIONS)
-            and int(self.member_offset.min()) >= 0
-            and int(self.member_size.min()) >= 0
-            and int((self.member_offset + self.member_size).max()) <= self.shard_size
-        )
+    def _check(self) -> None:
+        """Check lengths and values.
+
+        Raises:
+            ValueError: If they are not those of an index.
+        """
+        columns: dict[str, Any] = {name: getattr(self, name) for name in DTYPES}
+        lengths = {"sample_start": "key_ends", "member_start": "member_sample", "key_start": "key_bytes"}
+        columns |= {start: np.array([0, len(columns[name])]) for start, name in lengths.items()}
+        columns["shard_size"] = np.array([self.shard_size])
+        columns["shard_mtime_ns"] = np.zeros(1, np.int64)
+        columns["extensions"] = np.zeros(len(self.width), np.uint16)
+        check_lengths(columns, [self.path.name])
+        del columns["extensions"]  # only the index of a folder has them
+        check_values(columns, [self.path.name])
+
+
+def warn_of_damage(file: Path, error: Exception) -> None:
+    """Warn that an index file cannot be used and is made again from the shards."""
+    warnings.warn(f"{file} is not a readable index ({error}); it is made again from the shards", stacklevel=3)
 
 
 def index_folders(folder: Path) -> tuple[Path, Path]:
@@ -193,6 +200,6 @@ def _metadata(size: int, mtime_ns: int) -> dict[str, str]:
 
 def _stat(path: Path) -> os.stat_result:
     try:
-        return path.stat()
+        return check_regular(path)
     except OSError as error:
         raise UserError(f"cannot read the shard {path}: {error.strerror}; check its name") from error

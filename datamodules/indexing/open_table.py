@@ -6,16 +6,22 @@ import fnmatch
 import glob
 import hashlib
 import os
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
 from lit_lora.datamodules.indexing.index import index_cache
+from lit_lora.datamodules.indexing.safetensors_map import MAX_HEADER_BYTES, header_length, parse_header
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.remote.transfer import RemoteError, fetch, is_remote
+from lit_lora.datamodules.remote.transfer import Limit, RemoteError, fetch, is_remote
 from lit_lora.errors import UserError
 from lit_lora.redact import redact
+
+MAX_INDEX_BYTES = 64 << 30
+"""Maximum size of a remote index, enough for 600 million samples."""
 
 
 def open_table(specs: str | Iterable[str], refresh: bool = False) -> SampleTable:
@@ -115,15 +121,73 @@ def remote_index_copy(folder: str) -> Path:
 def _remote_index(folder: str, refresh: bool) -> DataIndex:
     copy = remote_index_copy(folder)
     if refresh or not copy.exists():
-        try:
-            fetch(inside(folder, INDEX_NAME), copy)
-        except RemoteError as error:
-            if not error.missing:
-                raise
-            if not copy.exists():  # a copy may have been made by `lit-lora shards index URL`
-                raise UserError(
-                    f"the shards at {redact(folder)} need their index beside them: {error}. Run `lit-lora shards index`"
-                    f" where the shards are local and copy {INDEX_NAME} there, or run `lit-lora shards index URL` here, which"
-                    " reads all shards once, or use WebDatasetStreamDataModule, which needs no index"
-                ) from None
-    return DataIndex.load(copy)
+        _fetch_index(folder, copy)
+        return DataIndex.load(copy)
+    try:
+        return DataIndex.load(copy)
+    except UserError as error:
+        warnings.warn(f"{error}; it is copied again", stacklevel=2)
+        _fetch_index(folder, copy)
+        return DataIndex.load(copy)
+
+
+def _fetch_index(folder: str, copy: Path) -> None:
+    try:
+        fetch_small(inside(folder, INDEX_NAME), copy, _IndexLimit())
+    except RemoteError as error:
+        if not error.missing:
+            raise
+        if not copy.exists():  # a copy may have been made by `lit-lora shards index URL`
+            raise UserError(
+                f"the shards at {redact(folder)} need their index beside them: {error}. Run `lit-lora shards index`"
+                f" where the shards are local and copy {INDEX_NAME} there, or run `lit-lora shards index URL` here, which"
+                " reads all shards once, or use WebDatasetStreamDataModule, which needs no index"
+            ) from None
+
+
+def fetch_small(location: str, copy: Path, most: Limit) -> None:
+    """Copy a file that accompanies shards.
+
+    Args:
+        location: URL of the file.
+        copy: Path of the local copy.
+        most: Maximum size, see :func:`~lit_lora.datamodules.remote.transfer.fetch`.
+
+    Raises:
+        RemoteError: If the file is missing, forbidden or too large, or if all attempts fail.
+        UserError: If the copy cannot be written, or ``most`` refuses what it reads.
+    """
+    try:
+        fetch(location, copy, most=most)
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{redact(location)} is not a readable index ({error}); copy the right file there") from error
+    except OSError as error:
+        raise UserError(
+            f"cannot write the copy of {redact(location)} to {copy}: {error.strerror}; make room"
+        ) from error
+
+
+class _IndexLimit:
+    """Size of an index according to its header, by as much of it as has come."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._size: int | None = None
+
+    def __call__(self, file: BinaryIO) -> int:
+        end = file.tell()
+        if end < self._seen:  # the object has changed and is read anew
+            self._size = None
+        self._seen = end
+        if self._size is None and end >= 8:
+            file.seek(0)
+            length = header_length(file.read(8))
+            if end >= 8 + length:
+                tensors = parse_header(file.read(length))
+                self._size = 8 + length + max(high for _, _, high in tensors.values())
+            file.seek(end)
+        if self._size is not None and self._size > MAX_INDEX_BYTES:
+            raise ValueError(f"its header states {self._size} bytes, more than {MAX_INDEX_BYTES}")
+        return MAX_HEADER_BYTES if self._size is None else self._size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from lit_lora.datamodules.indexing.data_index import DataIndex, refuse_unusable
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.open_table import folder_and_name, inside, remote_index_copy, split_url
 from lit_lora.datamodules.remote.transfer import fetch, list_tars, object_size
+from lit_lora.distributed.jobs import check_workers
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.redact import redact
@@ -34,6 +36,7 @@ def index_remote(specs: Iterable[str], jobs: int = 1) -> dict[str, Path]:
     Raises:
         UserError: If shards are missing or damaged; the message names all of them. The indexes of the other shards are saved.
     """
+    check_workers(jobs=jobs)
     folders: dict[str, list[str]] = {}
     for spec in specs:
         for folder, pattern in split_url(spec):
@@ -85,11 +88,13 @@ def _try_to_index(location: str, workspace: Path) -> ShardIndex | str:
         known = ShardIndex.read(sidecar, path)
         if known is not None and object_size(location) in (None, known.shard_size):
             return known
-        fetch(location, path)
+        fetch(location, path, most=shutil.disk_usage(workspace).free)
         index = ShardIndex.build(path)
         index.save()
         return index
     except UserError as error:
         return str(error)
+    except OSError as error:
+        return f"cannot copy {redact(location)} to {path}: {error.strerror}; make room"
     finally:
         path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from lit_lora.datamodules.indexing.extensions import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.image_format import image_format
-from lit_lora.datamodules.indexing.tar_headers import walk_headers
+from lit_lora.datamodules.indexing.tar_headers import MAX_MEMBER_BYTES, walk_headers
 from lit_lora.datamodules.indexing.unread_members import UnreadMembers, split_name
 from lit_lora.errors import UserError
 from lit_lora.visible import visible
@@ -40,6 +40,7 @@ _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
 
 _HEADER_BYTES = 65536
 _EXIF_ORIENTATION = 0x0112
+_MAX_SIDE = 2**31 - 1  # what the column of the index holds
 
 
 @dataclass
@@ -101,7 +102,7 @@ def image_size(data: bytes) -> tuple[int, int]:
         image = _OPENERS[image_format(data)](io.BytesIO(data))
     except Exception:  # Pillow's readers raise almost any exception on damaged bytes
         return 0, 0
-    width, height = image.size
+    width, height = _bounded(*image.size)
     return (height, width) if _is_turned(image) else (width, height)
 
 
@@ -117,9 +118,14 @@ def _is_turned(image: ImageFile) -> bool:
 
 def _size_in_file(file: io.BufferedReader, offset: int, size: int) -> tuple[int, int]:
     found = image_size(os.pread(file.fileno(), min(size, _HEADER_BYTES), offset))
-    if found == (0, 0) and size > _HEADER_BYTES:
+    if found == (0, 0) and _HEADER_BYTES < size <= MAX_MEMBER_BYTES:
         found = image_size(os.pread(file.fileno(), size, offset))
     return found
+
+
+def _bounded(width: int, height: int) -> tuple[int, int]:
+    """The size of an image; (0, 0), which is an unknown size, for one that the index cannot hold."""
+    return (width, height) if min(width, height) >= 0 and max(width, height) <= _MAX_SIDE else (0, 0)
 
 
 def _size_of_cached(file: io.BufferedReader, offset: int, size: int) -> tuple[int, int]:
@@ -127,8 +133,8 @@ def _size_of_cached(file: io.BufferedReader, offset: int, size: int) -> tuple[in
     try:
         length = int.from_bytes(os.pread(file.fileno(), 8, offset), "little")
         metadata = json.loads(os.pread(file.fileno(), min(length, size, _HEADER_BYTES), offset + 8))["__metadata__"]
-        return int(metadata["width"]), int(metadata["height"])
-    except (ValueError, KeyError, TypeError):
+        return _bounded(int(metadata["width"]), int(metadata["height"]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return 0, 0
 
 

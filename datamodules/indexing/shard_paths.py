@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import warnings
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -13,8 +15,12 @@ from braceexpand import braceexpand
 from lit_lora.datamodules.indexing.hidden_files import is_hidden
 from lit_lora.datamodules.indexing.tar_headers import is_compressed_tar
 from lit_lora.errors import UserError
+from lit_lora.files import check_regular
 from lit_lora.redact import redact
 from lit_lora.visible import visible
+
+MAX_SHARDS = 1_000_000
+"""Maximum number of shards that braces may name."""
 
 
 def find_shards(specs: str | Iterable[str]) -> list[Path]:
@@ -41,6 +47,9 @@ def find_shards(specs: str | Iterable[str]) -> list[Path]:
         paths += found
     missing = [path for path in paths if not path.is_file()]
     if missing:
+        other = next((path for path in missing if path.exists()), None)
+        if other is not None:
+            check_regular(other)
         shown = ", ".join(visible(path) for path in missing[:3])
         raise UserError(f"{len(missing)} of {len(paths)} shards are missing, first {shown}; check the names")
     return paths
@@ -59,11 +68,20 @@ def expand_braces(spec: str) -> list[str]:
     """The paths or URLs to which braces expand.
 
     Raises:
-        UserError: If the braces are not balanced.
+        UserError: If the braces are not balanced, or expand to more than ``MAX_SHARDS``.
     """
+    # The package braceexpand holds all numbers of a range in memory.
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", spec)
+    too_many = any(len(end) > 18 for ends in ranges for end in ends)
+    too_many = too_many or any(abs(int(last) - int(first)) >= MAX_SHARDS for first, last in ranges)
     try:
-        return list(braceexpand(spec))
-    except ValueError as error:
+        found = [] if too_many else list(islice(braceexpand(spec), MAX_SHARDS + 1))
+        if too_many or len(found) > MAX_SHARDS:
+            raise UserError(f"{redact(spec)[:200]} names more than {MAX_SHARDS} shards; name fewer")
+        return found
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{redact(spec)} has unbalanced braces; write for example shard-{{000..099}}.tar") from error
 
 

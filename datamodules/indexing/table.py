@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import posixpath
+import zlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +80,14 @@ class SampleTable:
         counts = np.diff(self.starts).tolist()
         names = (posixpath.basename(location.partition("?")[0]) for location in self.locations)
         return seed_of(*(f"{name} {count}" for name, count in zip(names, counts, strict=True)))
+
+    @cached_property
+    def key_digest(self) -> int:
+        """A number that identifies the keys of all samples in their order."""
+        digest = 0
+        for index, row in zip(self._index_of.tolist(), self._row_of.tolist(), strict=True):
+            digest = zlib.crc32(self._indexes[index].shard(row).key_bytes, digest)
+        return digest
 
     def shard_of(self, sample: int) -> int:
         """Number of the shard that holds a sample."""

@@ -7,9 +7,19 @@ import io
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from lit_lora.errors import UserError
 from lit_lora.visible import visible
+
+BLOCK_BYTES = tarfile.BLOCKSIZE
+"""Size of a header, and the unit in which members are stored, in bytes."""
+
+MAX_MEMBER_BYTES = 256 << 20
+"""Maximum size of a sample's member; larger ones are bad, since a damaged header can state any size."""
+
+READ_ERRORS = (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError)
+"""What ``tarfile`` raises on damaged or hostile archives: also for offsets beyond 64 bits and thousands of extended headers."""
 
 _END_MARKER_BYTES = 1024
 _MAX_EXTENDED_BYTES = 1 << 20
@@ -35,14 +45,15 @@ _STREAMED = ("gzip", "bzip2", "xz")  # which Python's tarfile decompresses
 _COMPRESSED_NAMES = (".tgz", ".tbz2", ".txz", ".tzst", *(f".tar.{end}" for end in ("gz", "bz2", "xz", "zst", "lz4")))
 
 
-class _BoundedTarInfo(tarfile.TarInfo):
+class BoundedTarInfo(tarfile.TarInfo):
     """A header whose extensions (long names, PAX records) are read only if they have a plausible size."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _BoundedTarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         info = super().frombuf(buf, encoding, errors)
         if info.type in _EXTENDED and not 0 <= info.size <= _MAX_EXTENDED_BYTES:
-            raise tarfile.ReadError(f"an extended header of {info.size} bytes")
+            raise tarfile.ReadError(f"an extended header of {info.size} bytes, more than {_MAX_EXTENDED_BYTES}")
+        check_size(info)
         return info
 
 
@@ -63,7 +74,7 @@ def walk_headers(path: Path, file: io.BufferedReader) -> Iterator[tarfile.TarInf
     _refuse_compressed(path, file)
     end = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:", tarinfo=_BoundedTarInfo) as archive:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=BoundedTarInfo) as archive:
             while (info := archive.next()) is not None:
                 if info.size < 0 or archive.offset <= end:
                     raise tarfile.ReadError(f"a member of {info.size} bytes")
@@ -87,6 +98,47 @@ def damaged(path: Path, offset: int, reason: str) -> UserError:
     return UserError(
         f"{visible(path)} is truncated or damaged at byte {offset} ({visible(reason)}); pack it again or remove it"
     )
+
+
+def describe(error: Exception) -> str:
+    """What is wrong with an archive, for one of the ``READ_ERRORS``."""
+    if isinstance(error, RecursionError):
+        return "thousands of extended headers"
+    if isinstance(error, OverflowError):
+        return "a size beyond 64 bits"
+    return str(error).partition("\n")[0]
+
+
+def check_size(info: tarfile.TarInfo) -> None:
+    """Refuse a negative size, after which ``tarfile`` would read the same headers for ever.
+
+    An extended header can replace the size, so this must be called for each complete member too.
+
+    Raises:
+        tarfile.ReadError: If the size is negative.
+    """
+    if info.size < 0:
+        raise tarfile.ReadError(f"a member of {info.size} bytes")
+
+
+def is_header_of(header: bytes, name: bytes, size: int) -> bool:
+    """Whether a block is the header of a regular member with this name and size, in bytes.
+
+    The case of letters is ignored. Names that do not fit into the block or are not ASCII are stored in an extended header, so
+    only the sizes of these members are compared.
+    """
+    is_same = header[: len(name) + 1] == name + b"\0" and header[124:135] == b"%011o" % size
+    if is_same and header[156:157] in tarfile.REGULAR_TYPES:
+        return True  # nearly all members
+    try:
+        info = BoundedTarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    if not info.isreg() or info.size != size:
+        return False
+    if len(name) >= tarfile.LENGTH_NAME or not name.isascii():
+        return True
+    return info.name.encode("utf-8", "surrogateescape").lower() == name.lower()
 
 
 def is_compressed_tar(name: str) -> bool:

@@ -17,6 +17,9 @@ from lit_lora.redact import redact
 
 Batch = dict[str, Any]
 
+NO_MEMBER = "the decoder found no member that it needs (StopIteration)"
+"""Reason why a sample is bad if its decoder's ``next()`` found nothing."""
+
 
 class SlotRequest(NamedTuple):
     """Request for one sample of a batch.
@@ -83,5 +86,10 @@ class ShardDataset(Dataset[Batch]):
     def _load(self, request: SlotRequest) -> dict[str, Any]:
         members = self.reader.read(request.sample, self._extensions)
         image_size = self.reader.table.image_size(request.sample)
-        entries = self.decoder(members, request.slot, request.size, image_size)
+        try:
+            entries = self.decoder(members, request.slot, request.size, image_size)
+        except (
+            StopIteration
+        ) as error:  # of a `next()` that found no member; it would end the iteration over the batches
+            raise BadSampleError(NO_MEMBER) from error
         return entries | {"key": self.reader.table.key(request.sample)}

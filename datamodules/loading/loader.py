@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
-from lit_lora.datamodules.batches.cursor import Cursor, Segment
+from lit_lora.datamodules.batches.cursor import Cursor
 from lit_lora.datamodules.batches.plan import Plan
+from lit_lora.datamodules.batches.read_cursor import read_cursor, refuse_position
 from lit_lora.datamodules.loading.bad_samples import BadSamples
 from lit_lora.datamodules.loading.dataset import Batch, ShardDataset, SlotRequest
 from lit_lora.datamodules.loading.threads import LoaderThreads
@@ -90,10 +91,13 @@ class PlannedLoader:
                 self._stage.wait(self.plan.visit(self.cursor))
             self._share.cursor = self.cursor
             self._share.ahead.clear()
+            before = self.cursor
             for batch in self._fetch():
                 self.bad_samples.count(batch.pop("bad"))
                 self._move(self._share.ahead.popleft())
                 yield batch
+            # A decoder that raises StopIteration would end the batches early, and this loop would never end.
+            assert self.cursor != before, "no batch was read; does the decoder raise StopIteration?"
 
     def state_dict(self) -> LoaderState:
         """The position, and numbers that identify plan and data, as integers and lists of integers."""
@@ -112,35 +116,31 @@ class PlannedLoader:
         """Continue from a saved state.
 
         Raises:
-            UserError: If the state belongs to other data or another plan.
+            UserError: If the state belongs to other data or another plan, or is damaged.
         """
+        if not isinstance(state, Mapping):
+            refuse_position("it", repr(state)[:40], "a dict")
         remedies = {
             "seed": "restore seed",
             "chunks": "restore chunks.count or chunks.samples",
             "samples": "use the shards of that run",
             "shards": "use the shards of that run in the same order",
+            "keys": "the shards hold other samples now: use those of that run",
             "bucketing": "restore resolution and buckets",
             "pads": "restore chunks.leftovers",
         }
         for name, value in self._identities().items():
-            if state.get(name) != value:
+            found = state.get(name)
+            if name == "keys" and found is None:
+                continue  # older checkpoints lack it
+            if type(found) is not int or found != value:
                 raise UserError(
-                    f"cannot resume within the data: the checkpoint has {name} {state.get(name)}, this run {value};"
+                    f"cannot resume within the data: the checkpoint has {name} {str(found)[:40]}, this run {value};"
                     f" {remedies[name]}, or load only the checkpoint's weights"
                 )
-        numbers: Any = state
-        pairs = zip(numbers["segments"][::2], numbers["segments"][1::2], strict=True)
+        cursor = read_cursor(state, self.plan)
         self.close()
-        self.cursor = self.plan.resume(
-            Cursor(
-                numbers["pass"],
-                numbers["chunk_position"],
-                numbers["repeat"],
-                numbers["pass_batches"],
-                numbers["visit_batches"],
-                tuple(Segment(*pair) for pair in pairs),
-            )
-        )
+        self.cursor = self.plan.resume(cursor)
 
     def restart(self, state: LoaderState | None) -> None:
         """Continue from a saved state, or for None from the start.

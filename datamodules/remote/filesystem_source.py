@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from glob import has_magic
 from typing import Any
 
+from lit_lora.datamodules.remote.pace import Pace
 from lit_lora.datamodules.remote.remote_source import (
     PIECE_BYTES,
     RETRIED_STATUS,
@@ -123,12 +125,16 @@ class FilesystemSource(RemoteSource):
     def _pieces(self, file: Any, start: int) -> Iterator[bytes]:
         with self._translated():
             file.seek(start)
+        pace = Pace(self.timeout)
         while True:
+            before = time.monotonic()
             with self._translated():
                 piece = file.read(PIECE_BYTES)
+            waited = time.monotonic() - before
             if not piece:
                 return
             yield piece
+            pace.add(len(piece), waited)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 
 import requests
+import urllib3
 
+from lit_lora.datamodules.remote.http_session import http_session
+from lit_lora.datamodules.remote.pace import Pace
 from lit_lora.datamodules.remote.remote_source import (
     PIECE_BYTES,
     RETRIED_STATUS,
@@ -31,8 +31,6 @@ _ACTIONS = {
 }
 _WRONG_RANGE = "the server answered with a range that was not requested"
 _PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-
-_local = threading.local()
 
 
 class HttpSource(RemoteSource):
@@ -90,7 +88,7 @@ class HttpSource(RemoteSource):
     def _get(self, headers: Mapping[str, str]) -> requests.Response:
         """Send a request; the response is the object, a range of it, or status 416 for a missing range."""
         try:
-            response = _session().get(self.location, headers=headers, stream=True, timeout=self.timeout)
+            response = http_session().get(self.location, headers=headers, stream=True, timeout=self.timeout)
         except requests.RequestException as error:
             raise self._failure(error) from None
         status = response.status_code
@@ -106,10 +104,20 @@ class HttpSource(RemoteSource):
         return response
 
     def _pieces(self, response: requests.Response) -> Iterator[bytes]:
-        try:
-            yield from response.iter_content(PIECE_BYTES)
-        except requests.RequestException as error:
-            raise self._failure(error) from None
+        # Unlike `iter_content`, `read1` (since urllib3 2.1) returns what has come, so that a slow server is noticed.
+        read = getattr(response.raw, "read1", response.raw.read)
+        pace = Pace(self.timeout)
+        while True:
+            before = time.monotonic()
+            try:
+                piece = read(PIECE_BYTES)
+            except urllib3.exceptions.HTTPError as error:
+                raise TransientError(type(error).__name__) from None
+            waited = time.monotonic() - before
+            if not piece:
+                return
+            yield piece
+            pace.add(len(piece), waited)
 
     def _failure(self, error: requests.RequestException) -> RemoteError | TransientError:
         """Convert an exception to an error of this package by its type, since the message contains the URL."""
@@ -123,30 +131,14 @@ class HttpSource(RemoteSource):
         return self.error(name, "check the URL")
 
 
-def _session() -> requests.Session:
-    """The session of this thread; a new one after a fork, since processes must not share connections."""
-    if getattr(_local, "pid", None) != os.getpid():
-        _local.session = requests.Session()
-        _local.session.headers["Accept-Encoding"] = "identity"
-        _local.pid = os.getpid()
-        for name in ("urllib3.connection", "urllib3.connectionpool"):
-            logging.getLogger(name).addFilter(_hide_queries)
-    return _local.session
-
-
-def _hide_queries(record: logging.LogRecord) -> bool:
-    """Remove queries, which may contain signatures, from urllib3's log records."""
-    if isinstance(record.args, tuple):
-        record.args = tuple(re.sub(r"\?\S*", "?...", a) if isinstance(a, str) else a for a in record.args)
-    return True
-
-
 def _place(response: requests.Response) -> tuple[int, int | None]:
     """Offset of the body's first byte in the object, and size of the object in bytes if it is known."""
     if response.status_code == 200:
         length = response.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdecimal() else None
-    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "").strip())
+        return 0, int(length) if re.fullmatch(r"\d{1,18}", length) else None
+    match = re.fullmatch(
+        r"bytes (?:(\d{1,18})-\d{1,18}|\*)/(\d{1,18}|\*)", response.headers.get("Content-Range", "").strip()
+    )
     if match is None:
         if response.status_code == 416:
             return 0, None

@@ -30,6 +30,9 @@ __all__ = [
 
 _T = TypeVar("_T")
 
+Limit = int | Callable[[BinaryIO], int] | None
+"""Maximum size of an object in bytes; a function reads the beginning of the object and leaves the file at its end."""
+
 _LOG = logging.getLogger("lit_lora")
 
 _SILENT_FAILURES = 3  # in a row; fewer are usual in networks
@@ -75,7 +78,9 @@ def is_remote(location: str) -> bool:
     return re.match(r"[A-Za-z][\w+.:-]*://", location) is not None and not location.startswith("file://")
 
 
-def fetch(location: str, path: Path, size: int | None = None, policy: RetryPolicy = _DEFAULT) -> int:
+def fetch(
+    location: str, path: Path, size: int | None = None, policy: RetryPolicy = _DEFAULT, most: Limit = None
+) -> int:
     """Copy an object to a local file, which is created atomically once it is complete.
 
     An interrupted download continues where it stopped, unless the object has changed.
@@ -85,18 +90,20 @@ def fetch(location: str, path: Path, size: int | None = None, policy: RetryPolic
         path: Path of the local file.
         size: Required size of the object in bytes. Defaults to None: any size.
         policy: Number of attempts and waits.
+        most: Maximum size of the object in bytes, or a function that returns it for the bytes that have come so far, and may
+            return another one when more have come. Defaults to None: any size.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
-        RemoteError: If the object is missing, forbidden or of another size, or if all attempts fail.
+        RemoteError: If the object is missing, forbidden, too large or of another size, or if all attempts fail.
         OSError: If the local file cannot be written.
     """
     source = _source(location, policy)
     with atomic_file(path) as part:
-        with part.open("wb") as file:
-            _retry(source, policy, partial(_read_on, source, file, size), file.tell)
+        with part.open("w+b") as file:
+            _retry(source, policy, partial(_read_on, source, file, size, most), file.tell)
         return part.stat().st_size
 
 
@@ -204,7 +211,7 @@ def _retry(
         time.sleep(pause)
 
 
-def _read_on(source: RemoteSource, file: BinaryIO, size: int | None) -> None:
+def _read_on(source: RemoteSource, file: BinaryIO, size: int | None, most: Limit) -> None:
     """One attempt to fetch the rest of the file."""
     with source.open(file.tell()) as stream:
         _check_total(source, stream.total, size)
@@ -213,6 +220,9 @@ def _read_on(source: RemoteSource, file: BinaryIO, size: int | None) -> None:
         for piece in stream.pieces:
             if size is not None and file.tell() + len(piece) > size:
                 raise source.error(f"it has more than the {size} bytes in its index", _OTHER_SHARD)
+            limit = most(file) if callable(most) else most
+            if limit is not None and file.tell() + len(piece) > limit:
+                raise source.error(f"it has more than {limit} bytes", "check the name and the server")
             file.write(piece)
     expected = stream.total if size is None else size
     if expected is not None and file.tell() < expected:

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from subprocess import Popen, TimeoutExpired
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -18,16 +18,25 @@ from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.scan import EXTENSIONS, image_size
+from lit_lora.datamodules.indexing.tar_headers import (
+    MAX_MEMBER_BYTES,
+    READ_ERRORS,
+    BoundedTarInfo,
+    check_size,
+    describe,
+)
 from lit_lora.datamodules.indexing.unread_members import UnreadMembers
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport
-from lit_lora.datamodules.loading.dataset import Batch
-from lit_lora.datamodules.loading.shard_reader import MAX_MEMBER_BYTES
+from lit_lora.datamodules.loading.dataset import NO_MEMBER, Batch
 from lit_lora.draws import seed_of
 from lit_lora.redact import redact
 from lit_lora.visible import visible
 
 _MAX_FAILURES_IN_A_ROW = 1000
 _PATIENCE_S = 1.0
+_LEAST_RATE = 64  # bytes a second; a higher one would refuse servers while training itself reads slowly
+_RETRY_S = 600
+_SPEED_S = 60  # seconds below this rate after which curl gives up
 _WHOLE_SHARD = "(the rest of the shard)"
 
 
@@ -154,7 +163,10 @@ class ShardStream(IterableDataset[Batch]):
             if not set(extensions) & members.keys():
                 raise BadSampleError(f"there is no {what} ({' or '.join(f'.{extension}' for extension in extensions)})")
         image = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-        entries = self.decoder(members, slot, self.size, (0, 0) if image is None else image_size(image))
+        try:
+            entries = self.decoder(members, slot, self.size, (0, 0) if image is None else image_size(image))
+        except StopIteration as error:  # of a `next()` that found no member
+            raise BadSampleError(NO_MEMBER) from error
         return entries | {"key": sample.key}
 
     def _batch(self, builder: BatchBuilder, number: int) -> Batch:
@@ -204,11 +216,11 @@ class _Failures:
         return new
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class _StrictTarInfo(BoundedTarInfo):
     """A header reader that raises if ``tarfile`` would mistake damage or truncation for the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _StrictTarInfo:
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:
@@ -233,8 +245,8 @@ def _read_shard(url: str, wanted: frozenset[str], unread: UnreadMembers) -> Iter
         for group in group_by_keys(_members(url, wanted, unread)):
             members = {name: data for name, data in group.items() if not name.startswith("__")}
             yield _Sample(url, group["__key__"], members)
-    except (tarfile.TarError, zlib.error, EOFError, ValueError) as error:
-        raise BadSampleError(str(error.args[0]).splitlines()[0]) from None
+    except (*READ_ERRORS, zlib.error, EOFError) as error:
+        raise BadSampleError(describe(error)) from None
 
 
 def _members(url: str, wanted: frozenset[str], unread: UnreadMembers) -> Iterator[dict[str, Any]]:
@@ -242,6 +254,7 @@ def _members(url: str, wanted: frozenset[str], unread: UnreadMembers) -> Iterato
 
     with _opened(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as archive:
         while (info := archive.next()) is not None:
+            check_size(info)
             extension = (base_plus_ext(info.name)[1] or "").lower()
             if info.isreg() and not info.issparse() and extension in wanted:
                 file = archive.extractfile(info)
@@ -260,10 +273,10 @@ def _members(url: str, wanted: frozenset[str], unread: UnreadMembers) -> Iterato
 @contextmanager
 def _opened(url: str) -> Iterator[Any]:
     """Open a shard as a stream. Errors omit webdataset's messages, which contain the URL with its credentials."""
-    from webdataset.gopen import Pipe, gopen
+    from webdataset.gopen import Pipe
 
     try:
-        stream = gopen(url)
+        stream = _open(url)
     except OSError as error:
         raise BadSampleError(f"it cannot be opened ({error.strerror})") from None
     process = stream.proc if isinstance(stream, Pipe) else None
@@ -283,6 +296,19 @@ def _opened(url: str) -> Iterator[Any]:
     finally:
         with suppress(OSError):
             stream.close()
+
+
+def _open(url: str) -> Any:
+    """Open a shard as webdataset does, with a least rate for ``curl``, which would wait for a silent server for ever."""
+    from webdataset.gopen import Pipe, gopen, gopen_curl, gopen_schemes, rewrite_url
+
+    url = rewrite_url(url)
+    if gopen_schemes.get(url.partition(":")[0]) is not gopen_curl:
+        return gopen(url)
+    patient = ["--connect-timeout", "30", "--retry", "30", "--retry-delay", "2", "--retry-max-time", str(_RETRY_S)]
+    limits = ["--speed-limit", str(_LEAST_RATE), "--speed-time", str(_SPEED_S)]
+    command = ["curl", *patient, *limits, "-f", "-s", "-L", url]
+    return Pipe(command, mode="rb", bufsize=8192, ignore_status=[141, 23])
 
 
 def _end(process: Popen[bytes]) -> int:

@@ -11,10 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from lit_lora.datamodules.batches.read_cursor import read_count
 from lit_lora.datamodules.loading.bad_samples import BadSamples, list_reports
 from lit_lora.datamodules.loading.dataset import Batch
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
 from lit_lora.errors import UserError
+
+_MAX_COUNT = 2**48
 
 
 class StreamLoader:
@@ -65,17 +68,18 @@ class StreamLoader:
         """Continue after the saved number of batches, with newly drawn shards.
 
         Raises:
-            UserError: If the state was saved by another datamodule.
+            UserError: If the state was saved by another datamodule, or is damaged.
         """
-        if state.keys() != self.state_dict().keys():
+        if not isinstance(state, dict) or state.keys() != self.state_dict().keys():
             raise UserError(
                 "cannot resume within the data: the checkpoint was made with another datamodule; use that one, or load"
                 " only the checkpoint's weights"
             )
+        batches, slots = (read_count(state, name, _MAX_COUNT) for name in ("batches", "slots"))
         if state == self.state_dict():
             return
         self.close()
-        self.batches, self.slots = state["batches"], state["slots"]
+        self.batches, self.slots = batches, slots
         rank_zero_info(
             f"the data is a stream, so resuming is approximate: after {self.batches} batches it continues with newly drawn"
             " shards, which may repeat samples of the epoch"

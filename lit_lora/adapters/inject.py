@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+from lit_lora.adapters.bounds import check_bounds
 from lit_lora.errors import UserError
 from lit_lora.parameters import trainable_parameters
 from lit_lora.quantization.frozen_layer import frozen_layers
@@ -28,12 +29,14 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
 
     Raises:
         UserError: If a name in the config matches no layer, or layers that the method cannot adapt; if the method does not
-            adapt layers; if its initialisation would change the base; or if biases are trained in a base that is not float32.
+            adapt layers; if its initialization would change the base; if biases are trained in a base that is not float32; or
+            if a rank exceeds the dimensions of a layer.
     """
     _check_method(config, model)
     _check_names(config, model)
     if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
         config.target_modules = set(default_targets)
+    check_bounds(config, model)
     _warn_of_small_alpha(config)
     model.requires_grad_(False)
     try:

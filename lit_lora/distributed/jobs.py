@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ from threading import current_thread, main_thread
 from typing import Any, TypeVar
 
 from lit_lora.distributed.processes import end_with_parent
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_most
 
 Result = TypeVar("Result")
 
@@ -30,8 +31,9 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
         jobs: Number of processes to spawn; 1 runs the calls in this process.
 
     Raises:
-        UserError: If a process dies.
+        UserError: If there are more jobs than :func:`check_workers` allows, or a process dies.
     """
+    check_workers(jobs=jobs)
     if jobs == 1:
         yield from (function(*each) for each in arguments)
         return
@@ -51,6 +53,16 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_workers(**values: int) -> None:
+    """Refuse numbers of processes or threads that this machine cannot use.
+
+    Raises:
+        UserError: If a number is above 64 and above four times the number of processors.
+    """
+    processors = os.cpu_count() or 1
+    check_most(max(64, 4 * processors), f"; this machine has {processors} processors", **values)
 
 
 @contextmanager

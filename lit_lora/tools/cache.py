@@ -25,6 +25,7 @@ from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport, list_reports
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
+from lit_lora.distributed.jobs import check_workers
 from lit_lora.errors import UserError, check_least
 from lit_lora.families import ModelFamily, check_size, prepare
 from lit_lora.families.parts import PARTS
@@ -114,6 +115,7 @@ def cache_shards(
             samples are bad, or the folder holds something else.
     """
     check_least(1, jobs=jobs, batch_size=batch_size)
+    check_workers(jobs=jobs)
     data, decoder = _cacheable(data, text)
     specs = {name: getattr(data, name) for name in _SHARDS if getattr(data, name)}
     table = open_table([spec for named in specs.values() for spec in ([named] if isinstance(named, str) else named)])

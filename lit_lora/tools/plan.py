@@ -8,8 +8,9 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from lit_lora.byte_sizes import format_bytes, parse_bytes
+from lit_lora.datamodules.batches.buckets import MAX_RESOLUTION
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_least, check_most
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
@@ -69,6 +70,7 @@ def print_plan(
         UserError: If the configs of the base model cannot be read, or a value is outside its range.
     """
     check_least(1, batch_size=batch_size, resolution=resolution)
+    check_most(MAX_RESOLUTION, resolution=resolution)
     found = find_device(device) if device is not None else default_device(trainer["accelerator"])
     memory = _memory(device_memory, found)
     if search and memory is None:

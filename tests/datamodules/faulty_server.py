@@ -28,8 +28,9 @@ class FaultyServer(ThreadingHTTPServer):
 
     A fault is a status, or one of ``drop`` (the connection is closed without a response), ``truncate`` (after half of
     the body), ``stall`` (the second half is never sent), ``long`` (``Content-Length`` is too large by 10), ``short``
-    (too small by 10), ``gzip`` (a false ``Content-Encoding``), ``shift`` (a range that was not requested), ``redirect``
-    and ``not tar`` (the right number of wrong bytes).
+    (too small by 10), ``gzip`` (a false ``Content-Encoding``), ``shift`` (a range that was not requested), ``redirect``,
+    ``not tar`` (the right number of wrong bytes), ``silent`` (no response), ``slow header`` and ``drip`` (a byte at a time),
+    and ``endless`` (zeros without end after the body, whose length is not stated).
 
     Attributes:
         faults: Faults of the next requests, one each.
@@ -39,6 +40,7 @@ class FaultyServer(ThreadingHTTPServer):
         etags: Whether files have an ``ETag``.
         retry_after: Value of this header in responses with status 429 and 503.
         chunked: Whether bodies are sent without ``Content-Length``.
+        length: ``Content-Length`` in place of the right one.
         requests: All requests that were received.
         sent: Number of bytes of all bodies that were sent.
         stalling: Number of responses that are being held back.
@@ -55,6 +57,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.conditions = True
         self.etags = True
         self.chunked = False
+        self.length: str | None = None
         self.retry_after: str | None = None
         self.requests: list[Request] = []
         self.sent = 0
@@ -103,6 +106,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(fault if isinstance(fault, int) else 404)
         elif fault == "drop":
             self.close_connection = True
+        elif fault == "silent":
+            self.server.released.wait(60)
+            self.close_connection = True
+        elif fault == "slow header":
+            self._drip(b"HTTP/1.1 200 OK\r\nX: " + bytes(10_000).replace(b"\0", b"x"))
         elif fault == "redirect":
             self.send_response(302)
             self.send_header("Location", f"{path}?secret-of-the-server=1")
@@ -140,7 +148,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("ETag", etag)
         if fault == "gzip":
             self.send_header("Content-Encoding", "gzip")
-        if self.server.chunked:
+        if self.server.chunked or fault == "endless":
+            self.close_connection = True
+        elif self.server.length is not None:
+            self.send_header("Content-Length", self.server.length)
             self.close_connection = True
         else:
             self.send_header("Content-Length", str(len(data) + {"long": 10, "short": -10}.get(str(fault), 0)))
@@ -148,12 +159,25 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             self._write(data, fault)
 
+    def _drip(self, data: bytes) -> None:
+        for byte in data:
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+            if self.server.released.wait(0.05):
+                break
+        self.close_connection = True
+
     def _write(self, data: bytes, fault: Fault) -> None:
+        if fault == "drip":
+            self._drip(data)
+            return
         if fault in ("truncate", "stall"):
             data = data[: len(data) // 2]
         self.wfile.write(data)
         with self.server.lock:
             self.server.sent += len(data)
+        while fault == "endless" and not self.server.released.is_set():
+            self.server.sent += self.wfile.write(bytes(1 << 16))
         if fault == "stall":
             self.server.stalling += 1
             self.server.released.wait(60)

@@ -256,6 +256,12 @@ def test_prepare_data_indexes_all_shards(make_shards):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size=0 is too small; it must be at least 1"),
+        ({"batch_size": 10**12}, "batch_size=1000000000000 is too large; it must be at most 65536"),
+        ({"resolution": 10**9}, "resolution=1000000000 is too large; it must be at most 10000"),
+        (
+            {"num_workers": 5000},
+            r"num_workers=5000 is too large; it must be at most \d+; this machine has \d+ processors",
+        ),
         ({"resolution": 0}, "resolution=0"),
         ({"val_samples": -1}, "val_samples=-1"),
         ({"num_workers": -1}, "num_workers=-1"),

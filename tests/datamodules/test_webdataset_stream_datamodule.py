@@ -269,6 +269,12 @@ def test_captions(tmp_path, write_tar, encode_image):
     [
         ({"batches_per_epoch": 0}, "batches_per_epoch=0 is too small; it must be at least 1"),
         ({"batch_size": 0}, "batch_size=0 is too small"),
+        ({"batch_size": 10**12}, "batch_size=1000000000000 is too large; it must be at most 65536"),
+        ({"resolution": 10**9}, "resolution=1000000000 is too large; it must be at most 10000"),
+        (
+            {"num_workers": 5000},
+            r"num_workers=5000 is too large; it must be at most \d+; this machine has \d+ processors",
+        ),
         ({"shuffle_buffer": -1}, "shuffle_buffer=-1 is too small; it must be at least 0"),
         ({"val_shards": "a.tar"}, "val_shards and val_batches=None need each other"),
         ({"val_batches": 3}, "val_shards and val_batches=3 need each other"),

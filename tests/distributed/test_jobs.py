@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_lora.distributed.jobs import run_jobs
+from lit_lora.distributed.jobs import check_workers, run_jobs
 from lit_lora.errors import UserError
 
 
@@ -78,3 +78,9 @@ def _is_running(pid):
 def test_dead_process():
     with pytest.raises(UserError, match="one of 2 processes died"):
         list(run_jobs(os._exit, [(1,), (1,)], 2))
+
+
+def test_more_processes_than_the_machine_can_use():
+    with pytest.raises(UserError, match=r"jobs=5000 is too large; it must be at most \d+; this machine has"):
+        list(run_jobs(int, [], jobs=5000))
+    check_workers(jobs=64)

@@ -100,6 +100,7 @@ def test_digest_tells_choices_apart():
     ("make", "message"),
     [
         (lambda: AspectRatioBuckets(divisor=0), "divisor=0 is too small"),
+        (lambda: AspectRatioBuckets(divisor=1).sizes(10**9), "resolution=1000000000 is too large"),
         (lambda: AspectRatioBuckets(max_aspect_ratio=0.5), r"buckets.max_aspect_ratio=0.5 must be in \[1, 16\]"),
         (
             lambda: AspectRatioBuckets(max_upscaling=0.5),

@@ -11,6 +11,8 @@ from lit_lora.errors import UserError
     [
         ({"count": 0}, r"chunks\.count=0 is too small; it must be at least 1"),
         ({"samples": 0}, r"chunks\.samples=0 is too small"),
+        ({"passes": 10**12}, r"chunks\.passes=1000000000000 is too large; it must be at most 1048576"),
+        ({"steps": 10**12}, r"chunks\.steps=1000000000000 is too large"),
         ({"passes": 0}, r"chunks\.passes=0 is too small"),
         ({"steps": 0}, r"chunks\.steps=0 is too small"),
         ({"count": 3, "samples": 10}, r"chunks\.count=3 and chunks\.samples=10 exclude each other"),

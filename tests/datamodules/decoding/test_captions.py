@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections import Counter
 
@@ -260,3 +261,20 @@ def test_from_yaml():
 def test_goes_to_workers():
     captions = Captions([CaptionSource("cls", class_names=["hen", "fox"])], shuffle_tags=True)
     assert pickle.loads(pickle.dumps(captions)) == captions
+
+
+def test_class_names_that_are_no_file(tmp_path):
+    os.mkfifo(tmp_path / "names")
+    for path, message in ((tmp_path / "names", "names is a pipe, not a regular file"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=message):
+            CaptionSource("cls", class_names=str(path))
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(UserError, match="large has 1073741824 bytes, more than 67108864"):
+        CaptionSource("cls", class_names=str(tmp_path / "large"))
+
+
+def test_key_of_thousands_of_digits():
+    """Python refuses to read such numbers."""
+    with pytest.raises(BadSampleError, match="there is no text"):
+        Captions([CaptionSource("json", key="9" * 5000)]).draw({"json": b"[1]"}, 0, 0)

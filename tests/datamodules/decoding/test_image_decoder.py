@@ -5,6 +5,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from lit_lora.datamodules.decoding.captions import Captions
+from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 
@@ -57,3 +58,25 @@ def test_options_are_the_public_ones():
     for mistake in ("random_flop: true", "_seed: 3"):
         with pytest.raises(Exception, match=mistake.partition(":")[0]):
             parser.parse_string(f"data: {{decoder: {{{mistake}}}}}")
+
+
+@pytest.mark.parametrize(
+    ("members", "size", "message"),
+    [
+        ({"txt": b"a"}, (40, 30), "there is no image"),
+        ({"png": True, "txt": b"a"}, (30, 40), "the image has 40 x 30 pixels, but 30 x 40 in the index"),
+        ({"png": b"no image", "txt": b"a"}, (40, 30), "the image's header cannot be read"),
+    ],
+)
+def test_image_that_is_not_the_indexed_one(encode_image, members, size, message):
+    members = {name: encode_image(40, 30, "PNG") if data is True else data for name, data in members.items()}
+    with pytest.raises(BadSampleError, match=message):
+        ImageDecoder()(members, 0, (16, 16), size)
+
+
+def test_bomb_behind_a_small_size_in_the_index(encode_image):
+    data = bytearray(encode_image(40, 30))
+    start = data.index(b"\xff\xc0") + 5
+    data[start : start + 4] = b"\xff\xff\xff\xff"
+    with pytest.raises(BadSampleError, match="has 65535 x 65535 pixels, more than"):
+        ImageDecoder()({"jpg": bytes(data), "txt": b"a"}, 0, (16, 16), (40, 30))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from lit_lora.datamodules.indexing import bounds, data_index
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex, index_folders
 from lit_lora.errors import UserError
@@ -107,8 +110,71 @@ def test_damaged_file(make_shards, damage, message):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match=f"(?s)not a readable index.*{message}|{message}"):
         DataIndex.load(file)
-    assert len(DataIndex.load_or_build(paths)) == 4
+    with pytest.warns(UserWarning, match=r"(?s)shards.index is not a readable index .* made again from the shards"):
+        assert len(DataIndex.load_or_build(paths)) == 4
     assert len(DataIndex.load(file)) == 4
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "value", "reason"),
+    [
+        ("width", 3, -5, r"width of sample 1 in shard-000001.tar is -5, not in \[0, 2147483647\]"),
+        ("key_ends", 2, -4, "key_ends of sample 0 in shard-000001.tar is -4"),
+        ("key_ends", 3, 2, "key_ends of sample 1 in shard-000001.tar is 2, before the key begins"),
+        ("member_sample", 4, 1, "member_sample of member 0 in shard-000001.tar is 1"),
+        ("member_sample", 3, 0, "member_sample of member 3 in shard-000000.tar is 0"),
+        ("member_offset", 4, 0, "member_offset of member 0 in shard-000001.tar is 0"),
+        ("member_size", 7, 10**9, "ends at byte .* of a shard of"),
+        ("extensions", 1, 3, "extensions of sample 1 in shard-000000.tar is 3, but its members have 17"),
+        ("shard_size", 1, -1, "shard_size of shard-000001.tar is -1"),
+        ("sample_start", 1, 4, "its columns do not match: sample_start"),
+        ("key_start", 1, -1, "its columns do not match: key_start"),
+    ],
+)
+def test_value_out_of_bounds(make_shards, column, row, value, reason):
+    paths = make_shards(2, 2)
+    made = DataIndex.load_or_build(paths)
+    columns = {name: np.array(values) for name, values in made._columns.items()}
+    columns[column][row] = value
+    file = paths[0].parent / INDEX_NAME
+    DataIndex(made.names, columns).save(file)
+    with pytest.raises(UserError, match=f"shards.index is not a readable index .*{reason}"):
+        DataIndex.load(file)
+    with pytest.warns(UserWarning, match=f"{reason}.* made again from the shards"):
+        assert _facts(DataIndex.load_or_build(paths).shard(1)) == _facts(ShardIndex.build(paths[1]))
+
+
+def test_each_value_is_checked_also_in_large_indexes(make_shards, monkeypatch):
+    monkeypatch.setattr(bounds, "_BLOCK_MEMBERS", 5)
+    paths = make_shards(1, 2, 3, 4, 5)
+    made = DataIndex.load_or_build(paths)
+    bounds.check_values(made._columns, made.names)
+    for row in range(15):
+        columns = {name: np.array(values) for name, values in made._columns.items()}
+        columns["height"][row] = -1
+        shard = int(np.searchsorted(made.sample_start, row, "right")) - 1
+        with pytest.raises(ValueError, match=f"height of sample .* in shard-00000{shard}.tar is -1"):
+            bounds.check_values(columns, made.names)
+
+
+@pytest.mark.parametrize("names", [["../a.tar", "b.tar"], ["a.tar", "a.tar"], ["a.tar", 3], ["", "b.tar"], "ab"])
+def test_names_that_are_no_files_of_the_folder(make_shards, names):
+    paths = make_shards(2, 2)
+    made = DataIndex.load_or_build(paths)
+    file = paths[0].parent / INDEX_NAME
+    DataIndex(made.names, made._columns).save(file)
+    save_file(
+        {k: np.array(v) for k, v in made._columns.items()}, file, data_index._METADATA | {"names": json.dumps(names)}
+    )
+    with pytest.raises(UserError, match=r"is not the name of a shard|names a shard twice|names no shards"):
+        DataIndex.load(file)
+
+
+def test_pipe_with_the_name_of_the_index_is_not_opened(make_shards):
+    paths = make_shards(2)
+    os.mkfifo(paths[0].parent / INDEX_NAME)
+    with pytest.warns(UserWarning, match="shards.index is a pipe, not a regular file"):
+        assert len(DataIndex.load_or_build(paths)) == 2
 
 
 def test_damaged_shard_that_nobody_named_is_left_out(make_shards):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lit_lora.datamodules import ShardIndex
-from lit_lora.datamodules.indexing import index
+from lit_lora.datamodules.indexing import bounds, index
 from lit_lora.errors import UserError
 
 
@@ -30,7 +30,7 @@ def _sidecar(path: Path) -> Path:
 
 
 def _columns(shard):
-    return [getattr(shard, name).tolist() for name in index._COLUMNS]
+    return [getattr(shard, name).tolist() for name in bounds.DTYPES]
 
 
 def test_saved_index_equals_the_built_one(make_shards, scans):
@@ -62,31 +62,73 @@ def test_unreadable_index_is_built_again(make_shards, scans, damage):
     built = ShardIndex.load_or_build(path)
     _sidecar(path).write_bytes(damage(_sidecar(path).read_bytes()))
 
-    assert _columns(ShardIndex.load_or_build(path)) == _columns(built)
+    with pytest.warns(
+        UserWarning, match=r"shard-000000.tar.index is not a readable index .* made again from the shards"
+    ):
+        assert _columns(ShardIndex.load_or_build(path)) == _columns(built)
     assert len(scans) == 2
     ShardIndex.load_or_build(path)
     assert len(scans) == 2
 
 
 @pytest.mark.parametrize(
-    ("column", "value"),
+    ("column", "value", "reason"),
     [
-        ("member_offset", 10**9),
-        ("member_offset", -1),
-        ("member_sample", 99),
-        ("key_ends", 99),
-        ("member_extension", 99),
+        ("width", -5, r"width of sample 2 in shard-000000.tar is -5, not in \[0, 2147483647\]"),
+        ("height", -1, "height of sample 2"),
+        ("key_ends", 99, "key_ends of sample 2 in shard-000000.tar is 99, but its shard has 12 bytes of keys"),
+        ("key_ends", 3, "key_ends of sample 2 in shard-000000.tar is 3, before the key begins"),
+        ("key_ends", -(2**63), "key_ends of sample 2"),
+        ("member_sample", 99, "member_sample of member 5 .* is 99"),
+        ("member_sample", 1, "member_sample of member 5"),
+        ("member_extension", 99, r"member_extension of member 5 .* is 99, not in \[0, 10\]"),
+        ("member_extension", 0, "two members of one extension"),
+        ("member_offset", 512 * 10**9, "member_size of member 5 .* ends at byte .* of a shard of"),
+        ("member_offset", -1, r"member_offset of member 5 .* is -1, not in \[512, "),
+        ("member_offset", 512, "member_offset of member 5 .* is 512, not a multiple of 512 from"),
+        ("member_offset", 513 * 16, "not a multiple of 512"),
+        ("member_size", -1, "member_size of member 5 .* is -1"),
+        ("member_size", 2**63 - 1, "member_size of member 5"),
+        ("member_size", 10**6, "ends at byte"),
     ],
 )
-def test_inconsistent_index_is_built_again(make_shards, scans, column, value):
+def test_index_with_a_value_out_of_bounds_is_built_again(make_shards, scans, column, value, reason):
     (path,) = make_shards(3)
     built = ShardIndex.load_or_build(path)
     good = getattr(built, column).copy()
     getattr(built, column)[-1] = value
     built.save()
 
-    assert getattr(ShardIndex.load_or_build(path), column).tolist() == good.tolist()
+    with pytest.warns(UserWarning, match=f"is not a readable index .*{reason}"):
+        assert getattr(ShardIndex.load_or_build(path), column).tolist() == good.tolist()
     assert len(scans) == 2
+
+
+def test_captions_that_are_swapped_in_the_index(make_shards, scans):
+    (path,) = make_shards(3)
+    built = ShardIndex.load_or_build(path)
+    for column in (built.member_offset, built.member_size):
+        column[[1, 3]] = column[[3, 1]]
+    built.save()
+    with pytest.warns(
+        UserWarning, match="member_offset of member 1 in shard-000000.tar is .*, not a multiple of 512 from|2 in"
+    ):
+        ShardIndex.load_or_build(path)
+    assert len(scans) == 2
+
+
+@pytest.mark.parametrize("kind", ["shard", "index"])
+def test_pipe_with_the_name_of_a_file_is_not_opened(make_shards, kind):
+    (path,) = make_shards(3)
+    if kind == "shard":
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(UserError, match=r"shard-000000.tar is a pipe, not a regular file"):
+            ShardIndex.load_or_build(path)
+    else:
+        os.mkfifo(_sidecar(path))
+        with pytest.warns(UserWarning, match="index is a pipe, not a regular file"):
+            assert len(ShardIndex.load_or_build(path)) == 3
 
 
 def test_index_stays_in_memory_where_the_folder_is_not_writable(make_shards, monkeypatch):

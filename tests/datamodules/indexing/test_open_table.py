@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import re
 import traceback
 
 import pytest
 
+from lit_lora.datamodules.indexing import open_table as open_table_module
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
-from lit_lora.datamodules.indexing.open_table import open_table
+from lit_lora.datamodules.indexing.open_table import open_table, remote_index_copy
 from lit_lora.errors import UserError
 from tests.datamodules.faulty_server import FaultyServer
 
@@ -85,3 +87,57 @@ def test_signature_is_sent_with_each_request_and_in_no_message(server):
 def test_missing_shards_and_indexes(server, spec, message):
     with pytest.raises(UserError, match=message):
         open_table(server.url + spec)
+
+
+def test_index_without_an_end(server):
+    server.fault = "endless"
+    size = (server.folder / INDEX_NAME).stat().st_size
+    with pytest.raises(UserError, match=f"it has more than {size} bytes"):
+        open_table(server.url)
+    assert server.sent < 50_000_000
+
+
+def _with_header(data, other):
+    """An index with the header of another file, whose length is put right."""
+    header = other[8 : other.index(b"}}") + 2]
+    return len(header).to_bytes(8, "little") + header + data[8 + int.from_bytes(data[:8], "little") :]
+
+
+def test_index_that_claims_to_be_huge(server, monkeypatch):
+    monkeypatch.setattr(open_table_module, "MAX_INDEX_BYTES", 1000)
+    server.fault = "endless"
+    with pytest.raises(
+        UserError, match=r"shards.index is not a readable index \(its header states \d+ bytes, more than 1000\)"
+    ):
+        open_table(server.url)
+    assert server.sent < 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: (2**40).to_bytes(8, "little") + data[8:], "its header states 1099511627776 bytes, more than"),
+        (lambda data: data.replace(b'"data_offsets":[0,', b'"data_offsets":[9,', 1), "is not a readable index"),
+        (
+            lambda data: _with_header(data, re.sub(rb"\d+\]", b"9" * 14 + b"]", data)),
+            "is truncated: .* ends at byte 1000000",
+        ),
+        (lambda data: b"<html>not found</html>", "is not a readable index"),
+        (lambda data: data[:5], "is not a readable index"),
+        (lambda data: data + b"x", "1 bytes follow its columns"),
+    ],
+)
+def test_damaged_remote_index(server, damage, message):
+    file = server.folder / INDEX_NAME
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        open_table(server.url)
+
+
+def test_damaged_copy_of_a_remote_index_is_made_again(server):
+    open_table(server.url)
+    copy = remote_index_copy(server.url)
+    copy.write_bytes(copy.read_bytes()[:-3])
+    with pytest.warns(UserWarning, match="is truncated.*it is copied again"):
+        assert len(open_table(server.url)) == 6
+    assert len(open_table(server.url)) == 6

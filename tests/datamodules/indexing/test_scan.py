@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import re
 import tarfile
+import zlib
 
 import pytest
 from PIL import Image
 
+from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import EXTENSIONS, image_size, scan_shard
 from lit_lora.errors import UserError
 
@@ -157,3 +159,23 @@ def test_repeated_key(tmp_path, write_tar):
 def test_repeated_member(tmp_path, write_tar):
     with pytest.raises(UserError, match="key 'a' twice"):
         scan_shard(write_tar(tmp_path / "x.tar", dict.fromkeys(["a.txt", "a.TXT"], b"x")))
+
+
+@pytest.mark.parametrize(("width", "height"), [(2**32 - 1, 4), (4, 2**31)])
+def test_sizes_that_the_index_cannot_hold_are_unknown(tmp_path, write_tar, encode_image, width, height):
+    data = bytearray(encode_image(format="PNG"))
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path = write_tar(tmp_path / "x.tar", {"a.png": bytes(data), "b.png": encode_image(format="PNG")})
+    index = ShardIndex.build(path)
+    assert index.width.tolist() == [0, 24]
+    assert index.height.tolist() == [0, 16]
+
+
+@pytest.mark.parametrize(
+    "metadata", ['{"width": "9999999999", "height": "1"}', '{"width": "-3", "height": "1"}', "[" * 9000]
+)
+def test_cached_samples_of_impossible_sizes(tmp_path, write_tar, metadata):
+    header = f'{{"__metadata__": {metadata}}}'.encode()
+    path = write_tar(tmp_path / "x.tar", {"a.safetensors": len(header).to_bytes(8, "little") + header})
+    assert ShardIndex.build(path).width.tolist() == [0]

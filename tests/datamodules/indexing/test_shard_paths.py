@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from lit_lora.datamodules.indexing.shard_paths import find_shards
+from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.errors import UserError
 
 
@@ -91,3 +93,18 @@ def test_a_folder_of_compressed_shards(tmp_path):
         UserError, match=r"matches no shards.*first c.tgz: decompress them .*WebDatasetStreamDataModule"
     ):
         find_shards(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "spec", ["x-{0..1000000000000}.tar", "x-{0..999}{0..999}{0..9}.tar", f"x-{{0..{'9' * 5000}}}.tar"]
+)
+def test_braces_without_bound(spec):
+    with pytest.raises(UserError, match="names more than 1000000 shards; name fewer"):
+        expand_braces(spec)
+
+
+@pytest.mark.parametrize("spec", ["x.tar", "."])
+def test_pipe_that_is_called_a_shard(folder, spec):
+    os.mkfifo("x.tar")
+    with pytest.raises(UserError, match=r"x\.tar is a pipe, not a regular file"):
+        find_shards(spec)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import io
+import os
+import tarfile
+
 import pytest
 import torch
 
@@ -11,6 +15,7 @@ from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.dataset import ShardDataset, SlotRequest
 from lit_lora.datamodules.loading.shard_reader import ShardReader
+from lit_lora.errors import UserError
 
 FRAMING = Framing(center_crop=False, random_flip=True, seed=3)
 SIZE = (8, 12)
@@ -94,6 +99,64 @@ def test_batch_of_bad_samples_alone(tmp_path, write_tar, dataset_of):
 def test_padding_keeps_its_weight(make_shards, dataset_of):
     batch = dataset_of(make_shards(2)).__getitems__([SlotRequest(0, 1.0, 0, SIZE), SlotRequest(1, 0.0, 1, SIZE)])
     assert batch["weight"].tolist() == [1.0, 0.0]
+
+
+def _replace(path, data):
+    """Replace the content of a file and keep its size and times."""
+    before = path.stat()
+    assert len(data) == before.st_size
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("how", ["keys", "sizes", "order"])
+def test_shard_that_was_replaced(tmp_path, make_shards, write_tar, encode_image, dataset_of, how):
+    (path,) = make_shards(2)
+    dataset = dataset_of([path])
+    members = {}
+    for number in range(2):
+        name = f"{number + (1 if how == 'keys' else 0):04}"
+        text = f"caption {number:04}" if how == "sizes" else f"caption {number:04}\n"
+        parts = [(f"{name}.jpg", encode_image(seed=number)), (f"{name}.txt", text.encode())]
+        members |= dict(parts[::-1] if how == "order" else parts)
+    _replace(path, write_tar(tmp_path / "other.tar", members).read_bytes())
+    with pytest.raises(
+        UserError, match=rf"{path} is not the shard that was indexed: at byte \d+ there is another member"
+    ):
+        dataset.__getitems__(_requests(0, 1))
+
+
+def test_shard_that_changes_in_place_while_it_is_read(make_shards, dataset_of):
+    (path,) = make_shards(2)
+    dataset = dataset_of([path])
+    assert dataset.__getitems__(_requests(0))["caption"] == ["caption 0000"]
+    _replace(path, path.read_bytes().replace(b"caption 0001", b"caption 0009"))
+    os.utime(path, ns=(0, 1))
+    with pytest.warns(UserWarning, match=f"{path} was changed while it was in use"):
+        assert dataset.__getitems__(_requests(1))["caption"] == ["caption 0009"]
+    assert dataset.__getitems__(_requests(1))["bad"] == []
+
+
+def test_size_in_the_index_must_be_that_of_the_image(make_shards, dataset_of):
+    dataset = dataset_of(make_shards(2))
+    dataset.reader.table._indexes[0].width[1] = 16
+    (report,) = dataset.__getitems__(_requests(0, 1))["bad"]
+    assert report.reason == "the image has 24 x 16 pixels, but 16 x 16 in the index"
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("key", ["ü", "./a", "A", "folder/" * 20 + "a", "k" * 95, "k" * 99, "k" * 150])
+def test_headers_of_all_kinds_are_recognised(tmp_path, encode_image, dataset_of, kind, key):
+    if kind == tarfile.USTAR_FORMAT and len(key) > 96 and "/" not in key:
+        pytest.skip("ustar cannot hold it")
+    with tarfile.open(tmp_path / "x.tar", "w", format=kind) as archive:
+        for extension, data in {"JPG": encode_image(), "txt": b"x"}.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    batch = dataset_of([tmp_path / "x.tar"]).__getitems__(_requests(0))
+    assert batch["bad"] == []
+    assert batch["key"] == [key]
 
 
 def test_shard_that_vanishes_or_shrinks(make_shards, dataset_of):

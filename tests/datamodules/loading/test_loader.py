@@ -130,6 +130,77 @@ def test_state_of_other_data(dataset, seed, samples, identity, message):
         PlannedLoader(dataset, _plan(samples, 4, seed), identity={"shards": 7} | identity).load_state_dict(state)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("pass", 10**12, r"pass is 1000000000000, but must be an integer in \[0, 1048575\]"),
+        ("pass", -1, "pass is -1"),
+        ("pass", 1.0, "pass is 1.0"),
+        ("pass", True, "pass is True"),
+        ("pass", None, "pass is None"),
+        ("chunk_position", 1, r"chunk_position is 1, but must be an integer in \[0, 0\]"),
+        ("repeat", 2, r"repeat is 2, but must be an integer in \[0, 1\]"),
+        ("pass_batches", 2**60, "pass_batches is"),
+        ("visit_batches", 2, r"visit_batches is 2, but must be an integer in \[0, 1\]"),
+        ("segments", [4], r"segments is \[4\], but must be a list of pairs"),
+        ("segments", [4, 1, 4], "a list of pairs"),
+        ("segments", [], "a list of pairs"),
+        ("segments", "41", "a list of pairs"),
+        ("segments", [4, 1] * 1001, "a list of pairs, at most 1000"),
+        ("segments", [0, 1], r"a batch of 0 samples, but must be an integer in \[1, 65536\]"),
+        ("segments", [10**12, 1], "a batch of 1000000000000 samples"),
+        ("segments", [4, -1], "-1 batches"),
+        ("segments", [4, "1"], "'1' batches"),
+        ("segments", [4, 2], "2 batches in this round, but must be at most 1"),
+        ("seed", "0", "the checkpoint has seed 0, this run 0"),
+    ],
+)
+def test_position_out_of_bounds(dataset, name, value, message):
+    loader = PlannedLoader(dataset, _plan(13, 4))
+    next(iter(loader))
+    state = loader.state_dict()
+    PlannedLoader(dataset, _plan(13, 4)).load_state_dict(state)
+    with pytest.raises(UserError, match=message):
+        PlannedLoader(dataset, _plan(13, 4)).load_state_dict(state | {name: value})
+
+
+@pytest.mark.parametrize("state", [None, [], 3, "x", {}])
+def test_state_that_is_none(dataset, state):
+    with pytest.raises(UserError, match=r"must be a dict|the checkpoint has seed None"):
+        PlannedLoader(dataset, _plan(13, 4)).load_state_dict(state)
+
+
+def test_older_checkpoints_have_no_digest_of_the_keys(dataset):
+    loader = PlannedLoader(dataset, _plan(13, 4), identity={"keys": 8})
+    state = loader.state_dict()
+    with pytest.raises(UserError, match=r"the checkpoint has keys 7, this run 8; the shards hold other samples now"):
+        loader.load_state_dict(state | {"keys": 7})
+    del state["keys"]
+    loader.load_state_dict(state)
+
+
+def test_decoder_that_finds_no_member(dataset):
+    class Decoder(type(dataset.decoder)):
+        def __call__(self, *args):
+            return next(iter(()))
+
+    dataset = ShardDataset(dataset.reader, Decoder())
+    for num_workers in (0, 1):
+        loader = PlannedLoader(dataset, _plan(13, 4), num_workers=num_workers)
+        with pytest.raises(UserError, match="the decoder found no member that it needs"):
+            list(loader)
+        loader.close()
+
+
+def test_dataset_that_ends_the_iteration(dataset, monkeypatch):
+    def nothing(_):
+        raise StopIteration
+
+    monkeypatch.setattr(dataset, "__getitems__", nothing)
+    with pytest.raises(AssertionError, match="no batch was read"):
+        list(PlannedLoader(dataset, _plan(13, 4)))
+
+
 def test_another_rule_for_leftovers_is_refused(dataset):
     state = PlannedLoader(dataset, _plan(13, 4)).state_dict()
     with pytest.raises(UserError, match=r"the checkpoint has pads 0, this run 1; restore chunks\.leftovers"):

@@ -6,16 +6,19 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 
 import fsspec
 import fsspec.asyn
 import numpy as np
 import pytest
 
-from lit_lora.datamodules.remote import http_source
+from lit_lora.datamodules.remote import http_session
 from lit_lora.datamodules.remote import transfer as remote
+from lit_lora.datamodules.remote.pace import MIN_RATE, Pace
+from lit_lora.datamodules.remote.remote_source import TransientError
 from lit_lora.datamodules.remote.transfer import (
     RemoteError,
     RetryPolicy,
@@ -571,21 +574,86 @@ def test_s3_in_forked_processes(s3):
     assert read_range(location, 30, 3, QUICK) == DATA[30:33]
 
 
+IMPATIENT = RetryPolicy(attempts=2, first_wait=0.01, longest_wait=0.01, timeout=0.4)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_bytes_that_come_one_by_one(server, target, chunked):
+    server.fault, server.chunked = "drip", chunked
+    begin = time.monotonic()
+    with pytest.raises(
+        RemoteError, match=r"it sent \d+ bytes in \d s, and at least 16384 a second .* \(2 attempts in a row\)"
+    ):
+        fetch(f"{server.url}/a.tar", target, policy=IMPATIENT)
+    with pytest.raises(RemoteError, match="at least 16384 a second"):
+        read_range(f"{server.url}/a.tar", 0, 1000, IMPATIENT)
+    assert time.monotonic() - begin < 10
+    assert _nothing_left(target)
+
+
+def test_header_that_comes_byte_by_byte(server, target):
+    server.fault = "slow header"
+    begin = time.monotonic()
+    with pytest.raises(RemoteError, match=r"2 attempts in a row"):
+        fetch(f"{server.url}/a.tar", target, policy=IMPATIENT)
+    assert time.monotonic() - begin < 10
+
+
+def test_silent_server(server, target):
+    server.fault = "silent"
+    with pytest.raises(RemoteError, match=r"(?i)timeout.* \(2 attempts in a row\)"):
+        fetch(f"{server.url}/a.tar", target, policy=IMPATIENT)
+
+
+def test_object_without_an_end(server, target):
+    server.fault = "endless"
+    with pytest.raises(RemoteError, match="it has more than 5000000 bytes; check the name and the server"):
+        fetch(f"{server.url}/a.tar", target, policy=QUICK, most=5_000_000)
+    assert _nothing_left(target)
+    assert server.sent < 100_000_000
+
+
+@pytest.mark.parametrize(
+    ("most", "is_fetched"), [(len(DATA), True), (len(DATA) - 1, False), (lambda _: len(DATA), True)]
+)
+def test_size_up_to_a_limit(server, target, most, is_fetched):
+    with nullcontext() if is_fetched else pytest.raises(RemoteError, match="it has more than 2999999 bytes"):
+        assert fetch(f"{server.url}/a.tar", target, policy=QUICK, most=most) == len(DATA)
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-5", "x"])
+def test_nonsense_in_headers(server, target, length):
+    """Python refuses to read numbers of thousands of digits."""
+    server.length = length
+    with suppress(RemoteError):
+        assert fetch(f"{server.url}/a.tar", target, policy=IMPATIENT) == len(DATA)
+
+
+def test_slow_reading_is_not_the_servers_fault():
+    pace = Pace(1.0)
+    for _ in range(9):
+        pace.add(MIN_RATE, 0.4)
+    with pytest.raises(TransientError, match="it sent 100 bytes in 2 s"):
+        pace.add(100, 2.0)
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_http_in_forked_processes(server):
     """A shared connection would mix up the responses."""
     location = f"{server.url}/a.tar"
     assert read_range(location, 0, 3, QUICK) == DATA[:3]
-    session = http_source._session()
+    session = http_session.http_session()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    worker = context.Process(target=lambda: queue.put((read_range(location, 7, 5), http_source._session() is session)))
+    worker = context.Process(
+        target=lambda: queue.put((read_range(location, 7, 5), http_session.http_session() is session))
+    )
     worker.start()
     got = queue.get(timeout=60)
     worker.join()
     queue.close()
     assert got == (DATA[7:12], False)
-    assert http_source._session() is session
+    assert http_session.http_session() is session
 
 
 def _read_to(queue, location, offset):

@@ -4,6 +4,7 @@ import gzip
 import pickle
 import shutil
 import threading
+from contextlib import closing
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -16,12 +17,13 @@ from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.streaming import shard_stream
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
+from tests.datamodules.faulty_server import FaultyServer
 
 REST = "(the rest of the shard)"
 
 
-def _stream(shards, resampled=False, seed=4, **options):
-    decoder = ImageDecoder(random_flip=True).with_seed(seed)
+def _stream(shards, resampled=False, seed=4, decoder=None, **options):
+    decoder = decoder or ImageDecoder(random_flip=True).with_seed(seed)
     return ShardStream([str(shard) for shard in shards], decoder, (8, 8), 2, resampled, seed=seed, **options)
 
 
@@ -294,6 +296,28 @@ def test_http(make_shards, serve):
     assert reports[0].reason == "the program that reads it ended with status 22"
     assert reports[1].reason == "the program that reads it ended with status 18"
     assert "SECRET" not in str(reports)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http with curl")
+def test_silent_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_stream, "_SPEED_S", 1)
+    monkeypatch.setattr(shard_stream, "_RETRY_S", 1)
+    (tmp_path / "a.tar").touch()
+    with closing(FaultyServer(tmp_path)) as server:
+        for server.fault in ("silent", "slow header"):
+            stream = _stream([f"{server.url}/a.tar"], max_bad_samples=2)
+            (report,) = [report for batch in stream for report in batch["bad"]]
+            assert report.reason == "the program that reads it ended with status 28"
+
+
+def test_decoder_that_finds_no_member(make_shards):
+    class Decoder(ImageDecoder):
+        def __call__(self, *args):
+            return next(iter(()))
+
+    stream = _stream([str(make_shards(2)[0])], max_bad_samples=2, decoder=Decoder())
+    reports = [report for batch in stream for report in batch["bad"]]
+    assert [report.reason for report in reports] == ["the decoder found no member that it needs (StopIteration)"] * 2
 
 
 def test_pipes_are_named_by_number(make_shards):

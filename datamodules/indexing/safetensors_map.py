@@ -1,0 +1,76 @@
+"""Tensors of a safetensors file as views of the mapped file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_HEADER_BYTES = 100_000_000
+"""Maximum size of the header, which is also that of the library safetensors."""
+
+_DTYPES = {"I64": np.int64, "I32": np.int32, "U16": np.uint16, "U8": np.uint8}
+
+
+def header_length(beginning: bytes) -> int:
+    """Length of the header of a safetensors file, by the file's first 8 bytes.
+
+    Raises:
+        ValueError: If the file is shorter, or the length is above ``MAX_HEADER_BYTES``.
+    """
+    length = int.from_bytes(beginning, "little")
+    if len(beginning) != 8 or length > MAX_HEADER_BYTES:
+        raise ValueError(f"its header states {length} bytes, more than {MAX_HEADER_BYTES}")
+    return length
+
+
+def parse_header(data: bytes) -> dict[str, tuple[Any, int, int]]:
+    """Type, begin and end of each tensor in the bytes after the header, and the metadata under ``__metadata__``.
+
+    Raises:
+        ValueError: If the header is damaged.
+    """
+    try:
+        header = json.loads(data)
+        if not isinstance(header, dict) or not isinstance(header.get("__metadata__"), dict):
+            raise ValueError("it has no metadata")
+        tensors: dict[str, tuple[Any, int, int]] = {"__metadata__": (header.pop("__metadata__"), 0, 0)}
+        for name, tensor in header.items():
+            low, high = tensor["data_offsets"]
+            if not (type(low) is type(high) is int and 0 <= low <= high):
+                raise ValueError(f"its column {name[:20]!r} lies at {low} to {high}")
+            tensors[name] = (_DTYPES[tensor["dtype"]], low, high)
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"its header is damaged ({error!r})") from error
+    return tensors
+
+
+def map_tensors(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The tensors of a safetensors file, mapped into memory, and its metadata.
+
+    The library safetensors cannot view part of a tensor as an array without copying it.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If the file is damaged.
+    """
+    with file.open("rb") as opened:
+        length = header_length(opened.read(8))
+        header = opened.read(length)
+    if len(header) < length:
+        raise ValueError("it is truncated within its header")
+    tensors = parse_header(header)
+    data = np.asarray(np.memmap(file, np.uint8, "r", offset=8 + length))
+    end = max(high for _, _, high in tensors.values())
+    if end < len(data):
+        raise ValueError(f"{len(data) - end} bytes follow its columns")
+    metadata, _, _ = tensors.pop("__metadata__")
+    columns = {}
+    for name, (dtype, low, high) in tensors.items():
+        if high > len(data):
+            raise ValueError(f"it is truncated: {name[:20]!r} ends at byte {8 + length + high}")
+        columns[name] = data[low:high].view(dtype)
+    return columns, dict(metadata)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import time
+
+import peft
+import pytest
+from torch import nn
+
+from lit_lora.adapters import bounds, inject
+from lit_lora.errors import UserError
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(8, 24), nn.Conv2d(2, 6, 3), nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            peft.LoraConfig(r=10**6),
+            "r=1000000 is too large for 0, which has 8 inputs and 24 outputs: it must be at most 1024",
+        ),
+        (peft.LoraConfig(r=1025), "it must be at most 1024; lower r, or set rank_pattern for this layer"),
+        (
+            peft.LoraConfig(r=4, rank_pattern={"1": 1025}),
+            "r=1025 is too large for 1, which has 18 inputs and 6 outputs",
+        ),
+        (peft.LoraConfig(r=10**6, target_modules="all-linear"), "r=1000000 is too large for 0"),
+        (peft.LoraConfig(r=10**6, target_modules="[0]"), "r=1000000 is too large for 0"),
+        (peft.AdaLoraConfig(init_r=10**6, target_r=2, total_step=10), "r=1000000 is too large for 0"),
+        (peft.LoHaConfig(r=10**6), "r=1000000 is too large for 0"),
+        (peft.VeraConfig(r=10**6), "r=1000000 of VeraConfig is too large; it must be at most 65536"),
+    ],
+)
+def test_rank_above_the_dimensions(model, config, message):
+    with pytest.raises(UserError, match=message):
+        inject(model, config, ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=18, rank_pattern={"0": 24}),
+        peft.LoKrConfig(r=10**6),
+        peft.LoraConfig(r=20, target_modules=["0"]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:lora_alpha")
+def test_rank_within_them(model, config):
+    inject(model, config, ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r"(a+)+x"},
+        {"target_modules": ["0"], "rank_pattern": {"(a|aa)+x": 2}},
+        {"target_modules": "0", "exclude_modules": "(a*)*x"},
+    ],
+)
+def test_regular_expression_that_never_ends(monkeypatch, options):
+    monkeypatch.setattr(bounds, "MATCH_SECONDS", 1.5)
+    model = nn.ModuleDict({"0": nn.Linear(8, 8), "a" * 60: nn.Linear(8, 8)})
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"the regular expression '\(a.*x' .* takes more than"):
+        inject(model, peft.LoraConfig(r=2, **options), ())
+    assert time.monotonic() - begin < 30
+
+
+def test_regular_expressions_that_end(model):
+    inject(model, peft.LoraConfig(r=2, target_modules="[01]+", rank_pattern={"0*": 4}), ())
+
+
+def test_wrong_regular_expression(model):
+    with pytest.raises(UserError, match=r"'\(' is not a regular expression \(missing \), unterminated subpattern"):
+        inject(model, peft.LoraConfig(r=2, target_modules="("), ())
+
+
+def test_rank_of_a_large_layer():
+    inject(nn.Sequential(nn.Linear(2, 1500)), peft.LoraConfig(r=1500, lora_alpha=1500), ("0",))
