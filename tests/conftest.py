@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from hypothesis import settings
 from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -26,6 +27,10 @@ from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
 from tests.helpers import tiny_unet
 from tests.tiny_pipelines import tiny_clip_config, tiny_vae, write_flux, write_sd3
+
+# Tests never depend on time.
+settings.register_profile("without deadlines", deadline=None)
+settings.load_profile("without deadlines")
 
 Members = Mapping[str, bytes]
 

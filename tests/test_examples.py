@@ -86,7 +86,7 @@ def test_objective_follows_its_formula(load: Callable[[str], Any]) -> None:
 
 def test_objective_refuses_what_it_cannot_train(load: Callable[[str], Any]) -> None:
     kind = load("my_objective").P2Noise
-    with pytest.raises(UserError, match="the scheduler is FlowMatchEulerDiscreteScheduler; P2Noise takes DDPM"):
+    with pytest.raises(UserError, match="the scheduler is FlowMatchEulerDiscreteScheduler, and P2Noise supports DDPM"):
         kind().prepare({"_class_name": "FlowMatchEulerDiscreteScheduler"})
     with pytest.raises(UserError, match="prediction_type='v_prediction'"):
         kind().prepare(SCHEDULE | {"prediction_type": "v_prediction"})

@@ -131,7 +131,7 @@ def _shown(folder: Path, world_size: int) -> dict[int, list[tuple[str, int]]]:
 
 def _adapter(folder: Path) -> dict[str, torch.Tensor]:
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == STEPS - STEPS % 4
+    assert checkpoint["global_step"] == STEPS
     return checkpoint["state_dict"]  # type: ignore[no-any-return]
 
 

@@ -146,7 +146,9 @@ def train(
 ) -> dict[str, Any]:
     """Train on so many batches, keep a checkpoint from within and one from after, and note what there was to see."""
     observer = Observer()
-    checkpoints = AdapterCheckpoint(folder, every_n_train_steps=RESUMED_FROM, enable_version_counter=False)
+    checkpoints = AdapterCheckpoint(
+        folder, every_n_train_steps=RESUMED_FROM, save_top_k=-1, enable_version_counter=False
+    )
     callbacks = [observer, checkpoints, *more_callbacks, *([] if shards_weights(strategy) else [AdapterEMA()])]
     trainer = make_trainer(
         strategy, max_steps=max_steps, enable_checkpointing=True, callbacks=callbacks, **(options or {})

@@ -185,7 +185,7 @@ def test_loading_block_by_block_gives_the_same_model(
         (peft.DeloraConfig(r=2, target_modules=["to_q"]), "DeloraConfig is not known to train where the weights"),
         (peft.VBLoRAConfig(r=2, target_modules=["to_q"], vector_length=4), "VBLoRAConfig is not known to train"),
         (peft.LoraConfig(r=2, modules_to_save=["conv1"]), "modules_to_save would train a copy of .*conv1, .*=NF4"),
-        (peft.LoraConfig(r=2, target_modules=["nothing"]), "^the adapter LoraConfig does not fit"),
+        (peft.LoraConfig(r=2, target_modules=["nothing"]), "^target_modules: 'nothing' matches no layer"),
     ],
 )
 def test_what_cannot_be_put_in_before_the_weights(config: PeftConfig, message: str, sd_folder: Path) -> None:
