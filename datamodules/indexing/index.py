@@ -130,8 +130,8 @@ class ShardIndex(SampleColumns):
         size, mtime_ns = int(metadata["shard_size"]), int(metadata["shard_mtime_ns"])
         if metadata != _metadata(size, mtime_ns):
             raise ValueError("it has another format or version")
-        if not 0 < size < 2**63:
-            raise ValueError(f"shard_size is {size}")
+        if not 0 < size < 2**63 or abs(mtime_ns) >= 2**63:
+            raise ValueError(f"shard_size is {size} and shard_mtime_ns {mtime_ns}, which do not fit into 64 bits")
         index = cls(path=path, shard_size=size, shard_mtime_ns=mtime_ns, **columns)
         index._check()
         return index

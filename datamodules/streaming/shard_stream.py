@@ -263,11 +263,19 @@ def _members(url: str, wanted: frozenset[str], unread: UnreadMembers) -> Iterato
                 yield {"fname": info.name, "data": data, "__url__": url}
             elif info.islnk() or info.issym() or extension not in EXTENSIONS:
                 unread.add(info)
+            _skip_member(archive)
             archive.members.clear()  # type: ignore[attr-defined]  # otherwise all headers would stay in memory
         rest: Any = archive.fileobj
         while chunk := rest.read(1 << 20):
             if chunk.strip(b"\0"):
                 raise tarfile.ReadError("there is data after the end of the archive")
+
+
+def _skip_member(archive: Any) -> None:
+    """Read up to the next header; ``tarfile`` would try to skip a huge member bit by bit after the end of the stream."""
+    while (rest := archive.offset - 1 - archive.fileobj.tell()) > 0:
+        if not archive.fileobj.read(min(rest, 1 << 20)):
+            raise tarfile.ReadError("unexpected end of data")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +150,10 @@ def test_key_that_is_not_utf8(tmp_path, write_tar):
     shard = ShardIndex.build(path)
     assert [shard.key(0), shard.key(1)] == ["\udcff", "ü"]
     assert shard.key_bytes.dtype == np.uint8
+
+
+@pytest.mark.parametrize("name", ["shard_size", "shard_mtime_ns"])
+def test_metadata_beyond_64_bits(make_shards, name):
+    (path,) = make_shards(3)
+    replace(ShardIndex.load_or_build(path), **{name: 2**63}).save()
+    assert ShardIndex.read(_sidecar(path), path) is None
