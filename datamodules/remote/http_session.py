@@ -54,6 +54,7 @@ class _Deadline:
         finally:
             timer.cancel()
         if is_late.is_set():  # http.client takes the end of the connection for the end of the header
+            response.close()
             raise TimeoutError("the header of the answer did not come in time")
         return response
 
