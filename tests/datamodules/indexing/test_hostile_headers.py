@@ -26,8 +26,8 @@ def _long_names(count: int) -> bytes:
 
 
 HOSTILE = {
-    "negative size in an extended header": _header("a.txt", 0, size="-1024") + bytes(1024),
-    "negative size in the header": _header("a.txt", -1024) + bytes(1024),
+    "negative size in an extended header": _header("a.txt", 0, size="-1536") + bytes(1024),
+    "negative size in the header": _header("a.txt", -512) + bytes(1024),
     "huge extended header": _header("x", 10**13, tarfile.XHDTYPE) + bytes(1024),
     "huge long name": _header("x", 10**13, tarfile.GNUTYPE_LONGNAME) + bytes(1024),
     "huge size in an extended header": _header("a.txt", 0, size=str(10**30)) + bytes(1024),
