@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def training_peak(plan: MemoryPlan) -> int:
 
 def measured_peak(module: LoraDiffusion, options: dict[str, Any], batch_size: int = 2, size: int = 32) -> int:
     """Bytes of the weights, and what two steps take beside."""
+    gc.collect()  # what earlier tests have left must not be freed within the measurement
     module.configure_model()
     tensors = [*module.parameters(), *module.buffers()]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
