@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -23,8 +23,30 @@ _OF_THE_SCHEDULE = (
 )
 """Entries of a parameter group that are no settings of the optimizer, or that the schedule sets."""
 
-_PROGRESS = ("last_epoch", "_step_count", "_last_lr", "base_lrs", "_get_lr_called_within_step", "_is_initial")
-_PROGRESS_OF_PLATEAUS = ("best", "num_bad_epochs", "cooldown_counter", "mode_worse", "last_value")
+_PROGRESS = ("last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "mode_worse", "last_value")
+"""Entries of a schedule's state that are no constants, beside those that begin with an underscore."""
+
+
+class Setting(NamedTuple):
+    """The place of a setting.
+
+    Attributes:
+        name: Its name, such as ``lr``.
+        number: Number of the optimizer or schedule.
+        group: Number of the optimizer's parameter group; None for a schedule.
+    """
+
+    name: str
+    number: int
+    group: int | None = None
+
+    def __str__(self) -> str:
+        if self.group is None:
+            return f"lr_scheduler {self.number}: {self.name}"
+        return f"optimizer {self.number}, group {self.group}: {self.name}"
+
+
+Settings = dict[Setting, Any]
 
 
 def optimizer_names(trainer: Trainer) -> list[str]:
@@ -45,18 +67,14 @@ class ResumedOptimizers:
         self._names = names
         self._saved = settings(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []))
         self._keep = keep
-        self._compared = False
-        self._wanted: dict[str, Any] = {}
+        self._wanted: Settings = {}
 
     def compare(self, trainer: Trainer) -> None:
-        """Warn of settings that differ; nothing happens before the trainer has its optimizers, or a second time.
+        """Warn of settings that differ, once the trainer has its optimizers and before their state is restored.
 
         Raises:
             UserError: If the checkpoint was trained with another optimizer.
         """
-        if self._compared or not trainer.optimizers:
-            return
-        self._compared = True
         here = optimizer_names(trainer)
         if self._names and self._names != here:
             raise UserError(
@@ -64,11 +82,11 @@ class ResumedOptimizers:
                 f"optimizer, or start without ckpt_path"
             )
         own = own_settings(trainer)
-        changed = {name: value for name, value in own.items() if name in self._saved and self._saved[name] != value}
+        changed = {key: value for key, value in own.items() if key in self._saved and self._saved[key] != value}
         if not changed:
             return
         listed = "; ".join(
-            f"{name} {self._saved[name]} in the checkpoint, {value} here" for name, value in changed.items()
+            f"{key} {self._saved[key]} in the checkpoint, {value} here" for key, value in changed.items()
         )
         if self._keep:
             rank_zero_warn(
@@ -84,56 +102,56 @@ class ResumedOptimizers:
         apply_settings(trainer, self._wanted)
 
 
-def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict[str, Any]]) -> dict[str, Any]:
-    """Settings such as ``lr`` and ``weight_decay`` of each parameter group, and the constants of each schedule, by name."""
-    found: dict[str, Any] = {}
+def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict[str, Any]]) -> Settings:
+    """Settings such as ``lr`` and ``weight_decay`` of each parameter group, and the constants of each schedule."""
+    found: Settings = {}
     for number, state in enumerate(optimizer_states):
         for place, group in enumerate(state["param_groups"]):
             values = {name: value for name, value in group.items() if name not in _OF_THE_SCHEDULE}
             values["lr"] = group.get("initial_lr", group["lr"])
-            found |= {f"optimizer {number}, group {place}: {name}": _plain(value) for name, value in values.items()}
+            found |= {Setting(name, number, place): _plain(value) for name, value in values.items()}
     for number, state in enumerate(scheduler_states):
-        constants = {name: value for name, value in state.items() if name not in (*_PROGRESS, *_PROGRESS_OF_PLATEAUS)}
         found |= {
-            f"lr_scheduler {number}: {name}": value
-            for name, value in constants.items()
-            if isinstance(value, int | float | str | list | tuple) and not name.startswith("_")
+            Setting(name, number): value
+            for name, value in state.items()
+            if isinstance(value, int | float | str | list | tuple)
+            and not name.startswith("_")
+            and name not in _PROGRESS
         }
     return found
 
 
-def own_settings(trainer: Trainer) -> dict[str, Any]:
+def own_settings(trainer: Trainer) -> Settings:
     """The settings that this run's config gives, before a checkpoint is restored."""
     groups = [{"param_groups": _inner(optimizer).param_groups} for optimizer in trainer.optimizers]
     return settings(groups, [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs])
 
 
-def apply_settings(trainer: Trainer, wanted: dict[str, Any]) -> None:
+def apply_settings(trainer: Trainer, wanted: Settings) -> None:
     """Give optimizers and schedules other settings in the middle of a run; their progress stays.
 
     A learning rate that the schedule has reduced to a fraction becomes the same fraction of the new one.
 
     Args:
         trainer: Trainer whose state is restored.
-        wanted: Values by the names that :func:`settings` gives.
+        wanted: Values of the settings.
     """
-    for name, value in wanted.items():
-        place, _, key = name.partition(": ")
-        if place.startswith("optimizer"):
-            number, group_number = (int(part.rpartition(" ")[2]) for part in place.split(", "))
-            group = _inner(trainer.optimizers[number]).param_groups[group_number]
-            if key != "lr":
-                group[key] = value
-                continue
-            before = group.get("initial_lr", group["lr"])
-            group["lr"] = value * (float(group["lr"]) / float(before)) if before else value
-            if "initial_lr" in group:
-                group["initial_lr"] = value
-                for config in trainer.lr_scheduler_configs:
-                    if _inner(config.scheduler.optimizer) is _inner(trainer.optimizers[number]):
-                        config.scheduler.base_lrs[group_number] = value
-        else:
-            setattr(trainer.lr_scheduler_configs[int(place.rpartition(" ")[2])].scheduler, key, value)
+    for (name, number, place), value in wanted.items():
+        if place is None:
+            setattr(trainer.lr_scheduler_configs[number].scheduler, name, value)
+            continue
+        optimizer = _inner(trainer.optimizers[number])
+        group = optimizer.param_groups[place]
+        if name != "lr":
+            group[name] = value
+            continue
+        before = group.get("initial_lr", group["lr"])
+        group["lr"] = value * (float(group["lr"]) / float(before)) if before else value
+        if "initial_lr" in group:
+            group["initial_lr"] = value
+            for config in trainer.lr_scheduler_configs:
+                if _inner(config.scheduler.optimizer) is optimizer:
+                    config.scheduler.base_lrs[place] = value
 
 
 def _inner(optimizer: Any) -> Any:
