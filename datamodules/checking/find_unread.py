@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import walk_members
+from lit_lora.datamodules.indexing.tar_headers import BLOCK_BYTES
 from lit_lora.datamodules.indexing.unread_members import UnreadMembers
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError
 
-_BLOCK = 512
 _MAX_END_BYTES = 20 * 1024  # two blocks of zeros, and padding to a record of 10 KiB
 
 
@@ -73,8 +73,8 @@ def _unread_in(path: Path) -> Iterable[tuple[str, str, list[str]]]:
 def _has_more(index: ShardIndex) -> bool:
     """Whether a shard has bytes beside its indexed members, their headers and its end."""
     order = np.argsort(index.member_offset)
-    starts: NDArray[np.int64] = index.member_offset[order] - _BLOCK
-    ends: NDArray[np.int64] = index.member_offset[order] + -(-index.member_size[order] // _BLOCK) * _BLOCK
+    starts: NDArray[np.int64] = index.member_offset[order] - BLOCK_BYTES
+    ends: NDArray[np.int64] = index.member_offset[order] + -(-index.member_size[order] // BLOCK_BYTES) * BLOCK_BYTES
     if starts[0] != 0 or bool((starts[1:] != ends[:-1]).any()) or index.shard_size - ends[-1] > _MAX_END_BYTES:
         return True
     try:

@@ -51,9 +51,9 @@ class BoundedTarInfo(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         info = super().frombuf(buf, encoding, errors)
-        if info.type in _EXTENDED and not 0 <= info.size <= _MAX_EXTENDED_BYTES:
-            raise tarfile.ReadError(f"an extended header of {info.size} bytes, more than {_MAX_EXTENDED_BYTES}")
         check_size(info)
+        if info.type in _EXTENDED and info.size > _MAX_EXTENDED_BYTES:
+            raise tarfile.ReadError(f"an extended header of {info.size} bytes, more than {_MAX_EXTENDED_BYTES}")
         return info
 
 
@@ -76,7 +76,8 @@ def walk_headers(path: Path, file: io.BufferedReader) -> Iterator[tarfile.TarInf
     try:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=BoundedTarInfo) as archive:
             while (info := archive.next()) is not None:
-                if info.size < 0 or archive.offset <= end:
+                check_size(info)
+                if archive.offset <= end:
                     raise tarfile.ReadError(f"a member of {info.size} bytes")
                 if archive.offset > size:
                     end = size
@@ -84,12 +85,10 @@ def walk_headers(path: Path, file: io.BufferedReader) -> Iterator[tarfile.TarInf
                 yield info
                 end = archive.offset
                 archive.members.clear()  # type: ignore[attr-defined]  # otherwise all headers would stay in memory
-    except RecursionError as error:
-        raise damaged(path, end, "too many extended headers in a row") from error
     except Exception as error:  # tarfile raises almost any exception on headers that were made to do harm
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL is a seek to an impossible place
             raise
-        raise damaged(path, end, str(error) or type(error).__name__) from error
+        raise damaged(path, end, describe(error) or type(error).__name__) from error
     _check_end(path, file, end)
 
 
@@ -103,7 +102,7 @@ def damaged(path: Path, offset: int, reason: str) -> UserError:
 def describe(error: Exception) -> str:
     """What is wrong with an archive, for one of the ``READ_ERRORS``."""
     if isinstance(error, RecursionError):
-        return "thousands of extended headers"
+        return "too many extended headers in a row"
     if isinstance(error, OverflowError):
         return "a size beyond 64 bits"
     return str(error).partition("\n")[0]

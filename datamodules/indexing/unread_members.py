@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -54,15 +54,12 @@ class UnreadMembers:
 
     @cached_property
     def lost(self) -> Sequence[Unread]:
-        return [Unread(name, self._why_lost(name)) for name in self._names if self._why_lost(name)]
+        return [Unread(name, reason) for name in self._names if (reason := self._why_lost(name))]
 
     @cached_property
     def others(self) -> Mapping[str, Sequence[str]]:
-        found: dict[str, list[str]] = {}
-        for name in self._names:
-            if not self._why_lost(name):
-                found.setdefault(name.rpartition("/")[2].partition(".")[2], []).append(name)
-        return found
+        lost = {member.name for member in self.lost}
+        return by_ending(name for name in self._names if name not in lost)
 
     def describe_lost(self) -> str:
         """The number of lost members, with the first of them."""
@@ -75,6 +72,14 @@ class UnreadMembers:
         if is_sample(self._dotted.get(split_dotted(name)[0], ())):
             return f"a key ends at the first dot of a name; {_PACK}, with keys without dots"
         return ""
+
+
+def by_ending(names: Iterable[str]) -> dict[str, list[str]]:
+    """Names of members, by the part after the first dot."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.rpartition("/")[2].partition(".")[2], []).append(name)
+    return found
 
 
 def split_name(name: str) -> tuple[str, str]:

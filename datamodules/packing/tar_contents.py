@@ -10,7 +10,7 @@ from pathlib import Path
 from lit_lora.datamodules.indexing.extensions import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.hidden_files import is_hidden
 from lit_lora.datamodules.indexing.tar_headers import walk_headers
-from lit_lora.datamodules.indexing.unread_members import split_dotted, split_name
+from lit_lora.datamodules.indexing.unread_members import by_ending, split_dotted, split_name
 from lit_lora.datamodules.packing.image_formats import IMAGE_FILES
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.visible import visible
@@ -121,10 +121,7 @@ class _Grouping:
                 self.unknown.append(f"{key}.{extension}")
 
     def _skipped(self) -> list[BadFile]:
-        groups: dict[str, list[str]] = {}
-        for name in self.unknown:
-            groups.setdefault(name.rpartition("/")[2].partition(".")[2], []).append(name)
-        return [BadFile(names[0], _why_skipped(end), len(names)) for end, names in groups.items()]
+        return [BadFile(names[0], _why_skipped(end), len(names)) for end, names in by_ending(self.unknown).items()]
 
 
 def _why_skipped(end: str) -> str:
