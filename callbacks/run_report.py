@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from lit_lora.batch_size import batch_size
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
@@ -103,10 +102,8 @@ class RunReport(Callback):
             trained = (weight > 0).sum()
             self._weighted = trained if self._weighted is None else self._weighted + trained
         elif self._samples is not None:
-            try:
-                self._samples += extract_batch_size(batch)
-            except (MisconfigurationException, RecursionError):
-                self._samples = None
+            size = batch_size(batch)
+            self._samples = None if size is None else self._samples + size
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._trainer is None:

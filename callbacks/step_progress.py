@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
-from lightning.pytorch.utilities.data import extract_batch_size
 from tqdm import tqdm
 
+from lit_lora.batch_size import batch_size
 from lit_lora.errors import UserError
 from lit_lora.parameters import trainable_parameters
 
@@ -50,11 +48,12 @@ class StepProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (self._enabled and trainer.is_global_zero):
             return
-        for line in _summary(trainer, pl_module):
+        steps = _total_steps(trainer)
+        for line in _summary(trainer, pl_module, steps):
             self.print(line)
         self._samples, self._seconds, self._refreshed = 0, 0.0, 0.0
         self._bar = tqdm(
-            total=_total_steps(trainer),
+            total=steps,
             initial=trainer.global_step,
             dynamic_ncols=True,
             file=sys.stderr,
@@ -71,7 +70,7 @@ class StepProgress(ProgressBar):
             return
         now = time.monotonic()
         self._seconds += now - self._start
-        self._samples += _batch_size(batch) * trainer.world_size
+        self._samples += (batch_size(batch) or 0) * trainer.world_size
         if now - self._refreshed >= self.refresh_seconds or trainer.global_step == self._bar.total:
             self._refreshed = now
             self._bar.set_description_str(self._figures(trainer, pl_module), refresh=False)
@@ -117,46 +116,33 @@ class StepProgress(ProgressBar):
             self._bar = None
 
 
-def _batch_size(batch: Any) -> int:
-    """Number of samples in a batch; 0 if it cannot be told."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # captions make it ambiguous for Lightning
-        try:
-            return extract_batch_size(batch)
-        except (MisconfigurationException, RecursionError):
-            return 0
-
-
 def _total_steps(trainer: Trainer) -> int | None:
     """Optimizer steps until the run ends; None if nothing but time or a callback ends it."""
     steps = trainer.estimated_stepping_batches
     return int(steps) if math.isfinite(steps) and steps > 0 else None
 
 
-def _summary(trainer: Trainer, pl_module: LightningModule) -> list[str]:
+def _summary(trainer: Trainer, pl_module: LightningModule, steps: int | None) -> list[str]:
     """What is trained on what, in lines of at most 80 columns for usual names."""
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainable_parameters(pl_module))
     family, adapter = getattr(pl_module, "family", None), getattr(pl_module, "adapter", None)
     what = type(pl_module).__name__
     if family is not None and adapter is not None:
         rank = getattr(adapter, "r", None)
-        what = (
-            f"{type(adapter).__name__.removesuffix('Config')}{f' r={rank}' if rank else ''} in {type(family).__name__}"
-        )
+        method = type(adapter).__name__.removesuffix("Config") + (f" r={rank}" if rank else "")
+        what = f"{method} in {type(family).__name__}"
     lines = [f"trains   {what}: {count:,} parameters"]
     if family is not None:
         lines.append(f"base     {getattr(family, 'pretrained_model_name_or_path', '')}")
-    plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
-    steps = _total_steps(trainer)
-    length = "" if steps is None else f"{steps:,} steps"
-    if plan is not None:
-        made = plan()
-        batch = made.global_batch_size * trainer.accumulate_grad_batches
-        passes = "" if steps is None else f", {steps * batch / made.num_samples:.3g} passes"
-        lines.append(f"data     {made.num_samples:,} samples, {batch} in a step{passes}")
-    if length:
+    make_plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
+    if make_plan is not None:
+        plan = make_plan()
+        batch = plan.global_batch_size * trainer.accumulate_grad_batches
+        passes = "" if steps is None else f", {steps * batch / plan.num_samples:.3g} passes"
+        lines.append(f"data     {plan.num_samples:,} samples, {batch} in a step{passes}")
+    if steps is not None:
         first = f" from step {trainer.global_step:,} on" if trainer.global_step else ""
-        lines.append(f"length   {length}{first}")
+        lines.append(f"length   {steps:,} steps{first}")
     return lines
 
 
@@ -165,10 +151,10 @@ def _files(trainer: Trainer) -> list[str]:
     lines = []
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
-            paths = {"last": callback.last_model_path, "best": callback.best_model_path}
-            if paths["best"] == paths["last"] or (callback.monitor is None and paths["last"]):
-                del paths["best"]
-            for name, path in paths.items():
+            last, best = callback.last_model_path, callback.best_model_path
+            if best == last or (callback.monitor is None and last):
+                best = ""
+            for name, path in (("last", last), ("best", best)):
                 if path:
                     folder = Path(path).with_suffix(".adapter")
                     lines.append(f"{name:8} {path}")
