@@ -21,6 +21,11 @@ _MAX_BYTES = 64 * 2**30
 """Size limit of a remote checkpoint."""
 
 
+def _on_cpu(storage: Any, location: str) -> Any:
+    """As Lightning does: tensors of any device on the CPU."""
+    return storage
+
+
 class SafeCheckpointIO(TorchCheckpointIO):
     """Checkpoints of Lightning, always read with ``weights_only=True``: ``Trainer(plugins=[SafeCheckpointIO()])``.
 
@@ -34,7 +39,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
         self.max_bytes = max_bytes
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = _on_cpu, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """Load a checkpoint; ``weights_only`` has no effect.
 
         Raises:
@@ -42,11 +49,11 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 is remote and cannot be read or exceeds the limit.
         """
         if not is_remote(os.fspath(path)):
-            return read_checkpoint(os.fspath(path), map_location or _on_cpu)
+            return read_checkpoint(os.fspath(path), map_location)
         with tempfile.TemporaryDirectory(prefix="lit-lora-") as folder:
             local = Path(folder) / "remote.ckpt"
             self._download(os.fspath(path), local)
-            return read_checkpoint(str(local), map_location or _on_cpu, shown=redact(os.fspath(path)))
+            return read_checkpoint(str(local), map_location, shown=redact(os.fspath(path)))
 
     def _download(self, location: str, local: Path) -> None:
         size = object_size(location)
@@ -75,11 +82,9 @@ def read_checkpoint(path: str, map_location: Any, shown: str | None = None) -> d
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=map_location == "meta" or None)
     except pickle.UnpicklingError as error:
-        reason = (
-            str(error).splitlines()[0]
-            if "Unsupported" not in str(error)
-            else "it holds objects that would have to be executed"
-        )
+        reason = str(error).splitlines()[0]
+        if "Unsupported" in str(error):
+            reason = "it holds objects that would have to be executed"
         raise UserError(
             f"ckpt_path: {shown} cannot be read safely: {reason}. Only tensors and plain values are read; save the checkpoint "
             f"without other objects"
@@ -89,13 +94,11 @@ def read_checkpoint(path: str, map_location: Any, shown: str | None = None) -> d
             f"ckpt_path: {shown} is damaged or no checkpoint ({_first_line(error)}); name another checkpoint"
         ) from error
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        found = (
-            f"a dict with {', '.join(map(str, list(checkpoint)[:4]))}"
-            if isinstance(checkpoint, dict)
-            else type(checkpoint).__name__
-        )
+        found = type(checkpoint).__name__
+        if isinstance(checkpoint, dict):
+            found = f"a dict with {', '.join(map(str, list(checkpoint)[:4])) or 'no entries'}"
         raise UserError(
-            f"ckpt_path: {shown} holds {found or 'nothing'}, not a checkpoint of a training, which has a state_dict and the "
+            f"ckpt_path: {shown} holds {found}, not a checkpoint of a training, which has a state_dict and the "
             f"trainer's progress; name a file that AdapterCheckpoint has written"
         )
     return checkpoint
@@ -118,8 +121,3 @@ def _check_kind(path: Path, shown: str) -> None:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _on_cpu(storage: Any, location: str) -> Any:
-    """As Lightning does: tensors of any device on the CPU."""
-    return storage

@@ -106,12 +106,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"lit-lora {__version__}")
         return 0
     command, *rest = arguments
-    if command not in (*TRAINER_COMMANDS, *TOOLS):
-        known = ", ".join((*TRAINER_COMMANDS, *TOOLS))
-        print(f"lit-lora: error\nunknown command {command!r}; choose from {known}", file=sys.stderr)
-        return 2
     from lit_lora import console
 
+    if command not in (*TRAINER_COMMANDS, *TOOLS):
+        console.print_error(f"unknown command {command!r}; choose from {', '.join((*TRAINER_COMMANDS, *TOOLS))}")
+        return 2
     console.quiet_libraries()
     try:
         if command in TOOLS:

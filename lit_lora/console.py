@@ -23,7 +23,6 @@ _VERSIONS = ("lit_lora", "torch", "lightning", "diffusers", "peft", "transformer
 _CONFIG_CHECKS = re.compile(r"[/\\](lightning[/\\](pytorch|fabric)|torch[/\\]optim|jsonargparse)[/\\]")
 """Libraries that check the user's config while a run starts; their own ``ValueError`` and the like are about it."""
 
-
 _NOISY_LOGGERS = ("torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that warn about each other's libraries, which a user can do nothing about."""
 
@@ -32,10 +31,7 @@ def quiet_libraries() -> None:
     """Hide messages of libraries that tell a user nothing; call it before they are imported. Their errors are still shown."""
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    advertised = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advertised.addFilter(
-        lambda record: not record.getMessage().startswith(("\N{ELECTRIC LIGHT BULB}", "TPU available"))
-    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
 
 
 def print_error(message: str, title: str = "error") -> None:
@@ -102,6 +98,11 @@ def end_quietly() -> int:
     """After the reader of stdout has closed it, as ``head`` does: write nothing more, and return the exit status of SIGPIPE."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + 13
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning's is neither an advertisement nor about TPUs; as a function it is added once."""
+    return not record.getMessage().startswith(("\N{ELECTRIC LIGHT BULB}", "TPU available"))
 
 
 def _version(name: str) -> str:

@@ -49,7 +49,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
             f"target_modules is {_shown(getattr(config, 'target_modules', None))}; names that occur in this model are "
             f"{', '.join(_layer_names(model))}"
         ) from error
-    _check_patterns(config, adapted)
+    _check_pattern_matches(config, adapted)
     trained = trainable_parameters(adapted)
     if not trained:
         raise UserError(f"the adapter {type(config).__name__} has no trainable parameter: check its target_modules")
@@ -93,7 +93,7 @@ def _check_names(config: PeftConfig, model: nn.Module) -> None:
                 )
 
 
-def _check_patterns(config: PeftConfig, model: PeftModel) -> None:
+def _check_pattern_matches(config: PeftConfig, model: PeftModel) -> None:
     """Refuse patterns for the rank or alpha of layers that are not adapted."""
     targets: list[str] = getattr(model.base_model, "targeted_module_names", [])
     for option in ("rank_pattern", "alpha_pattern"):

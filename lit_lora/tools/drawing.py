@@ -22,7 +22,7 @@ from lit_lora.adapters import check_finite
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource, check_size, family_of
-from lit_lora.formats.peft import WEIGHTS, read_config, read_tensors
+from lit_lora.formats.peft import WEIGHTS, read_tensors
 from lit_lora.sampling import generate
 
 
@@ -51,13 +51,12 @@ def make_generate(
         UserError: If base or adapter cannot be loaded, or the family cannot draw images of this size.
     """
     disable_progress_bar()  # of transformers, one for each text encoder
-    state = None if adapter is None else read_adapter(Path(adapter))
+    adapt = None if adapter is None else partial(load_adapter, folder=Path(adapter), saved=read_adapter(Path(adapter)))
     if device is not None:
         _check_device(device)
     kind = _family_class(family, base)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = None if state is None else partial(load_adapter, folder=Path(str(adapter)), saved=state)
-    arguments = (base, loaded, getattr(torch, dtype), device)
+    arguments = (base, adapt, getattr(torch, dtype), device)
     return _from_pipeline(*arguments, config) if kind is None else _from_family(kind, *arguments, size)
 
 
@@ -97,9 +96,8 @@ def read_adapter(folder: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's PEFT files.
 
     Raises:
-        UserError: If a file is missing or damaged, or values are NaN or Inf.
+        UserError: If the file is missing or damaged, or values are NaN or Inf.
     """
-    read_config(folder)
     tensors = read_tensors(folder / WEIGHTS)
     check_finite(tensors, f"adapter {folder}", "use the adapter of an earlier checkpoint")
     return tensors
