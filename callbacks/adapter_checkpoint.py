@@ -73,7 +73,6 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().__init__(*args, **kwargs)
         self.keep_optimizer_settings = keep_optimizer_settings
         self.save_on_chunk_end = save_on_chunk_end
-        self._chunk_has_ended = False
         self._is_due = False
         """Whether a checkpoint waits for the next optimizer step."""
         self._stop_is_due = False
@@ -140,7 +139,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._is_due = self._stop_is_due = self._chunk_has_ended = False
+        self._is_due = self._stop_is_due = False
         self._first_step, self._step_of_last = trainer.global_step, None
         if self._resumed is not None:
             self._resumed.apply(trainer)
@@ -164,18 +163,19 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
         if self._state is not None:
-            self._state.look(pl_module)  # layers that are unfrozen in this epoch and frozen again before a checkpoint
+            self._state.note_trainable(
+                pl_module
+            )  # layers that are unfrozen in this epoch and frozen again before a checkpoint
 
     def on_train_chunk_end(self, trainer: Trainer, pl_module: LightningModule, chunk: int) -> None:
         """Save after this optimizer step; :class:`~lit_lora.datamodules.DataProgress` calls this at the end of a chunk."""
-        self._chunk_has_ended = self.save_on_chunk_end
+        self._is_due |= self.save_on_chunk_end
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, *args, **kwargs)
         self._stop_at_step(trainer)
-        due = self._chunk_has_ended or self._is_due
-        if due and not accumulating(trainer):
-            self._chunk_has_ended = self._is_due = False
+        if self._is_due and not accumulating(trainer):
+            self._is_due = False
             if not self._should_skip_saving_checkpoint(trainer):
                 self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -193,7 +193,10 @@ class AdapterCheckpoint(ModelCheckpoint):
             rank_zero_warn(
                 "the checkpoint does not hold the gradients that the unfinished optimizer step had accumulated"
             )
-        super().on_exception(trainer, pl_module, exception)
+        try:
+            super().on_exception(trainer, pl_module, exception)
+        except UserError as error:  # the exception that ended the run is the one to show
+            rank_zero_warn(str(error))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training, which ModelCheckpoint does only if it has saved nothing before."""
@@ -254,11 +257,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._step_of_last = trainer.global_step
 
     def _must_wait(self, trainer: Trainer) -> bool:
-        """Whether nothing may be saved now; the next optimizer step saves what is due in the middle of accumulated gradients.
-
-        Raises:
-            UserError: If the trained weights or the optimizer's state are not finite.
-        """
+        """Whether nothing may be saved now; what is due waits for the next optimizer step that is not skipped."""
         if accumulating(trainer):
             self._is_due = True
             return True
@@ -267,7 +266,6 @@ class AdapterCheckpoint(ModelCheckpoint):
             if guard.streak:
                 self._is_due = True
                 return True
-        _check_finite(trainer)
         return False
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
@@ -285,6 +283,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         # As in ModelCheckpoint, except that the file is renamed into place once it is complete and synced.
+        _check_finite(trainer)
         part = f"{filepath}.part"
         trainer.save_checkpoint(part, self.save_weights_only)
         if trainer.is_global_zero or shards_weights(trainer.strategy):

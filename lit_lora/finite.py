@@ -36,13 +36,18 @@ def non_finite_names(tensors: Mapping[str, Any]) -> list[str]:
 
     Values of other kinds, quantized tensors among them, count as finite.
     """
-    return [
-        name
+    floats = {
+        name: value.detach()
         for name, value in tensors.items()
-        if type(value) in (Tensor, nn.Parameter, DTensor)
-        and value.dtype in _DTYPES
-        and bool(any_non_finite([value.detach()]))
-    ]
+        if type(value) in (Tensor, nn.Parameter, DTensor) and value.dtype in _DTYPES
+    }
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for value in floats.values():
+        by_device.setdefault(value.device, []).append(value)
+    # Each device is waited for once; single tensors are looked at only where there is something to find.
+    if not any(bool(any_non_finite(values)) for values in by_device.values()):
+        return []
+    return [name for name, value in floats.items() if bool(any_non_finite([value]))]
 
 
 def tensors_in(state: Any, prefix: str = "") -> dict[str, Tensor]:

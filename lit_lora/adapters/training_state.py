@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -17,9 +15,9 @@ _COPIED_BYTES = 1 << 24
 class TrainingState:
     """Keys of a module's ``state_dict()`` that a checkpoint of its training needs.
 
-    These are the adapter's keys (:func:`adapter_keys`), parameters that were trainable at an earlier :meth:`look`, buffers
-    outside the frozen base, and buffers of the frozen base that have changed since this object was made, such as the statistics
-    of BatchNorm. The frozen base is every ``PeftModel``, and every other module whose parameters are all frozen.
+    These are the adapter's keys (:func:`adapter_keys`), parameters that were trainable at an earlier :meth:`note_trainable`,
+    buffers outside the frozen base, and buffers of the frozen base that have changed since this object was made, such as the
+    statistics of BatchNorm. The frozen base is every ``PeftModel``, and every other module whose parameters are all frozen.
 
     Args:
         module: The module as it is before training.
@@ -28,7 +26,7 @@ class TrainingState:
     def __init__(self, module: nn.Module) -> None:
         self._seen: set[str] = set()
         self._trainable = _trainable(module)
-        frozen = dict(_frozen_buffers(module))
+        _, frozen = _persistent_buffers(module)
         self._before = {name: _fingerprint(buffer) for name, buffer in frozen.items()}
 
     def restored(self, keys: set[str]) -> None:
@@ -39,39 +37,40 @@ class TrainingState:
         """Names of the parameters that have become trainable since this object was made."""
         return sorted(_trainable(module) - self._trainable)
 
+    def note_trainable(self, module: nn.Module) -> None:
+        """Note what is trainable now: a checkpoint saved later holds it too, even if it is frozen again by then."""
+        self._seen |= adapter_keys(module)
+
     def look(self, module: nn.Module) -> set[str]:
         """The keys that belong into a checkpoint now."""
-        own = adapter_keys(module)
-        self._seen |= own
-        persistent = set(_persistent_buffers(module))
-        frozen = dict(_frozen_buffers(module))
+        self.note_trainable(module)
+        outside, frozen = _persistent_buffers(module)
         changed = {
             name
             for name, buffer in frozen.items()
             if name not in self._before or not torch.equal(self._before[name], _fingerprint(buffer))
         }
-        return self._seen | (persistent - frozen.keys()) | changed
+        return self._seen | outside.keys() | changed
 
 
 def _trainable(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def _persistent_buffers(module: nn.Module) -> Iterator[str]:
+def _persistent_buffers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Buffers that ``state_dict()`` contains, by name: those outside the frozen base, and those in it."""
+    outside: dict[str, Tensor] = {}
+    frozen: dict[str, Tensor] = {}
+    bases: tuple[str, ...] = ()
     for path, child in module.named_modules():
-        for name in child._buffers:
-            if name not in child._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name
-
-
-def _frozen_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Persistent buffers of the frozen base, by name."""
-    persistent = set(_persistent_buffers(module))
-    bases = [path for path, child in module.named_modules() if _is_base(child)]
-    prefixes = tuple(f"{path}." for path in bases if path)
-    for name, buffer in module.named_buffers(remove_duplicate=False):
-        if name in persistent and ("" in bases or name.startswith(prefixes)):
-            yield name, buffer
+        prefix = f"{path}." if path else ""
+        if not prefix.startswith(bases) and _is_base(child):
+            bases = (*bases, prefix)
+        found = frozen if prefix.startswith(bases) else outside
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                found[prefix + name] = buffer
+    return outside, frozen
 
 
 def _is_base(module: nn.Module) -> bool:

@@ -168,6 +168,19 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(
     assert torch.isfinite(state["head.weight"]).all()
 
 
+def test_after_an_error_they_are_not_written_either(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    class Breaks(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            pl_module.head.weight.data[0, 0] = float("nan")  # type: ignore[union-attr,index,operator]
+            raise RuntimeError("on purpose")
+
+    options = trainer_options | {"enable_checkpointing": True, "max_epochs": 1}
+    trainer = Trainer(**options | {"callbacks": [Breaks(), AdapterCheckpoint(tmp_path, save_on_exception=True)]})
+    with pytest.warns(UserWarning, match="nothing is saved at step 1"), pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(Backbone(), images(8))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_that_is_not_finite_is_refused(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     run(tmp_path, trainer_options, Backbone(), max_epochs=1)
     for place in ("weights", "optimizer"):
