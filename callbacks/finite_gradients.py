@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from lit_lora.errors import UserError, check_least
 from lit_lora.finite import any_non_finite, non_finite_names, zero_where
+from lit_lora.loops import accumulating
+from lit_lora.visible import visible
 
 _SCALER_STEPS = 16
 """Further steps in a row that ``precision: 16-mixed`` may skip while its scale falls from 65536 to 1."""
@@ -74,7 +76,7 @@ class FiniteGradients(Callback):
         step, self._step = self._step or _Step(trainer.global_step + 1), None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         flags = [any_non_finite(step.losses), any_non_finite(gradients)]
-        if (backward := getattr(pl_module, "non_finite_in_backward", None)) is not None:
+        if (backward := getattr(pl_module, "take_non_finite", _nothing)()) is not None:
             flags.append(backward)
         bad = torch.stack([flag.to(pl_module.device) for flag in flags]).any()
         if trainer.world_size > 1:
@@ -89,7 +91,7 @@ class FiniteGradients(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         skipped: bool | None = getattr(trainer.strategy, "skipped_step", None)
-        if skipped is not None and self._step is not None and not trainer.fit_loop._should_accumulate():
+        if skipped is not None and self._step is not None and not accumulating(trainer):
             self._unread.append(self._step.decided(torch.tensor(skipped)))
             self._step = None
             self.read(trainer, pl_module)
@@ -176,8 +178,12 @@ class _Step:
     def found(self) -> str:
         """The losses and the samples, for a message."""
         losses = ", ".join(f"{loss.item():g}" for loss in self.losses)
-        keys = ", ".join(self.keys[:_KEYS_SHOWN]) + (" …" if len(self.keys) > _KEYS_SHOWN else "")
+        keys = ", ".join(map(visible, self.keys[:_KEYS_SHOWN])) + (" …" if len(self.keys) > _KEYS_SHOWN else "")
         return f"loss {losses or 'unknown'}" + (f", samples {keys}" if keys else "")
+
+
+def _nothing() -> None:
+    """Replace a method that a module lacks."""
 
 
 def _steps(count: int) -> str:

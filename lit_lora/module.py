@@ -353,8 +353,7 @@ class LoraDiffusion(LightningModule):
             return nullcontext()
         return torch.autocast(self.device.type, self.base_dtype)
 
-    @property
-    def non_finite_in_backward(self) -> Tensor | None:
+    def take_non_finite(self) -> Tensor | None:
         """Whether ``optimizer_in_backward`` met a NaN or Inf gradient since this was last read: a bool scalar, None without it.
 
         :class:`~lit_lora.callbacks.FiniteGradients` reads it, since no gradients are left for it to look at.

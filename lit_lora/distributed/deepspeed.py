@@ -280,16 +280,15 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
             config=copy.deepcopy(config),
             dist_init_required=False,
         )
-        if not self.zero_stage_3:
-            zero_optimizer.check_grad_overflow = (
-                True  # as stage 3 does: a step whose gradients are not finite is left out
-            )
         if self.zero_stage_3:
             for layer in module.modules():
                 # Adapters do the same: DoRA reads the base's weight, others read lists of parameters.
                 if isinstance(layer, BaseTunerLayer):
                     for parameter in layer.parameters():
                         deepspeed.zero.register_external_parameter(layer, parameter)
+        else:
+            # As stage 3 does by itself: a step whose gradients are not finite is left out.
+            zero_optimizer.check_grad_overflow = True
         return engine, zero_optimizer
 
     def _parameters(self) -> list[Tensor]:

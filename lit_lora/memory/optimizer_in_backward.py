@@ -82,9 +82,10 @@ class OptimizerInBackward:
 
     def _step(self) -> None:
         """Step the parameters whose gradients are complete; gradients that are not finite become zero."""
-        gradients = [parameter.grad for parameters in self._complete.values() for parameter in parameters]
-        bad = any_non_finite([gradient for gradient in gradients if gradient is not None])
-        zero_where(bad, [gradient for gradient in gradients if gradient is not None])
+        complete = [parameter for parameters in self._complete.values() for parameter in parameters]
+        gradients = [parameter.grad for parameter in complete if parameter.grad is not None]
+        bad = any_non_finite(gradients)
+        zero_where(bad, gradients)
         self.non_finite = self.non_finite.to(bad.device) | bad
         groups = self.optimizer.param_groups  # looked up each time, because loading a checkpoint replaces them
         chosen = {number: groups[number] for number in self._complete}
