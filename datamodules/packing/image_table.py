@@ -94,15 +94,7 @@ class ImageTable(PackInput):
         sizes, file_numbers, starts, digest = array("q"), array("i"), array("q"), hashlib.sha256()
 
         def good_images() -> Iterator[str]:
-            for number, prefix, start, name, row in _rows(folder, files):
-                try:
-                    name = (prefix / _image_path(row, columns[number].image, inside)).as_posix()
-                    if others.contain(name):
-                        continue
-                    size, stamp = _measure(folder / name, columns[number].texts(row))
-                except BadSampleError as error:
-                    bad.append(BadFile(name, str(error)))
-                    continue
+            for number, start, name, size, stamp in _good_rows(folder, files, columns, inside, others, bad):
                 sizes.append(size)
                 file_numbers.append(number)
                 starts.append(start)
@@ -159,6 +151,24 @@ def _rows(folder: Path, files: Sequence[RowFile]) -> Iterator[tuple[int, PurePos
         path = PurePosixPath(file.path.relative_to(folder))
         for start, line, row in file.rows():
             yield number, path.parent, start, f"{path}, line {line}", row
+
+
+def _good_rows(
+    folder: Path,
+    files: Sequence[RowFile],
+    columns: Sequence[TableColumns],
+    inside: bool,
+    others: OtherSplits,
+    bad: list[BadFile],
+) -> Iterator[tuple[int, int, str, int, str]]:
+    """Yield number of a row's file, offset of the row, path, packed size and stamp of its image; append to ``bad``."""
+    for number, prefix, start, name, row in _rows(folder, files):
+        try:
+            name = (prefix / _image_path(row, columns[number].image, inside)).as_posix()
+            if not others.contain(name):
+                yield number, start, name, *_measure(folder / name, columns[number].texts(row))
+        except BadSampleError as error:
+            bad.append(BadFile(name, str(error)))
 
 
 def _image_path(row: dict[str, Any], column: str, inside: bool) -> PurePosixPath:

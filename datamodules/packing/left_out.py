@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lit_lora.files import atomic_file
@@ -26,6 +26,10 @@ class BadFile:
     file: str
     reason: str
     count: int = 1
+
+    def inside(self, name: str) -> BadFile:
+        """The same entry, as part of a file of this name."""
+        return replace(self, file=f"{name}: {self.file}")
 
 
 def count_files(files: Iterable[BadFile]) -> int:

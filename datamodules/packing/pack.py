@@ -87,10 +87,9 @@ def pack_folder(
 
     JPEG, PNG and WebP images are packed as they are; other formats that Pillow reads become PNG.
 
-    Beside the shards and their indexes, ``out`` contains ``plan.json`` (a digest of the input and the options), ``bad.jsonl``
-    (all files that were left out, with the reasons), ``shardindex.json`` and ``sizes.json`` (for wids and open_clip),
-    ``shards.index`` (the index of all shards) and, written last, ``manifest.json``. An interrupted run continues when it is
-    started again.
+    Beside the shards and their indexes, ``out`` contains ``plan.json`` (a digest of input and options), ``bad.jsonl`` (what was
+    left out, and why), ``shardindex.json`` and ``sizes.json`` (for wids and open_clip), ``shards.index`` (the index of all
+    shards) and, written last, ``manifest.json``. An interrupted run continues when it is started again.
 
     Args:
         source: Folder of images with a ``.txt`` or ``.json`` of the same name, at any depth; of images that
@@ -114,15 +113,18 @@ def pack_folder(
         UserError: If an argument is out of bounds, there is nothing to pack, more than ``max_bad`` files are bad, or
             ``out`` holds other shards.
     """
+    source, out = Path(source), Path(out)
     check_least(1, samples_per_shard=samples_per_shard, max_shard_bytes=max_shard_bytes, jobs=jobs)
     check_least(0, max_bad=max_bad)
-    source, out = Path(source), Path(out)
     _check_names(source, out, prefix)
-    columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
-    columns["caption_key"] = caption_key
+    columns: dict[str, Any] = {
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "caption_key": caption_key,
+    }
     samples = find_input(source, out, jobs=jobs, **columns)
-    groups = _group(samples.sizes, _order(samples, shuffle_seed), samples_per_shard, max_shard_bytes)
-    shards = _name_shards(out, prefix, groups)
+    order = _order(samples, shuffle_seed)
+    shards = _name_shards(out, prefix, _group(samples.sizes, order, samples_per_shard, max_shard_bytes))
     options = [str(source.absolute()), prefix, samples_per_shard, max_shard_bytes, shuffle_seed, *columns.values()]
     with only_pack_in(out):
         if count_files(samples.bad) <= max_bad:

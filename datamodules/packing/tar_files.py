@@ -77,13 +77,13 @@ class TarFiles(PackInput):
             shards: Paths of the shards.
             jobs: Number of processes that scan. Defaults to 1.
         """
-        complete = [shard for shard in shards if _stats(shard).exists()]
-        kept = tuple(complete or shards)  # if there are none, the shards are not from img2dataset
+        # If no shard has statistics, none of them is from img2dataset.
+        kept = tuple(shard for shard in shards if _stats(shard).exists()) or tuple(shards)
         incomplete = tuple(sorted(set(shards) - set(kept)))
         bad: list[BadFile] = []
         skipped = [BadFile(_relative(shard, folder), _unfinished(shard)) for shard in incomplete]
-        numbers, ends, sizes = array("i"), array("q"), array("q")
-        extensions, offsets, lengths, digest = array("B"), array("q"), array("q"), hashlib.sha256()
+        digest, numbers, ends, sizes = hashlib.sha256(), array("i"), array("q"), array("q")
+        extensions, offsets, lengths = array("B"), array("q"), array("q")
 
         def keys() -> Iterator[str]:
             scans = run_jobs(_try_to_read, ((shard,) for shard in kept), jobs)
@@ -92,15 +92,15 @@ class TarFiles(PackInput):
                 if isinstance(contents, str):
                     bad.append(BadFile(name, contents))
                     continue
-                for entries, found in ((bad, contents.bad), (skipped, contents.skipped)):
-                    entries.extend(replace(file, file=f"{name}: {file.file}") for file in found)
+                bad.extend(file.inside(name) for file in contents.bad)
+                skipped.extend(file.inside(name) for file in contents.skipped)
                 stat = shard.stat()
                 digest.update(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
                 for key, members in contents.samples.items():
-                    for extension, (offset, size) in sorted(members.items(), key=lambda item: _NUMBERS[item[0]]):
+                    for extension in sorted(members, key=_NUMBERS.__getitem__):
                         extensions.append(_NUMBERS[extension])
-                        offsets.append(offset)
-                        lengths.append(size)
+                        offsets.append(members[extension][0])
+                        lengths.append(members[extension][1])
                     numbers.append(number)
                     ends.append(len(extensions))
                     sizes.append(packed_size(*(size for _, size in members.values())))

@@ -32,14 +32,12 @@ def pack(
     """Pack images with captions into tar shards.
 
     JPEG, PNG and WebP images are packed as they are; other formats become PNG. What is left out is counted and named. The
-    bytes of the shards depend on the input and the options, not on the number of jobs. An interrupted run continues when it
-    is started again.
+    number of jobs does not change the shards. An interrupted run continues when it is started again.
 
     Args:
         source: Folder with images and a .txt or .json file of the same name for each, at any depth; or with images that
-            metadata.jsonl or metadata.csv files list; or with tar shards, such as img2dataset makes; or with parquet
-            files; or one that datasets.save_to_disk wrote. Or one such file, or a .csv, .tsv or .jsonl file with paths of
-            images.
+            metadata.jsonl or metadata.csv files list; or with tar shards or parquet files; or one that
+            datasets.save_to_disk wrote. Or one tar or parquet file, or a .csv, .tsv or .jsonl file with paths of images.
         out: Folder for the shards.
         samples_per_shard: Maximum number of samples in a shard.
         max_shard_bytes: Maximum size of a shard in bytes; only a shard of one sample may exceed it.

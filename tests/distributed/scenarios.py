@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -291,13 +290,20 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
 
 @contextmanager
 def _captured_alone() -> Iterator[None]:
-    """Compiling captures and differentiates graphs, and leaves out the minutes of making machine code of them."""
-    compiled = nn.Module.compile
-    nn.Module.compile = partialmethod(compiled, backend="aot_eager")
+    """Compiling captures and differentiates graphs of the first block of each kind, and makes no machine code of them."""
+    compile_module = nn.Module.compile
+    compiled: set[type[nn.Module]] = set()
+
+    def capture(block: nn.Module, **options: Any) -> None:
+        if type(block) not in compiled:
+            compiled.add(type(block))
+            compile_module(block, backend="aot_eager", **options)
+
+    nn.Module.compile = capture  # type: ignore[assignment]
     try:
         yield
     finally:
-        nn.Module.compile = compiled
+        nn.Module.compile = compile_module  # type: ignore[method-assign]
 
 
 def quantization(name: str) -> Quantization:
