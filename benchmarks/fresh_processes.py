@@ -10,9 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 _SHOWN = 5000  # characters of a process' errors that an error message shows
 
@@ -51,8 +51,30 @@ def results_of_processes(
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 
 
+class Started(Protocol):
+    """A running process."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+def start_fresh(arguments: Sequence[str], environment: Mapping[str, str], output: Path, errors: Path) -> Started:
+    """Start Python in a session of its own, so that the processes that it starts can be killed with it."""
+    with output.open("wb") as out, errors.open("wb") as err:
+        command = [sys.executable, *arguments]
+        return subprocess.Popen(command, env=environment, stdout=out, stderr=err, start_new_session=True)
+
+
 def run_processes(
-    arguments: Sequence[str], count: int, folder: Path, timeout: float, environment: Mapping[str, str] | None = None
+    arguments: Sequence[str],
+    count: int,
+    folder: Path,
+    timeout: float,
+    environment: Mapping[str, str] | None = None,
+    start: Callable[[Sequence[str], Mapping[str, str], Path, Path], Started] = start_fresh,
 ) -> list[str]:
     """Run Python with the same arguments in several processes, which get the environment variables that torchrun sets.
 
@@ -64,6 +86,7 @@ def run_processes(
         folder: Folder for the files with the processes' output and errors.
         timeout: Seconds after which all processes are killed.
         environment: Further environment variables.
+        start: Starts a process that leads a session of its own.
 
     Returns:
         The standard output of each process.
@@ -73,19 +96,12 @@ def run_processes(
     """
     outputs, errors = ([folder / f"process-{rank}.{kind}" for rank in range(count)] for kind in ("out", "err"))
     variables = _torchrun_variables(count)
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[Started] = []
     end = time.monotonic() + timeout
     try:
         for rank in range(count):
-            with outputs[rank].open("wb") as output, errors[rank].open("wb") as error:
-                process = subprocess.Popen(
-                    [sys.executable, *arguments],
-                    env={**os.environ, **variables[rank], **(environment or {})},
-                    stdout=output,
-                    stderr=error,
-                    start_new_session=True,  # so that the processes that it starts can be killed with it
-                )
-            started.append(process)
+            own = {**os.environ, **variables[rank], **(environment or {})}
+            started.append(start(arguments, own, outputs[rank], errors[rank]))
         while any(process.poll() is None for process in started) and not any(process.poll() for process in started):
             if time.monotonic() > end:
                 raise RuntimeError(f"{' '.join(arguments)} took longer than {timeout:g} s; {_last_lines(errors)}")

@@ -21,6 +21,7 @@ from lit_lora.families import ModelFamily
 from lit_lora.formats import AdapterFiles, write_adapter
 from lit_lora.quantization import Dense
 from lit_lora.quantization.frozen_layer import can_freeze, freeze_layer
+from tests.warm_python import WarmPython
 
 
 def tiny_unet() -> UNet2DConditionModel:
@@ -91,7 +92,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 
 def processes(arguments: Sequence[object], count: int, folder: Path, timeout: float = 1200) -> None:
-    """Run Python with the same arguments in several processes on the CPU, as under torchrun.
+    """Run Python with the same arguments in several processes on the CPU, as under torchrun, which import nothing anew.
 
     Args:
         arguments: The script, or ``-m`` and a module, with its arguments.
@@ -104,4 +105,4 @@ def processes(arguments: Sequence[object], count: int, folder: Path, timeout: fl
     """
     environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
-    run_processes([str(argument) for argument in arguments], count, folder, timeout, environment)
+    run_processes([str(argument) for argument in arguments], count, folder, timeout, environment, WarmPython)

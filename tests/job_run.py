@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from tests.warm_python import WarmPython
+
 REPOSITORY = Path(__file__).parent.parent
 LIGHTNING = [sys.executable, "-m", "lit_lora.cli"]
 TORCHRUN = [
@@ -80,10 +82,15 @@ class Job:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "LIT_LORA"))}
         name, mark = self._mark.split("=")
         own = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), name: mark}
-        with log.open("wb") as console:
-            self._first = subprocess.Popen(
-                command, env={**inherited, **own, **environment}, stdout=console, stderr=console, start_new_session=True
-            )
+        variables = {**inherited, **own, **environment}
+        self._first: WarmPython | subprocess.Popen[bytes]
+        if command[0] == sys.executable:
+            self._first = WarmPython(command[1:], variables, log, log)
+        else:
+            with log.open("wb") as console:
+                self._first = subprocess.Popen(
+                    command, env=variables, stdout=console, stderr=console, start_new_session=True
+                )
 
     @property
     def pid(self) -> int:
@@ -94,8 +101,8 @@ class Job:
         return self._log.read_text()
 
     def processes(self) -> dict[int, dict[str, str]]:
-        """Those that run, with their environment."""
-        found = {}
+        """Those that run, with the environment that they were started with, which is another one for the first."""
+        found: dict[int, dict[str, str]] = {} if self._first.poll() is not None else {self.pid: {}}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (entry / "environ").read_bytes().decode(errors="replace").split("\0")

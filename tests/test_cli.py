@@ -25,6 +25,7 @@ from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.lightning_cli import LitLoraCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from tests.datamodules.faulty_server import FaultyServer
+from tests.warm_python import WarmPython
 
 CONFIGS = sorted(file.name for file in files("lit_lora.configs").iterdir() if file.name.endswith(".yaml"))
 
@@ -447,24 +448,16 @@ def test_an_error_in_a_worker_is_one_message_in_a_process_of_its_own(config: Cal
 
 @pytest.mark.slow
 def test_interrupted_training_says_how_to_go_on(config: Callable[..., Path], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lit_lora.cli", "fit", "--config", str(config()), "--trainer.max_steps=100000"]
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        # What runs in the background ignores the signal, and so do its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    with process:
+    command = ["-m", "lit_lora.cli", "fit", "--config", str(config()), "--trainer.max_steps=100000"]
+    process = WarmPython(command, os.environ, errors=tmp_path / "errors")
+    try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "ck" / "last.ckpt").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        try:
-            error = process.communicate(timeout=60)[1]
-        finally:
-            process.kill()
-    assert process.returncode == 130
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+    error = (tmp_path / "errors").read_text()
     assert error.endswith("lit-lora: interrupted; resume with --ckpt_path last\n")
     assert "Traceback" not in error

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_lora.datamodules.packing.pack import pack_folder
+from tests.warm_python import WarmPython
 
 STEPS = 42  # a multiple of the steps between checkpoints
 
@@ -62,10 +61,9 @@ def write_config(folder: Path, base: Path, shards: Path) -> Path:
     return path
 
 
-def start(config: Path, *more: str) -> subprocess.Popen[bytes]:
+def start(config: Path, *more: str) -> WarmPython:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lit_lora.cli", "fit", "--config", str(config), *more]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return WarmPython(["-m", "lit_lora.cli", "fit", "--config", str(config), *more], environment)
 
 
 def final_adapter(folder: Path) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -22,6 +21,7 @@ from lit_lora.datamodules import Chunks, ImageDecoder, Staging, WebDatasetDataMo
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from tests import staged_run
 from tests.datamodules.faulty_server import FaultyServer
+from tests.warm_python import warm_context
 
 pytestmark = pytest.mark.slow
 
@@ -57,9 +57,7 @@ def _staged(folder: Path, budget: int | None = None) -> Chunks:
 @pytest.fixture(scope="module")
 def forkserver() -> Any:
     """Processes that have imported everything already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.staged_run", "lit_lora.datamodules.webdataset_datamodule"])
-    return context
+    return warm_context()
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
-from tests.helpers import loader_of, make_batches
+from tests.helpers import loader_of, make_batches, processes
 
 
 def module_for(folder: Path, **lora: Any) -> LoraDiffusion:
@@ -205,16 +202,11 @@ def test_any_module_with_peft_layers(trainer_options: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.slow
-def test_two_processes_keep_their_own_random_numbers(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("ddp_rng_script.py")
+def test_two_processes_keep_their_own_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A seed that another test set would be set anew in both processes.
-    environment = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     for phase in ("whole", "first", "rest"):
-        result = subprocess.run(
-            [sys.executable, str(script), str(tmp_path), phase], env=environment, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr[-2000:]
+        processes([Path(__file__).with_name("ddp_rng_script.py"), tmp_path, phase], 2, tmp_path)
     draws = {name: (tmp_path / name).read_text() for name in ("whole-0", "whole-1", "rest-0", "rest-1")}
     assert draws["whole-0"] != draws["whole-1"]
     assert draws["rest-0"] == draws["whole-0"]

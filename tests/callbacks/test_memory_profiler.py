@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ from lit_lora.profiling.kinds import KINDS, MemoryKinds
 from lit_lora.profiling.meter import ProcessMeter
 from lit_lora.profiling.phases import phase
 from lit_lora.profiling.record import MemoryRecord, PhaseMemory
-from tests.helpers import loader_of, make_batches
+from tests.helpers import loader_of, make_batches, processes
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -474,12 +473,7 @@ def test_a_run_without_the_callback_does_not_import_it():
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    script = Path(__file__).with_name("ddp_memory_script.py")
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
+    processes([Path(__file__).with_name("ddp_memory_script.py"), tmp_path], 2, tmp_path)
     memory = json.loads((tmp_path / "memory.json").read_text())
     first, second = memory["ranks"]
     assert first == memory["peak"]["bytes"]

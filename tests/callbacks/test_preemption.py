@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch.utils.data import DataLoader
 from lit_lora import AdapterCheckpoint, AdapterEMA, LoraDiffusion, Preemption, StableDiffusion, WebDatasetDataModule
 from lit_lora.lightning_cli import run
 from tests.job_run import write_job
+from tests.warm_python import WarmPython
 
 SLOW_SCRIPT = Path(__file__).parent / "slow_step_script.py"
 
@@ -305,7 +305,7 @@ def test_lit_lora_fit_adds_one_preemption(
 @pytest.mark.slow
 def test_the_second_signal_ends_at_once(tmp_path: Path) -> None:
     """Two signals in quick succession count once, since launchers forward signals that their processes have already received."""
-    script = subprocess.Popen([sys.executable, str(SLOW_SCRIPT), str(tmp_path)], stderr=subprocess.DEVNULL)
+    script = WarmPython([str(SLOW_SCRIPT), str(tmp_path)], os.environ)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "in a step").exists():

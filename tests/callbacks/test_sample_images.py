@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from lit_lora.sampling import SamplingOptions
-from tests.helpers import loader_of, make_batches
+from tests.helpers import loader_of, make_batches, processes
 
 
 def fit(module: LoraDiffusion, options: dict[str, Any], callbacks: list[Any], steps: int = 4) -> Trainer:
@@ -114,11 +111,7 @@ def test_two_processes_train_and_sample(sd_folder: Path, tmp_path: Path) -> None
         Image.new("RGB", (20, 20), (20 * i, 0, 90)).save(images / f"{i}.png")
         (images / f"{i}.txt").write_text("a star")
     pack_folder(images, tmp_path / "shards")
-    script = Path(__file__).with_name("ddp_samples_script.py")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(tmp_path), str(sd_folder)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-2000:]
+    processes([Path(__file__).with_name("ddp_samples_script.py"), tmp_path, sd_folder], 2, tmp_path)
     samples = sorted(p.name for p in tmp_path.glob("lightning_logs/version_0/samples/*"))
     assert samples == [f"step-{step:06d}.png" for step in range(5)]
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*step=4.ema.adapter"))
