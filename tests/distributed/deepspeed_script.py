@@ -31,7 +31,7 @@ from lit_lora.quantization import NF4, Int8
 from lit_lora.sampling import SamplingOptions
 from tests.helpers import make_batches
 
-STEPS, RESUMED_FROM, SHORT = 20, 16, 4
+STEPS, RESUMED_FROM, SHORT = 9, 7, 4
 SOURCES = {1: ("single", "stage-3"), 2: ("stage-2", "stage-1"), 3: ("stage-3", "single")}
 """Whose checkpoints each stage goes on from."""
 WITHIN = f"epoch=0-step={RESUMED_FROM}.ckpt"
@@ -109,7 +109,7 @@ def make_module(model: str, **options: Any) -> WithOddParameter:
         StableDiffusion(model),
         options.pop("adapter", LoraConfig(r=2, lora_alpha=2)),
         optimizer=options.pop("optimizer", in_two_groups),
-        lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=6),
+        lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=3),
         base_dtype=options.pop("base_dtype", "float32"),
         **options,
     )
