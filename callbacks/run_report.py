@@ -219,7 +219,7 @@ class _GpuEnergy:
         try:
             import pynvml
         except ImportError:
-            self.note = "the driver's library is not installed: pip install nvidia-ml-py"
+            self.note = 'the driver\'s library is not installed: pip install "lit_lora[energy]"'
             return None
         try:
             pynvml.nvmlInit()

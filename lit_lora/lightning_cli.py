@@ -55,7 +55,7 @@ _NO_CAUSES = ("Expected a <class", "Does not validate against any of the Union")
 
 _ADVICE = {
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
-    r"No module named 'torchao": "pip install torchao, or use torch.optim.AdamW",
+    r"No module named 'torchao": 'pip install "lit_lora[torchao]", or use torch.optim.AdamW',
     r"lit_lora\.quantization\.base\.Quantization(.|\n)*Expected a dot import path": "quantizations are Int8, FP8, NF4 and Dense",
 }
 """Advice to add to config errors that match a pattern."""

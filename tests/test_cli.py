@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fsspec.registry import _registry
 from PIL import Image
 
 from lit_lora import __version__
@@ -97,6 +99,28 @@ def config(tmp_path: Path, shards: Path, sd_folder: Path) -> Callable[..., Path]
         return path
 
     return write
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Hides a library, as if it were not installed."""
+
+    def hide(library: str) -> None:
+        class Finder:
+            def __init__(self, finder: Any) -> None:
+                self.finder = finder
+
+            def find_spec(self, name: str, *arguments: Any) -> ModuleSpec | None:
+                return None if name.split(".")[0] == library else self.finder.find_spec(name, *arguments)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.finder, name)
+
+        for name in [name for name in sys.modules if name.split(".")[0] == library]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setattr(sys, "meta_path", [Finder(finder) for finder in sys.meta_path])
+
+    return hide
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -298,30 +322,50 @@ class TestMistakes:
             capsys, "fit", "--config", config(), "--model.quantization", "NF4", "--model.quantization.block_size", 63
         )
 
-    @pytest.mark.parametrize(
-        ("library", "advice"), [("bitsandbytes", 'pip install "lit_lora[quant]"'), ("torchao", "pip install torchao")]
-    )
+    @pytest.mark.parametrize(("library", "extra"), [("bitsandbytes", "quant"), ("torchao", "torchao")])
     def test_eight_bit_optimizer_without_its_library(
         self,
         library: str,
-        advice: str,
+        extra: str,
         config: Callable[..., Path],
         capsys: pytest.CaptureFixture[str],
-        monkeypatch: pytest.MonkeyPatch,
+        hide: Callable[[str], None],
     ) -> None:
-        class Absent:
-            """Finds nothing of the library, as where it is not installed."""
-
-            def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-                if name.split(".")[0] == library:
-                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-        for name in [name for name in sys.modules if name.split(".")[0] == library]:
-            monkeypatch.delitem(sys.modules, name)
-        monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+        hide(library)
         optimizer = {"class_path": f"{library}.optim.AdamW8bit", "init_args": {"lr": 1e-3}}
         message = failure(capsys, "fit", "--config", config(model__optimizer=optimizer))
-        assert message.endswith(f"{advice}, or use torch.optim.AdamW\n")
+        assert message.endswith(f'pip install "lit_lora[{extra}]", or use torch.optim.AdamW\n')
+
+    @pytest.mark.parametrize(
+        ("library", "extra", "arguments"),
+        [
+            ("deepspeed", "deepspeed", ["fit", "--trainer.strategy", "lit_lora_deepspeed_stage_2"]),
+            ("s3fs", "s3", ["fit", "--data.init_args.train_shards", "s3://bucket/shards"]),
+            ("pyarrow", "parquet", ["shards", "pack", "images.parquet", "out"]),
+            ("sklearn", "demo", ["demo"]),
+        ],
+    )
+    def test_a_missing_package_is_named_with_its_extra(
+        self,
+        library: str,
+        extra: str,
+        arguments: list[str],
+        config: Callable[..., Path],
+        capsys: pytest.CaptureFixture[str],
+        hide: Callable[[str], None],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delitem(_registry, "s3", raising=False)
+        Path("images.parquet").touch()
+        hide(library)
+        if arguments[0] == "fit":
+            arguments = ["fit", "--config", str(config()), *arguments[1:]]
+        message = failure(capsys, *arguments)
+        assert message.startswith("lit-lora: error\n")
+        assert f'pip install "lit_lora[{extra}]"' in message
+        assert len(message.splitlines()) == 2
 
     def test_a_wrong_value_of_the_data_is_one_sentence(
         self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from importlib import import_module
 from importlib.resources import files
@@ -12,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Callback
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lit_lora
 from lit_lora.embedded import base_path
@@ -35,6 +40,65 @@ def test_the_list_of_packages_is_complete() -> None:
     }
     expected = {name if name.startswith("lit_lora") else f"lit_lora.{name}" for name in found}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == expected
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """The direct dependencies, with those of extras and of the extras that these name."""
+    project = PROJECT["project"]
+    found = [Requirement(line) for line in project["dependencies"]]
+    left = list(extras)
+    while left:
+        for one in map(Requirement, project["optional-dependencies"][left.pop()]):
+            if one.name == project["name"]:
+                left.extend(one.extras)
+            else:
+                found.append(one)
+    return found
+
+
+def test_constraints_name_every_dependency_in_its_range() -> None:
+    """The extras are those that ``.ci/run`` installs."""
+    lines = (ROOT / "constraints" / "ci.txt").read_text().splitlines()
+    pinned = [line.split("==") for line in lines if not line.startswith("#")]
+    versions = {canonicalize_name(name): version for name, version in pinned}
+    for requirement in requirements("dev", "docs"):
+        version = versions.get(canonicalize_name(requirement.name))
+        assert version is not None, f"constraints/ci.txt lacks {requirement.name}"
+        assert requirement.specifier.contains(version), (
+            f"{requirement} excludes {version}, which constraints/ci.txt names"
+        )
+
+
+def test_messages_name_extras_that_exist() -> None:
+    files = [path for top in ("lit_lora", *MAPPED, "docs") for path in (ROOT / top).rglob("*") if path.is_file()]
+    named = {
+        extra
+        for path in files
+        if path.suffix in (".py", ".md", ".yaml")
+        for extra in re.findall(r"lit_lora\[(\w+)\]", path.read_text())
+    }
+    assert {"demo", "quant", "deepspeed"} <= named <= set(PROJECT["project"]["optional-dependencies"])
+
+
+def test_the_source_distribution_is_the_repository(tmp_path: Path) -> None:
+    """An editable installation of it has no need of the links in ``lit_lora``."""
+    tops = ["lit_lora", *MAPPED, "benchmarks", "constraints", "docs", "scripts", "tests"]
+    single = ["pyproject.toml", "MANIFEST.in", "LICENSE", "mkdocs.yml", *(path.name for path in ROOT.glob("*.md"))]
+    copy = tmp_path / "copy"
+    for top in tops:
+        ignored = shutil.ignore_patterns("__pycache__", ".*")
+        shutil.copytree(ROOT / top, copy / top, symlinks=True, ignore=ignored)
+    for name in single:
+        shutil.copy(ROOT / name, copy)
+    code = f"import setuptools.build_meta as backend; backend.build_sdist({str(tmp_path)!r})"
+    built = subprocess.run([sys.executable, "-c", code], cwd=copy, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    [archive] = tmp_path.glob("lit_lora-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.split("/", 1)[1] for name in (one.name for one in tar if one.isfile())}
+    expected = {path.relative_to(copy).as_posix() for top in tops for path in (copy / top).rglob("*") if path.is_file()}
+    generated = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in packed - generated if ".egg-info/" not in name} == expected | set(single)
 
 
 def test_every_folder_with_code_is_a_package() -> None:

@@ -65,7 +65,9 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         process_group_backend: str | None = None,
     ) -> None:
         if find_spec("deepspeed") is None:
-            raise UserError("this strategy is DeepSpeed's: pip install deepspeed, or use lit_lora_fsdp or ddp")
+            raise UserError(
+                'this strategy is DeepSpeed\'s: pip install "lit_lora[deepspeed]", or use lit_lora_fsdp or ddp'
+            )
         if stage not in (1, 2, 3):
             raise UserError(f"stage must be 1, 2 or 3, not {stage}")
         if offload_parameters and stage != 3:

@@ -258,5 +258,5 @@ def test_config_comes_before_the_strategy_s_own(tmp_path: Path) -> None:
 
 def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(UserError, match="pip install deepspeed"):
+    with pytest.raises(UserError, match=r'pip install "lit_lora\[deepspeed\]"'):
         LitLoraDeepSpeed()
