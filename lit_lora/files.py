@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from lit_lora.errors import UserError
+from lit_lora.machine import is_alive, process_space
+
+_PART = re.compile(r"(?P<name>.+)\.(?P<space>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.part")
 
 
 @contextmanager
@@ -26,8 +31,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         UserError: If the folder of ``path`` cannot be created or written.
     """
     path = Path(path)
-    # Machines that share the folder may have processes with the same id.
-    part = path.with_name(path.name + f".{os.getpid()}-{secrets.token_hex(4)}.part")
+    part = part_path(path)
     writable_folder(path.parent)
     try:
         yield part
@@ -76,6 +80,44 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     sync(path.parent)
+
+
+def restore_replaced(folder: Path, pattern: str) -> None:
+    """Finish what killed processes did in :func:`atomic_folder`: remove old folders, or put them back where no new one is.
+
+    Args:
+        folder: Folder to look through.
+        pattern: Glob pattern of the names of the folders that were being replaced.
+    """
+    for old in folder.glob(f"{pattern}.*.old"):
+        path = old.with_name(old.name.rsplit(".", 2)[0])
+        if os.path.lexists(path):
+            shutil.rmtree(old)
+        else:
+            old.rename(path)
+
+
+def part_path(path: Path) -> Path:
+    """A new temporary name beside ``path``, which tells the process that writes it."""
+    # Machines that share the folder may have processes with the same id.
+    return path.with_name(f"{path.name}.{process_space()}-{os.getpid()}-{secrets.token_hex(4)}.part")
+
+
+def remove_unfinished(folder: Path, *patterns: str) -> None:
+    """Remove temporary files that killed processes of this machine have left in a folder; those of running ones are kept.
+
+    Args:
+        folder: Folder to look through, which may be missing or not writable.
+        patterns: Glob patterns of the names of the files that were being written.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            found = _PART.fullmatch(entry.name)
+            if found is None or not any(fnmatchcase(found["name"], pattern) for pattern in patterns):
+                continue
+            if found["space"] == process_space() and not is_alive(int(found["pid"])):
+                with suppress(OSError):
+                    os.unlink(entry.path)
 
 
 def writable_folder(path: str | Path) -> Path:

@@ -26,6 +26,7 @@ from lit_lora.callbacks.finite_gradients import FiniteGradients
 from lit_lora.callbacks.preemption import Preemption
 from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.checkpoint_io import SafeCheckpointIO, read_checkpoint
+from lit_lora.config_errors import explain, null_options
 from lit_lora.console import print_error
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.distributed import check_strategy_name
@@ -53,14 +54,6 @@ _HARMLESS = (
 _NO_CAUSES = ("Expected a <class", "Does not validate against any of the Union")
 """Beginnings of those entries in jsonargparse's list of errors that only name a type which the value does not have."""
 
-_ADVICE = {
-    r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
-    r"No module named 'torchao": 'pip install "lit_lora[torchao]", or use torch.optim.AdamW',
-    r"lit_lora\.quantization\.base\.Quantization(.|\n)*Expected a dot import path": "quantizations are Int8, FP8, NF4 and Dense",
-}
-"""Advice to add to config errors that match a pattern."""
-
-
 CLI = TypeVar("CLI", bound="LitLoraCLI")
 
 
@@ -68,8 +61,23 @@ class Parser(LightningArgumentParser):
     """Reports a config error as one message, without usage or traceback, with exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print_error(f"{message}{_advice(message)}", "config error")
+        print_error(explain(message), "config error")
         self.exit(2)
+
+    def _dump_delete_default_entries(self, subcfg: dict[str, Any], subdefaults: dict[str, Any]) -> None:
+        """Keep classes that replace the default, where jsonargparse 4.47 drops those whose own options are all defaults,
+        and fails if the default is null or a string.
+        """
+        classes = {
+            name: part["class_path"] for name, part in subcfg.items() if isinstance(part, dict) and "class_path" in part
+        }
+        plain: dict[str, Any] = {
+            name: {} for name in classes.keys() & subdefaults.keys() if not isinstance(subdefaults[name], dict)
+        }
+        super()._dump_delete_default_entries(subcfg, subdefaults | plain)
+        for name, path in classes.items():
+            if name not in subcfg and (name in plain or subdefaults[name].get("class_path") != path):
+                subcfg[name] = {"class_path": path}
 
 
 class LastFound(Callback):
@@ -142,6 +150,8 @@ class LitLoraCLI(LightningCLI):
         except (UserError, MisconfigurationException):
             raise
         except (TypeError, ValueError) as error:
+            if null := null_options(self.config.get(self.subcommand or "", self.config)):
+                raise UserError(f"{null[0]} is null; leave it out, or give its options") from error
             raise UserError(_reasons(str(error)) or f"a part of the config cannot be built: {error}") from None
 
     def before_fit(self) -> None:
@@ -270,10 +280,6 @@ _PARSERS = {
     "test": _parser_options("lit-lora test", "Compute the loss on the test shards."),
     "predict": _parser_options("lit-lora predict", "Draw an image for each caption of the validation shards."),
 }
-
-
-def _advice(message: str) -> str:
-    return "".join(f"\n{advice}" for pattern, advice in _ADVICE.items() if re.search(pattern, message))
 
 
 def _reasons(message: str) -> str:

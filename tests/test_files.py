@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file, atomic_folder, check_regular, writable_folder
+from lit_lora.files import (
+    atomic_file,
+    atomic_folder,
+    check_regular,
+    remove_unfinished,
+    restore_replaced,
+    writable_folder,
+)
+from lit_lora.machine import process_space
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -33,6 +41,29 @@ def test_a_folder_is_replaced_as_one(tmp_path: Path) -> None:
         raise RuntimeError
     assert [p.name for p in path.iterdir()] == ["two"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_unfinished_files_of_running_processes_and_of_other_machines_are_kept(tmp_path: Path) -> None:
+    killed = f"{process_space()}-{2**22 + 1}-01234567.part"  # above the largest id
+    kept = ["a.index", f"b.txt.{killed}", f"a.index.01234567-{2**22 + 1}-01234567.part", "a.index.part"]
+    for name in (*kept, f"a.index.{killed}"):
+        (tmp_path / name).touch()
+    with atomic_file(tmp_path / "b.index") as part:
+        part.touch()
+        remove_unfinished(tmp_path, "*.index")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "b.index"])
+    remove_unfinished(tmp_path / "missing", "*")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_folder_whose_replacement_was_killed(tmp_path: Path, new: bool) -> None:
+    (tmp_path / "x.adapter.12.old").mkdir()
+    (tmp_path / "x.adapter.12.old" / "old").touch()
+    if new:
+        (tmp_path / "x.adapter").mkdir()
+    restore_replaced(tmp_path, "*.adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.adapter"]
+    assert (tmp_path / "x.adapter" / "old").exists() is not new
 
 
 def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:

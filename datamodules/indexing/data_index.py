@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from lit_lora.datamodules.indexing.bounds import DTYPES, PER_MEMBER, PER_SAMPLE, check_lengths, check_values
 from lit_lora.datamodules.indexing.columns import SampleColumns
 from lit_lora.datamodules.indexing.index import ShardIndex, index_folders, warn_of_damage
-from lit_lora.datamodules.indexing.safetensors_map import map_tensors
+from lit_lora.datamodules.indexing.safetensors_map import map_tensors, write_tensors
 from lit_lora.datamodules.indexing.scan import EXTENSIONS
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file, check_regular
+from lit_lora.files import atomic_file, check_regular, remove_unfinished
 
 INDEX_NAME = "shards.index"
 """The file in a folder of shards."""
@@ -83,6 +82,8 @@ class DataIndex:
         current = next((index for index in found if index._is_current(paths)), None)
         if current is not None:
             return current
+        for place in index_folders(folder):
+            remove_unfinished(place, "*.index")
         wanted = {path.name: path for path in paths}
         known = {name: folder / name for index in found[:1] for name in index.names if (folder / name).is_file()}
         every = known | wanted
@@ -141,7 +142,7 @@ class DataIndex:
             UserError: If the folder is not writable.
         """
         with atomic_file(file) as part:
-            save_file(self._columns, part, _METADATA | {"names": json.dumps(self.names)})
+            write_tensors(part, self._columns, _METADATA | {"names": json.dumps(self.names)})
 
     def shard(self, number: int, path: Path | None = None) -> ShardIndex:
         """The index of one shard, as a view."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lit_lora.datamodules.indexing.bounds import DTYPES, check_lengths, check_values
 from lit_lora.datamodules.indexing.columns import SampleColumns
+from lit_lora.datamodules.indexing.safetensors_map import write_tensors
 from lit_lora.datamodules.indexing.scan import EXTENSIONS, scan_shard
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, check_regular
@@ -95,10 +95,10 @@ class ShardIndex(SampleColumns):
         own, elsewhere = _sidecars(self.path)
         try:
             with atomic_file(own) as part:
-                save_file(columns, part, _metadata(self.shard_size, self.shard_mtime_ns))
+                write_tensors(part, columns, _metadata(self.shard_size, self.shard_mtime_ns))
         except UserError:
             with atomic_file(elsewhere) as part:
-                save_file(columns, part, _metadata(self.shard_size, self.shard_mtime_ns))
+                write_tensors(part, columns, _metadata(self.shard_size, self.shard_mtime_ns))
 
     def moved_to(self, path: Path) -> ShardIndex:
         """The index of the same shard under another name."""

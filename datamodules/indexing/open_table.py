@@ -18,6 +18,7 @@ from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.remote.transfer import Limit, RemoteError, fetch, is_remote
 from lit_lora.errors import UserError
+from lit_lora.files import remove_unfinished
 from lit_lora.redact import redact
 
 MAX_INDEX_BYTES = 64 << 30
@@ -157,6 +158,7 @@ def fetch_small(location: str, copy: Path, most: Limit) -> None:
         RemoteError: If the file is missing, forbidden or too large, or if all attempts fail.
         UserError: If the copy cannot be written, or ``most`` refuses what it reads.
     """
+    remove_unfinished(copy.parent, glob.escape(copy.name))
     try:
         fetch(location, copy, most=most)
     except ValueError as error:

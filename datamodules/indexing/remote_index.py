@@ -16,7 +16,7 @@ from lit_lora.datamodules.indexing.open_table import folder_and_name, inside, re
 from lit_lora.datamodules.remote.transfer import fetch, list_tars, object_size
 from lit_lora.distributed.jobs import check_workers
 from lit_lora.errors import UserError
-from lit_lora.files import writable_folder
+from lit_lora.files import remove_unfinished, writable_folder
 from lit_lora.redact import redact
 
 
@@ -47,6 +47,8 @@ def index_remote(specs: Iterable[str], jobs: int = 1) -> dict[str, Path]:
     for folder, locations in folders.items():
         file = remote_index_copy(folder)
         workspace = writable_folder(file.with_suffix(".parts"))
+        remove_unfinished(workspace, "*")
+        remove_unfinished(file.parent, glob.escape(file.name))
         indexes = _index_all(list(dict.fromkeys(locations)), workspace, jobs)
         indexes += _known_others(workspace, {index.path.name for index in indexes})
         DataIndex.combine(sorted(indexes, key=lambda index: index.path.name)).save(file)

@@ -1,8 +1,9 @@
-"""Tensors of a safetensors file as views of the mapped file."""
+"""Tensors of a safetensors file as views of the mapped file, and such files with bytes that depend only on the tensors."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,33 @@ MAX_HEADER_BYTES = 100_000_000
 """Maximum size of the header, which is also that of the library safetensors."""
 
 _DTYPES = {"I64": np.int64, "I32": np.int32, "U16": np.uint16, "U8": np.uint8}
+
+
+def write_tensors(file: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file.
+
+    The library safetensors writes to a file of its own beside ``file`` first, which remains if the process is killed, and orders
+    the metadata by chance.
+
+    Args:
+        file: File to write.
+        tensors: Contiguous arrays of the index's types.
+        metadata: Texts by name.
+    """
+    codes = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that all are aligned
+    end = 0
+    for name in names:
+        array = tensors[name]
+        begin, end = end, end + array.nbytes
+        header[name] = {"dtype": codes[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            opened.write(tensors[name].data)
 
 
 def header_length(beginning: bytes) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_lora.datamodules.indexing.data_index import INDEX_NAME
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.visible import visible
@@ -16,6 +17,8 @@ MANIFEST = "manifest.json"
 """The file that is written when all shards are complete."""
 
 _PLAN = "plan.json"
+_BESIDE = (_PLAN, MANIFEST, INDEX_NAME, "bad.jsonl", "shardindex.json", "sizes.json")
+"""Files beside the shards."""
 
 
 def claim(out: Path, shards: Sequence[Path], fingerprint: str, options: Sequence[object]) -> None:
@@ -53,8 +56,8 @@ def claim(out: Path, shards: Sequence[Path], fingerprint: str, options: Sequence
         if any(out.glob("*.tar")):
             raise UserError(f"{visible(out)} holds shards that were not packed here; name another output folder")
         write_json(out / _PLAN, plan)
-    for shard in shards:
-        for left_over in out.glob(f"{shard.name}.*.part"):
+    for path in (*shards, *(out / name for name in _BESIDE)):
+        for left_over in out.glob(f"{path.name}.*.part"):
             left_over.unlink()
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 from pathlib import Path
 from typing import Any
 
 from lit_lora.datamodules.remote.transfer import is_remote
+from lit_lora.files import part_path
+from lit_lora.machine import host
 from lit_lora.redact import redact
 
 SHARD_NAME = re.compile(r"[0-9a-f]{16}-.+")
-PASSED_NAME = re.compile(r"passed-[\w.-]+-\d+")
+PASSED_NAME = re.compile(r"passed-[\w.-]+-\d+(\.[0-9a-f]{8}-\d+-[0-9a-f]{8})?")
 JOB_GLOB = "lit_lora-job-*.json"
 _JOB_FORMAT = "lit_lora.stager_job"
 
@@ -41,14 +42,9 @@ def job_path(folder: Path, job: str) -> Path:
     return folder / f"lit_lora-job-{job}-{host()}.json"
 
 
-def host() -> str:
-    """Name of this machine, as part of file names."""
-    return re.sub(r"[^\w.-]", "_", platform.node())
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically, without sync, since it need not survive a crash of the machine."""
-    part = path.with_name(path.name + ".part")
+    part = part_path(path)
     try:
         part.write_text(text)
         part.replace(path)
@@ -68,18 +64,3 @@ def read_job(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return job if isinstance(job, dict) and job.get("format") == _JOB_FORMAT else None
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is running; a zombie is not."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    try:
-        # The state follows the name, which may contain spaces and brackets.
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
-    except (OSError, IndexError):
-        return True

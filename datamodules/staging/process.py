@@ -21,8 +21,6 @@ from lit_lora.datamodules.remote.transfer import RemoteError, fetch
 from lit_lora.datamodules.staging.config import StagerConfig
 from lit_lora.datamodules.staging.files import (
     JOB_GLOB,
-    host,
-    is_alive,
     job_path,
     local_name,
     passed_path,
@@ -33,7 +31,8 @@ from lit_lora.datamodules.staging.plan import StagingPlan
 from lit_lora.datamodules.staging.slot import StagerSlot
 from lit_lora.distributed.processes import end_with
 from lit_lora.errors import UserError
-from lit_lora.files import sync
+from lit_lora.files import remove_unfinished, sync
+from lit_lora.machine import host, is_alive
 from lit_lora.redact import redact
 
 _POLL_S = 0.1
@@ -55,13 +54,13 @@ class _Staging:
         self._plan = StagingPlan(config.sizes, config.chunks, config.budget, config.seed, config.shuffle)
         self._pool = ThreadPoolExecutor(_THREADS)
         self._running: dict[Future[None], int] = {}
+        slot.clean()
         self._complete = slot.files()
         self._first = -1
         self._visits = range(0)
         self._wanted: dict[str, int] = {}
         self._next_use: dict[str, float] = {}
         self._peak = 0
-        slot.clean()
         for name, size in zip(self._names, config.sizes, strict=True):
             if self._complete.get(name, size) != size:
                 self._evict(name)
@@ -224,6 +223,7 @@ def _listen(closed: threading.Event) -> None:
 
 
 def _remove_stale_jobs(folder: Path) -> None:
+    remove_unfinished(folder, JOB_GLOB)
     for path in folder.glob(JOB_GLOB):
         job = read_job(path)
         if job is not None and job["host"] == host() and not is_alive(job["pid"]):

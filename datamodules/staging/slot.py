@@ -9,7 +9,8 @@ import time
 from itertools import count
 from pathlib import Path
 
-from lit_lora.datamodules.staging.files import PASSED_NAME, SHARD_NAME, host, is_alive, slot_path
+from lit_lora.datamodules.staging.files import PASSED_NAME, SHARD_NAME, slot_path
+from lit_lora.machine import host, is_alive
 
 _ORPHAN_WAIT_S = 10.0
 

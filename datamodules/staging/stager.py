@@ -20,7 +20,6 @@ from typing import Any
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.staging.config import StagerConfig
 from lit_lora.datamodules.staging.files import (
-    is_alive,
     job_path,
     local_name,
     passed_path,
@@ -31,6 +30,7 @@ from lit_lora.datamodules.staging.files import (
 from lit_lora.datamodules.staging.plan import StagingPlan
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
+from lit_lora.machine import is_alive
 from lit_lora.redact import redact
 
 _LOG = logging.getLogger("lit_lora")

@@ -12,11 +12,15 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lit_lora.adapters.bounds import check_bounds
+from lit_lora.console import out_of_memory
 from lit_lora.errors import UserError
 from lit_lora.parameters import trainable_parameters
 from lit_lora.quantization.frozen_layer import frozen_layers
 
 ADAPTER_NAME = "default"
+
+_FOR_LANGUAGE_MODELS = ("XLORA", "POLY", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW")
+"""PEFT's types that need token ids, hidden states of a language model or a task's number."""
 
 
 def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...]) -> PeftModel:
@@ -36,6 +40,8 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
     _check_names(config, model)
     if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
         config.target_modules = set(default_targets)
+    if getattr(config, "feedforward_modules", ()) is None:  # IA3: PEFT only knows those of language models
+        config.feedforward_modules = set()
     check_bounds(config, model)
     _warn_of_small_alpha(config)
     model.requires_grad_(False)
@@ -43,7 +49,9 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*did not match any targeted module")  # an error here
             adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"the adapter {type(config).__name__} does not fit {type(model).__name__}: {error}\n"
             f"target_modules is {_shown(getattr(config, 'target_modules', None))}; names that occur in this model are "
@@ -60,6 +68,10 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
 
 def _check_method(config: PeftConfig, model: nn.Module) -> None:
     """Refuse configs that cannot be trained here, or whose files would not reproduce the trained model."""
+    if config.peft_type in _FOR_LANGUAGE_MODELS:
+        raise UserError(
+            f"{type(config).__name__} needs a language model; use a method that adapts layers, such as peft.LoraConfig"
+        )
     if config.is_prompt_learning:
         raise UserError(
             f"{type(config).__name__} adapts prompts, not layers; use a method that adapts layers, such as peft.LoraConfig"

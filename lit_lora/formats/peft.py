@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,23 @@ class PeftFormat(AdapterFormat):
     def write(
         self, adapter: AdapterFiles, folder: Path, pipeline_class: type[DiffusionPipeline], denoiser_name: str
     ) -> None:
-        save_file(dict(adapter.state), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(_apart(adapter.state), folder / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps({**adapter.config, "inference_mode": True}, indent=2, sort_keys=True) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
 
     def read(self, folder: Path, pipeline_class: type[DiffusionPipeline], denoiser_name: str) -> AdapterFiles:
         return AdapterFiles(read_tensors(folder / WEIGHTS), read_config(folder))
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, as safetensors needs them and as PEFT writes them; layers of RandLora share theirs."""
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return apart
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.caching.cache_writer import CachedShard
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription, size_name
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
-from lit_lora.datamodules.indexing.data_index import DataIndex
+from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
 from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.table import SampleTable
@@ -39,6 +39,7 @@ from lit_lora.tools.cache_work import CacheWork
 UNFINISHED = "cache.unfinished.json"
 """Name of the description while a cache is being made; a complete cache has ``cache.json`` instead."""
 
+_BAD = "bad.jsonl"
 _SHARDS = ("train_shards", "val_shards", "test_shards")
 
 
@@ -253,7 +254,8 @@ def _describe(
 def _claim(folder: Path, description: CacheDescription, paths: list[Path]) -> None:
     """Check that a folder holds nothing or a part of the same cache, and mark the cache as unfinished."""
     writable_folder(folder)
-    for path in paths:
+    beside = (DESCRIPTION, UNFINISHED, EMPTY, INDEX_NAME, _BAD)
+    for path in (*paths, *(folder / name for name in beside)):
         for left_over in folder.glob(f"{path.name}.*.part"):
             left_over.unlink()
     if any(folder.glob("*.tar")):
@@ -289,7 +291,7 @@ def _check_bad(done: list[CachedShard], max_bad_samples: int) -> None:
 
 def _write_bad(folder: Path, done: list[CachedShard]) -> None:
     reports = sorted(report for shard in done if shard.path.parent == folder for report in shard.bad)
-    with atomic_file(folder / "bad.jsonl") as part:
+    with atomic_file(folder / _BAD) as part:
         part.write_text("".join(json.dumps(report._asdict()) + "\n" for report in reports), encoding="utf-8")
 
 
@@ -298,7 +300,7 @@ def _complete(targets: Mapping[Path, int], description: CacheDescription) -> Non
     for folder in _folders(targets):
         paths = [path for path in targets if path.parent == folder and path.exists()]
         if not paths:
-            raise UserError(f"all samples of {folder} are bad; see {folder / 'bad.jsonl'}")
+            raise UserError(f"all samples of {folder} are bad; see {folder / _BAD}")
         DataIndex.load_or_build(paths)
         description.write(folder)
         (folder / UNFINISHED).unlink(missing_ok=True)

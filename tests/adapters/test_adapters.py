@@ -32,6 +32,9 @@ CONFIGS = {
     "OFT": peft.OFTConfig(r=0, oft_block_size=8),
     "IA3": peft.IA3Config(feedforward_modules=[]),
     "VeRA": peft.VeraConfig(r=2, target_modules=["attn1.to_q"]),
+    "RandLora": peft.RandLoraConfig(r=2),
+    "Lily": peft.LilyConfig(r=2),
+    "IA3 without a list": peft.IA3Config(),
 }
 
 
@@ -166,7 +169,31 @@ def test_the_same_adapter_is_the_same_bytes(sd_folder: Path, tmp_path: Path) -> 
     assert len(written) == 1
 
 
-@pytest.mark.parametrize("name", ["LoRA", "convolutions", "DoRA", "ranks per layer", "LoHa", "OFT"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.XLoraConfig(hidden_size=8, adapters={"1": "nowhere"}),
+        peft.PolyConfig(),
+        peft.TrainableTokensConfig(token_indices=[1]),
+        peft.AdaptionPromptConfig(),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_methods_for_language_models_are_refused(config: peft.PeftConfig, unet: UNet2DConditionModel) -> None:
+    with pytest.raises(
+        UserError, match=f"{type(config).__name__} needs a language model; use a method that adapts layers"
+    ):
+        inject(unet, config, TARGETS)
+
+
+def test_a_method_that_cannot_adapt_the_layers_is_one_error(unet: UNet2DConditionModel) -> None:
+    with pytest.raises(
+        UserError, match=r"C3AConfig does not fit UNet2DConditionModel: .*block size(.|\n)*target_modules is"
+    ):
+        inject(unet, peft.C3AConfig(block_size=256), TARGETS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_files_load_in_plain_peft_and_plain_diffusers(name: str, sd_folder: Path, tmp_path: Path) -> None:
     family = StableDiffusion(str(sd_folder))
     family.load(torch.float32)
@@ -186,7 +213,7 @@ def test_files_load_in_plain_peft_and_plain_diffusers(name: str, sd_folder: Path
         loaded = peft.PeftModel.from_pretrained(base, tmp_path)
         torch.testing.assert_close(loaded(x, t, text).sample, expected)
         lora_file = tmp_path / "pytorch_lora_weights.safetensors"
-        assert lora_file.exists() == (name not in ("LoHa", "OFT"))
+        assert lora_file.exists() == isinstance(CONFIGS[name], peft.LoraConfig)
         if lora_file.exists():
             pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
             pipeline.load_lora_weights(tmp_path)

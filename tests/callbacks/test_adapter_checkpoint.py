@@ -130,8 +130,10 @@ def test_unfinished_files_of_a_killed_run_are_removed(
     (tmp_path / "epoch=0-step=9.ckpt.part").write_text("")
     (tmp_path / "epoch=0-step=9.ema.adapter.77.part").mkdir()
     (tmp_path / "mine.part").write_text("")
+    (tmp_path / "last.adapter.77.old").mkdir()  # the new one had not taken its place yet
     fit(sd_folder, trainer_options, every(1, tmp_path), max_steps=1)
     assert sorted(p.name for p in tmp_path.glob("*.part")) == ["mine.part"]
+    assert (tmp_path / "last.adapter").is_dir()
 
 
 def test_the_last_link_is_never_broken(
@@ -148,6 +150,27 @@ def test_the_last_link_is_never_broken(
     monkeypatch.setattr(AdapterCheckpoint, "_remove_checkpoint", remove)
     fit(sd_folder, trainer_options, every(1, tmp_path, save_last="link"), max_steps=3)
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize("killed_in", ["_remove_checkpoint", "_link_checkpoint"])
+def test_a_save_that_was_killed_is_finished_by_the_resumed_run(
+    killed_in: str, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the new checkpoint and the removal of the old one, or the first link to it."""
+    options = {"every_n_train_steps": 1, "save_last": "link"}
+    fit(sd_folder, trainer_options, AdapterCheckpoint(tmp_path / "whole", **options), max_steps=3)
+
+    def kill(*_: Any) -> None:
+        raise SystemExit
+
+    killed = tmp_path / "killed"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(AdapterCheckpoint, killed_in, kill)
+        fit(sd_folder, trainer_options, AdapterCheckpoint(killed, **options), max_steps=3)
+    assert len(list(killed.glob("epoch*.ckpt"))) == (2 if killed_in == "_remove_checkpoint" else 1)
+    fit(sd_folder, trainer_options, AdapterCheckpoint(killed, **options), max_steps=3, resume="last")
+    assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert (killed / "last.ckpt").readlink() == Path("epoch=0-step=3.ckpt")
 
 
 def test_weights_only_checkpoints_are_adapter_only_too(

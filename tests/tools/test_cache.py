@@ -282,7 +282,8 @@ def test_an_interrupted_run_goes_on(
 
     def interrupted(self: CacheWriter, shard: int, path: Path, progress: Any) -> Any:
         if shard == 2:
-            path.with_name(path.name + ".123.part").write_text("left over by a kill")
+            for name in (path.name, "cache.json", "bad.jsonl", "empty.safetensors"):
+                path.with_name(f"{name}.123.part").write_text("left over by a kill")
             raise KeyboardInterrupt
         return write(self, shard, path, progress)
 

@@ -47,6 +47,16 @@ def test_saved_index_equals_the_built_one(make_shards, scans):
     assert set(path.parent.iterdir()) == {path, _sidecar(path)}
 
 
+def test_index_has_the_same_bytes_each_time(make_shards):
+    (path,) = make_shards(3)
+    sidecar = path.with_name(path.name + ".index")
+    made = set()
+    for _ in range(5):
+        ShardIndex.build(path).save()
+        made.add(sidecar.read_bytes())
+    assert len(made) == 1
+
+
 def test_changed_shard_is_scanned_again(make_shards, scans):
     (path,) = make_shards(3)
     ShardIndex.load_or_build(path)

@@ -156,7 +156,8 @@ def test_finished_shards_are_kept(folder, tmp_path, monkeypatch):
     assert not list(out.glob("*.part"))
     assert not (out / "manifest.json").exists()
 
-    (out / "shard-000002.tar.123.part").write_bytes(b"half")  # of a process that was killed
+    for name in ("shard-000002.tar", "shard-000001.tar.index", "shards.index", "plan.json", "bad.jsonl"):
+        (out / f"{name}.123.part").write_bytes(b"half")  # of a process that was killed
     monkeypatch.setattr(pack, "_read", read)
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     summary = pack_folder(folder, out, samples_per_shard=2)

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import pytest
 
 from lit_lora.datamodules.staging import slot as slot_module
-from lit_lora.datamodules.staging.files import host, is_alive
 from lit_lora.datamodules.staging.slot import StagerSlot
+from lit_lora.machine import host, is_alive
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ import pytest
 
 from lit_lora.datamodules.staging import stager as stager_module
 from lit_lora.datamodules.staging.config import StagerConfig
-from lit_lora.datamodules.staging.files import host, is_alive, job_path, local_name
+from lit_lora.datamodules.staging.files import job_path, local_name
 from lit_lora.datamodules.staging.process import _describe
 from lit_lora.datamodules.staging.stager import StagedShard, Stager, check_budget
 from lit_lora.errors import UserError
+from lit_lora.machine import host, is_alive
 from tests.datamodules.faulty_server import FaultyServer
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,79 @@
+"""A mistake in the config is one sentence with the key, the value and what would be right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+from lit_lora.cli import main
+
+BASE = [
+    "fit",
+    "--model.family",
+    "StableDiffusion",
+    "--model.adapter",
+    "LoraConfig",
+    "--model.optimizer",
+    "torch.optim.AdamW",
+]
+BASE += ["--data", "WebDatasetDataModule", "--model.family.init_args.pretrained_model_name_or_path", "embedded"]
+
+
+def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        status = main([*BASE, *arguments])
+    except SystemExit as exit_:
+        status = int(exit_.code or 0)
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model.family", "StableDifusion"], "there is no class StableDifusion; did you mean StableDiffusion?"),
+        (["--model.adapter", "LoraConfi"], "there is no class LoraConfi; did you mean LoraConfig?"),
+        (["--model.adapter", "peft.LoraConfi"], "peft has no LoraConfi; did you mean LoraConfig?"),
+        (["--model.optimizer", "torch.optim.AdamX"], "torch.optim has no AdamX; did you mean Adam?"),
+        (["--trainer.logger", "Logger"], "trainer.logger: "),
+        (["--model.optimizer", "nowhere.AdamW"], "there is no module nowhere; install it, or correct the path"),
+        (["--model.optimizer.init_args.lr", "fast"], "lr: 'fast' is not a float or Tensor"),
+        (["--model.adapter.init_args.r", "many"], "r: 'many' is not an int"),
+        (["--model.caption_dropout", "some"], "model.caption_dropout: 'some' is not a float"),
+        (["--model.quantization", "nf4"], "model.quantization: 'nf4' is not a Quantization\nquantizations are Int8,"),
+        (
+            ["--model.objective.class_path", "FlowMatching", "--model.objective.init_args.density", "Lognormal"],
+            "no class",
+        ),
+        (["--trainer.callbacks+=AdapterCheckpiont"], "no class AdapterCheckpiont; did you mean AdapterCheckpoint?"),
+        (["--trainer.precision", "fp17"], "trainer.precision: 'fp17' is none of 64, 32, 16, transformer-engine,"),
+        (["--data.init_args.train_shards", "[1, 2]"], "train_shards: '[1, 2]' is not a str or list[str]"),
+        (["--data.init_args.chunks", "null"], "data.init_args.chunks is null; leave it out, or give its options"),
+        (["--model.adaptor.r", "4"], "Unrecognized arguments: --model.adaptor.r 4"),
+    ],
+)
+def test_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, message = console(capsys, *arguments)
+    assert status == 2
+    assert sentence in message
+    assert not [word for word in ("Parser key", "Union", "<class", "Traceback", "Namespace(") if word in message]
+    assert len(message.splitlines()) <= 4
+
+
+def test_what_differs_from_the_defaults_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Classes whose default is null, such as the data, and whose default is a string, such as a strategy."""
+    options = [
+        "--data.init_args.batch_size",
+        "3",
+        "--trainer.strategy.class_path",
+        "LitLoraFSDP",
+        "--model.adapter.init_args.r",
+        "5",
+    ]
+    status, output, _ = console(capsys, *options, "--print_config=skip_default")
+    assert status == 0
+    config = yaml.safe_load(output)
+    assert config["trainer"] == {"strategy": {"class_path": "lit_lora.LitLoraFSDP"}}
+    assert config["data"] == {"class_path": "lit_lora.WebDatasetDataModule", "init_args": {"batch_size": 3}}
+    assert config["model"]["adapter"]["init_args"]["r"] == 5
+    assert config["model"]["optimizer"]["class_path"] == f"{torch.optim.AdamW.__module__.rpartition('.')[0]}.AdamW"
