@@ -9,14 +9,16 @@ import platform
 import re
 import sys
 import tempfile
+import threading
 import traceback
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from lit_lora.errors import UserError
 from lit_lora.redact import redact_urls
 from lit_lora.visible import visible_lines
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 _VERSIONS = ("lit_lora", "torch", "lightning", "diffusers", "peft", "transformers")
 
@@ -32,6 +34,13 @@ def quiet_libraries() -> None:
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    threading.excepthook = _print_unless_told
+
+
+def _print_unless_told(arguments: threading.ExceptHookArgs) -> None:
+    """The traceback of a thread, unless it is TensorBoard's writer, whose error the next call of its logger raises."""
+    if arguments.thread is None or not hasattr(arguments.thread, "_record_writer"):
+        threading.__excepthook__(arguments)
 
 
 def print_error(message: str, title: str = "error") -> None:
@@ -64,9 +73,9 @@ def report(error: Exception) -> int:
         print_error(str(error))
         return 2
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-        where = f" {error.filename}" if error.filename else ""
+        where = error.filename or ("the logs of TensorBoard" if _raised_in(error, "tensorboard") else "a file")
         print_error(
-            f"cannot write{where}: {error.strerror}; free some space or name another folder. What is complete is kept"
+            f"cannot write {where}: {error.strerror}; free some space or name another folder. What is complete is kept"
         )
         return 2
     if message := out_of_memory(error):
@@ -74,6 +83,10 @@ def report(error: Exception) -> int:
     else:
         print_fault(error)
     return 1
+
+
+def _raised_in(error: BaseException, library: str) -> bool:
+    return any(library in Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__))
 
 
 def is_config_mistake(error: BaseException) -> bool:

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
 from lit_lora import __version__
 from lit_lora.cli import main
 from lit_lora.datamodules.packing.pack import pack_folder
-from lit_lora.lightning_cli import LitLoraCLI, build_cli
+from lit_lora.lightning_cli import LitLoraCLI, _claim_version, build_cli
 from lit_lora.module import LoraDiffusion
 from tests.datamodules.faulty_server import FaultyServer
 
@@ -468,3 +469,15 @@ def test_interrupted_training_says_how_to_go_on(config: Callable[..., Path], tmp
     assert process.returncode == 130
     assert error.endswith("lit-lora: interrupted; resume with --ckpt_path last\n")
     assert "Traceback" not in error
+
+
+def test_runs_that_start_at_the_same_time_have_folders_of_their_own(tmp_path: Path) -> None:
+    loggers = [
+        TensorBoardLogger(tmp_path),
+        TensorBoardLogger(tmp_path),
+        CSVLogger(tmp_path),
+        CSVLogger(tmp_path, version=1),
+    ]
+    for logger in loggers:  # before any of them has written
+        _claim_version(logger)
+    assert [logger.version for logger in loggers] == [0, 1, 2, 1]
