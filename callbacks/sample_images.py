@@ -26,8 +26,8 @@ class SampleImages(Callback):
     """Draws images of fixed prompts from fixed seeds every ``every_n_steps`` optimizer steps.
 
     A grid of the images goes to ``samples/step-NNNNNN.png`` in the log folder and to TensorBoard, Weights & Biases or MLflow as
-    ``samples``. With :class:`AdapterEMA` the averaged weights are used. Sampling does not change the random number generators of training. The
-    module needs a ``generate`` method like that of :class:`~lit_lora.LoraDiffusion`.
+    ``samples``. With :class:`AdapterEMA` the averaged weights are used. Sampling does not change the random number generators
+    of training. The module needs a ``generate`` method like that of :class:`~lit_lora.LoraDiffusion`.
 
     Args:
         prompts: Prompts, of which one image each is drawn.

@@ -25,6 +25,12 @@ _VERSIONS = ("lit_lora", "torch", "lightning", "diffusers", "peft", "transformer
 _CONFIG_CHECKS = re.compile(r"[/\\](lightning[/\\](pytorch|fabric)|torch[/\\]optim|jsonargparse)[/\\]")
 """Libraries that check the user's config while a run starts; their own ``ValueError`` and the like are about it."""
 
+_NO_ANSWER = re.compile(
+    r"[/\\](gloo|c10d|distributed)[/\\].*(Timed out|Connection (closed|reset)|Broken pipe)|NCCL.*(timeout|remote process)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Errors of gloo and NCCL when another process is gone or silent."""
+
 _NOISY_LOGGERS = ("torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that warn about each other's libraries, which a user can do nothing about."""
 
@@ -78,7 +84,7 @@ def report(error: Exception) -> int:
             f"cannot write {where}: {error.strerror}; free some space or name another folder. What is complete is kept"
         )
         return 2
-    if message := out_of_memory(error):
+    if message := out_of_memory(error) or other_process_lost(error):
         print_error(message)
     else:
         print_fault(error)
@@ -105,6 +111,17 @@ def out_of_memory(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":
         return f"{text.splitlines()[0]}\nlit-lora plan --config … shows what makes the run fit"
     return None
+
+
+def other_process_lost(error: BaseException) -> str | None:
+    """A sentence about an error that means that another process of the run gave no answer; None for other errors."""
+    if not isinstance(error, RuntimeError) or not _NO_ANSWER.search(str(error)):
+        return None
+    return (
+        f"another process of this run has ended, or did not answer within the time limit ({str(error).splitlines()[0][-120:]})."
+        "\nIts own output tells why. If it was only slow or stopped, set a longer time limit, as in trainer.strategy:"
+        ' {class_path: DDPStrategy, init_args: {timeout: "1:00:00"}}; then resume with --ckpt_path last'
+    )
 
 
 def end_quietly() -> int:
