@@ -277,15 +277,17 @@ class AdapterCheckpoint(ModelCheckpoint):
         """What a killed run had still to do after it had saved the checkpoint that this run was resumed from."""
         if "://" in str(self.dirpath):
             return
+        saved = os.path.realpath(resumed)
         if not self.last_model_path:  # the first checkpoint is written before its link
             last = self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST)
-            if os.path.islink(last) and os.path.realpath(last) == os.path.realpath(resumed):
-                self.last_model_path = last
+            is_ours = os.path.islink(last) and os.path.realpath(last) == saved
+            self.last_model_path = trainer.strategy.broadcast(last if is_ours else "")
         replaced, self._replaced = self._replaced, ""
-        if not replaced or not self._should_remove_checkpoint(trainer, replaced, os.path.realpath(resumed)):
-            return
-        self._last_checkpoint_saved = os.path.realpath(resumed)  # where a link to the replaced checkpoint will point
-        self._remove_checkpoint(trainer, replaced)
+        if not replaced or os.path.realpath(replaced) == saved or _modified(replaced) > _modified(saved):
+            return  # a later checkpoint may have got the name of the replaced one
+        if self._should_remove_checkpoint(trainer, replaced, saved):
+            self._last_checkpoint_saved = saved  # where a link to the replaced checkpoint will point
+            self._remove_checkpoint(trainer, replaced)
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         # ModelCheckpoint keeps the checkpoint that the run was resumed from. One that "last" has found is the run's own.
@@ -451,6 +453,14 @@ def _tidy(folder: Path) -> None:
     for pattern in ("*.ckpt.part", "*.adapter*.part"):
         for unfinished in folder.glob(pattern):
             _discard(unfinished)
+
+
+def _modified(name: str) -> float:
+    """Time of the last change of a checkpoint; 0 if it is gone, so that at most its folders are left."""
+    try:
+        return os.stat(name).st_mtime
+    except OSError:
+        return 0.0
 
 
 def _discard(path: Path) -> None:

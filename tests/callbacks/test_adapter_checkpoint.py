@@ -177,6 +177,20 @@ def test_a_save_that_was_killed_is_finished_by_the_resumed_run(
     assert (killed / "last.ckpt").readlink() == Path("epoch=0-step=3.ckpt")
 
 
+def test_a_checkpoint_of_the_same_name_is_kept_by_the_resumed_run(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each checkpoint replaces the one before under the same name, in a folder that is named by a link."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    options = trainer_options | {"default_root_dir": tmp_path / "link"}
+    saved = tmp_path / "link" / "checkpoints" / "fixed.ckpt"
+    for steps, resume in ((2, None), (3, str(saved))):
+        checkpoints = AdapterCheckpoint(filename="fixed", every_n_train_steps=2)
+        fit(sd_folder, options, checkpoints, max_steps=steps, resume=resume)
+        assert saved.exists()
+
+
 def test_another_run_in_the_same_folder_is_named(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
