@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,12 @@ from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.files import link, restore_replaced, sync, writable_folder
 from lit_lora.finite import non_finite_names, tensors_in
+from lit_lora.folder_lock import FolderLock
 from lit_lora.loops import accumulating, within_epoch
 from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names
 from lit_lora.random_state import random_state, set_random_state
+
+_CLOCKS_DIFFER_S = 300.0
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -81,6 +85,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         """The optimizer step that ``last`` was saved at."""
         self._replaced = ""
         """The checkpoint that the next one replaces; a run that is killed in between leaves its removal to the resumed run."""
+        self._lock: FolderLock | None = None
         self._found: set[str] = set()
         """The checkpoints that ``ckpt_path="last"`` has found."""
 
@@ -88,14 +93,14 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
             folder = writable_folder(str(self.dirpath))
-            # A killed run may have left unfinished files.
-            restore_replaced(folder, "*.adapter")
-            patterns = ("*.ckpt.part", "*.adapter*.part")
-            for unfinished in (path for pattern in patterns for path in folder.glob(pattern)):
-                if unfinished.is_dir() and not unfinished.is_symlink():
-                    shutil.rmtree(unfinished)
-                else:
-                    unfinished.unlink()
+            self._lock = FolderLock(folder)
+            if other := self._lock.take():
+                rank_zero_warn(
+                    f"{other} saves its checkpoints in {folder} too, and one run may replace or resume from those of the other; "
+                    f"end one of them, or give each its own dirpath"
+                )
+            else:
+                _tidy(folder)
         pl_module.strict_loading = False
         self._saved_rng: list[dict[str, Any]] | None = None
         self._unfrozen: list[str] = []
@@ -124,6 +129,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for hook in self._hooks:
             hook.remove()
+        if self._lock is not None:
+            self._lock.release()
         super().teardown(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -211,6 +218,9 @@ class AdapterCheckpoint(ModelCheckpoint):
             super().on_exception(trainer, pl_module, exception)
         except UserError as error:  # the exception that ended the run is the one to show
             rank_zero_warn(str(error))
+        finally:
+            if self._lock is not None:  # Lightning tears no callback down after an exception
+                self._lock.release()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of training, which ModelCheckpoint does only if it has saved nothing before."""
@@ -267,15 +277,17 @@ class AdapterCheckpoint(ModelCheckpoint):
         """What a killed run had still to do after it had saved the checkpoint that this run was resumed from."""
         if "://" in str(self.dirpath):
             return
+        saved = os.path.realpath(resumed)
         if not self.last_model_path:  # the first checkpoint is written before its link
             last = self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST)
-            if os.path.islink(last) and os.path.realpath(last) == os.path.realpath(resumed):
-                self.last_model_path = last
+            is_ours = os.path.islink(last) and os.path.realpath(last) == saved
+            self.last_model_path = trainer.strategy.broadcast(last if is_ours else "")
         replaced, self._replaced = self._replaced, ""
-        if not replaced or not self._should_remove_checkpoint(trainer, replaced, os.path.realpath(resumed)):
-            return
-        self._last_checkpoint_saved = os.path.realpath(resumed)  # where a link to the replaced checkpoint will point
-        self._remove_checkpoint(trainer, replaced)
+        if not replaced or os.path.realpath(replaced) == saved or _modified(replaced) > _modified(saved):
+            return  # a later checkpoint may have got the name of the replaced one
+        if self._should_remove_checkpoint(trainer, replaced, saved):
+            self._last_checkpoint_saved = saved  # where a link to the replaced checkpoint will point
+            self._remove_checkpoint(trainer, replaced)
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         # ModelCheckpoint keeps the checkpoint that the run was resumed from. One that "last" has found is the run's own.
@@ -331,15 +343,23 @@ class AdapterCheckpoint(ModelCheckpoint):
                 set() if trainer.log_dir is None else set(Path(trainer.log_dir).parent.glob("version_*/checkpoints"))
             )
         self._found = found | {str(path) for folder in folders for path in folder.glob(pattern) if path.exists()}
+        _warn_of_future(self._found)
         return self._found
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         # As in ModelCheckpoint, except that the file is renamed into place once it is complete and synced.
         _check_finite(trainer)
         part = f"{filepath}.part"
-        trainer.save_checkpoint(part, self.save_weights_only)
-        if trainer.is_global_zero or shards_weights(trainer.strategy):
-            self._save_adapter_folders(trainer, filepath)
+        try:
+            trainer.save_checkpoint(part, self.save_weights_only)
+            if trainer.is_global_zero or shards_weights(trainer.strategy):
+                self._save_adapter_folders(trainer, filepath)
+        except OSError as error:
+            if trainer.is_global_zero:
+                _discard(Path(part))  # it may be what fills the disk
+            if error.filename is None or str(error.filename).startswith(part):
+                error.filename = filepath
+            raise
         if trainer.is_global_zero and os.path.exists(part):  # remote file systems write atomically by themselves
             sync(Path(part))
             os.replace(part, filepath)
@@ -413,6 +433,42 @@ def _check_finite(trainer: Trainer) -> None:
             f"nothing is saved at step {trainer.global_step}: {len(found)} tensors of weights or optimizer state hold NaN or "
             f"Inf, the first is {found[0]}. Resume from an earlier checkpoint with a lower lr or trainer.gradient_clip_val: 1.0"
         )
+
+
+def _warn_of_future(found: set[str]) -> None:
+    """The newest checkpoint is known by its time, which tells nothing once the clock has been set back."""
+    later = sorted(
+        name for name in found if "://" not in name and os.stat(name).st_mtime > time.time() + _CLOCKS_DIFFER_S
+    )
+    if later:
+        rank_zero_warn(
+            f"{later[0]} was saved in the future by this machine's clock, so that ckpt_path=last may not be the newest of "
+            f"{len(found)} checkpoints; name the right one, or set its time with touch"
+        )
+
+
+def _tidy(folder: Path) -> None:
+    """Remove or finish what a killed run has left unfinished."""
+    restore_replaced(folder, "*.adapter")
+    for pattern in ("*.ckpt.part", "*.adapter*.part"):
+        for unfinished in folder.glob(pattern):
+            _discard(unfinished)
+
+
+def _modified(name: str) -> float:
+    """Time of the last change of a checkpoint; 0 if it is gone, so that at most its folders are left."""
+    try:
+        return os.stat(name).st_mtime
+    except OSError:
+        return 0.0
+
+
+def _discard(path: Path) -> None:
+    """Remove a file or folder if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _adapter_folders(filepath: str) -> tuple[Path, Path]:

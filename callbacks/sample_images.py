@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import save_image
 
 from lit_lora.callbacks.adapter_ema import AdapterEMA
@@ -23,9 +25,9 @@ from lit_lora.sampling import NonFiniteImageError, image_grid
 class SampleImages(Callback):
     """Draws images of fixed prompts from fixed seeds every ``every_n_steps`` optimizer steps.
 
-    A grid of the images goes to TensorBoard (``samples``) and to ``samples/step-NNNNNN.png`` in the log folder. With
-    :class:`AdapterEMA` the averaged weights are used. Sampling does not change the random number generators of training. The
-    module needs a ``generate`` method like that of :class:`~lit_lora.LoraDiffusion`.
+    A grid of the images goes to ``samples/step-NNNNNN.png`` in the log folder and to TensorBoard, Weights & Biases or MLflow as
+    ``samples``. With :class:`AdapterEMA` the averaged weights are used. Sampling does not change the random number generators
+    of training. The module needs a ``generate`` method like that of :class:`~lit_lora.LoraDiffusion`.
 
     Args:
         prompts: Prompts, of which one image each is drawn.
@@ -72,6 +74,7 @@ class SampleImages(Callback):
             "width": width,
         }
         self._step = -1
+        self._told = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
@@ -112,5 +115,15 @@ class SampleImages(Callback):
         with atomic_file(folder / f"step-{trainer.global_step:06d}.png") as part:
             save_image(grid, part, format="png")
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("samples", grid, trainer.global_step)
+            self._log(logger, grid, trainer.global_step, folder)
+
+    def _log(self, logger: Logger, grid: Tensor, step: int, folder: Path) -> None:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image("samples", grid, step)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_image(logger.run_id, to_pil_image(grid), key="samples", step=step)
+        elif hasattr(logger, "log_image"):  # as WandbLogger has
+            logger.log_image("samples", [to_pil_image(grid)], step=step)
+        elif not self._told:
+            self._told = True
+            rank_zero_info(f"{type(logger).__name__} shows no images; the samples are in {folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import tempfile
@@ -15,6 +16,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.remote.transfer import fetch, is_remote, object_size
 from lit_lora.errors import UserError
+from lit_lora.files import atomic_file
 from lit_lora.redact import redact
 
 _MAX_BYTES = 64 * 2**30
@@ -38,6 +40,16 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
         self.max_bytes = max_bytes
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Save a checkpoint; a local one atomically and without Lightning's detour over the folder of temporary files."""
+        if storage_options is not None or is_remote(os.fspath(path)):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        buffer = io.BytesIO()  # of torch.save itself, a full disk is a RuntimeError without a reason
+        torch.save(checkpoint, buffer)
+        with atomic_file(os.fspath(path)) as part:
+            part.write_bytes(buffer.getbuffer())
 
     def load_checkpoint(
         self, path: Any, map_location: Any = _on_cpu, weights_only: bool | None = None

@@ -9,19 +9,27 @@ import platform
 import re
 import sys
 import tempfile
+import threading
 import traceback
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from lit_lora.errors import UserError
 from lit_lora.redact import redact_urls
 from lit_lora.visible import visible_lines
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 
 _VERSIONS = ("lit_lora", "torch", "lightning", "diffusers", "peft", "transformers")
 
 _CONFIG_CHECKS = re.compile(r"[/\\](lightning[/\\](pytorch|fabric)|torch[/\\]optim|jsonargparse)[/\\]")
 """Libraries that check the user's config while a run starts; their own ``ValueError`` and the like are about it."""
+
+_NO_ANSWER = re.compile(
+    r"[/\\](gloo|c10d|distributed)[/\\].*(Timed out|Connection (closed|reset)|Broken pipe)|NCCL.*(timeout|remote process)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Errors of gloo and NCCL when another process is gone or silent."""
 
 _NOISY_LOGGERS = ("torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that warn about each other's libraries, which a user can do nothing about."""
@@ -32,6 +40,13 @@ def quiet_libraries() -> None:
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    threading.excepthook = _print_unless_told
+
+
+def _print_unless_told(arguments: threading.ExceptHookArgs) -> None:
+    """The traceback of a thread, unless it is TensorBoard's writer, whose error the next call of its logger raises."""
+    if arguments.thread is None or not hasattr(arguments.thread, "_record_writer"):
+        threading.__excepthook__(arguments)
 
 
 def print_error(message: str, title: str = "error") -> None:
@@ -64,16 +79,20 @@ def report(error: Exception) -> int:
         print_error(str(error))
         return 2
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-        where = f" {error.filename}" if error.filename else ""
+        where = error.filename or ("the logs of TensorBoard" if _raised_in(error, "tensorboard") else "a file")
         print_error(
-            f"cannot write{where}: {error.strerror}; free some space or name another folder. What is complete is kept"
+            f"cannot write {where}: {error.strerror}; free some space or name another folder. What is complete is kept"
         )
         return 2
-    if message := out_of_memory(error):
+    if message := out_of_memory(error) or other_process_lost(error):
         print_error(message)
     else:
         print_fault(error)
     return 1
+
+
+def _raised_in(error: BaseException, library: str) -> bool:
+    return any(library in Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__))
 
 
 def is_config_mistake(error: BaseException) -> bool:
@@ -92,6 +111,17 @@ def out_of_memory(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":
         return f"{text.splitlines()[0]}\nlit-lora plan --config … shows what makes the run fit"
     return None
+
+
+def other_process_lost(error: BaseException) -> str | None:
+    """A sentence about an error that means that another process of the run gave no answer; None for other errors."""
+    if not isinstance(error, RuntimeError) or not _NO_ANSWER.search(str(error)):
+        return None
+    return (
+        f"another process of this run has ended, or did not answer within the time limit ({str(error).splitlines()[0][-120:]})."
+        "\nIts own output tells why. If it was only slow or stopped, set a longer time limit, as in trainer.strategy:"
+        ' {class_path: DDPStrategy, init_args: {timeout: "1:00:00"}}; then resume with --ckpt_path last'
+    )
 
 
 def end_quietly() -> int:

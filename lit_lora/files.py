@@ -38,6 +38,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _open_to_others(part)
         sync(part)
         part.replace(path)
+    except OSError as error:
+        _name_file(error, part, path)
+        raise
     finally:
         part.unlink(missing_ok=True)
     sync(path.parent)
@@ -77,6 +80,9 @@ def atomic_folder(path: str | Path, marker: str) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             part.rename(path)
+    except OSError as error:
+        _name_file(error, part, path)
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     sync(path.parent)
@@ -155,6 +161,12 @@ def check_regular(path: str | Path) -> os.stat_result:
         kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
         raise UserError(f"{path} is {kind}, not a regular file; name a file, or remove it")
     return found
+
+
+def _name_file(error: OSError, part: Path, path: Path) -> None:
+    """Have an error name the file that was to be written: writing itself raises errors without a name."""
+    if error.errno is not None and (error.filename is None or str(error.filename).startswith(str(part))):
+        error.filename = str(path)
 
 
 def _open_to_others(path: Path) -> None:

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from transformers.utils.logging import disable_progress_bar
 
 from lit_lora.callbacks.finite_gradients import FiniteGradients
@@ -160,6 +161,8 @@ class LitLoraCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if logger.save_dir:
                 writable_folder(logger.save_dir)
+            if self.trainer.is_global_zero and isinstance(logger, TensorBoardLogger | CSVLogger):
+                _claim_version(logger)
         self._read_safely()
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.insert(0, EndOnError())
@@ -267,6 +270,21 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
         raise UserError(str(error)) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{error.strerror}: {error.filename}") from error
+
+
+def _claim_version(logger: TensorBoardLogger | CSVLogger) -> None:
+    """Create the log folder of a run now: two runs that start at the same time would both find the same next number."""
+    if logger._version is not None or is_remote(str(logger.save_dir)):
+        return
+    while True:
+        folder = Path(logger.log_dir)  # with the next number
+        try:
+            folder.mkdir(parents=True)
+            return
+        except FileExistsError:
+            if not folder.is_dir():
+                return
+            logger._version = None
 
 
 def _parser_options(command: str, description: str) -> dict[str, Any]:

@@ -19,12 +19,13 @@ import pytest
 import torch
 import yaml
 from fsspec.registry import _registry
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
 from lit_lora import __version__
 from lit_lora.cli import main
 from lit_lora.datamodules.packing.pack import pack_folder
-from lit_lora.lightning_cli import LitLoraCLI, build_cli
+from lit_lora.lightning_cli import LitLoraCLI, _claim_version, build_cli
 from lit_lora.module import LoraDiffusion
 from tests.datamodules.faulty_server import FaultyServer
 from tests.warm_python import WarmPython
@@ -505,3 +506,15 @@ def test_interrupted_training_says_how_to_go_on(config: Callable[..., Path], tmp
     error = (tmp_path / "errors").read_text()
     assert error.endswith("lit-lora: interrupted; resume with --ckpt_path last\n")
     assert "Traceback" not in error
+
+
+def test_runs_that_start_at_the_same_time_have_folders_of_their_own(tmp_path: Path) -> None:
+    loggers = [
+        TensorBoardLogger(tmp_path),
+        TensorBoardLogger(tmp_path),
+        CSVLogger(tmp_path),
+        CSVLogger(tmp_path, version=1),
+    ]
+    for logger in loggers:  # before any of them has written
+        _claim_version(logger)
+    assert [logger.version for logger in loggers] == [0, 1, 2, 1]

@@ -67,6 +67,22 @@ def test_the_hosts_memory(
     assert "the host's memory ran out; lower batch_size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[/__w/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation to complete",
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4321",
+        "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.hpp:301, remote process exited or there was a network error",
+    ],
+)
+def test_another_process_that_gives_no_answer(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert console.report(RuntimeError(text)) == 1
+    printed = capsys.readouterr().err
+    assert "another process of this run has ended, or did not answer within the time limit (" in printed
+    assert "resume with --ckpt_path last" in printed
+    assert "unexpected" not in printed
+
+
 def test_what_a_library_finds_wrong_in_the_config_is_a_mistake() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="learning rate") as mistake:

@@ -45,6 +45,7 @@ class DataIndex:
         sample_start: Number of the first sample of each shard, and the total number of samples, int64 (S + 1,).
         width: Widths of the images, see :class:`SampleColumns`, int32 (N,).
         height: Heights of the images, int32 (N,).
+        file: File that the index is mapped from; None if it is in memory alone.
         extensions: Members of each sample: bit ``i`` is set if it has ``scan.EXTENSIONS[i]``, uint16 (N,).
     """
 
@@ -57,7 +58,7 @@ class DataIndex:
         self.height: NDArray[np.int32] = columns["height"]
         self.extensions: NDArray[np.uint16] = columns["extensions"]
         self._columns = columns
-        self._file = file
+        self.file = file
 
     def __len__(self) -> int:
         return int(self.sample_start[-1])
@@ -159,8 +160,8 @@ class DataIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Spawned workers map the file again instead of receiving a copy.
-        if self._file is not None:
-            return _load_again, (self._file, self.names, self.shard_size.tolist())
+        if self.file is not None:
+            return _load_again, (self.file, self.names, self.shard_size.tolist())
         return DataIndex, (self.names, self._columns)
 
     @classmethod

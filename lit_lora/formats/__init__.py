@@ -1,9 +1,12 @@
 """File formats of adapters: one module for each."""
 
+import os
+import re
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
+from safetensors import SafetensorError
 
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
 from lit_lora.formats.diffusers import DiffusersFormat
@@ -30,7 +33,15 @@ def write_adapter(
         folder: Existing folder.
         pipeline_class: Pipeline for which the adapter was trained.
         denoiser_name: Name of the adapted part of the pipeline: ``unet`` or ``transformer``.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written.
     """
     for one in FORMATS:
         if one.holds(config, pipeline_class):
-            one.write(adapter, folder, pipeline_class, denoiser_name)
+            try:
+                one.write(adapter, folder, pipeline_class, denoiser_name)
+            except SafetensorError as error:
+                if found := re.search(r"\(os error (\d+)\)", str(error)):
+                    raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+                raise

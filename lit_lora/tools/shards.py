@@ -96,9 +96,9 @@ def index(shards: str | list[str], jobs: int = 1) -> None:
         jobs: Number of processes that index, each one shard at a time.
 
     Raises:
-        UserError: If a shard is missing or damaged, or local shards and URLs are mixed.
+        UserError: If a shard is missing or damaged, local shards and URLs are mixed, or the index cannot be saved.
     """
-    from lit_lora.datamodules.indexing.data_index import INDEX_NAME
+    from lit_lora.datamodules.indexing.data_index import DataIndex
     from lit_lora.datamodules.indexing.index import index_folders
     from lit_lora.datamodules.remote.transfer import is_remote
 
@@ -112,9 +112,17 @@ def index(shards: str | list[str], jobs: int = 1) -> None:
     unread = _unread_lines(indexes, jobs)
     if unread:
         print("unread   " + "\n         ".join(unread))
-    for folder in dict.fromkeys(found.path.parent for found in indexes):
-        saved = [place / INDEX_NAME for place in index_folders(folder) if (place / INDEX_NAME).exists()]
-        print(f"index    {visible(saved[0]) if saved else 'could not be saved'}")
+    folders: dict[Path, list[Path]] = {}
+    for found in indexes:
+        folders.setdefault(found.path.parent, []).append(found.path)
+    for folder, paths in folders.items():
+        file = DataIndex.load_or_build(paths).file
+        if file is None:
+            places = " nor in ".join(str(visible(place)) for place in index_folders(folder))
+            raise UserError(
+                f"the index can be saved neither in {places}; free some space, or make one of them writable"
+            )
+        print(f"index    {visible(file)}")
 
 
 def check(

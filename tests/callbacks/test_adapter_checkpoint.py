@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +175,51 @@ def test_a_save_that_was_killed_is_finished_by_the_resumed_run(
     fit(sd_folder, trainer_options, AdapterCheckpoint(killed, **options), max_steps=3, resume="last")
     assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
     assert (killed / "last.ckpt").readlink() == Path("epoch=0-step=3.ckpt")
+
+
+def test_a_checkpoint_of_the_same_name_is_kept_by_the_resumed_run(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each checkpoint replaces the one before under the same name, in a folder that is named by a link."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    options = trainer_options | {"default_root_dir": tmp_path / "link"}
+    saved = tmp_path / "link" / "checkpoints" / "fixed.ckpt"
+    for steps, resume in ((2, None), (3, str(saved))):
+        checkpoints = AdapterCheckpoint(filename="fixed", every_n_train_steps=2)
+        fit(sd_folder, options, checkpoints, max_steps=steps, resume=resume)
+        assert saved.exists()
+
+
+def test_another_run_in_the_same_folder_is_named(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its unfinished files stay."""
+    (tmp_path / "epoch=0-step=9.ckpt.part").touch()
+    program = (
+        f"from lit_lora.folder_lock import *; FolderLock(Path({str(tmp_path)!r})).take(); print(1, flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.warns(UserWarning, match=rf"process {other.pid} on .* saves its checkpoints in {tmp_path} too"):
+            fit(sd_folder, trainer_options, every(1, tmp_path), max_steps=1)
+        other.kill()
+    assert (tmp_path / "epoch=0-step=9.ckpt.part").exists()
+    fit(sd_folder, trainer_options, every(1, tmp_path), max_steps=1)  # the lock is free again
+    names = {path.name for path in tmp_path.iterdir()}
+    assert not names & {"epoch=0-step=9.ckpt.part", ".run.lock"}
+
+
+def test_a_checkpoint_from_the_future_is_named(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The clock has been set back, so that the newest checkpoint has not the latest time."""
+    fit(sd_folder, trainer_options, every(1, tmp_path, save_last="link", save_top_k=-1), max_steps=2)
+    tomorrow = time.time() + 86_400
+    os.utime(tmp_path / "epoch=0-step=1.ckpt", (tomorrow, tomorrow))
+    with pytest.warns(UserWarning, match=r"step=1.ckpt was saved in the future .* not be the newest of 3 checkpoints"):
+        fit(sd_folder, trainer_options, every(1, tmp_path, save_last="link"), max_steps=3, resume="last")
 
 
 def test_weights_only_checkpoints_are_adapter_only_too(

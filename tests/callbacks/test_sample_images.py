@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -115,3 +115,25 @@ def test_two_processes_train_and_sample(sd_folder: Path, tmp_path: Path) -> None
     samples = sorted(p.name for p in tmp_path.glob("lightning_logs/version_0/samples/*"))
     assert samples == [f"step-{step:06d}.png" for step in range(5)]
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*step=4.ema.adapter"))
+
+
+class ImageLogger(CSVLogger):
+    """A logger with ``log_image``, as that of Weights & Biases."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.images: list[tuple[str, tuple[int, int], int]] = []
+
+    def log_image(self, key: str, images: list[Image.Image], step: int) -> None:
+        self.images += [(key, image.size, step) for image in images]
+
+
+def test_other_loggers_get_the_images_or_say_that_they_show_none(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sampler = SampleImages(["a star"], every_n_steps=2, num_inference_steps=2)
+    logger = ImageLogger(tmp_path)
+    fit(sd_module, trainer_options | {"logger": [logger, CSVLogger(tmp_path / "csv")]}, [sampler])
+    assert logger.images == [("samples", (16, 16), step) for step in (0, 2, 4)]
+    [told] = [message for message in caplog.messages if "shows no images" in message]
+    assert told == f"CSVLogger shows no images; the samples are in {logger.log_dir}/samples"
