@@ -24,7 +24,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.distributed.optimizer_states import make_portable
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.families import Batch, ModelFamily, check_size, prepare, target_size
+from lit_lora.families import Batch, ModelFamily, check_batch, check_size, prepare, target_size
 from lit_lora.files import atomic_folder
 from lit_lora.formats import AdapterFiles, write_adapter
 from lit_lora.log_mean import log_mean
@@ -205,6 +205,7 @@ class LoraDiffusion(LightningModule):
             self._in_backward = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        check_batch(self.family, batch, values=batch_idx == 0)
         draws = Draws(self.seed, self._slots(batch, self.trainer.fit_loop.total_batch_idx), self.device)
         losses, _ = self.losses(drop_captions(batch, draws, self.caption_dropout), draws)
         loss = losses.mean()
@@ -234,6 +235,7 @@ class LoraDiffusion(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Image.Image]:
         """Draw one image for each caption, in the size of the batch's images."""
+        check_batch(self.family, batch, values=False)
         height, width = target_size(batch)[0].tolist()
         return self.generate(
             batch["caption"],
@@ -307,6 +309,7 @@ class LoraDiffusion(LightningModule):
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
         """Mean loss of the batch at fixed timesteps and noise, and the number of its samples that count."""
+        check_batch(self.family, batch, values=batch_idx == 0)
         draws = Draws(VALIDATION_SEED, self._slots(batch, batch_idx), self.device)
         losses, weight = self.losses(batch, draws)
         return losses.sum() / weight.sum().clamp(min=1), int(weight.sum())

@@ -2,7 +2,7 @@
 
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
-from lit_lora.families.checks import check_size, family_of, prepare
+from lit_lora.families.checks import check_batch, check_size, family_of, prepare
 from lit_lora.families.flux import Flux
 from lit_lora.families.source import ModelSource
 from lit_lora.families.stable_diffusion import StableDiffusion
@@ -18,6 +18,7 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
+    "check_batch",
     "check_size",
     "family_of",
     "prepare",

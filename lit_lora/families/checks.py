@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lit_lora.errors import UserError
 from lit_lora.families.base import ModelFamily
 from lit_lora.objectives import Objective
+
+_CONTRACT = (
+    "LoraDiffusion takes a dict with pixel_values, (B, 3, H, W), uint8 in [0, 255] or float in [-1, 1], and caption, a list of "
+    "B strings; see lit_lora.families.Batch for all keys"
+)
 
 
 def prepare(family: ModelFamily, objective: Objective) -> dict[str, Any]:
@@ -64,6 +72,62 @@ def check_size(family: ModelFamily, height: int, width: int) -> None:
             f"{type(family).__name__} takes images whose sides are multiples of {multiple} px, not {height} x {width}; "
             f"set resolution (and buckets.divisor) to such a size, for example {nearest[0]} x {nearest[1]}"
         )
+
+
+def check_batch(family: ModelFamily, batch: Any, values: bool) -> None:
+    """Check that a batch is as :data:`Batch` says, whichever datamodule it comes from.
+
+    Args:
+        family: Model family that is trained.
+        batch: Batch to check.
+        values: Whether to look at the images' values too, for which the device has to be waited for.
+
+    Raises:
+        UserError: If a key is missing, a shape or a type is wrong, or float images exceed [-1, 1].
+    """
+    if not isinstance(batch, Mapping):
+        raise UserError(f"the batch is a {type(batch).__name__}; {_CONTRACT}")
+    images = "latents_mean" if "latents_mean" in batch else "pixel_values"
+    text = "text_embeddings" if "text_embeddings" in batch else "caption"
+    if missing := sorted({images, text} - batch.keys()):
+        raise UserError(f"the batch has no {missing[0]}, only {', '.join(map(repr, batch)) or 'nothing'}; {_CONTRACT}")
+    if images == "pixel_values":
+        _check_images(family, batch["pixel_values"], values)
+    count = len(batch[images])
+    if text == "caption":
+        captions = batch["caption"]
+        if not isinstance(captions, list | tuple) or not all(isinstance(caption, str) for caption in captions):
+            raise UserError(f"caption is {type(captions).__name__}, not a list of {count} strings; {_CONTRACT}")
+        _check_count(count, caption=captions)
+    _check_count(count, **{name: batch[name] for name in ("weight", "slot", "key") if name in batch})
+
+
+def _check_images(family: ModelFamily, images: Any, values: bool) -> None:
+    if not isinstance(images, Tensor):
+        raise UserError(f"pixel_values is a {type(images).__name__}, not a tensor; {_CONTRACT}")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"pixel_values has the shape {tuple(images.shape)}, not (B, 3, H, W); {_CONTRACT}")
+    check_size(family, *images.shape[-2:])
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise UserError(f"pixel_values is {images.dtype}; {_CONTRACT}")
+    if not values:
+        return
+    least, most = (float(value) for value in torch.aminmax(images.detach()))
+    if least < -1.01 or most > 1.01:
+        raise UserError(f"pixel_values has values from {least:.3g} to {most:.3g}; {_CONTRACT}")
+    if least >= 0:
+        warnings.warn(
+            f"no value of pixel_values is below 0, the largest is {most:.3g}: images in [0, 1] must become [-1, 1]",
+            stacklevel=2,
+        )
+
+
+def _check_count(count: int, **lists: Any) -> None:
+    for name, values in lists.items():
+        if len(values) != count:
+            raise UserError(f"{name} has {len(values)} entries for {count} images; {_CONTRACT}")
 
 
 def family_of(pipeline_name: str) -> type[ModelFamily] | None:
