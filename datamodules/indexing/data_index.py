@@ -83,12 +83,12 @@ class DataIndex:
         current = next((index for index in found if index._is_current(paths)), None)
         if current is not None:
             return current
-        for place in index_folders(folder):
-            remove_unfinished(place, "*.index")
         wanted = {path.name: path for path in paths}
         known = {name: folder / name for index in found[:1] for name in index.names if (folder / name).is_file()}
         every = known | wanted
         made = cls.combine(_index_all([every[name] for name in sorted(every)], jobs, wanted.keys()))
+        for place in index_folders(folder):  # not before, when the processes of a killed run may not have ended yet
+            remove_unfinished(place, "*.index")
         for place in index_folders(folder):
             with suppress(UserError, OSError):
                 made.save(place / INDEX_NAME)

@@ -23,7 +23,7 @@ from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, to_shard_for
 from lit_lora.datamodules.packing.input import PackInput
 from lit_lora.datamodules.packing.left_out import BadFile, count_files, list_first, write_left_out
 from lit_lora.datamodules.packing.pack_lock import only_pack_in
-from lit_lora.datamodules.packing.pack_plan import MANIFEST, claim, write_json
+from lit_lora.datamodules.packing.pack_plan import MANIFEST, claim, remove_left_overs, write_json
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.draws import seed_of
@@ -129,7 +129,9 @@ def pack_folder(
     with only_pack_in(out):
         if count_files(samples.bad) <= max_bad:
             claim(out, list(shards), samples.fingerprint, options)
-        return _pack(out, samples, shards, caption_key, jobs, max_bad)
+        summary = _pack(out, samples, shards, caption_key, jobs, max_bad)
+        remove_left_overs(out, list(shards))  # once more: the processes of a killed run end a moment after it
+        return summary
 
 
 def _name_shards(out: Path, prefix: str, groups: list[NDArray[np.int64]]) -> dict[Path, NDArray[np.int64]]:

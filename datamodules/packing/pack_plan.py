@@ -56,9 +56,19 @@ def claim(out: Path, shards: Sequence[Path], fingerprint: str, options: Sequence
         if any(out.glob("*.tar")):
             raise UserError(f"{visible(out)} holds shards that were not packed here; name another output folder")
         write_json(out / _PLAN, plan)
+    remove_left_overs(out, shards)
+
+
+def remove_left_overs(out: Path, shards: Sequence[Path]) -> None:
+    """Remove temporary files of killed runs; nobody may be writing to the folder.
+
+    Args:
+        out: Folder of the shards, which is locked.
+        shards: Paths of all shards.
+    """
     for path in (*shards, *(out / name for name in _BESIDE)):
         for left_over in out.glob(f"{path.name}.*.part"):
-            left_over.unlink()
+            left_over.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

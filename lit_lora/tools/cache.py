@@ -254,10 +254,7 @@ def _describe(
 def _claim(folder: Path, description: CacheDescription, paths: list[Path]) -> None:
     """Check that a folder holds nothing or a part of the same cache, and mark the cache as unfinished."""
     writable_folder(folder)
-    beside = (DESCRIPTION, UNFINISHED, EMPTY, INDEX_NAME, _BAD)
-    for path in (*paths, *(folder / name for name in beside)):
-        for left_over in folder.glob(f"{path.name}.*.part"):
-            left_over.unlink()
+    _remove_left_overs(folder, paths)
     if any(folder.glob("*.tar")):
         _check_same(folder, description)
     else:
@@ -265,6 +262,13 @@ def _claim(folder: Path, description: CacheDescription, paths: list[Path]) -> No
     if not all(path.exists() for path in paths):
         description.write(folder, UNFINISHED)
         (folder / DESCRIPTION).unlink(missing_ok=True)
+
+
+def _remove_left_overs(folder: Path, paths: list[Path]) -> None:
+    beside = (DESCRIPTION, UNFINISHED, EMPTY, INDEX_NAME, _BAD)
+    for path in (*paths, *(folder / name for name in beside)):
+        for left_over in folder.glob(f"{path.name}.*.part"):
+            left_over.unlink(missing_ok=True)
 
 
 def _check_same(folder: Path, description: CacheDescription) -> None:
@@ -304,6 +308,7 @@ def _complete(targets: Mapping[Path, int], description: CacheDescription) -> Non
         DataIndex.load_or_build(paths)
         description.write(folder)
         (folder / UNFINISHED).unlink(missing_ok=True)
+        _remove_left_overs(folder, paths)  # once more: the processes of a killed run end a moment after it
 
 
 def _cached_specs(named: str | list[str], out: str | None) -> str | list[str]:
