@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,32 +12,39 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import (
     TrainingState,
+    adapter_configs,
     adapter_keys,
     check_adapter_config,
     check_adapter_state,
     check_finite,
     keep_only_adapter,
-    plain_config,
 )
 from lit_lora.callbacks.adapter_ema import AdapterEMA
-from lit_lora.callbacks.finite_gradients import FiniteGradients
+from lit_lora.callbacks.checkpoint_files import (
+    adapter_folders,
+    claim,
+    discard,
+    link_with_folders,
+    modified,
+    options,
+    put_in_place,
+    warn_of_future,
+)
+from lit_lora.callbacks.finite_gradients import FiniteGradients, check_trained
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
-from lit_lora.files import link, restore_replaced, sync, writable_folder
-from lit_lora.finite import non_finite_names, tensors_in
+from lit_lora.files import writable_folder
+from lit_lora.finite import tensors_in
 from lit_lora.folder_lock import FolderLock
 from lit_lora.loops import accumulating, within_epoch
 from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names
 from lit_lora.random_state import random_state, set_random_state
-
-_CLOCKS_DIFFER_S = 300.0
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -92,15 +97,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and "://" not in str(self.dirpath):
-            folder = writable_folder(str(self.dirpath))
-            self._lock = FolderLock(folder)
-            if other := self._lock.take():
-                rank_zero_warn(
-                    f"{other} saves its checkpoints in {folder} too, and one run may replace or resume from those of the other; "
-                    f"end one of them, or give each its own dirpath"
-                )
-            else:
-                _tidy(folder)
+            self._lock = claim(writable_folder(str(self.dirpath)))
         pl_module.strict_loading = False
         self._saved_rng: list[dict[str, Any]] | None = None
         self._unfrozen: list[str] = []
@@ -136,7 +133,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         checkpoint["lit_lora"] = {
-            "adapters": _adapter_configs(pl_module),
+            "adapters": adapter_configs(pl_module),
             "rng": gather(random_state()),
             "optimizers": optimizer_names(trainer),
             "unfrozen": [] if self._state is None else self._state.unfrozen(pl_module),
@@ -145,7 +142,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         ours = checkpoint.get("lit_lora", {})
-        here = _adapter_configs(pl_module)
+        here = adapter_configs(pl_module)
         for name, saved in ours.get("adapters", {}).items():
             check_adapter_config(here.get(name, {}), saved)
         self._saved_rng = ours.get("rng")
@@ -184,9 +181,8 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
         if self._state is not None:
-            self._state.note_trainable(
-                pl_module
-            )  # layers that are unfrozen in this epoch and frozen again before a checkpoint
+            # Layers that are unfrozen in this epoch may be frozen again before a checkpoint.
+            self._state.note_trainable(pl_module)
 
     def on_train_chunk_end(self, trainer: Trainer, pl_module: LightningModule, chunk: int) -> None:
         """Save after this optimizer step; :class:`~lit_lora.datamodules.DataProgress` calls this at the end of a chunk."""
@@ -239,13 +235,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         Raises:
             UserError: If the trained weights or the optimizer's state are not finite.
         """
-        options = self.save_last, self.save_weights_only
-        self.save_last, self.save_weights_only = True, False
-        try:
-            self._step_of_last = None
+        self._step_of_last = None
+        with options(self, save_last=True, save_weights_only=False):
             self._write_last(trainer, self._monitor_candidates(trainer))
-        finally:
-            self.save_last, self.save_weights_only = options
         return self.last_model_path
 
     def _stop_at_step(self, trainer: Trainer) -> None:
@@ -283,7 +275,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             is_ours = os.path.islink(last) and os.path.realpath(last) == saved
             self.last_model_path = trainer.strategy.broadcast(last if is_ours else "")
         replaced, self._replaced = self._replaced, ""
-        if not replaced or os.path.realpath(replaced) == saved or _modified(replaced) > _modified(saved):
+        if not replaced or os.path.realpath(replaced) == saved or modified(replaced) > modified(saved):
             return  # a later checkpoint may have got the name of the replaced one
         if self._should_remove_checkpoint(trainer, replaced, saved):
             self._last_checkpoint_saved = saved  # where a link to the replaced checkpoint will point
@@ -304,13 +296,9 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _write_last(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self._step_of_last == trainer.global_step or not self.save_last or self._must_wait(trainer):
             return
-        option = self.save_last
-        if self._last_global_step_saved != trainer.global_step:
-            self.save_last = True  # no checkpoint of this step to link to
-        try:
+        can_link = self._last_global_step_saved == trainer.global_step  # to a checkpoint of this step
+        with options(self, save_last=self.save_last if can_link else True):
             super()._save_last_checkpoint(trainer, monitor_candidates)
-        finally:
-            self.save_last = option
         self._step_of_last = trainer.global_step
 
     def _must_wait(self, trainer: Trainer) -> bool:
@@ -339,16 +327,14 @@ class AdapterCheckpoint(ModelCheckpoint):
         elif self.dirpath is not None:
             folders = set() if "://" in str(self.dirpath) else {Path(self.dirpath)}
         else:
-            folders = (
-                set() if trainer.log_dir is None else set(Path(trainer.log_dir).parent.glob("version_*/checkpoints"))
-            )
+            folders = set(Path(trainer.log_dir).parent.glob("version_*/checkpoints")) if trainer.log_dir else set()
         self._found = found | {str(path) for folder in folders for path in folder.glob(pattern) if path.exists()}
-        _warn_of_future(self._found)
+        warn_of_future(self._found)
         return self._found
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         # As in ModelCheckpoint, except that the file is renamed into place once it is complete and synced.
-        _check_finite(trainer)
+        check_trained(trainer)
         part = f"{filepath}.part"
         try:
             trainer.save_checkpoint(part, self.save_weights_only)
@@ -356,14 +342,12 @@ class AdapterCheckpoint(ModelCheckpoint):
                 self._save_adapter_folders(trainer, filepath)
         except OSError as error:
             if trainer.is_global_zero:
-                _discard(Path(part))  # it may be what fills the disk
+                discard(Path(part))  # it may be what fills the disk
             if error.filename is None or str(error.filename).startswith(part):
                 error.filename = filepath
             raise
-        if trainer.is_global_zero and os.path.exists(part):  # remote file systems write atomically by themselves
-            sync(Path(part))
-            os.replace(part, filepath)
-            sync(Path(filepath).parent)
+        if trainer.is_global_zero:
+            put_in_place(part, filepath)
         trainer.strategy.barrier()
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
@@ -375,7 +359,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         module: Any = trainer.lightning_module
         if not hasattr(module, "save_adapter"):
             return
-        plain, averaged = _adapter_folders(filepath)
+        plain, averaged = adapter_folders(filepath)
         for folder in (plain, averaged):
             if trainer.is_global_zero and folder.is_symlink():
                 folder.unlink()  # ``last`` was a link and becomes a checkpoint of its own
@@ -388,14 +372,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         last = self.last_model_path
         if trainer.is_global_zero and os.path.islink(last) and os.path.realpath(last) == os.path.realpath(filepath):
             # ModelCheckpoint removes the old checkpoint before it moves the link; a run killed in between could not be resumed.
-            _link_with_folders(self._last_checkpoint_saved, last)
+            link_with_folders(self._last_checkpoint_saved, last)
         super()._remove_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
-            for folder in _adapter_folders(filepath):
-                if folder.is_symlink():
-                    folder.unlink()
-                else:
-                    shutil.rmtree(folder, ignore_errors=True)
+            for folder in adapter_folders(filepath):
+                discard(folder)
 
     def _keep_training_state(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
         if self._filters:
@@ -414,80 +395,5 @@ class AdapterCheckpoint(ModelCheckpoint):
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:
         if trainer.is_global_zero and os.path.abspath(filepath) != os.path.abspath(linkpath):
-            _link_with_folders(filepath, linkpath)
+            link_with_folders(filepath, linkpath)
         trainer.strategy.barrier()
-
-
-def _check_finite(trainer: Trainer) -> None:
-    """Refuse to write weights or optimizer states that are not finite, in all processes alike; a collective call.
-
-    Raises:
-        UserError: If a value is NaN or Inf.
-    """
-    trained = ((name, p) for name, p in trainer.lightning_module.named_parameters() if p.requires_grad)
-    named = {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in trained}  # DeepSpeed's own shard
-    states = tensors_in([list(optimizer.state.values()) for optimizer in trainer.optimizers])
-    found = [name for names in gather(non_finite_names(named) or non_finite_names(states)) for name in names]
-    if found:
-        raise UserError(
-            f"nothing is saved at step {trainer.global_step}: {len(found)} tensors of weights or optimizer state hold NaN or "
-            f"Inf, the first is {found[0]}. Resume from an earlier checkpoint with a lower lr or trainer.gradient_clip_val: 1.0"
-        )
-
-
-def _warn_of_future(found: set[str]) -> None:
-    """The newest checkpoint is known by its time, which tells nothing once the clock has been set back."""
-    later = sorted(
-        name for name in found if "://" not in name and os.stat(name).st_mtime > time.time() + _CLOCKS_DIFFER_S
-    )
-    if later:
-        rank_zero_warn(
-            f"{later[0]} was saved in the future by this machine's clock, so that ckpt_path=last may not be the newest of "
-            f"{len(found)} checkpoints; name the right one, or set its time with touch"
-        )
-
-
-def _tidy(folder: Path) -> None:
-    """Remove or finish what a killed run has left unfinished."""
-    restore_replaced(folder, "*.adapter")
-    for pattern in ("*.ckpt.part", "*.adapter*.part"):
-        for unfinished in folder.glob(pattern):
-            _discard(unfinished)
-
-
-def _modified(name: str) -> float:
-    """Time of the last change of a checkpoint; 0 if it is gone, so that at most its folders are left."""
-    try:
-        return os.stat(name).st_mtime
-    except OSError:
-        return 0.0
-
-
-def _discard(path: Path) -> None:
-    """Remove a file or folder if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _adapter_folders(filepath: str) -> tuple[Path, Path]:
-    """The folders beside a checkpoint: the adapter, and its average."""
-    stem = filepath.removesuffix(ModelCheckpoint.FILE_EXTENSION)
-    return Path(f"{stem}.adapter"), Path(f"{stem}.ema.adapter")
-
-
-def _link_with_folders(filepath: str, linkpath: str) -> None:
-    link(Path(filepath), Path(linkpath))
-    for folder, folder_link in zip(_adapter_folders(filepath), _adapter_folders(linkpath), strict=True):
-        if folder.exists():
-            link(folder, folder_link)
-
-
-def _adapter_configs(module: LightningModule) -> dict[str, dict[str, Any]]:
-    return {
-        f"{path}.{name}": plain_config(config)
-        for path, child in module.named_modules()
-        if isinstance(child, PeftModel)
-        for name, config in child.peft_config.items()
-    }

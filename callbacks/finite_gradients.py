@@ -11,8 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
+from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError, check_least
-from lit_lora.finite import any_non_finite, non_finite_names, zero_where
+from lit_lora.finite import any_non_finite, non_finite_names, tensors_in, zero_where
 from lit_lora.loops import accumulating
 from lit_lora.visible import visible
 
@@ -188,3 +189,20 @@ def _nothing() -> None:
 
 def _steps(count: int) -> str:
     return f"{count} steps" if count > 1 else "1 step"
+
+
+def check_trained(trainer: Trainer) -> None:
+    """Refuse to write weights or optimizer states that are not finite, in all processes alike; a collective call.
+
+    Raises:
+        UserError: If a value is NaN or Inf.
+    """
+    trained = ((name, p) for name, p in trainer.lightning_module.named_parameters() if p.requires_grad)
+    named = {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in trained}  # DeepSpeed's own shard
+    states = tensors_in([list(optimizer.state.values()) for optimizer in trainer.optimizers])
+    found = [name for names in gather(non_finite_names(named) or non_finite_names(states)) for name in names]
+    if found:
+        raise UserError(
+            f"nothing is saved at step {trainer.global_step}: {len(found)} tensors of weights or optimizer state hold NaN or "
+            f"Inf, the first is {found[0]}. Resume from an earlier checkpoint with a lower lr or trainer.gradient_clip_val: 1.0"
+        )

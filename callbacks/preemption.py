@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import distributed
 
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lit_lora.callbacks.checkpoint_files import options
 from lit_lora.loops import accumulating, more_is_due
 
 _ONE_SIGNAL_SECONDS = 3.0
@@ -132,12 +133,8 @@ def _save_last(trainer: Trainer) -> str | None:
     checkpoint = callbacks[0]
     if isinstance(checkpoint, AdapterCheckpoint):
         return checkpoint.save_now(trainer)
-    options = checkpoint.save_last, checkpoint.save_weights_only
-    checkpoint.save_last, checkpoint.save_weights_only = True, False
-    try:
+    with options(checkpoint, save_last=True, save_weights_only=False):
         checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
-    finally:
-        checkpoint.save_last, checkpoint.save_weights_only = options
     return checkpoint.last_model_path
 
 

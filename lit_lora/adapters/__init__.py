@@ -2,6 +2,7 @@
 
 from lit_lora.adapters.inject import ADAPTER_NAME, inject
 from lit_lora.adapters.keys import (
+    adapter_configs,
     adapter_keys,
     check_adapter_config,
     check_adapter_state,
@@ -18,6 +19,7 @@ __all__ = [
     "ADAPTER_NAME",
     "AdapterMethod",
     "TrainingState",
+    "adapter_configs",
     "adapter_keys",
     "adapter_state",
     "check_adapter_config",

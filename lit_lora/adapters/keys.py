@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -137,3 +137,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return str(value)
     return getattr(value, "value", None) or repr(value)
+
+
+def adapter_configs(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The configs of all adapters in a module, by the path of the adapted model and the adapter's name."""
+    return {
+        f"{path}.{name}": plain_config(config)
+        for path, child in module.named_modules()
+        if isinstance(child, PeftModel)
+        for name, config in child.peft_config.items()
+    }

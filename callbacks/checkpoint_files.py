@@ -1,0 +1,100 @@
+"""Files of a checkpoint: ``NAME.ckpt`` with the folders ``NAME.adapter`` and ``NAME.ema.adapter``; options to write it with."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lit_lora.files import link, restore_replaced, sync
+from lit_lora.folder_lock import FolderLock
+
+_CLOCKS_DIFFER_S = 300.0
+
+
+def warn_of_future(found: set[str]) -> None:
+    """The newest checkpoint is known by its time, which tells nothing once the clock has been set back."""
+    later = sorted(
+        name for name in found if "://" not in name and os.stat(name).st_mtime > time.time() + _CLOCKS_DIFFER_S
+    )
+    if later:
+        rank_zero_warn(
+            f"{later[0]} was saved in the future by this machine's clock, so that ckpt_path=last may not be the newest of "
+            f"{len(found)} checkpoints; name the right one, or set its time with touch"
+        )
+
+
+def claim(folder: Path) -> FolderLock:
+    """Take a folder for a run's checkpoints, and remove what a killed run has left there; warns if another run has it."""
+    lock = FolderLock(folder)
+    if other := lock.take():
+        rank_zero_warn(
+            f"{other} saves its checkpoints in {folder} too, and one run may replace or resume from those of the other; end one "
+            f"of them, or give each its own dirpath"
+        )
+    else:
+        tidy(folder)
+    return lock
+
+
+def tidy(folder: Path) -> None:
+    """Remove or finish what a killed run has left unfinished."""
+    restore_replaced(folder, "*.adapter")
+    for pattern in ("*.ckpt.part", "*.adapter*.part"):
+        for unfinished in folder.glob(pattern):
+            discard(unfinished)
+
+
+@contextmanager
+def options(callback: ModelCheckpoint, **values: Any) -> Iterator[None]:
+    """Give a callback other options for a while."""
+    before = {name: getattr(callback, name) for name in values}
+    vars(callback).update(values)
+    try:
+        yield
+    finally:
+        vars(callback).update(before)
+
+
+def put_in_place(part: str, filepath: str) -> None:
+    """Give a complete checkpoint its name; remote file systems, which write atomically by themselves, have no part."""
+    if os.path.exists(part):
+        sync(Path(part))
+        os.replace(part, filepath)
+        sync(Path(filepath).parent)
+
+
+def modified(name: str) -> float:
+    """Time of the last change of a checkpoint; 0 if it is gone, so that at most its folders are left."""
+    try:
+        return os.stat(name).st_mtime
+    except OSError:
+        return 0.0
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def adapter_folders(filepath: str) -> tuple[Path, Path]:
+    """The folders beside a checkpoint: the adapter, and its average."""
+    stem = filepath.removesuffix(ModelCheckpoint.FILE_EXTENSION)
+    return Path(f"{stem}.adapter"), Path(f"{stem}.ema.adapter")
+
+
+def link_with_folders(filepath: str, linkpath: str) -> None:
+    link(Path(filepath), Path(linkpath))
+    for folder, folder_link in zip(adapter_folders(filepath), adapter_folders(linkpath), strict=True):
+        if folder.exists():
+            link(folder, folder_link)
