@@ -31,6 +31,9 @@ _NO_ANSWER = re.compile(
 )
 """Errors of gloo and NCCL when another process is gone or silent."""
 
+_NO_MEMORY = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc")
+"""What torch and the system say when the host's memory runs out."""
+
 _NOISY_LOGGERS = ("torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that warn about each other's libraries, which a user can do nothing about."""
 
@@ -106,7 +109,7 @@ def is_config_mistake(error: BaseException) -> bool:
 def out_of_memory(error: BaseException) -> str | None:
     """A sentence about an error that means that memory of the host or of the GPU ran out; None for other errors."""
     text = str(error)
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(text)):
         return "the host's memory ran out; lower batch_size or num_workers, or quantize the base"
     if type(error).__name__ == "OutOfMemoryError":
         return f"{text.splitlines()[0]}\nlit-lora plan --config … shows what makes the run fit"

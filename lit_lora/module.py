@@ -246,12 +246,12 @@ class LoraDiffusion(LightningModule):
             width=width,
         )
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **options: Any) -> list[Image.Image]:
         """Draw one image for each prompt with the current weights.
 
         Args:
             prompts: Prompts to draw.
-            seeds: Seeds of the initial noise, one for each prompt.
+            seeds: Seeds of the initial noise, one for each prompt. Defaults to the module's seed and those that follow it.
             **options: Further options of :func:`lit_lora.sampling.generate`.
 
         Raises:
@@ -269,6 +269,7 @@ class LoraDiffusion(LightningModule):
                 self._encoder_offload.on_device(),
                 self.autocast(),
             ):
+                seeds = range(self.seed, self.seed + len(prompts)) if seeds is None else seeds
                 return self.family.generate(prompts, seeds, self._scheduler_config, **options)
         finally:
             self.train(was_training)

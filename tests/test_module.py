@@ -284,6 +284,24 @@ def test_images_while_training_from_a_cache(sd_folder: Path, trainer_options: di
     assert image.tobytes() == module.generate(["a star"], [0], num_inference_steps=2, guidance_scale=5.0)[0].tobytes()
 
 
+def test_nothing_is_drawn_or_saved_before_there_is_something(sd_folder: Path, tmp_path: Path) -> None:
+    module = module_for(sd_folder)
+    for call in (lambda: module.generate(["a star"]), lambda: module.save_adapter(tmp_path / "adapter")):
+        with pytest.raises(
+            UserError, match=r"yet: call (generate|save_adapter) after trainer\.fit, in the same process"
+        ):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_without_seeds_begin_with_the_modules_seed(sd_folder: Path) -> None:
+    module = module_for(sd_folder, seed=5)
+    module.configure_model()
+    drawn = module.generate(["a star", "a star"], num_inference_steps=2)
+    again = module.generate(["a star", "a star"], [5, 6], num_inference_steps=2)
+    assert [image.tobytes() for image in drawn] == [image.tobytes() for image in again]
+
+
 def test_predict_from_a_cache(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     def drawn(data: Any) -> list[bytes]:
         torch.manual_seed(0)
