@@ -240,8 +240,6 @@ class LoraDiffusion(LightningModule):
         return self.generate(
             batch["caption"],
             seeds=[self.seed + slot for slot in self._slots(batch, batch_idx)],
-            num_inference_steps=self.sampling.num_inference_steps,
-            guidance_scale=self.sampling.guidance_scale,
             height=height,
             width=width,
         )
@@ -252,15 +250,16 @@ class LoraDiffusion(LightningModule):
         Args:
             prompts: Prompts to draw.
             seeds: Seeds of the initial noise, one for each prompt. Defaults to the module's seed and those that follow it.
-            **options: Further options of :func:`lit_lora.sampling.generate`.
+            **options: Further options of :func:`lit_lora.sampling.generate`; steps and guidance default to ``sampling``.
 
         Raises:
-            UserError: If the family cannot draw images of the given height and width.
+            UserError: If the base is not loaded yet, or cannot draw images of the given height and width.
         """
-        height, width = (options.get(edge) or self.family.default_size for edge in ("height", "width"))
-        check_size(self.family, height, width)
         if not self._configured:
             raise UserError("the base is not loaded yet: call generate after trainer.fit, in the same process")
+        height, width = (options.get(edge) or self.family.default_size for edge in ("height", "width"))
+        check_size(self.family, height, width)
+        options = vars(self.sampling) | options
         was_training = self.training
         self.eval()
         try:
