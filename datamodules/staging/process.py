@@ -172,8 +172,8 @@ def serve(config: StagerConfig, closed: threading.Event) -> int:
     staging: _Staging | None = None
     told: dict[str, Any] = {}
     try:
-        _remove_stale_jobs(folder)
         slot = StagerSlot.claim(folder, config.parent)
+        _remove_stale_jobs(folder)
         staging = _Staging(config, slot)
         while not closed.is_set() and os.getppid() == config.parent:
             staging.step()
@@ -184,6 +184,7 @@ def serve(config: StagerConfig, closed: threading.Event) -> int:
             staging.rest(closed)
         slot.clean()
         path.unlink(missing_ok=True)
+        _remove_stale_jobs(folder)  # at the end, since the process of a killed run may outlive it by a moment
         return 0
     except UserError as error:
         message = str(error)
