@@ -32,7 +32,7 @@ from lit_lora.callbacks.finite_gradients import FiniteGradients
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
-from lit_lora.files import link, restore_replaced, sync, writable_folder
+from lit_lora.files import atomic_file, link, restore_replaced, sync, writable_folder
 from lit_lora.finite import non_finite_names, tensors_in
 from lit_lora.folder_lock import FolderLock
 from lit_lora.loops import accumulating, within_epoch
@@ -102,6 +102,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             else:
                 _tidy(folder)
         pl_module.strict_loading = False
+        self._trains = False
         self._saved_rng: list[dict[str, Any]] | None = None
         self._unfrozen: list[str] = []
         self._resumed: ResumedOptimizers | None = None
@@ -158,6 +159,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._trains = True
         self._is_due = self._stop_is_due = False
         self._first_step, self._step_of_last = trainer.global_step, None
         if self._resumed is not None:
@@ -233,6 +235,36 @@ class AdapterCheckpoint(ModelCheckpoint):
             elif self.monitor is None:
                 self._save_topk_checkpoint(trainer, candidates)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the last save of a run that was killed at its end, since nothing is left to train and so nothing is saved."""
+        super().on_fit_end(trainer, pl_module)
+        resumed = str(trainer.ckpt_path)
+        if (
+            self._trains
+            or resumed not in self._found
+            or getattr(trainer, "fast_dev_run", False)
+            or not self._is_inside(resumed)
+        ):
+            return
+        self._finish_last_save(trainer, resumed)
+        if self.save_last and trainer.is_global_zero:
+            self._update_last(trainer, os.path.realpath(resumed))
+
+    def _update_last(self, trainer: Trainer, saved: str) -> None:
+        """Make ``last`` what it would have become after this checkpoint was saved."""
+        last = self.last_model_path
+        if not last:
+            last = self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST)
+            if os.path.lexists(last):
+                return  # of another run
+        if os.path.realpath(last) == saved or _modified(last) >= _modified(saved):
+            return
+        if self.save_last == "link":
+            _link_with_folders(saved, last)
+        else:
+            _copy_with_folders(saved, last)
+        self.last_model_path = last
+
     def save_now(self, trainer: Trainer) -> str:
         """Save a complete ``last`` checkpoint, whatever the options say, and return its path; a collective call.
 
@@ -292,9 +324,12 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         # ModelCheckpoint keeps the checkpoint that the run was resumed from. One that "last" has found is the run's own.
         if previous != current and previous == str(trainer.ckpt_path) and previous in self._found:
-            return Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
+            return self._is_inside(previous)
         removed: bool = super()._should_remove_checkpoint(trainer, previous, current)
         return removed
+
+    def _is_inside(self, path: str) -> bool:
+        return Path(str(self.dirpath)).absolute() in Path(path).absolute().parents
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         # ModelCheckpoint calls this after its triggers, and after each validation if save_last is "link".
@@ -450,7 +485,7 @@ def _warn_of_future(found: set[str]) -> None:
 def _tidy(folder: Path) -> None:
     """Remove or finish what a killed run has left unfinished."""
     restore_replaced(folder, "*.adapter")
-    for pattern in ("*.ckpt.part", "*.adapter*.part"):
+    for pattern in ("*.ckpt*.part", "*.adapter*.part"):
         for unfinished in folder.glob(pattern):
             _discard(unfinished)
 
@@ -482,6 +517,19 @@ def _link_with_folders(filepath: str, linkpath: str) -> None:
     for folder, folder_link in zip(_adapter_folders(filepath), _adapter_folders(linkpath), strict=True):
         if folder.exists():
             link(folder, folder_link)
+
+
+def _copy_with_folders(filepath: str, copy: str) -> None:
+    """Replace a checkpoint and its folders by copies; the checkpoint comes last, as where it is saved."""
+    for folder, folder_copy in zip(_adapter_folders(filepath), _adapter_folders(copy), strict=True):
+        if folder.exists():
+            part = folder_copy.with_name(folder_copy.name + ".part")
+            _discard(part)
+            shutil.copytree(folder, part)
+            _discard(folder_copy)
+            part.rename(folder_copy)
+    with atomic_file(copy) as part:
+        shutil.copyfile(filepath, part)
 
 
 def _adapter_configs(module: LightningModule) -> dict[str, dict[str, Any]]:
