@@ -9,7 +9,6 @@ from typing import Any
 from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -30,12 +29,11 @@ from lit_lora.callbacks.checkpoint_files import (
     claim,
     discard,
     link_with_folders,
-    modified,
     options,
     put_in_place,
-    warn_of_future,
 )
 from lit_lora.callbacks.finite_gradients import FiniteGradients, check_trained
+from lit_lora.callbacks.resumed_saves import ResumedSaves
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
@@ -47,7 +45,7 @@ from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names
 from lit_lora.random_state import random_state, set_random_state
 
 
-class AdapterCheckpoint(ModelCheckpoint):
+class AdapterCheckpoint(ResumedSaves):
     """A :class:`~lightning.pytorch.callbacks.ModelCheckpoint` with all its options that saves only the adapter.
 
     A checkpoint holds the weights of the adapter, everything else that training changes, such as running statistics of BatchNorm
@@ -88,11 +86,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._first_step = 0
         self._step_of_last: int | None = None
         """The optimizer step that ``last`` was saved at."""
-        self._replaced = ""
-        """The checkpoint that the next one replaces; a run that is killed in between leaves its removal to the resumed run."""
         self._lock: FolderLock | None = None
-        self._found: set[str] = set()
-        """The checkpoints that ``ckpt_path="last"`` has found."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -115,13 +109,6 @@ class AdapterCheckpoint(ModelCheckpoint):
         self._state = self._state or TrainingState(pl_module)
         if self._resumed is not None:
             self._resumed.compare(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"replaced": self._replaced}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._replaced = state_dict.get("replaced", "") if self.dirpath == state_dict.get("dirpath") else ""
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for hook in self._hooks:
@@ -165,8 +152,6 @@ class AdapterCheckpoint(ModelCheckpoint):
         for name in self._unfrozen:
             named[name].requires_grad_(True)
         self._unfrozen = []
-        if trainer.ckpt_path is not None:
-            self._finish_last_save(trainer, str(trainer.ckpt_path))
         if self._saved_rng is None:
             return
         if len(self._saved_rng) == trainer.world_size:
@@ -255,39 +240,6 @@ class AdapterCheckpoint(ModelCheckpoint):
         # ModelCheckpoint leaves ``last`` as it is when this checkpoint is not among the best.
         self._write_last(trainer, monitor_candidates)
 
-    def _save_none_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        self._replaced = self.best_model_path if self.save_top_k == 1 else ""
-        super()._save_none_monitor_checkpoint(trainer, monitor_candidates)
-        self._replaced = ""
-
-    def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        self._replaced = self.kth_best_model_path if 0 < len(self.best_k_models) == self.save_top_k else ""
-        super()._update_best_and_save(current, trainer, monitor_candidates)
-        self._replaced = ""
-
-    def _finish_last_save(self, trainer: Trainer, resumed: str) -> None:
-        """What a killed run had still to do after it had saved the checkpoint that this run was resumed from."""
-        if "://" in str(self.dirpath):
-            return
-        saved = os.path.realpath(resumed)
-        if not self.last_model_path:  # the first checkpoint is written before its link
-            last = self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST)
-            is_ours = os.path.islink(last) and os.path.realpath(last) == saved
-            self.last_model_path = trainer.strategy.broadcast(last if is_ours else "")
-        replaced, self._replaced = self._replaced, ""
-        if not replaced or os.path.realpath(replaced) == saved or modified(replaced) > modified(saved):
-            return  # a later checkpoint may have got the name of the replaced one
-        if self._should_remove_checkpoint(trainer, replaced, saved):
-            self._last_checkpoint_saved = saved  # where a link to the replaced checkpoint will point
-            self._remove_checkpoint(trainer, replaced)
-
-    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
-        # ModelCheckpoint keeps the checkpoint that the run was resumed from. One that "last" has found is the run's own.
-        if previous != current and previous == str(trainer.ckpt_path) and previous in self._found:
-            return Path(str(self.dirpath)).absolute() in Path(previous).absolute().parents
-        removed: bool = super()._should_remove_checkpoint(trainer, previous, current)
-        return removed
-
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         # ModelCheckpoint calls this after its triggers, and after each validation if save_last is "link".
         if self._last_global_step_saved == trainer.global_step:
@@ -312,25 +264,6 @@ class AdapterCheckpoint(ModelCheckpoint):
                 self._is_due = True
                 return True
         return False
-
-    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Candidates for ``ckpt_path="last"``; without a ``dirpath`` also those in the log folders of earlier runs.
-
-        Loggers give every run a new ``version_N`` folder, so ModelCheckpoint would find nothing there and start over. The newest
-        of all counts, since a killed run may not have written its ``last`` yet.
-        """
-        found: set[str] = super()._find_last_checkpoints(trainer)
-        pattern = "*.ckpt" if self.save_last else f"{self.CHECKPOINT_NAME_LAST}*.ckpt"
-        if found:
-            folders = {Path(name).parent for name in found}
-            pattern = "*.ckpt"
-        elif self.dirpath is not None:
-            folders = set() if "://" in str(self.dirpath) else {Path(self.dirpath)}
-        else:
-            folders = set(Path(trainer.log_dir).parent.glob("version_*/checkpoints")) if trainer.log_dir else set()
-        self._found = found | {str(path) for folder in folders for path in folder.glob(pattern) if path.exists()}
-        warn_of_future(self._found)
-        return self._found
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         # As in ModelCheckpoint, except that the file is renamed into place once it is complete and synced.

@@ -13,7 +13,7 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_lora.files import link, restore_replaced, sync
+from lit_lora.files import atomic_file, link, restore_replaced, sync
 from lit_lora.folder_lock import FolderLock
 
 _CLOCKS_DIFFER_S = 300.0
@@ -47,7 +47,7 @@ def claim(folder: Path) -> FolderLock:
 def tidy(folder: Path) -> None:
     """Remove or finish what a killed run has left unfinished."""
     restore_replaced(folder, "*.adapter")
-    for pattern in ("*.ckpt.part", "*.adapter*.part"):
+    for pattern in ("*.ckpt*.part", "*.adapter*.part"):
         for unfinished in folder.glob(pattern):
             discard(unfinished)
 
@@ -98,3 +98,16 @@ def link_with_folders(filepath: str, linkpath: str) -> None:
     for folder, folder_link in zip(adapter_folders(filepath), adapter_folders(linkpath), strict=True):
         if folder.exists():
             link(folder, folder_link)
+
+
+def copy_with_folders(filepath: str, copy: str) -> None:
+    """Replace a checkpoint and its folders by copies; the checkpoint comes last, as where it is saved."""
+    for folder, folder_copy in zip(adapter_folders(filepath), adapter_folders(copy), strict=True):
+        if folder.exists():
+            part = folder_copy.with_name(folder_copy.name + ".part")
+            discard(part)
+            shutil.copytree(folder, part)
+            discard(folder_copy)
+            part.rename(folder_copy)
+    with atomic_file(copy) as part:
+        shutil.copyfile(filepath, part)

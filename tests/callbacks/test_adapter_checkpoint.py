@@ -132,6 +132,7 @@ def test_unfinished_files_of_a_killed_run_are_removed(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
     (tmp_path / "epoch=0-step=9.ckpt.part").write_text("")
+    (tmp_path / "epoch=0-step=9.ckpt.part.01234567-89-01234567.part").write_text("")
     (tmp_path / "epoch=0-step=9.ema.adapter.77.part").mkdir()
     (tmp_path / "mine.part").write_text("")
     (tmp_path / "last.adapter.77.old").mkdir()  # the new one had not taken its place yet
@@ -175,6 +176,29 @@ def test_a_save_that_was_killed_is_finished_by_the_resumed_run(
     fit(sd_folder, trainer_options, AdapterCheckpoint(killed, **options), max_steps=3, resume="last")
     assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
     assert (killed / "last.ckpt").readlink() == Path("epoch=0-step=3.ckpt")
+
+
+@pytest.mark.parametrize("save_last", [True, "link"])
+def test_a_last_save_that_was_killed_is_finished_though_nothing_is_left_to_train(
+    save_last: Any, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"every_n_train_steps": 1, "save_last": save_last}
+    fit(sd_folder, trainer_options, AdapterCheckpoint(tmp_path / "whole", **options), max_steps=2)
+    killed = tmp_path / "killed"
+
+    def kill(*_: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(AdapterCheckpoint, "_remove_checkpoint", kill)
+        fit(sd_folder, trainer_options, AdapterCheckpoint(killed, **options), max_steps=2)
+    assert torch.load(killed / "last.ckpt", weights_only=True)["global_step"] == 1
+    for _ in range(2):
+        fit(sd_folder, trainer_options, AdapterCheckpoint(killed, **options), max_steps=2, resume="last")
+        assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+        assert torch.load(killed / "last.ckpt", weights_only=True)["global_step"] == 2
+        weights = [load_file(f / "last.adapter" / "adapter_model.safetensors") for f in (killed, tmp_path / "whole")]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
 def test_a_checkpoint_of_the_same_name_is_kept_by_the_resumed_run(

@@ -1,0 +1,127 @@
+"""A ``ModelCheckpoint`` whose resumed runs finish what a killed one has left undone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lit_lora.callbacks.checkpoint_files import copy_with_folders, link_with_folders, modified, warn_of_future
+
+
+class ResumedSaves(ModelCheckpoint):
+    """A :class:`~lightning.pytorch.callbacks.ModelCheckpoint` that a run can be resumed from wherever it was killed.
+
+    ``ckpt_path="last"`` finds the newest checkpoint, also of earlier runs. A run that is resumed from it removes the checkpoint
+    which that one was to replace, and brings ``last`` up to it.
+    """
+
+    _replaced = ""
+    """The checkpoint that the next one replaces; a run that is killed in between leaves its removal to the resumed run."""
+    _found: AbstractSet[str] = frozenset()
+    """The checkpoints that ``ckpt_path="last"`` has found."""
+    _trains = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._trains = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"replaced": self._replaced}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._replaced = state_dict.get("replaced", "") if self.dirpath == state_dict.get("dirpath") else ""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._trains = True
+        if trainer.ckpt_path is not None:
+            self._finish_last_save(trainer, str(trainer.ckpt_path))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the last save of a run that was killed at its end: nothing is left to train, and so nothing is saved."""
+        super().on_fit_end(trainer, pl_module)
+        resumed = str(trainer.ckpt_path)
+        if self._trains or resumed not in self._found or not self._is_inside(resumed):
+            return
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        self._finish_last_save(trainer, resumed)
+        if self.save_last and trainer.is_global_zero:
+            self._update_last(trainer, os.path.realpath(resumed))
+
+    def _save_none_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._replaced = self.best_model_path if self.save_top_k == 1 else ""
+        super()._save_none_monitor_checkpoint(trainer, monitor_candidates)
+        self._replaced = ""
+
+    def _update_best_and_save(self, current: Tensor, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        self._replaced = self.kth_best_model_path if 0 < len(self.best_k_models) == self.save_top_k else ""
+        super()._update_best_and_save(current, trainer, monitor_candidates)
+        self._replaced = ""
+
+    def _finish_last_save(self, trainer: Trainer, resumed: str) -> None:
+        """What a killed run had still to do after it had saved the checkpoint that this run was resumed from."""
+        if "://" in str(self.dirpath):
+            return
+        saved = os.path.realpath(resumed)
+        if not self.last_model_path:  # the first checkpoint is written before its link
+            last = self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST)
+            is_ours = os.path.islink(last) and os.path.realpath(last) == saved
+            self.last_model_path = trainer.strategy.broadcast(last if is_ours else "")
+        replaced, self._replaced = self._replaced, ""
+        if not replaced or os.path.realpath(replaced) == saved or modified(replaced) > modified(saved):
+            return  # a later checkpoint may have got the name of the replaced one
+        if self._should_remove_checkpoint(trainer, replaced, saved):
+            self._last_checkpoint_saved = saved  # where a link to the replaced checkpoint will point
+            self._remove_checkpoint(trainer, replaced)
+
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
+        # ModelCheckpoint keeps the checkpoint that the run was resumed from. One that "last" has found is the run's own.
+        if previous != current and previous == str(trainer.ckpt_path) and previous in self._found:
+            return self._is_inside(previous)
+        removed: bool = super()._should_remove_checkpoint(trainer, previous, current)
+        return removed
+
+    def _is_inside(self, path: str) -> bool:
+        return Path(str(self.dirpath)).absolute() in Path(path).absolute().parents
+
+    def _update_last(self, trainer: Trainer, saved: str) -> None:
+        """Make ``last`` what it would have become after this checkpoint was saved."""
+        last = self.last_model_path
+        if not last:
+            last = self.format_checkpoint_name(self._monitor_candidates(trainer), self.CHECKPOINT_NAME_LAST)
+            if os.path.lexists(last):
+                return  # of another run
+        if os.path.realpath(last) == saved or modified(last) >= modified(saved):
+            return
+        if self.save_last == "link":
+            link_with_folders(saved, last)
+        else:
+            copy_with_folders(saved, last)
+        self.last_model_path = last
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        """Candidates for ``ckpt_path="last"``; without a ``dirpath`` also those in the log folders of earlier runs.
+
+        Loggers give every run a new ``version_N`` folder, so ModelCheckpoint would find nothing there and start over. The newest
+        of all counts, since a killed run may not have written its ``last`` yet.
+        """
+        found: set[str] = super()._find_last_checkpoints(trainer)
+        pattern = "*.ckpt" if self.save_last else f"{self.CHECKPOINT_NAME_LAST}*.ckpt"
+        if found:
+            folders = {Path(name).parent for name in found}
+            pattern = "*.ckpt"
+        elif self.dirpath is not None:
+            folders = set() if "://" in str(self.dirpath) else {Path(self.dirpath)}
+        else:
+            folders = set(Path(trainer.log_dir).parent.glob("version_*/checkpoints")) if trainer.log_dir else set()
+        self._found = found | {str(path) for folder in folders for path in folder.glob(pattern) if path.exists()}
+        warn_of_future(self._found)
+        return self._found
