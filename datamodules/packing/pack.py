@@ -117,11 +117,8 @@ def pack_folder(
     check_least(1, samples_per_shard=samples_per_shard, max_shard_bytes=max_shard_bytes, jobs=jobs)
     check_least(0, max_bad=max_bad)
     _check_names(source, out, prefix)
-    columns: dict[str, Any] = {
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "caption_key": caption_key,
-    }
+    columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
+    columns["caption_key"] = caption_key
     samples = find_input(source, out, jobs=jobs, **columns)
     order = _order(samples, shuffle_seed)
     shards = _name_shards(out, prefix, _group(samples.sizes, order, samples_per_shard, max_shard_bytes))
@@ -129,9 +126,7 @@ def pack_folder(
     with only_pack_in(out):
         if count_files(samples.bad) <= max_bad:
             claim(out, list(shards), samples.fingerprint, options)
-        summary = _pack(out, samples, shards, caption_key, jobs, max_bad)
-        remove_left_overs(out, list(shards))  # once more: the processes of a killed run end a moment after it
-        return summary
+        return _pack(out, samples, shards, caption_key, jobs, max_bad)
 
 
 def _name_shards(out: Path, prefix: str, groups: list[NDArray[np.int64]]) -> dict[Path, NDArray[np.int64]]:
@@ -174,7 +169,9 @@ def _pack(
             f"{count_files(bad)} bad files, more than max_bad={max_bad}; repair them or raise max_bad"
             f" ({visible(out / _BAD)} lists all):{list_first(bad)}"
         )
-    return _conclude(out, done, samples, bad)
+    summary = _conclude(out, done, samples, bad)
+    remove_left_overs(out, list(shards))  # once more: the processes of a killed run end a moment after it
+    return summary
 
 
 def _order(samples: PackInput, seed: int | None) -> NDArray[np.int64]:
