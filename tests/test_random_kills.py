@@ -33,7 +33,7 @@ from tests.warm_python import warm_context
 pytestmark = pytest.mark.slow
 
 CASES = 8  # the tests below
-KILLS = -(-int(os.environ.get("LIT_LORA_KILLS", 16)) // CASES)  # in each case
+KILLS = -(-int(os.environ.get("LIT_LORA_KILLS", 8)) // CASES)  # in each case
 SEED = int(os.environ.get("LIT_LORA_KILL_SEED") or int.from_bytes(os.urandom(4), "big"))
 CHUNKS, GLOBAL_BATCH = 5, 4
 TIMEOUT_S = 300.0

@@ -27,7 +27,7 @@ from lit_lora.quantization import Quantization
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 GLOBAL_BATCH = 4
-STEPS = 20
+STEPS = 12
 SAVED_AT = 2
 RESUMED_TO = 4
 
@@ -191,7 +191,7 @@ def saving(folder: Path, every: int) -> AdapterCheckpoint:
 
 
 def losses_and_checkpoint(strategy: Any, model: Path, shards: Path, folder: Path) -> dict[str, Any]:
-    """Twenty steps, with a checkpoint after every second."""
+    """Some steps, with a checkpoint after every second."""
     seen, *_ = train(strategy, model, shards, folder, callbacks=[saving(folder, SAVED_AT)])
     return {"losses": seen.losses, "keys": seen.keys}
 
