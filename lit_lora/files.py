@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -124,6 +124,17 @@ def remove_unfinished(folder: Path, *patterns: str) -> None:
             if found["space"] == process_space() and not is_alive(int(found["pid"])):
                 with suppress(OSError):
                     os.unlink(entry.path)
+
+
+def remove_parts(paths: Iterable[Path]) -> None:
+    """Remove the temporary files of these files, from killed processes of any machine; nobody may be writing them.
+
+    Args:
+        paths: Files that :func:`atomic_file` writes.
+    """
+    for path in paths:
+        for left_over in path.parent.glob(f"{path.name}.*.part"):
+            left_over.unlink(missing_ok=True)
 
 
 def writable_folder(path: str | Path) -> Path:

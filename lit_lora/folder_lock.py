@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lit_lora.machine import host
+from lit_lora.visible import visible
 
 _NAME = ".run.lock"
 
@@ -38,15 +39,14 @@ class FolderLock:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
-                owner = os.pread(file, 4096, 0)
+                owner = owner_of(file)
                 os.close(file)
-                return _name(owner)
+                return owner or "a process that has just started"
             except OSError:
                 os.close(file)
                 raise
             self._file = file
-            os.ftruncate(file, 0)
-            os.pwrite(file, json.dumps({"host": host(), "pid": os.getpid()}).encode(), 0)
+            write_owner(file)
         return None
 
     def release(self) -> None:
@@ -58,9 +58,16 @@ class FolderLock:
             os.close(file)
 
 
-def _name(owner: bytes) -> str:
+def write_owner(lock: int) -> None:
+    """Write into an open lock file that this process holds it."""
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps({"host": host(), "pid": os.getpid()}).encode(), 0)
+
+
+def owner_of(lock: int) -> str | None:
+    """Who holds the lock of an open lock file, for a message; None if nobody has written it down yet."""
     try:
-        entries = json.loads(owner)
-        return f"process {int(entries['pid'])} on {entries['host']}"
+        owner = json.loads(os.pread(lock, 4096, 0))
+        return f"process {int(owner['pid'])} on {visible(owner['host'])}"
     except (ValueError, KeyError, TypeError):
-        return "a process that has just started"
+        return None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
+from lit_lora.folder_lock import owner_of, write_owner
 from lit_lora.visible import visible
 
 _NAME = "pack.lock"
@@ -34,8 +33,7 @@ def only_pack_in(out: Path) -> Iterator[None]:
     path = writable_folder(out) / _NAME
     lock = _open_locked(path)
     try:
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+        write_owner(lock)
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is locked, so that nobody else's file is removed
@@ -48,7 +46,7 @@ def _open_locked(path: Path) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = _owner(lock)
+            owner = owner_of(lock) or "it has just started"
             os.close(lock)
             raise UserError(
                 f"another run packs into {visible(path.parent)} ({owner}); wait until it has ended, or name another output"
@@ -69,11 +67,3 @@ def _is_at(lock: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(lock), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _owner(lock: int) -> str:
-    try:
-        owner = json.loads(os.pread(lock, 4096, 0))
-        return f"process {int(owner['pid'])} on {visible(owner['host'])}"
-    except (ValueError, KeyError, TypeError):
-        return "it has just started"

@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file
+from lit_lora.files import atomic_file, remove_parts
 from lit_lora.visible import visible
 
 MANIFEST = "manifest.json"
@@ -66,9 +66,7 @@ def remove_left_overs(out: Path, shards: Sequence[Path]) -> None:
         out: Folder of the shards, which is locked.
         shards: Paths of all shards.
     """
-    for path in (*shards, *(out / name for name in _BESIDE)):
-        for left_over in out.glob(f"{path.name}.*.part"):
-            left_over.unlink(missing_ok=True)
+    remove_parts([*shards, *(out / name for name in _BESIDE)])
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from lit_lora.distributed.jobs import check_workers
 from lit_lora.errors import UserError, check_least
 from lit_lora.families import ModelFamily, check_size, prepare
 from lit_lora.families.parts import PARTS
-from lit_lora.files import atomic_file, writable_folder
+from lit_lora.files import atomic_file, remove_parts, writable_folder
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from lit_lora.redact import redact
@@ -266,9 +266,7 @@ def _claim(folder: Path, description: CacheDescription, paths: list[Path]) -> No
 
 def _remove_left_overs(folder: Path, paths: list[Path]) -> None:
     beside = (DESCRIPTION, UNFINISHED, EMPTY, INDEX_NAME, _BAD)
-    for path in (*paths, *(folder / name for name in beside)):
-        for left_over in folder.glob(f"{path.name}.*.part"):
-            left_over.unlink(missing_ok=True)
+    remove_parts([*paths, *(folder / name for name in beside)])
 
 
 def _check_same(folder: Path, description: CacheDescription) -> None:
