@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from lit_lora.adapters.ranked_layer import KeptSlices
 from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.errors import UserError
 from lit_lora.log_mean import log_mean
@@ -99,6 +100,17 @@ class AdapterEMA(Callback):
         with self.averaged(pl_module):
             loss, count = cast(Any, pl_module).validation_loss(batch, batch_idx)
         log_mean(pl_module, "val/loss_ema", loss, count)
+
+    def on_ranks_pruned(self, trainer: Trainer, pl_module: LightningModule, changes: Sequence[KeptSlices]) -> None:
+        """Remove from the average what was removed from the weights; :class:`RankBudget` calls this."""
+        if self._average is None:
+            return
+        shadows = dict(zip(self._names, self._average.shadow_params, strict=True))
+        changed = {id(change.parameter): change for change in changes}
+        for name, parameter in pl_module.named_parameters():
+            if name in shadows and id(parameter) in changed:
+                shadows[name] = changed[id(parameter)].of(shadows[name])
+        self._average.shadow_params = list(shadows.values())
 
     def state_dict(self) -> dict[str, Any]:
         if self._average is None:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from lit_lora.adapters.ranked_layer import layer_ranks
 from lit_lora.batch_size import batch_size
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
@@ -39,8 +40,8 @@ class RunReport(Callback):
     number of processes in the figures: after an error each process reports only its own, in ``report-rank1.json`` and so on
     for all but the first), ``this_run``, ``total`` and ``runs`` (number of runs in ``total``), ``peak_memory`` (bytes of the
     process with the highest peak in this run), ``peak_memory_of`` (``allocated`` or ``resident``, see :class:`MemoryProfiler`),
-    ``adapter_parameters`` (number of trained parameters), ``gpu_energy_note`` and ``prices``. ``this_run``
-    and ``total`` have
+    ``adapter_parameters`` (number of trained parameters), ``adapter_ranks`` (rank of each LoRA layer by its name; empty for
+    other adapters), ``gpu_energy_note`` and ``prices``. ``this_run`` and ``total`` have
 
     - ``wall_seconds`` from setup to the end, and ``train_seconds``, the part of them after the model was loaded;
     - ``cpu_seconds`` of all threads, and of child processes that have ended;
@@ -174,6 +175,7 @@ class RunReport(Callback):
             "peak_memory": max(own["peak_memory"] for own in everyone),
             "peak_memory_of": next(iter(self._meter.current())),
             "adapter_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            "adapter_ranks": layer_ranks(pl_module),
             "gpu_energy_note": next((own["note"] for own in everyone if own["note"]), None),
             "prices": {"per_hour": self.price_per_hour, "per_kwh": self.price_per_kwh},
         }
@@ -306,6 +308,9 @@ def _table(report: Mapping[str, Any]) -> str:
         lines.append(f"no GPU energy: {report['gpu_energy_note']}")
     lines.append(f"peak memory {report['peak_memory'] / 2**20:,.1f} MiB ({report['peak_memory_of']})")
     lines.append(f"trained parameters {report['adapter_parameters']:,}")
+    if ranks := report["adapter_ranks"].values():
+        mean = sum(ranks) / len(ranks)
+        lines.append(f"ranks of {len(ranks)} layers {min(ranks)} to {max(ranks)}, {mean:.4g} on average")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from lit_lora.callbacks.image_writer import ImageWriter as ImageWriter
 from lit_lora.callbacks.memory_limit import MemoryLimit as MemoryLimit
 from lit_lora.callbacks.memory_profiler import MemoryProfiler as MemoryProfiler
 from lit_lora.callbacks.preemption import Preemption as Preemption
+from lit_lora.callbacks.rank_budget import RankBudget as RankBudget
 from lit_lora.callbacks.run_report import RunReport as RunReport
 from lit_lora.callbacks.sample_images import SampleImages as SampleImages
 from lit_lora.callbacks.step_progress import StepProgress as StepProgress

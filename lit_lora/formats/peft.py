@@ -80,3 +80,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def safetensors_bytes(state: Mapping[str, Tensor]) -> int:
+    """Size in bytes of a safetensors file of float32 tensors: length of the header, header, tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in sorted(state.items()):
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + -(-length // 8) * 8 + offset

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import pairwise
@@ -15,6 +14,7 @@ from lit_lora.adapters import adapter_state, method_of
 from lit_lora.blocks import outermost_blocks
 from lit_lora.draws import Draws
 from lit_lora.families import check_size
+from lit_lora.formats.peft import safetensors_bytes
 from lit_lora.module import LoraDiffusion
 from lit_lora.parameters import trainable_parameters
 from lit_lora.planning.cuda_semantics import CudaSemantics
@@ -74,7 +74,7 @@ class _Simulation:
 
     def plan(self) -> MemoryPlan:
         run, meter = self.run, self.meter
-        file_bytes = _safetensors_bytes(adapter_state(self.family.denoiser))
+        file_bytes = safetensors_bytes(adapter_state(self.family.denoiser))
         self._count_parameters()
         self._load_phase()
         with ExitStack() as stack:
@@ -242,15 +242,3 @@ def _waiting_block_bytes(denoiser: nn.Module, block_classes: Sequence[str]) -> i
 
 def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-def _safetensors_bytes(state: dict[str, Tensor]) -> int:
-    """Size in bytes of a safetensors file: length of the header, header, tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in sorted(state.items()):
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + -(-length // 8) * 8 + offset

@@ -61,6 +61,7 @@ def test_counted_figures(fit, capsys):
     assert 0 < taken["cpu_seconds"] <= time.process_time() - cpu + 0.1
     assert taken["samples_per_second"] == pytest.approx(8 / taken["train_seconds"])
     assert report["adapter_parameters"] == 2
+    assert report["adapter_ranks"] == {}
     assert report["peak_memory"] > 2**20
     assert taken["gpu_energy_kwh"] is None
     assert report["gpu_energy_note"] == "the run is not on an NVIDIA GPU"

@@ -15,7 +15,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 
-from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, FiniteGradients, MemoryProfiler, RunReport, SampleImages
+from lit_lora.adapters.ranked_layer import layer_ranks
+from lit_lora.callbacks import (
+    AdapterCheckpoint,
+    AdapterEMA,
+    FiniteGradients,
+    MemoryProfiler,
+    RankBudget,
+    RunReport,
+    SampleImages,
+)
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.distributed import LitLoraFSDP
 from lit_lora.distributed.collectives import full_tensor
@@ -56,6 +65,7 @@ FEATURES = (
     "NF4",
     "DoRA",
     "modules_to_save",
+    "pruned ranks",
     "skipped steps",
 )
 """Features of the table in docs/cluster.md; clipping by norm is in every run."""
@@ -65,6 +75,9 @@ REFUSED: dict[tuple[str, str], str] = {
     ("ZeRO-2", "clipping by value"): "DeepSpeed does not support clipping by value",
     ("ZeRO-3", "clipping by value"): "DeepSpeed does not support clipping by value",
     ("ZeRO-3", "EMA"): "AdapterEMA needs full parameters",
+    ("ZeRO-1", "pruned ranks"): "DeepSpeed keeps in buffers of a fixed size",
+    ("ZeRO-2", "pruned ranks"): "DeepSpeed keeps in buffers of a fixed size",
+    ("ZeRO-3", "pruned ranks"): "DeepSpeed keeps in buffers of a fixed size",
 }
 """Which strategy refuses which feature, and what its error says."""
 
@@ -262,6 +275,8 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         module = module_of(model, config)
     elif name == "modules_to_save":
         module = module_of(model, LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], modules_to_save=["conv_out"]))
+    elif name == "pruned ranks":
+        module, callbacks = pruned(model, folder)
     elif name == "skipped steps":
         # Without momentum a step with gradients of zero changes nothing, as one that is left out.
         module = module_of(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
@@ -272,6 +287,15 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
             strategy, model, shards, folder, module=module, callbacks=callbacks, data=data, **options
         )
     result: dict[str, Any] = {"losses": seen.losses}
+    if name == "pruned ranks":
+        result["ranks"] = layer_ranks(module)
+        again, callbacks = pruned(model, folder / "again")
+        options["resume"] = folder / f"{SAVED_AT}.ckpt"
+        resumed_run, *_ = train(
+            copy.deepcopy(strategy), model, shards, folder, module=again, callbacks=callbacks, **options
+        )
+        result["resumed"] = resumed_run.losses
+        result["same adapter"] = same(adapter(module), adapter(again))
     if name == "validation":
         result["val/loss"] = float(trainer.callback_metrics["val/loss"])
         images = trainer.predict(module, data)
@@ -286,6 +310,13 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         except UserError as error:
             result["end"] = str(error)
     return result
+
+
+def pruned(model: Path, folder: Path) -> tuple[LoraDiffusion, list[Callback]]:
+    """A module and callbacks for a run that prunes the ranks twice, before and after a checkpoint."""
+    module = module_of(model, LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v", "conv1"]))
+    budget = RankBudget(mean_rank=1.5, start=0.5, stop=0.75, prunings=2)
+    return module, [budget, AdapterEMA(decay=0.9), saving(folder, SAVED_AT)]
 
 
 @contextmanager

@@ -164,6 +164,11 @@ def test_a_feature_does_what_it_does_in_one_process(
         assert apart(found["losses"], expected["losses"]) <= near
         if feature == "validation":
             assert found["val/loss"] == pytest.approx(expected["val/loss"], abs=NEAR)
+        if feature == "pruned ranks":
+            assert found["ranks"] == expected["ranks"]
+            assert 2 * sum(found["ranks"].values()) == 3 * len(found["ranks"])
+            assert found["resumed"] == found["losses"][SAVED_AT:]
+            assert found["same adapter"]
         if feature == "skipped steps":
             assert (found["skipped"], found["finite"]) == (1, True)
             assert len(found["losses"]) == RESUMED_TO - 1

@@ -1,0 +1,307 @@
+"""Prunes the ranks of a LoRA to a budget while it trains."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lit_lora.adapters import ADAPTER_NAME, adapter_state
+from lit_lora.adapters.rank_selection import select_components
+from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks, ranked_layers
+from lit_lora.byte_sizes import parse_bytes
+from lit_lora.distributed.collectives import full_tensor, shard_like
+from lit_lora.distributed.resized import refresh
+from lit_lora.errors import UserError, check_least
+from lit_lora.formats.peft import safetensors_bytes
+from lit_lora.profiling.rank_chart import rank_chart
+
+_PARAMETER_BYTES = 4
+"""Adapters are trained and saved in float32."""
+
+
+class RankBudget(Callback):
+    """Starts LoRA with a larger rank and prunes it to a budget while it trains, so that each layer keeps the ranks it needs.
+
+    LoRA adds ``scaling * sum_i B[:, i] A[i]`` to a frozen weight. Before each optimizer step, each rank-one component is scored
+    by how much the loss depends on it: to first order by ``|<A[i], dL/dA[i]>|`` (Taylor pruning, Molchanov et al., 2019),
+    averaged over the steps. At each pruning, components of all layers compete by their score for each parameter that they cost.
+    The worst are removed from the weights, the gradients and the optimizer's state, whose memory becomes free. The budget falls
+    cubically, as in AdaLoRA (Zhang et al., 2023): quickly at first, slowly at the end.
+
+    The result is an ordinary LoRA with a rank for each layer (``rank_pattern``, ``alpha_pattern``), which PEFT and diffusers
+    load. It works with LoRA, rsLoRA and DoRA in any LightningModule, with :class:`AdapterCheckpoint`, :class:`AdapterEMA`, and
+    under ``ddp`` and ``lit_lora_fsdp``. Resuming is exact. The metrics ``ranks/mean`` and ``ranks/parameters`` show the progress,
+    and TensorBoard gets a chart of the ranks.
+
+    Exactly one of the first four arguments sets the budget at the end of the schedule.
+
+    Args:
+        mean_rank: Mean rank of the layers; every component costs the same.
+        parameters: Number of parameters in ``A`` and ``B`` of all layers together.
+        share: Share of the parameters that training starts with, in (0, 1).
+        file_size: Size of ``adapter_model.safetensors`` in bytes, or with a unit, such as ``"20MB"``.
+        start: Share of the optimizer steps before the first pruning, in [0, 1); defaults to 0.1.
+        stop: Share of the optimizer steps after which the budget is reached, in (0, 1]; defaults to 0.6. The remaining steps
+            train with the final ranks.
+        prunings: Number of prunings between them; defaults to 10.
+        min_rank: Rank that each layer keeps; defaults to 1.
+        smoothing: Weight of the earlier steps in the average of the scores, in [0, 1); defaults to 0.9.
+
+    Raises:
+        UserError: If not exactly one budget is given, or a value is outside its range; when training starts, if the adapter is
+            not LoRA, the budget is below ``min_rank`` in each layer or not below the ranks at the start, the number of optimizer
+            steps is unknown, or strategy, ``optimizer_in_backward`` or ``compile_blocks`` exclude it.
+    """
+
+    def __init__(
+        self,
+        mean_rank: float | None = None,
+        parameters: int | None = None,
+        share: float | None = None,
+        file_size: int | str | None = None,
+        start: float = 0.1,
+        stop: float = 0.6,
+        prunings: int = 10,
+        min_rank: int = 1,
+        smoothing: float = 0.9,
+    ) -> None:
+        given = {"mean_rank": mean_rank, "parameters": parameters, "share": share, "file_size": file_size}
+        if len(set_ones := [f"{name}={value}" for name, value in given.items() if value is not None]) != 1:
+            raise UserError(
+                f"RankBudget needs exactly one of {', '.join(given)}, not {' and '.join(set_ones) or 'none of them'}"
+            )
+        check_least(1, prunings=prunings, min_rank=min_rank, parameters=parameters, mean_rank=mean_rank)
+        if share is not None and not 0 < share < 1:
+            raise UserError(f"share={share} must lie between 0 and 1: it is the part of the parameters that remains")
+        if not 0 <= start < stop <= 1:
+            raise UserError(
+                f"start={start} and stop={stop} must be shares of the optimizer steps with 0 <= start < stop <= 1"
+            )
+        if not 0 <= smoothing < 1:
+            raise UserError(f"smoothing={smoothing} must lie in [0, 1)")
+        self.mean_rank = mean_rank
+        self.parameters = parameters
+        self.share = share
+        self.file_bytes = None if file_size is None else parse_bytes("file_size", file_size)
+        self.start = start
+        self.stop = stop
+        self.prunings = prunings
+        self.min_rank = min_rank
+        self.smoothing = smoothing
+        self.layers: list[RankedLayer] = []
+        """The layers whose ranks are pruned, while a trainer runs."""
+        self._hooks: list[RemovableHandle] = []
+        self._first_ranks: dict[str, int] = {}
+        self._scores: dict[str, Tensor] = {}
+        self._schedule: dict[int, float] = {}
+        self._total_steps = 0
+        self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            _check_run(trainer, pl_module)
+        self.layers, self._first_ranks, self._scores, self._total_steps = [], {}, {}, 0
+        self._hooks = [pl_module.register_load_state_dict_pre_hook(partial(self._match_checkpoint, trainer))]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._find_layers(pl_module)
+        first = sum(rank * cost for rank, cost in zip(self._first_ranks.values(), self._costs(), strict=True))
+        final = self._budget(first, pl_module)
+        select_components([torch.zeros(layer.rank) for layer in self.layers], self._costs(), final, self.min_rank)
+        if final >= first:
+            raise UserError(
+                f"RankBudget's budget of {final:,.0f} {self._unit} is not below the {first:,.0f} at the start, so nothing would "
+                f"be pruned; lower the budget, or raise the adapter's r"
+            )
+        if not self._total_steps:
+            self._total_steps = _number_of_steps(trainer)
+        begin, end = self.start * self._total_steps, self.stop * self._total_steps
+        self._schedule = {}
+        for number in range(1, self.prunings + 1):
+            step = begin + (end - begin) * (number - 1) / max(1, self.prunings - 1)
+            left = (1 - number / self.prunings) ** 3
+            self._schedule[max(1, round(step))] = final + (first - final) * left
+        if self.prunings == 1:
+            self._schedule = {max(1, round(end)): final}
+        self._scores = {
+            layer.path: _like(self._scores[layer.path], layer) for layer in self.layers if layer.path in self._scores
+        }
+        self._step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for layer in self.layers:
+            gradients = layer.gate_gradients()
+            if gradients is None:
+                continue
+            score = gradients.abs().nan_to_num(0.0, 0.0, 0.0)  # FiniteGradients skips such a step
+            before = self._scores.get(layer.path)
+            self._scores[layer.path] = (1 - self.smoothing) * score + (0 if before is None else self.smoothing * before)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if self._step in self._schedule:
+            self._prune(trainer, self._schedule[self._step])
+            self._draw(trainer)
+        ranks = [layer.rank for layer in self.layers]
+        pl_module.log("ranks/mean", sum(ranks) / len(ranks), batch_size=1)
+        parameters = sum(layer.rank * layer.component_parameters for layer in self.layers)
+        pl_module.log("ranks/parameters", float(parameters), batch_size=1)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        last = max(self._schedule, default=0)
+        if self.layers and trainer.global_step < last:
+            rank_zero_warn(
+                f"training has ended at step {trainer.global_step}, and RankBudget reaches its budget at step {last} of "
+                f"{self._total_steps}; the adapter is larger than the budget"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        scores = {path: full_tensor(value).cpu() for path, value in self._scores.items()}
+        return {"scores": scores, "first_ranks": self._first_ranks, "total_steps": self._total_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._scores = dict(state_dict["scores"])
+        self._first_ranks = dict(state_dict["first_ranks"])
+        self._total_steps = int(state_dict["total_steps"])
+
+    @property
+    def _unit(self) -> str:
+        return "ranks" if self.mean_rank is not None else "parameters"
+
+    def _find_layers(self, module: nn.Module) -> None:
+        if not self.layers:
+            self.layers = ranked_layers(module)
+            if not self.layers:
+                raise UserError(
+                    "RankBudget found no LoRA layer in the module; adapt it with peft.LoraConfig before training starts"
+                )
+        if not self._first_ranks:
+            self._first_ranks = {layer.path: layer.rank for layer in self.layers}
+
+    def _costs(self) -> list[float]:
+        """Cost of one component of each layer."""
+        return [1.0 if self.mean_rank is not None else float(layer.component_parameters) for layer in self.layers]
+
+    def _budget(self, first: float, module: nn.Module) -> float:
+        """The budget at the end of the schedule, in ranks or parameters."""
+        if self.mean_rank is not None:
+            return self.mean_rank * len(self.layers)
+        if self.share is not None:
+            return self.share * first
+        if self.parameters is not None:
+            return float(self.parameters)
+        assert self.file_bytes is not None
+        return (self.file_bytes - _other_bytes(module, self.layers)) / _PARAMETER_BYTES
+
+    def _prune(self, trainer: Trainer, budget: float) -> None:
+        scores = [
+            full_tensor(self._scores[layer.path]).cpu() if layer.path in self._scores else torch.zeros(layer.rank)
+            for layer in self.layers
+        ]
+        before = [layer.rank for layer in self.layers]
+        chosen = select_components(scores, self._costs(), budget, self.min_rank)
+        changes = []
+        for layer, indices in zip(self.layers, chosen, strict=True):
+            if len(indices) < layer.rank:
+                changes += layer.keep(indices, trainer.optimizers)
+                if layer.path in self._scores:
+                    full = full_tensor(self._scores[layer.path])
+                    self._scores[layer.path] = _like(full[indices.to(full.device)], layer)
+        if not changes:
+            return
+        note_ranks(self.layers)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_ranks_pruned"):
+                callback.on_ranks_pruned(trainer, trainer.lightning_module, changes)
+        refresh(trainer.strategy)
+        after = [layer.rank for layer in self.layers]
+        rank_zero_info(
+            f"RankBudget pruned {sum(before) - sum(after):,} of {sum(before):,} ranks at step {trainer.global_step}: "
+            f"{min(after)} to {max(after)} for each of {len(after)} layers, {sum(after) / len(after):.2f} on average"
+        )
+
+    def _draw(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                ranks = {layer.name: (layer.rank, self._first_ranks[layer.path]) for layer in self.layers}
+                chart = rank_chart(ranks, f"ranks at step {trainer.global_step}")
+                logger.experiment.add_image("ranks", np.asarray(chart), trainer.global_step, dataformats="HWC")
+
+    def _match_checkpoint(self, trainer: Trainer, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        """Give the layers the ranks of a checkpoint that is about to be loaded."""
+        self._find_layers(module)
+        before = [layer.rank for layer in self.layers]
+        for layer in self.layers:
+            name = f"{layer.path}.lora_A.{ADAPTER_NAME}.weight"
+            rank = int(state_dict[name].shape[0]) if name in state_dict else layer.rank
+            if 0 < rank < layer.rank:
+                for kept in layer.keep(torch.arange(rank), trainer.optimizers):
+                    key = name if kept.dim == 0 else f"{layer.path}.lora_B.{ADAPTER_NAME}.weight"
+                    state_dict[key] = shard_like(state_dict[key], kept.parameter)
+        if before != [layer.rank for layer in self.layers]:
+            note_ranks(self.layers)
+
+
+def _number_of_steps(trainer: Trainer) -> int:
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise UserError(
+            "RankBudget's schedule needs the number of optimizer steps; set trainer.max_steps or trainer.max_epochs"
+        )
+    return int(steps)
+
+
+def _like(scores: Tensor, layer: RankedLayer) -> Tensor:
+    """Full scores of a layer on its device, sharded as the rows of ``A`` are."""
+    scores = scores.to(layer.a.device)
+    if isinstance(layer.a, DTensor):
+        return distribute_tensor(scores, layer.a.device_mesh, layer.a.placements, src_data_rank=None)
+    return scores
+
+
+def _other_bytes(module: nn.Module, layers: list[RankedLayer]) -> int:
+    """Bytes of ``adapter_model.safetensors`` beside the weights of the ranked layers."""
+    model = next(child for child in module.modules() if isinstance(child, PeftModel))
+    ranked = sum(layer.rank * layer.component_parameters for layer in layers)
+    return safetensors_bytes(adapter_state(model)) - _PARAMETER_BYTES * ranked
+
+
+def _check_run(trainer: Trainer, module: Any) -> None:
+    """Refuse strategies and options under which weights cannot change their shape, or gradients are gone too early."""
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise UserError(
+            "RankBudget removes ranks from weights and optimizer states, which DeepSpeed keeps in buffers of a fixed size; use "
+            "strategy ddp or lit_lora_fsdp, or remove RankBudget from trainer.callbacks"
+        )
+    if getattr(getattr(module, "memory", None), "optimizer_in_backward", False):
+        raise UserError(
+            "RankBudget reads all gradients before each optimizer step, and memory.optimizer_in_backward frees "
+            "them during the backward pass; set it to false, or remove RankBudget from trainer.callbacks"
+        )
+    if getattr(module, "compile_blocks", False):
+        raise UserError(
+            "RankBudget changes the shapes of weights, so that compile_blocks would compile every block anew at each pruning; "
+            "set compile_blocks to false, or remove RankBudget from trainer.callbacks"
+        )

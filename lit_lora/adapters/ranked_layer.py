@@ -1,0 +1,230 @@
+"""A LoRA layer as a sum of rank-one components that can be scored and removed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_lora.adapters.inject import ADAPTER_NAME
+from lit_lora.distributed.collectives import full_tensor, shard_like
+from lit_lora.distributed.resized import resize_parameter
+from lit_lora.errors import UserError
+
+
+@dataclass(frozen=True)
+class KeptSlices:
+    """Slices of a parameter that stayed when others were removed.
+
+    Args:
+        before: The parameter that optimizers held before.
+        parameter: The parameter now; the same object unless FSDP2 has sharded it.
+        shape: Full shape before.
+        dim: Dimension of the slices.
+        indices: Slices that stayed, int64 ``(k,)``.
+    """
+
+    before: nn.Parameter
+    parameter: nn.Parameter
+    shape: torch.Size
+    dim: int
+    indices: Tensor
+
+    def of(self, values: Tensor) -> Tensor:
+        """The same slices of a tensor with one value for each element of the parameter, sharded as the parameter is."""
+        full = full_tensor(values)
+        return shard_like(_slices(full, self.dim, self.indices), self.parameter)
+
+
+class RankedLayer:
+    """The rank-one components of one LoRA layer, whose update of the weight is ``scaling * sum_i B[:, i] A[i]``.
+
+    Args:
+        root: Module that contains the layer.
+        path: Path of the layer in ``root``.
+        name: Path of the layer in the adapted model.
+        layer: LoRA layer of a Linear layer or of a Conv2d layer without groups.
+        config: Config of the adapter.
+    """
+
+    def __init__(self, root: nn.Module, path: str, name: str, layer: LoraLayer, config: LoraConfig) -> None:
+        self.root = root
+        self.path = path
+        self.name = name
+        self.layer = layer
+        self.config = config
+        self.scaling: float = layer.scaling[ADAPTER_NAME]
+
+    @property
+    def a(self) -> nn.Parameter:
+        """Down-projection, ``(r, in)`` or ``(r, in, height, width)``."""
+        weight: nn.Parameter = self.layer.lora_A[ADAPTER_NAME].weight
+        return weight
+
+    @property
+    def b(self) -> nn.Parameter:
+        """Up-projection, ``(out, r)`` or ``(out, r, 1, 1)``."""
+        weight: nn.Parameter = self.layer.lora_B[ADAPTER_NAME].weight
+        return weight
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return int(self.a.shape[0])
+
+    @property
+    def component_parameters(self) -> int:
+        """Number of parameters of one component."""
+        return (self.a.numel() + self.b.numel()) // self.rank
+
+    def gate_gradients(self) -> Tensor | None:
+        """Derivative of the loss by a factor on each component, float32 ``(r,)``; None without gradients.
+
+        With factors ``g_i`` of 1, ``g_i B[:, i] A[i]``, it is ``dL/dg_i = <A[i], dL/dA[i]>``, which equals
+        ``<B[:, i], dL/dB[:, i]>``. To first order, the loss changes by ``-dL/dg_i`` when the component is removed.
+        """
+        if self.a.grad is None:
+            return None
+        return (self.a.detach() * self.a.grad).flatten(1).sum(1, dtype=torch.float32)
+
+    def keep(self, indices: Tensor, optimizers: Sequence[Optimizer]) -> list[KeptSlices]:
+        """Remove all other components from weights, gradients and optimizer states.
+
+        The scaling of those that stay does not change, since alpha changes with the rank.
+
+        Args:
+            indices: Components to keep, int64 ``(k,)``.
+            optimizers: Optimizers that may have a state of the layer.
+
+        Returns:
+            The slices of both weights that stay.
+
+        Raises:
+            UserError: If an optimizer's state is not one value for each element.
+        """
+        slices: list[KeptSlices] = []
+        for parameter, dim in ((self.a, 0), (self.b, 1)):
+            shape = parameter.shape
+            values = _slices(full_tensor(parameter.detach()), dim, indices)
+            slices.append(KeptSlices(parameter, resize_parameter(self.root, parameter, values), shape, dim, indices))
+            for optimizer in optimizers:
+                _keep_state(optimizer, slices[-1])
+        self.set_rank(len(indices))
+        return slices
+
+    def set_rank(self, rank: int) -> None:
+        """Set the layer's rank, and the alpha with which its scaling stays the same."""
+        layer: Any = self.layer
+        down, up = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+        for owner, fields in ((down, ("out_features", "out_channels")), (up, ("in_features", "in_channels"))):
+            for field in fields:
+                if hasattr(owner, field):
+                    setattr(owner, field, rank)
+        divisor = math.sqrt(rank) if self.config.use_rslora else rank
+        alpha = self.scaling * divisor
+        layer.r[ADAPTER_NAME], layer.lora_alpha[ADAPTER_NAME] = rank, alpha
+        layer.scaling[ADAPTER_NAME] = alpha / divisor  # as PEFT computes it for the adapter's files
+
+
+def ranked_layers(module: nn.Module) -> list[RankedLayer]:
+    """The LoRA layers of a module whose ranks can change, sorted by path.
+
+    Embeddings, convolutions with groups and layers of other kinds stay out.
+
+    Args:
+        module: Any module that contains adapted models.
+
+    Raises:
+        UserError: If an adapter is neither LoRA nor its variants rsLoRA and DoRA.
+    """
+    found: list[RankedLayer] = []
+    for path, model in module.named_modules():
+        if not isinstance(model, PeftModel):
+            continue
+        config = model.peft_config[ADAPTER_NAME]
+        _check_config(config)
+        for name, layer in model.base_model.model.named_modules():
+            if _is_ranked(layer):
+                inside = ".".join(filter(None, (path, "base_model.model", name)))
+                found.append(RankedLayer(module, inside, name, layer, config))
+    return sorted(found, key=lambda layer: layer.path)
+
+
+def note_ranks(layers: Sequence[RankedLayer]) -> None:
+    """Write the layers' ranks and alphas into their config, as ``rank_pattern`` and ``alpha_pattern``."""
+    for config in {id(layer.config): layer.config for layer in layers}.values():
+        own = [layer for layer in layers if layer.config is config]
+        names = [layer.name for layer in own]
+        # PEFT takes the first pattern that matches the end of a name; ^ keeps it from matching the end of a longer one.
+        keys = [f"^{name}" if any(other.endswith(f".{name}") for other in names) else name for name in names]
+        config.rank_pattern = {key: layer.rank for key, layer in zip(keys, own, strict=True)}
+        config.alpha_pattern = {key: layer.layer.lora_alpha[ADAPTER_NAME] for key, layer in zip(keys, own, strict=True)}
+
+
+def layer_ranks(module: nn.Module) -> dict[str, int]:
+    """The rank of each LoRA layer in a module, by the layer's name in the adapted model."""
+    return {
+        path.rpartition("base_model.model.")[2]: int(layer.r[ADAPTER_NAME])
+        for path, layer in module.named_modules()
+        if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.r
+    }
+
+
+def _is_ranked(layer: nn.Module) -> bool:
+    if not isinstance(layer, LoraLayer) or ADAPTER_NAME not in layer.lora_A:
+        return False
+    return isinstance(layer, Linear) or (isinstance(layer, Conv2d) and layer.get_base_layer().groups == 1)
+
+
+def _check_config(config: Any) -> None:
+    if type(config) is not LoraConfig:
+        raise UserError(
+            f"RankBudget prunes the ranks of LoRA, and the adapter is {type(config).__name__}; use peft.LoraConfig, or remove "
+            f"RankBudget from trainer.callbacks"
+        )
+    if variants := list(_other_variants(config)):
+        raise UserError(
+            f"RankBudget prunes LoRA, rsLoRA and DoRA, and the adapter sets {', '.join(variants)}; remove these options, or "
+            f"remove RankBudget from trainer.callbacks"
+        )
+
+
+def _other_variants(config: LoraConfig) -> Iterator[str]:
+    """Names of options that give LoRA layers further tensors or another forward pass."""
+    for name, field in type(config).__dataclass_fields__.items():
+        if field.metadata.get("is_lora_variant") and name != "use_dora" and getattr(config, name):
+            yield name
+    if config.layer_replication:
+        yield "layer_replication"
+    if config.target_parameters:
+        yield "target_parameters"
+
+
+def _slices(values: Tensor, dim: int, indices: Tensor) -> Tensor:
+    return values.index_select(dim, indices.to(values.device)).contiguous()
+
+
+def _keep_state(optimizer: Optimizer, kept: KeptSlices) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [kept.parameter if one is kept.before else one for one in group["params"]]
+    if kept.before not in optimizer.state:
+        return
+    state: dict[str, Any] = optimizer.state.pop(kept.before)
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.numel() <= 1:
+            continue
+        if value.shape != kept.shape:
+            raise UserError(
+                f"{type(optimizer).__name__} keeps {name} in the shape {tuple(value.shape)} for weights of the shape "
+                f"{tuple(kept.shape)}, so that RankBudget cannot prune it with the ranks; use an optimizer with one value for "
+                f"each element, such as torch.optim.AdamW"
+            )
+        state[name] = kept.of(value)
+    optimizer.state[kept.parameter] = state

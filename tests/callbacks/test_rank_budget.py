@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from peft import AdaLoraConfig, LoraConfig
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_lora.adapters.ranked_layer import layer_ranks, ranked_layers
+from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, RankBudget, RunReport
+from lit_lora.errors import UserError
+from lit_lora.families import StableDiffusion
+from lit_lora.memory.options import MemoryOptions
+from lit_lora.module import LoraDiffusion
+from tests.helpers import loader_of, make_batches
+
+STEPS = 8
+
+
+def module_of(base: Path, **options: Any) -> LoraDiffusion:
+    torch.manual_seed(0)
+    adapter = options.pop("adapter", None) or LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v", "conv1"])
+    optimizer = options.pop("optimizer", lambda p: torch.optim.AdamW(p, lr=1e-2))
+    return LoraDiffusion(StableDiffusion(str(base)), adapter, base_dtype="float32", optimizer=optimizer, **options)
+
+
+def fit(
+    module: LoraDiffusion, options: dict[str, Any], *callbacks: Callback, resume: Path | None = None, at: int = 0
+) -> Trainer:
+    options = {"max_steps": STEPS} | options | {"callbacks": list(callbacks)}
+    options["enable_checkpointing"] = any(isinstance(one, AdapterCheckpoint) for one in callbacks)
+    trainer = Trainer(**options)
+    # Lightning does not rewind a plain list: what is left comes first, in a list as long as before.
+    batches = make_batches(STEPS)
+    trainer.fit(module, loader_of(batches[at:] + batches[:at]), ckpt_path=resume)
+    return trainer
+
+
+def parameters_of(module: LoraDiffusion) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def test_mean_rank_is_reached_and_layers_differ(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    module = module_of(sd_folder)
+    fit(module, trainer_options, RankBudget(mean_rank=2))
+    ranks = layer_ranks(module)
+    assert sum(ranks.values()) == 2 * len(ranks)
+    assert len(set(ranks.values())) > 1
+
+
+@pytest.mark.parametrize("budget", [{"share": 0.5}, {"parameters": 4000}])
+def test_parameters_stay_below_the_budget(
+    budget: dict[str, Any], sd_folder: Path, trainer_options: dict[str, Any]
+) -> None:
+    module = module_of(sd_folder)
+    module.configure_model()
+    first = parameters_of(module)
+    fit(module, trainer_options, RankBudget(**budget))
+    bound = budget.get("parameters", first / 2)
+    assert bound < first
+    assert bound - 200 < parameters_of(module) <= bound  # the largest component has fewer than 200 parameters
+
+
+def test_the_file_is_as_small_as_asked_for(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    module = module_of(sd_folder, adapter=LoraConfig(r=4, target_modules=["to_q", "to_v", "conv1"], use_dora=True))
+    fit(module, trainer_options, RankBudget(file_size="30kB"))
+    module.save_adapter(tmp_path / "adapter")
+    assert 29_000 < (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size <= 30_000
+
+
+def test_the_schedule_falls_cubically_between_start_and_stop(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    seen: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            ranks = layer_ranks(pl_module).values()
+            seen.append(sum(ranks) / len(ranks))
+
+    fit(module_of(sd_folder), trainer_options, RankBudget(mean_rank=1, start=0.25, stop=0.75, prunings=3), Watch())
+    # From 4 to 1 in three prunings, at steps 2, 4 and 6: 1 + 3 * (1 - n / 3) ** 3.
+    expected = [4, 1 + 3 * 8 / 27, 1 + 3 * 8 / 27, 1 + 3 / 27, 1 + 3 / 27, 1, 1, 1]
+    assert seen == pytest.approx(expected, abs=1 / 24)  # one rank of the 24 layers
+
+
+def test_components_without_which_the_loss_would_not_change_go_first(
+    sd_folder: Path, trainer_options: dict[str, Any]
+) -> None:
+    module = module_of(sd_folder)
+    module.configure_model()
+    layers = ranked_layers(module)
+    for layer in layers:  # two of the four components cannot change the output, nor be trained to
+        torch.nn.init.normal_(layer.b, std=0.1)
+        layer.a.data[[0, 2]] = 0
+        layer.b.data[:, [0, 2]] = 0
+    kept = {layer.path: layer.a.detach()[[1, 3]].clone() for layer in layers}
+    module.optimizer = lambda p: torch.optim.SGD(p, lr=0.0)
+    fit(module, trainer_options, RankBudget(mean_rank=2, min_rank=2, stop=0.3))
+    for layer in ranked_layers(module):
+        assert torch.equal(layer.a, kept[layer.path])
+
+
+def test_memory_of_weights_and_optimizer_becomes_free(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    module = module_of(sd_folder)
+    module.configure_model()
+    first = parameters_of(module)
+    trainer = fit(module, trainer_options, RankBudget(share=0.4))
+    state = [v for one in trainer.optimizers[0].state.values() for v in one.values() if v.numel() > 1]
+    # Not views of larger tensors.
+    held = sum(value.untyped_storage().nbytes() for value in state)
+    weights = sum(p.untyped_storage().nbytes() for p in module.parameters() if p.requires_grad)
+    assert weights == 4 * parameters_of(module) <= 0.4 * 4 * first
+    assert held == 2 * weights
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("at", [1, 3, 5, 7])
+def test_resuming_at_any_step_is_exact(
+    at: int, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    def callbacks(folder: str) -> list[Callback]:
+        checkpoints = AdapterCheckpoint(tmp_path / folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        return [RankBudget(mean_rank=1.5, start=0.2, stop=0.8, prunings=4), AdapterEMA(0.9), checkpoints]
+
+    whole, resumed = module_of(sd_folder), module_of(sd_folder)
+    first, again = callbacks("one"), callbacks("two")
+    fit(whole, trainer_options, *first)
+    fit(resumed, trainer_options, *again, resume=tmp_path / "one" / f"step={at}.ckpt", at=at)
+    assert layer_ranks(whole) == layer_ranks(resumed)
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    one, two = first[1].state_dict(), again[1].state_dict()
+    assert torch.equal(one["shadow_params"], two["shadow_params"])
+    assert (tmp_path / "one" / f"step={STEPS}.adapter" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "two" / f"step={STEPS}.adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_longer_run_keeps_the_schedule_of_its_checkpoint(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoints = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    budget = {"mean_rank": 2, "start": 0.25, "stop": 0.5, "prunings": 2}
+    fit(module_of(sd_folder), trainer_options, RankBudget(**budget), checkpoints)  # type: ignore[arg-type]
+    module, again = module_of(sd_folder), RankBudget(**budget)  # type: ignore[arg-type]
+    fit(module, trainer_options | {"max_steps": 5}, again, resume=tmp_path / "step=2.ckpt", at=2)
+    ranks = layer_ranks(module)
+    assert sum(ranks.values()) == 2 * len(ranks)  # at step 4 of 8, not at half of 5
+
+
+def test_the_files_draw_the_same_images_in_plain_diffusers(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    module = module_of(sd_folder)
+    fit(module, trainer_options, RankBudget(mean_rank=1.5))
+    module.save_adapter(tmp_path / "adapter")
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 77, 16))
+    with torch.no_grad():
+        here = module.family.denoiser(*inputs).sample
+        pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
+        base = pipeline.unet(*inputs).sample
+        pipeline.load_lora_weights(tmp_path / "adapter")
+        there = pipeline.unet(*inputs).sample
+    assert (here - there).abs().max() <= 1e-5
+    assert (here - base).abs().max() > 1e-3
+
+
+def test_gradients_that_are_not_finite_do_not_spoil_the_scores(
+    sd_folder: Path, trainer_options: dict[str, Any]
+) -> None:
+    class Spoils(Callback):
+        def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+            if trainer.global_step == 2:
+                for parameter in pl_module.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.fill_(torch.nan)
+
+    budget = RankBudget(mean_rank=2, start=0.5, stop=1.0)
+    module = module_of(sd_folder, optimizer=lambda p: torch.optim.SGD(p, lr=0.0))
+    fit(module, trainer_options, Spoils(), budget)
+    assert all(bool(scores.isfinite().all()) for scores in budget.state_dict()["scores"].values())
+
+
+def test_a_run_that_ends_before_the_budget_is_reached_says_so(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    with pytest.warns(UserWarning, match=r"ended at step 3, and RankBudget reaches its budget at step 5 of 8"):
+        fit(module_of(sd_folder), trainer_options, Stops(), RankBudget(mean_rank=2))
+
+
+def test_metrics_and_a_chart(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    module = module_of(sd_folder)
+    fit(module, trainer_options | {"logger": logger, "log_every_n_steps": 1}, RankBudget(mean_rank=2, prunings=2))
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    means = [event.value for event in events.Scalars("ranks/mean")]
+    assert (means[0], means[-1]) == (pytest.approx(4, abs=2), 2)
+    assert [event.value for event in events.Scalars("ranks/parameters")][-1] == parameters_of(module)
+    assert len(events.Images("ranks")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "needs exactly one of mean_rank, parameters, share, file_size, not none of them"),
+        ({"mean_rank": 2, "share": 0.5}, "not mean_rank=2 and share=0.5"),
+        ({"share": 1.5}, r"share=1.5 must lie between 0 and 1"),
+        ({"mean_rank": 0.5}, "mean_rank=0.5 is too small"),
+        ({"mean_rank": 2, "start": 0.6, "stop": 0.5}, "0 <= start < stop <= 1"),
+        ({"mean_rank": 2, "prunings": 0}, "prunings=0 is too small"),
+        ({"mean_rank": 2, "smoothing": 1.0}, r"smoothing=1.0 must lie in \[0, 1\)"),
+        ({"file_size": "big"}, "file_size='big' is not a byte size"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        RankBudget(**options)
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "message"),
+    [
+        ({"parameters": 100}, {}, "the budget of 100 is below"),
+        ({"file_size": "1kB"}, {}, "the budget of -"),
+        ({"mean_rank": 4}, {}, "is not below the .* at the start"),
+        (
+            {"mean_rank": 2},
+            {"adapter": AdaLoraConfig(total_step=9, target_modules=["to_q"])},
+            "the adapter is AdaLoraConfig",
+        ),
+        ({"mean_rank": 2}, {"memory": MemoryOptions(optimizer_in_backward=True)}, "memory.optimizer_in_backward frees"),
+        ({"mean_rank": 2}, {"compile_blocks": True}, "set compile_blocks to false"),
+    ],
+)
+def test_runs_that_cannot_be_pruned(
+    budget: dict[str, Any],
+    options: dict[str, Any],
+    message: str,
+    sd_folder: Path,
+    trainer_options: dict[str, Any],
+) -> None:
+    with pytest.raises(UserError, match=message):
+        fit(module_of(sd_folder, **options), trainer_options, RankBudget(**budget))
+
+
+def test_a_run_without_an_end_is_refused(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"set trainer.max_steps or trainer.max_epochs"):
+        fit(module_of(sd_folder), trainer_options | {"max_steps": -1}, RankBudget(mean_rank=2))
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_checkpoint_of_pruned_ranks_is_validated(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    trained = module_of(sd_folder)
+    checkpoints = AdapterCheckpoint(tmp_path, filename="end", every_n_train_steps=STEPS)
+    fit(trained, trainer_options, RankBudget(mean_rank=2), checkpoints)
+    fresh = module_of(sd_folder)
+    trainer = Trainer(**trainer_options | {"callbacks": [RankBudget(mean_rank=2)]})
+    trainer.validate(fresh, loader_of(make_batches(1)), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    assert layer_ranks(fresh) == layer_ranks(trained)
+
+
+def test_the_report_has_the_ranks(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = module_of(sd_folder)
+    fit(module, trainer_options, RankBudget(mean_rank=2), RunReport(output_dir=str(tmp_path)))
+    assert json.loads((tmp_path / "report.json").read_text())["adapter_ranks"] == layer_ranks(module)
+    assert "ranks of 24 layers 1 to 4, 2 on average" in capsys.readouterr().out
