@@ -186,6 +186,20 @@ class RankBudget(Callback):
         self._first_ranks = dict(state_dict["first_ranks"])
         self._total_steps = int(state_dict["total_steps"])
 
+    def last_parameters(self, first: int, rank: int, other_bytes: int) -> int:
+        """About how many parameters the schedule leaves.
+
+        Args:
+            first: Number of the adapter's parameters at the start.
+            rank: Rank of every layer at the start.
+            other_bytes: Bytes of the adapter's file beside the parameters.
+        """
+        if self.parameters is not None:
+            return min(first, self.parameters)
+        if self.file_bytes is not None:
+            return min(first, (self.file_bytes - other_bytes) // _PARAMETER_BYTES)
+        return round(first * (self.share if self.share is not None else min(1.0, (self.mean_rank or 0) / rank)))
+
     @property
     def _unit(self) -> str:
         return "ranks" if self.mean_rank is not None else "parameters"

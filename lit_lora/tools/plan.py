@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from lit_lora.byte_sizes import format_bytes, parse_bytes
+from lit_lora.callbacks.rank_budget import RankBudget
 from lit_lora.datamodules.batches.buckets import MAX_RESOLUTION
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError, check_least, check_most
@@ -80,6 +81,9 @@ def print_plan(
     run = _run(module, data, trainer, found, batch_size, resolution, from_cache)
     planned = plan(run)
     blocks = [planned.describe()]
+    last = _last_size(planned, module, trainer)
+    if last is not None:
+        blocks.append(_last_line(planned, last))
     changes: list[ChangedRun] | None = []
     largest = None
     if search and memory is not None:
@@ -91,7 +95,7 @@ def print_plan(
     blocks.append(data_summary)
     print("\n\n".join(blocks))
     if json is not None:
-        planned.write(json, **_findings(planned, memory, largest, changes or []))
+        planned.write(json, last_adapter_parameters=last, **_findings(planned, memory, largest, changes or []))
     return 0 if memory is None or device_memory is None or planned.fits(memory) else 1
 
 
@@ -172,6 +176,28 @@ def _callback(trainer: Any, name: str) -> Any:
         if callback["class_path"].rpartition(".")[2] == name:
             return callback.get("init_args") or {}
     return None
+
+
+def _last_size(planned: MemoryPlan, module: LoraDiffusion, trainer: Any) -> int | None:
+    """Number of parameters that RankBudget leaves; None without it."""
+    options = _callback(trainer, "RankBudget")
+    if options is None:
+        return None
+    rank: int = getattr(module.adapter, "r", 0)
+    other_bytes = planned.adapter_file_bytes - 4 * planned.adapter_parameters
+    return RankBudget(**options).last_parameters(planned.adapter_parameters, rank, other_bytes)
+
+
+def _last_line(planned: MemoryPlan, last: int) -> str:
+    """What RankBudget frees, as text."""
+    per_parameter = sum(planned.phases["optimizer"][kind] for kind in ("adapter", "gradients", "optimizer state"))
+    removed = planned.adapter_parameters - last
+    file_bytes = planned.adapter_file_bytes - 4 * removed
+    freed = removed / planned.adapter_parameters * per_parameter
+    return (
+        f"RankBudget leaves about {last:,} of the {planned.adapter_parameters:,} parameters, in a file\n"
+        f"of {format_bytes(file_bytes)}, and frees {format_bytes(freed)} of weights, gradients and optimizer state"
+    )
 
 
 def _largest_line(largest: MemoryPlan | None, memory: int) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
 from lit_lora.tools.plan import plan_command
 
@@ -57,6 +59,21 @@ def test_tells_of_memory_files_and_data(plan: Plan, tmp_path: Path) -> None:
     assert f"{written['adapter_parameters']:,} parameters" in out
     assert "2 x 32 x 32 px on cpu" in out
     assert "6 samples in 1 shards" in out
+
+
+def test_the_last_size_of_ranks_that_are_pruned(plan: Plan, tmp_path: Path) -> None:
+    budget = {"class_path": "RankBudget", "init_args": {"share": 0.25}}
+    status, out = plan(trainer__callbacks=json.dumps([budget]), json=tmp_path / "plan.json")
+    assert status == 0
+    written = json.loads((tmp_path / "plan.json").read_text())
+    first, last = written["adapter_parameters"], written["last_adapter_parameters"]
+    assert last == round(first / 4)
+    assert f"RankBudget leaves about {last:,} of the {first:,} parameters" in out
+    assert f"in a file\nof {format_bytes(written['adapter_file_bytes'] - 4 * (first - last))}, " in out
+    # Weights, gradients and two averages of AdamW, four bytes each, and its count of steps.
+    freed = re.search(r"frees ([\d.]+) kB of weights", out)
+    assert freed is not None
+    assert float(freed[1]) * 1000 == pytest.approx((first - last) * 16, rel=0.02)
 
 
 def test_says_what_makes_it_fit(plan: Plan, tmp_path: Path) -> None:
