@@ -277,7 +277,7 @@ class LoraDiffusion(LightningModule):
         """Identities of the VAE (``"vae"``) and the text encoders (``"text"``) that a cache must have been made with."""
         return self.family.identity()
 
-    def save_adapter(self, folder: str | Path) -> None:
+    def save_adapter(self, folder: str | Path, formats: Sequence[str] = ()) -> None:
         """Write the adapter to a folder in PEFT's format, and as diffusers' LoRA file if that format can hold it.
 
         A folder with an older adapter is replaced atomically. If the weights are sharded over several processes, all of them must
@@ -285,9 +285,11 @@ class LoraDiffusion(LightningModule):
 
         Args:
             folder: Folder to write.
+            formats: Names of further formats to write: see :data:`lit_lora.formats.FORMATS`. Defaults to none.
 
         Raises:
-            UserError: If the folder cannot be written or holds other files, the adapter holds NaN or Inf, or there is none yet.
+            UserError: If the folder cannot be written or holds other files, the adapter holds NaN or Inf, there is none yet, or
+                one of the formats cannot hold it.
         """
         family = self.family
         if not self._configured:
@@ -304,8 +306,8 @@ class LoraDiffusion(LightningModule):
                 "parent_library": family.denoiser_class.__module__,
             }
             of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path, "auto_mapping": model}
-            files = AdapterFiles(state, plain_config(config) | of_base)
-            write_adapter(files, config, part, family.pipeline_class, family.denoiser_name)
+            files = AdapterFiles(state, plain_config(config) | of_base, family=type(family))
+            write_adapter(files, part, formats)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
         """Mean loss of the batch at fixed timesteps and noise, and the number of its samples that count."""

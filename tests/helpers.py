@@ -65,8 +65,7 @@ def save_adapter(family: ModelFamily, folder: Path) -> None:
     """Write the family's adapter in every format that can hold it."""
     config = family.denoiser.peft_config[ADAPTER_NAME]
     plain = plain_config(config) | {"base_model_name_or_path": family.pretrained_model_name_or_path}
-    files = AdapterFiles(adapter_state(family.denoiser), plain)
-    write_adapter(files, config, folder, family.pipeline_class, family.denoiser_name)
+    write_adapter(AdapterFiles(adapter_state(family.denoiser), plain, family=type(family)), folder)
 
 
 def freeze_remaining(model: nn.Module) -> None:
