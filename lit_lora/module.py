@@ -306,7 +306,9 @@ class LoraDiffusion(LightningModule):
                 "parent_library": family.denoiser_class.__module__,
             }
             of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path, "auto_mapping": model}
-            files = AdapterFiles(state, plain_config(config) | of_base, family=type(family))
+            files = AdapterFiles(
+                state, plain_config(config) | of_base, family=type(family), denoiser_config=family.naming_config
+            )
             write_adapter(files, part, formats)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:

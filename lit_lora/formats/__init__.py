@@ -5,11 +5,14 @@ from pathlib import Path
 
 from lit_lora.errors import UserError
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
+from lit_lora.formats.comfyui import ComfyUIFormat
 from lit_lora.formats.diffusers import DiffusersFormat
+from lit_lora.formats.kohya import KohyaFormat
+from lit_lora.formats.lycoris import LycorisFormat
 from lit_lora.formats.peft import PeftFormat
 from lit_lora.formats.tensor_file import TensorFile
 
-FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat())
+FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat(), KohyaFormat(), ComfyUIFormat(), LycorisFormat())
 """All formats."""
 
 DEFAULT_FORMATS = ("peft", "diffusers")
@@ -20,7 +23,10 @@ __all__ = [
     "FORMATS",
     "AdapterFiles",
     "AdapterFormat",
+    "ComfyUIFormat",
     "DiffusersFormat",
+    "KohyaFormat",
+    "LycorisFormat",
     "PeftFormat",
     "TensorFile",
     "format_named",

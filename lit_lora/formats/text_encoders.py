@@ -14,6 +14,11 @@ from lit_lora.formats.lora import PREFIX
 _MODEL = "text_model."
 
 
+def nested(layer: str) -> str:
+    """The name of a layer of CLIP below ``text_model``, as older versions of transformers and other tools have it."""
+    return _MODEL + layer if layer.startswith("encoder.layers.") else layer
+
+
 def for_encoder(adapter: AdapterFiles, encoder: nn.Module) -> AdapterFiles:
     """An adapter of a text encoder under the names that its layers have in this encoder.
 
@@ -23,14 +28,12 @@ def for_encoder(adapter: AdapterFiles, encoder: nn.Module) -> AdapterFiles:
         adapter: Adapter of the text encoder.
         encoder: Text encoder of the base.
     """
-    nested = hasattr(encoder, "text_model")
+    is_nested = hasattr(encoder, "text_model")
 
     def named(layer: str) -> str:
         start = "^" if layer.startswith("^") else ""
         plain = layer.removeprefix("^")
-        if not nested:
-            return start + plain.removeprefix(_MODEL)
-        return start + (_MODEL + plain if plain.startswith("encoder.layers.") else plain)
+        return start + (nested(plain) if is_nested else plain.removeprefix(_MODEL))
 
     state = {PREFIX + named(key.removeprefix(PREFIX)): value for key, value in adapter.state.items()}
     return replace(adapter, state=state, config=_renamed(adapter.config, named))
