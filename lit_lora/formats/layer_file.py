@@ -27,6 +27,7 @@ from lit_lora.formats.lora import (
     own_ranks,
     why_no_plain_lora,
 )
+from lit_lora.formats.model_spec import data_hash, spec_metadata
 from lit_lora.formats.own_metadata import file_metadata, foreign_metadata, own_entry, written_family
 from lit_lora.formats.tensor_file import TensorFile, write_tensors
 from lit_lora.formats.text_encoders import nested
@@ -73,7 +74,13 @@ class LayerFile(AdapterFormat):
         for part, contents in adapter.parts.items():
             for name, group in self.groups(adapter.family, adapter.denoiser_config, part, contents):
                 tensors |= {f"{name}.{end}": value for end, value in group.items()}
-        write_tensors(folder / self.file_name, tensors, file_metadata(adapter, configs=True))
+        path, metadata = folder / self.file_name, file_metadata(adapter, configs=True) | self.spec(adapter)
+        write_tensors(path, tensors, metadata)
+        write_tensors(path, tensors, metadata | data_hash(path))  # the header does not change the hash of the data
+
+    def spec(self, adapter: AdapterFiles) -> dict[str, str]:
+        """Entries of the file's metadata for other tools."""
+        return spec_metadata(adapter)
 
     def groups(
         self, family: type[ModelFamily], config: Mapping[str, Any], part: str, contents: AdapterFiles

@@ -14,6 +14,7 @@ from lit_lora.formats.hadamard_kronecker import METHODS, alphas_of, config_of, g
 from lit_lora.formats.layer_file import Group, LayerFile, alpha_tensor
 from lit_lora.formats.layer_names import TENSOR, Place, underscored
 from lit_lora.formats.lora import PREFIX, why_no_plain_lora
+from lit_lora.formats.model_spec import spec_metadata
 from lit_lora.formats.tensor_file import TensorFile
 from lit_lora.formats.text_encoders import nested
 
@@ -53,6 +54,10 @@ class LycorisFormat(LayerFile):
         for layer, group in groups_of(contents).items():
             name = prefix + underscored(layer if part == "denoiser" else nested(layer))
             yield name, {**group, "alpha": alpha_tensor(alphas[layer], next(iter(group.values())))}
+
+    def spec(self, adapter: AdapterFiles) -> dict[str, str]:
+        method = next(iter(adapter.parts.values())).config.get("peft_type")
+        return spec_metadata(adapter, {"LOHA": "loha", "LOKR": "lokr"}.get(str(method), "lora"))
 
     def recognizes(self, file: TensorFile) -> bool:
         found = [TENSOR.fullmatch(name) for name in file.tensors if name.startswith(_PREFIXES)]

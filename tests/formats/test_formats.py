@@ -71,7 +71,8 @@ def test_reads_what_it_has_written(
     assert [other.name for other in FORMATS if other.recognizes(file)] == [one.name]
     read = one.read(file)
     same(read, adapter)
-    assert (read.metadata, read.family) == (adapter.metadata, StableDiffusion)
+    assert read.metadata.items() >= adapter.metadata.items()
+    assert read.family is StableDiffusion
 
 
 @pytest.mark.parametrize("one", FORMATS, ids=lambda one: one.name)
@@ -85,7 +86,7 @@ def test_the_same_adapter_gives_the_same_bytes(one: AdapterFormat, sd_folder: Pa
 
 
 def test_an_adapter_is_written_in_each_default_format_that_holds_it(sd_folder: Path, tmp_path: Path) -> None:
-    peft = {"adapter_model.safetensors", "adapter_config.json"}
+    peft = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     for name, files in (("LoRA", {*peft, "pytorch_lora_weights.safetensors"}), ("LoHa", peft)):
         folder = tmp_path / name
         folder.mkdir()
