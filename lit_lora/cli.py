@@ -24,6 +24,7 @@ tools
   sample    draw images with an adapter
   cache     encode images and captions once, to train without the encoders
   shards    pack, index, check and describe WebDataset shards
+  adapter   convert an adapter between the file formats of other tools
 
 examples
   lit-lora plan --config configs/sd15.yaml
@@ -68,6 +69,13 @@ def _shards(arguments: list[str]) -> None:
     run_tool(commands, arguments, "lit-lora shards", epilog=epilog)
 
 
+def _adapter(arguments: list[str]) -> None:
+    from lit_lora.tools import run_tool
+    from lit_lora.tools.adapter_convert import convert
+
+    run_tool({"convert": convert}, arguments, "lit-lora adapter")
+
+
 def _plan(arguments: list[str]) -> int:
     from lit_lora.tools import plan
 
@@ -80,6 +88,7 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
     "sample": _sample,
     "cache": _cache,
     "shards": _shards,
+    "adapter": _adapter,
 }
 """Commands that do not run a trainer. They return the exit status; None means 0."""
 

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from peft import LoraConfig
 from lit_lora import BadSampleError, FlowMatching, LoraDiffusion, StableDiffusion, UserError
 from lit_lora.cli import main
 from lit_lora.draws import Draws
-from lit_lora.formats import PeftFormat
+from lit_lora.formats import TensorFile
+from lit_lora.formats.find import read_adapter
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SCHEDULE = {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 100}
@@ -201,17 +203,16 @@ def test_format_gives_back_what_it_has_written(load: Callable[[str], Any], sd_fo
     diffusion = LoraDiffusion(StableDiffusion(str(sd_folder)), LoraConfig(r=2), base_dtype="float32")
     diffusion.configure_model()
     diffusion.save_adapter(tmp_path / "my.adapter")
-    path = module.convert(tmp_path / "my.adapter", "unet")
+    path = module.convert(tmp_path / "my.adapter")
     content = path.read_bytes()
-    kind = diffusion.family.pipeline_class
-    read = module.SingleFile().read(path.parent, kind, "unet")
-    written = PeftFormat().read(path.parent, kind, "unet")
+    file = TensorFile.open(path)
+    assert module.SingleFile().recognizes(file)
+    read = module.SingleFile().read(file)
+    written = read_adapter(path.parent)
     assert read.config == written.config
     assert read.state.keys() == written.state.keys()
     assert all(torch.equal(value, written.state[name]) for name, value in read.state.items())
-    module.convert(path.parent, "unet")
+    module.convert(path.parent)
     assert path.read_bytes() == content
-    with pytest.raises(UserError, match="holds no adapter of a transformer"):
-        module.SingleFile().read(path.parent, kind, "transformer")
-    with pytest.raises(UserError, match="cannot read"):
-        module.SingleFile().read(tmp_path, kind, "unet")
+    with pytest.raises(UserError, match="holds no config"):
+        module.SingleFile().read(replace(file, metadata={}))

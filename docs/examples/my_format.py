@@ -8,58 +8,55 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import ClassVar
 
-from diffusers import DiffusionPipeline
-from peft import PeftConfig
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from lit_lora import UserError
-from lit_lora.formats import AdapterFiles, AdapterFormat, PeftFormat
+from lit_lora import ModelFamily, UserError
+from lit_lora.formats import AdapterFiles, AdapterFormat, TensorFile
+from lit_lora.formats.find import read_adapter
 
-FILE = "adapter.safetensors"
+PREFIX = "denoiser."
 
 
 class SingleFile(AdapterFormat):
-    """``adapter.safetensors``: tensors under ``DENOISER.LAYER``, the PEFT config as JSON in the entry ``config``."""
+    """``adapter.safetensors``: tensors under ``denoiser.LAYER``, the PEFT config as JSON in the metadata."""
 
-    def holds(self, config: PeftConfig, pipeline_class: type[DiffusionPipeline]) -> bool:
-        """Every adapter fits, since the config is kept as it is."""
-        return True
+    name: ClassVar[str] = "single_file"
+    file_name: ClassVar[str] = "adapter.safetensors"
 
-    def write(
-        self, adapter: AdapterFiles, folder: Path, pipeline_class: type[DiffusionPipeline], denoiser_name: str
-    ) -> None:
-        tensors = {f"{denoiser_name}.{name}": value.contiguous() for name, value in adapter.state.items()}
+    def why_not(self, adapter: AdapterFiles) -> str:
+        """Every adapter of a denoiser fits, since the config is kept as it is."""
+        return "it has no place for text encoders" if adapter.text_encoders else ""
+
+    def write(self, adapter: AdapterFiles, folder: Path) -> None:
+        tensors = {PREFIX + name: value.contiguous() for name, value in adapter.state.items()}
         # One entry, with sorted keys: the same adapter has to give the same bytes.
-        save_file(tensors, folder / FILE, metadata={"config": json.dumps(dict(adapter.config), sort_keys=True)})
+        save_file(
+            tensors, folder / self.file_name, metadata={"config": json.dumps(dict(adapter.config), sort_keys=True)}
+        )
 
-    def read(self, folder: Path, pipeline_class: type[DiffusionPipeline], denoiser_name: str) -> AdapterFiles:
-        path = folder / FILE
+    def recognizes(self, file: TensorFile) -> bool:
+        return bool(file.tensors) and all(name.startswith(PREFIX) for name in file.tensors)
+
+    def read(self, file: TensorFile, family: type[ModelFamily] | None = None) -> AdapterFiles:
         try:
-            tensors = load_file(path)
-            with safe_open(path, framework="pt") as opened:
-                config = json.loads((opened.metadata() or {})["config"])
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from error
-        prefix = f"{denoiser_name}."
-        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        if not state:
-            raise UserError(f"{path} holds no adapter of a {denoiser_name}")
-        return AdapterFiles(state, config)
+            config = json.loads(file.metadata["config"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"the metadata of {file.path} holds no config: {error}") from error
+        state = {name.removeprefix(PREFIX): value for name, value in file.tensors.items()}
+        return AdapterFiles(state, config, family=family)
 
 
-def convert(folder: Path, denoiser_name: str) -> Path:
-    """Write the file into the folder of an adapter that has PEFT's files.
+def convert(folder: Path) -> Path:
+    """Write the file into the folder of an adapter.
 
     Args:
         folder: What ``AdapterCheckpoint`` or ``save_adapter`` wrote.
-        denoiser_name: The adapted part of the pipeline: ``unet`` or ``transformer``.
     """
-    adapter = PeftFormat().read(folder, DiffusionPipeline, denoiser_name)
-    SingleFile().write(adapter, folder, DiffusionPipeline, denoiser_name)
-    return folder / FILE
+    SingleFile().write(read_adapter(folder), folder)
+    return folder / SingleFile.file_name
 
 
 if __name__ == "__main__":
-    print(convert(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "unet"))
+    print(convert(Path(sys.argv[1])))

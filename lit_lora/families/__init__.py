@@ -2,7 +2,7 @@
 
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
-from lit_lora.families.checks import check_batch, check_size, family_of, prepare
+from lit_lora.families.checks import check_batch, check_size, families, family_of, prepare
 from lit_lora.families.flux import Flux
 from lit_lora.families.source import ModelSource
 from lit_lora.families.stable_diffusion import StableDiffusion
@@ -20,6 +20,7 @@ __all__ = [
     "StableDiffusionXL",
     "check_batch",
     "check_size",
+    "families",
     "family_of",
     "prepare",
     "target_size",

@@ -132,14 +132,19 @@ def _check_count(count: int, **lists: Any) -> None:
 
 def family_of(pipeline_name: str) -> type[ModelFamily] | None:
     """The family for the diffusers pipeline class of this name; None if there is none."""
-    return next((kind for kind in _families() if kind.pipeline_class.__name__ == pipeline_name), None)
+    return next((kind for kind in families() if kind.pipeline_class.__name__ == pipeline_name), None)
 
 
-def _families(kind: type[ModelFamily] = ModelFamily) -> Iterator[type[ModelFamily]]:
+def families(kind: type[ModelFamily] = ModelFamily) -> Iterator[type[ModelFamily]]:
+    """All model families that are imported, also those of other packages.
+
+    Args:
+        kind: Class whose subclasses to list; defaults to :class:`ModelFamily`.
+    """
     for subclass in kind.__subclasses__():
         if hasattr(subclass, "pipeline_class"):
             yield subclass
-        yield from _families(subclass)
+        yield from families(subclass)
 
 
 def _check_pipeline(family: ModelFamily) -> None:

@@ -1,47 +1,84 @@
 """File formats of adapters: one module for each."""
 
-import os
-import re
+from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-from peft import PeftConfig
-from safetensors import SafetensorError
-
+from lit_lora.errors import UserError
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
+from lit_lora.formats.card import CARD, model_card
+from lit_lora.formats.comfyui import ComfyUIFormat
 from lit_lora.formats.diffusers import DiffusersFormat
+from lit_lora.formats.kohya import KohyaFormat
+from lit_lora.formats.lycoris import LycorisFormat
 from lit_lora.formats.peft import PeftFormat
+from lit_lora.formats.tensor_file import TensorFile
 
-FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat())
-"""All formats; an adapter is written in each one that can hold it."""
+FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat(), KohyaFormat(), ComfyUIFormat(), LycorisFormat())
+"""All formats."""
 
-__all__ = ["FORMATS", "AdapterFiles", "AdapterFormat", "DiffusersFormat", "PeftFormat", "write_adapter"]
+DEFAULT_FORMATS = ("peft", "diffusers")
+"""Names of the formats in which an adapter is written unless others are named, as far as they can hold it."""
+
+__all__ = [
+    "DEFAULT_FORMATS",
+    "FORMATS",
+    "AdapterFiles",
+    "AdapterFormat",
+    "ComfyUIFormat",
+    "DiffusersFormat",
+    "KohyaFormat",
+    "LycorisFormat",
+    "PeftFormat",
+    "TensorFile",
+    "format_named",
+    "write_adapter",
+    "write_card",
+]
 
 
-def write_adapter(
-    adapter: AdapterFiles,
-    config: PeftConfig,
-    folder: Path,
-    pipeline_class: type[DiffusionPipeline],
-    denoiser_name: str,
-) -> None:
-    """Write an adapter in every format that can hold it.
+def format_named(name: str) -> AdapterFormat:
+    """The format of this name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    found = next((one for one in FORMATS if one.name == name), None)
+    if found is None:
+        raise UserError(f"format {name!r} is not known; choose from {', '.join(one.name for one in FORMATS)}")
+    return found
+
+
+def write_adapter(adapter: AdapterFiles, folder: Path, formats: Sequence[str] = ()) -> None:
+    """Write an adapter in the default formats that can hold it, and in the named ones, with a model card.
 
     Args:
         adapter: Adapter to write.
-        config: Config of the adapter.
         folder: Existing folder.
-        pipeline_class: Pipeline for which the adapter was trained.
-        denoiser_name: Name of the adapted part of the pipeline: ``unet`` or ``transformer``.
+        formats: Names of further formats; defaults to none.
 
     Raises:
         OSError: If the disk is full or the folder cannot be written.
+        UserError: If a named format is not known or cannot hold the adapter.
     """
-    for one in FORMATS:
-        if one.holds(config, pipeline_class):
-            try:
-                one.write(adapter, folder, pipeline_class, denoiser_name)
-            except SafetensorError as error:
-                if found := re.search(r"\(os error (\d+)\)", str(error)):
-                    raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
-                raise
+    for one in map(format_named, dict.fromkeys((*DEFAULT_FORMATS, *formats))):
+        if reason := one.why_not(adapter):
+            if one.name in formats:
+                raise UserError(f"the adapter cannot be written in the format {one.name}: {reason}")
+            continue
+        one.write(adapter, folder)
+    write_card(adapter, folder)
+
+
+def write_card(adapter: AdapterFiles, folder: Path) -> None:
+    """Write the model card for the adapter's files in a folder, with the PNG files in its subfolder ``samples``.
+
+    Args:
+        adapter: The adapter.
+        folder: Folder with the adapter's files.
+
+    Raises:
+        OSError: If the card cannot be written.
+    """
+    files = sorted(path.name for path in folder.iterdir())
+    samples = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("samples/*.png"))]
+    (folder / CARD).write_text(model_card(adapter, files, samples), encoding="utf-8")

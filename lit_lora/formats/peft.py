@@ -5,47 +5,63 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from diffusers import DiffusionPipeline
-from peft import PeftConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import Any, ClassVar
 
 from lit_lora.errors import UserError
+from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
+from lit_lora.formats.lora import PREFIX
+from lit_lora.formats.own_metadata import file_metadata, foreign_metadata, own_entry, written_family
+from lit_lora.formats.tensor_file import TensorFile, write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
 class PeftFormat(AdapterFormat):
-    """``adapter_model.safetensors`` and ``adapter_config.json``, for ``PeftModel.from_pretrained``."""
+    """``adapter_model.safetensors`` and ``adapter_config.json``, for ``PeftModel.from_pretrained``.
 
-    def holds(self, config: PeftConfig, pipeline_class: type[DiffusionPipeline]) -> bool:
-        return True
+    Adapters of text encoders are in subfolders with the encoders' names.
+    """
 
-    def write(
-        self, adapter: AdapterFiles, folder: Path, pipeline_class: type[DiffusionPipeline], denoiser_name: str
-    ) -> None:
-        save_file(_apart(adapter.state), folder / WEIGHTS, metadata={"format": "pt"})
-        text = json.dumps({**adapter.config, "inference_mode": True}, indent=2, sort_keys=True) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
+    name: ClassVar[str] = "peft"
+    file_name: ClassVar[str] = WEIGHTS
 
-    def read(self, folder: Path, pipeline_class: type[DiffusionPipeline], denoiser_name: str) -> AdapterFiles:
-        return AdapterFiles(read_tensors(folder / WEIGHTS), read_config(folder))
+    def why_not(self, adapter: AdapterFiles) -> str:
+        return "" if adapter.state else "it needs an adapter of the denoiser, and this one is of text encoders alone"
+
+    def write(self, adapter: AdapterFiles, folder: Path) -> None:
+        _write_part(adapter.state, adapter.config, file_metadata(adapter), folder)
+        for name, encoder in adapter.text_encoders.items():
+            (folder / name).mkdir()
+            _write_part(encoder.state, encoder.config, file_metadata(adapter), folder / name)
+
+    def recognizes(self, file: TensorFile) -> bool:
+        return bool(file.tensors) and all(name.startswith(PREFIX) for name in file.tensors)
+
+    def read(self, file: TensorFile, family: type[ModelFamily] | None = None) -> AdapterFiles:
+        folder = file.path.parent
+        entry = own_entry(file)
+        encoders = {}
+        for path in sorted(folder.glob(f"text_encoder*/{WEIGHTS}")):
+            opened = TensorFile.open(path)
+            encoders[path.parent.name] = AdapterFiles(
+                opened.tensors, read_config(path.parent), foreign_metadata(opened)
+            )
+        return AdapterFiles(
+            state=file.tensors,
+            config=read_config(folder),
+            metadata=foreign_metadata(file),
+            family=family or written_family(entry),
+            denoiser_config=entry.get("denoiser_config", {}),
+            text_encoders=encoders,
+        )
 
 
-def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no memory, as safetensors needs them and as PEFT writes them; layers of RandLora share theirs."""
-    seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        memory = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return apart
+def _write_part(state: Mapping[str, Any], config: Mapping[str, Any], metadata: Mapping[str, str], folder: Path) -> None:
+    write_tensors(folder / WEIGHTS, state, metadata)
+    text = json.dumps({**config, "inference_mode": True}, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -65,21 +81,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{folder} is not an adapter folder: {path.name} does not hold a JSON object")
     return config
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file.
-
-    Args:
-        path: File to read.
-
-    Raises:
-        UserError: If the file is missing or damaged.
-    """
-    try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def safetensors_bytes(state: Mapping[str, Tensor]) -> int:

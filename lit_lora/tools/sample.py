@@ -32,7 +32,8 @@ def sample(
     """Draw images for prompts and write them as one grid, or as one file each.
 
     Args:
-        adapter: Folder of the adapter, with adapter_config.json; defaults to the base model alone.
+        adapter: File or folder of the adapter, as this program, PEFT, diffusers, kohya's scripts or ComfyUI write it; defaults to
+            the base model alone.
         base: Folder, hub id or "embedded"; defaults to the base that the adapter was trained on.
         prompts: One text, or a list of texts such as '["a red seven", "a blue star"]'.
         count: Number of images for each prompt.
@@ -57,19 +58,12 @@ def sample(
     check_least(0, seed=seed)
     target = _target(out)
     texts = [text for text in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(count)]
-    config = _adapter_config(adapter)
-    base = base or config.get("base_model_name_or_path")
-    if not base:
-        raise UserError(
-            "give --base: a folder, a hub id or 'embedded'"
-            + (" (the adapter does not name its base)" if adapter else "")
-        )
+    if not (base or adapter):
+        raise UserError("give --base: a folder, a hub id or 'embedded'")
 
     from lit_lora.tools.drawing import make_generate
 
-    generate = make_generate(
-        base, config, adapter=adapter, family=family, dtype=dtype, device=device, size=(height, width)
-    )
+    generate = make_generate(base, adapter, family=family, dtype=dtype, device=device, size=(height, width))
     seeds = [seed + i for i in range(len(texts))]
     options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
     _write(generate(texts, seeds, **options), target, columns)
@@ -101,11 +95,3 @@ def _write(images: Sequence[Any], target: Path, columns: int) -> None:
             with atomic_file(target / f"{i:04d}.png") as part:
                 image.save(part, format="png")
     print(f"{len(images)} {'image' if len(images) == 1 else 'images'}: {target}")
-
-
-def _adapter_config(adapter: str | None) -> dict[str, Any]:
-    if adapter is None:
-        return {}
-    from lit_lora.formats.peft import read_config
-
-    return read_config(Path(adapter))

@@ -1,0 +1,108 @@
+"""Reads an adapter from whatever file or folder it is in."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from lit_lora.adapters import check_finite
+from lit_lora.errors import UserError
+from lit_lora.families import ModelFamily, ModelSource, family_of
+from lit_lora.formats import FORMATS
+from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.known_family import families_with
+from lit_lora.formats.layer_names import underscored
+from lit_lora.formats.lora import adapted_layer
+from lit_lora.formats.peft import CONFIG, WEIGHTS
+from lit_lora.formats.tensor_file import TensorFile
+from lit_lora.visible import visible
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> AdapterFiles:
+    """Read an adapter from a file or folder of any format, which the names of its tensors tell.
+
+    Args:
+        path: A safetensors file, or a folder that holds one adapter, whether in one format or in several.
+        family: Model family of the base; defaults to the one that the file tells, if it tells one.
+
+    Raises:
+        UserError: If the path holds no adapter, or an incomplete one, values that are NaN or Inf, or an adapter for another
+            family.
+    """
+    path = Path(path)
+    file = TensorFile.open(_file(path))
+    found = next((one for one in FORMATS if one.recognizes(file)), None)
+    if found is None:
+        names = sorted(file.tensors)
+        shown = ", ".join(visible(name, 80) for name in names[:3]) or "no tensors"
+        raise UserError(
+            f"{file.path} is not an adapter that this version reads ({', '.join(one.name for one in FORMATS)}): it holds {shown}"
+            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        )
+    adapter = found.read(file, family)
+    for part in adapter.parts.values():
+        check_finite(part.state, f"adapter {path}", "use the adapter of an earlier checkpoint")
+    if adapter.family is None:
+        adapter = _with_family(adapter)
+    elif family is not None:
+        _check_family(adapter, family, path)
+    return adapter
+
+
+def _file(path: Path) -> Path:
+    """The file of tensors at a path."""
+    if path.suffix in _PICKLES:
+        raise UserError(
+            f"{path} may run code when it is read; convert it to safetensors with the program that wrote it"
+        )
+    if not path.is_dir():
+        return path
+    if (path / CONFIG).is_file():  # PEFT's tensors belong to it
+        return path / WEIGHTS
+    known = [path / one.file_name for one in FORMATS if (path / one.file_name).is_file()]
+    if known:
+        return known[0]
+    found = sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        names = ", ".join(visible(entry.name, 80) for entry in found[:5]) or "none"
+        raise UserError(
+            f"{path} is not an adapter folder: it should hold {WEIGHTS} or one other safetensors file, and it holds "
+            f"{names}; name a file"
+        )
+    return found[0]
+
+
+def _with_family(adapter: AdapterFiles) -> AdapterFiles:
+    """The adapter with the family of its base, if that is a pipeline on this machine, or else the one that its layers tell."""
+    base = adapter.config.get("base_model_name_or_path")
+    if isinstance(base, str) and base and (source := ModelSource(base)).is_local:
+        kind = family_of(str(source.index().get("_class_name")))
+        if kind is not None:
+            of_base = kind(base)
+            of_base.read_configs()
+            return replace(adapter, family=kind, denoiser_config=of_base.naming_config)
+    found = _families_of_layers(adapter)
+    return replace(adapter, family=found[0]) if len(found) == 1 else adapter
+
+
+def _check_family(adapter: AdapterFiles, family: type[ModelFamily], path: Path) -> None:
+    """Refuse layers that are certainly another family's."""
+    found = _families_of_layers(adapter)
+    if (
+        adapter.denoiser_config
+        or not found
+        or any(issubclass(family, kind) or issubclass(kind, family) for kind in found)
+    ):
+        return
+    raise UserError(
+        f"{path} is an adapter of {' or '.join(kind.__name__ for kind in found)}, not of {family.__name__}: its layers are that "
+        f"family's; name the base that it was trained on"
+    )
+
+
+def _families_of_layers(adapter: AdapterFiles) -> list[type[ModelFamily]]:
+    """The families whose published denoisers have all the adapted layers."""
+    layers = {layer for key in adapter.state if (layer := adapted_layer(key))}
+    return families_with({f"lycoris_{underscored(layer)}" for layer in layers}, adapter.metadata) if layers else []

@@ -1,0 +1,51 @@
+"""``lit-lora adapter convert``: writes an adapter in another file format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+from lit_lora.errors import UserError
+
+# Nothing heavy is imported here, not even for type checking: jsonargparse would import it for --help.
+
+
+Format = Literal["peft", "diffusers", "kohya", "comfyui", "lycoris"]
+"""Names of the formats in ``lit_lora.formats.FORMATS``."""
+
+
+def convert(input: str, output: str, format: Format = "peft", family: str | None = None) -> None:  # noqa: A002
+    """Write an adapter in another file format; what the input is, the names of its tensors tell.
+
+    Args:
+        input: Adapter file (.safetensors), or folder with an adapter.
+        output: File to write, with the ending .safetensors, or folder for the format's files.
+        format: Format to write; defaults to peft.
+        family: Model family of the base, such as StableDiffusionXL or my_package.MyFamily; defaults to the family that the
+            input tells.
+
+    Raises:
+        UserError: If the input holds no complete adapter, the format cannot hold it, or the output cannot be written.
+    """
+    from lit_lora.files import atomic_file, atomic_folder
+    from lit_lora.formats import format_named
+    from lit_lora.formats.find import read_adapter
+    from lit_lora.tools.named_family import named_family
+
+    target, written = Path(output), format_named(format)
+    is_file = target.suffix == ".safetensors"
+    if is_file and format == "peft":
+        raise UserError(f"output={output!r} is a file, and the format peft is a folder of two; name a folder")
+    adapter = read_adapter(input, named_family(family) if family else None)
+    if reason := written.why_not(adapter):
+        advice = "; set --family to the family of its base" if adapter.family is None else ""
+        raise UserError(f"{input} cannot be written in the format {format}: {reason}{advice}")
+    if is_file:
+        with atomic_file(target) as part, TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            written.write(adapter, Path(folder))
+            (Path(folder) / written.file_name).replace(part)
+    else:
+        with atomic_folder(target, marker=written.file_name) as part:
+            written.write(adapter, part)
+    print(f"{format}: {target}")

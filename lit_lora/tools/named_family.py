@@ -1,0 +1,25 @@
+"""Finds the model family that an option names."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import lit_lora
+from lit_lora.errors import UserError
+from lit_lora.families import ModelFamily
+
+
+def named_family(family: str) -> type[ModelFamily]:
+    """The model family of a name, such as ``StableDiffusion``, or of an import path, such as ``my_package.MyFamily``.
+
+    Raises:
+        UserError: If there is no such class, or it is no model family.
+    """
+    path, _, name = family.rpartition(".")
+    try:
+        kind = getattr(import_module(path) if path else lit_lora, name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"family={family!r} cannot be imported: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, ModelFamily)):
+        raise UserError(f"family={family!r} is not a subclass of lit_lora.ModelFamily")
+    return kind
