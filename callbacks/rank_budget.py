@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.distributed.resized import refresh
 from lit_lora.errors import UserError, check_least
 from lit_lora.formats.peft import safetensors_bytes
+from lit_lora.loops import number_of_steps
 from lit_lora.profiling.rank_chart import rank_chart
 
 _PARAMETER_BYTES = 4
@@ -132,7 +132,7 @@ class RankBudget(Callback):
                 f"be pruned; lower the budget, or raise the adapter's r"
             )
         if not self._total_steps:
-            self._total_steps = _number_of_steps(trainer)
+            self._total_steps = number_of_steps(trainer, "RankBudget")
         begin, end = self.start * self._total_steps, self.stop * self._total_steps
         self._schedule = {}
         for number in range(1, self.prunings + 1):
@@ -276,15 +276,6 @@ class RankBudget(Callback):
                     state_dict[key] = shard_like(state_dict[key], kept.parameter)
         if before != [layer.rank for layer in self.layers]:
             note_ranks(self.layers)
-
-
-def _number_of_steps(trainer: Trainer) -> int:
-    steps = trainer.estimated_stepping_batches
-    if math.isinf(steps):
-        raise UserError(
-            "RankBudget's schedule needs the number of optimizer steps; set trainer.max_steps or trainer.max_epochs"
-        )
-    return int(steps)
 
 
 def _like(scores: Tensor, layer: RankedLayer) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+
+from lit_lora.errors import UserError
 
 
 def accumulating(trainer: Trainer) -> bool:
@@ -33,6 +36,24 @@ def within_epoch(trainer: Trainer) -> Iterator[None]:
     finally:
         for one, name in changed:
             setattr(one, name, getattr(one, name) + 1)
+
+
+def number_of_steps(trainer: Trainer, what: str) -> int:
+    """Number of optimizer steps of the whole training.
+
+    Args:
+        trainer: Trainer of a run that has begun.
+        what: What has a schedule over the steps, for the error.
+
+    Raises:
+        UserError: If neither ``max_steps`` nor ``max_epochs`` bounds the training.
+    """
+    steps = trainer.estimated_stepping_batches
+    if math.isinf(steps):
+        raise UserError(
+            f"the schedule of {what} needs the number of optimizer steps; set trainer.max_steps or trainer.max_epochs"
+        )
+    return int(steps)
 
 
 def more_is_due(trainer: Trainer) -> bool:

@@ -31,6 +31,7 @@ from lit_lora.formats.facts import training_facts
 from lit_lora.formats.info import AdapterInfo
 from lit_lora.formats.of_family import files_of
 from lit_lora.log_mean import log_mean
+from lit_lora.loops import number_of_steps
 from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.checkpointing import enable_gradient_checkpointing
@@ -193,6 +194,9 @@ class LoraDiffusion(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_fit_start(self) -> None:
+        method = method_of(self.adapter)
+        if method.scheduled:
+            method.start(self.family.denoiser, number_of_steps(self.trainer, type(self.adapter).__name__))
         if self.memory.optimizer_in_backward:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self._in_backward = OptimizerInBackward(optimizer, float(self.trainer.gradient_clip_val or 0))
@@ -213,7 +217,8 @@ class LoraDiffusion(LightningModule):
         losses, _ = self.losses(drop_captions(batch, draws, self.caption_dropout), draws)
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(losses), sync_dist=True)
-        return loss
+        penalty = method_of(self.adapter).penalty(self.family.denoiser)
+        return loss if penalty is None else loss + penalty
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.trainer.global_step + 1

@@ -4,7 +4,6 @@ from lit_lora.adapters.inject import ADAPTER_NAME, inject
 from lit_lora.adapters.keys import (
     adapter_configs,
     adapter_keys,
-    check_adapter_config,
     check_adapter_state,
     check_finite,
     keep_only_adapter,
@@ -12,6 +11,7 @@ from lit_lora.adapters.keys import (
 )
 from lit_lora.adapters.load import load_adapter
 from lit_lora.adapters.methods import AdapterMethod, method_of
+from lit_lora.adapters.same_config import check_adapter_config
 from lit_lora.adapters.sharded import check_block_by_block, check_sharded_training, complete_adapter, same_adapter
 from lit_lora.adapters.state import adapter_state
 from lit_lora.adapters.training_state import TrainingState

@@ -14,12 +14,6 @@ from torch import Tensor, nn
 from lit_lora.errors import UserError
 from lit_lora.finite import non_finite_names
 
-_NOT_PART_OF_THE_FUNCTION = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
-    | {"init_lora_weights", "init_weights", "runtime_config", "task_type", "loftq_config", "target_modules"}
-)
-"""Fields of a PEFT config that do not change what the adapter computes from its weights."""
-
 
 def adapter_keys(module: nn.Module) -> set[str]:
     """The keys of ``module.state_dict()`` that are the adapter's.
@@ -101,28 +95,6 @@ def _shapes(tensors: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         for key, value in tensors.items()
         if isinstance(value, Tensor)
     }
-
-
-def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Check that a checkpoint's adapter computes the same function of its weights as this one.
-
-    Args:
-        here: Plain config of this run's adapter.
-        saved: Plain config from the checkpoint.
-
-    Raises:
-        UserError: If a setting such as ``lora_alpha`` differs.
-    """
-    changed = [
-        f"{name} is {here[name]!r}, in the checkpoint {saved[name]!r}"
-        for name in sorted(here.keys() & saved.keys() - _NOT_PART_OF_THE_FUNCTION)
-        if here[name] != saved[name]
-    ]
-    if changed:
-        raise UserError(
-            "the checkpoint holds another adapter: " + "; ".join(changed) + ". "
-            "Resume with the adapter settings that the checkpoint was made with, or start without ckpt_path."
-        )
 
 
 def plain_config(config: PeftConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_lora.adapters.inject import ADAPTER_NAME
+from lit_lora.adapters.patterns import pattern_keys
 from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.distributed.resized import resize_parameter
 from lit_lora.errors import UserError
@@ -161,11 +162,9 @@ def note_ranks(layers: Sequence[RankedLayer]) -> None:
     """Write the layers' ranks and alphas into their config, as ``rank_pattern`` and ``alpha_pattern``."""
     for config in {id(layer.config): layer.config for layer in layers}.values():
         own = [layer for layer in layers if layer.config is config]
-        names = [layer.name for layer in own]
-        # PEFT takes the first pattern that matches the end of a name; ^ keeps it from matching the end of a longer one.
-        keys = [f"^{name}" if any(other.endswith(f".{name}") for other in names) else name for name in names]
-        config.rank_pattern = {key: layer.rank for key, layer in zip(keys, own, strict=True)}
-        config.alpha_pattern = {key: layer.layer.lora_alpha[ADAPTER_NAME] for key, layer in zip(keys, own, strict=True)}
+        keys = pattern_keys(layer.name for layer in own)
+        config.rank_pattern = {keys[layer.name]: layer.rank for layer in own}
+        config.alpha_pattern = {keys[layer.name]: layer.layer.lora_alpha[ADAPTER_NAME] for layer in own}
 
 
 def layer_ranks(module: nn.Module) -> dict[str, int]:

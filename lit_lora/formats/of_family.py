@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
 
-from lit_lora.adapters import ADAPTER_NAME, plain_config
+from lit_lora.adapters import ADAPTER_NAME, method_of, plain_config
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats import format_named
@@ -27,8 +27,9 @@ def files_of(
     # PEFT's save_pretrained names the adapted model in the same way.
     model = {"base_model_class": family.denoiser_class.__name__, "parent_library": family.denoiser_class.__module__}
     of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path, "auto_mapping": model}
-    config = plain_config(family.denoiser.peft_config[ADAPTER_NAME]) | of_base
-    return AdapterFiles(state, config, metadata or {}, type(family), family.naming_config)
+    trained = family.denoiser.peft_config[ADAPTER_NAME]
+    tensors, config = method_of(trained).export(family.denoiser, state, plain_config(trained) | of_base)
+    return AdapterFiles(tensors, config, metadata or {}, type(family), family.naming_config)
 
 
 def check_formats(family: ModelFamily, formats: Sequence[str]) -> None:

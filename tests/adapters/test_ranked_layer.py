@@ -110,7 +110,7 @@ def test_the_files_give_the_same_output_in_plain_peft(options: dict[str, Any], t
     for layer, rank in zip(layers, (1, 3, 2), strict=True):
         layer.keep(torch.arange(rank), [])
     note_ranks(layers)
-    PeftFormat().write(AdapterFiles(adapter_state(model), plain_config(config)), tmp_path, None, "")  # type: ignore[arg-type]
+    PeftFormat().write(AdapterFiles(adapter_state(model), plain_config(config)), tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(loaded(x), model(x))
 

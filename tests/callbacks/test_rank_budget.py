@@ -234,7 +234,7 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
         ({"mean_rank": 4}, {}, "is not below the .* at the start"),
         (
             {"mean_rank": 2},
-            {"adapter": AdaLoraConfig(total_step=9, target_modules=["to_q"])},
+            {"adapter": AdaLoraConfig(total_step=8, tinit=1, tfinal=1, target_modules=["to_q"])},
             "the adapter is AdaLoraConfig",
         ),
         ({"mean_rank": 2}, {"memory": MemoryOptions(optimizer_in_backward=True)}, "memory.optimizer_in_backward frees"),

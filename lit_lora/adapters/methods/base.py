@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from peft import PeftModel
+from torch import Tensor
 
 
 class AdapterMethod:
@@ -23,8 +25,43 @@ class AdapterMethod:
     This requires that its initial values depend on no weight of the base and that its layers share no trained tensor. Only
     methods that were compared with an adapter in a loaded model set it to True.
     """
+    scheduled: ClassVar[bool] = False
+    """Whether :meth:`start` needs the number of optimizer steps."""
+    schedule_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields of the config that only a schedule of the training depends on, so that a resumed run may change them."""
     rank_field: ClassVar[str | None] = "r"
     """Field of the config that sets the adapter's rank by itself; None if there is no such field."""
+
+    def start(self, model: PeftModel, steps: int) -> None:
+        """Hook before training, called if the method is :attr:`scheduled`; does nothing by default.
+
+        Args:
+            model: Adapted model.
+            steps: Number of optimizer steps of the whole training.
+
+        Raises:
+            UserError: If the method's schedule does not fit into the steps.
+        """
+
+    def penalty(self, model: PeftModel) -> Tensor | None:
+        """Term that is added to the loss, a float32 scalar; None by default.
+
+        Args:
+            model: Adapted model.
+        """
+        return None
+
+    def export(
+        self, model: PeftModel, state: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """The adapter as its files hold it, for the base as it was before training; unchanged by default.
+
+        Args:
+            model: Adapted model.
+            state: Full tensors of the adapter, under PEFT's names without the adapter's name.
+            config: Config of the adapter in JSON's types.
+        """
+        return state, config
 
     def after_step(self, model: PeftModel, step: int) -> None:
         """Hook after each optimizer step, before the gradients are freed; does nothing by default.

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from peft import AdaLoraConfig
+from diffusers import StableDiffusionPipeline
+from lightning.pytorch import Callback, Trainer
+from peft import AdaLoraConfig, PeftModel
 
 from lit_lora.adapters import method_of
 from lit_lora.callbacks import AdapterCheckpoint
+from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
 from tests.helpers import loader_of, make_batches
@@ -20,9 +23,14 @@ STEPS = 8
 pytestmark = pytest.mark.filterwarnings("ignore:.*have invalid shape")
 
 
+def adalora(**options: Any) -> AdaLoraConfig:
+    schedule = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": STEPS, "lora_alpha": 6}
+    return AdaLoraConfig(**schedule | options)
+
+
 def fit(base: Path, folder: Path, options: dict[str, Any], steps: int, resume_at: int = 0) -> LoraDiffusion:
     torch.manual_seed(0)
-    config = AdaLoraConfig(init_r=4, target_r=2, tinit=1, tfinal=2, deltaT=1, total_step=STEPS, lora_alpha=4)
+    config = adalora(total_step=steps)
     module = LoraDiffusion(StableDiffusion(str(base)), config, base_dtype="float32")
     module.optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)
     checkpoints = AdapterCheckpoint(folder, every_n_train_steps=1, save_top_k=-1)
@@ -53,12 +61,101 @@ def test_adalora_resumes_exactly(at: int, sd_folder: Path, trainer_options: dict
         assert torch.equal(a, b), name
 
 
-def test_bytes_between_steps_are_those_of_the_averages(
+def test_bytes_between_steps_are_those_of_the_averages(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            method = method_of(pl_module.adapter)
+            state = method.state(pl_module.family.denoiser)
+            averages = [value for name, values in state.items() if name != "rank_pattern" for value in values.values()]
+            seen.append((method.state_bytes(pl_module.family.denoiser), sum(value.nbytes for value in averages)))
+
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), adalora(), base_dtype="float32")
+    Trainer(**trainer_options | {"max_steps": STEPS, "callbacks": [Watch()]}).fit(
+        module, loader_of(make_batches(STEPS))
+    )
+    expected, held = seen[3]
+    assert 0 < expected == held
+
+
+def test_the_penalty_is_the_distance_from_orthogonality(sd_folder: Path) -> None:
+    family = StableDiffusion(str(sd_folder))
+    family.load(torch.float32)
+    config = adalora(target_modules=["to_q", "conv1"], orth_reg_weight=0.25)
+    family.add_adapter(config)
+    norms = []
+    for name, p in family.denoiser.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = p @ p.T if "lora_A" in name else p.T @ p
+            norms.append((gram - torch.eye(4)).square().sum().sqrt())
+    found = method_of(config).penalty(family.denoiser)
+    assert found is not None
+    assert len(norms) == 32
+    torch.testing.assert_close(found, 0.25 * torch.stack(norms).mean())
+
+
+@pytest.mark.parametrize(("weight", "reached"), [(0.0, False), (10.0, True)])
+def test_training_reduces_the_penalty(
+    weight: float, reached: bool, sd_folder: Path, trainer_options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    config = adalora(orth_reg_weight=weight, total_step=30)
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), config, base_dtype="float32")
+    module.optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)
+    Trainer(**trainer_options | {"max_steps": 30}).fit(module, loader_of(make_batches(30)))
+    config.orth_reg_weight = 1.0
+    module.family.denoiser.base_model.rankallocator.peft_config.orth_reg_weight = 1.0
+    penalty = method_of(config).penalty(module.family.denoiser)
+    assert penalty is not None
+    assert (float(penalty.detach()) < 1.5) == reached  # it starts near 2, the norm of the identity
+
+
+def test_the_schedule_is_that_of_the_trainer(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), adalora(total_step=1000), base_dtype="float32")
+    with pytest.warns(UserWarning, match="follows the trainer's 8 optimizer steps; total_step=1000 is not used"):
+        Trainer(**trainer_options | {"max_steps": STEPS}).fit(module, loader_of(make_batches(STEPS)))
+    layers = sum("lora_E" in name for name, _ in module.named_parameters())
+    assert ranks(module) == 2 * layers
+
+
+def test_a_training_too_short_for_the_schedule_is_refused(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), adalora(), base_dtype="float32")
+    with pytest.raises(
+        UserError, match="first tinit=1 and the last tfinal=2 optimizer steps, and training takes 3 steps"
+    ):
+        Trainer(**trainer_options | {"max_steps": 3}).fit(module, loader_of(make_batches(3)))
+
+
+def test_a_resumed_run_may_be_longer(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    fit(sd_folder, tmp_path, trainer_options, 4)
+    module = fit(sd_folder, tmp_path, trainer_options, STEPS, resume_at=2)
+    layers = sum("lora_E" in name for name, _ in module.named_parameters())
+    assert ranks(module) == 2 * layers
+
+
+def test_the_files_are_lora_that_draws_the_same_in_plain_diffusers(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
-    module = fit(sd_folder, tmp_path, trainer_options, 4)
-    method = method_of(module.adapter)
-    state = method.state(module.family.denoiser)
-    averages = [value for name, values in state.items() if name != "rank_pattern" for value in values.values()]
-    assert averages
-    assert method.state_bytes(module.family.denoiser) == sum(value.nbytes for value in averages)
+    torch.manual_seed(0)
+    module = LoraDiffusion(
+        StableDiffusion(str(sd_folder)), adalora(target_modules=["to_q", "to_v", "conv1"]), base_dtype="float32"
+    )
+    module.optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)
+    Trainer(**trainer_options | {"max_steps": STEPS}).fit(module, loader_of(make_batches(STEPS)))
+    module.save_adapter(tmp_path / "adapter")
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 77, 16))
+    with torch.no_grad():
+        here = module.family.denoiser(*inputs).sample
+        pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
+        base = pipeline.unet(*inputs).sample
+        pipeline.load_lora_weights(tmp_path / "adapter")
+        assert (pipeline.unet(*inputs).sample - here).abs().max() <= 1e-5
+        unet = StableDiffusionPipeline.from_pretrained(sd_folder).unet
+        peft = PeftModel.from_pretrained(unet, tmp_path / "adapter")
+        assert (peft(*inputs).sample - here).abs().max() <= 1e-5
+    assert (here - base).abs().max() > 1e-4
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    # Pruned ranks are not in the file; a layer without any keeps one.
+    assert sum(config["rank_pattern"].values()) <= 2 * 24 + sum(rank == 1 for rank in config["rank_pattern"].values())

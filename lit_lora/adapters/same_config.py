@@ -1,0 +1,41 @@
+"""Settings of an adapter that a resumed run must share with its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from lit_lora.adapters.methods import AdapterMethod, method_of
+from lit_lora.errors import UserError
+
+_NOT_PART_OF_THE_FUNCTION = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision"}
+    | {"init_lora_weights", "init_weights", "runtime_config", "task_type", "loftq_config", "target_modules"}
+)
+"""Fields of a PEFT config that do not change what the adapter computes from its weights."""
+
+
+def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Check that a checkpoint's adapter computes the same function of its weights as this one.
+
+    Args:
+        here: Plain config of this run's adapter.
+        saved: Plain config from the checkpoint.
+
+    Raises:
+        UserError: If a setting such as ``lora_alpha`` differs.
+    """
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(saved.get("peft_type"))
+    schedule = AdapterMethod.schedule_fields if kind is None else method_of.dispatch(kind)(None).schedule_fields
+    changed = [
+        f"{name} is {here[name]!r}, in the checkpoint {saved[name]!r}"
+        for name in sorted(here.keys() & saved.keys() - _NOT_PART_OF_THE_FUNCTION - schedule)
+        if here[name] != saved[name]
+    ]
+    if changed:
+        raise UserError(
+            "the checkpoint holds another adapter: " + "; ".join(changed) + ". "
+            "Resume with the adapter settings that the checkpoint was made with, or start without ckpt_path."
+        )
