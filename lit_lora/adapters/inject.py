@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lit_lora.adapters.bounds import check_bounds
+from lit_lora.adapters.methods import is_rebased, method_of
 from lit_lora.console import out_of_memory
 from lit_lora.errors import UserError
 from lit_lora.parameters import trainable_parameters
@@ -63,6 +64,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         raise UserError(f"the adapter {type(config).__name__} has no trainable parameter: check its target_modules")
     for parameter in trained:  # modules_to_save and biases come in the base's dtype
         parameter.data = parameter.data.float()
+    method_of(config).injected(adapted)
     return adapted
 
 
@@ -77,11 +79,12 @@ def _check_method(config: PeftConfig, model: nn.Module) -> None:
             f"{type(config).__name__} adapts prompts, not layers; use a method that adapts layers, such as peft.LoraConfig"
         )
     initialisation = getattr(config, "init_lora_weights", True)
-    if initialisation not in (True, False, "gaussian", "orthogonal"):
+    if initialisation not in (True, False, "gaussian", "orthogonal") and not is_rebased(initialisation):
         raise UserError(
-            f"init_lora_weights={initialisation!r} changes the base's weights or needs data, so that the adapter's files alone "
-            f"would not give the trained model; use true, gaussian or orthogonal"
+            f"init_lora_weights={initialisation!r} needs data or changes the base in a way that the adapter's files cannot hold; "
+            f"use true, gaussian, orthogonal, pissa, pissa_niter_4 or olora"
         )
+    method_of(config).check(model, config)
     bias = getattr(config, "bias", "none")
     if bias != "none" and any(parameter.dtype != torch.float32 for parameter in model.parameters()):
         raise UserError(

@@ -104,8 +104,8 @@ def test_an_alpha_far_below_the_rank_warns(unet: UNet2DConditionModel) -> None:
 
 
 def test_initialisations_that_change_the_base_are_refused(unet: UNet2DConditionModel) -> None:
-    with pytest.raises(UserError, match="init_lora_weights='pissa' changes the base"):
-        inject(unet, peft.LoraConfig(r=2, init_lora_weights="pissa"), TARGETS)
+    with pytest.raises(UserError, match="init_lora_weights='loftq' needs data or changes the base"):
+        inject(unet, peft.LoraConfig(r=2, init_lora_weights="loftq", loftq_config=peft.LoftQConfig()), TARGETS)
 
 
 def test_biases_of_a_bfloat16_base_are_refused(unet: UNet2DConditionModel) -> None:

@@ -21,8 +21,17 @@ from peft import (
 from lit_lora.adapters.methods.adalora import AdaLoraMethod
 from lit_lora.adapters.methods.base import AdapterMethod
 from lit_lora.adapters.methods.block_by_block import BlockByBlockMethod
+from lit_lora.adapters.methods.rebased import RebasedLoraMethod, is_rebased
 
-__all__ = ["BLOCK_BY_BLOCK", "AdaLoraMethod", "AdapterMethod", "BlockByBlockMethod", "method_of"]
+__all__ = [
+    "BLOCK_BY_BLOCK",
+    "AdaLoraMethod",
+    "AdapterMethod",
+    "BlockByBlockMethod",
+    "RebasedLoraMethod",
+    "is_rebased",
+    "method_of",
+]
 
 BLOCK_BY_BLOCK = (LoraConfig, LoHaConfig, LoKrConfig, OFTConfig, IA3Config, HRAConfig, VeraConfig, FourierFTConfig)
 """Configs whose adapters can be injected block by block; tests compare them with adapters injected into a loaded model."""
@@ -36,4 +45,10 @@ def method_of(config: PeftConfig | None) -> AdapterMethod:
 
 for _config_class in BLOCK_BY_BLOCK:
     method_of.register(_config_class, lambda config: BlockByBlockMethod())
+method_of.register(
+    LoraConfig,
+    lambda config: (
+        RebasedLoraMethod() if is_rebased(getattr(config, "init_lora_weights", True)) else BlockByBlockMethod()
+    ),
+)
 method_of.register(AdaLoraConfig, lambda config: AdaLoraMethod())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from peft import PeftModel
-from torch import Tensor
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
 
 
 class AdapterMethod:
@@ -31,6 +31,24 @@ class AdapterMethod:
     """Fields of the config that only a schedule of the training depends on, so that a resumed run may change them."""
     rank_field: ClassVar[str | None] = "r"
     """Field of the config that sets the adapter's rank by itself; None if there is no such field."""
+
+    def check(self, model: nn.Module, config: PeftConfig) -> None:
+        """Check a model before an adapter is injected; does nothing by default.
+
+        Args:
+            model: Model with the base's weights.
+            config: Config of the adapter.
+
+        Raises:
+            UserError: If the method cannot adapt the model.
+        """
+
+    def injected(self, model: PeftModel) -> None:
+        """Hook after the adapter was injected, in all processes; does nothing by default.
+
+        Args:
+            model: Adapted model.
+        """
 
     def start(self, model: PeftModel, steps: int) -> None:
         """Hook before training, called if the method is :attr:`scheduled`; does nothing by default.
