@@ -1,0 +1,325 @@
+"""Uniform and adaptive ranks at the same number of parameters: ``python benchmarks/ranks.py``.
+
+The embedded base learns two sets of images: scikit-learn's scans of handwritten digits, and shapes filled with patterns, which
+the base has only seen in one colour. Every setting trains with the same steps, batches and seeds; the budgets are the parameters
+of uniform LoRA at its rank, and at half of it. Accuracy is the share of generated images in which a support vector machine,
+trained on images of the set only, recognises what the prompt asks for. The validation loss is computed on held-out images at
+fixed timesteps and noise. ``most MB`` counts weights, gradients and optimizer state of the adapter at their largest, ``last MB``
+at the end.
+
+Every run adds a line to the JSON file, and a run that is in it is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
+from PIL import Image, ImageDraw
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+
+from benchmarks.environment import cpu_cores, versions
+from lit_lora import LoraDiffusion, RankBudget, StableDiffusion, WebDatasetDataModule
+from lit_lora.adapters import ADAPTER_NAME, adapter_state, method_of, plain_config
+from lit_lora.datamodules import ImageDecoder
+from lit_lora.datamodules.packing.pack import pack_folder
+from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, SCAN_SIZE, _fit_classifier, _prompt, _scan_images
+from scripts.embedded.drawing import SHAPES, SIZE, _draw_shape
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
+PATTERNS = ("striped", "dotted", "checkered", "hollow")
+PARAMETERS_PER_RANK = 36_592
+"""Parameters of uniform LoRA in these layers of the embedded base, for each rank."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A set of images with prompts, and a classifier that tells which prompt an image shows.
+
+    Args:
+        images: Images to learn.
+        captions: Captions of the images.
+        prompts: One prompt for each class.
+        features: Function from an image to what the classifier sees.
+        classifier: Classifier of the features.
+        accuracy: Accuracy of the classifier on images of the set that it has not seen.
+    """
+
+    images: list[Image.Image]
+    captions: list[str]
+    prompts: list[str]
+    features: Callable[[Image.Image], np.ndarray]
+    classifier: SVC
+    accuracy: float
+
+
+def digits() -> Task:
+    """Scans of handwritten digits."""
+    scans, labels = load_digits(return_X_y=True)
+    classifier, accuracy = _fit_classifier(scans, labels)
+
+    def features(image: Image.Image) -> np.ndarray:
+        small = image.convert("L").resize((SCAN_SIZE, SCAN_SIZE), Image.Resampling.BOX)
+        return np.asarray(small).reshape(-1) * (16 / 255)
+
+    return Task(
+        _scan_images(scans),
+        [_prompt(digit) for digit in labels],
+        [_prompt(digit) for digit in range(10)],
+        features,
+        classifier,
+        accuracy,
+    )
+
+
+def shapes(count: int = 1800) -> Task:
+    """Shapes filled with patterns, white on black."""
+    rng = np.random.default_rng(0)
+    names = [f"a {pattern} {shape}" for pattern in PATTERNS for shape in SHAPES]
+    labels = [number % len(names) for number in range(count)]
+    images = [_patterned(names[label].split()[1], names[label].split()[2], rng) for label in labels]
+
+    def features(image: Image.Image) -> np.ndarray:
+        return np.asarray(image.convert("L").resize((SIZE, SIZE))).reshape(-1) / 255
+
+    seen = np.stack([features(image) for image in images])
+    half = len(names) * (count // len(names) // 2)
+    classifier = SVC(C=10.0).fit(seen[:half], labels[:half])
+    accuracy = float(classifier.score(seen[half:], labels[half:]))
+    return Task(images, [names[label] for label in labels], names, features, classifier, accuracy)
+
+
+def _patterned(pattern: str, shape: str, rng: np.random.Generator) -> Image.Image:
+    """A shape with a pattern, with random place, size and phase."""
+    canvas = 128
+    outline = Image.new("L", (canvas, canvas), 0)
+    center = tuple(canvas / 2 + rng.uniform(-5, 5, size=2))
+    radius = float(rng.uniform(48, 56))
+    _draw_shape(ImageDraw.Draw(outline), shape, center, radius)
+    y, x = np.mgrid[:canvas, :canvas] + rng.integers(0, 8, size=2)[:, None, None]
+    fill = {
+        "striped": (y // 12) % 2 == 0,
+        "dotted": ((x % 20 - 10) ** 2 + (y % 20 - 10) ** 2) < 36,
+        "checkered": ((x // 16) + (y // 16)) % 2 == 0,
+        "hollow": np.zeros((canvas, canvas), dtype=bool),
+    }[pattern]
+    inner = Image.new("L", (canvas, canvas), 0)
+    _draw_shape(ImageDraw.Draw(inner), shape, center, radius * 0.72)
+    inside, border = np.asarray(inner) > 0, (np.asarray(outline) > 0) & ~(np.asarray(inner) > 0)
+    pixels = np.where(border, 255, np.where(inside & fill, 230, np.where(inside, 40, 0))).astype(np.uint8)
+    return Image.fromarray(pixels).resize((SIZE, SIZE), Image.Resampling.BOX).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An adapter and the callbacks that go with it."""
+
+    adapter: Callable[[int], PeftConfig]
+    callbacks: Callable[[], list[Callback]] = list
+
+
+def settings(rank: int, start: int) -> dict[str, Setting]:
+    """The settings by name.
+
+    Args:
+        rank: Rank of uniform LoRA, which sets the budget.
+        start: Rank with which pruned LoRA starts.
+    """
+
+    def uniform(r: int) -> Setting:
+        return Setting(lambda steps: LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS))
+
+    def pruned(r: int) -> Setting:
+        return Setting(
+            lambda steps: LoraConfig(r=start, lora_alpha=start, target_modules=TARGETS),
+            lambda: [RankBudget(parameters=PARAMETERS_PER_RANK * r)],
+        )
+
+    def adalora(r: int) -> Setting:
+        return Setting(
+            lambda steps: AdaLoraConfig(
+                init_r=r * 3 // 2,
+                target_r=r,
+                lora_alpha=r * 3 // 2,
+                tinit=steps // 10,
+                tfinal=steps * 2 // 5,
+                deltaT=max(1, steps // 40),
+                total_step=steps,
+                target_modules=TARGETS,
+            )
+        )
+
+    return {
+        f"uniform r={rank}": uniform(rank),
+        f"RankBudget {start} -> {rank}": pruned(rank),
+        f"AdaLoRA {rank * 3 // 2} -> {rank}": adalora(rank),
+        f"uniform r={rank // 2}": uniform(rank // 2),
+        f"RankBudget {start} -> {rank // 2}": pruned(rank // 2),
+        f"AdaLoRA {rank * 3 // 4} -> {rank // 2}": adalora(rank // 2),
+    }
+
+
+def _run(setting: Setting, seed: int, shards: Path, task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """Train with one setting and one seed, and measure the result."""
+    seed_everything(seed, verbose=False)
+    module = LoraDiffusion(
+        StableDiffusion("embedded"),
+        setting.adapter(options.steps),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=options.lr),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.steps),
+        caption_dropout=0.1,
+        seed=seed,
+    )
+    data = WebDatasetDataModule(
+        str(shards),
+        val_samples=96,
+        batch_size=48,
+        resolution=32,
+        decoder=ImageDecoder(center_crop=True),
+        num_workers=0,
+        seed=seed,
+    )
+    held = _Held()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=options.steps,
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[*setting.callbacks(), held],
+    )
+    started = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - started
+    judge = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    loss = judge.validate(module, data, verbose=False)[0]["val/loss"]
+    rounds = options.images // len(task.prompts)
+    images = module.generate(
+        task.prompts * rounds,
+        seeds=range(rounds * len(task.prompts)),
+        num_inference_steps=INFERENCE_STEPS,
+        guidance_scale=GUIDANCE_SCALE,
+        batch_size=50,
+    )
+    seen = np.stack([task.features(image) for image in images])
+    labels = list(range(len(task.prompts))) * rounds
+    state, config = _files(module.family.denoiser)
+    ranks = [*config["rank_pattern"].values()] or [config["r"]]
+    return {
+        "accuracy": float(task.classifier.score(seen, labels)),
+        "loss": loss,
+        "parameters": sum(value.numel() for value in state.values()),
+        "most_bytes": held.most,
+        "last_bytes": held.last,
+        "ranks": [min(ranks), max(ranks)],
+        "seconds": seconds,
+    }
+
+
+class _Held(Callback):
+    """Bytes of weights, gradients and optimizer state of the adapter."""
+
+    most = 0
+    last = 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        trained = [p for p in pl_module.parameters() if p.requires_grad]
+        states = [value for one in trainer.optimizers[0].state.values() for value in one.values()]
+        state = sum(value.nbytes for value in states if torch.is_tensor(value))
+        self.last = 2 * sum(p.nbytes for p in trained) + state
+        self.most = max(self.most, self.last)
+
+
+def _files(model: Any) -> tuple[Mapping[str, torch.Tensor], Mapping[str, Any]]:
+    """Tensors and config of the adapter's files."""
+    config = model.peft_config[ADAPTER_NAME]
+    return method_of(config).export(model, adapter_state(model), plain_config(config))
+
+
+def _pack(task: Task, out: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        for number, (image, caption) in enumerate(zip(task.images, task.captions, strict=True)):
+            image.save(Path(name) / f"{number:04d}.png")
+            (Path(name) / f"{number:04d}.txt").write_text(caption, encoding="utf-8")
+        pack_folder(name, out, samples_per_shard=600)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--images", type=int, default=240, help="images to generate and classify, at most")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--rank", type=int, default=16, help="rank of uniform LoRA, whose parameters are the budget")
+    parser.add_argument("--start", type=int, default=64, help="rank with which RankBudget starts")
+    parser.add_argument("--only", nargs="*", help="parts of the names of the settings to run")
+    parser.add_argument("--json", type=Path, default=Path("ranks.json"), help="file with the runs so far")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    done: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
+    tasks = {"digits": digits(), "shapes": shapes()}
+    with tempfile.TemporaryDirectory() as folder:
+        for task_name, task in tasks.items():
+            shards = Path(folder) / task_name
+            _pack(task, shards)
+            for seed in options.seeds:
+                for name, setting in settings(options.rank, options.start).items():
+                    key = f"{task_name}/{name}/{seed}/{options.steps}"
+                    if key in done or (options.only and not any(part in key for part in options.only)):
+                        continue
+                    done[key] = _run(setting, seed, shards, task, options)
+                    options.json.write_text(json.dumps(done, indent=1))
+                    print(key, done[key], flush=True)
+    print(_table(tasks, done, options))
+
+
+def _table(tasks: dict[str, Task], done: dict[str, Any], options: argparse.Namespace) -> str:
+    lines = [
+        f"{options.steps} steps of 48 images, lr {options.lr:g}, seeds {options.seeds}; {cpu_cores()}, "
+        f"{torch.get_num_threads()} threads; {versions('torch', 'peft', 'lightning')}"
+    ]
+    for task_name, task in tasks.items():
+        lines += [
+            "",
+            f"{task_name}: the classifier reads {task.accuracy:.1%} of unseen images",
+            f"{'':<22}{'accuracy':>9} {'(each seed)':<20}{'val loss':>9} {'(spread)':<10}{'parameters':>11}{'ranks':>8}"
+            f"{'most MB':>9}{'last MB':>9}{'s':>6}",
+        ]
+        for name in settings(options.rank, options.start):
+            keys = [f"{task_name}/{name}/{seed}/{options.steps}" for seed in options.seeds]
+            runs = [done[key] for key in keys if key in done]
+            if not runs:
+                continue
+            mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key != "ranks"}
+            losses = [run["loss"] for run in runs]
+            each = " ".join(f"{run['accuracy']:.1%}" for run in runs)
+            ranks = f"{min(run['ranks'][0] for run in runs)}-{max(run['ranks'][1] for run in runs)}"
+            lines.append(
+                f"{name:<22}{mean['accuracy']:>9.1%} {each:<20}{mean['loss']:>9.4f} {max(losses) - min(losses):<10.4f}"
+                f"{mean['parameters']:>11,.0f}{ranks:>8}{mean['most_bytes'] / 1e6:>9.1f}{mean['last_bytes'] / 1e6:>9.1f}"
+                f"{mean['seconds']:>6.0f}"
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
