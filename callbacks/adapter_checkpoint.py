@@ -33,6 +33,7 @@ from lit_lora.callbacks.checkpoint_files import (
     put_in_place,
 )
 from lit_lora.callbacks.finite_gradients import FiniteGradients, check_trained
+from lit_lora.callbacks.lora_injection import LoraInjection
 from lit_lora.callbacks.resumed_saves import ResumedSaves
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.collectives import gather
@@ -50,10 +51,9 @@ class AdapterCheckpoint(ResumedSaves):
 
     A checkpoint holds the weights of the adapter, everything else that training changes, such as running statistics of BatchNorm
     (:class:`~lit_lora.adapters.training_state.TrainingState`), the state of optimizer, loops and datamodule, and the random
-    number generators of every process. If the module has ``save_adapter(folder)``, as :class:`~lit_lora.LoraDiffusion` has, the
-    folder
-    ``NAME.adapter`` beside ``NAME.ckpt`` holds the same adapter as files of PEFT and diffusers, and with :class:`AdapterEMA`
-    ``NAME.ema.adapter`` holds its average. Checkpoints and folders are written atomically.
+    number generators of every process. If the module has ``save_adapter(folder)``, as :class:`~lit_lora.LoraDiffusion` has, or
+    with :class:`LoraInjection`, the folder ``NAME.adapter`` beside ``NAME.ckpt`` holds the same adapter as files, and with
+    :class:`AdapterEMA` ``NAME.ema.adapter`` holds its average. Checkpoints and folders are written atomically.
 
     All checkpoints are taken between two optimizer steps: what is due in the middle of accumulated gradients waits for the next
     step, and so does the end of training. Every end of training is saved, ``last`` is always the newest checkpoint, and weights
@@ -290,16 +290,17 @@ class AdapterCheckpoint(ResumedSaves):
 
     def _save_adapter_folders(self, trainer: Trainer, filepath: str) -> None:
         module: Any = trainer.lightning_module
-        if not hasattr(module, "save_adapter"):
+        owner: Any = module if hasattr(module, "save_adapter") else LoraInjection.of(trainer)
+        if owner is None:
             return
         plain, averaged = adapter_folders(filepath)
         for folder in (plain, averaged):
             if trainer.is_global_zero and folder.is_symlink():
                 folder.unlink()  # ``last`` was a link and becomes a checkpoint of its own
-        module.save_adapter(plain)
+        owner.save_adapter(plain)
         if ema := AdapterEMA.of(trainer):
             with ema.averaged(module):
-                module.save_adapter(averaged)
+                owner.save_adapter(averaged)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         last = self.last_model_path

@@ -4,6 +4,7 @@ from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCh
 from lit_lora.callbacks.adapter_ema import AdapterEMA as AdapterEMA
 from lit_lora.callbacks.finite_gradients import FiniteGradients as FiniteGradients
 from lit_lora.callbacks.image_writer import ImageWriter as ImageWriter
+from lit_lora.callbacks.lora_injection import LoraInjection as LoraInjection
 from lit_lora.callbacks.memory_limit import MemoryLimit as MemoryLimit
 from lit_lora.callbacks.memory_profiler import MemoryProfiler as MemoryProfiler
 from lit_lora.callbacks.preemption import Preemption as Preemption

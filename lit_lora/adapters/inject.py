@@ -53,6 +53,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*did not match any targeted module")  # an error here
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
             adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
         if out_of_memory(error):

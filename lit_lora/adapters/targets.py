@@ -74,7 +74,11 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Collection[str]]]:
     """Names of the layers that adapters can change, each with the presets that contain it."""
     parts: list[Any] = [part for part in model.modules() if hasattr(part, "get_output_embeddings")]
     heads = [part.get_output_embeddings() for part in parts]
+    seen: set[nn.Module] = set()  # PEFT knows a layer that is in two places by its first name
     for name, layer, role in _roles(model, "", ""):
+        if layer in seen:
+            continue
+        seen.add(layer)
         if isinstance(layer, _CONV):
             yield name, ("conv",)
         elif isinstance(layer, nn.MultiheadAttention):
