@@ -1,5 +1,6 @@
 # The list of public names: type checkers read it, and so do the packages that import names when they are first asked for
 # (lazy.py) and the command line, where each is a short class_path. A new part is one line here.
+from lit_lora.adapters.parameter_groups import ParameterGroup as ParameterGroup
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
 from lit_lora.callbacks.adapter_ema import AdapterEMA as AdapterEMA
 from lit_lora.callbacks.finite_gradients import FiniteGradients as FiniteGradients

@@ -104,7 +104,11 @@ def test_an_argument_without_a_description_is_an_error(config_keys: ModuleType) 
 
 def test_nested_keys_are_where_the_page_says(config_keys: ModuleType, parsers: dict[str, Any], tmp_path: Path) -> None:
     """The path of each section takes its keys, with their defaults."""
-    required = {"family": {"pretrained_model_name_or_path": "base"}, "staging": {"dir": "/disk"}}
+    required = {
+        "family": {"pretrained_model_name_or_path": "base"},
+        "staging": {"dir": "/disk"},
+        "parameter_groups": {"pattern": "*", "lr": 1e-3},
+    }
     chosen = {"model.objective": "FlowMatching"}  # the next section's key is one of its options
     config: dict[str, Any] = {}
     for section in config_keys.SECTIONS[1:]:

@@ -83,6 +83,12 @@ def by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[st
             + ". Resume with the settings that "
             "the checkpoint was made with, or start without ckpt_path."
         )
+    for number, (group, group_names) in enumerate(zip(saved_groups, names, strict=True)):
+        if moved := sorted(set(group["param_names"]) ^ set(group_names)):
+            raise UserError(
+                f"{moved[0]} and {len(moved) - 1} other parameters are in another group than group {number} of the checkpoint's "
+                f"optimizer. Resume with the groups that the checkpoint was made with, or start without ckpt_path."
+            )
     places = {name: place for place, name in enumerate(here)}
     values = state["state"]
     groups, first = [], 0

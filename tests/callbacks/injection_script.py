@@ -60,6 +60,7 @@ def train(strategy: str, folder: Path, kind: str, epochs: int, resume: Path | No
     else:
         module, data = Classifier(), images(batch_size=batch_size)
         injection = LoraInjection(LoraConfig(r=2, lora_alpha=2, target_modules="conv", modules_to_save=["fc"]), "net")
+    torch.manual_seed(RANK)  # the first process's adapter is what all of them begin with
     sampler = DistributedSampler(data.dataset, WORLD, RANK, shuffle=False)
     data = DataLoader(data.dataset, batch_size, sampler=sampler, generator=torch.Generator())
     saving = AdapterCheckpoint(folder, save_last=True, save_top_k=0, enable_version_counter=False)

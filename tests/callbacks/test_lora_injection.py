@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lit_lora.adapters.parameter_groups import ParameterGroup, make_optimizer
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, FiniteGradients, LoraInjection, MemoryProfiler
 from lit_lora.errors import UserError
 from lit_lora.quantization import NF4, Int8, Quantization
@@ -483,6 +485,19 @@ def test_a_checkpoint_of_another_adapter_is_refused(trainer_options: dict[str, A
     other = LoraInjection(LoraConfig(**CONV | {"lora_alpha": 4}))
     with pytest.raises(UserError, match="lora_alpha is 4, in the checkpoint 2"):
         fit(tmp_path, trainer_options, Classifier(), other, images(), epochs=2, resume=tmp_path / "last.ckpt")
+
+
+class Grouped(Classifier):
+    def configure_optimizers(self) -> Any:
+        return make_optimizer(
+            partial(torch.optim.AdamW, lr=1e-3), self, [ParameterGroup("net.*.lora_B.*", lr_ratio=16)]
+        )
+
+
+def test_groups_of_parameters(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    trainer = fit(tmp_path, trainer_options, Grouped(), LoraInjection(LoraConfig(**CONV)), images())
+    b, rest = trainer.optimizers[0].param_groups
+    assert (b["lr"], rest["lr"], len(b["params"]), len(rest["params"])) == (16e-3, 1e-3, 6, 6)
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

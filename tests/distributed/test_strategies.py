@@ -164,6 +164,8 @@ def test_a_feature_does_what_it_does_in_one_process(
         assert apart(found["losses"], expected["losses"]) <= near
         if feature == "validation":
             assert found["val/loss"] == pytest.approx(expected["val/loss"], abs=NEAR)
+        if feature == "parameter groups":
+            assert apart(found["resumed"], expected["losses"][SAVED_AT:]) <= near
         if feature == "skipped steps":
             assert (found["skipped"], found["finite"]) == (1, True)
             assert len(found["losses"]) == RESUMED_TO - 1
