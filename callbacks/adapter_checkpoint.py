@@ -35,6 +35,7 @@ from lit_lora.callbacks.checkpoint_files import (
 from lit_lora.callbacks.finite_gradients import FiniteGradients, check_trained
 from lit_lora.callbacks.lora_injection import LoraInjection
 from lit_lora.callbacks.resumed_saves import ResumedSaves
+from lit_lora.callbacks.schedule_free import learned_weights
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
@@ -270,9 +271,10 @@ class AdapterCheckpoint(ResumedSaves):
         check_trained(trainer)
         part = f"{filepath}.part"
         try:
-            trainer.save_checkpoint(part, self.save_weights_only)
-            if trainer.is_global_zero or shards_weights(trainer.strategy):
-                self._save_adapter_folders(trainer, filepath)
+            with learned_weights(trainer):
+                trainer.save_checkpoint(part, self.save_weights_only)
+                if trainer.is_global_zero or shards_weights(trainer.strategy):
+                    self._save_adapter_folders(trainer, filepath)
         except OSError as error:
             if trainer.is_global_zero:
                 discard(Path(part))  # it may be what fills the disk

@@ -28,9 +28,10 @@ def check_optimizers(made: Any, module: nn.Module) -> None:
     optimizers = list(_optimizers_in(made))
     for number, optimizer in enumerate(optimizers):
         for group in optimizer.param_groups:
-            # In place: some optimizers hold the list itself.
-            group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            if "names" not in group:  # PEFT's LoRA-FA pairs names with parameters, and reads frozen ones
+                # In place: some optimizers hold the list itself.
+                group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         if not held:
             raise UserError(
                 f"optimizer {number} ({type(optimizer).__name__}) of {type(module).__name__} has frozen parameters alone, "

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -87,6 +87,17 @@ class LoraInjection(Callback):
         """The trainer's :class:`LoraInjection`; None if it has none."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return next((callback for callback in callbacks if isinstance(callback, cls)), None)
+
+    @property
+    def model(self) -> PeftModel:
+        """The adapted part with PEFT's methods, as PEFT's own optimizers take it; the module itself does not hold it.
+
+        Raises:
+            UserError: If there is no adapter yet.
+        """
+        if self._in_place is None:
+            raise UserError("there is no adapter yet: it is put in after configure_model")
+        return self._in_place.model
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter to a folder for ``peft.PeftModel.from_pretrained``.

@@ -91,6 +91,9 @@ def by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[st
             )
     places = {name: place for place, name in enumerate(here)}
     values = state["state"]
+    of_no_parameter = {
+        key: value for key, value in values.items() if not isinstance(key, int)
+    }  # as PEFT's LoRA-FA has it
     groups, first = [], 0
     for group, group_names in zip(saved_groups, names, strict=True):
         options = {key: value for key, value in group.items() if key != "param_names"}
@@ -98,7 +101,7 @@ def by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[st
         first += len(group_names)
     return {
         **state,
-        "state": {places[name]: values[number] for name, number in saved.items() if number in values},
+        "state": of_no_parameter | {places[name]: values[number] for name, number in saved.items() if number in values},
         "param_groups": groups,
     }
 
