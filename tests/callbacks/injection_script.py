@@ -28,6 +28,7 @@ STRATEGIES = {
     "ZeRO-3": "lit_lora_deepspeed_stage_3",
 }
 SINGLE = "auto"
+KINDS = ("classifier", "language model", "empty group")
 
 
 class LanguageModelWithHead(LanguageModel):
@@ -58,7 +59,7 @@ def train(strategy: str, folder: Path, kind: str, epochs: int, resume: Path | No
         injection = LoraInjection(adapter, "model", also_train=["scale.*"], quantization=Int8(skip=["lm_head"]))
         data = sentences(batch_size=batch_size)
     else:
-        module, data = Classifier(), images(batch_size=batch_size)
+        module, data = (WithoutDecay if kind == "empty group" else Classifier)(), images(batch_size=batch_size)
         injection = LoraInjection(LoraConfig(r=2, lora_alpha=2, target_modules="conv", modules_to_save=["fc"]), "net")
     torch.manual_seed(RANK)  # the first process's adapter is what all of them begin with
     sampler = DistributedSampler(data.dataset, WORLD, RANK, shuffle=False)
@@ -79,8 +80,21 @@ def train(strategy: str, folder: Path, kind: str, epochs: int, resume: Path | No
     trainer.fit(module, data, ckpt_path=resume)
 
 
-def refusals(folder: Path) -> dict[str, str]:
-    """What FSDP2 says to modules that it cannot train."""
+class WithoutDecay(Classifier):
+    """Has a group of biases and norms, which are all frozen, and a schedule."""
+
+    def configure_optimizers(self) -> Any:
+        groups = [
+            {"params": [p for p in self.parameters() if p.ndim == 1], "weight_decay": 0.0},
+            {"params": [p for p in self.parameters() if p.ndim > 1]},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=8)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def refusals() -> dict[str, str]:
+    """What FSDP2 and DeepSpeed say to modules that they cannot train."""
 
     class Unequal(Classifier):
         def __init__(self) -> None:
@@ -93,18 +107,18 @@ def refusals(folder: Path) -> dict[str, str]:
             self.temperature = nn.Parameter(torch.ones(1))
 
     said = {}
-    options: dict[str, Any] = {"accelerator": "cpu", "devices": WORLD, "strategy": "lit_lora_fsdp", "max_epochs": 1}
+    options: dict[str, Any] = {"accelerator": "cpu", "devices": WORLD, "max_epochs": 1}
     quiet = {
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "enable_checkpointing": False,
     }
-    for kind in (Unequal, Loose):
+    for kind, strategy in ((Unequal, "fsdp"), (Loose, "fsdp"), (WithoutDecay, "ZeRO-2")):
         adapter = LoraConfig(r=2, lora_alpha=2, target_modules="conv")
         injection = LoraInjection(adapter, "net", also_train=["temperature"] if kind is Loose else ())
         try:
-            Trainer(**options, **quiet, callbacks=[injection]).fit(kind(), images())
+            Trainer(**options, **quiet, strategy=STRATEGIES[strategy], callbacks=[injection]).fit(kind(), images())
         except UserError as error:
             said[kind.__name__] = str(error)
     return said
@@ -114,12 +128,12 @@ def main() -> None:
     folder = Path(sys.argv[1])
     strategies = STRATEGIES if WORLD > 1 else {"single": SINGLE}
     for name, strategy in strategies.items():
-        for kind in ("classifier", "language model"):
+        for kind in KINDS if "ZeRO" not in name else KINDS[:2]:
             train(strategy, folder / f"{name} {kind}", kind, epochs=1)
             saved = folder / f"single {kind}" / "last.ckpt"
             train(strategy, folder / f"{name} {kind} resumed", kind, epochs=2, resume=saved)
     if WORLD > 1:
-        (folder / f"refusals-{RANK}.json").write_text(json.dumps(refusals(folder)))
+        (folder / f"refusals-{RANK}.json").write_text(json.dumps(refusals()))
 
 
 if __name__ == "__main__":
