@@ -110,6 +110,7 @@ def adapt_in_place(
     for parameter in kept:
         parameter.requires_grad_(True)
     _check_shared_layers(root)
+    _check_fast_path(root)
     _warn_of_shared_weights(module)
     adapter = AdapterInPlace(model, path, settings)
     module.__dict__[_MARK] = adapter
@@ -199,6 +200,18 @@ def _check_shared_layers(root: nn.Module) -> None:
                     f"{adapted[id(child)]} and {place} are the same layer, and PEFT adapts it in the first place alone; leave it "
                     f"out of target_modules, or use it in one place"
                 )
+
+
+def _check_fast_path(root: nn.Module) -> None:
+    """Refuse layers that torch computes in evaluation by a kernel that reads weights and passes adapters by."""
+    if not torch.backends.mha.get_fastpath_enabled():
+        return
+    for name, layer in root.named_modules():
+        if isinstance(layer, nn.TransformerEncoderLayer) and any(_adapted_layers(layer)):
+            raise UserError(
+                f"{name or 'the module'} is an nn.TransformerEncoderLayer, which in evaluation reads its weights without the "
+                f"adapter: call torch.backends.mha.set_fastpath_enabled(False), here and where the adapter is loaded later"
+            )
 
 
 def _warn_of_shared_weights(module: nn.Module) -> None:

@@ -91,9 +91,8 @@ def by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[st
             )
     places = {name: place for place, name in enumerate(here)}
     values = state["state"]
-    of_no_parameter = {
-        key: value for key, value in values.items() if not isinstance(key, int)
-    }  # as PEFT's LoRA-FA has it
+    # As PEFT's LoRA-FA has it.
+    of_no_parameter = {key: value for key, value in values.items() if not isinstance(key, int)}
     groups, first = [], 0
     for group, group_names in zip(saved_groups, names, strict=True):
         options = {key: value for key, value in group.items() if key != "param_names"}

@@ -341,6 +341,37 @@ def test_tied_weights_are_named(trainer_options: dict[str, Any], tmp_path: Path)
     assert [layer.weight_shape for layer in frozen_layers(module)] == [(1, 4)], "only the head is quantized"
 
 
+def test_torchs_own_encoder_layers(
+    trainer_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sequence(Parts):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss: Tensor = self.head(self.net["a"](batch[0].flatten(1)[:, :8].view(-1, 2, 4))).square().mean()
+            return loss
+
+    def module() -> Sequence:
+        torch.manual_seed(0)
+        return Sequence(a=nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True))
+
+    def injection() -> LoraInjection:
+        return LoraInjection(LoraConfig(r=2, lora_alpha=2, target_modules="attention+mlp"), "net")
+
+    with pytest.raises(UserError, match=r"a is an nn.TransformerEncoderLayer.*set_fastpath_enabled\(False\)"):
+        fit(tmp_path, trainer_options, module(), injection(), images())
+    monkeypatch.setattr("torch.backends.mha._is_fastpath_enabled", False)
+    adapted = module()
+    fit(tmp_path, trainer_options, adapted, injection(), images())
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        trained_output, output, base = (
+            adapted.net["a"].train()(x),
+            adapted.net["a"].eval()(x),
+            module().net["a"].eval()(x),
+        )
+    torch.testing.assert_close(trained_output, output)
+    assert (output - base).abs().max() > 1e-4
+
+
 def test_a_layer_that_is_never_called(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     adapter = LoraConfig(r=2, lora_alpha=2, target_modules="all-linear")
     with pytest.warns(UserWarning, match=r"2 of 4 trained tensors have no gradient.* net\.unused\.lora_A"):
