@@ -34,7 +34,9 @@ from lit_lora.callbacks.checkpoint_files import (
     put_in_place,
 )
 from lit_lora.callbacks.finite_gradients import FiniteGradients, check_trained
+from lit_lora.callbacks.lora_injection import LoraInjection
 from lit_lora.callbacks.resumed_saves import ResumedSaves
+from lit_lora.callbacks.schedule_free import learned_weights
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
@@ -55,10 +57,9 @@ class AdapterCheckpoint(ResumedSaves):
 
     A checkpoint holds the weights of the adapter, everything else that training changes, such as running statistics of BatchNorm
     (:class:`~lit_lora.adapters.training_state.TrainingState`), the state of optimizer, loops and datamodule, and the random
-    number generators of every process. If the module has ``save_adapter(folder)``, as :class:`~lit_lora.LoraDiffusion` has, the
-    folder
-    ``NAME.adapter`` beside ``NAME.ckpt`` holds the same adapter as files of PEFT and diffusers, and with :class:`AdapterEMA`
-    ``NAME.ema.adapter`` holds its average. Checkpoints and folders are written atomically.
+    number generators of every process. If the module has ``save_adapter(folder)``, as :class:`~lit_lora.LoraDiffusion` has, or
+    with :class:`LoraInjection`, the folder ``NAME.adapter`` beside ``NAME.ckpt`` holds the same adapter as files, and with
+    :class:`AdapterEMA` ``NAME.ema.adapter`` holds its average. Checkpoints and folders are written atomically.
 
     All checkpoints are taken between two optimizer steps: what is due in the middle of accumulated gradients waits for the next
     step, and so does the end of training. Every end of training is saved, ``last`` is always the newest checkpoint, and weights
@@ -291,9 +292,10 @@ class AdapterCheckpoint(ResumedSaves):
         check_trained(trainer)
         part = f"{filepath}.part"
         try:
-            trainer.save_checkpoint(part, self.save_weights_only)
-            if trainer.is_global_zero or shards_weights(trainer.strategy):
-                self._save_adapter_folders(trainer, filepath)
+            with learned_weights(trainer):
+                trainer.save_checkpoint(part, self.save_weights_only)
+                if trainer.is_global_zero or shards_weights(trainer.strategy):
+                    self._save_adapter_folders(trainer, filepath)
         except OSError as error:
             if trainer.is_global_zero:
                 discard(Path(part))  # it may be what fills the disk
@@ -311,7 +313,8 @@ class AdapterCheckpoint(ResumedSaves):
 
     def _save_adapter_folders(self, trainer: Trainer, filepath: str) -> None:
         module: Any = trainer.lightning_module
-        if not hasattr(module, "save_adapter"):
+        owner: Any = module if hasattr(module, "save_adapter") else LoraInjection.of(trainer)
+        if owner is None:
             return
         plain, averaged = adapter_folders(filepath)
         for folder in (plain, averaged):
@@ -320,10 +323,10 @@ class AdapterCheckpoint(ResumedSaves):
         # A module of another project may have no such options.
         given = {"formats": self.formats, "info": self.info}
         chosen = {name: value for name, value in given.items() if value}
-        module.save_adapter(plain, **chosen)
+        owner.save_adapter(plain, **chosen)
         if ema := AdapterEMA.of(trainer):
             with ema.averaged(module):
-                module.save_adapter(averaged, **chosen)
+                owner.save_adapter(averaged, **chosen)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         last = self.last_model_path

@@ -198,7 +198,7 @@ def check_trained(trainer: Trainer) -> None:
         UserError: If a value is NaN or Inf.
     """
     trained = ((name, p) for name, p in trainer.lightning_module.named_parameters() if p.requires_grad)
-    named = {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in trained}  # DeepSpeed's own shard
+    named = {name: _own_part(parameter, trainer.global_rank) for name, parameter in trained}
     states = tensors_in([list(optimizer.state.values()) for optimizer in trainer.optimizers])
     found = [name for names in gather(non_finite_names(named) or non_finite_names(states)) for name in names]
     if found:
@@ -206,3 +206,12 @@ def check_trained(trainer: Trainer) -> None:
             f"nothing is saved at step {trainer.global_step}: {len(found)} tensors of weights or optimizer state hold NaN or "
             f"Inf, the first is {found[0]}. Resume from an earlier checkpoint with a lower lr or trainer.gradient_clip_val: 1.0"
         )
+
+
+def _own_part(parameter: Any, rank: int) -> Tensor:
+    """What this process has of a parameter: under DeepSpeed's ZeRO-3 its shard, without the padding, which may hold anything."""
+    shard: Tensor | None = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        own: Tensor = parameter
+        return own
+    return shard.flatten()[: max(0, parameter.ds_numel - rank * shard.numel())]

@@ -11,13 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import ADAPTER_NAME, adapter_state
+from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks, ranked_layers
 from lit_lora.byte_sizes import parse_bytes
@@ -288,7 +288,7 @@ def _like(scores: Tensor, layer: RankedLayer) -> Tensor:
 
 def _other_bytes(module: nn.Module, layers: list[RankedLayer]) -> int:
     """Bytes of ``adapter_model.safetensors`` beside the weights of the ranked layers."""
-    model = next(child for child in module.modules() if isinstance(child, PeftModel))
+    _, model = next(peft_models(module))
     ranked = sum(layer.rank * layer.component_parameters for layer in layers)
     return safetensors_bytes(adapter_state(model)) - _PARAMETER_BYTES * ranked
 

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import save_image
 
 from lit_lora.callbacks.adapter_ema import AdapterEMA
+from lit_lora.callbacks.schedule_free import learned_weights
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
@@ -96,7 +97,7 @@ class SampleImages(Callback):
         each = math.ceil(len(self.prompts) / trainer.world_size)
         mine = [min(trainer.global_rank * each + i, len(self.prompts) - 1) for i in range(each)]
         ema = AdapterEMA.of(trainer)
-        with phase("sampling"), ema.averaged(pl_module) if ema else nullcontext():
+        with phase("sampling"), learned_weights(trainer), ema.averaged(pl_module) if ema else nullcontext():
             prompts, seeds = [self.prompts[i] for i in mine], [self.seed + i for i in mine]
             try:
                 drawn, problem = cast(Any, pl_module).generate(prompts, seeds, **self.options), None

@@ -1,15 +1,18 @@
 # The list of public names: type checkers read it, and so do the packages that import names when they are first asked for
 # (lazy.py) and the command line, where each is a short class_path. A new part is one line here.
+from lit_lora.adapters.parameter_groups import ParameterGroup as ParameterGroup
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
 from lit_lora.callbacks.adapter_ema import AdapterEMA as AdapterEMA
 from lit_lora.callbacks.finite_gradients import FiniteGradients as FiniteGradients
 from lit_lora.callbacks.image_writer import ImageWriter as ImageWriter
+from lit_lora.callbacks.lora_injection import LoraInjection as LoraInjection
 from lit_lora.callbacks.memory_limit import MemoryLimit as MemoryLimit
 from lit_lora.callbacks.memory_profiler import MemoryProfiler as MemoryProfiler
 from lit_lora.callbacks.preemption import Preemption as Preemption
 from lit_lora.callbacks.rank_budget import RankBudget as RankBudget
 from lit_lora.callbacks.run_report import RunReport as RunReport
 from lit_lora.callbacks.sample_images import SampleImages as SampleImages
+from lit_lora.callbacks.schedule_free import ScheduleFree as ScheduleFree
 from lit_lora.callbacks.step_progress import StepProgress as StepProgress
 from lit_lora.checkpoint_io import SafeCheckpointIO as SafeCheckpointIO
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets as AspectRatioBuckets

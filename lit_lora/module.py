@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_lora.adapters import adapter_state, check_finite, check_sharded_training, method_of
+from lit_lora.adapters.parameter_groups import ParameterGroup, check_schedule, make_optimizer
 from lit_lora.blocks import outermost_blocks
 from lit_lora.caption_dropout import drop_captions
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
@@ -40,7 +41,6 @@ from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward, check_optimizer_in_backward
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
-from lit_lora.parameters import trainable_parameters
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.sampling import SamplingOptions
 
@@ -67,6 +67,8 @@ class LoraDiffusion(LightningModule):
         objective: Distribution of timesteps and noise, and the loss; defaults to the family's objective, ``DDPM`` or
             ``FlowMatching``.
         optimizer: Function from the trainable parameters to their optimizer; defaults to AdamW with a learning rate of 1e-4.
+        parameter_groups: Trained parameters with a learning rate or weight decay of their own, by patterns of their names;
+            defaults to none.
         lr_scheduler: Function from the optimizer to its learning rate schedule, which is stepped at every optimizer step;
             defaults to a constant learning rate.
         quantization: Quantization of the frozen weights in the denoiser's Linear and Conv2d layers, such as ``NF4``; defaults
@@ -91,6 +93,7 @@ class LoraDiffusion(LightningModule):
         adapter: PeftConfig,
         objective: Objective | None = None,
         optimizer: OptimizerCallable = _adamw,
+        parameter_groups: Sequence[ParameterGroup] = (),
         lr_scheduler: LRSchedulerCallable | None = None,
         quantization: Quantization | None = None,
         base_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
@@ -107,6 +110,7 @@ class LoraDiffusion(LightningModule):
         self.adapter = adapter
         self.objective: Objective = objective or family.default_objective()
         self.optimizer = optimizer
+        self.parameter_groups = tuple(parameter_groups)
         self.lr_scheduler = lr_scheduler
         self.quantization = quantization or Dense()
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
@@ -182,11 +186,13 @@ class LoraDiffusion(LightningModule):
         self._configured = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(trainable_parameters(self))
+        optimizer = make_optimizer(self.optimizer, self, self.parameter_groups)
         make_portable(optimizer, self)
         if self.lr_scheduler is None:
             return optimizer
+        rates = [group["lr"] for group in optimizer.param_groups]
         scheduler = self.lr_scheduler(optimizer)
+        check_schedule(rates, optimizer, scheduler)
         config: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             monitor = getattr(scheduler, "monitor", "val/loss")

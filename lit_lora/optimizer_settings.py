@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Trainer
@@ -123,7 +124,7 @@ def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict
 
 def own_settings(trainer: Trainer) -> Settings:
     """The settings that this run's config gives, before a checkpoint is restored."""
-    groups = [{"param_groups": _inner(optimizer).param_groups} for optimizer in trainer.optimizers]
+    groups = [{"param_groups": _configured(_inner(optimizer))} for optimizer in trainer.optimizers]
     return settings(groups, [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs])
 
 
@@ -152,6 +153,15 @@ def apply_settings(trainer: Trainer, wanted: Settings) -> None:
             for config in trainer.lr_scheduler_configs:
                 if _inner(config.scheduler.optimizer) is optimizer:
                     config.scheduler.base_lrs[place] = value
+
+
+def _configured(optimizer: Any) -> list[dict[str, Any]]:
+    """The parameter groups without what the optimizer counts there, such as ``d`` and ``k`` of Prodigy."""
+    parameters = signature(type(optimizer).__init__).parameters
+    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return list(optimizer.param_groups)
+    known = {*parameters, "lr", "initial_lr"}
+    return [{name: value for name, value in group.items() if name in known} for group in optimizer.param_groups]
 
 
 def _inner(optimizer: Any) -> Any:

@@ -148,6 +148,12 @@ def test_every_config_parses_and_builds_and_names_its_command(name: str) -> None
     assert cli.trainer.max_steps > 0
 
 
+def test_a_schedule_free_optimizer_needs_no_callback_in_the_config(config: Callable[..., Path]) -> None:
+    pytest.importorskip("schedulefree")
+    optimizer = {"class_path": "schedulefree.AdamWScheduleFree", "init_args": {"lr": 1e-3}}
+    assert main(["fit", "--config", str(config(**{"model.optimizer": optimizer}))]) == 0
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 @pytest.mark.parametrize("name", ["sd15.yaml", "sdxl.yaml", "sd35.yaml", "flux_dev.yaml"])
 def test_every_overlay_goes_over_every_config(name: str, overlay: str) -> None:

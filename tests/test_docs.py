@@ -104,7 +104,11 @@ def test_an_argument_without_a_description_is_an_error(config_keys: ModuleType) 
 
 def test_nested_keys_are_where_the_page_says(config_keys: ModuleType, parsers: dict[str, Any], tmp_path: Path) -> None:
     """The path of each section takes its keys, with their defaults."""
-    required = {"family": {"pretrained_model_name_or_path": "base"}, "staging": {"dir": "/disk"}}
+    required = {
+        "family": {"pretrained_model_name_or_path": "base"},
+        "staging": {"dir": "/disk"},
+        "parameter_groups": {"pattern": "*", "lr": 1e-3},
+    }
     chosen = {"model.objective": "FlowMatching"}  # the next section's key is one of its options
     config: dict[str, Any] = {}
     for section in config_keys.SECTIONS[1:]:
@@ -188,12 +192,13 @@ def test_options_in_the_text_exist(parsers: dict[str, Any]) -> None:
 def test_the_examples_are_included_in_their_pages() -> None:
     """The formatter would take ``--8<-- "FILE"`` in a Python block for an expression; the form of blocks stays."""
     for name, example in (
-        ("family", "my_family"),
-        ("objective", "my_objective"),
-        ("callback", "my_callback"),
-        ("data_source", "my_data"),
-        ("format", "my_format"),
+        ("extend/family", "my_family"),
+        ("extend/objective", "my_objective"),
+        ("extend/callback", "my_callback"),
+        ("extend/data_source", "my_data"),
+        ("extend/format", "my_format"),
+        ("injection", "injection"),
     ):
-        text = (ROOT / "docs" / "extend" / f"{name}.md").read_text()
+        text = (ROOT / "docs" / f"{name}.md").read_text()
         assert f"```python\n--8<--\nexamples/{example}.py\n--8<--\n```" in text
         assert (ROOT / "docs" / "examples" / f"{example}.py").is_file()

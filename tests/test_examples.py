@@ -71,6 +71,14 @@ def test_classifier_learns(load: Callable[[str], Any], tmp_path: Path, monkeypat
     assert load("classifier").train(tmp_path, max_steps=100, num_workers=0) > 0.7
 
 
+def test_injection_learns(load: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the example sets it for good
+    found = load("injection").train(tmp_path, epochs=3)
+    assert found["before"] < 0.5
+    assert found["adapter"] > 0.8
+    assert found["plain PEFT"] == found["adapter"]
+
+
 def test_objective_follows_its_formula(load: Callable[[str], Any]) -> None:
     objective = load("my_objective").P2Noise(gamma=0.5)
     objective.prepare(SCHEDULE)

@@ -52,6 +52,11 @@ SECTIONS = (
     Section("model.objective", "What is drawn for a step and what the loss is.", choice=lit_lora.Objective),
     Section("model.objective.init_args.density", "Times of `FlowMatching`.", choice=lit_lora.TimestepDensity),
     Section("model.quantization", "How the frozen weights are stored.", choice=lit_lora.Quantization),
+    Section(
+        "model.parameter_groups[]",
+        "A list of groups of trained parameters with settings of their own; the first group that matches counts.",
+        options=lit_lora.ParameterGroup,
+    ),
     Section("model.memory", "Options that trade time or exactness for memory.", options=lit_lora.MemoryOptions),
     Section("model.sampling", "How `lit-lora predict` draws images.", options=lit_lora.SamplingOptions),
     Section("data", "The datamodule.", choice=LightningDataModule),

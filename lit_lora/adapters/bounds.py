@@ -70,7 +70,7 @@ def _check_ranks(config: PeftConfig, model: nn.Module, default: int) -> None:
         most = max(*dimensions, _HARMLESS_RANK)
         if type(rank) is not int or rank <= most:
             continue
-        if options.target_modules == "all-linear" or check_target_module_exists(options, name):
+        if check_target_module_exists(options, name):
             raise UserError(
                 f"r={rank} is too large for {name}, which has {dimensions[0]} inputs and {dimensions[1]} outputs: it must be at"
                 f" most {most}; lower r, or set rank_pattern for this layer"

@@ -13,6 +13,7 @@ from torch import nn
 
 from lit_lora.adapters.bounds import check_bounds
 from lit_lora.adapters.methods import is_rebased, method_of
+from lit_lora.adapters.targets import described_presets, is_preset, preset_targets
 from lit_lora.console import out_of_memory
 from lit_lora.errors import UserError
 from lit_lora.parameters import trainable_parameters
@@ -29,7 +30,8 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
 
     Args:
         model: Model to adapt; changed in place.
-        config: PEFT config of a method that adapts layers. If it has no ``target_modules``, they are set to the defaults.
+        config: PEFT config of a method that adapts layers. If its ``target_modules`` are a preset, they are set to the names
+            of the layers that it stands for; if it has none, they are set to the defaults.
         default_targets: Layers to adapt if the config names none.
 
     Raises:
@@ -38,8 +40,11 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
             if a rank exceeds the dimensions of a layer.
     """
     _check_method(config, model)
+    targets = getattr(config, "target_modules", None)
+    if is_preset(targets):
+        config.target_modules = preset_targets(str(targets), model)
     _check_names(config, model)
-    if getattr(config, "target_modules", None) is None and hasattr(config, "target_modules"):
+    if targets is None and hasattr(config, "target_modules"):
         config.target_modules = set(default_targets)
     if getattr(config, "feedforward_modules", ()) is None:  # IA3: PEFT only knows those of language models
         config.feedforward_modules = set()
@@ -49,6 +54,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*did not match any targeted module")  # an error here
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
             adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
         if out_of_memory(error):
@@ -56,7 +62,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         raise UserError(
             f"the adapter {type(config).__name__} does not fit {type(model).__name__}: {error}\n"
             f"target_modules is {_shown(getattr(config, 'target_modules', None))}; names that occur in this model are "
-            f"{', '.join(_layer_names(model))}"
+            f"{', '.join(_layer_names(model))}; {described_presets()}"
         ) from error
     _check_pattern_matches(config, adapted)
     trained = trainable_parameters(adapted)
@@ -100,11 +106,14 @@ def _check_names(config: PeftConfig, model: nn.Module) -> None:
         names = getattr(config, option, None)
         if isinstance(names, str):  # a regular expression: PEFT reports that nothing matches
             continue
-        for name in sorted({*(names or ())} - {"all-linear"}):
+        for name in sorted({*(names or ())}):
             if not any(path == name or path.endswith(f".{name}") for path in paths):
+                advice = (
+                    f"write the preset without a list: {option}: {name}" if is_preset(name) else "correct or remove it"
+                )
                 raise UserError(
-                    f"{option}: {name!r} matches no layer of {type(model).__name__}; correct or remove it. Names that occur "
-                    f"in this model are {', '.join(_layer_names(model))}"
+                    f"{option}: {name!r} matches no layer of {type(model).__name__}; {advice}. Names that occur in this model "
+                    f"are {', '.join(_layer_names(model))}"
                 )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -111,11 +111,24 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", None) or repr(value)
 
 
+def adapted_models(module: nn.Module) -> Iterator[tuple[str, Mapping[str, PeftConfig]]]:
+    """Paths of the models in a module that PEFT has adapted, each with its configs by the adapter's name.
+
+    These are every ``PeftModel``, and models in which PEFT has only replaced layers.
+    """
+    inside: tuple[str, ...] = ()
+    for path, child in module.named_modules():
+        prefix = f"{path}." if path else ""
+        configs = getattr(child, "peft_config", None)
+        if isinstance(configs, Mapping) and configs and not prefix.startswith(inside):
+            inside = (*inside, prefix)
+            yield path, configs
+
+
 def adapter_configs(module: nn.Module) -> dict[str, dict[str, Any]]:
     """The configs of all adapters in a module, by the path of the adapted model and the adapter's name."""
     return {
         f"{path}.{name}": plain_config(config)
-        for path, child in module.named_modules()
-        if isinstance(child, PeftModel)
-        for name, config in child.peft_config.items()
+        for path, configs in adapted_models(module)
+        for name, config in configs.items()
     }

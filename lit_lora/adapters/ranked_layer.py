@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.inject import ADAPTER_NAME
 from lit_lora.adapters.patterns import pattern_keys
 from lit_lora.distributed.collectives import full_tensor, shard_like
@@ -146,15 +147,12 @@ def ranked_layers(module: nn.Module) -> list[RankedLayer]:
         UserError: If an adapter is neither LoRA nor its variants rsLoRA and DoRA.
     """
     found: list[RankedLayer] = []
-    for path, model in module.named_modules():
-        if not isinstance(model, PeftModel):
-            continue
+    for path, model in peft_models(module):
         config = model.peft_config[ADAPTER_NAME]
         _check_config(config)
-        for name, layer in model.base_model.model.named_modules():
+        for name, layer in model.get_base_model().named_modules():
             if _is_ranked(layer):
-                inside = ".".join(filter(None, (path, "base_model.model", name)))
-                found.append(RankedLayer(module, inside, name, layer, config))
+                found.append(RankedLayer(module, ".".join(filter(None, (path, name))), name, layer, config))
     return sorted(found, key=lambda layer: layer.path)
 
 
@@ -170,8 +168,9 @@ def note_ranks(layers: Sequence[RankedLayer]) -> None:
 def layer_ranks(module: nn.Module) -> dict[str, int]:
     """The rank of each LoRA layer in a module, by the layer's name in the adapted model."""
     return {
-        path.rpartition("base_model.model.")[2]: int(layer.r[ADAPTER_NAME])
-        for path, layer in module.named_modules()
+        name: int(layer.r[ADAPTER_NAME])
+        for _, model in peft_models(module)
+        for name, layer in model.get_base_model().named_modules()
         if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.r
     }
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
-from lit_lora.adapters.keys import adapter_keys
+from lit_lora.adapters.keys import adapted_models, adapter_keys
 
 _COPIED_BYTES = 1 << 24
 """Larger buffers of a frozen base, such as weights that another library has quantized, are compared by a hash."""
@@ -17,7 +16,8 @@ class TrainingState:
 
     These are the adapter's keys (:func:`adapter_keys`), parameters that were trainable at an earlier :meth:`note_trainable`,
     buffers outside the frozen base, and buffers of the frozen base that have changed since this object was made, such as the
-    statistics of BatchNorm. The frozen base is every ``PeftModel``, and every other module whose parameters are all frozen.
+    statistics of BatchNorm. The frozen base is every model that PEFT has adapted, and every other module whose parameters are
+    all frozen.
 
     Args:
         module: The module as it is before training.
@@ -61,7 +61,7 @@ def _persistent_buffers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str,
     """Buffers that ``state_dict()`` contains, by name: those outside the frozen base, and those in it."""
     outside: dict[str, Tensor] = {}
     frozen: dict[str, Tensor] = {}
-    bases: tuple[str, ...] = ()
+    bases = tuple(f"{path}." if path else "" for path, _ in adapted_models(module))
     for path, child in module.named_modules():
         prefix = f"{path}." if path else ""
         if not prefix.startswith(bases) and _is_base(child):
@@ -75,7 +75,7 @@ def _persistent_buffers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str,
 
 def _is_base(module: nn.Module) -> bool:
     parameters = list(module.parameters())
-    return isinstance(module, PeftModel) or (bool(parameters) and not any(p.requires_grad for p in parameters))
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
 
 
 def _fingerprint(buffer: Tensor) -> Tensor:

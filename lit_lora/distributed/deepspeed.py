@@ -258,6 +258,13 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
             )
         optimizer, scheduler = self._init_optimizers()
         check_elementwise(optimizer)
+        for number, group in enumerate(optimizer.param_groups):
+            if not group["params"]:
+                raise UserError(
+                    f"parameter group {number} of {type(optimizer).__name__} has nothing to train, and DeepSpeed leaves such "
+                    f"groups out, so that a schedule would count others: make groups only of parameters that require gradients, "
+                    f"or use strategy ddp or lit_lora_fsdp"
+                )
         self._parameter_names = parameter_names(optimizer, module)
         self.model, zero_optimizer = self._initialize(module, optimizer, {**self.config, "gradient_clipping": clip})
         self.optimizers = [zero_optimizer]

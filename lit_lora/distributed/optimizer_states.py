@@ -83,8 +83,16 @@ def by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[st
             + ". Resume with the settings that "
             "the checkpoint was made with, or start without ckpt_path."
         )
+    for number, (group, group_names) in enumerate(zip(saved_groups, names, strict=True)):
+        if moved := sorted(set(group["param_names"]) ^ set(group_names)):
+            raise UserError(
+                f"{moved[0]} and {len(moved) - 1} other parameters are in another group than group {number} of the checkpoint's "
+                f"optimizer. Resume with the groups that the checkpoint was made with, or start without ckpt_path."
+            )
     places = {name: place for place, name in enumerate(here)}
     values = state["state"]
+    # As PEFT's LoRA-FA has it.
+    of_no_parameter = {key: value for key, value in values.items() if not isinstance(key, int)}
     groups, first = [], 0
     for group, group_names in zip(saved_groups, names, strict=True):
         options = {key: value for key, value in group.items() if key != "param_names"}
@@ -92,7 +100,7 @@ def by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[st
         first += len(group_names)
     return {
         **state,
-        "state": {places[name]: values[number] for name, number in saved.items() if number in values},
+        "state": of_no_parameter | {places[name]: values[number] for name, number in saved.items() if number in values},
         "param_groups": groups,
     }
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_lora.callbacks import AdapterCheckpoint, FiniteGradients
+from lit_lora.callbacks.finite_gradients import check_trained
 from lit_lora.errors import UserError
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
@@ -163,3 +164,15 @@ def test_steps_in_the_backward_pass(sd_module: LoraDiffusion, trainer_options: d
 def test_patience_has_a_bound() -> None:
     with pytest.raises(UserError, match="patience=0 is too small"):
         FiniteGradients(patience=0)
+
+
+def test_the_padding_of_a_shard_may_hold_anything(trainer_options: dict[str, Any]) -> None:
+    """DeepSpeed's ZeRO-3 pads the last shard of a parameter, and does not initialize the padding."""
+    module = Product()
+    trainer = fit(module, batches(0.25), trainer_options)
+    sharded: Any = module.weight
+    sharded.ds_numel, sharded.ds_tensor = 2, torch.tensor([1.0, 2.0, NAN])
+    check_trained(trainer)
+    sharded.ds_tensor = torch.tensor([1.0, NAN, NAN])
+    with pytest.raises(UserError, match="1 tensors of weights or optimizer state hold NaN or Inf, the first is weight"):
+        check_trained(trainer)

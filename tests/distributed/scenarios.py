@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 
+from lit_lora.adapters.parameter_groups import ParameterGroup
 from lit_lora.adapters.ranked_layer import layer_ranks
 from lit_lora.callbacks import (
     AdapterCheckpoint,
@@ -66,6 +67,7 @@ FEATURES = (
     "DoRA",
     "modules_to_save",
     "pruned ranks",
+    "parameter groups",
     "skipped steps",
 )
 """Features of the table in docs/cluster.md; clipping by norm is in every run."""
@@ -277,6 +279,9 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         module = module_of(model, LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], modules_to_save=["conv_out"]))
     elif name == "pruned ranks":
         module, callbacks = pruned(model, folder)
+    elif name == "parameter groups":
+        groups = [ParameterGroup("*.lora_B.*", lr_ratio=4), ParameterGroup("*.mid_block.*", lr=1e-3, weight_decay=0.5)]
+        module, callbacks = module_of(model, parameter_groups=groups), [saving(folder, SAVED_AT)]
     elif name == "skipped steps":
         # Without momentum a step with gradients of zero changes nothing, as one that is left out.
         module = module_of(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
@@ -300,6 +305,12 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         result["val/loss"] = float(trainer.callback_metrics["val/loss"])
         images = trainer.predict(module, data)
         result["images"] = sum(len(batch) for batch in images or [])
+    if name == "parameter groups":
+        module, name_of_first = module_of(model, parameter_groups=groups), folder / f"{SAVED_AT}.ckpt"
+        again, *_ = train(
+            copy.deepcopy(strategy), model, shards, folder / "resumed", resume=name_of_first, module=module, **options
+        )
+        result["resumed"] = again.losses
     if name == "skipped steps":
         result["losses"] = [loss for loss in seen.losses if math.isfinite(loss)]
         result["skipped"] = guard.skipped

@@ -1,0 +1,127 @@
+"""Optimizer settings of their own for some of the trained parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lit_lora.adapters.inject import ADAPTER_NAME
+from lit_lora.errors import UserError
+
+_WRAPPERS = re.compile(rf"^family\.|base_model\.model\.|\.{ADAPTER_NAME}(?=\.|$)")
+"""What :class:`~lit_lora.LoraDiffusion` and PEFT put into the names of parameters."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Learning rate and weight decay of the trained parameters whose names match a pattern.
+
+    Names are those of the model, such as ``denoiser.up_blocks.1.attentions.0.proj_in.lora_A.weight``. LoRA+ (Hayou et al., 2024)
+    is the group ``{pattern: '*.lora_B.*', lr_ratio: 16}``.
+
+    Args:
+        pattern: Glob pattern of whole names, such as ``denoiser.up_blocks.*`` or ``*.lora_B.*``.
+        lr: Learning rate; defaults to the optimizer's.
+        lr_ratio: Factor of the optimizer's learning rate, instead of ``lr``.
+        weight_decay: Weight decay; defaults to the optimizer's.
+
+    Raises:
+        UserError: If both ``lr`` and ``lr_ratio`` are given, or none of the settings, or one is negative.
+    """
+
+    pattern: str
+    lr: float | None = None
+    lr_ratio: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if name != "pattern" and value is not None}
+        if not given:
+            raise UserError(f"parameter group {self.pattern!r} sets nothing; give lr, lr_ratio or weight_decay")
+        if self.lr is not None and self.lr_ratio is not None:
+            raise UserError(
+                f"parameter group {self.pattern!r} has both lr={self.lr} and lr_ratio={self.lr_ratio}; give one"
+            )
+        for name, value in given.items():
+            if value < 0:
+                raise UserError(f"parameter group {self.pattern!r}: {name}={value} must be at least 0")
+
+
+def make_optimizer(
+    make: Callable[[Any], Optimizer], module: nn.Module, groups: Sequence[ParameterGroup] = ()
+) -> Optimizer:
+    """Make an optimizer of a module's trained parameters, with groups of parameters that have settings of their own.
+
+    A parameter is in the first group that matches; those that none matches form the last group, with the optimizer's settings.
+
+    Args:
+        make: Function from parameters or parameter groups to their optimizer, such as ``functools.partial(AdamW, lr=1e-4)``.
+        module: Module with the parameters.
+        groups: Groups; without any, the optimizer gets the parameters.
+
+    Raises:
+        UserError: If a group has no parameter, or the optimizer does not have the setting.
+    """
+    named = {_WRAPPERS.sub("", name): p for name, p in module.named_parameters() if p.requires_grad}
+    if not groups:
+        return make(list(named.values()))
+    divided = _divide(named, groups)
+    settings: list[dict[str, Any]] = [
+        {"params": parameters}
+        | ({"lr": group.lr} if group and group.lr is not None else {})
+        | ({"weight_decay": group.weight_decay} if group and group.weight_decay is not None else {})
+        for group, parameters in divided
+    ]
+    optimizer = make(settings)
+    for (group, _), made in zip(divided, optimizer.param_groups, strict=True):
+        if group is None:
+            continue
+        if group.weight_decay is not None and "weight_decay" not in optimizer.defaults:
+            raise UserError(f"parameter group {group.pattern!r}: {type(optimizer).__name__} has no weight_decay")
+        if group.lr_ratio is not None:
+            made["lr"] = made["lr"] * group.lr_ratio
+    return optimizer
+
+
+def check_schedule(rates: Sequence[Any], optimizer: Optimizer, schedule: object) -> None:
+    """Check that a schedule has not given all groups the same learning rate.
+
+    Args:
+        rates: Learning rates of the groups before the schedule was made.
+        optimizer: Optimizer of the schedule.
+        schedule: The schedule, which has just been made.
+
+    Raises:
+        UserError: If the groups had different learning rates and have the same now, as OneCycleLR makes them.
+    """
+    now = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    if len(set(map(float, rates))) > 1 and len(set(map(float, now))) == 1:
+        raise UserError(
+            f"{type(schedule).__name__} gives all {len(now)} parameter groups the learning rate {float(now[0]):g}; give it a "
+            f"list with a value for each group, such as max_lr, or use a schedule that multiplies, such as LinearLR"
+        )
+
+
+def _divide(
+    named: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup]
+) -> list[tuple[ParameterGroup | None, list[nn.Parameter]]]:
+    """The parameters of each group, and last those of none."""
+    left = dict(named)
+    divided: list[tuple[ParameterGroup | None, list[nn.Parameter]]] = []
+    for group in groups:
+        names = [name for name in left if fnmatchcase(name, group.pattern)]
+        if not names:
+            taken = any(fnmatchcase(name, group.pattern) for name in named)
+            reason = "only parameters that earlier groups have" if taken else "no trained parameter"
+            raise UserError(
+                f"parameter group {group.pattern!r} matches {reason}; correct or remove it. The first of {len(named)} names is "
+                f"{next(iter(named), 'none')}"
+            )
+        divided.append((group, [left.pop(name) for name in names]))
+    return [*divided, (None, list(left.values()))] if left else list(divided)
