@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,10 @@ def load_adapter(model: nn.Module, config: Mapping[str, Any], state: Mapping[str
     try:
         kind = PeftConfig.from_peft_type(**{**config, "inference_mode": True})
         check_bounds(kind, model)
-        adapted = PeftModel(model, kind, ADAPTER_NAME)
+        with warnings.catch_warnings():
+            # PEFT reads this attribute of transformers' models.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            adapted = PeftModel(model, kind, ADAPTER_NAME)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise _misfit(path, model, error) from error
     set_adapter_state(adapted, state, path)
