@@ -29,6 +29,7 @@ from lit_lora.families import Batch, ModelFamily, check_batch, check_size, prepa
 from lit_lora.files import atomic_folder
 from lit_lora.formats import write_adapter
 from lit_lora.formats.facts import training_facts
+from lit_lora.formats.from_file import FromFile
 from lit_lora.formats.info import AdapterInfo
 from lit_lora.formats.of_family import files_of
 from lit_lora.log_mean import log_mean
@@ -63,7 +64,8 @@ class LoraDiffusion(LightningModule):
 
     Args:
         family: Model family of the base, with the location of its weights.
-        adapter: PEFT config of a method that adapts layers. Without ``target_modules`` the family's default layers are adapted.
+        adapter: PEFT config of a method that adapts layers, or :class:`FromFile` to go on with a saved adapter. Without
+            ``target_modules`` the family's default layers are adapted.
         objective: Distribution of timesteps and noise, and the loss; defaults to the family's objective, ``DDPM`` or
             ``FlowMatching``.
         optimizer: Function from the trainable parameters to their optimizer; defaults to AdamW with a learning rate of 1e-4.
@@ -84,7 +86,7 @@ class LoraDiffusion(LightningModule):
         seed: Seed of timesteps, noise and caption dropout, and of the images that ``predict`` draws; defaults to 0.
 
     Raises:
-        UserError: If ``caption_dropout`` is outside [0, 1].
+        UserError: If ``caption_dropout`` is outside [0, 1], or the adapter's file cannot be used.
     """
 
     def __init__(
@@ -107,7 +109,8 @@ class LoraDiffusion(LightningModule):
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout={caption_dropout} is not a probability; it must lie in [0, 1]")
         self.family = family
-        self.adapter = adapter
+        self.start = adapter.start if isinstance(adapter, FromFile) else None
+        self.adapter = adapter.config(type(family)) if isinstance(adapter, FromFile) else adapter
         self.objective: Objective = objective or family.default_objective()
         self.optimizer = optimizer
         self.parameter_groups = tuple(parameter_groups)
@@ -172,9 +175,9 @@ class LoraDiffusion(LightningModule):
             if self._configured:
                 return
             if sharded:
-                self.family.load_adapted(self.adapter, strategy.shard)
+                self.family.load_adapted(self.adapter, strategy.shard, self.start)
             else:
-                self.family.add_adapter(self.adapter)
+                self.family.add_adapter(self.adapter, self.start)
             if self.memory.gradient_checkpointing:
                 enable_gradient_checkpointing(self.family.denoiser, self.memory.gradient_checkpointing)
             if self.compile_blocks:

@@ -30,7 +30,7 @@ from lit_lora.formats.lora import (
 from lit_lora.formats.model_spec import data_hash, spec_metadata
 from lit_lora.formats.own_metadata import file_metadata, foreign_metadata, own_entry, written_family
 from lit_lora.formats.tensor_file import TensorFile, write_tensors
-from lit_lora.formats.text_encoders import nested
+from lit_lora.formats.text_encoders import nested, portable_config
 
 Group = dict[str, Tensor]
 """The tensors of one layer by the ends of their names, such as ``lora_down.weight``."""
@@ -163,7 +163,9 @@ class LayerFile(AdapterFormat):
         found = layers_of(state, path)
         if own is not None and fits(own, found, alphas):
             return AdapterFiles(state, own)
-        return AdapterFiles(state, lora_config(found, alphas, family.denoiser_class if part == "denoiser" else None))
+        if part != "denoiser":
+            return AdapterFiles(state, portable_config(lora_config(found, alphas)))
+        return AdapterFiles(state, lora_config(found, alphas, family.denoiser_class))
 
 
 def _layers(contents: AdapterFiles) -> list[str]:

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from peft import AdaLoraConfig, LoraConfig
+from peft import AdaLoraConfig, LoraConfig, PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from lit_lora.adapters.ranked_layer import layer_ranks, ranked_layers
-from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, RankBudget, RunReport
+from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoraInjection, RankBudget, RunReport
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.memory.options import MemoryOptions
@@ -277,3 +278,41 @@ def test_the_report_has_the_ranks(
     fit(module, trainer_options, RankBudget(mean_rank=2), RunReport(output_dir=str(tmp_path)))
     assert json.loads((tmp_path / "report.json").read_text())["adapter_ranks"] == layer_ranks(module)
     assert "ranks of 24 layers 1 to 4, 2 on average" in capsys.readouterr().out
+
+
+class Classifier(LightningModule):
+    """A module of another project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        target = torch.tensor([0, 1])
+        return nn.functional.cross_entropy(self.net(batch["pixel_values"].float() / 255), target)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def injected(folder: Path, options: dict[str, Any], resume: Path | None = None, at: int = 0) -> Classifier:
+    module = Classifier()
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["0", "3"])
+    checkpoints = AdapterCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [LoraInjection(config), RankBudget(mean_rank=2), AdapterEMA(0.9), checkpoints]
+    fit(module, options, *callbacks, resume=resume, at=at)  # type: ignore[arg-type]
+    return module
+
+
+def test_a_module_of_another_project(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    module = injected(tmp_path, trainer_options)
+    assert sum(layer_ranks(module).values()) == 4
+    values = torch.rand(2, 3, 16, 16)
+    for folder, same in ((f"step={STEPS}.adapter", True), (f"step={STEPS}.ema.adapter", False)):
+        loaded = PeftModel.from_pretrained(Classifier(), tmp_path / folder)
+        with torch.no_grad():
+            assert torch.equal(loaded.net(values), module.net(values)) == same
+    resumed = injected(tmp_path, trainer_options, tmp_path / "step=3.ckpt", at=3)
+    for (name, a), (_, b) in zip(module.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name

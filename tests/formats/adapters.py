@@ -52,12 +52,12 @@ def trained(model: ModelFamily, config: PeftConfig) -> AdapterFiles:
     )
 
 
-def encoder_adapter(width: int = 16, layer: str = "text_model.encoder.layers.1.self_attn.q_proj") -> AdapterFiles:
+def encoder_adapter(width: int = 16, layer: str = "encoder.layers.1.self_attn.out_proj") -> AdapterFiles:
     """A LoRA of one layer of a text encoder."""
     config = LoraConfig(r=2, lora_alpha=1, target_modules=[layer])
     generator = torch.Generator().manual_seed(6)
     state = {
-        f"base_model.model.{layer}.lora_A.weight": torch.randn(2, width, generator=generator),
-        f"base_model.model.{layer}.lora_B.weight": torch.randn(width, 2, generator=generator),
+        f"base_model.model.text_model.{layer}.lora_A.weight": torch.randn(2, width, generator=generator),
+        f"base_model.model.text_model.{layer}.lora_B.weight": torch.randn(width, 2, generator=generator),
     }
     return AdapterFiles(state, plain_config(config))
