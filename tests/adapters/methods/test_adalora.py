@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import AdaLoraConfig, PeftModel
+from torch import nn
 
 from lit_lora.adapters import method_of
-from lit_lora.callbacks import AdapterCheckpoint
+from lit_lora.callbacks import AdapterCheckpoint, LoraInjection
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
@@ -159,3 +160,42 @@ def test_the_files_are_lora_that_draws_the_same_in_plain_diffusers(
     assert config["peft_type"] == "LORA"
     # Pruned ranks are not in the file; a layer without any keeps one.
     assert sum(config["rank_pattern"].values()) <= 2 * 24 + sum(rank == 1 for rank in config["rank_pattern"].values())
+
+
+class Classifier(LightningModule):
+    """A module of another project."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch["pixel_values"].float() / 255), torch.tensor([0, 1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize(("weight", "near"), [(0.0, False), (10.0, True)])
+def test_in_a_module_of_another_project(
+    weight: float, near: bool, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The schedule, the penalty and the files are those of ``LoraDiffusion``."""
+    module, steps = Classifier(), 30
+    injection = LoraInjection(adalora(target_modules=["0", "3"], orth_reg_weight=weight, total_step=steps))
+    trainer = Trainer(**trainer_options | {"max_steps": steps, "callbacks": [injection]})
+    trainer.fit(module, loader_of(make_batches(steps)))
+    assert ranks(module) == 2 * 2  # type: ignore[arg-type]
+    injection.model.base_model.rankallocator.peft_config.orth_reg_weight = 1.0
+    penalty = method_of(injection.adapter).penalty(injection.model)
+    assert penalty is not None
+    assert (float(penalty.detach()) < 1.5) == near
+    injection.save_adapter(tmp_path / "adapter")
+    loaded, values = PeftModel.from_pretrained(Classifier(), tmp_path / "adapter"), torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        assert (loaded.net(values) - module.net(values)).abs().max() <= 1e-5
+        assert (Classifier().net(values) - module.net(values)).abs().max() > 1e-3
+    short = Trainer(**trainer_options | {"max_steps": 3, "callbacks": [LoraInjection(adalora(target_modules=["0"]))]})
+    with pytest.raises(UserError, match="training takes 3 steps"):
+        short.fit(Classifier(), loader_of(make_batches(3)))
