@@ -33,7 +33,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from benchmarks.environment import cpu_cores, versions
-from lit_lora import LoraDiffusion, RankBudget, StableDiffusion, WebDatasetDataModule
+from lit_lora import EvaInitialization, LoraDiffusion, RankBudget, StableDiffusion, WebDatasetDataModule
 from lit_lora.adapters import ADAPTER_NAME, adapter_state, method_of, plain_config
 from lit_lora.datamodules import ImageDecoder
 from lit_lora.datamodules.packing.pack import pack_folder
@@ -143,6 +143,9 @@ def settings(rank: int, start: int) -> dict[str, Setting]:
     def uniform(r: int) -> Setting:
         return Setting(lambda steps: LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS))
 
+    def eva(r: int) -> Setting:
+        return Setting(uniform(r).adapter, lambda: [EvaInitialization()])
+
     def pruned(r: int) -> Setting:
         return Setting(
             lambda steps: LoraConfig(r=start, lora_alpha=start, target_modules=TARGETS),
@@ -167,6 +170,7 @@ def settings(rank: int, start: int) -> dict[str, Setting]:
         f"uniform r={rank}": uniform(rank),
         f"RankBudget {start} -> {rank}": pruned(rank),
         f"AdaLoRA {rank * 3 // 2} -> {rank}": adalora(rank),
+        f"EVA {rank}": eva(rank),
         f"uniform r={rank // 2}": uniform(rank // 2),
         f"RankBudget {start} -> {rank // 2}": pruned(rank // 2),
         f"AdaLoRA {rank * 3 // 4} -> {rank // 2}": adalora(rank // 2),

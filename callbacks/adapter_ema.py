@@ -112,6 +112,11 @@ class AdapterEMA(Callback):
                 shadows[name] = changed[id(parameter)].of(shadows[name])
         self._average.shadow_params = list(shadows.values())
 
+    def on_adapter_replaced(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the average anew with new weights; :class:`EvaInitialization` calls this."""
+        if self._average is not None:
+            self._average.shadow_params = [value.detach().clone() for value in self._parameters(pl_module)]
+
     def state_dict(self) -> dict[str, Any]:
         if self._average is None:
             return {}

@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_lora.adapters import ADAPTER_NAME, adapter_state
+from lit_lora.adapters import adapter_state
 from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.rank_selection import select_components
-from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks, ranked_layers
+from lit_lora.adapters.ranked_layer import RankedLayer, match_checkpoint, note_ranks, ranked_layers
 from lit_lora.byte_sizes import parse_bytes
-from lit_lora.distributed.collectives import full_tensor, shard_like
+from lit_lora.distributed.collectives import full_tensor
 from lit_lora.distributed.resized import refresh
 from lit_lora.errors import UserError, check_least
 from lit_lora.formats.peft import safetensors_bytes
@@ -169,6 +169,10 @@ class RankBudget(Callback):
         parameters = sum(layer.rank * layer.component_parameters for layer in self.layers)
         pl_module.log("ranks/parameters", float(parameters), batch_size=1)
 
+    def on_adapter_replaced(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Score the new components anew; :class:`EvaInitialization` calls this."""
+        self._scores = {}
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = max(self._schedule, default=0)
         if self.layers and trainer.global_step < last:
@@ -266,16 +270,7 @@ class RankBudget(Callback):
     def _match_checkpoint(self, trainer: Trainer, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
         """Give the layers the ranks of a checkpoint that is about to be loaded."""
         self._find_layers(module)
-        before = [layer.rank for layer in self.layers]
-        for layer in self.layers:
-            name = f"{layer.path}.lora_A.{ADAPTER_NAME}.weight"
-            rank = int(state_dict[name].shape[0]) if name in state_dict else layer.rank
-            if 0 < rank < layer.rank:
-                for kept in layer.keep(torch.arange(rank), trainer.optimizers):
-                    key = name if kept.dim == 0 else f"{layer.path}.lora_B.{ADAPTER_NAME}.weight"
-                    state_dict[key] = shard_like(state_dict[key], kept.parameter)
-        if before != [layer.rank for layer in self.layers]:
-            note_ranks(self.layers)
+        match_checkpoint(self.layers, state_dict, trainer.optimizers)
 
 
 def _like(scores: Tensor, layer: RankedLayer) -> Tensor:

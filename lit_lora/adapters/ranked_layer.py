@@ -121,6 +121,21 @@ class RankedLayer:
         self.set_rank(len(indices))
         return slices
 
+    def replace(self, a: Tensor, b: Tensor, optimizers: Sequence[Optimizer]) -> None:
+        """Set new components, whose number may differ, and drop the optimizers' states of the layer.
+
+        Args:
+            a: Full down-projection, ``(k, in)`` or ``(k, in, height, width)``, equal in all processes.
+            b: Full up-projection, ``(out, k)`` or ``(out, k, 1, 1)``, equal in all processes.
+            optimizers: Optimizers that may have a state of the layer.
+        """
+        for parameter, values in ((self.a, a), (self.b, b)):
+            new = resize_parameter(self.root, parameter, values.to(parameter.device, parameter.dtype).contiguous())
+            for optimizer in optimizers:
+                optimizer.state.pop(parameter, None)
+                _swap(optimizer, parameter, new)
+        self.set_rank(len(a))
+
     def set_rank(self, rank: int) -> None:
         """Set the layer's rank, and the alpha with which its scaling stays the same."""
         layer: Any = self.layer
@@ -163,6 +178,30 @@ def note_ranks(layers: Sequence[RankedLayer]) -> None:
         keys = pattern_keys(layer.name for layer in own)
         config.rank_pattern = {keys[layer.name]: layer.rank for layer in own}
         config.alpha_pattern = {keys[layer.name]: layer.layer.lora_alpha[ADAPTER_NAME] for layer in own}
+
+
+def match_checkpoint(
+    layers: Sequence[RankedLayer], state_dict: dict[str, Any], optimizers: Sequence[Optimizer]
+) -> None:
+    """Give layers the ranks of a checkpoint that is about to be loaded.
+
+    Args:
+        layers: Layers whose ranks may have changed before the checkpoint was saved.
+        state_dict: Weights of the module, full tensors; where FSDP2 shards a layer of another rank, its weights are sharded.
+        optimizers: Optimizers that hold the layers' weights.
+    """
+    changed = False
+    for layer in layers:
+        keys = [f"{layer.path}.lora_{which}.{ADAPTER_NAME}.weight" for which in "AB"]
+        if not all(key in state_dict for key in keys) or len(state_dict[keys[0]]) == layer.rank:
+            continue
+        changed = True
+        a, b = (state_dict[key].detach() for key in keys)
+        layer.replace(a, b, optimizers)
+        for key, parameter in zip(keys, (layer.a, layer.b), strict=True):
+            state_dict[key] = shard_like(state_dict[key], parameter)
+    if changed:
+        note_ranks(layers)
 
 
 def layer_ranks(module: nn.Module) -> dict[str, int]:
@@ -210,8 +249,7 @@ def _slices(values: Tensor, dim: int, indices: Tensor) -> Tensor:
 
 
 def _keep_state(optimizer: Optimizer, kept: KeptSlices) -> None:
-    for group in optimizer.param_groups:
-        group["params"] = [kept.parameter if one is kept.before else one for one in group["params"]]
+    _swap(optimizer, kept.before, kept.parameter)
     if kept.before not in optimizer.state:
         return
     state: dict[str, Any] = optimizer.state.pop(kept.before)
@@ -226,3 +264,9 @@ def _keep_state(optimizer: Optimizer, kept: KeptSlices) -> None:
             )
         state[name] = kept.of(value)
     optimizer.state[kept.parameter] = state
+
+
+def _swap(optimizer: Optimizer, before: nn.Parameter, now: nn.Parameter) -> None:
+    """Let an optimizer hold another object in the place of a parameter."""
+    for group in optimizer.param_groups:
+        group["params"] = [now if one is before else one for one in group["params"]]

@@ -1,0 +1,209 @@
+"""Initializes LoRA by the inputs of its layers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from peft.utils.incremental_pca import IncrementalPCA
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_lora.adapters.rank_selection import select_components
+from lit_lora.adapters.ranked_layer import RankedLayer, match_checkpoint, note_ranks, ranked_layers
+from lit_lora.distributed.collectives import broadcast, full_tensor
+from lit_lora.distributed.resized import refresh
+from lit_lora.errors import UserError, check_least
+
+_ROWS = 1024
+"""Rows of a layer's input that are looked at in each batch."""
+
+
+class EvaInitialization(Callback):
+    """Initializes LoRA from the layers' inputs, and gives more rank to layers whose inputs vary in more directions.
+
+    EVA (Paischer et al., 2024): the rows of ``A`` become the right singular vectors of a layer's inputs, computed over some
+    batches, and ``B`` becomes zero. The ranks of all layers together stay as many; each goes to the layer in which the next
+    vector explains the largest share of the variance. Convolutions are initialized by patches of their inputs.
+
+    The inputs are those of the first optimizer steps of the training itself. What these steps have learned is dropped when the
+    adapter is initialized after them, so that no data is read twice, with any datamodule. Resuming is exact, also before the
+    adapter is initialized. With several processes the inputs are those of the first one.
+
+    It works with LoRA and rsLoRA in any LightningModule, and under ``ddp`` and ``lit_lora_fsdp``. The files are those of LoRA
+    with a rank for each layer.
+
+    Args:
+        steps: Number of optimizer steps whose inputs are looked at; defaults to 4.
+        rho: Largest rank of a layer, as a multiple of its rank in the config; 1 keeps all ranks as they are. Defaults to 2.
+
+    Raises:
+        UserError: If ``steps`` or ``rho`` is below 1; when training starts, if the adapter is not LoRA, with DeepSpeed and with
+            ``compile_blocks``.
+    """
+
+    def __init__(self, steps: int = 4, rho: float = 2.0) -> None:
+        check_least(1, steps=steps, rho=rho)
+        self.steps = steps
+        self.rho = rho
+        self._done = False
+        self._inputs: dict[str, _Inputs] = {}
+        self._restored: dict[str, Any] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._layers: list[RankedLayer] = []
+        self._load_hook: RemovableHandle | None = None
+        self._step = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise UserError(
+                "EvaInitialization changes ranks, and DeepSpeed keeps weights and optimizer states in buffers of a fixed size; "
+                "use strategy ddp or lit_lora_fsdp, or remove EvaInitialization from trainer.callbacks"
+            )
+        if stage == "fit" and getattr(pl_module, "compile_blocks", False):
+            raise UserError(
+                "EvaInitialization changes the shapes of weights, which compile_blocks has compiled by then; set "
+                "compile_blocks to false, or remove EvaInitialization from trainer.callbacks"
+            )
+        self._done, self._inputs, self._restored, self._layers = False, {}, {}, []
+        self._load_hook = pl_module.register_load_state_dict_pre_hook(partial(self._match_checkpoint, trainer))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove_hooks()
+        if self._load_hook is not None:
+            self._load_hook.remove()
+            self._load_hook = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        if self._done:
+            return
+        self._layers = self._layers or ranked_layers(pl_module)
+        if not self._layers:
+            raise UserError(
+                "EvaInitialization found no LoRA layer in the module; adapt it with peft.LoraConfig before training starts"
+            )
+        if any(layer.config.use_dora for layer in self._layers):
+            raise UserError(
+                "EvaInitialization replaces weights from which DoRA has computed its magnitudes; leave use_dora out"
+            )
+        for layer in self._layers:
+            most = max(1, min(round(layer.rank * self.rho), layer.a[0].numel()))
+            inputs = _Inputs(layer, most, self._restored.get(layer.path))
+            self._inputs[layer.path] = inputs
+            module: Any = layer.layer
+            self._hooks.append(module.register_forward_pre_hook(inputs.take))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._done or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if self._step >= self.steps:
+            self._initialize(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done, "inputs": {path: inputs.state() for path, inputs in self._inputs.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._done = bool(state_dict["done"])
+        self._restored = dict(state_dict["inputs"])
+
+    def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._remove_hooks()
+        found: dict[str, tuple[Tensor, Tensor]] = broadcast(
+            {path: inputs.components() for path, inputs in self._inputs.items()}
+        )
+        self._inputs, self._done = {}, True
+        known = [layer for layer in self._layers if len(found[layer.path][1])]
+        budget = float(sum(layer.rank for layer in known))
+        ranks = select_components([found[layer.path][1] for layer in known], [1.0] * len(known), budget)
+        for layer, chosen in zip(known, ranks, strict=True):
+            vectors = found[layer.path][0][chosen]
+            b = torch.zeros(layer.b.shape[0], len(chosen), *layer.b.shape[2:])
+            layer.replace(vectors.reshape(-1, *layer.a.shape[1:]), b, trainer.optimizers)
+        for layer in self._layers:
+            if layer not in known:
+                layer.replace(full_tensor(layer.a.detach()), torch.zeros(layer.b.shape), trainer.optimizers)
+        note_ranks(self._layers)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_adapter_replaced"):
+                callback.on_adapter_replaced(trainer, pl_module)
+        refresh(trainer.strategy)
+        after = [layer.rank for layer in self._layers]
+        rank_zero_info(
+            f"EvaInitialization gave {len(known)} of {len(self._layers)} layers first values from their inputs, and ranks of "
+            f"{min(after)} to {max(after)}"
+        )
+
+    def _match_checkpoint(self, trainer: Trainer, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        self._layers = self._layers or ranked_layers(module)
+        match_checkpoint(self._layers, state_dict, trainer.optimizers)
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+class _Inputs:
+    """Principal components of a layer's inputs.
+
+    Args:
+        layer: The layer.
+        most: Number of components.
+        state: Result of :meth:`state`; defaults to none.
+    """
+
+    def __init__(self, layer: RankedLayer, most: int, state: dict[str, Any] | None = None) -> None:
+        self._base: Any = layer.layer.get_base_layer()
+        fast = 2 * most <= layer.a[0].numel()  # torch.svd_lowrank computes twice as many components
+        self._pca = IncrementalPCA(most, lowrank=fast, lowrank_seed=0)
+        self._least = 4 * most if fast else most
+        self._waiting: list[Tensor] = []
+        """Rows that are not enough for a fit yet."""
+        if state is not None:
+            vars(self._pca).update(state["pca"])
+            self._waiting = list(state["waiting"])
+
+    @torch.no_grad()
+    def take(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Hook before the layer's forward pass."""
+        if not module.training or not arguments:
+            return
+        x = arguments[0].detach().float()
+        if isinstance(self._base, nn.Conv2d):
+            x = _patches(x, self._base)
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows[:: max(1, len(rows) // _ROWS)][:_ROWS]
+        waiting = torch.cat([*(value.to(rows) for value in self._waiting), rows])
+        self._waiting = [waiting]
+        if len(waiting) >= self._least and waiting.isfinite().all():
+            with torch.autocast(rows.device.type, enabled=False):
+                self._pca.partial_fit(waiting)
+            self._waiting = []
+
+    def components(self) -> tuple[Tensor, Tensor]:
+        """Components, ``(k, in)``, and the share of the variance that each explains, ``(k,)``, on the CPU."""
+        if not hasattr(self._pca, "components_"):
+            return torch.zeros(0, 0), torch.zeros(0)
+        ratio = self._pca.explained_variance_ratio_.float().nan_to_num(0.0, 0.0, 0.0)
+        return self._pca.components_.float().cpu(), ratio.cpu()
+
+    def state(self) -> dict[str, Any]:
+        """State that a checkpoint can hold."""
+        return {"pca": dict(vars(self._pca)), "waiting": list(self._waiting)}
+
+
+def _patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """The inputs of each output of a convolution, ``(B, outputs, C * height * width)``."""
+    padding: Any = conv.padding
+    if isinstance(padding, str):
+        x, padding = nn.functional.pad(x, conv._reversed_padding_repeated_twice), 0
+    unfolded: Tensor = nn.functional.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)
+    return unfolded.transpose(1, 2)
