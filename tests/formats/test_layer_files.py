@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.loaders.lora_conversion_utils import swap_scale_shift
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -261,3 +262,54 @@ def by_formula(group: dict[str, Tensor], weight: Tensor) -> Tensor:
     full = weight + group["alpha"] / 2 * (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
     norm = full.flatten(1).norm(dim=1).reshape(-1, *[1] * (full.ndim - 1))
     return group["dora_scale"] * full / norm
+
+
+@pytest.mark.parametrize("fixture", ["sd3_folder", "flux_folder"])
+def test_scale_and_shift_change_places(fixture: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """As diffusers exchanges them in its own conversion of the published weights."""
+    model = loaded(FAMILIES[fixture], request.getfixturevalue(fixture))
+    adapter = trained(model, LoraConfig(r=2, target_modules=ALL_LAYERS))
+    written = load_file(write(adapter, "comfyui", tmp_path))
+    layers = {"norm_out.linear": ("final_layer.adaLN_modulation.1", True)}
+    if fixture == "sd3_folder":  # whose last block has two modulations of the text, and the others six
+        layers["transformer_blocks.1.norm1_context.linear"] = ("joint_blocks.1.context_block.adaLN_modulation.1", True)
+        layers["transformer_blocks.0.norm1_context.linear"] = ("joint_blocks.0.context_block.adaLN_modulation.1", False)
+    for layer, (native, exchanged) in layers.items():
+        up = adapter.state[f"base_model.model.{layer}.lora_B.weight"]
+        expected = swap_scale_shift(up) if exchanged else up
+        assert torch.equal(written[f"diffusion_model.{native}.lora_up.weight"], expected)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "native", "pattern"),
+    [
+        ("sd3_folder", "joint_blocks.1.context_block.attn.qkv", "transformer_blocks.1.attn.add_{}_proj"),
+        ("flux_folder", "double_blocks.0.txt_attn.qkv", "transformer_blocks.0.attn.add_{}_proj"),
+    ],
+)
+def test_query_key_and_value_are_in_this_order(
+    fixture: str, native: str, pattern: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = loaded(FAMILIES[fixture], request.getfixturevalue(fixture))
+    names = [f"add_{letter}_proj" for letter in "qkv"]
+    adapter = trained(model, LoraConfig(r=2, lora_alpha=3, target_modules=names))
+    written = load_file(write(adapter, "kohya", tmp_path))
+    name = f"lora_unet_{native.replace('.', '_')}"
+    up, down, alpha = (written[f"{name}.{end}"] for end in ("lora_up.weight", "lora_down.weight", "alpha"))
+    rows = (alpha / len(down) * up @ down).chunk(3)
+    for letter, found in zip("qkv", rows, strict=True):
+        layer = f"base_model.model.{pattern.format(letter)}"
+        expected = 3 / 2 * adapter.state[f"{layer}.lora_B.weight"] @ adapter.state[f"{layer}.lora_A.weight"]
+        assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_name_that_ends_another_has_a_rank_of_its_own(flux_folder: Path, tmp_path: Path) -> None:
+    """FLUX.1 has a ``proj_out`` at its end and one in each block."""
+    model = loaded(Flux, flux_folder)
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=r"(.*\.)?proj_out", rank_pattern={"^proj_out": 3})
+    adapter = trained(model, config)
+    read = read_adapter(without_configs(write(adapter, "kohya", tmp_path)))
+    assert read.config["rank_pattern"] == {"^proj_out": 3}
+    close(merged(model, read), merged(model, adapter))
+    only_last = trained(loaded(Flux, flux_folder), LoraConfig(r=2, target_modules=r"proj_out"))
+    close(merged(model, read_adapter(without_configs(write(only_last, "kohya", tmp_path)))), merged(model, only_last))
