@@ -16,11 +16,11 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
-from lit_lora.adapters import adapter_state, check_finite, check_sharded_training, method_of
+from lit_lora.adapters import adapter_state, check_finite, method_of
 from lit_lora.adapters.parameter_groups import ParameterGroup, check_schedule, make_optimizer
 from lit_lora.blocks import outermost_blocks
 from lit_lora.caption_dropout import drop_captions
-from lit_lora.distributed import check_strategy, is_ours, shards_weights
+from lit_lora.distributed import shards_weights
 from lit_lora.distributed.node import Node
 from lit_lora.distributed.optimizer_states import make_portable
 from lit_lora.draws import Draws
@@ -38,11 +38,11 @@ from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.checkpointing import enable_gradient_checkpointing
 from lit_lora.memory.encoder_offload import EncoderOffload
-from lit_lora.memory.host_weights import check_offload
-from lit_lora.memory.optimizer_in_backward import OptimizerInBackward, check_optimizer_in_backward
+from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
 from lit_lora.quantization import Dense, Quantization
+from lit_lora.run_checks import check_run
 from lit_lora.sampling import SamplingOptions
 
 VALIDATION_SEED = 20_240_229
@@ -131,27 +131,7 @@ class LoraDiffusion(LightningModule):
         self._in_backward: OptimizerInBackward | None = None
 
     def setup(self, stage: str) -> None:
-        precision = str(self.trainer.precision)
-        if precision.endswith("-true") and precision != "32-true":
-            raise UserError(
-                f"trainer.precision={precision!r} would cast the adapter and its optimizer state too; leave it at 32-true and "
-                f"set model.base_dtype, which is {str(self.base_dtype).removeprefix('torch.')!r} now"
-            )
-        if self.base_dtype == torch.float16 and stage == "fit" and precision != "16-mixed":
-            raise UserError(
-                f"model.base_dtype='float16' needs a scaled loss: set trainer.precision to '16-mixed' (it is {precision!r}), or "
-                f"model.base_dtype to 'bfloat16'"
-            )
-
-        strategy = self.trainer.strategy
-        check_strategy(strategy)
-        check_sharded_training(self.adapter, strategy)
-        device = strategy.root_device
-        self.quantization.check(device)
-        for name in self.memory.offloads:
-            check_offload(f"memory.{name}", device, strategy if is_ours(strategy) else None)
-        if self.memory.optimizer_in_backward and stage == "fit":
-            check_optimizer_in_backward(self.trainer, self.adapter)
+        check_run(self, stage)
 
     def configure_model(self) -> None:
         """Load the frozen base and put the adapter into it; Lightning calls this before each stage.

@@ -464,7 +464,7 @@ def test_half_precision_of_the_trainer_warns(trainer_options: dict[str, Any], tm
 def test_adalora_prunes_and_resumes(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     def run(folder: str, epochs: int, resume: Path | None = None) -> tuple[dict[str, Tensor], Any]:
         adapter = AdaLoraConfig(
-            init_r=4, target_r=1, tinit=1, tfinal=1, total_step=9, lora_alpha=4, target_modules="attention"
+            init_r=4, target_r=1, tinit=1, tfinal=1, total_step=8, lora_alpha=4, target_modules="attention"
         )
         module = LanguageModel()
         fit(

@@ -1,0 +1,50 @@
+"""Checks of a run before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lit_lora.adapters import check_sharded_training
+from lit_lora.distributed import check_strategy, is_ours
+from lit_lora.errors import UserError
+from lit_lora.memory.host_weights import check_offload
+from lit_lora.memory.optimizer_in_backward import check_optimizer_in_backward
+
+if TYPE_CHECKING:
+    from lit_lora.module import LoraDiffusion
+
+
+def check_run(module: LoraDiffusion, stage: str) -> None:
+    """Check that precision, strategy and device can train a module with its options.
+
+    Args:
+        module: Module with its trainer.
+        stage: Stage of the trainer, such as ``fit``.
+
+    Raises:
+        UserError: If they exclude each other; the message names the keys.
+    """
+    trainer = module.trainer
+    precision = str(trainer.precision)
+    if precision.endswith("-true") and precision != "32-true":
+        raise UserError(
+            f"trainer.precision={precision!r} would cast the adapter and its optimizer state too; leave it at 32-true and "
+            f"set model.base_dtype, which is {str(module.base_dtype).removeprefix('torch.')!r} now"
+        )
+    if module.base_dtype == torch.float16 and stage == "fit" and precision != "16-mixed":
+        raise UserError(
+            f"model.base_dtype='float16' needs a scaled loss: set trainer.precision to '16-mixed' (it is {precision!r}), or "
+            f"model.base_dtype to 'bfloat16'"
+        )
+
+    strategy = trainer.strategy
+    check_strategy(strategy)
+    check_sharded_training(module.adapter, strategy)
+    device = strategy.root_device
+    module.quantization.check(device)
+    for name in module.memory.offloads:
+        check_offload(f"memory.{name}", device, strategy if is_ours(strategy) else None)
+    if module.memory.optimizer_in_backward and stage == "fit":
+        check_optimizer_in_backward(trainer, module.adapter)
