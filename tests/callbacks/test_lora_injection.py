@@ -462,7 +462,11 @@ def test_half_precision_of_the_trainer_warns(trainer_options: dict[str, Any], tm
 
 
 def test_adalora_prunes_and_resumes(trainer_options: dict[str, Any], tmp_path: Path) -> None:
-    def run(folder: str, epochs: int, resume: Path | None = None) -> tuple[dict[str, Tensor], Any]:
+    class StopsAfterAnEpoch(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.should_stop = True
+
+    def run(folder: str, *callbacks: Callback, resume: Path | None = None) -> tuple[dict[str, Tensor], Any]:
         adapter = AdaLoraConfig(
             init_r=4, target_r=1, tinit=1, tfinal=1, total_step=8, lora_alpha=4, target_modules="attention"
         )
@@ -473,15 +477,16 @@ def test_adalora_prunes_and_resumes(trainer_options: dict[str, Any], tmp_path: P
             module,
             LoraInjection(adapter, "model"),
             sentences(),
-            epochs=epochs,
+            *callbacks,
+            epochs=2,
             resume=resume,
         )
         checkpoint = torch.load(tmp_path / folder / "last.ckpt", weights_only=True)
         return trained(module), checkpoint["adapter_method"]["rank_pattern"]
 
-    whole, ranks = run("whole", 2)
-    run("first", 1)
-    resumed, again = run("first", 2, tmp_path / "first" / "last.ckpt")
+    whole, ranks = run("whole")
+    run("first", StopsAfterAnEpoch())
+    resumed, again = run("first", resume=tmp_path / "first" / "last.ckpt")
     assert sum(sum(kept) for kept in ranks.values()) < 8 * 4
     assert ranks == again
     assert same(whole, resumed)
