@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from PIL import Image, ImageDraw, ImageFont
 
-_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 1000, 330, 60, 90, 20
+_WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 1120, 430, 60, 90, 20
 _MAX_HEIGHT = 2400
 _INK, _FIRST, _NOW = "#222222", "#DDDDDD", "#0072B2"
 _LABEL = 15
