@@ -42,7 +42,7 @@ trainer.fit(module, WebDatasetDataModule("shards", val_samples=2, batch_size=2, 
 assert trainer.global_step == 2
 [adapter] = Path(trainer.log_dir).glob("checkpoints/*2.adapter")
 assert sorted(p.name for p in adapter.iterdir()) == [
-    "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"
 ]
 print("trained two steps with", Path(lit_lora.__file__).parent)
 """
