@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,13 @@ from lit_lora.callbacks.resumed_saves import ResumedSaves
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
+from lit_lora.families import ModelFamily
 from lit_lora.files import writable_folder
 from lit_lora.finite import tensors_in
 from lit_lora.folder_lock import FolderLock
+from lit_lora.formats import format_named
+from lit_lora.formats.info import AdapterInfo
+from lit_lora.formats.of_family import check_formats
 from lit_lora.loops import accumulating, within_epoch
 from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names
 from lit_lora.random_state import random_state, set_random_state
@@ -70,14 +75,27 @@ class AdapterCheckpoint(ResumedSaves):
         *args: Arguments of ``ModelCheckpoint``.
         keep_optimizer_settings: Whether a resumed run goes on with the checkpoint's lr, weight decay and other settings of
             optimizer and schedule; false applies those of this run. Defaults to true, with a warning if they differ.
+        formats: Names of formats to write beside PEFT's and diffusers': ``kohya``, ``comfyui`` or ``lycoris``. Defaults to none.
+        info: What users should know about the adapter, such as its trigger words, for the metadata of its files and the model
+            card; defaults to nothing.
         save_on_chunk_end: Also save after the optimizer step that ends a chunk of the training data; off by default.
         **kwargs: Keyword arguments of ``ModelCheckpoint``.
     """
 
     def __init__(
-        self, *args: Any, save_on_chunk_end: bool = False, keep_optimizer_settings: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        save_on_chunk_end: bool = False,
+        keep_optimizer_settings: bool = True,
+        formats: Sequence[str] = (),
+        info: AdapterInfo | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        for name in formats:
+            format_named(name)
+        self.formats = tuple(formats)
+        self.info = info
         self.keep_optimizer_settings = keep_optimizer_settings
         self.save_on_chunk_end = save_on_chunk_end
         self._is_due = False
@@ -107,6 +125,9 @@ class AdapterCheckpoint(ResumedSaves):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._state = self._state or TrainingState(pl_module)
+        family = getattr(pl_module, "family", None)
+        if self.formats and isinstance(family, ModelFamily):
+            check_formats(family, self.formats)
         if self._resumed is not None:
             self._resumed.compare(trainer)
 
@@ -296,10 +317,13 @@ class AdapterCheckpoint(ResumedSaves):
         for folder in (plain, averaged):
             if trainer.is_global_zero and folder.is_symlink():
                 folder.unlink()  # ``last`` was a link and becomes a checkpoint of its own
-        module.save_adapter(plain)
+        # A module of another project may have no such options.
+        given = {"formats": self.formats, "info": self.info}
+        chosen = {name: value for name, value in given.items() if value}
+        module.save_adapter(plain, **chosen)
         if ema := AdapterEMA.of(trainer):
             with ema.averaged(module):
-                module.save_adapter(averaged)
+                module.save_adapter(averaged, **chosen)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         last = self.last_model_path

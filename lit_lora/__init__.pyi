@@ -32,6 +32,8 @@ from lit_lora.families.flux import Flux as Flux
 from lit_lora.families.stable_diffusion import StableDiffusion as StableDiffusion
 from lit_lora.families.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
 from lit_lora.families.stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL
+from lit_lora.formats.from_file import FromFile as FromFile
+from lit_lora.formats.info import AdapterInfo as AdapterInfo
 from lit_lora.memory.options import MemoryOptions as MemoryOptions
 from lit_lora.module import LoraDiffusion as LoraDiffusion
 from lit_lora.objectives.base import Objective as Objective

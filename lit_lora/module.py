@@ -16,7 +16,7 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
-from lit_lora.adapters import ADAPTER_NAME, adapter_state, check_finite, check_sharded_training, method_of, plain_config
+from lit_lora.adapters import adapter_state, check_finite, check_sharded_training, method_of
 from lit_lora.blocks import outermost_blocks
 from lit_lora.caption_dropout import drop_captions
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
@@ -26,7 +26,11 @@ from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily, check_batch, check_size, prepare, target_size
 from lit_lora.files import atomic_folder
-from lit_lora.formats import AdapterFiles, write_adapter
+from lit_lora.formats import write_adapter
+from lit_lora.formats.facts import training_facts
+from lit_lora.formats.from_file import FromFile
+from lit_lora.formats.info import AdapterInfo
+from lit_lora.formats.of_family import files_of
 from lit_lora.log_mean import log_mean
 from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.block_offload import BlockOffload
@@ -59,7 +63,8 @@ class LoraDiffusion(LightningModule):
 
     Args:
         family: Model family of the base, with the location of its weights.
-        adapter: PEFT config of a method that adapts layers. Without ``target_modules`` the family's default layers are adapted.
+        adapter: PEFT config of a method that adapts layers, or :class:`FromFile` to go on with a saved adapter. Without
+            ``target_modules`` the family's default layers are adapted.
         objective: Distribution of timesteps and noise, and the loss; defaults to the family's objective, ``DDPM`` or
             ``FlowMatching``.
         optimizer: Function from the trainable parameters to their optimizer; defaults to AdamW with a learning rate of 1e-4.
@@ -78,7 +83,7 @@ class LoraDiffusion(LightningModule):
         seed: Seed of timesteps, noise and caption dropout, and of the images that ``predict`` draws; defaults to 0.
 
     Raises:
-        UserError: If ``caption_dropout`` is outside [0, 1].
+        UserError: If ``caption_dropout`` is outside [0, 1], or the adapter's file cannot be used.
     """
 
     def __init__(
@@ -100,7 +105,8 @@ class LoraDiffusion(LightningModule):
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout={caption_dropout} is not a probability; it must lie in [0, 1]")
         self.family = family
-        self.adapter = adapter
+        self.start = adapter.start if isinstance(adapter, FromFile) else None
+        self.adapter = adapter.config(type(family)) if isinstance(adapter, FromFile) else adapter
         self.objective: Objective = objective or family.default_objective()
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -164,9 +170,9 @@ class LoraDiffusion(LightningModule):
             if self._configured:
                 return
             if sharded:
-                self.family.load_adapted(self.adapter, strategy.shard)
+                self.family.load_adapted(self.adapter, strategy.shard, self.start)
             else:
-                self.family.add_adapter(self.adapter)
+                self.family.add_adapter(self.adapter, self.start)
             if self.memory.gradient_checkpointing:
                 enable_gradient_checkpointing(self.family.denoiser, self.memory.gradient_checkpointing)
             if self.compile_blocks:
@@ -277,7 +283,7 @@ class LoraDiffusion(LightningModule):
         """Identities of the VAE (``"vae"``) and the text encoders (``"text"``) that a cache must have been made with."""
         return self.family.identity()
 
-    def save_adapter(self, folder: str | Path, formats: Sequence[str] = ()) -> None:
+    def save_adapter(self, folder: str | Path, formats: Sequence[str] = (), info: AdapterInfo | None = None) -> None:
         """Write the adapter to a folder in PEFT's format, and as diffusers' LoRA file if that format can hold it.
 
         A folder with an older adapter is replaced atomically. If the weights are sharded over several processes, all of them must
@@ -286,6 +292,7 @@ class LoraDiffusion(LightningModule):
         Args:
             folder: Folder to write.
             formats: Names of further formats to write: see :data:`lit_lora.formats.FORMATS`. Defaults to none.
+            info: What users should know about the adapter, for metadata and model card; defaults to nothing.
 
         Raises:
             UserError: If the folder cannot be written or holds other files, the adapter holds NaN or Inf, there is none yet, or
@@ -299,15 +306,8 @@ class LoraDiffusion(LightningModule):
         if self._trainer is not None and not self.trainer.is_global_zero:
             return
         with atomic_folder(folder, marker="adapter_config.json") as part:
-            config = family.denoiser.peft_config[ADAPTER_NAME]
-            # PEFT's save_pretrained names the adapted model in the same way.
-            model = {
-                "base_model_class": family.denoiser_class.__name__,
-                "parent_library": family.denoiser_class.__module__,
-            }
-            of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path, "auto_mapping": model}
-            files = AdapterFiles(state, plain_config(config) | of_base, family=type(family))
-            write_adapter(files, part, formats)
+            metadata = training_facts(self) | (info or AdapterInfo()).metadata
+            write_adapter(files_of(family, state, metadata), part, formats)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
         """Mean loss of the batch at fixed timesteps and noise, and the number of its samples that count."""

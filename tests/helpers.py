@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks.fresh_processes import run_processes
-from lit_lora.adapters import ADAPTER_NAME, adapter_state, plain_config
+from lit_lora.adapters import adapter_state
 from lit_lora.families import ModelFamily
-from lit_lora.formats import AdapterFiles, write_adapter
+from lit_lora.formats import write_adapter
+from lit_lora.formats.of_family import files_of
 from lit_lora.quantization import Dense
 from lit_lora.quantization.frozen_layer import can_freeze, freeze_layer
 from tests.warm_python import WarmPython
@@ -63,9 +64,7 @@ def loader_of(batches: list[dict[str, Any]]) -> DataLoader[Any]:
 
 def save_adapter(family: ModelFamily, folder: Path) -> None:
     """Write the family's adapter in every format that can hold it."""
-    config = family.denoiser.peft_config[ADAPTER_NAME]
-    plain = plain_config(config) | {"base_model_name_or_path": family.pretrained_model_name_or_path}
-    write_adapter(AdapterFiles(adapter_state(family.denoiser), plain, family=type(family)), folder)
+    write_adapter(files_of(family, adapter_state(family.denoiser)), folder)
 
 
 def freeze_remaining(model: nn.Module) -> None:

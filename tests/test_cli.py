@@ -280,6 +280,21 @@ def test_samples_from_a_trained_adapter(config: Callable[..., Path], tmp_path: P
         assert grid.size == (2 * 18 + 2, 2 * 18 + 2)
 
 
+def test_fit_goes_on_with_a_saved_adapter(config: Callable[..., Path], tmp_path: Path) -> None:
+    assert main(["fit", "--config", str(config())]) == 0
+    file = tmp_path / "ck" / "last.adapter" / "pytorch_lora_weights.safetensors"
+    adapter = {"class_path": "FromFile", "init_args": {"path": str(file)}}
+    written = {
+        "class_path": "AdapterCheckpoint",
+        "init_args": {"dirpath": str(tmp_path / "second"), "formats": ["kohya"]},
+    }
+    written["init_args"] |= {"save_last": True, "info": {"title": "Stars", "trigger_words": ["a blue star"]}}
+    path = config(model__adapter=adapter, trainer__callbacks=[written])
+    assert main(["fit", "--config", str(path)]) == 0
+    assert (tmp_path / "second" / "last.adapter" / "kohya.safetensors").is_file()
+    assert "trigger words | a blue star" in (tmp_path / "second" / "last.adapter" / "README.md").read_text()
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert main(["--help"]) == 0

@@ -17,7 +17,7 @@ import yaml
 from lit_lora.cli import TOOLS, TRAINER_COMMANDS
 from lit_lora.lazy import public_names
 from lit_lora.lightning_cli import build_cli
-from lit_lora.tools import cache, demo, plan, sample, shards
+from lit_lora.tools import adapter_convert, cache, demo, plan, sample, shards
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -27,6 +27,7 @@ NO_CONFIG = {"BadSampleError", "UserError", "Plan", "ShardIndex"}
 FUNCTIONS = {
     "sample": sample.sample,
     "demo": demo.demo,
+    "adapter convert": adapter_convert.convert,
     **{f"shards {name}": getattr(shards, name) for name in ("pack", "index", "check", "info")},
 }
 
@@ -111,7 +112,7 @@ def test_nested_keys_are_where_the_page_says(config_keys: ModuleType, parsers: d
         *parents, last = section.key.split(".")
         place = config
         for name in parents:
-            place = place.setdefault(name, {})
+            place = place[name[:-2]][0] if name.endswith("[]") else place.setdefault(name, {})
         last, is_list, _ = last.partition("[]")
         classes = config_keys.classes_of(section)
         one = next((one for one in classes if one.__name__ == chosen.get(section.key)), classes[0])
@@ -152,7 +153,7 @@ def test_configs_in_the_pages_parse(
 @pytest.mark.parametrize("command", commands())
 def test_commands_in_the_pages_have_real_options(command: str, parsers: dict[str, Any]) -> None:
     arguments = shlex.split(command, comments=True)[1:]
-    name = arguments[0] if arguments[0] != "shards" else " ".join(arguments[:2])
+    name = " ".join(arguments[: 2 if arguments[0] in ("shards", "adapter") else 1])
     if name == "shards plan":
         name, arguments = "fit", arguments[1:]
     if name in FUNCTIONS:

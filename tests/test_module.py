@@ -389,7 +389,7 @@ def test_saving_replaces_the_folder_as_a_whole(
         sd_module.save_adapter(tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     sd_module.save_adapter(str(tmp_path / "adapter"))
-    names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == names
 
 

@@ -21,6 +21,7 @@ from docstring_parser import DocstringStyle, parse
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.strategies import Strategy
+from peft import PeftConfig
 
 import lit_lora
 from lit_lora.lazy import public_names
@@ -49,6 +50,7 @@ class Section:
 SECTIONS = (
     Section("model", "The module, always `LoraDiffusion`.", options=lit_lora.LoraDiffusion),
     Section("model.family", "The kind of base model and where its weights are.", choice=lit_lora.ModelFamily),
+    Section("model.adapter", "A PEFT config such as `LoraConfig`, or this class.", choice=PeftConfig),
     Section("model.objective", "What is drawn for a step and what the loss is.", choice=lit_lora.Objective),
     Section("model.objective.init_args.density", "Times of `FlowMatching`.", choice=lit_lora.TimestepDensity),
     Section("model.quantization", "How the frozen weights are stored.", choice=lit_lora.Quantization),
@@ -66,6 +68,11 @@ SECTIONS = (
     Section("data.init_args.chunks", "How training goes through the shards.", options=lit_lora.Chunks),
     Section("data.init_args.chunks.staging", "Copies of the shards on a local disk.", options=lit_lora.Staging),
     Section("trainer.callbacks[]", "Each entry of the list is one callback.", choice=Callback),
+    Section(
+        "trainer.callbacks[].init_args.info",
+        "What `AdapterCheckpoint` writes about an adapter.",
+        options=lit_lora.AdapterInfo,
+    ),
     Section("trainer.plugins[]", "Each entry of the list is one plugin.", choice=CheckpointIO),
     Section("trainer.strategy", "How several GPUs work together.", choice=Strategy),
 )

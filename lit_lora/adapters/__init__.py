@@ -10,7 +10,7 @@ from lit_lora.adapters.keys import (
     keep_only_adapter,
     plain_config,
 )
-from lit_lora.adapters.load import load_adapter
+from lit_lora.adapters.load import load_adapter, set_adapter_state
 from lit_lora.adapters.methods import AdapterMethod, method_of
 from lit_lora.adapters.sharded import check_block_by_block, check_sharded_training, complete_adapter, same_adapter
 from lit_lora.adapters.state import adapter_state
@@ -35,4 +35,5 @@ __all__ = [
     "method_of",
     "plain_config",
     "same_adapter",
+    "set_adapter_state",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lit_lora.draws import Draws
 from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.native_layers import NativeLayer
 from lit_lora.families.parts import PipelineParts
 from lit_lora.objectives import DDPM, Objective
 from lit_lora.sampling import generate, text_prompts
@@ -44,6 +45,11 @@ class ModelFamily(PipelineParts, ABC):
     text_masks: ClassVar[Mapping[str, str]] = {}
     """Names of masked entries of :meth:`encode_captions`, ``(B, tokens, …)``, each with the name of its mask's entry,
     ``(B, tokens)``, 0 for padding. A cache stores masked entries without padding and pads them with zeros when it reads them."""
+    naming: ClassVar[tuple[str, ...]] = ()
+    """Entries of the denoiser's config on which :meth:`native_layers` and :meth:`model_spec` depend; none by default."""
+    kohya_encoders: ClassVar[Mapping[str, str]] = {}
+    """Beginnings of the names of the text encoders' layers in kohya's files, by the encoders' names, such as ``lora_te1``; none
+    by default."""
     undistilled: ClassVar[str] = "the model that it was distilled from"
     """Model to train on instead of one that is distilled to few steps; warnings name it."""
 
@@ -89,6 +95,40 @@ class ModelFamily(PipelineParts, ABC):
     def text_settings(self) -> dict[str, Any]:
         """Settings of the family on which text embeddings depend; a cache must have been made with the same ones."""
         return {}
+
+    @classmethod
+    def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
+        """All layers of the denoiser by their names in the code that its weights were published with.
+
+        kohya's scripts and ComfyUI use these names. By default there are none, and adapters are not written in their formats.
+
+        Args:
+            config: Config of the denoiser; for missing entries the published models' are taken.
+        """
+        yield from ()
+
+    @classmethod
+    def kohya_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
+        """All layers of the denoiser by the names that kohya's scripts write; defaults to :meth:`native_layers`.
+
+        Args:
+            config: Config of the denoiser; for missing entries the published models' are taken.
+        """
+        yield from cls.native_layers(config)
+
+    @classmethod
+    def model_spec(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        """What the metadata of adapter files say about the base, under keys of the model spec and of sd-scripts.
+
+        Args:
+            config: Config of the denoiser; for missing entries the published models' are taken.
+        """
+        return {}
+
+    @property
+    def naming_config(self) -> dict[str, Any]:
+        """The entries of the denoiser's config that :attr:`naming` lists."""
+        return {name: self.denoiser_config[name] for name in self.naming if name in self.denoiser_config}
 
     @abstractmethod
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:

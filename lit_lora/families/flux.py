@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +13,34 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from lit_lora.errors import UserError, check_least
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.objectives import FlowMatching, Objective
 
 _MOST_TOKENS = 512
+
+_DOUBLE_BLOCK = {
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "norm1.linear": "img_mod.lin",
+    "norm1_context.linear": "txt_mod.lin",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_SINGLE_BLOCK = {"norm.linear": "modulation.lin", "proj_out": "linear2"}
+_ENDS = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "proj_out": "final_layer.linear",
+}
+"""Names in diffusers and in Black Forest Labs' code."""
 
 
 class Flux(ModelFamily):
@@ -51,6 +76,8 @@ class Flux(ModelFamily):
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
     default_objective: ClassVar[type[Objective]] = FlowMatching
+    naming: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers", "guidance_embeds")
+    kohya_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"}
     undistilled: ClassVar[str] = "black-forest-labs/FLUX.1-dev"
     always_dense: ClassVar[tuple[str, ...]] = (
         "x_embedder",
@@ -100,6 +127,31 @@ class Flux(ModelFamily):
 
     def num_tokens(self, latent_shape: Any) -> int:
         return int(latent_shape[-2] // 2 * (latent_shape[-1] // 2))
+
+    @classmethod
+    def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
+        for i in range(int(config.get("num_layers", 19))):
+            part, native = f"transformer_blocks.{i}.", f"double_blocks.{i}."
+            yield from single_layers(_DOUBLE_BLOCK, part, native)
+            for kind, pattern in (("img", "to_{}"), ("txt", "add_{}_proj")):
+                parts = tuple(f"{part}attn.{pattern.format(letter)}" for letter in "qkv")
+                yield NativeLayer(f"{native}{kind}_attn.qkv", parts)
+        for i in range(int(config.get("num_single_layers", 38))):
+            part, native = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
+            yield from single_layers(_SINGLE_BLOCK, part, native)
+            fused = (*(f"{part}attn.to_{letter}" for letter in "qkv"), f"{part}proj_mlp")
+            yield NativeLayer(f"{native}linear1", fused, sizes=(1, 1, 1, 4))
+        yield from single_layers(_ENDS)
+        yield NativeLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True)
+
+    @classmethod
+    def model_spec(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "modelspec.architecture": "flux-1-dev" if config.get("guidance_embeds", True) else "flux-1-schnell",
+            "modelspec.implementation": "https://github.com/black-forest-labs/flux",
+            "ss_base_model_version": "flux1",
+            "ss_network_module": "networks.lora_flux",
+        }
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """CLIP's pooled output, and T5's last hidden states; as in the pipeline, padding is not masked."""

@@ -123,7 +123,9 @@ class PipelineParts(nn.Module):
             if part not in without:
                 self._load_part(part)
 
-    def load_adapted(self, config: PeftConfig, shard: Callable[[nn.Module], None]) -> None:
+    def load_adapted(
+        self, config: PeftConfig, shard: Callable[[nn.Module], None], start: Callable[[PeftModel], None] | None = None
+    ) -> None:
         """Load the denoiser with its adapter, block by block, after :meth:`load` without the denoiser.
 
         The result is that of :meth:`load` and :meth:`add_adapter`, with the first process's values of the adapter.
@@ -131,6 +133,7 @@ class PipelineParts(nn.Module):
         Args:
             config: Config of the adapter.
             shard: Function that shards a part: see :meth:`~lit_lora.families.loading.PartLoader.sharded_denoiser`.
+            start: Function that sets the adapter's values; defaults to the method's own initial values.
 
         Raises:
             UserError: If the denoiser cannot be read or adapted, or the adapter's method needs the base's weights to initialize
@@ -138,22 +141,23 @@ class PipelineParts(nn.Module):
         """
 
         def adapt(denoiser: nn.Module) -> nn.Module:
-            return inject(denoiser, config, self.default_targets)
+            return self._adapted(denoiser, config, start)
 
         self.denoiser = self.loader.sharded_denoiser(
             self.denoiser_name, self.denoiser_class, self.block_classes, adapt, config, shard
         )
 
-    def add_adapter(self, config: PeftConfig) -> None:
+    def add_adapter(self, config: PeftConfig, start: Callable[[PeftModel], None] | None = None) -> None:
         """Put the adapter into the denoiser; :attr:`denoiser` becomes a :class:`peft.PeftModel`.
 
         Args:
             config: Config of the adapter.
+            start: Function that sets the adapter's values; defaults to the method's own initial values.
 
         Raises:
             UserError: If the config does not fit the denoiser: see :func:`lit_lora.adapters.inject`.
         """
-        self.denoiser = inject(self.denoiser, config, self.default_targets)
+        self.denoiser = self._adapted(self.denoiser, config, start)
 
     @contextmanager
     def all_parts(self) -> Iterator[None]:
@@ -231,6 +235,12 @@ class PipelineParts(nn.Module):
         for name in ("scheduler_config", "vae_config", "denoiser_config"):
             fresh.__dict__.pop(name, None)
         return fresh
+
+    def _adapted(self, denoiser: nn.Module, config: PeftConfig, start: Callable[[PeftModel], None] | None) -> PeftModel:
+        adapted = inject(denoiser, config, self.default_targets)
+        if start is not None and self.loader.weights:
+            start(adapted)
+        return adapted
 
     def _missing(self) -> list[str]:
         """Those of :data:`PARTS` that are not loaded."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
@@ -11,6 +11,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.native_layers import UNET_NAMING, NativeLayer, unet_layers
+
+_PUBLISHED = {
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "transformer_layers_per_block": 1,
+}
+"""Entries of the published UNets' configs."""
 
 UNET_ALWAYS_DENSE = ("conv_in", "conv_out", "time_embedding.*", "*.time_emb_proj")
 """Layers at both ends of a UNet and those of the timestep embedding: 3 % of Stable Diffusion 1.5's weights."""
@@ -33,12 +42,35 @@ class StableDiffusion(ModelFamily):
     block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     always_dense: ClassVar[tuple[str, ...]] = UNET_ALWAYS_DENSE
+    naming: ClassVar[tuple[str, ...]] = (*UNET_NAMING, "cross_attention_dim")
+    kohya_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "lora_te"}
     undistilled: ClassVar[str] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     pipeline_options: ClassVar[dict[str, Any]] = {
         "safety_checker": None,
         "feature_extractor": None,
         "requires_safety_checker": False,
     }
+
+    @classmethod
+    def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
+        yield from unet_layers(_PUBLISHED | dict(config))
+
+    @classmethod
+    def kohya_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
+        """Diffusers' names: kohya's scripts train Stable Diffusion 1.x and 2.x in diffusers' code."""
+        for layer in cls.native_layers(config):
+            yield NativeLayer(layer.parts[0], layer.parts)
+
+    @classmethod
+    def model_spec(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        second = config.get("cross_attention_dim") == 1024
+        return {
+            "modelspec.architecture": "stable-diffusion-v2-512" if second else "stable-diffusion-v1",
+            "modelspec.implementation": "diffusers",
+            "ss_base_model_version": "sd_v2" if second else "sd_v1",
+            "ss_network_module": "networks.lora",
+            "ss_v2": str(second),
+        }
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         ids = self.tokenize(self.encoders["tokenizer"], captions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,29 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from lit_lora.errors import check_least
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.objectives import FlowMatching, Objective
+
+_BLOCK = {
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "attn.to_add_out": "context_block.attn.proj",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+_ENDS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "context_embedder": "context_embedder",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "proj_out": "final_layer.linear",
+}
+"""Names in diffusers and in Stability AI's code."""
 
 
 class StableDiffusion3(ModelFamily):
@@ -52,6 +74,12 @@ class StableDiffusion3(ModelFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     default_objective: ClassVar[type[Objective]] = FlowMatching
+    naming: ClassVar[tuple[str, ...]] = ("num_layers", "dual_attention_layers")
+    kohya_encoders: ClassVar[Mapping[str, str]] = {
+        "text_encoder": "lora_te1",
+        "text_encoder_2": "lora_te2",
+        "text_encoder_3": "lora_te3",
+    }
     undistilled: ClassVar[str] = "stabilityai/stable-diffusion-3.5-large"
     always_dense: ClassVar[tuple[str, ...]] = (
         "pos_embed.*",
@@ -84,6 +112,37 @@ class StableDiffusion3(ModelFamily):
 
     def skips(self, encoder: str) -> bool:
         return super().skips(encoder) or (not self.t5 and encoder in self.optional_encoders)
+
+    @classmethod
+    def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
+        for i in range(int(config.get("num_layers", 38))):
+            part, native = f"transformer_blocks.{i}.", f"joint_blocks.{i}."
+            yield from single_layers(_BLOCK, part, native)
+            # The last block's text has two modulations, like the final layer's image.
+            context = f"{native}context_block.adaLN_modulation.1"
+            yield NativeLayer(context, (f"{part}norm1_context.linear",), swapped=True)
+            for name, pattern in (
+                ("x_block.attn", "attn.to_{}"),
+                ("x_block.attn2", "attn2.to_{}"),
+                ("context_block.attn", "attn.add_{}_proj"),
+            ):
+                yield NativeLayer(f"{native}{name}.qkv", tuple(part + pattern.format(letter) for letter in "qkv"))
+        yield from single_layers(_ENDS)
+        yield NativeLayer("final_layer.adaLN_modulation.1", ("norm_out.linear",), swapped=True)
+
+    @classmethod
+    def model_spec(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        version = "medium"
+        if int(config.get("num_layers", 24)) == 38:
+            version = "5-large"
+        elif config.get("dual_attention_layers"):
+            version = "5-medium"
+        return {
+            "modelspec.architecture": f"stable-diffusion-3-{version}",
+            "modelspec.implementation": "diffusers",
+            "ss_base_model_version": version,
+            "ss_network_module": "networks.lora_sd3",
+        }
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Hidden states of both CLIP encoders, joined by channel, then of T5, joined by token; pooled outputs of CLIP.

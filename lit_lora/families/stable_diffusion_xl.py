@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,16 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
+from lit_lora.families.native_layers import UNET_NAMING, NativeLayer, unet_layers
 from lit_lora.families.stable_diffusion import UNET_ALWAYS_DENSE
+
+_PUBLISHED = {
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+}
+"""Entries of the published UNets' configs."""
 
 
 class StableDiffusionXL(ModelFamily):
@@ -39,9 +48,25 @@ class StableDiffusionXL(ModelFamily):
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     always_dense: ClassVar[tuple[str, ...]] = (*UNET_ALWAYS_DENSE, "add_embedding.*")
     default_vae_dtype: ClassVar[torch.dtype | None] = torch.float32
+    naming: ClassVar[tuple[str, ...]] = UNET_NAMING
+    kohya_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     undistilled: ClassVar[str] = "stabilityai/stable-diffusion-xl-base-1.0"
     # By default diffusers adds watermarks if the package for them is installed; samples of a training run need none.
     pipeline_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+
+    @classmethod
+    def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
+        yield from unet_layers(_PUBLISHED | dict(config))
+
+    @classmethod
+    def model_spec(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "modelspec.architecture": "stable-diffusion-xl-v1-base",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "ss_network_module": "networks.lora",
+            "ss_v2": "False",
+        }
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Hidden states of both encoders' last layer but one, joined by channel, and the pooled output of the second encoder."""

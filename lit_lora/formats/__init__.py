@@ -5,11 +5,15 @@ from pathlib import Path
 
 from lit_lora.errors import UserError
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
+from lit_lora.formats.card import CARD, model_card
+from lit_lora.formats.comfyui import ComfyUIFormat
 from lit_lora.formats.diffusers import DiffusersFormat
+from lit_lora.formats.kohya import KohyaFormat
+from lit_lora.formats.lycoris import LycorisFormat
 from lit_lora.formats.peft import PeftFormat
 from lit_lora.formats.tensor_file import TensorFile
 
-FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat())
+FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat(), KohyaFormat(), ComfyUIFormat(), LycorisFormat())
 """All formats."""
 
 DEFAULT_FORMATS = ("peft", "diffusers")
@@ -20,11 +24,15 @@ __all__ = [
     "FORMATS",
     "AdapterFiles",
     "AdapterFormat",
+    "ComfyUIFormat",
     "DiffusersFormat",
+    "KohyaFormat",
+    "LycorisFormat",
     "PeftFormat",
     "TensorFile",
     "format_named",
     "write_adapter",
+    "write_card",
 ]
 
 
@@ -41,7 +49,7 @@ def format_named(name: str) -> AdapterFormat:
 
 
 def write_adapter(adapter: AdapterFiles, folder: Path, formats: Sequence[str] = ()) -> None:
-    """Write an adapter in the default formats that can hold it, and in the named ones.
+    """Write an adapter in the default formats that can hold it, and in the named ones, with a model card.
 
     Args:
         adapter: Adapter to write.
@@ -58,3 +66,19 @@ def write_adapter(adapter: AdapterFiles, folder: Path, formats: Sequence[str] = 
                 raise UserError(f"the adapter cannot be written in the format {one.name}: {reason}")
             continue
         one.write(adapter, folder)
+    write_card(adapter, folder)
+
+
+def write_card(adapter: AdapterFiles, folder: Path) -> None:
+    """Write the model card for the adapter's files in a folder, with the PNG files in its subfolder ``samples``.
+
+    Args:
+        adapter: The adapter.
+        folder: Folder with the adapter's files.
+
+    Raises:
+        OSError: If the card cannot be written.
+    """
+    files = sorted(path.name for path in folder.iterdir())
+    samples = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("samples/*.png"))]
+    (folder / CARD).write_text(model_card(adapter, files, samples), encoding="utf-8")

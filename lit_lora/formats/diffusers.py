@@ -19,6 +19,7 @@ from lit_lora.formats.base import AdapterFiles, AdapterFormat
 from lit_lora.formats.lora import PREFIX, layers_of, lora_config, why_no_plain_lora
 from lit_lora.formats.own_metadata import file_metadata, foreign_metadata, own_entry, written_family
 from lit_lora.formats.tensor_file import TensorFile, write_tensors
+from lit_lora.formats.text_encoders import normalized
 
 _DENOISERS = ("unet", "transformer")
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -48,6 +49,8 @@ class DiffusersFormat(AdapterFormat):
         configs: dict[str, Any] = {}
         for part, contents in adapter.parts.items():
             name = adapter.family.denoiser_name if part == "denoiser" else part
+            if part != "denoiser":
+                contents = normalized(contents)  # diffusers knows the names of older transformers
             layers[f"{name}_lora_layers"] = {key.removeprefix(PREFIX): value for key, value in contents.state.items()}
             configs |= {f"{name}.{key}": value for key, value in contents.config.items()}
         metadata = file_metadata(adapter)
@@ -82,7 +85,7 @@ class DiffusersFormat(AdapterFormat):
             metadata=foreign_metadata(file),
             family=family,
             denoiser_config=entry.get("denoiser_config", {}),
-            text_encoders={name: parts[name] for name in _ENCODERS if name in parts},
+            text_encoders={name: normalized(parts[name]) for name in _ENCODERS if name in parts},
         )
 
 

@@ -10,6 +10,9 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource, family_of
 from lit_lora.formats import FORMATS
 from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.known_family import families_with
+from lit_lora.formats.layer_names import underscored
+from lit_lora.formats.lora import adapted_layer
 from lit_lora.formats.peft import CONFIG, WEIGHTS
 from lit_lora.formats.tensor_file import TensorFile
 from lit_lora.visible import visible
@@ -41,7 +44,11 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
     adapter = found.read(file, family)
     for part in adapter.parts.values():
         check_finite(part.state, f"adapter {path}", "use the adapter of an earlier checkpoint")
-    return adapter if adapter.family is not None else _with_family_of_base(adapter)
+    if adapter.family is None:
+        adapter = _with_family(adapter)
+    elif family is not None:
+        _check_family(adapter, family, path)
+    return adapter
 
 
 def _file(path: Path) -> Path:
@@ -67,12 +74,35 @@ def _file(path: Path) -> Path:
     return found[0]
 
 
-def _with_family_of_base(adapter: AdapterFiles) -> AdapterFiles:
-    """The adapter with the family of its base, if the base is a pipeline on this machine."""
+def _with_family(adapter: AdapterFiles) -> AdapterFiles:
+    """The adapter with the family of its base, if that is a pipeline on this machine, or else the one that its layers tell."""
     base = adapter.config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        return adapter
-    source = ModelSource(base)
-    if not source.is_local:
-        return adapter
-    return replace(adapter, family=family_of(str(source.index().get("_class_name"))))
+    if isinstance(base, str) and base and (source := ModelSource(base)).is_local:
+        kind = family_of(str(source.index().get("_class_name")))
+        if kind is not None:
+            of_base = kind(base)
+            of_base.read_configs()
+            return replace(adapter, family=kind, denoiser_config=of_base.naming_config)
+    found = _families_of_layers(adapter)
+    return replace(adapter, family=found[0]) if len(found) == 1 else adapter
+
+
+def _check_family(adapter: AdapterFiles, family: type[ModelFamily], path: Path) -> None:
+    """Refuse layers that are certainly another family's."""
+    found = _families_of_layers(adapter)
+    if (
+        adapter.denoiser_config
+        or not found
+        or any(issubclass(family, kind) or issubclass(kind, family) for kind in found)
+    ):
+        return
+    raise UserError(
+        f"{path} is an adapter of {' or '.join(kind.__name__ for kind in found)}, not of {family.__name__}: its layers are that "
+        f"family's; name the base that it was trained on"
+    )
+
+
+def _families_of_layers(adapter: AdapterFiles) -> list[type[ModelFamily]]:
+    """The families whose published denoisers have all the adapted layers."""
+    layers = {layer for key in adapter.state if (layer := adapted_layer(key))}
+    return families_with({f"lycoris_{underscored(layer)}" for layer in layers}, adapter.metadata) if layers else []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -48,6 +49,12 @@ def why_no_plain_lora(adapter: AdapterFiles) -> str:
             if config.get(option) not in (None, False, "none", [], {}):
                 return f"it holds LoRA of layers alone, and this adapter has {option}={config[option]!r}"
     return ""
+
+
+def adapted_layer(key: str) -> str:
+    """Name of the layer of a tensor of LoRA, LoHa or LoKr under PEFT's name; empty for other tensors."""
+    found = re.match(rf"{re.escape(PREFIX)}(.+?)\.(lora|hada|lokr)_", key)
+    return found[1] if found else ""
 
 
 def layers_of(state: Mapping[str, Tensor], path: Path | str) -> dict[str, dict[str, Tensor]]:
@@ -112,14 +119,14 @@ def lora_config(
         denoiser: Class of the adapted model; defaults to an unknown one.
     """
     ranks = {layer: len(tensors["lora_A.weight"]) for layer, tensors in layers.items()}
-    alphas = {layer: _plain_number(alphas.get(layer, rank)) for layer, rank in ranks.items()}
+    alphas = {layer: plain_number(alphas.get(layer, rank)) for layer, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        rank_pattern={_only(layer): value for layer, value in ranks.items() if value != rank},
-        alpha_pattern={_only(layer): value for layer, value in alphas.items() if value != alpha},
-        target_modules=_targets(list(layers)),
+        rank_pattern={only(layer): value for layer, value in ranks.items() if value != rank},
+        alpha_pattern={only(layer): value for layer, value in alphas.items() if value != alpha},
+        target_modules=targets(list(layers)),
         use_dora=any("lora_magnitude_vector" in tensors for tensors in layers.values()),
     )
     mapping = {"base_model_class": denoiser.__name__, "parent_library": denoiser.__module__} if denoiser else None
@@ -139,21 +146,43 @@ def fits(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Tensor]], 
         rank = len(tensors["lora_A.weight"])
         if ranks.get(get_pattern_key(list(ranks), layer), config.get("r")) != rank:
             return False
-        if not math.isclose(effective_alpha(config, layer, rank), alphas.get(layer, rank), rel_tol=1e-3):
+        if not math.isclose(effective_alpha(config, layer, rank), alphas.get(layer, rank), rel_tol=5e-3):
             return False
     return True
 
 
-def _plain_number(value: float) -> float | int:
+def own_ranks(config: Mapping[str, Any] | None) -> Callable[[str], int] | None:
+    """Function that returns the rank of a layer according to a config, 0 if it is not adapted.
+
+    Args:
+        config: Plain config of a LoRA; None, or a config that PEFT does not take, gives None.
+    """
+    if config is None or config.get("peft_type") != "LORA":
+        return None
+    try:
+        made = LoraConfig(**{**config, "inference_mode": False})
+    except (TypeError, ValueError):
+        return None
+    ranks = made.rank_pattern or {}
+
+    def rank(layer: str) -> int:
+        targets = made.target_modules == "all-linear" or bool(check_target_module_exists(made, layer))
+        return int(ranks.get(get_pattern_key(list(ranks), layer), made.r)) if targets else 0
+
+    return rank
+
+
+def plain_number(value: float) -> float | int:
+    """A number as an int if it is one."""
     return int(value) if float(value).is_integer() else value
 
 
-def _only(layer: str) -> str:
-    """A pattern that matches this layer alone; PEFT would also take the name as the end of a longer one."""
+def only(layer: str) -> str:
+    """A pattern for PEFT that matches this layer alone; PEFT would also take the name as the end of a longer one."""
     return f"^{layer}"
 
 
-def _targets(layers: list[str]) -> list[str] | str:
+def targets(layers: list[str]) -> list[str] | str:
     """Names of target modules; a regular expression if a name is short and may be the end of another layer's name."""
     if all(re.search(r"\.\d+\.", layer) for layer in layers):
         return sorted(layers)

@@ -9,6 +9,7 @@ from typing import Any
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, families
 from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.model_spec import OF_THE_FILE
 from lit_lora.formats.tensor_file import TensorFile
 
 _KEY = "lit_lora"
@@ -57,7 +58,7 @@ def own_entry(file: TensorFile) -> dict[str, Any]:
 
 def foreign_metadata(file: TensorFile) -> dict[str, str]:
     """A file's metadata without the entries that are written anew with each file."""
-    return {name: value for name, value in file.metadata.items() if name not in (_KEY, *_OF_OTHERS)}
+    return {name: value for name, value in file.metadata.items() if name not in (_KEY, *_OF_OTHERS, *OF_THE_FILE)}
 
 
 def written_family(entry: Mapping[str, Any]) -> type[ModelFamily] | None:

@@ -13,6 +13,7 @@ from lit_lora.formats.base import AdapterFiles, AdapterFormat
 from lit_lora.formats.lora import PREFIX
 from lit_lora.formats.own_metadata import file_metadata, foreign_metadata, own_entry, written_family
 from lit_lora.formats.tensor_file import TensorFile, write_tensors
+from lit_lora.formats.text_encoders import for_class, normalized
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -21,7 +22,8 @@ CONFIG = "adapter_config.json"
 class PeftFormat(AdapterFormat):
     """``adapter_model.safetensors`` and ``adapter_config.json``, for ``PeftModel.from_pretrained``.
 
-    Adapters of text encoders are in subfolders with the encoders' names.
+    Adapters of text encoders are in subfolders with the encoders' names, under the names of layers that this version of
+    transformers has.
     """
 
     name: ClassVar[str] = "peft"
@@ -32,8 +34,10 @@ class PeftFormat(AdapterFormat):
 
     def write(self, adapter: AdapterFiles, folder: Path) -> None:
         _write_part(adapter.state, adapter.config, file_metadata(adapter), folder)
-        for name, encoder in adapter.text_encoders.items():
-            (folder / name).mkdir()
+        for name, contents in adapter.text_encoders.items():
+            (folder / name).mkdir(exist_ok=True)
+            kind = None if adapter.family is None else adapter.family.encoder_classes.get(name)
+            encoder = normalized(contents) if kind is None else for_class(contents, kind)
             _write_part(encoder.state, encoder.config, file_metadata(adapter), folder / name)
 
     def recognizes(self, file: TensorFile) -> bool:
@@ -45,9 +49,7 @@ class PeftFormat(AdapterFormat):
         encoders = {}
         for path in sorted(folder.glob(f"text_encoder*/{WEIGHTS}")):
             opened = TensorFile.open(path)
-            encoders[path.parent.name] = AdapterFiles(
-                opened.tensors, read_config(path.parent), foreign_metadata(opened)
-            )
+            encoders[path.parent.name] = normalized(AdapterFiles(opened.tensors, read_config(path.parent)))
         return AdapterFiles(
             state=file.tensors,
             config=read_config(folder),

@@ -11,7 +11,7 @@ from lit_lora.errors import UserError
 # Nothing heavy is imported here, not even for type checking: jsonargparse would import it for --help.
 
 
-Format = Literal["peft", "diffusers"]
+Format = Literal["peft", "diffusers", "kohya", "comfyui", "lycoris"]
 """Names of the formats in ``lit_lora.formats.FORMATS``."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from lit_lora.errors import UserError
-from lit_lora.families import Flux, StableDiffusion
+from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from lit_lora.formats import write_adapter
 from lit_lora.formats.find import read_adapter
+from tests.formats.adapters import loaded, trained
 from tests.formats.test_formats import adapter_for, same
 
 
@@ -43,9 +45,11 @@ def test_the_family_of_a_base_on_this_machine(folder: Path, sd_folder: Path, tmp
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     text = (folder / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(text)
-    assert read_adapter(tmp_path).family is None
+    assert read_adapter(tmp_path).family is StableDiffusion  # its layers tell it
+    assert read_adapter(tmp_path).denoiser_config == {}
     (tmp_path / "adapter_config.json").write_text(text.replace('"a base"', f'"{sd_folder}"'))
-    assert read_adapter(tmp_path).family is StableDiffusion
+    read = read_adapter(tmp_path)
+    assert (read.family, read.denoiser_config["layers_per_block"]) == (StableDiffusion, 1)
 
 
 def test_files_of_diffusers_without_a_config(folder: Path, tmp_path: Path) -> None:
@@ -112,3 +116,61 @@ def test_what_is_no_adapter_is_one_error(kind: str, folder: Path, tmp_path: Path
 def test_another_family(folder: Path) -> None:
     with pytest.raises(UserError, match=r"holds an adapter of a unet, not of a transformer \(Flux\)"):
         read_adapter(folder / "pytorch_lora_weights.safetensors", Flux)
+
+
+KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.mark.parametrize(
+    ("change", "family", "expected"),
+    [
+        ({"lora_up.weight": None}, None, f"is incomplete: it has no lora_up of {KOHYA}"),
+        (
+            {"lora_up.weight": torch.ones(4, 3)},
+            None,
+            "lora_down and lora_up of .* have the shapes .*which share no rank",
+        ),
+        ({"lora_mid.weight": torch.ones(2, 2, 3, 3)}, None, "is a LoRA in three factors"),
+        (
+            {"dora_scale": torch.ones(1, 6)},
+            None,
+            "magnitudes of inputs, while PEFT's DoRA has magnitudes of the 4 outputs",
+        ),
+        ({"hada_w1_a": torch.ones(4, 2)}, None, "has hada_w1_a, and other layers have LoRA|lora_down"),
+        ({}, Flux, "is not an adapter of Flux, which has no layer lora_unet_down_blocks"),
+    ],
+)
+def test_bad_files_of_kohya(
+    change: dict[str, torch.Tensor | None], family: type[ModelFamily] | None, expected: str, tmp_path: Path
+) -> None:
+    group = {
+        "lora_down.weight": torch.ones(2, 6),
+        "lora_up.weight": torch.ones(4, 2),
+        "alpha": torch.tensor(1.0),
+    } | change
+    tensors = {f"{KOHYA}.{end}": value for end, value in group.items() if value is not None}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=expected):
+        read_adapter(tmp_path / "a.safetensors", family)
+
+
+def test_layers_of_no_family(tmp_path: Path) -> None:
+    name = "lora_unet_nowhere"
+    save_file({f"{name}.lora_down.weight": torch.ones(2, 6)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=rf"of a known family \(.*Flux.*\): none has all its layers, such as {name}"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+def test_metadata_tell_between_families(tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 6), f"{name}.lora_up.weight": torch.ones(4, 2)}
+    for value, family in (("sdxl_base_v1-0", StableDiffusionXL), ("sd_v1", StableDiffusion)):
+        save_file(tensors, tmp_path / "a.safetensors", metadata={"ss_base_model_version": value})
+        assert read_adapter(tmp_path / "a.safetensors").family is family
+
+
+def test_another_familys_peft_folder(tmp_path: Path, sdxl_folder: Path) -> None:
+    adapter = trained(loaded(StableDiffusionXL, sdxl_folder), LoraConfig(r=2, target_modules=["to_q"]))
+    write_adapter(replace(adapter, family=None, denoiser_config={}), tmp_path)
+    with pytest.raises(UserError, match="is an adapter of StableDiffusionXL, not of StableDiffusion3"):
+        read_adapter(tmp_path, StableDiffusion3)

@@ -23,6 +23,7 @@ from lit_lora.formats import (
     TensorFile,
     write_adapter,
 )
+from tests.formats.adapters import encoder_adapter
 
 CONFIGS: dict[str, Any] = {
     "LoRA": lambda: LoraConfig(r=2, lora_alpha=4, rank_pattern={"to_q": 3}),
@@ -41,14 +42,6 @@ def adapter_for(folder: Path, config: PeftConfig) -> AdapterFiles:
         metadata={"modelspec.trigger_phrase": "a \u2605 star", "ss_steps": "12"},
         family=StableDiffusion,
     )
-
-
-def encoder_adapter(width: int = 16) -> AdapterFiles:
-    """A LoRA of one layer of a CLIP text encoder."""
-    layer = "base_model.model.text_model.encoder.layers.1.self_attn.q_proj"
-    config = LoraConfig(r=2, lora_alpha=1, target_modules=["q_proj"])
-    state = {f"{layer}.lora_A.weight": torch.randn(2, width), f"{layer}.lora_B.weight": torch.randn(width, 2)}
-    return AdapterFiles(state, plain_config(config))
 
 
 def same(one: AdapterFiles, other: AdapterFiles) -> None:
@@ -70,14 +63,16 @@ def test_reads_what_it_has_written(
 ) -> None:
     adapter = replace(adapter_for(sd_folder, CONFIGS[name]()), text_encoders=encoders)
     if not one.holds(adapter):
-        assert (one.name, name) == ("diffusers", "LoHa")
+        assert one.name in ("diffusers", "kohya", "comfyui")
+        assert name == "LoHa"
         return
     one.write(adapter, tmp_path)
     file = TensorFile.open(tmp_path / one.file_name)
     assert [other.name for other in FORMATS if other.recognizes(file)] == [one.name]
     read = one.read(file)
     same(read, adapter)
-    assert (read.metadata, read.family) == (adapter.metadata, StableDiffusion)
+    assert read.metadata.items() >= adapter.metadata.items()
+    assert read.family is StableDiffusion
 
 
 @pytest.mark.parametrize("one", FORMATS, ids=lambda one: one.name)
@@ -91,7 +86,7 @@ def test_the_same_adapter_gives_the_same_bytes(one: AdapterFormat, sd_folder: Pa
 
 
 def test_an_adapter_is_written_in_each_default_format_that_holds_it(sd_folder: Path, tmp_path: Path) -> None:
-    peft = {"adapter_model.safetensors", "adapter_config.json"}
+    peft = {"adapter_model.safetensors", "adapter_config.json", "README.md"}
     for name, files in (("LoRA", {*peft, "pytorch_lora_weights.safetensors"}), ("LoHa", peft)):
         folder = tmp_path / name
         folder.mkdir()
@@ -102,7 +97,7 @@ def test_an_adapter_is_written_in_each_default_format_that_holds_it(sd_folder: P
 def test_a_named_format_that_does_not_hold_the_adapter(sd_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"in the format diffusers: it holds LoRA, and this is LOHA"):
         write_adapter(adapter_for(sd_folder, CONFIGS["LoHa"]()), tmp_path, ["diffusers"])
-    with pytest.raises(UserError, match="format 'cohya' is not known; choose from peft, diffusers"):
+    with pytest.raises(UserError, match="format 'cohya' is not known; choose from peft, diffusers, kohya"):
         write_adapter(adapter_for(sd_folder, CONFIGS["LoHa"]()), tmp_path, ["cohya"])
 
 

@@ -1,0 +1,108 @@
+"""The model card of an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.model_spec import alpha_option, default_title
+
+CARD = "README.md"
+
+_FACTS = {
+    "ss_steps": "steps",
+    "ss_total_batch_size": "batch size",
+    "modelspec.resolution": "resolution",
+    "ss_optimizer": "optimizer",
+    "ss_learning_rate": "learning rate",
+    "ss_lr_scheduler": "schedule",
+    "ss_mixed_precision": "mixed precision",
+    "ss_caption_dropout_rate": "caption dropout",
+    "ss_seed": "seed",
+}
+
+
+def model_card(adapter: AdapterFiles, files: Sequence[str], samples: Sequence[str] = ()) -> str:
+    """The text of an adapter's model card: base, trigger words, how to load it, and facts about the training.
+
+    Args:
+        adapter: The adapter.
+        files: Names of the files beside the card.
+        samples: Paths of sample images relative to the card; defaults to none.
+    """
+    told = adapter.metadata
+    base = adapter.config.get("base_model_name_or_path") or ""
+    title = told.get("modelspec.title") or default_title(adapter)
+    trigger = told.get("modelspec.trigger_phrase")
+    license_id = told.get("modelspec.license")
+    tags = [tag for tag in told.get("modelspec.tags", "").split(", ") if tag]
+    kind = str(adapter.config.get("peft_type") or "adapter").lower()
+    data: Any = ModelCardData(
+        base_model=base if _is_hub_id(base) else None,
+        library_name="diffusers",
+        license=license_id,
+        tags=sorted({"text-to-image", "lit_lora", kind, *tags}),
+    )
+    if trigger:
+        data.instance_prompt = trigger  # which the hub shows beside the samples
+    blocks = [f"---\n{data.to_yaml()}\n---", f"# {title}"]
+    if description := told.get("modelspec.description"):
+        blocks.append(description)
+    blocks += [f"![sample]({sample})" for sample in samples]
+    blocks.append(_facts(adapter, base, trigger))
+    blocks.append(_usage(adapter, base or "the base model", files, trigger))
+    if author := told.get("modelspec.author"):
+        blocks.append(f"Made by {author}.")
+    return str(ModelCard("\n\n".join(blocks) + "\n"))
+
+
+def _facts(adapter: AdapterFiles, base: str, trigger: str | None) -> str:
+    config = adapter.config
+    rows = {"base": f"`{base}`" if base else None, "trigger words": trigger}
+    rows["method"] = f"{config.get('peft_type')}" + (" with magnitudes (DoRA)" if config.get("use_dora") else "")
+    rows["rank"] = _value(config, "r", "rank_pattern")
+    rows["alpha"] = _value(config, alpha_option(config), "alpha_pattern")
+    rows |= {label: adapter.metadata.get(key) for key, label in _FACTS.items()}
+    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows.items() if value)])
+
+
+def _value(config: Mapping[str, Any], option: str, pattern: str) -> str | None:
+    value = config.get(option)
+    if value is None:
+        return None
+    return f"{value}, other values in {len(config[pattern])} layers" if config.get(pattern) else str(value)
+
+
+def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str | None) -> str:
+    blocks = []
+    prompt = trigger or "a prompt"
+    pipeline = "DiffusionPipeline" if adapter.family is None else adapter.family.pipeline_class.__name__
+    loadable = [name for name in files if name == "pytorch_lora_weights.safetensors"]
+    if loadable:
+        blocks.append(
+            f"In diffusers:\n\n```python\nfrom diffusers import {pipeline}\n\n"
+            f'pipeline = {pipeline}.from_pretrained("{base}")\n'
+            f'pipeline.load_lora_weights("this folder", weight_name="{loadable[0]}")\n'
+            f'image = pipeline("{prompt}").images[0]\n```'
+        )
+    if "adapter_config.json" in files:
+        part = "unet" if adapter.family is None else adapter.family.denoiser_name
+        blocks.append(
+            f"In PEFT:\n\n```python\nfrom diffusers import {pipeline}\nfrom peft import PeftModel\n\n"
+            f'pipeline = {pipeline}.from_pretrained("{base}")\n'
+            f'PeftModel.from_pretrained(pipeline.{part}, "this folder")  # changes the {part} in place\n```'
+        )
+    others = {"kohya.safetensors": "A1111, Forge and sd-scripts", "comfyui.safetensors": "ComfyUI"}
+    others["lycoris.safetensors"] = "ComfyUI and LyCORIS"
+    blocks += [f"`{name}` is for {others[name]}." for name in files if name in others]
+    return "\n\n".join(["## How to load it", *blocks])
+
+
+def _is_hub_id(base: str) -> bool:
+    """Whether a base may be on the hub, and is no local folder."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None and not Path(base).exists()

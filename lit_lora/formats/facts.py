@@ -1,0 +1,50 @@
+"""Facts about a training run for the metadata of its adapter's files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def training_facts(module: LightningModule) -> dict[str, str]:
+    """What is known about a module's training, under the keys of sd-scripts; nothing without a trainer.
+
+    There are no dates among them, so that the same training gives the same bytes.
+
+    Args:
+        module: Module that a trainer trains or has trained.
+    """
+    if module._trainer is None:
+        return {}
+    trainer = module.trainer
+    facts: dict[str, Any] = {
+        "ss_steps": trainer.global_step,
+        "ss_epoch": trainer.current_epoch,
+        "ss_max_train_steps": trainer.max_steps if trainer.max_steps > 0 else None,
+        "ss_gradient_accumulation_steps": trainer.accumulate_grad_batches,
+        "ss_max_grad_norm": trainer.gradient_clip_val,
+        "ss_mixed_precision": _PRECISIONS.get(getattr(module, "base_dtype", torch.float32), "no"),
+        "ss_seed": getattr(module, "seed", None),
+        "ss_caption_dropout_rate": getattr(module, "caption_dropout", None),
+    }
+    if trainer.optimizers:
+        optimizer = trainer.optimizers[0]
+        group = optimizer.param_groups[0]
+        facts["ss_optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        facts["ss_learning_rate"] = float(group.get("initial_lr", group.get("lr", 0)))
+    schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    facts["ss_lr_scheduler"] = schedulers[0] if schedulers else None
+    datamodule = getattr(trainer, "datamodule", None)
+    if isinstance(size := getattr(datamodule, "batch_size", None), int):
+        facts["ss_batch_size_per_device"] = size
+        facts["ss_total_batch_size"] = size * trainer.world_size * trainer.accumulate_grad_batches
+    sizes = sorted(set(getattr(datamodule, "image_sizes", list)()))
+    if len(sizes) == 1:
+        height, width = sizes[0]
+        facts["ss_resolution"] = f"({width}, {height})"
+        facts["modelspec.resolution"] = f"{width}x{height}"
+    return {name: str(value) for name, value in facts.items() if value is not None}

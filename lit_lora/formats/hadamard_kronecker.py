@@ -1,0 +1,165 @@
+"""LoHa and LoKr: tensors, which PEFT and LyCORIS call by the same names, and the configs that they tell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoHaConfig, LoKrConfig
+from peft.tuners.lokr.layer import factorization
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from lit_lora.adapters import plain_config
+from lit_lora.errors import UserError
+from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.lora import PREFIX, only, plain_number, targets
+
+METHODS = ("LOHA", "LOKR")
+"""PEFT's names of these methods."""
+
+_Groups = dict[str, dict[str, Tensor]]
+
+
+def groups_of(contents: AdapterFiles) -> _Groups:
+    """The tensors of an adapter by layer and name, such as ``hada_w1_a``.
+
+    Args:
+        contents: LoHa or LoKr.
+    """
+    groups: _Groups = {}
+    for key, value in contents.state.items():
+        layer, _, end = key.removeprefix(PREFIX).rpartition(".")
+        groups.setdefault(layer, {})[end] = value
+    return groups
+
+
+def alphas_of(contents: AdapterFiles) -> dict[str, float]:
+    """The alpha of each layer of LoHa or LoKr."""
+    alphas = contents.config.get("alpha_pattern") or {}
+    default = contents.config["alpha"]
+    return {layer: float(alphas.get(get_pattern_key(list(alphas), layer), default)) for layer in groups_of(contents)}
+
+
+def why_not_exact(contents: AdapterFiles) -> str:
+    """The reason why LyCORIS would compute something else from the adapter's tensors than PEFT; empty if it would not."""
+    if contents.config.get("modules_to_save"):
+        return "it holds tensors of adapted layers alone, and this adapter has modules_to_save"
+    ranks = contents.config.get("rank_pattern") or {}
+    for layer, alpha in alphas_of(contents).items():
+        rank = ranks.get(get_pattern_key(list(ranks), layer), contents.config["r"])
+        full = all(f"{PREFIX}{layer}.{name}" in contents.state for name in ("lokr_w1", "lokr_w2"))
+        if full and alpha != rank:
+            return (
+                f"LyCORIS does not scale the update of {layer}, whose two factors are full matrices, and PEFT scales it by "
+                f"alpha / r = {alpha / rank:.3g}; set alpha to r"
+            )
+    return ""
+
+
+def config_of(
+    groups: Mapping[str, Mapping[str, Tensor]],
+    kind: str,
+    own: Mapping[str, Any] | None,
+    path: Path,
+    denoiser: type[nn.Module] | None,
+) -> dict[str, Any]:
+    """The plain PEFT config of LoHa or LoKr.
+
+    Args:
+        groups: Tensors by layer and name, with ``alpha``.
+        kind: ``hada`` or ``lokr``.
+        own: Config in the file's metadata, which is returned if it fits; None if there is none.
+        path: The file, for errors.
+        denoiser: Class of the adapted model; None if it is not known.
+
+    Raises:
+        UserError: If tensors are missing, have other names, or PEFT has no such method.
+    """
+    ranks: dict[str, int] = {}
+    for layer, group in groups.items():
+        _check(layer, group, kind, path)
+        factor = next((group[name] for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in group), None)
+        # A LoKr of two full matrices has no rank: any rank that PEFT takes for "no decomposition" will do.
+        ranks[layer] = 2 * max(group["lokr_w2"].shape[:2]) if factor is None else len(factor)
+        if "lokr_w1" in group and factor is None:
+            ranks[layer] = max(ranks[layer], 2 * max(group["lokr_w1"].shape))
+    alphas = {
+        layer: plain_number(float(group["alpha"]))
+        if "alpha" in group and not {"lokr_w1", "lokr_w2"} <= group.keys()
+        else rank
+        for (layer, group), rank in zip(groups.items(), ranks.values(), strict=True)
+    }
+    if own is not None and own.get("peft_type") == {"hada": "LOHA", "lokr": "LOKR"}[kind]:
+        return dict(own)
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    options: dict[str, Any] = {
+        "r": rank,
+        "alpha": alpha,
+        "rank_pattern": {only(layer): value for layer, value in ranks.items() if value != rank},
+        "alpha_pattern": {only(layer): value for layer, value in alphas.items() if value != alpha},
+        "target_modules": targets(list(groups)),
+        "use_effective_conv2d": any(name.endswith(("t1", "t2")) for group in groups.values() for name in group),
+    }
+    if kind == "hada":
+        config: LoHaConfig | LoKrConfig = LoHaConfig(**options)
+    else:
+        both = any("lokr_w1_a" in group for group in groups.values())
+        config = LoKrConfig(**options, decompose_both=both, decompose_factor=_factor(groups, path))
+    mapping = {"base_model_class": denoiser.__name__, "parent_library": denoiser.__module__} if denoiser else None
+    return plain_config(config) | {"auto_mapping": mapping}
+
+
+def _check(layer: str, group: Mapping[str, Tensor], kind: str, path: Path) -> None:
+    names = group.keys() - {"alpha"}
+    others = sorted(name for name in names if not name.startswith(kind))
+    if others:
+        raise UserError(
+            f"{path}: {layer} has {others[0]}, which PEFT's {'LoHa' if kind == 'hada' else 'LoKr'} does not have"
+        )
+    if kind == "hada":
+        missing = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"} - names
+        if ("hada_t1" in names) != ("hada_t2" in names):
+            missing |= {"hada_t1", "hada_t2"} - names
+    else:
+        missing = set()
+        for matrix in ("lokr_w1", "lokr_w2"):
+            if matrix not in names:
+                missing |= {f"{matrix}_a", f"{matrix}_b"} - names
+    if missing:
+        raise UserError(f"{path} is incomplete: it has no {min(missing)} of {layer}; copy or export it again")
+
+
+def _factor(groups: Mapping[str, Mapping[str, Tensor]], path: Path) -> int:
+    """The ``decompose_factor`` with which PEFT divides the dimensions of all layers as these tensors do."""
+    shapes = [(_left(group), _right(group)) for group in groups.values()]
+    sizes = sorted({size for pair in shapes for sides in pair for size in sides})
+    # The second factor's inputs may be multiplied by the size of a convolution's kernel.
+    for areas in ((1,), (1, 9, 25, 49)):
+        for factor in (-1, *sizes):
+            if all(
+                factorization(a * b, factor) == (a, b)
+                and any(d % area == 0 and factorization(c * (d // area), factor) == (c, d // area) for area in areas)
+                for (a, c), (b, d) in shapes
+            ):
+                return factor
+    raise UserError(
+        f"{path} divides the layers of a LoKr in a way that PEFT has no decompose_factor for; merge it with the base"
+    )
+
+
+def _left(group: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Outputs and inputs of a LoKr's first factor."""
+    if "lokr_w1" in group:
+        return group["lokr_w1"].shape[0], group["lokr_w1"].shape[1]
+    return group["lokr_w1_a"].shape[0], group["lokr_w1_b"].shape[1]
+
+
+def _right(group: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Outputs and inputs of a LoKr's second factor."""
+    if "lokr_w2" in group:
+        return group["lokr_w2"].shape[0], group["lokr_w2"].shape[1]
+    outputs = group["lokr_w2_a"].shape[1 if "lokr_t2" in group else 0]
+    return outputs, group["lokr_w2_b"].shape[1]
