@@ -1,4 +1,4 @@
-"""Time and memory of ``lit-lora adapter resize`` with adapters of FLUX.1's size.
+"""Time and memory of ``lit-lora adapter resize`` and ``merge`` with adapters of FLUX.1's size.
 
     python -m benchmarks.adapter_tools --rank 64 --dtype float32
 
@@ -38,11 +38,13 @@ def main() -> None:
             write_flux_adapter(folder / name, arguments.rank, getattr(torch, arguments.dtype), arguments.layers, number)
         size = (folder / "one/adapter_model.safetensors").stat().st_size
         print(f"rank {arguments.rank}, {arguments.dtype}, {arguments.layers} layers: {size / 1e6:.0f} MB")
-        one, half = str(folder / "one"), arguments.rank // 2
+        one, two, half = str(folder / "one"), str(folder / "two"), arguments.rank // 2
         for command in (
             ["resize", one, "OUT", "--rank", str(half)],
             ["resize", one, "OUT", "--energy", "0.9"],
             ["resize", one, "OUT", "--size", f"{size // 2}"],
+            ["merge", one, two, "OUT", "--weights", "0.7", "0.3"],
+            ["merge", one, two, "OUT", "--weights", "0.7", "0.3", "--rank", str(arguments.rank)],
             # ["merge", one, two, "OUT", "--weights", "0.7", "0.3"],
             # ["merge", one, two, "OUT", "--weights", "0.7", "0.3", "--rank", str(arguments.rank)],
         ):

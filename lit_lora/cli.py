@@ -73,9 +73,10 @@ def _adapter(arguments: list[str]) -> None:
     from lit_lora.tools import run_tool
     from lit_lora.tools.adapter_arguments import adapter_arguments
     from lit_lora.tools.adapter_convert import convert
+    from lit_lora.tools.adapter_merge import merge
     from lit_lora.tools.adapter_resize import resize
 
-    commands = {"convert": convert, "resize": resize}
+    commands = {"convert": convert, "merge": merge, "resize": resize}
     run_tool(commands, adapter_arguments(arguments), "lit-lora adapter")
 
 

@@ -15,6 +15,7 @@ from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.lora import PREFIX, layers_of
+from lit_lora.formats.text_encoders import portable_config
 
 _BEYOND = (
     *(
@@ -100,31 +101,35 @@ def lora_layers(adapter: AdapterFiles, path: object) -> dict[str, Layers]:
 
 
 def with_layers(adapter: AdapterFiles, parts: Mapping[str, Layers]) -> AdapterFiles:
-    """The adapter with other tensors in the layers that it has, and a config that tells their ranks.
+    """The adapter with other tensors in the layers that it has, and configs that tell their ranks.
 
     Args:
         adapter: Adapter whose alphas hold for the new layers too.
         parts: Layers by part.
     """
-    made = {
-        name: replace(
-            part, state=state_of(parts[name]), config={**part.config, **rank_options(parts[name])}, text_encoders={}
+    made = {}
+    for name, part in adapter.parts.items():
+        rank, ranks = patterns({layer: one.rank for layer, one in parts[name].items()})
+        made[name] = (parts[name], {**part.config, "r": rank, "rank_pattern": ranks})
+    return in_parts(adapter, made)
+
+
+def in_parts(adapter: AdapterFiles, made: Mapping[str, tuple[Layers, Mapping[str, Any]]]) -> AdapterFiles:
+    """The adapter with other layers and configs.
+
+    Args:
+        adapter: Adapter whose other entries hold.
+        made: Layers and config by part.
+    """
+    parts = {
+        name: AdapterFiles(
+            {f"{PREFIX}{layer}.{end}": value for layer, one in layers.items() for end, value in one.tensors().items()},
+            config if name == "denoiser" else portable_config(config),
         )
-        for name, part in adapter.parts.items()
+        for name, (layers, config) in made.items()
     }
-    encoders = {name: part for name, part in made.items() if name != "denoiser"}
-    return replace(made.get("denoiser", adapter), text_encoders=encoders)
-
-
-def state_of(layers: Layers) -> dict[str, Any]:
-    """The tensors of layers under PEFT's names."""
-    return {f"{PREFIX}{layer}.{end}": value for layer, one in layers.items() for end, value in one.tensors().items()}
-
-
-def rank_options(layers: Layers) -> dict[str, Any]:
-    """The options of PEFT's config that tell the layers' ranks."""
-    rank, pattern = patterns({layer: one.rank for layer, one in layers.items()})
-    return {"r": rank, "rank_pattern": pattern}
+    denoiser = parts.pop("denoiser", AdapterFiles({}, adapter.config))
+    return replace(adapter, state=denoiser.state, config=denoiser.config, text_encoders=parts)
 
 
 def patterns(values: Mapping[str, int]) -> tuple[int, dict[str, int]]:

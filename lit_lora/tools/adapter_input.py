@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lit_lora.adapter_tools.low_rank import one_thread
+from lit_lora.adapter_tools.pages import release
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.find import read_adapter
 from lit_lora.tools.named_family import named_family
@@ -19,4 +20,7 @@ def read_input(path: str, family: str | None = None) -> AdapterFiles:
     Raises:
         UserError: If the path holds no complete adapter, or the family is not known.
     """
-    return read_adapter(path, named_family(family) if family else None)
+    adapter = read_adapter(path, named_family(family) if family else None)
+    for part in adapter.parts.values():
+        release(*part.state.values())  # whose values have just been checked
+    return adapter

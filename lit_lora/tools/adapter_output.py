@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, atomic_folder, writable_folder
-from lit_lora.formats import DEFAULT_FORMATS, AdapterFiles, AdapterFormat, format_named
+from lit_lora.formats import DEFAULT_FORMATS, AdapterFiles, AdapterFormat, format_named, write_card
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class AdapterOutput:
             with atomic_folder(self.target, marker=formats[0].file_name) as part:
                 for one in formats:
                     one.write(adapter, part)
+                write_card(adapter, part)
 
     def size(self, adapter: AdapterFiles) -> int:
         """Size of the largest file into which an adapter would be written, in bytes."""

@@ -21,7 +21,7 @@ from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles, DiffusersFormat, PeftFormat
 from tests.adapter_tools.layers import adapter, config, images, layers_of, loaded
 from tests.adapter_tools.unet import unet_adapter
-from tests.formats.test_formats import encoder_adapter
+from tests.formats.adapters import encoder_adapter
 
 
 def no_size(files: AdapterFiles) -> int:
@@ -187,7 +187,7 @@ def test_text_encoders_are_resized_too() -> None:
     part = done.adapter.text_encoders["text_encoder"]
     assert part.config["r"] == 1
     assert not done.adapter.state
-    assert list(done.layers) == ["text_encoder.text_model.encoder.layers.1.self_attn.q_proj"]
+    assert list(done.layers) == ["text_encoder.text_model.encoder.layers.1.self_attn.out_proj"]
     both = resized(files, energy=0.7)
     assert len(both.layers) == 5
     assert both.adapter.text_encoders["text_encoder"].config["r"] in (1, 2)

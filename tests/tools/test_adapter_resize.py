@@ -35,7 +35,12 @@ def test_the_screen_fits_and_adds_up(folder: Path, tmp_path: Path, capsys: pytes
     assert 7 < sum(ranks) < 28
     assert lines[-1] == f"written  {tmp_path / 'out'}"
     found = {path.name for path in (tmp_path / "out").iterdir()}
-    assert found == {"adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"}
+    assert found == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "pytorch_lora_weights.safetensors",
+    }
     for name in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
         state = read_adapter(tmp_path / "out" / name).state
         assert sum(len(value) for key, value in state.items() if "lora_A" in key) == sum(ranks)
