@@ -71,9 +71,13 @@ def _shards(arguments: list[str]) -> None:
 
 def _adapter(arguments: list[str]) -> None:
     from lit_lora.tools import run_tool
+    from lit_lora.tools.adapter_arguments import adapter_arguments
     from lit_lora.tools.adapter_convert import convert
+    from lit_lora.tools.adapter_merge import merge
+    from lit_lora.tools.adapter_resize import resize
 
-    run_tool({"convert": convert}, arguments, "lit-lora adapter")
+    commands = {"convert": convert, "merge": merge, "resize": resize}
+    run_tool(commands, adapter_arguments(arguments), "lit-lora adapter")
 
 
 def _plan(arguments: list[str]) -> int:

@@ -78,12 +78,21 @@ def layers_of(state: Mapping[str, Tensor], path: Path | str) -> dict[str, dict[s
         if down is None or up is None:
             missing = "lora_A" if down is None else "lora_B"
             raise UserError(f"{path} is incomplete: it has no {missing} of {layer}; copy or export it again")
-        if min(down.ndim, up.ndim) < 2 or down.shape[0] != up.shape[1] or down.shape[0] == 0:
+        # lora_B of a grouped convolution has the rank of one group.
+        if min(down.ndim, up.ndim) < 2 or 0 in down.shape + up.shape or not _share_rank(down, up):
             raise UserError(
                 f"{path} is damaged: lora_A and lora_B of {layer} have the shapes {tuple(down.shape)} and {tuple(up.shape)}, "
                 f"which share no rank; export it again"
             )
     return layers
+
+
+def _share_rank(down: Tensor, up: Tensor) -> bool:
+    """Whether the matrices belong to one layer, which may be a grouped convolution."""
+    ranks = len(down), up.shape[1]
+    return ranks[0] == ranks[1] or (
+        down.ndim > 2 and ranks[0] % ranks[1] == 0 and len(up) % (ranks[0] // ranks[1]) == 0
+    )
 
 
 def effective_alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:

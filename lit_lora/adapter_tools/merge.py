@@ -1,0 +1,198 @@
+"""Merges several adapters into one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_lora.adapter_tools.lora_layer import LoraLayer
+from lit_lora.adapter_tools.low_rank import LowRank, one_thread
+from lit_lora.adapter_tools.pages import release
+from lit_lora.adapter_tools.plain_lora import Layers, in_parts, lora_layers, patterns
+from lit_lora.errors import UserError, check_least
+from lit_lora.formats import AdapterFiles
+from lit_lora.formats.lora import targets
+
+_CHOICE_OF_LAYERS = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+"""Options of a config that are of no use beside a list of all layers."""
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter to merge.
+
+    Args:
+        path: Where it was read from, for errors.
+        adapter: The adapter.
+        weight: Factor of its update; defaults to 1.
+    """
+
+    path: str
+    adapter: AdapterFiles
+    weight: float = 1.0
+
+
+@one_thread()
+def merge(
+    adapters: Sequence[NamedAdapter],
+    rank: int | None = None,
+    base: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> AdapterFiles:
+    """Merge LoRAs of one base into one whose update of each layer is the weighted sum of theirs.
+
+    Without a rank the factors are concatenated, so that ranks add and the sum is exact but for the rounding of the weights into
+    the factors. With a rank, or where the sum of ranks exceeds what the layer can have, the sum is decomposed from its factors.
+    The scale of the result is 1 everywhere.
+
+    Args:
+        adapters: The adapters.
+        rank: Maximum rank of each layer; defaults to None, the sum of the ranks.
+        base: Name of the base of all adapters, for the result; defaults to the one that they tell.
+        dtype: dtype of the result; defaults to the widest of the adapters' dtypes.
+
+    Raises:
+        UserError: If an adapter is not LoRA, the adapters have different bases or families, layers differ in shape, or the rank
+            is above every sum of ranks.
+    """
+    check_least(1, rank=rank)
+    for one in adapters:
+        if not math.isfinite(one.weight):
+            raise UserError(f"the weight {one.weight} of {one.path} is not finite; give a number such as 0.7")
+    base = _common_base(adapters, base)
+    sources = [(one, lora_layers(one.adapter, one.path)) for one in adapters]
+    _check_no_magnitudes(sources)
+    _check_rank(rank, sources)
+    made: dict[str, Layers] = {}
+    for part in dict.fromkeys(part for _, parts in sources for part in parts):
+        having = [(one, parts[part]) for one, parts in sources if part in parts]
+        made[part] = {
+            name: _merged(name, [(one, layers[name]) for one, layers in having if name in layers], rank, dtype)
+            for name in dict.fromkeys(name for _, layers in having for name in layers)
+        }
+    return _assembled([one.adapter for one in adapters], made, base)
+
+
+def _merged(
+    name: str, sources: Sequence[tuple[NamedAdapter, LoraLayer]], rank: int | None, dtype: torch.dtype | None
+) -> LoraLayer:
+    """One layer of the result."""
+    (first, layer), *others = sources
+    for one, other in others:
+        if (other.weight_shape, other.groups) != (layer.weight_shape, layer.groups):
+            raise UserError(
+                f"{first.path} and {one.path} are adapters of different models: {name} has an update of the shape "
+                f"{layer.weight_shape} with {layer.groups} groups in the first and {other.weight_shape} with {other.groups} in "
+                f"the second; merge adapters of one base"
+            )
+    total = LowRank.total([each.update().scaled(one.weight) for one, each in sources])
+    components = total.most if rank is None else min(total.most, max(1, rank // layer.groups))
+    if components < total.rank:
+        total = total.truncated(components)
+    for _, each in sources:
+        release(each.down, each.up)
+    if dtype is None:
+        dtype = reduce(torch.promote_types, [tensor.dtype for _, each in sources for tensor in (each.down, each.up)])
+    unscaled = replace(layer, alpha=float(total.rank * layer.groups), rslora=False)
+    return unscaled.with_update(total, dtype)
+
+
+def _common_base(adapters: Sequence[NamedAdapter], base: str | None) -> str | None:
+    """The base of all adapters."""
+    families = {one.adapter.family: one for one in adapters if one.adapter.family is not None}
+    if len(families) > 1:
+        first, second, *_ = families.values()
+        raise UserError(
+            f"{first.path} is an adapter of {_family(first)} and {second.path} of {_family(second)}; merge adapters of one base"
+        )
+    if base is not None:
+        return base
+    told = {one.path: _told_base(one.adapter) for one in adapters}
+    names = {_comparable(name): path for path, name in told.items() if name}
+    if len(names) > 1:
+        first_path, second_path, *_ = names.values()
+        raise UserError(
+            f"{first_path} says that its base is {told[first_path]!r}, and {second_path} {told[second_path]!r}; merge adapters "
+            f"of one base. If both mean the same one, name it with --base"
+        )
+    silent = [path for path, name in told.items() if not name]
+    if silent and not (len(families) == 1 and all(one.adapter.family for one in adapters)) and len(adapters) > 1:
+        raise UserError(f"{silent[0]} tells neither its base nor its family; name the base of all adapters with --base")
+    return next(filter(None, told.values()), None)
+
+
+def _family(one: NamedAdapter) -> str:
+    return "" if one.adapter.family is None else one.adapter.family.__name__
+
+
+def _told_base(adapter: AdapterFiles) -> str | None:
+    names = [part.config.get("base_model_name_or_path") for part in adapter.parts.values()]
+    return next((str(name) for name in names if name), None)
+
+
+def _comparable(base: str) -> str:
+    """The name of a base; the same folder has one name."""
+    path = Path(base)
+    return str(path.resolve()) if path.exists() else base.rstrip("/")
+
+
+def _check_no_magnitudes(sources: Sequence[tuple[NamedAdapter, Mapping[str, Layers]]]) -> None:
+    for one, parts in sources:
+        if any(layer.magnitude is not None for layers in parts.values() for layer in layers.values()):
+            raise UserError(
+                f"{one.path} is DoRA, whose magnitudes scale the sum of base and update, so that updates do not add up; merge it "
+                f"into its base with --into, alone"
+            )
+
+
+def _check_rank(rank: int | None, sources: Sequence[tuple[NamedAdapter, Mapping[str, Layers]]]) -> None:
+    """Refuse a rank that no layer can reach."""
+    if rank is None:
+        return
+    sums: dict[tuple[str, str], int] = {}
+    for _, parts in sources:
+        for part, layers in parts.items():
+            for name, layer in layers.items():
+                sums[part, name] = sums.get((part, name), 0) + layer.rank
+    highest = max(sums.values())
+    if rank > highest:
+        raise UserError(
+            f"rank={rank} is above {highest}, the highest sum of the adapters' ranks; leave out --rank, which gives the exact sum"
+        )
+
+
+def _assembled(adapters: Sequence[AdapterFiles], made: Mapping[str, Layers], base: str | None) -> AdapterFiles:
+    """The result's files, with configs that list its layers."""
+    first = adapters[0]
+    families = [one.family for one in adapters if one.family is not None]
+    told = [dict(one.metadata) for one in adapters]
+    whole = replace(
+        first,
+        family=families[0] if families else None,
+        denoiser_config=next((one.denoiser_config for one in adapters if one.denoiser_config), {}),
+        metadata={key: value for key, value in told[0].items() if all(one.get(key) == value for one in told)},
+    )
+    configs: dict[str, Mapping[str, Any]] = {}
+    for part, layers in made.items():
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        usual, pattern = patterns(ranks)
+        config = next(one.parts[part].config for one in adapters if part in one.parts)
+        configs[part] = {
+            **config,
+            **_CHOICE_OF_LAYERS,
+            "target_modules": targets(list(layers)),
+            "r": usual,
+            "lora_alpha": usual,
+            "rank_pattern": pattern,
+            "alpha_pattern": dict(pattern),
+            "use_rslora": False,
+            "init_lora_weights": True,
+            "base_model_name_or_path": base,
+        }
+    return in_parts(whole, {part: (layers, configs[part]) for part, layers in made.items()})

@@ -1,0 +1,199 @@
+"""Merges an adapter into its base, weight by weight from disk to disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lit_lora.adapter_tools.base_model import CONFIG, INDEX, BaseModel
+from lit_lora.adapter_tools.lora_layer import LoraLayer
+from lit_lora.adapter_tools.plain_lora import Layers, beyond_lora, lora_layers
+from lit_lora.adapter_tools.weight_stream import rewrite, shapes_in
+from lit_lora.adapters import load_adapter
+from lit_lora.byte_sizes import format_bytes
+from lit_lora.errors import UserError
+from lit_lora.formats import AdapterFiles
+from lit_lora.visible import visible
+
+_TEXT_MODEL = "text_model."
+_GROUPED = "PEFT's LoRA of a grouped convolution reaches all inputs, which the weight does not"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.pt", "*.onnx*")
+
+
+@dataclass(frozen=True)
+class MergedBase:
+    """What was merged.
+
+    Args:
+        layers: Number of changed weights by part.
+        files: Number of weight files of the changed parts.
+    """
+
+    layers: dict[str, int]
+    files: int
+
+
+def check_base(adapter: AdapterFiles, path: object, base: BaseModel) -> None:
+    """Refuse an adapter of another family.
+
+    Raises:
+        UserError: If both families are known, and neither is derived from the other.
+    """
+    mine, its = adapter.family, base.family
+    if mine is not None and its is not None and not issubclass(mine, its) and not issubclass(its, mine):
+        raise UserError(
+            f"{path} is an adapter of {mine.__name__}, and {base.path} is a {its.__name__} ({base.index.get('_class_name')}); "
+            f"name the base that it was trained on"
+        )
+
+
+def merge_base(
+    adapter: AdapterFiles, path: object, base: BaseModel, out: Path, denoiser_only: bool = False
+) -> MergedBase:
+    """Write a copy of the base whose weights include the adapter.
+
+    LoRA and DoRA are merged one weight at a time, in float32, and the files keep their dtypes. For other methods the model is
+    loaded and PEFT merges it.
+
+    Args:
+        adapter: Adapter.
+        path: Where it was read from, for errors.
+        base: Base with weights.
+        out: Existing, empty folder. It gets the whole pipeline, or the model if the base is a single one.
+        denoiser_only: Whether to write only the denoiser of a pipeline. Defaults to False.
+
+    Raises:
+        UserError: If the adapter is of another family, has layers that the base does not have, or the base's weights cannot be
+            read or hold too much for the memory.
+    """
+    check_base(adapter, path, base)
+    parts = {name: base.part(name) for name in adapter.parts}
+    if denoiser_only and (others := [name for name in parts if name != "denoiser"]):
+        raise UserError(f"{path} also changes {others[0]}; write the whole pipeline, without denoiser_only")
+    targets = {name: out if denoiser_only or not folder else out / folder for name, folder in parts.items()}
+    if beyond_lora(adapter):
+        counts = {name: _merge_loaded(adapter, name, path, base, targets[name]) for name in parts}
+    else:
+        layers = lora_layers(adapter, path)
+        plans = {name: _plan(layers[name], path, base.weight_files(folder)) for name, folder in parts.items()}
+        counts = {name: _merge_files(plans[name], base.folder / parts[name], targets[name]) for name in parts}
+    if base.is_pipeline and not denoiser_only:
+        _copy_others(base, set(parts.values()), out)
+    return MergedBase(
+        {name: layers for name, (layers, _) in counts.items()}, sum(files for _, files in counts.values())
+    )
+
+
+_Plan = dict[Path, dict[str, LoraLayer]]
+"""Layers by the names of their weights in each file."""
+
+
+def _plan(layers: Layers, path: object, files: list[Path]) -> _Plan:
+    """The changed tensors of each file.
+
+    Raises:
+        UserError: If a layer is not in the files, or has another shape.
+    """
+    places = {
+        _plain(name): (file, name, shape) for file, held in shapes_in(files).items() for name, shape in held.items()
+    }
+    plan: _Plan = {file: {} for file in files}
+    missing = [layer for layer in layers if f"{_plain(layer)}.weight" not in places]
+    if missing:
+        raise UserError(
+            f"{path} adapts {len(missing)} of {len(layers)} layers that {files[0].parent} does not have, the first is "
+            f"{visible(missing[0], 120)}; name the base that it was trained on"
+        )
+    for layer, one in layers.items():
+        file, name, shape = places[f"{_plain(layer)}.weight"]
+        if shape != one.weight_shape:
+            advice = _GROUPED if one.groups > 1 else "name the base that it was trained on"
+            raise UserError(
+                f"{path} does not fit: {visible(layer, 120)} has a weight of the shape {shape} in {file}, and the adapter "
+                f"changes {one.weight_shape}; {advice}"
+            )
+        plan[file][name] = one
+    return plan
+
+
+def _plain(name: str) -> str:
+    """A name without the level that transformers' CLIP models had up to version 4."""
+    return name.removeprefix(_TEXT_MODEL)
+
+
+def _merge_files(plan: _Plan, folder: Path, out: Path) -> tuple[int, int]:
+    """Write a model's folder with merged weights; returns the numbers of changed weights and of files."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
+    for file, layers in plan.items():
+        functions: dict[str, Callable[[Tensor], Tensor]] = {name: partial(_merged, one) for name, one in layers.items()}
+        rewrite(file, out / file.name, functions)
+    for listed in folder.glob("*.safetensors.index*.json"):
+        if len(plan) > 1:
+            shutil.copyfile(listed, out / listed.name)
+    return sum(map(len, plan.values())), len(plan)
+
+
+def _merged(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """The merged weight: ``W + dW``, and for DoRA ``m (W + dW) / |W + dW|`` in each row (Liu et al., 2024)."""
+    weight += layer.delta()
+    if layer.magnitude is not None:
+        column = (-1, *[1] * (weight.ndim - 1))
+        norms = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)))
+        weight *= (layer.magnitude.detach().float().flatten() / norms).view(column)
+    return weight
+
+
+def _merge_loaded(adapter: AdapterFiles, name: str, path: object, base: BaseModel, out: Path) -> tuple[int, int]:
+    """Have PEFT merge a loaded model; returns the numbers of adapted layers and of files."""
+    if name != "denoiser":
+        raise UserError(
+            f"{path} changes {name}, and {beyond_lora(adapter)}; only LoRA and DoRA are merged into text encoders"
+        )
+    folder = base.folder / base.part(name)
+    files = base.weight_files(base.part(name))
+    needed, available = 2 * sum(file.stat().st_size for file in files), _available_memory()
+    if needed > available:
+        raise UserError(
+            f"{path} cannot be merged weight by weight, because {beyond_lora(adapter)}; loading and writing {folder} takes up to "
+            f"{format_bytes(needed)} of memory, and {format_bytes(available)} are free"
+        )
+    options: dict[str, Any] = {"variant": base.variant} if base.variant else {}
+    with safe_open(files[0], framework="pt") as opened:
+        dtype = opened.get_tensor(next(iter(opened.keys()))).dtype
+    model = diffusers.AutoModel.from_pretrained(str(folder), dtype=dtype, **options)
+    adapted = load_adapter(model, adapter.config, adapter.state, path)
+    try:
+        merged: Any = adapted.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, ValueError, AttributeError) as error:
+        raise UserError(f"PEFT cannot merge {path} ({adapter.config.get('peft_type')}): {error}") from error
+    count = len(getattr(adapted.base_model, "targeted_module_names", []))
+    merged.save_pretrained(out, **options)
+    return count, len(list(out.glob("*.safetensors")))
+
+
+def _available_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _copy_others(base: BaseModel, merged: set[str], out: Path) -> None:
+    """Copy the parts of a pipeline that the adapter does not change."""
+    shutil.copyfile(base.folder / INDEX, out / INDEX)
+    for name, entry in base.index.items():
+        source = base.folder / name
+        if isinstance(entry, list | tuple) and entry[0] is not None and name not in merged and source.is_dir():
+            shutil.copytree(source, out / name)
+
+
+def marker(base: BaseModel, denoiser_only: bool) -> str:
+    """Name of a file that the folder of :func:`merge_base` holds."""
+    return INDEX if base.is_pipeline and not denoiser_only else CONFIG

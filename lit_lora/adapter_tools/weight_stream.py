@@ -1,0 +1,86 @@
+"""Reads and writes safetensors files one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from math import prod
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_lora.errors import UserError
+from lit_lora.files import check_regular
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHUNK = 1 << 24
+
+Shapes = dict[str, tuple[int, ...]]
+"""Shapes of tensors by name."""
+
+
+def shapes_in(files: Iterable[Path]) -> dict[Path, Shapes]:
+    """The shapes of all tensors in safetensors files, whose headers alone are read.
+
+    Args:
+        files: The files.
+
+    Raises:
+        UserError: If a file is missing, incomplete or no safetensors file.
+    """
+    found = {}
+    for file in files:
+        try:
+            check_regular(file)
+            with safe_open(file, framework="pt") as opened:
+                found[file] = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read {file}: {error}; copy or download it again") from error
+    return found
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a checked file, which is opened for it alone: its pages stay in memory until it is closed."""
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(name)
+    return tensor
+
+
+def rewrite(source: Path, target: Path, changed: dict[str, Callable[[Tensor], Tensor]]) -> None:
+    """Copy a safetensors file with other values in some tensors; dtypes, names and metadata stay.
+
+    The memory needed is that of the largest changed tensor, three times in float32.
+
+    Args:
+        source: Checked file.
+        target: File to write.
+        changed: Functions that return the new value of a tensor, float32, from the old one, by the tensor's name.
+
+    Raises:
+        OSError: If the target cannot be written.
+        UserError: If a tensor to change is not a float, as in quantized models.
+    """
+    with source.open("rb") as read, target.open("wb") as write:
+        size = read.read(8)
+        header = read.read(int.from_bytes(size, "little"))
+        write.write(size + header)
+        entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            begin, end = entry["data_offsets"]
+            if name not in changed:
+                for start in range(begin, end, _CHUNK):
+                    write.write(read.read(min(_CHUNK, end - start)))
+                continue
+            dtype = _DTYPES.get(entry["dtype"])
+            if dtype is None:
+                raise UserError(
+                    f"{name} in {source} is {entry['dtype']}, not a float: a quantized model cannot take an adapter; use the "
+                    f"model in bfloat16, float16 or float32"
+                )
+            data = bytearray(read.read(end - begin))
+            assert len(data) == prod(entry["shape"]) * dtype.itemsize, "safe_open has checked the file"
+            old = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
+            new = changed[name](old.float()).to(dtype).contiguous()
+            write.write(new.view(-1).view(torch.uint8).numpy().data)
