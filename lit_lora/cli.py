@@ -72,11 +72,14 @@ def _shards(arguments: list[str]) -> None:
 def _adapter(arguments: list[str]) -> None:
     from lit_lora.tools import run_tool
     from lit_lora.tools.adapter_arguments import adapter_arguments
+    from lit_lora.tools.adapter_check import check
     from lit_lora.tools.adapter_convert import convert
+    from lit_lora.tools.adapter_diff import diff
+    from lit_lora.tools.adapter_info import info
     from lit_lora.tools.adapter_merge import merge
     from lit_lora.tools.adapter_resize import resize
 
-    commands = {"convert": convert, "merge": merge, "resize": resize}
+    commands = {"info": info, "check": check, "diff": diff, "convert": convert, "resize": resize, "merge": merge}
     run_tool(commands, adapter_arguments(arguments), "lit-lora adapter")
 
 

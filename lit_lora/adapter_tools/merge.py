@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lit_lora.adapter_tools.describe import base_of
 from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.adapter_tools.low_rank import LowRank, one_thread
 from lit_lora.adapter_tools.pages import release
@@ -113,7 +114,7 @@ def _common_base(adapters: Sequence[NamedAdapter], base: str | None) -> str | No
         )
     if base is not None:
         return base
-    told = {one.path: _told_base(one.adapter) for one in adapters}
+    told = {one.path: base_of(one.adapter) for one in adapters}
     names = {_comparable(name): path for path, name in told.items() if name}
     if len(names) > 1:
         first_path, second_path, *_ = names.values()
@@ -129,11 +130,6 @@ def _common_base(adapters: Sequence[NamedAdapter], base: str | None) -> str | No
 
 def _family(one: NamedAdapter) -> str:
     return "" if one.adapter.family is None else one.adapter.family.__name__
-
-
-def _told_base(adapter: AdapterFiles) -> str | None:
-    names = [part.config.get("base_model_name_or_path") for part in adapter.parts.values()]
-    return next((str(name) for name in names if name), None)
 
 
 def _comparable(base: str) -> str:

@@ -9,7 +9,7 @@ from lit_lora.adapters import check_finite
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource, family_of
 from lit_lora.formats import FORMATS
-from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.base import AdapterFiles, AdapterFormat
 from lit_lora.formats.known_family import families_with
 from lit_lora.formats.layer_names import underscored
 from lit_lora.formats.lora import adapted_layer
@@ -32,15 +32,7 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
             family.
     """
     path = Path(path)
-    file = TensorFile.open(_file(path))
-    found = next((one for one in FORMATS if one.recognizes(file)), None)
-    if found is None:
-        names = sorted(file.tensors)
-        shown = ", ".join(visible(name, 80) for name in names[:3]) or "no tensors"
-        raise UserError(
-            f"{file.path} is not an adapter that this version reads ({', '.join(one.name for one in FORMATS)}): it holds {shown}"
-            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        )
+    found, file = open_adapter(path)
     adapter = found.read(file, family)
     for part in adapter.parts.values():
         check_finite(part.state, f"adapter {path}", "use the adapter of an earlier checkpoint")
@@ -49,6 +41,27 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
     elif family is not None:
         _check_family(adapter, family, path)
     return adapter
+
+
+def open_adapter(path: str | Path) -> tuple[AdapterFormat, TensorFile]:
+    """The format of an adapter and its file of tensors.
+
+    Args:
+        path: A safetensors file, or a folder that holds one adapter, whether in one format or in several.
+
+    Raises:
+        UserError: If the path holds no adapter.
+    """
+    file = TensorFile.open(_file(Path(path)))
+    found = next((one for one in FORMATS if one.recognizes(file)), None)
+    if found is None:
+        names = sorted(file.tensors)
+        shown = ", ".join(visible(name, 80) for name in names[:3]) or "no tensors"
+        raise UserError(
+            f"{file.path} is not an adapter that this version reads ({', '.join(one.name for one in FORMATS)}): it holds {shown}"
+            + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        )
+    return found, file
 
 
 def _file(path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-_FLAGS = ("--denoiser_only", "--dry_run", "--json", "--overwrite", "--private")
+_FLAGS = ("--denoiser_only", "--dry_run", "--json", "--layers", "--overwrite", "--private")
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 

@@ -14,11 +14,14 @@ from lit_lora.report_text import format_table
 from lit_lora.visible import visible
 
 _NAME_WIDTH = 48
+_START = 16
+"""Characters of a shortened name before the gap: they tell the blocks of a UNet, and its end tells the layer."""
 
 
 def layer_name(name: str) -> str:
     """The name of a layer, shortened in the middle so that a table has room for numbers."""
-    return visible(name, _NAME_WIDTH)
+    shown = visible(name)
+    return shown if len(shown) <= _NAME_WIDTH else f"{shown[:_START]}…{shown[_START + 1 - _NAME_WIDTH :]}"
 
 
 def share(value: float) -> str:

@@ -1,0 +1,114 @@
+"""Checks an adapter against a base of which only configs are read."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils.save_and_load import get_peft_model_state_dict
+from torch import nn
+
+from lit_lora.adapter_tools.base_model import BaseModel
+from lit_lora.adapter_tools.merge_base import check_base
+from lit_lora.adapter_tools.plain_lora import beyond_lora, lora_layers
+from lit_lora.adapters import ADAPTER_NAME
+from lit_lora.adapters.bounds import check_bounds
+from lit_lora.errors import UserError
+from lit_lora.formats import AdapterFiles
+from lit_lora.formats.lora import PREFIX
+from lit_lora.formats.text_encoders import for_encoder
+from lit_lora.visible import visible
+
+
+@dataclass(frozen=True)
+class CheckedPart:
+    """A part of an adapter.
+
+    Args:
+        name: Name of the part.
+        model: Class of the base's model.
+        tensors: Number of the adapter's tensors.
+        problems: What is wrong; empty if it fits.
+    """
+
+    name: str
+    model: str
+    tensors: int
+    problems: list[str]
+
+
+def check(adapter: AdapterFiles, path: object, base: BaseModel) -> list[CheckedPart]:
+    """Check that every tensor of an adapter belongs to a layer of the base, with the right shape and a rank that it can use.
+
+    Args:
+        adapter: Adapter with finite values, which reading has checked.
+        path: Where it was read from, for errors.
+        base: Base; its models are built without weights.
+
+    Raises:
+        UserError: If the adapter is of another family, or the base lacks a model that the adapter changes.
+    """
+    check_base(adapter, path, base)
+    checked = []
+    for name, part in adapter.parts.items():
+        model = base.shapes(base.part(name))
+        kind = type(model).__name__
+        files = part if name == "denoiser" else for_encoder(part, model)
+        problems = [*_rank_problems(files, path), *_problems(files, model)]
+        checked.append(CheckedPart(name, kind, len(part.state), problems))
+    return checked
+
+
+def _rank_problems(part: AdapterFiles, path: object) -> Iterator[str]:
+    """Ranks that exceed what a layer can use."""
+    alone = AdapterFiles(part.state, part.config)
+    if beyond_lora(alone):
+        return
+    for layer, one in lora_layers(alone, path)["denoiser"].items():
+        if one.rank > one.most:
+            yield f"{layer} has rank {one.rank}; a weight of the shape {one.weight_shape} has at most {one.most}"
+
+
+def _problems(part: AdapterFiles, model: nn.Module) -> Iterator[str]:
+    """Differences between the tensors and those that PEFT makes of the config in this model."""
+    try:
+        kind = PeftConfig.from_peft_type(**{**part.config, "inference_mode": True})
+        check_bounds(kind, model)
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT's advice for training
+            adapted = PeftModel(model, kind, ADAPTER_NAME)
+            expected = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        yield " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
+        return
+    if unknown := part.state.keys() - expected.keys():
+        yield f"{len(unknown)} of {len(part.state)} tensors belong to no layer of this base, such as {_shown(unknown)}"
+    if missing := expected.keys() - part.state.keys():
+        yield f"{len(missing)} tensors are missing that the adapter's config asks for, such as {_shown(missing)}"
+    for key in sorted(part.state.keys() & expected.keys()):
+        found, wanted = tuple(part.state[key].shape), tuple(expected[key].shape)
+        if found != wanted:
+            yield f"{_shown([key])} has the shape {found}, and the base needs {wanted}"
+
+
+def _shown(keys: Collection[str]) -> str:
+    return visible(min(keys).removeprefix(PREFIX), 160)
+
+
+def raise_problems(checked: list[CheckedPart], path: object, base: BaseModel) -> None:
+    """Report all problems.
+
+    Raises:
+        UserError: If there are any.
+    """
+    lines = [f"{part.name}: {problem}" for part in checked for problem in part.problems]
+    if lines:
+        shown = lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])
+        raise UserError(
+            f"the adapter {path} does not fit {base.path}:\n  "
+            + "\n  ".join(shown)
+            + "\nUse the base that it was trained on."
+        )

@@ -1,0 +1,121 @@
+"""What an adapter is: method, base, ranks, sizes and norms."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lit_lora.adapter_tools.low_rank import one_thread
+from lit_lora.adapter_tools.plain_lora import beyond_lora, lora_layers
+from lit_lora.formats import AdapterFiles
+from lit_lora.formats.lora import PREFIX, adapted_layer
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One adapted layer.
+
+    Args:
+        part: Name of its model in the pipeline; ``denoiser`` for the denoiser.
+        name: Name of the layer.
+        parameters: Number of the adapter's values in it.
+        rank: Rank; None for methods beside LoRA and DoRA, as all that follows.
+        alpha: PEFT's alpha.
+        scale: Factor of the update.
+        norm: Frobenius norm of the scaled update.
+    """
+
+    part: str
+    name: str
+    parameters: int
+    rank: int | None = None
+    alpha: float | None = None
+    scale: float | None = None
+    norm: float | None = None
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What an adapter is.
+
+    Args:
+        method: Name of the method, such as ``LoRA``, ``DoRA, rsLoRA`` or ``LOHA``.
+        family: Name of the model family; None if it is not known.
+        base: Name of the base; None if the file does not tell it.
+        parameters: Number of all values.
+        dtypes: Numbers of values by dtype.
+        layers: The adapted layers.
+        metadata: Facts about the training.
+    """
+
+    method: str
+    family: str | None
+    base: str | None
+    parameters: int
+    dtypes: dict[str, int]
+    layers: list[LayerFacts]
+    metadata: dict[str, str]
+
+
+@one_thread()
+def describe(adapter: AdapterFiles, path: str | Path) -> AdapterFacts:
+    """Describe an adapter.
+
+    Args:
+        adapter: Adapter.
+        path: Where it was read from, for errors.
+
+    Raises:
+        UserError: If the tensors of a LoRA are incomplete.
+    """
+    dtypes: Counter[str] = Counter()
+    for part in adapter.parts.values():
+        for tensor in part.state.values():
+            dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return AdapterFacts(
+        method=method_name(adapter),
+        family=None if adapter.family is None else adapter.family.__name__,
+        base=base_of(adapter),
+        parameters=dtypes.total(),
+        dtypes=dict(dtypes.most_common()),
+        layers=list(_other_layers(adapter) if beyond_lora(adapter) else _lora_layers(adapter, path)),
+        metadata=dict(adapter.metadata),
+    )
+
+
+def base_of(adapter: AdapterFiles) -> str | None:
+    """The name of the base that an adapter tells; None if it tells none."""
+    names = [part.config.get("base_model_name_or_path") for part in adapter.parts.values()]
+    return next((str(name) for name in names if name), None)
+
+
+def method_name(adapter: AdapterFiles) -> str:
+    """The method of an adapter, as its users call it."""
+    names: list[str] = []
+    for part in adapter.parts.values():
+        kind = str(part.config.get("peft_type"))
+        plain = "DoRA" if part.config.get("use_dora") else "LoRA"
+        names.append(plain if kind == "LORA" else kind)
+        names += ["rsLoRA"] if kind == "LORA" and part.config.get("use_rslora") else []
+    return ", ".join(dict.fromkeys(names))
+
+
+def _lora_layers(adapter: AdapterFiles, path: str | Path) -> Iterator[LayerFacts]:
+    for part, layers in lora_layers(adapter, path).items():
+        for name, one in layers.items():
+            count = sum(tensor.numel() for tensor in one.tensors().values())
+            yield LayerFacts(part, name, count, one.rank, one.alpha, one.scale, one.update().norm())
+
+
+def _other_layers(adapter: AdapterFiles) -> Iterator[LayerFacts]:
+    for part, files in adapter.parts.items():
+        found: dict[str, list[Tensor]] = {}
+        for key, tensor in files.state.items():
+            layer = adapted_layer(key) or key.removeprefix(PREFIX).rpartition(".")[0]
+            found.setdefault(layer, []).append(tensor)
+        for name, tensors in found.items():
+            yield LayerFacts(part, name, sum(tensor.numel() for tensor in tensors))

@@ -1,0 +1,67 @@
+"""Differences of two adapters, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from lit_lora.adapter_tools.compare import Comparison, Distance
+from lit_lora.report_text import format_table
+from lit_lora.tools.adapter_screen import layer_name
+from lit_lora.visible import visible
+
+_MOST_LISTED = 10
+_VALUE_WIDTH = 74
+
+
+def as_json(found: Comparison) -> str:
+    """The differences as a JSON object; null for what is not a number."""
+
+    def row(one: Distance) -> dict[str, Any]:
+        numbers = {"first": one.first, "second": one.second, "distance": one.relative, "cosine": one.cosine}
+        return {"ranks": one.ranks} | {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+    return json.dumps(
+        {
+            "config": found.config,
+            "only_first": found.only_first,
+            "only_second": found.only_second,
+            "layers": {name: row(one) for name, one in found.layers.items()},
+            "total": row(found.total),
+        },
+        indent=2,
+    )
+
+
+def as_lines(found: Comparison) -> list[str]:
+    """The differences as text of 80 columns."""
+    lines: list[str] = []
+    for entry, values in found.config.items():
+        lines += [
+            visible(entry, _VALUE_WIDTH),
+            *(f"  {which} {visible(repr(value), 70)}" for which, value in zip("12", values, strict=True)),
+        ]
+    for which, names in (("first", found.only_first), ("second", found.only_second)):
+        lines += _only(which, names)
+    if lines:
+        lines.append("")
+    rows = [("layer", "ranks", "distance", "cosine")]
+    rows += [_row(layer_name(name), one) for name, one in found.layers.items()]
+    if found.layers:
+        rows.append(_row(f"{len(found.layers)} layers", found.total))
+    return [*lines, *format_table(rows)]
+
+
+def _only(which: str, names: list[str]) -> Iterator[str]:
+    if names:
+        yield f"{len(names)} layers only in the {which} adapter"
+        yield from (f"  {visible(name, 78)}" for name in names[:_MOST_LISTED])
+    if len(names) > _MOST_LISTED:
+        yield f"  and {len(names) - _MOST_LISTED} more"
+
+
+def _row(name: str, one: Distance) -> tuple[str, str, str, str]:
+    ranks = "" if one.ranks is None else str(one.ranks[0]) if len(set(one.ranks)) == 1 else "{} | {}".format(*one.ranks)
+    return (name, ranks, f"{one.relative:.4f}", "" if math.isnan(one.cosine) else f"{one.cosine:.4f}")
