@@ -47,7 +47,7 @@ from lit_lora.folder_lock import FolderLock
 from lit_lora.formats import format_named
 from lit_lora.formats.info import AdapterInfo
 from lit_lora.formats.of_family import check_formats
-from lit_lora.loops import accumulating, within_epoch
+from lit_lora.loops import accumulating, begin_pass, more_is_due, resume_epoch, within_epoch
 from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names
 from lit_lora.random_state import random_state, set_random_state
 
@@ -62,8 +62,9 @@ class AdapterCheckpoint(ResumedSaves):
     :class:`AdapterEMA` ``NAME.ema.adapter`` holds its average. Checkpoints and folders are written atomically.
 
     All checkpoints are taken between two optimizer steps: what is due in the middle of accumulated gradients waits for the next
-    step, and so does the end of training. Every end of training is saved, ``last`` is always the newest checkpoint, and weights
-    or optimizer states that are NaN or Inf are never written.
+    step, and so does the end of training. What is due at a step after which validation or the end of an epoch follows is saved
+    after these, so that a resumed run does not miss them. Every end of training is saved, ``last`` is always the newest
+    checkpoint, and weights or optimizer states that are NaN or Inf are never written.
 
     Resuming is exact, bit for bit on the same device and number of processes, with ``WebDatasetDataModule`` and with every
     loader that has ``state_dict`` and ``load_state_dict``. A plain ``DataLoader`` has none: Lightning starts it over, so that
@@ -102,6 +103,8 @@ class AdapterCheckpoint(ResumedSaves):
         self._is_due = False
         """Whether a checkpoint waits for the next optimizer step."""
         self._stop_is_due = False
+        self._begins_pass = False
+        """Whether the checkpoint that was loaded had completed an epoch."""
         self._first_step = 0
         self._step_of_last: int | None = None
         """The optimizer step that ``last`` was saved at."""
@@ -115,6 +118,7 @@ class AdapterCheckpoint(ResumedSaves):
         self._saved_rng: list[dict[str, Any]] | None = None
         self._unfrozen: list[str] = []
         self._resumed: ResumedOptimizers | None = None
+        self._saved_metrics: dict[str, Tensor] = {}
         # partial: torch sets attributes on hooks, which methods do not take.
         self._hooks: list[RemovableHandle] = [
             pl_module.register_state_dict_post_hook(partial(self._keep_training_state)),
@@ -145,6 +149,7 @@ class AdapterCheckpoint(ResumedSaves):
             "adapters": adapter_configs(pl_module),
             "rng": gather(random_state()),
             "optimizers": optimizer_names(trainer),
+            "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             "unfrozen": [] if self._state is None else self._state.unfrozen(pl_module),
         }
 
@@ -156,6 +161,7 @@ class AdapterCheckpoint(ResumedSaves):
             check_adapter_config(here.get(name, {}), saved)
         self._saved_rng = ours.get("rng")
         self._unfrozen = ours.get("unfrozen", [])
+        self._saved_metrics = ours.get("metrics", {})
         states = checkpoint.get("optimizer_states", [])
         check_finite(tensors_in(states))
         # With optimizers there, this is the tuner, which restores what it has saved itself.
@@ -174,19 +180,16 @@ class AdapterCheckpoint(ResumedSaves):
         for name in self._unfrozen:
             named[name].requires_grad_(True)
         self._unfrozen = []
-        if self._saved_rng is None:
-            return
-        if len(self._saved_rng) == trainer.world_size:
-            set_random_state(self._saved_rng[trainer.global_rank])
-        else:
-            rank_zero_warn(
-                f"the checkpoint was saved by {len(self._saved_rng)} processes and this run has {trainer.world_size}, so dropout "
-                f"does not continue the random numbers of that run"
-            )
-        self._saved_rng = None
+        connector: Any = trainer._logger_connector
+        connector._callback_metrics.update(self._saved_metrics)
+        self._begins_pass = resume_epoch(trainer)
+        self._restore_random_state(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
+        if self._begins_pass:
+            begin_pass(trainer)
+            self._begins_pass = False
         if self._state is not None:
             # Layers that are unfrozen in this epoch may be frozen again before a checkpoint.
             self._state.note_trainable(pl_module)
@@ -198,19 +201,18 @@ class AdapterCheckpoint(ResumedSaves):
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         super().on_train_batch_end(trainer, *args, **kwargs)
         self._stop_at_step(trainer)
-        if self._is_due and not accumulating(trainer):
-            self._is_due = False
-            if not self._should_skip_saving_checkpoint(trainer):
-                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._save_what_is_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._stop_at_step(trainer)
+            self._save_what_is_due(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with within_epoch(trainer):
             super().on_train_epoch_end(trainer, pl_module)
+            self._save_what_is_due(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if accumulating(trainer) and self._should_save_on_exception(trainer):
@@ -247,6 +249,18 @@ class AdapterCheckpoint(ResumedSaves):
             self._write_last(trainer, self._monitor_candidates(trainer))
         return self.last_model_path
 
+    def _restore_random_state(self, trainer: Trainer) -> None:
+        if self._saved_rng is None:
+            return
+        if len(self._saved_rng) == trainer.world_size:
+            set_random_state(self._saved_rng[trainer.global_rank])
+        else:
+            rank_zero_warn(
+                f"the checkpoint was saved by {len(self._saved_rng)} processes and this run has {trainer.world_size}, so dropout "
+                f"does not continue the random numbers of that run"
+            )
+        self._saved_rng = None
+
     def _stop_at_step(self, trainer: Trainer) -> None:
         """Put off the end of training to the next optimizer step: accumulated gradients, and so their samples, would be lost."""
         if accumulating(trainer):
@@ -254,6 +268,12 @@ class AdapterCheckpoint(ResumedSaves):
             trainer.should_stop = False
         elif self._stop_is_due:
             trainer.should_stop = True
+
+    def _save_what_is_due(self, trainer: Trainer) -> None:
+        if self._is_due and not accumulating(trainer):
+            self._is_due = False
+            if not self._should_skip_saving_checkpoint(trainer):
+                self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         if self._must_wait(trainer):
@@ -276,8 +296,10 @@ class AdapterCheckpoint(ResumedSaves):
         self._step_of_last = trainer.global_step
 
     def _must_wait(self, trainer: Trainer) -> bool:
-        """Whether nothing may be saved now; what is due waits for the next optimizer step that is not skipped."""
-        if accumulating(trainer):
+        """Whether nothing may be saved now; what is due waits for the next optimizer step that is not skipped, and for what
+        follows the step.
+        """
+        if accumulating(trainer) or more_is_due(trainer):
             self._is_due = True
             return True
         if guard := FiniteGradients.of(trainer):

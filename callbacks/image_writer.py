@@ -10,7 +10,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, writable_folder
+from lit_lora.folder_lock import FolderLock
 
 
 class ImageWriter(BasePredictionWriter):
@@ -18,16 +20,35 @@ class ImageWriter(BasePredictionWriter):
 
     Args:
         output_dir: Folder for the files; created if missing.
+
+    Raises:
+        UserError: If another run writes images into the folder, or it cannot be written to.
     """
 
     def __init__(self, output_dir: str) -> None:
         super().__init__(write_interval="batch")
         self.output_dir = Path(output_dir)
+        self._lock: FolderLock | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "predict":
-            writable_folder(self.output_dir)
+            lock = FolderLock(writable_folder(self.output_dir))
+            if trainer.is_global_zero and (other := lock.take()):
+                raise UserError(
+                    f"{other} writes its images to {self.output_dir} too; wait until it has ended, or name another output_dir"
+                )
+            self._lock = lock
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def write_on_batch_end(
         self,

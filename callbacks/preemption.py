@@ -21,7 +21,7 @@ from torch import distributed
 
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lit_lora.callbacks.checkpoint_files import options
-from lit_lora.loops import accumulating, more_is_due
+from lit_lora.loops import accumulating, is_over, more_is_due
 
 _ONE_SIGNAL_SECONDS = 3.0
 """Signals of one kind within this time count once: SLURM signals all processes, and torchrun forwards its own to them."""
@@ -33,7 +33,7 @@ class Preemption(Callback):
     The resumed run equals one that was not stopped as far as :class:`AdapterCheckpoint` says, which depends on the loader.
 
     A signal to any process stops all processes after the next optimizer step, once the other callbacks have handled that step.
-    Validation, sampling and the end of an epoch are completed first, and then one more step is taken. The checkpoint is
+    The end of an epoch is completed first; so are validation and sampling, and then one more step is taken. The checkpoint is
     the ``last`` of the trainer's :class:`AdapterCheckpoint`, or of its first ``ModelCheckpoint``, regardless of its ``save_last``
     and ``save_weights_only``; without such a callback nothing is saved. One line on the console says where the checkpoint is.
     The exit status is 128 plus the number of the signal, so 143 for SIGTERM. A second signal of the same kind, three seconds or
@@ -51,6 +51,7 @@ class Preemption(Callback):
         self._received: dict[int, float] = {}
         self._previous: dict[int, Any] = {}
         self._group: Any = None
+        self._first_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -65,11 +66,25 @@ class Preemption(Callback):
         trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
         if trainer.world_size > 1:
             self._group = distributed.new_group(backend="gloo")
+        self._first_step = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self._first_step:  # the epoch before has ended with a step
+            self._stop_if_asked(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         # A checkpoint between two optimizer steps would lose the accumulated gradients, and so their samples.
-        if accumulating(trainer) or more_is_due(trainer):
-            return
+        if not accumulating(trainer) and not more_is_due(trainer) and not is_over(trainer):
+            self._stop_if_asked(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_listening(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop_listening(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        """Save and end the run if any process has received a signal; a collective call."""
         number = self._agree()
         if not number:
             return
@@ -85,12 +100,6 @@ class Preemption(Callback):
         if self._group is not None:  # a launcher may kill the first process as soon as another one ends
             distributed.barrier(self._group)
         raise SIGTERMException(_exit_status(trainer, number))
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop_listening(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._stop_listening(trainer)
 
     def _listen(self, trainer: Trainer) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -57,6 +57,81 @@ def number_of_steps(trainer: Trainer, what: str) -> int:
 
 
 def more_is_due(trainer: Trainer) -> bool:
-    """Whether validation or the end of an epoch is due next; a resumed run would skip it."""
-    loop: Any = trainer.fit_loop.epoch_loop
-    return bool(loop._should_check_val_fx(trainer.fit_loop._data_fetcher) or loop._num_ready_batches_reached())
+    """Whether validation or the end of an epoch comes before the next batch; a run resumed from here would skip it."""
+    fit_loop: Any = trainer.fit_loop
+    loop = fit_loop.epoch_loop
+    in_batch = loop.batch_progress.current.completed < loop.batch_progress.current.processed
+    in_epoch = fit_loop.epoch_progress.current.processed < fit_loop.epoch_progress.current.started
+    # Processes may differ about validation that is due by the clock.
+    validates = getattr(trainer, "_val_check_time_interval", None) is None and loop._should_check_val_fx(
+        fit_loop._data_fetcher
+    )
+    return (in_batch and validates) or (in_epoch and loop._num_ready_batches_reached())
+
+
+def is_over(trainer: Trainer) -> bool:
+    """Whether the last step of the training was taken, so that the run ends by itself."""
+    return bool(trainer.fit_loop.epoch_loop._is_training_done)
+
+
+def resume_epoch(trainer: Trainer) -> bool:
+    """Make Lightning go on where a checkpoint was saved; to be called in ``on_train_start``, with the metrics restored.
+
+    A checkpoint that was saved after the last batch of an epoch begins the next epoch. Lightning by itself takes that one for
+    the same epoch, counts one too many and leaves out ``on_train_epoch_start``; with ``max_epochs`` it trains an epoch less.
+    Plateau schedulers take the step that was due after the checkpoint was saved.
+
+    Returns:
+        Whether an epoch begins, so that :func:`begin_pass` must be called in its ``on_train_epoch_start``.
+    """
+    fit_loop: Any = trainer.fit_loop
+    loop = fit_loop.epoch_loop
+    if not fit_loop.is_resuming or loop.val_loop.restarted_mid_evaluation:
+        return False
+    fit_loop._restarting = False  # else plateau schedulers would miss the end of this epoch
+    if not loop._num_ready_batches_reached():
+        if loop.restarted_on_train_batch_end:
+            loop.update_lr_schedulers("step", update_plateau_schedulers=True)
+        return False
+    epochs = (fit_loop.epoch_progress.current, fit_loop.epoch_progress.total)
+    for progress in epochs:
+        progress.ready = progress.processed = progress.started
+        progress.completed = progress.started - 1
+    if not fit_loop.restarted_on_epoch_start:
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+    for progress in epochs:
+        progress.completed = progress.started
+    fit_loop.reset_restart_stage()
+    loop.restarting = False
+    return True
+
+
+def begin_pass(trainer: Trainer) -> None:
+    """Begin a pass through the training data, for an epoch that follows the one that the loaded checkpoint had completed."""
+    fit_loop: Any = trainer.fit_loop
+    loader, fetcher = fit_loop._combined_loader, fit_loop._data_fetcher
+    if fit_loop._combined_loader_states_to_load:
+        loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
+        fit_loop._combined_loader_states_to_load = []
+    iter(fetcher)  # again: samplers know the epoch only now, and random numbers are restored
+    if fetcher.length is None:  # a batch is fetched ahead, or there was none
+        if fetcher.done:
+            iter(fetcher)
+    else:
+        fetcher.iterator = _pass(loader)
+
+
+def _pass(loader: Any) -> Iterator[Any]:
+    """The batches of a pass; a loader whose state says that it has given all batches may have none the first time."""
+    given = False
+    while True:
+        try:
+            batch = next(loader)
+        except StopIteration:
+            if given:
+                return
+            iter(loader)
+            given = True
+        else:
+            given = True
+            yield batch

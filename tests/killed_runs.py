@@ -126,7 +126,7 @@ def train(folder: Path, rank: int, world_size: int, port: int, data: dict[str, A
             "LOCAL_WORLD_SIZE": str(world_size),
             "TORCHELASTIC_RUN_ID": "test",
         }
-    save = AdapterCheckpoint(folder / "saved", filename="{step}", every_n_train_steps=4, save_last="link")
+    save = AdapterCheckpoint(folder / "saved", every_n_train_steps=4, save_last="link")
     trainer = Trainer(
         accelerator="cpu",
         devices=world_size,

@@ -22,12 +22,12 @@ from lit_lora.datamodules.packing.find_input import find_input
 from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, to_shard_format
 from lit_lora.datamodules.packing.input import PackInput
 from lit_lora.datamodules.packing.left_out import BadFile, count_files, list_first, write_left_out
-from lit_lora.datamodules.packing.pack_lock import only_pack_in
 from lit_lora.datamodules.packing.pack_plan import MANIFEST, claim, remove_left_overs, write_json
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_least
+from lit_lora.folder_lock import only_run_in
 from lit_lora.visible import visible
 
 _BAD = "bad.jsonl"
@@ -123,7 +123,7 @@ def pack_folder(
     order = _order(samples, shuffle_seed)
     shards = _name_shards(out, prefix, _group(samples.sizes, order, samples_per_shard, max_shard_bytes))
     options = [str(source.absolute()), prefix, samples_per_shard, max_shard_bytes, shuffle_seed, *columns.values()]
-    with only_pack_in(out):
+    with only_run_in(out, "pack"):
         if count_files(samples.bad) <= max_bad:
             claim(out, list(shards), samples.fingerprint, options)
         return _pack(out, samples, shards, caption_key, jobs, max_bad)

@@ -7,7 +7,7 @@ import json
 import posixpath
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Literal, NamedTuple, Self
 
@@ -30,6 +30,7 @@ from lit_lora.errors import UserError, check_least
 from lit_lora.families import ModelFamily, check_size, prepare
 from lit_lora.families.parts import PARTS
 from lit_lora.files import atomic_file, remove_parts, writable_folder
+from lit_lora.folder_lock import only_run_in
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from lit_lora.redact import redact
@@ -113,7 +114,7 @@ def cache_shards(
 
     Raises:
         UserError: If the samples cannot be cached, shards are missing or damaged, more than the datamodule's max_bad_samples
-            samples are bad, or the folder holds something else.
+            samples are bad, the folder holds something else, or another run caches into it.
     """
     check_least(1, jobs=jobs, batch_size=batch_size)
     check_workers(jobs=jobs)
@@ -127,8 +128,6 @@ def cache_shards(
     prepare(family, copy.deepcopy(module.objective))
     family.load(module.base_dtype, without=PARTS)
     description = _describe(family, data, decoder, text, dtype)
-    for folder in _folders(targets):
-        _claim(folder, description, [path for path in targets if path.parent == folder])
     work = CacheWork(
         family,
         module.base_dtype,
@@ -139,8 +138,12 @@ def cache_shards(
         batch_size,
         data.num_workers,
     )
-    written = _write_shards(work, targets, jobs, device, data.max_bad_samples)
-    _complete(targets, description)
+    with ExitStack() as locks:
+        for folder in _folders(targets):
+            locks.enter_context(only_run_in(folder, "cache"))
+            _claim(folder, description, [path for path in targets if path.parent == folder])
+        written = _write_shards(work, targets, jobs, device, data.max_bad_samples)
+        _complete(targets, description)
     return CacheSummary.of(written, {name: _cached_specs(named, out) for name, named in specs.items()})
 
 

@@ -42,11 +42,15 @@ def demo(out: str = "runs/demo", steps: int = 500, images_per_digit: int = 20) -
         raise UserError('the demo needs the scans that come with scikit-learn: pip install "lit_lora[demo]"') from error
     if steps < 1 or images_per_digit < 1:
         raise UserError(f"steps and images_per_digit must be at least 1, not {steps} and {images_per_digit}")
-    from lit_lora.files import writable_folder
+    from lit_lora.folder_lock import only_run_in
 
+    with only_run_in(Path(out), "demo"):
+        scans, digits = load_digits(return_X_y=True)
+        _demo(Path(out), scans, digits, steps, images_per_digit)
+
+
+def _demo(folder: Path, scans: np.ndarray, digits: np.ndarray, steps: int, images_per_digit: int) -> None:
     started = time.monotonic()
-    folder = writable_folder(out)
-    scans, digits = load_digits(return_X_y=True)
     print(f"1/4 packing {len(scans)} scans into shards under {folder / 'shards'}")
     _pack(scans, digits, folder / "shards")
     classifier, classifier_accuracy = _fit_classifier(scans, digits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ def sample(
             pipeline.
 
     Raises:
-        UserError: If prompts or base are missing, or base, adapter or a size cannot be used.
+        UserError: If prompts or base are missing, base, adapter or a size cannot be used, or another run draws into the folder.
     """
     if not prompts:
         raise UserError('give --prompts: one text, or a list as \'["a red seven on white", "a blue star"]\'')
@@ -61,12 +62,14 @@ def sample(
     if not (base or adapter):
         raise UserError("give --base: a folder, a hub id or 'embedded'")
 
+    from lit_lora.folder_lock import only_run_in
     from lit_lora.tools.drawing import make_generate
 
-    generate = make_generate(base, adapter, family=family, dtype=dtype, device=device, size=(height, width))
-    seeds = [seed + i for i in range(len(texts))]
-    options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
-    _write(generate(texts, seeds, **options), target, columns)
+    with nullcontext() if target.suffix else only_run_in(target, "sample"):
+        generate = make_generate(base, adapter, family=family, dtype=dtype, device=device, size=(height, width))
+        seeds = [seed + i for i in range(len(texts))]
+        options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+        _write(generate(texts, seeds, **options), target, columns)
 
 
 def _target(out: str) -> Path:

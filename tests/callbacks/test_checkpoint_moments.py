@@ -11,20 +11,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lit_lora.callbacks import AdapterCheckpoint
-
-
-class Numbers(Dataset[Tensor]):
-    def __init__(self, count: int) -> None:
-        self.values = torch.randn(count, 3, generator=torch.Generator().manual_seed(5))
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.values[index]
+from tests.callbacks.number_loaders import Keeping, Numbers, Rest
 
 
 class Line(LightningModule):
@@ -190,16 +180,6 @@ MIDDLES: dict[str, tuple[dict[str, Any], dict[str, Any], list[Callback], int]] =
 }
 
 
-class Rest(DataLoader[Tensor]):
-    """Leaves out the batches that a run had before."""
-
-    taken = 0
-
-    def __iter__(self) -> Any:
-        taken, self.taken = self.taken, 0
-        return (batch for number, batch in enumerate(super().__iter__()) if number >= taken)
-
-
 @pytest.mark.parametrize("trigger", MIDDLES)
 def test_what_is_due_between_accumulated_batches_resumes_exactly(
     trigger: str, trainer_options: dict[str, Any], tmp_path: Path
@@ -221,22 +201,6 @@ def test_what_is_due_between_accumulated_batches_resumes_exactly(
     trainer.fit(module, loader, DataLoader(Numbers(2)), ckpt_path=middle)
     assert trainer.current_epoch == whole.trainer.current_epoch
     assert torch.equal(module.line.weight, whole.line.weight)
-
-
-class Keeping(Rest):
-    """A loader that keeps its position."""
-
-    def state_dict(self) -> dict[str, int]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.taken = state["given"]
-
-    def __iter__(self) -> Any:
-        self.given = self.taken
-        for batch in super().__iter__():
-            self.given += 1
-            yield batch
 
 
 @pytest.mark.filterwarnings("ignore:.*ended before the epoch ended")
