@@ -13,7 +13,7 @@ _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 def training_facts(module: LightningModule) -> dict[str, str]:
     """What is known about a module's training, under the keys of sd-scripts; nothing without a trainer.
 
-    There are no dates among them, so that the same training gives the same bytes.
+    There are no dates and no number of processes among them, so that the same training gives the same bytes.
 
     Args:
         module: Module that a trainer trains or has trained.
@@ -40,7 +40,6 @@ def training_facts(module: LightningModule) -> dict[str, str]:
     facts["ss_lr_scheduler"] = schedulers[0] if schedulers else None
     datamodule = getattr(trainer, "datamodule", None)
     if isinstance(size := getattr(datamodule, "batch_size", None), int):
-        facts["ss_batch_size_per_device"] = size
         facts["ss_total_batch_size"] = size * trainer.world_size * trainer.accumulate_grad_batches
     sizes = sorted(set(getattr(datamodule, "image_sizes", list)()))
     if len(sizes) == 1:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_lora.adapters import adapter_state, method_of
+from lit_lora.adapters import ADAPTER_NAME, adapter_state, method_of, plain_config
 from lit_lora.blocks import outermost_blocks
 from lit_lora.draws import Draws
 from lit_lora.families import check_size
@@ -74,7 +74,10 @@ class _Simulation:
 
     def plan(self) -> MemoryPlan:
         run, meter = self.run, self.meter
-        file_bytes = safetensors_bytes(adapter_state(self.family.denoiser))
+        adapted = self.family.denoiser
+        config = adapted.peft_config[ADAPTER_NAME]
+        in_file, _ = method_of(config).planned(adapted, adapter_state(adapted), plain_config(config))
+        file_bytes = safetensors_bytes(in_file)
         self._count_parameters()
         self._load_phase()
         with ExitStack() as stack:

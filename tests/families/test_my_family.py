@@ -81,7 +81,11 @@ def run(folder: Path, session_shards: Path, tmp_path: Path) -> Callable[..., int
 def test_trains_validates_samples_and_saves(run: Callable[..., int], folder: Path, tmp_path: Path) -> None:
     assert run("fit") == 0
     adapter = next((tmp_path / "ckpt").glob("*.adapter"))
-    assert {path.name for path in adapter.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in adapter.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert list((tmp_path / "run").rglob("samples/step-000000.png"))
     assert run("validate", "--ckpt_path", next((tmp_path / "ckpt").glob("*.ckpt"))) == 0
     assert run("predict") == 0

@@ -25,7 +25,7 @@ def test_the_demo_from_end_to_end_and_again(
     assert report["images_judged"] == 20
     assert 0 < report["trainable_parameters"] < 0.2 * report["total_parameters"]
     adapter = tmp_path / "adapter"
-    names = ["adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert sorted(p.name for p in adapter.iterdir()) == names
     assert report["adapter_bytes"] == (adapter / "adapter_model.safetensors").stat().st_size
     with Image.open(tmp_path / "samples.png") as image:

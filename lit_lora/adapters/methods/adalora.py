@@ -15,6 +15,7 @@ from lit_lora.adapters.keys import plain_config
 from lit_lora.adapters.methods.base import AdapterMethod
 from lit_lora.adapters.patterns import pattern_keys
 from lit_lora.errors import UserError
+from lit_lora.quantization.frozen_layer import FrozenLayer
 
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """Tensors of the rank allocator, each the size of the trained weights: importance, its average and its uncertainty."""
@@ -92,33 +93,53 @@ class AdaLoraMethod(AdapterMethod):
         self, model: PeftModel, state: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """LoRA with a rank for each layer; the entries of ``E`` and the scaling are multiplied into ``A``."""
-        others = {key: value for key, value in state.items() if ".lora_" not in key}
-        exported: dict[str, Tensor] = {}
-        ranks: dict[str, int] = {}
+        return _as_lora(model, state, config, {name: _product(layer) for name, layer in _layers(model)})
+
+    def planned(
+        self, model: PeftModel, state: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """Every layer with ``target_r``, which is the mean of the ranks at the end."""
+        factors = {}
         for name, layer in _layers(model):
-            a, b, factor = _product(layer)
-            ranks[name] = len(a)
-            shape = layer.get_base_layer().weight.shape  # (out, in) or (out, in, height, width)
-            exported[f"{_PREFIX}{name}.lora_A.weight"] = (a * factor).reshape(-1, *shape[1:]).cpu().contiguous()
-            exported[f"{_PREFIX}{name}.lora_B.weight"] = b.reshape(*b.shape, *(1 for _ in shape[2:])).cpu().contiguous()
-        keys = pattern_keys(ranks)
-        pattern = {keys[name]: rank for name, rank in ranks.items()}
-        most = max(ranks.values())
-        lora = LoraConfig(
-            r=most,
-            lora_alpha=most,
-            rank_pattern=pattern,
-            alpha_pattern=dict(pattern),
-            target_modules=config["target_modules"],
-            modules_to_save=config.get("modules_to_save"),
-            bias=config.get("bias", "none"),
-        )
-        kept = {
-            name: config[name]
-            for name in ("base_model_name_or_path", "auto_mapping", "exclude_modules")
-            if name in config
-        }
-        return exported | others, plain_config(lora) | kept
+            (a,), (b,) = layer.lora_A.values(), layer.lora_B.values()
+            rank = min(config["target_r"], len(a))
+            factors[name] = (a.detach()[:rank], b.detach()[:, :rank])
+        return _as_lora(model, state, config, factors)
+
+
+def _as_lora(
+    model: PeftModel,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """LoRA whose updates are ``B A`` for the given ``A`` and ``B`` of each layer."""
+    others = {key: value for key, value in state.items() if ".lora_" not in key}
+    exported: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, layer in _layers(model):
+        a, b = factors[name]
+        ranks[name] = len(a)
+        base = layer.get_base_layer()
+        shape = base.weight_shape if isinstance(base, FrozenLayer) else base.weight.shape  # (out, in, *kernel)
+        exported[f"{_PREFIX}{name}.lora_A.weight"] = a.reshape(-1, *shape[1:]).cpu().contiguous()
+        exported[f"{_PREFIX}{name}.lora_B.weight"] = b.reshape(*b.shape, *(1 for _ in shape[2:])).cpu().contiguous()
+    keys = pattern_keys(ranks)
+    pattern = {keys[name]: rank for name, rank in ranks.items()}
+    most = max(ranks.values())
+    lora = LoraConfig(
+        r=most,
+        lora_alpha=most,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=config["target_modules"],
+        modules_to_save=config.get("modules_to_save"),
+        bias=config.get("bias", "none"),
+    )
+    kept = {
+        name: config[name] for name in ("base_model_name_or_path", "auto_mapping", "exclude_modules") if name in config
+    }
+    return exported | others, plain_config(lora) | kept
 
 
 def _layers(model: nn.Module) -> list[tuple[str, Any]]:
@@ -128,12 +149,12 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-def _product(layer: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """``A``, ``B`` and the factor of each row of ``A``, without the entries that were pruned, but for one."""
+def _product(layer: Any) -> tuple[Tensor, Tensor]:
+    """``scaling diag(E) A`` and ``B`` without the entries that were pruned, but for one."""
     (name,) = layer.lora_A
     a, b, e = layer.lora_A[name].detach(), layer.lora_B[name].detach(), layer.lora_E[name].detach()
     kept = e.flatten().nonzero().flatten()
     if not len(kept):
         kept = torch.zeros(1, dtype=torch.int64, device=e.device)
     scaling = layer.scaling[name] / (layer.ranknum[name].detach() + 1e-5)
-    return a[kept], b[:, kept], e[kept] * scaling
+    return a[kept] * (e[kept] * scaling), b[:, kept]

@@ -81,6 +81,18 @@ class AdapterMethod:
         """
         return state, config
 
+    def planned(
+        self, model: PeftModel, state: Mapping[str, Tensor], config: Mapping[str, Any]
+    ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """Tensors of the shapes that :meth:`export` gives after training; their values mean nothing.
+
+        Args:
+            model: Adapted model, whose tensors may have no values.
+            state: Tensors of the adapter, under PEFT's names without the adapter's name.
+            config: Config of the adapter in JSON's types.
+        """
+        return self.export(model, state, config)
+
     def after_step(self, model: PeftModel, step: int) -> None:
         """Hook after each optimizer step, before the gradients are freed; does nothing by default.
 

@@ -123,6 +123,8 @@ def _move_base(model: Any, factors: Factors) -> None:
 
     Nothing changes where they are the values that were taken out here. They differ where another machine computed them.
     """
+    if factors is model.initial_lora:
+        return
     for name, layer in _layers(model):
         (a, b), (here_a, here_b) = factors[name], model.initial_lora[name]
         if torch.equal(a, here_a) and torch.equal(b, here_b):
