@@ -75,11 +75,20 @@ def _adapter(arguments: list[str]) -> None:
     from lit_lora.tools.adapter_check import check
     from lit_lora.tools.adapter_convert import convert
     from lit_lora.tools.adapter_diff import diff
+    from lit_lora.tools.adapter_extract import extract
     from lit_lora.tools.adapter_info import info
     from lit_lora.tools.adapter_merge import merge
     from lit_lora.tools.adapter_resize import resize
 
-    commands = {"info": info, "check": check, "diff": diff, "convert": convert, "resize": resize, "merge": merge}
+    commands = {
+        "info": info,
+        "check": check,
+        "diff": diff,
+        "convert": convert,
+        "resize": resize,
+        "merge": merge,
+        "extract": extract,
+    }
     run_tool(commands, adapter_arguments(arguments), "lit-lora adapter")
 
 
