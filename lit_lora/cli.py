@@ -24,7 +24,7 @@ tools
   sample    draw images with an adapter
   cache     encode images and captions once, to train without the encoders
   shards    pack, index, check and describe WebDataset shards
-  adapter   convert an adapter between the file formats of other tools
+  adapter   describe, check, compare, convert, resize, merge, extract and push adapters
 
 examples
   lit-lora plan --config configs/sd15.yaml
@@ -70,16 +70,13 @@ def _shards(arguments: list[str]) -> None:
 
 
 def _adapter(arguments: list[str]) -> None:
+    from importlib import import_module
+
     from lit_lora.tools import run_tool
     from lit_lora.tools.adapter_arguments import adapter_arguments
-    from lit_lora.tools.adapter_check import check
-    from lit_lora.tools.adapter_convert import convert
-    from lit_lora.tools.adapter_diff import diff
-    from lit_lora.tools.adapter_info import info
-    from lit_lora.tools.adapter_merge import merge
-    from lit_lora.tools.adapter_resize import resize
 
-    commands = {"info": info, "check": check, "diff": diff, "convert": convert, "resize": resize, "merge": merge}
+    names = ("info", "check", "diff", "convert", "resize", "merge", "extract", "push")
+    commands = {name: getattr(import_module(f"lit_lora.tools.adapter_{name}"), name) for name in names}
     run_tool(commands, adapter_arguments(arguments), "lit-lora adapter")
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from lit_lora.adapter_tools.extract import Extracted
 from lit_lora.adapter_tools.merge import NamedAdapter
 from lit_lora.adapter_tools.resize import Resized
 from lit_lora.formats import AdapterFiles
@@ -14,6 +15,7 @@ from lit_lora.report_text import format_table
 from lit_lora.visible import visible
 
 _NAME_WIDTH = 48
+_MOST_LISTED = 10
 _START = 16
 """Characters of a shortened name before the gap: they tell the blocks of a UNet, and its end tells the layer."""
 
@@ -47,6 +49,23 @@ def merged_lines(sources: Sequence[NamedAdapter], merged: AdapterFiles, target: 
         rows.append((visible(one.path, _NAME_WIDTH), f"{one.weight:g}", *_layers_and_ranks(one.adapter)))
     rows.append(("merged", "", *_layers_and_ranks(merged)))
     return [*format_table(rows), "", f"written  {visible(target)}"]
+
+
+def extracted_lines(extracted: Extracted, target: Path) -> list[str]:
+    """A table of an extracted adapter's layers, what it lacks, and where it was written."""
+    rows = [("layer", "rank", "error")]
+    rows += [(layer_name(name), str(extracted.ranks[name]), share(error)) for name, error in extracted.errors.items()]
+    lines = [*format_table(rows), ""]
+    if extracted.unchanged:
+        lines.append(f"{extracted.unchanged} layers are equal in both models")
+    if extracted.left_out:
+        lines.append(
+            f"{len(extracted.left_out)} changed weights are not in the adapter, which can hold only layers' matrices:"
+        )
+        lines += [f"  {visible(name, 78)}" for name in extracted.left_out[:_MOST_LISTED]]
+        if len(extracted.left_out) > _MOST_LISTED:
+            lines.append(f"  and {len(extracted.left_out) - _MOST_LISTED} more")
+    return [*lines, f"written  {visible(target)}"]
 
 
 def _layers_and_ranks(adapter: AdapterFiles) -> tuple[str, str]:
