@@ -100,9 +100,9 @@ class Upload:
         except OSError:
             raise
         except Exception as error:  # the HTTP library differs between versions of huggingface_hub
-            reason = error.__cause__ or error
+            cause = error.__cause__ or error
             raise UserError(
-                f"the upload to {constants.ENDPOINT} failed ({reason}); check the network and try again"
+                f"the upload to {constants.ENDPOINT} failed ({cause}); check the network and try again"
             ) from error
         return str(created)
 
