@@ -28,6 +28,7 @@ from lit_lora.profiling.out_of_memory import is_out_of_memory
 from lit_lora.profiling.phases import add_listener, remove_listener
 from lit_lora.profiling.record import BETWEEN, MemoryRecord, PhaseMemory, divide
 from lit_lora.profiling.report import profile_report, profile_text, profile_title
+from lit_lora.run_folder import run_folder
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class MemoryProfiler(Callback):
     Args:
         every_n_steps: Optimizer steps between two measured steps. Defaults to 50. The first two steps of the run are always
             measured. A phase outside steps is measured at most once in this many steps, validation always.
-        output_dir: Folder for the files. Defaults to the logger's folder.
+        output_dir: Folder for the files. Defaults to the run's folder, in which ``checkpoints`` is too.
         snapshot_entries: Number of allocator events to record on CUDA; at an out-of-memory error they are written to
             ``memory_snapshot.pickle`` (for https://pytorch.org/memory_viz). Defaults to 0, which records none.
 
@@ -96,8 +97,8 @@ class MemoryProfiler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer, self._module = trainer, pl_module
         self._stage = TrainerFn(stage).value
-        # Asking for the log folder is a collective call, in which all processes take part now, but not after an error.
-        self._folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
+        # Asking for the run's folder is a collective call, in which all processes take part now, but not after an error.
+        self._folder = Path(self.output_dir or run_folder(trainer))
         self._meter = meter_of(trainer.strategy.root_device)
         self._record, self._pending = MemoryRecord(), MemoryRecord()
         self._bottom, self._open = "load", "load"

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
 from lit_lora.callbacks.checkpoint_files import copy_with_folders, link_with_folders, modified, warn_of_future
@@ -108,12 +109,13 @@ class ResumedSaves(ModelCheckpoint):
         self.last_model_path = last
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        """Candidates for ``ckpt_path="last"``; without a ``dirpath`` also those in the log folders of earlier runs.
+        """Candidates for ``ckpt_path="last"``; without a ``dirpath`` also those in the ``version_N`` folders of earlier runs.
 
-        Loggers give every run a new ``version_N`` folder, so ModelCheckpoint would find nothing there and start over. The newest
-        of all counts, since a killed run may not have written its ``last`` yet.
+        TensorBoard and CSV give every run a new one, so ModelCheckpoint would find nothing there and start over. The newest of
+        all counts, since a killed run may not have written its ``last`` yet.
         """
         found: set[str] = super()._find_last_checkpoints(trainer)
+        found = {name for name in found if "://" in name or os.path.exists(name)}  # without links to what is gone
         pattern = "*.ckpt" if self.save_last else f"{self.CHECKPOINT_NAME_LAST}*.ckpt"
         if found:
             folders = {Path(name).parent for name in found}
@@ -121,7 +123,9 @@ class ResumedSaves(ModelCheckpoint):
         elif self.dirpath is not None:
             folders = set() if "://" in str(self.dirpath) else {Path(self.dirpath)}
         else:
-            folders = set(Path(trainer.log_dir).parent.glob("version_*/checkpoints")) if trainer.log_dir else set()
+            # The names of other loggers' runs are not known on all processes.
+            versions = isinstance(trainer.logger, TensorBoardLogger | CSVLogger) and trainer.log_dir
+            folders = set(Path(versions).parent.glob("version_*/checkpoints")) if versions else set()
         self._found = found | {str(path) for folder in folders for path in folder.glob(pattern) if path.exists()}
         warn_of_future(self._found)
         return self._found

@@ -24,6 +24,7 @@ from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.profiling.meter import meter_of
+from lit_lora.run_folder import run_folder
 
 _JOULES_PER_KWH = 3.6e6
 
@@ -55,7 +56,7 @@ class RunReport(Callback):
     Args:
         price_per_hour: Price per hour of all machines of the run together, in any currency. Defaults to None: no cost of time.
         price_per_kwh: Price per kWh of electricity, in the same currency. Defaults to None: no cost of energy.
-        output_dir: Folder for the file. Defaults to the logger's folder.
+        output_dir: Folder for the file. Defaults to the run's folder, in which ``checkpoints`` is too.
 
     Raises:
         UserError: If a price is negative.
@@ -77,8 +78,8 @@ class RunReport(Callback):
         if stage != "fit":
             return
         self._trainer, self._before = trainer, {}
-        # Asking for the log folder is a collective call, in which all processes take part now, but not after an error.
-        self._folder = Path(self.output_dir or trainer.log_dir or trainer.default_root_dir)
+        # Asking for the run's folder is a collective call, in which all processes take part now, but not after an error.
+        self._folder = Path(self.output_dir or run_folder(trainer))
         self._start, self._cpu_start = time.monotonic(), _cpu_seconds()
         self._energy = _GpuEnergy(_uuid(trainer.strategy.root_device))
         self._meter = meter_of(trainer.strategy.root_device)

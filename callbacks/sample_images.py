@@ -20,13 +20,14 @@ from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.profiling.phases import phase
+from lit_lora.run_folder import run_folder
 from lit_lora.sampling import NonFiniteImageError, image_grid
 
 
 class SampleImages(Callback):
     """Draws images of fixed prompts from fixed seeds every ``every_n_steps`` optimizer steps.
 
-    A grid of the images goes to ``samples/step-NNNNNN.png`` in the log folder and to TensorBoard, Weights & Biases or MLflow as
+    A grid of the images goes to ``samples/step-NNNNNN.png`` in the run's folder and to TensorBoard, Weights & Biases or MLflow as
     ``samples``. With :class:`AdapterEMA` the averaged weights are used. Sampling does not change the random number generators
     of training. The module needs a ``generate`` method like that of :class:`~lit_lora.LoraDiffusion`.
 
@@ -91,8 +92,8 @@ class SampleImages(Callback):
                 self._draw(trainer, pl_module)
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Asking for the log folder is a collective call.
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "samples"
+        # Asking for the run's folder is a collective call.
+        folder = Path(run_folder(trainer)) / "samples"
         # Every process draws the same number of images, since with sharded weights all processes compute together.
         each = math.ceil(len(self.prompts) / trainer.world_size)
         mine = [min(trainer.global_rank * each + i, len(self.prompts) - 1) for i in range(each)]

@@ -22,6 +22,9 @@ from lit_lora.redact import redact
 _MAX_BYTES = 64 * 2**30
 """Size limit of a remote checkpoint."""
 
+_SPAWNED = ".temp.ckpt"
+"""Name of the weights, alone, that Lightning's spawned or forked processes hand back to the first one."""
+
 
 def _on_cpu(storage: Any, location: str) -> Any:
     """As Lightning does: tensors of any device on the CPU."""
@@ -60,6 +63,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
             UserError: If the file is missing, damaged or no checkpoint, contains objects that only unpickling could restore, or
                 is remote and cannot be read or exceeds the limit.
         """
+        if os.path.basename(path) == _SPAWNED:
+            weights: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+            return weights
         if not is_remote(os.fspath(path)):
             return read_checkpoint(os.fspath(path), map_location)
         with tempfile.TemporaryDirectory(prefix="lit-lora-") as folder:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, NoReturn, TypeVar
 import peft  # noqa: F401  makes its configs available as short class paths
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -38,6 +39,7 @@ from lit_lora.files import writable_folder
 from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
 from lit_lora.redact import redact
+from lit_lora.run_folder import run_folder
 
 for _module in set(public_names().values()):
     import_module(_module)  # the public names are short class paths, which jsonargparse finds among imported classes
@@ -82,39 +84,20 @@ class Parser(LightningArgumentParser):
                 subcfg[name] = {"class_path": path}
 
 
-class LastFound(Callback):
-    """Says that ``--ckpt_path last`` has found no checkpoint, before anything is loaded.
-
-    Args:
-        required: Whether that is an error.
-
-    Raises:
-        UserError: When training starts without a checkpoint, if one is required.
-    """
-
-    def __init__(self, required: bool) -> None:
-        self.required = required
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit" or trainer.ckpt_path is not None:
-            return
-        folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-        searched = next((str(folder) for folder in folders if folder), str(trainer.log_dir or trainer.default_root_dir))
-        dangling = [str(link) for link in Path(searched).glob("*.ckpt") if link.is_symlink() and not link.exists()]
-        found = f"there is no checkpoint to resume from in {searched}"
-        if dangling:
-            found = f"{dangling[0]} points to {os.readlink(dangling[0])}, which is gone"
-        if self.required:
-            raise UserError(f"ckpt_path=last: {found}; name a checkpoint, or set must_resume to false")
-        if trainer.is_global_zero:
-            print_error(f"ckpt_path=last: {found}; training starts from the beginning", "warning")
-
-
 class SaveConfig(SaveConfigCallback):
-    """Saves the run's config beside its logs, without the user names, passwords and queries of URLs."""
+    """Saves the run's config in the run's folder, without the user names, passwords and queries of URLs."""
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
-        super().__init__(parser, _redacted(config.clone()), **options)
+        super().__init__(parser, _redacted(config.clone()), **options, save_to_log_dir=False)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._folder = run_folder(trainer)  # a collective call
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        get_filesystem(self._folder).makedirs(self._folder, exist_ok=True)
+        path = os.path.join(self._folder, self.config_filename)
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class LitLoraCLI(LightningCLI):
@@ -175,7 +158,7 @@ class LitLoraCLI(LightningCLI):
             bars = (TQDMProgressBar, RichProgressBar)
             callbacks[:] = [StepProgress() if isinstance(callback, bars) else callback for callback in callbacks]
         if self._get(self.config, "ckpt_path") == "last":
-            callbacks.insert(1, LastFound(self._get(self.config, "must_resume")))
+            _say_if_none_is_last(self.trainer, self._get(self.config, "must_resume"))
         if not any(isinstance(callback, Preemption) for callback in callbacks):
             callbacks.append(Preemption())
 
@@ -249,7 +232,6 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
             parser_kwargs={} if not run else _PARSERS,
             seed_everything_default=0,
             args=arguments if run else arguments[1:],
@@ -272,6 +254,40 @@ def run(arguments: Sequence[str]) -> LitLoraCLI:
         raise UserError(str(error)) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{error.strerror}: {error.filename}") from error
+
+
+def _say_if_none_is_last(trainer: Trainer, required: bool) -> None:
+    """Have the trainer say, before anything is loaded, that ``ckpt_path="last"`` finds no checkpoint; an error if it must."""
+    connector: Any = trainer._checkpoint_connector
+    select = connector._select_ckpt_path
+
+    def select_loudly(*args: Any, **kwargs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*but there is no last checkpoint available")
+            path = select(*args, **kwargs)
+        if path is None:
+            found = _what_is_last(trainer)
+            if required:
+                raise UserError(f"ckpt_path=last: {found}; name a checkpoint, or set must_resume to false")
+            if trainer.is_global_zero:
+                print_error(f"ckpt_path=last: {found}; training starts from the beginning", "warning")
+        return path
+
+    connector._select_ckpt_path = select_loudly
+
+
+def _what_is_last(trainer: Trainer) -> str:
+    """Where no checkpoint was found, and why."""
+    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    folder = next((str(folder) for folder in folders if folder), None)
+    searched = folder or str(trainer.log_dir or trainer.default_root_dir)
+    dangling = [str(link) for link in Path(searched).glob("*.ckpt") if link.is_symlink() and not link.exists()]
+    if dangling:
+        return f"{dangling[0]} points to {os.readlink(dangling[0])}, which is gone"
+    found = f"there is no checkpoint to resume from in {searched}"
+    if folder is None and trainer.logger and not isinstance(trainer.logger, TensorBoardLogger | CSVLogger):
+        found += f", where {type(trainer.logger).__name__} gives each run a folder of its own: set AdapterCheckpoint's dirpath"
+    return found
 
 
 def _claim_version(logger: TensorBoardLogger | CSVLogger) -> None:

@@ -539,3 +539,42 @@ def test_runs_that_start_at_the_same_time_have_folders_of_their_own(tmp_path: Pa
     for logger in loggers:  # before any of them has written
         _claim_version(logger)
     assert [logger.version for logger in loggers] == [0, 1, 2, 1]
+
+
+@pytest.mark.parametrize("required", ["true", "false"])
+def test_last_is_found_and_nothing_is_said(
+    required: str, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = config()
+    assert main(["fit", "--config", str(path)]) == 0
+    resume = ["--trainer.max_steps", "6", "--ckpt_path", "last", "--must_resume", required]
+    assert main(["fit", "--config", str(path), *resume]) == 0
+    assert torch.load(tmp_path / "ck" / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert "ckpt_path=last" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("required", [False, True])
+def test_no_last_checkpoint_is_said_or_refused(
+    required: bool, dangling: bool, config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ck").mkdir()
+    found = f"there is no checkpoint to resume from in {tmp_path / 'ck'}"
+    if dangling:
+        (tmp_path / "ck" / "last.ckpt").symlink_to("step=2.ckpt")
+        found = f"{tmp_path / 'ck' / 'last.ckpt'} points to step=2.ckpt, which is gone"
+    resume = ["--ckpt_path", "last", "--must_resume", str(required).lower()]
+    assert main(["fit", "--config", str(config()), *resume]) == (2 if required else 0)
+    end = "name a checkpoint, or set must_resume to false" if required else "training starts from the beginning"
+    printed = " ".join(capsys.readouterr().err.split())
+    assert printed.count(f"ckpt_path=last: {found}; {end}") == 1
+    assert (tmp_path / "ck" / "last.adapter").exists() != required
+
+
+def test_last_where_each_run_has_a_folder_of_its_own(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = {"class_path": "tests.shared_logger.SharedLogger", "init_args": {"save_dir": str(tmp_path / "logs")}}
+    path = config(trainer__logger=logger, trainer__callbacks=[{"class_path": "AdapterCheckpoint"}])
+    assert main(["fit", "--config", str(path), "--ckpt_path", "last", "--must_resume", "true"]) == 2
+    assert "SharedLogger gives each run a folder of its own: set AdapterCheckpoint's dirpath" in capsys.readouterr().err
