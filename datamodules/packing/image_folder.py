@@ -22,17 +22,18 @@ from lit_lora.datamodules.packing.walk import walk_files
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
 
-_SIDES = ("txt", "json")
+_SIDES = ("txt", "json", "TXT", "JSON", "Txt", "Json")
+"""Endings of the files beside images; of those that differ only in capitals, the first that is there is read."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageFolder(PackInput):
-    """Images at any depth, each with a ``.txt`` or ``.json`` file of the same name beside it.
+    """Images at any depth, each with a ``.txt`` or ``.json`` file of the same name beside it; endings may be in capitals.
 
     Attributes:
         folder: Folder of the images.
         names: Paths of the images, relative to ``folder``.
-        sides: Files beside each image: bit 0 for txt, bit 1 for json, uint8 (N,).
+        sides: Files beside each image, one bit for each entry of ``_SIDES``, uint8 (N,).
     """
 
     captions_are_beside = True
@@ -61,8 +62,8 @@ class ImageFolder(PackInput):
         def good_files() -> Iterator[str]:
             for file, siblings in walk_files(folder, skip):
                 if not image_extension(file):
-                    if _is_lone_caption(file, siblings):
-                        skipped.append(BadFile(file, "is no caption of an image beside it"))
+                    if reason := _why_no_caption(file, siblings):
+                        skipped.append(BadFile(file, reason))
                     continue
                 try:
                     bits = _find_sides(file, siblings)
@@ -143,21 +144,33 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
 
 def _find_sides(file: str, siblings: Set[str]) -> int:
     image = PurePosixPath(file)
-    bits = sum(1 << bit for bit, side in enumerate(_SIDES) if image.with_suffix(f".{side}").name in siblings)
-    if not bits:
+    found = {
+        side.lower(): bit
+        for bit, side in reversed(list(enumerate(_SIDES)))  # the first spelling stays
+        if image.with_suffix(f".{side}").name in siblings
+    }
+    if not found:
         raise BadSampleError("has no caption (a .txt or .json file of the same name)")
-    return bits
+    return sum(1 << bit for bit in found.values())
 
 
-def _is_lone_caption(file: str, siblings: Set[str]) -> bool:
-    if extension_of(file) not in _SIDES:
-        return False
-    stem = file.rpartition("/")[2].rpartition(".")[0]
-    spellings = (f"{stem}.{each}" for low in IMAGE_FILES for each in (low, low.upper(), low.capitalize()))
-    return siblings.isdisjoint(spellings)
+def _why_no_caption(file: str, siblings: Set[str]) -> str:
+    """Why a file that looks like a caption is none; empty if it is one, or another kind of file."""
+    side = extension_of(file)
+    if side not in _SIDES:
+        return ""
+    stem, _, spelled = file.rpartition("/")[2].rpartition(".")
+    images = (f"{stem}.{each}" for low in IMAGE_FILES for each in (low, low.upper(), low.capitalize()))
+    if siblings.isdisjoint(images):
+        return "is no caption of an image beside it"
+    spellings = [each for each in _SIDES if each.lower() == side]
+    read = next((each for each in spellings if f"{stem}.{each}" in siblings), None)
+    if spelled == read:
+        return ""
+    return f"has the ending .{spelled}; write .{side}" if read is None else f"is beside {stem}.{read}, which is read"
 
 
 def _paths(folder: Path, file: str, bits: int) -> dict[str, Path]:
     image = folder / file
-    sides = {side: image.with_suffix(f".{side}") for bit, side in enumerate(_SIDES) if bits >> bit & 1}
+    sides = {side.lower(): image.with_suffix(f".{side}") for bit, side in enumerate(_SIDES) if bits >> bit & 1}
     return {image_extension(file): image, **sides}

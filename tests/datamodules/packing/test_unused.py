@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 
 import pytest
 
@@ -33,6 +34,24 @@ def _left_out(out):
 
 def _write_lines(path, *rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_captions_with_an_ending_in_capitals(folder, tmp_path):
+    data = folder("a.jpg", "B.JPG", "c.jpg", "d.jpg", "e.jpg", captions=False)
+    for name in ("a.TXT", "B.Txt", "c.JSON", "d.txt", "d.TXT", "e.tXT", "f.TXT"):
+        (data / name).write_text(json.dumps({"caption": name}))
+    summary = pack_folder(data, tmp_path / "out", max_bad=1)
+    assert (summary.samples, [entry.file for entry in summary.bad]) == (4, ["e.jpg"])
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as archive:
+        members = {member.name: archive.extractfile(member).read() for member in archive}
+    texts = {name: json.loads(data)["caption"] for name, data in members.items() if not name.endswith(".jpg")}
+    assert texts == {"a.txt": "a.TXT", "B.txt": "B.Txt", "c.json": "c.JSON", "d.txt": "d.txt"}
+    assert _left_out(tmp_path / "out") == {
+        "d.TXT": ("is beside d.txt, which is read", 1),
+        "e.jpg": ("has no caption (a .txt or .json file of the same name)", 1),
+        "e.tXT": ("has the ending .tXT; write .txt", 1),
+        "f.TXT": ("is no caption of an image beside it", 1),
+    }
 
 
 def test_files_beside_images(folder, tmp_path):
