@@ -38,14 +38,7 @@ def why_no_plain_lora(adapter: AdapterFiles) -> str:
         config = part.config
         if config.get("peft_type") != "LORA":
             return f"it holds LoRA, and this is {config.get('peft_type')}"
-        for option in (
-            "bias",
-            "lora_bias",
-            "modules_to_save",
-            "layer_replication",
-            "target_parameters",
-            "trainable_token_indices",
-        ):
+        for option in _MORE_THAN_LORA:
             if config.get(option) not in (None, False, "none", [], {}):
                 return f"it holds LoRA of layers alone, and this adapter has {option}={config[option]!r}"
     return ""
