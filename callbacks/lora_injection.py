@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from lit_lora.adapters import check_finite, check_sharded_training, method_of, same_adapter
 from lit_lora.adapters.in_place import AdapterInPlace, adapt_in_place, adapter_in
+from lit_lora.adapters.names import PREFIX
 from lit_lora.adapters.targets import described_presets
 from lit_lora.blocks import outermost_blocks
 from lit_lora.callbacks.checkpoint_files import adapter_folders
@@ -115,9 +116,7 @@ class LoraInjection(Callback):
             raise UserError("there is no adapter yet: call save_adapter after trainer.fit, in the same process")
         state, config = self._in_place.files()
         if self.update_statistics:
-            state = dict(state) | {
-                f"base_model.model.{name}": value for name, value in _statistics(self._in_place.root)
-            }
+            state = dict(state) | {f"{PREFIX}{name}": value for name, value in _statistics(self._in_place.root)}
         check_finite(state, "adapter", "train with a lower lr or trainer.gradient_clip_val: 1.0")
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return

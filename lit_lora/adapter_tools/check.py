@@ -16,9 +16,9 @@ from lit_lora.adapter_tools.merge_base import check_base
 from lit_lora.adapter_tools.plain_lora import beyond_lora, lora_layers
 from lit_lora.adapters import ADAPTER_NAME
 from lit_lora.adapters.bounds import check_bounds
+from lit_lora.adapters.names import PREFIX
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
-from lit_lora.formats.lora import PREFIX
 from lit_lora.formats.text_encoders import for_encoder
 from lit_lora.visible import visible
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lit_lora.adapter_tools.low_rank import one_thread
 from lit_lora.adapter_tools.plain_lora import beyond_lora, lora_layers
+from lit_lora.adapters.names import PREFIX
 from lit_lora.formats import AdapterFiles
-from lit_lora.formats.lora import PREFIX, adapted_layer
+from lit_lora.formats.lora import adapted_layer
 
 
 @dataclass(frozen=True)

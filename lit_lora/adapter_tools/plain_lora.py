@@ -12,9 +12,10 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
 from lit_lora.adapter_tools.lora_layer import LoraLayer
+from lit_lora.adapters.names import PREFIX
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
-from lit_lora.formats.lora import PREFIX, layers_of
+from lit_lora.formats.lora import layers_of
 from lit_lora.formats.text_encoders import portable_config
 
 _BEYOND = (

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from lit_lora.adapters.bounds import check_bounds
 from lit_lora.adapters.inject import ADAPTER_NAME
+from lit_lora.adapters.state import adapter_tensors
 from lit_lora.errors import UserError
 
 
@@ -55,9 +55,7 @@ def set_adapter_state(model: PeftModel, state: Mapping[str, Tensor], path: objec
         set_peft_model_state_dict(model, dict(state), ADAPTER_NAME)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
         raise _misfit(path, model.get_base_model(), error) from error
-    expected = get_peft_model_state_dict(
-        model, model.state_dict(keep_vars=True), ADAPTER_NAME, save_embedding_layers=False
-    ).keys()
+    expected = adapter_tensors(model).keys()
     for what, names in (("misses", expected - state.keys()), ("has unknown", state.keys() - expected)):
         if names:
             raise UserError(

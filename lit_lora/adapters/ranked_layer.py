@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.inject import ADAPTER_NAME
+from lit_lora.adapters.names import tuner_layers
 from lit_lora.adapters.patterns import pattern_keys
 from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.distributed.resized import resize_parameter
@@ -165,7 +166,7 @@ def ranked_layers(module: nn.Module) -> list[RankedLayer]:
     for path, model in peft_models(module):
         config = model.peft_config[ADAPTER_NAME]
         _check_config(config)
-        for name, layer in model.get_base_model().named_modules():
+        for name, layer in tuner_layers(model, LoraLayer):
             if _is_ranked(layer):
                 found.append(RankedLayer(module, ".".join(filter(None, (path, name))), name, layer, config))
     return sorted(found, key=lambda layer: layer.path)
@@ -209,13 +210,13 @@ def layer_ranks(module: nn.Module) -> dict[str, int]:
     return {
         name: int(layer.r[ADAPTER_NAME])
         for _, model in peft_models(module)
-        for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer) and ADAPTER_NAME in layer.r
+        for name, layer in tuner_layers(model, LoraLayer)
+        if ADAPTER_NAME in layer.r
     }
 
 
-def _is_ranked(layer: nn.Module) -> bool:
-    if not isinstance(layer, LoraLayer) or ADAPTER_NAME not in layer.lora_A:
+def _is_ranked(layer: LoraLayer) -> bool:
+    if ADAPTER_NAME not in layer.lora_A:
         return False
     return isinstance(layer, Linear) or (isinstance(layer, Conv2d) and layer.get_base_layer().groups == 1)
 

@@ -13,10 +13,11 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from torch import Tensor
 
+from lit_lora.adapters.names import PREFIX
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
-from lit_lora.formats.lora import PREFIX, layers_of, lora_config, why_no_plain_lora
+from lit_lora.formats.lora import layers_of, lora_config, why_no_plain_lora
 from lit_lora.formats.own_metadata import file_metadata, foreign_metadata, own_entry, written_family
 from lit_lora.formats.tensor_file import TensorFile, write_tensors
 from lit_lora.formats.text_encoders import normalized

@@ -13,9 +13,10 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from lit_lora.adapters import plain_config
+from lit_lora.adapters.names import PREFIX
 from lit_lora.errors import UserError
 from lit_lora.formats.base import AdapterFiles
-from lit_lora.formats.lora import PREFIX, only, plain_number, targets
+from lit_lora.formats.lora import only, plain_number, targets
 
 METHODS = ("LOHA", "LOKR")
 """PEFT's names of these methods."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_lora.adapters.names import PREFIX
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.families.native_layers import NativeLayer
@@ -18,7 +19,6 @@ from lit_lora.formats.fused import LoraLayer, fuse, split
 from lit_lora.formats.known_family import family_of_names
 from lit_lora.formats.layer_names import TENSOR, Place, encoder_layers, places, underscored
 from lit_lora.formats.lora import (
-    PREFIX,
     adapted_layer,
     effective_alpha,
     fits,

@@ -15,11 +15,10 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from lit_lora.adapters import plain_config
+from lit_lora.adapters.names import PREFIX
 from lit_lora.errors import UserError
 from lit_lora.formats.base import AdapterFiles
 
-PREFIX = "base_model.model."
-"""Beginning of PEFT's names."""
 _MORE_THAN_LORA = (
     "bias",
     "lora_bias",

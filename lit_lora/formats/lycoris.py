@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lit_lora.adapters.names import PREFIX
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.families.native_layers import NativeLayer
@@ -13,7 +14,7 @@ from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.hadamard_kronecker import METHODS, alphas_of, config_of, groups_of, why_not_exact
 from lit_lora.formats.layer_file import Group, LayerFile, alpha_tensor
 from lit_lora.formats.layer_names import TENSOR, Place, underscored
-from lit_lora.formats.lora import PREFIX, why_no_plain_lora
+from lit_lora.formats.lora import why_no_plain_lora
 from lit_lora.formats.model_spec import spec_metadata
 from lit_lora.formats.tensor_file import TensorFile
 from lit_lora.formats.text_encoders import nested

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
 
 from lit_lora.adapters import ADAPTER_NAME, method_of, plain_config
+from lit_lora.adapters.state import adapter_tensors
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats import format_named
@@ -42,11 +42,7 @@ def check_formats(family: ModelFamily, formats: Sequence[str]) -> None:
     Raises:
         UserError: If a format is not known or cannot hold the adapter.
     """
-    model = family.denoiser
-    state = get_peft_model_state_dict(
-        model, model.state_dict(keep_vars=True), ADAPTER_NAME, save_embedding_layers=False
-    )
-    adapter = files_of(family, state)
+    adapter = files_of(family, adapter_tensors(family.denoiser))
     for one in map(format_named, formats):
         if reason := one.why_not(adapter):
             raise UserError(

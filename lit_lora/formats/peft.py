@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lit_lora.adapters.names import PREFIX
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
-from lit_lora.formats.lora import PREFIX
 from lit_lora.formats.own_metadata import file_metadata, foreign_metadata, own_entry, written_family
 from lit_lora.formats.tensor_file import TensorFile, write_tensors
 from lit_lora.formats.text_encoders import for_class, normalized

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_lora.adapters.names import PREFIX
 from lit_lora.formats.base import AdapterFiles
-from lit_lora.formats.lora import PREFIX
 
 _MODEL = "text_model."
 

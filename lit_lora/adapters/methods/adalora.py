@@ -9,17 +9,17 @@ from typing import Any, ClassVar
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.adalora import AdaLoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_lora.adapters.keys import plain_config
 from lit_lora.adapters.methods.base import AdapterMethod
+from lit_lora.adapters.names import PREFIX, tuner_layers
 from lit_lora.adapters.patterns import pattern_keys
 from lit_lora.errors import UserError
 from lit_lora.quantization.frozen_layer import FrozenLayer
 
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 """Tensors of the rank allocator, each the size of the trained weights: importance, its average and its uncertainty."""
-_PREFIX = "base_model.model."
 
 
 class AdaLoraMethod(AdapterMethod):
@@ -60,7 +60,7 @@ class AdaLoraMethod(AdapterMethod):
         if not weight:
             return None
         norms = []
-        for _, layer in _layers(model):
+        for _, layer in tuner_layers(model, AdaLoraLayer):
             (a,), (b,) = layer.lora_A.values(), layer.lora_B.values()
             for gram in (a @ a.T, b.T @ b):
                 norms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=gram.device)))
@@ -93,14 +93,16 @@ class AdaLoraMethod(AdapterMethod):
         self, model: PeftModel, state: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """LoRA with a rank for each layer; the entries of ``E`` and the scaling are multiplied into ``A``."""
-        return _as_lora(model, state, config, {name: _product(layer) for name, layer in _layers(model)})
+        return _as_lora(
+            model, state, config, {name: _product(layer) for name, layer in tuner_layers(model, AdaLoraLayer)}
+        )
 
     def planned(
         self, model: PeftModel, state: Mapping[str, Tensor], config: Mapping[str, Any]
     ) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         """Every layer with ``target_r``, which is the mean of the ranks at the end."""
         factors = {}
-        for name, layer in _layers(model):
+        for name, layer in tuner_layers(model, AdaLoraLayer):
             (a,), (b,) = layer.lora_A.values(), layer.lora_B.values()
             rank = min(config["target_r"], len(a))
             factors[name] = (a.detach()[:rank], b.detach()[:, :rank])
@@ -117,13 +119,13 @@ def _as_lora(
     others = {key: value for key, value in state.items() if ".lora_" not in key}
     exported: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
-    for name, layer in _layers(model):
+    for name, layer in tuner_layers(model, AdaLoraLayer):
         a, b = factors[name]
         ranks[name] = len(a)
         base = layer.get_base_layer()
         shape = base.weight_shape if isinstance(base, FrozenLayer) else base.weight.shape  # (out, in, *kernel)
-        exported[f"{_PREFIX}{name}.lora_A.weight"] = a.reshape(-1, *shape[1:]).cpu().contiguous()
-        exported[f"{_PREFIX}{name}.lora_B.weight"] = b.reshape(*b.shape, *(1 for _ in shape[2:])).cpu().contiguous()
+        exported[f"{PREFIX}{name}.lora_A.weight"] = a.reshape(-1, *shape[1:]).cpu().contiguous()
+        exported[f"{PREFIX}{name}.lora_B.weight"] = b.reshape(*b.shape, *(1 for _ in shape[2:])).cpu().contiguous()
     keys = pattern_keys(ranks)
     pattern = {keys[name]: rank for name, rank in ranks.items()}
     most = max(ranks.values())
@@ -140,13 +142,6 @@ def _as_lora(
         name: config[name] for name in ("base_model_name_or_path", "auto_mapping", "exclude_modules") if name in config
     }
     return exported | others, plain_config(lora) | kept
-
-
-def _layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Names and layers of AdaLoRA in an adapted model."""
-    return [
-        (name.rpartition(_PREFIX)[2], layer) for name, layer in model.named_modules() if isinstance(layer, AdaLoraLayer)
-    ]
 
 
 def _product(layer: Any) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from lit_lora.adapters.keys import plain_config
 from lit_lora.adapters.methods.base import AdapterMethod
+from lit_lora.adapters.names import PREFIX, tuner_layers
 from lit_lora.adapters.patterns import pattern_keys
 from lit_lora.distributed.collectives import broadcast
 from lit_lora.errors import UserError
 from lit_lora.quantization.frozen_layer import frozen_layers
-
-_PREFIX = "base_model.model."
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """``A`` and ``B`` of each layer on the CPU, by the layer's name."""
@@ -59,7 +58,7 @@ class RebasedLoraMethod(AdapterMethod):
         own = _factors(model)
         object.__setattr__(model, "initial_lora", own)
         _move_base(model, broadcast(own))
-        for name, layer in _layers(model):
+        for name, layer in tuner_layers(model, LoraLayer):
             for weight, value in zip(_weights(layer), model.initial_lora[name], strict=True):
                 weight.data.copy_(value)
 
@@ -79,9 +78,9 @@ class RebasedLoraMethod(AdapterMethod):
         exported = dict(state)
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
-        for name, layer in _layers(model):
+        for name, layer in tuner_layers(model, LoraLayer):
             first_a, first_b = model.initial_lora[name]
-            key = f"{_PREFIX}{name}.lora_"
+            key = f"{PREFIX}{name}.lora_"
             exported[f"{key}A.weight"] = torch.cat([state[f"{key}A.weight"].cpu(), first_a])
             exported[f"{key}B.weight"] = torch.cat([state[f"{key}B.weight"].cpu(), -first_b], dim=1).contiguous()
             ranks[name] = len(exported[f"{key}A.weight"])
@@ -97,21 +96,14 @@ class RebasedLoraMethod(AdapterMethod):
         }
 
 
-def _layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Names and LoRA layers of an adapted model."""
-    return [
-        (name.rpartition(_PREFIX)[2], layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)
-    ]
-
-
 def _weights(layer: Any) -> tuple[Tensor, Tensor]:
     (down,), (up,) = layer.lora_A.values(), layer.lora_B.values()
     return down.weight, up.weight
 
 
-def _factors(model: nn.Module) -> Factors:
+def _factors(model: PeftModel) -> Factors:
     found: Factors = {}
-    for name, layer in _layers(model):
+    for name, layer in tuner_layers(model, LoraLayer):
         a, b = _weights(layer)
         found[name] = (a.detach().float().cpu().clone(), b.detach().float().cpu().clone())
     return found
@@ -125,7 +117,7 @@ def _move_base(model: Any, factors: Factors) -> None:
     """
     if factors is model.initial_lora:
         return
-    for name, layer in _layers(model):
+    for name, layer in tuner_layers(model, LoraLayer):
         (a, b), (here_a, here_b) = factors[name], model.initial_lora[name]
         if torch.equal(a, here_a) and torch.equal(b, here_b):
             continue
