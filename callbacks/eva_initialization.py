@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters.rank_selection import select_components
-from lit_lora.adapters.ranked_layer import RankedLayer, match_checkpoint, note_ranks, ranked_layers
+from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
+from lit_lora.callbacks.changed_ranks import ChangedRanks
 from lit_lora.distributed.collectives import broadcast, full_tensor
-from lit_lora.distributed.resized import refresh
 from lit_lora.errors import UserError, check_least
 
 _ROWS = 1024
 """Rows of a layer's input that are looked at in each batch."""
 
 
-class EvaInitialization(Callback):
+class EvaInitialization(ChangedRanks):
     """Initializes LoRA from the layers' inputs, and gives more rank to layers whose inputs vary in more directions.
 
     EVA (Paischer et al., 2024): the rows of ``A`` become the right singular vectors of a layer's inputs, computed over some
@@ -47,6 +45,7 @@ class EvaInitialization(Callback):
     """
 
     def __init__(self, steps: int = 4, rho: float = 2.0) -> None:
+        super().__init__()
         check_least(1, steps=steps, rho=rho)
         self.steps = steps
         self.rho = rho
@@ -54,44 +53,27 @@ class EvaInitialization(Callback):
         self._inputs: dict[str, _Inputs] = {}
         self._restored: dict[str, Any] = {}
         self._hooks: list[RemovableHandle] = []
-        self._layers: list[RankedLayer] = []
-        self._load_hook: RemovableHandle | None = None
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise UserError(
-                "EvaInitialization changes ranks, and DeepSpeed keeps weights and optimizer states in buffers of a fixed size; "
-                "use strategy ddp or lit_lora_fsdp, or remove EvaInitialization from trainer.callbacks"
-            )
-        if stage == "fit" and getattr(pl_module, "compile_blocks", False):
-            raise UserError(
-                "EvaInitialization changes the shapes of weights, which compile_blocks has compiled by then; set "
-                "compile_blocks to false, or remove EvaInitialization from trainer.callbacks"
-            )
-        self._done, self._inputs, self._restored, self._layers = False, {}, {}, []
-        self._load_hook = pl_module.register_load_state_dict_pre_hook(partial(self._match_checkpoint, trainer))
+        super().setup(trainer, pl_module, stage)
+        self._remove_hooks()
+        self._done, self._inputs, self._restored = False, {}, {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
         self._remove_hooks()
-        if self._load_hook is not None:
-            self._load_hook.remove()
-            self._load_hook = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
         if self._done:
             return
-        self._layers = self._layers or ranked_layers(pl_module)
-        if not self._layers:
-            raise UserError(
-                "EvaInitialization found no LoRA layer in the module; adapt it with peft.LoraConfig before training starts"
-            )
-        if any(layer.config.use_dora for layer in self._layers):
+        self.find_layers(pl_module)
+        if any(layer.config.use_dora for layer in self.layers):
             raise UserError(
                 "EvaInitialization replaces weights from which DoRA has computed its magnitudes; leave use_dora out"
             )
-        for layer in self._layers:
+        for layer in self.layers:
             most = max(1, min(round(layer.rank * self.rho), layer.a[0].numel()))
             inputs = _Inputs(layer, most, self._restored.get(layer.path))
             self._inputs[layer.path] = inputs
@@ -105,7 +87,7 @@ class EvaInitialization(Callback):
             return
         self._step = trainer.global_step
         if self._step >= self.steps:
-            self._initialize(trainer, pl_module)
+            self._initialize(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self._done, "inputs": {path: inputs.state() for path, inputs in self._inputs.items()}}
@@ -114,36 +96,29 @@ class EvaInitialization(Callback):
         self._done = bool(state_dict["done"])
         self._restored = dict(state_dict["inputs"])
 
-    def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _initialize(self, trainer: Trainer) -> None:
         self._remove_hooks()
         found: dict[str, tuple[Tensor, Tensor]] = broadcast(
             {path: inputs.components() for path, inputs in self._inputs.items()}
         )
         self._inputs, self._done = {}, True
-        known = [layer for layer in self._layers if len(found[layer.path][1])]
+        known = [layer for layer in self.layers if len(found[layer.path][1])]
         budget = float(sum(layer.rank for layer in known))
         ranks = select_components([found[layer.path][1] for layer in known], [1.0] * len(known), budget)
         for layer, chosen in zip(known, ranks, strict=True):
             vectors = found[layer.path][0][chosen]
             b = torch.zeros(layer.b.shape[0], len(chosen), *layer.b.shape[2:])
             layer.replace(vectors.reshape(-1, *layer.a.shape[1:]), b, trainer.optimizers)
-        for layer in self._layers:
+        for layer in self.layers:
             if layer not in known:
                 layer.replace(full_tensor(layer.a.detach()), torch.zeros(layer.b.shape), trainer.optimizers)
-        note_ranks(self._layers)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "on_adapter_replaced"):
-                callback.on_adapter_replaced(trainer, pl_module)
-        refresh(trainer.strategy)
-        after = [layer.rank for layer in self._layers]
+        note_ranks(self.layers)
+        self.changed(trainer, "on_adapter_replaced")
+        after = [layer.rank for layer in self.layers]
         rank_zero_info(
-            f"EvaInitialization gave {len(known)} of {len(self._layers)} layers first values from their inputs, and ranks of "
+            f"EvaInitialization gave {len(known)} of {len(self.layers)} layers first values from their inputs, and ranks of "
             f"{min(after)} to {max(after)}"
         )
-
-    def _match_checkpoint(self, trainer: Trainer, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        self._layers = self._layers or ranked_layers(module)
-        match_checkpoint(self._layers, state_dict, trainer.optimizers)
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:

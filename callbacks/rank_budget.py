@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import adapter_state
 from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.rank_selection import select_components
-from lit_lora.adapters.ranked_layer import RankedLayer, match_checkpoint, note_ranks, ranked_layers
+from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
 from lit_lora.byte_sizes import parse_bytes
+from lit_lora.callbacks.changed_ranks import ChangedRanks
 from lit_lora.distributed.collectives import full_tensor
-from lit_lora.distributed.resized import refresh
 from lit_lora.errors import UserError, check_least
 from lit_lora.formats.peft import safetensors_bytes
 from lit_lora.loops import number_of_steps
@@ -32,7 +29,7 @@ _PARAMETER_BYTES = 4
 """Adapters are trained and saved in float32."""
 
 
-class RankBudget(Callback):
+class RankBudget(ChangedRanks):
     """Starts LoRA with a larger rank and prunes it to a budget while it trains, so that each layer keeps the ranks it needs.
 
     LoRA adds ``scaling * sum_i B[:, i] A[i]`` to a frozen weight. Before each optimizer step, each rank-one component is scored
@@ -78,6 +75,7 @@ class RankBudget(Callback):
         min_rank: int = 1,
         smoothing: float = 0.9,
     ) -> None:
+        super().__init__()
         given = {"mean_rank": mean_rank, "parameters": parameters, "share": share, "file_size": file_size}
         if len(set_ones := [f"{name}={value}" for name, value in given.items() if value is not None]) != 1:
             raise UserError(
@@ -101,9 +99,6 @@ class RankBudget(Callback):
         self.prunings = prunings
         self.min_rank = min_rank
         self.smoothing = smoothing
-        self.layers: list[RankedLayer] = []
-        """The layers whose ranks are pruned, while a trainer runs."""
-        self._hooks: list[RemovableHandle] = []
         self._first_ranks: dict[str, int] = {}
         self._scores: dict[str, Tensor] = {}
         self._schedule: dict[int, float] = {}
@@ -111,20 +106,14 @@ class RankBudget(Callback):
         self._step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            _check_run(trainer, pl_module)
-        self.layers, self._first_ranks, self._scores, self._total_steps = [], {}, {}, 0
-        self._hooks = [pl_module.register_load_state_dict_pre_hook(partial(self._match_checkpoint, trainer))]
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        super().setup(trainer, pl_module, stage)
+        self._first_ranks, self._scores, self._total_steps = {}, {}, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._find_layers(pl_module)
+        self.find_layers(pl_module)
         first = sum(rank * cost for rank, cost in zip(self._first_ranks.values(), self._costs(), strict=True))
         final = self._budget(first, pl_module)
+        # For its error: a budget that is too small should end the run now, not at the first pruning.
         select_components([torch.zeros(layer.rank) for layer in self.layers], self._costs(), final, self.min_rank)
         if final >= first:
             raise UserError(
@@ -136,17 +125,16 @@ class RankBudget(Callback):
         begin, end = self.start * self._total_steps, self.stop * self._total_steps
         self._schedule = {}
         for number in range(1, self.prunings + 1):
-            step = begin + (end - begin) * (number - 1) / max(1, self.prunings - 1)
-            left = (1 - number / self.prunings) ** 3
-            self._schedule[max(1, round(step))] = final + (first - final) * left
-        if self.prunings == 1:
-            self._schedule = {max(1, round(end)): final}
+            step = begin + (end - begin) * (number - 1) / (self.prunings - 1) if self.prunings > 1 else end
+            self._schedule[max(1, round(step))] = final + (first - final) * (1 - number / self.prunings) ** 3
         self._scores = {
             layer.path: _like(self._scores[layer.path], layer) for layer in self.layers if layer.path in self._scores
         }
         self._step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if trainer.global_step >= max(self._schedule):  # nothing is pruned any more
+            return
         for layer in self.layers:
             gradients = layer.gate_gradients()
             if gradients is None:
@@ -208,13 +196,8 @@ class RankBudget(Callback):
     def _unit(self) -> str:
         return "ranks" if self.mean_rank is not None else "parameters"
 
-    def _find_layers(self, module: nn.Module) -> None:
-        if not self.layers:
-            self.layers = ranked_layers(module)
-            if not self.layers:
-                raise UserError(
-                    "RankBudget found no LoRA layer in the module; adapt it with peft.LoraConfig before training starts"
-                )
+    def find_layers(self, module: nn.Module) -> None:
+        super().find_layers(module)
         if not self._first_ranks:
             self._first_ranks = {layer.path: layer.rank for layer in self.layers}
 
@@ -250,10 +233,7 @@ class RankBudget(Callback):
         if not changes:
             return
         note_ranks(self.layers)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if hasattr(callback, "on_ranks_pruned"):
-                callback.on_ranks_pruned(trainer, trainer.lightning_module, changes)
-        refresh(trainer.strategy)
+        self.changed(trainer, "on_ranks_pruned", changes)
         after = [layer.rank for layer in self.layers]
         rank_zero_info(
             f"RankBudget pruned {sum(before) - sum(after):,} of {sum(before):,} ranks at step {trainer.global_step}: "
@@ -267,10 +247,13 @@ class RankBudget(Callback):
                 chart = rank_chart(ranks, f"ranks at step {trainer.global_step}")
                 logger.experiment.add_image("ranks", np.asarray(chart), trainer.global_step, dataformats="HWC")
 
-    def _match_checkpoint(self, trainer: Trainer, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        """Give the layers the ranks of a checkpoint that is about to be loaded."""
-        self._find_layers(module)
-        match_checkpoint(self.layers, state_dict, trainer.optimizers)
+    def _check_run(self, trainer: Trainer, module: Any) -> None:
+        super()._check_run(trainer, module)
+        if getattr(getattr(module, "memory", None), "optimizer_in_backward", False):
+            raise UserError(
+                "RankBudget reads all gradients before each optimizer step, and memory.optimizer_in_backward frees "
+                "them during the backward pass; set it to false, or remove RankBudget from trainer.callbacks"
+            )
 
 
 def _like(scores: Tensor, layer: RankedLayer) -> Tensor:
@@ -286,22 +269,3 @@ def _other_bytes(module: nn.Module, layers: list[RankedLayer]) -> int:
     _, model = next(peft_models(module))
     ranked = sum(layer.rank * layer.component_parameters for layer in layers)
     return safetensors_bytes(adapter_state(model)) - _PARAMETER_BYTES * ranked
-
-
-def _check_run(trainer: Trainer, module: Any) -> None:
-    """Refuse strategies and options under which weights cannot change their shape, or gradients are gone too early."""
-    if isinstance(trainer.strategy, DeepSpeedStrategy):
-        raise UserError(
-            "RankBudget removes ranks from weights and optimizer states, which DeepSpeed keeps in buffers of a fixed size; use "
-            "strategy ddp or lit_lora_fsdp, or remove RankBudget from trainer.callbacks"
-        )
-    if getattr(getattr(module, "memory", None), "optimizer_in_backward", False):
-        raise UserError(
-            "RankBudget reads all gradients before each optimizer step, and memory.optimizer_in_backward frees "
-            "them during the backward pass; set it to false, or remove RankBudget from trainer.callbacks"
-        )
-    if getattr(module, "compile_blocks", False):
-        raise UserError(
-            "RankBudget changes the shapes of weights, so that compile_blocks would compile every block anew at each pruning; "
-            "set compile_blocks to false, or remove RankBudget from trainer.callbacks"
-        )

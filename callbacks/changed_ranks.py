@@ -1,0 +1,88 @@
+"""What callbacks that change the ranks of LoRA while it trains have in common."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lit_lora.adapters.ranked_layer import RankedLayer, match_checkpoint, ranked_layers
+from lit_lora.distributed.resized import refresh
+from lit_lora.errors import UserError
+
+
+class ChangedRanks(Callback):
+    """Finds the LoRA layers, and gives them the ranks of a checkpoint before it is loaded.
+
+    Subclasses change the ranks and then call :meth:`changed`.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[RankedLayer] = []
+        """The layers whose ranks change, once the model is loaded."""
+        self._load_hook: RemovableHandle | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._check_run(trainer, pl_module)
+        self._remove_load_hook()  # Lightning tears no callback down after an exception
+        self.layers = []
+        self._load_hook = pl_module.register_load_state_dict_pre_hook(partial(self._match_checkpoint, trainer))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._remove_load_hook()
+
+    def find_layers(self, module: nn.Module) -> None:
+        """Set :attr:`layers`, if they are not known yet.
+
+        Raises:
+            UserError: If there is no LoRA layer, or the adapter is none of LoRA, rsLoRA and DoRA.
+        """
+        if self.layers:
+            return
+        self.layers = ranked_layers(module)
+        if not self.layers:
+            raise UserError(
+                f"{type(self).__name__} found no LoRA layer in the module; adapt it with peft.LoraConfig before training starts"
+            )
+
+    def changed(self, trainer: Trainer, hook: str, *arguments: Any) -> None:
+        """Tell other callbacks and the strategy of new ranks, in all processes.
+
+        Args:
+            trainer: Trainer whose callbacks are told.
+            hook: Name of the callbacks' method, which is called with trainer, module and the arguments.
+            *arguments: Further arguments of the method.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if method := getattr(callback, hook, None):
+                method(trainer, trainer.lightning_module, *arguments)
+        refresh(trainer.strategy)
+
+    def _check_run(self, trainer: Trainer, module: Any) -> None:
+        """Refuse strategies and options under which weights cannot change their shape."""
+        name = type(self).__name__
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise UserError(
+                f"{name} changes the shapes of weights and optimizer states, which DeepSpeed keeps in buffers of a fixed size; "
+                f"use strategy ddp or lit_lora_fsdp, or remove {name} from trainer.callbacks"
+            )
+        if getattr(module, "compile_blocks", False):
+            raise UserError(
+                f"{name} changes the shapes of weights, so that compile_blocks would compile every block anew each time; set "
+                f"compile_blocks to false, or remove {name} from trainer.callbacks"
+            )
+
+    def _match_checkpoint(self, trainer: Trainer, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        """Give the layers the ranks of a checkpoint that is about to be loaded."""
+        self.find_layers(module)
+        match_checkpoint(self.layers, state_dict, trainer.optimizers)
+
+    def _remove_load_hook(self) -> None:
+        if self._load_hook is not None:
+            self._load_hook.remove()
+            self._load_hook = None
