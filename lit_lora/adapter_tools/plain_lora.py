@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,9 +12,10 @@ from peft.utils.other import get_pattern_key
 
 from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.adapters.names import PREFIX
+from lit_lora.adapters.patterns import MOST_PATTERNS, grouped_patterns
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
-from lit_lora.formats.lora import layers_of
+from lit_lora.formats.lora import layers_of, only
 from lit_lora.formats.text_encoders import portable_config
 
 _BEYOND = (
@@ -38,9 +38,6 @@ _BEYOND = (
     ),
 )
 """Options of PEFT's ``LoraConfig`` with which an adapter is more than ``scale * up @ down`` in single layers."""
-_MOST_PATTERNS = 256
-"""Number of patterns up to which each layer has its own. PEFT compares every layer with every pattern, and Python keeps 512
-compiled ones: with 730 patterns for 788 layers PEFT took 23 s to load an adapter, with one pattern per rank 3 s."""
 _KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva", None)
 """Values of ``init_lora_weights`` that leave the base's weights as they are."""
 
@@ -140,11 +137,7 @@ def patterns(values: Mapping[str, int]) -> tuple[int, dict[str, int]]:
         values: Values by layer.
     """
     usual = Counter(values.values()).most_common(1)[0][0]
-    others: dict[int, list[str]] = {}
-    for layer, value in values.items():
-        if value != usual:
-            others.setdefault(value, []).append(layer)
-    # "^": PEFT would also take a name as the end of a longer one.
-    if sum(map(len, others.values())) <= _MOST_PATTERNS:
-        return usual, {f"^{layer}": value for value, layers in sorted(others.items()) for layer in layers}
-    return usual, {f"^(?:{'|'.join(map(re.escape, layers))})": value for value, layers in sorted(others.items())}
+    others = {layer: value for layer, value in values.items() if value != usual}
+    if len(others) > MOST_PATTERNS:
+        return usual, grouped_patterns(others)
+    return usual, {only(layer): value for layer, value in sorted(others.items(), key=lambda item: item[1])}

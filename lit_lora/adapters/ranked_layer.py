@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.inject import ADAPTER_NAME
 from lit_lora.adapters.names import tuner_layers
-from lit_lora.adapters.patterns import pattern_keys
+from lit_lora.adapters.patterns import layer_patterns
 from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.distributed.resized import resize_parameter
 from lit_lora.errors import UserError
@@ -176,9 +176,8 @@ def note_ranks(layers: Sequence[RankedLayer]) -> None:
     """Write the layers' ranks and alphas into their config, as ``rank_pattern`` and ``alpha_pattern``."""
     for config in {id(layer.config): layer.config for layer in layers}.values():
         own = [layer for layer in layers if layer.config is config]
-        keys = pattern_keys(layer.name for layer in own)
-        config.rank_pattern = {keys[layer.name]: layer.rank for layer in own}
-        config.alpha_pattern = {keys[layer.name]: layer.layer.lora_alpha[ADAPTER_NAME] for layer in own}
+        config.rank_pattern = layer_patterns({layer.name: layer.rank for layer in own})
+        config.alpha_pattern = layer_patterns({layer.name: layer.layer.lora_alpha[ADAPTER_NAME] for layer in own})
 
 
 def match_checkpoint(

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_lora.adapters.keys import plain_config
 from lit_lora.adapters.methods.base import AdapterMethod
 from lit_lora.adapters.names import PREFIX, tuner_layers
-from lit_lora.adapters.patterns import pattern_keys
+from lit_lora.adapters.patterns import layer_patterns
 from lit_lora.errors import UserError
 from lit_lora.quantization.frozen_layer import FrozenLayer
 
@@ -126,8 +126,7 @@ def _as_lora(
         shape = base.weight_shape if isinstance(base, FrozenLayer) else base.weight.shape  # (out, in, *kernel)
         exported[f"{PREFIX}{name}.lora_A.weight"] = a.reshape(-1, *shape[1:]).cpu().contiguous()
         exported[f"{PREFIX}{name}.lora_B.weight"] = b.reshape(*b.shape, *(1 for _ in shape[2:])).cpu().contiguous()
-    keys = pattern_keys(ranks)
-    pattern = {keys[name]: rank for name, rank in ranks.items()}
+    pattern = layer_patterns(ranks)
     most = max(ranks.values())
     lora = LoraConfig(
         r=most,

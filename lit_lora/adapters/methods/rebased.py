@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lit_lora.adapters.keys import plain_config
 from lit_lora.adapters.methods.base import AdapterMethod
 from lit_lora.adapters.names import PREFIX, tuner_layers
-from lit_lora.adapters.patterns import pattern_keys
+from lit_lora.adapters.patterns import layer_patterns
 from lit_lora.distributed.collectives import broadcast
 from lit_lora.errors import UserError
 from lit_lora.quantization.frozen_layer import frozen_layers
@@ -86,13 +86,12 @@ class RebasedLoraMethod(AdapterMethod):
             ranks[name] = len(exported[f"{key}A.weight"])
             (scaling,) = layer.scaling.values()
             alphas[name] = scaling * (math.sqrt(ranks[name]) if config["use_rslora"] else ranks[name])
-        keys = pattern_keys(ranks)
         most = max(ranks.values())
         kept = {name: value for name, value in config.items() if name not in ("r", "lora_alpha", "init_lora_weights")}
         own = plain_config(LoraConfig(r=most, lora_alpha=max(alphas.values())))
         return exported, own | kept | {
-            "rank_pattern": {keys[name]: rank for name, rank in ranks.items()},
-            "alpha_pattern": {keys[name]: alpha for name, alpha in alphas.items()},
+            "rank_pattern": layer_patterns(ranks),
+            "alpha_pattern": layer_patterns(alphas),
         }
 
 
