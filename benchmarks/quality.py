@@ -1,4 +1,4 @@
-"""How well each setting learns handwritten digits: ``python benchmarks/quality.py``.
+"""How well each setting learns handwritten digits: ``python -m benchmarks.quality``.
 
 The embedded base is trained on scikit-learn's scans as in ``lit-lora demo``, with full fine-tuning and with LoRA on a dense base
 and on each quantization, with the same steps, batches and seeds. Then each model generates digits. Accuracy is the share of
@@ -13,19 +13,18 @@ import argparse
 import logging
 import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from peft import LoraConfig
 from sklearn.datasets import load_digits
 
 import lit_lora.quantization
-from lit_lora import LoraDiffusion, StableDiffusion, WebDatasetDataModule
-from lit_lora.datamodules import ImageDecoder
+from benchmarks.learning import learn
+from lit_lora import LoraDiffusion, StableDiffusion
 from lit_lora.families.checks import prepare
 from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, _accuracy, _fit_classifier, _pack, _prompt
 
@@ -85,37 +84,16 @@ def _run(
     """Train with one setting and one seed, and measure the result."""
     seed_everything(seed, verbose=False)
     module = _module(setting, seed, options.steps, options)
-    data = WebDatasetDataModule(
-        str(shards),
-        val_samples=96,
-        batch_size=48,
-        resolution=32,
-        decoder=ImageDecoder(center_crop=True),
-        num_workers=0,
-        seed=seed,
-    )
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=options.steps,
-        max_epochs=-1,
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    started = time.perf_counter()
-    trainer.fit(module, data)
-    seconds = time.perf_counter() - started
+    learned = learn(module, shards, seed, options.steps)
     denoiser = list(module.family.denoiser.parameters())
     trained = [parameter for parameter in denoiser if parameter.requires_grad]
     state = [
-        value for entry in trainer.optimizers[0].state.values() for value in entry.values() if torch.is_tensor(value)
+        value
+        for entry in learned.trainer.optimizers[0].state.values()
+        for value in entry.values()
+        if torch.is_tensor(value)
     ]
     held = sum(t.numel() * t.element_size() for t in (*denoiser, *trained, *state))
-    judge = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    loss = judge.validate(module, data, verbose=False)[0]["val/loss"]
     prompts = [_prompt(digit) for digit in range(10)] * options.images_per_digit
     images = module.generate(
         prompts,
@@ -126,10 +104,10 @@ def _run(
     )
     return {
         "accuracy": _accuracy(classifier, images),
-        "loss": loss,
+        "loss": learned.loss,
         "bytes": held,
         "trained": sum(parameter.numel() for parameter in trained),
-        "seconds": seconds,
+        "seconds": learned.seconds,
     }
 
 

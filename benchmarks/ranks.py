@@ -1,4 +1,4 @@
-"""Uniform and adaptive ranks at the same number of parameters: ``python benchmarks/ranks.py``.
+"""Uniform and adaptive ranks at the same number of parameters: ``python -m benchmarks.ranks``.
 
 The embedded base learns two sets of images: scikit-learn's scans of handwritten digits, and shapes filled with patterns, which
 the base has only seen in one colour. Every setting trains with the same steps, batches and seeds; the budgets are the parameters
@@ -17,7 +17,6 @@ import json
 import logging
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,9 +32,9 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from benchmarks.environment import cpu_cores, versions
-from lit_lora import EvaInitialization, LoraDiffusion, RankBudget, StableDiffusion, WebDatasetDataModule
+from benchmarks.learning import learn
+from lit_lora import EvaInitialization, LoraDiffusion, RankBudget, StableDiffusion
 from lit_lora.adapters import ADAPTER_NAME, adapter_state, method_of, plain_config
-from lit_lora.datamodules import ImageDecoder
 from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, SCAN_SIZE, _fit_classifier, _prompt, _scan_images
 from scripts.embedded.drawing import SHAPES, SIZE, _draw_shape
@@ -188,33 +187,8 @@ def _run(setting: Setting, seed: int, shards: Path, task: Task, options: argpars
         caption_dropout=0.1,
         seed=seed,
     )
-    data = WebDatasetDataModule(
-        str(shards),
-        val_samples=96,
-        batch_size=48,
-        resolution=32,
-        decoder=ImageDecoder(center_crop=True),
-        num_workers=0,
-        seed=seed,
-    )
     held = _Held()
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=options.steps,
-        max_epochs=-1,
-        gradient_clip_val=1.0,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*setting.callbacks(), held],
-    )
-    started = time.perf_counter()
-    trainer.fit(module, data)
-    seconds = time.perf_counter() - started
-    judge = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    loss = judge.validate(module, data, verbose=False)[0]["val/loss"]
+    learned = learn(module, shards, seed, options.steps, [*setting.callbacks(), held])
     rounds = options.images // len(task.prompts)
     images = module.generate(
         task.prompts * rounds,
@@ -229,12 +203,12 @@ def _run(setting: Setting, seed: int, shards: Path, task: Task, options: argpars
     ranks = [*config["rank_pattern"].values()] or [config["r"]]
     return {
         "accuracy": float(task.classifier.score(seen, labels)),
-        "loss": loss,
+        "loss": learned.loss,
         "parameters": sum(value.numel() for value in state.values()),
         "most_bytes": held.most,
         "last_bytes": held.last,
         "ranks": [min(ranks), max(ranks)],
-        "seconds": seconds,
+        "seconds": learned.seconds,
     }
 
 

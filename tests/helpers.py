@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from filelock import FileLock
+from lightning.pytorch import LightningModule
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -104,3 +106,42 @@ def processes(arguments: Sequence[object], count: int, folder: Path, timeout: fl
     environment = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     run_processes([str(argument) for argument in arguments], count, folder, timeout, environment, WarmPython)
+
+
+class Classifier(LightningModule):
+    """A module of another project, for the images of :func:`make_batches`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(batch["pixel_values"].float() / 255), torch.tensor([0, 1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def difference_in_plain_libraries(denoiser: nn.Module, base: Path, adapter: Path) -> tuple[float, float, float]:
+    """How far outputs of an adapted UNet are from those of the adapter's files in diffusers and in PEFT, and from the base's.
+
+    Args:
+        denoiser: The UNet with its adapter, of the kind of :func:`tiny_unet`.
+        base: Folder of the base.
+        adapter: Folder of the adapter's files.
+    """
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 77, 16))
+
+    def pipeline() -> StableDiffusionPipeline:
+        return StableDiffusionPipeline.from_pretrained(base)
+
+    with torch.no_grad():
+        here = denoiser(*inputs).sample
+        plain = pipeline()
+        of_base = plain.unet(*inputs).sample
+        plain.load_lora_weights(adapter)
+        in_diffusers = plain.unet(*inputs).sample
+        in_peft = PeftModel.from_pretrained(pipeline().unet, adapter)(*inputs).sample
+    first, second, third = (float((here - other).abs().max()) for other in (in_diffusers, in_peft, of_base))
+    return first, second, third

@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from peft import AdaLoraConfig, LoraConfig, PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 
 from lit_lora.adapters.ranked_layer import layer_ranks, ranked_layers
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoraInjection, RankBudget, RunReport
@@ -19,7 +17,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
-from tests.helpers import loader_of, make_batches
+from tests.helpers import Classifier, difference_in_plain_libraries, loader_of, make_batches
 
 STEPS = 8
 
@@ -161,15 +159,12 @@ def test_the_files_draw_the_same_images_in_plain_diffusers(
     module = module_of(sd_folder)
     fit(module, trainer_options, RankBudget(mean_rank=1.5))
     module.save_adapter(tmp_path / "adapter")
-    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 77, 16))
-    with torch.no_grad():
-        here = module.family.denoiser(*inputs).sample
-        pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
-        base = pipeline.unet(*inputs).sample
-        pipeline.load_lora_weights(tmp_path / "adapter")
-        there = pipeline.unet(*inputs).sample
-    assert (here - there).abs().max() <= 1e-5
-    assert (here - base).abs().max() > 1e-3
+    in_diffusers, in_peft, from_base = difference_in_plain_libraries(
+        module.family.denoiser, sd_folder, tmp_path / "adapter"
+    )
+    assert in_diffusers <= 1e-5
+    assert in_peft <= 1e-5
+    assert from_base > 1e-3
 
 
 def test_gradients_that_are_not_finite_do_not_spoil_the_scores(
@@ -278,22 +273,6 @@ def test_the_report_has_the_ranks(
     fit(module, trainer_options, RankBudget(mean_rank=2), RunReport(output_dir=str(tmp_path)))
     assert json.loads((tmp_path / "report.json").read_text())["adapter_ranks"] == layer_ranks(module)
     assert "ranks of 24 layers 1 to 4, 2 on average" in capsys.readouterr().out
-
-
-class Classifier(LightningModule):
-    """A module of another project."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        target = torch.tensor([0, 1])
-        return nn.functional.cross_entropy(self.net(batch["pixel_values"].float() / 255), target)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def injected(folder: Path, options: dict[str, Any], resume: Path | None = None, at: int = 0) -> Classifier:

@@ -6,17 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from peft import AdaLoraConfig, PeftModel
-from torch import nn
 
 from lit_lora.adapters import method_of
 from lit_lora.callbacks import AdapterCheckpoint, LoraInjection
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
-from tests.helpers import loader_of, make_batches
+from tests.helpers import Classifier, difference_in_plain_libraries, loader_of, make_batches
 
 STEPS = 8
 
@@ -145,36 +143,16 @@ def test_the_files_are_lora_that_draws_the_same_in_plain_diffusers(
     module.optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)
     Trainer(**trainer_options | {"max_steps": STEPS}).fit(module, loader_of(make_batches(STEPS)))
     module.save_adapter(tmp_path / "adapter")
-    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([10, 500]), torch.randn(2, 77, 16))
-    with torch.no_grad():
-        here = module.family.denoiser(*inputs).sample
-        pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
-        base = pipeline.unet(*inputs).sample
-        pipeline.load_lora_weights(tmp_path / "adapter")
-        assert (pipeline.unet(*inputs).sample - here).abs().max() <= 1e-5
-        unet = StableDiffusionPipeline.from_pretrained(sd_folder).unet
-        peft = PeftModel.from_pretrained(unet, tmp_path / "adapter")
-        assert (peft(*inputs).sample - here).abs().max() <= 1e-5
-    assert (here - base).abs().max() > 1e-4
+    in_diffusers, in_peft, from_base = difference_in_plain_libraries(
+        module.family.denoiser, sd_folder, tmp_path / "adapter"
+    )
+    assert in_diffusers <= 1e-5
+    assert in_peft <= 1e-5
+    assert from_base > 1e-4
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     # Pruned ranks are not in the file; a layer without any keeps one.
     assert sum(config["rank_pattern"].values()) <= 2 * 24 + sum(rank == 1 for rank in config["rank_pattern"].values())
-
-
-class Classifier(LightningModule):
-    """A module of another project."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 4))
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return nn.functional.cross_entropy(self.net(batch["pixel_values"].float() / 255), torch.tensor([0, 1]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 @pytest.mark.parametrize(("weight", "near"), [(0.0, False), (10.0, True)])

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from lightning.pytorch import Trainer
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 
 from lit_lora.adapters import adapter_state, inject, method_of
 from lit_lora.adapters.methods import RebasedLoraMethod, is_rebased
@@ -18,7 +17,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import Int8
-from tests.helpers import loader_of, make_batches, tiny_unet
+from tests.helpers import difference_in_plain_libraries, loader_of, make_batches, tiny_unet
 
 STEPS = 4
 KINDS = ["pissa", "pissa_niter_4", "olora"]
@@ -76,17 +75,12 @@ def test_the_files_are_lora_for_the_original_base(
 ) -> None:
     module = fit(sd_folder, tmp_path / "run", trainer_options, lora(kind, **options))
     module.save_adapter(tmp_path / "adapter")
-    values = inputs()
-    with torch.no_grad():
-        here = module.family.denoiser(*values).sample
-        pipeline = StableDiffusionPipeline.from_pretrained(sd_folder)
-        base = pipeline.unet(*values).sample
-        pipeline.load_lora_weights(tmp_path / "adapter")
-        assert (pipeline.unet(*values).sample - here).abs().max() <= 1e-5
-        unet = StableDiffusionPipeline.from_pretrained(sd_folder).unet
-        peft = PeftModel.from_pretrained(unet, tmp_path / "adapter")
-        assert (peft(*values).sample - here).abs().max() <= 1e-5
-    assert (here - base).abs().max() > 1e-3
+    in_diffusers, in_peft, from_base = difference_in_plain_libraries(
+        module.family.denoiser, sd_folder, tmp_path / "adapter"
+    )
+    assert in_diffusers <= 1e-5
+    assert in_peft <= 1e-5
+    assert from_base > 1e-3
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
 
