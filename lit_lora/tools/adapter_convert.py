@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 from lit_lora.errors import UserError
@@ -28,23 +27,19 @@ def convert(input: str, output: str, format: Format = "peft", family: str | None
     Raises:
         UserError: If the input holds no complete adapter, the format cannot hold it, or the output cannot be written.
     """
-    from lit_lora.files import atomic_file, atomic_folder
+    from lit_lora.files import atomic_folder
     from lit_lora.formats import format_named
-    from lit_lora.formats.find import read_adapter
-    from lit_lora.tools.named_family import named_family
+    from lit_lora.tools.adapter_input import read_input
+    from lit_lora.tools.adapter_output import check_target, is_file, write_file
 
     target, written = Path(output), format_named(format)
-    is_file = target.suffix == ".safetensors"
-    if is_file and format == "peft":
-        raise UserError(f"output={output!r} is a file, and the format peft is a folder of two; name a folder")
-    adapter = read_adapter(input, named_family(family) if family else None)
+    check_target(target, format)
+    adapter = read_input(input, family)
     if reason := written.why_not(adapter):
         advice = "; set --family to the family of its base" if adapter.family is None else ""
         raise UserError(f"{input} cannot be written in the format {format}: {reason}{advice}")
-    if is_file:
-        with atomic_file(target) as part, TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-            written.write(adapter, Path(folder))
-            (Path(folder) / written.file_name).replace(part)
+    if is_file(target):
+        write_file(adapter, written, target)
     else:
         with atomic_folder(target, marker=written.file_name) as part:
             written.write(adapter, part)

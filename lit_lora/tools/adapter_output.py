@@ -33,15 +33,7 @@ class AdapterOutput:
 
     def __post_init__(self) -> None:
         refuse_existing(self.target, self.overwrite)
-        if self.is_file and self.format == "peft":
-            raise UserError(
-                f"output={str(self.target)!r} is a file, and the format peft is a folder of two; name a folder"
-            )
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the target is a file."""
-        return self.target.suffix == ".safetensors"
+        check_target(self.target, self.format)
 
     def formats(self, adapter: AdapterFiles) -> list[AdapterFormat]:
         """The formats in which an adapter is written.
@@ -49,7 +41,7 @@ class AdapterOutput:
         Raises:
             UserError: If none can hold the adapter.
         """
-        named = [self.format] if self.format else ["diffusers"] if self.is_file else list(DEFAULT_FORMATS)
+        named = [self.format] if self.format else ["diffusers"] if is_file(self.target) else list(DEFAULT_FORMATS)
         candidates = [format_named(name) for name in named]
         found = [one for one in candidates if one.holds(adapter)]
         if not found:
@@ -69,10 +61,8 @@ class AdapterOutput:
             UserError: If the format cannot hold it.
         """
         formats = self.formats(adapter)
-        if self.is_file:
-            with atomic_file(self.target) as part, self._beside() as folder:
-                formats[0].write(adapter, folder)
-                (folder / formats[0].file_name).replace(part)
+        if is_file(self.target):
+            write_file(adapter, formats[0], self.target)
         else:
             with atomic_folder(self.target, marker=formats[0].file_name) as part:
                 for one in formats:
@@ -83,16 +73,52 @@ class AdapterOutput:
         """Size of the largest file into which an adapter would be written, in bytes."""
         largest = 0
         for one in self.formats(adapter):
-            with self._beside() as folder:
+            with _folder_beside(self.target) as folder:
                 one.write(adapter, folder)
                 largest = max(largest, *(file.stat().st_size for file in folder.rglob("*.safetensors")))
         return largest
 
-    @contextmanager
-    def _beside(self) -> Iterator[Path]:
-        writable_folder(self.target.parent)
-        with TemporaryDirectory(dir=self.target.parent, prefix=f".{self.target.name}.") as folder:
-            yield Path(folder)
+
+def is_file(target: Path) -> bool:
+    """Whether the target of an adapter is a file, not a folder."""
+    return target.suffix == ".safetensors"
+
+
+def check_target(target: Path, format_name: str | None) -> None:
+    """Check that a format can be written to a target.
+
+    Args:
+        target: File or folder to write.
+        format_name: Name of the format; None if it is open.
+
+    Raises:
+        UserError: If the target is a file and the format is a folder.
+    """
+    if is_file(target) and format_name == "peft":
+        raise UserError(f"output={str(target)!r} is a file, and the format peft is a folder of two; name a folder")
+
+
+def write_file(adapter: AdapterFiles, one: AdapterFormat, target: Path) -> None:
+    """Write an adapter as a single file, atomically.
+
+    Args:
+        adapter: Adapter that the format can hold.
+        one: Format of one file.
+        target: File to write.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written.
+    """
+    with atomic_file(target) as part, _folder_beside(target) as folder:
+        one.write(adapter, folder)
+        (folder / one.file_name).replace(part)
+
+
+@contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    writable_folder(target.parent)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        yield Path(folder)
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
