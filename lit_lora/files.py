@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
@@ -16,6 +17,8 @@ from lit_lora.errors import UserError
 from lit_lora.machine import is_alive, process_space
 
 _PART = re.compile(r"(?P<name>.+)\.(?P<space>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.part")
+
+_ABANDONED_S = 86_400.0
 
 
 @contextmanager
@@ -110,7 +113,9 @@ def part_path(path: Path) -> Path:
 
 
 def remove_unfinished(folder: Path, *patterns: str) -> None:
-    """Remove temporary files that killed processes of this machine have left in a folder; those of running ones are kept.
+    """Remove temporary files that killed processes have left in a folder; those of running ones are kept.
+
+    Of processes of other machines nothing is known, so their files count as left over a day after the last write.
 
     Args:
         folder: Folder to look through, which may be missing or not writable.
@@ -121,8 +126,10 @@ def remove_unfinished(folder: Path, *patterns: str) -> None:
             found = _PART.fullmatch(entry.name)
             if found is None or not any(fnmatchcase(found["name"], pattern) for pattern in patterns):
                 continue
-            if found["space"] == process_space() and not is_alive(int(found["pid"])):
-                with suppress(OSError):
+            with suppress(OSError):
+                is_here = found["space"] == process_space()
+                old = time.time() - entry.stat(follow_symlinks=False).st_mtime > _ABANDONED_S
+                if old if not is_here else not is_alive(int(found["pid"])):
                     os.unlink(entry.path)
 
 

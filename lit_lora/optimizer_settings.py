@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -172,3 +173,21 @@ def _inner(optimizer: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def check_lr_finder(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse Lightning's LearningRateFinder where it would set an attribute that the module does not have.
+
+    Raises:
+        UserError: If it would.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for finder in callbacks:
+        if not isinstance(finder, LearningRateFinder) or not finder._update_attr:
+            continue
+        if not any(hasattr(module, name) for name in (finder._attr_name, "lr", "learning_rate") if name):
+            raise UserError(
+                f"LearningRateFinder sets an attribute lr of the module, and {type(module).__name__} has none: its optimizer has "
+                f"the lr; call Tuner(trainer).lr_find(module, data, update_attr=False), and set the lr of model.optimizer to "
+                f"the suggestion"
+            )

@@ -11,6 +11,7 @@ from lit_lora.distributed import check_strategy, is_ours
 from lit_lora.errors import UserError
 from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import check_optimizer_in_backward
+from lit_lora.optimizer_settings import check_lr_finder
 
 if TYPE_CHECKING:
     from lit_lora.module import LoraDiffusion
@@ -39,6 +40,7 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
             f"model.base_dtype to 'bfloat16'"
         )
 
+    check_lr_finder(trainer, module)
     strategy = trainer.strategy
     check_strategy(strategy)
     check_sharded_training(module.adapter, strategy)

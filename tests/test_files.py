@@ -1,5 +1,6 @@
 import os
 import socket
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def test_unfinished_files_of_running_processes_and_of_other_machines_are_kept(tm
         remove_unfinished(tmp_path, "*.index")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "b.index"])
     remove_unfinished(tmp_path / "missing", "*")
+
+
+def test_unfinished_files_of_other_machines_are_removed_after_a_day(tmp_path: Path) -> None:
+    own = f"a.index.{process_space()}-{os.getpid()}-01234567.part"
+    old, new = f"a.index.01234567-{os.getpid()}-01234567.part", "a.index.01234567-5-01234567.part"
+    for name, hours in ((own, 30), (old, 25), (new, 23)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - 3600 * hours,) * 2)
+    remove_unfinished(tmp_path, "*.index")
+    assert {path.name for path in tmp_path.iterdir()} == {own, new}
 
 
 @pytest.mark.parametrize("new", [True, False])

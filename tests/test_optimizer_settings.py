@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 
 from lit_lora.callbacks import AdapterCheckpoint
 from lit_lora.errors import UserError
-from tests.helpers import loader_of
+from lit_lora.module import LoraDiffusion
+from tests.helpers import loader_of, make_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ended before the epoch ended")
 
@@ -115,3 +118,28 @@ def test_another_optimizer_is_refused(trainer_options: dict[str, Any], tmp_path:
     module = Line(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
     with pytest.raises(UserError, match="trained with AdamW, this run has SGD: resume with the same optimizer"):
         run(tmp_path, trainer_options, module, 4, resume=tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize("as_callback", [True, False])
+def test_the_lr_finder_is_refused_where_it_would_set_what_is_not_there(
+    as_callback: bool, sd_module: LoraDiffusion, trainer_options: dict[str, Any]
+) -> None:
+    finders = [LearningRateFinder(num_training_steps=3)] if as_callback else []
+    trainer = Trainer(max_steps=2, callbacks=finders, **trainer_options)
+    with pytest.raises(UserError, match=r"LearningRateFinder sets an attribute lr .* LoraDiffusion has none"):
+        if as_callback:
+            trainer.fit(sd_module, loader_of(make_batches(4)))
+        else:
+            Tuner(trainer).lr_find(sd_module, loader_of(make_batches(4)), num_training=3)
+
+
+def test_the_lr_finder_suggests_where_it_sets_nothing(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any]
+) -> None:
+    trainer = Trainer(max_steps=2, **trainer_options)
+    found = Tuner(trainer).lr_find(
+        sd_module, loader_of(make_batches(40)), num_training=30, update_attr=False, early_stop_threshold=None
+    )
+    assert found is not None
+    assert 1e-8 < found.suggestion() < 1
+    assert sd_module.trainer.optimizers[0].param_groups[0]["lr"] == 1e-4

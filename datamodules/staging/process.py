@@ -10,8 +10,10 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,8 @@ from lit_lora.redact import redact
 
 _POLL_S = 0.1
 _THREADS = 4
+_TRIALS = 20
+"""How often to try to write why staging failed."""
 _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -110,6 +114,12 @@ class _Staging:
     def size(self) -> int:
         """Total size in bytes of the complete shards and of those that are being fetched."""
         return sum(self._complete.values()) + sum(self._config.sizes[shard] for shard in self._running.values())
+
+    def abandon(self) -> None:
+        """Start no further downloads and remove the unfinished ones."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with suppress(OSError):
+            self._slot.clean()
 
     def _look_ahead(self) -> None:
         first = min(self._passed(rank) for rank in range(self._config.local_world_size)) + 1
@@ -190,11 +200,21 @@ def serve(config: StagerConfig, closed: threading.Event) -> int:
         message = str(error)
     except OSError as error:
         message = _describe(error, config, staging.size() if staging else 0)
-    try:
-        write_job(path, state="failed", pid=os.getpid(), message=message)
-    except OSError:  # the disk may be full
-        print(message, file=sys.stderr)
+    _tell(path, message, staging)
     return 1
+
+
+def _tell(path: Path, message: str, staging: _Staging | None) -> None:
+    """Write why staging failed, for the training processes to show; on a full disk that needs the room of unfinished shards."""
+    for _ in range(_TRIALS):
+        try:
+            write_job(path, state="failed", pid=os.getpid(), message=message)
+            return
+        except OSError:
+            if staging is not None:
+                staging.abandon()
+        time.sleep(_POLL_S)  # the threads close what they were writing
+    print(message, file=sys.stderr)
 
 
 def main() -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from lit_lora.datamodules.staging import process as process_module
 from lit_lora.datamodules.staging import stager as stager_module
 from lit_lora.datamodules.staging.config import StagerConfig
-from lit_lora.datamodules.staging.files import job_path, local_name
+from lit_lora.datamodules.staging.files import job_path, local_name, read_job, write_job
 from lit_lora.datamodules.staging.process import _describe
 from lit_lora.datamodules.staging.stager import StagedShard, Stager, check_budget
 from lit_lora.errors import UserError
@@ -494,6 +495,47 @@ def test_disk_that_is_full_is_told_apart_from_other_errors(tmp_path):
     full = _describe(OSError(errno.ENOSPC, "No space left"), config, 5 * 10**8)
     assert "500.0 MB of the budget of 1.0 GB are staged, but only" in full
     assert "cannot stage shards in" in _describe(OSError(errno.EROFS, "Read-only file system"), config, 0)
+
+
+def test_the_reason_is_told_once_though_the_disk_is_full(data, stage, monkeypatch, capsys):
+    """Even the few bytes of the reason find no room until the shards that are being fetched have made some."""
+    started = threading.Event()
+
+    def fetch(location, path, size):
+        path.write_bytes(b"the first bytes")
+        if started.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        started.set()
+        time.sleep(0.3)
+
+    def write(path, **values):
+        if list(stage.glob("*/*.part")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_job(path, **values)
+
+    monkeypatch.setattr(process_module, "fetch", fetch)
+    monkeypatch.setattr(process_module, "write_job", write)
+    stage.mkdir()
+    shards = data.shards()
+    config = StagerConfig(
+        folder=str(stage),
+        budget=data.budget,
+        locations=[shard.location for shard in shards],
+        sizes=data.sizes,
+        chunks=data.chunks,
+        seed=SEED,
+        shuffle=True,
+        job="job",
+        local_world_size=1,
+        visit=0,
+        parent=os.getppid(),
+        by_main_thread=True,
+    )
+    assert process_module.serve(config, threading.Event()) == 1
+    job = read_job(job_path(stage, "job"))
+    assert job["state"] == "failed"
+    assert "is too small" in job["message"]
+    assert capsys.readouterr().err == ""
 
 
 def test_folder_that_cannot_be_used(data, tmp_path):
