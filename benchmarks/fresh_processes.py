@@ -17,6 +17,19 @@ from typing import Any, Protocol
 _SHOWN = 5000  # characters of a process' errors that an error message shows
 
 
+class ProcessError(RuntimeError):
+    """Processes failed.
+
+    Args:
+        message: What failed, with the errors of all processes.
+        crashed: Whether a signal ended one of them, as it does when a library's native code crashes.
+    """
+
+    def __init__(self, message: str, crashed: bool) -> None:
+        super().__init__(message)
+        self.crashed = crashed
+
+
 def result_of_process(arguments: Sequence[str]) -> Any:
     """Run Python in a fresh process and decode the JSON that it prints in its last line.
 
@@ -92,7 +105,8 @@ def run_processes(
         The standard output of each process.
 
     Raises:
-        RuntimeError: If a process fails, or all of them together take longer than ``timeout``.
+        ProcessError: If a process fails.
+        RuntimeError: If all processes together take longer than ``timeout``.
     """
     outputs, errors = ([folder / f"process-{rank}.{kind}" for rank in range(count)] for kind in ("out", "err"))
     variables = _torchrun_variables(count)
@@ -106,9 +120,12 @@ def run_processes(
             if time.monotonic() > end:
                 raise RuntimeError(f"{' '.join(arguments)} took longer than {timeout:g} s; {_last_lines(errors)}")
             time.sleep(0.1)
-        failed = [rank for rank, process in enumerate(started) if process.poll()]
+        failed = {rank: status for rank, process in enumerate(started) if (status := process.poll())}
         if failed:
-            raise RuntimeError(f"{' '.join(arguments)} failed in processes {failed}; {_last_lines(errors)}")
+            how = ", ".join(f"{rank} ({_ending(status)})" for rank, status in failed.items())
+            raise ProcessError(
+                f"{' '.join(arguments)} failed in process {how}; {_last_lines(errors)}", min(failed.values()) < 0
+            )
     finally:
         for process in started:
             if process.poll() is None:
@@ -134,6 +151,10 @@ def _torchrun_variables(count: int) -> list[dict[str, str]]:
         "GROUP_RANK": "0",
     }
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def _ending(status: int) -> str:
+    return f"exit status {status}" if status > 0 else f"ended by {signal.Signals(-status).name}"
 
 
 def _last_lines(errors: Sequence[Path]) -> str:

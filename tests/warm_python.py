@@ -5,6 +5,7 @@ Importing them takes a new interpreter about eight seconds of the processor, mor
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import runpy
@@ -78,6 +79,7 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, errors:
         opened = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, number)
         os.close(opened)
+    faulthandler.enable()  # where a crash happened
     os.environ.clear()
     os.environ.update(environment)
     if threads := environment.get("OMP_NUM_THREADS"):
