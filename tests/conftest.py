@@ -35,6 +35,11 @@ settings.load_profile("without deadlines")
 Members = Mapping[str, bytes]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests come first: workers that are done early then share many quick tests, and none is left with a slow one."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)

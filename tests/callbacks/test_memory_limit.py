@@ -17,8 +17,15 @@ from torch.utils.data import DataLoader
 from lit_lora import AdapterEMA, LitLoraFSDP, LoraDiffusion, MemoryLimit, MemoryProfiler, SampleImages, StableDiffusion
 from lit_lora.callbacks.memory_limit import run_of
 from lit_lora.errors import UserError
+from lit_lora.planning import changes
 from lit_lora.planning.plan_run import plan
 from tests.helpers import loader_of, make_batches
+
+
+@pytest.fixture(autouse=True)
+def _few_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each change is a plan of a second; tests/planning/test_changes.py has all of them."""
+    monkeypatch.setattr(changes, "CANDIDATES", changes.CANDIDATES[2:4])
 
 
 class Images(LightningDataModule):
