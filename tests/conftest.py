@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import tarfile
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+def pytest_collection_finish() -> None:
+    """Collecting garbage among all that the libraries hold takes a second each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # tiny models spend more on waking threads than on arithmetic
+
+
+@pytest.fixture(autouse=True)
+def _no_server_goes_on() -> Iterator[None]:
+    """One whose socket alone is closed takes a core until the tests end."""
+    yield
+    left = [thread.name for thread in threading.enumerate() if "serve_forever" in thread.name]
+    assert not left, f"not shut down: {left}"
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ Importing them takes a new interpreter about eight seconds of the processor, mor
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import runpy
@@ -80,6 +81,7 @@ def _run(arguments: list[str], environment: dict[str, str], output: str, errors:
         os.dup2(opened, number)
         os.close(opened)
     faulthandler.enable()  # where a crash happened
+    gc.freeze()  # collecting what the libraries hold takes a second, and copies their memory
     os.environ.clear()
     os.environ.update(environment)
     if threads := environment.get("OMP_NUM_THREADS"):

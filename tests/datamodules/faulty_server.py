@@ -81,7 +81,11 @@ class FaultyServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # clients that hang up
 
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        """Stop serving; a server of which only the socket is closed would go on polling it, at the cost of a whole core."""
         self.released.set()
         self.shutdown()
         self._thread.join()
