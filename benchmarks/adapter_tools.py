@@ -3,15 +3,14 @@
     python -m benchmarks.adapter_tools --rank 64 --dtype float32
 
 The adapters have random values and the layers that ``lit_lora.Flux`` adapts by default, or all Linear layers of the blocks.
+``--blocks N`` also merges an adapter of N double and 2 N single blocks into a base that has only these, in files of 2 GB.
+Results: ``benchmarks/results/adapter_tools.txt``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,6 +19,7 @@ from diffusers import FluxTransformer2DModel
 from peft import LoraConfig
 from torch import nn
 
+from benchmarks.fresh_processes import result_of_process
 from lit_lora.adapters import plain_config
 from lit_lora.families import Flux
 from lit_lora.formats import AdapterFiles, write_adapter
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--layers", choices=("default", "all"), default="default")
     parser.add_argument("--folder", default=None, help="folder for the adapters; a temporary one by default")
+    parser.add_argument("--blocks", type=int, default=0)
     arguments = parser.parse_args()
     with TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary)
@@ -45,16 +46,27 @@ def main() -> None:
             ["resize", one, "OUT", "--size", f"{size // 2}"],
             ["merge", one, two, "OUT", "--weights", "0.7", "0.3"],
             ["merge", one, two, "OUT", "--weights", "0.7", "0.3", "--rank", str(arguments.rank)],
-            # ["merge", one, two, "OUT", "--weights", "0.7", "0.3"],
-            # ["merge", one, two, "OUT", "--weights", "0.7", "0.3", "--rank", str(arguments.rank)],
         ):
             measure(command, folder / "out")
+        if arguments.blocks:
+            merge_into_base(folder, arguments)
 
 
-def write_flux_adapter(folder: Path, rank: int, dtype: torch.dtype, layers: str, seed: int) -> None:
+def merge_into_base(folder: Path, arguments: argparse.Namespace) -> None:
+    """Merge an adapter into a base of a few blocks of FLUX.1's size, bfloat16."""
+    sizes = {"num_layers": arguments.blocks, "num_single_layers": 2 * arguments.blocks}
+    FluxTransformer2DModel(**sizes).bfloat16().save_pretrained(folder / "base", max_shard_size="2GB")
+    size = sum(file.stat().st_size for file in (folder / "base").glob("*.safetensors"))
+    print(f"base of {arguments.blocks} double and {2 * arguments.blocks} single blocks: {size / 1e6:.0f} MB")
+    dtype = getattr(torch, arguments.dtype)
+    write_flux_adapter(folder / "small", arguments.rank, dtype, arguments.layers, 2, **sizes)
+    measure(["merge", str(folder / "small"), "OUT", "--into", str(folder / "base")], folder / "out")
+
+
+def write_flux_adapter(folder: Path, rank: int, dtype: torch.dtype, layers: str, seed: int, **sizes: int) -> None:
     """A LoRA of FLUX.1-dev with random values."""
     with torch.device("meta"):
-        model = FluxTransformer2DModel()
+        model = FluxTransformer2DModel(**sizes)
     ends = (*Flux.default_targets, "proj_mlp", "proj_out", "norm.linear", "norm1.linear", "norm1_context.linear")
     if layers == "default":
         ends = Flux.default_targets
@@ -84,20 +96,17 @@ def measure(command: list[str], out: Path) -> None:
     """Run a command of ``lit-lora adapter`` in a process of its own, and print its time and peak memory."""
     shutil.rmtree(out, ignore_errors=True)
     program = (
-        "import json, resource, sys, time; start = time.perf_counter();"
-        "from lit_lora.cli import main; status = main(sys.argv[1:]);"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024;"
-        "print(json.dumps([status, time.perf_counter() - start, peak]))"
+        "import json, sys, time; start = time.perf_counter();"
+        "from benchmarks.process_memory import peak_resident; from lit_lora.cli import main;"
+        "status = main(sys.argv[1:]); status and sys.exit(status);"
+        "print(json.dumps([time.perf_counter() - start, peak_resident()]))"
     )
     words = [str(out) if word == "OUT" else word for word in command]
-    found = subprocess.run(
-        [sys.executable, "-c", program, "adapter", *words], stdout=subprocess.PIPE, text=True, check=True
-    )
-    status, seconds, peak = json.loads(found.stdout.splitlines()[-1])
+    seconds, peak = result_of_process(["-c", program, "adapter", *words])
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors")) if out.exists() else 0
     shown = " ".join(Path(word).name if "/" in word else word for word in command)
     print(
-        f"{shown:55} status {status}  {seconds:5.1f} s  peak RSS {peak / 1e9:.2f} GB  written {size / 1e6:.0f} MB",
+        f"{shown:55} {seconds:5.1f} s  peak RSS {peak / 1e9:.2f} GB  written {size / 1e6:.0f} MB",
         flush=True,
     )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,14 @@ def difference_in_plain_libraries(denoiser: nn.Module, base: Path, adapter: Path
         in_peft = PeftModel.from_pretrained(pipeline().unet, adapter)(*inputs).sample
     first, second, third = (float((here - other).abs().max()) for other in (in_diffusers, in_peft, of_base))
     return first, second, third
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """As on a full disk, writing fails after this many bytes of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -17,7 +17,7 @@ import yaml
 from lit_lora.cli import TOOLS, TRAINER_COMMANDS
 from lit_lora.lazy import public_names
 from lit_lora.lightning_cli import build_cli
-from lit_lora.tools import adapter_convert, cache, demo, plan, sample, shards
+from lit_lora.tools import adapter_convert, adapter_merge, adapter_resize, cache, demo, plan, sample, shards
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -28,6 +28,8 @@ FUNCTIONS = {
     "sample": sample.sample,
     "demo": demo.demo,
     "adapter convert": adapter_convert.convert,
+    "adapter merge": adapter_merge.merge,
+    "adapter resize": adapter_resize.resize,
     **{f"shards {name}": getattr(shards, name) for name in ("pack", "index", "check", "info")},
 }
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +20,7 @@ from lit_lora.checkpoint_io import SafeCheckpointIO
 from lit_lora.cli import main
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
-from tests.helpers import loader_of, make_batches
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """As on a full disk, writing fails after this many bytes of a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+from tests.helpers import largest_file, loader_of, make_batches
 
 
 def test_pack(tmp_path: Path, encode_image: Callable[..., bytes], capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from lit_lora.adapter_tools.describe import method_name
 from lit_lora.adapter_tools.low_rank import LowRank, one_thread
-from lit_lora.adapter_tools.pages import release
 from lit_lora.adapter_tools.plain_lora import Layers, beyond_lora, lora_layers
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
+from lit_lora.mapped import release
 
 _TOLD_BY_LAYERS = frozenset({"alpha_pattern", "lora_alpha", "peft_version", "r", "rank_pattern", "use_rslora"})
 """Entries of a config whose effect the layers' ranks and distances show."""

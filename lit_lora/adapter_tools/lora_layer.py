@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.adapter_tools.low_rank import LowRank
+from lit_lora.mapped import Keep
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class LoraLayer:
         down, up = down.to(dtype or self.down.dtype), (up / scale).to(dtype or self.up.dtype)
         return replace(self, down=down.contiguous(), up=up.contiguous())
 
+    def kept(self, keep: Keep) -> LoraLayer:
+        """The layer with its two matrices put where they stay."""
+        return replace(self, down=keep(self.down), up=keep(self.up))
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors under the ends of PEFT's names."""
         named = {"lora_A.weight": self.down, "lora_B.weight": self.up}
@@ -93,5 +98,5 @@ class LoraLayer:
     def delta(self) -> Tensor:
         """The change of the base's weight in float32, ``weight_shape``."""
         groups, down, up = self.groups, self.down.detach().float(), self.up.detach().float()
-        product = up.reshape(groups, len(up) // groups, -1) @ down.reshape(groups, self.rank // groups, -1)
-        return self.scale * product.reshape(self.weight_shape)
+        up, down = up.reshape(groups, len(up) // groups, -1), down.reshape(groups, self.rank // groups, -1)
+        return ((self.scale * up) @ down).reshape(self.weight_shape)

@@ -14,11 +14,11 @@ import torch
 from lit_lora.adapter_tools.describe import base_of
 from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.adapter_tools.low_rank import LowRank, one_thread
-from lit_lora.adapter_tools.pages import release
 from lit_lora.adapter_tools.plain_lora import Layers, in_parts, lora_layers, patterns
 from lit_lora.errors import UserError, check_least
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.lora import targets
+from lit_lora.mapped import Keep, keep_in_memory, release
 
 _CHOICE_OF_LAYERS = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
 """Options of a config that are of no use beside a list of all layers."""
@@ -45,6 +45,7 @@ def merge(
     rank: int | None = None,
     base: str | None = None,
     dtype: torch.dtype | None = None,
+    keep: Keep = keep_in_memory,
 ) -> AdapterFiles:
     """Merge LoRAs of one base into one whose update of each layer is the weighted sum of theirs.
 
@@ -57,6 +58,7 @@ def merge(
         rank: Maximum rank of each layer; defaults to None, the sum of the ranks.
         base: Name of the base of all adapters, for the result; defaults to the one that they tell.
         dtype: dtype of the result; defaults to the widest of the adapters' dtypes.
+        keep: Puts new tensors where they stay; defaults to the memory.
 
     Raises:
         UserError: If an adapter is not LoRA, the adapters have different bases or families, layers differ in shape, or the rank
@@ -73,10 +75,10 @@ def merge(
     made: dict[str, Layers] = {}
     for part in dict.fromkeys(part for _, parts in sources for part in parts):
         having = [(one, parts[part]) for one, parts in sources if part in parts]
-        made[part] = {
-            name: _merged(name, [(one, layers[name]) for one, layers in having if name in layers], rank, dtype)
-            for name in dict.fromkeys(name for _, layers in having for name in layers)
-        }
+        made[part] = {}
+        for name in dict.fromkeys(name for _, layers in having for name in layers):
+            layer = _merged(name, [(one, layers[name]) for one, layers in having if name in layers], rank, dtype)
+            made[part][name] = layer.kept(keep)
     return _assembled([one.adapter for one in adapters], made, base)
 
 

@@ -23,6 +23,7 @@ from lit_lora.adapters import load_adapter
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
+from lit_lora.mapped import release
 from lit_lora.visible import visible
 
 _TEXT_MODEL = "text_model."
@@ -146,6 +147,7 @@ def _merge_files(plan: _Plan, folder: Path, out: Path) -> tuple[int, int]:
 def _merged(layer: LoraLayer, weight: Tensor) -> Tensor:
     """The merged weight: ``W + dW``, and for DoRA ``m (W + dW) / |W + dW|`` in each row (Liu et al., 2024)."""
     weight += layer.delta()
+    release(layer.down, layer.up)
     if layer.magnitude is not None:
         column = (-1, *[1] * (weight.ndim - 1))
         norms = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)))

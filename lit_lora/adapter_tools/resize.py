@@ -10,10 +10,10 @@ import torch
 from lit_lora.adapter_tools.budget import Budget, Components, Spectrum
 from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.adapter_tools.low_rank import one_thread
-from lit_lora.adapter_tools.pages import release
 from lit_lora.adapter_tools.plain_lora import Layers, lora_layers, with_layers
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
+from lit_lora.mapped import Keep, keep_in_memory, release
 
 Measure = Callable[[AdapterFiles], int]
 """Size of the largest file into which an adapter is written."""
@@ -56,7 +56,9 @@ class Resized:
 
 
 @one_thread()
-def resize(adapter: AdapterFiles, path: object, budget: Budget, measure: Measure) -> Resized:
+def resize(
+    adapter: AdapterFiles, path: object, budget: Budget, measure: Measure, keep: Keep = keep_in_memory
+) -> Resized:
     """Lower the ranks of a LoRA or DoRA by truncated singular value decompositions.
 
     Alphas stay, so that the file tells them as before, and the factors make up for the scale that changes with the rank. Layers
@@ -67,6 +69,7 @@ def resize(adapter: AdapterFiles, path: object, budget: Budget, measure: Measure
         path: Where it was read from, for errors.
         budget: How far to lower the ranks.
         measure: Size of the file for an adapter, for a budget of bytes.
+        keep: Puts new tensors where they stay; defaults to the memory.
 
     Raises:
         UserError: If the adapter is not LoRA or DoRA, the rank is above that of every layer, or the budget is too small.
@@ -81,7 +84,7 @@ def resize(adapter: AdapterFiles, path: object, budget: Budget, measure: Measure
         )
     spectra = {name: _spectrum(layer) for name, layer in layers.items()}
     components = budget.components(spectra, lambda some: measure(_placeholders(adapter, parts, layers, some)))
-    made = {name: _truncated(layer, components[name]) for name, layer in layers.items()}
+    made = {name: _truncated(layer, components[name], keep) for name, layer in layers.items()}
     changes = {
         name: ResizedLayer(layer.rank, made[name].rank, spectra[name].kept(components[name]), spectra[name].total)
         for name, layer in layers.items()
@@ -107,12 +110,12 @@ def _spectrum(layer: LoraLayer) -> Spectrum:
     return Spectrum(energies, float(energies.sum()), layer.groups, layer.bytes_per_step)
 
 
-def _truncated(layer: LoraLayer, components: int) -> LoraLayer:
+def _truncated(layer: LoraLayer, components: int, keep: Keep) -> LoraLayer:
     if components * layer.groups >= layer.rank:
         return layer
     made = layer.with_update(layer.update().truncated(components))
     release(layer.down, layer.up)
-    return made
+    return made.kept(keep)
 
 
 def _placeholders(

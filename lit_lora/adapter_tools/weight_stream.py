@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_lora.errors import UserError
 from lit_lora.files import check_regular
+from lit_lora.mapped import to_bytes
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHUNK = 1 << 24
@@ -82,5 +83,5 @@ def rewrite(source: Path, target: Path, changed: dict[str, Callable[[Tensor], Te
             data = bytearray(read.read(end - begin))
             assert len(data) == prod(entry["shape"]) * dtype.itemsize, "safe_open has checked the file"
             old = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
-            new = changed[name](old.float()).to(dtype).contiguous()
-            write.write(new.view(-1).view(torch.uint8).numpy().data)
+            new = changed[name](old.float()).to(dtype)
+            write.write(to_bytes(new))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from lit_lora.adapters import check_finite
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource, family_of
+from lit_lora.finite import non_finite_names
 from lit_lora.formats import FORMATS
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
 from lit_lora.formats.known_family import families_with
@@ -15,6 +19,7 @@ from lit_lora.formats.layer_names import underscored
 from lit_lora.formats.lora import adapted_layer
 from lit_lora.formats.peft import CONFIG, WEIGHTS
 from lit_lora.formats.tensor_file import TensorFile
+from lit_lora.mapped import release
 from lit_lora.visible import visible
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -35,7 +40,7 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
     found, file = open_adapter(path)
     adapter = found.read(file, family)
     for part in adapter.parts.values():
-        check_finite(part.state, f"adapter {path}", "use the adapter of an earlier checkpoint")
+        check_finite(_non_finite(part.state), f"adapter {path}", "use the adapter of an earlier checkpoint")
     if adapter.family is None:
         adapter = _with_family(adapter)
     elif family is not None:
@@ -62,6 +67,16 @@ def open_adapter(path: str | Path) -> tuple[AdapterFormat, TensorFile]:
             + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         )
     return found, file
+
+
+def _non_finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that hold NaN or Inf; each is looked at and released by itself, so that the file is never in memory as a whole."""
+    found = {}
+    for name, tensor in tensors.items():
+        if non_finite_names({name: tensor}):
+            found[name] = tensor
+        release(tensor)
+    return found
 
 
 def _file(path: Path) -> Path:

@@ -13,7 +13,7 @@ from lit_lora.families.native_layers import NativeLayer
 
 
 @dataclass(frozen=True)
-class LoraLayer:
+class LoraFactors:
     """LoRA of one layer: ``W + alpha / r * up @ down``; with DoRA each output's weights are scaled to its magnitude.
 
     Args:
@@ -34,7 +34,7 @@ class LoraLayer:
         return len(self.down)
 
 
-def fuse(native: NativeLayer, parts: Mapping[str, LoraLayer]) -> LoraLayer:
+def fuse(native: NativeLayer, parts: Mapping[str, LoraFactors]) -> LoraFactors:
     """The LoRA of an original layer from those of its parts.
 
     Parts that share all of ``down`` keep sharing it. Otherwise ``down`` is the parts' one below the other, and ``up`` is
@@ -65,7 +65,7 @@ def fuse(native: NativeLayer, parts: Mapping[str, LoraLayer]) -> LoraLayer:
     if len(present) == len(native.parts) and all(
         torch.equal(layer.down, first.down) and layer.alpha == first.alpha for layer in present
     ):
-        return LoraLayer(first.down, torch.cat([layer.up for layer in present]), first.alpha, magnitude)
+        return LoraFactors(first.down, torch.cat([layer.up for layer in present]), first.alpha, magnitude)
     rank = sum(layer.rank for layer in present)
     scale = first.alpha / first.rank
     unit = _unit(native, parts)
@@ -80,10 +80,10 @@ def fuse(native: NativeLayer, parts: Mapping[str, LoraLayer]) -> LoraLayer:
             up[row : row + unit * share, column : column + layer.rank] = block
             column += layer.rank
         row += unit * share
-    return LoraLayer(torch.cat([layer.down for layer in present]), up, first.alpha * rank / first.rank, magnitude)
+    return LoraFactors(torch.cat([layer.down for layer in present]), up, first.alpha * rank / first.rank, magnitude)
 
 
-def split(native: NativeLayer, layer: LoraLayer, ranks: Sequence[int] | None = None) -> dict[str, LoraLayer]:
+def split(native: NativeLayer, layer: LoraFactors, ranks: Sequence[int] | None = None) -> dict[str, LoraFactors]:
     """Invert :func:`fuse`.
 
     Args:
@@ -112,19 +112,19 @@ def split(native: NativeLayer, layer: LoraLayer, ranks: Sequence[int] | None = N
     if blocks is not None and _is_block_diagonal(ups, blocks):
         downs = layer.down.split(blocks)
         return {
-            name: LoraLayer(down, columns, layer.alpha * block / layer.rank, magnitude)
+            name: LoraFactors(down, columns, layer.alpha * block / layer.rank, magnitude)
             for name, down, columns, block, magnitude in zip(
                 native.parts, downs, _diagonal(ups, blocks), blocks, magnitudes, strict=True
             )
             if block
         }
     return {
-        name: LoraLayer(layer.down, up, layer.alpha, magnitude)
+        name: LoraFactors(layer.down, up, layer.alpha, magnitude)
         for name, up, magnitude in zip(native.parts, ups, magnitudes, strict=True)
     }
 
 
-def _unit(native: NativeLayer, parts: Mapping[str, LoraLayer]) -> int:
+def _unit(native: NativeLayer, parts: Mapping[str, LoraFactors]) -> int:
     """Number of outputs per share."""
     for name, share in zip(native.parts, native.shares, strict=True):
         if name in parts:
@@ -142,7 +142,7 @@ def _is_block_diagonal(ups: Sequence[Tensor], blocks: Sequence[int]) -> bool:
     return inside == sum(int(up.count_nonzero()) for up in ups)
 
 
-def _swapped(layer: LoraLayer) -> LoraLayer:
+def _swapped(layer: LoraFactors) -> LoraFactors:
     """The layer with the halves of its outputs exchanged, if they are two vectors of the size of its input."""
     if len(layer.up) != 2 * layer.down.shape[1]:
         return layer

@@ -15,7 +15,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.families.native_layers import NativeLayer
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
-from lit_lora.formats.fused import LoraLayer, fuse, split
+from lit_lora.formats.fused import LoraFactors, fuse, split
 from lit_lora.formats.known_family import family_of_names
 from lit_lora.formats.layer_names import TENSOR, Place, encoder_layers, places, underscored
 from lit_lora.formats.lora import (
@@ -147,7 +147,7 @@ class LayerFile(AdapterFormat):
         Raises:
             UserError: If tensors are missing or do not fit each other.
         """
-        lora: dict[str, LoraLayer] = {}
+        lora: dict[str, LoraFactors] = {}
         ranks = own_ranks(own)
         for name, (place, group) in layers.items():
             known = None if ranks is None else [ranks(layer) for layer in place.layer.parts]
@@ -172,9 +172,9 @@ def _layers(contents: AdapterFiles) -> list[str]:
     return sorted({layer for key in contents.state if (layer := adapted_layer(key))})
 
 
-def _lora_layers(contents: AdapterFiles) -> dict[str, LoraLayer]:
+def _lora_layers(contents: AdapterFiles) -> dict[str, LoraFactors]:
     return {
-        layer: LoraLayer(
+        layer: LoraFactors(
             tensors["lora_A.weight"],
             tensors["lora_B.weight"],
             effective_alpha(contents.config, layer, len(tensors["lora_A.weight"])),
@@ -184,7 +184,7 @@ def _lora_layers(contents: AdapterFiles) -> dict[str, LoraLayer]:
     }
 
 
-def _group(lora: LoraLayer) -> Group:
+def _group(lora: LoraFactors) -> Group:
     group = {"lora_down.weight": lora.down, "lora_up.weight": lora.up, "alpha": alpha_tensor(lora.alpha, lora.down)}
     if lora.magnitude is not None:
         group["dora_scale"] = lora.magnitude.reshape(-1, *[1] * (lora.down.ndim - 1))
@@ -207,7 +207,7 @@ def _groups(file: TensorFile) -> dict[str, Group]:
     return groups
 
 
-def _lora_layer(name: str, group: Group, path: Path) -> LoraLayer:
+def _lora_layer(name: str, group: Group, path: Path) -> LoraFactors:
     """The LoRA in a group of tensors."""
     if "lora_mid.weight" in group:
         raise UserError(
@@ -232,4 +232,4 @@ def _lora_layer(name: str, group: Group, path: Path) -> LoraLayer:
             f"magnitudes of the {len(up)} outputs; merge it with the base"
         )
     alpha = group.get("alpha")
-    return LoraLayer(down, up, float(len(down) if alpha is None else alpha), magnitude)
+    return LoraFactors(down, up, float(len(down) if alpha is None else alpha), magnitude)

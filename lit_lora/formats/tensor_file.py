@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_lora.errors import UserError
 from lit_lora.files import check_regular
+from lit_lora.mapped import release, to_bytes
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""safetensors' names of dtypes."""
 
 
 @dataclass(frozen=True)
@@ -53,45 +69,31 @@ class TensorFile:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file; the same tensors and metadata give the same bytes.
+    """Write a safetensors file, one tensor at a time; the same tensors and metadata give the same bytes.
+
+    safetensors' own function needs all tensors in memory at once, none of which share any, and the metadata's order varies.
 
     Args:
         path: File to write.
-        tensors: Tensors by name, which may share memory.
+        tensors: Tensors by name.
         metadata: Metadata for the file's header.
 
     Raises:
         OSError: If the disk is full or the file cannot be written.
     """
-    try:
-        save_file(_apart(tensors), path, metadata={"format": "pt", **metadata})
-    except SafetensorError as error:
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
-        raise
-    _sort_metadata(path)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as safetensors needs them; layers of RandLora share theirs."""
-    seen: set[int] = set()
-    apart: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.contiguous()
-        memory = tensor.untyped_storage().data_ptr()
-        partial = tensor.untyped_storage().nbytes() != tensor.nbytes
-        apart[name] = tensor.clone() if partial or memory in seen else tensor
-        seen.add(memory)
-    return apart
-
-
-def _sort_metadata(file: Path) -> None:
-    """Sort the metadata of a safetensors file, whose order varies, so that the same adapter gives the same bytes."""
-    with file.open("r+b") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(size))
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        assert len(text) <= size, "the header must not grow, because the tensors follow it"
-        opened.seek(8)
-        opened.write(text.ljust(size))
+    # In the order of safetensors: each tensor begins at a multiple of its values' size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    begin = 0
+    for name, tensor in ordered:
+        place = [begin, begin + tensor.nbytes]
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        begin += tensor.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.unlink(missing_ok=True)  # tensors may be mapped from the old file
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in ordered:
+            file.write(to_bytes(tensor))
+            release(tensor)

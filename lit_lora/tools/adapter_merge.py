@@ -75,9 +75,11 @@ def _into_one(named: list[Any], written: Any, rank: int | None, base: str | None
     import torch
 
     from lit_lora.adapter_tools.merge import merge as merge_adapters
+    from lit_lora.mapped import keep_on_disk
     from lit_lora.tools.adapter_screen import merged_lines
 
-    merged = merge_adapters(named, rank, base, None if dtype is None else getattr(torch, dtype))
+    keep = keep_on_disk(written.target.parent)
+    merged = merge_adapters(named, rank, base, None if dtype is None else getattr(torch, dtype), keep)
     written.write(merged)
     print("\n".join(merged_lines(named, merged, written.target)))
 
@@ -96,6 +98,7 @@ def _into_base(
     from lit_lora.adapter_tools.merge import merge as merge_adapters
     from lit_lora.adapter_tools.merge_base import check_base, marker, merge_base
     from lit_lora.files import atomic_folder
+    from lit_lora.mapped import keep_on_disk
     from lit_lora.tools.adapter_output import refuse_existing
     from lit_lora.visible import visible
 
@@ -104,7 +107,8 @@ def _into_base(
     for one in named:
         check_base(one.adapter, one.path, base)
     single = len(named) == 1 and named[0].weight == 1
-    adapter = named[0].adapter if single else merge_adapters(named, base=base_name)
+    keep = keep_on_disk(target.parent)
+    adapter = named[0].adapter if single else merge_adapters(named, base=base_name, keep=keep)
     paths = " + ".join(one.path for one in named)
     with atomic_folder(target, marker=marker(base, denoiser_only)) as part:
         merged = merge_base(adapter, paths, base, part, denoiser_only)

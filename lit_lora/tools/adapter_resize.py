@@ -40,6 +40,7 @@ def resize(
     from lit_lora.adapter_tools.budget import Budget
     from lit_lora.adapter_tools.resize import resize as resize_adapter
     from lit_lora.byte_sizes import parse_bytes
+    from lit_lora.mapped import keep_on_disk
     from lit_lora.tools.adapter_input import read_input
     from lit_lora.tools.adapter_output import AdapterOutput
     from lit_lora.tools.adapter_screen import resized_lines
@@ -47,6 +48,6 @@ def resize(
     budget = Budget(rank, energy, None if size is None else parse_bytes("size", size))
     written = AdapterOutput(Path(output), format, overwrite)
     adapter = read_input(input, family)
-    resized = resize_adapter(adapter, input, budget, written.size)
+    resized = resize_adapter(adapter, input, budget, written.size, keep_on_disk(written.target.parent))
     written.write(resized.adapter)
     print("\n".join(resized_lines(resized, written.target)))

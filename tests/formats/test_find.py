@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from benchmarks.process_memory import resident
+from lit_lora.adapters import plain_config
 from lit_lora.errors import UserError
 from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
-from lit_lora.formats import write_adapter
+from lit_lora.files import sync
+from lit_lora.formats import AdapterFiles, write_adapter
 from lit_lora.formats.find import read_adapter
 from tests.formats.adapters import loaded, trained
 from tests.formats.test_formats import adapter_for, same
@@ -77,6 +81,18 @@ def test_diffusers_own_file(sd_folder: Path, tmp_path: Path) -> None:
     read = read_adapter(tmp_path)
     assert read.state.keys() == {f"base_model.model.{key}" for key in state}
     assert len(read.config["target_modules"]) == len(state) // 2
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere pages are not released")
+def test_a_file_that_has_been_read_takes_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    state = {f"base_model.model.x.lora_{end}": torch.randn(3000, 3000) for end in ("A.weight", "B.weight")}
+    write_adapter(AdapterFiles(state, plain_config(LoraConfig(r=3000, target_modules=["x"]))), tmp_path / "big")
+    sync(tmp_path / "big" / "adapter_model.safetensors")  # pages stay while they are being written to the disk
+    before = resident()
+    read = read_adapter(tmp_path / "big")
+    assert resident() - before < 20_000_000
+    assert all(torch.equal(value, state[name]) for name, value in read.state.items())
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
+from lit_lora import mapped
 from lit_lora.adapter_tools.plain_lora import lora_layers
 from lit_lora.cli import main
 from lit_lora.formats import write_adapter
 from lit_lora.formats.find import read_adapter
 from lit_lora.tools.adapter_arguments import adapter_arguments
 from tests.adapter_tools.unet import unet_adapter
+from tests.helpers import largest_file
 
 Paths = tuple[str, str]
 
@@ -95,3 +97,15 @@ def test_arguments() -> None:
     assert adapter_arguments(["merge", '["a"]', "out"]) == ["merge", '["a"]', "out"]
     assert adapter_arguments(["resize", "a", "--overwrite", "false"]) == ["resize", "a", "--overwrite", "false"]
     assert adapter_arguments(["merge", "--help"]) == ["merge", "--help"]
+
+
+def test_results_wait_on_the_disk(
+    paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "_SMALL", 0)
+    command = ["adapter", "merge", *paths, str(tmp_path / "new" / "out")]
+    with largest_file(20):
+        assert main(command) == 2
+    assert f"cannot write {tmp_path / 'new'}: File too large; free some space" in capsys.readouterr().err
+    assert not [*(tmp_path / "new").iterdir()]
+    assert main(command) == 0

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from diffusers import UNet2DConditionModel
 
+from lit_lora import mapped
 from lit_lora.cli import main
 from lit_lora.formats import write_adapter
 from lit_lora.formats.find import read_adapter
 from tests.adapter_tools.unet import unet_adapter
+from tests.helpers import largest_file
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +93,15 @@ def test_refused(
     assert main(["adapter", "resize", str(folder), str(tmp_path / output), *options]) == 2
     assert message in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
+
+
+def test_results_wait_on_the_disk(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mapped, "_SMALL", 0)
+    command = ["adapter", "resize", str(folder), str(tmp_path / "new" / "out"), "--rank", "2"]
+    with largest_file(20):
+        assert main(command) == 2
+    assert f"cannot write {tmp_path / 'new'}: File too large; free some space" in capsys.readouterr().err
+    assert not [*(tmp_path / "new").iterdir()]
+    assert main(command) == 0
