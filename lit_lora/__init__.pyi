@@ -3,9 +3,11 @@
 from lit_lora.adapters.parameter_groups import ParameterGroup as ParameterGroup
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
 from lit_lora.callbacks.adapter_ema import AdapterEMA as AdapterEMA
+from lit_lora.callbacks.corda_initialization import CordaInitialization as CordaInitialization
 from lit_lora.callbacks.eva_initialization import EvaInitialization as EvaInitialization
 from lit_lora.callbacks.finite_gradients import FiniteGradients as FiniteGradients
 from lit_lora.callbacks.image_writer import ImageWriter as ImageWriter
+from lit_lora.callbacks.lora_ga_initialization import LoraGaInitialization as LoraGaInitialization
 from lit_lora.callbacks.lora_injection import LoraInjection as LoraInjection
 from lit_lora.callbacks.memory_limit import MemoryLimit as MemoryLimit
 from lit_lora.callbacks.memory_profiler import MemoryProfiler as MemoryProfiler

@@ -21,6 +21,7 @@ from peft import (
 from lit_lora.adapters.methods.adalora import AdaLoraMethod
 from lit_lora.adapters.methods.base import AdapterMethod
 from lit_lora.adapters.methods.block_by_block import BlockByBlockMethod
+from lit_lora.adapters.methods.lora import LoraMethod
 from lit_lora.adapters.methods.rebased import RebasedLoraMethod, is_rebased
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "AdaLoraMethod",
     "AdapterMethod",
     "BlockByBlockMethod",
+    "LoraMethod",
     "RebasedLoraMethod",
     "is_rebased",
     "method_of",
@@ -47,8 +49,6 @@ for _config_class in BLOCK_BY_BLOCK:
     method_of.register(_config_class, lambda config: BlockByBlockMethod())
 method_of.register(
     LoraConfig,
-    lambda config: (
-        RebasedLoraMethod() if is_rebased(getattr(config, "init_lora_weights", True)) else BlockByBlockMethod()
-    ),
+    lambda config: RebasedLoraMethod() if is_rebased(getattr(config, "init_lora_weights", True)) else LoraMethod(),
 )
 method_of.register(AdaLoraConfig, lambda config: AdaLoraMethod())
