@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.quantization.load import Weights, load_model, load_part, shape_model, shape_part
+from lit_lora.quantization.weight_change import Changes, apply_changes
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class PartLoader:
         weights: Whether to load weights; False builds models from their configs alone, with meaningless values. Defaults to
             True.
         node: Processes of this machine, of which one reads the files; defaults to this process alone.
+        changes: Changes of weights by the name of the part, before they are quantized; defaults to none.
     """
 
     source: ModelSource
@@ -40,6 +42,7 @@ class PartLoader:
     always_dense: tuple[str, ...] = ()
     weights: bool = True
     node: Node = field(default_factory=Node)
+    changes: Mapping[str, Changes] = field(default_factory=dict)
 
     def encoder(self, name: str, kind: type[Any], dtype: torch.dtype | None = None) -> Any:
         """Load a VAE, text encoder or tokenizer.
@@ -60,7 +63,9 @@ class PartLoader:
             if not self.weights:
                 return shape_part(kind, location, subfolder, dtype, **options)
             variant = {"variant": self.source.variant} if self.source.variant else {}
-            return load_part(kind, location, subfolder, dtype, self.node, **options, **variant)
+            model = load_part(kind, location, subfolder, dtype, self.node, **options, **variant)
+            apply_changes(model, self.changes.get(name, {}))
+            return model
 
         return self.source.load(name, load)
 
@@ -79,7 +84,7 @@ class PartLoader:
             arguments = (kind, location, subfolder, self.quantization, self.dtype)
             if not self.weights:
                 return shape_model(*arguments, always_skipped=self.always_dense, **options)
-            files = {"variant": self.source.variant, "node": self.node}
+            files = {"variant": self.source.variant, "node": self.node, "changes": self.changes.get(name)}
             return load_model(*arguments, always_skipped=self.always_dense, **files, **options)
 
         return self.source.load(name, load)
@@ -119,6 +124,7 @@ class PartLoader:
                 always_skipped=self.always_dense,
                 variant=self.source.variant,
                 node=self.node,
+                changes=self.changes.get(name),
                 **options,
             )
 
