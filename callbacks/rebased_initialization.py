@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from lit_lora.distributed import is_ours
 from lit_lora.distributed.collectives import broadcast
 from lit_lora.errors import UserError, check_least
 from lit_lora.quantization.frozen_layer import frozen_layers
+from lit_lora.random_state import fixed_randomness
 
 
 class RebasedInitialization(ChangedRanks, ABC):
@@ -147,7 +146,7 @@ class RebasedInitialization(ChangedRanks, ABC):
     def _values(self, layer: RankedLayer) -> tuple[Tensor, Tensor]:
         """First values in the shapes of the layer's, float32 on the CPU."""
         device = layer.a.device
-        with torch.autocast(device.type, enabled=False), _own_randomness(device):
+        with torch.autocast(device.type, enabled=False), fixed_randomness(device):
             a, b = self.first_values(layer, self._sums[layer.path])
         return a.cpu().reshape(layer.a.shape).contiguous(), b.cpu().reshape(layer.b.shape).contiguous()
 
@@ -263,11 +262,3 @@ def values_from_peft(layer: RankedLayer, matrix: nn.Linear, **options: Any) -> t
     adapted: Any = get_peft_model(nn.Sequential(matrix), config, adapter_name=ADAPTER_NAME)
     made = adapted.get_submodule("base_model.model.0")
     return made.lora_A[ADAPTER_NAME].weight.detach(), made.lora_B[ADAPTER_NAME].weight.detach()
-
-
-@contextmanager
-def _own_randomness(device: torch.device) -> Iterator[None]:
-    """A context whose random numbers are always the same, and leave those of the training as they are."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield

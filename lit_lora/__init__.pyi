@@ -7,6 +7,7 @@ from lit_lora.callbacks.corda_initialization import CordaInitialization as Corda
 from lit_lora.callbacks.eva_initialization import EvaInitialization as EvaInitialization
 from lit_lora.callbacks.finite_gradients import FiniteGradients as FiniteGradients
 from lit_lora.callbacks.image_writer import ImageWriter as ImageWriter
+from lit_lora.callbacks.loftq_initialization import LoftqInitialization as LoftqInitialization
 from lit_lora.callbacks.lora_ga_initialization import LoraGaInitialization as LoraGaInitialization
 from lit_lora.callbacks.lora_injection import LoraInjection as LoraInjection
 from lit_lora.callbacks.memory_limit import MemoryLimit as MemoryLimit

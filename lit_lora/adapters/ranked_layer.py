@@ -239,6 +239,8 @@ def _other_variants(config: LoraConfig) -> Iterator[str]:
     for name, field in type(config).__dataclass_fields__.items():
         if field.metadata.get("is_lora_variant") and name != "use_dora" and getattr(config, name):
             yield name
+    if config.init_lora_weights == "mica":  # its frozen B must keep its values
+        yield "init_lora_weights='mica'"
     if config.layer_replication:
         yield "layer_replication"
     if config.target_parameters:

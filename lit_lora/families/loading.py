@@ -89,6 +89,26 @@ class PartLoader:
 
         return self.source.load(name, load)
 
+    def weight_files(self, name: str, kind: type[nn.Module], node: Node) -> Weights:
+        """The weights in the denoiser's files, none of which is read yet.
+
+        Args:
+            name: Name of the denoiser in the pipeline.
+            kind: Class of the denoiser.
+            node: Processes of this machine, of which one reads the files.
+
+        Raises:
+            UserError: If the files are missing or do not hold the denoiser's weights.
+        """
+
+        def open_files(location: str, subfolder: str, **options: Any) -> Weights:
+            files: dict[str, Any] = {"variant": self.source.variant, "node": node, "changes": self.changes.get(name)}
+            arguments: Any = (kind, location, subfolder, self.quantization, self.dtype)
+            return Weights(*arguments, always_skipped=self.always_dense, **files | options)
+
+        opened: Weights = self.source.load(name, open_files)
+        return opened
+
     def sharded_denoiser(
         self,
         name: str,
@@ -114,25 +134,11 @@ class PartLoader:
         """
         check_block_by_block(config)
 
-        def open_files(location: str, subfolder: str, **options: Any) -> Weights:
-            return Weights(
-                kind,
-                location,
-                subfolder,
-                self.quantization,
-                self.dtype,
-                always_skipped=self.always_dense,
-                variant=self.source.variant,
-                node=self.node,
-                changes=self.changes.get(name),
-                **options,
-            )
-
         def read(names: list[str], location: str, subfolder: str, **options: Any) -> None:
             for weight in names:
                 weights.put(weight)
 
-        weights: Weights = self.source.load(name, open_files)
+        weights = self.weight_files(name, kind, self.node)
         parts = weights.in_parts(block_classes)
         weights.show_nothing()
         denoiser = adapt(weights.model.eval())

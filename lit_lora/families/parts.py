@@ -20,6 +20,7 @@ from lit_lora.errors import UserError
 from lit_lora.families.loading import PartLoader
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
+from lit_lora.quantization.load import Weights
 from lit_lora.quantization.weight_change import Changes
 
 PARTS = ("vae", "text", "denoiser")
@@ -239,6 +240,14 @@ class PipelineParts(nn.Module):
         for name in ("scheduler_config", "vae_config", "denoiser_config"):
             fresh.__dict__.pop(name, None)
         return fresh
+
+    def unquantized_weights(self) -> Weights:
+        """The weights in the denoiser's files, after :meth:`load`; each process reads for itself.
+
+        Raises:
+            UserError: If the files are missing or do not hold the denoiser's weights.
+        """
+        return self.loader.weight_files(self.denoiser_name, self.denoiser_class, Node())
 
     def _adapted(self, denoiser: nn.Module, config: PeftConfig, start: Callable[[PeftModel], None] | None) -> PeftModel:
         adapted = inject(denoiser, config, self.default_targets)

@@ -70,6 +70,7 @@ def _facts(adapter: AdapterFiles, base: str, trigger: str | None) -> str:
     rows["rank"] = _value(config, "r", "rank_pattern")
     rows["alpha"] = _value(config, alpha_option(config), "alpha_pattern")
     over = [f"`{one['name']}` with weight {one['weight']}" for one in base_records(adapter.metadata)]
+    rows["made for the quantized base"] = adapter.metadata.get("lit_lora.quantized_base")
     rows["trained over"] = " and ".join(over)
     rows |= {label: adapter.metadata.get(key) for key, label in _FACTS.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows.items() if value)])

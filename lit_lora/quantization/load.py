@@ -89,6 +89,23 @@ class Weights:
         form = self._form(name, layer)
         _assign(layer, attribute, self._node.read(lambda: self._stored(name, form)), form)
 
+    def unquantized(self, name: str) -> Tensor:
+        """Read a weight as it is before it is quantized, in the reading process.
+
+        Args:
+            name: Name of the weight, one of :attr:`names`.
+
+        Raises:
+            OSError: If its file is damaged.
+            UserError: If its shape differs from the model's.
+        """
+        assert self._files is not None, "only the reading process has opened the files"
+        tensor, expected = self._files.tensor(name), _weight(self._layers[name], name.rpartition(".")[2]).shape
+        if expected != tensor.shape:
+            raise UserError(f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected)} in the model")
+        change = self._changes.get(name)
+        return tensor if change is None else change.apply(tensor.float())
+
     def in_parts(self, block_classes: Collection[str]) -> list[tuple[nn.Module, list[str]]]:
         """Parts of the model to load and shard one by one: large layers, blocks, modules around blocks, finally the model.
 
@@ -124,15 +141,7 @@ class Weights:
         return _form_of(name, layer, self.model, self._quantization, self._dtype, self._skipped)
 
     def _stored(self, name: str, form: _Form) -> dict[str, Tensor]:
-        assert self._files is not None
-        tensor, expected = self._files.tensor(name), _weight(self._layers[name], name.rpartition(".")[2]).shape
-        if expected != tensor.shape:
-            raise UserError(f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected)} in the model")
-        return form.quantize(self._changed(name, tensor))
-
-    def _changed(self, name: str, tensor: Tensor) -> Tensor:
-        change = self._changes.get(name)
-        return tensor if change is None else change.apply(tensor.float())
+        return form.quantize(self.unquantized(name))
 
 
 def load_model(*args: Any, **kwargs: Any) -> nn.Module:

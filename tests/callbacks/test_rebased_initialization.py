@@ -208,6 +208,10 @@ def test_runs_that_cannot_be_initialized(sd_folder: Path, trainer_options: dict[
     fit(diffusion(sd_folder), trainer_options, tmp_path, max_steps=1)
     with pytest.raises(UserError, match="step 1 was saved without CordaInitialization"):
         fit(diffusion(sd_folder), trainer_options, tmp_path, CordaInitialization(), resume=tmp_path / "step=1.ckpt")
+    fit(diffusion(sd_folder), trainer_options, tmp_path / "other", CordaInitialization(steps=1))
+    resume = tmp_path / "other" / "step=2.ckpt"
+    with pytest.raises(UserError, match=r"to_q is stored as Int8; resume without model\.quantization"):
+        fit(diffusion(sd_folder, quantization=Int8()), trainer_options, tmp_path, CordaInitialization(), resume=resume)
     with pytest.raises(UserError, match="steps=0 is too small"):
         CordaInitialization(steps=0)
 

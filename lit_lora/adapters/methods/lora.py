@@ -15,6 +15,8 @@ from lit_lora.adapters.keys import plain_config
 from lit_lora.adapters.methods.block_by_block import BlockByBlockMethod
 from lit_lora.adapters.names import PREFIX, tuner_layers
 from lit_lora.adapters.patterns import layer_patterns
+from lit_lora.errors import UserError
+from lit_lora.quantization.frozen_layer import FrozenLayer
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 """``A`` and ``B`` of layers in float32 on the CPU, by the layer's name."""
@@ -25,16 +27,21 @@ class LoraMethod(BlockByBlockMethod):
 
     Some initializations take the first values ``B0 A0`` out of the base, which keeps ``W - scaling * B0 A0``:
     :func:`rebase` does that. The files then hold the change against the original base, ``scaling * (B A - B0 A0)``, as LoRA of
-    twice the rank, so that they load like every other LoRA.
+    twice the rank, so that they load like every other LoRA. They do so too where the base has lost ``B0 A0`` by other means:
+    :func:`leave_out`.
     """
 
     def state(self, model: PeftModel) -> dict[str, Any]:
         initial = initial_lora(model)
-        return {"initial_lora": {name: list(factors) for name, factors in initial.items()}} if initial else {}
+        if not initial:
+            return {}
+        own = {name: list(factors) for name, factors in initial.items()}
+        return {"initial_lora": own, "rebased": vars(model).get("rebased", True)}
 
     def restore(self, model: PeftModel, state: dict[str, Any]) -> None:
         if "initial_lora" in state:
-            rebase(model, {name: (a, b) for name, (a, b) in state["initial_lora"].items()})
+            move = rebase if state.get("rebased", True) else leave_out
+            move(model, {name: (a, b) for name, (a, b) in state["initial_lora"].items()})
 
     @torch.no_grad()
     def export(
@@ -64,9 +71,19 @@ class LoraMethod(BlockByBlockMethod):
 
 
 def initial_lora(model: PeftModel) -> Factors:
-    """The first values that were taken out of the base; empty if the base is the original one."""
+    """The first values that the base has lost and the files leave out; empty if the base is the original one."""
     found: Factors = vars(model).get("initial_lora", {})
     return found
+
+
+def leave_out(model: PeftModel, factors: Factors) -> None:
+    """Let the files leave out first values that the base has lost already, such as a part of the error of its quantization.
+
+    Args:
+        model: Model with a LoRA adapter.
+        factors: First values, equal in all processes.
+    """
+    model.__dict__.update(initial_lora=factors, rebased=False)
 
 
 @torch.no_grad()
@@ -77,8 +94,11 @@ def rebase(model: PeftModel, factors: Factors) -> None:
     own values do not change either.
 
     Args:
-        model: Model with a LoRA adapter, whose base is not quantized.
+        model: Model with a LoRA adapter.
         factors: First values, equal in all processes.
+
+    Raises:
+        UserError: If a layer's weight is quantized.
     """
     before = initial_lora(model)
     for name, layer in tuner_layers(model, LoraLayer):
@@ -86,6 +106,11 @@ def rebase(model: PeftModel, factors: Factors) -> None:
         if old is new or (old and new and all(map(torch.equal, old, new))):
             continue
         base = layer.get_base_layer()
+        if isinstance(base, FrozenLayer) and not base.is_dense:
+            raise UserError(
+                f"the adapter has taken its first values out of the base's weights, and {name} is stored as "
+                f"{type(base.quantization).__name__}; resume without model.quantization, as the training began"
+            )
         (scaling,) = layer.scaling.values()
         # On the CPU, where a resumed run computes it too.
         difference = scaling * (_product(old, base.weight) - _product(new, base.weight))
