@@ -6,7 +6,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lit_lora.errors import UserError
@@ -110,4 +109,7 @@ class _Sum:
     layers: tuple[MergedLayer, ...]
 
     def __call__(self, weight: Tensor) -> Tensor:
-        return weight + torch.stack([layer.update(weight) for layer in self.layers]).sum(0)
+        total = weight.clone()
+        for layer in self.layers:
+            total += layer.update(weight)
+        return total

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from lit_lora.adapters import load_adapter
+from lit_lora.adapters import ADAPTER_NAME, load_adapter
 from lit_lora.adapters.names import PREFIX, tuner_layers
 from lit_lora.errors import UserError
 from lit_lora.formats.base import AdapterFiles
@@ -55,7 +55,8 @@ class MergedLayer:
             base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         else:
             base = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2:], bias=False, device="meta")  # type: ignore[arg-type]
-        base.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        dora = bool(self.config.get("use_dora"))
+        base.weight = nn.Parameter(weight.clone() if dora else weight, requires_grad=False)
         try:
             adapted = load_adapter(nn.ModuleDict({"layer": base}), self.config, self.state, self.path)
         except UserError as error:
@@ -64,9 +65,12 @@ class MergedLayer:
                 f"the adapter {self.path} does not fit the base: the weight of {self.name} is {tuple(weight.shape)}, and the "
                 f"adapter has {shapes}; name an adapter of this base"
             ) from error
-        for _, layer in tuner_layers(adapted, BaseTunerLayer):
-            layer.scale_layer(self.factor)
-            layer.merge(safe_merge=True)
+        ((_, layer),) = tuner_layers(adapted, BaseTunerLayer)
+        layer.scale_layer(self.factor)
+        if not dora:
+            added: Tensor = layer.get_delta_weight(ADAPTER_NAME)
+            return added
+        layer.merge()
         return base.weight - weight
 
 
