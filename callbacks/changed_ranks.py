@@ -44,7 +44,7 @@ class ChangedRanks(Callback):
         """
         if self.layers:
             return
-        self.layers = ranked_layers(module)
+        self.layers = ranked_layers(module, type(self).__name__)
         if not self.layers:
             raise UserError(
                 f"{type(self).__name__} found no LoRA layer in the module; adapt it with peft.LoraConfig before training starts"

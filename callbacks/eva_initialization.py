@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
 from lit_lora.callbacks.changed_ranks import ChangedRanks
+from lit_lora.callbacks.layer_rows import input_rows
 from lit_lora.distributed.collectives import broadcast, full_tensor
 from lit_lora.errors import UserError, check_least
 
@@ -151,10 +152,7 @@ class _Inputs:
         """Hook before the layer's forward pass."""
         if not module.training or not arguments:
             return
-        x = arguments[0].detach().float()
-        if isinstance(self._base, nn.Conv2d):
-            x = _patches(x, self._base)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = input_rows(self._base, arguments[0].detach().float())
         rows = rows[:: max(1, len(rows) // _ROWS)][:_ROWS]
         waiting = torch.cat([*(value.to(rows) for value in self._waiting), rows])
         self._waiting = [waiting]
@@ -173,12 +171,3 @@ class _Inputs:
     def state(self) -> dict[str, Any]:
         """State that a checkpoint can hold."""
         return {"pca": dict(vars(self._pca)), "waiting": list(self._waiting)}
-
-
-def _patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """The inputs of each output of a convolution, ``(B, outputs, C * height * width)``."""
-    padding: Any = conv.padding
-    if isinstance(padding, str):
-        x, padding = nn.functional.pad(x, conv._reversed_padding_repeated_twice), 0
-    unfolded: Tensor = nn.functional.unfold(x, conv.kernel_size, conv.dilation, padding, conv.stride)
-    return unfolded.transpose(1, 2)

@@ -3,9 +3,12 @@
 from lit_lora.adapters.parameter_groups import ParameterGroup as ParameterGroup
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
 from lit_lora.callbacks.adapter_ema import AdapterEMA as AdapterEMA
+from lit_lora.callbacks.corda_initialization import CordaInitialization as CordaInitialization
 from lit_lora.callbacks.eva_initialization import EvaInitialization as EvaInitialization
 from lit_lora.callbacks.finite_gradients import FiniteGradients as FiniteGradients
 from lit_lora.callbacks.image_writer import ImageWriter as ImageWriter
+from lit_lora.callbacks.loftq_initialization import LoftqInitialization as LoftqInitialization
+from lit_lora.callbacks.lora_ga_initialization import LoraGaInitialization as LoraGaInitialization
 from lit_lora.callbacks.lora_injection import LoraInjection as LoraInjection
 from lit_lora.callbacks.memory_limit import MemoryLimit as MemoryLimit
 from lit_lora.callbacks.memory_profiler import MemoryProfiler as MemoryProfiler
@@ -37,6 +40,7 @@ from lit_lora.families.flux import Flux as Flux
 from lit_lora.families.stable_diffusion import StableDiffusion as StableDiffusion
 from lit_lora.families.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
 from lit_lora.families.stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL
+from lit_lora.formats.base_adapter import BaseAdapter as BaseAdapter
 from lit_lora.formats.from_file import FromFile as FromFile
 from lit_lora.formats.info import AdapterInfo as AdapterInfo
 from lit_lora.memory.options import MemoryOptions as MemoryOptions

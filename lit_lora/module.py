@@ -28,6 +28,9 @@ from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily, check_batch, check_size, prepare, target_size
 from lit_lora.files import atomic_folder
 from lit_lora.formats import write_adapter
+from lit_lora.formats.base_adapter import BaseAdapter
+from lit_lora.formats.base_adapters import BaseAdapters
+from lit_lora.formats.base_records import base_metadata
 from lit_lora.formats.facts import training_facts
 from lit_lora.formats.from_file import FromFile
 from lit_lora.formats.info import AdapterInfo
@@ -66,6 +69,7 @@ class LoraDiffusion(LightningModule):
         family: Model family of the base, with the location of its weights.
         adapter: PEFT config of a method that adapts layers, or :class:`FromFile` to go on with a saved adapter. Without
             ``target_modules`` the family's default layers are adapted.
+        base_adapters: Adapters to merge into the base, so that this one is trained over them; defaults to none.
         objective: Distribution of timesteps and noise, and the loss; defaults to the family's objective, ``DDPM`` or
             ``FlowMatching``.
         optimizer: Function from the trainable parameters to their optimizer; defaults to AdamW with a learning rate of 1e-4.
@@ -86,13 +90,14 @@ class LoraDiffusion(LightningModule):
         seed: Seed of timesteps, noise and caption dropout, and of the images that ``predict`` draws; defaults to 0.
 
     Raises:
-        UserError: If ``caption_dropout`` is outside [0, 1], or the adapter's file cannot be used.
+        UserError: If ``caption_dropout`` is outside [0, 1], or an adapter's file cannot be used.
     """
 
     def __init__(
         self,
         family: ModelFamily,
         adapter: PeftConfig,
+        base_adapters: Sequence[BaseAdapter] = (),
         objective: Objective | None = None,
         optimizer: OptimizerCallable = _adamw,
         parameter_groups: Sequence[ParameterGroup] = (),
@@ -109,8 +114,10 @@ class LoraDiffusion(LightningModule):
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout={caption_dropout} is not a probability; it must lie in [0, 1]")
         self.family = family
+        self.base_adapters = BaseAdapters(base_adapters, type(family))
+        records = self.base_adapters.records
         self.start = adapter.start if isinstance(adapter, FromFile) else None
-        self.adapter = adapter.config(type(family)) if isinstance(adapter, FromFile) else adapter
+        self.adapter = adapter.config(type(family), records) if isinstance(adapter, FromFile) else adapter
         self.objective: Objective = objective or family.default_objective()
         self.optimizer = optimizer
         self.parameter_groups = tuple(parameter_groups)
@@ -148,7 +155,11 @@ class LoraDiffusion(LightningModule):
             if not self._configured:
                 self._scheduler_config = prepare(self.family, self.objective)
                 self._check_sizes()
-            self.family.load(self.base_dtype, without=dispensable, quantization=self.quantization, node=node)
+            options: dict[str, Any] = {
+                "quantization": self.quantization,
+                "changes": self.base_adapters.changes(dispensable),
+            }
+            self.family.load(self.base_dtype, without=dispensable, node=node, **options)
             if self.memory.offload_encoders:
                 for encoder in self.family.encoding_models():
                     self._encoder_offload.add(encoder)
@@ -216,8 +227,10 @@ class LoraDiffusion(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["adapter_method"] = method_of(self.adapter).state(self.family.denoiser)
+        checkpoint["base_adapters"] = list(self.base_adapters.records)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.base_adapters.check(checkpoint.get("base_adapters", []))
         method_of(self.adapter).restore(self.family.denoiser, checkpoint.get("adapter_method", {}))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -297,7 +310,9 @@ class LoraDiffusion(LightningModule):
         if self._trainer is not None and not self.trainer.is_global_zero:
             return
         with atomic_folder(folder, marker="adapter_config.json") as part:
-            metadata = training_facts(self) | (info or AdapterInfo()).metadata
+            metadata = (
+                training_facts(self) | base_metadata(self.base_adapters.records) | (info or AdapterInfo()).metadata
+            )
             write_adapter(files_of(family, state, metadata), part, formats)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:

@@ -301,6 +301,18 @@ def test_fit_goes_on_with_a_saved_adapter(config: Callable[..., Path], tmp_path:
     assert "trigger words | a blue star" in (tmp_path / "second" / "last.adapter" / "README.md").read_text()
 
 
+def test_fit_trains_over_another_adapter(config: Callable[..., Path], tmp_path: Path) -> None:
+    assert main(["fit", "--config", str(config())]) == 0
+    file = tmp_path / "ck" / "last.adapter" / "pytorch_lora_weights.safetensors"
+    written = {"class_path": "AdapterCheckpoint", "init_args": {"dirpath": str(tmp_path / "over"), "save_last": True}}
+    over = [{"path": str(file), "weight": 0.5}]
+    path = config(model__base_adapters=over, trainer__callbacks=[written])
+    assert main(["fit", "--config", str(path)]) == 0
+    card = (tmp_path / "over" / "last.adapter" / "README.md").read_text()
+    assert "| trained over | `pytorch_lora_weights.safetensors` with weight 0.5 |" in card
+    assert main(["plan", "--config", str(path)]) == 0
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert main(["--help"]) == 0

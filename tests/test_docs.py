@@ -110,6 +110,7 @@ def test_nested_keys_are_where_the_page_says(config_keys: ModuleType, parsers: d
     required = {
         "family": {"pretrained_model_name_or_path": "base"},
         "staging": {"dir": "/disk"},
+        "base_adapters": {"path": "first.safetensors"},
         "parameter_groups": {"pattern": "*", "lr": 1e-3},
     }
     chosen = {"model.objective": "FlowMatching"}  # the next section's key is one of its options

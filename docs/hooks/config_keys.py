@@ -51,6 +51,11 @@ SECTIONS = (
     Section("model", "The module, always `LoraDiffusion`.", options=lit_lora.LoraDiffusion),
     Section("model.family", "The kind of base model and where its weights are.", choice=lit_lora.ModelFamily),
     Section("model.adapter", "A PEFT config such as `LoraConfig`, or this class.", choice=PeftConfig),
+    Section(
+        "model.base_adapters[]",
+        "A list of adapters that are merged into the base, so that the new one is trained over them.",
+        options=lit_lora.BaseAdapter,
+    ),
     Section("model.objective", "What is drawn for a step and what the loss is.", choice=lit_lora.Objective),
     Section("model.objective.init_args.density", "Times of `FlowMatching`.", choice=lit_lora.TimestepDensity),
     Section("model.quantization", "How the frozen weights are stored.", choice=lit_lora.Quantization),

@@ -24,6 +24,14 @@ ADAPTER_NAME = "default"
 _FOR_LANGUAGE_MODELS = ("XLORA", "POLY", "TRAINABLE_TOKENS", "ADAPTION_PROMPT", "SHADOW")
 """PEFT's types that need token ids, hidden states of a language model or a task's number."""
 
+_CALLBACK_OF = {
+    "eva": "EvaInitialization",
+    "corda": "CordaInitialization",
+    "lora_ga": "LoraGaInitialization",
+    "loftq": "LoftqInitialization",
+}
+"""Callbacks that initialize adapters from more than a loaded base, by PEFT's name of the initialization."""
+
 
 def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...]) -> PeftModel:
     """Freeze a model and inject an adapter into it.
@@ -85,10 +93,15 @@ def _check_method(config: PeftConfig, model: nn.Module) -> None:
             f"{type(config).__name__} adapts prompts, not layers; use a method that adapts layers, such as peft.LoraConfig"
         )
     initialisation = getattr(config, "init_lora_weights", True)
-    if initialisation not in (True, False, "gaussian", "orthogonal") and not is_rebased(initialisation):
+    if callback := _CALLBACK_OF.get(str(initialisation).lower()):
         raise UserError(
-            f"init_lora_weights={initialisation!r} needs data or changes the base in a way that the adapter's files cannot hold; "
-            f"use true, gaussian, orthogonal, pissa, pissa_niter_4 or olora"
+            f"init_lora_weights={initialisation!r} needs more than the base's weights; leave init_lora_weights out and add "
+            f"{callback} to trainer.callbacks, which brings it"
+        )
+    if initialisation not in (True, False, "gaussian", "orthogonal", "mica") and not is_rebased(initialisation):
+        raise UserError(
+            f"init_lora_weights={initialisation!r} is not known here; use true, gaussian, orthogonal, pissa, pissa_niter_4, "
+            f"olora or mica"
         )
     method_of(config).check(model, config)
     bias = getattr(config, "bias", "none")

@@ -151,13 +151,14 @@ class RankedLayer:
         layer.scaling[ADAPTER_NAME] = alpha / divisor  # as PEFT computes it for the adapter's files
 
 
-def ranked_layers(module: nn.Module) -> list[RankedLayer]:
+def ranked_layers(module: nn.Module, user: str = "RankBudget") -> list[RankedLayer]:
     """The LoRA layers of a module whose ranks can change, sorted by path.
 
     Embeddings, convolutions with groups and layers of other kinds stay out.
 
     Args:
         module: Any module that contains adapted models.
+        user: Name of the callback that changes the layers, for errors; defaults to ``RankBudget``.
 
     Raises:
         UserError: If an adapter is neither LoRA nor its variants rsLoRA and DoRA.
@@ -165,7 +166,7 @@ def ranked_layers(module: nn.Module) -> list[RankedLayer]:
     found: list[RankedLayer] = []
     for path, model in peft_models(module):
         config = model.peft_config[ADAPTER_NAME]
-        _check_config(config)
+        _check_config(config, user)
         for name, layer in tuner_layers(model, LoraLayer):
             if _is_ranked(layer):
                 found.append(RankedLayer(module, ".".join(filter(None, (path, name))), name, layer, config))
@@ -220,16 +221,16 @@ def _is_ranked(layer: LoraLayer) -> bool:
     return isinstance(layer, Linear) or (isinstance(layer, Conv2d) and layer.get_base_layer().groups == 1)
 
 
-def _check_config(config: Any) -> None:
+def _check_config(config: Any, user: str) -> None:
     if type(config) is not LoraConfig:
         raise UserError(
-            f"RankBudget prunes the ranks of LoRA, and the adapter is {type(config).__name__}; use peft.LoraConfig, or remove "
-            f"RankBudget from trainer.callbacks"
+            f"{user} changes the layers of LoRA, and the adapter is {type(config).__name__}; use peft.LoraConfig, or remove "
+            f"{user} from trainer.callbacks"
         )
     if variants := list(_other_variants(config)):
         raise UserError(
-            f"RankBudget prunes LoRA, rsLoRA and DoRA, and the adapter sets {', '.join(variants)}; remove these options, or "
-            f"remove RankBudget from trainer.callbacks"
+            f"{user} changes the layers of LoRA, rsLoRA and DoRA, and the adapter sets {', '.join(variants)}; remove these "
+            f"options, or remove {user} from trainer.callbacks"
         )
 
 
@@ -238,6 +239,8 @@ def _other_variants(config: LoraConfig) -> Iterator[str]:
     for name, field in type(config).__dataclass_fields__.items():
         if field.metadata.get("is_lora_variant") and name != "use_dora" and getattr(config, name):
             yield name
+    if config.init_lora_weights == "mica":  # its frozen B must keep its values
+        yield "init_lora_weights='mica'"
     if config.layer_replication:
         yield "layer_replication"
     if config.target_parameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.quantization.load import Weights, load_model, load_part, shape_model, shape_part
+from lit_lora.quantization.weight_change import Changes, apply_changes
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class PartLoader:
         weights: Whether to load weights; False builds models from their configs alone, with meaningless values. Defaults to
             True.
         node: Processes of this machine, of which one reads the files; defaults to this process alone.
+        changes: Changes of weights by the name of the part, before they are quantized; defaults to none.
     """
 
     source: ModelSource
@@ -40,6 +42,7 @@ class PartLoader:
     always_dense: tuple[str, ...] = ()
     weights: bool = True
     node: Node = field(default_factory=Node)
+    changes: Mapping[str, Changes] = field(default_factory=dict)
 
     def encoder(self, name: str, kind: type[Any], dtype: torch.dtype | None = None) -> Any:
         """Load a VAE, text encoder or tokenizer.
@@ -60,7 +63,9 @@ class PartLoader:
             if not self.weights:
                 return shape_part(kind, location, subfolder, dtype, **options)
             variant = {"variant": self.source.variant} if self.source.variant else {}
-            return load_part(kind, location, subfolder, dtype, self.node, **options, **variant)
+            model = load_part(kind, location, subfolder, dtype, self.node, **options, **variant)
+            apply_changes(model, self.changes.get(name, {}))
+            return model
 
         return self.source.load(name, load)
 
@@ -79,10 +84,30 @@ class PartLoader:
             arguments = (kind, location, subfolder, self.quantization, self.dtype)
             if not self.weights:
                 return shape_model(*arguments, always_skipped=self.always_dense, **options)
-            files = {"variant": self.source.variant, "node": self.node}
+            files = {"variant": self.source.variant, "node": self.node, "changes": self.changes.get(name)}
             return load_model(*arguments, always_skipped=self.always_dense, **files, **options)
 
         return self.source.load(name, load)
+
+    def weight_files(self, name: str, kind: type[nn.Module], node: Node) -> Weights:
+        """The weights in the denoiser's files, none of which is read yet.
+
+        Args:
+            name: Name of the denoiser in the pipeline.
+            kind: Class of the denoiser.
+            node: Processes of this machine, of which one reads the files.
+
+        Raises:
+            UserError: If the files are missing or do not hold the denoiser's weights.
+        """
+
+        def open_files(location: str, subfolder: str, **options: Any) -> Weights:
+            files: dict[str, Any] = {"variant": self.source.variant, "node": node, "changes": self.changes.get(name)}
+            arguments: Any = (kind, location, subfolder, self.quantization, self.dtype)
+            return Weights(*arguments, always_skipped=self.always_dense, **files | options)
+
+        opened: Weights = self.source.load(name, open_files)
+        return opened
 
     def sharded_denoiser(
         self,
@@ -109,24 +134,11 @@ class PartLoader:
         """
         check_block_by_block(config)
 
-        def open_files(location: str, subfolder: str, **options: Any) -> Weights:
-            return Weights(
-                kind,
-                location,
-                subfolder,
-                self.quantization,
-                self.dtype,
-                always_skipped=self.always_dense,
-                variant=self.source.variant,
-                node=self.node,
-                **options,
-            )
-
         def read(names: list[str], location: str, subfolder: str, **options: Any) -> None:
             for weight in names:
                 weights.put(weight)
 
-        weights: Weights = self.source.load(name, open_files)
+        weights = self.weight_files(name, kind, self.node)
         parts = weights.in_parts(block_classes)
         weights.show_nothing()
         denoiser = adapt(weights.model.eval())

@@ -16,9 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from lit_lora.adapters import inject
 from lit_lora.distributed.node import Node
+from lit_lora.errors import UserError
 from lit_lora.families.loading import PartLoader
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
+from lit_lora.quantization.load import Weights
+from lit_lora.quantization.weight_change import Changes
 
 PARTS = ("vae", "text", "denoiser")
 """Parts that can be left out when a family is loaded; ``text`` is all tokenizers and text encoders."""
@@ -98,6 +101,7 @@ class PipelineParts(nn.Module):
         quantization: Quantization | None = None,
         weights: bool = True,
         node: Node | None = None,
+        changes: Mapping[str, Changes] | None = None,
     ) -> None:
         """Load the parts, frozen; parts that are loaded already do not change.
 
@@ -109,14 +113,15 @@ class PipelineParts(nn.Module):
             weights: Whether to load weights; False builds the parts from their configs alone, with meaningless values.
                 Defaults to True.
             node: Processes of this machine, of which one reads the files; defaults to this process alone.
+            changes: Changes of weights by the name of the part in the pipeline, before they are quantized; defaults to none.
 
         Raises:
-            UserError: If a part is missing or cannot be read.
+            UserError: If a part is missing or cannot be read, or lacks weights to change.
         """
         self.dtype = dtype
         self.vae_dtype = vae_dtype or self.default_vae_dtype or dtype
         self.loader = PartLoader(
-            self.source, dtype, quantization or Dense(), self.always_dense, weights, node or Node()
+            self.source, dtype, quantization or Dense(), self.always_dense, weights, node or Node(), changes or {}
         )
         self.read_configs()
         for part in self._missing():
@@ -236,6 +241,14 @@ class PipelineParts(nn.Module):
             fresh.__dict__.pop(name, None)
         return fresh
 
+    def unquantized_weights(self) -> Weights:
+        """The weights in the denoiser's files, after :meth:`load`; each process reads for itself.
+
+        Raises:
+            UserError: If the files are missing or do not hold the denoiser's weights.
+        """
+        return self.loader.weight_files(self.denoiser_name, self.denoiser_class, Node())
+
     def _adapted(self, denoiser: nn.Module, config: PeftConfig, start: Callable[[PeftModel], None] | None) -> PeftModel:
         adapted = inject(denoiser, config, self.default_targets)
         if start is not None and self.loader.weights:
@@ -254,6 +267,12 @@ class PipelineParts(nn.Module):
         if part == "text":
             classes = {name: kind for name, kind in self.encoder_classes.items() if not self.skips(name)}
             self.encoders = {name: placed(self.loader.encoder(name, kind)) for name, kind in classes.items()}
+            if lacking := [name for name in self.loader.changes if name != self.denoiser_name and name not in classes]:
+                change = next(iter(self.loader.changes[lacking[0]].values()))
+                raise UserError(
+                    f"{change.source} changes {lacking[0]}, which {self.source.path} does not have; set drop_text_encoders of "
+                    f"base_adapters to true to use it without that part"
+                )
             for name, encoder in self.encoders.items():
                 if isinstance(encoder, nn.Module):
                     self.add_module(name, encoder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.base_records import Records, base_records
 from lit_lora.formats.model_spec import alpha_option, default_title
 
 CARD = "README.md"
@@ -67,6 +69,9 @@ def _facts(adapter: AdapterFiles, base: str, trigger: str | None) -> str:
     rows["method"] = f"{config.get('peft_type')}" + (" with magnitudes (DoRA)" if config.get("use_dora") else "")
     rows["rank"] = _value(config, "r", "rank_pattern")
     rows["alpha"] = _value(config, alpha_option(config), "alpha_pattern")
+    over = [f"`{one['name']}` with weight {one['weight']}" for one in base_records(adapter.metadata)]
+    rows["made for the quantized base"] = adapter.metadata.get("lit_lora.quantized_base")
+    rows["trained over"] = " and ".join(over)
     rows |= {label: adapter.metadata.get(key) for key, label in _FACTS.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows.items() if value)])
 
@@ -82,15 +87,17 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
     blocks = []
     prompt = trigger or "a prompt"
     pipeline = "DiffusionPipeline" if adapter.family is None else adapter.family.pipeline_class.__name__
+    over = base_records(adapter.metadata)
+    if over:
+        blocks.append(_trained_over(adapter, base, over))
     loadable = [name for name in files if name == "pytorch_lora_weights.safetensors"]
-    if loadable:
+    if loadable and _adds(adapter):
         blocks.append(
             f"In diffusers:\n\n```python\nfrom diffusers import {pipeline}\n\n"
-            f'pipeline = {pipeline}.from_pretrained("{base}")\n'
-            f'pipeline.load_lora_weights("this folder", weight_name="{loadable[0]}")\n'
+            f'pipeline = {pipeline}.from_pretrained("{base}")\n' + _loading(loadable[0], over) + "\n"
             f'image = pipeline("{prompt}").images[0]\n```'
         )
-    if "adapter_config.json" in files:
+    if "adapter_config.json" in files and not over:
         part = "unet" if adapter.family is None else adapter.family.denoiser_name
         blocks.append(
             f"In PEFT:\n\n```python\nfrom diffusers import {pipeline}\nfrom peft import PeftModel\n\n"
@@ -101,6 +108,39 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
     others["lycoris.safetensors"] = "ComfyUI and LyCORIS"
     blocks += [f"`{name}` is for {others[name]}." for name in files if name in others]
     return "\n\n".join(["## How to load it", *blocks])
+
+
+def _loading(file: str, over: Records) -> str:
+    """Lines that load this adapter in diffusers, and those that it was trained over."""
+    if not over:
+        return f'pipeline.load_lora_weights("this folder", weight_name="{file}")'
+    names, weights = [f"base_{number}" for number, _ in enumerate(over)], [one["weight"] for one in over]
+    lines = [
+        f'pipeline.load_lora_weights("{one["path"]}", adapter_name="{name}")'
+        for name, one in zip(names, over, strict=True)
+    ]
+    lines.append(f'pipeline.load_lora_weights("this folder", weight_name="{file}", adapter_name="new")')
+    return "\n".join([*lines, f"pipeline.set_adapters({json.dumps([*names, 'new'])}, {[*weights, 1.0]})"])
+
+
+def _trained_over(adapter: AdapterFiles, base: str, over: Records) -> str:
+    """What users need beside this adapter."""
+    needed = "\n".join(
+        f"- `{one['name']}` with weight {one['weight']}, SHA-256 of its tensors {one['sha256']}" for one in over
+    )
+    paths, weights = " ".join(str(one["path"]) for one in over), " ".join(str(one["weight"]) for one in over)
+    merging = f"```\nlit-lora adapter merge {paths} merged_base --weights {weights} --into {base}\n```"
+    how = "Load both" if _adds(adapter) else "Merge them into the base and load this adapter on the result"
+    other = "Or merge them into the base, and load this adapter on the result" if _adds(adapter) else "To merge"
+    return (
+        f"This adapter was trained over others, which it does not contain:\n\n{needed}\n\n{how}. `lit-lora sample` does so by "
+        f"itself where their files are. {other}:\n\n{merging}"
+    )
+
+
+def _adds(adapter: AdapterFiles) -> bool:
+    """Whether the adapter adds the same to a weight whatever else has been added to it, as DoRA does not."""
+    return adapter.config.get("peft_type") in ("LORA", "LOHA", "LOKR") and not adapter.config.get("use_dora")
 
 
 def _is_hub_id(base: str) -> bool:

@@ -13,6 +13,8 @@ _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 def training_facts(module: LightningModule) -> dict[str, str]:
     """What is known about a module's training, under the keys of sd-scripts; nothing without a trainer.
 
+    A callback with a method ``training_facts`` adds what it returns.
+
     There are no dates and no number of processes among them, so that the same training gives the same bytes.
 
     Args:
@@ -21,7 +23,11 @@ def training_facts(module: LightningModule) -> dict[str, str]:
     if module._trainer is None:
         return {}
     trainer = module.trainer
-    facts: dict[str, Any] = {
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    facts: dict[str, Any] = {}
+    for callback in callbacks:
+        facts |= getattr(callback, "training_facts", dict)()
+    facts |= {
         "ss_steps": trainer.global_step,
         "ss_epoch": trainer.current_epoch,
         "ss_max_train_steps": trainer.max_steps if trainer.max_steps > 0 else None,

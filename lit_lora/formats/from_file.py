@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from lit_lora.adapters import set_adapter_state
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.base_records import Records, base_records, same_adapters, told
 from lit_lora.formats.find import read_adapter
 
 _OF_THE_FIRST_TRAINING = (
@@ -56,11 +58,12 @@ class FromFile(PeftConfig):
             raise UserError("FromFile needs a path: the file or folder of the adapter to go on with")
         self._family: type[ModelFamily] | None = None
 
-    def config(self, family: type[ModelFamily]) -> PeftConfig:
-        """The adapter's PEFT config.
+    def config(self, family: type[ModelFamily], base: Records = ()) -> PeftConfig:
+        """The adapter's PEFT config; warns if the adapter was trained over other adapters than this training.
 
         Args:
             family: Model family of the base.
+            base: Adapters that this training is over; defaults to none.
 
         Raises:
             UserError: If there is no complete adapter at the path, it belongs to another family, or it changes text encoders.
@@ -71,6 +74,12 @@ class FromFile(PeftConfig):
             raise UserError(
                 f"the adapter {self.path} also changes {' and '.join(files.text_encoders)}, which training does not: they would "
                 f"be lost; set drop_text_encoders to true to train and save it without them"
+            )
+        if not same_adapters(before := base_records(files.metadata), base):
+            warnings.warn(
+                f"the adapter {self.path} was trained over {told(before)}, and this training is over {told(base)}; set "
+                f"model.base_adapters to go on as before",
+                stacklevel=2,
             )
         if not files.state:
             raise UserError(

@@ -15,6 +15,7 @@ from lit_lora.errors import UserError
 from lit_lora.quantization.base import Quantization
 from lit_lora.quantization.dense import Dense
 from lit_lora.quantization.frozen_layer import can_freeze, put_stored
+from lit_lora.quantization.weight_change import Changes, check_changes
 from lit_lora.quantization.weight_files import WeightFiles, weight_files
 
 _LARGE_LAYER = 8 << 20
@@ -37,10 +38,11 @@ class Weights:
         revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
         variant: Variant of the weight files, such as ``fp16``; none by default.
         node: Processes of this machine; defaults to this process alone. Only the reading process needs the weight files.
+        changes: Changes of weights before they are quantized; defaults to none.
 
     Raises:
         OSError: If a file is missing or damaged.
-        UserError: If the files do not hold exactly the model's weights.
+        UserError: If the files do not hold exactly the model's weights, or the model lacks weights to change.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class Weights:
         revision: str | None = None,
         variant: str | None = None,
         node: Node | None = None,
+        changes: Changes | None = None,
     ) -> None:
+        self._changes = changes or {}
         self._quantization, self._dtype, self._skipped = quantization, dtype, always_skipped
         self._node = node or Node()
         options = {"revision": revision} if revision else {}
@@ -64,6 +68,7 @@ class Weights:
             self.model: nn.Module = kind.from_config(config)
         self.names = list(dict.fromkeys([*dict(self.model.named_parameters()), *self.model.state_dict()]))
         """Names of all weights, in the model's order."""
+        check_changes(self._changes, set(self.names), self.model)
         # Looked up now, because an adapter replaces layers later.
         self._layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.names}
         self._files: WeightFiles | None = None
@@ -83,6 +88,23 @@ class Weights:
         layer, attribute = self._layers[name], name.rpartition(".")[2]
         form = self._form(name, layer)
         _assign(layer, attribute, self._node.read(lambda: self._stored(name, form)), form)
+
+    def unquantized(self, name: str) -> Tensor:
+        """Read a weight as it is before it is quantized, in the reading process.
+
+        Args:
+            name: Name of the weight, one of :attr:`names`.
+
+        Raises:
+            OSError: If its file is damaged.
+            UserError: If its shape differs from the model's.
+        """
+        assert self._files is not None, "only the reading process has opened the files"
+        tensor, expected = self._files.tensor(name), _weight(self._layers[name], name.rpartition(".")[2]).shape
+        if expected != tensor.shape:
+            raise UserError(f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected)} in the model")
+        change = self._changes.get(name)
+        return tensor if change is None else change.apply(tensor.float())
 
     def in_parts(self, block_classes: Collection[str]) -> list[tuple[nn.Module, list[str]]]:
         """Parts of the model to load and shard one by one: large layers, blocks, modules around blocks, finally the model.
@@ -119,11 +141,7 @@ class Weights:
         return _form_of(name, layer, self.model, self._quantization, self._dtype, self._skipped)
 
     def _stored(self, name: str, form: _Form) -> dict[str, Tensor]:
-        assert self._files is not None
-        tensor, expected = self._files.tensor(name), _weight(self._layers[name], name.rpartition(".")[2]).shape
-        if expected != tensor.shape:
-            raise UserError(f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected)} in the model")
-        return form.quantize(tensor)
+        return form.quantize(self.unquantized(name))
 
 
 def load_model(*args: Any, **kwargs: Any) -> nn.Module:

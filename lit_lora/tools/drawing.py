@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,12 @@ from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource, check_size, family_of
 from lit_lora.formats import AdapterFiles
+from lit_lora.formats.base_adapter import BaseAdapter
+from lit_lora.formats.base_adapters import BaseAdapters, recorded_adapters
+from lit_lora.formats.base_records import base_records
 from lit_lora.formats.find import read_adapter
 from lit_lora.formats.text_encoders import for_encoder
+from lit_lora.quantization.weight_change import Changes
 from lit_lora.sampling import generate
 from lit_lora.tools.named_family import named_family
 
@@ -31,6 +35,7 @@ def make_generate(
     dtype: str,
     device: str | None,
     size: tuple[int | None, int | None],
+    base_adapters: Sequence[str] = (),
 ) -> Callable[..., list[Image.Image]]:
     """Load base and adapter, and return a function like :func:`lit_lora.sampling.generate` without its pipeline.
 
@@ -41,9 +46,10 @@ def make_generate(
         dtype: Name of the base's dtype.
         device: Device to draw on; None for the first GPU, or for the CPU if there is none.
         size: Height and width of the images in pixels; None for the model's own.
+        base_adapters: Paths of the adapters that the adapter was trained over; defaults to those that it names.
 
     Raises:
-        UserError: If base or adapter cannot be loaded, the adapter does not name its base, or the family cannot draw images of
+        UserError: If base or adapters cannot be loaded, the adapter does not name its base, or the family cannot draw images of
             this size.
     """
     disable_progress_bar()  # of transformers, one for each text encoder
@@ -57,7 +63,8 @@ def make_generate(
     if device is not None:
         _check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    adapt = _Adapt(files, adapter)
+    records = base_records(files.metadata) if files else []
+    adapt = _Adapt(files, adapter, recorded_adapters(records, adapter, base_adapters))
     arguments = (base, adapt, getattr(torch, dtype), device)
     return _from_pipeline(*arguments) if kind is None else _from_family(kind, *arguments, size)
 
@@ -68,10 +75,26 @@ class _Adapt:
     Args:
         adapter: Adapter; None for none.
         path: Where it was read from, for errors.
+        over: Adapters that it was trained over.
     """
 
-    def __init__(self, adapter: AdapterFiles | None, path: str | None) -> None:
-        self.adapter, self.path = adapter, path
+    def __init__(self, adapter: AdapterFiles | None, path: str | None, over: Sequence[BaseAdapter] = ()) -> None:
+        self.adapter, self.path, self.over = adapter, path, over
+
+    def changes(self, family: type[ModelFamily] | None) -> Mapping[str, Changes]:
+        """The changes of the base's weights by the adapters that this one was trained over.
+
+        Args:
+            family: Model family of the base; None for an unknown one.
+        """
+        if not self.over:
+            return {}
+        if family is None:
+            raise UserError(
+                f"{self.path} was trained over other adapters, which are merged into bases of known model families alone; name "
+                f"the base's family with --family"
+            )
+        return BaseAdapters(self.over, family).changes()
 
     def __call__(self, denoiser: Callable[[Mapping[str, Any]], nn.Module], encoders: Mapping[str, Any]) -> None:
         """Load the adapter into the parts that it was made for, in place.
@@ -108,13 +131,14 @@ def _from_family(
     family = kind(base)
     family.read_configs()
     check_size(family, *(edge or family.default_size for edge in size))
-    family.load(dtype)
+    family.load(dtype, changes=adapt.changes(kind))
     adapt(lambda config: family.denoiser, family.encoders)
     return family.to(device).generate
 
 
 def _from_pipeline(base: str, adapt: _Adapt, dtype: torch.dtype, device: str) -> Callable[..., list[Image.Image]]:
     """Function that draws with a base of no known family, through its diffusers pipeline, and the adapter."""
+    adapt.changes(None)
     try:
         pipeline = DiffusionPipeline.from_pretrained(resolve(base), dtype=dtype)
     except (OSError, ValueError, AttributeError) as error:

@@ -29,6 +29,7 @@ def sample(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     device: str | None = None,
     family: str | None = None,
+    base_adapters: list[str] | None = None,
 ) -> None:
     """Draw images for prompts and write them as one grid, or as one file each.
 
@@ -49,6 +50,8 @@ def sample(
         device: Device to draw on; defaults to the first GPU, or to the CPU if there is none.
         family: Model family of the base, such as StableDiffusion or my_package.MyFamily; defaults to the family for the base's
             pipeline.
+        base_adapters: Files or folders of the adapters that the adapter was trained over, such as '["first.safetensors"]', where
+            they are no longer where the training read them. They are merged with the weights of the training.
 
     Raises:
         UserError: If prompts or base are missing, base, adapter or a size cannot be used, or another run draws into the folder.
@@ -66,7 +69,8 @@ def sample(
     from lit_lora.tools.drawing import make_generate
 
     with nullcontext() if target.suffix else only_run_in(target, "sample"):
-        generate = make_generate(base, adapter, family=family, dtype=dtype, device=device, size=(height, width))
+        options: dict[str, Any] = {"family": family, "dtype": dtype, "device": device, "size": (height, width)}
+        generate = make_generate(base, adapter, base_adapters=base_adapters or (), **options)
         seeds = [seed + i for i in range(len(texts))]
         options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
         _write(generate(texts, seeds, **options), target, columns)

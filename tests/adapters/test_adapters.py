@@ -103,9 +103,18 @@ def test_an_alpha_far_below_the_rank_warns(unet: UNet2DConditionModel) -> None:
         inject(unet, peft.LoraConfig(r=16, lora_alpha=1), TARGETS)
 
 
-def test_initialisations_that_change_the_base_are_refused(unet: UNet2DConditionModel) -> None:
-    with pytest.raises(UserError, match="init_lora_weights='loftq' needs data or changes the base"):
-        inject(unet, peft.LoraConfig(r=2, init_lora_weights="loftq", loftq_config=peft.LoftQConfig()), TARGETS)
+def test_initialisations_that_need_more_than_a_config(unet: UNet2DConditionModel) -> None:
+    config = peft.LoraConfig(r=2)
+    config.init_lora_weights = "nonsense"
+    with pytest.raises(UserError, match="init_lora_weights='nonsense' is not known here"):
+        inject(unet, config, TARGETS)
+    for name, callback, options in (
+        ("lora_ga", "LoraGaInitialization", {}),
+        ("loftq", "LoftqInitialization", {"loftq_config": peft.LoftQConfig()}),
+        ("eva", "EvaInitialization", {"eva_config": peft.EvaConfig()}),
+    ):
+        with pytest.raises(UserError, match=f"add {callback} to trainer.callbacks"):
+            inject(unet, peft.LoraConfig(r=2, init_lora_weights=name, **options), TARGETS)
 
 
 def test_biases_of_a_bfloat16_base_are_refused(unet: UNet2DConditionModel) -> None:

@@ -21,6 +21,8 @@ from peft import (
 from lit_lora.adapters.methods.adalora import AdaLoraMethod
 from lit_lora.adapters.methods.base import AdapterMethod
 from lit_lora.adapters.methods.block_by_block import BlockByBlockMethod
+from lit_lora.adapters.methods.lora import LoraMethod
+from lit_lora.adapters.methods.mica import MicaMethod
 from lit_lora.adapters.methods.rebased import RebasedLoraMethod, is_rebased
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "AdaLoraMethod",
     "AdapterMethod",
     "BlockByBlockMethod",
+    "LoraMethod",
+    "MicaMethod",
     "RebasedLoraMethod",
     "is_rebased",
     "method_of",
@@ -35,6 +39,13 @@ __all__ = [
 
 BLOCK_BY_BLOCK = (LoraConfig, LoHaConfig, LoKrConfig, OFTConfig, IA3Config, HRAConfig, VeraConfig, FourierFTConfig)
 """Configs whose adapters can be injected block by block; tests compare them with adapters injected into a loaded model."""
+
+
+def lora_method(initialization: object) -> LoraMethod:
+    """The method of a LoRA with this ``init_lora_weights``."""
+    if initialization == "mica":
+        return MicaMethod()
+    return RebasedLoraMethod() if is_rebased(initialization) else LoraMethod()
 
 
 @singledispatch
@@ -47,8 +58,6 @@ for _config_class in BLOCK_BY_BLOCK:
     method_of.register(_config_class, lambda config: BlockByBlockMethod())
 method_of.register(
     LoraConfig,
-    lambda config: (
-        RebasedLoraMethod() if is_rebased(getattr(config, "init_lora_weights", True)) else BlockByBlockMethod()
-    ),
+    lambda config: lora_method(getattr(config, "init_lora_weights", True)),
 )
 method_of.register(AdaLoraConfig, lambda config: AdaLoraMethod())

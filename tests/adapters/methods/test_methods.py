@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from peft import AdaLoraConfig, BOFTConfig, LoraConfig, PeftConfig, PeftModel
+from peft import AdaLoraConfig, BOFTConfig, LoHaConfig, LoraConfig, PeftConfig, PeftModel
 
-from lit_lora.adapters.methods import BLOCK_BY_BLOCK, AdaLoraMethod, AdapterMethod, BlockByBlockMethod, method_of
+from lit_lora.adapters.methods import (
+    BLOCK_BY_BLOCK,
+    AdaLoraMethod,
+    AdapterMethod,
+    BlockByBlockMethod,
+    LoraMethod,
+    method_of,
+)
 from lit_lora.callbacks import AdapterCheckpoint
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
@@ -37,7 +44,8 @@ class CountingMethod(AdapterMethod):
 @pytest.mark.parametrize(
     ("config", "method"),
     [
-        (LoraConfig(), BlockByBlockMethod),
+        (LoraConfig(), LoraMethod),
+        (LoHaConfig(), BlockByBlockMethod),
         (AdaLoraConfig(total_step=10), AdaLoraMethod),
         (BOFTConfig(), AdapterMethod),
         (None, AdapterMethod),

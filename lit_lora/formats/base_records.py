@@ -1,0 +1,51 @@
+"""What an adapter's files say about the adapters that it was trained over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lit_lora.errors import UserError
+
+Records = Sequence[Mapping[str, Any]]
+"""Adapters that were merged into a base: for each its name, its path, the SHA-256 of its tensors and its weight."""
+
+_KEY = "lit_lora.base_adapters"
+
+
+def base_metadata(records: Records) -> dict[str, str]:
+    """The entry of an adapter's metadata; nothing without any records."""
+    return {_KEY: json.dumps([dict(one) for one in records], sort_keys=True)} if records else {}
+
+
+def base_records(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The records in an adapter's metadata.
+
+    Raises:
+        UserError: If the entry is damaged.
+    """
+    try:
+        records = json.loads(metadata.get(_KEY, "[]"))
+        return [
+            {**one, "name": str(one["name"]), "path": str(one["path"]), "weight": float(one["weight"])}
+            for one in records
+            if one["sha256"]
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the metadata entry {_KEY!r} is damaged ({error!r}); export the adapter again") from error
+
+
+def told(records: Records) -> str:
+    """Names and weights of the adapters, for messages."""
+    names = [f"{one['name']} (weight {one['weight']}, SHA-256 {str(one['sha256'])[:12]})" for one in records]
+    return " and ".join(names) or "no other adapter"
+
+
+def same_adapters(here: Records, there: Records) -> bool:
+    """Whether the adapters and their weights are the same, wherever their files are."""
+
+    def key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+        return record["sha256"], record["weight"], bool(record.get("drop_text_encoders"))
+
+    return sorted(map(key, here)) == sorted(map(key, there))
