@@ -10,7 +10,7 @@ from lit_lora.formats.comfyui import ComfyUIFormat
 from lit_lora.formats.diffusers import DiffusersFormat
 from lit_lora.formats.kohya import KohyaFormat
 from lit_lora.formats.lycoris import LycorisFormat
-from lit_lora.formats.peft import PeftFormat
+from lit_lora.formats.peft import CONFIG, PeftFormat
 from lit_lora.formats.tensor_file import TensorFile
 
 FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat(), KohyaFormat(), ComfyUIFormat(), LycorisFormat())
@@ -31,6 +31,7 @@ __all__ = [
     "PeftFormat",
     "TensorFile",
     "format_named",
+    "marker_of",
     "write_adapter",
     "write_card",
 ]
@@ -46,6 +47,21 @@ def format_named(name: str) -> AdapterFormat:
     if found is None:
         raise UserError(f"format {name!r} is not known; choose from {', '.join(one.name for one in FORMATS)}")
     return found
+
+
+def marker_of(adapter: AdapterFiles) -> str:
+    """Name of a file that every folder with an adapter like this one holds.
+
+    Raises:
+        UserError: If none of the default formats can hold the adapter.
+    """
+    if adapter.state:  # PEFT's files hold every adapter of a denoiser
+        return CONFIG
+    found = next((one for name in DEFAULT_FORMATS if (one := format_named(name)).holds(adapter)), None)
+    if found is None:
+        reasons = "; ".join(f"{name}: {format_named(name).why_not(adapter)}" for name in DEFAULT_FORMATS)
+        raise UserError(f"no file can hold the adapter ({reasons}); train an adapter of the denoiser too, or use LoRA")
+    return found.file_name
 
 
 def write_adapter(adapter: AdapterFiles, folder: Path, formats: Sequence[str] = ()) -> None:

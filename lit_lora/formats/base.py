@@ -43,6 +43,11 @@ class AdapterFiles:
         """The adapters of all adapted parts by name; that of the denoiser is called ``denoiser``."""
         return ({"denoiser": self} if self.state else {}) | dict(self.text_encoders)
 
+    @property
+    def main_config(self) -> Mapping[str, Any]:
+        """PEFT config of the first adapted part, which is the denoiser's if it is adapted; empty if there is no part."""
+        return next((part.config for part in self.parts.values()), {})
+
 
 class AdapterFormat(ABC):
     """A file format of adapters; a new format is one module in this folder and an entry in ``FORMATS``."""

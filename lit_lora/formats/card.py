@@ -36,12 +36,12 @@ def model_card(adapter: AdapterFiles, files: Sequence[str], samples: Sequence[st
         samples: Paths of sample images relative to the card; defaults to none.
     """
     told = adapter.metadata
-    base = adapter.config.get("base_model_name_or_path") or ""
+    base = adapter.main_config.get("base_model_name_or_path") or ""
     title = told.get("modelspec.title") or default_title(adapter)
     trigger = told.get("modelspec.trigger_phrase")
     license_id = told.get("modelspec.license")
     tags = [tag for tag in told.get("modelspec.tags", "").split(", ") if tag]
-    kind = str(adapter.config.get("peft_type") or "adapter").lower()
+    kind = str(adapter.main_config.get("peft_type") or "adapter").lower()
     data: Any = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
         library_name="diffusers",
@@ -62,11 +62,13 @@ def model_card(adapter: AdapterFiles, files: Sequence[str], samples: Sequence[st
 
 
 def _facts(adapter: AdapterFiles, base: str, trigger: str | None) -> str:
-    config = adapter.config
+    config = adapter.main_config
     rows = {"base": f"`{base}`" if base else None, "trigger words": trigger}
     rows["method"] = f"{config.get('peft_type')}" + (" with magnitudes (DoRA)" if config.get("use_dora") else "")
     rows["rank"] = _value(config, "r", "rank_pattern")
     rows["alpha"] = _value(config, alpha_option(config), "alpha_pattern")
+    for name, part in adapter.text_encoders.items():
+        rows[f"rank in {name}"] = _value(part.config, "r", "rank_pattern")
     rows |= {label: adapter.metadata.get(key) for key, label in _FACTS.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows.items() if value)])
 
@@ -95,7 +97,11 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
         blocks.append(
             f"In PEFT:\n\n```python\nfrom diffusers import {pipeline}\nfrom peft import PeftModel\n\n"
             f'pipeline = {pipeline}.from_pretrained("{base}")\n'
-            f'PeftModel.from_pretrained(pipeline.{part}, "this folder")  # changes the {part} in place\n```'
+            f'PeftModel.from_pretrained(pipeline.{part}, "this folder")  # changes the {part} in place\n'
+            + "".join(
+                f'PeftModel.from_pretrained(pipeline.{one}, "this folder/{one}")\n' for one in adapter.text_encoders
+            )
+            + "```"
         )
     others = {"kohya.safetensors": "A1111, Forge and sd-scripts", "comfyui.safetensors": "ComfyUI"}
     others["lycoris.safetensors"] = "ComfyUI and LyCORIS"

@@ -89,7 +89,7 @@ def _file(path: Path) -> Path:
 
 def _with_family(adapter: AdapterFiles) -> AdapterFiles:
     """The adapter with the family of its base, if that is a pipeline on this machine, or else the one that its layers tell."""
-    base = adapter.config.get("base_model_name_or_path")
+    base = adapter.main_config.get("base_model_name_or_path")
     if isinstance(base, str) and base and (source := ModelSource(base)).is_local:
         kind = family_of(str(source.index().get("_class_name")))
         if kind is not None:

@@ -57,7 +57,7 @@ class LycorisFormat(LayerFile):
             yield name, {**group, "alpha": alpha_tensor(alphas[layer], next(iter(group.values())))}
 
     def spec(self, adapter: AdapterFiles) -> dict[str, str]:
-        method = next(iter(adapter.parts.values())).config.get("peft_type")
+        method = adapter.main_config.get("peft_type")
         return spec_metadata(adapter, {"LOHA": "loha", "LOKR": "lokr"}.get(str(method), "lora"))
 
     def recognizes(self, file: TensorFile) -> bool:

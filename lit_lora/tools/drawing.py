@@ -50,7 +50,7 @@ def make_generate(
     kind = _family_class(family, base)
     files = None if adapter is None else read_adapter(adapter, kind)
     if base is None:
-        base = files.config.get("base_model_name_or_path") if files else None
+        base = files.main_config.get("base_model_name_or_path") if files else None
         if not base:
             raise UserError("give --base: a folder, a hub id or 'embedded' (the adapter does not name its base)")
         kind = kind or _family_class(family, base)
