@@ -86,6 +86,8 @@ class LoraDiffusion(LightningModule):
         seed: Seed of timesteps, noise and caption dropout, and of the images that ``predict`` draws; defaults to 0.
         text_adapter: PEFT config from which each of the family's CLIP text encoders gets an adapter of its own; they are then
             trained with the denoiser. Defaults to none, or to those that a :class:`FromFile` brings along.
+        new_tokens: New tokens such as ``<cat-toy>`` whose embeddings are trained (textual inversion), each with the words whose
+            embeddings it begins with, or with a number of random vectors. Defaults to none.
 
     Raises:
         UserError: If ``caption_dropout`` is outside [0, 1], the adapter's file cannot be used, the family's text encoders cannot
@@ -108,6 +110,7 @@ class LoraDiffusion(LightningModule):
         sampling: SamplingOptions = SamplingOptions(),
         seed: int = 0,
         text_adapter: PeftConfig | None = None,
+        new_tokens: dict[str, int | str] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout <= 1:
@@ -115,7 +118,7 @@ class LoraDiffusion(LightningModule):
         self.family = family
         self.start = adapter.start if isinstance(adapter, FromFile) else None
         self.adapter = adapter.config(type(family)) if isinstance(adapter, FromFile) else adapter
-        self.text_training = TextTraining(family, adapter, text_adapter)
+        self.text_training = TextTraining(family, adapter, text_adapter, new_tokens)
         self.objective: Objective = objective or family.default_objective()
         self.optimizer = optimizer
         self.parameter_groups = tuple(parameter_groups)
@@ -207,8 +210,10 @@ class LoraDiffusion(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["adapter_methods"] = self.family.adapted.state()
+        checkpoint["new_tokens"] = self.family.new_tokens
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.text_training.check_resumed(self.family, checkpoint.get("new_tokens", {}))
         self.family.adapted.restore(checkpoint.get("adapter_methods", {}))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -283,12 +288,12 @@ class LoraDiffusion(LightningModule):
         family = self.family
         if not self._configured:
             raise UserError("the module has no adapter yet: call save_adapter after trainer.fit, in the same process")
-        tensors = family.adapted.tensors()
-        for state in tensors.values():
+        tensors, new_tokens = family.adapted.tensors(), family.new_token_rows()
+        for state in (*tensors.values(), *new_tokens.values()):
             check_finite(state, "adapter", "train with a lower lr or trainer.gradient_clip_val: 1.0")
         if self._trainer is not None and not self.trainer.is_global_zero:
             return
-        files = files_of(family, tensors, training_facts(self) | (info or AdapterInfo()).metadata)
+        files = files_of(family, tensors, new_tokens, training_facts(self) | (info or AdapterInfo()).metadata)
         with atomic_folder(folder, marker=marker_of(files)) as part:
             write_adapter(files, part, formats)
 

@@ -65,7 +65,7 @@ def loader_of(batches: list[dict[str, Any]]) -> DataLoader[Any]:
 
 def save_adapter(family: ModelFamily, folder: Path) -> None:
     """Write the family's adapter in every format that can hold it."""
-    write_adapter(files_of(family, family.adapted.tensors()), folder)
+    write_adapter(files_of(family, family.adapted.tensors(), family.new_token_rows()), folder)
 
 
 def freeze_remaining(model: nn.Module) -> None:

@@ -34,6 +34,7 @@ from lit_lora.formats.find import read_adapter
 from lit_lora.planning.changes import _steps_in_backward
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run, Sampling
+from lit_lora.run_checks import check_run
 from tests.formats.adapters import FAMILIES
 from tests.helpers import loader_of, make_batches
 
@@ -327,10 +328,10 @@ def test_cached_text_is_refused_early(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, session_shards: Path
 ) -> None:
     module = module_of(sd_folder)
-    with pytest.raises(UserError, match=r"model.text_adapter trains text_encoder, .* cache \(shards/cache\)"):
+    with pytest.raises(UserError, match=r"model.text_adapter trains text encoders, .* cache \(shards/cache\)"):
         Trainer(**trainer_options).fit(module, datamodule=TextCache())
     assert not module.family.encoders  # nothing was loaded
-    with pytest.raises(UserError, match=r"model.text_adapter trains text_encoder"):
+    with pytest.raises(UserError, match=r"model.text_adapter trains text encoders"):
         plan(Run(module, 2, 16, 16, cached=frozenset({"text", "latents"})))
     batches = [{**make_batches(1)[0], "text_embeddings": {}}]
     with pytest.raises(UserError, match=r"has text_embeddings, .* text_encoder of StableDiffusion are trained"):
@@ -370,8 +371,10 @@ def test_what_cannot_be_trained(trained: Any, sd_folder: Path, trainer_options: 
             module_of(sd_folder, adapter=None, text_adapter=LoHaConfig(r=2)),
             trainer_options | {"enable_checkpointing": True, "callbacks": [AdapterCheckpoint()]},
         )
+    module = module_of(sd_folder, adapter=None)
+    module.trainer = Trainer(**trainer_options | {"strategy": LitLoraFSDP()})
     with pytest.raises(UserError, match=r"model.adapter is null, and LitLoraFSDP loads the denoiser block by block"):
-        fit(module_of(sd_folder, adapter=None), trainer_options, strategy=LitLoraFSDP(process_group_backend="gloo"))
+        check_run(module, "fit")
     dropped = module_of(sd_folder, adapter=FromFile(path=str(folder), drop_text_encoders=True), text_adapter=TEXT)
     dropped.configure_model()  # begins with new ones
     assert not any(bool(p.any()) for name, p in text_parameters(dropped).items() if ".lora_B." in name)
@@ -414,7 +417,7 @@ def test_the_card_names_the_text_encoders(trained: Any) -> None:
     _, folder = trained("sdxl_folder")
     card = (folder / "README.md").read_text()
     assert "| rank in text_encoder_2 | 4 |" in card
-    assert 'PeftModel.from_pretrained(pipeline.text_encoder_2, "this folder/text_encoder_2")' in card
+    assert 'PeftModel.from_pretrained(pipeline.text_encoder_2, "this folder", subfolder="text_encoder_2")' in card
 
 
 def test_a_config_trains_text_encoders_and_no_cache_is_made_of_them(

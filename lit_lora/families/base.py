@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 from torch import Tensor
 
@@ -264,6 +265,8 @@ class ModelFamily(PipelineParts, ABC):
             captions: ``B`` captions.
             max_length: Number of tokens; defaults to the tokenizer's own maximum.
         """
+        if self.new_tokens:  # those of several vectors become several tokens, as in the pipeline
+            captions = TextualInversionLoaderMixin().maybe_convert_prompt(list(captions), tokenizer)
         encoded = tokenizer(
             captions,
             padding="max_length",

@@ -12,12 +12,13 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lit_lora.adapters import AdaptedParts, inject, same_adapter
 from lit_lora.distributed.node import Node
 from lit_lora.families.loading import PartLoader
+from lit_lora.families.new_tokens import TokenStart, add_tokens, new_rows
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
 
@@ -56,6 +57,9 @@ class PipelineParts(nn.Module):
     default."""
     default_text_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
     """Layers of the text encoders to adapt if the config of their adapter names none; defaults to CLIP's attention."""
+    token_encoders: ClassVar[Mapping[str, str]] = {}
+    """Text encoders that learn new tokens, all of the pipeline, each with the key of its embeddings in files of textual
+    inversion, "" where the token is the key. None by default, for pipelines that do not load such files."""
     always_dense: ClassVar[tuple[str, ...]] = ()
     """Glob patterns of the denoiser's layers that are never quantized; none by default."""
     default_vae_dtype: ClassVar[torch.dtype | None] = None
@@ -73,6 +77,8 @@ class PipelineParts(nn.Module):
     """Loaded tokenizers and text encoders by name."""
     trained_encoders: tuple[str, ...]
     """Names of the loaded text encoders in which something is trained."""
+    new_tokens: dict[str, int]
+    """Number of vectors of each new token."""
 
     def __init__(
         self, pretrained_model_name_or_path: str, revision: str | None = None, variant: str | None = None
@@ -172,7 +178,6 @@ class PipelineParts(nn.Module):
         name: str,
         config: PeftConfig,
         start: Callable[[PeftModel], None] | None = None,
-        shard: Callable[[nn.Module], None] | None = None,
     ) -> None:
         """Put an adapter into a loaded text encoder, which becomes a :class:`peft.PeftModel`.
 
@@ -182,7 +187,6 @@ class PipelineParts(nn.Module):
             name: One of :attr:`adaptable_encoders`.
             config: Config of the adapter.
             start: Function that sets the adapter's values; defaults to the method's own initial values.
-            shard: Function that shards the text encoder, under a strategy that shards weights; defaults to none.
 
         Raises:
             UserError: If the config does not fit the text encoder: see :func:`lit_lora.adapters.inject`.
@@ -192,10 +196,47 @@ class PipelineParts(nn.Module):
             start(adapted)
         for layer in self.unread_layers(name):
             layer.requires_grad_(False)
-        if shard is not None:
-            same_adapter(adapted)
-            shard(adapted.get_base_model())
-        self._replace_encoder(name, adapted)
+        self.encoders[name] = adapted
+        self.add_module(name, adapted)
+        self._note_trained(name)
+
+    def add_new_tokens(self, starts: Mapping[str, TokenStart]) -> None:
+        """Give all tokenizers and text encoders new tokens, whose embeddings are trained.
+
+        Args:
+            starts: First values of each new token's embeddings: words, a number of random vectors, or tensors by encoder.
+
+        Raises:
+            UserError: If a name is a token already, words have no token, or tensors do not fit.
+        """
+        for name in self.token_encoders:
+            own = {token: start[name] if isinstance(start, Mapping) else start for token, start in starts.items()}
+            tokenizer = self.encoders[name.replace("text_encoder", "tokenizer")]
+            added = add_tokens(tokenizer, base_model(self.encoders[name]), own)
+            assert self.new_tokens in ({}, added), "the tokenizers of a pipeline divide words in the same way"
+            self.new_tokens = added
+            self._note_trained(name)
+
+    def shard_trained_encoders(self, shard: Callable[[nn.Module], None]) -> None:
+        """Shard the text encoders in which something is trained, with the first process's values of what is trained.
+
+        Args:
+            shard: Function that shards a module, of a strategy that shards weights.
+        """
+        for name in self.trained_encoders:
+            same_adapter(self.encoders[name])
+            shard(base_model(self.encoders[name]))
+
+    def new_token_rows(self) -> dict[str, dict[str, Tensor]]:
+        """Full embeddings of the new tokens on the CPU, ``(n, D)``, by token and text encoder.
+
+        A collective call where the strategy shards weights.
+        """
+        rows: dict[str, dict[str, Tensor]] = {token: {} for token in self.new_tokens}
+        for name in self.token_encoders if self.new_tokens else ():
+            for token, values in new_rows(base_model(self.encoders[name]), self.new_tokens).items():
+                rows[token][name] = values
+        return rows
 
     def unread_layers(self, name: str) -> list[nn.Module]:
         """Layers of a loaded text encoder that do not change the denoiser's inputs and get no gradient; by default none.
@@ -301,10 +342,7 @@ class PipelineParts(nn.Module):
             start(adapted)
         return adapted
 
-    def _replace_encoder(self, name: str, encoder: nn.Module) -> None:
-        """Put a text encoder with trained parameters in the place of the loaded one."""
-        self.encoders[name] = encoder
-        self.add_module(name, encoder)
+    def _note_trained(self, name: str) -> None:
         self.trained_encoders = tuple(dict.fromkeys([*self.trained_encoders, name]))
 
     def _missing(self) -> list[str]:
@@ -340,6 +378,7 @@ class PipelineParts(nn.Module):
         self.vae = self.denoiser = None
         self.encoders = {}
         self.trained_encoders = ()
+        self.new_tokens = {}
 
 
 def base_model(part: Any) -> Any:

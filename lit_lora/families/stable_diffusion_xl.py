@@ -47,6 +47,7 @@ class StableDiffusionXL(ModelFamily):
     }
     block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    token_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     adaptable_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     always_dense: ClassVar[tuple[str, ...]] = (*UNET_ALWAYS_DENSE, "add_embedding.*")
     default_vae_dtype: ClassVar[torch.dtype | None] = torch.float32

@@ -12,6 +12,7 @@ from lit_lora.formats.kohya import KohyaFormat
 from lit_lora.formats.lycoris import LycorisFormat
 from lit_lora.formats.peft import CONFIG, PeftFormat
 from lit_lora.formats.tensor_file import TensorFile
+from lit_lora.formats.textual_inversion import embedding_file, write_embeddings
 
 FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat(), KohyaFormat(), ComfyUIFormat(), LycorisFormat())
 """All formats."""
@@ -34,6 +35,7 @@ __all__ = [
     "marker_of",
     "write_adapter",
     "write_card",
+    "write_embeddings",
 ]
 
 
@@ -58,6 +60,8 @@ def marker_of(adapter: AdapterFiles) -> str:
     if adapter.state:  # PEFT's files hold every adapter of a denoiser
         return CONFIG
     found = next((one for name in DEFAULT_FORMATS if (one := format_named(name)).holds(adapter)), None)
+    if found is None and adapter.new_tokens and not adapter.parts:
+        return embedding_file(next(iter(adapter.new_tokens)))
     if found is None:
         reasons = "; ".join(f"{name}: {format_named(name).why_not(adapter)}" for name in DEFAULT_FORMATS)
         raise UserError(f"no file can hold the adapter ({reasons}); train an adapter of the denoiser too, or use LoRA")
@@ -65,7 +69,7 @@ def marker_of(adapter: AdapterFiles) -> str:
 
 
 def write_adapter(adapter: AdapterFiles, folder: Path, formats: Sequence[str] = ()) -> None:
-    """Write an adapter in the default formats that can hold it, and in the named ones, with a model card.
+    """Write an adapter in the default formats that can hold it, and in the named ones, with its new tokens and a model card.
 
     Args:
         adapter: Adapter to write.
@@ -82,6 +86,7 @@ def write_adapter(adapter: AdapterFiles, folder: Path, formats: Sequence[str] = 
                 raise UserError(f"the adapter cannot be written in the format {one.name}: {reason}")
             continue
         one.write(adapter, folder)
+    write_embeddings(adapter, folder)
     write_card(adapter, folder)
 
 

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.model_spec import alpha_option, default_title
+from lit_lora.formats.textual_inversion import embedding_file
 
 CARD = "README.md"
 
@@ -38,7 +39,7 @@ def model_card(adapter: AdapterFiles, files: Sequence[str], samples: Sequence[st
     told = adapter.metadata
     base = adapter.main_config.get("base_model_name_or_path") or ""
     title = told.get("modelspec.title") or default_title(adapter)
-    trigger = told.get("modelspec.trigger_phrase")
+    trigger = told.get("modelspec.trigger_phrase") or ", ".join(adapter.new_tokens) or None
     license_id = told.get("modelspec.license")
     tags = [tag for tag in told.get("modelspec.tags", "").split(", ") if tag]
     kind = str(adapter.main_config.get("peft_type") or "adapter").lower()
@@ -99,14 +100,34 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
             f'pipeline = {pipeline}.from_pretrained("{base}")\n'
             f'PeftModel.from_pretrained(pipeline.{part}, "this folder")  # changes the {part} in place\n'
             + "".join(
-                f'PeftModel.from_pretrained(pipeline.{one}, "this folder/{one}")\n' for one in adapter.text_encoders
+                f'PeftModel.from_pretrained(pipeline.{one}, "this folder", subfolder="{one}")\n'
+                for one in adapter.text_encoders
             )
             + "```"
         )
+    if adapter.new_tokens:
+        blocks.append(_token_usage(adapter))
     others = {"kohya.safetensors": "A1111, Forge and sd-scripts", "comfyui.safetensors": "ComfyUI"}
     others["lycoris.safetensors"] = "ComfyUI and LyCORIS"
     blocks += [f"`{name}` is for {others[name]}." for name in files if name in others]
     return "\n\n".join(["## How to load it", *blocks])
+
+
+def _token_usage(adapter: AdapterFiles) -> str:
+    assert adapter.family is not None, "only families have new tokens"
+    lines = []
+    for token in adapter.new_tokens:
+        folder, _, file = embedding_file(token).partition("/")
+        if len(adapter.family.token_encoders) == 1:
+            place = f'"this folder", subfolder="{folder}", weight_name="{file}"'
+            lines.append(f'pipeline.load_textual_inversion({place}, token="{token}")')
+            continue
+        lines.append(f'embeddings = load_file("this folder/{folder}/{file}")')
+        for name, key in adapter.family.token_encoders.items():
+            parts = f"text_encoder=pipeline.{name}, tokenizer=pipeline.{name.replace('text_encoder', 'tokenizer')}"
+            lines.append(f'pipeline.load_textual_inversion(embeddings["{key}"], token="{token}", {parts})')
+    head = ["from safetensors.torch import load_file", ""] if lines[0].startswith("emb") else []
+    return "New tokens, loaded into the pipeline:\n\n```python\n" + "\n".join([*head, *lines]) + "\n```"
 
 
 def _is_hub_id(base: str) -> bool:

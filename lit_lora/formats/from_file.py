@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
+from torch import Tensor
 
 from lit_lora.adapters import set_adapter_state
 from lit_lora.errors import UserError
@@ -33,8 +35,8 @@ class FromFile(PeftConfig):
 
     Args:
         path: File or folder of the adapter, as this project, PEFT, diffusers, kohya's scripts, ComfyUI or LyCORIS write it.
-        drop_text_encoders: Leave out those parts of the adapter that change text encoders, so that it is saved without them.
-            Defaults to False: they are trained too.
+        drop_text_encoders: Leave out those parts of the adapter that change text encoders, and its new tokens, so that it is
+            saved without them. Defaults to False: they are trained too.
 
     Raises:
         UserError: If there is no path.
@@ -69,7 +71,7 @@ class FromFile(PeftConfig):
         """
         self._family = family
         files = self._files
-        if not files.state and self.drop_text_encoders:
+        if self.drop_text_encoders and not files.state:
             raise UserError(
                 f"the adapter {self.path} changes text encoders alone, and drop_text_encoders leaves nothing of it; set it to "
                 f"false"
@@ -94,6 +96,18 @@ class FromFile(PeftConfig):
             )
         kinds = family.encoder_classes
         return {name: self._config(for_class(part, kinds[name])) for name, part in parts.items()}
+
+    def new_tokens(self, family: type[ModelFamily]) -> dict[str, Mapping[str, Tensor]]:
+        """Embeddings of the file's new tokens by token and text encoder; none with ``drop_text_encoders``.
+
+        Args:
+            family: Model family of the base.
+
+        Raises:
+            UserError: As for :meth:`config`.
+        """
+        self._family = family
+        return {} if self.drop_text_encoders else dict(self._files.new_tokens)
 
     def start(self, model: PeftModel) -> None:
         """Set the values of an injected adapter of the denoiser to the file's.

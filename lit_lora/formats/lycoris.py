@@ -38,6 +38,8 @@ class LycorisFormat(LayerFile):
                 yield _PREFIX + underscored(part), NativeLayer(part, (part,))
 
     def why_not(self, adapter: AdapterFiles) -> str:
+        if not adapter.parts:
+            return why_no_plain_lora(adapter)
         for part in adapter.parts.values():
             reason = why_not_exact(part) if part.config.get("peft_type") in METHODS else why_no_plain_lora(part)
             if reason:

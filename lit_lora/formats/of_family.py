@@ -16,17 +16,22 @@ from lit_lora.formats.text_encoders import normalized
 
 
 def files_of(
-    family: ModelFamily, tensors: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str] | None = None
+    family: ModelFamily,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    new_tokens: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
 ) -> AdapterFiles:
     """The contents of the files for the adapters in a family's denoiser and text encoders.
 
     Args:
         family: Family whose parts have adapters.
         tensors: Tensors of the adapters by part: see :meth:`lit_lora.adapters.AdaptedParts.tensors`.
+        new_tokens: Embeddings of new tokens: see :meth:`ModelFamily.new_token_rows`.
         metadata: What is known about the training; defaults to nothing.
     """
     parts = {name: _part(family, name, state) for name, state in tensors.items()}
-    denoiser = parts.pop("denoiser", AdapterFiles({}, {}))
+    of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path}
+    denoiser = parts.pop("denoiser", AdapterFiles({}, of_base))
     return AdapterFiles(
         denoiser.state,
         denoiser.config,
@@ -34,6 +39,7 @@ def files_of(
         type(family),
         family.naming_config,
         {name: normalized(part) for name, part in parts.items()},
+        new_tokens,
     )
 
 
@@ -47,6 +53,11 @@ def _part(family: ModelFamily, name: str, state: Mapping[str, Tensor]) -> Adapte
     return AdapterFiles(*method_of(trained).export(model, state, plain_config(trained) | of_base))
 
 
+def _no_rows(family: ModelFamily) -> dict[str, Mapping[str, Tensor]]:
+    """The new tokens without their embeddings, which are not looked at."""
+    return {token: {} for token in family.new_tokens}
+
+
 def check_formats(family: ModelFamily, formats: Sequence[str]) -> None:
     """Check that the adapters in a family's parts can be written in some formats, before it is trained.
 
@@ -57,7 +68,9 @@ def check_formats(family: ModelFamily, formats: Sequence[str]) -> None:
     Raises:
         UserError: If a format is not known or cannot hold the adapter, or no format can.
     """
-    adapter = files_of(family, {name: adapter_tensors(model) for name, model in family.adapted.models.items()})
+    adapter = files_of(
+        family, {name: adapter_tensors(model) for name, model in family.adapted.models.items()}, _no_rows(family)
+    )
     marker_of(adapter)
     for one in map(format_named, formats):
         if reason := one.why_not(adapter):

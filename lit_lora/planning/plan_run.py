@@ -76,7 +76,8 @@ class _Simulation:
 
     def plan(self) -> MemoryPlan:
         run, meter = self.run, self.meter
-        file_bytes = sum(map(_file_bytes, self.family.adapted.models.values()))
+        tokens = self.family.new_token_rows().items()
+        file_bytes = sum(map(_file_bytes, self.family.adapted.models.values())) + sum(map(_token_bytes, tokens))
         self._count_parameters()
         self._load_phase()
         with ExitStack() as stack:
@@ -248,6 +249,11 @@ def _file_bytes(model: PeftModel) -> int:
     config = model.peft_config[ADAPTER_NAME]
     in_file, _ = method_of(config).planned(model, adapter_state(model), plain_config(config))
     return safetensors_bytes(in_file)
+
+
+def _token_bytes(token: tuple[str, dict[str, Tensor]]) -> int:
+    """Bytes of the file of a new token."""
+    return safetensors_bytes(token[1])
 
 
 def _bytes(module: nn.Module) -> int:

@@ -285,7 +285,8 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         module, callbacks = module_of(model, parameter_groups=groups), [saving(folder, SAVED_AT)]
     elif name == "text encoders":
         groups = [ParameterGroup("text_encoder.*", lr_ratio=0.5)]
-        module = module_of(model, text_adapter=LoraConfig(r=2, lora_alpha=2), parameter_groups=groups)
+        trained = {"text_adapter": LoraConfig(r=2, lora_alpha=2), "new_tokens": {"caption": "a red seven"}}
+        module = module_of(model, **trained, parameter_groups=groups)
         callbacks = [saving(folder, SAVED_AT)]
     elif name == "skipped steps":
         # Without momentum a step with gradients of zero changes nothing, as one that is left out.
@@ -317,7 +318,7 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
             shards,
             folder / "resumed",
             resume=folder / f"{SAVED_AT}.ckpt",
-            module=module_of(model, text_adapter=LoraConfig(r=2, lora_alpha=2), parameter_groups=groups),
+            module=module_of(model, **trained, parameter_groups=groups),
             **options,
         )
         result["resumed"] = again.losses
