@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from peft import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig
 from PIL import Image
 from torch import Tensor
@@ -34,6 +35,7 @@ from lit_lora.formats.find import read_adapter
 from lit_lora.planning.changes import _steps_in_backward
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run, Sampling
+from lit_lora.profiling.rank_chart import rank_chart
 from lit_lora.run_checks import check_run
 from tests.formats.adapters import FAMILIES
 from tests.helpers import loader_of, make_batches
@@ -265,6 +267,7 @@ def test_half_precision_and_offload(sd_folder: Path, trainer_options: dict[str, 
     parameters = text_parameters(module)
     assert {p.dtype for p in parameters.values()} == {torch.float32}
     assert all(bool(p.any()) for p in parameters.values())
+    assert module.family.frozen_encoding_models() == [module.family.vae]  # what offload_encoders moves
     frozen = [p for p in module.family.encoders["text_encoder"].parameters() if not p.requires_grad]
     assert {p.dtype for p in frozen} == {torch.bfloat16}
 
@@ -281,6 +284,13 @@ def test_other_methods(config: PeftConfig, sd_folder: Path, trainer_options: dic
     again.configure_model()
     assert apart(embeddings(module), embeddings(again)) <= NEAR
     assert apart(embeddings(module), embeddings(_base(sd_folder))) > 10 * NEAR
+    if options:  # the schedule has ended with a mean rank of target_r; a layer without any keeps one in the file
+        ranks = [
+            len(v)
+            for k, v in read_adapter(tmp_path / "adapter").text_encoders["text_encoder"].state.items()
+            if "_A" in k
+        ]
+        assert 8 == len(ranks) <= sum(ranks) < 12
 
 
 def _base(folder: Path) -> LoraDiffusion:
@@ -289,12 +299,19 @@ def _base(folder: Path) -> LoraDiffusion:
     return module
 
 
-def test_ranks_are_pruned_in_all_parts(sdxl_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+def test_ranks_are_pruned_in_all_parts(
+    sdxl_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    charts: list[Any] = []
+    monkeypatch.setattr(
+        "lit_lora.callbacks.rank_budget.rank_chart", lambda *args: charts.append(args) or rank_chart(*args)
+    )
     family = FAMILIES["sdxl_folder"]
     module = module_of(sdxl_folder, family, adapter=LoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))
     callbacks = [RankBudget(mean_rank=2, start=0.2, stop=0.6, prunings=2), RunReport(output_dir=str(tmp_path))]
-    fit(module, trainer_options, steps=5, callbacks=callbacks)
+    fit(module, trainer_options, steps=5, callbacks=callbacks, logger=TensorBoardLogger(tmp_path))
     ranks = layer_ranks(module)
+    assert charts[-1][0].keys() == ranks.keys()
     assert {name.partition(".")[0] for name in ranks} == {"denoiser", *ENCODERS["sdxl_folder"]}
     assert sum(ranks.values()) == 2 * len(ranks)
     assert json.loads((tmp_path / "report.json").read_text())["adapter_ranks"] == ranks
