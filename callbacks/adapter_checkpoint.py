@@ -131,7 +131,7 @@ class AdapterCheckpoint(ResumedSaves):
         super().on_fit_start(trainer, pl_module)
         self._state = self._state or TrainingState(pl_module)
         family = getattr(pl_module, "family", None)
-        if self.formats and isinstance(family, ModelFamily):
+        if isinstance(family, ModelFamily):
             check_formats(family, self.formats)
         if self._resumed is not None:
             self._resumed.compare(trainer)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lit_lora.adapters import adapter_state
 from lit_lora.adapters.in_place import peft_models
+from lit_lora.adapters.parameter_groups import plain_name
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
 from lit_lora.byte_sizes import parse_bytes
@@ -49,7 +50,8 @@ class RankBudget(ChangedRanks):
         mean_rank: Mean rank of the layers; every component costs the same.
         parameters: Number of parameters in ``A`` and ``B`` of all layers together.
         share: Share of the parameters that training starts with, in (0, 1).
-        file_size: Size of ``adapter_model.safetensors`` in bytes, or with a unit, such as ``"20MB"``.
+        file_size: Size of ``adapter_model.safetensors`` in bytes, or with a unit, such as ``"20MB"``; with trained text encoders
+            their files count too.
         start: Share of the optimizer steps before the first pruning, in [0, 1); defaults to 0.1.
         stop: Share of the optimizer steps after which the budget is reached, in (0, 1]; defaults to 0.6. The remaining steps
             train with the final ranks.
@@ -243,7 +245,11 @@ class RankBudget(ChangedRanks):
     def _draw(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                ranks = {layer.name: (layer.rank, self._first_ranks[layer.path]) for layer in self.layers}
+                several = len({id(layer.config) for layer in self.layers}) > 1
+                ranks = {
+                    plain_name(layer.path) if several else layer.name: (layer.rank, self._first_ranks[layer.path])
+                    for layer in self.layers
+                }
                 chart = rank_chart(ranks, f"ranks at step {trainer.global_step}")
                 logger.experiment.add_image("ranks", np.asarray(chart), trainer.global_step, dataformats="HWC")
 
@@ -265,7 +271,7 @@ def _like(scores: Tensor, layer: RankedLayer) -> Tensor:
 
 
 def _other_bytes(module: nn.Module, layers: list[RankedLayer]) -> int:
-    """Bytes of ``adapter_model.safetensors`` beside the weights of the ranked layers."""
-    _, model = next(peft_models(module))
+    """Bytes of ``adapter_model.safetensors``, of all adapted parts together, beside the weights of the ranked layers."""
     ranked = sum(layer.rank * layer.component_parameters for layer in layers)
-    return safetensors_bytes(adapter_state(model)) - _PARAMETER_BYTES * ranked
+    files = sum(safetensors_bytes(adapter_state(model)) for _, model in peft_models(module))
+    return files - _PARAMETER_BYTES * ranked

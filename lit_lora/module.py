@@ -16,7 +16,7 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
-from lit_lora.adapters import adapter_state, check_finite, method_of
+from lit_lora.adapters import check_finite
 from lit_lora.adapters.parameter_groups import ParameterGroup, check_schedule, make_optimizer
 from lit_lora.blocks import outermost_blocks
 from lit_lora.caption_dropout import drop_captions
@@ -27,7 +27,7 @@ from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily, check_batch, check_size, prepare, target_size
 from lit_lora.files import atomic_folder
-from lit_lora.formats import write_adapter
+from lit_lora.formats import marker_of, write_adapter
 from lit_lora.formats.base_adapter import BaseAdapter
 from lit_lora.formats.base_adapters import BaseAdapters
 from lit_lora.formats.base_records import base_metadata
@@ -36,7 +36,6 @@ from lit_lora.formats.from_file import FromFile
 from lit_lora.formats.info import AdapterInfo
 from lit_lora.formats.of_family import files_of
 from lit_lora.log_mean import log_mean
-from lit_lora.loops import number_of_steps
 from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.checkpointing import enable_gradient_checkpointing
@@ -45,8 +44,9 @@ from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
 from lit_lora.quantization import Dense, Quantization
-from lit_lora.run_checks import check_run
+from lit_lora.run_checks import check_run, check_sizes
 from lit_lora.sampling import SamplingOptions
+from lit_lora.text_training import TextTraining
 
 VALIDATION_SEED = 20_240_229
 """Seed of validation's timesteps and noise; it is the same in every run, so that losses of runs can be compared."""
@@ -60,7 +60,7 @@ def _adamw(parameters: Any) -> torch.optim.Optimizer:
 
 
 class LoraDiffusion(LightningModule):
-    """Trains an adapter in the denoiser of a diffusion model; everything else is frozen.
+    """Trains an adapter in the denoiser of a diffusion model, and in its text encoders if asked to; everything else is frozen.
 
     Adapter and optimizer state are float32; the frozen base is stored in ``base_dtype`` and computed with under autocast,
     which is why ``Trainer(precision=...)`` stays at its default.
@@ -68,8 +68,7 @@ class LoraDiffusion(LightningModule):
     Args:
         family: Model family of the base, with the location of its weights.
         adapter: PEFT config of a method that adapts layers, or :class:`FromFile` to go on with a saved adapter. Without
-            ``target_modules`` the family's default layers are adapted.
-        base_adapters: Adapters to merge into the base, so that this one is trained over them; defaults to none.
+            ``target_modules`` the family's default layers are adapted. None trains in the text encoders alone.
         objective: Distribution of timesteps and noise, and the loss; defaults to the family's objective, ``DDPM`` or
             ``FlowMatching``.
         optimizer: Function from the trainable parameters to their optimizer; defaults to AdamW with a learning rate of 1e-4.
@@ -88,16 +87,21 @@ class LoraDiffusion(LightningModule):
             at the start. Off by default.
         sampling: Options of the images that ``predict`` draws; defaults to 25 steps at a guidance scale of 5.
         seed: Seed of timesteps, noise and caption dropout, and of the images that ``predict`` draws; defaults to 0.
+        text_adapter: PEFT config from which each of the family's CLIP text encoders gets an adapter of its own; they are then
+            trained with the denoiser. Defaults to none, or to those that a :class:`FromFile` brings along.
+        new_tokens: New tokens such as ``<cat-toy>`` whose embeddings are trained (textual inversion), each with the words that
+            it begins as, or with a number of random vectors. Defaults to none.
+        base_adapters: Adapters to merge into the base, so that this one is trained over them; defaults to none.
 
     Raises:
-        UserError: If ``caption_dropout`` is outside [0, 1], or an adapter's file cannot be used.
+        UserError: If ``caption_dropout`` is outside [0, 1], an adapter's file cannot be used, the family's text encoders cannot
+            be trained, or nothing would be trained.
     """
 
     def __init__(
         self,
         family: ModelFamily,
-        adapter: PeftConfig,
-        base_adapters: Sequence[BaseAdapter] = (),
+        adapter: PeftConfig | None,
         objective: Objective | None = None,
         optimizer: OptimizerCallable = _adamw,
         parameter_groups: Sequence[ParameterGroup] = (),
@@ -109,15 +113,19 @@ class LoraDiffusion(LightningModule):
         compile_blocks: bool = False,
         sampling: SamplingOptions = SamplingOptions(),
         seed: int = 0,
+        text_adapter: PeftConfig | None = None,
+        new_tokens: dict[str, int | str] | None = None,
+        base_adapters: Sequence[BaseAdapter] = (),
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout={caption_dropout} is not a probability; it must lie in [0, 1]")
         self.family = family
         self.base_adapters = BaseAdapters(base_adapters, type(family))
-        records = self.base_adapters.records
         self.start = adapter.start if isinstance(adapter, FromFile) else None
-        self.adapter = adapter.config(type(family), records) if isinstance(adapter, FromFile) else adapter
+        over = self.base_adapters.records
+        self.adapter = adapter.config(type(family), over) if isinstance(adapter, FromFile) else adapter
+        self.text_training = TextTraining(family, adapter, text_adapter, new_tokens)
         self.objective: Objective = objective or family.default_objective()
         self.optimizer = optimizer
         self.parameter_groups = tuple(parameter_groups)
@@ -154,29 +162,16 @@ class LoraDiffusion(LightningModule):
             dispensable = self.dispensable_parts() | ({"denoiser"} if sharded else set())
             if not self._configured:
                 self._scheduler_config = prepare(self.family, self.objective)
-                self._check_sizes()
-            options: dict[str, Any] = {
-                "quantization": self.quantization,
-                "changes": self.base_adapters.changes(dispensable),
-            }
-            self.family.load(self.base_dtype, without=dispensable, node=node, **options)
+                check_sizes(self)
+            into = self.base_adapters.changes(dispensable)
+            self.family.load(
+                self.base_dtype, without=dispensable, quantization=self.quantization, node=node, changes=into
+            )
+            if not self._configured:
+                self._adapt(strategy, sharded)
             if self.memory.offload_encoders:
-                for encoder in self.family.encoding_models():
+                for encoder in self.family.frozen_encoding_models():
                     self._encoder_offload.add(encoder)
-            if self._configured:
-                return
-            if sharded:
-                self.family.load_adapted(self.adapter, strategy.shard, self.start)
-            else:
-                self.family.add_adapter(self.adapter, self.start)
-            if self.memory.gradient_checkpointing:
-                enable_gradient_checkpointing(self.family.denoiser, self.memory.gradient_checkpointing)
-            if self.compile_blocks:
-                for block in outermost_blocks(self.family.denoiser, self.family.block_classes):
-                    block.compile()  # in place, which keeps the names of the weights
-            if self.memory.offload_blocks:
-                BlockOffload(self.family.denoiser, self.family.block_classes)
-            self.family.train()
         self._configured = True
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -194,9 +189,7 @@ class LoraDiffusion(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_fit_start(self) -> None:
-        method = method_of(self.adapter)
-        if method.scheduled:
-            method.start(self.family.denoiser, number_of_steps(self.trainer, type(self.adapter).__name__))
+        self.family.adapted.start(self.trainer)
         if self.memory.optimizer_in_backward:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self._in_backward = OptimizerInBackward(optimizer, float(self.trainer.gradient_clip_val or 0))
@@ -217,21 +210,23 @@ class LoraDiffusion(LightningModule):
         losses, _ = self.losses(drop_captions(batch, draws, self.caption_dropout), draws)
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(losses), sync_dist=True)
-        penalty = method_of(self.adapter).penalty(self.family.denoiser)
+        penalty = self.family.adapted.penalty()
         return loss if penalty is None else loss + penalty
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.trainer.global_step + 1
         super().optimizer_step(*args, **kwargs)
-        method_of(self.adapter).after_step(self.family.denoiser, step)
+        self.family.adapted.after_step(step)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["adapter_method"] = method_of(self.adapter).state(self.family.denoiser)
+        checkpoint["adapter_methods"] = self.family.adapted.state()
+        checkpoint["new_tokens"] = self.family.new_tokens
         checkpoint["base_adapters"] = list(self.base_adapters.records)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.base_adapters.check(checkpoint.get("base_adapters", []))
-        method_of(self.adapter).restore(self.family.denoiser, checkpoint.get("adapter_method", {}))
+        self.text_training.check_resumed(self.family, checkpoint.get("new_tokens", {}))
+        self.family.adapted.restore(checkpoint.get("adapter_methods", {}))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, count = self.validation_loss(batch, batch_idx)
@@ -247,12 +242,8 @@ class LoraDiffusion(LightningModule):
         """Draw one image for each caption, in the size of the batch's images."""
         check_batch(self.family, batch, values=False)
         height, width = target_size(batch)[0].tolist()
-        return self.generate(
-            batch["caption"],
-            seeds=[self.seed + slot for slot in self._slots(batch, batch_idx)],
-            height=height,
-            width=width,
-        )
+        seeds = [self.seed + slot for slot in self._slots(batch, batch_idx)]
+        return self.generate(batch["caption"], seeds, height=height, width=width)
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **options: Any) -> list[Image.Image]:
         """Draw one image for each prompt with the current weights.
@@ -273,11 +264,7 @@ class LoraDiffusion(LightningModule):
         was_training = self.training
         self.eval()
         try:
-            with (
-                self.family.all_parts(),
-                self._encoder_offload.on_device(),
-                self.autocast(),
-            ):
+            with self.family.all_parts(), self._encoder_offload.on_device(), self.autocast():
                 seeds = range(self.seed, self.seed + len(prompts)) if seeds is None else seeds
                 return self.family.generate(prompts, seeds, self._scheduler_config, **options)
         finally:
@@ -305,15 +292,15 @@ class LoraDiffusion(LightningModule):
         family = self.family
         if not self._configured:
             raise UserError("the module has no adapter yet: call save_adapter after trainer.fit, in the same process")
-        state = adapter_state(family.denoiser)
-        check_finite(state, "adapter", "train with a lower lr or trainer.gradient_clip_val: 1.0")
+        tensors, new_tokens = family.adapted.tensors(), family.new_token_rows()
+        for state in (*tensors.values(), *new_tokens.values()):
+            check_finite(state, "adapter", "train with a lower lr or trainer.gradient_clip_val: 1.0")
         if self._trainer is not None and not self.trainer.is_global_zero:
             return
-        with atomic_folder(folder, marker="adapter_config.json") as part:
-            metadata = (
-                training_facts(self) | base_metadata(self.base_adapters.records) | (info or AdapterInfo()).metadata
-            )
-            write_adapter(files_of(family, state, metadata), part, formats)
+        metadata = training_facts(self) | base_metadata(self.base_adapters.records) | (info or AdapterInfo()).metadata
+        files = files_of(family, tensors, new_tokens, metadata)
+        with atomic_folder(folder, marker=marker_of(files)) as part:
+            write_adapter(files, part, formats)
 
     def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
         """Mean loss of the batch at fixed timesteps and noise, and the number of its samples that count."""
@@ -324,8 +311,7 @@ class LoraDiffusion(LightningModule):
 
     def losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
         """Weighted loss of each sample, and the weight of each sample in the batch; float32 ``(B,)`` each."""
-        encoding = torch.autocast(self.device.type, enabled=False)
-        with torch.no_grad(), encoding, self._encoder_offload.on_device():
+        with self.autocast(), self._encoder_offload.on_device():
             latents, conditioning = self.family.encode(batch, draws)
         sample = self.objective.sample(latents, draws, self.family.num_tokens(latents.shape[1:]))
         kept = ActivationOffload(self.device.type == "cuda") if self.memory.offload_activations else nullcontext()
@@ -345,13 +331,11 @@ class LoraDiffusion(LightningModule):
     def unloaded(self) -> Self:
         """A copy of the module with the same options, as it was before :meth:`configure_model`."""
         fresh = copy.copy(self)
-        fresh._modules = {}
+        fresh._modules, fresh._device, fresh._configured = {}, torch.device("cpu"), False
         fresh._trainer, fresh._reader, fresh._in_backward = None, None, None
-        fresh._device = torch.device("cpu")
-        fresh._configured = False
         fresh._encoder_offload = EncoderOffload()
         fresh.family = self.family.unloaded()
-        fresh.adapter = copy.deepcopy(self.adapter)
+        fresh.adapter, fresh.text_training = copy.deepcopy(self.adapter), copy.copy(self.text_training)
         fresh.objective = copy.deepcopy(self.objective)
         return fresh
 
@@ -375,14 +359,30 @@ class LoraDiffusion(LightningModule):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Names of the frozen tensors, which DDP neither broadcasts nor synchronizes: every process reads the same base."""
         frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
-        named = frozen + [name for name, _ in self.named_buffers()]
-        return [name for name in named if name.startswith("family.")]
+        return [name for name in (*frozen, *dict(self.named_buffers())) if name.startswith("family.")]
 
-    def _check_sizes(self) -> None:
-        """Check that the family can be trained on the datamodule's image sizes, if the datamodule lists them."""
-        datamodule = None if self._trainer is None else getattr(self.trainer, "datamodule", None)
-        for height, width in getattr(datamodule, "image_sizes", list)():
-            check_size(self.family, height, width)
+    @property
+    def adapter_configs(self) -> list[PeftConfig]:
+        """Configs of all adapters, the denoiser's first."""
+        return [config for config in (self.adapter, *self.text_training.adapters.values()) if config is not None]
+
+    def _adapt(self, strategy: Any, sharded: bool) -> None:
+        """Put the adapters into the loaded parts, and set what changes the denoiser's blocks; see :meth:`configure_model`."""
+        family = self.family
+        if self.adapter is not None:
+            if sharded:
+                family.load_adapted(self.adapter, strategy.shard, self.start)
+            else:
+                family.add_adapter(self.adapter, self.start)
+        self.text_training.add(family, strategy.shard if sharded else None)
+        if self.memory.gradient_checkpointing:
+            enable_gradient_checkpointing(family.denoiser, self.memory.gradient_checkpointing)
+        if self.compile_blocks:
+            for block in outermost_blocks(family.denoiser, family.block_classes):
+                block.compile()  # in place, which keeps the names of the weights
+        if self.memory.offload_blocks:
+            BlockOffload(family.denoiser, family.block_classes)
+        family.train()
 
     def _node(self) -> Node:
         """The processes of this machine, of which one reads the base's files."""

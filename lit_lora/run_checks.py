@@ -7,14 +7,30 @@ from typing import TYPE_CHECKING
 import torch
 
 from lit_lora.adapters import check_sharded_training
-from lit_lora.distributed import check_strategy, is_ours
+from lit_lora.distributed import check_strategy, is_ours, shards_weights
 from lit_lora.errors import UserError
+from lit_lora.families import check_size
 from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import check_optimizer_in_backward
 from lit_lora.optimizer_settings import check_lr_finder
+from lit_lora.redact import redact
 
 if TYPE_CHECKING:
     from lit_lora.module import LoraDiffusion
+
+
+def check_sizes(module: LoraDiffusion) -> None:
+    """Check that a module's family can be trained on the datamodule's image sizes, if there is one that lists them.
+
+    Args:
+        module: Module whose family has read its configs.
+
+    Raises:
+        UserError: If a size does not fit.
+    """
+    datamodule = None if module._trainer is None else getattr(module.trainer, "datamodule", None)
+    for height, width in getattr(datamodule, "image_sizes", list)():
+        check_size(module.family, height, width)
 
 
 def check_run(module: LoraDiffusion, stage: str) -> None:
@@ -43,10 +59,21 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
     check_lr_finder(trainer, module)
     strategy = trainer.strategy
     check_strategy(strategy)
-    check_sharded_training(module.adapter, strategy)
+    for config in module.adapter_configs:
+        check_sharded_training(config, strategy)
+    if module.adapter is None and shards_weights(strategy):
+        raise UserError(
+            f"model.adapter is null, and {type(strategy).__name__} loads the denoiser block by block with its adapter; use "
+            f"strategy ddp, or give the denoiser an adapter"
+        )
+    datamodule = getattr(trainer, "datamodule", None)
+    if stage != "predict":
+        shards = getattr(datamodule, "train_shards", None) or getattr(datamodule, "val_shards", None)
+        module.text_training.check_cached(getattr(datamodule, "cached", ()), shards and redact(str(shards)))
     device = strategy.root_device
     module.quantization.check(device)
     for name in module.memory.offloads:
         check_offload(f"memory.{name}", device, strategy if is_ours(strategy) else None)
     if module.memory.optimizer_in_backward and stage == "fit":
-        check_optimizer_in_backward(trainer, module.adapter)
+        for config in module.adapter_configs:
+            check_optimizer_in_backward(trainer, config)

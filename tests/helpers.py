@@ -21,7 +21,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks.fresh_processes import ProcessError, run_processes
-from lit_lora.adapters import adapter_state
 from lit_lora.families import ModelFamily
 from lit_lora.formats import write_adapter
 from lit_lora.formats.of_family import files_of
@@ -69,7 +68,7 @@ def loader_of(batches: list[dict[str, Any]]) -> DataLoader[Any]:
 
 def save_adapter(family: ModelFamily, folder: Path) -> None:
     """Write the family's adapter in every format that can hold it."""
-    write_adapter(files_of(family, adapter_state(family.denoiser)), folder)
+    write_adapter(files_of(family, family.adapted.tensors(), family.new_token_rows()), folder)
 
 
 def freeze_remaining(model: nn.Module) -> None:

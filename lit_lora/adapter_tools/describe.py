@@ -51,6 +51,7 @@ class AdapterFacts:
         dtypes: Numbers of values by dtype.
         layers: The adapted layers.
         metadata: Facts about the training.
+        new_tokens: Number of vectors of each new token.
     """
 
     method: str
@@ -60,6 +61,7 @@ class AdapterFacts:
     dtypes: dict[str, int]
     layers: list[LayerFacts]
     metadata: dict[str, str]
+    new_tokens: dict[str, int]
 
 
 @one_thread()
@@ -85,6 +87,7 @@ def describe(adapter: AdapterFiles, path: str | Path) -> AdapterFacts:
         dtypes=dict(dtypes.most_common()),
         layers=list(_other_layers(adapter) if beyond_lora(adapter) else _lora_layers(adapter, path)),
         metadata=dict(adapter.metadata),
+        new_tokens={token: len(next(iter(rows.values()))) for token, rows in adapter.new_tokens.items()},
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lit_lora.adapter_tools.describe import base_of
 from lit_lora.adapter_tools.lora_layer import LoraLayer
@@ -165,6 +166,18 @@ def _check_rank(rank: int | None, sources: Sequence[tuple[NamedAdapter, Mapping[
         )
 
 
+def _all_tokens(adapters: Sequence[AdapterFiles]) -> dict[str, Mapping[str, Tensor]]:
+    tokens: dict[str, Mapping[str, Tensor]] = {}
+    for one in adapters:
+        if both := sorted(tokens.keys() & one.new_tokens.keys()):
+            raise UserError(
+                f"two of the adapters have a new token {both[0]}, whose embeddings cannot be merged; give the file of layers of "
+                f"one adapter, such as pytorch_lora_weights.safetensors"
+            )
+        tokens |= one.new_tokens
+    return tokens
+
+
 def _assembled(adapters: Sequence[AdapterFiles], made: Mapping[str, Layers], base: str | None) -> AdapterFiles:
     """The result's files, with configs that list its layers."""
     first = adapters[0]
@@ -175,6 +188,7 @@ def _assembled(adapters: Sequence[AdapterFiles], made: Mapping[str, Layers], bas
         family=families[0] if families else None,
         denoiser_config=next((one.denoiser_config for one in adapters if one.denoiser_config), {}),
         metadata={key: value for key, value in told[0].items() if all(one.get(key) == value for one in told)},
+        new_tokens=_all_tokens(adapters),
     )
     configs: dict[str, Mapping[str, Any]] = {}
     for part, layers in made.items():

@@ -74,10 +74,15 @@ def merge_base(
         denoiser_only: Whether to write only the denoiser of a pipeline. Defaults to False.
 
     Raises:
-        UserError: If the adapter is of another family, has layers that the base does not have, or the base's weights cannot be
-            read or hold too much for the memory.
+        UserError: If the adapter is of another family, has new tokens or layers that the base does not have, or the base's
+            weights cannot be read or hold too much for the memory.
     """
     check_base(adapter, path, base)
+    if adapter.new_tokens:
+        raise UserError(
+            f"{path} has the new tokens {', '.join(adapter.new_tokens)}, which belong into the tokenizer and are not merged: "
+            f"give its file of layers, such as pytorch_lora_weights.safetensors, and load the tokens with load_textual_inversion"
+        )
     parts = {name: base.part(name) for name in adapter.parts}
     if denoiser_only and (others := [name for name in parts if name != "denoiser"]):
         raise UserError(f"{path} also changes {others[0]}; write the whole pipeline, without denoiser_only")

@@ -15,6 +15,7 @@ from lit_lora.errors import UserError
 from lit_lora.formats import FORMATS, AdapterFiles
 from lit_lora.formats.card import CARD, model_card
 from lit_lora.formats.peft import CONFIG, WEIGHTS
+from lit_lora.formats.textual_inversion import FOLDER
 
 _HERE = '"this folder"'
 """How a model card beside the files names their place."""
@@ -113,6 +114,7 @@ def _files(path: Path) -> Iterator[tuple[str, Path]]:
         yield path.name, path
         return
     patterns = [CONFIG, *(one.file_name for one in FORMATS), f"text_encoder*/{WEIGHTS}", f"text_encoder*/{CONFIG}"]
+    patterns.append(f"{FOLDER}/*.safetensors")
     found = {file for pattern in (*patterns, "samples/*.png") for file in path.glob(pattern) if file.is_file()}
     if not any(file.suffix == ".safetensors" for file in found):  # another name, as read_adapter takes it
         found |= set(path.glob("*.safetensors"))

@@ -1,5 +1,6 @@
 """Adapters: injection into a model, keys, methods, and sharded models."""
 
+from lit_lora.adapters.adapted_parts import AdaptedParts
 from lit_lora.adapters.inject import ADAPTER_NAME, inject
 from lit_lora.adapters.keys import (
     adapter_configs,
@@ -18,6 +19,7 @@ from lit_lora.adapters.training_state import TrainingState
 
 __all__ = [
     "ADAPTER_NAME",
+    "AdaptedParts",
     "AdapterMethod",
     "TrainingState",
     "adapter_configs",

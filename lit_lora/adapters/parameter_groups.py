@@ -53,6 +53,11 @@ class ParameterGroup:
                 raise UserError(f"parameter group {self.pattern!r}: {name}={value} must be at least 0")
 
 
+def plain_name(name: str) -> str:
+    """The name of a layer or parameter in the model, such as ``denoiser.mid_block.…``, from its name in a module."""
+    return _WRAPPERS.sub("", name)
+
+
 def make_optimizer(
     make: Callable[[Any], Optimizer], module: nn.Module, groups: Sequence[ParameterGroup] = ()
 ) -> Optimizer:
@@ -68,7 +73,7 @@ def make_optimizer(
     Raises:
         UserError: If a group has no parameter, or the optimizer does not have the setting.
     """
-    named = {_WRAPPERS.sub("", name): p for name, p in module.named_parameters() if p.requires_grad}
+    named = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad}
     if not groups:
         return make(list(named.values()))
     divided = _divide(named, groups)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.inject import ADAPTER_NAME
 from lit_lora.adapters.names import tuner_layers
+from lit_lora.adapters.parameter_groups import plain_name
 from lit_lora.adapters.patterns import layer_patterns
 from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.distributed.resized import resize_parameter
@@ -206,10 +207,14 @@ def match_checkpoint(
 
 
 def layer_ranks(module: nn.Module) -> dict[str, int]:
-    """The rank of each LoRA layer in a module, by the layer's name in the adapted model."""
+    """The rank of each LoRA layer in a module, by the layer's name in the adapted model.
+
+    With several adapted models names begin with the model's.
+    """
+    models = list(peft_models(module))
     return {
-        name: int(layer.r[ADAPTER_NAME])
-        for _, model in peft_models(module)
+        name if len(models) == 1 else plain_name(f"{path}.{name}"): int(layer.r[ADAPTER_NAME])
+        for path, model in models
         for name, layer in tuner_layers(model, LoraLayer)
         if ADAPTER_NAME in layer.r
     }

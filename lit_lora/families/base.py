@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 from torch import Tensor
 
@@ -227,11 +228,21 @@ class ModelFamily(PipelineParts, ABC):
         return identity
 
     def encode(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning]:
-        """Normalized latents of a batch, float32 ``(B, *latent_shape)``, and the denoiser's conditioning."""
-        text = batch["text_embeddings"] if "text_embeddings" in batch else self.encode_captions(batch["caption"])
-        text = {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in text.items()}
-        latents = self.latents(batch, draws)
+        """Normalized latents of a batch, float32 ``(B, *latent_shape)``, and the denoiser's conditioning.
+
+        Frozen encoders compute in the dtype of their weights, without gradients. Text encoders in which something is trained
+        compute as the caller's context says.
+        """
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            latents = self.latents(batch, draws)
+            text = None if self.trained_encoders else self._text(batch)
+        text = self._text(batch) if text is None else text
         return latents, self.conditioning(text, batch, latents)
+
+    def _text(self, batch: Batch) -> dict[str, Tensor]:
+        """Text embeddings of a batch in the base's dtype, computed now or read from a cache."""
+        text = batch["text_embeddings"] if "text_embeddings" in batch else self.encode_captions(batch["caption"])
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in text.items()}
 
     def latents(self, batch: Batch, draws: Draws) -> Tensor:
         """Normalized latents drawn from the VAE's posterior, float32 ``(B, *latent_shape)``.
@@ -254,6 +265,8 @@ class ModelFamily(PipelineParts, ABC):
             captions: ``B`` captions.
             max_length: Number of tokens; defaults to the tokenizer's own maximum.
         """
+        if self.new_tokens:  # those of several vectors become several tokens, as in the pipeline
+            captions = TextualInversionLoaderMixin().maybe_convert_prompt(list(captions), tokenizer)
         encoded = tokenizer(
             captions,
             padding="max_length",

@@ -83,7 +83,8 @@ def check_batch(family: ModelFamily, batch: Any, values: bool) -> None:
         values: Whether to look at the images' values too, for which the device has to be waited for.
 
     Raises:
-        UserError: If a key is missing, a shape or a type is wrong, or float images exceed [-1, 1].
+        UserError: If a key is missing, a shape or a type is wrong, float images exceed [-1, 1], or there are embeddings of
+            captions although text encoders are trained.
     """
     if not isinstance(batch, Mapping):
         raise UserError(f"the batch is a {type(batch).__name__}; {_CONTRACT}")
@@ -91,6 +92,11 @@ def check_batch(family: ModelFamily, batch: Any, values: bool) -> None:
     text = "text_embeddings" if "text_embeddings" in batch else "caption"
     if missing := sorted({images, text} - batch.keys()):
         raise UserError(f"the batch has no {missing[0]}, only {', '.join(map(repr, batch)) or 'nothing'}; {_CONTRACT}")
+    if text == "text_embeddings" and family.trained_encoders:
+        raise UserError(
+            f"the batch has text_embeddings, which frozen text encoders have computed, and "
+            f"{' and '.join(family.trained_encoders)} of {type(family).__name__} are trained; give captions instead"
+        )
     if images == "pixel_values":
         _check_images(family, batch["pixel_values"], values)
     count = len(batch[images])

@@ -75,6 +75,7 @@ class Flux(ModelFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     )
+    adaptable_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     default_objective: ClassVar[type[Objective]] = FlowMatching
     naming: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers", "guidance_embeds")
     kohya_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te3"}

@@ -11,13 +11,15 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from peft import PeftConfig, PeftModel
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lit_lora.adapters import inject
+from lit_lora.adapters import AdaptedParts, inject, same_adapter
 from lit_lora.distributed.node import Node
 from lit_lora.errors import UserError
 from lit_lora.families.loading import PartLoader
+from lit_lora.families.new_tokens import TokenStart, add_tokens, new_rows
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.quantization.load import Weights
@@ -53,6 +55,13 @@ class PipelineParts(nn.Module):
     """Class names of the denoiser's repeated blocks, the units of sharding, compiling and offloading."""
     default_targets: ClassVar[tuple[str, ...]]
     """Layers to adapt if the adapter's config names none."""
+    adaptable_encoders: ClassVar[tuple[str, ...]] = ()
+    """Text encoders that can be trained, for which the pipeline's LoRA files have names; none by default."""
+    default_text_targets: ClassVar[tuple[str, ...]] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    """Layers of the text encoders to adapt if their config names none; defaults to CLIP's attention."""
+    token_encoders: ClassVar[Mapping[str, str]] = {}
+    """Text encoders that learn new tokens, all of the pipeline, each with the key of its embeddings in files of textual
+    inversion, "" where the token is the key. None by default, for pipelines that do not load such files."""
     always_dense: ClassVar[tuple[str, ...]] = ()
     """Glob patterns of the denoiser's layers that are never quantized; none by default."""
     default_vae_dtype: ClassVar[torch.dtype | None] = None
@@ -68,6 +77,10 @@ class PipelineParts(nn.Module):
     denoiser: Any
     encoders: dict[str, Any]
     """Loaded tokenizers and text encoders by name."""
+    trained_encoders: tuple[str, ...]
+    """Names of the loaded text encoders in which something is trained."""
+    new_tokens: dict[str, int]
+    """Number of vectors of each new token."""
 
     def __init__(
         self, pretrained_model_name_or_path: str, revision: str | None = None, variant: str | None = None
@@ -164,6 +177,80 @@ class PipelineParts(nn.Module):
         """
         self.denoiser = self._adapted(self.denoiser, config, start)
 
+    def add_text_adapter(self, name: str, config: PeftConfig, start: Callable[[PeftModel], None] | None = None) -> None:
+        """Put an adapter into a loaded text encoder, which becomes a :class:`peft.PeftModel`.
+
+        Layers that :meth:`unread_layers` names get an adapter that stays as it is.
+
+        Args:
+            name: One of :attr:`adaptable_encoders`.
+            config: Config of the adapter.
+            start: Function that sets the adapter's values; defaults to the method's own initial values.
+
+        Raises:
+            UserError: If the config does not fit: see :func:`lit_lora.adapters.inject`.
+        """
+        adapted = inject(self.encoders[name], config, self.default_text_targets)
+        if start is not None and self.loader.weights:
+            start(adapted)
+        for layer in self.unread_layers(name):
+            layer.requires_grad_(False)
+        self.encoders[name] = adapted
+        self.add_module(name, adapted)
+        self._note_trained(name)
+
+    def add_new_tokens(self, starts: Mapping[str, TokenStart]) -> None:
+        """Give all tokenizers and text encoders new tokens, whose embeddings are trained.
+
+        Args:
+            starts: First values of each new token's embeddings: words, a number of random vectors, or tensors by encoder.
+
+        Raises:
+            UserError: If a name is a token already, words have no token, or tensors do not fit.
+        """
+        for name in self.token_encoders:
+            own = {token: start[name] if isinstance(start, Mapping) else start for token, start in starts.items()}
+            tokenizer = self.encoders[name.replace("text_encoder", "tokenizer")]
+            added = add_tokens(tokenizer, base_model(self.encoders[name]), own)
+            assert self.new_tokens in ({}, added), "the tokenizers of a pipeline divide words in the same way"
+            self.new_tokens = added
+            self._note_trained(name)
+
+    def shard_trained_encoders(self, shard: Callable[[nn.Module], None]) -> None:
+        """Shard the text encoders in which something is trained, with the first process's values of what is trained.
+
+        Args:
+            shard: Function that shards a module, of a strategy that shards weights.
+        """
+        for name in self.trained_encoders:
+            same_adapter(self.encoders[name])
+            shard(base_model(self.encoders[name]))
+
+    def new_token_rows(self) -> dict[str, dict[str, Tensor]]:
+        """Full embeddings of the new tokens on the CPU, ``(n, D)``, by token and text encoder.
+
+        A collective call where the strategy shards weights.
+        """
+        rows: dict[str, dict[str, Tensor]] = {token: {} for token in self.new_tokens}
+        for name in self.token_encoders if self.new_tokens else ():
+            for token, values in new_rows(base_model(self.encoders[name]), self.new_tokens).items():
+                rows[token][name] = values
+        return rows
+
+    def unread_layers(self, name: str) -> list[nn.Module]:
+        """Layers of a loaded text encoder that do not change the denoiser's inputs and get no gradient; by default none.
+
+        Args:
+            name: One of :attr:`adaptable_encoders`.
+        """
+        return []
+
+    @property
+    def adapted(self) -> AdaptedParts:
+        """The loaded parts that have an adapter."""
+        parts = {"denoiser": self.denoiser, **self.encoders}.items()
+        return AdaptedParts({name: part for name, part in parts if isinstance(part, PeftModel)})
+
     @contextmanager
     def all_parts(self) -> Iterator[None]:
         """A context in which all parts are loaded; parts that :meth:`load` left out are freed at its end.
@@ -202,6 +289,11 @@ class PipelineParts(nn.Module):
         """Those of the VAE and the text encoders that are loaded."""
         return [model for name, model in self.named_children() if name != "denoiser"]
 
+    def frozen_encoding_models(self) -> list[nn.Module]:
+        """Those of :meth:`encoding_models` in which nothing is trained."""
+        kept = {"denoiser", *self.trained_encoders}
+        return [model for name, model in self.named_children() if name not in kept]
+
     def skips(self, encoder: str) -> bool:
         """Whether one of :attr:`encoder_classes` is not loaded; by default only an optional one that the pipeline lacks."""
         return encoder in self.optional_encoders and self.source.lacks(encoder)
@@ -214,22 +306,24 @@ class PipelineParts(nn.Module):
         """
         config = scheduler_config or self.scheduler_config
         scheduler_class = getattr(diffusers, config["_class_name"])
-        denoiser = self.denoiser.get_base_model() if isinstance(self.denoiser, PeftModel) else self.denoiser
         pipeline = self.pipeline_class(
             vae=self.vae,
             scheduler=scheduler_class.from_config(config),
-            **{self.denoiser_name: denoiser},
-            **(dict.fromkeys(self.optional_encoders) | self.encoders),
+            **{self.denoiser_name: base_model(self.denoiser)},
+            **(dict.fromkeys(self.optional_encoders) | {name: base_model(one) for name, one in self.encoders.items()}),
             **self.pipeline_options,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of the denoiser; the frozen encoders stay in evaluation mode."""
+        """Set the mode of the denoiser and of all adapters; the encoders' own layers stay in evaluation mode."""
         super().train(mode)
         for model in self.encoding_models():
             model.eval()
+            for layer in model.modules():
+                if isinstance(layer, BaseTunerLayer):
+                    layer.train(mode)
         return self
 
     def unloaded(self) -> Self:
@@ -254,6 +348,9 @@ class PipelineParts(nn.Module):
         if start is not None and self.loader.weights:
             start(adapted)
         return adapted
+
+    def _note_trained(self, name: str) -> None:
+        self.trained_encoders = tuple(dict.fromkeys([*self.trained_encoders, name]))
 
     def _missing(self) -> list[str]:
         """Those of :data:`PARTS` that are not loaded."""
@@ -293,3 +390,10 @@ class PipelineParts(nn.Module):
     def _forget(self) -> None:
         self.vae = self.denoiser = None
         self.encoders = {}
+        self.trained_encoders = ()
+        self.new_tokens = {}
+
+
+def base_model(part: Any) -> Any:
+    """A part of a pipeline with its adapter's layers, but without PEFT's wrapper; other parts as they are."""
+    return part.get_base_model() if isinstance(part, PeftModel) else part

@@ -41,6 +41,8 @@ class StableDiffusion(ModelFamily):
     encoder_classes: ClassVar[dict[str, type[Any]]] = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
     block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    token_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": ""}
+    adaptable_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     always_dense: ClassVar[tuple[str, ...]] = UNET_ALWAYS_DENSE
     naming: ClassVar[tuple[str, ...]] = (*UNET_NAMING, "cross_attention_dim")
     kohya_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "lora_te"}

@@ -73,6 +73,7 @@ class StableDiffusion3(ModelFamily):
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
+    adaptable_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     default_objective: ClassVar[type[Objective]] = FlowMatching
     naming: ClassVar[tuple[str, ...]] = ("num_layers", "dual_attention_layers")
     kohya_encoders: ClassVar[Mapping[str, str]] = {

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
 from lit_lora.families.native_layers import UNET_NAMING, NativeLayer, unet_layers
+from lit_lora.families.parts import base_model
 from lit_lora.families.stable_diffusion import UNET_ALWAYS_DENSE
 
 _PUBLISHED = {
@@ -46,6 +47,8 @@ class StableDiffusionXL(ModelFamily):
     }
     block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    token_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
+    adaptable_encoders: ClassVar[tuple[str, ...]] = ("text_encoder", "text_encoder_2")
     always_dense: ClassVar[tuple[str, ...]] = (*UNET_ALWAYS_DENSE, "add_embedding.*")
     default_vae_dtype: ClassVar[torch.dtype | None] = torch.float32
     naming: ClassVar[tuple[str, ...]] = UNET_NAMING
@@ -76,6 +79,13 @@ class StableDiffusionXL(ModelFamily):
             output = self.encoders[f"text_encoder{suffix}"](ids, output_hidden_states=True)
             hidden_states.append(output.hidden_states[-2])
         return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1), "pooled": output[0]}
+
+    def unread_layers(self, name: str) -> list[nn.Module]:
+        """The last layer of the first encoder, whose output only the second encoder's pooled output would need."""
+        if name != "text_encoder":
+            return []
+        encoder = base_model(self.encoders[name])
+        return [getattr(encoder, "text_model", encoder).encoder.layers[-1]]
 
     def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
         hidden = text["encoder_hidden_states"]

@@ -10,8 +10,9 @@ from lit_lora.formats.comfyui import ComfyUIFormat
 from lit_lora.formats.diffusers import DiffusersFormat
 from lit_lora.formats.kohya import KohyaFormat
 from lit_lora.formats.lycoris import LycorisFormat
-from lit_lora.formats.peft import PeftFormat
+from lit_lora.formats.peft import CONFIG, PeftFormat
 from lit_lora.formats.tensor_file import TensorFile
+from lit_lora.formats.textual_inversion import embedding_file, write_embeddings
 
 FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat(), KohyaFormat(), ComfyUIFormat(), LycorisFormat())
 """All formats."""
@@ -31,8 +32,10 @@ __all__ = [
     "PeftFormat",
     "TensorFile",
     "format_named",
+    "marker_of",
     "write_adapter",
     "write_card",
+    "write_embeddings",
 ]
 
 
@@ -48,8 +51,25 @@ def format_named(name: str) -> AdapterFormat:
     return found
 
 
+def marker_of(adapter: AdapterFiles) -> str:
+    """Name of a file that every folder with an adapter like this one holds.
+
+    Raises:
+        UserError: If none of the default formats can hold the adapter.
+    """
+    if adapter.state:  # PEFT's files hold every adapter of a denoiser
+        return CONFIG
+    found = next((one for name in DEFAULT_FORMATS if (one := format_named(name)).holds(adapter)), None)
+    if found is None and adapter.new_tokens and not adapter.parts:
+        return embedding_file(next(iter(adapter.new_tokens)))
+    if found is None:
+        reasons = "; ".join(f"{name}: {format_named(name).why_not(adapter)}" for name in DEFAULT_FORMATS)
+        raise UserError(f"no file can hold the adapter ({reasons}); train an adapter of the denoiser too, or use LoRA")
+    return found.file_name
+
+
 def write_adapter(adapter: AdapterFiles, folder: Path, formats: Sequence[str] = ()) -> None:
-    """Write an adapter in the default formats that can hold it, and in the named ones, with a model card.
+    """Write an adapter in the default formats that can hold it, and in the named ones, with its new tokens and a model card.
 
     Args:
         adapter: Adapter to write.
@@ -66,6 +86,7 @@ def write_adapter(adapter: AdapterFiles, folder: Path, formats: Sequence[str] = 
                 raise UserError(f"the adapter cannot be written in the format {one.name}: {reason}")
             continue
         one.write(adapter, folder)
+    write_embeddings(adapter, folder)
     write_card(adapter, folder)
 
 

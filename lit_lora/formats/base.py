@@ -20,8 +20,8 @@ class AdapterFiles:
 
     Args:
         state: Tensors under PEFT's names without the adapter's name, such as ``base_model.model.….lora_A.weight``. Empty if
-            only text encoders are adapted.
-        config: PEFT config as plain JSON values, with the name of the base.
+            the denoiser is not adapted.
+        config: PEFT config as plain JSON values, with the name of the base; without an adapted part at most that name.
         metadata: What is known about the training, under the keys of sd-scripts (``ss_steps``) and of the model spec
             (``modelspec.trigger_phrase``); defaults to nothing.
         family: Model family of the base; defaults to None, an unknown one. Formats that rename layers need it.
@@ -29,6 +29,7 @@ class AdapterFiles:
             for a denoiser like that of the family's published models.
         text_encoders: Adapters of text encoders by the encoder's name in the pipeline, such as ``text_encoder_2``; defaults to
             none.
+        new_tokens: Embeddings of new tokens, ``(n, D)``, by token and name of the text encoder; defaults to none.
     """
 
     state: Mapping[str, Tensor]
@@ -37,11 +38,17 @@ class AdapterFiles:
     family: type[ModelFamily] | None = None
     denoiser_config: Mapping[str, Any] = field(default_factory=dict)
     text_encoders: Mapping[str, AdapterFiles] = field(default_factory=dict)
+    new_tokens: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def parts(self) -> dict[str, AdapterFiles]:
         """The adapters of all adapted parts by name; that of the denoiser is called ``denoiser``."""
         return ({"denoiser": self} if self.state else {}) | dict(self.text_encoders)
+
+    @property
+    def main_config(self) -> Mapping[str, Any]:
+        """PEFT config of the first adapted part, which is the denoiser's if it is adapted; without a part :attr:`config`."""
+        return next((part.config for part in self.parts.values()), self.config)
 
 
 class AdapterFormat(ABC):

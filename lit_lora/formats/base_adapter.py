@@ -51,10 +51,15 @@ class BaseAdapter:
             family: Model family of the base.
 
         Raises:
-            UserError: If there is no complete adapter at the path, it belongs to another family, or it changes text encoders
-                that the family does not have.
+            UserError: If there is no complete adapter at the path, it belongs to another family, it has new tokens, or it changes
+                text encoders that the family does not have.
         """
         adapter = read_adapter(self.path, family)
+        if adapter.new_tokens and not self.drop_text_encoders:
+            raise UserError(
+                f"the adapter {self.path} has new tokens ({', '.join(adapter.new_tokens)}), which cannot be merged into a base; "
+                f"set drop_text_encoders of base_adapters to true to use it without them and without text encoders"
+            )
         parts = {family.denoiser_name: adapter} if adapter.state else {}
         for name, part in adapter.text_encoders.items():
             if self.drop_text_encoders:

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.base_records import Records, base_records
 from lit_lora.formats.model_spec import alpha_option, default_title
+from lit_lora.formats.textual_inversion import embedding_file
 
 CARD = "README.md"
 
@@ -38,12 +39,12 @@ def model_card(adapter: AdapterFiles, files: Sequence[str], samples: Sequence[st
         samples: Paths of sample images relative to the card; defaults to none.
     """
     told = adapter.metadata
-    base = adapter.config.get("base_model_name_or_path") or ""
+    base = adapter.main_config.get("base_model_name_or_path") or ""
     title = told.get("modelspec.title") or default_title(adapter)
-    trigger = told.get("modelspec.trigger_phrase")
+    trigger = told.get("modelspec.trigger_phrase") or ", ".join(adapter.new_tokens) or None
     license_id = told.get("modelspec.license")
     tags = [tag for tag in told.get("modelspec.tags", "").split(", ") if tag]
-    kind = str(adapter.config.get("peft_type") or "adapter").lower()
+    kind = str(adapter.main_config.get("peft_type") or "adapter").lower()
     data: Any = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
         library_name="diffusers",
@@ -64,7 +65,7 @@ def model_card(adapter: AdapterFiles, files: Sequence[str], samples: Sequence[st
 
 
 def _facts(adapter: AdapterFiles, base: str, trigger: str | None) -> str:
-    config = adapter.config
+    config = adapter.main_config
     rows = {"base": f"`{base}`" if base else None, "trigger words": trigger}
     rows["method"] = f"{config.get('peft_type')}" + (" with magnitudes (DoRA)" if config.get("use_dora") else "")
     rows["rank"] = _value(config, "r", "rank_pattern")
@@ -72,6 +73,8 @@ def _facts(adapter: AdapterFiles, base: str, trigger: str | None) -> str:
     over = [f"`{one['name']}` with weight {one['weight']}" for one in base_records(adapter.metadata)]
     rows["made for the quantized base"] = adapter.metadata.get("lit_lora.quantized_base")
     rows["trained over"] = " and ".join(over)
+    for name, part in adapter.text_encoders.items():
+        rows[f"rank in {name}"] = _value(part.config, "r", "rank_pattern")
     rows |= {label: adapter.metadata.get(key) for key, label in _FACTS.items()}
     return "\n".join(["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows.items() if value)])
 
@@ -102,8 +105,15 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
         blocks.append(
             f"In PEFT:\n\n```python\nfrom diffusers import {pipeline}\nfrom peft import PeftModel\n\n"
             f'pipeline = {pipeline}.from_pretrained("{base}")\n'
-            f'PeftModel.from_pretrained(pipeline.{part}, "this folder")  # changes the {part} in place\n```'
+            f'PeftModel.from_pretrained(pipeline.{part}, "this folder")  # changes the {part} in place\n'
+            + "".join(
+                f'PeftModel.from_pretrained(pipeline.{one}, "this folder", subfolder="{one}")\n'
+                for one in adapter.text_encoders
+            )
+            + "```"
         )
+    if adapter.new_tokens:
+        blocks.append(_token_usage(adapter))
     others = {"kohya.safetensors": "A1111, Forge and sd-scripts", "comfyui.safetensors": "ComfyUI"}
     others["lycoris.safetensors"] = "ComfyUI and LyCORIS"
     blocks += [f"`{name}` is for {others[name]}." for name in files if name in others]
@@ -141,6 +151,23 @@ def _trained_over(adapter: AdapterFiles, base: str, over: Records) -> str:
 def _adds(adapter: AdapterFiles) -> bool:
     """Whether the adapter adds the same to a weight whatever else has been added to it, as DoRA does not."""
     return adapter.config.get("peft_type") in ("LORA", "LOHA", "LOKR") and not adapter.config.get("use_dora")
+
+
+def _token_usage(adapter: AdapterFiles) -> str:
+    assert adapter.family is not None, "only families have new tokens"
+    lines = []
+    for token in adapter.new_tokens:
+        folder, _, file = embedding_file(token).partition("/")
+        if len(adapter.family.token_encoders) == 1:
+            place = f'"this folder", subfolder="{folder}", weight_name="{file}"'
+            lines.append(f'pipeline.load_textual_inversion({place}, token="{token}")')
+            continue
+        lines.append(f'embeddings = load_file("this folder/{folder}/{file}")')
+        for name, key in adapter.family.token_encoders.items():
+            parts = f"text_encoder=pipeline.{name}, tokenizer=pipeline.{name.replace('text_encoder', 'tokenizer')}"
+            lines.append(f'pipeline.load_textual_inversion(embeddings["{key}"], token="{token}", {parts})')
+    head = ["from safetensors.torch import load_file", ""] if lines[0].startswith("emb") else []
+    return "New tokens, loaded into the pipeline:\n\n```python\n" + "\n".join([*head, *lines]) + "\n```"
 
 
 def _is_hub_id(base: str) -> bool:

@@ -19,6 +19,7 @@ from lit_lora.formats.layer_names import underscored
 from lit_lora.formats.lora import adapted_layer
 from lit_lora.formats.peft import CONFIG, WEIGHTS
 from lit_lora.formats.tensor_file import TensorFile
+from lit_lora.formats.textual_inversion import read_embeddings
 from lit_lora.mapped import release
 from lit_lora.visible import visible
 
@@ -26,7 +27,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> AdapterFiles:
-    """Read an adapter from a file or folder of any format, which the names of its tensors tell.
+    """Read an adapter from a file or folder of any format, which the names of its tensors tell, and a folder's new tokens.
 
     Args:
         path: A safetensors file, or a folder that holds one adapter, whether in one format or in several.
@@ -37,8 +38,14 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
             family.
     """
     path = Path(path)
-    found, file = open_adapter(path)
-    adapter = found.read(file, family)
+    tokens = read_embeddings(path, family)
+    if tokens.new_tokens and not _holds_layers(path):
+        adapter = tokens
+    else:
+        found, file = open_adapter(path)
+        adapter = replace(found.read(file, family), new_tokens=tokens.new_tokens)
+    for token, rows in tokens.new_tokens.items():
+        check_finite(rows, f"new token {token} in {path}", "use the adapter of an earlier checkpoint")
     for part in adapter.parts.values():
         check_finite(_non_finite(part.state), f"adapter {path}", "use the adapter of an earlier checkpoint")
     if adapter.family is None:
@@ -102,9 +109,13 @@ def _file(path: Path) -> Path:
     return found[0]
 
 
+def _holds_layers(path: Path) -> bool:
+    return (path / CONFIG).is_file() or any(path.glob("*.safetensors"))
+
+
 def _with_family(adapter: AdapterFiles) -> AdapterFiles:
     """The adapter with the family of its base, if that is a pipeline on this machine, or else the one that its layers tell."""
-    base = adapter.config.get("base_model_name_or_path")
+    base = adapter.main_config.get("base_model_name_or_path")
     if isinstance(base, str) and base and (source := ModelSource(base)).is_local:
         kind = family_of(str(source.index().get("_class_name")))
         if kind is not None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
+from torch import Tensor
 
 from lit_lora.adapters import set_adapter_state
 from lit_lora.errors import UserError
@@ -15,6 +17,7 @@ from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.base_records import Records, base_records, same_adapters, told
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.text_encoders import for_class, for_encoder
 
 _OF_THE_FIRST_TRAINING = (
     "base_model_name_or_path",
@@ -34,8 +37,8 @@ class FromFile(PeftConfig):
 
     Args:
         path: File or folder of the adapter, as this project, PEFT, diffusers, kohya's scripts, ComfyUI or LyCORIS write it.
-        drop_text_encoders: Train without those parts of the adapter that change text encoders, and save it without them.
-            Defaults to False, so that such an adapter is refused.
+        drop_text_encoders: Leave out those parts of the adapter that change text encoders, and its new tokens, so that it is
+            saved without them. Defaults to False: they are trained too.
 
     Raises:
         UserError: If there is no path.
@@ -58,22 +61,25 @@ class FromFile(PeftConfig):
             raise UserError("FromFile needs a path: the file or folder of the adapter to go on with")
         self._family: type[ModelFamily] | None = None
 
-    def config(self, family: type[ModelFamily], base: Records = ()) -> PeftConfig:
-        """The adapter's PEFT config; warns if the adapter was trained over other adapters than this training.
+    def config(self, family: type[ModelFamily], base: Records = ()) -> PeftConfig | None:
+        """The PEFT config of the denoiser's adapter; None if only text encoders are adapted.
+
+        Warns if the adapter was trained over other adapters than this training.
 
         Args:
             family: Model family of the base.
             base: Adapters that this training is over; defaults to none.
 
         Raises:
-            UserError: If there is no complete adapter at the path, it belongs to another family, or it changes text encoders.
+            UserError: If there is no complete adapter at the path, it belongs to another family, or nothing of it would be
+                trained.
         """
         self._family = family
         files = self._files
-        if files.text_encoders and not self.drop_text_encoders:
+        if self.drop_text_encoders and not files.state:
             raise UserError(
-                f"the adapter {self.path} also changes {' and '.join(files.text_encoders)}, which training does not: they would "
-                f"be lost; set drop_text_encoders to true to train and save it without them"
+                f"the adapter {self.path} changes text encoders alone, and drop_text_encoders leaves nothing of it; set it to "
+                f"false"
             )
         if not same_adapters(before := base_records(files.metadata), base):
             warnings.warn(
@@ -81,20 +87,41 @@ class FromFile(PeftConfig):
                 f"model.base_adapters to go on as before",
                 stacklevel=2,
             )
-        if not files.state:
+        return self._config(files) if files.state else None
+
+    def text_configs(self, family: type[ModelFamily]) -> dict[str, PeftConfig]:
+        """The PEFT configs of the text encoders' adapters by the encoders' names; none with ``drop_text_encoders``.
+
+        Args:
+            family: Model family of the base.
+
+        Raises:
+            UserError: As for :meth:`config`, or if a text encoder cannot be trained.
+        """
+        self._family = family
+        parts = {} if self.drop_text_encoders else self._files.text_encoders
+        if others := [name for name in parts if name not in family.adaptable_encoders]:
             raise UserError(
-                f"the adapter {self.path} changes text encoders alone, so there is nothing to go on training"
+                f"the adapter {self.path} also changes {' and '.join(others)}, which cannot be trained in {family.__name__}: "
+                f"they would be lost; set drop_text_encoders to true to train and save it without text encoders"
             )
-        options = {name: value for name, value in files.config.items() if name not in _OF_THE_FIRST_TRAINING}
-        try:
-            return PeftConfig.from_peft_type(**{**options, "inference_mode": False})
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"the config of the adapter {self.path} is not one that this version of PEFT takes: {error}"
-            ) from error
+        kinds = family.encoder_classes
+        return {name: self._config(for_class(part, kinds[name])) for name, part in parts.items()}
+
+    def new_tokens(self, family: type[ModelFamily]) -> dict[str, Mapping[str, Tensor]]:
+        """Embeddings of the file's new tokens by token and text encoder; none with ``drop_text_encoders``.
+
+        Args:
+            family: Model family of the base.
+
+        Raises:
+            UserError: As for :meth:`config`.
+        """
+        self._family = family
+        return {} if self.drop_text_encoders else dict(self._files.new_tokens)
 
     def start(self, model: PeftModel) -> None:
-        """Set the values of an injected adapter to the file's.
+        """Set the values of an injected adapter of the denoiser to the file's.
 
         Args:
             model: Model with an adapter of :meth:`config`.
@@ -103,6 +130,28 @@ class FromFile(PeftConfig):
             UserError: If tensors are missing, unknown or of other shapes.
         """
         set_adapter_state(model, self._files.state, self.path)
+
+    def start_text(self, name: str, model: PeftModel) -> None:
+        """Set the values of an injected adapter of a text encoder to the file's.
+
+        Args:
+            name: Name of the text encoder.
+            model: Text encoder with an adapter of :meth:`text_configs`.
+
+        Raises:
+            UserError: If tensors are missing, unknown or of other shapes.
+        """
+        part = for_encoder(self._files.text_encoders[name], model.get_base_model())
+        set_adapter_state(model, part.state, self.path)
+
+    def _config(self, files: AdapterFiles) -> PeftConfig:
+        options = {name: value for name, value in files.config.items() if name not in _OF_THE_FIRST_TRAINING}
+        try:
+            return PeftConfig.from_peft_type(**{**options, "inference_mode": False})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(
+                f"the config of the adapter {self.path} is not one that this version of PEFT takes: {error}"
+            ) from error
 
     @cached_property
     def _files(self) -> AdapterFiles:

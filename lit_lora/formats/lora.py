@@ -33,6 +33,8 @@ _TENSORS = re.compile(r"(?P<layer>.+)\.(?P<tensor>lora_A\.weight|lora_B\.weight|
 
 def why_no_plain_lora(adapter: AdapterFiles) -> str:
     """The reason why an adapter is more than LoRA or DoRA in single layers; empty if it is not."""
+    if not adapter.parts:
+        return "there is no adapter of layers"
     for part in adapter.parts.values():
         config = part.config
         if config.get("peft_type") != "LORA":

@@ -38,6 +38,8 @@ class LycorisFormat(LayerFile):
                 yield _PREFIX + underscored(part), NativeLayer(part, (part,))
 
     def why_not(self, adapter: AdapterFiles) -> str:
+        if not adapter.parts:
+            return why_no_plain_lora(adapter)
         for part in adapter.parts.values():
             reason = why_not_exact(part) if part.config.get("peft_type") in METHODS else why_no_plain_lora(part)
             if reason:
@@ -57,7 +59,7 @@ class LycorisFormat(LayerFile):
             yield name, {**group, "alpha": alpha_tensor(alphas[layer], next(iter(group.values())))}
 
     def spec(self, adapter: AdapterFiles) -> dict[str, str]:
-        method = next(iter(adapter.parts.values())).config.get("peft_type")
+        method = adapter.main_config.get("peft_type")
         return spec_metadata(adapter, {"LOHA": "loha", "LOKR": "lokr"}.get(str(method), "lora"))
 
     def recognizes(self, file: TensorFile) -> bool:

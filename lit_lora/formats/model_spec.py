@@ -28,15 +28,15 @@ def spec_metadata(adapter: AdapterFiles, algorithm: str | None = None) -> dict[s
         algorithm: Name of the method in LyCORIS; None for the LoRA of sd-scripts.
     """
     assert adapter.family is not None, "formats with these entries need it"
-    contents = next(iter(adapter.parts.values()))
-    base = contents.config.get("base_model_name_or_path")
+    config = adapter.main_config
+    base = config.get("base_model_name_or_path")
     spec = adapter.family.model_spec(adapter.denoiser_config)
     architecture = spec.pop("modelspec.architecture", None)
     entries = spec | {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": default_title(adapter),
-        "ss_network_dim": _common(contents.config, "r", "rank_pattern"),
-        "ss_network_alpha": _common(contents.config, alpha_option(contents.config), "alpha_pattern"),
+        "ss_network_dim": _common(config, "r", "rank_pattern"),
+        "ss_network_alpha": _common(config, alpha_option(config), "alpha_pattern"),
     }
     if architecture:
         entries["modelspec.architecture"] = f"{architecture}/lora"
@@ -50,10 +50,10 @@ def spec_metadata(adapter: AdapterFiles, algorithm: str | None = None) -> dict[s
 
 def default_title(adapter: AdapterFiles) -> str:
     """The title of an adapter that has none: the base's name and the method."""
-    contents = next(iter(adapter.parts.values()))
-    method = str(contents.config.get("peft_type") or "adapter")
-    method = "DoRA" if contents.config.get("use_dora") else _TITLES.get(method, method)
-    base = contents.config.get("base_model_name_or_path")
+    config = adapter.main_config
+    method = str(config.get("peft_type") or "adapter")
+    method = "DoRA" if config.get("use_dora") else _TITLES.get(method, method)
+    base = config.get("base_model_name_or_path")
     return f"{Path(base).name} {method}" if isinstance(base, str) and base else method
 
 

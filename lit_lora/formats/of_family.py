@@ -1,4 +1,4 @@
-"""The contents of the files for an adapter in a loaded model."""
+"""The contents of the files for the adapters in a loaded model."""
 
 from __future__ import annotations
 
@@ -10,39 +10,68 @@ from lit_lora.adapters import ADAPTER_NAME, method_of, plain_config
 from lit_lora.adapters.state import adapter_tensors
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
-from lit_lora.formats import format_named
+from lit_lora.formats import format_named, marker_of
 from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.text_encoders import normalized
 
 
 def files_of(
-    family: ModelFamily, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    family: ModelFamily,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    new_tokens: Mapping[str, Mapping[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
 ) -> AdapterFiles:
-    """The contents of the files for the adapter in a family's denoiser.
+    """The contents of the files for the adapters in a family's denoiser and text encoders.
 
     Args:
-        family: Family whose denoiser has the adapter.
-        state: Tensors of the adapter: see :func:`lit_lora.adapters.adapter_state`.
+        family: Family whose parts have adapters.
+        tensors: Tensors of the adapters by part: see :meth:`lit_lora.adapters.AdaptedParts.tensors`.
+        new_tokens: Embeddings of new tokens: see :meth:`ModelFamily.new_token_rows`.
         metadata: What is known about the training; defaults to nothing.
     """
+    parts = {name: _part(family, name, state) for name, state in tensors.items()}
+    of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path}
+    denoiser = parts.pop("denoiser", AdapterFiles({}, of_base))
+    return AdapterFiles(
+        denoiser.state,
+        denoiser.config,
+        metadata or {},
+        type(family),
+        family.naming_config,
+        {name: normalized(part) for name, part in parts.items()},
+        new_tokens,
+    )
+
+
+def _part(family: ModelFamily, name: str, state: Mapping[str, Tensor]) -> AdapterFiles:
+    model = family.adapted.models[name]
+    kind = family.denoiser_class if name == "denoiser" else type(model.get_base_model())
     # PEFT's save_pretrained names the adapted model in the same way.
-    model = {"base_model_class": family.denoiser_class.__name__, "parent_library": family.denoiser_class.__module__}
-    of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path, "auto_mapping": model}
-    trained = family.denoiser.peft_config[ADAPTER_NAME]
-    tensors, config = method_of(trained).export(family.denoiser, state, plain_config(trained) | of_base)
-    return AdapterFiles(tensors, config, metadata or {}, type(family), family.naming_config)
+    mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path, "auto_mapping": mapping}
+    trained = model.peft_config[ADAPTER_NAME]
+    return AdapterFiles(*method_of(trained).export(model, state, plain_config(trained) | of_base))
+
+
+def _no_rows(family: ModelFamily) -> dict[str, Mapping[str, Tensor]]:
+    """The new tokens without their embeddings, which are not looked at."""
+    return {token: {} for token in family.new_tokens}
 
 
 def check_formats(family: ModelFamily, formats: Sequence[str]) -> None:
-    """Check that the adapter in a family's denoiser can be written in some formats, before it is trained.
+    """Check that the adapters in a family's parts can be written in some formats, before it is trained.
 
     Args:
-        family: Family whose denoiser has the adapter.
+        family: Family whose parts have adapters.
         formats: Names of formats.
 
     Raises:
-        UserError: If a format is not known or cannot hold the adapter.
+        UserError: If a format is not known or cannot hold the adapter, or no format can.
     """
-    adapter = files_of(family, adapter_tensors(family.denoiser))
+    adapter = files_of(
+        family, {name: adapter_tensors(model) for name, model in family.adapted.models.items()}, _no_rows(family)
+    )
+    marker_of(adapter)
     for one in map(format_named, formats):
         if reason := one.why_not(adapter):
             raise UserError(

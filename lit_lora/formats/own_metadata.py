@@ -17,14 +17,17 @@ _OF_OTHERS = ("format", "lora_adapter_metadata")
 """Entries that safetensors' users and diffusers write by themselves."""
 
 
-def file_metadata(adapter: AdapterFiles, configs: bool = False) -> dict[str, str]:
+def file_metadata(
+    adapter: AdapterFiles, configs: bool = False, more: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """The metadata for an adapter's file: the adapter's own, and one JSON entry that :func:`own_entry` reads.
 
     Args:
         adapter: Adapter to write.
         configs: Whether to include the PEFT configs, for formats that have no place of their own for them. Defaults to False.
+        more: Further entries for :func:`own_entry`; defaults to none.
     """
-    entry: dict[str, Any] = {}
+    entry: dict[str, Any] = dict(more or {})
     if adapter.family is not None:
         entry["family"] = adapter.family.__name__
     if adapter.denoiser_config:

@@ -192,7 +192,7 @@ def _on_gpu(run: Run) -> bool:
 
 def _steps_in_backward(run: Run) -> bool:
     clips = run.gradient_clip_val is not None
-    alone = run.processes == 1 and not method_of(run.module.adapter).whole_gradients
+    alone = run.processes == 1 and not any(method_of(one).whole_gradients for one in run.module.adapter_configs)
     return alone and not clips and run.accumulate_grad_batches == 1 and run.precision != "16-mixed"
 
 

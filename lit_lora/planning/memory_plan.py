@@ -27,7 +27,7 @@ class MemoryPlan:
             ``validation`` and ``sampling``. The forward phase includes the VAE and the text encoders.
         beside: Allowances in bytes for memory that belongs to no tensor, such as the CUDA context, by name.
         adapter_parameters: Number of trained parameters.
-        adapter_file_bytes: Size of ``adapter_model.safetensors``.
+        adapter_file_bytes: Size of ``adapter_model.safetensors``, with those of the text encoders if they are trained.
         flops_per_step: Floating point operations of an optimizer step, including all its batches and the encoders.
         seconds_per_step: Estimated seconds per optimizer step: :meth:`Device.seconds <lit_lora.planning.device.Device.seconds>`.
     """

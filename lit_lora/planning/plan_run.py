@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from lit_lora.adapters import ADAPTER_NAME, adapter_state, method_of, plain_config
@@ -65,6 +66,7 @@ class _Simulation:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.cuda = run.device.is_cuda
+        run.module.text_training.check_cached(run.cached)
         self.text = self._cached_text() if "text" in run.cached else None
         self.module = build(run.module, {_PART_OF[cached] for cached in run.cached}, self.cuda)
         self.family = self.module.family
@@ -74,10 +76,8 @@ class _Simulation:
 
     def plan(self) -> MemoryPlan:
         run, meter = self.run, self.meter
-        adapted = self.family.denoiser
-        config = adapted.peft_config[ADAPTER_NAME]
-        in_file, _ = method_of(config).planned(adapted, adapter_state(adapted), plain_config(config))
-        file_bytes = safetensors_bytes(in_file)
+        tokens = self.family.new_token_rows().items()
+        file_bytes = sum(map(_file_bytes, self.family.adapted.models.values())) + sum(map(_token_bytes, tokens))
         self._count_parameters()
         self._load_phase()
         with ExitStack() as stack:
@@ -112,7 +112,7 @@ class _Simulation:
         self.meter.assign(self.trained, "adapter")
         self.encoder_bytes = 0
         if self.run.module.memory.offload_encoders:
-            self.encoder_bytes = sum(map(_bytes, self.family.encoding_models()))
+            self.encoder_bytes = sum(map(_bytes, self.family.frozen_encoding_models()))
             self.meter.adjust("frozen weights", -self.encoder_bytes)
             self._encoders_come_and_go()
         if self.run.module.memory.offload_blocks:
@@ -155,7 +155,7 @@ class _Simulation:
 
     def _count_method_state(self) -> None:
         """Count the state that the adapter's method keeps between steps; it exists from the second step on."""
-        size = method_of(self.module.adapter).state_bytes(self.family.denoiser)
+        size = self.family.adapted.state_bytes()
         for phase in ("forward", "backward", "optimizer"):
             self.meter.peaks[phase]["other"] += size
         self.meter.adjust("other", size)
@@ -178,7 +178,8 @@ class _Simulation:
         shape = family.latent_shape(height, width)
         module.eval()
         with torch.no_grad(), family.all_parts():
-            self.meter.assign((p for model in family.encoding_models() for p in model.parameters()), "frozen weights")
+            frozen = (p for model in family.encoding_models() for p in model.parameters() if not p.requires_grad)
+            self.meter.assign(frozen, "frozen weights")
             self.meter.adjust("frozen weights", self.encoder_bytes)
             with self.meter:
                 self.meter.begin("sampling")
@@ -241,6 +242,18 @@ def _waiting_block_bytes(denoiser: nn.Module, block_classes: Sequence[str]) -> i
     ]
     together = [first + second for first, second in pairwise(sizes)]
     return sum(sizes) - max(together, default=sum(sizes))
+
+
+def _file_bytes(model: PeftModel) -> int:
+    """Bytes of the PEFT file of a part's adapter after training."""
+    config = model.peft_config[ADAPTER_NAME]
+    in_file, _ = method_of(config).planned(model, adapter_state(model), plain_config(config))
+    return safetensors_bytes(in_file)
+
+
+def _token_bytes(token: tuple[str, dict[str, Tensor]]) -> int:
+    """Bytes of the file of a new token."""
+    return safetensors_bytes(token[1])
 
 
 def _bytes(module: nn.Module) -> int:

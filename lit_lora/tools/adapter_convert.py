@@ -28,7 +28,7 @@ def convert(input: str, output: str, format: Format = "peft", family: str | None
         UserError: If the input holds no complete adapter, the format cannot hold it, or the output cannot be written.
     """
     from lit_lora.files import atomic_folder
-    from lit_lora.formats import format_named
+    from lit_lora.formats import format_named, write_embeddings
     from lit_lora.tools.adapter_input import read_input
     from lit_lora.tools.adapter_output import check_target, is_file, write_file
 
@@ -43,4 +43,5 @@ def convert(input: str, output: str, format: Format = "peft", family: str | None
     else:
         with atomic_folder(target, marker=written.file_name) as part:
             written.write(adapter, part)
+            write_embeddings(adapter, part)
     print(f"{format}: {target}")

@@ -50,6 +50,7 @@ def as_lines(facts: AdapterFacts, path: Path, format_name: str, size: int, each_
         "family": facts.family or "not known",
         "base": visible(facts.base) if facts.base else "not told",
         "dtype": ", ".join(facts.dtypes),
+        **({"new tokens": ", ".join(map(visible, facts.new_tokens))} if facts.new_tokens else {}),
         "parameters": f"{facts.parameters:,}",
         "size": format_bytes(size),
     }

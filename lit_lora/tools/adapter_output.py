@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, atomic_folder, writable_folder
-from lit_lora.formats import DEFAULT_FORMATS, AdapterFiles, AdapterFormat, format_named, write_card
+from lit_lora.formats import DEFAULT_FORMATS, AdapterFiles, AdapterFormat, format_named, write_card, write_embeddings
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class AdapterOutput:
             with atomic_folder(self.target, marker=formats[0].file_name) as part:
                 for one in formats:
                     one.write(adapter, part)
+                write_embeddings(adapter, part)
                 write_card(adapter, part)
 
     def size(self, adapter: AdapterFiles) -> int:
@@ -108,7 +109,13 @@ def write_file(adapter: AdapterFiles, one: AdapterFormat, target: Path) -> None:
 
     Raises:
         OSError: If the disk is full or the folder cannot be written.
+        UserError: If the adapter has new tokens, for which the file has no place.
     """
+    if adapter.new_tokens:
+        raise UserError(
+            f"{target} would lose the new tokens {', '.join(adapter.new_tokens)}, which have files of their own: name a folder, "
+            f"or give a single file of the adapter as input, such as pytorch_lora_weights.safetensors"
+        )
     with atomic_file(target) as part, _folder_beside(target) as folder:
         one.write(adapter, folder)
         (folder / one.file_name).replace(part)

@@ -113,11 +113,13 @@ def cache_shards(
         dtype: dtype of the cached latents; defaults to the VAE's dtype, or to float16 if that is float32.
 
     Raises:
-        UserError: If the samples cannot be cached, shards are missing or damaged, more than the datamodule's max_bad_samples
-            samples are bad, the folder holds something else, or another run caches into it.
+        UserError: If the samples cannot be cached, the text encoders would be trained, shards are missing or damaged, more than
+            the datamodule's max_bad_samples samples are bad, the folder holds something else, or another run caches into it.
     """
     check_least(1, jobs=jobs, batch_size=batch_size)
     check_workers(jobs=jobs)
+    if text:
+        module.text_training.check_cached({"text"})
     data, decoder = _cacheable(data, text)
     specs = {name: getattr(data, name) for name in _SHARDS if getattr(data, name)}
     table = open_table([spec for named in specs.values() for spec in ([named] if isinstance(named, str) else named)])

@@ -56,7 +56,7 @@ def make_generate(
     kind = _family_class(family, base)
     files = None if adapter is None else read_adapter(adapter, kind)
     if base is None:
-        base = files.config.get("base_model_name_or_path") if files else None
+        base = files.main_config.get("base_model_name_or_path") if files else None
         if not base:
             raise UserError("give --base: a folder, a hub id or 'embedded' (the adapter does not name its base)")
         kind = kind or _family_class(family, base)
@@ -133,6 +133,8 @@ def _from_family(
     check_size(family, *(edge or family.default_size for edge in size))
     family.load(dtype, changes=adapt.changes(kind))
     adapt(lambda config: family.denoiser, family.encoders)
+    if adapt.adapter is not None and adapt.adapter.new_tokens:
+        family.add_new_tokens(adapt.adapter.new_tokens)
     return family.to(device).generate
 
 
@@ -143,6 +145,10 @@ def _from_pipeline(base: str, adapt: _Adapt, dtype: torch.dtype, device: str) ->
         pipeline = DiffusionPipeline.from_pretrained(resolve(base), dtype=dtype)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot load the base {base!r}: {error}") from error
+    if adapt.adapter is not None and adapt.adapter.new_tokens:
+        raise UserError(
+            f"the adapter {adapt.path} has new tokens, and {base!r} is of no known model family; name it with --family"
+        )
     adapt(partial(_adapted_part, pipeline), pipeline.components)
     pipeline.set_progress_bar_config(disable=True)
     return partial(generate, pipeline.to(device))

@@ -183,7 +183,7 @@ def _last_size(planned: MemoryPlan, module: LoraDiffusion, trainer: Any) -> int 
     options = _callback(trainer, "RankBudget")
     if options is None:
         return None
-    rank: int = getattr(module.adapter, "r", 0)
+    rank: int = getattr(next(iter(module.adapter_configs), None), "r", 1)
     other_bytes = planned.adapter_file_bytes - 4 * planned.adapter_parameters
     return RankBudget(**options).last_parameters(planned.adapter_parameters, rank, other_bytes)
 

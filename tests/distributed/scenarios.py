@@ -69,6 +69,7 @@ FEATURES = (
     "pruned ranks",
     "parameter groups",
     "skipped steps",
+    "text encoders",
 )
 """Features of the table in docs/cluster.md; clipping by norm is in every run."""
 
@@ -282,6 +283,11 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
     elif name == "parameter groups":
         groups = [ParameterGroup("*.lora_B.*", lr_ratio=4), ParameterGroup("*.mid_block.*", lr=1e-3, weight_decay=0.5)]
         module, callbacks = module_of(model, parameter_groups=groups), [saving(folder, SAVED_AT)]
+    elif name == "text encoders":
+        groups = [ParameterGroup("text_encoder.*", lr_ratio=0.5)]
+        trained = {"text_adapter": LoraConfig(r=2, lora_alpha=2), "new_tokens": {"caption": "a red seven"}}
+        module = module_of(model, **trained, parameter_groups=groups)
+        callbacks = [saving(folder, SAVED_AT)]
     elif name == "skipped steps":
         # Without momentum a step with gradients of zero changes nothing, as one that is left out.
         module = module_of(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
@@ -305,6 +311,17 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         result["val/loss"] = float(trainer.callback_metrics["val/loss"])
         images = trainer.predict(module, data)
         result["images"] = sum(len(batch) for batch in images or [])
+    if name == "text encoders":
+        again, *_ = train(
+            copy.deepcopy(strategy),
+            model,
+            shards,
+            folder / "resumed",
+            resume=folder / f"{SAVED_AT}.ckpt",
+            module=module_of(model, **trained, parameter_groups=groups),
+            **options,
+        )
+        result["resumed"] = again.losses
     if name == "parameter groups":
         module, name_of_first = module_of(model, parameter_groups=groups), folder / f"{SAVED_AT}.ckpt"
         again, *_ = train(

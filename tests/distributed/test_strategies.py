@@ -169,7 +169,7 @@ def test_a_feature_does_what_it_does_in_one_process(
             assert 2 * sum(found["ranks"].values()) == 3 * len(found["ranks"])
             assert found["resumed"] == found["losses"][SAVED_AT:]
             assert found["same adapter"]
-        if feature == "parameter groups":
+        if feature in ("parameter groups", "text encoders"):
             assert apart(found["resumed"], expected["losses"][SAVED_AT:]) <= near
         if feature == "skipped steps":
             assert (found["skipped"], found["finite"]) == (1, True)

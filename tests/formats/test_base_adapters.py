@@ -246,9 +246,17 @@ def test_adapters_that_cannot_be_merged(sd_folder: Path, flux_folder: Path, tmp_
     adapter = saved(LORA, sd_folder, tmp_path / "first", "kohya")
     first = BaseAdapter(str(tmp_path / "first"))
     with pytest.raises(UserError, match=r"kohya\.safetensors is not an adapter of Flux"):
-        LoraDiffusion(Flux(str(flux_folder)), SECOND, [BaseAdapter(str(tmp_path / "first" / "kohya.safetensors"))])
+        LoraDiffusion(
+            Flux(str(flux_folder)), SECOND, base_adapters=[BaseAdapter(str(tmp_path / "first" / "kohya.safetensors"))]
+        )
     with pytest.raises(UserError, match=r"cannot read .*nowhere"):
-        LoraDiffusion(StableDiffusion(str(sd_folder)), SECOND, [BaseAdapter(str(tmp_path / "nowhere"))])
+        LoraDiffusion(StableDiffusion(str(sd_folder)), SECOND, base_adapters=[BaseAdapter(str(tmp_path / "nowhere"))])
+    (tmp_path / "with token").mkdir()
+    rows = {"<cat>": {"text_encoder": torch.zeros(1, 16)}}
+    write_adapter(replace(adapter, new_tokens=rows), tmp_path / "with token")
+    with pytest.raises(UserError, match=r"has new tokens \(<cat>\), which cannot be merged into a base"):
+        module_over(sd_folder, BaseAdapter(str(tmp_path / "with token")))
+    module_over(sd_folder, BaseAdapter(str(tmp_path / "with token"), drop_text_encoders=True))
     with pytest.raises(UserError, match="an entry has no path"):
         BaseAdapter("")
     with pytest.raises(UserError, match=r"weight=0 of x is no factor; give a number such as 0\.8"):

@@ -90,9 +90,29 @@ def test_text_encoders_are_not_lost_silently(sd_folder: Path, tmp_path: Path) ->
     adapter = saved(LoraConfig(r=2), sd_folder, tmp_path / "first")
     adapter = replace(adapter, text_encoders={"text_encoder": encoder_adapter()})
     format_named("kohya").write(adapter, tmp_path)
-    with pytest.raises(UserError, match=r"also changes text_encoder, .* set drop_text_encoders to true"):
-        module_from(tmp_path / "kohya.safetensors", sd_folder)
-    module_from(tmp_path / "kohya.safetensors", sd_folder, drop_text_encoders=True).configure_model()
+    module = module_from(tmp_path / "kohya.safetensors", sd_folder)
+    module.configure_model()
+    assert module.family.trained_encoders == ("text_encoder",)
+    dropped = module_from(tmp_path / "kohya.safetensors", sd_folder, drop_text_encoders=True)
+    dropped.configure_model()
+    assert dropped.family.trained_encoders == ()
+    alone = replace(adapter, state={}, text_encoders=adapter.text_encoders)
+    format_named("kohya").write(alone, tmp_path)
+    with pytest.raises(UserError, match="changes text encoders alone, and drop_text_encoders leaves nothing"):
+        module_from(tmp_path / "kohya.safetensors", sd_folder, drop_text_encoders=True)
+
+
+def test_text_encoders_that_cannot_be_trained(flux_folder: Path, tmp_path: Path) -> None:
+    adapter = trained(loaded(Flux, flux_folder), LoraConfig(r=2, target_modules=["to_q"]))
+    other = encoder_adapter(32, "encoder.block.0.layer.0.SelfAttention.q")
+    other = replace(other, state={name.replace("text_model.", ""): value for name, value in other.state.items()})
+    format_named("kohya").write(replace(adapter, text_encoders={"text_encoder_2": other}), tmp_path)
+    path = str(tmp_path / "kohya.safetensors")
+    with pytest.raises(
+        UserError, match=r"changes text_encoder_2, which cannot be trained in Flux.* drop_text_encoders"
+    ):
+        LoraDiffusion(Flux(str(flux_folder)), FromFile(path=path))
+    LoraDiffusion(Flux(str(flux_folder)), FromFile(path=path, drop_text_encoders=True))
 
 
 def test_what_cannot_be_continued(sd_folder: Path, flux_folder: Path, tmp_path: Path) -> None:
