@@ -72,12 +72,14 @@ def _shards(arguments: list[str]) -> None:
 def _adapter(arguments: list[str]) -> None:
     from importlib import import_module
 
+    from lit_lora.freed_memory import given_back
     from lit_lora.tools import run_tool
     from lit_lora.tools.adapter_arguments import adapter_arguments
 
     names = ("info", "check", "diff", "convert", "resize", "merge", "extract", "push")
     commands = {name: getattr(import_module(f"lit_lora.tools.adapter_{name}"), name) for name in names}
-    run_tool(commands, adapter_arguments(arguments), "lit-lora adapter")
+    with given_back():
+        run_tool(commands, adapter_arguments(arguments), "lit-lora adapter")
 
 
 def _plan(arguments: list[str]) -> int:

@@ -20,21 +20,8 @@ Keep = Callable[[Tensor], Tensor]
 
 _PAGEOUT = 21
 """Linux's MADV_PAGEOUT, which Python does not name: pages leave the memory, and values never change."""
-_MMAP_THRESHOLD = -3
-"""glibc's M_MMAP_THRESHOLD: blocks of more bytes are mapped by themselves and given back when they are freed."""
 _SMALL = 64 << 10
 """Largest tensor that :func:`keep_on_disk` leaves in memory, where those of a small adapter have room."""
-
-
-def give_back_freed_memory() -> None:
-    """Have this process give large blocks of memory back to the system as soon as they are freed, from now on.
-
-    By default glibc soon keeps them, and small blocks that then lie in their beginnings leave the rest too small for the next
-    large ones: with that, merging two adapters of 0.7 GB took 1.2 GB more in some runs. Systems without glibc are left alone.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(_MMAP_THRESHOLD, 128 << 10)  # which is the default, but one that does not grow
 
 
 def release(*tensors: Tensor) -> None:

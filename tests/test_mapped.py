@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from benchmarks.process_memory import resident
 from lit_lora import mapped
 from lit_lora.files import sync
 from lit_lora.formats.tensor_file import write_tensors
-from lit_lora.mapped import Keep, give_back_freed_memory, keep_on_disk, release
+from lit_lora.mapped import Keep, keep_on_disk, release
 from tests.helpers import largest_file
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere pages are not released")
@@ -99,20 +98,6 @@ def test_memory_of_kept_tensors_is_given_back(keep: Keep) -> None:
     release(kept)
     assert before - resident() > 30_000_000
     assert float(kept.sum()) == total
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
-def test_freed_memory_is_given_back() -> None:
-    first = torch.ones(5_000_000)  # from then on glibc keeps freed blocks of up to this size
-    del first
-    give_back_freed_memory()
-    large, small = [], []
-    for _ in range(200):
-        large.append(torch.ones(50_000))
-        small.append(torch.ones(15_000))
-    before = resident()
-    large.clear()
-    assert before - resident() > 30_000_000
 
 
 @linux

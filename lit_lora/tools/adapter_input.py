@@ -5,7 +5,6 @@ from __future__ import annotations
 from lit_lora.adapter_tools.low_rank import one_thread
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.find import read_adapter
-from lit_lora.mapped import give_back_freed_memory
 from lit_lora.tools.named_family import named_family
 
 
@@ -20,5 +19,4 @@ def read_input(path: str, family: str | None = None) -> AdapterFiles:
     Raises:
         UserError: If the path holds no complete adapter, or the family is not known.
     """
-    give_back_freed_memory()
     return read_adapter(path, named_family(family) if family else None)
