@@ -242,7 +242,9 @@ def test_adapter_tools_keep_them_or_say_why_not(
 def test_the_card_says_how_to_load_them(fixture: str, trained: Any) -> None:
     _, folder = trained(fixture, False)
     card = (folder / "README.md").read_text()
-    assert "trigger words | <cat-toy>, <style>" in card
+    assert "trigger words | `<cat-toy>, <style>`" in card  # Markdown takes it for HTML without
+    assert card.index("load_textual_inversion") < card.index("image = pipeline(")
+    compile(card.split("```python\n")[1].split("```")[0], "card", "exec")
     if fixture == "sd_folder":
         assert 'subfolder="embeddings", weight_name="cat-toy.safetensors", token="<cat-toy>")' in card
     else:

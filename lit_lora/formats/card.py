@@ -66,7 +66,7 @@ def model_card(adapter: AdapterFiles, files: Sequence[str], samples: Sequence[st
 
 def _facts(adapter: AdapterFiles, base: str, trigger: str | None) -> str:
     config = adapter.main_config
-    rows = {"base": f"`{base}`" if base else None, "trigger words": trigger}
+    rows = {"base": f"`{base}`" if base else None, "trigger words": f"`{trigger}`" if trigger else None}
     rows["method"] = f"{config.get('peft_type')}" + (" with magnitudes (DoRA)" if config.get("use_dora") else "")
     rows["rank"] = _value(config, "r", "rank_pattern")
     rows["alpha"] = _value(config, alpha_option(config), "alpha_pattern")
@@ -93,13 +93,19 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
     over = base_records(adapter.metadata)
     if over:
         blocks.append(_trained_over(adapter, base, over))
-    loadable = [name for name in files if name == "pytorch_lora_weights.safetensors"]
-    if loadable and _adds(adapter):
-        blocks.append(
-            f"In diffusers:\n\n```python\nfrom diffusers import {pipeline}\n\n"
-            f'pipeline = {pipeline}.from_pretrained("{base}")\n' + _loading(loadable[0], over) + "\n"
-            f'image = pipeline("{prompt}").images[0]\n```'
-        )
+    loading = _token_loading(adapter)
+    if "pytorch_lora_weights.safetensors" in files and (not over or _adds(adapter)):
+        loading = [*_loading("pytorch_lora_weights.safetensors", over), *loading]
+    if loading:
+        reads_files = any("load_file(" in line for line in loading)
+        lines = [
+            f"from diffusers import {pipeline}",
+            *(["from safetensors.torch import load_file"] if reads_files else []),
+            f'\npipeline = {pipeline}.from_pretrained("{base}")',
+            *loading,
+            f'image = pipeline("{prompt}").images[0]',
+        ]
+        blocks.append("In diffusers:\n\n```python\n" + "\n".join(lines) + "\n```")
     if "adapter_config.json" in files and not over:
         part = "unet" if adapter.family is None else adapter.family.denoiser_name
         blocks.append(
@@ -112,25 +118,23 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
             )
             + "```"
         )
-    if adapter.new_tokens:
-        blocks.append(_token_usage(adapter))
     others = {"kohya.safetensors": "A1111, Forge and sd-scripts", "comfyui.safetensors": "ComfyUI"}
     others["lycoris.safetensors"] = "ComfyUI and LyCORIS"
     blocks += [f"`{name}` is for {others[name]}." for name in files if name in others]
     return "\n\n".join(["## How to load it", *blocks])
 
 
-def _loading(file: str, over: Records) -> str:
+def _loading(file: str, over: Records) -> list[str]:
     """Lines that load this adapter in diffusers, and those that it was trained over."""
     if not over:
-        return f'pipeline.load_lora_weights("this folder", weight_name="{file}")'
+        return [f'pipeline.load_lora_weights("this folder", weight_name="{file}")']
     names, weights = [f"base_{number}" for number, _ in enumerate(over)], [one["weight"] for one in over]
     lines = [
         f'pipeline.load_lora_weights("{one["path"]}", adapter_name="{name}")'
         for name, one in zip(names, over, strict=True)
     ]
     lines.append(f'pipeline.load_lora_weights("this folder", weight_name="{file}", adapter_name="new")')
-    return "\n".join([*lines, f"pipeline.set_adapters({json.dumps([*names, 'new'])}, {[*weights, 1.0]})"])
+    return [*lines, f"pipeline.set_adapters({json.dumps([*names, 'new'])}, {[*weights, 1.0]})"]
 
 
 def _trained_over(adapter: AdapterFiles, base: str, over: Records) -> str:
@@ -153,10 +157,11 @@ def _adds(adapter: AdapterFiles) -> bool:
     return adapter.config.get("peft_type") in ("LORA", "LOHA", "LOKR") and not adapter.config.get("use_dora")
 
 
-def _token_usage(adapter: AdapterFiles) -> str:
-    assert adapter.family is not None, "only families have new tokens"
-    lines = []
+def _token_loading(adapter: AdapterFiles) -> list[str]:
+    """Lines that load the new tokens into a pipeline of diffusers."""
+    lines: list[str] = []
     for token in adapter.new_tokens:
+        assert adapter.family is not None, "only families have new tokens"
         folder, _, file = embedding_file(token).partition("/")
         if len(adapter.family.token_encoders) == 1:
             place = f'"this folder", subfolder="{folder}", weight_name="{file}"'
@@ -166,8 +171,7 @@ def _token_usage(adapter: AdapterFiles) -> str:
         for name, key in adapter.family.token_encoders.items():
             parts = f"text_encoder=pipeline.{name}, tokenizer=pipeline.{name.replace('text_encoder', 'tokenizer')}"
             lines.append(f'pipeline.load_textual_inversion(embeddings["{key}"], token="{token}", {parts})')
-    head = ["from safetensors.torch import load_file", ""] if lines[0].startswith("emb") else []
-    return "New tokens, loaded into the pipeline:\n\n```python\n" + "\n".join([*head, *lines]) + "\n```"
+    return lines
 
 
 def _is_hub_id(base: str) -> bool:

@@ -124,7 +124,7 @@ def test_model_card(sd_folder: Path, tmp_path: Path) -> None:
     assert card.data.base_model is None  # a folder of this machine
     for text in (
         "# Seven",
-        "| trigger words | a red seven, svn |",
+        "| trigger words | `a red seven, svn` |",
         "| steps | 12 |",
         "| rank | 2 |",
         "![sample](samples/0000.png)",
@@ -136,6 +136,12 @@ def test_model_card(sd_folder: Path, tmp_path: Path) -> None:
     config = {**adapter.config, "base_model_name_or_path": "someone/some-model"}
     write_adapter(replace(adapter, config=config), tmp_path)
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "someone/some-model"
+
+
+def test_the_card_of_dora_says_how_diffusers_loads_it(sd_folder: Path, tmp_path: Path) -> None:
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], use_dora=True)
+    write_adapter(trained(loaded(StableDiffusion, sd_folder), config), tmp_path)
+    assert 'pipeline.load_lora_weights("this folder"' in (tmp_path / "README.md").read_text()
 
 
 def test_empty_trigger_words() -> None:
