@@ -29,7 +29,7 @@ _MLP_NAME = re.compile(r"(?:\w+_)?(?:ff|ffn|mlp)(?:_\w+)?\d*|feed_?forward\w*|De
 """Names of feed-forward networks, such as ``ff``, ``ff_context``, ``img_mlp`` and BERT's ``intermediate``."""
 _MLP_CLASS = re.compile(r".*(?:FeedForward|FFN|MLP|Mlp)")
 _BESIDE_ATTENTION = re.compile(r"fc[12]|linear[12]|lin[12]|proj_mlp|proj_out|output")
-"""Names of feed-forward layers that are children of the block itself, as in FLUX's single blocks, OPT and BERT."""
+"""Names of feed-forward layers that are children of the block itself, as in OPT, BERT and parallel blocks."""
 
 
 def is_preset(targets: object) -> bool:

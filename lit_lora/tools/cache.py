@@ -113,15 +113,15 @@ def cache_shards(
         dtype: dtype of the cached latents; defaults to the VAE's dtype, or to float16 if that is float32.
 
     Raises:
-        UserError: If the samples cannot be cached, the text encoders would be trained, shards are missing or damaged, more than
-            the datamodule's max_bad_samples samples are bad, the folder holds something else, or another run caches into it.
+        UserError: If the samples cannot be cached, the text encoders are trained, shards are missing or damaged, more than
+            max_bad_samples samples are bad, the folder holds something else, or another run caches into it.
     """
     check_least(1, jobs=jobs, batch_size=batch_size)
     check_workers(jobs=jobs)
     if text:
         module.text_training.check_cached({"text"})
     data, decoder = _cacheable(data, text)
-    specs = {name: getattr(data, name) for name in _SHARDS if getattr(data, name)}
+    specs = {name: named for name in _SHARDS if (named := getattr(data, name))}
     table = open_table([spec for named in specs.values() for spec in ([named] if isinstance(named, str) else named)])
     targets = _targets(table, out)
     table.check_complete("image", IMAGE_EXTENSIONS)
@@ -130,16 +130,8 @@ def cache_shards(
     prepare(family, copy.deepcopy(module.objective))
     family.load(module.base_dtype, without=PARTS)
     description = _describe(family, data, decoder, text, dtype)
-    work = CacheWork(
-        family,
-        module.base_dtype,
-        table,
-        description,
-        Bucketing.of(data.resolution, data.buckets),
-        decoder.captions,
-        batch_size,
-        data.num_workers,
-    )
+    buckets, workers = Bucketing.of(data.resolution, data.buckets), data.num_workers
+    work = CacheWork(family, module.base_dtype, table, description, buckets, decoder.captions, batch_size, workers)
     with ExitStack() as locks:
         for folder in _folders(targets):
             locks.enter_context(only_run_in(folder, "cache"))

@@ -81,8 +81,7 @@ def print_plan(
     run = _run(module, data, trainer, found, batch_size, resolution, from_cache)
     planned = plan(run)
     blocks = [planned.describe()]
-    last = _last_size(planned, module, trainer)
-    if last is not None:
+    if (last := _last_size(planned, module, trainer)) is not None:
         blocks.append(_last_line(planned, last))
     changes: list[ChangedRun] | None = []
     largest = None
