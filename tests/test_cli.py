@@ -298,7 +298,7 @@ def test_fit_goes_on_with_a_saved_adapter(config: Callable[..., Path], tmp_path:
     path = config(model__adapter=adapter, trainer__callbacks=[written])
     assert main(["fit", "--config", str(path)]) == 0
     assert (tmp_path / "second" / "last.adapter" / "kohya.safetensors").is_file()
-    assert "trigger words | a blue star" in (tmp_path / "second" / "last.adapter" / "README.md").read_text()
+    assert "trigger words | `a blue star" in (tmp_path / "second" / "last.adapter" / "README.md").read_text()
 
 
 def test_fit_trains_over_another_adapter(config: Callable[..., Path], tmp_path: Path) -> None:
