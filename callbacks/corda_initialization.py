@@ -45,7 +45,7 @@ class CordaInitialization(RebasedInitialization):
         super().__init__(steps)
         self.mode: Literal["ipm", "kpm"] = mode
 
-    def watch(self, layer: RankedLayer, total: LayerSum) -> RemovableHandle:
+    def watch_layer(self, layer: RankedLayer, total: LayerSum) -> RemovableHandle:
         module: Any = layer.layer
         base: nn.Module = module.get_base_layer()
 

@@ -9,11 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
-from lit_lora.callbacks.changed_ranks import ChangedRanks
+from lit_lora.callbacks.first_steps import FirstSteps
 from lit_lora.callbacks.layer_rows import input_rows
 from lit_lora.distributed.collectives import broadcast, full_tensor
 from lit_lora.errors import UserError, check_least
@@ -22,7 +21,7 @@ _ROWS = 1024
 """Rows of a layer's input that are looked at in each batch."""
 
 
-class EvaInitialization(ChangedRanks):
+class EvaInitialization(FirstSteps):
     """Initializes LoRA from the layers' inputs, and gives more rank to layers whose inputs vary in more directions.
 
     EVA (Paischer et al., 2024): the rows of ``A`` become the right singular vectors of a layer's inputs, computed over some
@@ -46,63 +45,26 @@ class EvaInitialization(ChangedRanks):
     """
 
     def __init__(self, steps: int = 4, rho: float = 2.0) -> None:
-        super().__init__()
-        check_least(1, steps=steps, rho=rho)
-        self.steps = steps
+        super().__init__(steps)
+        check_least(1, rho=rho)
         self.rho = rho
-        self._done = False
-        self._inputs: dict[str, _Inputs] = {}
-        self._restored: dict[str, Any] = {}
-        self._hooks: list[RemovableHandle] = []
-        self._step = 0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._remove_hooks()
-        self._done, self._inputs, self._restored = False, {}, {}
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._remove_hooks()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
-        if self._done:
-            return
-        self.find_layers(pl_module)
+    def watch(self, pl_module: LightningModule) -> None:
         if any(layer.config.use_dora for layer in self.layers):
             raise UserError(
                 "EvaInitialization replaces weights from which DoRA has computed its magnitudes; leave use_dora out"
             )
         for layer in self.layers:
             most = max(1, min(round(layer.rank * self.rho), layer.a[0].numel()))
-            inputs = _Inputs(layer, most, self._restored.get(layer.path))
-            self._inputs[layer.path] = inputs
+            inputs = _Inputs(layer, most, (self.restored or {}).get(layer.path))
+            self.seen[layer.path] = inputs
             module: Any = layer.layer
-            self._hooks.append(module.register_forward_pre_hook(inputs.take))
+            self.hooks.append(module.register_forward_pre_hook(inputs.take))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._done or trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
-        if self._step >= self.steps:
-            self._initialize(trainer)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done, "inputs": {path: inputs.state() for path, inputs in self._inputs.items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._done = bool(state_dict["done"])
-        self._restored = dict(state_dict["inputs"])
-
-    def _initialize(self, trainer: Trainer) -> None:
-        self._remove_hooks()
+    def initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found: dict[str, tuple[Tensor, Tensor]] = broadcast(
-            {path: inputs.components() for path, inputs in self._inputs.items()}
+            {path: inputs.components() for path, inputs in self.seen.items()}
         )
-        self._inputs, self._done = {}, True
         known = [layer for layer in self.layers if len(found[layer.path][1])]
         budget = float(sum(layer.rank for layer in known))
         ranks = select_components([found[layer.path][1] for layer in known], [1.0] * len(known), budget)
@@ -114,17 +76,11 @@ class EvaInitialization(ChangedRanks):
             if layer not in known:
                 layer.replace(full_tensor(layer.a.detach()), torch.zeros(layer.b.shape), trainer.optimizers)
         note_ranks(self.layers)
-        self.changed(trainer, "on_adapter_replaced")
         after = [layer.rank for layer in self.layers]
         rank_zero_info(
             f"EvaInitialization gave {len(known)} of {len(self.layers)} layers first values from their inputs, and ranks of "
             f"{min(after)} to {max(after)}"
         )
-
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
 
 class _Inputs:

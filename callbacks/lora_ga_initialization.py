@@ -71,7 +71,7 @@ class LoraGaInitialization(RebasedInitialization):
                 f"{min(out, inputs)} ({inputs} inputs, {out} outputs); lower r, or leave the layer out of target_modules"
             )
 
-    def watch(self, layer: RankedLayer, total: LayerSum) -> RemovableHandle:
+    def watch_layer(self, layer: RankedLayer, total: LayerSum) -> RemovableHandle:
         module: Any = layer.layer
         base: nn.Module = module.get_base_layer()
 

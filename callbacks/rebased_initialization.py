@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -18,14 +18,15 @@ from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.methods.lora import rebase
 from lit_lora.adapters.ranked_layer import RankedLayer
 from lit_lora.callbacks.changed_ranks import ChangedRanks
+from lit_lora.callbacks.first_steps import FirstSteps
 from lit_lora.distributed import is_ours
 from lit_lora.distributed.collectives import broadcast
-from lit_lora.errors import UserError, check_least
-from lit_lora.quantization.frozen_layer import frozen_layers
+from lit_lora.errors import UserError
+from lit_lora.quantization.frozen_layer import quantized_layers
 from lit_lora.random_state import fixed_randomness
 
 
-class RebasedInitialization(ChangedRanks, ABC):
+class RebasedInitialization(FirstSteps):
     """Sums up a matrix of each LoRA layer over the first optimizer steps, and makes the layer's first values from it.
 
     The base keeps ``W - scaling * B0 A0``, so that training begins with the base's outputs; the files are LoRA of twice the rank
@@ -33,7 +34,7 @@ class RebasedInitialization(ChangedRanks, ABC):
     that are looked at. No data is read twice, with any datamodule, and resuming is exact, also before the layers are
     initialized. The sums are kept in host memory. With several processes they are those of the first one.
 
-    Subclasses say what is summed up (:meth:`watch`) and what is made of it (:meth:`first_values`).
+    Subclasses say what is summed up (:meth:`watch_layer`) and what is made of it (:meth:`first_values`).
 
     Args:
         steps: Number of optimizer steps that are looked at.
@@ -43,18 +44,8 @@ class RebasedInitialization(ChangedRanks, ABC):
             the strategy, another callback, ``compile_blocks``, ``offload_blocks`` or ``optimizer_in_backward`` exclude it.
     """
 
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        check_least(1, steps=steps)
-        self.steps = steps
-        self._done = False
-        self._sums: dict[str, LayerSum] = {}
-        self._restored: dict[str, Any] | None = None
-        self._hooks: list[RemovableHandle] = []
-        self._step = 0
-
     @abstractmethod
-    def watch(self, layer: RankedLayer, total: LayerSum) -> RemovableHandle:
+    def watch_layer(self, layer: RankedLayer, total: LayerSum) -> RemovableHandle:
         """Register a hook that adds to a layer's sum in each training step.
 
         Args:
@@ -74,62 +65,33 @@ class RebasedInitialization(ChangedRanks, ABC):
     def check_layer(self, layer: RankedLayer) -> None:
         """Refuse a layer that cannot be initialized; does nothing by default."""
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._remove_hooks()
-        self._done, self._sums, self._restored = False, {}, None
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().teardown(trainer, pl_module, stage)
-        self._remove_hooks()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
-        if self._done:
-            return
-        if self._step and self._restored is None:
+    def check_start(self, trainer: Trainer) -> None:
+        if trainer.global_step and self.restored is None:
             raise UserError(
-                f"the checkpoint of step {self._step} was saved without {type(self).__name__}, which begins with the first "
-                f"step; remove it from trainer.callbacks, or start without ckpt_path"
+                f"the checkpoint of step {trainer.global_step} was saved without {type(self).__name__}, which begins with the "
+                f"first step; remove it from trainer.callbacks, or start without ckpt_path"
             )
-        self.find_layers(pl_module)
+
+    def watch(self, pl_module: LightningModule) -> None:
         self._check_model(pl_module)
         for layer in self.layers:
             self.check_layer(layer)
-            total = LayerSum((self._restored or {}).get(layer.path))
-            self._sums[layer.path] = total
-            self._hooks.append(self.watch(layer, total))
+            total = LayerSum((self.restored or {}).get(layer.path))
+            self.seen[layer.path] = total
+            self.hooks.append(self.watch_layer(layer, total))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Let the layers stay as they are, so that the sums are those of the base alone."""
-        if not self._done:
+        if not self.done:
             for layer in self.layers:
                 for parameter in (layer.a, layer.b):
                     if parameter.grad is not None:
                         parameter.grad.zero_()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._done or trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
-        if self._step >= self.steps:
-            self._initialize(trainer, pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done, "sums": {path: total.state() for path, total in self._sums.items()}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._done = bool(state_dict["done"])
-        self._restored = dict(state_dict["sums"])
-
     @torch.no_grad()
-    def _initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._remove_hooks()
-        known = [layer for layer in self.layers if self._sums[layer.path].is_usable]
+    def initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        known = [layer for layer in self.layers if self.seen[layer.path].is_usable]
         found = broadcast({layer.path: self._values(layer) for layer in known} if trainer.is_global_zero else {})
-        self._sums, self._done = {}, True
         for _, model in peft_models(pl_module):
             own = [layer for layer in self.layers if layer.config is model.peft_config[ADAPTER_NAME]]
             rebase(model, {layer.name: found[layer.path] for layer in own if layer.path in found})
@@ -140,14 +102,13 @@ class RebasedInitialization(ChangedRanks, ABC):
                 parameter.copy_(value)
                 for optimizer in trainer.optimizers:
                     optimizer.state.pop(parameter, None)
-        self.changed(trainer, "on_adapter_replaced")
         rank_zero_info(f"{type(self).__name__} gave {len(found)} of {len(self.layers)} layers their first values")
 
     def _values(self, layer: RankedLayer) -> tuple[Tensor, Tensor]:
         """First values in the shapes of the layer's, float32 on the CPU."""
         device = layer.a.device
         with torch.autocast(device.type, enabled=False), fixed_randomness(device):
-            a, b = self.first_values(layer, self._sums[layer.path])
+            a, b = self.first_values(layer, self.seen[layer.path])
         return a.cpu().reshape(layer.a.shape).contiguous(), b.cpu().reshape(layer.b.shape).contiguous()
 
     def _check_run(self, trainer: Trainer, module: Any) -> None:
@@ -178,8 +139,7 @@ class RebasedInitialization(ChangedRanks, ABC):
 
     def _check_model(self, module: nn.Module) -> None:
         name = type(self).__name__
-        quantized = [layer for layer in frozen_layers(module) if not layer.is_dense]
-        if quantized:
+        if quantized := quantized_layers(module):
             raise UserError(
                 f"{name} moves a part of the base's weights into the adapter, and {len(quantized)} layers are stored as "
                 f"{type(quantized[0].quantization).__name__}; leave model.quantization out, or remove {name} from "
@@ -189,11 +149,6 @@ class RebasedInitialization(ChangedRanks, ABC):
             raise UserError(
                 f"{name} changes the weights from which DoRA has computed its magnitudes; leave use_dora out"
             )
-
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
 
 
 class LayerSum:

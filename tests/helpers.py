@@ -16,14 +16,15 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from filelock import FileLock
 from lightning.pytorch import LightningModule
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
 from benchmarks.fresh_processes import ProcessError, run_processes
-from lit_lora.families import ModelFamily
+from lit_lora.families import ModelFamily, StableDiffusion
 from lit_lora.formats import write_adapter
 from lit_lora.formats.of_family import files_of
+from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import Dense
 from lit_lora.quantization.frozen_layer import can_freeze, freeze_layer
 from tests.warm_python import WarmPython
@@ -64,6 +65,14 @@ def make_batches(count: int, batch_size: int = 2, size: int = 16, seed: int = 3)
 def loader_of(batches: list[dict[str, Any]]) -> DataLoader[Any]:
     """A dataloader that gives ready-made batches in order."""
     return DataLoader(batches, batch_size=None, shuffle=False)  # type: ignore[arg-type]
+
+
+def diffusion_module(base: Path, adapter: PeftConfig, **options: Any) -> LoraDiffusion:
+    """A module over a Stable Diffusion pipeline in float32, with AdamW at a rate at which few steps change much."""
+    torch.manual_seed(0)
+    module = LoraDiffusion(StableDiffusion(str(base)), adapter, base_dtype="float32", **options)
+    module.optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)
+    return module
 
 
 def save_adapter(family: ModelFamily, folder: Path) -> None:

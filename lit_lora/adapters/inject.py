@@ -17,7 +17,7 @@ from lit_lora.adapters.targets import described_presets, is_preset, preset_targe
 from lit_lora.console import out_of_memory
 from lit_lora.errors import UserError
 from lit_lora.parameters import trainable_parameters
-from lit_lora.quantization.frozen_layer import frozen_layers
+from lit_lora.quantization.frozen_layer import quantized_layers
 
 ADAPTER_NAME = "default"
 
@@ -160,7 +160,7 @@ def check_trained_copy(path: str, layer: nn.Module) -> None:
     Raises:
         UserError: If a weight in the layer is quantized, since it has no gradient.
     """
-    quantised = [inner for inner in frozen_layers(layer) if not inner.is_dense]
+    quantised = quantized_layers(layer)
     if quantised:
         raise UserError(
             f"modules_to_save would train a copy of {path}, which has quantization="

@@ -130,6 +130,11 @@ def frozen_layers(model: nn.Module) -> Iterator[FrozenLayer]:
             yield layer
 
 
+def quantized_layers(model: nn.Module) -> list[FrozenLayer]:
+    """The frozen layers of a model whose weights are stored in another form."""
+    return [layer for layer in frozen_layers(model) if not layer.is_dense]
+
+
 def freeze_layer(layer: nn.Module, quantization: Quantization, weight: Tensor, dtype: torch.dtype) -> None:
     """Make a Linear or Conv2d layer a :class:`FrozenLayer`, in place.
 

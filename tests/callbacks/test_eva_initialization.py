@@ -12,9 +12,8 @@ from torch import nn
 from lit_lora.adapters.ranked_layer import layer_ranks, ranked_layers
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, EvaInitialization, LoraInjection, RankBudget
 from lit_lora.errors import UserError
-from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
-from tests.helpers import difference_in_plain_libraries, loader_of, make_batches, processes
+from tests.helpers import difference_in_plain_libraries, diffusion_module, loader_of, make_batches, processes
 
 STEPS = 6
 
@@ -97,11 +96,8 @@ def test_layers_whose_inputs_vary_in_more_directions_get_more_rank(trainer_optio
 
 
 def diffusion(base: Path, **options: Any) -> LoraDiffusion:
-    torch.manual_seed(0)
     config = options.pop("adapter", None) or LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "to_v", "conv1"])
-    module = LoraDiffusion(StableDiffusion(str(base)), config, base_dtype="float32", **options)
-    module.optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)
-    return module
+    return diffusion_module(base, config, **options)
 
 
 def fit(

@@ -23,11 +23,17 @@ from lit_lora.callbacks import (
 from lit_lora.callbacks.rebased_initialization import LayerSum
 from lit_lora.distributed import LitLoraFSDP
 from lit_lora.errors import UserError
-from lit_lora.families import StableDiffusion
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import Int8
-from tests.helpers import Classifier, difference_in_plain_libraries, loader_of, make_batches, processes
+from tests.helpers import (
+    Classifier,
+    difference_in_plain_libraries,
+    diffusion_module,
+    loader_of,
+    make_batches,
+    processes,
+)
 
 STEPS = 5
 KINDS = {"corda": CordaInitialization, "corda kpm": CordaInitialization, "lora_ga": LoraGaInitialization}
@@ -38,11 +44,8 @@ def initialization(kind: str) -> Callback:
 
 
 def diffusion(base: Path, **options: Any) -> LoraDiffusion:
-    torch.manual_seed(0)
     config = options.pop("adapter", None) or LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_v", "conv1"])
-    module = LoraDiffusion(StableDiffusion(str(base)), config, base_dtype="float32", **options)
-    module.optimizer = lambda p: torch.optim.AdamW(p, lr=1e-2)
-    return module
+    return diffusion_module(base, config, **options)
 
 
 def fit(

@@ -12,7 +12,7 @@ from lit_lora.adapters.methods.lora import Factors, LoraMethod, rebase
 from lit_lora.adapters.names import tuner_layers
 from lit_lora.distributed.collectives import broadcast
 from lit_lora.errors import UserError
-from lit_lora.quantization.frozen_layer import frozen_layers
+from lit_lora.quantization.frozen_layer import quantized_layers
 
 
 def is_rebased(initialization: object) -> bool:
@@ -33,7 +33,7 @@ class RebasedLoraMethod(LoraMethod):
     block_by_block: ClassVar[bool] = False
 
     def check(self, model: nn.Module, config: PeftConfig) -> None:
-        quantised = [layer for layer in frozen_layers(model) if not layer.is_dense]
+        quantised = quantized_layers(model)
         if quantised:
             raise UserError(
                 f"init_lora_weights of PiSSA and OLoRA moves a part of the base's weights into the adapter, and {len(quantised)} "
