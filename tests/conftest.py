@@ -28,6 +28,7 @@ from lit_lora.embedded import base_path
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
 from tests.helpers import tiny_unet
+from tests.families.tiny import MODULES
 from tests.tiny_pipelines import tiny_clip_config, tiny_vae, write_flux, write_sd3
 
 # Tests never depend on time.
@@ -128,6 +129,21 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenize
 def flux_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
     """A FLUX.1-dev pipeline with random weights, images of 16 px."""
     return write_flux(tmp_path_factory.mktemp("models") / "flux", tokenizer)
+
+
+def _tiny_pipeline(name: str) -> Any:
+    """The fixture with the folder of a pipeline of :mod:`tests.families.tiny`."""
+
+    @pytest.fixture(scope="session", name=f"{name}_folder")
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        written: Path = MODULES[name].write(tmp_path_factory.mktemp("models") / name)
+        return written
+
+    return folder
+
+
+for _name in MODULES:
+    globals()[f"{_name}_folder"] = _tiny_pipeline(_name)
 
 
 @pytest.fixture

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from lit_lora.objectives import FlowMatching
+from tests.families.tiny import MODULES
 
 FOLDERS: dict[type[ModelFamily], str] = {
     StableDiffusion: "sd_folder",
     StableDiffusionXL: "sdxl_folder",
     StableDiffusion3: "sd3_folder",
     Flux: "flux_folder",
+    **{module.FAMILY: f"{name}_folder" for name, module in MODULES.items()},
 }
+
+FLOW_FOLDERS = {kind: fixture for kind, fixture in FOLDERS.items() if kind.default_objective is FlowMatching}
+"""Those of families that are trained by flow matching."""
 
 
 def families_of_the_package() -> set[type[ModelFamily]]:

@@ -36,7 +36,7 @@ def test_a_step_gives_gradients_to_the_adapter_alone(family: ModelFamily) -> Non
     family.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights="gaussian"))
     batch = make_batches(1)[0]
     latents, conditioning = family.encode(batch, Draws(0, batch["slot"]))
-    assert latents.shape == (2, 4, 8, 8)
+    assert latents.shape == (2, *family.latent_shape(16, 16))
     assert latents.dtype == torch.float32
     prediction = family.denoise(latents, torch.tensor([1, 999]), conditioning)
     assert prediction.shape == latents.shape
@@ -78,7 +78,8 @@ def test_captions_matter(family: ModelFamily) -> None:
     draws = Draws(0, [0, 1])
     _, one = family.encode(batch, draws)
     _, other = family.encode({**batch, "caption": ["", ""]}, draws)
-    assert not torch.equal(one["encoder_hidden_states"], other["encoder_hidden_states"])
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(one, other)
 
 
 def test_encoders_stay_in_evaluation_mode(family: ModelFamily) -> None:
@@ -94,7 +95,7 @@ def test_parts_that_are_left_out_come_when_they_are_needed(family: ModelFamily) 
     family.load(torch.float32, without={"vae", "text"})
     assert {name.split(".")[0] for name, _ in family.named_parameters()} == {"denoiser"}
     assert family.encoders == {}
-    assert family.vae_config["scaling_factor"] == whole.vae_config["scaling_factor"] == 0.5
+    assert family.vae_config == whole.vae_config
     batch = make_batches(1)[0]
     state = torch.get_rng_state()
     with family.all_parts():

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and FLUX.1 through the command line: fit, cache, plan, sample, and their files in plain diffusers."""
+"""Families of flow matching through the command line: fit, cache, plan, sample, and their files in plain diffusers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from lit_lora.cli import main
 from lit_lora.families import Flux, StableDiffusion3
+from tests.families.folders import FLOW_FOLDERS
 from tests.tiny_pipelines import write_sd3
 
-FAMILIES = [("StableDiffusion3", "sd3_folder"), ("Flux", "flux_folder")]
+FAMILIES = [(kind.__name__, fixture) for kind, fixture in FLOW_FOLDERS.items()]
 
 
 @pytest.fixture
