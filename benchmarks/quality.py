@@ -1,10 +1,10 @@
 """How well each setting learns handwritten digits: ``python -m benchmarks.quality``.
 
 The embedded base is trained on scikit-learn's scans as in ``lit-lora demo``: with full fine-tuning, with LoRA, and with the
-recipe of docs/quality.md, LoRA+, on a dense base and on each quantization, with the same steps, batches and seeds. Then each model generates digits. Accuracy is the share of
-images in which a support vector machine, trained on scans only, recognises the digit in the prompt. The validation loss is
-computed on held-out scans at fixed timesteps and noise. Memory counts the denoiser's weights, the gradients and the optimizer
-state.
+recipe of docs/quality.md, LoRA+, on a dense base and on each quantization, with the same steps, batches and seeds. Then each
+model generates digits. Accuracy is the share of images in which a support vector machine, trained on scans only, recognises the
+digit in the prompt. The validation loss is computed on held-out scans at fixed timesteps and noise. Memory counts the denoiser's
+weights, the gradients and the optimizer state.
 """
 
 from __future__ import annotations
