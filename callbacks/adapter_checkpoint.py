@@ -36,6 +36,7 @@ from lit_lora.callbacks.checkpoint_files import (
 from lit_lora.callbacks.finite_gradients import FiniteGradients, check_trained
 from lit_lora.callbacks.lora_injection import LoraInjection
 from lit_lora.callbacks.resumed_saves import ResumedSaves
+from lit_lora.callbacks.sample_images import SampleImages
 from lit_lora.callbacks.schedule_free import learned_weights
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.collectives import gather
@@ -44,7 +45,7 @@ from lit_lora.families import ModelFamily
 from lit_lora.files import writable_folder
 from lit_lora.finite import tensors_in
 from lit_lora.folder_lock import FolderLock
-from lit_lora.formats import format_named
+from lit_lora.formats import add_sample, format_named
 from lit_lora.formats.info import AdapterInfo
 from lit_lora.formats.of_family import check_formats
 from lit_lora.loops import accumulating, begin_pass, more_is_due, resume_epoch, within_epoch
@@ -349,6 +350,8 @@ class AdapterCheckpoint(ResumedSaves):
         if ema := AdapterEMA.of(trainer):
             with ema.averaged(module):
                 owner.save_adapter(averaged, **chosen)
+        if (samples := SampleImages.of(trainer)) and samples.latest:
+            add_sample(averaged if ema else plain, samples.latest, samples.description)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         last = self.last_model_path

@@ -22,13 +22,15 @@ from lit_lora.files import atomic_file
 from lit_lora.profiling.phases import phase
 from lit_lora.run_folder import run_folder
 from lit_lora.sampling import NonFiniteImageError, image_grid
+from lit_lora.visible import visible
 
 
 class SampleImages(Callback):
     """Draws images of fixed prompts from fixed seeds every ``every_n_steps`` optimizer steps.
 
     A grid of the images goes to ``samples/step-NNNNNN.png`` in the run's folder and to TensorBoard, Weights & Biases or MLflow as
-    ``samples``. With :class:`AdapterEMA` the averaged weights are used. Sampling does not change the random number generators
+    ``samples``, and the latest one into the model cards of :class:`AdapterCheckpoint`. With :class:`AdapterEMA` the averaged
+    weights are used. Sampling does not change the random number generators
     of training. The module needs a ``generate`` method like that of :class:`~lit_lora.LoraDiffusion`.
 
     Args:
@@ -75,11 +77,26 @@ class SampleImages(Callback):
             "height": height,
             "width": width,
         }
+        self.latest: Path | None = None
+        """Latest grid that shows what was learned, in the first process."""
         self._step = -1
         self._told = False
 
+    @classmethod
+    def of(cls, trainer: Trainer) -> SampleImages | None:
+        """The trainer's :class:`SampleImages`; None if it has none."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return next((callback for callback in callbacks if isinstance(callback, cls)), None)
+
+    @property
+    def description(self) -> str:
+        """What a grid shows, for model cards."""
+        lines = [f"- {visible(prompt)} (seed {self.seed + i})" for i, prompt in enumerate(self.prompts)]
+        scale, steps = self.options["guidance_scale"], self.options["num_inference_steps"]
+        return "\n".join([f"Guidance scale {scale}, {steps} steps, row by row:", "", *lines])
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step = trainer.global_step
+        self._step, self.latest = trainer.global_step, None
         if trainer.global_step == 0:
             self._draw(trainer, pl_module)
 
@@ -114,8 +131,10 @@ class SampleImages(Callback):
             rank_zero_warn(f"no images are written at step {trainer.global_step}: {problems[0]}")
             return
         grid = image_grid(images[: len(self.prompts)], self.columns)
-        with atomic_file(folder / f"step-{trainer.global_step:06d}.png") as part:
+        path = folder / f"step-{trainer.global_step:06d}.png"
+        with atomic_file(path) as part:
             save_image(grid, part, format="png")
+        self.latest = path if trainer.global_step else None
         for logger in trainer.loggers:
             self._log(logger, grid, trainer.global_step, folder)
 

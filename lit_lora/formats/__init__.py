@@ -1,9 +1,11 @@
 """File formats of adapters: one module for each."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from lit_lora.errors import UserError
+from lit_lora.files import atomic_file
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
 from lit_lora.formats.card import CARD, model_card
 from lit_lora.formats.comfyui import ComfyUIFormat
@@ -31,6 +33,7 @@ __all__ = [
     "LycorisFormat",
     "PeftFormat",
     "TensorFile",
+    "add_sample",
     "format_named",
     "marker_of",
     "write_adapter",
@@ -103,3 +106,25 @@ def write_card(adapter: AdapterFiles, folder: Path) -> None:
     files = sorted(path.name for path in folder.iterdir())
     samples = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("samples/*.png"))]
     (folder / CARD).write_text(model_card(adapter, files, samples), encoding="utf-8")
+
+
+def add_sample(folder: Path, image: Path, description: str) -> None:
+    """Copy a sample image into an adapter's folder, and show it at the end of the model card if there is one.
+
+    Args:
+        folder: Folder with the adapter's files.
+        image: PNG file.
+        description: Text under the image, such as its prompts.
+
+    Raises:
+        OSError: If the image cannot be read or the folder cannot be written.
+    """
+    shown = Path("samples") / image.name
+    (folder / shown.parent).mkdir(exist_ok=True)
+    with atomic_file(folder / shown) as part:
+        shutil.copyfile(image, part)
+    if not (folder / CARD).exists():  # another project's save_adapter wrote the folder
+        return
+    card = (folder / CARD).read_text(encoding="utf-8")
+    with atomic_file(folder / CARD) as part:
+        part.write_text(f"{card}\n## Samples\n\n![samples]({shown.as_posix()})\n\n{description}\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_lora.callbacks import AdapterEMA, ImageWriter, SampleImages
+from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, ImageWriter, SampleImages
 from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
@@ -38,6 +38,29 @@ def test_grids_go_to_png_and_tensorboard(
         assert grid.size == (2 * 18 + 2, 2 * 18 + 2)
     events = EventAccumulator(str(folder), {"images": 0}).Reload()
     assert [event.step for event in events.Images("samples")] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_the_latest_grid_is_in_the_model_card(
+    averaged: bool, sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """In that of the weights that drew it; the grid before the first step shows the base and is in none."""
+    sampler = SampleImages(["a star", "a heart"], every_n_steps=2, num_inference_steps=2, seed=7)
+    checkpoints = AdapterCheckpoint(tmp_path / "ck", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = trainer_options | {"enable_checkpointing": True}
+    fit(sd_module, options, [sampler, checkpoints, *([AdapterEMA(0.5)] if averaged else [])], steps=3)
+    ending = ".ema.adapter" if averaged else ".adapter"
+    for step, shown in ((1, None), (2, 2), (3, 2)):
+        folders = {ends: tmp_path / "ck" / f"step={step}{ends}" for ends in (".adapter", ".ema.adapter")}
+        for ends, folder in folders.items():
+            card = (folder / "README.md").read_text() if folder.exists() else ""
+            if ends != ending or shown is None:
+                assert "## Samples" not in card
+                continue
+            assert f"![samples](samples/step-{shown:06d}.png)" in card
+            assert "- a heart (seed 8)" in card
+            with Image.open(folder / "samples" / f"step-{shown:06d}.png") as grid:
+                assert grid.size[0] > 32
 
 
 def test_sampling_does_not_disturb_training(sd_module: LoraDiffusion, trainer_options: dict[str, Any]) -> None:
