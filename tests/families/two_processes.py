@@ -1,0 +1,83 @@
+"""Short runs of any family: ``python -m tests.families.two_processes FOLDER SHARDS FAMILY=BASE …`` makes all of one process.
+
+The adapter of each run is written to ``FOLDER/FAMILY-RUN.safetensors``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from lit_lora import families, quantization
+from lit_lora.datamodules import ImageDecoder, WebDatasetDataModule
+from lit_lora.module import LoraDiffusion
+from tests.distributed.scenarios import adapter
+
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+RUNS = {
+    "ddp live": ("ddp", "Int8", False),
+    "ddp cached": ("ddp", "NF4", True),
+    "fsdp live": ("lit_lora_fsdp", "NF4", False),
+    "fsdp cached": ("lit_lora_fsdp", "Int8", True),
+}
+"""Strategy, quantization, and whether the data come from a cache, by the name of the run: each pair of choices occurs."""
+
+
+def module_of(family: str, base: Path, stored: str) -> LoraDiffusion:
+    """A module whose adapter does not begin with zeros, and which rounding errors hardly change."""
+    torch.manual_seed(9)
+    return LoraDiffusion(
+        getattr(families, family)(str(base)),
+        LoraConfig(r=2, lora_alpha=2, init_lora_weights=False),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05),
+        quantization=getattr(quantization, stored)(),
+        base_dtype="float32",
+        seed=4,
+    )
+
+
+def data_of(shards: Path, batch_size: int) -> WebDatasetDataModule:
+    """Samples whose images are framed in one way, as in a cache."""
+    decoder = ImageDecoder(center_crop=True)
+    return WebDatasetDataModule(
+        str(shards), resolution=16, batch_size=batch_size, num_workers=0, seed=4, decoder=decoder
+    )
+
+
+def train(family: str, base: Path, shards: Path, strategy: str, stored: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Train for two steps of four samples; return the adapter."""
+    options: dict[str, Any] = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = Trainer(
+        accelerator="cpu", devices=WORLD, strategy=strategy, max_steps=2, default_root_dir=folder, **options
+    )
+    module = module_of(family, base, stored)
+    trainer.fit(module, data_of(shards, 4 // WORLD))
+    return {name: value.contiguous() for name, value in adapter(module).items()}
+
+
+def main() -> None:
+    folder, shards = Path(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for argument in sys.argv[3:]:
+        family, _, base = argument.partition("=")
+        for name, (strategy, stored, cached) in RUNS.items():
+            source = folder / family / "cache" if cached else shards
+            trained = train(family, Path(base), source, strategy, stored, folder / family)
+            if os.environ["RANK"] == "0":
+                save_file(trained, folder / f"{family}-{name}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
