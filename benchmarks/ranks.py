@@ -5,7 +5,7 @@ the base has only seen in one colour. Every setting trains with the same steps, 
 of uniform LoRA at its rank, and at half of it. Accuracy is the share of generated images in which a support vector machine,
 trained on images of the set only, recognises what the prompt asks for. The validation loss is computed on held-out images at
 fixed timesteps and noise. ``most MB`` counts weights, gradients and optimizer state of the adapter at their largest, ``last MB``
-at the end.
+at the end. ``s`` is CPU time.
 
 Every run adds a line to the JSON file, and a run that is in it is not run again.
 """
