@@ -6,15 +6,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from peft import AdaLoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_lora.callbacks import AdapterCheckpoint, FiniteGradients
 from lit_lora.callbacks.finite_gradients import check_trained
 from lit_lora.errors import UserError
+from lit_lora.finite import zero_where
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
-from tests.helpers import loader_of, make_batches
+from tests.helpers import diffusion_module, loader_of, make_batches
 
 NAN = float("nan")
 
@@ -33,6 +35,11 @@ class Product(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self.make()
         return optimizer
+
+
+def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """All tensors are equal, bit for bit."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def batches(*factors: float) -> DataLoader[Any]:
@@ -68,12 +75,56 @@ def test_gradients_alone_can_be_bad(trainer_options: dict[str, Any]) -> None:
     assert torch.isfinite(module.weight).all()
 
 
-def test_the_state_of_the_optimizer_stays_finite(trainer_options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.AdamW, {"weight_decay": 0.5}),
+        (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.5}),
+        (torch.optim.Adagrad, {"weight_decay": 0.5}),
+    ],
+)
+def test_a_skipped_step_leaves_weights_and_state_as_they_are(
+    kind: Any, options: dict[str, Any], fused: bool, trainer_options: dict[str, Any]
+) -> None:
+    """By removed gradients, and in fused optimizers as under GradScaler, the way of GPUs."""
+
+    def trained(*factors: float) -> dict[str, Any]:
+        module = Product(kind, **options | {"lr": 0.1, "fused": fused})
+        trainer = fit(module, batches(*factors), trainer_options, FiniteGradients())
+        assert not hasattr(trainer.optimizers[0], "found_inf")
+        return {"weight": module.weight.detach()} | trainer.optimizers[0].state[module.weight]
+
+    expected = trained(1.0, 2.0)
+    with pytest.warns(UserWarning, match="step 2 is skipped"):
+        assert_equal(trained(1.0, NAN, 2.0), expected)
+
+
+def test_without_a_way_to_leave_it_out_a_step_keeps_the_state_finite(
+    trainer_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where the host does not know of it."""
+    monkeypatch.setattr("lit_lora.callbacks.finite_gradients.leave_out_where", _zero_gradients)
     module = Product(torch.optim.AdamW, lr=0.1)
     with pytest.warns(UserWarning, match="step 2 is skipped"):
         trainer = fit(module, batches(1.0, NAN, 1.0), trainer_options, FiniteGradients())
     state = trainer.optimizers[0].state[module.weight]
     assert all(torch.isfinite(value).all() for value in state.values())
+
+
+def _zero_gradients(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    zero_where(bad, [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+
+
+def test_importance_in_adalora_survives_a_skipped_step(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+    adapter = AdaLoraConfig(init_r=3, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=4, target_modules=["to_q"])
+    module = diffusion_module(sd_folder, adapter)
+    good, bad = make_batches(2)
+    bad["pixel_values"] = torch.full_like(bad["pixel_values"], NAN, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="step 2 is skipped"):
+        fit(module, loader_of([good, bad, good, good]), trainer_options, FiniteGradients())
+    allocator: Any = module.family.denoiser.base_model.rankallocator
+    assert all(torch.isfinite(value).all() for value in allocator.exp_avg_ipt.values())
 
 
 def test_one_bad_batch_spoils_the_step_that_it_belongs_to(trainer_options: dict[str, Any]) -> None:
