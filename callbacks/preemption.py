@@ -65,7 +65,8 @@ class Preemption(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
         if trainer.world_size > 1:
-            self._group = distributed.new_group(backend="gloo")
+            timeout = getattr(trainer.strategy, "_timeout", None)  # as in the other collective calls
+            self._group = distributed.new_group(backend="gloo", timeout=timeout)
         self._first_step = trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

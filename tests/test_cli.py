@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from importlib.machinery import ModuleSpec
 from importlib.resources import files
 from pathlib import Path
@@ -183,6 +184,14 @@ def test_every_overlay_goes_over_every_config(name: str, overlay: str) -> None:
         assert type(cli.trainer.strategy).__name__ in (name, "DDPStrategy" if name == "ddp" else name)
     assert cli.datamodule.resolution > 0
     assert len(cli.trainer.callbacks) > 3, "those of the config"
+
+
+@pytest.mark.parametrize("strategy", ["lightning.pytorch.strategies.DDPStrategy", "lit_lora.distributed.LitLoraFSDP"])
+def test_how_long_processes_wait_for_each_other(strategy: str) -> None:
+    chosen = [f"--trainer.strategy={strategy}", "--trainer.strategy.init_args.timeout=0:10:00"]
+    cli = build_cli(["fit", "--config", "configs/demo.yaml", "--trainer.accelerator=cpu", *chosen], run=False)
+    waits: Any = cli.trainer.strategy
+    assert waits._timeout == timedelta(minutes=10)
 
 
 def test_a_shipped_config_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

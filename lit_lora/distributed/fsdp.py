@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
@@ -11,6 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -36,6 +38,8 @@ class LitLoraFSDP(ModelParallelStrategy):
         cpu_offload: Keep shards of weights, gradients and optimizer state in host memory and step the optimizer there; off by
             default.
         process_group_backend: Backend of ``torch.distributed``; defaults to NCCL on GPUs and gloo on CPUs.
+        timeout: How long a process waits for the others in a collective call before it fails, in YAML such as ``0:10:00``;
+            defaults to 30 minutes.
 
     Raises:
         UserError: If ``shard_size`` is below 1 or, once the run starts, does not divide the number of processes.
@@ -49,11 +53,13 @@ class LitLoraFSDP(ModelParallelStrategy):
         shard_size: int | Literal["node"] | None = None,
         cpu_offload: bool = False,
         process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
+            timeout=timeout,
         )
         if isinstance(shard_size, int) and shard_size < 1:
             raise UserError(f"shard_size must be at least 1, not {shard_size}")
