@@ -21,6 +21,7 @@ from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
 from lit_lora.byte_sizes import parse_bytes
 from lit_lora.callbacks.changed_ranks import ChangedRanks
 from lit_lora.distributed.collectives import full_tensor
+from lit_lora.distributed.resized import resizing
 from lit_lora.errors import UserError, check_least
 from lit_lora.formats.peft import safetensors_bytes
 from lit_lora.loops import number_of_steps
@@ -41,8 +42,8 @@ class RankBudget(ChangedRanks):
 
     The result is an ordinary LoRA with a rank for each layer (``rank_pattern``, ``alpha_pattern``), which PEFT and diffusers
     load. It works with LoRA, rsLoRA and DoRA in any LightningModule, with :class:`AdapterCheckpoint`, :class:`AdapterEMA`, and
-    under ``ddp`` and ``lit_lora_fsdp``. Resuming is exact. The metrics ``ranks/mean`` and ``ranks/parameters`` show the progress,
-    and TensorBoard gets a chart of the ranks.
+    under ``ddp``, ``lit_lora_fsdp`` and DeepSpeed's ZeRO. Resuming is exact. The metrics ``ranks/mean`` and
+    ``ranks/parameters`` show the progress, and TensorBoard gets a chart of the ranks.
 
     Exactly one of the first four arguments sets the budget at the end of the schedule.
 
@@ -62,7 +63,7 @@ class RankBudget(ChangedRanks):
     Raises:
         UserError: If not exactly one budget is given, or a value is outside its range; when training starts, if the adapter is
             not LoRA, the budget is below ``min_rank`` in each layer or not below the ranks at the start, the number of optimizer
-            steps is unknown, or strategy, ``optimizer_in_backward`` or ``compile_blocks`` exclude it.
+            steps is unknown, or ``optimizer_in_backward`` or ``compile_blocks`` exclude it.
     """
 
     def __init__(
@@ -225,15 +226,16 @@ class RankBudget(ChangedRanks):
         ]
         before = [layer.rank for layer in self.layers]
         chosen = select_components(scores, self._costs(), budget, self.min_rank)
+        pruned = [(layer, kept) for layer, kept in zip(self.layers, chosen, strict=True) if len(kept) < layer.rank]
+        if not pruned:
+            return
         changes = []
-        for layer, indices in zip(self.layers, chosen, strict=True):
-            if len(indices) < layer.rank:
-                changes += layer.keep(indices, trainer.optimizers)
+        with resizing(trainer.strategy) as optimizers:
+            for layer, kept in pruned:
+                changes += layer.keep(kept, optimizers)
                 if layer.path in self._scores:
                     full = full_tensor(self._scores[layer.path])
-                    self._scores[layer.path] = _like(full[indices.to(full.device)], layer)
-        if not changes:
-            return
+                    self._scores[layer.path] = _like(full[kept.to(full.device)], layer)
         note_ranks(self.layers)
         self.changed(trainer, "on_ranks_pruned", changes)
         after = [layer.rank for layer in self.layers]
