@@ -61,13 +61,7 @@ class ChangedRanks(Callback):
                 method(trainer, trainer.lightning_module, *arguments)
 
     def _check_run(self, trainer: Trainer, module: Any) -> None:
-        """Refuse options under which weights cannot change their shape."""
-        name = type(self).__name__
-        if getattr(module, "compile_blocks", False):
-            raise UserError(
-                f"{name} changes the shapes of weights, so that compile_blocks would compile every block anew each time; set "
-                f"compile_blocks to false, or remove {name} from trainer.callbacks"
-            )
+        """Refuse strategies and options that exclude the callback; refuses nothing by default."""
 
     def _match_checkpoint(self, trainer: Trainer, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
         """Give the layers the ranks of a checkpoint that is about to be loaded."""

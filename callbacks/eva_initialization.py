@@ -51,6 +51,14 @@ class EvaInitialization(FirstSteps):
         check_least(1, rho=rho)
         self.rho = rho
 
+    def _check_run(self, trainer: Trainer, module: Any) -> None:
+        super()._check_run(trainer, module)
+        if getattr(module, "compile_blocks", False):
+            raise UserError(
+                "EvaInitialization looks into layers of the blocks that are compiled with compile_blocks; set compile_blocks to "
+                "false, or remove EvaInitialization from trainer.callbacks"
+            )
+
     def watch(self, pl_module: LightningModule) -> None:
         if any(layer.config.use_dora for layer in self.layers):
             raise UserError(

@@ -151,9 +151,8 @@ class RankedLayer:
                 if hasattr(owner, field):
                     setattr(owner, field, rank)
         divisor = math.sqrt(rank) if self.config.use_rslora else rank
-        alpha = self.scaling * divisor
-        layer.r[ADAPTER_NAME], layer.lora_alpha[ADAPTER_NAME] = rank, alpha
-        layer.scaling[ADAPTER_NAME] = alpha / divisor  # as PEFT computes it for the adapter's files
+        # The scaling itself stays, to the last bit: compiled blocks are compiled for it.
+        layer.r[ADAPTER_NAME], layer.lora_alpha[ADAPTER_NAME] = rank, self.scaling * divisor
 
 
 def ranked_layers(module: nn.Module, user: str = "RankBudget") -> list[RankedLayer]:

@@ -293,7 +293,7 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         module = module_of(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
         guard = FiniteGradients(patience=2)
         callbacks = [Spoils(1, 2), guard]
-    with _captured_alone() if name == "compile" else nullcontext():
+    with captured_alone() if name == "compile" else nullcontext():
         seen, module, trainer = train(
             strategy, model, shards, folder, module=module, callbacks=callbacks, data=data, **options
         )
@@ -358,7 +358,7 @@ def pruned(strategy: Any, model: Path, folder: Path) -> tuple[LoraDiffusion, lis
 
 
 @contextmanager
-def _captured_alone() -> Iterator[None]:
+def captured_alone() -> Iterator[None]:
     """Compiling captures and differentiates graphs of the first block of each kind, and makes no machine code of them."""
     compile_module = nn.Module.compile
     compiled: set[type[nn.Module]] = set()
