@@ -6,19 +6,17 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters.ranked_layer import RankedLayer, match_checkpoint, ranked_layers
-from lit_lora.distributed.resized import refresh
 from lit_lora.errors import UserError
 
 
 class ChangedRanks(Callback):
     """Finds the LoRA layers, and gives them the ranks of a checkpoint before it is loaded.
 
-    Subclasses change the ranks and then call :meth:`changed`.
+    Subclasses change the ranks inside :func:`~lit_lora.distributed.resized.resizing` and then call :meth:`changed`.
     """
 
     def __init__(self) -> None:
@@ -51,7 +49,7 @@ class ChangedRanks(Callback):
             )
 
     def changed(self, trainer: Trainer, hook: str, *arguments: Any) -> None:
-        """Tell other callbacks and the strategy of new ranks, in all processes.
+        """Tell other callbacks of new ranks or values, in all processes.
 
         Args:
             trainer: Trainer whose callbacks are told.
@@ -61,21 +59,9 @@ class ChangedRanks(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if method := getattr(callback, hook, None):
                 method(trainer, trainer.lightning_module, *arguments)
-        refresh(trainer.strategy)
 
     def _check_run(self, trainer: Trainer, module: Any) -> None:
-        """Refuse strategies and options under which weights cannot change their shape."""
-        name = type(self).__name__
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
-            raise UserError(
-                f"{name} changes the shapes of weights and optimizer states, which DeepSpeed keeps in buffers of a fixed size; "
-                f"use strategy ddp or lit_lora_fsdp, or remove {name} from trainer.callbacks"
-            )
-        if getattr(module, "compile_blocks", False):
-            raise UserError(
-                f"{name} changes the shapes of weights, so that compile_blocks would compile every block anew each time; set "
-                f"compile_blocks to false, or remove {name} from trainer.callbacks"
-            )
+        """Refuse strategies and options that exclude the callback; refuses nothing by default."""
 
     def _match_checkpoint(self, trainer: Trainer, module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
         """Give the layers the ranks of a checkpoint that is about to be loaded."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from peft.utils.incremental_pca import IncrementalPCA
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
 from lit_lora.callbacks.first_steps import FirstSteps
 from lit_lora.callbacks.layer_rows import input_rows
-from lit_lora.distributed.collectives import broadcast, full_tensor
+from lit_lora.distributed.collectives import broadcast, full_shape, full_tensor
 from lit_lora.errors import UserError, check_least
 
 _ROWS = 1024
@@ -32,16 +34,16 @@ class EvaInitialization(FirstSteps):
     adapter is initialized after them, so that no data is read twice, with any datamodule. Resuming is exact, also before the
     adapter is initialized. With several processes the inputs are those of the first one.
 
-    It works with LoRA and rsLoRA in any LightningModule, and under ``ddp`` and ``lit_lora_fsdp``. The files are those of LoRA
-    with a rank for each layer.
+    It works with LoRA and rsLoRA in any LightningModule, under every strategy. The files are those of LoRA with a rank for each
+    layer.
 
     Args:
         steps: Number of optimizer steps whose inputs are looked at; defaults to 4.
         rho: Largest rank of a layer, as a multiple of its rank in the config; 1 keeps all ranks as they are. Defaults to 2.
 
     Raises:
-        UserError: If ``steps`` or ``rho`` is below 1; when training starts, if the adapter is not LoRA, with DeepSpeed and with
-            ``compile_blocks``.
+        UserError: If ``steps`` or ``rho`` is below 1; when training starts, if the adapter is not LoRA, and with
+            ``compile_blocks``; under DeepSpeed, after the first steps, if other parameters share the adapter's parameter group.
     """
 
     def __init__(self, steps: int = 4, rho: float = 2.0) -> None:
@@ -49,19 +51,27 @@ class EvaInitialization(FirstSteps):
         check_least(1, rho=rho)
         self.rho = rho
 
+    def _check_run(self, trainer: Trainer, module: Any) -> None:
+        super()._check_run(trainer, module)
+        if getattr(module, "compile_blocks", False):
+            raise UserError(
+                "EvaInitialization looks into layers of the blocks that are compiled with compile_blocks; set compile_blocks to "
+                "false, or remove EvaInitialization from trainer.callbacks"
+            )
+
     def watch(self, pl_module: LightningModule) -> None:
         if any(layer.config.use_dora for layer in self.layers):
             raise UserError(
                 "EvaInitialization replaces weights from which DoRA has computed its magnitudes; leave use_dora out"
             )
         for layer in self.layers:
-            most = max(1, min(round(layer.rank * self.rho), layer.a[0].numel()))
+            most = max(1, min(round(layer.rank * self.rho), full_shape(layer.a)[1:].numel()))
             inputs = _Inputs(layer, most, (self.restored or {}).get(layer.path))
             self.seen[layer.path] = inputs
             module: Any = layer.layer
             self.hooks.append(module.register_forward_pre_hook(inputs.take))
 
-    def initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def initialize(self, trainer: Trainer, pl_module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
         found: dict[str, tuple[Tensor, Tensor]] = broadcast(
             {path: inputs.components() for path, inputs in self.seen.items()}
         )
@@ -70,11 +80,12 @@ class EvaInitialization(FirstSteps):
         ranks = select_components([found[layer.path][1] for layer in known], [1.0] * len(known), budget)
         for layer, chosen in zip(known, ranks, strict=True):
             vectors = found[layer.path][0][chosen]
-            b = torch.zeros(layer.b.shape[0], len(chosen), *layer.b.shape[2:])
-            layer.replace(vectors.reshape(-1, *layer.a.shape[1:]), b, trainer.optimizers)
+            out, _, *kernel = full_shape(layer.b)
+            b = torch.zeros(out, len(chosen), *kernel)
+            layer.replace(vectors.reshape(-1, *full_shape(layer.a)[1:]), b, optimizers)
         for layer in self.layers:
             if layer not in known:
-                layer.replace(full_tensor(layer.a.detach()), torch.zeros(layer.b.shape), trainer.optimizers)
+                layer.replace(full_tensor(layer.a).detach(), torch.zeros(full_shape(layer.b)), optimizers)
         note_ranks(self.layers)
         after = [layer.rank for layer in self.layers]
         rank_zero_info(
@@ -94,7 +105,7 @@ class _Inputs:
 
     def __init__(self, layer: RankedLayer, most: int, state: dict[str, Any] | None = None) -> None:
         self._base: Any = layer.layer.get_base_layer()
-        fast = 2 * most <= layer.a[0].numel()  # torch.svd_lowrank computes twice as many components
+        fast = 2 * most <= full_shape(layer.a)[1:].numel()  # torch.svd_lowrank computes twice as many components
         self._pca = IncrementalPCA(most, lowrank=fast, lowrank_seed=0)
         self._least = 4 * most if fast else most
         self._waiting: list[Tensor] = []

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lit_lora.callbacks.changed_ranks import ChangedRanks
+from lit_lora.distributed.resized import resizing
 from lit_lora.errors import check_least
 
 
@@ -43,8 +46,8 @@ class FirstSteps(ChangedRanks, ABC):
         """Check the layers, and fill :attr:`seen` and :attr:`hooks`."""
 
     @abstractmethod
-    def initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Initialize the layers from :attr:`seen`; all processes call it."""
+    def initialize(self, trainer: Trainer, pl_module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+        """Initialize the layers from :attr:`seen`, and drop their states from the optimizers; all processes call it."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -73,7 +76,8 @@ class FirstSteps(ChangedRanks, ABC):
         self._step = trainer.global_step
         if self._step >= self.steps:
             self._remove_hooks()
-            self.initialize(trainer, pl_module)
+            with resizing(trainer.strategy) as optimizers:
+                self.initialize(trainer, pl_module, optimizers)
             self.seen, self.done = {}, True
             self.changed(trainer, "on_adapter_replaced")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import adapter_state
 from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.parameter_groups import plain_name
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
+from lit_lora.blocks import compile_for_any_rank
 from lit_lora.byte_sizes import parse_bytes
 from lit_lora.callbacks.changed_ranks import ChangedRanks
 from lit_lora.distributed.collectives import full_tensor
+from lit_lora.distributed.resized import resizing
 from lit_lora.errors import UserError, check_least
 from lit_lora.formats.peft import safetensors_bytes
 from lit_lora.loops import number_of_steps
@@ -41,8 +45,8 @@ class RankBudget(ChangedRanks):
 
     The result is an ordinary LoRA with a rank for each layer (``rank_pattern``, ``alpha_pattern``), which PEFT and diffusers
     load. It works with LoRA, rsLoRA and DoRA in any LightningModule, with :class:`AdapterCheckpoint`, :class:`AdapterEMA`, and
-    under ``ddp`` and ``lit_lora_fsdp``. Resuming is exact. The metrics ``ranks/mean`` and ``ranks/parameters`` show the progress,
-    and TensorBoard gets a chart of the ranks.
+    under ``ddp``, ``lit_lora_fsdp`` and DeepSpeed's ZeRO. Resuming is exact. The metrics ``ranks/mean`` and
+    ``ranks/parameters`` show the progress, and TensorBoard gets a chart of the ranks.
 
     Exactly one of the first four arguments sets the budget at the end of the schedule.
 
@@ -62,7 +66,7 @@ class RankBudget(ChangedRanks):
     Raises:
         UserError: If not exactly one budget is given, or a value is outside its range; when training starts, if the adapter is
             not LoRA, the budget is below ``min_rank`` in each layer or not below the ranks at the start, the number of optimizer
-            steps is unknown, or strategy, ``optimizer_in_backward`` or ``compile_blocks`` exclude it.
+            steps is unknown.
     """
 
     def __init__(
@@ -106,10 +110,29 @@ class RankBudget(ChangedRanks):
         self._schedule: dict[int, float] = {}
         self._total_steps = 0
         self._step = 0
+        self._early: dict[str, Tensor] = {}
+        """Derivatives of this step by the layer's path, where gradients do not last until the optimizer step."""
+        self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._first_ranks, self._scores, self._total_steps = {}, {}, 0
+        self._remove_hooks()
+        if getattr(pl_module, "compile_blocks", False):
+            compile_for_any_rank()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._remove_hooks()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not getattr(getattr(pl_module, "memory", None), "optimizer_in_backward", False):
+            return
+        self.find_layers(pl_module)
+        # The module's own hooks, which step the optimizer and free gradients, are made after this, and called after these.
+        self._hooks = [
+            layer.a.register_post_accumulate_grad_hook(partial(self._take_early, layer)) for layer in self.layers
+        ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.find_layers(pl_module)
@@ -136,9 +159,12 @@ class RankBudget(ChangedRanks):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if trainer.global_step >= max(self._schedule):  # nothing is pruned any more
+            self._remove_hooks()
             return
         for layer in self.layers:
-            gradients = layer.gate_gradients()
+            gradients = self._early.pop(layer.path, None)
+            if gradients is None:
+                gradients = layer.gate_gradients()
             if gradients is None:
                 continue
             score = gradients.abs().nan_to_num(0.0, 0.0, 0.0)  # FiniteGradients skips such a step
@@ -225,15 +251,16 @@ class RankBudget(ChangedRanks):
         ]
         before = [layer.rank for layer in self.layers]
         chosen = select_components(scores, self._costs(), budget, self.min_rank)
+        pruned = [(layer, kept) for layer, kept in zip(self.layers, chosen, strict=True) if len(kept) < layer.rank]
+        if not pruned:
+            return
         changes = []
-        for layer, indices in zip(self.layers, chosen, strict=True):
-            if len(indices) < layer.rank:
-                changes += layer.keep(indices, trainer.optimizers)
+        with resizing(trainer.strategy) as optimizers:
+            for layer, kept in pruned:
+                changes += layer.keep(kept, optimizers)
                 if layer.path in self._scores:
                     full = full_tensor(self._scores[layer.path])
-                    self._scores[layer.path] = _like(full[indices.to(full.device)], layer)
-        if not changes:
-            return
+                    self._scores[layer.path] = _like(full[kept.to(full.device)], layer)
         note_ranks(self.layers)
         self.changed(trainer, "on_ranks_pruned", changes)
         after = [layer.rank for layer in self.layers]
@@ -253,13 +280,15 @@ class RankBudget(ChangedRanks):
                 chart = rank_chart(ranks, f"ranks at step {trainer.global_step}")
                 logger.experiment.add_image("ranks", np.asarray(chart), trainer.global_step, dataformats="HWC")
 
-    def _check_run(self, trainer: Trainer, module: Any) -> None:
-        super()._check_run(trainer, module)
-        if getattr(getattr(module, "memory", None), "optimizer_in_backward", False):
-            raise UserError(
-                "RankBudget reads all gradients before each optimizer step, and memory.optimizer_in_backward frees "
-                "them during the backward pass; set it to false, or remove RankBudget from trainer.callbacks"
-            )
+    def _take_early(self, layer: RankedLayer, _: Tensor) -> None:
+        gradients = layer.gate_gradients()
+        assert gradients is not None
+        self._early[layer.path] = gradients
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._early = [], {}
 
 
 def _like(scores: Tensor, layer: RankedLayer) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ class RebasedInitialization(FirstSteps):
                         parameter.grad.zero_()
 
     @torch.no_grad()
-    def initialize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def initialize(self, trainer: Trainer, pl_module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
         known = [layer for layer in self.layers if self.seen[layer.path].is_usable]
         found = broadcast({layer.path: self._values(layer) for layer in known} if trainer.is_global_zero else {})
         for _, model in peft_models(pl_module):
@@ -100,7 +101,7 @@ class RebasedInitialization(FirstSteps):
                 continue
             for parameter, value in zip((layer.a, layer.b), found[layer.path], strict=True):
                 parameter.copy_(value)
-                for optimizer in trainer.optimizers:
+                for optimizer in optimizers:
                     optimizer.state.pop(parameter, None)
         rank_zero_info(f"{type(self).__name__} gave {len(found)} of {len(self.layers)} layers their first values")
 

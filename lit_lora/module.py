@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lit_lora.adapters import check_finite
 from lit_lora.adapters.parameter_groups import ParameterGroup, check_schedule, make_optimizer
-from lit_lora.blocks import outermost_blocks
+from lit_lora.blocks import compile_blocks
 from lit_lora.caption_dropout import drop_captions
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.node import Node
@@ -378,8 +378,7 @@ class LoraDiffusion(LightningModule):
         if self.memory.gradient_checkpointing:
             enable_gradient_checkpointing(family.denoiser, self.memory.gradient_checkpointing)
         if self.compile_blocks:
-            for block in outermost_blocks(family.denoiser, family.block_classes):
-                block.compile()  # in place, which keeps the names of the weights
+            compile_blocks(family.denoiser, family.block_classes)
         if self.memory.offload_blocks:
             BlockOffload(family.denoiser, family.block_classes)
         family.train()

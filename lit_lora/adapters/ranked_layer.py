@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_lora.adapters.in_place import peft_models
@@ -18,7 +19,7 @@ from lit_lora.adapters.inject import ADAPTER_NAME
 from lit_lora.adapters.names import tuner_layers
 from lit_lora.adapters.parameter_groups import plain_name
 from lit_lora.adapters.patterns import layer_patterns
-from lit_lora.distributed.collectives import full_tensor, shard_like
+from lit_lora.distributed.collectives import full_shape, full_tensor, gradient_of, shard_like
 from lit_lora.distributed.resized import resize_parameter
 from lit_lora.errors import UserError
 
@@ -81,12 +82,12 @@ class RankedLayer:
     @property
     def rank(self) -> int:
         """Number of components."""
-        return int(self.a.shape[0])
+        return int(full_shape(self.a)[0])
 
     @property
     def component_parameters(self) -> int:
         """Number of parameters of one component."""
-        return (self.a.numel() + self.b.numel()) // self.rank
+        return (full_shape(self.a).numel() + full_shape(self.b).numel()) // self.rank
 
     def gate_gradients(self) -> Tensor | None:
         """Derivative of the loss by a factor on each component, float32 ``(r,)``; None without gradients.
@@ -94,9 +95,12 @@ class RankedLayer:
         With factors ``g_i`` of 1, ``g_i B[:, i] A[i]``, it is ``dL/dg_i = <A[i], dL/dA[i]>``, which equals
         ``<B[:, i], dL/dB[:, i]>``. To first order, the loss changes by ``-dL/dg_i`` when the component is removed.
         """
-        if self.a.grad is None:
+        gradient = gradient_of(self.a)
+        if gradient is None:
             return None
-        return (self.a.detach() * self.a.grad).flatten(1).sum(1, dtype=torch.float32)
+        # Under FSDP2 each process has the factors of its rows.
+        weight = self.a if isinstance(self.a, DTensor) else full_tensor(self.a)
+        return (weight.detach() * gradient).flatten(1).sum(1, dtype=torch.float32)
 
     def keep(self, indices: Tensor, optimizers: Sequence[Optimizer]) -> list[KeptSlices]:
         """Remove all other components from weights, gradients and optimizer states.
@@ -115,8 +119,8 @@ class RankedLayer:
         """
         slices: list[KeptSlices] = []
         for parameter, dim in ((self.a, 0), (self.b, 1)):
-            shape = parameter.shape
-            values = _slices(full_tensor(parameter.detach()), dim, indices)
+            shape = full_shape(parameter)
+            values = _slices(full_tensor(parameter).detach(), dim, indices)
             slices.append(KeptSlices(parameter, resize_parameter(self.root, parameter, values), shape, dim, indices))
             for optimizer in optimizers:
                 _keep_state(optimizer, slices[-1])
@@ -147,9 +151,8 @@ class RankedLayer:
                 if hasattr(owner, field):
                     setattr(owner, field, rank)
         divisor = math.sqrt(rank) if self.config.use_rslora else rank
-        alpha = self.scaling * divisor
-        layer.r[ADAPTER_NAME], layer.lora_alpha[ADAPTER_NAME] = rank, alpha
-        layer.scaling[ADAPTER_NAME] = alpha / divisor  # as PEFT computes it for the adapter's files
+        # The scaling itself stays, to the last bit: compiled blocks are compiled for it.
+        layer.r[ADAPTER_NAME], layer.lora_alpha[ADAPTER_NAME] = rank, self.scaling * divisor
 
 
 def ranked_layers(module: nn.Module, user: str = "RankBudget") -> list[RankedLayer]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -37,11 +38,32 @@ def full_tensor(value: Any) -> Any:
     if isinstance(value, DTensor):
         return value.full_tensor()
     if hasattr(value, "ds_id"):
+        if value.ds_status.name == "AVAILABLE":  # to all processes; modules may hold it until the optimizer step
+            return value.detach().clone()
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([value]):
             return value.detach().clone()
     return value
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    """The shape of a parameter in all processes together."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)  # under DeepSpeed's ZeRO-3
+    return shape
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """The gradient before an optimizer step, averaged over the processes; None if there is none.
+
+    It is a full tensor, except that FSDP2 shards it as the parameter. Under DeepSpeed's ZeRO this is a collective call.
+    """
+    if parameter.grad is None and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):
+        from deepspeed.utils import safe_get_full_grad
+
+        gradient: Tensor | None = safe_get_full_grad(parameter)
+        return gradient
+    return parameter.grad
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import logging
 import os
 import warnings
@@ -13,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import DeepSpeedPrecision, Precision
@@ -30,6 +30,7 @@ from lit_lora.distributed.check import check_elementwise
 from lit_lora.distributed.collectives import full_tensor
 from lit_lora.distributed.deepspeed_config import complete_config, read_config
 from lit_lora.distributed.optimizer_states import by_name, parameter_names
+from lit_lora.distributed.zero_states import check_dropped, gather_states, scatter_states
 from lit_lora.errors import UserError
 from lit_lora.parameters import trainable_parameters
 
@@ -177,20 +178,8 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer state that a single process would have, with full tensors; a collective call."""
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         zero: Any = self.optimizers[0]
-        self._link(zero)
-        states: dict[Tensor, dict[str, Any]] = {}
-        for flat, parameters in self._flat_parameters(zero):
-            values = zero.optimizer.state.get(flat, {})
-            for parameter in parameters if values else []:
-                states[parameter] = {
-                    name: safe_get_full_optimizer_state(parameter, name).to("cpu", copy=True)
-                    if _is_flat(value, flat)
-                    else _copied(value, torch.device("cpu"))
-                    for name, value in values.items()
-                }
+        states = gather_states(zero)
         groups, first = [], 0
         for group, names in zip(zero.optimizer.param_groups, self._parameter_names, strict=True):
             numbers = list(range(first, first + len(names)))
@@ -204,24 +193,37 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         saved = by_name(checkpoint["optimizer_states"][0], self._parameter_names)
         for group, saved_group in zip(zero.optimizer.param_groups, saved["param_groups"], strict=True):
             group.update(_options(saved_group))
-        # torch keeps the step count on the device for these, on the CPU otherwise.
-        fused = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
-        states = {parameter: saved["state"].get(i, {}) for i, parameter in enumerate(self._parameters())}
-        for flat, parameters in self._flat_parameters(zero):
-            some = next((parameter for parameter in parameters if states[parameter]), None)
-            if some is not None:
-                zero.optimizer.state[flat] = {
-                    name: torch.zeros_like(flat)
-                    if isinstance(value, Tensor) and value.shape == _shape(some)
-                    else _copied(value, flat.device if fused else torch.device("cpu"))
-                    for name, value in states[some].items()
-                }
-        self._link(zero)
-        for flat, parameters in self._flat_parameters(zero):
-            for parameter in parameters:
-                for name, value in states[parameter].items():
-                    if _is_flat(zero.optimizer.state[flat][name], flat):
-                        self._set_state(parameter, name, value)
+        scatter_states(zero, {parameter: saved["state"].get(i, {}) for i, parameter in enumerate(self._parameters())})
+
+    @contextmanager
+    def resizing(self) -> Iterator[list[Optimizer]]:
+        """A context in which the trained parameters may change their shape; every process enters it.
+
+        Yields:
+            The optimizer as a single process has it: over the module's parameters, with full states, which may change too.
+        """
+        engine: Any = self.model
+        zero: Any = self.optimizers[0]
+        optimizer: Optimizer = zero.optimizer
+        states = gather_states(zero)
+        zero.destroy()
+        parameters = iter(self._parameters())
+        for group, names in zip(optimizer.param_groups, self._parameter_names, strict=True):
+            group["params"] = [next(parameters) for _ in names]
+        optimizer.state.clear()
+        optimizer.state.update(states)
+        yield [optimizer]
+        check_dropped(optimizer, states)
+        states = dict(optimizer.state)
+        optimizer.state.clear()
+        # As the engine's __init__ does. A new engine would keep the old one alive, by its hooks in the module.
+        engine._configure_optimizer(optimizer, [])
+        engine.optimizer.register_grad_acc_post_hook(engine._backward_post_hook)
+        self._leave_out_overflows(engine.optimizer)
+        self.optimizers = [engine.optimizer]
+        scatter_states(engine.optimizer, states)
+        del zero
+        gc.collect()  # stage 3's old optimizer and its flat tensors refer to each other
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
@@ -295,41 +297,19 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
                 if isinstance(layer, BaseTunerLayer):
                     for parameter in layer.parameters():
                         deepspeed.zero.register_external_parameter(layer, parameter)
-        else:
-            # As stage 3 does by itself: a step whose gradients are not finite is left out.
-            zero_optimizer.check_grad_overflow = True
+        elif optimizer is not None:
+            self._leave_out_overflows(zero_optimizer)
         return engine, zero_optimizer
+
+    def _leave_out_overflows(self, zero: Any) -> None:
+        """Leave out steps whose gradients are not finite, as stage 3 does by itself."""
+        if not self.zero_stage_3:
+            zero.check_grad_overflow = True
 
     def _parameters(self) -> list[Tensor]:
         """The optimizer's parameters, in its order."""
         named = dict(self._module.named_parameters())
         return [named[name] for names in self._parameter_names for name in names]
-
-    def _flat_parameters(self, zero: Any) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Flat tensors that the optimizer steps in this process, each with the parameters it holds shards of."""
-        if self.zero_stage_3:
-            yield from zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
-        else:
-            yield from zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True)
-
-    def _link(self, zero: Any) -> None:
-        """Make DeepSpeed map each parameter to its place in the flat tensors."""
-        if not self.zero_stage_3:  # DeepSpeed does so in its first step only
-            zero._link_all_hp_params()
-            zero._hp_optimizer_states_linked = False
-            zero._lazy_init_hp_params_optimizer_state()
-
-    def _set_state(self, parameter: Any, name: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        value = value.to(self.root_device, torch.float32).flatten()
-        if not self.zero_stage_3:
-            safe_set_full_optimizer_state(parameter, value, name)
-            return
-        # DeepSpeed's own function for full values ignores that the last shard may be shorter.
-        size = parameter.ds_tensor.numel()
-        padded = nn.functional.pad(value, (0, size * self.world_size - value.numel()))
-        safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.global_rank, size), name)
 
 
 class _AsTheModuleHasIt(DeepSpeedPrecision):
@@ -366,17 +346,3 @@ def _writable(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in group.items() if name not in ("params", "param_names")}
-
-
-def _shape(parameter: Any) -> torch.Size:
-    """The shape of the full parameter."""
-    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
-    return shape
-
-
-def _is_flat(value: Any, flat: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == flat.shape
-
-
-def _copied(value: Any, device: torch.device) -> Any:
-    return value.to(device, copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)

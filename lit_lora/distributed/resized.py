@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch.strategies import DDPStrategy
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 
 def resize_parameter(root: nn.Module, parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
@@ -16,13 +19,16 @@ def resize_parameter(root: nn.Module, parameter: nn.Parameter, values: Tensor) -
 
     Args:
         root: Module that contains the parameter.
-        parameter: Parameter, which FSDP2 may have sharded.
+        parameter: Parameter, which FSDP2 or DeepSpeed's ZeRO-3 may have sharded.
         values: Full tensor of new values, equal in all processes.
 
     Returns:
         The same object, or the one that takes its place where FSDP2 has sharded it.
     """
     parameter.grad = None
+    if hasattr(parameter, "ds_id"):
+        _resize_zero_parameter(parameter, values)
+        return parameter
     if not isinstance(parameter, DTensor):
         parameter.data = values  # the same object, since optimizers and callbacks hold it
         return parameter
@@ -48,11 +54,39 @@ def resize_parameter(root: nn.Module, parameter: nn.Parameter, values: Tensor) -
     return sharded
 
 
-def refresh(strategy: Any) -> None:
-    """Let a strategy note the new shapes of parameters, after :func:`resize_parameter`; every process calls it."""
+@contextmanager
+def resizing(strategy: Any) -> Iterator[Sequence[Optimizer]]:
+    """A context for :func:`resize_parameter` during training, after which the strategy knows the new shapes.
+
+    Every process enters it.
+
+    Args:
+        strategy: Strategy of the trainer.
+
+    Yields:
+        The optimizers, whose states by parameter must be resized too.
+    """
+    if hasattr(strategy, "resizing"):  # LitLoraDeepSpeed
+        with strategy.resizing() as optimizers:
+            yield optimizers
+        return
+    yield strategy.optimizers
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
         strategy.model = strategy.lightning_module  # the old reducer removes its hooks when it is freed
         strategy.configure_ddp()
+
+
+def _resize_zero_parameter(parameter: Any, values: Tensor) -> None:
+    """Shard new values of another shape over the processes, where DeepSpeed's ZeRO-3 has sharded a parameter."""
+    gathered = parameter.ds_status.name == "AVAILABLE"
+    # As when DeepSpeed shards a parameter for the first time; its identity and its methods stay.
+    parameter.ds_shape, parameter.ds_numel = values.shape, values.numel()
+    parameter.ds_tensor = parameter.ds_secondary_tensor = None
+    parameter.data = values
+    parameter.ds_status = type(parameter.ds_status).AVAILABLE
+    parameter.partition()
+    if gathered:  # as while a checkpoint is loaded
+        parameter.all_gather()
 
 
 def _fsdp_parameters(root: nn.Module) -> list[Any]:

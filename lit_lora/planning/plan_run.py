@@ -12,6 +12,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lit_lora.adapters import ADAPTER_NAME, adapter_state, method_of, plain_config
+from lit_lora.adapters.in_place import peft_models
+from lit_lora.adapters.methods.lora import leave_out
+from lit_lora.adapters.ranked_layer import ranked_layers
 from lit_lora.blocks import outermost_blocks
 from lit_lora.draws import Draws
 from lit_lora.families import check_size
@@ -24,7 +27,7 @@ from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.optimizer_memory import tensors_of
 from lit_lora.planning.run import Run, Sampling
 from lit_lora.planning.step import make_meter, simulate_step
-from lit_lora.quantization.frozen_layer import frozen_layers
+from lit_lora.quantization.frozen_layer import frozen_layers, quantized_layers
 
 _ORDER = ("load", "forward", "backward", "optimizer", "validation", "sampling")
 _PART_OF = {"latents": "vae", "text": "text"}
@@ -77,6 +80,8 @@ class _Simulation:
     def plan(self) -> MemoryPlan:
         run, meter = self.run, self.meter
         tokens = self.family.new_token_rows().items()
+        if run.leaves_out_start:
+            _leave_out_start(self.module)
         file_bytes = sum(map(_file_bytes, self.family.adapted.models.values())) + sum(map(_token_bytes, tokens))
         self._count_parameters()
         self._load_phase()
@@ -242,6 +247,16 @@ def _waiting_block_bytes(denoiser: nn.Module, block_classes: Sequence[str]) -> i
     ]
     together = [first + second for first, second in pairwise(sizes)]
     return sum(sizes) - max(together, default=sum(sizes))
+
+
+def _leave_out_start(module: nn.Module) -> None:
+    """Let the files leave out first values: of the quantized layers if there are any, of all LoRA layers otherwise."""
+    layers = ranked_layers(module)
+    quantized = {id(layer) for layer in quantized_layers(module)}
+    chosen = [layer for layer in layers if id(layer.layer.get_base_layer()) in quantized] or layers
+    for _, model in peft_models(module):
+        own = [layer for layer in chosen if layer.config is model.peft_config[ADAPTER_NAME]]
+        leave_out(model, {layer.name: (layer.a.detach().cpu(), layer.b.detach().cpu()) for layer in own})
 
 
 def _file_bytes(model: PeftModel) -> int:

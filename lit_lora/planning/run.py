@@ -53,6 +53,8 @@ class Run:
         validation: Whether the run validates, in batches of the same size; defaults to False.
         sampling: Images that are drawn while training; defaults to none.
         processes: Number of processes that train together, of which one is planned; defaults to 1.
+        leaves_out_start: Whether a callback lets the files leave out first values of LoRA, so that they have twice the rank;
+            defaults to False. What ``init_lora_weights`` leaves out is known without.
 
     Raises:
         UserError: If a number is too small, or ``cached`` holds anything else.
@@ -71,6 +73,7 @@ class Run:
     validation: bool = False
     sampling: Sampling | None = None
     processes: int = 1
+    leaves_out_start: bool = False
 
     def __post_init__(self) -> None:
         check_least(1, batch_size=self.batch_size, accumulate_grad_batches=self.accumulate_grad_batches)

@@ -142,6 +142,7 @@ def _run(
         validation=trainer["limit_val_batches"] not in (0, 0.0) and has_validation(data),
         sampling=None if samples is None else Sampling.of(samples["prompts"], samples),
         processes=processes_of(trainer),
+        leaves_out_start=_leaves_out_start(trainer),
     )
 
 
@@ -175,6 +176,13 @@ def _callback(trainer: Any, name: str) -> Any:
         if callback["class_path"].rpartition(".")[2] == name:
             return callback.get("init_args") or {}
     return None
+
+
+def _leaves_out_start(trainer: Any) -> bool:
+    """Whether a callback gives the adapter first values that its files leave out."""
+    if any(_callback(trainer, name) is not None for name in ("CordaInitialization", "LoraGaInitialization")):
+        return True
+    return (_callback(trainer, "LoftqInitialization") or {}).get("files_for") == "original"
 
 
 def _last_size(planned: MemoryPlan, module: LoraDiffusion, trainer: Any) -> int | None:

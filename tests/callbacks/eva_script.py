@@ -18,11 +18,12 @@ def main() -> None:
     folder, model, shards = map(Path, sys.argv[1:])
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    for strategy in ("ddp", "lit_lora_fsdp"):
+    for strategy in ("ddp", "lit_lora_fsdp", "lit_lora_deepspeed_stage_3"):
+        average = [] if "deepspeed" in strategy else [AdapterEMA(0.9)]
         found = {}
         for name, resume in (("adapter", None), ("resumed", folder / strategy / "2.ckpt")):
             module = scenarios.module_of(model, LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v", "conv1"]))
-            callbacks = [EvaInitialization(steps=2), AdapterEMA(0.9), scenarios.saving(folder / strategy, 2)]
+            callbacks = [EvaInitialization(steps=2), *average, scenarios.saving(folder / strategy, 2)]
             scenarios.train(
                 strategy,
                 model,

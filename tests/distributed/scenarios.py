@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("ZeRO-2", "clipping by value"): "DeepSpeed does not support clipping by value",
     ("ZeRO-3", "clipping by value"): "DeepSpeed does not support clipping by value",
     ("ZeRO-3", "EMA"): "AdapterEMA needs full parameters",
-    ("ZeRO-1", "pruned ranks"): "DeepSpeed keeps in buffers of a fixed size",
-    ("ZeRO-2", "pruned ranks"): "DeepSpeed keeps in buffers of a fixed size",
-    ("ZeRO-3", "pruned ranks"): "DeepSpeed keeps in buffers of a fixed size",
 }
 """Which strategy refuses which feature, and what its error says."""
 
@@ -115,8 +113,10 @@ class Seen(Callback):
         self.keys: list[list[str]] = []
         self.start: dict[str, Tensor] = {}
         self.optimizer: dict[str, Any] = {}
+        self.first_optimizer: Callable[[], Any] = lambda: None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.first_optimizer = weakref.ref(trainer.optimizers[0])
         self.start = adapter(pl_module)
         # Not the tensors that training goes on with.
         self.optimizer = copy.deepcopy(trainer.strategy.optimizer_state(trainer.optimizers[0]))
@@ -279,7 +279,7 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
     elif name == "modules_to_save":
         module = module_of(model, LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"], modules_to_save=["conv_out"]))
     elif name == "pruned ranks":
-        module, callbacks = pruned(model, folder)
+        module, callbacks = pruned(strategy, model, folder)
     elif name == "parameter groups":
         groups = [ParameterGroup("*.lora_B.*", lr_ratio=4), ParameterGroup("*.mid_block.*", lr=1e-3, weight_decay=0.5)]
         module, callbacks = module_of(model, parameter_groups=groups), [saving(folder, SAVED_AT)]
@@ -293,14 +293,16 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         module = module_of(model, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
         guard = FiniteGradients(patience=2)
         callbacks = [Spoils(1, 2), guard]
-    with _captured_alone() if name == "compile" else nullcontext():
+    with captured_alone() if name == "compile" else nullcontext():
         seen, module, trainer = train(
             strategy, model, shards, folder, module=module, callbacks=callbacks, data=data, **options
         )
     result: dict[str, Any] = {"losses": seen.losses}
     if name == "pruned ranks":
         result["ranks"] = layer_ranks(module)
-        again, callbacks = pruned(model, folder / "again")
+        result |= {"trained": sum(map(Tensor.numel, adapter(module).values())), "held": held(trainer)}
+        result["first optimizer is gone"] = seen.first_optimizer() is None
+        again, callbacks = pruned(strategy, model, folder / "again")
         options["resume"] = folder / f"{SAVED_AT}.ckpt"
         resumed_run, *_ = train(
             copy.deepcopy(strategy), model, shards, folder, module=again, callbacks=callbacks, **options
@@ -340,15 +342,23 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
     return result
 
 
-def pruned(model: Path, folder: Path) -> tuple[LoraDiffusion, list[Callback]]:
+def held(trainer: Trainer) -> int:
+    """Number of elements that the optimizer steps in this process, and of its states of them."""
+    state = trainer.optimizers[0].state
+    values = [value for one in state.values() for value in one.values() if value.numel() > 1]
+    return sum(value.untyped_storage().nbytes() // value.itemsize for value in [*state, *values])
+
+
+def pruned(strategy: Any, model: Path, folder: Path) -> tuple[LoraDiffusion, list[Callback]]:
     """A module and callbacks for a run that prunes the ranks twice, before and after a checkpoint."""
     module = module_of(model, LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v", "conv1"]))
     budget = RankBudget(mean_rank=1.5, start=0.5, stop=0.75, prunings=2)
-    return module, [budget, AdapterEMA(decay=0.9), saving(folder, SAVED_AT)]
+    average = [] if strategy == STRATEGIES["ZeRO-3"] else [AdapterEMA(decay=0.9)]
+    return module, [budget, *average, saving(folder, SAVED_AT)]
 
 
 @contextmanager
-def _captured_alone() -> Iterator[None]:
+def captured_alone() -> Iterator[None]:
     """Compiling captures and differentiates graphs of the first block of each kind, and makes no machine code of them."""
     compile_module = nn.Module.compile
     compiled: set[type[nn.Module]] = set()

@@ -169,6 +169,11 @@ def test_a_feature_does_what_it_does_in_one_process(
             assert 2 * sum(found["ranks"].values()) == 3 * len(found["ranks"])
             assert found["resumed"] == found["losses"][SAVED_AT:]
             assert found["same adapter"]
+            if strategy.startswith("ZeRO"):
+                everywhere = sum(one[f"{strategy}/{feature}"]["held"] for one in results)
+                # Weights and two states of AdamW, and what fills up the shards.
+                assert 0 <= everywhere - 3 * expected["trained"] < 3 * 32
+                assert found["first optimizer is gone"]
         if feature in ("parameter groups", "text encoders"):
             assert apart(found["resumed"], expected["losses"][SAVED_AT:]) <= near
         if feature == "skipped steps":

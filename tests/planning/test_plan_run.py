@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from peft import (
     AdaLoraConfig,
     IA3Config,
@@ -22,6 +22,7 @@ from peft import (
 )
 
 from benchmarks.allocator import peak_allocated
+from lit_lora.callbacks import CordaInitialization, LoftqInitialization
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion
 from lit_lora.memory.options import MemoryOptions
@@ -41,6 +42,7 @@ ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "lora": lambda: LoraConfig(r=2, lora_alpha=2),
     "lora on convolutions": lambda: LoraConfig(r=2, lora_alpha=2, target_modules=["conv1", "to_q"]),
     "dora": lambda: LoraConfig(r=2, lora_alpha=2, use_dora=True),
+    "pissa": lambda: LoraConfig(r=2, lora_alpha=2, init_lora_weights="pissa"),
     "loha": lambda: LoHaConfig(r=2, alpha=2),
     "lokr": lambda: LoKrConfig(r=2, alpha=2),
     "oft": lambda: OFTConfig(oft_block_size=8, target_modules=TARGETS),
@@ -142,6 +144,24 @@ def test_every_adapter_can_be_planned(adapter: Callable[[], PeftConfig], sd_fold
             parameter.data.zero_()[: real.adapter.target_r] = 1  # type: ignore[attr-defined]
     real.save_adapter(tmp_path / "adapter")
     assert abs(plan.adapter_file_bytes - (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size) < 300
+
+
+@pytest.mark.parametrize(
+    ("callback", "options"),
+    [
+        (CordaInitialization(steps=1), {}),
+        (LoftqInitialization(files_for="original"), {"quantization": NF4(), "base_dtype": "bfloat16"}),
+    ],
+    ids=["CorDA", "LoftQ"],
+)
+def test_files_that_leave_out_first_values_have_twice_the_rank(
+    callback: Callback, options: dict[str, Any], sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    plan = plan_of(module_for(sd_folder, **options), 1, 16, leaves_out_start=True)
+    real = module_for(sd_folder, **options)
+    Trainer(**trainer_options, max_steps=1, callbacks=[callback]).fit(real, loader_of(make_batches(1)))
+    real.save_adapter(tmp_path)
+    assert abs(plan.adapter_file_bytes - (tmp_path / "adapter_model.safetensors").stat().st_size) < 1000
 
 
 def test_planning_leaves_the_module_and_random_numbers_alone(sd_folder: Path) -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
-from lit_lora.tools.plan import plan_command
+from lit_lora.tools.plan import _leaves_out_start, plan_command
 
 Plan = Callable[..., tuple[int, str]]
 
@@ -74,6 +74,23 @@ def test_the_last_size_of_ranks_that_are_pruned(plan: Plan, tmp_path: Path) -> N
     freed = re.search(r"frees ([\d.]+) kB of weights", out)
     assert freed is not None
     assert float(freed[1]) * 1000 == pytest.approx((first - last) * 16, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "expected"),
+    [
+        ("CordaInitialization", {}, True),
+        ("LoraGaInitialization", {}, True),
+        ("LoftqInitialization", {"files_for": "original"}, True),
+        ("LoftqInitialization", {"files_for": "quantized"}, False),
+        ("EvaInitialization", {}, False),
+    ],
+)
+def test_which_callbacks_let_files_leave_out_first_values(
+    callback: str, options: dict[str, str], expected: bool
+) -> None:
+    callbacks = [{"class_path": f"lit_lora.callbacks.{callback}", "init_args": options}]
+    assert _leaves_out_start({"callbacks": callbacks}) is expected
 
 
 def test_says_what_makes_it_fit(plan: Plan, tmp_path: Path) -> None:
