@@ -1,7 +1,7 @@
 """Folders of pipelines with real architecture and size and random weights, on whose values memory and time do not depend.
 
-The configs follow those published with Stable Diffusion 1.5, XL 1.0, 3.5 medium and large, FLUX.1, Chroma1-HD, PixArt-Sigma XL
-and Sana 1.6B, the last two at 1024 px; they were written from memory.
+The configs follow those published with Stable Diffusion 1.5, XL 1.0, 3.5 medium and large, FLUX.1, Chroma1-HD, PixArt-Sigma XL,
+Sana 1.6B, both at 1024 px, and Z-Image; they were written from memory.
 ``python benchmarks/real_models.py sd15 FOLDER`` writes one pipeline.
 """
 
@@ -26,6 +26,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -36,6 +37,9 @@ from transformers import (
     Gemma2Model,
     GemmaTokenizer,
     PreTrainedModel,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -176,6 +180,23 @@ _SANA: dict[str, Callable[[], Any]] = {
     ),
 }
 
+_QWEN3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+_Z_IMAGE: dict[str, Callable[[], Any]] = {
+    "transformer": lambda: ZImageTransformer2DModel(axes_lens=[1536, 512, 512]),
+    "vae": lambda: AutoencoderKL(**_FLUX_VAE),
+    "text_encoder": lambda: Qwen3Model(Qwen3Config(**_QWEN3_4B)),
+    "scheduler": lambda: FlowMatchEulerDiscreteScheduler(shift=6.0),
+}
+
 PIPELINES = {
     "sd15": _SD15,
     "sdxl": _SDXL,
@@ -186,6 +207,7 @@ PIPELINES = {
     "chroma": _CHROMA,
     "pixart_sigma": _PIXART_SIGMA,
     "sana": _SANA,
+    "z_image": _Z_IMAGE,
 }
 _MARKER = "random_weights.txt"
 
@@ -235,6 +257,8 @@ def _tokenizer(encoder: PreTrainedModel) -> Any:
         return T5TokenizerFast(vocab=[(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581")], extra_ids=0)
     if isinstance(encoder, Gemma2Model):
         return GemmaTokenizer()
+    if isinstance(encoder, Qwen3Model):
+        return Qwen2Tokenizer(chat_template="{{ messages[0].content }}")
     return CLIPTokenizer.from_pretrained(base_path(), subfolder="tokenizer", model_max_length=77)
 
 
