@@ -40,6 +40,7 @@ from lit_lora.families.flux import Flux as Flux
 from lit_lora.families.stable_diffusion import StableDiffusion as StableDiffusion
 from lit_lora.families.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
 from lit_lora.families.stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL
+from lit_lora.families.z_image import ZImage as ZImage
 from lit_lora.formats.base_adapter import BaseAdapter as BaseAdapter
 from lit_lora.formats.from_file import FromFile as FromFile
 from lit_lora.formats.info import AdapterInfo as AdapterInfo

@@ -8,6 +8,7 @@ from lit_lora.families.source import ModelSource
 from lit_lora.families.stable_diffusion import StableDiffusion
 from lit_lora.families.stable_diffusion_3 import StableDiffusion3
 from lit_lora.families.stable_diffusion_xl import StableDiffusionXL
+from lit_lora.families.z_image import ZImage
 
 __all__ = [
     "Batch",
@@ -18,6 +19,7 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
+    "ZImage",
     "check_batch",
     "check_size",
     "families",

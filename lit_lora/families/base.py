@@ -193,7 +193,10 @@ class ModelFamily(PipelineParts, ABC):
         return 2 if guidance_scale > 1 else 1
 
     def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
-        """The pipeline's arguments for prompts at a guidance scale."""
+        """The pipeline's arguments for prompts at a guidance scale, at which 1 means no classifier-free guidance.
+
+        ``guidance_scale`` is among them where the pipeline counts it otherwise or calls it by another name.
+        """
         return text_prompts(prompts, guidance_scale)
 
     def generate(
@@ -258,12 +261,21 @@ class ModelFamily(PipelineParts, ABC):
         return self.normalize_latents(mean.float() + std.float() * draws.normal("posterior", mean.shape[1:]))
 
     def tokenize(self, tokenizer: Any, captions: list[str], max_length: int | None = None) -> Tensor:
-        """Token ids of captions, int64 ``(B, max_length)``, padded or truncated, on the device of the weights.
+        """Token ids of captions, int64 ``(B, max_length)``: see :meth:`masked_tokens`."""
+        return self.masked_tokens(tokenizer, captions, max_length)[0]
+
+    def masked_tokens(
+        self, tokenizer: Any, captions: list[str], max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids of captions, padded or truncated, and 1 for tokens, 0 for padding, on the device of the weights.
 
         Args:
             tokenizer: One of :attr:`encoders`.
             captions: ``B`` captions.
             max_length: Number of tokens; defaults to the tokenizer's own maximum.
+
+        Returns:
+            Ids and mask, int64 ``(B, max_length)`` each.
         """
         if self.new_tokens:  # those of several vectors become several tokens, as in the pipeline
             captions = TextualInversionLoaderMixin().maybe_convert_prompt(list(captions), tokenizer)
@@ -274,8 +286,7 @@ class ModelFamily(PipelineParts, ABC):
             max_length=max_length or tokenizer.model_max_length,
             return_tensors="pt",
         )
-        ids: Tensor = encoded.input_ids
-        return ids.to(self.device)
+        return encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
 
     @contextmanager
     def _vae_in_its_own_dtype(self) -> Iterator[None]:
