@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 import tempfile
 import warnings
@@ -33,7 +34,7 @@ from sklearn.svm import SVC
 
 from benchmarks.environment import cpu_cores, versions
 from benchmarks.learning import learn
-from lit_lora import EvaInitialization, LoraDiffusion, RankBudget, StableDiffusion
+from lit_lora import EvaInitialization, LoraDiffusion, ParameterGroup, RankBudget, StableDiffusion
 from lit_lora.adapters import ADAPTER_NAME, adapter_state, method_of, plain_config
 from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, SCAN_SIZE, _fit_classifier, _prompt, _scan_images
@@ -140,23 +141,22 @@ def settings(rank: int, start: int) -> dict[str, Setting]:
     """
 
     def uniform(r: int) -> Setting:
-        return Setting(lambda steps: LoraConfig(r=r, lora_alpha=r, target_modules=TARGETS))
+        # rsLoRA's scale, 1 at the rank of the budget, so that one learning rate suits all ranks.
+        alpha = math.sqrt(rank)
+        return Setting(lambda steps: LoraConfig(r=r, lora_alpha=alpha, use_rslora=True, target_modules=TARGETS))
 
     def eva(r: int) -> Setting:
         return Setting(uniform(r).adapter, lambda: [EvaInitialization()])
 
     def pruned(r: int) -> Setting:
-        return Setting(
-            lambda steps: LoraConfig(r=start, lora_alpha=start, target_modules=TARGETS),
-            lambda: [RankBudget(parameters=PARAMETERS_PER_RANK * r)],
-        )
+        return Setting(uniform(start).adapter, lambda: [RankBudget(parameters=PARAMETERS_PER_RANK * r)])
 
     def adalora(r: int) -> Setting:
         return Setting(
             lambda steps: AdaLoraConfig(
                 init_r=r * 3 // 2,
                 target_r=r,
-                lora_alpha=r * 3 // 2,
+                lora_alpha=math.sqrt(rank * (r * 3 // 2)),  # rsLoRA's scale
                 tinit=steps // 10,
                 tfinal=steps * 2 // 5,
                 deltaT=max(1, steps // 40),
@@ -176,19 +176,22 @@ def settings(rank: int, start: int) -> dict[str, Setting]:
     }
 
 
-def _run(setting: Setting, seed: int, shards: Path, task: Task, options: argparse.Namespace) -> dict[str, Any]:
+def _run(
+    setting: Setting, seed: int, shards: Path, task: Task, steps: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Train with one setting and one seed, and measure the result."""
     seed_everything(seed, verbose=False)
     module = LoraDiffusion(
         StableDiffusion("embedded"),
-        setting.adapter(options.steps),
+        setting.adapter(steps),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=options.lr),
-        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=options.steps),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
+        parameter_groups=[ParameterGroup("*.lora_B*", lr_ratio=options.lr_ratio)],
         caption_dropout=0.1,
         seed=seed,
     )
     held = _Held()
-    learned = learn(module, shards, seed, options.steps, [*setting.callbacks(), held])
+    learned = learn(module, shards, seed, steps, [*setting.callbacks(), held])
     rounds = options.images // len(task.prompts)
     images = module.generate(
         task.prompts * rounds,
@@ -242,12 +245,15 @@ def _pack(task: Task, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument(
+        "--steps", type=int, nargs=2, default=[150, 250], help="optimizer steps for digits, and for shapes"
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=240, help="images to generate and classify, at most")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr-ratio", type=float, default=8.0, help="learning rate of B over that of A (LoRA+)")
     parser.add_argument("--rank", type=int, default=16, help="rank of uniform LoRA, whose parameters are the budget")
-    parser.add_argument("--start", type=int, default=64, help="rank with which RankBudget starts")
+    parser.add_argument("--start", type=int, default=32, help="rank with which RankBudget starts")
     parser.add_argument("--only", nargs="*", help="parts of the names of the settings to run")
     parser.add_argument("--json", type=Path, default=Path("ranks.json"), help="file with the runs so far")
     options = parser.parse_args()
@@ -256,15 +262,15 @@ def main() -> None:
     done: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     tasks = {"digits": digits(), "shapes": shapes()}
     with tempfile.TemporaryDirectory() as folder:
-        for task_name, task in tasks.items():
+        for (task_name, task), steps in zip(tasks.items(), options.steps, strict=True):
             shards = Path(folder) / task_name
             _pack(task, shards)
             for seed in options.seeds:
                 for name, setting in settings(options.rank, options.start).items():
-                    key = f"{task_name}/{name}/{seed}/{options.steps}"
+                    key = f"{task_name}/{name}/{seed}/{steps}"
                     if key in done or (options.only and not any(part in key for part in options.only)):
                         continue
-                    done[key] = _run(setting, seed, shards, task, options)
+                    done[key] = _run(setting, seed, shards, task, steps, options)
                     options.json.write_text(json.dumps(done, indent=1))
                     print(key, done[key], flush=True)
     print(_table(tasks, done, options))
@@ -272,18 +278,19 @@ def main() -> None:
 
 def _table(tasks: dict[str, Task], done: dict[str, Any], options: argparse.Namespace) -> str:
     lines = [
-        f"{options.steps} steps of 48 images, lr {options.lr:g}, seeds {options.seeds}; {cpu_cores()}, "
+        f"batches of 48 images, lr {options.lr:g} for A and {options.lr * options.lr_ratio:g} for B, seeds {options.seeds}; "
+        f"{cpu_cores()}, "
         f"{torch.get_num_threads()} threads; {versions('torch', 'peft', 'lightning')}"
     ]
-    for task_name, task in tasks.items():
+    for (task_name, task), steps in zip(tasks.items(), options.steps, strict=True):
         lines += [
             "",
-            f"{task_name}: the classifier reads {task.accuracy:.1%} of unseen images",
+            f"{task_name}, {steps} steps: the classifier reads {task.accuracy:.1%} of unseen images",
             f"{'':<22}{'accuracy':>9} {'(each seed)':<20}{'val loss':>9} {'(spread)':<10}{'parameters':>11}{'ranks':>8}"
             f"{'most MB':>9}{'last MB':>9}{'s':>6}",
         ]
         for name in settings(options.rank, options.start):
-            keys = [f"{task_name}/{name}/{seed}/{options.steps}" for seed in options.seeds]
+            keys = [f"{task_name}/{name}/{seed}/{steps}" for seed in options.seeds]
             runs = [done[key] for key in keys if key in done]
             if not runs:
                 continue
