@@ -40,7 +40,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         model: Model to adapt; changed in place.
         config: PEFT config of a method that adapts layers. If its ``target_modules`` are a preset, they are set to the names
             of the layers that it stands for; if it has none, they are set to the defaults.
-        default_targets: Layers to adapt if the config names none.
+        default_targets: Layers to adapt if the config names none; a list of layers of that name is left out.
 
     Raises:
         UserError: If a name in the config matches no layer, or layers that the method cannot adapt; if the method does not
@@ -53,7 +53,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         config.target_modules = preset_targets(str(targets), model)
     _check_names(config, model)
     if targets is None and hasattr(config, "target_modules"):
-        config.target_modules = set(default_targets)
+        config.target_modules = _layers_not_lists(default_targets, model)
     if getattr(config, "feedforward_modules", ()) is None:  # IA3: PEFT only knows those of language models
         config.feedforward_modules = set()
     check_bounds(config, model)
@@ -80,6 +80,17 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         parameter.data = parameter.data.float()
     method_of(config).injected(adapted)
     return adapted
+
+
+def _layers_not_lists(targets: Sequence[str], model: nn.Module) -> set[str]:
+    """Targets for PEFT, with full names for one that is the end of a list's name too, such as ``to_out`` of two blocks."""
+    named = dict(model.named_modules())
+    found: set[str] = set()
+    for target in targets:
+        ends = [name for name in named if name == target or name.endswith(f".{target}")]
+        layers = [name for name in ends if not isinstance(named[name], nn.ModuleList)]
+        found.update([target] if len(layers) == len(ends) else layers)
+    return found
 
 
 def _check_method(config: PeftConfig, model: nn.Module) -> None:

@@ -224,7 +224,7 @@ class ModelFamily(PipelineParts, ABC):
         The identity of a part in a local folder is a digest of its contents: see :mod:`lit_lora.families.identity`. A part
         without weights in its folder has no entry.
         """
-        identity = self.source.identity({"vae": ["vae"], "text": list(self.encoder_classes)})
+        identity = self.source.identity({"vae": ["vae"], "text": list(self.base_encoders)})
         if "text" in identity:
             settings = [f"{name}={value}" for name, value in sorted(self.text_settings.items())]
             identity["text"] = ";".join([identity["text"], *settings])

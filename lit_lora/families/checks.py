@@ -138,7 +138,7 @@ def _check_count(count: int, **lists: Any) -> None:
 
 def family_of(pipeline_name: str) -> type[ModelFamily] | None:
     """The family for the diffusers pipeline class of this name; None if there is none."""
-    return next((kind for kind in families() if kind.pipeline_class.__name__ == pipeline_name), None)
+    return next((kind for kind in families() if pipeline_name in kind.pipelines()), None)
 
 
 def families(kind: type[ModelFamily] = ModelFamily) -> Iterator[type[ModelFamily]]:
@@ -155,7 +155,7 @@ def families(kind: type[ModelFamily] = ModelFamily) -> Iterator[type[ModelFamily
 
 def _check_pipeline(family: ModelFamily) -> None:
     found = family.source.index().get("_class_name")
-    if found is None or found == family.pipeline_class.__name__:
+    if found is None or found in family.pipelines():
         return
     other = family_of(found)
     if other is not None and not isinstance(family, other):

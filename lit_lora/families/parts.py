@@ -20,6 +20,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.errors import UserError
 from lit_lora.families.loading import PartLoader
 from lit_lora.families.new_tokens import TokenStart, add_tokens, new_rows
+from lit_lora.families.pipeline_kind import PipelineKind
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.quantization.load import Weights
@@ -29,7 +30,7 @@ PARTS = ("vae", "text", "denoiser")
 """Parts that can be left out when a family is loaded; ``text`` is all tokenizers and text encoders."""
 
 
-class PipelineParts(nn.Module):
+class PipelineParts(PipelineKind):
     """The denoiser, VAE and encoders of one diffusers pipeline, which class attributes name.
 
     The constructor only stores its arguments; :meth:`load` loads the weights.
@@ -41,16 +42,10 @@ class PipelineParts(nn.Module):
         variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
     """
 
-    pipeline_class: ClassVar[type[DiffusionPipeline]]
-    """Diffusers pipeline for sampling and for the format of LoRA files."""
     denoiser_class: ClassVar[type[nn.Module]]
     denoiser_name: ClassVar[str]
     """Name of the denoiser in the pipeline: ``unet`` or ``transformer``."""
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL
-    encoder_classes: ClassVar[dict[str, type[Any]]]
-    """Tokenizers and text encoders of the pipeline by name."""
-    optional_encoders: ClassVar[frozenset[str]] = frozenset()
-    """Names in :attr:`encoder_classes` that a pipeline may lack; none by default."""
     block_classes: ClassVar[tuple[str, ...]]
     """Class names of the denoiser's repeated blocks, the units of sharding, compiling and offloading."""
     default_targets: ClassVar[tuple[str, ...]]
@@ -66,8 +61,6 @@ class PipelineParts(nn.Module):
     """Glob patterns of the denoiser's layers that are never quantized; none by default."""
     default_vae_dtype: ClassVar[torch.dtype | None] = None
     """dtype of the VAE, for families whose VAE overflows in half precision; defaults to None, the base's dtype."""
-    pipeline_options: ClassVar[dict[str, Any]] = {}
-    """Further arguments of the pipeline's constructor; none by default."""
 
     scheduler_config: dict[str, Any]
     vae_config: dict[str, Any]
@@ -294,10 +287,6 @@ class PipelineParts(nn.Module):
         kept = {"denoiser", *self.trained_encoders}
         return [model for name, model in self.named_children() if name not in kept]
 
-    def skips(self, encoder: str) -> bool:
-        """Whether one of :attr:`encoder_classes` is not loaded; by default only an optional one that the pipeline lacks."""
-        return encoder in self.optional_encoders and self.source.lacks(encoder)
-
     def pipeline(self, scheduler_config: Mapping[str, Any] | None = None) -> DiffusionPipeline:
         """A diffusers pipeline that shares the loaded weights, adapter included; call it inside :meth:`all_parts`.
 
@@ -306,12 +295,12 @@ class PipelineParts(nn.Module):
         """
         config = scheduler_config or self.scheduler_config
         scheduler_class = getattr(diffusers, config["_class_name"])
-        pipeline = self.pipeline_class(
+        pipeline = self.base_pipeline(
             vae=self.vae,
             scheduler=scheduler_class.from_config(config),
             **{self.denoiser_name: base_model(self.denoiser)},
             **(dict.fromkeys(self.optional_encoders) | {name: base_model(one) for name, one in self.encoders.items()}),
-            **self.pipeline_options,
+            **self.base_options,
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -362,7 +351,7 @@ class PipelineParts(nn.Module):
             return model if device is None or not isinstance(model, nn.Module) else model.to(device)
 
         if part == "text":
-            classes = {name: kind for name, kind in self.encoder_classes.items() if not self.skips(name)}
+            classes = {name: kind for name, kind in self.base_encoders.items() if not self.skips(name)}
             self.encoders = {name: placed(self.loader.encoder(name, kind)) for name, kind in classes.items()}
             if lacking := [name for name in self.loader.changes if name != self.denoiser_name and name not in classes]:
                 change = next(iter(self.loader.changes[lacking[0]].values()))

@@ -89,7 +89,9 @@ def _value(config: Mapping[str, Any], option: str, pattern: str) -> str | None:
 def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str | None) -> str:
     blocks = []
     prompt = trigger or "a prompt"
-    pipeline = "DiffusionPipeline" if adapter.family is None else adapter.family.pipeline_class.__name__
+    pipeline = "DiffusionPipeline"  # which finds out what the base is
+    if adapter.family is not None and not adapter.family.other_pipelines:
+        pipeline = adapter.family.pipeline_class.__name__
     over = base_records(adapter.metadata)
     if over:
         blocks.append(_trained_over(adapter, base, over))

@@ -10,6 +10,9 @@ from lit_lora.formats.layer_names import places
 from lit_lora.formats.tensor_file import TensorFile
 from lit_lora.visible import visible
 
+_TELLING = (("modelspec.architecture", "ss_base_model_version"), ("modelspec.implementation",))
+"""Metadata that tell the family: the first name one model, the last all models of one code."""
+
 
 def families_with(names: Collection[str], metadata: Mapping[str, str]) -> list[type[ModelFamily]]:
     """The families whose published models have layers of all these names; subclasses of such a family are left out.
@@ -21,9 +24,10 @@ def families_with(names: Collection[str], metadata: Mapping[str, str]) -> list[t
     wanted = set(names)
     found = [kind for kind in families() if places(kind, {}).keys() >= wanted]
     found = [kind for kind in found if not any(kind is not other and issubclass(kind, other) for other in found)]
-    if len(found) > 1:
-        told = {metadata.get(key, "").partition("/")[0] for key in ("modelspec.architecture", "ss_base_model_version")}
-        found = [kind for kind in found if told & set(kind.model_spec({}).values())] or found
+    for keys in _TELLING if len(found) > 1 else ():
+        told = {metadata.get(key, "").removesuffix("/lora") for key in keys}
+        if fitting := [kind for kind in found if told & set(kind.model_spec({}).values())]:
+            return fitting
     return found
 
 

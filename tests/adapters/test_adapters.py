@@ -138,6 +138,20 @@ def test_default_targets_are_the_familys(unet: UNet2DConditionModel) -> None:
     assert all(".to_q." in key for key in adapter_keys(model))
 
 
+def test_a_default_target_that_is_a_list_in_one_block_and_a_layer_in_another() -> None:
+    linear = torch.nn.Linear(4, 4)
+    model = torch.nn.ModuleDict(
+        {
+            "a": torch.nn.ModuleDict({"to_out": torch.nn.ModuleList([linear])}),
+            "b": torch.nn.ModuleDict({"to_out": torch.nn.Linear(4, 4), "to_q": torch.nn.Linear(4, 4)}),
+        }
+    )
+    adapted: Any = inject(model, peft.LoraConfig(r=2, lora_alpha=2), ("to_out", "to_out.0", "to_q"))
+    assert adapted.peft_config["default"].target_modules == {"b.to_out", "to_out.0", "to_q"}
+    layers = {key.split(".lora_")[0] for key in adapter_keys(adapted)}
+    assert layers == {f"base_model.model.{name}" for name in ("a.to_out.0", "b.to_out", "b.to_q")}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -180,8 +180,21 @@ def test_layers_of_no_family(tmp_path: Path) -> None:
 def test_metadata_tell_between_families(tmp_path: Path) -> None:
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 6), f"{name}.lora_up.weight": torch.ones(4, 2)}
-    for value, family in (("sdxl_base_v1-0", StableDiffusionXL), ("sd_v1", StableDiffusion)):
-        save_file(tensors, tmp_path / "a.safetensors", metadata={"ss_base_model_version": value})
+    told: list[tuple[dict[str, str], type[ModelFamily]]] = [
+        ({"ss_base_model_version": "sdxl_base_v1-0"}, StableDiffusionXL),
+        ({"ss_base_model_version": "sd_v1"}, StableDiffusion),
+        ({"modelspec.architecture": "stable-diffusion-v1/lora"}, StableDiffusion),
+        # Another model of the same code.
+        (
+            {
+                "modelspec.architecture": "stable-diffusion-xl-v9/lora",
+                "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            },
+            StableDiffusionXL,
+        ),
+    ]
+    for metadata, family in told:
+        save_file(tensors, tmp_path / "a.safetensors", metadata=metadata)
         assert read_adapter(tmp_path / "a.safetensors").family is family
 
 
