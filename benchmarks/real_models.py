@@ -1,7 +1,8 @@
 """Folders of pipelines with real architecture and size and random weights, on whose values memory and time do not depend.
 
-The configs follow those published with Stable Diffusion 1.5, XL 1.0, 3.5 medium and large, and FLUX.1; they were written from
-memory. ``python benchmarks/real_models.py sd15 FOLDER`` writes one pipeline.
+The configs follow those published with Stable Diffusion 1.5, XL 1.0, 3.5 medium and large, FLUX.1, Chroma1-HD, PixArt-Sigma XL
+and Sana 1.6B, the last two at 1024 px; they were written from memory.
+``python benchmarks/real_models.py sd15 FOLDER`` writes one pipeline.
 """
 
 from __future__ import annotations
@@ -13,11 +14,16 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    ChromaTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    PixArtTransformer2DModel,
     PNDMScheduler,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -26,6 +32,10 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    PreTrainedModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -86,6 +96,7 @@ _SDXL: dict[str, Callable[[], Any]] = {
     "scheduler": lambda: EulerDiscreteScheduler(**_BETAS, use_karras_sigmas=False),
 }
 _VAE_16 = _VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024}
+_FLUX_VAE = _VAE_16 | {"scaling_factor": 0.3611, "shift_factor": 0.1159}
 _T5_XXL = {
     "d_model": 4096,
     "d_kv": 64,
@@ -127,7 +138,7 @@ def _sd3(layers: int, heads: int, pos_embed_max_size: int, dual: tuple[int, ...]
 def _flux(guidance: bool) -> dict[str, Callable[[], Any]]:
     return {
         "transformer": lambda: FluxTransformer2DModel(guidance_embeds=guidance),
-        "vae": lambda: AutoencoderKL(**_VAE_16, scaling_factor=0.3611, shift_factor=0.1159),
+        "vae": lambda: AutoencoderKL(**_FLUX_VAE),
         "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**_CLIP_L, projection_dim=768)),
         "text_encoder_2": lambda: T5EncoderModel(T5Config(**_T5_XXL)),
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(
@@ -136,6 +147,35 @@ def _flux(guidance: bool) -> dict[str, Callable[[], Any]]:
     }
 
 
+_CHROMA: dict[str, Callable[[], Any]] = {
+    "transformer": lambda: ChromaTransformer2DModel(),
+    "vae": lambda: AutoencoderKL(**_FLUX_VAE),
+    "text_encoder": lambda: T5EncoderModel(T5Config(**_T5_XXL)),
+    "scheduler": lambda: FlowMatchEulerDiscreteScheduler(shift=1.0),
+}
+_PIXART_SIGMA: dict[str, Callable[[], Any]] = {
+    "transformer": lambda: PixArtTransformer2DModel(
+        sample_size=128, caption_channels=4096, interpolation_scale=2, use_additional_conditions=False
+    ),
+    "vae": lambda: AutoencoderKL(**_VAE, sample_size=1024, scaling_factor=0.13025),
+    "text_encoder": lambda: T5EncoderModel(T5Config(**_T5_XXL)),
+    "scheduler": lambda: DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
+}
+_SANA: dict[str, Callable[[], Any]] = {
+    "transformer": lambda: SanaTransformer2DModel(),
+    "vae": lambda: AutoencoderDC(
+        encoder_block_types=(*("ResBlock",) * 3, *("EfficientViTBlock",) * 3),
+        decoder_block_types=(*("ResBlock",) * 3, *("EfficientViTBlock",) * 3),
+        upsample_block_type="interpolate",
+        downsample_block_type="conv",
+        scaling_factor=0.41407,
+    ),
+    "text_encoder": lambda: Gemma2Model(Gemma2Config()),
+    "scheduler": lambda: DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
+}
+
 PIPELINES = {
     "sd15": _SD15,
     "sdxl": _SDXL,
@@ -143,6 +183,9 @@ PIPELINES = {
     "sd35_large": _sd3(38, 38, 192),
     "flux_dev": _flux(guidance=True),
     "flux_schnell": _flux(guidance=False),
+    "chroma": _CHROMA,
+    "pixart_sigma": _PIXART_SIGMA,
+    "sana": _SANA,
 }
 _MARKER = "random_weights.txt"
 
@@ -177,15 +220,22 @@ def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: 
                 model = make()
             config = model.config if subfolder.startswith("text") else model
             (config.save_pretrained if subfolder.startswith("text") else config.save_config)(part / subfolder)
-        clip = CLIPTokenizer.from_pretrained(base_path(), subfolder="tokenizer", model_max_length=77)
-        t5 = T5TokenizerFast(vocab=[(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581")], extra_ids=0)
         for subfolder, make in parts.items():
             if subfolder.startswith("text_encoder"):
                 with torch.device("meta"):
-                    tokenizer = t5 if isinstance(make(), T5EncoderModel) else clip
-                tokenizer.save_pretrained(part / subfolder.replace("text_encoder", "tokenizer"))
+                    encoder = make()
+                _tokenizer(encoder).save_pretrained(part / subfolder.replace("text_encoder", "tokenizer"))
         (part / _MARKER).write_text(f"{name} with random weights, for measuring\n", encoding="utf-8")
     return folder
+
+
+def _tokenizer(encoder: PreTrainedModel) -> Any:
+    """A tokenizer of the encoder's kind with hardly any words, which makes as many tokens."""
+    if isinstance(encoder, T5EncoderModel):
+        return T5TokenizerFast(vocab=[(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581")], extra_ids=0)
+    if isinstance(encoder, Gemma2Model):
+        return GemmaTokenizer()
+    return CLIPTokenizer.from_pretrained(base_path(), subfolder="tokenizer", model_max_length=77)
 
 
 if __name__ == "__main__":
