@@ -3,6 +3,7 @@
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
 from lit_lora.families.checks import check_batch, check_size, families, family_of, prepare
+from lit_lora.families.chroma import Chroma
 from lit_lora.families.flux import Flux
 from lit_lora.families.source import ModelSource
 from lit_lora.families.stable_diffusion import StableDiffusion
@@ -11,6 +12,7 @@ from lit_lora.families.stable_diffusion_xl import StableDiffusionXL
 
 __all__ = [
     "Batch",
+    "Chroma",
     "Conditioning",
     "Flux",
     "ModelFamily",
