@@ -5,6 +5,7 @@ from lit_lora.families.batch import Batch, Conditioning, target_size
 from lit_lora.families.checks import check_batch, check_size, families, family_of, prepare
 from lit_lora.families.chroma import Chroma
 from lit_lora.families.flux import Flux
+from lit_lora.families.pixart_sigma import PixArtSigma
 from lit_lora.families.source import ModelSource
 from lit_lora.families.stable_diffusion import StableDiffusion
 from lit_lora.families.stable_diffusion_3 import StableDiffusion3
@@ -17,6 +18,7 @@ __all__ = [
     "Flux",
     "ModelFamily",
     "ModelSource",
+    "PixArtSigma",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
