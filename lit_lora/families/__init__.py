@@ -3,7 +3,9 @@
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
 from lit_lora.families.checks import check_batch, check_size, families, family_of, prepare
+from lit_lora.families.chroma import Chroma
 from lit_lora.families.flux import Flux
+from lit_lora.families.pixart_sigma import PixArtSigma
 from lit_lora.families.source import ModelSource
 from lit_lora.families.stable_diffusion import StableDiffusion
 from lit_lora.families.stable_diffusion_3 import StableDiffusion3
@@ -12,10 +14,12 @@ from lit_lora.families.z_image import ZImage
 
 __all__ = [
     "Batch",
+    "Chroma",
     "Conditioning",
     "Flux",
     "ModelFamily",
     "ModelSource",
+    "PixArtSigma",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",

@@ -212,8 +212,9 @@ class ModelFamily(PipelineParts, ABC):
             prompts: Prompts to draw.
             seeds: Seeds of the initial noise, one for each prompt.
             scheduler_config: Config of the scheduler to sample with; defaults to the base's own.
-            **options: Further options of :func:`lit_lora.sampling.generate`.
+            **options: Further options of :func:`lit_lora.sampling.generate`; height and width default to :attr:`default_size`.
         """
+        options |= {edge: options.get(edge) or self.default_size for edge in ("height", "width")}
         with self._vae_in_its_own_dtype():
             pipeline = self.pipeline(scheduler_config)
             return generate(pipeline, prompts, seeds, prompt_inputs=self.prompt_inputs, **options)

@@ -166,7 +166,8 @@ def _check_pipeline(family: ModelFamily) -> None:
 
 def _check_denoiser(family: ModelFamily) -> None:
     config, name = family.denoiser_config, f"the {family.denoiser_name} of {str(family.source)!r}"
-    _check_class(family, name, config, family.denoiser_class)
+    if config.get("_class_name") not in family.older_denoisers:
+        _check_class(family, name, config, family.denoiser_class)
     found, expected = config.get("in_channels"), family.in_channels
     if found is not None and found != expected:
         raise UserError(

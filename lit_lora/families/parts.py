@@ -43,6 +43,8 @@ class PipelineParts(PipelineKind):
     """
 
     denoiser_class: ClassVar[type[nn.Module]]
+    older_denoisers: ClassVar[tuple[str, ...]] = ()
+    """Class names in configs of older files that mean :attr:`denoiser_class`; none by default."""
     denoiser_name: ClassVar[str]
     """Name of the denoiser in the pipeline: ``unet`` or ``transformer``."""
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKL

@@ -233,7 +233,12 @@ def shape_part(kind: Any, source: str, folder: str, dtype: torch.dtype, revision
         dtype: dtype of the weights.
         revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
     """
-    model = _from_config(kind, source, folder, {"revision": revision} if revision else {})
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does, for buffers
+    try:
+        model = _from_config(kind, source, folder, {"revision": revision} if revision else {})
+    finally:
+        torch.set_default_dtype(before)
     cast: dict[nn.Parameter, nn.Parameter] = {}  # layers may share a weight
     for layer in model.modules():  # not model.to(dtype), which cannot swap fake tensors
         for name, parameter in layer._parameters.items():

@@ -81,22 +81,27 @@ def check_exact_prediction(
     torch.testing.assert_close([time[0] for time in times], in_pipeline)
 
 
-def overfit(family: ModelFamily, steps: int, lr: float, to_model: Convert = same, size: int = 16) -> float:
-    """Train all of the denoiser on one image, and draw it: the relative error of the latents that the pipeline draws."""
+def overfit(
+    family: ModelFamily, steps: int, lr: float, to_model: Convert = same, size: int = 16, count: int = 8
+) -> float:
+    """Train all of the denoiser on one image, ``count`` times in each step, and draw it.
+
+    Returns:
+        Relative error of the latents that the pipeline draws.
+    """
     torch.manual_seed(0)
     objective = family.default_objective()
     objective.prepare(family.scheduler_config)
     one = make_batches(1, size=size)[0]
-    batch = {"pixel_values": one["pixel_values"][:1].expand(8, -1, -1, -1), "caption": one["caption"][:1] * 8}
+    batch = {"pixel_values": one["pixel_values"][:1].expand(count, -1, -1, -1), "caption": one["caption"][:1] * count}
     with torch.no_grad():
-        latents, conditioning = family.encode(batch, Draws(0, [0] * 8))
+        latents, conditioning = family.encode(batch, Draws(0, [0] * count))
     family.denoiser.requires_grad_(True)
     optimizer = torch.optim.Adam(family.denoiser.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for step in range(steps):
-        sample = objective.sample(
-            latents, Draws(0, range(8 * step, 8 * step + 8)), family.num_tokens(latents.shape[1:])
-        )
+        draws = Draws(0, range(count * step, count * (step + 1)))
+        sample = objective.sample(latents, draws, family.num_tokens(latents.shape[1:]))
         objective.loss(family.denoise(sample.noisy, sample.timesteps, conditioning), sample).mean().backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -248,3 +248,12 @@ def test_sizes(flux_folder: Path) -> None:
     ):
         check_size(family, 16, 18)
     prepare(family, FlowMatching())
+
+
+def test_an_older_name_of_the_denoiser(sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(sd_folder, tmp_path / "base")
+    change(tmp_path / "base", "unet/config.json", _class_name="UNetOfOldDays")
+    with pytest.raises(UserError, match="it is a UNetOfOldDays, not a UNet2DConditionModel"):
+        prepare(StableDiffusion(str(tmp_path / "base")), DDPM())
+    monkeypatch.setattr(StableDiffusion, "older_denoisers", ("UNetOfOldDays",))
+    prepare(StableDiffusion(str(tmp_path / "base")), DDPM())

@@ -237,7 +237,7 @@ def test_block_classes_and_default_targets_exist(family: ModelFamily) -> None:
 def test_pipeline_draws_with_the_adapted_weights(family: ModelFamily) -> None:
     def draw() -> torch.Tensor:
         pipeline = family.pipeline()
-        options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
+        options = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
         generator = torch.Generator().manual_seed(0)
         inputs = {"guidance_scale": 5.0} | family.prompt_inputs(["a star"], 5.0)
         return torch.from_numpy(pipeline(**inputs, generator=generator, **options).images)

@@ -66,9 +66,7 @@ class Reference:
 
     def step(self, batch: dict[str, Any], draws: Draws, density: str) -> tuple[float, dict[str, Tensor]]:
         with torch.no_grad():
-            posterior = self.vae.encode(batch["pixel_values"].float() / 127.5 - 1).latent_dist
-            latents = posterior.mean + posterior.std * draws.normal("posterior", (4, 8, 8))
-            latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+            latents = self.latents(batch, draws)
             text = self.embeddings(batch["caption"])
         noise = draws.normal("noise", (4, 8, 8))
         indices = ((1 - times_of(density, draws)) * 1000).long()
@@ -87,6 +85,11 @@ class Reference:
         loss = torch.mean((weight * (prediction - target) ** 2).reshape(len(target), -1), 1).mean()
         loss.backward()
         return loss.item(), {n: p.grad.clone() for n, p in self.transformer.named_parameters() if p.requires_grad}
+
+    def latents(self, batch: dict[str, Any], draws: Draws) -> Tensor:
+        posterior = self.vae.encode(batch["pixel_values"].float() / 127.5 - 1).latent_dist
+        latents: Tensor = posterior.mean + posterior.std * draws.normal("posterior", (4, 8, 8))
+        return (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
     def embeddings(self, captions: list[str]) -> Any:
         raise NotImplementedError

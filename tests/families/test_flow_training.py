@@ -69,7 +69,7 @@ def test_adapter_draws_the_same_images_in_plain_diffusers(
     folder = request.getfixturevalue(fixture)
     assert main(["fit", "--config", str(config(family, folder))]) == 0
     adapter = adapter_of(tmp_path)
-    options = ["--seed", "7", "--steps", "4", "--guidance_scale", "3.0", "--height", "16", "--width", "16"]
+    options = ["--seed", "7", "--steps", "4", "--guidance_scale", "3.0", "--height", "32", "--width", "32"]
     for name, arguments in (("ours", ["--adapter", str(adapter)]), ("base", ["--base", str(folder)])):
         drawn = ["--prompts", "a red star", "--out", str(tmp_path / name), *options]
         assert main(["sample", *arguments, *drawn]) == 0
@@ -80,7 +80,7 @@ def test_adapter_draws_the_same_images_in_plain_diffusers(
     inputs = {"guidance_scale": 3.0} | kind.prompt_inputs(["a red star"], 3.0)
     pipeline: Any = DiffusionPipeline.from_pretrained(folder)
     pipeline.load_lora_weights(adapter)
-    drawn = {"num_inference_steps": 4, "height": 16, "width": 16}
+    drawn = {"num_inference_steps": 4, "height": 32, "width": 32}
     theirs = pipeline(**inputs, generator=torch.Generator().manual_seed(7), output_type="np", **drawn).images[0]
     assert np.abs(ours - np.round(theirs * 255)).max() <= 1
     assert np.abs(ours - base).max() > 4  # the adapter counts

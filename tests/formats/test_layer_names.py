@@ -8,14 +8,30 @@ from typing import Any
 import pytest
 import torch
 from braceexpand import braceexpand
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, ZImageTransformer2DModel
+from diffusers import (
+    ChromaTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from torch import nn
 
-from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL, ZImage
+from lit_lora.families import (
+    Chroma,
+    Flux,
+    ModelFamily,
+    PixArtSigma,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    ZImage,
+)
 from lit_lora.formats import ComfyUIFormat, KohyaFormat, LycorisFormat
 from lit_lora.formats.layer_names import places
 
-FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, ZImage)
+FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Chroma, PixArtSigma, ZImage)
 
 # The configs of the published denoisers, as far as they are not diffusers' defaults and names depend on them.
 PUBLISHED: dict[type[ModelFamily], tuple[type[nn.Module], dict[str, Any]]] = {
@@ -35,18 +51,20 @@ PUBLISHED: dict[type[ModelFamily], tuple[type[nn.Module], dict[str, Any]]] = {
     StableDiffusion3: (SD3Transformer2DModel, {"num_layers": 24, "dual_attention_layers": tuple(range(13))}),
     Flux: (FluxTransformer2DModel, {"guidance_embeds": True}),
     ZImage: (ZImageTransformer2DModel, {}),
+    Chroma: (ChromaTransformer2DModel, {}),
+    PixArtSigma: (PixArtTransformer2DModel, {"caption_channels": 4096, "use_additional_conditions": True}),
 }
 
 
 def listed(name: str, family: type[ModelFamily]) -> set[str]:
-    """The names of a family in one of the lists in ``data``."""
+    """The names of a family in one of the lists in ``data``; none if the tool does not know the family."""
     found: dict[str, list[str]] = {}
     for line in (Path(__file__).parent / "data" / name).read_text().splitlines():
         if line.startswith("["):
             names = found.setdefault(line.strip("[]"), [])
         elif not line.startswith("#"):
             names += braceexpand(line)
-    return set(found[family.__name__])
+    return set(found.get(family.__name__, ()))
 
 
 @pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.__name__)

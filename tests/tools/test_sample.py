@@ -20,7 +20,7 @@ from lit_lora.families import StableDiffusion
 from tests.families.folders import FOLDERS
 from tests.helpers import save_adapter
 
-DRAWN = ["--prompts", "a star", "--steps", "2", "--height", "16", "--width", "16", "--device", "cpu"]
+DRAWN = ["--prompts", "a star", "--steps", "2", "--height", "32", "--width", "32", "--device", "cpu"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
