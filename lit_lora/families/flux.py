@@ -14,6 +14,7 @@ from lit_lora.errors import UserError, check_least
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer, single_layers
+from lit_lora.families.packing import pack, positions, unpack
 from lit_lora.objectives import FlowMatching, Objective
 
 _MOST_TOKENS = 512
@@ -172,13 +173,13 @@ class Flux(ModelFamily):
             "encoder_hidden_states": hidden,
             "pooled_projections": text["pooled"],
             "txt_ids": torch.zeros(hidden.shape[1], 3, device=latents.device),
-            "img_ids": _positions(latents.shape[-2] // 2, latents.shape[-1] // 2, latents.device),
+            "img_ids": positions(latents.shape[-2] // 2, latents.shape[-1] // 2, latents.device),
             "guidance": guidance,
         }
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        prediction = super().denoise(_pack(noisy), timesteps / 1000, conditioning)
-        return _unpack(prediction, *noisy.shape[-2:])
+        prediction = super().denoise(pack(noisy), timesteps / 1000, conditioning)
+        return unpack(prediction, *noisy.shape[-2:])
 
     def sampling_passes(self, guidance_scale: float) -> int:
         """One pass: the guidance scale is an input of the denoiser."""
@@ -186,22 +187,3 @@ class Flux(ModelFamily):
 
     def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
         return {"prompt": prompts, "max_sequence_length": self.max_sequence_length}
-
-
-def _pack(latents: Tensor) -> Tensor:
-    """Pack latents, ``(B, C, h, w)``, to tokens of 2 x 2 patches, ``(B, h/2 * w/2, 4 C)``."""
-    batch, channels, height, width = latents.shape
-    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // 2 * (width // 2), channels * 4)
-
-
-def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Invert :func:`_pack`; returns ``(B, C, height, width)``."""
-    patches = tokens.view(len(tokens), height // 2, width // 2, -1, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
-
-
-def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Positions of the tokens, each (0, row, column): float32 ``(rows * columns, 3)``."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float().to(device)
