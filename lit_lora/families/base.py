@@ -258,12 +258,21 @@ class ModelFamily(PipelineParts, ABC):
         return self.normalize_latents(mean.float() + std.float() * draws.normal("posterior", mean.shape[1:]))
 
     def tokenize(self, tokenizer: Any, captions: list[str], max_length: int | None = None) -> Tensor:
-        """Token ids of captions, int64 ``(B, max_length)``, padded or truncated, on the device of the weights.
+        """Token ids of captions, int64 ``(B, max_length)``: see :meth:`masked_tokens`."""
+        return self.masked_tokens(tokenizer, captions, max_length)[0]
+
+    def masked_tokens(
+        self, tokenizer: Any, captions: list[str], max_length: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids of captions, padded or truncated, and 1 for tokens, 0 for padding, on the device of the weights.
 
         Args:
             tokenizer: One of :attr:`encoders`.
             captions: ``B`` captions.
             max_length: Number of tokens; defaults to the tokenizer's own maximum.
+
+        Returns:
+            Ids and mask, int64 ``(B, max_length)`` each.
         """
         if self.new_tokens:  # those of several vectors become several tokens, as in the pipeline
             captions = TextualInversionLoaderMixin().maybe_convert_prompt(list(captions), tokenizer)
@@ -274,8 +283,7 @@ class ModelFamily(PipelineParts, ABC):
             max_length=max_length or tokenizer.model_max_length,
             return_tensors="pt",
         )
-        ids: Tensor = encoded.input_ids
-        return ids.to(self.device)
+        return encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
 
     @contextmanager
     def _vae_in_its_own_dtype(self) -> Iterator[None]:
