@@ -306,7 +306,11 @@ class LoraDiffusion(LightningModule):
         """Mean loss of the batch at fixed timesteps and noise, and the number of its samples that count."""
         check_batch(self.family, batch, values=batch_idx == 0)
         draws = Draws(VALIDATION_SEED, self._slots(batch, batch_idx), self.device)
-        losses, weight = self.losses(batch, draws)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+        ):  # training uses tensors that a denoiser computes here and keeps
+            losses, weight = self.losses(batch, draws)
         return losses.sum() / weight.sum().clamp(min=1), int(weight.sum())
 
     def losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
@@ -333,8 +337,7 @@ class LoraDiffusion(LightningModule):
         fresh = copy.copy(self)
         fresh._modules, fresh._device, fresh._configured = {}, torch.device("cpu"), False
         fresh._trainer, fresh._reader, fresh._in_backward = None, None, None
-        fresh._encoder_offload = EncoderOffload()
-        fresh.family = self.family.unloaded()
+        fresh._encoder_offload, fresh.family = EncoderOffload(), self.family.unloaded()
         fresh.adapter, fresh.text_training = copy.deepcopy(self.adapter), copy.copy(self.text_training)
         fresh.objective = copy.deepcopy(self.objective)
         return fresh

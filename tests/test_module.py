@@ -150,6 +150,27 @@ def test_validation_loss_is_the_same_in_every_run_and_weighted(
     assert validate([*halves, padding]) == pytest.approx(plain, rel=1e-5)
 
 
+def test_a_denoiser_may_keep_what_it_computes_in_validation(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as Qwen-Image's and Z-Image's tables of positions; training saves them for its backward pass."""
+    tables: list[torch.Tensor] = []
+    denoise = sd_module.family.denoise
+
+    def with_table(noisy: torch.Tensor, *args: Any) -> torch.Tensor:
+        assert torch.is_grad_enabled() == sd_module.training
+        if not tables:
+            tables.append(torch.full_like(noisy, 2))
+        return denoise(noisy, *args) * tables[0]
+
+    monkeypatch.setattr(sd_module.family, "denoise", with_table)
+    trainer = Trainer(**trainer_options, max_steps=1)
+    trainer.validate(sd_module, loader_of(make_batches(1)), verbose=False)
+    trainer.fit(sd_module, loader_of(make_batches(1)))
+    assert trainer.global_step == 1
+    assert len(tables) == 1
+
+
 def test_accumulating_equals_one_larger_batch(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     def trained(batches: list[dict[str, Any]], **options: Any) -> torch.Tensor:
         torch.manual_seed(0)
