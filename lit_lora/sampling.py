@@ -51,6 +51,7 @@ class SamplingOptions:
         check_least(1, num_inference_steps=self.num_inference_steps)
 
 
+@torch.inference_mode(False)  # a denoiser may keep tensors that it computes here, and training uses them later
 @torch.no_grad()
 def generate(
     pipeline: DiffusionPipeline,
@@ -72,7 +73,8 @@ def generate(
         seeds: Seeds of the initial noise, one for each prompt. Noise is drawn on the CPU, so that an image is the same on
             every device, up to rounding.
         num_inference_steps: Number of denoising steps.
-        guidance_scale: Guidance scale of the pipeline; 1 turns classifier-free guidance off.
+        guidance_scale: Scale of classifier-free guidance; 1 turns it off. It is the pipeline's ``guidance_scale`` unless
+            ``prompt_inputs`` gives another.
         height: Height in pixels; defaults to the pipeline's own.
         width: Width in pixels; defaults to the pipeline's own.
         batch_size: Number of images in a batch; defaults to 16.
@@ -84,10 +86,10 @@ def generate(
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)  # NaN as a byte
             try:
+                inputs = prompt_inputs(list(prompts[start : start + batch_size]), guidance_scale)
                 images += pipeline(
-                    **prompt_inputs(list(prompts[start : start + batch_size]), guidance_scale),
+                    **{"guidance_scale": guidance_scale} | inputs,
                     num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
                     height=height,
                     width=width,
                     generator=generators,

@@ -193,7 +193,10 @@ class ModelFamily(PipelineParts, ABC):
         return 2 if guidance_scale > 1 else 1
 
     def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
-        """The pipeline's arguments for prompts at a guidance scale."""
+        """The pipeline's arguments for prompts at a guidance scale, at which 1 means no classifier-free guidance.
+
+        ``guidance_scale`` is among them where the pipeline counts it otherwise or calls it by another name.
+        """
         return text_prompts(prompts, guidance_scale)
 
     def generate(

@@ -42,8 +42,8 @@ def answering(denoiser: Any, answer: Tensor) -> Iterator[list[Tensor]]:
 def draw_latents(pipeline: Any, family: ModelFamily, prompt: str, size: int, **options: Any) -> Tensor:
     """Latents that the family's pipeline draws without guidance, as its denoiser takes them."""
     options = {"generator": [torch.Generator().manual_seed(7)], "height": size, "width": size} | options
-    inputs = family.prompt_inputs([prompt], 1.0)
-    drawn: Tensor = pipeline(**inputs, guidance_scale=1.0, output_type="latent", **options).images
+    inputs = {"guidance_scale": 1.0} | family.prompt_inputs([prompt], 1.0)
+    drawn: Tensor = pipeline(**inputs, output_type="latent", **options).images
     return drawn
 
 

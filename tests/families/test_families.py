@@ -239,8 +239,8 @@ def test_pipeline_draws_with_the_adapted_weights(family: ModelFamily) -> None:
         pipeline = family.pipeline()
         options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
         generator = torch.Generator().manual_seed(0)
-        prompt = family.prompt_inputs(["a star"], 5.0)
-        return torch.from_numpy(pipeline(**prompt, guidance_scale=5.0, generator=generator, **options).images)
+        inputs = {"guidance_scale": 5.0} | family.prompt_inputs(["a star"], 5.0)
+        return torch.from_numpy(pipeline(**inputs, generator=generator, **options).images)
 
     before = draw()
     family.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False))
