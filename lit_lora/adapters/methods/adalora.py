@@ -68,6 +68,10 @@ class AdaLoraMethod(AdapterMethod):
         return penalty
 
     def after_step(self, model: PeftModel, step: int) -> None:
+        for _, layer in tuner_layers(model, AdaLoraLayer):
+            for parameter in (*layer.lora_A.values(), *layer.lora_B.values(), *layer.lora_E.values()):
+                if not parameter.requires_grad:  # a layer whose output nobody reads has no importance
+                    parameter.grad = torch.zeros_like(parameter)
         model.base_model.update_and_allocate(step)
 
     def state(self, model: PeftModel) -> dict[str, Any]:
