@@ -53,9 +53,10 @@ class Reference:
     """
 
     transformer: Any
+    vae_class: Any = AutoencoderKL
 
     def __init__(self, folder: Path, weighting: str, precondition_outputs: bool = False) -> None:
-        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        self.vae = self.vae_class.from_pretrained(folder, subfolder="vae")
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
         self.weighting, self.precondition_outputs = weighting, precondition_outputs
 
@@ -66,9 +67,7 @@ class Reference:
 
     def step(self, batch: dict[str, Any], draws: Draws, density: str) -> tuple[float, dict[str, Tensor]]:
         with torch.no_grad():
-            posterior = self.vae.encode(batch["pixel_values"].float() / 127.5 - 1).latent_dist
-            latents = posterior.mean + posterior.std * draws.normal("posterior", (4, 8, 8))
-            latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+            latents = self.latents(batch["pixel_values"].float() / 127.5 - 1, draws.normal("posterior", (4, 8, 8)))
             text = self.embeddings(batch["caption"])
         noise = draws.normal("noise", (4, 8, 8))
         indices = ((1 - times_of(density, draws)) * 1000).long()
@@ -87,6 +86,12 @@ class Reference:
         loss = torch.mean((weight * (prediction - target) ** 2).reshape(len(target), -1), 1).mean()
         loss.backward()
         return loss.item(), {n: p.grad.clone() for n, p in self.transformer.named_parameters() if p.requires_grad}
+
+    def latents(self, pixels: Tensor, noise: Tensor) -> Tensor:
+        posterior = self.vae.encode(pixels).latent_dist
+        latents = posterior.mean + posterior.std * noise
+        normalized: Tensor = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        return normalized
 
     def embeddings(self, captions: list[str]) -> Any:
         raise NotImplementedError
