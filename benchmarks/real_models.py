@@ -14,18 +14,24 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
     PNDMScheduler,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -136,6 +142,26 @@ def _flux(guidance: bool) -> dict[str, Callable[[], Any]]:
     }
 
 
+_QWEN_2_5_VL_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+}
+_QWEN_IMAGE: dict[str, Callable[[], Any]] = {
+    "transformer": QwenImageTransformer2DModel,
+    "vae": AutoencoderKLQwenImage,
+    "text_encoder": lambda: Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=_QWEN_2_5_VL_7B, vision_config={"hidden_size": 1280, "out_hidden_size": 3584})
+    ),
+    "scheduler": lambda: FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    ),
+}
+
 PIPELINES = {
     "sd15": _SD15,
     "sdxl": _SDXL,
@@ -143,6 +169,7 @@ PIPELINES = {
     "sd35_large": _sd3(38, 38, 192),
     "flux_dev": _flux(guidance=True),
     "flux_schnell": _flux(guidance=False),
+    "qwen_image": _QWEN_IMAGE,
 }
 _MARKER = "random_weights.txt"
 
@@ -179,10 +206,12 @@ def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: 
             (config.save_pretrained if subfolder.startswith("text") else config.save_config)(part / subfolder)
         clip = CLIPTokenizer.from_pretrained(base_path(), subfolder="tokenizer", model_max_length=77)
         t5 = T5TokenizerFast(vocab=[(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581")], extra_ids=0)
+        qwen = Qwen2Tokenizer(vocab={byte: number for number, byte in enumerate(ByteLevel.alphabet())}, merges=[])
+        tokenizers = {T5EncoderModel: t5, Qwen2_5_VLForConditionalGeneration: qwen}
         for subfolder, make in parts.items():
             if subfolder.startswith("text_encoder"):
                 with torch.device("meta"):
-                    tokenizer = t5 if isinstance(make(), T5EncoderModel) else clip
+                    tokenizer = tokenizers.get(type(make()), clip)
                 tokenizer.save_pretrained(part / subfolder.replace("text_encoder", "tokenizer"))
         (part / _MARKER).write_text(f"{name} with random weights, for measuring\n", encoding="utf-8")
     return folder

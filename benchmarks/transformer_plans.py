@@ -1,10 +1,11 @@
-"""Planned memory of training SD 3.5 and FLUX.1 at 1024 px, batch 1, rank 16: ``python benchmarks/transformer_plans.py``.
+"""Planned memory of training transformers at 1024 px, batch 1, rank 16: ``python benchmarks/transformer_plans.py [MODEL …]``.
 
 The configs give the models' real sizes; no weights are read.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 from peft import LoraConfig
 from real_models import write_pipeline
 
-from lit_lora import Flux, LoraDiffusion, MemoryOptions, ModelFamily, StableDiffusion3
+from lit_lora import Flux, LoraDiffusion, MemoryOptions, ModelFamily, QwenImage, StableDiffusion3
 from lit_lora.planning.device import find_device
 from lit_lora.planning.plan_run import plan_run
 from lit_lora.quantization import NF4, Dense, Int8, Quantization
@@ -21,6 +22,7 @@ MODELS: dict[str, type[ModelFamily]] = {
     "sd35_medium": StableDiffusion3,
     "sd35_large": StableDiffusion3,
     "flux_dev": Flux,
+    "qwen_image": QwenImage,
 }
 SETTINGS: dict[str, tuple[Quantization, bool]] = {
     "bfloat16, checkpointing": (Dense(), False),
@@ -30,17 +32,17 @@ SETTINGS: dict[str, tuple[Quantization, bool]] = {
 }
 
 
-def main() -> None:
-    """Print the plans as a table."""
+def main(names: list[str]) -> None:
+    """Print the plans of some models as a table."""
     print(
         f"{'model':<12} {'setting':<34} {'forward':>9} {'backward':>9} {'peak':>9} {'needed':>9} {'adapter':>9}  (GB, 'H100')"
     )
     with tempfile.TemporaryDirectory() as folder:
-        for name, family in MODELS.items():
+        for name in names:
             path = write_pipeline(name, Path(folder) / name, weights=False)
             for setting, (quantization, cached) in SETTINGS.items():
                 module = LoraDiffusion(
-                    family(str(path)),
+                    MODELS[name](str(path)),
                     LoraConfig(r=16, lora_alpha=16),
                     quantization=quantization,
                     memory=MemoryOptions(gradient_checkpointing=True),
@@ -54,4 +56,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    main()
+    main(sys.argv[1:] or list(MODELS))
