@@ -66,8 +66,6 @@ class PipelineParts(nn.Module):
     """Glob patterns of the denoiser's layers that are never quantized; none by default."""
     default_vae_dtype: ClassVar[torch.dtype | None] = None
     """dtype of the VAE, for families whose VAE overflows in half precision; defaults to None, the base's dtype."""
-    pipeline_options: ClassVar[dict[str, Any]] = {}
-    """Further arguments of the pipeline's constructor; none by default."""
 
     scheduler_config: dict[str, Any]
     vae_config: dict[str, Any]
@@ -229,6 +227,11 @@ class PipelineParts(nn.Module):
             for token, values in new_rows(base_model(self.encoders[name]), self.new_tokens).items():
                 rows[token][name] = values
         return rows
+
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's constructor; none by default."""
+        return {}
 
     def unread_layers(self, name: str, part: Any) -> list[nn.Module]:
         """Layers whose outputs nobody reads, so that they get no gradient and their adapter stays as it is; by default none.

@@ -14,15 +14,9 @@ from lit_lora.errors import UserError
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.masks import unpadded
 from lit_lora.families.native_layers import NativeLayer, single_layers
-from lit_lora.families.qwen_vae import QwenVAEFamily
+from lit_lora.families.qwen_vae import AFTER_PROMPT, BEFORE_PROMPT, DROPPED_TOKENS, QwenVAEFamily
 from lit_lora.objectives import FlowMatching, Objective
 
-_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
-    "of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
-_DROPPED = 34
-"""Number of the template's tokens before the caption, whose embeddings the denoiser does not get."""
 _MOST_TOKENS = 1024
 
 _BLOCK = (
@@ -116,18 +110,18 @@ class QwenImage(QwenVAEFamily):
         """Qwen2.5-VL's last hidden states, ``(B, max_sequence_length, D)``, and the mask of tokens; zeros for padding."""
         longest = self.max_sequence_length
         encoded = self.encoders["tokenizer"](
-            [_TEMPLATE.format(caption) for caption in captions],
+            [f"{BEFORE_PROMPT}{caption}{AFTER_PROMPT}" for caption in captions],
             padding=True,
             padding_side="right",
             truncation=True,
-            max_length=_MOST_TOKENS + _DROPPED,
+            max_length=_MOST_TOKENS + DROPPED_TOKENS,
             return_tensors="pt",
         ).to(self.device)
         # Without the head, whose logits for all words of the vocabulary are large.
         encoder = self.encoders["text_encoder"].model
         hidden = encoder(encoded.input_ids, attention_mask=encoded.attention_mask, use_cache=False).last_hidden_state
-        mask = encoded.attention_mask[:, _DROPPED:][:, :longest].bool()
-        hidden = hidden[:, _DROPPED:][:, :longest].masked_fill(~mask.unsqueeze(-1), 0)
+        mask = encoded.attention_mask[:, DROPPED_TOKENS:][:, :longest].bool()
+        hidden = hidden[:, DROPPED_TOKENS:][:, :longest].masked_fill(~mask.unsqueeze(-1), 0)
         missing = longest - mask.shape[1]
         return {"encoder_hidden_states": F.pad(hidden, (0, 0, 0, missing)), "mask": F.pad(mask, (0, missing))}
 

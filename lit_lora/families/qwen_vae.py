@@ -12,6 +12,14 @@ from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Conditioning
 from lit_lora.families.packing import pack, unpack
 
+BEFORE_PROMPT = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
+    "of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+AFTER_PROMPT = "<|im_end|>\n<|im_start|>assistant\n"
+DROPPED_TOKENS = 34
+"""Number of tokens of ``BEFORE_PROMPT``, whose embeddings denoisers do not get."""
+
 
 class QwenVAEFamily(ModelFamily):
     """A family whose latents come from Qwen-Image's VAE, and whose denoiser takes 2 x 2 patches of them as tokens.

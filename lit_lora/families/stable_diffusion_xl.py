@@ -54,7 +54,10 @@ class StableDiffusionXL(ModelFamily):
     kohya_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     undistilled: ClassVar[str] = "stabilityai/stable-diffusion-xl-base-1.0"
     # By default diffusers adds watermarks if the package for them is installed; samples of a training run need none.
-    pipeline_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        return {"add_watermarker": False}
 
     @classmethod
     def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
