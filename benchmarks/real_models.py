@@ -1,7 +1,7 @@
 """Folders of pipelines with real architecture and size and random weights, on whose values memory and time do not depend.
 
 The configs follow those published with Stable Diffusion 1.5, XL 1.0, 3.5 medium and large, FLUX.1, Chroma1-HD, PixArt-Sigma XL,
-Sana 1.6B, both at 1024 px, and Z-Image; they were written from memory.
+Sana 1.6B, both at 1024 px, Z-Image and Qwen-Image; they were written from memory.
 ``python benchmarks/real_models.py sd15 FOLDER`` writes one pipeline.
 """
 
@@ -16,6 +16,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -23,11 +24,13 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -37,6 +40,8 @@ from transformers import (
     Gemma2Model,
     GemmaTokenizer,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
@@ -197,6 +202,26 @@ _Z_IMAGE: dict[str, Callable[[], Any]] = {
     "scheduler": lambda: FlowMatchEulerDiscreteScheduler(shift=6.0),
 }
 
+_QWEN_2_5_VL_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+}
+_QWEN_IMAGE: dict[str, Callable[[], Any]] = {
+    "transformer": QwenImageTransformer2DModel,
+    "vae": AutoencoderKLQwenImage,
+    "text_encoder": lambda: Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=_QWEN_2_5_VL_7B, vision_config={"hidden_size": 1280, "out_hidden_size": 3584})
+    ),
+    "scheduler": lambda: FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
+    ),
+}
+
 PIPELINES = {
     "sd15": _SD15,
     "sdxl": _SDXL,
@@ -208,6 +233,7 @@ PIPELINES = {
     "pixart_sigma": _PIXART_SIGMA,
     "sana": _SANA,
     "z_image": _Z_IMAGE,
+    "qwen_image": _QWEN_IMAGE,
 }
 _MARKER = "random_weights.txt"
 
@@ -257,6 +283,8 @@ def _tokenizer(encoder: PreTrainedModel) -> Any:
         return T5TokenizerFast(vocab=[(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581")], extra_ids=0)
     if isinstance(encoder, Gemma2Model):
         return GemmaTokenizer()
+    if isinstance(encoder, Qwen2_5_VLForConditionalGeneration):
+        return Qwen2Tokenizer(vocab={byte: number for number, byte in enumerate(ByteLevel.alphabet())}, merges=[])
     if isinstance(encoder, Qwen3Model):
         return Qwen2Tokenizer(chat_template="{{ messages[0].content }}")
     return CLIPTokenizer.from_pretrained(base_path(), subfolder="tokenizer", model_max_length=77)

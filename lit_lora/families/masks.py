@@ -20,3 +20,15 @@ def token_counts(mask: Tensor) -> list[int]:
     last = mask.ne(0).int().flip(1).argmax(dim=1)  # tokens after the last one in the mask
     counts: list[int] = (tokens - last).where(mask.any(dim=1), 1).tolist()
     return counts
+
+
+def unpadded(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Embeddings and mask without the padding that all captions have, and without a mask if no padding is left.
+
+    Args:
+        hidden: Embeddings, ``(B, tokens, …)``, padding last.
+        mask: 0 for padding, ``(B, tokens)``.
+    """
+    counts = token_counts(mask)
+    longest = max(counts)
+    return hidden[:, :longest], mask[:, :longest] if min(counts) < longest else None

@@ -154,7 +154,7 @@ class PipelineParts(PipelineKind):
         """
 
         def adapt(denoiser: nn.Module) -> nn.Module:
-            return self._adapted(denoiser, config, start)
+            return self._adapted("denoiser", denoiser, config, start)
 
         self.denoiser = self.loader.sharded_denoiser(
             self.denoiser_name, self.denoiser_class, self.block_classes, adapt, config, shard
@@ -170,12 +170,10 @@ class PipelineParts(PipelineKind):
         Raises:
             UserError: If the config does not fit the denoiser: see :func:`lit_lora.adapters.inject`.
         """
-        self.denoiser = self._adapted(self.denoiser, config, start)
+        self.denoiser = self._adapted("denoiser", self.denoiser, config, start)
 
     def add_text_adapter(self, name: str, config: PeftConfig, start: Callable[[PeftModel], None] | None = None) -> None:
         """Put an adapter into a loaded text encoder, which becomes a :class:`peft.PeftModel`.
-
-        Layers that :meth:`unread_layers` names get an adapter that stays as it is.
 
         Args:
             name: One of :attr:`adaptable_encoders`.
@@ -185,12 +183,7 @@ class PipelineParts(PipelineKind):
         Raises:
             UserError: If the config does not fit: see :func:`lit_lora.adapters.inject`.
         """
-        adapted = inject(self.encoders[name], config, self.default_text_targets)
-        if start is not None and self.loader.weights:
-            start(adapted)
-        for layer in self.unread_layers(name):
-            layer.requires_grad_(False)
-        self.encoders[name] = adapted
+        self.encoders[name] = adapted = self._adapted(name, self.encoders[name], config, start)
         self.add_module(name, adapted)
         self._note_trained(name)
 
@@ -232,11 +225,12 @@ class PipelineParts(PipelineKind):
                 rows[token][name] = values
         return rows
 
-    def unread_layers(self, name: str) -> list[nn.Module]:
-        """Layers of a loaded text encoder that do not change the denoiser's inputs and get no gradient; by default none.
+    def unread_layers(self, name: str, part: Any) -> list[nn.Module]:
+        """Layers whose outputs nobody reads, so that they get no gradient and their adapter stays as it is; by default none.
 
         Args:
-            name: One of :attr:`adaptable_encoders`.
+            name: ``denoiser``, or one of :attr:`adaptable_encoders`.
+            part: The denoiser or the text encoder, without PEFT's wrapper.
         """
         return []
 
@@ -334,10 +328,14 @@ class PipelineParts(PipelineKind):
         """
         return self.loader.weight_files(self.denoiser_name, self.denoiser_class, Node())
 
-    def _adapted(self, denoiser: nn.Module, config: PeftConfig, start: Callable[[PeftModel], None] | None) -> PeftModel:
-        adapted = inject(denoiser, config, self.default_targets)
+    def _adapted(
+        self, name: str, part: nn.Module, config: PeftConfig, start: Callable[[PeftModel], None] | None
+    ) -> PeftModel:
+        adapted = inject(part, config, self.default_targets if name == "denoiser" else self.default_text_targets)
         if start is not None and self.loader.weights:
             start(adapted)
+        for layer in self.unread_layers(name, base_model(adapted)):
+            layer.requires_grad_(False)
         return adapted
 
     def _note_trained(self, name: str) -> None:

@@ -26,8 +26,6 @@ class PipelineKind(nn.Module):
     """Tokenizers and text encoders of :attr:`pipeline_class` by name."""
     optional_encoders: ClassVar[frozenset[str]] = frozenset()
     """Names in :attr:`encoder_classes` that a pipeline may lack; none by default."""
-    pipeline_options: ClassVar[dict[str, Any]] = {}
-    """Further arguments of the pipeline's constructor, beside those that ``model_index.json`` has; none by default."""
 
     source: ModelSource
     """Source of the base."""
@@ -46,6 +44,11 @@ class PipelineKind(nn.Module):
     def base_encoders(self) -> dict[str, type[Any]]:
         """Tokenizers and text encoders of :attr:`base_pipeline` by name; defaults to :attr:`encoder_classes`."""
         return self.encoder_classes
+
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's constructor, beside those that ``model_index.json`` has; none by default."""
+        return {}
 
     @property
     def base_options(self) -> Mapping[str, Any]:

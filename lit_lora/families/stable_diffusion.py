@@ -47,11 +47,10 @@ class StableDiffusion(ModelFamily):
     naming: ClassVar[tuple[str, ...]] = (*UNET_NAMING, "cross_attention_dim")
     kohya_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "lora_te"}
     undistilled: ClassVar[str] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    pipeline_options: ClassVar[dict[str, Any]] = {
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }
+
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
     @classmethod
     def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:

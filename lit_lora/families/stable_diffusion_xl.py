@@ -13,7 +13,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
 from lit_lora.families.native_layers import UNET_NAMING, NativeLayer, unet_layers
-from lit_lora.families.parts import base_model
 from lit_lora.families.stable_diffusion import UNET_ALWAYS_DENSE
 
 _PUBLISHED = {
@@ -55,7 +54,10 @@ class StableDiffusionXL(ModelFamily):
     kohya_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     undistilled: ClassVar[str] = "stabilityai/stable-diffusion-xl-base-1.0"
     # By default diffusers adds watermarks if the package for them is installed; samples of a training run need none.
-    pipeline_options: ClassVar[dict[str, Any]] = {"add_watermarker": False}
+
+    @property
+    def pipeline_options(self) -> dict[str, Any]:
+        return {"add_watermarker": False}
 
     @classmethod
     def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
@@ -80,12 +82,9 @@ class StableDiffusionXL(ModelFamily):
             hidden_states.append(output.hidden_states[-2])
         return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1), "pooled": output[0]}
 
-    def unread_layers(self, name: str) -> list[nn.Module]:
+    def unread_layers(self, name: str, part: Any) -> list[nn.Module]:
         """The last layer of the first encoder, whose output only the second encoder's pooled output would need."""
-        if name != "text_encoder":
-            return []
-        encoder = base_model(self.encoders[name])
-        return [getattr(encoder, "text_model", encoder).encoder.layers[-1]]
+        return [getattr(part, "text_model", part).encoder.layers[-1]] if name == "text_encoder" else []
 
     def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
         hidden = text["encoder_hidden_states"]

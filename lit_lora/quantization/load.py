@@ -73,7 +73,7 @@ class Weights:
         self._layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.names}
         self._files: WeightFiles | None = None
         self._node.read(lambda: self._open(source, folder, revision, variant))
-        _bring_computed_buffers(self.model, kind, config)
+        _bring_computed_tensors(self.model, kind, config)
 
     def put(self, name: str) -> None:
         """Read a weight and put it into the model.
@@ -319,12 +319,16 @@ def _weight(layer: nn.Module, attribute: str) -> Tensor:
     return tensor
 
 
-def _bring_computed_buffers(model: nn.Module, kind: Any, config: Any) -> None:
-    """Fill non-persistent buffers, which no file holds: the model computes them when it is built."""
-    absent = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+def _bring_computed_tensors(model: nn.Module, kind: Any, config: Any) -> None:
+    """Fill tensors that no file holds and the model computes when it is built: non-persistent buffers and plain attributes."""
+    absent = [
+        (path, name)
+        for path, module in model.named_modules()
+        for name, value in (*module._buffers.items(), *vars(module).items())
+        if isinstance(value, Tensor) and value.is_meta
+    ]
     if absent:
         with init_empty_weights():
-            computed = dict(kind.from_config(config).named_buffers())
-        for name in absent:
-            path, _, attribute = name.rpartition(".")
-            model.get_submodule(path)._buffers[attribute] = computed[name]
+            computed = kind.from_config(config)
+        for path, name in absent:
+            setattr(model.get_submodule(path), name, getattr(computed.get_submodule(path), name))

@@ -53,9 +53,10 @@ class Reference:
     """
 
     transformer: Any
+    vae_class: Any = AutoencoderKL
 
     def __init__(self, folder: Path, weighting: str, precondition_outputs: bool = False) -> None:
-        self.vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+        self.vae = self.vae_class.from_pretrained(folder, subfolder="vae")
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
         self.weighting, self.precondition_outputs = weighting, precondition_outputs
 

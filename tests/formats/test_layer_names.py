@@ -12,6 +12,7 @@ from diffusers import (
     ChromaTransformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -23,6 +24,7 @@ from lit_lora.families import (
     Flux,
     ModelFamily,
     PixArtSigma,
+    QwenImage,
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
@@ -31,7 +33,7 @@ from lit_lora.families import (
 from lit_lora.formats import ComfyUIFormat, KohyaFormat, LycorisFormat
 from lit_lora.formats.layer_names import places
 
-FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Chroma, PixArtSigma, ZImage)
+FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Chroma, PixArtSigma, ZImage, QwenImage)
 
 # The configs of the published denoisers, as far as they are not diffusers' defaults and names depend on them.
 PUBLISHED: dict[type[ModelFamily], tuple[type[nn.Module], dict[str, Any]]] = {
@@ -53,6 +55,7 @@ PUBLISHED: dict[type[ModelFamily], tuple[type[nn.Module], dict[str, Any]]] = {
     ZImage: (ZImageTransformer2DModel, {}),
     Chroma: (ChromaTransformer2DModel, {}),
     PixArtSigma: (PixArtTransformer2DModel, {"caption_channels": 4096, "use_additional_conditions": True}),
+    QwenImage: (QwenImageTransformer2DModel, {}),
 }
 
 

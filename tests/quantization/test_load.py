@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensorMode
 
@@ -40,6 +41,25 @@ def test_the_weights_are_those_of_from_pretrained(name: str, request: pytest.Fix
     mine = _load(source).state_dict()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+
+
+class WithTables(ModelMixin, ConfigMixin):
+    """A model that computes tensors when it is built, of which no file knows."""
+
+    @register_to_config
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(size, size)
+        self.layer.register_buffer("buffered", torch.arange(size) * 2.0, persistent=False)
+        # As models of diffusers keep complex numbers, which a buffer would lose when it is cast.
+        self.layer.plain = torch.arange(size) * 3j
+
+
+def test_tensors_that_the_model_computes(tmp_path: Path) -> None:
+    WithTables().save_pretrained(tmp_path / "part")
+    model = load_model(WithTables, str(tmp_path), "part", Int8(), torch.bfloat16)
+    assert torch.equal(model.layer.buffered, torch.tensor([0.0, 2, 4]))
+    assert torch.equal(model.layer.plain, torch.tensor([0, 3j, 6j]))
 
 
 @pytest.mark.parametrize("quantization", [Int8(), FP8(), NF4()], ids=lambda s: type(s).__name__)

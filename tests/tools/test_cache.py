@@ -220,7 +220,7 @@ def test_what_is_in_a_cache(
             mean, std = module.family.posterior(live["pixel_values"])
             text = module.family.encode_captions(live["caption"])
         for name, mask in module.family.text_masks.items():  # padding comes back as zeros
-            text[name] = text[name] * text[mask][..., None]
+            text[name] = text[name] * text[mask].view(*text[mask].shape, *[1] * (text[name].ndim - 2))
         torch.testing.assert_close(ours["latents_mean"], mean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours["latents_std"], std, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(ours["text_embeddings"], text, rtol=1e-5, atol=1e-5)

@@ -52,6 +52,19 @@ def test_adalora_prunes_to_its_target(sd_folder: Path, trainer_options: dict[str
     assert ranks(module) == 2 * layers
 
 
+def test_a_layer_that_nobody_reads_loses_its_ranks(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    monkeypatch.setattr(StableDiffusion, "unread_layers", lambda self, part, model: [model.get_submodule(name)])
+    module = fit(sd_folder, tmp_path, trainer_options, STEPS)
+    layers = sum("lora_E" in name for name, _ in module.named_parameters())
+    assert ranks(module) == 2 * layers
+    layer: Any = module.family.denoiser.get_base_model().get_submodule(name)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert not layer.lora_E["default"].any()
+
+
 @pytest.mark.parametrize("at", [3, 7])
 def test_adalora_resumes_exactly(at: int, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
     whole = fit(sd_folder, tmp_path, trainer_options, STEPS)

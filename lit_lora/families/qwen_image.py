@@ -1,0 +1,141 @@
+"""Qwen-Image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+
+from lit_lora.errors import UserError
+from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.masks import unpadded
+from lit_lora.families.native_layers import NativeLayer, single_layers
+from lit_lora.families.qwen_vae import AFTER_PROMPT, BEFORE_PROMPT, DROPPED_TOKENS, QwenVAEFamily
+from lit_lora.objectives import FlowMatching, Objective
+
+_MOST_TOKENS = 1024
+
+_BLOCK = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+)
+_MODULATION = ("img_mod.1", "txt_mod.1")
+_ENDS = (
+    *("img_in", "txt_in", "norm_out.linear", "proj_out"),
+    *("time_text_embed.timestep_embedder.linear_1", "time_text_embed.timestep_embedder.linear_2"),
+)
+"""Names in diffusers, which the weights were published with."""
+
+
+class QwenImage(QwenVAEFamily):
+    """Qwen-Image for text to image (Wu et al., 2025, arXiv 2508.02324).
+
+    Each 2 x 2 patch of the latents is one token of the denoiser. Text is the last hidden states of Qwen2.5-VL for the caption in
+    a prompt template, whose first tokens are dropped. A batch of captions is padded to the longest, and padding is masked.
+
+    Args:
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
+        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        max_sequence_length: Largest number of tokens of a caption with the end of its template, at most 1024; defaults to 512,
+            as in the pipeline.
+
+    Raises:
+        UserError: If ``max_sequence_length`` is outside its range.
+    """
+
+    pipeline_class: ClassVar[type[DiffusionPipeline]] = QwenImagePipeline
+    denoiser_class: ClassVar[type[nn.Module]] = QwenImageTransformer2DModel
+    denoiser_name: ClassVar[str] = "transformer"
+    encoder_classes: ClassVar[dict[str, type[Any]]] = {
+        "tokenizer": Qwen2Tokenizer,
+        "text_encoder": Qwen2_5_VLForConditionalGeneration,
+    }
+    block_classes: ClassVar[tuple[str, ...]] = ("QwenImageTransformerBlock",)
+    default_targets: ClassVar[tuple[str, ...]] = _BLOCK
+    default_objective: ClassVar[type[Objective]] = FlowMatching
+    text_masks: ClassVar[Mapping[str, str]] = {"encoder_hidden_states": "mask"}
+    naming: ClassVar[tuple[str, ...]] = ("num_layers",)
+    undistilled: ClassVar[str] = "Qwen/Qwen-Image"
+    always_dense: ClassVar[tuple[str, ...]] = ("img_in", "txt_in", "time_text_embed.*", "norm_out.*", "proj_out")
+
+    def __init__(
+        self,
+        pretrained_model_name_or_path: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        max_sequence_length: int = 512,
+    ) -> None:
+        super().__init__(pretrained_model_name_or_path, revision, variant)
+        if not 1 <= max_sequence_length <= _MOST_TOKENS:
+            raise UserError(
+                f"max_sequence_length={max_sequence_length} is out of range; it must lie in [1, {_MOST_TOKENS}]"
+            )
+        self.max_sequence_length = max_sequence_length
+
+    @property
+    def default_size(self) -> int:
+        return 128 * self.vae_scale_factor
+
+    @property
+    def text_settings(self) -> dict[str, Any]:
+        return {"max_sequence_length": self.max_sequence_length}
+
+    @classmethod
+    def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
+        blocks = [f"transformer_blocks.{i}." for i in range(int(config.get("num_layers", 60)))]
+        names = [*_ENDS, *(block + name for block in blocks for name in (*_BLOCK, *_MODULATION))]
+        yield from single_layers({name: name for name in names})
+
+    @classmethod
+    def model_spec(cls, config: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "modelspec.architecture": "Qwen-Image",
+            "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image",
+            "ss_base_model_version": "qwen_image",
+            "ss_network_module": "networks.lora_qwen_image",
+        }
+
+    def unread_layers(self, name: str, part: Any) -> list[nn.Module]:
+        """Those of the last block that only change the text's hidden states, which end there."""
+        block = part.transformer_blocks[-1]
+        return [block.attn.add_q_proj, block.attn.to_add_out, block.txt_mlp]
+
+    def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
+        """Qwen2.5-VL's last hidden states, ``(B, max_sequence_length, D)``, and the mask of tokens; zeros for padding."""
+        longest = self.max_sequence_length
+        encoded = self.encoders["tokenizer"](
+            [f"{BEFORE_PROMPT}{caption}{AFTER_PROMPT}" for caption in captions],
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=_MOST_TOKENS + DROPPED_TOKENS,
+            return_tensors="pt",
+        ).to(self.device)
+        # Without the head, whose logits for all words of the vocabulary are large.
+        encoder = self.encoders["text_encoder"].model
+        hidden = encoder(encoded.input_ids, attention_mask=encoded.attention_mask, use_cache=False).last_hidden_state
+        mask = encoded.attention_mask[:, DROPPED_TOKENS:][:, :longest].bool()
+        hidden = hidden[:, DROPPED_TOKENS:][:, :longest].masked_fill(~mask.unsqueeze(-1), 0)
+        missing = longest - mask.shape[1]
+        return {"encoder_hidden_states": F.pad(hidden, (0, 0, 0, missing)), "mask": F.pad(mask, (0, missing))}
+
+    def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
+        hidden, mask = unpadded(text["encoder_hidden_states"], text["mask"])
+        return {
+            "encoder_hidden_states": hidden,
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": [[(1, latents.shape[-2] // 2, latents.shape[-1] // 2)]] * len(latents),
+        }
+
+    def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
+        """Prompts and ``true_cfg_scale``: ``guidance_scale`` is the input of models that guidance was distilled into."""
+        inputs = {"prompt": prompts, "max_sequence_length": self.max_sequence_length}
+        if self.sampling_passes(guidance_scale) > 1:
+            inputs |= {"negative_prompt": [""] * len(prompts)}
+        return inputs | {"guidance_scale": None, "true_cfg_scale": guidance_scale}
