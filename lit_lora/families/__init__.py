@@ -6,6 +6,7 @@ from lit_lora.families.checks import check_batch, check_size, families, family_o
 from lit_lora.families.chroma import Chroma
 from lit_lora.families.flux import Flux
 from lit_lora.families.pixart_sigma import PixArtSigma
+from lit_lora.families.sana import Sana
 from lit_lora.families.source import ModelSource
 from lit_lora.families.stable_diffusion import StableDiffusion
 from lit_lora.families.stable_diffusion_3 import StableDiffusion3
@@ -19,6 +20,7 @@ __all__ = [
     "ModelFamily",
     "ModelSource",
     "PixArtSigma",
+    "Sana",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
