@@ -40,6 +40,7 @@ from lit_lora.families.chroma import Chroma as Chroma
 from lit_lora.families.flux import Flux as Flux
 from lit_lora.families.pixart_sigma import PixArtSigma as PixArtSigma
 from lit_lora.families.qwen_image import QwenImage as QwenImage
+from lit_lora.families.sana import Sana as Sana
 from lit_lora.families.stable_diffusion import StableDiffusion as StableDiffusion
 from lit_lora.families.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
 from lit_lora.families.stable_diffusion_xl import StableDiffusionXL as StableDiffusionXL

@@ -7,6 +7,7 @@ from lit_lora.families.chroma import Chroma
 from lit_lora.families.flux import Flux
 from lit_lora.families.pixart_sigma import PixArtSigma
 from lit_lora.families.qwen_image import QwenImage
+from lit_lora.families.sana import Sana
 from lit_lora.families.source import ModelSource
 from lit_lora.families.stable_diffusion import StableDiffusion
 from lit_lora.families.stable_diffusion_3 import StableDiffusion3
@@ -22,6 +23,7 @@ __all__ = [
     "ModelSource",
     "PixArtSigma",
     "QwenImage",
+    "Sana",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
