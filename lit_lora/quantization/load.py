@@ -246,6 +246,9 @@ def shape_part(kind: Any, source: str, folder: str, dtype: torch.dtype, revision
                 if parameter not in cast:
                     cast[parameter] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
                 layer._parameters[name] = cast[parameter]
+        for name, buffer in layer._buffers.items():  # those in the files come in the same dtype
+            if buffer is not None and buffer.is_floating_point() and name not in layer._non_persistent_buffers_set:
+                layer._buffers[name] = buffer.to(dtype)
     return model.requires_grad_(False).eval()
 
 

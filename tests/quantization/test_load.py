@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKLFlux2, ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensorMode
 
+from lit_lora.distributed.node import Node
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion, StableDiffusionXL
 from lit_lora.quantization import FP8, NF4, Dense, Int8, Quantization
 from lit_lora.quantization.frozen_layer import FrozenLayer
-from lit_lora.quantization.load import load_model, shape_model
+from lit_lora.quantization.load import load_model, load_part, shape_model, shape_part
 
 NAME = "diffusion_pytorch_model"
 
@@ -109,6 +110,17 @@ def test_shapes_without_weights_are_those_of_a_real_load(
         for model in (real, shape)
     ]
     assert described[0] == described[1]
+
+
+def test_buffers_of_the_files_have_the_dtype_of_the_weights(tmp_path: Path) -> None:
+    AutoencoderKLFlux2(block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4).save_pretrained(
+        tmp_path / "vae"
+    )
+    arguments = (AutoencoderKLFlux2, str(tmp_path), "vae", torch.bfloat16)
+    real, shape = load_part(*arguments, Node()), shape_part(*arguments)
+    described = [[(name, tuple(b.shape), b.dtype) for name, b in model.named_buffers()] for model in (real, shape)]
+    assert described[0] == described[1]
+    assert ("bn.running_var", (16,), torch.bfloat16) in described[0]
 
 
 def test_no_weight_is_read_for_the_shapes(folder: Path) -> None:
