@@ -151,10 +151,12 @@ class LoraInjection(Callback):
             trainer.strategy, "skipped_step"
         ):  # DeepSpeed has taken the gradients
             return
-        self._seen.add(id(optimizer))
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         named = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad and id(p) in held]
         without = [name for name, parameter in named if parameter.grad is None]
+        if len(without) == len(named):  # FiniteGradients skips this step
+            return
+        self._seen.add(id(optimizer))
         if without:
             rank_zero_warn(
                 f"{len(without)} of {len(named)} trained tensors have no gradient in the first step, the first is {without[0]}: "

@@ -25,10 +25,10 @@ def any_non_finite(tensors: Sequence[Tensor]) -> Tensor:
     return ~torch.stack([value.float() for value in largest]).isfinite().all()
 
 
-def zero_where(condition: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Set all tensors to zero, in place, if a bool scalar on their device is true; the host need not know it."""
+def fill_where(condition: Tensor, tensors: Sequence[Tensor], value: float) -> None:
+    """Fill all tensors with a value, in place, if a bool scalar on their device is true; the host need not know it."""
     for tensor in tensors:
-        _local(tensor).masked_fill_(condition, 0)
+        _local(tensor).masked_fill_(condition, value)
 
 
 def non_finite_names(tensors: Mapping[str, Any]) -> list[str]:

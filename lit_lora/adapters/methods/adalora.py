@@ -68,7 +68,10 @@ class AdaLoraMethod(AdapterMethod):
         return penalty
 
     def after_step(self, model: PeftModel, step: int) -> None:
-        model.base_model.update_and_allocate(step)
+        config = model.base_model.rankallocator.peft_config
+        # The importance comes from gradients, and a step that was skipped has none; the end of the schedule reads none.
+        if step == config.total_step - config.tfinal or _has_gradients(model):
+            model.base_model.update_and_allocate(step)
 
     def state(self, model: PeftModel) -> dict[str, Any]:
         allocator = model.base_model.rankallocator
@@ -107,6 +110,10 @@ class AdaLoraMethod(AdapterMethod):
             rank = min(config["target_r"], len(a))
             factors[name] = (a.detach()[:rank], b.detach()[:, :rank])
         return _as_lora(model, state, config, factors)
+
+
+def _has_gradients(model: PeftModel) -> bool:
+    return any(parameter.grad is not None for name, parameter in model.named_parameters() if "lora_" in name)
 
 
 def _as_lora(
