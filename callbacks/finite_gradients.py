@@ -13,15 +13,9 @@ from torch.optim import Optimizer
 
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError, check_least
-from lit_lora.finite import (
-    any_non_finite,
-    forget_left_out,
-    leave_out_where,
-    non_finite_names,
-    tensors_in,
-    zero_where,
-)
+from lit_lora.finite import any_non_finite, non_finite_names, tensors_in
 from lit_lora.loops import accumulating
+from lit_lora.skipped_step import skip_step_where
 from lit_lora.visible import visible
 
 _SCALER_STEPS = 16
@@ -33,10 +27,12 @@ _KEYS_SHOWN = 8
 class FiniteGradients(Callback):
     """Skips the optimizer steps of any LightningModule whose loss or gradients are NaN or Inf, and ends a run that stays so.
 
-    If the loss or a gradient of any process is not finite, the optimizer step changes neither weights nor optimizer state. The
-    decision is made on the GPU: the host reads it one step later, so that it never waits for the step in progress. Therefore, on
-    a GPU, only fused optimizers (``fused: true``) and DeepSpeed leave out the whole step. Others step with gradients of zero:
-    their state stays finite, and weights move once more by momentum and weight decay.
+    A step is skipped in all processes if the loss or a gradient of any process is not finite. As with ``torch.amp.GradScaler``,
+    it changes neither weights nor optimizer state: on the CPU, under DeepSpeed, with ``precision: 16-mixed``, and on GPUs with
+    ``fused=True`` of Adam, AdamW, SGD and Adagrad. The decision is made on the GPU, and the host reads it one step later, so
+    that it never waits for the step in progress. Other optimizers on GPUs therefore take the skipped step with gradients of
+    zero: the weights move by momentum and weight decay, and the optimizer's averages shrink; nothing becomes NaN. With
+    ``optimizer_in_backward``, parameters whose gradients were complete and finite before the bad one have taken the step.
 
     Every skipped step is a warning with the step, the loss and the samples' keys, and ``train/skipped_steps`` counts them.
     :class:`AdapterCheckpoint` saves nothing after a skipped step, so that earlier checkpoints stay. ``lit-lora fit`` adds this
@@ -92,18 +88,13 @@ class FiniteGradients(Callback):
             number = bad.float()
             distributed.all_reduce(number, distributed.ReduceOp.MAX)
             bad = number > 0
-        if str(trainer.precision) == "16-mixed":
-            zero_where(bad, gradients)  # GradScaler sees the same gradients and leaves out the step by itself
-        else:
-            leave_out_where(bad, optimizer)
+        skip_step_where(bad, optimizer, getattr(trainer.precision_plugin, "scaler", None) is not None)
         self.read(trainer, pl_module)
         self._unread.append(step.decided(bad))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        for optimizer in trainer.optimizers:
-            forget_left_out(optimizer)
         skipped: bool | None = getattr(trainer.strategy, "skipped_step", None)
         if skipped is not None and self._step is not None and not accumulating(trainer):
             self._unread.append(self._step.decided(torch.tensor(skipped)))

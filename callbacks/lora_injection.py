@@ -154,7 +154,7 @@ class LoraInjection(Callback):
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         named = [(name, p) for name, p in pl_module.named_parameters() if p.requires_grad and id(p) in held]
         without = [name for name, parameter in named if parameter.grad is None]
-        if named and len(without) == len(named):  # FiniteGradients leaves out this step
+        if len(without) == len(named):  # FiniteGradients skips this step
             return
         self._seen.add(id(optimizer))
         if without:

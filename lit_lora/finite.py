@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -26,36 +25,10 @@ def any_non_finite(tensors: Sequence[Tensor]) -> Tensor:
     return ~torch.stack([value.float() for value in largest]).isfinite().all()
 
 
-def leave_out_where(bad: Tensor, optimizer: Optimizer) -> None:
-    """Let an optimizer's next step change neither weights nor state if a bool scalar is true.
-
-    On the CPU gradients are removed, and the optimizers of torch pass over parameters without gradients. On a GPU, where the host
-    would have to wait for the scalar, fused optimizers (``fused=True``) leave the step out as they do for ``GradScaler``. Others
-    step with gradients of zero: weights move by momentum and weight decay, and the state stays finite.
-    :func:`forget_left_out` must follow the step.
-
-    Args:
-        bad: Scalar on the device of the gradients.
-        optimizer: Optimizer with gradients.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    zero_where(bad, [p.grad for p in parameters])
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-    elif bad.device.type == "cpu" and bool(bad):
-        for parameter in parameters:
-            parameter.grad = None
-
-
-def forget_left_out(optimizer: Optimizer) -> None:
-    """Let an optimizer take its steps again after :func:`leave_out_where`."""
-    vars(optimizer).pop("found_inf", None)
-
-
-def zero_where(condition: Tensor, tensors: Sequence[Tensor]) -> None:
-    """Set all tensors to zero, in place, if a bool scalar on their device is true; the host need not know it."""
+def fill_where(condition: Tensor, tensors: Sequence[Tensor], value: float) -> None:
+    """Fill all tensors with a value, in place, if a bool scalar on their device is true; the host need not know it."""
     for tensor in tensors:
-        _local(tensor).masked_fill_(condition, 0)
+        _local(tensor).masked_fill_(condition, value)
 
 
 def non_finite_names(tensors: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import method_of
 from lit_lora.errors import UserError
-from lit_lora.finite import any_non_finite, zero_where
+from lit_lora.finite import any_non_finite
+from lit_lora.skipped_step import skip_step_where
 
 
 class OptimizerInBackward:
@@ -81,11 +82,9 @@ class OptimizerInBackward:
             self._step()
 
     def _step(self) -> None:
-        """Step the parameters whose gradients are complete; gradients that are not finite become zero."""
+        """Step the parameters whose gradients are complete; the step is skipped if one of them is not finite."""
         complete = [parameter for parameters in self._complete.values() for parameter in parameters]
-        gradients = [parameter.grad for parameter in complete if parameter.grad is not None]
-        bad = any_non_finite(gradients)
-        zero_where(bad, gradients)
+        bad = any_non_finite([parameter.grad for parameter in complete if parameter.grad is not None])
         self.non_finite = self.non_finite.to(bad.device) | bad
         groups = self.optimizer.param_groups  # looked up each time, because loading a checkpoint replaces them
         chosen = {number: groups[number] for number in self._complete}
@@ -96,6 +95,7 @@ class OptimizerInBackward:
             self.optimizer.param_groups = list(chosen.values())
             for number, group in chosen.items():
                 group["params"] = self._complete[number]
+            skip_step_where(bad, self.optimizer)
             self.optimizer.step()
         finally:
             self.optimizer.param_groups = groups
@@ -103,7 +103,7 @@ class OptimizerInBackward:
                 group["params"] = members[number]
         if before is not None:
             self._check(before, [_settings(group) for group in chosen.values()])
-            self._checked = True
+            self._checked = not bool(bad)  # a step that is skipped shows nothing
 
     def _free(self, *_: Any) -> None:
         """Free the gradients after a step, also after the step that Lightning calls."""

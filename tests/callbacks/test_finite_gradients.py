@@ -1,22 +1,22 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from peft import AdaLoraConfig
+from lightning.pytorch.plugins import MixedPrecision
+from peft import AdaLoraConfig, LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_lora.callbacks import AdapterCheckpoint, FiniteGradients
+from lit_lora.callbacks import AdapterCheckpoint, FiniteGradients, LoraInjection
 from lit_lora.callbacks.finite_gradients import check_trained
 from lit_lora.errors import UserError
-from lit_lora.finite import zero_where
 from lit_lora.memory.options import MemoryOptions
-from lit_lora.module import LoraDiffusion
-from tests.helpers import diffusion_module, loader_of, make_batches
+from tests.helpers import Classifier, diffusion_module, loader_of, make_batches
 
 NAN = float("nan")
 
@@ -35,11 +35,6 @@ class Product(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self.make()
         return optimizer
-
-
-def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """All tensors are equal, bit for bit."""
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 def batches(*factors: float) -> DataLoader[Any]:
@@ -75,56 +70,40 @@ def test_gradients_alone_can_be_bad(trainer_options: dict[str, Any]) -> None:
     assert torch.isfinite(module.weight).all()
 
 
-@pytest.mark.parametrize("fused", [False, True])
+def scaler() -> MixedPrecision:
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+
+
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("bad", "options"),
     [
-        (torch.optim.AdamW, {"weight_decay": 0.5}),
-        (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.5}),
-        (torch.optim.Adagrad, {"weight_decay": 0.5}),
+        ([NAN], dict),
+        ([NAN, 9.0], lambda: {"accumulate_grad_batches": 2}),
+        ([NAN], lambda: {"gradient_clip_val": 0.5}),
+        ([NAN], lambda: {"plugins": [scaler()]}),
     ],
 )
-def test_a_skipped_step_leaves_weights_and_state_as_they_are(
-    kind: Any, options: dict[str, Any], fused: bool, trainer_options: dict[str, Any]
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_run_is_that_without_its_skipped_steps(
+    fused: bool,
+    bad: list[float],
+    options: Callable[[], dict[str, Any]],
+    trainer_options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By removed gradients, and in fused optimizers as under GradScaler, the way of GPUs."""
+    """Weights with momentum and weight decay, and the optimizer's state; fused as on a GPU, where nothing waits for it."""
+    if fused:
+        monkeypatch.setattr("lit_lora.skipped_step._is_read", lambda _: False)
 
-    def trained(*factors: float) -> dict[str, Any]:
-        module = Product(kind, **options | {"lr": 0.1, "fused": fused})
-        trainer = fit(module, batches(*factors), trainer_options, FiniteGradients())
-        assert not hasattr(trainer.optimizers[0], "found_inf")
-        return {"weight": module.weight.detach()} | trainer.optimizers[0].state[module.weight]
+    def trained(*factors: float) -> tuple[Tensor, Any]:
+        module = Product(torch.optim.AdamW, lr=0.1, weight_decay=0.1, fused=fused)
+        trainer = fit(module, batches(*factors), trainer_options, FiniteGradients(), **options())
+        return module.weight.detach(), trainer.optimizers[0].state_dict()
 
-    expected = trained(1.0, 2.0)
-    with pytest.warns(UserWarning, match="step 2 is skipped"):
-        assert_equal(trained(1.0, NAN, 2.0), expected)
-
-
-def test_without_a_way_to_leave_it_out_a_step_keeps_the_state_finite(
-    trainer_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU, where the host does not know of it."""
-    monkeypatch.setattr("lit_lora.callbacks.finite_gradients.leave_out_where", _zero_gradients)
-    module = Product(torch.optim.AdamW, lr=0.1)
-    with pytest.warns(UserWarning, match="step 2 is skipped"):
-        trainer = fit(module, batches(1.0, NAN, 1.0), trainer_options, FiniteGradients())
-    state = trainer.optimizers[0].state[module.weight]
-    assert all(torch.isfinite(value).all() for value in state.values())
-
-
-def _zero_gradients(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    zero_where(bad, [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
-
-
-def test_importance_in_adalora_survives_a_skipped_step(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
-    adapter = AdaLoraConfig(init_r=3, target_r=2, tinit=1, tfinal=1, deltaT=1, total_step=4, target_modules=["to_q"])
-    module = diffusion_module(sd_folder, adapter)
-    good, bad = make_batches(2)
-    bad["pixel_values"] = torch.full_like(bad["pixel_values"], NAN, dtype=torch.float32)
-    with pytest.warns(UserWarning, match="step 2 is skipped"):
-        fit(module, loader_of([good, bad, good, good]), trainer_options, FiniteGradients())
-    allocator: Any = module.family.denoiser.base_model.rankallocator
-    assert all(torch.isfinite(value).all() for value in allocator.exp_avg_ipt.values())
+    expected = trained(1.0, 3.0, 2.0, 1.0)
+    with pytest.warns(UserWarning, match="is skipped"):
+        found = trained(1.0, 3.0, *bad, 2.0, 1.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_one_bad_batch_spoils_the_step_that_it_belongs_to(trainer_options: dict[str, Any]) -> None:
@@ -201,15 +180,32 @@ def test_a_checkpoint_that_is_due_at_a_bad_step_comes_with_the_next(
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
-def test_steps_in_the_backward_pass(sd_module: LoraDiffusion, trainer_options: dict[str, Any]) -> None:
-    sd_module.memory = MemoryOptions(optimizer_in_backward=True)
+def test_steps_in_the_backward_pass(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     good, bad = make_batches(2)
     bad["pixel_values"] = torch.full_like(bad["pixel_values"], NAN, dtype=torch.float32)
-    guard = FiniteGradients()
+
+    def trained(*given: dict[str, Any]) -> list[Tensor]:
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"])
+        module = diffusion_module(sd_folder, config, memory=MemoryOptions(optimizer_in_backward=True))
+        fit(module, loader_of(list(given)), trainer_options, FiniteGradients())
+        return [parameter.detach() for parameter in module.parameters() if parameter.requires_grad]
+
     with pytest.warns(UserWarning, match="step 2 is skipped"):
-        fit(sd_module, loader_of([good, bad, good]), trainer_options, guard)
-    assert guard.skipped == 1
-    assert all(torch.isfinite(p).all() for p in sd_module.parameters() if p.requires_grad)
+        found = trained(good, bad, good)
+    torch.testing.assert_close(found, trained(good, good), rtol=0, atol=0)
+
+
+def test_what_reads_gradients_after_a_skipped_step(trainer_options: dict[str, Any]) -> None:
+    """AdaLoRA's schedule goes on, and LoraInjection does not take the layers for unused ones."""
+    options = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 1, "total_step": 8}
+    module = Classifier()
+    injection = LoraInjection(AdaLoraConfig(**options, target_modules=["3"]))
+    first, bad, *later = make_batches(8)
+    bad["pixel_values"] = bad["pixel_values"].float() + NAN
+    with pytest.warns(UserWarning, match="is skipped") as warned:
+        fit(module, loader_of([bad, first, bad, *later]), trainer_options, FiniteGradients(), injection, max_steps=8)
+    assert not [str(warning.message) for warning in warned if "have no gradient" in str(warning.message)]
+    assert sum(int((p != 0).sum()) for name, p in module.named_parameters() if "lora_E" in name) == 2
 
 
 def test_patience_has_a_bound() -> None:

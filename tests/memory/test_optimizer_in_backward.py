@@ -165,20 +165,42 @@ def test_the_hooks_can_be_removed() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-class CountsTogether(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_bad_gradient_changes_nothing(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fused:  # as on a GPU, where the host does not wait for the decision
+        monkeypatch.setattr("lit_lora.skipped_step._is_read", lambda _: False)
+
+    def trained(*factors: float) -> tuple[list[Tensor], Any, list[bool]]:
+        model = make_model()
+        optimizer = torch.optim.AdamW(groups(model), lr=1e-2, fused=fused)
+        in_backward, bad = OptimizerInBackward(optimizer, bucket_bytes=1), []
+        for factor in factors:
+            (model(torch.ones(3, 4)).sum() * factor).backward()
+            bad.append(bool(in_backward.take_non_finite()))
+        return [p.detach() for p in model.parameters()], optimizer.state_dict(), bad
+
+    *found, bad = trained(1.0, float("nan"), 2.0)
+    assert bad == [False, True, False]
+    assert_same(found, list(trained(1.0, 2.0)[:2]))
+
+
+class CountsTogether(torch.optim.Optimizer):
+    def step(self, closure: Any = None) -> None:
         for group in self.param_groups:
             group["k"] = group.get("k", 0) + 1
-        return loss
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad)
 
 
 def test_optimizers_that_need_all_parameters_at_once() -> None:
     model = make_model()
     with pytest.raises(UserError, match="LBFGS computes the gradients itself"):
         OptimizerInBackward(torch.optim.LBFGS(model.parameters()))
-    optimizer = CountsTogether(model.parameters(), lr=0.1)
+    optimizer = CountsTogether(model.parameters(), {})
     OptimizerInBackward(optimizer, bucket_bytes=1)
+    (model(torch.randn(3, 4)).sum() * float("nan")).backward()  # a skipped step counts nothing
+    assert "k" not in optimizer.param_groups[0]
     with pytest.raises(UserError, match="CountsTogether keeps k for all parameters together"):
         model(torch.randn(3, 4)).sum().backward()
     assert len(optimizer.param_groups[0]["params"]) == 8

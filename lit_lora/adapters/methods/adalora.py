@@ -68,9 +68,13 @@ class AdaLoraMethod(AdapterMethod):
         return penalty
 
     def after_step(self, model: PeftModel, step: int) -> None:
+        config = model.base_model.rankallocator.peft_config
+        # The importance comes from gradients, and a step that was skipped has none; the end of the schedule reads none.
+        if step != config.total_step - config.tfinal and not _has_gradients(model):
+            return
         for _, layer in tuner_layers(model, AdaLoraLayer):
             for parameter in (*layer.lora_A.values(), *layer.lora_B.values(), *layer.lora_E.values()):
-                if parameter.grad is None:  # a step that is left out, or a layer whose output nobody reads
+                if not parameter.requires_grad:  # a layer whose output nobody reads has no importance
                     parameter.grad = torch.zeros_like(parameter)
         model.base_model.update_and_allocate(step)
 
@@ -111,6 +115,10 @@ class AdaLoraMethod(AdapterMethod):
             rank = min(config["target_r"], len(a))
             factors[name] = (a.detach()[:rank], b.detach()[:, :rank])
         return _as_lora(model, state, config, factors)
+
+
+def _has_gradients(model: PeftModel) -> bool:
+    return any(parameter.grad is not None for name, parameter in model.named_parameters() if "lora_" in name)
 
 
 def _as_lora(
