@@ -18,6 +18,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     PNDMScheduler,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -32,6 +33,8 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -161,6 +164,26 @@ _QWEN_IMAGE: dict[str, Callable[[], Any]] = {
         use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     ),
 }
+_QWEN_3_VL_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [24, 20, 20]},
+}
+_KREA2: dict[str, Callable[[], Any]] = {
+    "transformer": Krea2Transformer2DModel,
+    "vae": AutoencoderKLQwenImage,
+    "text_encoder": lambda: Qwen3VLModel(
+        Qwen3VLConfig(
+            text_config=_QWEN_3_VL_4B,
+            vision_config={"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "out_hidden_size": 2560},
+        )
+    ),
+    "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+}
 
 PIPELINES = {
     "sd15": _SD15,
@@ -170,6 +193,7 @@ PIPELINES = {
     "flux_dev": _flux(guidance=True),
     "flux_schnell": _flux(guidance=False),
     "qwen_image": _QWEN_IMAGE,
+    "krea2": _KREA2,
 }
 _MARKER = "random_weights.txt"
 
@@ -207,7 +231,7 @@ def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: 
         clip = CLIPTokenizer.from_pretrained(base_path(), subfolder="tokenizer", model_max_length=77)
         t5 = T5TokenizerFast(vocab=[(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581")], extra_ids=0)
         qwen = Qwen2Tokenizer(vocab={byte: number for number, byte in enumerate(ByteLevel.alphabet())}, merges=[])
-        tokenizers = {T5EncoderModel: t5, Qwen2_5_VLForConditionalGeneration: qwen}
+        tokenizers = {T5EncoderModel: t5, Qwen2_5_VLForConditionalGeneration: qwen, Qwen3VLModel: qwen}
         for subfolder, make in parts.items():
             if subfolder.startswith("text_encoder"):
                 with torch.device("meta"):

@@ -37,6 +37,7 @@ from lit_lora.distributed.strategies import LitLoraFSDP as LitLoraFSDP
 from lit_lora.errors import UserError as UserError
 from lit_lora.families.base import ModelFamily as ModelFamily
 from lit_lora.families.flux import Flux as Flux
+from lit_lora.families.krea2 import Krea2 as Krea2
 from lit_lora.families.qwen_image import QwenImage as QwenImage
 from lit_lora.families.stable_diffusion import StableDiffusion as StableDiffusion
 from lit_lora.families.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3

@@ -4,6 +4,7 @@ from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
 from lit_lora.families.checks import check_batch, check_size, families, family_of, prepare
 from lit_lora.families.flux import Flux
+from lit_lora.families.krea2 import Krea2
 from lit_lora.families.qwen_image import QwenImage
 from lit_lora.families.source import ModelSource
 from lit_lora.families.stable_diffusion import StableDiffusion
@@ -14,6 +15,7 @@ __all__ = [
     "Batch",
     "Conditioning",
     "Flux",
+    "Krea2",
     "ModelFamily",
     "ModelSource",
     "QwenImage",

@@ -8,14 +8,20 @@ from typing import Any
 import pytest
 import torch
 from braceexpand import braceexpand
-from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from torch import nn
 
-from lit_lora.families import Flux, ModelFamily, QwenImage, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from lit_lora.families import Flux, Krea2, ModelFamily, QwenImage, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from lit_lora.formats import ComfyUIFormat, KohyaFormat, LycorisFormat
 from lit_lora.formats.layer_names import places
 
-FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, QwenImage)
+FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, QwenImage, Krea2)
 
 # The configs of the published denoisers, as far as they are not diffusers' defaults and names depend on them.
 PUBLISHED: dict[type[ModelFamily], tuple[type[nn.Module], dict[str, Any]]] = {
@@ -35,6 +41,7 @@ PUBLISHED: dict[type[ModelFamily], tuple[type[nn.Module], dict[str, Any]]] = {
     StableDiffusion3: (SD3Transformer2DModel, {"num_layers": 24, "dual_attention_layers": tuple(range(13))}),
     Flux: (FluxTransformer2DModel, {"guidance_embeds": True}),
     QwenImage: (QwenImageTransformer2DModel, {}),
+    Krea2: (Krea2Transformer2DModel, {}),
 }
 
 
