@@ -22,6 +22,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     PixArtTransformer2DModel,
     PNDMScheduler,
     QwenImageTransformer2DModel,
@@ -45,6 +46,8 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -221,6 +224,26 @@ _QWEN_IMAGE: dict[str, Callable[[], Any]] = {
         use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     ),
 }
+_QWEN_3_VL_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [24, 20, 20]},
+}
+_KREA2: dict[str, Callable[[], Any]] = {
+    "transformer": Krea2Transformer2DModel,
+    "vae": AutoencoderKLQwenImage,
+    "text_encoder": lambda: Qwen3VLModel(
+        Qwen3VLConfig(
+            text_config=_QWEN_3_VL_4B,
+            vision_config={"hidden_size": 1024, "intermediate_size": 4096, "depth": 24, "out_hidden_size": 2560},
+        )
+    ),
+    "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
+}
 
 PIPELINES = {
     "sd15": _SD15,
@@ -234,6 +257,7 @@ PIPELINES = {
     "sana": _SANA,
     "z_image": _Z_IMAGE,
     "qwen_image": _QWEN_IMAGE,
+    "krea2": _KREA2,
 }
 _MARKER = "random_weights.txt"
 
@@ -283,7 +307,7 @@ def _tokenizer(encoder: PreTrainedModel) -> Any:
         return T5TokenizerFast(vocab=[(piece, 0.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581")], extra_ids=0)
     if isinstance(encoder, Gemma2Model):
         return GemmaTokenizer()
-    if isinstance(encoder, Qwen2_5_VLForConditionalGeneration):
+    if isinstance(encoder, Qwen2_5_VLForConditionalGeneration | Qwen3VLModel):
         return Qwen2Tokenizer(vocab={byte: number for number, byte in enumerate(ByteLevel.alphabet())}, merges=[])
     if isinstance(encoder, Qwen3Model):
         return Qwen2Tokenizer(chat_template="{{ messages[0].content }}")

@@ -5,6 +5,7 @@ from lit_lora.families.batch import Batch, Conditioning, target_size
 from lit_lora.families.checks import check_batch, check_size, families, family_of, prepare
 from lit_lora.families.chroma import Chroma
 from lit_lora.families.flux import Flux
+from lit_lora.families.krea2 import Krea2
 from lit_lora.families.pixart_sigma import PixArtSigma
 from lit_lora.families.qwen_image import QwenImage
 from lit_lora.families.sana import Sana
@@ -19,6 +20,7 @@ __all__ = [
     "Chroma",
     "Conditioning",
     "Flux",
+    "Krea2",
     "ModelFamily",
     "ModelSource",
     "PixArtSigma",

@@ -11,6 +11,7 @@ from braceexpand import braceexpand
 from diffusers import (
     ChromaTransformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -22,6 +23,7 @@ from torch import nn
 from lit_lora.families import (
     Chroma,
     Flux,
+    Krea2,
     ModelFamily,
     PixArtSigma,
     QwenImage,
@@ -33,7 +35,7 @@ from lit_lora.families import (
 from lit_lora.formats import ComfyUIFormat, KohyaFormat, LycorisFormat
 from lit_lora.formats.layer_names import places
 
-FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Chroma, PixArtSigma, ZImage, QwenImage)
+FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Chroma, PixArtSigma, ZImage, QwenImage, Krea2)
 
 # The configs of the published denoisers, as far as they are not diffusers' defaults and names depend on them.
 PUBLISHED: dict[type[ModelFamily], tuple[type[nn.Module], dict[str, Any]]] = {
@@ -56,6 +58,7 @@ PUBLISHED: dict[type[ModelFamily], tuple[type[nn.Module], dict[str, Any]]] = {
     Chroma: (ChromaTransformer2DModel, {}),
     PixArtSigma: (PixArtTransformer2DModel, {"caption_channels": 4096, "use_additional_conditions": True}),
     QwenImage: (QwenImageTransformer2DModel, {}),
+    Krea2: (Krea2Transformer2DModel, {}),
 }
 
 
