@@ -163,7 +163,7 @@ def test_parts_that_share_a_factor_keep_sharing_it(flux_folder: Path, tmp_path: 
         f"{name}.lora_up.weight": torch.randn(96, 4, generator=generator),
         f"{name}.alpha": torch.tensor(2.0),
     }
-    save_file(tensors, tmp_path / "qkv.safetensors")
+    save_file(tensors, tmp_path / "qkv.safetensors", metadata={"ss_base_model_version": "flux1"})
     read = read_adapter(tmp_path / "qkv.safetensors")
     assert (read.family, read.config["r"], read.config["lora_alpha"]) == (Flux, 4, 2)
     delta = 2 / 4 * tensors[f"{name}.lora_up.weight"] @ tensors[f"{name}.lora_down.weight"]
