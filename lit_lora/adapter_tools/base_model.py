@@ -32,14 +32,15 @@ class BaseModel:
         path: Folder that ``save_pretrained`` of a pipeline or of a model wrote, hub id of a pipeline, or ``embedded``.
         weights: Whether weights will be read: a pipeline on the hub is downloaded then. Defaults to False; of a pipeline on the
             hub only configs are read.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
+            variant that a part has.
 
     Raises:
         UserError: If there is no such pipeline or model.
     """
 
     def __init__(self, path: str, weights: bool = False, variant: str | None = None) -> None:
-        self.path, self.variant = path, variant
+        self.path = path
         self.source = ModelSource(path, variant=variant)
         if not self.source.is_local:
             if Path(resolve(path)).exists():
@@ -48,7 +49,8 @@ class BaseModel:
                 )
             check_hub(path, None)
             if weights:
-                options = {"variant": variant} if variant else {}
+                of_denoiser = self.source.variant_of("unet") or self.source.variant_of("transformer")
+                options = {"variant": of_denoiser} if of_denoiser else {}
                 self.source = ModelSource(str(DiffusionPipeline.download(path, **options)), variant=variant)
         self.index: Mapping[str, Any] = self.source.index()
         if not self.index and not (self.source.is_local and (self.folder / CONFIG).is_file()):
@@ -139,7 +141,7 @@ class BaseModel:
         Raises:
             UserError: If there are none, or a file that an index lists is missing.
         """
-        return find_weights(self.folder / part, self.variant)
+        return find_weights(self.folder / part, self.source.variant_of(part))
 
     def _has(self, name: str) -> bool:
         entry = self.index.get(name)
@@ -169,5 +171,5 @@ def find_weights(folder: Path, variant: str | None = None) -> list[Path]:
     held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "nothing"
     raise UserError(
         f"{folder} has no weights as safetensors{f' of the variant {variant}' if variant else ''}; it holds {held}. Save the "
-        f"model again with safe_serialization=True, or name the variant of its files with --variant"
+        f"model again with safe_serialization=True"
     )

@@ -38,7 +38,8 @@ class ModelFamily(PipelineParts, ABC):
         pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or ``embedded`` for the
             small model that ships with the package.
         revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
+            variant that a part has.
     """
 
     default_objective: ClassVar[type[Objective]] = DDPM

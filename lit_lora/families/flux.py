@@ -52,7 +52,8 @@ class Flux(ModelFamily):
     Args:
         pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
         revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
+            variant that a part has.
         train_guidance_scale: Guidance scale that FLUX.1-dev gets as input in training, at least 0; defaults to 1.
         max_sequence_length: Number of tokens of a caption for T5, at most 512; defaults to 512, as in the pipeline.
 

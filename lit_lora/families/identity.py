@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from lit_lora.families.variants import WEIGHT_FILE
 
 _BLOCKS = 256
 _BLOCK_BYTES = 1 << 16
 
-_WEIGHTS = re.compile(r"[^.]+(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?P<format>safetensors|bin)")
-"""Names of weight files, such as ``model.safetensors``, ``model.fp16.safetensors``, ``model-00001-of-00002.safetensors``."""
-
 _SETTINGS = (".json", ".txt", ".model")
 
 
-def parts_identity(source: Path, parts: Mapping[str, Sequence[str]], variant: str | None) -> dict[str, str]:
+def parts_identity(
+    source: Path, parts: Mapping[str, Sequence[str]], variant_of: Callable[[str], str | None]
+) -> dict[str, str]:
     """A digest of each part that has weights.
 
     A digest covers the names and contents of configs, tokenizer files and the weight files that would be loaded. It does not
@@ -27,12 +27,12 @@ def parts_identity(source: Path, parts: Mapping[str, Sequence[str]], variant: st
     Args:
         source: Folder that diffusers' ``save_pretrained`` wrote.
         parts: Subfolders of each part.
-        variant: Variant of the weight files, such as ``fp16``; None for files without a variant.
+        variant_of: Function from a subfolder to the variant of its weight files; None for files without a variant.
     """
     identities = {}
     for part, folders in parts.items():
-        files = [file for folder in folders for file in _files(source / folder, variant)]
-        if any(_WEIGHTS.fullmatch(file.name) for file in files):
+        files = [file for folder in folders for file in _files(source / folder, variant_of(folder))]
+        if any(WEIGHT_FILE.fullmatch(file.name) for file in files):
             digest = hashlib.blake2b(digest_size=16)
             for file in files:
                 digest.update(f"{file.relative_to(source).as_posix()}\0".encode())
@@ -44,7 +44,7 @@ def parts_identity(source: Path, parts: Mapping[str, Sequence[str]], variant: st
 def _files(folder: Path, variant: str | None) -> list[Path]:
     """Settings and the weight files that are loaded: those of the variant, ``.bin`` only if there is no safetensors file."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    named = [(file, _WEIGHTS.fullmatch(file.name)) for file in files]
+    named = [(file, WEIGHT_FILE.fullmatch(file.name)) for file in files]
     weights = [(file, match["format"]) for file, match in named if match and match["variant"] == variant]
     formats = {form for _, form in weights}
     wanted = "safetensors" if "safetensors" in formats else "bin"

@@ -62,8 +62,9 @@ class PartLoader:
         def load(location: str, subfolder: str, **options: Any) -> nn.Module:
             if not self.weights:
                 return shape_part(kind, location, subfolder, dtype, **options)
-            variant = {"variant": self.source.variant} if self.source.variant else {}
-            model = load_part(kind, location, subfolder, dtype, self.node, **options, **variant)
+            if variant := self.source.variant_of(name):
+                options["variant"] = variant
+            model = load_part(kind, location, subfolder, dtype, self.node, **options)
             apply_changes(model, self.changes.get(name, {}))
             return model
 
@@ -84,7 +85,7 @@ class PartLoader:
             arguments = (kind, location, subfolder, self.quantization, self.dtype)
             if not self.weights:
                 return shape_model(*arguments, always_skipped=self.always_dense, **options)
-            files = {"variant": self.source.variant, "node": self.node, "changes": self.changes.get(name)}
+            files = {"variant": self.source.variant_of(name), "node": self.node, "changes": self.changes.get(name)}
             return load_model(*arguments, always_skipped=self.always_dense, **files, **options)
 
         return self.source.load(name, load)
@@ -102,7 +103,11 @@ class PartLoader:
         """
 
         def open_files(location: str, subfolder: str, **options: Any) -> Weights:
-            files: dict[str, Any] = {"variant": self.source.variant, "node": node, "changes": self.changes.get(name)}
+            files: dict[str, Any] = {
+                "variant": self.source.variant_of(name),
+                "node": node,
+                "changes": self.changes.get(name),
+            }
             arguments: Any = (kind, location, subfolder, self.quantization, self.dtype)
             return Weights(*arguments, always_skipped=self.always_dense, **files | options)
 

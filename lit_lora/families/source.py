@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from diffusers import ConfigMixin, DiffusionPipeline
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
 from lit_lora.families.identity import parts_identity
+from lit_lora.families.variants import WEIGHT_FILE, found_variant
 
 _SECONDS_FOR_THE_HUB = 10
 
@@ -55,6 +62,27 @@ def check_hub(repository: str, revision: str | None) -> None:
         ) from error
 
 
+@lru_cache
+def repository_files(repository: str, revision: str | None) -> tuple[str, ...]:
+    """Names of a repository's files: those on the hub, or without a connection those of the local copy.
+
+    Args:
+        repository: Id of the repository.
+        revision: Branch, tag or commit; None for the default branch.
+    """
+    try:
+        info = HfApi(endpoint=constants.ENDPOINT).model_info(
+            repository, revision=revision, timeout=_SECONDS_FOR_THE_HUB
+        )
+        return tuple(file.rfilename for file in info.siblings or ())
+    except Exception:  # the HTTP library differs between versions of huggingface_hub
+        try:
+            copy = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            return ()
+        return tuple(file.relative_to(copy).as_posix() for file in copy.rglob("*"))
+
+
 class _ModelConfig(ConfigMixin):
     config_name = "config.json"
 
@@ -70,7 +98,8 @@ class ModelSource:
     Args:
         path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or ``embedded`` for the model in this package.
         revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
+            variant that a part has.
     """
 
     path: str
@@ -157,6 +186,34 @@ class ModelSource:
         except (OSError, ValueError, json.JSONDecodeError) as error:
             raise UserError(f"cannot load {part!r} of {self.location!r}: {error}") from error
 
+    def variant_of(self, part: str) -> str | None:
+        """Variant of a part's weight files: the given one, or else the only one that the part has; None for files without one.
+
+        Args:
+            part: Name of the part in the pipeline.
+
+        Raises:
+            UserError: If no variant is given, and the part has files of several variants and none without.
+        """
+        if self.variant is not None:
+            return self.variant
+        return found_variant(self._files(part), f"{part!r} of {self.location!r}")
+
+    def options(self, parts: Iterable[str]) -> dict[str, str]:
+        """The constructor's arguments beside the path with which the same files are found later, without those that are None.
+
+        A variant that all parts with weights have is among them: later there may be other files too.
+
+        Args:
+            parts: Names of the pipeline's parts.
+        """
+        variant = self.variant
+        if variant is None:
+            found = {self.variant_of(part) for part in parts if any(map(WEIGHT_FILE.fullmatch, self._files(part)))}
+            variant = found.pop() if len(found) == 1 else None
+        options = {"revision": self.revision, "variant": variant}
+        return {name: value for name, value in options.items() if value is not None}
+
     def identity(self, parts: Mapping[str, list[str]]) -> dict[str, str]:
         """A text for each part that is equal if and only if its weights and settings are: see :func:`parts_identity`.
 
@@ -164,9 +221,17 @@ class ModelSource:
             parts: Subfolders of each part. A part whose subfolders have no weights has no entry in the result.
         """
         if self.is_local:
-            return parts_identity(Path(self.location), parts, self.variant)
+            return parts_identity(Path(self.location), parts, self.variant_of)
         name = f"{self.location}@{self.revision or 'main'}"
         return dict.fromkeys(parts, f"{name}:{self.variant}" if self.variant else name)
+
+    def _files(self, part: str) -> list[str]:
+        """Names of a part's files; empty if they are not known."""
+        if self.is_local:
+            folder = self._folder(part)
+            return [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        listed = [name.rpartition("/") for name in repository_files(self.location, self.revision)]
+        return [name for folder, _, name in listed if folder == part]
 
     def _folder(self, part: str) -> Path:
         return Path(self.location) / part

@@ -48,7 +48,8 @@ class StableDiffusion3(ModelFamily):
     Args:
         pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
         revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
+            variant that a part has.
         t5: Whether to use the T5 encoder, if the pipeline has it; defaults to True.
         max_sequence_length: Number of tokens of a caption for T5; defaults to 256, as in the pipeline.
 

@@ -33,7 +33,8 @@ class StableDiffusionXL(ModelFamily):
     Args:
         pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
         revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
+            variant that a part has.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline

@@ -30,6 +30,8 @@ def sample(
     device: str | None = None,
     family: str | None = None,
     base_adapters: list[str] | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
 ) -> None:
     """Draw images for prompts and write them as one grid, or as one file each.
 
@@ -52,6 +54,9 @@ def sample(
             pipeline.
         base_adapters: Files or folders of the adapters that the adapter was trained over, such as '["first.safetensors"]', where
             they are no longer where the training read them. They are merged with the weights of the training.
+        revision: Branch, tag or commit of a base on the hub; defaults to that of the adapter's training, if the base is the same.
+        variant: Variant of the base's weight files, such as fp16; defaults to that of the adapter's training, if the base is the
+            same.
 
     Raises:
         UserError: If prompts or base are missing, base, adapter or a size cannot be used, or another run draws into the folder.
@@ -70,7 +75,8 @@ def sample(
 
     with nullcontext() if target.suffix else only_run_in(target, "sample"):
         options: dict[str, Any] = {"family": family, "dtype": dtype, "device": device, "size": (height, width)}
-        generate = make_generate(base, adapter, base_adapters=base_adapters or (), **options)
+        given = {name: value for name, value in (("revision", revision), ("variant", variant)) if value is not None}
+        generate = make_generate(base, adapter, base_adapters=base_adapters or (), base_options=given, **options)
         seeds = [seed + i for i in range(len(texts))]
         options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
         _write(generate(texts, seeds, **options), target, columns)
