@@ -16,7 +16,7 @@ from torch import nn
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource, family_of
-from lit_lora.families.source import check_hub
+from lit_lora.families.hub import check_hub
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -103,7 +103,7 @@ class BaseModel:
             UserError: If it is missing or cannot be read.
         """
         if part:
-            return self.source.config(part)
+            return self.source.config_of(part)
         try:
             config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.errors import UserError
 from lit_lora.families.loading import PartLoader
 from lit_lora.families.new_tokens import TokenStart, add_tokens, new_rows
+from lit_lora.families.other_vae import check_other_vae
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.quantization.load import Weights
@@ -30,17 +31,7 @@ PARTS = ("vae", "text", "denoiser")
 
 
 class PipelineParts(nn.Module):
-    """The denoiser, VAE and encoders of one diffusers pipeline, which class attributes name.
-
-    The constructor only stores its arguments; :meth:`load` loads the weights.
-
-    Args:
-        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or ``embedded`` for the
-            small model that ships with the package.
-        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
-            variant that a part has.
-    """
+    """The denoiser, VAE and encoders of one diffusers pipeline, which class attributes name."""
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
     """Diffusers pipeline for sampling and for the format of LoRA files."""
@@ -70,6 +61,9 @@ class PipelineParts(nn.Module):
     pipeline_options: ClassVar[dict[str, Any]] = {}
     """Further arguments of the pipeline's constructor; none by default."""
 
+    source: ModelSource
+    vae_slicing: bool = False
+    vae_tiling: bool = False
     scheduler_config: dict[str, Any]
     vae_config: dict[str, Any]
     denoiser_config: dict[str, Any]
@@ -83,29 +77,18 @@ class PipelineParts(nn.Module):
     new_tokens: dict[str, int]
     """Number of vectors of each new token."""
 
-    def __init__(
-        self, pretrained_model_name_or_path: str, revision: str | None = None, variant: str | None = None
-    ) -> None:
-        super().__init__()
-        self.source = ModelSource(pretrained_model_name_or_path, revision, variant)
-        self._forget()
-        self.vae_slicing = self.vae_tiling = False
-
-    @property
-    def pretrained_model_name_or_path(self) -> str:
-        """Folder or hub id of the pipeline, as given to the constructor."""
-        return self.source.path
-
     def read_configs(self) -> None:
         """Read the configs of scheduler, VAE and denoiser, unless they were read before.
 
         Raises:
-            UserError: If a part is missing or its config cannot be read.
+            UserError: If a part is missing, its config cannot be read, or another VAE has other latents than the pipeline's.
         """
         if not hasattr(self, "denoiser_config"):
-            self.scheduler_config = self.source.config("scheduler")
-            self.vae_config = self.source.config("vae", self.vae_class)
-            self.denoiser_config = self.source.config(self.denoiser_name, self.denoiser_class)
+            self.scheduler_config = self.source.config_of("scheduler")
+            self.vae_config = self.source.config_of("vae", self.vae_class)
+            if self.source.vae is not None:
+                check_other_vae(self.source, self.vae_class, self.vae_config)
+            self.denoiser_config = self.source.config_of(self.denoiser_name, self.denoiser_class)
 
     def load(
         self,

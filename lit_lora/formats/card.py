@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from lit_lora.formats.base import AdapterFiles
-from lit_lora.formats.base_options import recorded_options
+from lit_lora.formats.base_options import loading_lines
 from lit_lora.formats.base_records import Records, base_records
 from lit_lora.formats.model_spec import alpha_option, default_title
 from lit_lora.formats.textual_inversion import embedding_file
@@ -91,8 +91,8 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
     blocks = []
     prompt = trigger or "a prompt"
     pipeline = "DiffusionPipeline" if adapter.family is None else adapter.family.pipeline_class.__name__
-    options = recorded_options(adapter.metadata, base)
-    source = ", ".join([json.dumps(base), *(f"{name}={json.dumps(value)}" for name, value in options.items())])
+    vae_class = "AutoencoderKL" if adapter.family is None else adapter.family.vae_class.__name__
+    first, *creation = loading_lines(adapter.metadata, base, pipeline, vae_class)
     over = base_records(adapter.metadata)
     if over:
         blocks.append(_trained_over(adapter, base, over))
@@ -102,9 +102,9 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
     if loading:
         reads_files = any("load_file(" in line for line in loading)
         lines = [
-            f"from diffusers import {pipeline}",
+            first,
             *(["from safetensors.torch import load_file"] if reads_files else []),
-            f"\npipeline = {pipeline}.from_pretrained({source})",
+            *creation,
             *loading,
             f'image = pipeline("{prompt}").images[0]',
         ]
@@ -112,9 +112,9 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
     if "adapter_config.json" in files and not over:
         part = "unet" if adapter.family is None else adapter.family.denoiser_name
         blocks.append(
-            f"In PEFT:\n\n```python\nfrom diffusers import {pipeline}\nfrom peft import PeftModel\n\n"
-            f"pipeline = {pipeline}.from_pretrained({source})\n"
-            f'PeftModel.from_pretrained(pipeline.{part}, "this folder")  # changes the {part} in place\n'
+            "In PEFT:\n\n```python\n"
+            + "\n".join([first, "from peft import PeftModel", *creation, ""])
+            + f'PeftModel.from_pretrained(pipeline.{part}, "this folder")  # changes the {part} in place\n'
             + "".join(
                 f'PeftModel.from_pretrained(pipeline.{one}, "this folder", subfolder="{one}")\n'
                 for one in adapter.text_encoders

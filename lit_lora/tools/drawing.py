@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from lit_lora.adapters import load_adapter
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
-from lit_lora.families import ModelFamily, ModelSource, check_size, family_of
+from lit_lora.families import ModelFamily, ModelSource, check_single_file, check_size, family_of_source
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.base_adapter import BaseAdapter
 from lit_lora.formats.base_adapters import BaseAdapters, recorded_adapters
@@ -136,6 +136,7 @@ def _from_family(
 ) -> Callable[..., list[Image.Image]]:
     """Function that draws with a base of a known family and the adapter; the size is checked before weights are read."""
     family = kind(base, **options)
+    check_single_file(family)
     family.read_configs()
     check_size(family, *(edge or family.default_size for edge in size))
     family.load(dtype, changes=adapt.changes(kind))
@@ -150,6 +151,8 @@ def _from_pipeline(
 ) -> Callable[..., list[Image.Image]]:
     """Function that draws with a base of no known family, through its diffusers pipeline, and the adapter."""
     adapt.changes(None)
+    if others := sorted(options.keys() - {"revision", "variant"}):
+        raise UserError(f"{others[0]} needs a known model family, and {base!r} is of none; name it with --family")
     try:
         pipeline = DiffusionPipeline.from_pretrained(resolve(base), dtype=dtype, **options)
     except (OSError, ValueError, AttributeError) as error:
@@ -176,7 +179,7 @@ def _family_class(family: str | None, base: str | None, options: Mapping[str, st
     """The family of this name or import path, or the one for the base's pipeline; None if there is none."""
     if family is not None:
         return named_family(family)
-    return family_of(str(ModelSource(base, **options).index().get("_class_name"))) if base else None
+    return family_of_source(ModelSource(base, **options)) if base else None
 
 
 def _adapted_part(pipeline: Any, config: Mapping[str, Any]) -> Any:

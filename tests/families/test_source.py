@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_lora.errors import UserError
 from lit_lora.families import Flux, ModelSource, StableDiffusion, StableDiffusion3
-from lit_lora.families.source import check_hub, repository_files
+from lit_lora.families.hub import check_hub, repository_files
 from lit_lora.families.variants import found_variant
 from tests.tiny_pipelines import write_sd3
 

@@ -37,6 +37,10 @@ def drawn_with(base: Path | None, adapter: Path, **options: str) -> Any:
     return generate.__self__
 
 
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"{WEIGHTS}.safetensors")
+
+
 @pytest.fixture
 def folder(sd_folder: Path, tmp_path: Path) -> Path:
     """A base whose weights are all of the variant fp16."""
@@ -80,3 +84,26 @@ def test_a_damaged_entry(folder: Path, tmp_path: Path) -> None:
     save_file(load_file(adapter), adapter, {"lit_lora.base": "[1"})
     with pytest.raises(UserError, match=r"'lit_lora\.base' is damaged"):
         drawn_with(folder, adapter)
+
+
+def test_the_vae_of_the_training(sd_folder: Path, sdxl_folder: Path, tmp_path: Path) -> None:
+    vae = str(sdxl_folder)
+    adapter = adapter_of(StableDiffusion(str(sd_folder), vae=vae), tmp_path / "adapter")
+    family = drawn_with(None, adapter)
+    assert torch.equal(family.vae.encoder.conv_in.weight, weights_of(sdxl_folder / "vae")["encoder.conv_in.weight"])
+    card = (adapter / "README.md").read_text()
+    code = card.split("In diffusers:\n\n```python\n")[1].split("```")[0].replace('"this folder"', f'"{adapter}"')
+    names: dict[str, Any] = {}
+    exec(code.partition("image =")[0], names)  # the card's own way
+    assert torch.equal(names["pipeline"].vae.encoder.conv_in.weight, family.vae.encoder.conv_in.weight)
+    assert drawn_with(None, adapter, vae=str(sd_folder / "vae")).source.vae == str(sd_folder / "vae")
+
+
+def test_a_vae_for_a_base_of_no_known_family(sd_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(sd_folder, folder)
+    index = (folder / "model_index.json").read_text()
+    (folder / "model_index.json").write_text(index.replace("StableDiffusionPipeline", "StableDiffusionPAGPipeline"))
+    adapter = adapter_of(StableDiffusion(str(sd_folder)), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"vae needs a known model family, .* is of none; name it with --family"):
+        drawn_with(folder, adapter, vae=str(sd_folder))
