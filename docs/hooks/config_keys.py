@@ -143,6 +143,9 @@ def keys_of(one: type[Any]) -> list[Key]:
         meaning = re.sub(r"\s+", " ", plain(described[name].replace("``", "`")))
         default = "required" if parameter.default is parameter.empty else _default(one, parameter)
         keys.append(Key(name, _type(hints[name]), default, meaning.replace("|", r"\|")))
+    if "options" in inspect.signature(one).parameters:  # those of the base
+        base = next(kind for kind in one.__mro__[1:] if "__init__" in vars(kind))
+        keys += [key for key in keys_of(base) if key.name not in {own.name for own in keys}]
     return keys
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource, family_of
-from lit_lora.families.source import check_hub
+from lit_lora.families.hub import check_hub
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -32,14 +32,15 @@ class BaseModel:
         path: Folder that ``save_pretrained`` of a pipeline or of a model wrote, hub id of a pipeline, or ``embedded``.
         weights: Whether weights will be read: a pipeline on the hub is downloaded then. Defaults to False; of a pipeline on the
             hub only configs are read.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
+            variant that a part has.
 
     Raises:
         UserError: If there is no such pipeline or model.
     """
 
     def __init__(self, path: str, weights: bool = False, variant: str | None = None) -> None:
-        self.path, self.variant = path, variant
+        self.path = path
         self.source = ModelSource(path, variant=variant)
         if not self.source.is_local:
             if Path(resolve(path)).exists():
@@ -48,7 +49,8 @@ class BaseModel:
                 )
             check_hub(path, None)
             if weights:
-                options = {"variant": variant} if variant else {}
+                of_denoiser = self.source.variant_of("unet") or self.source.variant_of("transformer")
+                options = {"variant": of_denoiser} if of_denoiser else {}
                 self.source = ModelSource(str(DiffusionPipeline.download(path, **options)), variant=variant)
         self.index: Mapping[str, Any] = self.source.index()
         if not self.index and not (self.source.is_local and (self.folder / CONFIG).is_file()):
@@ -101,7 +103,7 @@ class BaseModel:
             UserError: If it is missing or cannot be read.
         """
         if part:
-            return self.source.config(part)
+            return self.source.config_of(part)
         try:
             config: dict[str, Any] = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -139,7 +141,7 @@ class BaseModel:
         Raises:
             UserError: If there are none, or a file that an index lists is missing.
         """
-        return find_weights(self.folder / part, self.variant)
+        return find_weights(self.folder / part, self.source.variant_of(part))
 
     def _has(self, name: str) -> bool:
         entry = self.index.get(name)
@@ -169,5 +171,5 @@ def find_weights(folder: Path, variant: str | None = None) -> list[Path]:
     held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "nothing"
     raise UserError(
         f"{folder} has no weights as safetensors{f' of the variant {variant}' if variant else ''}; it holds {held}. Save the "
-        f"model again with safe_serialization=True, or name the variant of its files with --variant"
+        f"model again with safe_serialization=True"
     )

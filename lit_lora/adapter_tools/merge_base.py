@@ -174,7 +174,8 @@ def _merge_loaded(adapter: AdapterFiles, name: str, path: object, base: BaseMode
             f"{path} cannot be merged weight by weight, because {beyond_lora(adapter)}; loading and writing {folder} takes up to "
             f"{format_bytes(needed)} of memory, and {format_bytes(available)} are free"
         )
-    options: dict[str, Any] = {"variant": base.variant} if base.variant else {}
+    variant = base.source.variant_of(base.part(name))
+    options: dict[str, Any] = {"variant": variant} if variant else {}
     with safe_open(files[0], framework="pt") as opened:
         dtype = opened.get_tensor(next(iter(opened.keys()))).dtype
     model = diffusers.AutoModel.from_pretrained(str(folder), dtype=dtype, **options)

@@ -2,7 +2,15 @@
 
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
-from lit_lora.families.checks import check_batch, check_size, families, family_of, prepare
+from lit_lora.families.checks import (
+    check_batch,
+    check_single_file,
+    check_size,
+    families,
+    family_of,
+    family_of_source,
+    prepare,
+)
 from lit_lora.families.chroma import Chroma
 from lit_lora.families.flux import Flux
 from lit_lora.families.krea2 import Krea2
@@ -31,9 +39,11 @@ __all__ = [
     "StableDiffusionXL",
     "ZImage",
     "check_batch",
+    "check_single_file",
     "check_size",
     "families",
     "family_of",
+    "family_of_source",
     "prepare",
     "target_size",
 ]

@@ -18,6 +18,7 @@ from lit_lora.draws import Draws
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer
 from lit_lora.families.parts import PipelineParts
+from lit_lora.families.source import ModelSource
 from lit_lora.objectives import DDPM, Objective
 from lit_lora.sampling import generate, text_prompts
 
@@ -35,12 +36,20 @@ class ModelFamily(PipelineParts, ABC):
     The constructor only stores its arguments; :meth:`load` loads the weights.
 
     Args:
-        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or ``embedded`` for the
-            small model that ships with the package.
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, .safetensors file with the whole
+            model or its denoiser, or ``embedded`` for the small model that ships with the package.
         revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
+            variant that a part has.
+        vae: VAE to use instead of the pipeline's, of the same kind: a folder or hub id, of the VAE or of a pipeline, or a
+            .safetensors file; defaults to the pipeline's own.
+        config: For a model in one file, folder or hub id of a pipeline with the configs, the tokenizers and the parts that the
+            file does not have; defaults to the repository on the hub that diffusers takes for its kind.
     """
 
+    single_file_types: ClassVar[frozenset[str]] = frozenset()
+    """Models in one file that are of this family, in the words of diffusers' ``infer_diffusers_model_type``; none by default,
+    and then files of unknown kind are taken."""
     default_objective: ClassVar[type[Objective]] = DDPM
     """Objective with which the family's models were trained; defaults to :class:`DDPM`."""
     text_masks: ClassVar[Mapping[str, str]] = {}
@@ -53,6 +62,23 @@ class ModelFamily(PipelineParts, ABC):
     by default."""
     undistilled: ClassVar[str] = "the model that it was distilled from"
     """Model to train on instead of one that is distilled to few steps; warnings name it."""
+
+    def __init__(
+        self,
+        pretrained_model_name_or_path: str,
+        revision: str | None = None,
+        variant: str | None = None,
+        vae: str | None = None,
+        config: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.source = ModelSource(pretrained_model_name_or_path, revision, variant, vae, config)
+        self._forget()
+
+    @property
+    def pretrained_model_name_or_path(self) -> str:
+        """Folder or hub id of the pipeline, as given to the constructor."""
+        return self.source.path
 
     @property
     def vae_scale_factor(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_lora.errors import UserError
 from lit_lora.families.base import ModelFamily
+from lit_lora.families.source import ModelSource
 from lit_lora.objectives import Objective
 
 _CONTRACT = (
@@ -136,6 +137,41 @@ def _check_count(count: int, **lists: Any) -> None:
             raise UserError(f"{name} has {len(values)} entries for {count} images; {_CONTRACT}")
 
 
+def family_of_source(source: ModelSource) -> type[ModelFamily] | None:
+    """The family of a pipeline, or of the model in a file; None if there is none.
+
+    Args:
+        source: Source of the pipeline.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    if (file := source.file) is not None and file.model_type is not None:
+        return next((kind for kind in families() if file.model_type in kind.single_file_types), None)
+    return family_of(str(source.index().get("_class_name")))
+
+
+def check_single_file(family: ModelFamily) -> None:
+    """Check that the base, if it is a file, is of the family.
+
+    Args:
+        family: Model family of the base.
+
+    Raises:
+        UserError: If the file is of another kind, or cannot be read.
+    """
+    file = family.source.file
+    if file is None or file.model_type is None or not family.single_file_types:
+        return
+    if file.model_type not in family.single_file_types:
+        other = family_of_source(family.source)
+        advice = "use the text-to-image model" if other is None else f"use family {other.__name__}"
+        raise UserError(
+            f"{type(family).__name__} cannot train {file.path}, which is a model of the kind {file.model_type}, not "
+            f"{' or '.join(sorted(family.single_file_types))}: {advice}"
+        )
+
+
 def family_of(pipeline_name: str) -> type[ModelFamily] | None:
     """The family for the diffusers pipeline class of this name; None if there is none."""
     return next((kind for kind in families() if pipeline_name in kind.pipelines()), None)
@@ -154,6 +190,7 @@ def families(kind: type[ModelFamily] = ModelFamily) -> Iterator[type[ModelFamily
 
 
 def _check_pipeline(family: ModelFamily) -> None:
+    check_single_file(family)
     found = family.source.index().get("_class_name")
     if found is None or found in family.pipelines():
         return

@@ -51,11 +51,11 @@ class Flux(ModelFamily):
     the guidance scale as an input, for which training has an option of its own.
 
     Args:
-        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
-        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or .safetensors file with the
+            whole model or its denoiser.
         train_guidance_scale: Guidance scale that FLUX.1-dev gets as input in training, at least 0; defaults to 1.
         max_sequence_length: Number of tokens of a caption for T5, at most 512; defaults to 512, as in the pipeline.
+        **options: Further options of :class:`ModelFamily`.
 
     Raises:
         UserError: If a value is outside its range.
@@ -70,6 +70,7 @@ class Flux(ModelFamily):
         "text_encoder": CLIPTextModel,
         "text_encoder_2": T5EncoderModel,
     }
+    single_file_types: ClassVar[frozenset[str]] = frozenset({"flux-dev", "flux-schnell"})
     block_classes: ClassVar[tuple[str, ...]] = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     default_targets: ClassVar[tuple[str, ...]] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -92,12 +93,11 @@ class Flux(ModelFamily):
     def __init__(
         self,
         pretrained_model_name_or_path: str,
-        revision: str | None = None,
-        variant: str | None = None,
         train_guidance_scale: float = 1.0,
         max_sequence_length: int = _MOST_TOKENS,
+        **options: Any,
     ) -> None:
-        super().__init__(pretrained_model_name_or_path, revision, variant)
+        super().__init__(pretrained_model_name_or_path, **options)
         check_least(0, train_guidance_scale=train_guidance_scale)
         if not 1 <= max_sequence_length <= _MOST_TOKENS:
             raise UserError(

@@ -1,50 +1,45 @@
-"""Identity of the parts of a pipeline folder, as a digest of their contents."""
+"""Identity of a part of a pipeline on this machine, as a digest of its contents."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+
+from lit_lora.families.variants import WEIGHT_FILE
 
 _BLOCKS = 256
 _BLOCK_BYTES = 1 << 16
 
-_WEIGHTS = re.compile(r"[^.]+(?:\.(?P<variant>[^.]+?))?(?:-\d+-of-\d+)?\.(?P<format>safetensors|bin)")
-"""Names of weight files, such as ``model.safetensors``, ``model.fp16.safetensors``, ``model-00001-of-00002.safetensors``."""
-
 _SETTINGS = (".json", ".txt", ".model")
 
 
-def parts_identity(source: Path, parts: Mapping[str, Sequence[str]], variant: str | None) -> dict[str, str]:
-    """A digest of each part that has weights.
+def folders_identity(folders: Mapping[str, tuple[Path, str | None]], without_weights: bool = False) -> str | None:
+    """A digest of a part in local folders; None if it has no weights.
 
-    A digest covers the names and contents of configs, tokenizer files and the weight files that would be loaded. It does not
-    depend on the path, so a folder keeps it when it is moved or copied. Of a file above 16 MiB it covers the size and 256 evenly
-    spaced blocks of 64 KiB: other weights differ everywhere, and reading whole files would delay the start too long.
+    It covers the names and contents of configs, tokenizer files and the weight files that would be loaded. It does not depend on
+    the path, so a folder keeps it when it is moved or copied. Of a file above 16 MiB it covers the size and 256 evenly spaced
+    blocks of 64 KiB: other weights differ everywhere, and reading whole files would delay the start too long.
 
     Args:
-        source: Folder that diffusers' ``save_pretrained`` wrote.
-        parts: Subfolders of each part.
-        variant: Variant of the weight files, such as ``fp16``; None for files without a variant.
+        folders: The part's folders by their names in the pipeline, each with the variant of its weight files; None for files
+            without a variant.
+        without_weights: Whether the weights may be elsewhere; defaults to False.
     """
-    identities = {}
-    for part, folders in parts.items():
-        files = [file for folder in folders for file in _files(source / folder, variant)]
-        if any(_WEIGHTS.fullmatch(file.name) for file in files):
-            digest = hashlib.blake2b(digest_size=16)
-            for file in files:
-                digest.update(f"{file.relative_to(source).as_posix()}\0".encode())
-                digest.update(_digest(file))
-            identities[part] = f"blake2b:{digest.hexdigest()}"
-    return identities
+    digest, weights = hashlib.blake2b(digest_size=16), False
+    for name, (folder, variant) in folders.items():
+        for file in _files(folder, variant):
+            weights |= WEIGHT_FILE.fullmatch(file.name) is not None
+            digest.update(f"{name}/{file.name}\0".encode())
+            digest.update(_digest(file))
+    return f"blake2b:{digest.hexdigest()}" if weights or without_weights else None
 
 
 def _files(folder: Path, variant: str | None) -> list[Path]:
     """Settings and the weight files that are loaded: those of the variant, ``.bin`` only if there is no safetensors file."""
     files = sorted(folder.iterdir()) if folder.is_dir() else []
-    named = [(file, _WEIGHTS.fullmatch(file.name)) for file in files]
+    named = [(file, WEIGHT_FILE.fullmatch(file.name)) for file in files]
     weights = [(file, match["format"]) for file, match in named if match and match["variant"] == variant]
     formats = {form for _, form in weights}
     wanted = "safetensors" if "safetensors" in formats else "bin"

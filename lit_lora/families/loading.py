@@ -62,8 +62,12 @@ class PartLoader:
         def load(location: str, subfolder: str, **options: Any) -> nn.Module:
             if not self.weights:
                 return shape_part(kind, location, subfolder, dtype, **options)
-            variant = {"variant": self.source.variant} if self.source.variant else {}
-            model = load_part(kind, location, subfolder, dtype, self.node, **options, **variant)
+            file = self.source.file_of(name)
+            if file is not None and file.holds(kind):
+                options["load"] = file.load
+            elif variant := self.source.variant_of(name):
+                options["variant"] = variant
+            model = load_part(kind, location, subfolder, dtype, self.node, **options)
             apply_changes(model, self.changes.get(name, {}))
             return model
 
@@ -84,8 +88,7 @@ class PartLoader:
             arguments = (kind, location, subfolder, self.quantization, self.dtype)
             if not self.weights:
                 return shape_model(*arguments, always_skipped=self.always_dense, **options)
-            files = {"variant": self.source.variant, "node": self.node, "changes": self.changes.get(name)}
-            return load_model(*arguments, always_skipped=self.always_dense, **files, **options)
+            return load_model(*arguments, always_skipped=self.always_dense, **self._files(name, self.node), **options)
 
         return self.source.load(name, load)
 
@@ -102,12 +105,18 @@ class PartLoader:
         """
 
         def open_files(location: str, subfolder: str, **options: Any) -> Weights:
-            files: dict[str, Any] = {"variant": self.source.variant, "node": node, "changes": self.changes.get(name)}
             arguments: Any = (kind, location, subfolder, self.quantization, self.dtype)
-            return Weights(*arguments, always_skipped=self.always_dense, **files | options)
+            files: dict[str, Any] = self._files(name, node) | options
+            return Weights(*arguments, always_skipped=self.always_dense, **files)
 
         opened: Weights = self.source.load(name, open_files)
         return opened
+
+    def _files(self, name: str, node: Node) -> dict[str, Any]:
+        """Arguments of :class:`Weights` with the place of the denoiser's weights."""
+        file = self.source.file_of(name)
+        place = {"variant": self.source.variant_of(name)} if file is None else {"open_file": file.open}
+        return {**place, "node": node, "changes": self.changes.get(name)}
 
     def sharded_denoiser(
         self,

@@ -20,6 +20,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.errors import UserError
 from lit_lora.families.loading import PartLoader
 from lit_lora.families.new_tokens import TokenStart, add_tokens, new_rows
+from lit_lora.families.other_vae import check_other_vae
 from lit_lora.families.pipeline_kind import PipelineKind
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
@@ -31,16 +32,7 @@ PARTS = ("vae", "text", "denoiser")
 
 
 class PipelineParts(PipelineKind):
-    """The denoiser, VAE and encoders of one diffusers pipeline, which class attributes name.
-
-    The constructor only stores its arguments; :meth:`load` loads the weights.
-
-    Args:
-        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or ``embedded`` for the
-            small model that ships with the package.
-        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
-    """
+    """The denoiser, VAE and encoders of one diffusers pipeline, which class attributes name."""
 
     denoiser_class: ClassVar[type[nn.Module]]
     older_denoisers: ClassVar[tuple[str, ...]] = ()
@@ -64,6 +56,9 @@ class PipelineParts(PipelineKind):
     default_vae_dtype: ClassVar[torch.dtype | None] = None
     """dtype of the VAE, for families whose VAE overflows in half precision; defaults to None, the base's dtype."""
 
+    source: ModelSource
+    vae_slicing: bool = False
+    vae_tiling: bool = False
     scheduler_config: dict[str, Any]
     vae_config: dict[str, Any]
     denoiser_config: dict[str, Any]
@@ -77,29 +72,18 @@ class PipelineParts(PipelineKind):
     new_tokens: dict[str, int]
     """Number of vectors of each new token."""
 
-    def __init__(
-        self, pretrained_model_name_or_path: str, revision: str | None = None, variant: str | None = None
-    ) -> None:
-        super().__init__()
-        self.source = ModelSource(pretrained_model_name_or_path, revision, variant)
-        self._forget()
-        self.vae_slicing = self.vae_tiling = False
-
-    @property
-    def pretrained_model_name_or_path(self) -> str:
-        """Folder or hub id of the pipeline, as given to the constructor."""
-        return self.source.path
-
     def read_configs(self) -> None:
         """Read the configs of scheduler, VAE and denoiser, unless they were read before.
 
         Raises:
-            UserError: If a part is missing or its config cannot be read.
+            UserError: If a part is missing, its config cannot be read, or another VAE has other latents than the pipeline's.
         """
         if not hasattr(self, "denoiser_config"):
-            self.scheduler_config = self.source.config("scheduler")
-            self.vae_config = self.source.config("vae", self.vae_class)
-            self.denoiser_config = self.source.config(self.denoiser_name, self.denoiser_class)
+            self.scheduler_config = self.source.config_of("scheduler")
+            self.vae_config = self.source.config_of("vae", self.vae_class)
+            if self.source.vae is not None:
+                check_other_vae(self.source, self.vae_class, self.vae_config)
+            self.denoiser_config = self.source.config_of(self.denoiser_name, self.denoiser_class)
 
     def load(
         self,

@@ -50,9 +50,8 @@ class PixArtSigma(ModelFamily):
 
     Args:
         pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
-        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
         max_sequence_length: Number of tokens of a caption; defaults to 300, as in the pipeline.
+        **options: Further options of :class:`ModelFamily`.
 
     Raises:
         UserError: If ``max_sequence_length`` is below 1.
@@ -74,11 +73,10 @@ class PixArtSigma(ModelFamily):
     def __init__(
         self,
         pretrained_model_name_or_path: str,
-        revision: str | None = None,
-        variant: str | None = None,
         max_sequence_length: int = 300,
+        **options: Any,
     ) -> None:
-        super().__init__(pretrained_model_name_or_path, revision, variant)
+        super().__init__(pretrained_model_name_or_path, **options)
         check_least(1, max_sequence_length=max_sequence_length)
         self.max_sequence_length = max_sequence_length
 

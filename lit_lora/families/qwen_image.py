@@ -40,10 +40,9 @@ class QwenImage(QwenVAEFamily):
 
     Args:
         pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
-        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
         max_sequence_length: Largest number of tokens of a caption with the end of its template, at most 1024; defaults to 512,
             as in the pipeline.
+        **options: Further options of :class:`ModelFamily`.
 
     Raises:
         UserError: If ``max_sequence_length`` is outside its range.
@@ -67,11 +66,10 @@ class QwenImage(QwenVAEFamily):
     def __init__(
         self,
         pretrained_model_name_or_path: str,
-        revision: str | None = None,
-        variant: str | None = None,
         max_sequence_length: int = 512,
+        **options: Any,
     ) -> None:
-        super().__init__(pretrained_model_name_or_path, revision, variant)
+        super().__init__(pretrained_model_name_or_path, **options)
         if not 1 <= max_sequence_length <= _MOST_TOKENS:
             raise UserError(
                 f"max_sequence_length={max_sequence_length} is out of range; it must lie in [1, {_MOST_TOKENS}]"

@@ -29,10 +29,9 @@ class Sana(ModelFamily):
 
     Args:
         pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
-        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
         complex_human_instruction: Whether captions follow the pipeline's instruction; defaults to True.
         max_sequence_length: Number of tokens of a caption; defaults to 300, as in the pipeline.
+        **options: Further options of :class:`ModelFamily`.
 
     Raises:
         UserError: If ``max_sequence_length`` is below 2.
@@ -57,12 +56,11 @@ class Sana(ModelFamily):
     def __init__(
         self,
         pretrained_model_name_or_path: str,
-        revision: str | None = None,
-        variant: str | None = None,
         complex_human_instruction: bool = True,
         max_sequence_length: int = 300,
+        **options: Any,
     ) -> None:
-        super().__init__(pretrained_model_name_or_path, revision, variant)
+        super().__init__(pretrained_model_name_or_path, **options)
         check_least(2, max_sequence_length=max_sequence_length)
         self.complex_human_instruction = complex_human_instruction
         self.max_sequence_length = max_sequence_length

@@ -29,16 +29,22 @@ class StableDiffusion(ModelFamily):
     """Stable Diffusion 1.x and 2.x, and other models with the same pipeline (Rombach et al., 2022).
 
     Args:
-        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or ``embedded`` for the
-            small model that ships with the package.
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, .safetensors file with the whole
+            model or its denoiser, or ``embedded`` for the small model that ships with the package.
         revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
+            variant that a part has.
+        vae: VAE to use instead of the pipeline's, of the same kind: a folder or hub id, of the VAE or of a pipeline, or a
+            .safetensors file; defaults to the pipeline's own.
+        config: For a model in one file, folder or hub id of a pipeline with the configs, the tokenizers and the parts that the
+            file does not have; defaults to the repository on the hub that diffusers takes for its kind.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionPipeline
     denoiser_class: ClassVar[type[nn.Module]] = UNet2DConditionModel
     denoiser_name: ClassVar[str] = "unet"
     encoder_classes: ClassVar[dict[str, type[Any]]] = {"tokenizer": CLIPTokenizer, "text_encoder": CLIPTextModel}
+    single_file_types: ClassVar[frozenset[str]] = frozenset({"v1", "v2"})
     block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     token_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": ""}

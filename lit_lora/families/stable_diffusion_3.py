@@ -46,11 +46,11 @@ class StableDiffusion3(ModelFamily):
     embeddings.
 
     Args:
-        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
-        revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or .safetensors file with the
+            whole model or its denoiser.
         t5: Whether to use the T5 encoder, if the pipeline has it; defaults to True.
         max_sequence_length: Number of tokens of a caption for T5; defaults to 256, as in the pipeline.
+        **options: Further options of :class:`ModelFamily`.
 
     Raises:
         UserError: If ``max_sequence_length`` is below 1.
@@ -68,6 +68,7 @@ class StableDiffusion3(ModelFamily):
         "text_encoder_3": T5EncoderModel,
     }
     optional_encoders: ClassVar[frozenset[str]] = frozenset({"tokenizer_3", "text_encoder_3"})
+    single_file_types: ClassVar[frozenset[str]] = frozenset({"sd3", "sd35_medium", "sd35_large"})
     block_classes: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     default_targets: ClassVar[tuple[str, ...]] = (
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
@@ -93,12 +94,11 @@ class StableDiffusion3(ModelFamily):
     def __init__(
         self,
         pretrained_model_name_or_path: str,
-        revision: str | None = None,
-        variant: str | None = None,
         t5: bool = True,
         max_sequence_length: int = 256,
+        **options: Any,
     ) -> None:
-        super().__init__(pretrained_model_name_or_path, revision, variant)
+        super().__init__(pretrained_model_name_or_path, **options)
         check_least(1, max_sequence_length=max_sequence_length)
         self.t5 = t5
         self.max_sequence_length = max_sequence_length

@@ -30,9 +30,15 @@ class StableDiffusionXL(ModelFamily):
     The VAE overflows in half precision, so it always runs in float32.
 
     Args:
-        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, or hub id.
+        pretrained_model_name_or_path: Folder that diffusers' ``save_pretrained`` wrote, hub id, or .safetensors file with the
+            whole model or its denoiser.
         revision: Branch, tag or commit on the hub; defaults to the hub's default branch.
-        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant.
+        variant: Variant of the weight files, such as ``fp16``; defaults to the files without a variant, or else to the only
+            variant that a part has.
+        vae: VAE to use instead of the pipeline's, of the same kind: a folder or hub id, of the VAE or of a pipeline, or a
+            .safetensors file; defaults to the pipeline's own.
+        config: For a model in one file, folder or hub id of a pipeline with the configs, the tokenizers and the parts that the
+            file does not have; defaults to the repository on the hub that diffusers takes for its kind.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = StableDiffusionXLPipeline
@@ -44,6 +50,7 @@ class StableDiffusionXL(ModelFamily):
         "text_encoder": CLIPTextModel,
         "text_encoder_2": CLIPTextModelWithProjection,
     }
+    single_file_types: ClassVar[frozenset[str]] = frozenset({"xl_base"})
     block_classes: ClassVar[tuple[str, ...]] = ("BasicTransformerBlock", "ResnetBlock2D")
     default_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
     token_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.base_options import loading_lines
 from lit_lora.formats.base_records import Records, base_records
 from lit_lora.formats.model_spec import alpha_option, default_title
 from lit_lora.formats.textual_inversion import embedding_file
@@ -92,6 +93,8 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
     pipeline = "DiffusionPipeline"  # which finds out what the base is
     if adapter.family is not None and not adapter.family.other_pipelines:
         pipeline = adapter.family.pipeline_class.__name__
+    vae_class = "AutoencoderKL" if adapter.family is None else adapter.family.vae_class.__name__
+    first, *creation = loading_lines(adapter.metadata, base, pipeline, vae_class)
     over = base_records(adapter.metadata)
     if over:
         blocks.append(_trained_over(adapter, base, over))
@@ -101,9 +104,9 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
     if loading:
         reads_files = any("load_file(" in line for line in loading)
         lines = [
-            f"from diffusers import {pipeline}",
+            first,
             *(["from safetensors.torch import load_file"] if reads_files else []),
-            f'\npipeline = {pipeline}.from_pretrained("{base}")',
+            *creation,
             *loading,
             f'image = pipeline("{prompt}").images[0]',
         ]
@@ -111,9 +114,9 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
     if "adapter_config.json" in files and not over:
         part = "unet" if adapter.family is None else adapter.family.denoiser_name
         blocks.append(
-            f"In PEFT:\n\n```python\nfrom diffusers import {pipeline}\nfrom peft import PeftModel\n\n"
-            f'pipeline = {pipeline}.from_pretrained("{base}")\n'
-            f'PeftModel.from_pretrained(pipeline.{part}, "this folder")  # changes the {part} in place\n'
+            "In PEFT:\n\n```python\n"
+            + "\n".join([first, "from peft import PeftModel", *creation, ""])
+            + f'PeftModel.from_pretrained(pipeline.{part}, "this folder")  # changes the {part} in place\n'
             + "".join(
                 f'PeftModel.from_pretrained(pipeline.{one}, "this folder", subfolder="{one}")\n'
                 for one in adapter.text_encoders

@@ -12,6 +12,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats import format_named, marker_of
 from lit_lora.formats.base import AdapterFiles
+from lit_lora.formats.base_options import options_metadata
 from lit_lora.formats.text_encoders import normalized
 
 
@@ -30,12 +31,11 @@ def files_of(
         metadata: What is known about the training; defaults to nothing.
     """
     parts = {name: _part(family, name, state) for name, state in tensors.items()}
-    of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path}
-    denoiser = parts.pop("denoiser", AdapterFiles({}, of_base))
+    denoiser = parts.pop("denoiser", AdapterFiles({}, _base_entries(family)))
     return AdapterFiles(
         denoiser.state,
         denoiser.config,
-        metadata or {},
+        {**(metadata or {}), **options_metadata(family)},
         type(family),
         family.naming_config,
         {name: normalized(part) for name, part in parts.items()},
@@ -48,9 +48,15 @@ def _part(family: ModelFamily, name: str, state: Mapping[str, Tensor]) -> Adapte
     kind = family.denoiser_class if name == "denoiser" else type(model.get_base_model())
     # PEFT's save_pretrained names the adapted model in the same way.
     mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    of_base = {"base_model_name_or_path": family.pretrained_model_name_or_path, "auto_mapping": mapping}
+    of_base = {**_base_entries(family), "auto_mapping": mapping}
     trained = model.peft_config[ADAPTER_NAME]
     return AdapterFiles(*method_of(trained).export(model, state, plain_config(trained) | of_base))
+
+
+def _base_entries(family: ModelFamily) -> dict[str, str]:
+    """What a PEFT config says about the base."""
+    revision = {"revision": family.source.revision} if family.source.revision else {}
+    return {"base_model_name_or_path": family.pretrained_model_name_or_path, **revision}
 
 
 def _no_rows(family: ModelFamily) -> dict[str, Mapping[str, Tensor]]:

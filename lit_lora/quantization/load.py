@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,8 @@ class Weights:
         variant: Variant of the weight files, such as ``fp16``; none by default.
         node: Processes of this machine; defaults to this process alone. Only the reading process needs the weight files.
         changes: Changes of weights before they are quantized; defaults to none.
+        open_file: Function from the model and its weights' names to a function that reads a weight by its name; defaults to one
+            for the files in the folder.
 
     Raises:
         OSError: If a file is missing or damaged.
@@ -58,6 +60,7 @@ class Weights:
         variant: str | None = None,
         node: Node | None = None,
         changes: Changes | None = None,
+        open_file: Callable[[nn.Module, Sequence[str]], Callable[[str], Tensor]] | None = None,
     ) -> None:
         self._changes = changes or {}
         self._quantization, self._dtype, self._skipped = quantization, dtype, always_skipped
@@ -71,8 +74,12 @@ class Weights:
         check_changes(self._changes, set(self.names), self.model)
         # Looked up now, because an adapter replaces layers later.
         self._layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.names}
-        self._files: WeightFiles | None = None
-        self._node.read(lambda: self._open(source, folder, revision, variant))
+        self._read: Callable[[str], Tensor] | None = None
+
+        def open_folder(model: nn.Module, names: Sequence[str]) -> Callable[[str], Tensor]:
+            return WeightFiles(model, names, weight_files(source, folder, revision, variant)).tensor
+
+        self._node.read(lambda: self._open(open_file or open_folder))
         _bring_computed_tensors(self.model, kind, config)
 
     def put(self, name: str) -> None:
@@ -99,8 +106,8 @@ class Weights:
             OSError: If its file is damaged.
             UserError: If its shape differs from the model's.
         """
-        assert self._files is not None, "only the reading process has opened the files"
-        tensor, expected = self._files.tensor(name), _weight(self._layers[name], name.rpartition(".")[2]).shape
+        assert self._read is not None, "only the reading process has opened the files"
+        tensor, expected = self._read(name), _weight(self._layers[name], name.rpartition(".")[2]).shape
         if expected != tensor.shape:
             raise UserError(f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected)} in the model")
         change = self._changes.get(name)
@@ -133,8 +140,8 @@ class Weights:
             if attribute in layer._parameters:
                 layer._parameters[attribute] = nn.Parameter(nothing, requires_grad=False)
 
-    def _open(self, source: str, folder: str, revision: str | None, variant: str | None) -> dict[str, Tensor]:
-        self._files = WeightFiles(self.model, self.names, weight_files(source, folder, revision, variant))
+    def _open(self, open_files: Callable[[nn.Module, Sequence[str]], Callable[[str], Tensor]]) -> dict[str, Tensor]:
+        self._read = open_files(self.model, self.names)
         return {}
 
     def _form(self, name: str, layer: nn.Module) -> _Form:
@@ -189,8 +196,16 @@ def shape_model(
     return model.eval()
 
 
-def load_part(kind: Any, source: str, folder: str, dtype: torch.dtype, node: Node, **options: Any) -> nn.Module:
-    """Load a model of diffusers or transformers, frozen, with its own ``from_pretrained``.
+def load_part(
+    kind: Any,
+    source: str,
+    folder: str,
+    dtype: torch.dtype,
+    node: Node,
+    load: Callable[..., nn.Module] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Load a model of diffusers or transformers, frozen.
 
     Args:
         kind: Class of the model.
@@ -198,13 +213,17 @@ def load_part(kind: Any, source: str, folder: str, dtype: torch.dtype, node: Nod
         folder: Subfolder of the model.
         dtype: dtype of the weights.
         node: Processes of this machine; only the reading process needs the weight files.
+        load: Function from class, source, subfolder, dtype and options to the model; defaults to the class's ``from_pretrained``.
         **options: Options of ``from_pretrained``.
     """
     model: nn.Module | None = None
 
     def read() -> dict[str, Tensor]:
         nonlocal model
-        model = kind.from_pretrained(source, subfolder=folder, dtype=dtype, **options)
+        if load is None:
+            model = kind.from_pretrained(source, subfolder=folder, dtype=dtype, **options)
+        else:
+            model = load(kind, source, folder, dtype, **options)
         # Shared weights under all their names, and non-persistent buffers too.
         return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +85,7 @@ class WeightFiles:
         rename: Any = getattr(model, "_fix_state_dict_keys_on_load", None)
         if rename is not None:
             rename(renamed)
-        unknown = renamed.keys() - set(names)
-        missing = set(names) - renamed.keys()
-        if unknown or missing:
-            several = [
-                f"{len(found)} {what}, the first: {min(found)}"
-                for what, found in (
-                    ("weights are not in the file", missing),
-                    ("weights of the file are not in the model", unknown),
-                )
-                if found
-            ]
-            raise UserError(f"{files[0]} does not hold this {type(model).__name__}: {'; '.join(several)}")
+        check_weights(files[0], model, names, renamed)
         self._places = {name: saved[in_file] for name, in_file in renamed.items()}
 
     def tensor(self, name: str) -> Tensor:
@@ -124,6 +113,31 @@ class WeightFiles:
                 return list(opened.keys())
         except SafetensorError as error:
             raise OSError(f"{file} is damaged: {error}") from error
+
+
+def check_weights(file: Path, model: nn.Module, names: Sequence[str], found: Collection[str]) -> None:
+    """Check that a model's files hold exactly its weights.
+
+    Args:
+        file: The first file, for the error.
+        model: The model, for the error.
+        names: Names of all its weights.
+        found: Names of the weights in the files.
+
+    Raises:
+        UserError: If weights are missing or unknown.
+    """
+    unknown, missing = set(found) - set(names), set(names) - set(found)
+    if unknown or missing:
+        several = [
+            f"{len(some)} {what}, the first: {min(some)}"
+            for what, some in (
+                ("weights are not in the file", missing),
+                ("weights of the file are not in the model", unknown),
+            )
+            if some
+        ]
+        raise UserError(f"{file} does not hold this {type(model).__name__}: {'; '.join(several)}")
 
 
 def _unpickled(file: Path, device: str) -> dict[str, Tensor]:

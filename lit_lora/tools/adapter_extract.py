@@ -34,7 +34,8 @@ def extract(
         size: Maximum size of each written file of tensors, such as 200MB; shared among all layers by their singular values.
         max_rank: Maximum rank for --energy and --size.
         format: Format to write; defaults to PEFT's and diffusers' files in a folder, and to diffusers' for a file.
-        variant: Variant of the weight files of both models, such as fp16; defaults to the files without a variant.
+        variant: Variant of the weight files of both models, such as fp16; defaults to the files without a variant, or else to the
+            only variant that a part has.
         overwrite: Whether to replace an existing output.
 
     Raises:

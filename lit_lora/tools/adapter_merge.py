@@ -42,7 +42,8 @@ def merge(
         format: Format to write; defaults to PEFT's and diffusers' files in a folder, and to diffusers' for a file.
         family: Model family of the base, such as StableDiffusionXL; defaults to the family that the adapters tell.
         denoiser_only: Whether to write only the merged denoiser's folder instead of the whole pipeline.
-        variant: Variant of the base's weight files, such as fp16; defaults to the files without a variant.
+        variant: Variant of the base's weight files, such as fp16; defaults to the files without a variant, or else to the
+            only variant that a part has.
         overwrite: Whether to replace an existing output.
 
     Raises:

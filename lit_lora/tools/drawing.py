@@ -15,10 +15,11 @@ from transformers.utils.logging import disable_progress_bar
 from lit_lora.adapters import load_adapter
 from lit_lora.embedded import resolve
 from lit_lora.errors import UserError
-from lit_lora.families import ModelFamily, ModelSource, check_size, family_of
+from lit_lora.families import ModelFamily, ModelSource, check_single_file, check_size, family_of_source
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.base_adapter import BaseAdapter
 from lit_lora.formats.base_adapters import BaseAdapters, recorded_adapters
+from lit_lora.formats.base_options import recorded_options
 from lit_lora.formats.base_records import base_records
 from lit_lora.formats.find import read_adapter
 from lit_lora.formats.text_encoders import for_encoder
@@ -36,6 +37,7 @@ def make_generate(
     device: str | None,
     size: tuple[int | None, int | None],
     base_adapters: Sequence[str] = (),
+    base_options: Mapping[str, str] | None = None,
 ) -> Callable[..., list[Image.Image]]:
     """Load base and adapter, and return a function like :func:`lit_lora.sampling.generate` without its pipeline.
 
@@ -47,25 +49,29 @@ def make_generate(
         device: Device to draw on; None for the first GPU, or for the CPU if there is none.
         size: Height and width of the images in pixels; None for the model's own.
         base_adapters: Paths of the adapters that the adapter was trained over; defaults to those that it names.
+        base_options: Arguments of the family's constructor beside the base, such as ``variant``; of those that are not given,
+            the adapter names the values of its training.
 
     Raises:
         UserError: If base or adapters cannot be loaded, the adapter does not name its base, or the family cannot draw images of
             this size.
     """
     disable_progress_bar()  # of transformers, one for each text encoder
-    kind = _family_class(family, base)
+    given = base_options or {}
+    kind = _family_class(family, base, given)
     files = None if adapter is None else read_adapter(adapter, kind)
     if base is None:
         base = files.main_config.get("base_model_name_or_path") if files else None
         if not base:
             raise UserError("give --base: a folder, a hub id or 'embedded' (the adapter does not name its base)")
-        kind = kind or _family_class(family, base)
+    options = {**(recorded_options(files.metadata, base) if files else {}), **given}
+    kind = kind or _family_class(family, base, options)
     if device is not None:
         _check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     records = base_records(files.metadata) if files else []
     adapt = _Adapt(files, adapter, recorded_adapters(records, adapter, base_adapters))
-    arguments = (base, adapt, getattr(torch, dtype), device)
+    arguments = (base, options, adapt, getattr(torch, dtype), device)
     return _from_pipeline(*arguments) if kind is None else _from_family(kind, *arguments, size)
 
 
@@ -122,13 +128,15 @@ class _Adapt:
 def _from_family(
     kind: type[ModelFamily],
     base: str,
+    options: Mapping[str, str],
     adapt: _Adapt,
     dtype: torch.dtype,
     device: str,
     size: tuple[int | None, int | None],
 ) -> Callable[..., list[Image.Image]]:
     """Function that draws with a base of a known family and the adapter; the size is checked before weights are read."""
-    family = kind(base)
+    family = kind(base, **options)
+    check_single_file(family)
     family.read_configs()
     check_size(family, *(edge or family.default_size for edge in size))
     family.load(dtype, changes=adapt.changes(kind))
@@ -138,11 +146,15 @@ def _from_family(
     return family.to(device).generate
 
 
-def _from_pipeline(base: str, adapt: _Adapt, dtype: torch.dtype, device: str) -> Callable[..., list[Image.Image]]:
+def _from_pipeline(
+    base: str, options: Mapping[str, str], adapt: _Adapt, dtype: torch.dtype, device: str
+) -> Callable[..., list[Image.Image]]:
     """Function that draws with a base of no known family, through its diffusers pipeline, and the adapter."""
     adapt.changes(None)
+    if others := sorted(options.keys() - {"revision", "variant"}):
+        raise UserError(f"{others[0]} needs a known model family, and {base!r} is of none; name it with --family")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(resolve(base), dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(resolve(base), dtype=dtype, **options)
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot load the base {base!r}: {error}") from error
     if adapt.adapter is not None and adapt.adapter.new_tokens:
@@ -163,11 +175,11 @@ def _check_device(device: str) -> None:
         raise UserError(f"device={device!r} cannot be used here ({reason}); use cpu, or leave it out") from error
 
 
-def _family_class(family: str | None, base: str | None) -> type[ModelFamily] | None:
+def _family_class(family: str | None, base: str | None, options: Mapping[str, str]) -> type[ModelFamily] | None:
     """The family of this name or import path, or the one for the base's pipeline; None if there is none."""
     if family is not None:
         return named_family(family)
-    return family_of(str(ModelSource(base).index().get("_class_name"))) if base else None
+    return family_of_source(ModelSource(base, **options)) if base else None
 
 
 def _adapted_part(pipeline: Any, config: Mapping[str, Any]) -> Any:

@@ -30,13 +30,17 @@ def sample(
     device: str | None = None,
     family: str | None = None,
     base_adapters: list[str] | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | None = None,
+    base_config: str | None = None,
 ) -> None:
     """Draw images for prompts and write them as one grid, or as one file each.
 
     Args:
         adapter: File or folder of the adapter, as this program, PEFT, diffusers, kohya's scripts or ComfyUI write it; defaults to
             the base model alone.
-        base: Folder, hub id or "embedded"; defaults to the base that the adapter was trained on.
+        base: Folder, hub id, .safetensors file or "embedded"; defaults to the base that the adapter was trained on.
         prompts: One text, or a list of texts such as '["a red seven", "a blue star"]'.
         count: Number of images for each prompt.
         out: File for the grid, with the ending .png, .jpg or .webp; or, without an ending, a folder for one PNG file per image.
@@ -52,6 +56,11 @@ def sample(
             pipeline.
         base_adapters: Files or folders of the adapters that the adapter was trained over, such as '["first.safetensors"]', where
             they are no longer where the training read them. They are merged with the weights of the training.
+        revision: Branch, tag or commit of a base on the hub; defaults to that of the adapter's training, if the base is the same.
+        variant: Variant of the base's weight files, such as fp16; defaults as the revision does.
+        vae: Folder, hub id or .safetensors file of a VAE to use instead of the base's; defaults as the revision does.
+        base_config: For a base in one file, folder or hub id of a pipeline with its configs, tokenizers and missing parts;
+            defaults as the revision does.
 
     Raises:
         UserError: If prompts or base are missing, base, adapter or a size cannot be used, or another run draws into the folder.
@@ -70,7 +79,9 @@ def sample(
 
     with nullcontext() if target.suffix else only_run_in(target, "sample"):
         options: dict[str, Any] = {"family": family, "dtype": dtype, "device": device, "size": (height, width)}
-        generate = make_generate(base, adapter, base_adapters=base_adapters or (), **options)
+        own = {"revision": revision, "variant": variant, "vae": vae, "config": base_config}
+        given = {name: value for name, value in own.items() if value is not None}
+        generate = make_generate(base, adapter, base_adapters=base_adapters or (), base_options=given, **options)
         seeds = [seed + i for i in range(len(texts))]
         options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
         _write(generate(texts, seeds, **options), target, columns)

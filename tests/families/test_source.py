@@ -10,11 +10,15 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lit_lora.errors import UserError
 from lit_lora.families import Flux, ModelSource, StableDiffusion, StableDiffusion3
-from lit_lora.families.source import check_hub
+from lit_lora.families.hub import check_hub, repository_files
+from lit_lora.families.variants import found_variant
 from tests.tiny_pipelines import write_sd3
+
+VAE_FILE = "diffusion_pytorch_model"
 
 
 def test_what_the_index_says_is_lacking(sd3_folder: Path, tmp_path: Path, tokenizer: Any) -> None:
@@ -79,3 +83,66 @@ class TestHub:
         (tmp_path / "models--me--mine" / "refs" / "main").write_text("abc")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         check_hub("me/mine", None)
+
+
+def as_variant(folder: Path, name: str, *parts: str) -> None:
+    """Rename the weight files of parts."""
+    for part in parts:
+        for file in (folder / part).glob("*.safetensors"):
+            file.rename(file.with_suffix(f".{name}.safetensors"))
+
+
+class TestVariant:
+    """A variant is found where there are no other files, and the files without one come first."""
+
+    @pytest.fixture
+    def folder(self, sd_folder: Path, tmp_path: Path) -> Path:
+        folder = tmp_path / "base"
+        shutil.copytree(sd_folder, folder)
+        return folder
+
+    @pytest.mark.parametrize("parts", [("unet", "vae", "text_encoder"), ("unet",), ("vae", "text_encoder")])
+    def test_found_by_itself(self, folder: Path, sd_folder: Path, parts: tuple[str, ...]) -> None:
+        as_variant(folder, "fp16", *parts)
+        family, plain = StableDiffusion(str(folder)), StableDiffusion(str(sd_folder))
+        for one in (family, plain):
+            one.load(torch.float32)
+        for name, value in plain.state_dict().items():
+            assert torch.equal(family.state_dict()[name], value)
+        whole = len(parts) == 3
+        assert family.source.options(["vae", "unet", "text_encoder", "tokenizer"]) == (
+            {"variant": "fp16"} if whole else {}
+        )
+
+    def test_explicit_ones_win(self, folder: Path) -> None:
+        weights = load_file(folder / "vae" / f"{VAE_FILE}.safetensors")
+        save_file({name: value + 1 for name, value in weights.items()}, folder / "vae" / f"{VAE_FILE}.fp16.safetensors")
+        for variant, offset in ((None, 0), ("fp16", 1)):
+            family = StableDiffusion(str(folder), variant=variant)
+            family.load(torch.float32, without={"text", "denoiser"})
+            assert torch.equal(family.vae.quant_conv.bias, weights["quant_conv.bias"] + offset)
+
+    def test_several_are_a_choice(self, folder: Path) -> None:
+        as_variant(folder, "fp16", "vae")
+        shutil.copy(folder / "vae" / f"{VAE_FILE}.fp16.safetensors", folder / "vae" / f"{VAE_FILE}.bf16.safetensors")
+        with pytest.raises(UserError, match=r"'vae' of .* variants bf16 and fp16 alone; set variant to one of them"):
+            StableDiffusion(str(folder)).load(torch.float32)
+
+    def test_files_in_parts(self) -> None:
+        names = ["model-00001-of-00002.fp16.safetensors", "model.fp16-00002-of-00002.safetensors", "config.json"]
+        assert found_variant([*names, "openvino_model.bin"], "here") == "fp16"
+        assert found_variant([*names, "pytorch_model-00001-of-00002.bin"], "here") is None
+
+    def test_on_the_hub(self, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Here in the local copy of an earlier download."""
+        copy = tmp_path / "models--me--mine"
+        shutil.copytree(sd_folder, copy / "snapshots" / "abc")
+        (copy / "refs").mkdir()
+        (copy / "refs" / "main").write_text("abc")
+        as_variant(copy / "snapshots" / "abc", "fp16", "unet")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        repository_files.cache_clear()
+        source = ModelSource("me/mine")
+        assert [source.variant_of(part) for part in ("unet", "vae")] == ["fp16", None]
+        repository_files.cache_clear()
