@@ -59,8 +59,8 @@ def sample(
         revision: Branch, tag or commit of a base on the hub; defaults to that of the adapter's training, if the base is the same.
         variant: Variant of the base's weight files, such as fp16; defaults as the revision does.
         vae: Folder, hub id or .safetensors file of a VAE to use instead of the base's; defaults as the revision does.
-        base_config: For a base in one file, folder or hub id of a pipeline with its configs, tokenizers and missing parts; defaults
-            as the revision does.
+        base_config: For a base in one file, folder or hub id of a pipeline with its configs, tokenizers and missing parts;
+            defaults as the revision does.
 
     Raises:
         UserError: If prompts or base are missing, base, adapter or a size cannot be used, or another run draws into the folder.
