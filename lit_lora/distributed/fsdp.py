@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, Literal
 
 from lightning.pytorch import Trainer
@@ -11,6 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
+from torch.distributed import default_pg_timeout, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -36,6 +38,7 @@ class LitLoraFSDP(ModelParallelStrategy):
         cpu_offload: Keep shards of weights, gradients and optimizer state in host memory and step the optimizer there; off by
             default.
         process_group_backend: Backend of ``torch.distributed``; defaults to NCCL on GPUs and gloo on CPUs.
+        timeout: How long a process waits for the others; defaults to 30 minutes.
 
     Raises:
         UserError: If ``shard_size`` is below 1 or, once the run starts, does not divide the number of processes.
@@ -49,11 +52,13 @@ class LitLoraFSDP(ModelParallelStrategy):
         shard_size: int | Literal["node"] | None = None,
         cpu_offload: bool = False,
         process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
             process_group_backend=process_group_backend,
+            timeout=timeout,
         )
         if isinstance(shard_size, int) and shard_size < 1:
             raise UserError(f"shard_size must be at least 1, not {shard_size}")
@@ -69,6 +74,10 @@ class LitLoraFSDP(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
         self._shard_mesh = self._make_mesh()
+        assert self._timeout is not None
+        for mesh in (self.device_mesh, self._shard_mesh):
+            for group in mesh.get_all_groups():
+                _set_timeout(self._timeout, group)
 
     def setup(self, trainer: Trainer) -> None:
         if str(trainer.precision) != "32-true":
@@ -156,6 +165,10 @@ class LitLoraFSDP(ModelParallelStrategy):
                 f"{', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
             )
         return init_device_mesh(self.root_device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+# torch 2.14 has made it public.
+_set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
 
 
 @contextmanager
