@@ -21,6 +21,7 @@ from torch import distributed
 
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lit_lora.callbacks.checkpoint_files import options
+from lit_lora.distributed.collectives import time_limit
 from lit_lora.loops import accumulating, is_over, more_is_due
 
 _ONE_SIGNAL_SECONDS = 3.0
@@ -65,8 +66,7 @@ class Preemption(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [*(c for c in callbacks if c is not self), self]  # type: ignore[attr-defined]
         if trainer.world_size > 1:
-            timeout = getattr(trainer.strategy, "_timeout", None)  # as in the other collective calls
-            self._group = distributed.new_group(backend="gloo", timeout=timeout)
+            self._group = distributed.new_group(backend="gloo", timeout=time_limit(trainer.strategy))
         self._first_step = trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -26,10 +26,11 @@ _CONFIG_CHECKS = re.compile(r"[/\\](lightning[/\\](pytorch|fabric)|torch[/\\]opt
 """Libraries that check the user's config while a run starts; their own ``ValueError`` and the like are about it."""
 
 _NO_ANSWER = re.compile(
-    r"[/\\](gloo|c10d|distributed)[/\\].*(Timed out|Connection (closed|reset)|Broken pipe)|NCCL.*(timeout|remote process)",
+    r"[/\\](gloo|c10d|distributed)[/\\].*(Timed out|Connection (closed|reset)|Broken pipe)"
+    r"|NCCL.*(timeout|remote process)|Timed out after .* waiting for clients",
     re.IGNORECASE | re.DOTALL,
 )
-"""Errors of gloo and NCCL when another process is gone or silent."""
+"""Errors of torch, gloo and NCCL when another process is gone or silent, or does not come at the start."""
 
 _NO_MEMORY = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc")
 """What torch and the system say when the host's memory runs out."""
@@ -122,7 +123,7 @@ def other_process_lost(error: BaseException) -> str | None:
         return None
     return (
         f"another process of this run has ended, or did not answer within the time limit ({str(error).splitlines()[0][-120:]})."
-        "\nIts own output tells why. If it was only slow or stopped, set a longer time limit, as in trainer.strategy:"
+        "\nIts own output tells why. If it was only slow or stopped, raise the timeout of the strategy, as in trainer.strategy:"
         ' {class_path: DDPStrategy, init_args: {timeout: "1:00:00"}}; then resume with --ckpt_path last'
     )
 

@@ -389,8 +389,7 @@ class LoraDiffusion(LightningModule):
     def _node(self) -> Node:
         """The processes of this machine, of which one reads the base's files."""
         if self._reader is None:
-            trainer = self._trainer
-            self._reader = Node(trainer.num_devices if trainer is not None and trainer.world_size > 1 else 1)
+            self._reader = Node.of(self._trainer)
         return self._reader
 
     def _slots(self, batch: Batch, batch_number: int) -> list[int]:

@@ -227,7 +227,7 @@ def _default(one: type[Any], parameter: inspect.Parameter) -> str:
         )
     if is_dataclass(value) or isinstance(value, lit_lora.TimestepDensity):
         return f"`{type(value).__name__}`"
-    return f"`{json.dumps(value)}`"
+    return f"`{json.dumps(value, default=str)}`"
 
 
 def _readable(formula: str) -> str:

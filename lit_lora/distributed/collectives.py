@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,15 @@ def broadcast(value: T) -> T:
     values = [value]
     distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def time_limit(strategy: Any) -> timedelta | None:
+    """How long the processes of a run wait for each other, the strategy's ``timeout``; None for torch's default.
+
+    Groups of processes that torch makes besides the strategy's own do not take it over, so each is given it.
+    """
+    limit: timedelta | None = getattr(strategy, "_timeout", None)
+    return limit
 
 
 def full_tensor(value: Any) -> Any:

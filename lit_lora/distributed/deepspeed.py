@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed import default_pg_timeout
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -50,6 +52,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         offload_parameters: Keep the shards of the weights in host memory, with stage 3; off by default.
         config: Further keys of a DeepSpeed config, or a JSON file with them; they take precedence over the strategy's own.
         process_group_backend: Backend of ``torch.distributed``; defaults to NCCL on GPUs and gloo on CPUs.
+        timeout: How long a process waits for the others; defaults to 30 minutes.
 
     Raises:
         UserError: If DeepSpeed is not installed, or a value is outside its range.
@@ -64,6 +67,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         offload_parameters: bool = False,
         config: dict[str, Any] | str | Path | None = None,
         process_group_backend: str | None = None,
+        timeout: timedelta = default_pg_timeout,
     ) -> None:
         if find_spec("deepspeed") is None:
             raise UserError(
@@ -74,7 +78,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         if offload_parameters and stage != 3:
             raise UserError(f"offload_parameters=True needs stage=3, which shards the weights; stage is {stage}")
         # DeepSpeedStrategy's own __init__ would import DeepSpeed before the device is known.
-        DDPStrategy.__init__(self, process_group_backend=process_group_backend)
+        DDPStrategy.__init__(self, process_group_backend=process_group_backend, timeout=timeout)
         self.config = complete_config(stage, offload_optimizer, offload_parameters, read_config(config))
         self._parameter_names: list[list[str]] = []
 

@@ -12,7 +12,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
-from torch.distributed.constants import default_pg_timeout
+from torch.distributed import default_pg_timeout, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -75,6 +75,10 @@ class LitLoraFSDP(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
         self._shard_mesh = self._make_mesh()
+        assert self._timeout is not None
+        for mesh in (self.device_mesh, self._shard_mesh):
+            for group in mesh.get_all_groups():
+                _set_timeout(self._timeout, group)
 
     def setup(self, trainer: Trainer) -> None:
         if str(trainer.precision) != "32-true":
@@ -162,6 +166,10 @@ class LitLoraFSDP(ModelParallelStrategy):
                 f"{', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}"
             )
         return init_device_mesh(self.root_device.type, (world // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+# torch 2.14 has made it public.
+_set_timeout = getattr(distributed_c10d, "set_timeout", None) or distributed_c10d._set_pg_timeout
 
 
 @contextmanager

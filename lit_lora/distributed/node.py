@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed
+
+from lit_lora.distributed.collectives import time_limit
 
 
 class Node:
@@ -16,15 +20,23 @@ class Node:
 
     Args:
         processes: Number of the run's processes on this machine; defaults to 1. Ranks are counted machine by machine.
+        timeout: How long the others wait for the reading process; defaults to torch's 30 minutes.
     """
 
-    def __init__(self, processes: int = 1) -> None:
+    def __init__(self, processes: int = 1, timeout: timedelta | None = None) -> None:
         self._group: distributed.ProcessGroup | None = None
         self._leader = 0
         if processes > 1:
             # Always gloo, because the tensors are in host memory.
-            self._group, _ = distributed.new_subgroups(processes, backend="gloo")
+            self._group, _ = distributed.new_subgroups(processes, backend="gloo", timeout=timeout)
             self._leader = distributed.get_process_group_ranks(self._group)[0]
+
+    @classmethod
+    def of(cls, trainer: Any | None) -> Self:
+        """The processes of this machine in a trainer's run; this process alone without a trainer."""
+        if trainer is None or trainer.world_size == 1:
+            return cls()
+        return cls(trainer.num_devices, time_limit(trainer.strategy))
 
     @property
     def reads(self) -> bool:

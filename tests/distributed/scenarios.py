@@ -8,13 +8,16 @@ import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from peft import LoraConfig, PeftConfig
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import distributed_c10d
 
 from lit_lora.adapters.parameter_groups import ParameterGroup
 from lit_lora.adapters.ranked_layer import layer_ranks
@@ -23,6 +26,7 @@ from lit_lora.callbacks import (
     AdapterEMA,
     FiniteGradients,
     MemoryProfiler,
+    Preemption,
     RankBudget,
     RunReport,
     SampleImages,
@@ -51,7 +55,12 @@ STRATEGIES: dict[str, Any] = {
 }
 """By short names, what the trainer is given."""
 
-OF_FOUR: dict[str, Any] = {"ddp": "ddp", "hybrid": LitLoraFSDP(shard_size=2)}
+TIMEOUT = timedelta(minutes=20)
+
+OF_FOUR: dict[str, Any] = {
+    "ddp": DDPStrategy(timeout=TIMEOUT),
+    "hybrid": LitLoraFSDP(shard_size=2, timeout=TIMEOUT),
+}
 """What four processes do: the second shares one copy of the weights out over two, so there are two copies."""
 
 FEATURES = (
@@ -232,8 +241,11 @@ def saving(folder: Path, every: int) -> AdapterCheckpoint:
 
 def losses_and_checkpoint(strategy: Any, model: Path, shards: Path, folder: Path) -> dict[str, Any]:
     """Some steps, with a checkpoint after every second."""
-    seen, *_ = train(strategy, model, shards, folder, callbacks=[saving(folder, SAVED_AT)])
-    return {"losses": seen.losses, "keys": seen.keys}
+    seen, *_ = train(strategy, model, shards, folder, callbacks=[saving(folder, SAVED_AT), Preemption()])
+    groups: Any = distributed_c10d._world.pg_map if distributed.is_initialized() else []
+    backends = [group._get_backend(device) for group in groups for device in group._device_types]
+    limits = sorted({backend.options._timeout.total_seconds() for backend in backends})
+    return {"losses": seen.losses, "keys": seen.keys, "limits": limits, "groups": len(groups)}
 
 
 def resumed(strategy: Any, model: Path, shards: Path, folder: Path, checkpoint: Path) -> dict[str, Any]:

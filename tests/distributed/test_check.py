@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
-from lit_lora.distributed import LitLoraFSDP, check_strategy, shards_weights
+from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP, check_strategy, shards_weights
+from lit_lora.distributed.collectives import time_limit
 from lit_lora.errors import UserError
 from tests.distributed.scenarios import STRATEGIES
 
@@ -21,6 +23,14 @@ def test_stock_strategies_are_refused_with_the_replacement(made: Any) -> None:
 
 def test_names_are_known_to_lightning() -> None:
     assert {name for name in STRATEGIES.values() if name != "ddp"} <= set(StrategyRegistry.available_strategies())
+
+
+@pytest.mark.parametrize("made", [LitLoraFSDP, LitLoraDeepSpeed])
+def test_the_time_limit_is_that_of_other_strategies(made: Any) -> None:
+    if made is LitLoraDeepSpeed:
+        pytest.importorskip("deepspeed")
+    assert time_limit(made()) == time_limit(DDPStrategy())
+    assert time_limit(made(timeout=timedelta(seconds=7))) == timedelta(seconds=7)
 
 
 def test_sizes_of_shards() -> None:

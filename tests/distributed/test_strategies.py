@@ -92,6 +92,15 @@ def test_four_processes_are_like_one(strategy: str, runs: Path, single: dict[str
 
 
 @pytest.mark.parametrize("strategy", OF_FOUR)
+def test_every_group_of_processes_waits_as_long_as_the_strategy_says(strategy: str, runs: Path) -> None:
+    """That of the strategy, those that shard the weights, and those that read the base and agree on signals over gloo."""
+    for rank in range(4):
+        found = json.loads((runs / "four" / f"rank-{rank}.json").read_text())[f"{strategy}/train"]
+        assert found["limits"] == [scenarios.TIMEOUT.total_seconds()]
+        assert found["groups"] >= 3
+
+
+@pytest.mark.parametrize("strategy", OF_FOUR)
 def test_one_process_goes_on_from_four(
     strategy: str, runs: Path, single: dict[str, Any], sd_folder: Path, session_shards: Path, tmp_path: Path
 ) -> None:
