@@ -27,8 +27,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lit_lora.embedded import base_path
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
-from tests.helpers import tiny_unet
 from tests.families.tiny import MODULES
+from tests.helpers import tiny_unet
 from tests.tiny_pipelines import tiny_clip_config, tiny_vae, write_flux, write_sd3
 
 # Tests never depend on time.

@@ -58,6 +58,14 @@ SECTIONS = (
     ),
     Section("model.objective", "What is drawn for a step and what the loss is.", choice=lit_lora.Objective),
     Section("model.objective.init_args.density", "Times of `FlowMatching`.", choice=lit_lora.TimestepDensity),
+    Section(
+        "model.objective.init_args.weighting",
+        "Weights of the samples by their noise levels; `SigmaSqrt` and `CosMapWeighting` are for `FlowMatching`, the others for "
+        "`DDPM`.",
+        choice=lit_lora.Weighting,
+    ),
+    Section("model.objective.init_args.criterion", "How much an error counts.", choice=lit_lora.Criterion),
+    Section("model.objective.init_args.noise[]", "A list of changes of the noise.", choice=lit_lora.NoiseKind),
     Section("model.quantization", "How the frozen weights are stored.", choice=lit_lora.Quantization),
     Section(
         "model.parameter_groups[]",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
+from lit_lora.objectives.criteria import Criterion, SquaredError
+from lit_lora.objectives.noise_level import NoiseLevel
+from lit_lora.objectives.noises import NoiseKind
 
 
 class NoisySample(NamedTuple):
@@ -25,15 +28,21 @@ class NoisySample(NamedTuple):
     """Weight of each sample's loss, float32 ``(B,)``."""
     latents: Tensor
     """Latents without noise, ``(B, *latent_shape)``."""
+    level: NoiseLevel
+    """Noise levels, on which criteria and weightings may depend."""
 
 
 class Objective(nn.Module, ABC):
     """A training objective: the distribution of noisy samples, their targets and the loss.
 
-    In evaluation mode there is no weighting, offset or perturbation, so that validation losses of runs with different settings
-    can be compared.
+    In evaluation mode there is no weighting, offset or perturbation, and the criterion is the squared error, so that validation
+    losses of runs with different settings can be compared.
     """
 
+    criterion: Criterion = SquaredError()
+    """How much an error of the prediction counts in training."""
+    noise: Sequence[NoiseKind] = ()
+    """Changes of the noise in training, one after the other."""
     schedulers: ClassVar[tuple[str, ...]]
     """Class names of the diffusers schedulers whose models the objective can train."""
 
@@ -74,12 +83,25 @@ class Objective(nn.Module, ABC):
                 resolution; defaults to 1.
         """
 
+    def draw_noise(self, latents: Tensor, draws: Draws) -> Tensor:
+        """Draw the noise of a batch: standard normal, in training changed by :attr:`noise`; float32 ``(B, *latent_shape)``.
+
+        Args:
+            latents: Latents, ``(B, *latent_shape)``.
+            draws: Random numbers of the batch.
+        """
+        noise = draws.normal("noise", latents.shape[1:])
+        for kind in self.noise if self.training else ():
+            noise = kind.apply(noise, draws)
+        return noise
+
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
-        """Weighted mean squared error of each sample, float32 ``(B,)``.
+        """Weighted mean error of each sample by the criterion, float32 ``(B,)``.
 
         Args:
             prediction: Prediction of the denoiser for ``sample.noisy``, ``(B, *latent_shape)``.
             sample: Result of :meth:`sample`.
         """
-        errors = F.mse_loss(prediction.float(), sample.target.float(), reduction="none")
+        criterion = self.criterion if self.training else SquaredError()
+        errors = criterion.errors(prediction.float() - sample.target.float(), sample.level)
         return errors.flatten(1).mean(1) * sample.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +13,13 @@ from torch import Tensor
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError, check_least
 from lit_lora.objectives.base import NoisySample, Objective
+from lit_lora.objectives.criteria import Criterion, SquaredError
+from lit_lora.objectives.noise_level import NoiseLevel
+from lit_lora.objectives.noises import NoiseKind
+from lit_lora.objectives.weightings import Weighting
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+"""What the denoiser may predict."""
 
 
 class DDPM(Objective):
@@ -24,13 +32,15 @@ class DDPM(Objective):
     Args:
         prediction_type: Target of the prediction: ``epsilon``, ``v_prediction`` or ``sample``; defaults to that of the base's
             scheduler.
-        snr_gamma: Gamma of min-SNR weighting (Hang et al., 2023), usually 5; defaults to no weighting.
-        noise_offset: Factor of a standard normal value per sample and channel that is added to the noise; defaults to 0.
+        weighting: Weight of each sample's loss: ``MinSNR``, ``SoftMinSNR``, ``DebiasedEstimation`` or ``P2``; defaults to none.
+        criterion: How much an error counts: ``SquaredError``, ``PseudoHuber``, ``SNRPseudoHuber`` or
+            ``ExponentialPseudoHuber``; defaults to ``SquaredError``.
+        noise: Changes of the noise, one after the other: ``OffsetNoise``, ``PyramidNoise``; defaults to none.
         input_perturbation: Factor of further noise that is added to the denoiser's input but not to its target (Ning et al.,
-            2023); defaults to 0.
+            2023, arXiv 2301.11706); defaults to 0.
 
     Raises:
-        UserError: If ``snr_gamma`` is not above 0, or ``noise_offset`` or ``input_perturbation`` is below 0.
+        UserError: If ``input_perturbation`` is below 0, or the weighting has no meaning for the prediction.
     """
 
     schedulers: ClassVar[tuple[str, ...]] = (
@@ -54,17 +64,19 @@ class DDPM(Objective):
     def __init__(
         self,
         prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None,
-        snr_gamma: float | None = None,
-        noise_offset: float = 0.0,
+        weighting: Weighting | None = None,
+        criterion: Criterion = SquaredError(),  # noqa: B008 it is frozen
+        noise: Sequence[NoiseKind] = (),
         input_perturbation: float = 0.0,
     ) -> None:
         super().__init__()
-        if snr_gamma is not None and snr_gamma <= 0:
-            raise UserError(f"snr_gamma={snr_gamma} is too small; it must be above 0, or null for no weighting")
-        check_least(0, noise_offset=noise_offset, input_perturbation=input_perturbation)
+        check_least(0, input_perturbation=input_perturbation)
+        if weighting is not None:
+            weighting.check(PREDICTIONS if prediction_type is None else [prediction_type])
         self.prediction_type = prediction_type
-        self.snr_gamma = snr_gamma
-        self.noise_offset = noise_offset
+        self.weighting = weighting
+        self.criterion = criterion
+        self.noise = tuple(noise)
         self.input_perturbation = input_perturbation
 
     def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +92,11 @@ class DDPM(Objective):
         if self.prediction_type is not None:
             config["prediction_type"] = self.prediction_type
         self.scheduler = DDPMScheduler.from_config(config)
-        self.prediction_type = self.scheduler.config.prediction_type
-        if self.prediction_type == "epsilon" and self.scheduler.alphas_cumprod[-1] == 0:
+        predicted: Literal["epsilon", "v_prediction", "sample"] = self.scheduler.config.prediction_type
+        self.prediction_type = predicted
+        if self.weighting is not None:
+            self.weighting.check([predicted])
+        if predicted == "epsilon" and self.scheduler.alphas_cumprod[-1] == 0:
             raise UserError(
                 "the base's schedule ends in pure noise (rescale_betas_zero_snr), from which epsilon cannot be learned; set "
                 "prediction_type to v_prediction"
@@ -89,18 +104,16 @@ class DDPM(Objective):
         return config
 
     def sample(self, latents: Tensor, draws: Draws, num_tokens: int = 1) -> NoisySample:
-        noise = draws.normal("noise", latents.shape[1:])
-        if self.training and self.noise_offset:
-            noise = noise + self.noise_offset * draws.normal(
-                "noise offset", (latents.shape[1], *[1] * (latents.ndim - 2))
-            )
+        noise = self.draw_noise(latents, draws)
         timesteps = draws.integers("timestep", self.scheduler.config.num_train_timesteps)
         added = noise
         if self.training and self.input_perturbation:
             added = noise + self.input_perturbation * draws.normal("input perturbation", latents.shape[1:])
         noisy = self.scheduler.add_noise(latents, added, timesteps)
         target = self._target(latents, noise, timesteps)
-        return NoisySample(noisy, timesteps, target, self._weight(timesteps), latents)
+        time = timesteps / self.scheduler.config.num_train_timesteps
+        level = NoiseLevel(time, compute_snr(self.scheduler, timesteps))
+        return NoisySample(noisy, timesteps, target, self._weight(level), latents, level)
 
     def _target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":
@@ -110,14 +123,8 @@ class DDPM(Objective):
             return velocity
         return latents
 
-    def _weight(self, timesteps: Tensor) -> Tensor:
-        """Min-SNR weights: min(SNR, gamma) divided by SNR for epsilon, by SNR + 1 for v, by 1 for the sample."""
-        if self.snr_gamma is None or not self.training:
-            return torch.ones(len(timesteps), device=timesteps.device)
-        snr = compute_snr(self.scheduler, timesteps)
-        clipped = snr.clamp(max=self.snr_gamma)
-        if self.prediction_type == "epsilon":
-            return clipped / snr
-        if self.prediction_type == "v_prediction":
-            return clipped / (snr + 1)
-        return clipped
+    def _weight(self, level: NoiseLevel) -> Tensor:
+        if self.weighting is None or not self.training:
+            return torch.ones_like(level.time)
+        assert self.prediction_type is not None, "call prepare first"
+        return self.weighting.weights(level, self.prediction_type)
