@@ -214,6 +214,8 @@ def _type(hint: Any) -> str:
         return r" \| ".join(dict.fromkeys(map(_type, last)))
     if origin in (list, Sequence):
         return f"list of {_type(parts[0])}"
+    if origin is tuple:
+        return f"list of {len(parts)} values: {', '.join(map(_type, parts))}"
     if origin is not None:
         return {dict: "mapping", Callable: "class"}[origin]
     return _PLAIN.get(hint, f"`{hint.__name__}`")

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.base_records import Records, base_records
 from lit_lora.formats.model_spec import alpha_option, default_title
+from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.formats.textual_inversion import embedding_file
 
 CARD = "README.md"
@@ -103,6 +104,7 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
             *(["from safetensors.torch import load_file"] if reads_files else []),
             f'\npipeline = {pipeline}.from_pretrained("{base}")',
             *loading,
+            *_scheduler(adapter),
             f'image = pipeline("{prompt}").images[0]',
         ]
         blocks.append("In diffusers:\n\n```python\n" + "\n".join(lines) + "\n```")
@@ -155,6 +157,20 @@ def _trained_over(adapter: AdapterFiles, base: str, over: Records) -> str:
 def _adds(adapter: AdapterFiles) -> bool:
     """Whether the adapter adds the same to a weight whatever else has been added to it, as DoRA does not."""
     return adapter.config.get("peft_type") in ("LORA", "LOHA", "LOKR") and not adapter.config.get("use_dora")
+
+
+def _scheduler(adapter: AdapterFiles) -> list[str]:
+    """Lines that give a pipeline of diffusers the scheduler that the adapter was trained for, where it is not the base's."""
+    changes = scheduler_changes(adapter.metadata)
+    if not changes:
+        return []
+    name = changes.pop("_class_name", None)
+    kind = "type(pipeline.scheduler)" if name is None else f"diffusers.{name}"
+    options = ", ".join(f"{option}={value!r}" for option, value in changes.items())
+    return [
+        *([] if name is None else ["import diffusers"]),
+        f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config, {options})",
+    ]
 
 
 def _token_loading(adapter: AdapterFiles) -> list[str]:

@@ -32,11 +32,24 @@ class NoisySample(NamedTuple):
     """Noise levels, on which criteria and weightings may depend."""
 
 
+def check_timestep_range(low: float, high: float) -> None:
+    """Check the part of the timesteps that an objective trains.
+
+    Raises:
+        UserError: If it is not a part of [0, 1].
+    """
+    if not 0 <= low < high <= 1:
+        raise UserError(
+            f"timestep_range=[{low}, {high}] must be a part of [0, 1], the smaller number first: 0 is data and 1 noise, as "
+            f"[0.0, 0.5] for the half with less noise"
+        )
+
+
 class Objective(nn.Module, ABC):
     """A training objective: the distribution of noisy samples, their targets and the loss.
 
-    In evaluation mode there is no weighting, offset or perturbation, and the criterion is the squared error, so that validation
-    losses of runs with different settings can be compared.
+    In evaluation mode there is no weighting, offset or perturbation, timesteps come from their whole range, and the criterion is
+    the squared error, so that validation losses of runs with different settings can be compared.
     """
 
     criterion: Criterion = SquaredError()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.objectives.base import NoisySample, Objective
+from lit_lora.objectives.base import NoisySample, Objective, check_timestep_range
 from lit_lora.objectives.criteria import Criterion, SquaredError
 from lit_lora.objectives.densities import LogitNormal, TimestepDensity, Uniform
 from lit_lora.objectives.noise_level import NoiseLevel
@@ -35,7 +35,7 @@ class FlowMatching(Objective):
     ``base_image_seq_len`` to ``max_shift`` at ``max_image_seq_len``, and :math:`s = e^\mu` (or :math:`\mu`, with
     ``time_shift_type: linear``).
 
-    In evaluation mode times are uniform, without shift, and losses are not weighted.
+    In evaluation mode times are uniform on the whole range, without shift, and losses are not weighted.
 
     Args:
         density: Density of the times: ``LogitNormal``, ``Uniform``, ``Mode`` or ``CosMap``; defaults to ``LogitNormal``.
@@ -48,9 +48,12 @@ class FlowMatching(Objective):
             ``ExponentialPseudoHuber``; defaults to ``SquaredError``.
         noise: Changes of the noise, one after the other: ``OffsetNoise``, ``PyramidNoise``; defaults to none. Flow matching
             learns to start from plain noise and needs them less than denoising diffusion.
+        timestep_range: Lowest and highest noise level :math:`\sigma` to train, for an expert or for style or composition alone;
+            the shifted levels are scaled to this range. Defaults to all, (0, 1).
 
     Raises:
-        UserError: If ``shift`` is not above 0, or the weighting has no meaning for flow matching.
+        UserError: If ``shift`` is not above 0, the weighting has no meaning for flow matching, or ``timestep_range`` is not a
+            part of [0, 1].
     """
 
     schedulers: ClassVar[tuple[str, ...]] = (
@@ -68,10 +71,12 @@ class FlowMatching(Objective):
         precondition_outputs: bool = False,
         criterion: Criterion = SquaredError(),  # noqa: B008 it is frozen
         noise: Sequence[NoiseKind] = (),
+        timestep_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__()
         if shift is not None and not shift > 0:
             raise UserError(f"shift={shift} is too small; it must be above 0: 1 for no shift, null for the base's own")
+        check_timestep_range(*timestep_range)
         if weighting is not None:
             weighting.check([PREDICTION])
         self.density = density
@@ -80,6 +85,7 @@ class FlowMatching(Objective):
         self.precondition_outputs = precondition_outputs
         self.criterion = criterion
         self.noise = tuple(noise)
+        self.timestep_range = timestep_range
 
     def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
         if config.get("invert_sigmas"):
@@ -95,7 +101,8 @@ class FlowMatching(Objective):
     def sample(self, latents: Tensor, draws: Draws, num_tokens: int = 1) -> NoisySample:
         noise = self.draw_noise(latents, draws)
         if self.training:
-            sigma = self._shifted(self._rounded(self.density.times(draws)), num_tokens)
+            low, high = self.timestep_range
+            sigma = low + (high - low) * self._shifted(self._rounded(self.density.times(draws)), num_tokens)
         else:
             sigma = self._rounded(Uniform().times(draws))
         share = sigma.view(-1, *[1] * (latents.ndim - 1))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -128,6 +129,56 @@ def test_a_weighting_that_has_no_meaning_is_refused() -> None:
     objective = DDPM(weighting=OnlyVelocity())  # the base decides
     with pytest.raises(UserError, match=r"OnlyVelocity weights the errors of v_prediction, .* predicts epsilon"):
         objective.prepare(SCHEDULE)
+
+
+def test_timesteps_of_a_range() -> None:
+    objective = prepared(timestep_range=(0.25, 0.5))
+    many = Draws(0, range(2000))
+    timesteps = objective.sample(torch.zeros(2000, 1, 1, 1), many).timesteps
+    assert torch.equal(timesteps, 250 + many.integers("timestep", 250))
+    assert (timesteps.min(), timesteps.max()) == (250, 499)
+    everywhere = objective.eval().sample(torch.zeros(2000, 1, 1, 1), many).timesteps
+    assert torch.equal(everywhere, many.integers("timestep", 1000))
+
+
+def test_ranges_that_are_none() -> None:
+    for low, high in ((0.5, 0.5), (0.5, 0.2), (-0.1, 1.0), (0.0, 1.1), (0.0, 500.0)):
+        with pytest.raises(UserError, match=rf"timestep_range=\[{low}, {high}\] must be a part of \[0, 1\]"):
+            DDPM(timestep_range=(low, high))
+    with pytest.raises(UserError, match=r"timestep_range=\[0.5, 0.5001\] holds none of the base's 1000 timesteps"):
+        prepared(timestep_range=(0.5, 0.5001))
+
+
+@pytest.mark.parametrize("base", ["DDIMScheduler", "PNDMScheduler"])
+def test_zero_terminal_snr(base: str) -> None:
+    """The schedule of Lin et al., 2023, algorithm 1, for training and for the scheduler that images are drawn with."""
+    objective = DDPM("v_prediction", zero_terminal_snr=True)
+    config = objective.prepare({**SCHEDULE, "_class_name": base})
+    roots = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0).sqrt()
+    first, last = roots[0].item(), roots[-1].item()
+    expected = ((roots - last) * first / (first - last)).square()
+    kept = objective.scheduler.alphas_cumprod.double()
+    torch.testing.assert_close(kept, expected, rtol=1e-3, atol=1e-6)
+    assert kept[-1] == 0
+    assert config["_class_name"] == "DDIMScheduler"  # PNDM has no such schedule
+    drawing: Any = getattr(diffusers, config["_class_name"]).from_config(config)
+    drawing.set_timesteps(10)
+    assert drawing.timesteps.long().tolist() == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    torch.testing.assert_close(drawing.alphas_cumprod.double(), expected, rtol=1e-3, atol=1e-6)
+    assert drawing.config.clip_sample is (base == "DDIMScheduler")  # SD's DDIM configs say false
+    assert SCHEDULE["prediction_type"] == "epsilon"
+
+
+def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
+    with pytest.raises(UserError, match="zero_terminal_snr is on, and epsilon cannot be learned from pure noise"):
+        DDPM("epsilon", zero_terminal_snr=True)
+    with pytest.raises(UserError, match="epsilon cannot be learned from pure noise: set prediction_type to v_predic"):
+        prepared(zero_terminal_snr=True)
+
+
+def test_a_weighting_that_leaves_pure_noise_out_is_told() -> None:
+    with pytest.warns(UserWarning, match="MinSNR gives pure noise, in which the schedule ends, the weight 0"):
+        prepared(prediction_type="v_prediction", weighting=MinSNR(), zero_terminal_snr=True)
 
 
 def test_epsilon_over_a_schedule_that_ends_in_pure_noise_is_refused() -> None:

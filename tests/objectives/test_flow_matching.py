@@ -167,6 +167,17 @@ def test_noise_level_and_noise_kinds() -> None:
     assert torch.equal(sample.target, OffsetNoise(0.5).apply(draws.normal("noise", (4, 2, 2)), draws))
 
 
+def test_levels_of_a_range() -> None:
+    """Shifted levels are scaled to the range; evaluation has all of them."""
+    objective, whole = prepared({"shift": 3.0}, timestep_range=(0.8, 1.0)), prepared({"shift": 3.0})
+    sigmas = sigmas_of(objective)
+    torch.testing.assert_close(sigmas, 0.8 + 0.2 * sigmas_of(whole))
+    assert sigmas.min() >= 0.8
+    assert torch.equal(sigmas_of(objective.eval()), sigmas_of(whole.eval()))
+    with pytest.raises(UserError, match=r"timestep_range=\[0.9, 0.1\] must be a part of \[0, 1\]"):
+        FlowMatching(timestep_range=(0.9, 0.1))
+
+
 def test_a_weighting_that_has_no_meaning_is_refused() -> None:
     refusal = "DebiasedEstimation weights the errors of epsilon or v_prediction or sample, .* predicts flow_prediction"
     with pytest.raises(UserError, match=refusal):
