@@ -155,6 +155,20 @@ def test_validation_loss_is_the_same_in_every_run_and_weighted(
     assert validate([*halves, padding]) == pytest.approx(plain, rel=1e-5)
 
 
+def test_the_loss_is_masked_in_training_alone(sd_module: LoraDiffusion) -> None:
+    sd_module.configure_model()
+    (batch,) = make_batches(1)
+    mask = torch.zeros(2, 1, *batch["pixel_values"].shape[-2:], dtype=torch.uint8)
+    mask[1] = 255
+    draws = Draws(0, range(2))
+    plain, _ = sd_module.losses(batch, draws)
+    masked, _ = sd_module.losses({**batch, "loss_mask": mask}, draws)
+    assert masked[0] == 0
+    assert masked[1] == plain[1] != 0
+    sd_module.eval()
+    assert torch.equal(sd_module.losses({**batch, "loss_mask": mask}, draws)[0], sd_module.losses(batch, draws)[0])
+
+
 def test_accumulating_equals_one_larger_batch(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     def trained(batches: list[dict[str, Any]], **options: Any) -> torch.Tensor:
         torch.manual_seed(0)

@@ -87,7 +87,7 @@ class P2Noise(Objective):
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
         errors = F.huber_loss(prediction.float(), sample.target.float(), reduction="none", delta=self.delta)
-        return errors.flatten(1).mean(1) * sample.weight
+        return self.mean_errors(errors, sample)
 
 
 @dataclass(frozen=True)

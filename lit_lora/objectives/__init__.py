@@ -11,6 +11,7 @@ from lit_lora.objectives.criteria import (
 from lit_lora.objectives.ddpm import DDPM
 from lit_lora.objectives.densities import CosMap, LogitNormal, Mode, TimestepDensity, Uniform
 from lit_lora.objectives.flow_matching import FlowMatching
+from lit_lora.objectives.masked import masked
 from lit_lora.objectives.noise_level import NoiseLevel
 from lit_lora.objectives.noises import NoiseKind, OffsetNoise, PyramidNoise
 from lit_lora.objectives.weightings import (
@@ -51,4 +52,5 @@ __all__ = [
     "TimestepDensity",
     "Uniform",
     "Weighting",
+    "masked",
 ]

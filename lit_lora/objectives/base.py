@@ -30,6 +30,8 @@ class NoisySample(NamedTuple):
     """Latents without noise, ``(B, *latent_shape)``."""
     level: NoiseLevel
     """Noise levels, on which criteria and weightings may depend."""
+    mask: Tensor | None = None
+    """How much each pixel of the latents counts in training, float32 in [0, 1], ``(B, 1, h, w)``; None if all do."""
 
 
 def check_timestep_range(low: float, high: float) -> None:
@@ -48,8 +50,8 @@ def check_timestep_range(low: float, high: float) -> None:
 class Objective(nn.Module, ABC):
     """A training objective: the distribution of noisy samples, their targets and the loss.
 
-    In evaluation mode there is no weighting, offset or perturbation, timesteps come from their whole range, and the criterion is
-    the squared error, so that validation losses of runs with different settings can be compared.
+    In evaluation mode there is no weighting, mask, offset or perturbation, timesteps come from their whole range, and the
+    criterion is the squared error, so that validation losses of runs with different settings can be compared.
     """
 
     criterion: Criterion = SquaredError()
@@ -117,4 +119,17 @@ class Objective(nn.Module, ABC):
         """
         criterion = self.criterion if self.training else SquaredError()
         errors = criterion.errors(prediction.float() - sample.target.float(), sample.level)
+        return self.mean_errors(errors, sample)
+
+    def mean_errors(self, errors: Tensor, sample: NoisySample) -> Tensor:
+        """Mean of each sample's errors, in training masked, times its weight; float32 ``(B,)``.
+
+        The mean is over all pixels, also masked ones, so that a pixel counts the same in each sample.
+
+        Args:
+            errors: Error of each element, float32 ``(B, *latent_shape)``.
+            sample: Result of :meth:`sample`.
+        """
+        if sample.mask is not None and self.training:
+            errors = errors * sample.mask
         return errors.flatten(1).mean(1) * sample.weight
