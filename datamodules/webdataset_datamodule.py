@@ -19,8 +19,8 @@ from lit_lora.datamodules.batches.cursor import Cursor
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
 from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE, Plan
 from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
-from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
-from lit_lora.datamodules.caching.open_cache import OpenCache, open_cache
+from lit_lora.datamodules.caching.of_run import cache_of_run, decoder_of_run
+from lit_lora.datamodules.caching.open_cache import OpenCache
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
@@ -55,7 +55,7 @@ class WebDatasetDataModule(LightningDataModule):
     A batch is a dict: ``pixel_values`` uint8 (B, 3, H, W); ``caption`` list of str; ``original_size`` and
     ``target_size`` int64 (B, 2), height and width; ``crop_top_left`` int64 (B, 2), top and left; ``weight`` float32
     (B,), 0 for a sample that is not trained on; ``slot`` list of int, the number of this occurrence of the sample in the
-    whole run; ``key`` list of str.
+    whole run; ``key`` list of str; ``loss_mask`` uint8 (B, 1, H, W), if the decoder reads masks.
 
     Training can be resumed at any step, with another number of loader workers, processes or samples in a batch: no
     sample of a pass is repeated or lost.
@@ -335,32 +335,12 @@ class WebDatasetDataModule(LightningDataModule):
         twice = next((location for location, number in Counter(table.locations).items() if number > 1), None)
         if twice is not None:
             raise UserError(f"{redact(twice)} is named more than once; name each shard once")
-        self._cache_of[table] = self._open_cache(table, is_training=shards is self.train_shards)
-        for what, extensions in self._decoder_of(table, self.decoder).required.items():
+        decoder = self.decoder if shards is self.train_shards else self.decoder.for_evaluation()
+        identity = getattr(self.trainer and self.trainer.lightning_module, "cache_identity", dict)
+        self._cache_of[table] = cache_of_run(table, decoder, identity(), self.resolution, self.buckets)
+        for what, extensions in self._decoder_of(table, decoder).required.items():
             table.check_complete(what, extensions)
         return table
-
-    def _open_cache(self, table: SampleTable, is_training: bool) -> OpenCache | None:
-        """The cache to which a table's shards belong, after checking that it holds what the run would encode; None for images.
-
-        A custom decoder, also a subclass of ``ImageDecoder``, reads the members of a cache as they are.
-        """
-        decoder = self.decoder if is_training else self.decoder.for_evaluation()
-        if type(decoder) is not ImageDecoder:
-            return None
-        cache = open_cache(table)
-        if cache is not None:
-            identity = getattr(self.trainer and self.trainer.lightning_module, "cache_identity", dict)
-            cache.description.check(
-                cache.folder,
-                identity=identity(),
-                resolution=self.resolution,
-                buckets=None if self.buckets is None else self.buckets.description(),
-                center_crop=decoder.center_crop,
-                random_flip=decoder.random_flip,
-                captions=decoder.captions,
-            )
-        return cache
 
     def _evaluation_data(self, shards: str | list[str]) -> ListedSamples:
         table = self._open(shards)
@@ -372,13 +352,8 @@ class WebDatasetDataModule(LightningDataModule):
         return Bucketing.of(self.resolution, self.buckets)
 
     def _decoder_of(self, table: SampleTable, decoder: SampleDecoder) -> SampleDecoder:
-        """The decoder for a table: the given one, or if the table is a cache, one that reads the same entries from it."""
-        decoder = decoder.with_seed(self.seed)
-        cache = self._cache_of[table]
-        if cache is None:
-            return decoder
-        assert isinstance(decoder, ImageDecoder), "only image decoders read a cache"
-        return CachedDecoder(cache.description, decoder.framing, decoder.captions, cache.empty)
+        """The decoder for a table, see :func:`decoder_of_run`."""
+        return decoder_of_run(decoder, self._cache_of[table], self.seed)
 
     def _evaluation_loader(self, samples: ListedSamples) -> PlannedLoader:
         decoder = self._decoder_of(samples.table, self.decoder.for_evaluation())

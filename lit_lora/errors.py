@@ -27,6 +27,17 @@ def check_least(least: float, **values: float | None) -> None:
             raise UserError(f"{name}={value} is too small; it must be at least {least}")
 
 
+def check_above(bound: float, **values: float | None) -> None:
+    """Refuse values that are not above a bound; None means that an option is not set.
+
+    Raises:
+        UserError: If a value is not above the bound.
+    """
+    for name, value in values.items():
+        if value is not None and not value > bound:
+            raise UserError(f"{name}={value} is too small; it must be above {bound}")
+
+
 def check_most(most: float, because: str = "", /, **values: float | None) -> None:
     """Refuse values above a bound; None means that an option is not set.
 

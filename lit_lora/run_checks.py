@@ -14,6 +14,7 @@ from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import check_optimizer_in_backward
 from lit_lora.optimizer_settings import check_lr_finder
 from lit_lora.redact import redact
+from lit_lora.sampling import check_guidance_rescale
 
 if TYPE_CHECKING:
     from lit_lora.module import LoraDiffusion
@@ -57,6 +58,7 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
         )
 
     check_lr_finder(trainer, module)
+    check_guidance_rescale(module.family.pipeline_class, module.sampling.guidance_rescale)
     strategy = trainer.strategy
     check_strategy(strategy)
     for config in module.adapter_configs:

@@ -16,7 +16,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
-from lit_lora.objectives import DDPM
+from lit_lora.objectives import DDPM, MinSNR, OffsetNoise, PseudoHuber
 from lit_lora.sampling import SamplingOptions
 from tests.helpers import loader_of, make_batches
 
@@ -143,7 +143,12 @@ def test_validation_loss_is_the_same_in_every_run_and_weighted(
 
     batches = make_batches(3)
     plain = validate(batches)
-    assert plain == validate(batches, seed=9, objective=DDPM(snr_gamma=5.0, noise_offset=0.1), caption_dropout=1.0)
+    assert plain == validate(
+        batches,
+        seed=9,
+        objective=DDPM(weighting=MinSNR(), noise=[OffsetNoise()], criterion=PseudoHuber()),
+        caption_dropout=1.0,
+    )
     # Splitting into other batches, with a padded one at the end, gives the same mean over the same samples.
     halves = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(2)]
     padding = {**halves[0], "weight": torch.zeros(1)}
@@ -169,6 +174,20 @@ def test_a_denoiser_may_keep_what_it_computes_in_validation(
     trainer.fit(sd_module, loader_of(make_batches(1)))
     assert trainer.global_step == 1
     assert len(tables) == 1
+
+
+def test_the_loss_is_masked_in_training_alone(sd_module: LoraDiffusion) -> None:
+    sd_module.configure_model()
+    (batch,) = make_batches(1)
+    mask = torch.zeros(2, 1, *batch["pixel_values"].shape[-2:], dtype=torch.uint8)
+    mask[1] = 255
+    draws = Draws(0, range(2))
+    plain, _ = sd_module.losses(batch, draws)
+    masked, _ = sd_module.losses({**batch, "loss_mask": mask}, draws)
+    assert masked[0] == 0
+    assert masked[1] == plain[1] != 0
+    sd_module.eval()
+    assert torch.equal(sd_module.losses({**batch, "loss_mask": mask}, draws)[0], sd_module.losses(batch, draws)[0])
 
 
 def test_accumulating_equals_one_larger_batch(sd_folder: Path, trainer_options: dict[str, Any]) -> None:

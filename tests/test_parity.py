@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lit_lora.draws import Draws
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
 from lit_lora.module import LoraDiffusion
-from lit_lora.objectives import DDPM
+from lit_lora.objectives import DDPM, MinSNR, OffsetNoise
 from tests.helpers import loader_of, make_batches
 
 STEPS = 10
@@ -142,7 +142,11 @@ def test_step_equals_the_reference_step(
     module = LoraDiffusion(
         family_class(str(folder)),
         LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=TARGETS),
-        DDPM(prediction_type, snr_gamma, noise_offset),
+        DDPM(
+            prediction_type,
+            weighting=snr_gamma and MinSNR(snr_gamma),
+            noise=[OffsetNoise(noise_offset)] if noise_offset else [],
+        ),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8),
         base_dtype="float32",
         seed=5,

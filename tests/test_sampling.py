@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from lit_lora.errors import UserError
-from lit_lora.sampling import SamplingOptions, generate
+from lit_lora.sampling import SamplingOptions, check_guidance_rescale, generate
 
 
 def test_there_is_at_least_one_denoising_step() -> None:
@@ -40,3 +41,12 @@ def test_what_a_pipeline_gets() -> None:
     assert [call["guidance_scale"] for call in calls] == [4, 4, 3]
     assert calls[2]["true_cfg_scale"] == 4
     assert "true_cfg_scale" not in calls[0]
+
+
+def test_guidance_is_rescaled_where_the_pipeline_can() -> None:
+    check_guidance_rescale(StableDiffusionXLPipeline, 0.7)
+    check_guidance_rescale(FluxPipeline, 0.0)
+    with pytest.raises(UserError, match=r"guidance_rescale=0.7: FluxPipeline has no such option; leave it at 0"):
+        check_guidance_rescale(FluxPipeline, 0.7)
+    with pytest.raises(UserError, match=r"guidance_rescale=1.5 is too large; it must be at most 1"):
+        SamplingOptions(guidance_rescale=1.5)

@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,14 +14,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lit_lora.datamodules.batches.buckets import Bucketing
-from lit_lora.datamodules.caching.cached_decoder import FLIPPED, LATENTS, SIZES, encode_cached, without_padding
+from lit_lora.datamodules.caching.cached_decoder import FLIPPED, LATENTS, MASK, SIZES, encode_cached, without_padding
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.framing import Framing
-from lit_lora.datamodules.decoding.image_decoder import decode_image
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder, decode_image
+from lit_lora.datamodules.decoding.mask import MaskSource, decode_mask
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
-from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
 from lit_lora.datamodules.indexing.table import SampleTable
@@ -32,6 +32,7 @@ from lit_lora.datamodules.loading.threads import LoaderThreads
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
+from lit_lora.loss_mask import mask_of_latents
 from lit_lora.redact import redact
 from lit_lora.visible import visible
 
@@ -86,7 +87,8 @@ class CacheWriter:
         self.batch_size = batch_size
         self.num_workers = num_workers
         self._text = "text" in description.cached
-        self._decoder = _SourceDecoder(captions, self._text, description.flipped)
+        self._sides = ("", FLIPPED) if description.flipped else ("",)
+        self._decoder = _SourceDecoder(captions, self._text, self._sides, cast("MaskSource | None", description.mask))
 
     def write(self, shard: int, path: Path, progress: Callable[[int], None]) -> CachedShard:
         """Write the cached shard and its index; an existing one is kept.
@@ -182,6 +184,9 @@ class CacheWriter:
     def _encode_batch(self, batch: Batch, bad: list[BadSampleReport]) -> dict[int, dict[str, bytes] | None]:
         """The members of each sample by its number; None for a bad sample."""
         tensors = {name: batch[name] for name in SIZES} | self._posteriors(batch)
+        if self.description.mask:
+            size = tensors[LATENTS[0]].shape[-2:]
+            tensors |= {MASK + side: mask_of_latents(batch[MASK + side], size) for side in self._sides}
         text: dict[str, Tensor] = {}
         if self._text:
             text = {name: value.cpu() for name, value in self.family.encode_captions(batch["caption"]).items()}
@@ -199,7 +204,7 @@ class CacheWriter:
     def _posteriors(self, batch: Batch) -> dict[str, Tensor]:
         dtype = getattr(torch, self.description.dtype)
         posteriors = {}
-        for side in ("", FLIPPED) if self.description.flipped else ("",):
+        for side in self._sides:
             pixel_values = batch[f"pixel_values{side}"].to(self.family.device, non_blocking=True)
             for name, values in zip(LATENTS, self.family.posterior(pixel_values), strict=True):
                 posteriors[name + side] = values.to(dtype).cpu()
@@ -217,38 +222,42 @@ class CacheWriter:
 
 @dataclass(frozen=True)
 class _SourceDecoder(SampleDecoder):
-    """Decodes the inputs of the encoders: a sample's image, its flipped image, its caption."""
+    """Decodes the inputs of the encoders: a sample's image and mask, both also flipped, and its caption."""
 
     captions: Captions
     text: bool
-    flipped: bool
+    sides: tuple[str, ...]
+    mask: MaskSource | None
 
     @property
     def required(self) -> dict[str, tuple[str, ...]]:
-        return {"image": IMAGE_EXTENSIONS, "caption": self.captions.extensions}
+        return ImageDecoder(captions=self.captions, mask=self.mask).required
 
     def __call__(
         self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
     ) -> dict[str, Any]:
         image = decode_image(members, image_size)
-        framed = Framing(center_crop=True, random_flip=False, seed=0)(image, slot, size)
-        entries = {
-            "pixel_values": framed.pixels,
-            "original_size": framed.original_size,
-            "crop_top_left": framed.crop_top_left,
-            "target_size": size,
-            **self._caption(members),
-        }
-        if self.flipped:
-            mirrored = _FlippedFraming(center_crop=True, random_flip=True, seed=0)(image, slot, size)
-            entries[f"pixel_values{FLIPPED}"] = mirrored.pixels
+        mask = None if self.mask is None else decode_mask(members, self.mask, image_size)
+        entries = self._caption(members)
+        for side in reversed(self.sides):  # the sizes are those of the image that is not flipped
+            framing = _FRAMINGS[side]
+            framed = framing(image, slot, size)
+            entries |= {
+                f"pixel_values{side}": framed.pixels,
+                "original_size": framed.original_size,
+                "crop_top_left": framed.crop_top_left,
+                "target_size": size,
+            }
+            if mask is not None:
+                entries[MASK + side] = framing(mask, slot, size).pixels
         return entries
 
     def blank(self, size: tuple[int, int]) -> dict[str, Any]:
         pixels = torch.zeros(3, *size, dtype=torch.uint8)
-        sides = ("", FLIPPED) if self.flipped else ("",)
-        sizes = dict.fromkeys(SIZES, size)
-        return {f"pixel_values{side}": pixels for side in sides} | sizes | {"caption": "", "caption_members": []}
+        entries: dict[str, Any] = {f"pixel_values{side}": pixels for side in self.sides}
+        if self.mask is not None:
+            entries |= {MASK + side: pixels[:1] for side in self.sides}
+        return entries | dict.fromkeys(SIZES, size) | {"caption": "", "caption_members": []}
 
     def _caption(self, members: Mapping[str, bytes]) -> dict[str, Any]:
         """The caption, and the members that hold it in the cached sample."""
@@ -264,6 +273,12 @@ class _FlippedFraming(Framing):
 
     def flips(self, slot: int) -> bool:
         return True
+
+
+_FRAMINGS = {
+    "": Framing(center_crop=True, random_flip=False, seed=0),
+    FLIPPED: _FlippedFraming(center_crop=True, random_flip=True, seed=0),
+}
 
 
 def _row(tensors: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:

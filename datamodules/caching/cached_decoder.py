@@ -24,6 +24,7 @@ TEXT = "text."
 FLIPPED = "_flipped"
 """Suffix of the names of the flipped image's latents."""
 
+MASK = "loss_mask"
 LATENTS = ("latents_mean", "latents_std")
 SIZES = ("original_size", "crop_top_left", "target_size")
 
@@ -32,14 +33,16 @@ class CachedDecoder(SampleDecoder):
     """Decodes the samples of a cache.
 
     The ``.safetensors`` member of a sample holds the VAE's posterior, ``latents_mean`` and ``latents_std`` (C, h, w); the same
-    with the suffix ``_flipped`` for the flipped image, if the cache has it; ``original_size``, ``crop_top_left`` and
-    ``target_size``, int64 (2,), height or top first; and ``text.NAME`` for each text embedding, if text is cached.
+    with the suffix ``_flipped`` for the flipped image, if the cache has it; ``loss_mask`` (1, h, w), also with that suffix, if
+    the cache has masks; ``original_size``, ``crop_top_left`` and ``target_size``, int64 (2,), height or top first; and
+    ``text.NAME`` for each text embedding, if text is cached.
 
     Args:
         description: Description of the cache.
         framing: Framing of the run, which decides which occurrences are flipped, as without a cache.
         captions: Sources of captions, if text is not cached; otherwise the cache's ``.txt`` members hold the captions.
         empty: Embeddings of one empty caption by name, from the cache's ``empty.safetensors``, if text is cached.
+        masked: Whether the run masks its loss; the cache must have the masks. Defaults to False.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class CachedDecoder(SampleDecoder):
         framing: Framing,
         captions: Captions,
         empty: Mapping[str, Tensor] | None = None,
+        masked: bool = False,
     ) -> None:
         self.description = description
         self.framing = framing
         self.captions = captions
         self.empty = dict(empty or {})
+        self.masked = masked
         assert bool(self.empty) == ("text" in description.cached), (
             "cached text needs the embeddings of the empty caption"
         )
@@ -74,7 +79,8 @@ class CachedDecoder(SampleDecoder):
 
         Returns:
             ``latents_mean`` and ``latents_std`` (C, h, w); ``original_size``, ``crop_top_left`` and ``target_size``, int64
-            (2,); ``caption``; and ``text_embeddings``, a dict of tensors, if text is cached.
+            (2,); ``caption``; ``text_embeddings``, a dict of tensors, if text is cached; and ``loss_mask``, float32 (1, h, w), if
+            the run masks its loss.
 
         Raises:
             BadSampleError: If a member is missing or damaged, a tensor is missing or not finite, or the sample was cached at
@@ -84,6 +90,8 @@ class CachedDecoder(SampleDecoder):
         side = FLIPPED if self.framing.flips(slot) else ""
         shape, dtype = self._latents(size)
         entries: dict[str, Any] = {name: _tensor(tensors, name + side, shape, dtype) for name in LATENTS}
+        if self.masked:
+            entries[MASK] = _tensor(tensors, MASK + side, (1, *shape[-2:]), torch.float32)
         entries |= {name: _tensor(tensors, name, (2,), torch.int64) for name in SIZES}
         if (cached := tuple(entries["target_size"].tolist())) != size:
             raise BadSampleError(f"the sample was cached with height and width {cached}, not {size}")
@@ -97,6 +105,8 @@ class CachedDecoder(SampleDecoder):
         entries: dict[str, Any] = {name: torch.zeros(shape, dtype=dtype) for name in LATENTS}
         entries |= {"original_size": torch.tensor(size), "crop_top_left": torch.tensor((0, 0))}
         entries |= {"target_size": torch.tensor(size), "caption": ""}
+        if self.masked:
+            entries[MASK] = torch.zeros(1, *shape[-2:])
         return entries | ({"text_embeddings": self.empty} if self.empty else {})
 
     def batch_entries(self) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class CacheDescription:
             cached.
         text_masks: Name of the mask for each text embedding that is stored without padding, see
             :attr:`lit_lora.families.ModelFamily.text_masks`.
+        mask: Where the masks of the loss were, see :class:`~lit_lora.datamodules.decoding.image_decoder.ImageDecoder`; None if
+            they are not cached.
     """
 
     vae: str
@@ -58,6 +60,7 @@ class CacheDescription:
     encoders: str | None = None
     captions: Mapping[str, Any] | None = None
     text_masks: Mapping[str, str] = field(default_factory=dict)
+    mask: str | None = None
 
     @property
     def cached(self) -> frozenset[str]:
@@ -121,6 +124,7 @@ class CacheDescription:
         center_crop: bool,
         random_flip: bool,
         captions: Captions,
+        mask: str | None = None,
     ) -> None:
         """Check that the cache holds what a run would encode itself.
 
@@ -132,6 +136,7 @@ class CacheDescription:
             center_crop: Whether the run crops images at the center.
             random_flip: Whether the run flips images; if it does, the cache must have the flipped images.
             captions: Captions of the run, which are compared if text is cached.
+            mask: Where the masks of the run are; if it has any, the cache must have been made with them. Defaults to None.
 
         Raises:
             UserError: If anything differs; the message lists every difference.
@@ -144,6 +149,7 @@ class CacheDescription:
             buckets=buckets,
             center_crop=center_crop,
             flipped=self.flipped or random_flip,
+            mask=mask or self.mask,
         )
         if self.encoders is not None:
             encoders = identity.get("text", self.encoders)
@@ -165,6 +171,7 @@ class CacheDescription:
             "flipped": self.flipped,
             "dtype": self.dtype,
             "latent_shapes": self.latent_shapes,
+            "mask": self.mask,
         }
         text = (
             None

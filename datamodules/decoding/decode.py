@@ -61,6 +61,29 @@ def decode_rgb(data: bytes) -> Tensor:
     return image
 
 
+def decode_alpha(data: bytes) -> Tensor | None:
+    """The alpha channel of an image, turned like :func:`decode_rgb` turns it; None if the image is opaque.
+
+    Returns:
+        uint8 (1, H, W).
+
+    Raises:
+        BadSampleError: If the bytes are not an image.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels decides
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+            if not image.has_transparency_data:
+                return None
+            image.load()
+            upright = ImageOps.exif_transpose(image) if image.format == "PNG" else image
+            alpha = np.array(upright.convert("RGBA").getchannel("A"))
+    except Exception as error:  # Pillow's readers raise almost any exception on damaged bytes
+        raise BadSampleError(f"the alpha channel cannot be decoded ({error})") from error
+    return torch.from_numpy(alpha)[None]
+
+
 def _reason(error: RuntimeError) -> str:
     """Torchvision's message, without the place in its source code."""
     return re.sub(r"^.*\.cpp:\d+\W*", "", str(error).splitlines()[0])

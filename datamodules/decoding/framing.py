@@ -16,7 +16,7 @@ class FramedImage(NamedTuple):
     """An image at its training size, with the size and crop on which SDXL is conditioned.
 
     Attributes:
-        pixels: uint8 (3, H, W).
+        pixels: uint8 (C, H, W).
         original_size: Height and width before resizing, in pixels.
         crop_top_left: Top and left of the crop in the resized (and flipped) image, in pixels.
     """
@@ -46,7 +46,7 @@ class Framing:
         """Frame one image.
 
         Args:
-            image: uint8 (3, H, W).
+            image: Image or mask, uint8 (C, H, W).
             slot: Number of this occurrence of the sample.
             size: Planned height and width, in pixels.
 

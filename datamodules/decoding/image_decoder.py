@@ -12,8 +12,9 @@ from torch import Tensor
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, decode_rgb
 from lit_lora.datamodules.decoding.framing import Framing
+from lit_lora.datamodules.decoding.mask import MaskSource, decode_mask
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
-from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
+from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS, MASK_EXTENSION
 from lit_lora.datamodules.indexing.scan import image_size
 
 
@@ -29,11 +30,14 @@ class ImageDecoder(SampleDecoder):
             Validation and test images are always cropped at the center.
         random_flip: Whether to flip half of the training images horizontally. Defaults to false.
         captions: Sources and augmentation of captions. Defaults to the caption in ``.txt``, or else in ``.json``.
+        mask: Where masks of the training images are, for losses that count only in a part of the image: ``mask.png``, a member of
+            each sample, or ``alpha``, the image's alpha channel. Defaults to null: the whole image counts.
     """
 
     center_crop: bool = False
     random_flip: bool = False
     captions: Captions = Captions()  # noqa: RUF009 it is frozen
+    mask: MaskSource | None = None
     _seed: int = 0  # private, since it is not an option: the datamodule sets it
 
     @property
@@ -43,19 +47,23 @@ class ImageDecoder(SampleDecoder):
 
     @property
     def required(self) -> dict[str, tuple[str, ...]]:
-        return {"image": IMAGE_EXTENSIONS, "caption": self.captions.extensions}
+        masks = {"mask": (MASK_EXTENSION,)} if self.mask == MASK_EXTENSION else {}
+        return {"image": IMAGE_EXTENSIONS, "caption": self.captions.extensions, **masks}
 
     def __call__(
         self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
     ) -> dict[str, Any]:
         framed = self.framing(decode_image(members, image_size), slot, size)
-        return {
+        entries = {
             "pixel_values": framed.pixels,
             "caption": self.captions.draw(members, self._seed, slot),
             "original_size": framed.original_size,
             "crop_top_left": framed.crop_top_left,
             "target_size": size,
         }
+        if self.mask is None:
+            return entries
+        return entries | {"loss_mask": self.framing(decode_mask(members, self.mask, image_size), slot, size).pixels}
 
     def blank(self, size: tuple[int, int]) -> dict[str, Any]:
         return {
@@ -64,14 +72,15 @@ class ImageDecoder(SampleDecoder):
             "original_size": size,
             "crop_top_left": (0, 0),
             "target_size": size,
+            **({} if self.mask is None else {"loss_mask": torch.zeros(1, *size, dtype=torch.uint8)}),
         }
 
     def with_seed(self, seed: int) -> Self:
         return replace(self, _seed=seed)
 
     def for_evaluation(self) -> Self:
-        """The same decoder with center crops and without flips. Captions are drawn as in training."""
-        return replace(self, center_crop=True, random_flip=False)
+        """The same decoder with center crops, and without flips and masks. Captions are drawn as in training."""
+        return replace(self, center_crop=True, random_flip=False, mask=None)
 
 
 def decode_image(members: Mapping[str, bytes], indexed_size: tuple[int, int]) -> Tensor:

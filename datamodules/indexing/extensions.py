@@ -5,5 +5,8 @@ from __future__ import annotations
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 """Extensions of images; if a sample has several images, the first extension in this order is used."""
 
+MASK_EXTENSION = "mask.png"
+"""Extension of the mask that tells which part of an image is trained on."""
+
 CAPTION_EXTENSIONS = ("txt", "json", "cls")
 """Extensions of captions."""

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION
 from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, extension_of, image_extension
 from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.left_out import BadFile
@@ -22,13 +23,15 @@ from lit_lora.datamodules.packing.walk import walk_files
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
 
-_SIDES = ("txt", "json", "TXT", "JSON", "Txt", "Json")
+_SIDES = ("txt", "json", "TXT", "JSON", "Txt", "Json", MASK_EXTENSION)
 """Endings of the files beside images; of those that differ only in capitals, the first that is there is read."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageFolder(PackInput):
     """Images at any depth, each with a ``.txt`` or ``.json`` file of the same name beside it; endings may be in capitals.
+
+    A ``.mask.png`` file of the same name, the mask of the loss, is packed with its image.
 
     Attributes:
         folder: Folder of the images.
@@ -61,6 +64,8 @@ class ImageFolder(PackInput):
 
         def good_files() -> Iterator[str]:
             for file, siblings in walk_files(folder, skip):
+                if _is_mask(file, siblings):
+                    continue
                 if not image_extension(file):
                     if reason := _why_no_caption(file, siblings):
                         skipped.append(BadFile(file, reason))
@@ -149,9 +154,22 @@ def _find_sides(file: str, siblings: Set[str]) -> int:
         for bit, side in reversed(list(enumerate(_SIDES)))  # the first spelling stays
         if image.with_suffix(f".{side}").name in siblings
     }
-    if not found:
+    if not found.keys() - {MASK_EXTENSION}:
         raise BadSampleError("has no caption (a .txt or .json file of the same name)")
     return sum(1 << bit for bit in found.values())
+
+
+def _is_mask(file: str, siblings: Set[str]) -> bool:
+    """Whether an image is the mask of another one beside it."""
+    name = file.rpartition("/")[2]
+    stem = name.removesuffix(f".{MASK_EXTENSION}")
+    return stem != name and any(_beside(stem, siblings))
+
+
+def _beside(stem: str, siblings: Set[str]) -> Iterator[str]:
+    """Images of a name, with any ending."""
+    images = (f"{stem}.{each}" for low in IMAGE_FILES for each in (low, low.upper(), low.capitalize()))
+    return (image for image in images if image in siblings)
 
 
 def _why_no_caption(file: str, siblings: Set[str]) -> str:
@@ -160,8 +178,7 @@ def _why_no_caption(file: str, siblings: Set[str]) -> str:
     if side not in _SIDES:
         return ""
     stem, _, spelled = file.rpartition("/")[2].rpartition(".")
-    images = (f"{stem}.{each}" for low in IMAGE_FILES for each in (low, low.upper(), low.capitalize()))
-    if siblings.isdisjoint(images):
+    if not any(_beside(stem, siblings)):
         return "is no caption of an image beside it"
     spellings = [each for each in _SIDES if each.lower() == side]
     read = next((each for each in spellings if f"{stem}.{each}" in siblings), None)

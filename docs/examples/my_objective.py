@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lit_lora import Objective, TimestepDensity, UserError
 from lit_lora.draws import Draws
-from lit_lora.objectives import NoisySample
+from lit_lora.objectives import NoiseLevel, NoisySample
 
 
 class P2Noise(Objective):
@@ -82,11 +82,12 @@ class P2Noise(Objective):
         level = kept.view(-1, *[1] * (latents.ndim - 1))
         noisy = level.sqrt() * latents + (1 - level).sqrt() * noise
         weight = (1 + kept / (1 - kept)) ** -self.gamma if self.training else torch.ones_like(kept)
-        return NoisySample(noisy, timesteps, target=noise, weight=weight, latents=latents)
+        snr = NoiseLevel(timesteps / len(self.cumulative), kept / (1 - kept))
+        return NoisySample(noisy, timesteps, target=noise, weight=weight, latents=latents, level=snr)
 
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
         errors = F.huber_loss(prediction.float(), sample.target.float(), reduction="none", delta=self.delta)
-        return errors.flatten(1).mean(1) * sample.weight
+        return self.mean_errors(errors, sample)
 
 
 @dataclass(frozen=True)

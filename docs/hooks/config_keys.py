@@ -58,6 +58,14 @@ SECTIONS = (
     ),
     Section("model.objective", "What is drawn for a step and what the loss is.", choice=lit_lora.Objective),
     Section("model.objective.init_args.density", "Times of `FlowMatching`.", choice=lit_lora.TimestepDensity),
+    Section(
+        "model.objective.init_args.weighting",
+        "Weights of the samples by their noise levels; `SigmaSqrt` and `CosMapWeighting` are for `FlowMatching`, the others for "
+        "`DDPM`.",
+        choice=lit_lora.Weighting,
+    ),
+    Section("model.objective.init_args.criterion", "How much an error counts.", choice=lit_lora.Criterion),
+    Section("model.objective.init_args.noise[]", "A list of changes of the noise.", choice=lit_lora.NoiseKind),
     Section("model.quantization", "How the frozen weights are stored.", choice=lit_lora.Quantization),
     Section(
         "model.parameter_groups[]",
@@ -209,6 +217,8 @@ def _type(hint: Any) -> str:
         return r" \| ".join(dict.fromkeys(map(_type, last)))
     if origin in (list, Sequence):
         return f"list of {_type(parts[0])}"
+    if origin is tuple:
+        return f"list of {len(parts)} values: {', '.join(map(_type, parts))}"
     if origin is not None:
         return {dict: "mapping", Callable: "class"}[origin]
     return _PLAIN.get(hint, f"`{hint.__name__}`")

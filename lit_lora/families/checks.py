@@ -107,6 +107,8 @@ def check_batch(family: ModelFamily, batch: Any, values: bool) -> None:
             raise UserError(f"caption is {type(captions).__name__}, not a list of {count} strings; {_CONTRACT}")
         _check_count(count, caption=captions)
     _check_count(count, **{name: batch[name] for name in ("weight", "slot", "key") if name in batch})
+    if "loss_mask" in batch:
+        _check_mask(batch["loss_mask"], batch[images])
 
 
 def _check_images(family: ModelFamily, images: Any, values: bool) -> None:
@@ -129,6 +131,14 @@ def _check_images(family: ModelFamily, images: Any, values: bool) -> None:
             f"no value of pixel_values is below 0, the largest is {most:.3g}: images in [0, 1] must become [-1, 1]",
             stacklevel=2,
         )
+
+
+def _check_mask(mask: Any, images: Tensor) -> None:
+    """Check the mask of the loss against images or latents, ``(B, …, H, W)``."""
+    wanted = (len(images), 1, *images.shape[-2:])
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != wanted:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise UserError(f"loss_mask is {found}, not a tensor {wanted}; {_CONTRACT}")
 
 
 def _check_count(count: int, **lists: Any) -> None:

@@ -14,6 +14,7 @@ from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.base_options import loading_lines
 from lit_lora.formats.base_records import Records, base_records
 from lit_lora.formats.model_spec import alpha_option, default_title
+from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.formats.textual_inversion import embedding_file
 
 CARD = "README.md"
@@ -108,6 +109,7 @@ def _usage(adapter: AdapterFiles, base: str, files: Sequence[str], trigger: str 
             *(["from safetensors.torch import load_file"] if reads_files else []),
             *creation,
             *loading,
+            *_scheduler(adapter),
             f'image = pipeline("{prompt}").images[0]',
         ]
         blocks.append("In diffusers:\n\n```python\n" + "\n".join(lines) + "\n```")
@@ -160,6 +162,20 @@ def _trained_over(adapter: AdapterFiles, base: str, over: Records) -> str:
 def _adds(adapter: AdapterFiles) -> bool:
     """Whether the adapter adds the same to a weight whatever else has been added to it, as DoRA does not."""
     return adapter.config.get("peft_type") in ("LORA", "LOHA", "LOKR") and not adapter.config.get("use_dora")
+
+
+def _scheduler(adapter: AdapterFiles) -> list[str]:
+    """Lines that give a pipeline of diffusers the scheduler that the adapter was trained for, where it is not the base's."""
+    changes = scheduler_changes(adapter.metadata)
+    if not changes:
+        return []
+    name = changes.pop("_class_name", None)
+    kind = "type(pipeline.scheduler)" if name is None else f"diffusers.{name}"
+    options = ", ".join(f"{option}={value!r}" for option, value in changes.items())
+    return [
+        *([] if name is None else ["import diffusers"]),
+        f"pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config, {options})",
+    ]
 
 
 def _token_loading(adapter: AdapterFiles) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
+
+from lit_lora.formats.sampling_scheduler import scheduler_metadata
 
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -44,6 +46,10 @@ def training_facts(module: LightningModule) -> dict[str, str]:
         facts["ss_learning_rate"] = float(group.get("initial_lr", group.get("lr", 0)))
     schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
     facts["ss_lr_scheduler"] = schedulers[0] if schedulers else None
+    if isinstance(config := getattr(module, "_scheduler_config", None), dict):
+        facts |= scheduler_metadata(cast(Any, module).family.scheduler_config, config)
+    if getattr(getattr(module, "objective", None), "zero_terminal_snr", False):
+        facts["ss_zero_terminal_snr"] = True
     datamodule = getattr(trainer, "datamodule", None)
     if isinstance(size := getattr(datamodule, "batch_size", None), int):
         facts["ss_total_batch_size"] = size * trainer.world_size * trainer.accumulate_grad_batches

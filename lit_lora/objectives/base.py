@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
+from lit_lora.objectives.criteria import Criterion, SquaredError
+from lit_lora.objectives.noise_level import NoiseLevel
+from lit_lora.objectives.noises import NoiseKind
 
 
 class NoisySample(NamedTuple):
@@ -25,15 +28,36 @@ class NoisySample(NamedTuple):
     """Weight of each sample's loss, float32 ``(B,)``."""
     latents: Tensor
     """Latents without noise, ``(B, *latent_shape)``."""
+    level: NoiseLevel
+    """Noise levels, on which criteria and weightings may depend."""
+    mask: Tensor | None = None
+    """How much each pixel of the latents counts in training, float32 in [0, 1], ``(B, 1, h, w)``; None if all do."""
+
+
+def check_timestep_range(low: float, high: float) -> None:
+    """Check the part of the timesteps that an objective trains.
+
+    Raises:
+        UserError: If it is not a part of [0, 1].
+    """
+    if not 0 <= low < high <= 1:
+        raise UserError(
+            f"timestep_range=[{low}, {high}] must be a part of [0, 1], the smaller number first: 0 is data and 1 noise, as "
+            f"[0.0, 0.5] for the half with less noise"
+        )
 
 
 class Objective(nn.Module, ABC):
     """A training objective: the distribution of noisy samples, their targets and the loss.
 
-    In evaluation mode there is no weighting, offset or perturbation, so that validation losses of runs with different settings
-    can be compared.
+    In evaluation mode there is no weighting, mask, offset or perturbation, timesteps come from their whole range, and the
+    criterion is the squared error, so that validation losses of runs with different settings can be compared.
     """
 
+    criterion: Criterion = SquaredError()
+    """How much an error of the prediction counts in training."""
+    noise: Sequence[NoiseKind] = ()
+    """Changes of the noise in training, one after the other."""
     schedulers: ClassVar[tuple[str, ...]]
     """Class names of the diffusers schedulers whose models the objective can train."""
 
@@ -74,12 +98,38 @@ class Objective(nn.Module, ABC):
                 resolution; defaults to 1.
         """
 
+    def draw_noise(self, latents: Tensor, draws: Draws) -> Tensor:
+        """Draw the noise of a batch: standard normal, in training changed by :attr:`noise`; float32 ``(B, *latent_shape)``.
+
+        Args:
+            latents: Latents, ``(B, *latent_shape)``.
+            draws: Random numbers of the batch.
+        """
+        noise = draws.normal("noise", latents.shape[1:])
+        for kind in self.noise if self.training else ():
+            noise = kind.apply(noise, draws)
+        return noise
+
     def loss(self, prediction: Tensor, sample: NoisySample) -> Tensor:
-        """Weighted mean squared error of each sample, float32 ``(B,)``.
+        """Weighted mean error of each sample by the criterion, float32 ``(B,)``.
 
         Args:
             prediction: Prediction of the denoiser for ``sample.noisy``, ``(B, *latent_shape)``.
             sample: Result of :meth:`sample`.
         """
-        errors = F.mse_loss(prediction.float(), sample.target.float(), reduction="none")
+        criterion = self.criterion if self.training else SquaredError()
+        errors = criterion.errors(prediction.float() - sample.target.float(), sample.level)
+        return self.mean_errors(errors, sample)
+
+    def mean_errors(self, errors: Tensor, sample: NoisySample) -> Tensor:
+        """Mean of each sample's errors, in training masked, times its weight; float32 ``(B,)``.
+
+        The mean is over all pixels, also masked ones, so that a pixel counts the same in each sample.
+
+        Args:
+            errors: Error of each element, float32 ``(B, *latent_shape)``.
+            sample: Result of :meth:`sample`.
+        """
+        if sample.mask is not None and self.training:
+            errors = errors * sample.mask
         return errors.flatten(1).mean(1) * sample.weight

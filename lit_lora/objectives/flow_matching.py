@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.objectives.base import NoisySample, Objective
+from lit_lora.objectives.base import NoisySample, Objective, check_timestep_range
+from lit_lora.objectives.criteria import Criterion, SquaredError
 from lit_lora.objectives.densities import LogitNormal, TimestepDensity, Uniform
+from lit_lora.objectives.noise_level import NoiseLevel
+from lit_lora.objectives.noises import NoiseKind
+from lit_lora.objectives.weightings import Weighting
+
+PREDICTION = "flow_prediction"
+"""diffusers' name of what the denoiser predicts."""
 
 
 class FlowMatching(Objective):
@@ -27,19 +35,25 @@ class FlowMatching(Objective):
     ``base_image_seq_len`` to ``max_shift`` at ``max_image_seq_len``, and :math:`s = e^\mu` (or :math:`\mu`, with
     ``time_shift_type: linear``).
 
-    In evaluation mode times are uniform, without shift, and losses are not weighted.
+    In evaluation mode times are uniform on the whole range, without shift, and losses are not weighted.
 
     Args:
         density: Density of the times: ``LogitNormal``, ``Uniform``, ``Mode`` or ``CosMap``; defaults to ``LogitNormal``.
         shift: Constant shift, above 0; 1 is no shift. Defaults to the shift of the base's scheduler.
-        weighting: Weight of each sample's loss: ``none``, ``sigma_sqrt`` for :math:`\sigma^{-2}`, or ``cosmap`` for
-            :math:`2 / (\pi (1 - 2 \sigma + 2 \sigma^2))`; defaults to ``none``.
+        weighting: Weight of each sample's loss: ``SigmaSqrt`` or ``CosMapWeighting``; defaults to none.
         precondition_outputs: Measure the error of the latents that follow from the predicted velocity,
             :math:`x_\sigma - \sigma v`, instead of the velocity's error, which multiplies the loss by :math:`\sigma^2`. Off by
             default; on in some of diffusers' scripts.
+        criterion: How much an error counts: ``SquaredError``, ``PseudoHuber``, ``SNRPseudoHuber`` or
+            ``ExponentialPseudoHuber``; defaults to ``SquaredError``.
+        noise: Changes of the noise, one after the other: ``OffsetNoise``, ``PyramidNoise``; defaults to none. Flow matching
+            learns to start from plain noise and needs them less than denoising diffusion.
+        timestep_range: Lowest and highest noise level :math:`\sigma` to train, for an expert or for style or composition alone;
+            the shifted levels are scaled to this range. Defaults to all, (0, 1).
 
     Raises:
-        UserError: If ``shift`` is not above 0.
+        UserError: If ``shift`` is not above 0, the weighting has no meaning for flow matching, or ``timestep_range`` is not a
+            part of [0, 1].
     """
 
     schedulers: ClassVar[tuple[str, ...]] = (
@@ -53,16 +67,25 @@ class FlowMatching(Objective):
         self,
         density: TimestepDensity = LogitNormal(),  # noqa: B008 it is frozen
         shift: float | None = None,
-        weighting: Literal["none", "sigma_sqrt", "cosmap"] = "none",
+        weighting: Weighting | None = None,
         precondition_outputs: bool = False,
+        criterion: Criterion = SquaredError(),  # noqa: B008 it is frozen
+        noise: Sequence[NoiseKind] = (),
+        timestep_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__()
         if shift is not None and not shift > 0:
             raise UserError(f"shift={shift} is too small; it must be above 0: 1 for no shift, null for the base's own")
+        check_timestep_range(*timestep_range)
+        if weighting is not None:
+            weighting.check([PREDICTION])
         self.density = density
         self.shift = shift
         self.weighting = weighting
         self.precondition_outputs = precondition_outputs
+        self.criterion = criterion
+        self.noise = tuple(noise)
+        self.timestep_range = timestep_range
 
     def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
         if config.get("invert_sigmas"):
@@ -76,14 +99,17 @@ class FlowMatching(Objective):
         return config
 
     def sample(self, latents: Tensor, draws: Draws, num_tokens: int = 1) -> NoisySample:
-        noise = draws.normal("noise", latents.shape[1:])
+        noise = self.draw_noise(latents, draws)
         if self.training:
-            sigma = self._shifted(self._rounded(self.density.times(draws)), num_tokens)
+            low, high = self.timestep_range
+            sigma = low + (high - low) * self._shifted(self._rounded(self.density.times(draws)), num_tokens)
         else:
             sigma = self._rounded(Uniform().times(draws))
-        level = sigma.view(-1, *[1] * (latents.ndim - 1))
-        noisy = (1 - level) * latents + level * noise
-        return NoisySample(noisy, sigma * self.num_train_timesteps, noise - latents, self._weight(sigma), latents)
+        share = sigma.view(-1, *[1] * (latents.ndim - 1))
+        noisy = (1 - share) * latents + share * noise
+        level = NoiseLevel(sigma, ((1 - sigma) / sigma) ** 2)
+        timesteps = sigma * self.num_train_timesteps
+        return NoisySample(noisy, timesteps, noise - latents, self._weight(level), latents, level)
 
     def shift_for(self, num_tokens: int) -> float:
         """The shift for images of this many tokens."""
@@ -107,12 +133,10 @@ class FlowMatching(Objective):
         shift = self.shift_for(num_tokens)
         return shift * sigma / (1 + (shift - 1) * sigma)
 
-    def _weight(self, sigma: Tensor) -> Tensor:
+    def _weight(self, level: NoiseLevel) -> Tensor:
         if not self.training:
-            return torch.ones_like(sigma)
-        weight = torch.ones_like(sigma)
-        if self.weighting == "sigma_sqrt":
-            weight = sigma**-2
-        elif self.weighting == "cosmap":
-            weight = 2 / (math.pi * (1 - 2 * sigma + 2 * sigma**2))
-        return weight * sigma**2 if self.precondition_outputs else weight
+            return torch.ones_like(level.time)
+        weight = torch.ones_like(level.time)
+        if self.weighting is not None:
+            weight = self.weighting.weights(level, PREDICTION)
+        return weight * level.time**2 if self.precondition_outputs else weight

@@ -19,7 +19,6 @@ from lit_lora.datamodules.caching.cache_writer import CachedShard
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription, size_name
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
-from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport, list_reports
@@ -124,8 +123,8 @@ def cache_shards(
     specs = {name: named for name in _SHARDS if (named := getattr(data, name))}
     table = open_table([spec for named in specs.values() for spec in ([named] if isinstance(named, str) else named)])
     targets = _targets(table, out)
-    table.check_complete("image", IMAGE_EXTENSIONS)
-    table.check_complete("caption", decoder.captions.extensions)
+    for what, extensions in decoder.required.items():
+        table.check_complete(what, extensions)
     family = module.family.unloaded()
     prepare(family, copy.deepcopy(module.objective))
     family.load(module.base_dtype, without=PARTS)
@@ -245,6 +244,7 @@ def _describe(
         encoders=identity["text"] if text else None,
         captions=decoder.captions.description() if text else None,
         text_masks=dict(family.text_masks) if text else {},
+        mask=decoder.mask,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -22,6 +23,7 @@ from lit_lora.formats.base_adapters import BaseAdapters, recorded_adapters
 from lit_lora.formats.base_options import recorded_options
 from lit_lora.formats.base_records import base_records
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.formats.text_encoders import for_encoder
 from lit_lora.quantization.weight_change import Changes
 from lit_lora.sampling import generate
@@ -87,6 +89,11 @@ class _Adapt:
     def __init__(self, adapter: AdapterFiles | None, path: str | None, over: Sequence[BaseAdapter] = ()) -> None:
         self.adapter, self.path, self.over = adapter, path, over
 
+    @property
+    def scheduler_changes(self) -> dict[str, Any]:
+        """Entries of the base's scheduler config that the adapter needs changed."""
+        return scheduler_changes(self.adapter.metadata) if self.adapter else {}
+
     def changes(self, family: type[ModelFamily] | None) -> Mapping[str, Changes]:
         """The changes of the base's weights by the adapters that this one was trained over.
 
@@ -143,7 +150,9 @@ def _from_family(
     adapt(lambda config: family.denoiser, family.encoders)
     if adapt.adapter is not None and adapt.adapter.new_tokens:
         family.add_new_tokens(adapt.adapter.new_tokens)
-    return family.to(device).generate
+    changes = adapt.scheduler_changes
+    scheduler_config = {**family.scheduler_config, **changes} if changes else None
+    return partial(family.to(device).generate, scheduler_config=scheduler_config)
 
 
 def _from_pipeline(
@@ -162,6 +171,9 @@ def _from_pipeline(
             f"the adapter {adapt.path} has new tokens, and {base!r} is of no known model family; name it with --family"
         )
     adapt(partial(_adapted_part, pipeline), pipeline.components)
+    if changes := adapt.scheduler_changes:
+        config = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config, **changes}
+        pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
     pipeline.set_progress_bar_config(disable=True)
     return partial(generate, pipeline.to(device))
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_least, check_most
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
@@ -23,6 +23,7 @@ def sample(
     seed: int = 0,
     steps: int = 25,
     guidance_scale: float = 5.0,
+    guidance_rescale: float = 0.0,
     height: int | None = None,
     width: int | None = None,
     columns: int = 4,
@@ -47,6 +48,8 @@ def sample(
         seed: Seed of the first image; image i is drawn from seed + i.
         steps: Number of denoising steps.
         guidance_scale: Scale of classifier-free guidance; 1 turns it off.
+        guidance_rescale: Share in which guided predictions get back the standard deviation of unguided ones, in [0, 1]; 0.7 for
+            adapters that were trained with zero_terminal_snr.
         height: Height of the images in pixels; defaults to the model's own.
         width: Width of the images in pixels; defaults to the model's own.
         columns: Number of images in a row of the grid.
@@ -68,7 +71,8 @@ def sample(
     if not prompts:
         raise UserError('give --prompts: one text, or a list as \'["a red seven on white", "a blue star"]\'')
     check_least(1, count=count, steps=steps, columns=columns)
-    check_least(0, seed=seed)
+    check_least(0, seed=seed, guidance_rescale=guidance_rescale)
+    check_most(1, guidance_rescale=guidance_rescale)
     target = _target(out)
     texts = [text for text in ([prompts] if isinstance(prompts, str) else prompts) for _ in range(count)]
     if not (base or adapter):
@@ -84,6 +88,7 @@ def sample(
         generate = make_generate(base, adapter, base_adapters=base_adapters or (), base_options=given, **options)
         seeds = [seed + i for i in range(len(texts))]
         options = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "height": height, "width": width}
+        options["guidance_rescale"] = guidance_rescale
         _write(generate(texts, seeds, **options), target, columns)
 
 

@@ -33,6 +33,8 @@ IMAGES = torch.full((2, 3, 16, 16), 7, dtype=torch.uint8)
         ({"pixel_values": IMAGES[:, :1]}, r"the shape \(2, 1, 16, 16\)"),
         ({"pixel_values": IMAGES[..., :15]}, "takes images whose sides are multiples of 2 px, not 16 x 15"),
         ({"pixel_values": IMAGES.long()}, "pixel_values is torch.int64"),
+        ({"loss_mask": torch.ones(2, 16, 16)}, r"loss_mask is \(2, 16, 16\), not a tensor \(2, 1, 16, 16\)"),
+        ({"loss_mask": [1, 2]}, r"loss_mask is a list, not a tensor \(2, 1, 16, 16\)"),
         ({"pixel_values": IMAGES.float()}, "pixel_values has values from 7 to 7"),
     ],
 )

@@ -23,7 +23,16 @@ from torch import Tensor
 from lit_lora.draws import Draws
 from lit_lora.families import Flux, StableDiffusion3
 from lit_lora.module import LoraDiffusion
-from lit_lora.objectives import CosMap, FlowMatching, LogitNormal, Mode, TimestepDensity, Uniform
+from lit_lora.objectives import (
+    CosMap,
+    CosMapWeighting,
+    FlowMatching,
+    LogitNormal,
+    Mode,
+    SigmaSqrt,
+    TimestepDensity,
+    Uniform,
+)
 from tests.helpers import make_batches
 from tests.test_parity import adapter_of
 from tests.tiny_pipelines import write_flux
@@ -34,7 +43,7 @@ DENSITIES: dict[str, TimestepDensity] = {
     "mode": Mode(0.7),
     "cosmap": CosMap(),
 }
-WEIGHTINGS = ["none", "sigma_sqrt", "cosmap"]
+WEIGHTINGS = {"none": None, "sigma_sqrt": SigmaSqrt(), "cosmap": CosMapWeighting()}
 
 
 def times_of(density: str, draws: Draws) -> Tensor:
@@ -181,7 +190,7 @@ def module_of(family: Any, **options: Any) -> LoraDiffusion:
 @pytest.mark.parametrize("precondition_outputs", [False, True])
 def test_stable_diffusion_3(density: str, weighting: Any, precondition_outputs: bool, sd3_folder: Path) -> None:
     family = StableDiffusion3(str(sd3_folder), max_sequence_length=20)
-    options = {"weighting": weighting, "precondition_outputs": precondition_outputs}
+    options = {"weighting": WEIGHTINGS[weighting], "precondition_outputs": precondition_outputs}
     module = module_of(family, density=DENSITIES[density], **options)
     check(module, SD3Reference(sd3_folder, weighting, precondition_outputs), density)
 
@@ -191,7 +200,7 @@ def test_stable_diffusion_3(density: str, weighting: Any, precondition_outputs: 
 def test_flux_with_guidance(density: str, weighting: Any, flux_folder: Path) -> None:
     family = Flux(str(flux_folder), train_guidance_scale=3.5, max_sequence_length=24)
     # The script trains with the scheduler's timesteps as they are, which are not shifted under dynamic shifting.
-    module = module_of(family, density=DENSITIES[density], weighting=weighting, shift=1.0)
+    module = module_of(family, density=DENSITIES[density], weighting=WEIGHTINGS[weighting], shift=1.0)
     check(module, FluxReference(flux_folder, weighting), density)
 
 

@@ -13,10 +13,23 @@ from torch import Tensor
 
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.objectives import CosMap, FlowMatching, LogitNormal, Mode, TimestepDensity, Uniform
+from lit_lora.objectives import (
+    CosMap,
+    CosMapWeighting,
+    DebiasedEstimation,
+    FlowMatching,
+    LogitNormal,
+    Mode,
+    OffsetNoise,
+    SigmaSqrt,
+    TimestepDensity,
+    Uniform,
+    Weighting,
+)
 
 SCHEDULER = dict(FlowMatchEulerDiscreteScheduler().config) | {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 MANY = Draws(3, range(4000))
+WEIGHTINGS: dict[str, Weighting | None] = {"none": None, "sigma_sqrt": SigmaSqrt(), "cosmap": CosMapWeighting()}
 
 
 def prepared(scheduler: dict[str, Any] | None = None, **options: Any) -> FlowMatching:
@@ -99,9 +112,9 @@ def test_a_shift_of_its_own_takes_the_place_of_the_scheduler_s() -> None:
     assert prepared({"shift": 3.0}).shift_for(4096) == 3.0
 
 
-@pytest.mark.parametrize("weighting", ["none", "sigma_sqrt", "cosmap"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_weightings_are_those_of_diffusers(weighting: str) -> None:
-    objective = prepared(weighting=weighting)
+    objective = prepared(weighting=WEIGHTINGS[weighting])
     sample = objective.sample(torch.zeros(64, 1, 1, 1), Draws(3, range(64)))
     sigmas = sample.timesteps / 1000
     torch.testing.assert_close(sample.weight, compute_loss_weighting_for_sd3(weighting, sigmas))
@@ -114,12 +127,15 @@ def test_weightings_are_those_of_diffusers(weighting: str) -> None:
 
 
 def test_evaluation_is_uniform_unshifted_and_unweighted() -> None:
-    objective = prepared({"shift": 3.0}, density=LogitNormal(3.0), weighting="cosmap").eval()
+    objective = prepared(
+        {"shift": 3.0}, density=LogitNormal(3.0), weighting=CosMapWeighting(), noise=[OffsetNoise()]
+    ).eval()
     sample = objective.sample(torch.zeros(4000, 1, 1, 1), MANY)
     assert torch.equal(sample.weight, torch.ones(4000))
     assert 480 < sample.timesteps.mean() < 520
     plain = prepared(density=Uniform(), shift=1.0).eval().sample(torch.zeros(4000, 1, 1, 1), MANY)
     assert torch.equal(sample.timesteps, plain.timesteps)
+    assert torch.equal(sample.target, plain.target)
 
 
 def test_a_diffusion_solver_that_is_set_up_for_flow() -> None:
@@ -140,6 +156,32 @@ def test_a_diffusion_solver_that_is_set_up_for_flow() -> None:
 def test_schedulers_that_do_not_fit(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         prepared(config)
+
+
+def test_noise_level_and_noise_kinds() -> None:
+    sample = prepared(noise=[OffsetNoise(0.5)]).sample(torch.zeros(8, 4, 2, 2), Draws(5, range(8)))
+    sigma = sample.timesteps / 1000
+    torch.testing.assert_close(sample.level.time, sigma)
+    torch.testing.assert_close(sample.level.snr, (1 / sigma - 1) ** 2)
+    draws = Draws(5, range(8))
+    assert torch.equal(sample.target, OffsetNoise(0.5).apply(draws.normal("noise", (4, 2, 2)), draws))
+
+
+def test_levels_of_a_range() -> None:
+    """Shifted levels are scaled to the range; evaluation has all of them."""
+    objective, whole = prepared({"shift": 3.0}, timestep_range=(0.8, 1.0)), prepared({"shift": 3.0})
+    sigmas = sigmas_of(objective)
+    torch.testing.assert_close(sigmas, 0.8 + 0.2 * sigmas_of(whole))
+    assert sigmas.min() >= 0.8
+    assert torch.equal(sigmas_of(objective.eval()), sigmas_of(whole.eval()))
+    with pytest.raises(UserError, match=r"timestep_range=\[0.9, 0.1\] must be a part of \[0, 1\]"):
+        FlowMatching(timestep_range=(0.9, 0.1))
+
+
+def test_a_weighting_that_has_no_meaning_is_refused() -> None:
+    refusal = "DebiasedEstimation weights the errors of epsilon or v_prediction or sample, .* predicts flow_prediction"
+    with pytest.raises(UserError, match=refusal):
+        FlowMatching(weighting=DebiasedEstimation())
 
 
 def test_values_out_of_range() -> None:

@@ -38,6 +38,7 @@ from lit_lora.datamodules.loading.dataset import ShardDataset, SlotRequest
 from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+from lit_lora.loss_mask import mask_of_latents
 from lit_lora.module import LoraDiffusion
 from lit_lora.sampling import SamplingOptions
 from lit_lora.tools.cache import cache_shards
@@ -72,6 +73,11 @@ def write_shard(path: Path, numbers: range, **damaged: bytes) -> None:
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
 
 
 def module_for(family_class: type[ModelFamily], folder: Path, **options: Any) -> LoraDiffusion:
@@ -227,6 +233,45 @@ def test_what_is_in_a_cache(
     with torch.no_grad():
         empty = {name: value[0] for name, value in module.family.encode_captions([""]).items()}
     torch.testing.assert_close(decoder.batch_entries()["empty_text_embeddings"], empty)
+
+
+@pytest.mark.parametrize("source", ["alpha", "mask.png"])
+def test_masks(source: Any, sd_folder: Path, tmp_path: Path) -> None:
+    """The masks of a cache are those of a run without it, at the size of the latents, also of flipped images."""
+    with tarfile.open(_folder(tmp_path / "shards") / "shard.tar", "w") as archive:
+        for number, (width, height) in enumerate(SIZES):
+            pixels = np.random.default_rng(number).integers(0, 256, (height, width, 4), dtype=np.uint8)
+            files = {"png": Image.fromarray(pixels), "mask.png": Image.fromarray(pixels[..., 3])}
+            buffers: dict[str, io.BytesIO] = {name: io.BytesIO() for name in files}
+            for name, image in files.items():
+                image.save(buffers[name], "PNG")
+            for name, data in {**{n: b.getvalue() for n, b in buffers.items()}, "txt": b"a star"}.items():
+                info = tarfile.TarInfo(f"{number}.{name}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    options: dict[str, Any] = {"decoder": {"random_flip": True, "mask": source}, "buckets": BUCKETS, "batch_size": 1}
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(tmp_path / "shards", **options))
+    flips = 0
+    batches = []
+    for folder in (tmp_path / "shards", tmp_path / "shards" / "cache"):
+        data = data_for(folder, **options)
+        data.setup("fit")
+        batches.append([batch for _ in range(2) for batch in data.train_dataloader()])
+    for live, cached in zip(*batches, strict=True):
+        assert live["slot"] == cached["slot"]
+        assert cached["loss_mask"].shape[1:] == (1, *cached["latents_mean"].shape[2:])
+        assert torch.equal(mask_of_latents(live["loss_mask"], cached["latents_mean"].shape[2:]), cached["loss_mask"])
+        flips += ImageDecoder(random_flip=True).with_seed(4).framing.flips(live["slot"][0])
+    assert 0 < flips < len(batches[0])
+    data = data_for(tmp_path / "shards" / "cache", **options | {"decoder": {}})
+    data.setup("fit")  # a run without masks reads the same cache
+    assert "loss_mask" not in next(iter(data.train_dataloader()))
+
+
+def test_a_cache_without_masks_does_not_fit_a_run_with_them(sd_folder: Path, shards: Path) -> None:
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))
+    with pytest.raises(UserError, match=r'latents.mask: null in the cache, "alpha" here'):
+        data_for(shards / "cache", {"mask": "alpha"}).setup("fit")
 
 
 def test_a_shard_that_is_made_in_several_goes(

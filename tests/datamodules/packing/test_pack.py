@@ -41,6 +41,22 @@ def _bad(out):
     return [json.loads(line) for line in (out / "bad.jsonl").read_text().splitlines()]
 
 
+def test_masks_are_packed_with_their_images(folder, tmp_path, encode_image):
+    """From a folder, and from the shards made of it; an image of that name that belongs to no other is no mask."""
+    mask, alone = (encode_image(format="PNG", seed=seed) for seed in (8, 9))
+    (folder / "dogs" / "img.2.mask.png").write_bytes(mask)
+    (folder / "dogs" / "ski.mask.png").write_bytes(alone)
+    (folder / "dogs" / "ski.mask.txt").write_text("a ski mask")
+    for out, source in ((tmp_path / "out", folder), (tmp_path / "again", tmp_path / "out")):
+        assert pack_folder(source, out).samples == 8
+        contents = _contents(out)
+        assert contents["dogs/img_2.mask.png"] == mask
+        assert contents["dogs/img_2.txt"] == b"caption 2\n"
+        assert contents["dogs/ski_mask.png"] == alone
+        assert len(contents) == 17
+    assert ShardIndex.load_or_build(next(tmp_path.glob("again/*.tar"))).member_extension.max() == 11
+
+
 def test_all_samples_and_their_bytes(folder, tmp_path, encode_image):
     out = tmp_path / "out"
     summary = pack_folder(folder, out, samples_per_shard=3)

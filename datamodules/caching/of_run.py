@@ -1,0 +1,66 @@
+"""The cache that a run reads from, and the decoder for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
+from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
+from lit_lora.datamodules.caching.open_cache import OpenCache, open_cache
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
+from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
+from lit_lora.datamodules.indexing.table import SampleTable
+
+
+def cache_of_run(
+    table: SampleTable,
+    decoder: SampleDecoder,
+    identity: Mapping[str, str],
+    resolution: int,
+    buckets: AspectRatioBuckets | None,
+) -> OpenCache | None:
+    """The cache to which a table's shards belong, after checking that it holds what the run would encode; None for images.
+
+    A custom decoder, also a subclass of ``ImageDecoder``, reads the members of a cache as they are.
+
+    Args:
+        table: Samples of the run.
+        decoder: Decoder of the run for these samples.
+        identity: Result of the module's ``cache_identity()``; empty without a module.
+        resolution: Resolution of the run, in pixels.
+        buckets: Aspect ratio buckets of the run; None for squares.
+
+    Raises:
+        UserError: If the shards belong to several caches, or to one that holds something else.
+    """
+    if type(decoder) is not ImageDecoder:
+        return None
+    cache = open_cache(table)
+    if cache is not None:
+        cache.description.check(
+            cache.folder,
+            identity=identity,
+            resolution=resolution,
+            buckets=None if buckets is None else buckets.description(),
+            center_crop=decoder.center_crop,
+            random_flip=decoder.random_flip,
+            captions=decoder.captions,
+            mask=decoder.mask,
+        )
+    return cache
+
+
+def decoder_of_run(decoder: SampleDecoder, cache: OpenCache | None, seed: int) -> SampleDecoder:
+    """The given decoder with the run's seed, or if samples are in a cache, one that reads the same entries from it.
+
+    Args:
+        decoder: Decoder of the run.
+        cache: Result of :func:`cache_of_run`.
+        seed: Seed of the run.
+    """
+    decoder = decoder.with_seed(seed)
+    if cache is None:
+        return decoder
+    assert isinstance(decoder, ImageDecoder), "only image decoders read a cache"
+    masked = decoder.mask is not None
+    return CachedDecoder(cache.description, decoder.framing, decoder.captions, cache.empty, masked)
