@@ -306,10 +306,8 @@ class LoraDiffusion(LightningModule):
         """Mean loss of the batch at fixed timesteps and noise, and the number of its samples that count."""
         check_batch(self.family, batch, values=batch_idx == 0)
         draws = Draws(VALIDATION_SEED, self._slots(batch, batch_idx), self.device)
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-        ):  # training uses tensors that a denoiser computes here and keeps
+        # Not in inference mode: training uses tensors that a denoiser computes here and keeps.
+        with torch.inference_mode(False), torch.no_grad():
             losses, weight = self.losses(batch, draws)
         return losses.sum() / weight.sum().clamp(min=1), int(weight.sum())
 
