@@ -73,7 +73,8 @@ def test_what_differs_from_the_defaults_is_printed(capsys: pytest.CaptureFixture
     status, output, _ = console(capsys, *options, "--print_config=skip_default")
     assert status == 0
     config = yaml.safe_load(output)
-    assert config["trainer"] == {"strategy": {"class_path": "lit_lora.LitLoraFSDP"}}
+    assert list(config["trainer"]) == ["strategy"]
+    assert config["trainer"]["strategy"]["class_path"] == "lit_lora.LitLoraFSDP"
     assert config["data"] == {"class_path": "lit_lora.WebDatasetDataModule", "init_args": {"batch_size": 3}}
     assert config["model"]["adapter"]["init_args"]["r"] == 5
     assert config["model"]["optimizer"]["class_path"] == f"{torch.optim.AdamW.__module__.rpartition('.')[0]}.AdamW"

@@ -286,6 +286,7 @@ def same(one: Any, other: Any) -> bool:
 
 def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Path) -> dict[str, Any]:
     """A few steps with one feature of the table in docs/cluster.md: the losses and what the feature leaves behind."""
+    fresh = copy.deepcopy(strategy)  # a strategy is of one run, and some features need two
     options: dict[str, Any] = {"max_steps": RESUMED_TO}
     module, callbacks, data = module_of(model), [], None
     if name == "accumulation":
@@ -338,9 +339,7 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         result["first optimizer is gone"] = seen.first_optimizer() is None
         again, callbacks = pruned(strategy, model, folder / "again")
         options["resume"] = folder / f"{SAVED_AT}.ckpt"
-        resumed_run, *_ = train(
-            copy.deepcopy(strategy), model, shards, folder, module=again, callbacks=callbacks, **options
-        )
+        resumed_run, *_ = train(fresh, model, shards, folder, module=again, callbacks=callbacks, **options)
         result["resumed"] = resumed_run.losses
         result["same adapter"] = same(adapter(module), adapter(again))
     if name == "validation":
@@ -349,7 +348,7 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         result["images"] = sum(len(batch) for batch in images or [])
     if name == "text encoders":
         again, *_ = train(
-            copy.deepcopy(strategy),
+            fresh,
             model,
             shards,
             folder / "resumed",
@@ -360,9 +359,7 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         result["resumed"] = again.losses
     if name == "parameter groups":
         module, name_of_first = module_of(model, parameter_groups=groups), folder / f"{SAVED_AT}.ckpt"
-        again, *_ = train(
-            copy.deepcopy(strategy), model, shards, folder / "resumed", resume=name_of_first, module=module, **options
-        )
+        again, *_ = train(fresh, model, shards, folder / "resumed", resume=name_of_first, module=module, **options)
         result["resumed"] = again.losses
     if name == "skipped steps":
         result["losses"] = [loss for loss in seen.losses if math.isfinite(loss)]
@@ -370,7 +367,7 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
         result["unchanged"] = unchanged.same
         try:
             ending = [Spoils(1, 9), FiniteGradients(patience=2)]
-            train(copy.deepcopy(strategy), model, shards, folder, callbacks=ending, **options)
+            train(fresh, model, shards, folder, callbacks=ending, **options)
         except UserError as error:
             result["end"] = str(error)
     return result

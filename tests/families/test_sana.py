@@ -72,7 +72,7 @@ def test_a_step_is_that_of_the_script(family: Sana, sana_folder: Path) -> None:
 
 def test_the_shift_is_that_of_the_scheduler(sana_folder: Path) -> None:
     module = module_of(Sana(str(sana_folder)))
-    module.objective.prepare(module.family.source.config("scheduler"))
+    module.objective.prepare(module.family.source.config_of("scheduler"))
     assert module.objective.shift_for(64) == 3.0
 
 

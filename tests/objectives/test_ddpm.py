@@ -92,7 +92,7 @@ def test_input_perturbation_reaches_the_input_but_not_the_target() -> None:
 def test_evaluation_is_plain_so_that_runs_compare() -> None:
     objective = prepared(weighting=MinSNR(), noise=[OffsetNoise()], input_perturbation=0.1).eval()
     sample = objective.sample(LATENTS, Draws(0, range(64)))
-    for ours, plain in zip(sample[:-1], sampled()[:-1], strict=True):
+    for ours, plain in zip(sample[:-2], sampled()[:-2], strict=True):
         assert torch.equal(ours, plain)
     huber = prepared(criterion=PseudoHuber())
     prediction = torch.zeros_like(LATENTS)

@@ -34,7 +34,7 @@ def drawn_with(base: Path | None, adapter: Path, **options: str) -> Any:
     named = None if base is None else str(base)
     common: dict[str, Any] = {"family": None, "dtype": "float32", "device": "cpu", "size": (16, 16)}
     generate: Any = make_generate(named, str(adapter), base_options=options, **common)
-    return generate.__self__
+    return generate.func.__self__
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
