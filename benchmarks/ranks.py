@@ -130,6 +130,8 @@ class Setting:
 
     adapter: Callable[[int], PeftConfig]
     callbacks: Callable[[], list[Callback]] = list
+    lr_ratio: float | None = None
+    """Learning rate of B over that of A, where it is not that of all settings."""
 
 
 def settings(rank: int, start: int) -> dict[str, Setting]:
@@ -162,7 +164,9 @@ def settings(rank: int, start: int) -> dict[str, Setting]:
                 deltaT=max(1, steps // 40),
                 total_step=steps,
                 target_modules=TARGETS,
-            )
+            ),
+            # A of AdaLoRA does not wait for B, both are scaled by E, which begins at zero: with LoRA+'s rate it diverges.
+            lr_ratio=1.0,
         )
 
     return {
@@ -186,7 +190,7 @@ def _run(
         setting.adapter(steps),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=options.lr),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
-        parameter_groups=[ParameterGroup("*.lora_B*", lr_ratio=options.lr_ratio)],
+        parameter_groups=[ParameterGroup("*.lora_B*", lr_ratio=setting.lr_ratio or options.lr_ratio)],
         caption_dropout=0.1,
         seed=seed,
     )
@@ -278,8 +282,8 @@ def main() -> None:
 
 def _table(tasks: dict[str, Task], done: dict[str, Any], options: argparse.Namespace) -> str:
     lines = [
-        f"batches of 48 images, lr {options.lr:g} for A and {options.lr * options.lr_ratio:g} for B, seeds {options.seeds}; "
-        f"{cpu_cores()}, "
+        f"batches of 48 images, lr {options.lr:g} for A and {options.lr * options.lr_ratio:g} for B ({options.lr:g} in "
+        f"AdaLoRA), seeds {options.seeds}; {cpu_cores()}, "
         f"{torch.get_num_threads()} threads; {versions('torch', 'peft', 'lightning')}"
     ]
     for (task_name, task), steps in zip(tasks.items(), options.steps, strict=True):

@@ -52,8 +52,8 @@ def main() -> None:
             do(f"{name}/from/single", scenarios.resumed, name, folder.parent / "single-train" / f"{SAVED_AT}.ckpt")
         return
     for name in names:
-        for source, checkpoint in saved.items():
-            do(f"{name}/from/{source}", scenarios.resumed, name, checkpoint)
+        for source in scenarios.sources(name):
+            do(f"{name}/from/{source}", scenarios.resumed, name, saved[source])
         do(f"{name}/rewritten", scenarios.rewritten, name, saved["single"])
         for feature in FEATURES:
 

@@ -55,6 +55,16 @@ STRATEGIES: dict[str, Any] = {
 }
 """By short names, what the trainer is given."""
 
+
+def sources(strategy: str) -> list[str]:
+    """Whose checkpoints a strategy goes on from: those of a single process, its own, and those of the next in the list.
+
+    A checkpoint is the same whoever wrote it, which a test of its own compares, so that a ring stands for all pairs.
+    """
+    names = list(STRATEGIES)
+    return ["single", strategy, names[(names.index(strategy) + 1) % len(names)]]
+
+
 TIMEOUT = timedelta(minutes=20)
 
 OF_FOUR: dict[str, Any] = {
