@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import adapter_state
 from lit_lora.adapters.in_place import peft_models
+from lit_lora.adapters.methods.lora import initial_lora
 from lit_lora.adapters.parameter_groups import plain_name
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
@@ -302,5 +303,8 @@ def _like(scores: Tensor, layer: RankedLayer) -> Tensor:
 def _other_bytes(module: nn.Module, layers: list[RankedLayer]) -> int:
     """Bytes of ``adapter_model.safetensors``, of all adapted parts together, beside the weights of the ranked layers."""
     ranked = sum(layer.rank * layer.component_parameters for layer in layers)
-    files = sum(safetensors_bytes(adapter_state(model)) for _, model in peft_models(module))
-    return files - _PARAMETER_BYTES * ranked
+    models = [model for _, model in peft_models(module)]
+    files = sum(safetensors_bytes(adapter_state(model)) for model in models)
+    # First values that the files leave out keep their rank.
+    left_out = sum(a.nbytes + b.nbytes for model in models for a, b in initial_lora(model).values())
+    return files + left_out - _PARAMETER_BYTES * ranked
