@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -34,11 +34,19 @@ def fake_tensors() -> Iterator[None]:
     # PEFT copies layers for modules_to_save; torch would copy contents, which do not exist.
     FakeTensor.__deepcopy__ = _deepcopy_by_cloning  # type: ignore[method-assign, assignment]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _FakeTensors(allow_non_fake_inputs=True):
             yield
     finally:
         nn.Module._apply = original  # type: ignore[method-assign]
         del FakeTensor.__deepcopy__
+
+
+class _FakeTensors(FakeTensorMode):
+    """torch's mode, which would ask the driver again for each tensor whether there is a GPU: a tenth of the time of a plan."""
+
+    @cached_property
+    def avoid_device_init(self) -> bool:
+        return super().avoid_device_init
 
 
 def unloaded(module: LoraDiffusion) -> LoraDiffusion:
