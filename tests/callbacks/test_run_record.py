@@ -86,8 +86,8 @@ def test_what_callbacks_and_the_trainer_do_otherwise(trainer_options: dict[str, 
 
     run(0.5, 0.9, False, steps=2)
     told = (
-        r"gradient_clip_val 0 in the checkpoint, 0\.5 here; "
-        r"quantization of LoraInjection None in the checkpoint, Int8\(.*\) here; share of RankBudget 0\.5 in the checkpoint, 0\.75 here"
+        r"gradient_clip_val 0 in the checkpoint, 0\.5 here; quantization of LoraInjection None in the checkpoint, "
+        r"Int8\(.*\) here; share of RankBudget 0\.5 in the checkpoint, 0\.75 here"
     )
     with (
         pytest.warns(UserWarning, match=told),
