@@ -36,6 +36,7 @@ from lit_lora.callbacks.checkpoint_files import (
 from lit_lora.callbacks.finite_gradients import FiniteGradients, check_trained
 from lit_lora.callbacks.lora_injection import LoraInjection
 from lit_lora.callbacks.resumed_saves import ResumedSaves
+from lit_lora.callbacks.run_record import Record, run_record, warn_of_changes
 from lit_lora.callbacks.sample_images import SampleImages
 from lit_lora.callbacks.schedule_free import learned_weights
 from lit_lora.distributed import shards_weights
@@ -72,7 +73,8 @@ class AdapterCheckpoint(ResumedSaves):
     samples of the epoch are repeated.
 
     It works with any LightningModule that has PEFT layers or frozen parameters. Resuming with another adapter raises
-    :class:`~lit_lora.UserError`.
+    :class:`~lit_lora.UserError`; another base, quantization, objective or other setting that changes what is learned is a warning
+    with both values.
 
     Args:
         *args: Arguments of ``ModelCheckpoint``.
@@ -120,6 +122,8 @@ class AdapterCheckpoint(ResumedSaves):
         self._unfrozen: list[str] = []
         self._resumed: ResumedOptimizers | None = None
         self._saved_metrics: dict[str, Tensor] = {}
+        self._record: Record = {}
+        self._saved_record: Record = {}
         # partial: torch sets attributes on hooks, which methods do not take.
         self._hooks: list[RemovableHandle] = [
             pl_module.register_state_dict_post_hook(partial(self._keep_training_state)),
@@ -136,6 +140,8 @@ class AdapterCheckpoint(ResumedSaves):
             check_formats(family, self.formats)
         if self._resumed is not None:
             self._resumed.compare(trainer)
+        self._record = run_record(trainer, pl_module)
+        warn_of_changes(self._saved_record, self._record)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for hook in self._hooks:
@@ -150,6 +156,7 @@ class AdapterCheckpoint(ResumedSaves):
             "adapters": adapter_configs(pl_module),
             "rng": gather(random_state()),
             "optimizers": optimizer_names(trainer),
+            "run": self._record,
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             "unfrozen": [] if self._state is None else self._state.unfrozen(pl_module),
         }
@@ -163,6 +170,9 @@ class AdapterCheckpoint(ResumedSaves):
         self._saved_rng = ours.get("rng")
         self._unfrozen = ours.get("unfrozen", [])
         self._saved_metrics = ours.get("metrics", {})
+        self._saved_record = ours.get("run", {})
+        if trainer.state.fn != TrainerFn.FITTING:
+            warn_of_changes({**self._saved_record, "settings": {}}, run_record(trainer, pl_module))
         states = checkpoint.get("optimizer_states", [])
         check_finite(tensors_in(states))
         # With optimizers there, this is the tuner, which restores what it has saved itself.

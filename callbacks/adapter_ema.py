@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from diffusers.training_utils import EMAModel
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -132,12 +133,16 @@ class AdapterEMA(Callback):
         """Restore the average of a checkpoint, if one was loaded."""
         if self._restored is None or self._average is None:
             return
+        if (saved := self._restored["decay"]) != self.decay:
+            rank_zero_warn(
+                f"decay of AdapterEMA is {saved} in the checkpoint and {self.decay} here, which applies from now on"
+            )
         self._names = self._restored.pop("names")
         parameters = self._parameters(pl_module)
         shadow = [torch.empty(parameter.shape) for parameter in parameters]
         vector_to_parameters(self._restored["shadow_params"].cpu(), shadow)
         parts = [shard_like(value.to(p.device), p) for value, p in zip(shadow, parameters, strict=True)]
-        self._average.load_state_dict({**self._restored, "shadow_params": parts})
+        self._average.load_state_dict({**self._restored, "decay": self.decay, "shadow_params": parts})
         self._restored = None
 
     def _add_trainable(self, pl_module: LightningModule) -> None:

@@ -37,8 +37,9 @@ class CordaInitialization(RebasedInitialization):
             smallest, which keeps what the base can do with such inputs. Defaults to ``ipm``.
 
     Raises:
-        UserError: If ``steps`` is below 1; when training starts, if the adapter is not LoRA or is DoRA, the base is quantized, or
-            the strategy, another callback, ``compile_blocks``, ``offload_blocks`` or ``optimizer_in_backward`` exclude it.
+        UserError: If ``steps`` is below 1; when training starts, if the adapter is not LoRA, is DoRA or has values already,
+            training ends within the steps, the base is quantized, or the strategy, another callback, ``compile_blocks``,
+            ``offload_blocks`` or ``optimizer_in_backward`` exclude it.
     """
 
     def __init__(self, steps: int = 4, mode: Literal["ipm", "kpm"] = "ipm") -> None:

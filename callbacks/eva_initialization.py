@@ -42,8 +42,9 @@ class EvaInitialization(FirstSteps):
         rho: Largest rank of a layer, as a multiple of its rank in the config; 1 keeps all ranks as they are. Defaults to 2.
 
     Raises:
-        UserError: If ``steps`` or ``rho`` is below 1; when training starts, if the adapter is not LoRA, and with
-            ``compile_blocks``; under DeepSpeed, after the first steps, if other parameters share the adapter's parameter group.
+        UserError: If ``steps`` or ``rho`` is below 1; when training starts, if the adapter is not LoRA or has values already,
+            training ends within the steps, and with ``compile_blocks``; under DeepSpeed, after the first steps, if other
+            parameters share the adapter's parameter group.
     """
 
     def __init__(self, steps: int = 4, rho: float = 2.0) -> None:
@@ -88,6 +89,7 @@ class EvaInitialization(FirstSteps):
                 layer.replace(full_tensor(layer.a).detach(), torch.zeros(full_shape(layer.b)), optimizers)
         note_ranks(self.layers)
         after = [layer.rank for layer in self.layers]
+        self.warn_of_left_out({layer.path for layer in known})
         rank_zero_info(
             f"EvaInitialization gave {len(known)} of {len(self.layers)} layers first values from their inputs, and ranks of "
             f"{min(after)} to {max(after)}"
@@ -121,9 +123,11 @@ class _Inputs:
             return
         rows = input_rows(self._base, arguments[0].detach().float())
         rows = rows[:: max(1, len(rows) // _ROWS)][:_ROWS]
+        if not rows.isfinite().all():  # FiniteGradients skips such a step
+            return
         waiting = torch.cat([*(value.to(rows) for value in self._waiting), rows])
         self._waiting = [waiting]
-        if len(waiting) >= self._least and waiting.isfinite().all():
+        if len(waiting) >= self._least:
             with torch.autocast(rows.device.type, enabled=False):
                 self._pca.partial_fit(waiting)
             self._waiting = []

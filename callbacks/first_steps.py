@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lit_lora.callbacks.changed_ranks import ChangedRanks
+from lit_lora.callbacks.first_values import check_no_start, check_untrained
 from lit_lora.distributed.resized import resizing
-from lit_lora.errors import check_least
+from lit_lora.errors import UserError, check_least
 
 
 class FirstSteps(ChangedRanks, ABC):
@@ -24,7 +26,8 @@ class FirstSteps(ChangedRanks, ABC):
         steps: Number of optimizer steps that are looked at.
 
     Raises:
-        UserError: If ``steps`` is below 1.
+        UserError: If ``steps`` is below 1; when training starts, if it ends within the steps, the adapter has values already,
+            or a checkpoint without this callback is resumed.
     """
 
     def __init__(self, steps: int) -> None:
@@ -60,13 +63,18 @@ class FirstSteps(ChangedRanks, ABC):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
-        if not self.done:
-            self.check_start(trainer)
-            self.find_layers(pl_module)
-            self.watch(pl_module)
-
-    def check_start(self, trainer: Trainer) -> None:
-        """Refuse a start that the callback cannot follow; does nothing by default."""
+        if self.done:
+            return
+        self._check_length(trainer.estimated_stepping_batches)
+        if trainer.global_step and self.restored is None:
+            raise UserError(
+                f"the checkpoint of step {trainer.global_step} was saved without {type(self).__name__}, which begins with the "
+                f"first step; remove it from trainer.callbacks, or start without ckpt_path"
+            )
+        self.find_layers(pl_module)
+        if self.restored is None:
+            check_untrained(self.layers, type(self).__name__)
+        self.watch(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -81,12 +89,45 @@ class FirstSteps(ChangedRanks, ABC):
             self.seen, self.done = {}, True
             self.changed(trainer, "on_adapter_replaced")
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.done:
+            rank_zero_warn(
+                f"training has ended at step {trainer.global_step}, and {type(self).__name__} initializes the adapter at step "
+                f"{self.steps}: what was saved is not initialized; resume the run from its checkpoint, or lower steps"
+            )
+
+    def warn_of_left_out(self, known: Collection[str]) -> None:
+        """Warn of layers that were not initialized.
+
+        Args:
+            known: Paths of those that were.
+        """
+        if left := [layer.name for layer in self.layers if layer.path not in known]:
+            rank_zero_warn(
+                f"{type(self).__name__} has seen too few rows, or zeros or NaN alone, for {len(left)} of {len(self.layers)} "
+                f"layers, the first is {left[0]}: they begin as plain LoRA; raise steps or the batch size, or leave them out of "
+                f"target_modules"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "seen": {path: seen.state() for path, seen in self.seen.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done = bool(state_dict["done"])
         self.restored = dict(state_dict["seen"])
+
+    def _check_run(self, trainer: Trainer, module: Any) -> None:
+        check_no_start(module, type(self).__name__)
+        if trainer.max_steps > 0:
+            self._check_length(trainer.max_steps)
+
+    def _check_length(self, length: float) -> None:
+        if length <= self.steps:
+            raise UserError(
+                f"{type(self).__name__} initializes the adapter after steps={self.steps} optimizer steps, and training ends "
+                f"after {int(length)}, so that it would not be trained; lower steps, or raise trainer.max_steps or "
+                f"trainer.max_epochs"
+            )
 
     def _remove_hooks(self) -> None:
         for hook in self.hooks:

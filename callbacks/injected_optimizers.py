@@ -30,6 +30,8 @@ def check_optimizers(made: Any, module: nn.Module) -> None:
         for group in optimizer.param_groups:
             if "names" not in group:  # PEFT's LoRA-FA pairs names with parameters, and reads frozen ones
                 # In place: some optimizers hold the list itself.
+                for frozen in [parameter for parameter in group["params"] if not parameter.requires_grad]:
+                    optimizer.state.pop(frozen, None)  # Adagrad makes its state at once
                 group["params"][:] = [parameter for parameter in group["params"] if parameter.requires_grad]
         held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         if not held:

@@ -15,6 +15,7 @@ from lit_lora.adapters.methods.lora import leave_out
 from lit_lora.adapters.ranked_layer import RankedLayer
 from lit_lora.callbacks.changed_ranks import ChangedRanks
 from lit_lora.callbacks.eva_initialization import EvaInitialization
+from lit_lora.callbacks.first_values import check_no_start, check_untrained
 from lit_lora.distributed.collectives import broadcast, shard_like
 from lit_lora.errors import UserError
 from lit_lora.quantization import Quantization
@@ -36,8 +37,8 @@ class LoftqInitialization(ChangedRanks):
             from the training by what the first values could not hold of ``W - Q(W)``. Defaults to ``quantized``.
 
     Raises:
-        UserError: When training starts, if the adapter is not LoRA or is DoRA, the base is not quantized, the module is not
-            :class:`LoraDiffusion`, or with DeepSpeed and :class:`EvaInitialization`.
+        UserError: When training starts, if the adapter is not LoRA, is DoRA or has values already, the base is not quantized, the
+            module is not :class:`LoraDiffusion`, with DeepSpeed and :class:`EvaInitialization`.
     """
 
     def __init__(self, files_for: Literal["quantized", "original"] = "quantized") -> None:
@@ -61,6 +62,7 @@ class LoftqInitialization(ChangedRanks):
                 f"remove it from trainer.callbacks, or start without ckpt_path"
             )
         self.find_layers(pl_module)
+        check_untrained(self.layers, type(self).__name__)
         if any(layer.config.use_dora for layer in self.layers):
             raise UserError(
                 "LoftqInitialization replaces weights from which DoRA has computed its magnitudes; leave use_dora out"
@@ -88,7 +90,7 @@ class LoftqInitialization(ChangedRanks):
         rank_zero_info(f"LoftqInitialization gave {len(quantized)} of {len(self.layers)} layers their first values")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done, "files_for": self.files_for}
+        return {"done": self._done, "files_for": self.files_for, "quantization": repr(self._quantization)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["files_for"] != self.files_for:
@@ -96,16 +98,21 @@ class LoftqInitialization(ChangedRanks):
                 f"files_for={self.files_for!r} of LoftqInitialization is {state_dict['files_for']!r} in the checkpoint; resume "
                 f"with that, or start without ckpt_path"
             )
+        if (saved := state_dict["quantization"]) != (here := repr(self._quantization)):
+            raise UserError(
+                f"the first values of LoftQ correct the error of the quantization {saved} of the checkpoint, and this run has "
+                f"{here}; resume with model.quantization {saved}, or start without ckpt_path"
+            )
         self._done = bool(state_dict["done"])
 
     def training_facts(self) -> dict[str, str]:
         """What the adapter's files say about the base that they are made for."""
         if self._quantization is None or self.files_for == "original":
             return {}
-        options = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self._quantization).items()))
-        return {"lit_lora.quantized_base": f"{type(self._quantization).__name__}({options})"}
+        return {"lit_lora.quantized_base": repr(self._quantization)}
 
     def _check_run(self, trainer: Trainer, module: Any) -> None:
+        check_no_start(module, type(self).__name__)
         if isinstance(trainer.strategy, DeepSpeedStrategy):
             raise UserError(
                 "LoftqInitialization sets the adapter's values after DeepSpeed has copied them; use one device, or strategy ddp "

@@ -43,8 +43,9 @@ class LoraGaInitialization(RebasedInitialization):
 
     Raises:
         UserError: If ``steps`` or ``stable_gamma`` is below 1; when training starts, if twice the rank exceeds a layer's
-            dimensions, the adapter is not LoRA or is DoRA, the base is quantized, or the strategy, another callback,
-            ``compile_blocks``, ``offload_blocks`` or ``optimizer_in_backward`` exclude it.
+            dimensions, the adapter is not LoRA, is DoRA or has values already, training ends within the steps, the base is
+            quantized, or the strategy, another callback, ``compile_blocks``, ``offload_blocks`` or ``optimizer_in_backward``
+            exclude it.
     """
 
     def __init__(

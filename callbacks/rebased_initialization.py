@@ -41,8 +41,9 @@ class RebasedInitialization(FirstSteps):
         steps: Number of optimizer steps that are looked at.
 
     Raises:
-        UserError: If ``steps`` is below 1; when training starts, if the adapter is not LoRA or is DoRA, the base is quantized, or
-            the strategy, another callback, ``compile_blocks``, ``offload_blocks`` or ``optimizer_in_backward`` exclude it.
+        UserError: If ``steps`` is below 1; when training starts, if the adapter is not LoRA, is DoRA or has values already,
+            training ends within the steps, the base is quantized, or the strategy, another callback, ``compile_blocks``,
+            ``offload_blocks`` or ``optimizer_in_backward`` exclude it.
     """
 
     @abstractmethod
@@ -65,13 +66,6 @@ class RebasedInitialization(FirstSteps):
 
     def check_layer(self, layer: RankedLayer) -> None:
         """Refuse a layer that cannot be initialized; does nothing by default."""
-
-    def check_start(self, trainer: Trainer) -> None:
-        if trainer.global_step and self.restored is None:
-            raise UserError(
-                f"the checkpoint of step {trainer.global_step} was saved without {type(self).__name__}, which begins with the "
-                f"first step; remove it from trainer.callbacks, or start without ckpt_path"
-            )
 
     def watch(self, pl_module: LightningModule) -> None:
         self._check_model(pl_module)
@@ -103,6 +97,7 @@ class RebasedInitialization(FirstSteps):
                 parameter.copy_(value)
                 for optimizer in optimizers:
                     optimizer.state.pop(parameter, None)
+        self.warn_of_left_out(found)
         rank_zero_info(f"{type(self).__name__} gave {len(found)} of {len(self.layers)} layers their first values")
 
     def _values(self, layer: RankedLayer) -> tuple[Tensor, Tensor]:
@@ -113,6 +108,7 @@ class RebasedInitialization(FirstSteps):
         return a.cpu().reshape(layer.a.shape).contiguous(), b.cpu().reshape(layer.b.shape).contiguous()
 
     def _check_run(self, trainer: Trainer, module: Any) -> None:
+        super()._check_run(trainer, module)
         name = type(self).__name__
         if is_ours(trainer.strategy):
             raise UserError(

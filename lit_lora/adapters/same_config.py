@@ -27,8 +27,7 @@ def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     Raises:
         UserError: If a setting such as ``lora_alpha`` differs.
     """
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(saved.get("peft_type"))
-    schedule = AdapterMethod.schedule_fields if kind is None else method_of.dispatch(kind)(None).schedule_fields
+    schedule = _schedule_fields(saved)
     changed = [
         f"{name} is {here[name]!r}, in the checkpoint {saved[name]!r}"
         for name in sorted(here.keys() & saved.keys() - _NOT_PART_OF_THE_FUNCTION - schedule)
@@ -39,3 +38,19 @@ def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> N
             "the checkpoint holds another adapter: " + "; ".join(changed) + ". "
             "Resume with the adapter settings that the checkpoint was made with, or start without ckpt_path."
         )
+
+
+def training_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an adapter that change its training alone, so that a resumed run may have others.
+
+    Args:
+        config: Plain config of the adapter.
+    """
+    # The trainer and the training set the last two.
+    names = {"lora_dropout"} | _schedule_fields(config) - {"total_step", "rank_pattern"}
+    return {name: config[name] for name in sorted(names) if name in config}
+
+
+def _schedule_fields(config: Mapping[str, Any]) -> frozenset[str]:
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(config.get("peft_type"))
+    return AdapterMethod.schedule_fields if kind is None else method_of.dispatch(kind)(None).schedule_fields

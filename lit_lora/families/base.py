@@ -257,6 +257,10 @@ class ModelFamily(PipelineParts, ABC):
             identity["text"] = ";".join([identity["text"], *settings])
         return identity
 
+    def base_identity(self) -> dict[str, str]:
+        """Identities of the denoiser (``"denoiser"``) and of the parts in :meth:`identity`."""
+        return self.source.identity({"denoiser": [self.denoiser_name]}) | self.identity()
+
     def encode(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning]:
         """Normalized latents of a batch, float32 ``(B, *latent_shape)``, and the denoiser's conditioning.
 

@@ -146,9 +146,13 @@ class SingleFile:
         """Digest of the weights of a part, of each tensor the name, shape, dtype and up to 64 KiB; empty if there are none.
 
         Args:
-            part: ``vae`` or ``text``.
+            part: ``vae``, ``text`` or ``denoiser``, which are all others.
         """
-        names = self._of_vae() if part == "vae" else [name for name in self._tensors if name.startswith(_TEXT)]
+        of_text = [name for name in self._tensors if name.startswith(_TEXT)]
+        names = {"vae": self._of_vae(), "text": of_text}.get(part)
+        if names is None:
+            others = {*self._of_vae(), *of_text}
+            names = [name for name in self._tensors if name not in others]
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(names):
             tensor = self._read(name)

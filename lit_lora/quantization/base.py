@@ -31,6 +31,11 @@ class Quantization(ABC):
     def __init__(self, skip: Sequence[str] = ()) -> None:
         self.skip = tuple(skip)
 
+    def __repr__(self) -> str:
+        """Class and options; equal texts mean equal quantizations."""
+        options = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
+        return f"{type(self).__name__}({options})"
+
     @abstractmethod
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Quantize a floating point weight of any shape into the tensors to store."""

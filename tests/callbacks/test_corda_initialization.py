@@ -58,7 +58,7 @@ def trained(options: dict[str, Any], mode: Literal["ipm", "kpm"]) -> Kept:
     config = LoraConfig(r=2, lora_alpha=3, target_modules=["wide", "conv"])
     kept = Kept()
     callbacks = [LoraInjection(config), CordaInitialization(steps=2, mode=mode), kept]
-    Trainer(**options | {"max_steps": 2, "callbacks": callbacks}).fit(Net(), loader_of(batches()))
+    Trainer(**options | {"max_steps": 3, "callbacks": callbacks}).fit(Net(), loader_of(batches()))
     return kept
 
 

@@ -10,7 +10,14 @@ from peft import AdaLoraConfig, LoraConfig
 from torch import nn
 
 from lit_lora.adapters.ranked_layer import layer_ranks, ranked_layers
-from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, EvaInitialization, LoraInjection, RankBudget
+from lit_lora.callbacks import (
+    AdapterCheckpoint,
+    AdapterEMA,
+    EvaInitialization,
+    FiniteGradients,
+    LoraInjection,
+    RankBudget,
+)
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from tests.helpers import difference_in_plain_libraries, diffusion_module, loader_of, make_batches, processes
@@ -93,6 +100,35 @@ def test_layers_whose_inputs_vary_in_more_directions_get_more_rank(trainer_optio
     assert ranks["conv"] > ranks["narrow"]  # patches of noise
     same = layer_ranks(train(trainer_options, EvaInitialization(steps=2, rho=1)))
     assert set(same.values()) == {4}
+
+
+class OneNaN(Callback):
+    """The first batch holds a NaN in the inputs of one layer."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            batch["wide"] = batch["wide"].clone()
+            batch["wide"][0, 0] = torch.nan
+
+
+def test_a_batch_with_nan_is_left_out(trainer_options: dict[str, Any]) -> None:
+    seen = AfterEva(3)
+    with pytest.warns(UserWarning, match="step 1 is skipped"):
+        train(trainer_options, OneNaN(), FiniteGradients(), EvaInitialization(steps=3, rho=1), seen)
+    inputs = torch.cat([batch["wide"] for batch in batches()[1:4]])  # the first step is skipped
+    expected = torch.linalg.svd(inputs - inputs.mean(0), full_matrices=False).Vh
+    for row, direction in zip(seen.values["wide"][0], expected, strict=False):
+        assert abs(row @ direction) > 0.98
+
+
+def test_layers_with_too_few_inputs_are_named(trainer_options: dict[str, Any]) -> None:
+    module, few = Net(), [{name: value[:1] for name, value in batch.items()} for batch in batches(3)]
+    config = LoraConfig(r=4, lora_alpha=4, target_modules=["narrow", "wide", "conv"])
+    options = trainer_options | {"max_steps": 3, "callbacks": [LoraInjection(config), EvaInitialization(steps=2)]}
+    with pytest.warns(
+        UserWarning, match=r"too few rows.*for 2 of 3 layers, the first is narrow: they begin as plain LoRA"
+    ):
+        Trainer(**options).fit(module, loader_of(few))
 
 
 def diffusion(base: Path, **options: Any) -> LoraDiffusion:

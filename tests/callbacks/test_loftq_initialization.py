@@ -226,6 +226,10 @@ def test_runs_that_cannot_be_initialized(sd_folder: Path, trainer_options: dict[
     other, resume = LoftqInitialization(files_for="original"), tmp_path / "two" / "step=1.ckpt"
     with pytest.raises(UserError, match="files_for='original' of LoftqInitialization is 'quantized' in the checkpoint"):
         fit(diffusion(sd_folder, Int8()), trainer_options, tmp_path / "two", other, resume=resume)
+    with pytest.raises(
+        UserError, match=r"the quantization Int8\(skip=\(\)\) of the checkpoint, and this run has NF4\(block"
+    ):
+        fit(diffusion(sd_folder, NF4()), trainer_options, tmp_path / "two", LoftqInitialization(), resume=resume)
     trainer = Trainer(**trainer_options | {"strategy": LitLoraDeepSpeed()})
     with pytest.raises(UserError, match="after DeepSpeed has copied them"):
         LoftqInitialization().setup(trainer, diffusion(sd_folder, Int8()), "fit")

@@ -164,7 +164,7 @@ def test_accumulated_batches_and_checkpointed_blocks_give_the_same(
     for memory in (MemoryOptions(), MemoryOptions(gradient_checkpointing=True)):
         end = AtTheEnd()
         module = diffusion(sd_folder, adapter=config, memory=memory)
-        fit(module, trainer_options, tmp_path, initialization(kind), end, accumulate_grad_batches=2, max_steps=2)
+        fit(module, trainer_options, tmp_path, initialization(kind), end, accumulate_grad_batches=2, max_steps=3)
         found.append(end.values)
     for name, value in found[0].items():
         assert (found[1][name] - value).abs().max() <= 1e-3 * value.abs().max(), name

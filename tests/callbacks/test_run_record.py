@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoraInjection, RankBudget
+from lit_lora.callbacks.run_record import described
+from lit_lora.families import StableDiffusion
+from lit_lora.module import LoraDiffusion
+from lit_lora.objectives import DDPM, MinSNR, PseudoHuber
+from lit_lora.quantization import NF4, Int8
+from tests.helpers import Classifier, loader_of, make_batches
+
+CHANGES: Mapping[str, tuple[dict[str, Any], str]] = {
+    "base_dtype": ({"base_dtype": "bfloat16"}, r"model\.base_dtype float32 in the checkpoint, bfloat16 here"),
+    "quantization": (
+        {"quantization": NF4(block_size=32)},
+        r"quantization Dense in the checkpoint, NF4\(block_size=32, double_quant=True, skip=\[\]\) here",
+    ),
+    "objective": (
+        {"objective": DDPM(weighting=MinSNR(), timestep_range=(0.0, 0.5))},
+        r"weighting None in the checkpoint, MinSNR\(gamma=5\) here; .*timestep_range \[0, 1\] in the checkpoint, \[0, 0.5\]",
+    ),
+    "caption_dropout": ({"caption_dropout": 0.1}, r"caption_dropout 0 in the checkpoint, 0\.1 here"),
+    "adapter": (
+        {"adapter": LoraConfig(r=2, lora_alpha=2, lora_dropout=0.5, target_modules=["to_q"])},
+        r"lora_dropout of family\.denoiser\.default 0 in the checkpoint, 0\.5 here\. Those of this run apply; set them",
+    ),
+}
+
+
+def fit(module: Any, options: dict[str, Any], folder: Path, steps: int = 1, **more: Any) -> Trainer:
+    resume = more.pop("resume", None)
+    saving = AdapterCheckpoint(folder, save_last=True, save_top_k=0, enable_version_counter=False)
+    options = options | {"max_steps": steps, "enable_checkpointing": True} | more
+    trainer = Trainer(**options | {"callbacks": [*more.get("callbacks", []), saving]})
+    trainer.fit(module, loader_of(make_batches(2)), ckpt_path=resume)
+    return trainer
+
+
+def diffusion(base: Path, **options: Any) -> LoraDiffusion:
+    options = {"adapter": LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"]), "base_dtype": "float32"} | options
+    return LoraDiffusion(StableDiffusion(str(base)), **options)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_resumed_run_tells_what_it_does_otherwise(
+    name: str, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    options, told = CHANGES[name]
+    fit(diffusion(sd_folder), trainer_options, tmp_path)
+    with pytest.warns(UserWarning, match=told):
+        fit(diffusion(sd_folder, **options), trainer_options, tmp_path, 2, resume=tmp_path / "last.ckpt")
+
+
+def test_a_resumed_run_tells_of_another_base(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    fit(diffusion(sd_folder), trainer_options, tmp_path)
+    last = tmp_path / "last.ckpt"
+    moved = Path(shutil.copytree(sd_folder, tmp_path / "moved"))
+    fit(diffusion(moved), trainer_options, tmp_path, 2, resume=last)  # the same weights elsewhere
+    weights = moved / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value + 1e-3 for name, value in load_file(weights).items()}, weights)
+    told = (
+        rf"the base's denoiser {moved} \(blake2b:\w+\) in the checkpoint, {moved} \(blake2b:\w+\) here\. Those of this"
+    )
+    with pytest.warns(UserWarning, match=told):
+        trainer = fit(diffusion(moved), trainer_options, tmp_path, 3, resume=last)
+    with pytest.warns(UserWarning, match=rf"the base's denoiser {moved} .* in the checkpoint, {sd_folder} "):
+        trainer.validate(diffusion(sd_folder), loader_of(make_batches(1)), ckpt_path=last, verbose=False)
+
+
+def test_what_callbacks_and_the_trainer_do_otherwise(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    def run(share: float, decay: float, quantized: bool, **more: Any) -> None:
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=["3"])
+        injection = LoraInjection(config, quantization=Int8() if quantized else None)
+        callbacks = [injection, RankBudget(share=share), AdapterEMA(decay)]
+        fit(Classifier(), trainer_options, tmp_path, callbacks=callbacks, **more)
+
+    run(0.5, 0.9, False, steps=2)
+    told = (
+        r"gradient_clip_val 0 in the checkpoint, 0\.5 here; quantization of LoraInjection None in the checkpoint, "
+        r"Int8\(.*\) here; share of RankBudget 0\.5 in the checkpoint, 0\.75 here"
+    )
+    with (
+        pytest.warns(UserWarning, match=told),
+        pytest.warns(UserWarning, match=r"decay of AdapterEMA is 0\.9 in the checkpoint and 0\.5 here, which applies"),
+    ):
+        run(0.75, 0.5, True, steps=3, gradient_clip_val=0.5, resume=tmp_path / "last.ckpt")
+
+
+def test_equal_settings_have_equal_texts() -> None:
+    class Own:
+        def __init__(self, scale: float, hidden: int) -> None:
+            self.scale = scale
+
+    assert described((0, 1.0)) == described([0.0, 1]) == "[0, 1]"
+    assert described({"a": torch.float16, "b": None, "c": True}) == "{a: float16, b: None, c: True}"
+    assert described(PseudoHuber(0.25)) == "PseudoHuber(c=0.25)"
+    assert described(123_456_789) == "123456789"
+    assert described(Own(2.5, 1)) == "Own(scale=2.5)"
+    assert described(object()) == "object"
+    assert described(described) == "function"
