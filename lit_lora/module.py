@@ -213,6 +213,9 @@ class LoraDiffusion(LightningModule):
         penalty = self.family.adapted.penalty()
         return loss if penalty is None else loss + penalty
 
+    def on_train_epoch_end(self) -> None:
+        self.family.token_uses.warn_unused(self.family.new_tokens)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.trainer.global_step + 1
         super().optimizer_step(*args, **kwargs)
@@ -220,8 +223,7 @@ class LoraDiffusion(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["adapter_methods"] = self.family.adapted.state()
-        checkpoint["new_tokens"] = self.family.new_tokens
-        checkpoint["base_adapters"] = list(self.base_adapters.records)
+        checkpoint.update(new_tokens=self.family.new_tokens, base_adapters=list(self.base_adapters.records))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.base_adapters.check(checkpoint.get("base_adapters", []))
@@ -260,13 +262,14 @@ class LoraDiffusion(LightningModule):
             raise UserError("the base is not loaded yet: call generate after trainer.fit, in the same process")
         height, width = (options.get(edge) or self.family.default_size for edge in ("height", "width"))
         check_size(self.family, height, width)
-        options = vars(self.sampling) | options
         was_training = self.training
         self.eval()
         try:
             with self.family.all_parts(), self._encoder_offload.on_device(), self.autocast():
                 seeds = range(self.seed, self.seed + len(prompts)) if seeds is None else seeds
-                return self.family.generate(prompts, seeds, self._scheduler_config, **options)
+                return self.family.generate(
+                    prompts, seeds, self._scheduler_config, **{**vars(self.sampling), **options}
+                )
         finally:
             self.train(was_training)
 
@@ -386,8 +389,7 @@ class LoraDiffusion(LightningModule):
 
     def _node(self) -> Node:
         """The processes of this machine, of which one reads the base's files."""
-        if self._reader is None:
-            self._reader = Node.of(self._trainer)
+        self._reader = self._reader or Node.of(self._trainer)
         return self._reader
 
     def _slots(self, batch: Batch, batch_number: int) -> list[int]:

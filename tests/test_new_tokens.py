@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from lit_lora import AdapterCheckpoint, AdapterEMA, FromFile, LoraDiffusion, ParameterGroup, UserError
+from lit_lora.adapter_tools.compare import compare
 from lit_lora.adapter_tools.push import Upload
 from lit_lora.cli import main
 from lit_lora.families.new_tokens import NewTokenEmbedding, add_tokens, check_placeholders
+from lit_lora.formats import write_adapter
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.tensor_file import TensorFile, write_tensors
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run
 from tests.formats.adapters import FAMILIES
@@ -189,7 +193,10 @@ def test_training_goes_on_from_the_files(
     again.configure_model()
     assert apart(encoded(module), encoded(again)) <= NEAR
     assert again.family.new_tokens["<more>"] == 2
-    fit(again, trainer_options)
+    with pytest.warns(
+        UserWarning, match=r"holds the new tokens <more>, .* 2 hold <cat-toy>, 2 hold <style>, 0 hold <more>"
+    ):
+        fit(again, trainer_options)
     assert apart(encoded(module), encoded(again)) > 10 * NEAR
     with pytest.raises(UserError, match=r"has <cat-toy>, which the file of model.adapter has already"):
         module_of(request.getfixturevalue(fixture), FAMILIES[fixture], new_tokens=TOKENS, **options)
@@ -217,7 +224,7 @@ def test_adapter_tools_keep_them_or_say_why_not(
 ) -> None:
     _, folder = trained("sd_folder", True)
     assert main(["adapter", "info", str(folder)]) == 0
-    assert "new tokens  <cat-toy>, <style>" in capsys.readouterr().out
+    assert "new tokens  <cat-toy> (4 vectors), <style>" in capsys.readouterr().out
     assert main(["adapter", "resize", str(folder), str(tmp_path / "resized"), "--rank", "4"]) == 0
     assert main(["adapter", "convert", str(folder), str(tmp_path / "kohya"), "--format", "kohya"]) == 0
     assert main(["adapter", "merge", str(folder), str(tmp_path / "merged")]) == 0
@@ -262,7 +269,9 @@ def test_files_of_others_are_passed_over_and_damaged_ones_refused(
     for file in (folder / "embeddings").iterdir():
         (copied / "embeddings" / file.name).write_bytes(file.read_bytes())
     save_file({"<other>": torch.ones(1, 16)}, copied / "embeddings" / "other.safetensors")
-    assert read_adapter(copied).new_tokens.keys() == TOKENS.keys()
+    with pytest.warns(UserWarning, match=r"other.safetensors does not tell its token and is left out"):
+        assert read_adapter(copied).new_tokens.keys() == TOKENS.keys()
+    (copied / "embeddings" / "other.safetensors").unlink()
     with pytest.raises(UserError, match=r"is a new token of StableDiffusionXL, not of StableDiffusion"):
         module_of(sd_folder, adapter=FromFile(path=str(copied)), text_adapter=None)
     path = copied / "embeddings" / "style.safetensors"
@@ -270,6 +279,88 @@ def test_files_of_others_are_passed_over_and_damaged_ones_refused(
     path.write_bytes(content.replace(b'"clip_g"', b'"clip_h"'))
     with pytest.raises(UserError, match=r"style.safetensors should hold clip_l and clip_g for StableDiffusionXL"):
         read_adapter(copied)
+
+
+def test_a_folder_of_tokens_alone(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, folder = trained("sd_folder", False)
+    base, values = (
+        str(module.family.pretrained_model_name_or_path),
+        sum(rows["text_encoder"].numel() for rows in module.family.new_token_rows().values()),
+    )
+    assert main(["adapter", "info", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert {"method      textual inversion", "format      textual inversion", f"parameters  {values}"} <= {*lines}
+    assert any(line.strip("base ") in base for line in lines if line.startswith("base"))
+    assert main(["adapter", "check", str(folder)]) == 0
+    assert capsys.readouterr().out == f"new tokens        2 tensors fit CLIPTextModel of {base}\n"
+    assert main(["adapter", "check", str(folder), "--base", "embedded"]) == 2
+    assert "the embeddings of <cat-toy> have 16 values, and the base needs" in capsys.readouterr().err
+    for arguments in (["resize", "out", "--rank", "1"], ["merge", "out"], ["convert", "out"]):
+        command, *others = arguments
+        assert (
+            main(["adapter", command, str(folder), *(str(tmp_path / "x") if one == "out" else one for one in others)])
+            == 2
+        )
+        assert "new tokens alone" in capsys.readouterr().err
+    assert "| method | textual inversion |" in (folder / "README.md").read_text()
+
+
+def test_differences_of_tokens(trained: Any) -> None:
+    _, folder = trained("sd_folder", False)
+    one = read_adapter(folder)
+    rows = one.new_tokens["<style>"]["text_encoder"]
+    other = replace(one, new_tokens={"<style>": {"text_encoder": torch.cat([2 * rows, rows])}})
+    found = compare(one, other, ("one", "other"))
+    assert found.layers["<style> (text_encoder, vector 1)"].relative == pytest.approx(1)
+    assert found.only_first == [f"<cat-toy> (text_encoder, vector {i})" for i in range(1, 5)]
+    assert found.only_second == ["<style> (text_encoder, vector 2)"]
+
+
+def test_damaged_and_doubled_files(trained: Any, tmp_path: Path) -> None:
+    _, folder = trained("sdxl_folder", False)
+    files = {path.name: TensorFile.open(path) for path in (folder / "embeddings").iterdir()}
+    (tmp_path / "embeddings").mkdir()
+    path = tmp_path / "embeddings" / "one.safetensors"
+
+    def wrong(message: str, tensors: dict[str, Tensor] | None = None, **own: Any) -> None:
+        file = files["style.safetensors"]
+        entry = json.loads(file.metadata["lit_lora"]) | own
+        write_tensors(path, tensors or file.tensors, {**file.metadata, "lit_lora": json.dumps(entry)})
+        with pytest.raises(UserError, match=message):
+            read_adapter(tmp_path)
+
+    wrong(r"it holds clip_g \(2, 16\) and clip_l \(1, 16\)", {"clip_l": torch.ones(1, 16), "clip_g": torch.ones(2, 16)})
+    wrong("is a new token of the model family Another, which is not imported", family="Another")
+    wrong("should be of lowercase letters", token="../../style")
+    cat = files["cat-toy.safetensors"]
+    write_tensors(tmp_path / "embeddings" / "cat.safetensors", cat.tensors, cat.metadata)
+    wrong("cat.safetensors and .*one.safetensors both hold the new token <cat-toy>", token="<cat-toy>")
+    write_tensors(
+        path, files["style.safetensors"].tensors, {**files["style.safetensors"].metadata, "lit_lora.base": "{}"}
+    )
+    with pytest.raises(UserError, match="of different trainings: their metadata differ in lit_lora.base"):
+        read_adapter(tmp_path)
+
+
+def test_what_the_files_say_of_the_training_stays(trained: Any, tmp_path: Path) -> None:
+    adapter = read_adapter(trained("sd_folder", False)[1])
+    told = {"ss_steps": "7", "lit_lora.scheduler": '{"rescale_betas_zero_snr": true}'}
+    write_adapter(replace(adapter, metadata=told), tmp_path)
+    assert read_adapter(tmp_path).metadata == told
+
+
+@pytest.mark.parametrize(
+    ("starts", "clash"),
+    [
+        ({"style": 3, "style_2": 1}, "style_2"),
+        ({"style": 1, "style_1": 1}, "style_1"),
+        ({"cat": 2, "<big-cat>": 1}, "<big-cat>"),
+    ],
+)
+def test_tokens_that_captions_could_not_tell_apart(starts: dict[str, int], clash: str, sd_folder: Path) -> None:
+    module = module_of(sd_folder, adapter=None, text_adapter=None, new_tokens=starts)
+    with pytest.raises(UserError, match=f"cannot be told apart from the token '{clash}'"):
+        module.configure_model()
 
 
 def test_what_is_no_new_token(tokenizer: CLIPTokenizer, sd_folder: Path, sd3_folder: Path, flux_folder: Path) -> None:
@@ -302,6 +393,7 @@ def test_a_plan_counts_them(sd_folder: Path) -> None:
     assert both.adapter_parameters == without.adapter_parameters + 3 * 16
 
 
+@pytest.mark.filterwarnings("ignore:no caption holds the new tokens")
 def test_a_config_with_new_tokens(sd_folder: Path, session_shards: Path, tmp_path: Path) -> None:
     family = {"class_path": "StableDiffusion", "init_args": {"pretrained_model_name_or_path": str(sd_folder)}}
     checkpoint = {"class_path": "AdapterCheckpoint", "init_args": {"dirpath": str(tmp_path), "save_last": True}}

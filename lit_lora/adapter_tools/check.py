@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -28,7 +29,7 @@ class CheckedPart:
     """A part of an adapter.
 
     Args:
-        name: Name of the part.
+        name: Name of the part, or ``new tokens``.
         model: Class of the base's model.
         tensors: Number of the adapter's tensors.
         problems: What is wrong; empty if it fits.
@@ -42,6 +43,8 @@ class CheckedPart:
 
 def check(adapter: AdapterFiles, path: object, base: BaseModel) -> list[CheckedPart]:
     """Check that every tensor of an adapter belongs to a layer of the base, with the right shape and a rank that it can use.
+
+    New tokens are checked against each text encoder that they are for.
 
     Args:
         adapter: Adapter with finite values, which reading has checked.
@@ -59,7 +62,21 @@ def check(adapter: AdapterFiles, path: object, base: BaseModel) -> list[CheckedP
         files = part if name == "denoiser" else for_encoder(part, model)
         problems = [*_rank_problems(files, path), *_problems(files, model)]
         checked.append(CheckedPart(name, kind, len(part.state), problems))
-    return checked
+    return [*checked, *_checked_tokens(adapter, base)]
+
+
+def _checked_tokens(adapter: AdapterFiles, base: BaseModel) -> Iterator[CheckedPart]:
+    """The new tokens of each text encoder, whose vectors must be as wide as its own."""
+    for name in dict.fromkeys(name for rows in adapter.new_tokens.values() for name in rows):
+        model: Any = base.shapes(base.part(name))
+        width = model.get_input_embeddings().weight.shape[1]
+        widths = {token: rows[name].shape[1] for token, rows in adapter.new_tokens.items()}
+        problems = [
+            f"the embeddings of {token} have {found} values, and the base needs {width}"
+            for token, found in widths.items()
+            if found != width
+        ]
+        yield CheckedPart("new tokens", type(model).__name__, len(widths), problems)
 
 
 def _rank_problems(part: AdapterFiles, path: object) -> Iterator[str]:

@@ -14,10 +14,12 @@ from lit_lora.adapter_tools.low_rank import LowRank, one_thread
 from lit_lora.adapter_tools.plain_lora import Layers, beyond_lora, lora_layers
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
+from lit_lora.formats.own_metadata import differing_own
 from lit_lora.mapped import release
 
-_TOLD_BY_LAYERS = frozenset({"alpha_pattern", "lora_alpha", "peft_version", "r", "rank_pattern", "use_rslora"})
-"""Entries of a config whose effect the layers' ranks and distances show."""
+_TOLD_BY_LAYERS = frozenset({"alpha_pattern", "lora_alpha", "r", "rank_pattern", "use_rslora"})
+"""Entries of a LoRA's config whose effect the layers' ranks and distances show."""
+_OF_NO_EFFECT = frozenset({"peft_version"})
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Comparison:
 
     Args:
         config: Values of both in entries of the configs that differ, by entry; encoders' entries begin with the encoder's name.
+            Entries of the metadata that change what an adapter computes are among them.
         only_first: Layers that only the first has.
         only_second: Layers that only the second has.
         layers: Distances of the common layers.
@@ -83,7 +86,7 @@ def compare(first: AdapterFiles, second: AdapterFiles, paths: tuple[str, str]) -
     """Compare two adapters of the same method.
 
     The updates of LoRAs are compared without being formed, so that ranks and scales may differ; DoRA's magnitudes are rows of
-    their own. Of other methods single tensors are compared.
+    their own. Of other methods single tensors are compared, and of new tokens their embeddings.
 
     Args:
         first: Adapter.
@@ -99,17 +102,23 @@ def compare(first: AdapterFiles, second: AdapterFiles, paths: tuple[str, str]) -
             f"{paths[0]} is {method_name(first)}, and {paths[1]} is {method_name(second)}: their layers cannot be compared"
         )
     names: list[list[str]]
-    if beyond_lora(first) or beyond_lora(second):
+    by_layer = not (beyond_lora(first) or beyond_lora(second))
+    if not by_layer:
         tensors = [_tensors(one) for one in (first, second)]
         names = [list(one) for one in tensors]
         distances = {name: _of_tensors(name, tensors, paths) for name in names[0] if name in tensors[1]}
     else:
-        layers = [_flat(lora_layers(one, path)) for one, path in zip((first, second), paths, strict=True)]
+        layers = [
+            _flat(lora_layers(one, path) if one.parts else {}) for one, path in zip((first, second), paths, strict=True)
+        ]
         names = [list(one) for one in layers]
         distances = dict(_of_layers(layers[0], layers[1], paths))
+    embeddings = [_embeddings(one) for one in (first, second)]
+    names = [known + list(rows) for known, rows in zip(names, embeddings, strict=True)]
+    distances |= {name: _of_tensors(name, embeddings, paths) for name in embeddings[0] if name in embeddings[1]}
     only_first, only_second = (sorted(set(names[i]) - set(names[1 - i])) for i in (0, 1))
     return Comparison(
-        config=_config_differences(first, second),
+        config=_config_differences(first, second, _TOLD_BY_LAYERS if by_layer else frozenset()),
         only_first=only_first,
         only_second=only_second,
         layers=distances,
@@ -132,7 +141,7 @@ def _of_layers(first: Layers, second: Layers, paths: tuple[str, str]) -> Iterato
 
 def _of_tensors(name: str, tensors: list[dict[str, Tensor]], paths: tuple[str, str]) -> Distance:
     one, other = tensors[0][name], tensors[1][name]
-    _check_shapes(name, tuple(one.shape), tuple(other.shape), paths)
+    _check_shapes(name, tuple(one.shape), tuple(other.shape), paths, " or ranks")
     return _distance(one, other)
 
 
@@ -141,10 +150,12 @@ def _distance(first: Tensor, second: Tensor) -> Distance:
     return Distance(float(one.norm()), float(other.norm()), float((one - other).norm()), float(one @ other))
 
 
-def _check_shapes(name: str, first: tuple[int, ...], second: tuple[int, ...], paths: tuple[str, str]) -> None:
+def _check_shapes(
+    name: str, first: tuple[int, ...], second: tuple[int, ...], paths: tuple[str, str], or_else: str = ""
+) -> None:
     if first != second:
         raise UserError(
-            f"{name} has the shape {first} in {paths[0]} and {second} in {paths[1]}: they are adapters of different models"
+            f"{name} has the shape {first} in {paths[0]} and {second} in {paths[1]}: they are adapters of different models{or_else}"
         )
 
 
@@ -156,18 +167,31 @@ def _tensors(adapter: AdapterFiles) -> dict[str, Tensor]:
     return {_full_name(part, key): tensor for part, one in adapter.parts.items() for key, tensor in one.state.items()}
 
 
+def _embeddings(adapter: AdapterFiles) -> dict[str, Tensor]:
+    """The vectors of new tokens, one by one, since their number may differ."""
+    return {
+        f"{token} ({encoder}, vector {number})": vector
+        for token, rows in adapter.new_tokens.items()
+        for encoder, vectors in rows.items()
+        for number, vector in enumerate(vectors, 1)
+    }
+
+
 def _full_name(part: str, name: str) -> str:
     return name if part == "denoiser" else f"{part}.{name}"
 
 
-def _config_differences(first: AdapterFiles, second: AdapterFiles) -> dict[str, tuple[Any, Any]]:
+def _config_differences(first: AdapterFiles, second: AdapterFiles, told: frozenset[str]) -> dict[str, tuple[Any, Any]]:
+    """Entries that differ, but for those that layers have told already."""
     found: dict[str, tuple[Any, Any]] = {}
     for part, files in first.parts.items():
         if part not in second.parts:
             continue
         one, other = files.config, second.parts[part].config
-        for entry in sorted((one.keys() | other.keys()) - _TOLD_BY_LAYERS):
+        for entry in sorted((one.keys() | other.keys()) - told - _OF_NO_EFFECT):
             values = one.get(entry), other.get(entry)
             if values[0] != values[1]:
                 found[_full_name(part, entry)] = values
+    for entry in differing_own(first.metadata, second.metadata):
+        found[entry] = first.metadata.get(entry), second.metadata.get(entry)
     return found

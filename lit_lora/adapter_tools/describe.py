@@ -14,6 +14,7 @@ from lit_lora.adapter_tools.plain_lora import beyond_lora, lora_layers
 from lit_lora.adapters.names import PREFIX
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.lora import adapted_layer
+from lit_lora.formats.textual_inversion import TEXTUAL_INVERSION
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class AdapterFacts:
     """What an adapter is.
 
     Args:
-        method: Name of the method, such as ``LoRA``, ``DoRA, rsLoRA`` or ``LOHA``.
+        method: Name of the method, such as ``LoRA``, ``DoRA, rsLoRA`` or ``LOHA``; ``textual inversion`` for new tokens alone.
         family: Name of the model family; None if it is not known.
         base: Name of the base; None if the file does not tell it.
-        parameters: Number of all values.
+        parameters: Number of all values, those of new tokens among them.
         dtypes: Numbers of values by dtype.
         layers: The adapted layers.
         metadata: Facts about the training.
@@ -76,25 +77,21 @@ def describe(adapter: AdapterFiles, path: str | Path) -> AdapterFacts:
         UserError: If the tensors of a LoRA are incomplete.
     """
     dtypes: Counter[str] = Counter()
-    for part in adapter.parts.values():
-        for tensor in part.state.values():
+    for tensors in (*(part.state for part in adapter.parts.values()), *adapter.new_tokens.values()):
+        for tensor in tensors.values():
             dtypes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
     return AdapterFacts(
         method=method_name(adapter),
         family=None if adapter.family is None else adapter.family.__name__,
-        base=base_of(adapter),
+        base=adapter.base,
         parameters=dtypes.total(),
         dtypes=dict(dtypes.most_common()),
-        layers=list(_other_layers(adapter) if beyond_lora(adapter) else _lora_layers(adapter, path)),
+        layers=list(_other_layers(adapter) if beyond_lora(adapter) else _lora_layers(adapter, path))
+        if adapter.parts
+        else [],
         metadata=dict(adapter.metadata),
         new_tokens={token: len(next(iter(rows.values()))) for token, rows in adapter.new_tokens.items()},
     )
-
-
-def base_of(adapter: AdapterFiles) -> str | None:
-    """The name of the base that an adapter tells; None if it tells none."""
-    names = [part.config.get("base_model_name_or_path") for part in adapter.parts.values()]
-    return next((str(name) for name in names if name), None)
 
 
 def method_name(adapter: AdapterFiles) -> str:
@@ -105,7 +102,7 @@ def method_name(adapter: AdapterFiles) -> str:
         plain = "DoRA" if part.config.get("use_dora") else "LoRA"
         names.append(plain if kind == "LORA" else kind)
         names += ["rsLoRA"] if kind == "LORA" and part.config.get("use_rslora") else []
-    return ", ".join(dict.fromkeys(names))
+    return ", ".join(dict.fromkeys(names)) or TEXTUAL_INVERSION
 
 
 def _lora_layers(adapter: AdapterFiles, path: str | Path) -> Iterator[LayerFacts]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_lora.adapter_tools.describe import base_of
 from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.adapter_tools.low_rank import LowRank, one_thread
 from lit_lora.adapter_tools.plain_lora import Layers, in_parts, lora_layers, patterns
@@ -117,7 +116,7 @@ def _common_base(adapters: Sequence[NamedAdapter], base: str | None) -> str | No
         )
     if base is not None:
         return base
-    told = {one.path: base_of(one.adapter) for one in adapters}
+    told = {one.path: one.adapter.base for one in adapters}
     names = {_comparable(name): path for path, name in told.items() if name}
     if len(names) > 1:
         first_path, second_path, *_ = names.values()

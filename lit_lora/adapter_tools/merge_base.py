@@ -79,9 +79,10 @@ def merge_base(
     """
     check_base(adapter, path, base)
     if adapter.new_tokens:
+        file = "give its file of layers, such as pytorch_lora_weights.safetensors, and " if adapter.parts else ""
         raise UserError(
             f"{path} has the new tokens {', '.join(adapter.new_tokens)}, which belong into the tokenizer and are not merged: "
-            f"give its file of layers, such as pytorch_lora_weights.safetensors, and load the tokens with load_textual_inversion"
+            f"{file}load the tokens with load_textual_inversion"
         )
     parts = {name: base.part(name) for name in adapter.parts}
     if denoiser_only and (others := [name for name in parts if name != "denoiser"]):

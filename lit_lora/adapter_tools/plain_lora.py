@@ -70,8 +70,13 @@ def lora_layers(adapter: AdapterFiles, path: object) -> dict[str, Layers]:
         path: Where it was read from, for errors.
 
     Raises:
-        UserError: If the adapter is more than LoRA or DoRA, its tensors are incomplete, or its config tells other ranks.
+        UserError: If the adapter has no layers or is more than LoRA or DoRA, its tensors are incomplete, or its config tells
+            other ranks.
     """
+    if not adapter.parts:
+        raise UserError(
+            f"{path} has new tokens alone ({', '.join(adapter.new_tokens)}), and this needs an adapter of layers"
+        )
     if reason := beyond_lora(adapter):
         raise UserError(f"{path} cannot be used here: {reason}. LoRA (also rsLoRA) and DoRA can")
     parts: dict[str, Layers] = {}

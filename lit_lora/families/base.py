@@ -317,6 +317,8 @@ class ModelFamily(PipelineParts, ABC):
             max_length=max_length or tokenizer.model_max_length,
             return_tensors="pt",
         )
+        if self.new_tokens and torch.is_grad_enabled() and tokenizer is self.encoders["tokenizer"]:
+            self.token_uses.count(tokenizer, encoded.input_ids, self.new_tokens)
         return encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
 
     @contextmanager

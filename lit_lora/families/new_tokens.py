@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ def add_tokens(tokenizer: Any, encoder: Any, starts: Mapping[str, str | int | Te
         Number of vectors of each placeholder.
 
     Raises:
-        UserError: If a placeholder is a token already, or words have no token.
+        UserError: If a placeholder is a token already, words have no token, or the vectors of two placeholders would be mixed up.
     """
     table: nn.Embedding = encoder.get_input_embeddings()
     first, rows, counts = len(tokenizer), [], {}
@@ -95,10 +95,34 @@ def add_tokens(tokenizer: Any, encoder: Any, starts: Mapping[str, str | int | Te
             )
         rows.append(values)
         counts[placeholder] = len(values)
+    _check_apart(counts, set(tokenizer.added_tokens_encoder))
     for placeholder, count in counts.items():
         tokenizer.add_tokens([placeholder, *(f"{placeholder}_{i}" for i in range(1, count))])
     encoder.set_input_embeddings(NewTokenEmbedding(table, first, torch.cat(rows)))
     return counts
+
+
+def _check_apart(counts: Mapping[str, int], known: Collection[str]) -> None:
+    """Check that a caption's placeholders become their own tokens and no others, as diffusers' pipelines replace them.
+
+    ``maybe_convert_prompt`` puts ``style style_1 style_2 …`` for every ``style``, as long as there is such a token, and also
+    where ``style`` is a part of another placeholder.
+
+    Args:
+        counts: Number of vectors of each placeholder.
+        known: Tokens that were added to the tokenizer before.
+    """
+    tokens = {*known, *counts}
+    for name, count in counts.items():
+        following = f"{name}_{count}"  # the first that is none of its vectors
+        longer = (
+            following if following in tokens else next((one for one in counts if one != name and name in one), None)
+        )
+        if longer is not None and (count > 1 or longer == following):
+            raise UserError(
+                f"new token {name!r} becomes {name} {name}_1 … where it has several vectors, which cannot be told apart from the "
+                f"token {longer!r}; rename one, such as <my-{name.strip('<>')}>"
+            )
 
 
 def new_rows(encoder: Any, counts: Mapping[str, int]) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from lit_lora.families.new_tokens import TokenStart, add_tokens, new_rows
 from lit_lora.families.other_vae import check_other_vae
 from lit_lora.families.pipeline_kind import PipelineKind
 from lit_lora.families.source import ModelSource
+from lit_lora.families.token_uses import TokenUses
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.quantization.load import Weights
 from lit_lora.quantization.weight_change import Changes
@@ -71,6 +72,8 @@ class PipelineParts(PipelineKind):
     """Names of the loaded text encoders in which something is trained."""
     new_tokens: dict[str, int]
     """Number of vectors of each new token."""
+    token_uses: TokenUses
+    """Counts of the captions with each new token that were trained on."""
 
     def read_configs(self) -> None:
         """Read the configs of scheduler, VAE and denoiser, unless they were read before.
@@ -365,6 +368,7 @@ class PipelineParts(PipelineKind):
         self.encoders = {}
         self.trained_encoders = ()
         self.new_tokens = {}
+        self.token_uses = TokenUses()
 
 
 def base_model(part: Any) -> Any:

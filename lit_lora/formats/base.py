@@ -50,6 +50,12 @@ class AdapterFiles:
         """PEFT config of the first adapted part, which is the denoiser's if it is adapted; without a part :attr:`config`."""
         return next((part.config for part in self.parts.values()), self.config)
 
+    @property
+    def base(self) -> str | None:
+        """Name of the base that the adapter tells; None if it tells none."""
+        names = [part.config.get("base_model_name_or_path") for part in (*self.parts.values(), self)]
+        return next((str(name) for name in names if name), None)
+
 
 class AdapterFormat(ABC):
     """A file format of adapters; a new format is one module in this folder and an entry in ``FORMATS``."""
@@ -79,6 +85,14 @@ class AdapterFormat(ABC):
             adapter: Adapter to write.
             folder: Existing folder.
         """
+
+    def files(self, path: Path) -> list[Path]:
+        """All files of tensors of an adapter in this format, the given one first.
+
+        Args:
+            path: File that the format recognizes.
+        """
+        return [path]
 
     @abstractmethod
     def recognizes(self, file: TensorFile) -> bool:

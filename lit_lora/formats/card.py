@@ -15,7 +15,7 @@ from lit_lora.formats.base_options import loading_lines
 from lit_lora.formats.base_records import Records, base_records
 from lit_lora.formats.model_spec import alpha_option, default_title
 from lit_lora.formats.sampling_scheduler import scheduler_changes
-from lit_lora.formats.textual_inversion import embedding_file
+from lit_lora.formats.textual_inversion import TEXTUAL_INVERSION, embedding_file
 
 CARD = "README.md"
 
@@ -46,7 +46,7 @@ def model_card(adapter: AdapterFiles, files: Sequence[str], samples: Sequence[st
     trigger = told.get("modelspec.trigger_phrase") or ", ".join(adapter.new_tokens) or None
     license_id = told.get("modelspec.license")
     tags = [tag for tag in told.get("modelspec.tags", "").split(", ") if tag]
-    kind = str(adapter.main_config.get("peft_type") or "adapter").lower()
+    kind = str(adapter.main_config.get("peft_type") or TEXTUAL_INVERSION).lower().replace(" ", "_")
     data: Any = ModelCardData(
         base_model=base if _is_hub_id(base) else None,
         library_name="diffusers",
@@ -69,7 +69,8 @@ def model_card(adapter: AdapterFiles, files: Sequence[str], samples: Sequence[st
 def _facts(adapter: AdapterFiles, base: str, trigger: str | None) -> str:
     config = adapter.main_config
     rows = {"base": f"`{base}`" if base else None, "trigger words": f"`{trigger}`" if trigger else None}
-    rows["method"] = f"{config.get('peft_type')}" + (" with magnitudes (DoRA)" if config.get("use_dora") else "")
+    magnitudes = " with magnitudes (DoRA)" if config.get("use_dora") else ""
+    rows["method"] = f"{config.get('peft_type') or TEXTUAL_INVERSION}{magnitudes}"
     rows["rank"] = _value(config, "r", "rank_pattern")
     rows["alpha"] = _value(config, alpha_option(config), "alpha_pattern")
     over = [f"`{one['name']}` with weight {one['weight']}" for one in base_records(adapter.metadata)]

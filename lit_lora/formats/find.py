@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -17,9 +20,10 @@ from lit_lora.formats.base import AdapterFiles, AdapterFormat
 from lit_lora.formats.known_family import families_with
 from lit_lora.formats.layer_names import underscored
 from lit_lora.formats.lora import adapted_layer
+from lit_lora.formats.own_metadata import differing_own
 from lit_lora.formats.peft import CONFIG, WEIGHTS
 from lit_lora.formats.tensor_file import TensorFile
-from lit_lora.formats.textual_inversion import read_embeddings
+from lit_lora.formats.textual_inversion import TEXTUAL_INVERSION, embedding_files, read_embeddings
 from lit_lora.mapped import release
 from lit_lora.visible import visible
 
@@ -43,16 +47,33 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
         adapter = tokens
     else:
         found, file = open_adapter(path)
-        adapter = replace(found.read(file, family), new_tokens=tokens.new_tokens)
+        adapter = _joined(found.read(file, family), tokens, path)
     for token, rows in tokens.new_tokens.items():
         check_finite(rows, f"new token {token} in {path}", "use the adapter of an earlier checkpoint")
     for part in adapter.parts.values():
+        _check_scales(part.config, path)
         check_finite(_non_finite(part.state), f"adapter {path}", "use the adapter of an earlier checkpoint")
     if adapter.family is None:
         adapter = _with_family(adapter)
     elif family is not None:
         _check_family(adapter, family, path)
     return adapter
+
+
+def adapter_files(path: str | Path) -> tuple[str, list[Path]]:
+    """The name of an adapter's format and the files of tensors that :func:`read_adapter` reads, the main one first.
+
+    Args:
+        path: A safetensors file, or a folder that holds one adapter.
+
+    Raises:
+        UserError: If the path holds no adapter.
+    """
+    tokens = embedding_files(Path(path))
+    if tokens and not _holds_layers(Path(path)):
+        return TEXTUAL_INVERSION, tokens
+    found, file = open_adapter(path)
+    return found.name, [*found.files(file.path), *tokens]
 
 
 def open_adapter(path: str | Path) -> tuple[AdapterFormat, TensorFile]:
@@ -74,6 +95,35 @@ def open_adapter(path: str | Path) -> tuple[AdapterFormat, TensorFile]:
             + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         )
     return found, file
+
+
+def _joined(layers: AdapterFiles, tokens: AdapterFiles, path: Path) -> AdapterFiles:
+    """The adapter of layers in a folder with the new tokens beside it."""
+    if not tokens.new_tokens:
+        return layers
+    one, other = layers.family, tokens.family
+    if one is not None and other is not None and not issubclass(one, other) and not issubclass(other, one):
+        raise UserError(
+            f"{path} holds an adapter of {one.__name__} and new tokens of {other.__name__}; put them into folders of their own"
+        )
+    if different := differing_own(layers.metadata, tokens.metadata):
+        warnings.warn(
+            f"the adapter and the new tokens in {path} are of different trainings: their metadata differ in "
+            f"{', '.join(different)}, and those of the new tokens are left out",
+            stacklevel=3,
+        )
+    return replace(layers, new_tokens=tokens.new_tokens, family=one or other)
+
+
+def _check_scales(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse alphas that are NaN or Inf, which would make all updates so."""
+    values = {name: config.get(name) for name in ("lora_alpha", "alpha")}
+    values |= {f"alpha_pattern[{layer!r}]": value for layer, value in (config.get("alpha_pattern") or {}).items()}
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(
+                f"the adapter {path} has {name}={value}, which is no scale; use the adapter of an earlier checkpoint"
+            )
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -115,8 +165,8 @@ def _holds_layers(path: Path) -> bool:
 
 def _with_family(adapter: AdapterFiles) -> AdapterFiles:
     """The adapter with the family of its base, if that is a pipeline on this machine, or else the one that its layers tell."""
-    base = adapter.main_config.get("base_model_name_or_path")
-    if isinstance(base, str) and base and (source := ModelSource(base)).is_local:
+    base = adapter.base
+    if base and (source := ModelSource(base)).is_local:
         kind = family_of(str(source.index().get("_class_name")))
         if kind is not None:
             of_base = kind(base)

@@ -34,7 +34,7 @@ _TENSORS = re.compile(r"(?P<layer>.+)\.(?P<tensor>lora_A\.weight|lora_B\.weight|
 def why_no_plain_lora(adapter: AdapterFiles) -> str:
     """The reason why an adapter is more than LoRA or DoRA in single layers; empty if it is not."""
     if not adapter.parts:
-        return "there is no adapter of layers"
+        return "it holds adapters of layers, and this one has new tokens alone"
     for part in adapter.parts.values():
         config = part.config
         if config.get("peft_type") != "LORA":

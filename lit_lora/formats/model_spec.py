@@ -51,7 +51,7 @@ def spec_metadata(adapter: AdapterFiles, algorithm: str | None = None) -> dict[s
 def default_title(adapter: AdapterFiles) -> str:
     """The title of an adapter that has none: the base's name and the method."""
     config = adapter.main_config
-    method = str(config.get("peft_type") or "adapter")
+    method = str(config.get("peft_type") or ("textual inversion" if adapter.new_tokens else "adapter"))
     method = "DoRA" if config.get("use_dora") else _TITLES.get(method, method)
     base = config.get("base_model_name_or_path")
     return f"{Path(base).name} {method}" if isinstance(base, str) and base else method

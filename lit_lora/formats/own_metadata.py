@@ -64,6 +64,15 @@ def foreign_metadata(file: TensorFile) -> dict[str, str]:
     return {name: value for name, value in file.metadata.items() if name not in (_KEY, *_OF_OTHERS, *OF_THE_FILE)}
 
 
+def differing_own(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    """Entries of this project beside the settings of a training, such as ``lit_lora.base_adapters``, that differ.
+
+    An adapter computes something else where they are lost, unlike entries such as ``ss_steps``.
+    """
+    names = sorted(name for name in {**first, **second} if name.startswith(f"{_KEY}."))
+    return [name for name in names if first.get(name) != second.get(name)]
+
+
 def written_family(entry: Mapping[str, Any]) -> type[ModelFamily] | None:
     """The family that an :func:`own_entry` names, if a family of that name is imported; otherwise None."""
     return next((kind for kind in families() if kind.__name__ == entry.get("family")), None)

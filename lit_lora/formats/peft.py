@@ -32,7 +32,10 @@ class PeftFormat(AdapterFormat):
     file_name: ClassVar[str] = WEIGHTS
 
     def why_not(self, adapter: AdapterFiles) -> str:
-        return "" if adapter.state else "it needs an adapter of the denoiser, and this one is of text encoders alone"
+        if adapter.state:
+            return ""
+        alone = "is of text encoders" if adapter.parts else "has new tokens"
+        return f"it needs an adapter of the denoiser, and this one {alone} alone"
 
     def write(self, adapter: AdapterFiles, folder: Path) -> None:
         _write_part(adapter.state, adapter.config, file_metadata(adapter), folder)
@@ -42,6 +45,9 @@ class PeftFormat(AdapterFormat):
             encoder = normalized(contents) if kind is None else for_class(contents, kind)
             _write_part(encoder.state, encoder.config, file_metadata(adapter), folder / name)
 
+    def files(self, path: Path) -> list[Path]:
+        return [path, *sorted(path.parent.glob(f"text_encoder*/{WEIGHTS}"))]
+
     def recognizes(self, file: TensorFile) -> bool:
         return bool(file.tensors) and all(name.startswith(PREFIX) for name in file.tensors)
 
@@ -49,9 +55,11 @@ class PeftFormat(AdapterFormat):
         folder = file.path.parent
         entry = own_entry(file)
         encoders = {}
-        for path in sorted(folder.glob(f"text_encoder*/{WEIGHTS}")):
-            opened = TensorFile.open(path)
-            encoders[path.parent.name] = normalized(AdapterFiles(opened.tensors, read_config(path.parent)))
+        for part in sorted(
+            {path.parent for name in (WEIGHTS, CONFIG) for path in folder.glob(f"text_encoder*/{name}")}
+        ):
+            opened = TensorFile.open(part / WEIGHTS)  # a config without weights is an incomplete copy
+            encoders[part.name] = normalized(AdapterFiles(opened.tensors, read_config(part)))
         return AdapterFiles(
             state=file.tensors,
             config=read_config(folder),

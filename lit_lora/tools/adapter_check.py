@@ -22,13 +22,12 @@ def check(input: str, base: str | None = None, family: str | None = None) -> Non
     from lit_lora.adapter_tools.base_model import BaseModel
     from lit_lora.adapter_tools.check import check as check_adapter
     from lit_lora.adapter_tools.check import raise_problems
-    from lit_lora.adapter_tools.describe import base_of
     from lit_lora.errors import UserError
     from lit_lora.tools.adapter_input import read_input
     from lit_lora.visible import visible
 
     adapter = read_input(input, family)
-    name = base or base_of(adapter)
+    name = base or adapter.base
     if not name:
         raise UserError(f"{input} does not tell its base; name one with --base: a folder, a hub id or 'embedded'")
     model = BaseModel(name)

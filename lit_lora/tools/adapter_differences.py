@@ -50,13 +50,13 @@ def as_lines(found: Comparison) -> list[str]:
     rows = [("layer", "ranks", "distance", "cosine")]
     rows += [_row(layer_name(name), one) for name, one in found.layers.items()]
     if found.layers:
-        rows.append(_row(f"{len(found.layers)} layers", found.total))
+        rows.append(_row("total", found.total))
     return [*lines, *format_table(rows)]
 
 
 def _only(which: str, names: list[str]) -> Iterator[str]:
     if names:
-        yield f"{len(names)} layers only in the {which} adapter"
+        yield f"{len(names)} only in the {which} adapter"
         yield from (f"  {visible(name, 78)}" for name in names[:_MOST_LISTED])
     if len(names) > _MOST_LISTED:
         yield f"  and {len(names) - _MOST_LISTED} more"

@@ -26,9 +26,9 @@ def as_json(facts: AdapterFacts, path: Path, format_name: str, size: int) -> str
 
     Args:
         facts: The facts.
-        path: File of the adapter's tensors.
+        path: Main file of the adapter's tensors.
         format_name: Name of its format.
-        size: Its size in bytes.
+        size: Size of all its files of tensors in bytes.
     """
     return json.dumps({"path": str(path), "format": format_name, "bytes": size, **asdict(facts)}, indent=2)
 
@@ -38,9 +38,9 @@ def as_lines(facts: AdapterFacts, path: Path, format_name: str, size: int, each_
 
     Args:
         facts: The facts.
-        path: File of the adapter's tensors.
+        path: Main file of the adapter's tensors.
         format_name: Name of its format.
-        size: Its size in bytes.
+        size: Size of all its files of tensors in bytes.
         each_layer: Whether to list every layer instead of one line for all layers of a kind.
     """
     values = {
@@ -50,12 +50,13 @@ def as_lines(facts: AdapterFacts, path: Path, format_name: str, size: int, each_
         "family": facts.family or "not known",
         "base": visible(facts.base) if facts.base else "not told",
         "dtype": ", ".join(facts.dtypes),
-        **({"new tokens": ", ".join(map(visible, facts.new_tokens))} if facts.new_tokens else {}),
+        **({"new tokens": _tokens(facts)} if facts.new_tokens else {}),
         "parameters": f"{facts.parameters:,}",
         "size": format_bytes(size),
     }
     lines = [line for label, value in values.items() for line in _wrapped(label, value)]
-    lines += ["", *format_table([_HEAD, *_rows(facts.layers, each_layer)])]
+    if facts.layers:
+        lines += ["", *format_table([_HEAD, *_rows(facts.layers, each_layer)])]
     if facts.metadata:
         lines += ["", "metadata"]
         for key, value in sorted(facts.metadata.items()):
@@ -84,6 +85,12 @@ def _rows(layers: Sequence[LayerFacts], each_layer: bool) -> Iterator[tuple[str,
     if len(kinds) > 1:
         ranks, alphas = [one.rank for one in layers], [one.alpha for one in layers]
         yield ("all", str(len(layers)), _span(ranks), _span(alphas), _norm([one.norm for one in layers]))
+
+
+def _tokens(facts: AdapterFacts) -> str:
+    """The new tokens, with their numbers of vectors where these are several."""
+    names = (visible(name) + (f" ({count} vectors)" if count > 1 else "") for name, count in facts.new_tokens.items())
+    return ", ".join(names)
 
 
 def _span(values: Sequence[float | None]) -> str:

@@ -18,15 +18,11 @@ def info(input: str, layers: bool = False, json: bool = False, family: str | Non
         UserError: If the input holds no complete adapter.
     """
     from lit_lora.adapter_tools.describe import describe
-    from lit_lora.formats.find import open_adapter
+    from lit_lora.formats.find import adapter_files
     from lit_lora.tools.adapter_facts import as_json, as_lines
     from lit_lora.tools.adapter_input import read_input
 
-    found, file = open_adapter(input)
+    name, files = adapter_files(input)
     facts = describe(read_input(input, family), input)
-    size = file.path.stat().st_size
-    print(
-        as_json(facts, file.path, found.name, size)
-        if json
-        else "\n".join(as_lines(facts, file.path, found.name, size, layers))
-    )
+    size = sum(file.stat().st_size for file in files)
+    print(as_json(facts, files[0], name, size) if json else "\n".join(as_lines(facts, files[0], name, size, layers)))

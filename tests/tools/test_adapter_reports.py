@@ -68,10 +68,10 @@ def test_diff(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapter", "diff", *folders]) == 0
     lines = shown(capsys)
     assert max(map(len, lines)) <= 80
-    assert lines[: lines.index("")][-2:] == ["1 layers only in the first adapter", "  conv_in"]
+    assert lines[: lines.index("")][-2:] == ["1 only in the first adapter", "  conv_in"]
     assert "target_modules" in lines
     total = lines[-1].split()
-    assert total[1] == "layers"
+    assert total[0] == "total"
     assert float(total[-2]) > 0.5
     assert main(["adapter", "diff", folders[0], folders[0], "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
