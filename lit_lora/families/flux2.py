@@ -55,7 +55,7 @@ _ENDS = {
     "proj_out": "final_layer.linear",
 }
 """Names in diffusers and in Black Forest Labs' code."""
-_ARCHITECTURES = {(8, 48): "Flux.2-dev", (8, 24): "Flux.2-klein-9b", (5, 20): "Flux.2-klein-4b"}
+_MODELS = {(8, 48): "dev", (8, 24): "klein-9b", (5, 20): "klein-4b"}
 """Names of the published models by their numbers of double and single blocks."""
 
 
@@ -170,10 +170,11 @@ class Flux2(ModelFamily):
     @classmethod
     def model_spec(cls, config: Mapping[str, Any]) -> dict[str, str]:
         blocks = (int(config.get("num_layers", 8)), int(config.get("num_single_layers", 48)))
+        model = _MODELS.get(blocks, "dev")
         return {
-            "modelspec.architecture": _ARCHITECTURES.get(blocks, "Flux.2"),
+            "modelspec.architecture": f"Flux.2-{model}",
             "modelspec.implementation": "https://github.com/black-forest-labs/flux2",
-            "ss_base_model_version": "flux2",
+            "ss_base_model_version": f"flux_2_{model.replace('-', '_')}",
             "ss_network_module": "networks.lora_flux_2",
         }
 
