@@ -13,7 +13,7 @@ from pathlib import Path
 from peft import LoraConfig
 from real_models import write_pipeline
 
-from lit_lora import Flux, Krea2, LoraDiffusion, MemoryOptions, ModelFamily, QwenImage, StableDiffusion3, ZImage
+from lit_lora import Flux, Flux2, Krea2, LoraDiffusion, MemoryOptions, ModelFamily, QwenImage, StableDiffusion3, ZImage
 from lit_lora.planning.device import find_device
 from lit_lora.planning.plan_run import plan_run
 from lit_lora.quantization import NF4, Dense, Int8, Quantization
@@ -25,6 +25,9 @@ MODELS: dict[str, type[ModelFamily]] = {
     "z_image": ZImage,
     "qwen_image": QwenImage,
     "krea2": Krea2,
+    "flux2_dev": Flux2,
+    "flux2_klein_9b": Flux2,
+    "flux2_klein_4b": Flux2,
 }
 SETTINGS: dict[str, tuple[Quantization, bool]] = {
     "bfloat16, checkpointing": (Dense(), False),
