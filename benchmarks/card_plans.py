@@ -36,6 +36,9 @@ MODELS = {
     "z_image": ("ZImage", 1024),
     "chroma": ("Chroma", 1024),
     "flux_dev": ("Flux", 1024),
+    "flux2_klein_4b": ("Flux2", 1024),
+    "flux2_klein_9b": ("Flux2", 1024),
+    "flux2_dev": ("Flux2", 1024),
     "krea2": ("Krea2", 1024),
     "qwen_image": ("QwenImage", 1024),
 }

@@ -1,13 +1,14 @@
 """Folders of pipelines with real architecture and size and random weights, on whose values memory and time do not depend.
 
 The configs follow those published with Stable Diffusion 1.5, XL 1.0, 3.5 medium and large, FLUX.1, Chroma1-HD, PixArt-Sigma XL,
-Sana 1.6B, both at 1024 px, Z-Image and Qwen-Image; they were written from memory.
+Sana 1.6B, both at 1024 px, Z-Image, Qwen-Image and FLUX.2 dev, klein 4B and klein 9B; they were written from memory.
 ``python benchmarks/real_models.py sd15 FOLDER`` writes one pipeline.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     ChromaTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
     PixArtTransformer2DModel,
@@ -31,6 +34,8 @@ from diffusers import (
     UNet2DConditionModel,
     ZImageTransformer2DModel,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
@@ -40,11 +45,17 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3VLConfig,
     Qwen3VLModel,
@@ -245,6 +256,27 @@ _KREA2: dict[str, Callable[[], Any]] = {
     "scheduler": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400),
 }
 
+_QWEN3_8B = _QWEN3_4B | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+
+
+def _flux2(encoder: Callable[[], Any], **transformer: Any) -> dict[str, Callable[[], Any]]:
+    return {
+        "transformer": lambda: Flux2Transformer2DModel(**transformer),
+        "vae": AutoencoderKLFlux2,
+        "text_encoder": encoder,
+        "scheduler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
+def _klein(encoder: dict[str, Any], **transformer: Any) -> dict[str, Callable[[], Any]]:
+    return _flux2(
+        lambda: Qwen3ForCausalLM(Qwen3Config(**encoder)),
+        joint_attention_dim=3 * encoder["hidden_size"],
+        guidance_embeds=False,
+        **transformer,
+    )
+
+
 PIPELINES = {
     "sd15": _SD15,
     "sdxl": _SDXL,
@@ -258,7 +290,12 @@ PIPELINES = {
     "z_image": _Z_IMAGE,
     "qwen_image": _QWEN_IMAGE,
     "krea2": _KREA2,
+    "flux2_dev": _flux2(lambda: Mistral3ForConditionalGeneration(Mistral3Config(tie_word_embeddings=False))),
+    "flux2_klein_9b": _klein(_QWEN3_8B, num_single_layers=24, num_attention_heads=32),
+    "flux2_klein_4b": _klein(_QWEN3_4B, num_layers=5, num_single_layers=20, num_attention_heads=24),
 }
+_OTHER_PIPELINES = {"flux2_klein_9b": "Flux2KleinPipeline", "flux2_klein_4b": "Flux2KleinPipeline"}
+"""Classes of pipelines that are not the first of their family."""
 _MARKER = "random_weights.txt"
 
 
@@ -297,6 +334,8 @@ def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: 
                 with torch.device("meta"):
                     encoder = make()
                 _tokenizer(encoder).save_pretrained(part / subfolder.replace("text_encoder", "tokenizer"))
+        if name in _OTHER_PIPELINES:
+            (part / "model_index.json").write_text(json.dumps({"_class_name": _OTHER_PIPELINES[name]}))
         (part / _MARKER).write_text(f"{name} with random weights, for measuring\n", encoding="utf-8")
     return folder
 
@@ -309,8 +348,14 @@ def _tokenizer(encoder: PreTrainedModel) -> Any:
         return GemmaTokenizer()
     if isinstance(encoder, Qwen2_5_VLForConditionalGeneration | Qwen3VLModel):
         return Qwen2Tokenizer(vocab={byte: number for number, byte in enumerate(ByteLevel.alphabet())}, merges=[])
-    if isinstance(encoder, Qwen3Model):
+    if isinstance(encoder, Qwen3Model | Qwen3ForCausalLM):
         return Qwen2Tokenizer(chat_template="{{ messages[0].content }}")
+    if isinstance(encoder, Mistral3ForConditionalGeneration):
+        words = {"<unk>": 0, "<pad>": 1, "[IMG]": 2, "[IMG_BREAK]": 3, "[IMG_END]": 4}
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), unk_token="<unk>", pad_token="<pad>"
+        )
+        return PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template="{{ messages[1].content[0].text }}")
     return CLIPTokenizer.from_pretrained(base_path(), subfolder="tokenizer", model_max_length=77)
 
 

@@ -38,6 +38,7 @@ from lit_lora.errors import UserError as UserError
 from lit_lora.families.base import ModelFamily as ModelFamily
 from lit_lora.families.chroma import Chroma as Chroma
 from lit_lora.families.flux import Flux as Flux
+from lit_lora.families.flux2 import Flux2 as Flux2
 from lit_lora.families.krea2 import Krea2 as Krea2
 from lit_lora.families.pixart_sigma import PixArtSigma as PixArtSigma
 from lit_lora.families.qwen_image import QwenImage as QwenImage

@@ -13,6 +13,7 @@ from lit_lora.families.checks import (
 )
 from lit_lora.families.chroma import Chroma
 from lit_lora.families.flux import Flux
+from lit_lora.families.flux2 import Flux2
 from lit_lora.families.krea2 import Krea2
 from lit_lora.families.pixart_sigma import PixArtSigma
 from lit_lora.families.qwen_image import QwenImage
@@ -28,6 +29,7 @@ __all__ = [
     "Chroma",
     "Conditioning",
     "Flux",
+    "Flux2",
     "Krea2",
     "ModelFamily",
     "ModelSource",

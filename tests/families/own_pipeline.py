@@ -54,6 +54,7 @@ def check_exact_prediction(
     target: Tensor,
     to_model: Convert = same,
     to_answer: Convert | None = None,
+    to_drawn: Convert | None = None,
     size: int = 16,
 ) -> None:
     """The exact prediction leads the pipeline from ``start`` to ``latents``, and is what :meth:`denoise` gives at equal times.
@@ -63,8 +64,9 @@ def check_exact_prediction(
         start: Latents at the beginning of sampling, ``(1, *latent_shape)``.
         latents: Latents that sampling should give, of the same shape.
         target: Exact prediction, of the same shape.
-        to_model: Function from latents to what the denoiser takes.
+        to_model: Function from latents to what the pipeline takes as latents.
         to_answer: Function from the prediction to what the denoiser gives; defaults to ``to_model``.
+        to_drawn: Function from latents to those that the pipeline gives; defaults to ``to_model``.
         size: Edge of the image in pixels.
     """
     batch = make_batches(1, size=size)[0]
@@ -72,7 +74,7 @@ def check_exact_prediction(
     pipeline = family.pipeline()
     with answering(family.denoiser, (to_answer or to_model)(target)) as times:
         drawn = draw_latents(pipeline, family, "a star", size, latents=to_model(start), num_inference_steps=3)
-        torch.testing.assert_close(drawn, to_model(latents), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(drawn, (to_drawn or to_model)(latents), rtol=1e-4, atol=1e-4)
         in_pipeline = [time[0].float() for time in times]
         times.clear()
         for time in pipeline.scheduler.timesteps:

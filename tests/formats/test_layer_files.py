@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_lora.adapters import load_adapter, plain_config
 from lit_lora.errors import UserError
-from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusionXL
+from lit_lora.families import Flux, Flux2, ModelFamily, StableDiffusion, StableDiffusionXL
 from lit_lora.formats import FORMATS, AdapterFiles, TensorFile, format_named
 from lit_lora.formats.find import read_adapter
 from tests.formats.adapters import ALL_LAYERS, FAMILIES, encoder_adapter, loaded, trained
@@ -152,6 +152,19 @@ def test_diffusers_converts_kohyas_flux_file(tmp_path: Path) -> None:
         down, up = (theirs[f"transformer.{layer}.lora_{letter}.weight"] for letter in "AB")
         ours = state[f"base_model.model.{layer}.lora_B.weight"] @ state[f"base_model.model.{layer}.lora_A.weight"]
         assert torch.allclose(up @ down, 4 / 2 * ours, atol=1e-3)
+
+
+def test_flux2_in_other_tools(flux2_folder: Path, tmp_path: Path) -> None:
+    """diffusers reads kohya's file, in which query, key and value of single blocks are one layer as in diffusers itself."""
+    model = loaded(Flux2, flux2_folder)
+    adapter = trained(model, LoraConfig(r=2, lora_alpha=4))
+    kohya = write(adapter, "kohya", tmp_path)
+    assert "lora_unet_single_blocks_1_linear1.lora_up.weight" in load_file(kohya)
+    close(in_diffusers(model, kohya), merged(model, adapter))
+    for name in ("kohya", "comfyui"):
+        read = read_adapter(write(adapter, name, tmp_path))
+        assert read.family is Flux2
+        close(merged(model, read), merged(model, adapter))
 
 
 def test_parts_that_share_a_factor_keep_sharing_it(flux_folder: Path, tmp_path: Path) -> None:

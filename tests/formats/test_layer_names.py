@@ -10,6 +10,7 @@ import torch
 from braceexpand import braceexpand
 from diffusers import (
     ChromaTransformer2DModel,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
     PixArtTransformer2DModel,
@@ -23,6 +24,7 @@ from torch import nn
 from lit_lora.families import (
     Chroma,
     Flux,
+    Flux2,
     Krea2,
     ModelFamily,
     PixArtSigma,
@@ -35,7 +37,10 @@ from lit_lora.families import (
 from lit_lora.formats import ComfyUIFormat, KohyaFormat, LycorisFormat
 from lit_lora.formats.layer_names import places
 
-FAMILIES = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Chroma, PixArtSigma, ZImage, QwenImage, Krea2)
+FAMILIES = (
+    *(StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Flux2, Chroma, PixArtSigma),
+    *(ZImage, QwenImage, Krea2),
+)
 
 # The configs of the published denoisers, as far as they are not diffusers' defaults and names depend on them.
 PUBLISHED: dict[type[ModelFamily], tuple[type[nn.Module], dict[str, Any]]] = {
@@ -54,6 +59,7 @@ PUBLISHED: dict[type[ModelFamily], tuple[type[nn.Module], dict[str, Any]]] = {
     ),
     StableDiffusion3: (SD3Transformer2DModel, {"num_layers": 24, "dual_attention_layers": tuple(range(13))}),
     Flux: (FluxTransformer2DModel, {"guidance_embeds": True}),
+    Flux2: (Flux2Transformer2DModel, {}),
     ZImage: (ZImageTransformer2DModel, {}),
     Chroma: (ChromaTransformer2DModel, {}),
     PixArtSigma: (PixArtTransformer2DModel, {"caption_channels": 4096, "use_additional_conditions": True}),
