@@ -72,3 +72,20 @@ class ChangedRanks(Callback):
         if self._load_hook is not None:
             self._load_hook.remove()
             self._load_hook = None
+
+
+def refuse_saved_values(module: Any, callback: str) -> None:
+    """Refuse to replace the values of a saved adapter by first values.
+
+    Args:
+        module: Module to be trained.
+        callback: Name of the callback that would do so.
+
+    Raises:
+        UserError: If the module goes on with a saved adapter.
+    """
+    if (saved := getattr(module, "saved", None)) is not None:
+        raise UserError(
+            f"{callback} would replace the trained values of {saved.path}, with which FromFile goes on; remove {callback} from "
+            f"trainer.callbacks"
+        )

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
+from lit_lora.callbacks.changed_ranks import refuse_saved_values
 from lit_lora.callbacks.first_steps import FirstSteps
 from lit_lora.callbacks.layer_rows import input_rows
 from lit_lora.distributed.collectives import broadcast, full_shape, full_tensor
@@ -53,6 +54,7 @@ class EvaInitialization(FirstSteps):
 
     def _check_run(self, trainer: Trainer, module: Any) -> None:
         super()._check_run(trainer, module)
+        refuse_saved_values(module, type(self).__name__)
         if getattr(module, "compile_blocks", False):
             raise UserError(
                 "EvaInitialization looks into layers of the blocks that are compiled with compile_blocks; set compile_blocks to "

@@ -13,10 +13,11 @@ from torch import Tensor
 from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.methods.lora import leave_out
 from lit_lora.adapters.ranked_layer import RankedLayer
-from lit_lora.callbacks.changed_ranks import ChangedRanks
+from lit_lora.callbacks.changed_ranks import ChangedRanks, refuse_saved_values
 from lit_lora.callbacks.eva_initialization import EvaInitialization
 from lit_lora.distributed.collectives import broadcast, shard_like
 from lit_lora.errors import UserError
+from lit_lora.formats.quantized_base import quantized_metadata
 from lit_lora.quantization import Quantization
 from lit_lora.quantization.frozen_layer import FrozenLayer
 from lit_lora.random_state import fixed_randomness
@@ -100,10 +101,7 @@ class LoftqInitialization(ChangedRanks):
 
     def training_facts(self) -> dict[str, str]:
         """What the adapter's files say about the base that they are made for."""
-        if self._quantization is None or self.files_for == "original":
-            return {}
-        options = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self._quantization).items()))
-        return {"lit_lora.quantized_base": f"{type(self._quantization).__name__}({options})"}
+        return {} if self.files_for == "original" else quantized_metadata(self._quantization)
 
     def _check_run(self, trainer: Trainer, module: Any) -> None:
         if isinstance(trainer.strategy, DeepSpeedStrategy):
@@ -111,6 +109,7 @@ class LoftqInitialization(ChangedRanks):
                 "LoftqInitialization sets the adapter's values after DeepSpeed has copied them; use one device, or strategy ddp "
                 "or lit_lora_fsdp"
             )
+        refuse_saved_values(module, type(self).__name__)
         if not hasattr(module, "family"):
             raise UserError(
                 f"LoftqInitialization reads the weights of the base's files again, which {type(module).__name__} does not name; "

@@ -18,7 +18,7 @@ from lit_lora.adapters import ADAPTER_NAME
 from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.methods.lora import rebase
 from lit_lora.adapters.ranked_layer import RankedLayer
-from lit_lora.callbacks.changed_ranks import ChangedRanks
+from lit_lora.callbacks.changed_ranks import ChangedRanks, refuse_saved_values
 from lit_lora.callbacks.first_steps import FirstSteps
 from lit_lora.distributed import is_ours
 from lit_lora.distributed.collectives import broadcast
@@ -114,6 +114,7 @@ class RebasedInitialization(FirstSteps):
 
     def _check_run(self, trainer: Trainer, module: Any) -> None:
         name = type(self).__name__
+        refuse_saved_values(module, name)
         if is_ours(trainer.strategy):
             raise UserError(
                 f"{name} takes the adapter's first values out of the base's weights, which {type(trainer.strategy).__name__} "

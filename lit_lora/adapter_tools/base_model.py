@@ -148,6 +148,12 @@ class BaseModel:
         return isinstance(entry, list | tuple) and entry[0] is not None
 
 
+def comparable(base: str) -> str:
+    """The name of a base; the same folder has one name."""
+    path = Path(base)
+    return str(path.resolve()) if path.exists() else base.rstrip("/")
+
+
 def find_weights(folder: Path, variant: str | None = None) -> list[Path]:
     """The safetensors files of a model's weights in a folder.
 

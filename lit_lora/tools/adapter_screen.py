@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_lora.adapter_tools.extract import Extracted
-from lit_lora.adapter_tools.merge import NamedAdapter
+from lit_lora.adapter_tools.named_adapter import NamedAdapter
 from lit_lora.adapter_tools.resize import Resized
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.lora import layers_of

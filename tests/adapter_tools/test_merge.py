@@ -10,7 +10,8 @@ import pytest
 import torch
 from peft import LoHaConfig
 
-from lit_lora.adapter_tools.merge import NamedAdapter, merge
+from lit_lora.adapter_tools.merge import merge
+from lit_lora.adapter_tools.named_adapter import NamedAdapter
 from lit_lora.errors import UserError
 from lit_lora.families import Flux, StableDiffusion
 from lit_lora.formats import AdapterFiles, write_adapter
