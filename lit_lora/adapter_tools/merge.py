@@ -90,7 +90,7 @@ def _merged(
     if dtype is None:
         dtype = reduce(torch.promote_types, [tensor.dtype for _, each in sources for tensor in (each.down, each.up)])
     unscaled = replace(layer, alpha=float(total.rank * layer.groups), rslora=False)
-    return unscaled.with_update(total, dtype)
+    return unscaled.with_update(total, name, dtype)
 
 
 def _common_base(adapters: Sequence[NamedAdapter], base: str | None) -> str | None:

@@ -14,13 +14,12 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from lit_lora.adapter_tools.base_model import CONFIG, INDEX, BaseModel, comparable
 from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.adapter_tools.plain_lora import Layers, beyond_lora, lora_layers
-from lit_lora.adapter_tools.weight_stream import rewrite, shapes_in
+from lit_lora.adapter_tools.weight_stream import rewrite, shapes_in, widest_dtype
 from lit_lora.adapters import load_adapter
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
@@ -206,9 +205,7 @@ def _merge_loaded(adapter: AdapterFiles, name: str, path: object, base: BaseMode
         )
     variant = base.source.variant_of(base.part(name))
     options: dict[str, Any] = {"variant": variant} if variant else {}
-    with safe_open(files[0], framework="pt") as opened:
-        dtype = opened.get_tensor(next(iter(opened.keys()))).dtype
-    model = diffusers.AutoModel.from_pretrained(str(folder), dtype=dtype, **options)
+    model = diffusers.AutoModel.from_pretrained(str(folder), dtype=widest_dtype(files, folder), **options)
     adapted = load_adapter(model, adapter.config, adapter.state, path)
     try:
         merged: Any = adapted.merge_and_unload(safe_merge=True)

@@ -65,6 +65,7 @@ def extracted_lines(extracted: Extracted, target: Path) -> list[str]:
         lines += [f"  {visible(name, 78)}" for name in extracted.left_out[:_MOST_LISTED]]
         if len(extracted.left_out) > _MOST_LISTED:
             lines.append(f"  and {len(extracted.left_out) - _MOST_LISTED} more")
+    lines += [f"{name} is not in the adapter: {told}" for name, told in extracted.other_parts.items()]
     return [*lines, f"written  {visible(target)}"]
 
 

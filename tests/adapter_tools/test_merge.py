@@ -100,6 +100,17 @@ def test_the_widest_dtype_wins_unless_one_is_named() -> None:
     assert {value.dtype for value in merged(half, TWO, dtype=torch.float16).state.values()} == {torch.float16}
 
 
+def test_values_beyond_the_range_of_the_dtype() -> None:
+    with pytest.raises(
+        UserError, match=r"lora_B of conv would reach \S+, and float16 holds at most 65504; use bfloat16"
+    ):
+        merged(ONE, TWO, weights=(1e6, 1), dtype=torch.float16)
+    with pytest.raises(UserError, match=r"lora_B of conv would reach \S+ at most, which float16 rounds to zero"):
+        merged(ONE, TWO, weights=(1e-9, 1e-9), dtype=torch.float16)
+    zero = merged(ONE, TWO, weights=(0, 0), dtype=torch.float16)
+    assert not any(delta.any() for delta in deltas(zero).values())
+
+
 def test_the_result_is_a_file_of_the_common_base(tmp_path: Path) -> None:
     encoder = {"text_encoder": encoder_adapter()}
     told = {"ss_steps": "4", "modelspec.title": "x"}

@@ -128,6 +128,30 @@ def test_the_scheduler_of_the_training(denoiser_only: bool, sd_folder: Path, tmp
     assert after == before | changes
 
 
+def test_a_base_in_half_precision_that_would_overflow(sd_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
+    unet.half().save_pretrained(tmp_path / "base")
+    adapter = random_adapter(unet.float(), CONFIGS["LoRA"])
+    key = "base_model.model.conv_in.lora_B.weight"
+    state = {**adapter.state, key: 1e7 * adapter.state[key]}
+    (tmp_path / "out").mkdir()
+    message = r"conv_in.weight in diffusion_pytorch_model.safetensors would reach \S+, and float16 holds at most 65504"
+    with pytest.raises(UserError, match=message):
+        merge_base(replace(adapter, state=state), "adapter", BaseModel(str(tmp_path / "base")), tmp_path / "out")
+
+
+def test_a_loaded_model_keeps_its_widest_dtype(sd_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet").half()
+    adapter = random_adapter(UNet2DConditionModel.from_pretrained(sd_folder / "unet"), CONFIGS["LoHa"])
+    unet.time_embedding.float()
+    unet.save_pretrained(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    merge_base(adapter, "adapter", BaseModel(str(tmp_path / "base")), tmp_path / "out")
+    before, after = (load_file(find_weights(tmp_path / name)[0]) for name in ("base", "out"))
+    name = "time_embedding.linear_1.weight"
+    assert torch.equal(before[name], after[name])
+
+
 def test_other_bases_of_the_training(sd_folder: Path, tmp_path: Path) -> None:
     unet, base = UNet2DConditionModel.from_pretrained(sd_folder / "unet"), BaseModel(str(sd_folder))
     adapter = random_adapter(unet, CONFIGS["LoRA"], metadata={"lit_lora.quantized_base": "NF4(block_size=64)"})
