@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import nn
+from typing import Any
 
 from lit_lora.adapters.ranked_layer import RankedLayer
 from lit_lora.distributed.collectives import full_tensor
 from lit_lora.errors import UserError
 
 
-def check_no_start(module: nn.Module, user: str) -> None:
+def check_no_start(module: Any, user: str) -> None:
     """Refuse an adapter whose values come from a file, before anything is loaded.
 
     Args:
-        module: Module whose attribute ``start``, if it has one, is the function that loads the values.
+        module: Module whose attribute ``saved``, if it has one, is the adapter that it goes on with.
         user: Name of the callback, for the error.
 
     Raises:
         UserError: If the module's adapter is :class:`~lit_lora.FromFile`.
     """
-    if getattr(module, "start", None) is not None:
+    if (saved := getattr(module, "saved", None)) is not None:
         raise UserError(
-            f"{user} sets the first values of an adapter, and those of model.adapter come from a file (FromFile), which would be "
-            f"lost; remove {user} from trainer.callbacks, or give model.adapter a PEFT config"
+            f"{user} sets the first values of an adapter, and would replace those of {saved.path}, with which FromFile goes on; "
+            f"remove {user} from trainer.callbacks, or give model.adapter a PEFT config"
         )
 
 

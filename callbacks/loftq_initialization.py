@@ -18,6 +18,7 @@ from lit_lora.callbacks.eva_initialization import EvaInitialization
 from lit_lora.callbacks.first_values import check_no_start, check_untrained
 from lit_lora.distributed.collectives import broadcast, shard_like
 from lit_lora.errors import UserError
+from lit_lora.formats.quantized_base import quantized_metadata
 from lit_lora.quantization import Quantization
 from lit_lora.quantization.frozen_layer import FrozenLayer
 from lit_lora.random_state import fixed_randomness
@@ -107,9 +108,7 @@ class LoftqInitialization(ChangedRanks):
 
     def training_facts(self) -> dict[str, str]:
         """What the adapter's files say about the base that they are made for."""
-        if self._quantization is None or self.files_for == "original":
-            return {}
-        return {"lit_lora.quantized_base": repr(self._quantization)}
+        return {} if self.files_for == "original" else quantized_metadata(self._quantization)
 
     def _check_run(self, trainer: Trainer, module: Any) -> None:
         check_no_start(module, type(self).__name__)

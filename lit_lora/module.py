@@ -122,9 +122,9 @@ class LoraDiffusion(LightningModule):
             raise UserError(f"caption_dropout={caption_dropout} is not a probability; it must lie in [0, 1]")
         self.family = family
         self.base_adapters = BaseAdapters(base_adapters, type(family))
-        self.start = adapter.start if isinstance(adapter, FromFile) else None
+        self.saved = adapter if isinstance(adapter, FromFile) else None
         over = self.base_adapters.records
-        self.adapter = adapter.config(type(family), over) if isinstance(adapter, FromFile) else adapter
+        self.adapter = adapter.config(type(family), over, quantization) if isinstance(adapter, FromFile) else adapter
         self.text_training = TextTraining(family, adapter, text_adapter, new_tokens)
         self.objective: Objective = objective or family.default_objective()
         self.optimizer = optimizer
@@ -262,14 +262,13 @@ class LoraDiffusion(LightningModule):
             raise UserError("the base is not loaded yet: call generate after trainer.fit, in the same process")
         height, width = (options.get(edge) or self.family.default_size for edge in ("height", "width"))
         check_size(self.family, height, width)
+        options = vars(self.sampling) | options
         was_training = self.training
         self.eval()
         try:
             with self.family.all_parts(), self._encoder_offload.on_device(), self.autocast():
                 seeds = range(self.seed, self.seed + len(prompts)) if seeds is None else seeds
-                return self.family.generate(
-                    prompts, seeds, self._scheduler_config, **{**vars(self.sampling), **options}
-                )
+                return self.family.generate(prompts, seeds, self._scheduler_config, **options)
         finally:
             self.train(was_training)
 
@@ -375,9 +374,9 @@ class LoraDiffusion(LightningModule):
         family = self.family
         if self.adapter is not None:
             if sharded:
-                family.load_adapted(self.adapter, strategy.shard, self.start)
+                family.load_adapted(self.adapter, strategy.shard, self.saved and self.saved.start)
             else:
-                family.add_adapter(self.adapter, self.start)
+                family.add_adapter(self.adapter, self.saved and self.saved.start)
         self.text_training.add(family, strategy.shard if sharded else None)
         if self.memory.gradient_checkpointing:
             enable_gradient_checkpointing(family.denoiser, self.memory.gradient_checkpointing)

@@ -283,14 +283,11 @@ def test_files_of_others_are_passed_over_and_damaged_ones_refused(
 
 def test_a_folder_of_tokens_alone(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, folder = trained("sd_folder", False)
-    base, values = (
-        str(module.family.pretrained_model_name_or_path),
-        sum(rows["text_encoder"].numel() for rows in module.family.new_token_rows().values()),
-    )
+    base = str(module.family.pretrained_model_name_or_path)
+    values = sum(rows["text_encoder"].numel() for rows in module.family.new_token_rows().values())
     assert main(["adapter", "info", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert {"method      textual inversion", "format      textual inversion", f"parameters  {values}"} <= {*lines}
-    assert any(line.strip("base ") in base for line in lines if line.startswith("base"))
     assert main(["adapter", "check", str(folder)]) == 0
     assert capsys.readouterr().out == f"new tokens        2 tensors fit CLIPTextModel of {base}\n"
     assert main(["adapter", "check", str(folder), "--base", "embedded"]) == 2
@@ -338,7 +335,7 @@ def test_damaged_and_doubled_files(trained: Any, tmp_path: Path) -> None:
     write_tensors(
         path, files["style.safetensors"].tensors, {**files["style.safetensors"].metadata, "lit_lora.base": "{}"}
     )
-    with pytest.raises(UserError, match="of different trainings: their metadata differ in lit_lora.base"):
+    with pytest.raises(UserError, match=r"of different trainings: their metadata differ in lit_lora.base"):
         read_adapter(tmp_path)
 
 

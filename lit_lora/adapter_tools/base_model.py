@@ -87,9 +87,9 @@ class BaseModel:
             if name != "denoiser":
                 raise UserError(f"{self.path} is a single model, and the adapter also changes {name}; name a pipeline")
             return ""
-        found = [one for one in (("unet", "transformer") if name == "denoiser" else (name,)) if self._has(one)]
+        found = [one for one in (("unet", "transformer") if name == "denoiser" else (name,)) if self.has(one)]
         if not found:
-            parts = ", ".join(one for one in self.index if self._has(one)) or "nothing"
+            parts = ", ".join(one for one in self.index if self.has(one)) or "nothing"
             raise UserError(f"{self.path} has no {name}, which the adapter changes; it has {parts}")
         return found[0]
 
@@ -143,9 +143,16 @@ class BaseModel:
         """
         return find_weights(self.folder / part, self.source.variant_of(part))
 
-    def _has(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
+        """Whether the pipeline has a part of this name."""
         entry = self.index.get(name)
         return isinstance(entry, list | tuple) and entry[0] is not None
+
+
+def comparable(base: str) -> str:
+    """The name of a base; the same folder has one name."""
+    path = Path(base)
+    return str(path.resolve()) if path.exists() else base.rstrip("/")
 
 
 def find_weights(folder: Path, variant: str | None = None) -> list[Path]:

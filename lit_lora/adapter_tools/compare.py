@@ -155,7 +155,8 @@ def _check_shapes(
 ) -> None:
     if first != second:
         raise UserError(
-            f"{name} has the shape {first} in {paths[0]} and {second} in {paths[1]}: they are adapters of different models{or_else}"
+            f"{name} has the shape {first} in {paths[0]} and {second} in {paths[1]}: they are adapters of "
+            f"different models{or_else}"
         )
 
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from lit_lora.adapter_tools.base_model import CONFIG, BaseModel
 from lit_lora.adapter_tools.budget import Budget, Spectrum
-from lit_lora.adapter_tools.lora_layer import LoraLayer
+from lit_lora.adapter_tools.changed_parts import other_changes
+from lit_lora.adapter_tools.lora_layer import LoraLayer, narrowed
 from lit_lora.adapter_tools.plain_lora import Layers, in_parts, patterns
 from lit_lora.adapter_tools.resize import Measure, resize
 from lit_lora.adapter_tools.weight_stream import Shapes, read_tensor, shapes_in
+from lit_lora.adapters import check_finite
 from lit_lora.errors import UserError, check_least
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.lora import lora_config
@@ -55,9 +57,15 @@ class ModelWeights:
         self.files = {name: file for file, names in held.items() for name in names}
         self.shapes: Shapes = {name: shape for names in held.values() for name, shape in names.items()}
 
-    def read(self, name: str) -> Tensor:
-        """One weight."""
-        return read_tensor(self.files[name], name)
+    def read_finite(self, name: str) -> Tensor:
+        """One weight.
+
+        Raises:
+            UserError: If a value is NaN or Inf.
+        """
+        weight = read_tensor(self.files[name], name)
+        check_finite({name: weight}, f"model {self.path}", "a difference from them means nothing: name another model")
+        return weight
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Extracted:
         ranks: Rank of each layer.
         left_out: Names of changed weights that an adapter of layers cannot hold, such as norms and biases.
         unchanged: Number of layers that are equal in both models.
+        other_parts: What is known of the pipelines' other parts that are not equal, by part.
     """
 
     adapter: AdapterFiles
@@ -77,6 +86,7 @@ class Extracted:
     ranks: dict[str, int]
     left_out: list[str] = field(default_factory=list)
     unchanged: int = 0
+    other_parts: dict[str, str] = field(default_factory=dict)
 
 
 def extract(tuned: ModelWeights, base: ModelWeights, budget: Budget, max_rank: int, measure: Measure) -> Extracted:
@@ -93,7 +103,8 @@ def extract(tuned: ModelWeights, base: ModelWeights, budget: Budget, max_rank: i
         measure: Size of the file for an adapter, for a budget of bytes.
 
     Raises:
-        UserError: If the models differ in more than their values, or in nothing; or the budget is too small.
+        UserError: If the models differ in more than their values, or in nothing, or hold NaN or Inf; or the budget is too
+            small.
     """
     check_least(1, max_rank=max_rank)
     most = budget.rank or max_rank
@@ -104,7 +115,7 @@ def extract(tuned: ModelWeights, base: ModelWeights, budget: Budget, max_rank: i
     left_out, unchanged = [], 0
     adaptable = {f"{name}.weight": name for name, layer in model.named_modules() if _is_adaptable(layer)}
     for name in tuned.shapes:
-        before, after = base.read(name), tuned.read(name)
+        before, after = base.read_finite(name), tuned.read_finite(name)
         if name not in adaptable:
             left_out += [] if torch.equal(before.double(), after.double()) else [name]
             continue
@@ -113,7 +124,7 @@ def extract(tuned: ModelWeights, base: ModelWeights, budget: Budget, max_rank: i
         if total == 0:
             unchanged += 1
             continue
-        layer, energies = _approximation(difference, most, after.dtype)
+        layer, energies = _approximation(name, difference, most, after.dtype)
         spectrum = Spectrum(energies, total, 1, layer.bytes_per_step)
         count = layer.rank if budget.size else budget.components({name: spectrum}, _no_size)[name]
         layers[adaptable[name]] = _first(layer, count)
@@ -130,7 +141,7 @@ def extract(tuned: ModelWeights, base: ModelWeights, budget: Budget, max_rank: i
         ranks = {name: one.after for name, one in resized.layers.items()}
     else:
         ranks = {name: layer.rank for name, layer in layers.items()}
-    return Extracted(adapter, errors, ranks, left_out, unchanged)
+    return Extracted(adapter, errors, ranks, left_out, unchanged, other_changes(tuned.model, base.model))
 
 
 def _described(tuned: ModelWeights, base: ModelWeights) -> tuple[nn.Module, BaseModel]:
@@ -170,7 +181,7 @@ def _is_adaptable(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
 
 
-def _approximation(difference: Tensor, rank: int, dtype: torch.dtype) -> tuple[LoraLayer, Tensor]:
+def _approximation(name: str, difference: Tensor, rank: int, dtype: torch.dtype) -> tuple[LoraLayer, Tensor]:
     """The best LoRA layer of a rank, and its components' energies in float64."""
     matrix = difference.flatten(1)
     smaller = min(matrix.shape)
@@ -186,7 +197,8 @@ def _approximation(difference: Tensor, rank: int, dtype: torch.dtype) -> tuple[L
     kernel = difference.shape[2:]
     down = (root[:, None] * right[:rank]).reshape(rank, *difference.shape[1:])
     up = (left[:, :rank] * root).reshape(len(matrix), rank, *[1] * len(kernel))
-    return LoraLayer(down.to(dtype), up.to(dtype), float(rank)), values[:rank].double().square()
+    down, up = narrowed(down, dtype, f"lora_A of {name}"), narrowed(up, dtype, f"lora_B of {name}")
+    return LoraLayer(down, up, float(rank)), values[:rank].double().square()
 
 
 def _first(layer: LoraLayer, count: int) -> LoraLayer:

@@ -10,7 +10,34 @@ import torch
 from torch import Tensor
 
 from lit_lora.adapter_tools.low_rank import LowRank
+from lit_lora.errors import UserError
 from lit_lora.mapped import Keep
+
+
+def narrowed(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Finite values in another dtype.
+
+    Args:
+        values: The values.
+        dtype: dtype of the result.
+        name: What they are, for errors.
+
+    Raises:
+        UserError: If a value is beyond the dtype's range, or all values become zero.
+    """
+    made, kind = values.to(dtype), str(dtype).removeprefix("torch.")
+    largest = max(map(abs, map(float, values.aminmax()))) if values.numel() else 0.0  # NaN if a value is
+    if not math.isfinite(largest):
+        raise UserError(f"{name} would be NaN or Inf; check the adapters and their weights")
+    if not made.isfinite().all():
+        raise UserError(
+            f"{name} would reach {largest:.6g}, and {kind} holds at most {torch.finfo(dtype).max:.6g}; use bfloat16 or float32"
+        )
+    if largest > 0 and not made.any():
+        raise UserError(
+            f"{name} would reach {largest:.6g} at most, which {kind} rounds to zero; use bfloat16 or float32"
+        )
+    return made
 
 
 @dataclass(frozen=True)
@@ -72,18 +99,24 @@ class LoraLayer:
         down = self.down.detach().double().reshape(groups, self.rank // groups, -1)
         return LowRank(up * self.scale, down)
 
-    def with_update(self, update: LowRank, dtype: torch.dtype | None = None) -> LoraLayer:
+    def with_update(self, update: LowRank, name: str, dtype: torch.dtype | None = None) -> LoraLayer:
         """The layer with another update, and the same alpha.
 
         Args:
-            update: Update with its scale.
+            update: Update with its scale; zero if the alpha is.
+            name: Name of the layer, for errors.
             dtype: dtype of the tensors; defaults to those of this layer.
+
+        Raises:
+            UserError: If a value is beyond the dtype's range.
         """
         rank = update.rank * self.groups
         down = update.down.reshape(rank, *self.down.shape[1:])
         up = update.up.reshape(len(self.up), update.rank, *self.up.shape[2:])
         scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
-        down, up = down.to(dtype or self.down.dtype), (up / scale).to(dtype or self.up.dtype)
+        up = up / scale if scale else torch.zeros_like(up)
+        down = narrowed(down, dtype or self.down.dtype, f"lora_A of {name}")
+        up = narrowed(up, dtype or self.up.dtype, f"lora_B of {name}")
         return replace(self, down=down.contiguous(), up=up.contiguous())
 
     def kept(self, keep: Keep) -> LoraLayer:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_lora.adapter_tools.base_model import comparable
 from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.adapter_tools.low_rank import LowRank, one_thread
+from lit_lora.adapter_tools.merged_metadata import merged_metadata
+from lit_lora.adapter_tools.named_adapter import NamedAdapter
 from lit_lora.adapter_tools.plain_lora import Layers, in_parts, lora_layers, patterns
 from lit_lora.errors import UserError, check_least
 from lit_lora.formats import AdapterFiles
@@ -22,21 +24,6 @@ from lit_lora.mapped import Keep, keep_in_memory, release
 
 _CHOICE_OF_LAYERS = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
 """Options of a config that are of no use beside a list of all layers."""
-
-
-@dataclass(frozen=True)
-class NamedAdapter:
-    """An adapter to merge.
-
-    Args:
-        path: Where it was read from, for errors.
-        adapter: The adapter.
-        weight: Factor of its update; defaults to 1.
-    """
-
-    path: str
-    adapter: AdapterFiles
-    weight: float = 1.0
 
 
 @one_thread()
@@ -61,8 +48,8 @@ def merge(
         keep: Puts new tensors where they stay; defaults to the memory.
 
     Raises:
-        UserError: If an adapter is not LoRA, the adapters have different bases or families, layers differ in shape, or the rank
-            is above every sum of ranks.
+        UserError: If an adapter is not LoRA, the adapters have different bases or families or were trained over different
+            adapters, layers differ in shape, or the rank is above every sum of ranks.
     """
     check_least(1, rank=rank)
     for one in adapters:
@@ -79,7 +66,7 @@ def merge(
         for name in dict.fromkeys(name for _, layers in having for name in layers):
             layer = _merged(name, [(one, layers[name]) for one, layers in having if name in layers], rank, dtype)
             made[part][name] = layer.kept(keep)
-    return _assembled([one.adapter for one in adapters], made, base)
+    return _assembled(adapters, made, base)
 
 
 def _merged(
@@ -103,7 +90,7 @@ def _merged(
     if dtype is None:
         dtype = reduce(torch.promote_types, [tensor.dtype for _, each in sources for tensor in (each.down, each.up)])
     unscaled = replace(layer, alpha=float(total.rank * layer.groups), rslora=False)
-    return unscaled.with_update(total, dtype)
+    return unscaled.with_update(total, name, dtype)
 
 
 def _common_base(adapters: Sequence[NamedAdapter], base: str | None) -> str | None:
@@ -117,7 +104,7 @@ def _common_base(adapters: Sequence[NamedAdapter], base: str | None) -> str | No
     if base is not None:
         return base
     told = {one.path: one.adapter.base for one in adapters}
-    names = {_comparable(name): path for path, name in told.items() if name}
+    names = {comparable(name): path for path, name in told.items() if name}
     if len(names) > 1:
         first_path, second_path, *_ = names.values()
         raise UserError(
@@ -132,12 +119,6 @@ def _common_base(adapters: Sequence[NamedAdapter], base: str | None) -> str | No
 
 def _family(one: NamedAdapter) -> str:
     return "" if one.adapter.family is None else one.adapter.family.__name__
-
-
-def _comparable(base: str) -> str:
-    """The name of a base; the same folder has one name."""
-    path = Path(base)
-    return str(path.resolve()) if path.exists() else base.rstrip("/")
 
 
 def _check_no_magnitudes(sources: Sequence[tuple[NamedAdapter, Mapping[str, Layers]]]) -> None:
@@ -177,16 +158,16 @@ def _all_tokens(adapters: Sequence[AdapterFiles]) -> dict[str, Mapping[str, Tens
     return tokens
 
 
-def _assembled(adapters: Sequence[AdapterFiles], made: Mapping[str, Layers], base: str | None) -> AdapterFiles:
+def _assembled(named: Sequence[NamedAdapter], made: Mapping[str, Layers], base: str | None) -> AdapterFiles:
     """The result's files, with configs that list its layers."""
+    adapters = [one.adapter for one in named]
     first = adapters[0]
     families = [one.family for one in adapters if one.family is not None]
-    told = [dict(one.metadata) for one in adapters]
     whole = replace(
         first,
         family=families[0] if families else None,
         denoiser_config=next((one.denoiser_config for one in adapters if one.denoiser_config), {}),
-        metadata={key: value for key, value in told[0].items() if all(one.get(key) == value for one in told)},
+        metadata=merged_metadata(named),
         new_tokens=_all_tokens(adapters),
     )
     configs: dict[str, Mapping[str, Any]] = {}

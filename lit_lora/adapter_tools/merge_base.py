@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,17 +14,19 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from lit_lora.adapter_tools.base_model import CONFIG, INDEX, BaseModel
+from lit_lora.adapter_tools.base_model import CONFIG, INDEX, BaseModel, comparable
 from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.adapter_tools.plain_lora import Layers, beyond_lora, lora_layers
-from lit_lora.adapter_tools.weight_stream import rewrite, shapes_in
+from lit_lora.adapter_tools.weight_stream import rewrite, shapes_in, widest_dtype
 from lit_lora.adapters import load_adapter
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
+from lit_lora.formats.base_records import base_records, told
+from lit_lora.formats.quantized_base import quantized_base, twice
+from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.mapped import release
 from lit_lora.visible import visible
 
@@ -58,6 +62,28 @@ def check_base(adapter: AdapterFiles, path: object, base: BaseModel) -> None:
         )
 
 
+def check_changed_base(adapter: AdapterFiles, path: object, base: BaseModel) -> None:
+    """Refuse an adapter whose training had a base with other weights than this one, and warn if that is not certain.
+
+    Raises:
+        UserError: If the adapter was made for a quantized base, or was trained over other adapters on this base.
+    """
+    if quantization := quantized_base(adapter.metadata):
+        raise UserError(twice(path, quantization))
+    if not (over := base_records(adapter.metadata)):
+        return
+    if adapter.base and comparable(adapter.base) == comparable(base.path):
+        places, weights = " ".join(one["path"] for one in over), " ".join(str(one["weight"]) for one in over)
+        raise UserError(
+            f"{path} was trained over {told(over)}, which {base.path} lacks: merge these first, with lit-lora adapter merge "
+            f"{places} merged_base --weights {weights} --into {base.path}, and then this one into merged_base"
+        )
+    warnings.warn(
+        f"{path} was trained over {told(over)}: the result is right only if these are merged into {base.path} already",
+        stacklevel=3,
+    )
+
+
 def merge_base(
     adapter: AdapterFiles, path: object, base: BaseModel, out: Path, denoiser_only: bool = False
 ) -> MergedBase:
@@ -74,10 +100,11 @@ def merge_base(
         denoiser_only: Whether to write only the denoiser of a pipeline. Defaults to False.
 
     Raises:
-        UserError: If the adapter is of another family, has new tokens or layers that the base does not have, or the base's
-            weights cannot be read or hold too much for the memory.
+        UserError: If the adapter is of another family, has new tokens or layers that the base does not have, or was trained on
+            other weights; if the base's weights cannot be read, hold too much for the memory, or would overflow.
     """
     check_base(adapter, path, base)
+    check_changed_base(adapter, path, base)
     if adapter.new_tokens:
         file = "give its file of layers, such as pytorch_lora_weights.safetensors, and " if adapter.parts else ""
         raise UserError(
@@ -96,6 +123,7 @@ def merge_base(
         counts = {name: _merge_files(plans[name], base.folder / parts[name], targets[name]) for name in parts}
     if base.is_pipeline and not denoiser_only:
         _copy_others(base, set(parts.values()), out)
+    _set_scheduler(adapter, path, out / "scheduler" / "scheduler_config.json")
     return MergedBase(
         {name: layers for name, (layers, _) in counts.items()}, sum(files for _, files in counts.values())
     )
@@ -177,9 +205,7 @@ def _merge_loaded(adapter: AdapterFiles, name: str, path: object, base: BaseMode
         )
     variant = base.source.variant_of(base.part(name))
     options: dict[str, Any] = {"variant": variant} if variant else {}
-    with safe_open(files[0], framework="pt") as opened:
-        dtype = opened.get_tensor(next(iter(opened.keys()))).dtype
-    model = diffusers.AutoModel.from_pretrained(str(folder), dtype=dtype, **options)
+    model = diffusers.AutoModel.from_pretrained(str(folder), dtype=widest_dtype(files, folder), **options)
     adapted = load_adapter(model, adapter.config, adapter.state, path)
     try:
         merged: Any = adapted.merge_and_unload(safe_merge=True)
@@ -201,6 +227,24 @@ def _copy_others(base: BaseModel, merged: set[str], out: Path) -> None:
         source = base.folder / name
         if isinstance(entry, list | tuple) and entry[0] is not None and name not in merged and source.is_dir():
             shutil.copytree(source, out / name)
+
+
+def _set_scheduler(adapter: AdapterFiles, path: object, file: Path) -> None:
+    """Give the written pipeline the scheduler that the adapter was trained for, or say what is missing."""
+    changes = scheduler_changes(adapter.metadata)
+    if not changes:
+        return
+    if not file.is_file():
+        warnings.warn(
+            f"{path} needs a scheduler with {changes}, and no scheduler is written: set this where it is used",
+            stacklevel=3,
+        )
+        return
+    config = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    index = json.loads((file.parents[1] / INDEX).read_text(encoding="utf-8"))
+    index["scheduler"] = ["diffusers", config["_class_name"]]
+    (file.parents[1] / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def marker(base: BaseModel, denoiser_only: bool) -> str:

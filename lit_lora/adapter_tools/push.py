@@ -48,7 +48,7 @@ class Upload:
             repository: Id of the repository.
 
         Raises:
-            UserError: If the id is not one that the hub takes.
+            UserError: If the id is not one that the hub takes, or the path is one of PEFT's files alone.
         """
         try:
             validate_repo_id(repository)
@@ -56,6 +56,8 @@ class Upload:
             raise UserError(
                 f"{repository!r} is not the id of a repository on the hub ({error}); give USER/NAME"
             ) from error
+        if path.name == WEIGHTS and not path.is_dir():
+            raise UserError(f"{path} is of no use without the files beside it; name their folder, {path.parent}")
         files = dict(_files(path))
         written = path / CARD
         if path.is_dir() and written.is_file():

@@ -84,7 +84,7 @@ def resize(
         )
     spectra = {name: _spectrum(layer) for name, layer in layers.items()}
     components = budget.components(spectra, lambda some: measure(_placeholders(adapter, parts, layers, some)))
-    made = {name: _truncated(layer, components[name], keep) for name, layer in layers.items()}
+    made = {name: _truncated(name, layer, components[name], keep) for name, layer in layers.items()}
     changes = {
         name: ResizedLayer(layer.rank, made[name].rank, spectra[name].kept(components[name]), spectra[name].total)
         for name, layer in layers.items()
@@ -110,10 +110,10 @@ def _spectrum(layer: LoraLayer) -> Spectrum:
     return Spectrum(energies, float(energies.sum()), layer.groups, layer.bytes_per_step)
 
 
-def _truncated(layer: LoraLayer, components: int, keep: Keep) -> LoraLayer:
+def _truncated(name: str, layer: LoraLayer, components: int, keep: Keep) -> LoraLayer:
     if components * layer.groups >= layer.rank:
         return layer
-    made = layer.with_update(layer.update().truncated(components))
+    made = layer.with_update(layer.update().truncated(components), name)
     release(layer.down, layer.up)
     return made.kept(keep)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from functools import reduce
 from math import prod
 from pathlib import Path
 
@@ -11,11 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lit_lora.adapter_tools.lora_layer import narrowed
 from lit_lora.errors import UserError
 from lit_lora.files import check_regular
 from lit_lora.mapped import to_bytes
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED = {"F8_E4M3", "F8_E5M2", "I8", "U8"}
+"""dtypes of quantized weights; integers beside these are buffers."""
+_NO_FLOATS = "not a float: a quantized model cannot take an adapter; use the model in bfloat16, float16 or float32"
 _CHUNK = 1 << 24
 
 Shapes = dict[str, tuple[int, ...]]
@@ -42,6 +47,25 @@ def shapes_in(files: Iterable[Path]) -> dict[Path, Shapes]:
     return found
 
 
+def widest_dtype(files: Iterable[Path], model: object) -> torch.dtype:
+    """The dtype that holds the values of all tensors in checked files.
+
+    Args:
+        files: The files.
+        model: What they belong to, for errors.
+
+    Raises:
+        UserError: If a tensor is not a float, as in quantized models.
+    """
+    names: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            names |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    if stored := sorted(names & _STORED):
+        raise UserError(f"{model} has tensors of {stored[0]}, {_NO_FLOATS}")
+    return reduce(torch.promote_types, [dtype for name, dtype in _DTYPES.items() if name in names])
+
+
 def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor of a checked file, which is opened for it alone: its pages stay in memory until it is closed."""
     with safe_open(file, framework="pt") as opened:
@@ -61,7 +85,7 @@ def rewrite(source: Path, target: Path, changed: dict[str, Callable[[Tensor], Te
 
     Raises:
         OSError: If the target cannot be written.
-        UserError: If a tensor to change is not a float, as in quantized models.
+        UserError: If a tensor to change is not a float, as in quantized models, or a new value is beyond the dtype's range.
     """
     with source.open("rb") as read, target.open("wb") as write:
         size = read.read(8)
@@ -76,12 +100,8 @@ def rewrite(source: Path, target: Path, changed: dict[str, Callable[[Tensor], Te
                 continue
             dtype = _DTYPES.get(entry["dtype"])
             if dtype is None:
-                raise UserError(
-                    f"{name} in {source} is {entry['dtype']}, not a float: a quantized model cannot take an adapter; use the "
-                    f"model in bfloat16, float16 or float32"
-                )
+                raise UserError(f"{name} in {source} is {entry['dtype']}, {_NO_FLOATS}")
             data = bytearray(read.read(end - begin))
             assert len(data) == prod(entry["shape"]) * dtype.itemsize, "safe_open has checked the file"
             old = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
-            new = changed[name](old.float()).to(dtype)
-            write.write(to_bytes(new))
+            write.write(to_bytes(narrowed(changed[name](old.float()), dtype, f"{name} in {source.name}")))

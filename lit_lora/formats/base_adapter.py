@@ -12,6 +12,7 @@ from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.find import open_adapter, read_adapter
 from lit_lora.formats.model_spec import data_hash
+from lit_lora.formats.quantized_base import quantized_base, twice
 from lit_lora.formats.text_encoders import for_class
 
 
@@ -54,7 +55,24 @@ class BaseAdapter:
             UserError: If there is no complete adapter at the path, it belongs to another family, it has new tokens, or it changes
                 text encoders that the family does not have.
         """
+        return self.parts_of(self.read(family), family)
+
+    def read(self, family: type[ModelFamily]) -> AdapterFiles:
+        """The adapter's files.
+
+        Args:
+            family: Model family of the base.
+
+        Raises:
+            UserError: If there is no complete adapter at the path, or it belongs to another family or to a quantized base.
+        """
         adapter = read_adapter(self.path, family)
+        if quantization := quantized_base(adapter.metadata):
+            raise UserError(f"base_adapters: {twice(self.path, quantization)}")
+        return adapter
+
+    def parts_of(self, adapter: AdapterFiles, family: type[ModelFamily]) -> dict[str, AdapterFiles]:
+        """The parts of the adapter's files by their names in the pipeline: see :meth:`parts`."""
         if adapter.new_tokens and not self.drop_text_encoders:
             raise UserError(
                 f"the adapter {self.path} has new tokens ({', '.join(adapter.new_tokens)}), which cannot be merged into a base; "
@@ -70,6 +88,11 @@ class BaseAdapter:
                     f"base_adapters to true to use it without that part"
                 )
             parts[name] = for_class(part, family.encoder_classes[name])
+        if not parts:
+            raise UserError(
+                f"the adapter {self.path} has no part for the denoiser, and drop_text_encoders leaves nothing of it; leave it "
+                f"out of base_adapters, or set drop_text_encoders to false"
+            )
         return parts
 
     @property
@@ -79,6 +102,8 @@ class BaseAdapter:
         Raises:
             UserError: If there is no adapter at the path.
         """
-        found = data_hash(open_adapter(self.path)[1].path)["sshs_model_hash"]
-        record = {"name": Path(self.path).name, "path": self.path, "sha256": found, "weight": float(self.weight)}
+        found, file = open_adapter(self.path)
+        files = [file.path] if self.drop_text_encoders else found.files(file.path)
+        digest = data_hash(*files)["sshs_model_hash"]
+        record = {"name": Path(self.path).name, "path": self.path, "sha256": digest, "weight": float(self.weight)}
         return record | ({"drop_text_encoders": True} if self.drop_text_encoders else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats.base_adapter import BaseAdapter
-from lit_lora.formats.base_records import Records, same_adapters, told
+from lit_lora.formats.base_records import Records, base_records, same_adapters, told
 from lit_lora.formats.merged_layers import MergedLayer, merged_layers
 from lit_lora.quantization.weight_change import Changes, WeightChange
 
@@ -35,13 +36,25 @@ class BaseAdapters:
         self.records: Records = [one.record for one in adapters]
         updates: dict[str, dict[str, list[MergedLayer]]] = {}
         for one in adapters:
-            for part, files in one.parts(family).items():
+            adapter = one.read(family)
+            self._check_trained_over(one, base_records(adapter.metadata))
+            for part, files in one.parts_of(adapter, family).items():
                 for name, layer in merged_layers(files, one.path, one.weight).items():
                     updates.setdefault(part, {}).setdefault(f"{name}.weight", []).append(layer)
         self._changes: dict[str, Changes] = {
             part: {name: WeightChange(layers[0].path, _Sum(tuple(layers))) for name, layers in weights.items()}
             for part, weights in updates.items()
         }
+
+    def _check_trained_over(self, one: BaseAdapter, over: Records) -> None:
+        """Warn of an adapter that was trained over others than those beside it."""
+        lacking = [record for record in over if not any(same_adapters([record], [other]) for other in self.records)]
+        if lacking:
+            warnings.warn(
+                f"base_adapters: {one.path} was trained over {told(lacking)}; name these, too, unless they are merged into the "
+                f"base already",
+                stacklevel=3,
+            )
 
     def changes(self, left_out: Collection[str] = ()) -> dict[str, Changes]:
         """The changes by the name of the part in the pipeline.

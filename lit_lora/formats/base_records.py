@@ -26,11 +26,9 @@ def base_records(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
         UserError: If the entry is damaged.
     """
     try:
-        records = json.loads(metadata.get(_KEY, "[]"))
         return [
-            {**one, "name": str(one["name"]), "path": str(one["path"]), "weight": float(one["weight"])}
-            for one in records
-            if one["sha256"]
+            {**one, **{name: str(one[name]) for name in ("name", "path", "sha256")}, "weight": float(one["weight"])}
+            for one in json.loads(metadata.get(_KEY, "[]"))
         ]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"the metadata entry {_KEY!r} is damaged ({error!r}); export the adapter again") from error

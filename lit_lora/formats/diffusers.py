@@ -73,6 +73,8 @@ class DiffusersFormat(AdapterFormat):
             found = {
                 key.removeprefix(f"{name}."): value for key, value in file.tensors.items() if key.startswith(f"{name}.")
             }
+            if configs.get(name) and not found:
+                raise UserError(f"{file.path} is incomplete: it holds no tensors of {name}; copy or export it again")
             if found:
                 parts[name] = _read_part(found, configs.get(name), file.path)
         denoisers = [name for name in parts if name in _DENOISERS]
@@ -116,6 +118,10 @@ def _read_part(tensors: Mapping[str, Tensor], config: dict[str, Any] | None, pat
             weights = convert_unet_state_dict_to_peft(convert_state_dict_to_peft(weights))
         except ValueError:  # names of diffusers' older versions alone
             weights = convert_unet_state_dict_to_peft(weights)
+    if len(weights) + len(alphas) < len(tensors):
+        raise UserError(f"{path} holds tensors of one layer under two names; copy or export it again")
     state = {PREFIX + key: value for key, value in weights.items()}
     layers = layers_of(state, path)
+    if unknown := sorted(alphas.keys() - layers.keys()):
+        raise UserError(f"{path} has an alpha of {unknown[0]}, of which it holds no layer; copy or export it again")
     return AdapterFiles(state, config or lora_config(layers, alphas))

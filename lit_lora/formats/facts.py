@@ -27,6 +27,8 @@ def training_facts(module: LightningModule) -> dict[str, str]:
     trainer = module.trainer
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     facts: dict[str, Any] = {}
+    if saved := getattr(module, "saved", None):
+        facts |= saved.training_facts(cast(Any, module).quantization)
     for callback in callbacks:
         facts |= getattr(callback, "training_facts", dict)()
     facts |= {

@@ -17,7 +17,9 @@ from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.base_records import Records, base_records, same_adapters, told
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.quantized_base import quantization_name, quantized_base, quantized_metadata
 from lit_lora.formats.text_encoders import for_class, for_encoder
+from lit_lora.quantization import Quantization
 
 _OF_THE_FIRST_TRAINING = (
     "base_model_name_or_path",
@@ -61,14 +63,17 @@ class FromFile(PeftConfig):
             raise UserError("FromFile needs a path: the file or folder of the adapter to go on with")
         self._family: type[ModelFamily] | None = None
 
-    def config(self, family: type[ModelFamily], base: Records = ()) -> PeftConfig | None:
+    def config(
+        self, family: type[ModelFamily], base: Records = (), quantization: Quantization | None = None
+    ) -> PeftConfig | None:
         """The PEFT config of the denoiser's adapter; None if only text encoders are adapted.
 
-        Warns if the adapter was trained over other adapters than this training.
+        Warns if the adapter was trained over other adapters than this training, or made for a base that is quantized otherwise.
 
         Args:
             family: Model family of the base.
             base: Adapters that this training is over; defaults to none.
+            quantization: Quantization of the base; defaults to none.
 
         Raises:
             UserError: If there is no complete adapter at the path, it belongs to another family, or nothing of it would be
@@ -78,8 +83,8 @@ class FromFile(PeftConfig):
         files = self._files
         if self.drop_text_encoders and not files.state:
             raise UserError(
-                f"the adapter {self.path} changes text encoders alone, and drop_text_encoders leaves nothing of it; set it to "
-                f"false"
+                f"the adapter {self.path} changes text encoders or has new tokens alone, and drop_text_encoders leaves "
+                f"nothing of it; set it to false"
             )
         if not same_adapters(before := base_records(files.metadata), base):
             warnings.warn(
@@ -87,7 +92,23 @@ class FromFile(PeftConfig):
                 f"model.base_adapters to go on as before",
                 stacklevel=2,
             )
+        made_for = quantized_base(files.metadata)
+        if made_for and made_for != quantization_name(quantization):
+            warnings.warn(
+                f"the adapter {self.path} was made for the base quantized by {made_for}, and this training has "
+                f"{quantization_name(quantization)}; set model.quantization to go on as before",
+                stacklevel=2,
+            )
         return self._config(files) if files.state else None
+
+    def training_facts(self, quantization: Quantization | None) -> dict[str, str]:
+        """What the file says that also holds for the files of this training.
+
+        Args:
+            quantization: Quantization of the base.
+        """
+        same = quantized_base(self._files.metadata) == quantization_name(quantization)
+        return quantized_metadata(quantization) if same else {}
 
     def text_configs(self, family: type[ModelFamily]) -> dict[str, PeftConfig]:
         """The PEFT configs of the text encoders' adapters by the encoders' names; none with ``drop_text_encoders``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -67,9 +68,11 @@ def fuse(native: NativeLayer, parts: Mapping[str, LoraFactors]) -> LoraFactors:
     ):
         return LoraFactors(first.down, torch.cat([layer.up for layer in present]), first.alpha, magnitude)
     rank = sum(layer.rank for layer in present)
+    first = next((layer for layer in present if layer.alpha), first)  # a scale of 0 fits no other
     scale = first.alpha / first.rank
     unit = _unit(native, parts)
-    up = first.up.new_zeros((unit * sum(native.shares), rank))
+    dtype = reduce(torch.promote_types, [layer.up.dtype for layer in present])
+    up = first.up.new_zeros((unit * sum(native.shares), rank), dtype=dtype)
     row = column = 0
     for name, share in zip(native.parts, native.shares, strict=True):
         if name in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,7 +94,11 @@ def config_of(
         else rank
         for (layer, group), rank in zip(groups.items(), ranks.values(), strict=True)
     }
-    if own is not None and own.get("peft_type") == {"hada": "LOHA", "lokr": "LOKR"}[kind]:
+    if (
+        own is not None
+        and own.get("peft_type") == {"hada": "LOHA", "lokr": "LOKR"}[kind]
+        and _tells_alphas(own, groups)
+    ):
         return dict(own)
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     options: dict[str, Any] = {
@@ -111,6 +116,20 @@ def config_of(
         config = LoKrConfig(**options, decompose_both=both, decompose_factor=_factor(groups, path))
     mapping = {"base_model_class": denoiser.__name__, "parent_library": denoiser.__module__} if denoiser else None
     return plain_config(config) | {"auto_mapping": mapping}
+
+
+def _tells_alphas(config: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether a config has the alphas of the tensors, which other programs may have changed; they may be rounded."""
+    alphas = config.get("alpha_pattern") or {}
+    return all(
+        math.isclose(
+            alphas.get(get_pattern_key(list(alphas), layer), config.get("alpha", 0)),
+            float(group["alpha"]),
+            rel_tol=5e-3,
+        )
+        for layer, group in groups.items()
+        if "alpha" in group
+    )
 
 
 def _check(layer: str, group: Mapping[str, Tensor], kind: str, path: Path) -> None:

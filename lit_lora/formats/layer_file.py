@@ -110,6 +110,7 @@ class LayerFile(AdapterFormat):
         family = family or written_family(entry) or family_of_names(groups, file)
         known = places(family, config)
         by_part: dict[str, dict[str, tuple[Place, Group]]] = {}
+        names: dict[tuple[str, str], str] = {}
         for name, group in groups.items():
             place = known.get(name)
             if place is None:
@@ -118,7 +119,14 @@ class LayerFile(AdapterFormat):
                     f"or leave it out to have it found"
                 )
             by_part.setdefault(place.part, {})[name] = place, group
+            for layer in place.layer.parts:
+                if (other := names.setdefault((place.part, layer), name)) != name:
+                    raise UserError(
+                        f"{file.path} holds the layer {layer} twice, as {other} and {name}; export it again"
+                    )
         configs = entry.get("configs", {})
+        if lost := sorted(configs.keys() - by_part.keys()):
+            raise UserError(f"{file.path} is incomplete: it holds no tensors of {lost[0]}; copy or export it again")
         parts = {
             part: self.part(family, part, layers, configs.get(part), file.path) for part, layers in by_part.items()
         }
@@ -203,7 +211,10 @@ def _groups(file: TensorFile) -> dict[str, Group]:
         found = TENSOR.fullmatch(name)
         assert found is not None, "see recognizes"
         end = found["tensor"].replace("lora_A", "lora_down").replace("lora_B", "lora_up")
-        groups.setdefault(found["layer"], {})[end] = value
+        group = groups.setdefault(found["layer"], {})
+        if end in group:
+            raise UserError(f"{file.path} holds {end} of {found['layer']} under two names; copy or export it again")
+        group[end] = value
     return groups
 
 
@@ -232,4 +243,6 @@ def _lora_layer(name: str, group: Group, path: Path) -> LoraFactors:
             f"magnitudes of the {len(up)} outputs; merge it with the base"
         )
     alpha = group.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        raise UserError(f"{path} is damaged: alpha of {name} has the shape {tuple(alpha.shape)}; export it again")
     return LoraFactors(down, up, float(len(down) if alpha is None else alpha), magnitude)

@@ -62,13 +62,14 @@ def alpha_option(config: Mapping[str, Any]) -> str:
     return "lora_alpha" if "lora_alpha" in config else "alpha"
 
 
-def data_hash(path: Path) -> dict[str, str]:
-    """The hashes of a safetensors file's tensors: SHA-256 of all bytes after the header."""
+def data_hash(*paths: Path) -> dict[str, str]:
+    """The hashes of the tensors in safetensors files: SHA-256 of all bytes after the headers, in the order of the files."""
     found = hashlib.sha256()
-    with path.open("rb") as opened:
-        opened.seek(8 + int.from_bytes(opened.read(8), "little"))
-        while block := opened.read(_BLOCK):
-            found.update(block)
+    for path in paths:
+        with path.open("rb") as opened:
+            opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+            while block := opened.read(_BLOCK):
+                found.update(block)
     return {"modelspec.hash_sha256": f"0x{found.hexdigest()}", "sshs_model_hash": found.hexdigest()}
 
 

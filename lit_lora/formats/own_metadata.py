@@ -13,6 +13,8 @@ from lit_lora.formats.model_spec import OF_THE_FILE
 from lit_lora.formats.tensor_file import TensorFile
 
 _KEY = "lit_lora"
+OWN_PREFIX = f"{_KEY}."
+"""Start of the names of entries about what an adapter needs beside its base."""
 _OF_OTHERS = ("format", "lora_adapter_metadata")
 """Entries that safetensors' users and diffusers write by themselves."""
 
@@ -69,7 +71,7 @@ def differing_own(first: Mapping[str, str], second: Mapping[str, str]) -> list[s
 
     An adapter computes something else where they are lost, unlike entries such as ``ss_steps``.
     """
-    names = sorted(name for name in {**first, **second} if name.startswith(f"{_KEY}."))
+    names = sorted(name for name in {**first, **second} if name.startswith(OWN_PREFIX))
     return [name for name in names if first.get(name) != second.get(name)]
 
 

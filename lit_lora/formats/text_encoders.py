@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_lora.adapters.names import PREFIX
+from lit_lora.errors import UserError
 from lit_lora.formats.base import AdapterFiles
 
 _MODEL = "text_model."
@@ -74,7 +75,10 @@ def _flat(adapter: AdapterFiles) -> AdapterFiles:
 
 
 def _renamed(state: Mapping[str, Tensor], named: Callable[[str], str]) -> dict[str, Tensor]:
-    return {PREFIX + named(key.removeprefix(PREFIX)): value for key, value in state.items()}
+    renamed = {PREFIX + named(key.removeprefix(PREFIX)): value for key, value in state.items()}
+    if len(renamed) < len(state):
+        raise UserError(f"the adapter of a text encoder has layers with and without {_MODEL} twice; export it again")
+    return renamed
 
 
 def _is_nested(kind: type[Any]) -> bool:

@@ -235,7 +235,7 @@ def _half_rank(run: Run) -> tuple[Change, Run] | None:
     field = method_of(run.module.adapter).rank_field
     rank = None if field is None else getattr(run.module.adapter, field, None)
     # A saved adapter has the ranks that it has.
-    if field is None or not isinstance(rank, int) or rank < 2 or run.module.start is not None:
+    if field is None or not isinstance(rank, int) or rank < 2 or run.module.saved is not None:
         return None
     changed = _with_options(run)
     setattr(changed.module.adapter, field, rank // 2)

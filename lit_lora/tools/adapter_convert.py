@@ -14,7 +14,13 @@ Format = Literal["peft", "diffusers", "kohya", "comfyui", "lycoris"]
 """Names of the formats in ``lit_lora.formats.FORMATS``."""
 
 
-def convert(input: str, output: str, format: Format = "peft", family: str | None = None) -> None:  # noqa: A002
+def convert(
+    input: str,  # noqa: A002
+    output: str,
+    format: Format = "peft",  # noqa: A002
+    family: str | None = None,
+    overwrite: bool = False,
+) -> None:
     """Write an adapter in another file format; what the input is, the names of its tensors tell.
 
     Args:
@@ -23,6 +29,7 @@ def convert(input: str, output: str, format: Format = "peft", family: str | None
         format: Format to write; defaults to peft.
         family: Model family of the base, such as StableDiffusionXL or my_package.MyFamily; defaults to the family that the
             input tells.
+        overwrite: Whether to replace an existing output.
 
     Raises:
         UserError: If the input holds no complete adapter, the format cannot hold it, or the output cannot be written.
@@ -30,9 +37,10 @@ def convert(input: str, output: str, format: Format = "peft", family: str | None
     from lit_lora.files import atomic_folder
     from lit_lora.formats import format_named, write_embeddings
     from lit_lora.tools.adapter_input import read_input
-    from lit_lora.tools.adapter_output import check_target, is_file, write_file
+    from lit_lora.tools.adapter_output import check_target, is_file, refuse_existing, write_file
 
     target, written = Path(output), format_named(format)
+    refuse_existing(target, overwrite)
     check_target(target, format)
     adapter = read_input(input, family)
     if reason := written.why_not(adapter):

@@ -49,7 +49,7 @@ def merge(
     Raises:
         UserError: If the adapters cannot be merged, do not fit the base, or the output cannot be written.
     """
-    from lit_lora.adapter_tools.merge import NamedAdapter
+    from lit_lora.adapter_tools.named_adapter import NamedAdapter
     from lit_lora.tools.adapter_input import read_input
 
     weights = weights or [1.0] * len(adapters)

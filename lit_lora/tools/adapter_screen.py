@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_lora.adapter_tools.extract import Extracted
-from lit_lora.adapter_tools.merge import NamedAdapter
+from lit_lora.adapter_tools.named_adapter import NamedAdapter
 from lit_lora.adapter_tools.resize import Resized
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.lora import layers_of
@@ -65,6 +65,7 @@ def extracted_lines(extracted: Extracted, target: Path) -> list[str]:
         lines += [f"  {visible(name, 78)}" for name in extracted.left_out[:_MOST_LISTED]]
         if len(extracted.left_out) > _MOST_LISTED:
             lines.append(f"  and {len(extracted.left_out) - _MOST_LISTED} more")
+    lines += [f"{name} is not in the adapter: {told}" for name, told in extracted.other_parts.items()]
     return [*lines, f"written  {visible(target)}"]
 
 

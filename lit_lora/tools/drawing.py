@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from lit_lora.formats.base_adapters import BaseAdapters, recorded_adapters
 from lit_lora.formats.base_options import recorded_options
 from lit_lora.formats.base_records import base_records
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.quantized_base import quantized_base, twice
 from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.formats.text_encoders import for_encoder
 from lit_lora.quantization.weight_change import Changes
@@ -72,6 +74,8 @@ def make_generate(
         _check_device(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     records = base_records(files.metadata) if files else []
+    if files and (quantization := quantized_base(files.metadata)):
+        warnings.warn(twice(adapter, quantization), stacklevel=2)
     adapt = _Adapt(files, adapter, recorded_adapters(records, adapter, base_adapters))
     arguments = (base, options, adapt, getattr(torch, dtype), device)
     return _from_pipeline(*arguments) if kind is None else _from_family(kind, *arguments, size)

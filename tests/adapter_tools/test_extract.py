@@ -77,6 +77,31 @@ def test_a_rank(exact: int, tuned: Path, sd_folder: Path, monkeypatch: pytest.Mo
     assert found.unchanged > 10
 
 
+def test_what_else_has_changed(sd_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd_folder, tmp_path / "tuned")
+    for part, names in (("unet", ("conv_in.weight",)), ("text_encoder", 2), ("vae", ())):
+        (file,) = (tmp_path / "tuned" / part).glob("*.safetensors")
+        weights = load_file(file)
+        chosen = sorted(weights)[:names] if isinstance(names, int) else names
+        save_file({name: value + 1 if name in chosen else value for name, value in weights.items()}, file)
+    count = len(load_file(next((sd_folder / "text_encoder").glob("*.safetensors"))))
+    found = extracted(tmp_path / "tuned", sd_folder, rank=2)
+    assert found.other_parts == {"text_encoder": f"2 of {count} weights are changed"}
+    assert extracted(tmp_path / "tuned" / "unet", sd_folder, rank=2).other_parts == {}
+    next((tmp_path / "tuned" / "vae").glob("*.safetensors")).unlink()
+    assert "cannot be compared" in extracted(tmp_path / "tuned", sd_folder, rank=2).other_parts["vae"]
+
+
+@pytest.mark.parametrize("name", ["conv_in.weight", "conv_out.bias"])
+def test_values_that_are_not_finite(name: str, tuned: Path, sd_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
+    unet.get_parameter(name).data.view(-1)[0] = torch.nan
+    unet.save_pretrained(tmp_path)
+    for models in ((tmp_path, sd_folder), (tuned, tmp_path)):
+        with pytest.raises(UserError, match=f"1 tensors of the model {tmp_path} hold NaN or Inf, the first is {name}"):
+            extracted(*models, rank=2)
+
+
 def test_the_tuned_model_comes_back(tuned: Path, sd_folder: Path, tmp_path: Path) -> None:
     """With all energy in the adapter, and norm and bias set by hand, diffusers predicts what the tuned model does."""
     found = extracted(tuned, sd_folder, energy=1.0)

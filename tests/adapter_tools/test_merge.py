@@ -10,7 +10,8 @@ import pytest
 import torch
 from peft import LoHaConfig
 
-from lit_lora.adapter_tools.merge import NamedAdapter, merge
+from lit_lora.adapter_tools.merge import merge
+from lit_lora.adapter_tools.named_adapter import NamedAdapter
 from lit_lora.errors import UserError
 from lit_lora.families import Flux, StableDiffusion
 from lit_lora.formats import AdapterFiles, write_adapter
@@ -97,6 +98,17 @@ def test_the_widest_dtype_wins_unless_one_is_named() -> None:
     expected = 0.7 * deltas(half)["linear"] - 0.3 * deltas(TWO)["linear"]
     torch.testing.assert_close(deltas(mixed)["linear"], expected, rtol=0, atol=1e-6)
     assert {value.dtype for value in merged(half, TWO, dtype=torch.float16).state.values()} == {torch.float16}
+
+
+def test_values_beyond_the_range_of_the_dtype() -> None:
+    with pytest.raises(
+        UserError, match=r"lora_B of conv would reach \S+, and float16 holds at most 65504; use bfloat16"
+    ):
+        merged(ONE, TWO, weights=(1e6, 1), dtype=torch.float16)
+    with pytest.raises(UserError, match=r"lora_B of conv would reach \S+ at most, which float16 rounds to zero"):
+        merged(ONE, TWO, weights=(1e-9, 1e-9), dtype=torch.float16)
+    zero = merged(ONE, TWO, weights=(0, 0), dtype=torch.float16)
+    assert not any(delta.any() for delta in deltas(zero).values())
 
 
 def test_the_result_is_a_file_of_the_common_base(tmp_path: Path) -> None:

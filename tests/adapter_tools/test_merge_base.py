@@ -22,6 +22,7 @@ from lit_lora.adapters import adapter_state, inject, load_adapter, plain_config
 from lit_lora.errors import UserError
 from lit_lora.families import Flux, StableDiffusion
 from lit_lora.formats import AdapterFiles
+from lit_lora.formats.base_records import base_metadata
 from lit_lora.formats.text_encoders import for_encoder
 from tests.adapter_tools.layers import adapter as adapter_of_layers
 from tests.adapter_tools.layers import base, config
@@ -106,6 +107,63 @@ def test_shards_keep_their_tensors_and_dtype(dtype: torch.dtype, flux_folder: Pa
     if dtype == torch.float32:
         found = FluxTransformer2DModel.from_pretrained(out)
         torch.testing.assert_close(predict_flux(found), predict_flux(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("denoiser_only", [False, True])
+def test_the_scheduler_of_the_training(denoiser_only: bool, sd_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
+    changes = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "_class_name": "DDIMScheduler"}
+    adapter = random_adapter(unet, CONFIGS["LoRA"], metadata={"lit_lora.scheduler": json.dumps(changes)})
+    base = BaseModel(str(sd_folder))
+    if denoiser_only:
+        with pytest.warns(UserWarning, match="needs a scheduler with .*v_prediction.*, and no scheduler is written"):
+            merge_base(adapter, "adapter", base, tmp_path, denoiser_only)
+        return
+    merge_base(adapter, "adapter", base, tmp_path)
+    scheduler: Any = DiffusionPipeline.from_pretrained(tmp_path).scheduler
+    assert type(scheduler).__name__ == "DDIMScheduler"
+    assert scheduler.config.rescale_betas_zero_snr
+    before = json.loads((sd_folder / "scheduler" / "scheduler_config.json").read_text())
+    after = json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())
+    assert after == before | changes
+
+
+def test_a_base_in_half_precision_that_would_overflow(sd_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
+    unet.half().save_pretrained(tmp_path / "base")
+    adapter = random_adapter(unet.float(), CONFIGS["LoRA"])
+    key = "base_model.model.conv_in.lora_B.weight"
+    state = {**adapter.state, key: 1e7 * adapter.state[key]}
+    (tmp_path / "out").mkdir()
+    message = r"conv_in.weight in diffusion_pytorch_model.safetensors would reach \S+, and float16 holds at most 65504"
+    with pytest.raises(UserError, match=message):
+        merge_base(replace(adapter, state=state), "adapter", BaseModel(str(tmp_path / "base")), tmp_path / "out")
+
+
+def test_a_loaded_model_keeps_its_widest_dtype(sd_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet").half()
+    adapter = random_adapter(UNet2DConditionModel.from_pretrained(sd_folder / "unet"), CONFIGS["LoHa"])
+    unet.time_embedding.float()
+    unet.save_pretrained(tmp_path / "base")
+    (tmp_path / "out").mkdir()
+    merge_base(adapter, "adapter", BaseModel(str(tmp_path / "base")), tmp_path / "out")
+    before, after = (load_file(find_weights(tmp_path / name)[0]) for name in ("base", "out"))
+    name = "time_embedding.linear_1.weight"
+    assert torch.equal(before[name], after[name])
+
+
+def test_other_bases_of_the_training(sd_folder: Path, tmp_path: Path) -> None:
+    unet, base = UNet2DConditionModel.from_pretrained(sd_folder / "unet"), BaseModel(str(sd_folder))
+    adapter = random_adapter(unet, CONFIGS["LoRA"], metadata={"lit_lora.quantized_base": "NF4(block_size=64)"})
+    with pytest.raises(UserError, match=r"made for the base quantized by NF4\(block_size=64\).* would come twice"):
+        merge_base(adapter, "adapter", base, tmp_path)
+    over = base_metadata([{"name": "first", "path": "x/first", "sha256": "0" * 64, "weight": 0.8}])
+    on_this = {**adapter.config, "base_model_name_or_path": str(sd_folder / ".." / sd_folder.name)}
+    with pytest.raises(UserError, match=r"lacks: .* merge x/first merged_base --weights 0.8 --into"):
+        merge_base(replace(adapter, metadata=over, config=on_this), "adapter", base, tmp_path)
+    assert not [*tmp_path.iterdir()]
+    with pytest.warns(UserWarning, match="the result is right only if these are merged into .* already"):
+        merge_base(replace(adapter, metadata=over), "adapter", base, tmp_path)
 
 
 def test_text_encoders(sd_folder: Path, tmp_path: Path) -> None:

@@ -50,6 +50,12 @@ def test_each_layer_is_the_best_approximation(options: dict[str, Any]) -> None:
     assert done.config == {**files.config, "r": 2}
 
 
+def test_an_alpha_of_zero() -> None:
+    layers = layers_of(resized(adapter(config(alpha_pattern={"conv": 0})), rank=2).adapter)
+    assert not layers["conv"].delta().any()
+    assert layers["linear"].delta().any()
+
+
 def test_peft_computes_with_the_approximation() -> None:
     files = adapter(config(target_modules=["conv", "linear"], rank_pattern={"linear": 6}))
     expected = loaded(files)

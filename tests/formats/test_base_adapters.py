@@ -15,13 +15,24 @@ from lightning.pytorch import Trainer
 from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, PeftModel
 from torch import Tensor
 
-from lit_lora import AdapterCheckpoint, BaseAdapter, FromFile, LoraDiffusion, UserError
+from lit_lora import (
+    AdapterCheckpoint,
+    BaseAdapter,
+    EvaInitialization,
+    FromFile,
+    LoftqInitialization,
+    LoraDiffusion,
+    LoraGaInitialization,
+    UserError,
+)
 from lit_lora.cli import main
 from lit_lora.families import Flux, StableDiffusion
 from lit_lora.formats import AdapterFiles, format_named, write_adapter
 from lit_lora.formats.base_adapters import BaseAdapters, recorded_adapters
 from lit_lora.formats.base_records import base_metadata, base_records
+from lit_lora.formats.facts import training_facts
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.quantized_base import quantized_metadata
 from lit_lora.quantization import NF4
 from tests.formats.adapters import encoder_adapter, loaded, trained
 from tests.helpers import loader_of, make_batches
@@ -315,6 +326,58 @@ def test_sampling_applies_them_again(
     assert "other is other (weight 0.8" in capsys.readouterr().err
     assert main([*drawn, "--base_adapters", '["a", "b"]']) == 2
     assert "give one path for each adapter, not 2" in capsys.readouterr().err
+
+
+def test_the_hash_is_of_all_parts(sd_folder: Path, tmp_path: Path) -> None:
+    adapter = saved(LORA, sd_folder, tmp_path)
+    alone = BaseAdapter(str(tmp_path)).record["sha256"]
+    found = []
+    for factor in (1, 2):
+        part = encoder_adapter()
+        part = replace(part, state={key: factor * value for key, value in part.state.items()})
+        write_adapter(replace(adapter, text_encoders={"text_encoder": part}), tmp_path)
+        found.append(BaseAdapter(str(tmp_path)).record["sha256"])
+    assert len({alone, *found}) == 3
+    assert BaseAdapter(str(tmp_path), drop_text_encoders=True).record["sha256"] == alone
+
+
+def test_adapters_for_other_bases(sd_folder: Path, tmp_path: Path) -> None:
+    adapter = saved(LORA, sd_folder, tmp_path / "first")
+    first = BaseAdapter(str(tmp_path / "first"), 0.8)
+    (tmp_path / "second").mkdir()
+    write_adapter(replace(adapter, metadata=base_metadata([first.record])), tmp_path / "second")
+    second = BaseAdapter(str(tmp_path / "second"))
+    with pytest.warns(UserWarning, match=r"second was trained over first \(weight 0.8, .*; name these, too"):
+        BaseAdapters([second], StableDiffusion)
+    BaseAdapters([second, first], StableDiffusion)
+    write_adapter(replace(adapter, metadata={"lit_lora.quantized_base": "NF4(block_size=16)"}), tmp_path / "second")
+    with pytest.raises(UserError, match="made for the base quantized by NF4"):
+        BaseAdapters([second], StableDiffusion)
+    encoders = AdapterFiles({}, {}, family=StableDiffusion, text_encoders={"text_encoder": encoder_adapter()})
+    (tmp_path / "encoders").mkdir()
+    write_adapter(encoders, tmp_path / "encoders")
+    with pytest.raises(UserError, match="drop_text_encoders leaves nothing of it"):
+        BaseAdapters([BaseAdapter(str(tmp_path / "encoders"), drop_text_encoders=True)], StableDiffusion)
+
+
+def test_going_on_with_an_adapter_for_a_quantized_base(
+    sd_folder: Path, tmp_path: Path, trainer_options: dict[str, Any]
+) -> None:
+    adapter = saved(LORA, sd_folder, tmp_path / "first")
+    quantization = NF4(block_size=16)
+    told = quantized_metadata(quantization)
+    write_adapter(replace(adapter, metadata=told), tmp_path / "first")
+    on = FromFile(path=str(tmp_path / "first"))
+    family = StableDiffusion(str(sd_folder))
+    with pytest.warns(UserWarning, match=r"quantized by NF4\(.*block_size=16.*\), and this training has Dense\("):
+        other = LoraDiffusion(family, on)
+    same = LoraDiffusion(family, on, quantization=quantization)
+    for module, entry in ((same, told), (other, {})):
+        module.trainer = Trainer(**trainer_options)
+        assert {key: value for key, value in training_facts(module).items() if key in told} == entry
+    for callback in (LoftqInitialization(), EvaInitialization(), LoraGaInitialization()):
+        with pytest.raises(UserError, match=r"Initialization would replace the trained values of .*first"):
+            callback._check_run(Trainer(**trainer_options), same)
 
 
 def test_records_that_are_damaged() -> None:

@@ -36,7 +36,20 @@ def test_there_and_back(peft_folder: Path, tmp_path: Path, capsys: pytest.Captur
     same(read_adapter(folder), read_adapter(peft_folder))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (folder / name).read_bytes() == (peft_folder / name).read_bytes()
-    assert main(["adapter", "convert", str(file), str(folder), "--format", "peft"]) == 0  # replaces its own output
+    for source, target in ((file, folder), (folder, file)):
+        before = target.stat().st_mtime_ns
+        command = [
+            "adapter",
+            "convert",
+            str(source),
+            str(target),
+            "--format",
+            "peft" if target == folder else "diffusers",
+        ]
+        assert main(command) == 2
+        assert f"{target} exists; name another output, or set --overwrite" in capsys.readouterr().err
+        assert target.stat().st_mtime_ns == before
+        assert main([*command, "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -44,7 +57,7 @@ def test_there_and_back(peft_folder: Path, tmp_path: Path, capsys: pytest.Captur
     [
         ("x.safetensors", ["--format", "peft"], "is a file, and the format peft is a folder"),
         ("x", ["--format", "diffusers", "--family", "Nobody"], "family='Nobody' cannot be imported"),
-        (".", ["--format", "diffusers"], "exists and holds other files"),
+        (".", ["--format", "diffusers", "--overwrite"], "exists and holds other files"),
     ],
 )
 def test_wrong_options(

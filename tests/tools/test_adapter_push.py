@@ -150,6 +150,11 @@ def test_a_file_gets_a_card(hub: Hub, folder: Path) -> None:
     assert hub.created[0].get("visibility") in (None, "public")
 
 
+def test_one_of_pefts_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapter", "push", str(folder / "adapter_model.safetensors"), "somebody/x", "--dry_run"]) == 2
+    assert f"name their folder, {folder}" in capsys.readouterr().err
+
+
 def test_a_card_that_somebody_wrote_stays(hub: Hub, folder: Path) -> None:
     (folder / "README.md").write_text("My stars\n")
     assert main(["adapter", "push", str(folder), "me/stars"]) == 0

@@ -1,0 +1,49 @@
+"""Parts beside the denoiser in which a fine-tuned pipeline differs from its base."""
+
+from __future__ import annotations
+
+import torch
+
+from lit_lora.adapter_tools.base_model import BaseModel
+from lit_lora.adapter_tools.weight_stream import read_tensor, shapes_in
+from lit_lora.errors import UserError
+
+
+def other_changes(tuned: BaseModel | None, base: BaseModel | None) -> dict[str, str]:
+    """What is known of the text encoders and the VAE of two pipelines that are not equal, by part.
+
+    The weights are read one at a time.
+
+    Args:
+        tuned: Fine-tuned pipeline; None for a file of weights.
+        base: Pipeline that it was made of; None for a file of weights.
+    """
+    if tuned is None or base is None or not (tuned.is_pipeline and base.is_pipeline):
+        return {}
+    found: dict[str, str] = {}
+    for name in dict.fromkeys((*tuned.index, *base.index)):
+        if name == "vae" or name.startswith("text_encoder"):
+            told = _difference(name, tuned, base)
+            found |= {name: told} if told else {}
+    return found
+
+
+def _difference(name: str, tuned: BaseModel, base: BaseModel) -> str:
+    """How a part differs; empty if it does not."""
+    having = [one for one in (tuned, base) if one.has(name)]
+    if len(having) == 1:
+        return f"only {having[0].path} has it"
+    if not having:
+        return ""
+    try:
+        files, others = (shapes_in(one.weight_files(name)) for one in (tuned, base))
+    except UserError as error:
+        return f"it cannot be compared ({error})"
+    places, theirs = ({key: file for file, keys in one.items() for key in keys} for one in (files, others))
+    if places.keys() != theirs.keys():
+        return f"{len(places.keys() ^ theirs.keys())} weights are only in one of the models"
+    changed = sum(
+        not torch.equal(read_tensor(file, key).double(), read_tensor(theirs[key], key).double())
+        for key, file in places.items()
+    )
+    return f"{changed} of {len(places)} weights are changed" if changed else ""
