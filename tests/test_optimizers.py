@@ -25,7 +25,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "torch.optim.Adafactor": {"lr": 1e-2},
     "torch.optim.Muon": {"lr": 1e-3},
     "transformers.optimization.Adafactor": {"lr": 1e-3, "relative_step": False, "scale_parameter": False},
-    "schedulefree.AdamWScheduleFree": {"lr": 1e-3, "warmup_steps": 2},
     "prodigyopt.Prodigy": {"lr": 1.0},
     "came_pytorch.CAME": {"lr": 1e-3},
     "bitsandbytes.optim.AdamW8bit": {"lr": 1e-3},

@@ -128,7 +128,9 @@ def _check_names(config: PeftConfig, model: nn.Module) -> None:
     paths = [path for path, _ in model.named_modules()]
     for option in ("target_modules", "modules_to_save", "exclude_modules"):
         names = getattr(config, option, None)
-        if isinstance(names, str):  # a regular expression: PEFT reports that nothing matches
+        if isinstance(names, str):  # a regular expression: PEFT reports that no target matches
+            if option == "exclude_modules" and not any(re.fullmatch(names, path) for path in paths):
+                raise UserError(f"{option}: {names!r} matches no layer of {type(model).__name__}; correct or remove it")
             continue
         for name in sorted({*(names or ())}):
             if not any(path == name or path.endswith(f".{name}") for path in paths):
