@@ -52,7 +52,7 @@ from lit_lora.formats import add_sample, format_named
 from lit_lora.formats.info import AdapterInfo
 from lit_lora.formats.of_family import check_formats
 from lit_lora.loops import accumulating, begin_pass, more_is_due, resume_epoch, within_epoch
-from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names
+from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names, schedule_names
 from lit_lora.random_state import random_state, set_random_state
 
 
@@ -159,6 +159,7 @@ class AdapterCheckpoint(ResumedSaves):
             "adapters": adapter_configs(pl_module),
             "rng": gather(random_state()),
             "optimizers": optimizer_names(trainer),
+            "schedules": schedule_names(trainer),
             "run": self._record,
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             "unfrozen": [] if self._state is None else self._state.unfrozen(pl_module),
@@ -180,7 +181,7 @@ class AdapterCheckpoint(ResumedSaves):
         check_finite(tensors_in(states))
         # With optimizers there, this is the tuner, which restores what it has saved itself.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.optimizers:
-            self._resumed = ResumedOptimizers(ours.get("optimizers", []), checkpoint, self.keep_optimizer_settings)
+            self._resumed = ResumedOptimizers(ours, checkpoint, self.keep_optimizer_settings)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)

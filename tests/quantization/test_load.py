@@ -104,6 +104,10 @@ def test_a_pattern_of_skipped_layers_that_matches_none(sd_folder: Path) -> None:
         _load(sd_folder, Int8(skip=["mid_block.*", "mid_blok.*"]))
     with pytest.raises(UserError, match="skip: 'head' matches none of the 2 layers that Int8 quantizes"):
         adapt_in_place(Classifier(), LoraConfig(r=2, target_modules=["0"]), quantization=Int8(skip=["head"]))
+    with pytest.raises(
+        UserError, match=r"quantization=Int8 has no effect, since Classifier has no frozen Linear or Conv2d"
+    ):
+        adapt_in_place(Classifier(), LoraConfig(r=2, target_modules=["0"]), quantization=Int8(skip=["net.*"]))
 
 
 @pytest.mark.parametrize("quantization", [Dense(), Int8(), FP8(), NF4()], ids=lambda s: type(s).__name__)
