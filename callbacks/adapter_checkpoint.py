@@ -27,14 +27,16 @@ from lit_lora.adapters import (
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.callbacks.checkpoint_files import (
     adapter_folders,
+    check_given,
     claim,
     discard,
     link_with_folders,
     options,
     put_in_place,
+    warn_of_one_chunk,
 )
 from lit_lora.callbacks.finite_gradients import FiniteGradients, check_trained
-from lit_lora.callbacks.lora_injection import LoraInjection
+from lit_lora.callbacks.lora_injection import adapter_writer
 from lit_lora.callbacks.resumed_saves import ResumedSaves
 from lit_lora.callbacks.run_record import Record, run_record, warn_of_changes
 from lit_lora.callbacks.sample_images import SampleImages
@@ -50,7 +52,7 @@ from lit_lora.formats import add_sample, format_named
 from lit_lora.formats.info import AdapterInfo
 from lit_lora.formats.of_family import check_formats
 from lit_lora.loops import accumulating, begin_pass, more_is_due, resume_epoch, within_epoch
-from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names
+from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names, schedule_names
 from lit_lora.random_state import random_state, set_random_state
 
 
@@ -138,6 +140,7 @@ class AdapterCheckpoint(ResumedSaves):
         family = getattr(pl_module, "family", None)
         if isinstance(family, ModelFamily):
             check_formats(family, self.formats)
+        check_given(adapter_writer(trainer), self._given)
         if self._resumed is not None:
             self._resumed.compare(trainer)
         self._record = run_record(trainer, pl_module)
@@ -156,6 +159,7 @@ class AdapterCheckpoint(ResumedSaves):
             "adapters": adapter_configs(pl_module),
             "rng": gather(random_state()),
             "optimizers": optimizer_names(trainer),
+            "schedules": schedule_names(trainer),
             "run": self._record,
             "metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             "unfrozen": [] if self._state is None else self._state.unfrozen(pl_module),
@@ -177,7 +181,7 @@ class AdapterCheckpoint(ResumedSaves):
         check_finite(tensors_in(states))
         # With optimizers there, this is the tuner, which restores what it has saved itself.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.optimizers:
-            self._resumed = ResumedOptimizers(ours.get("optimizers", []), checkpoint, self.keep_optimizer_settings)
+            self._resumed = ResumedOptimizers(ours, checkpoint, self.keep_optimizer_settings)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -195,6 +199,8 @@ class AdapterCheckpoint(ResumedSaves):
         connector._callback_metrics.update(self._saved_metrics)
         self._begins_pass = resume_epoch(trainer)
         self._restore_random_state(trainer)
+        if self.save_on_chunk_end:
+            warn_of_one_chunk(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
@@ -259,6 +265,11 @@ class AdapterCheckpoint(ResumedSaves):
         with options(self, save_last=True, save_weights_only=False):
             self._write_last(trainer, self._monitor_candidates(trainer))
         return self.last_model_path
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """Options of the adapter's files; a module of another project may have none."""
+        return {name: value for name in ("formats", "info") if (value := getattr(self, name))}
 
     def _restore_random_state(self, trainer: Trainer) -> None:
         if self._saved_rng is None:
@@ -345,21 +356,16 @@ class AdapterCheckpoint(ResumedSaves):
                 logger.after_save_checkpoint(proxy(self))
 
     def _save_adapter_folders(self, trainer: Trainer, filepath: str) -> None:
-        module: Any = trainer.lightning_module
-        owner: Any = module if hasattr(module, "save_adapter") else LoraInjection.of(trainer)
-        if owner is None:
+        if (owner := adapter_writer(trainer)) is None:
             return
         plain, averaged = adapter_folders(filepath)
         for folder in (plain, averaged):
             if trainer.is_global_zero and folder.is_symlink():
                 folder.unlink()  # ``last`` was a link and becomes a checkpoint of its own
-        # A module of another project may have no such options.
-        given = {"formats": self.formats, "info": self.info}
-        chosen = {name: value for name, value in given.items() if value}
-        owner.save_adapter(plain, **chosen)
+        owner.save_adapter(plain, **self._given)
         if ema := AdapterEMA.of(trainer):
-            with ema.averaged(module):
-                owner.save_adapter(averaged, **chosen)
+            with ema.averaged(trainer.lightning_module):
+                owner.save_adapter(averaged, **self._given)
         if (samples := SampleImages.of(trainer)) and samples.latest:
             add_sample(averaged if ema else plain, samples.latest, samples.description)
 

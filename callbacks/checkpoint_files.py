@@ -7,12 +7,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, link, restore_replaced, sync
 from lit_lora.folder_lock import FolderLock
 
@@ -28,6 +31,34 @@ def warn_of_future(found: set[str]) -> None:
         rank_zero_warn(
             f"{later[0]} was saved in the future by this machine's clock, so that ckpt_path=last may not be the newest of "
             f"{len(found)} checkpoints; name the right one, or set its time with touch"
+        )
+
+
+def check_given(owner: Any, given: dict[str, Any]) -> None:
+    """Refuse options of the adapter's files that what writes them does not take.
+
+    Args:
+        owner: Object with ``save_adapter``; None if no files are written.
+        given: Options of ``save_adapter``, without those that are not set.
+
+    Raises:
+        UserError: If it takes one of them not.
+    """
+    known = {} if owner is None else signature(owner.save_adapter).parameters
+    if others := [name for name in given if name not in known]:
+        writer = (
+            "no adapter's files are written" if owner is None else f"{type(owner).__name__} writes PEFT's files alone"
+        )
+        raise UserError(f"{others[0]} of AdapterCheckpoint has no effect here: {writer}; leave it out")
+
+
+def warn_of_one_chunk(trainer: Trainer) -> None:
+    """Warn that no chunk of the training data ends, if they are known to have only one."""
+    plan = getattr(trainer.train_dataloader, "plan", None)
+    if getattr(plan, "num_chunks", 2) < 2:
+        rank_zero_warn(
+            "save_on_chunk_end of AdapterCheckpoint saves nothing, since the training data are one chunk; set chunks of the "
+            "datamodule, or every_n_train_steps"
         )
 
 

@@ -50,7 +50,7 @@ class FiniteGradients(Callback):
         check_least(1, patience=patience)
         self.patience = patience
         self.skipped = 0
-        """Number of steps that were skipped in this run."""
+        """Number of steps that were skipped in the whole run, also before it was resumed."""
         self.streak = 0
         """Steps that were skipped in a row, up to the last step whose result was read."""
         self._step: _Step | None = None
@@ -107,6 +107,12 @@ class FiniteGradients(Callback):
         self.read(trainer, pl_module)
         if self.streak:
             raise self._error(trainer, pl_module, f"in the last {_steps(self.streak)} of the run")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped} if self.skipped else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped = int(state_dict.get("skipped", 0))
 
     def read(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the steps that were taken, and count those that were skipped.

@@ -250,6 +250,12 @@ class LoraInjection(Callback):
             self._undo.pop()()
 
 
+def adapter_writer(trainer: Trainer) -> Any:
+    """What writes the adapter's files: the module, or the callback that has put the adapter into it; None for nothing."""
+    module = trainer.lightning_module
+    return module if hasattr(module, "save_adapter") else LoraInjection.of(trainer)
+
+
 def _followed(module: nn.Module, name: str, then: Callable[[Any], None]) -> Callable[[], None]:
     """Make a method call a function with its result; returns a function that undoes this."""
     own, method = module.__dict__.get(name), getattr(module, name)

@@ -155,6 +155,12 @@ class RankBudget(ChangedRanks):
         for number in range(1, self.prunings + 1):
             step = begin + (end - begin) * (number - 1) / (self.prunings - 1) if self.prunings > 1 else end
             self._schedule[max(1, round(step))] = final + (first - final) * (1 - number / self.prunings) ** 3
+        if trainer.global_step >= (last := max(self._schedule)) and self._used() > final:
+            raise UserError(
+                f"RankBudget prunes the last time at step {last} of {self._total_steps}, and this run resumes at step "
+                f"{trainer.global_step} with {self._used():,.0f} {self._unit}, more than its budget of {final:,.0f}, so nothing "
+                f"would be pruned; raise stop, or start without ckpt_path"
+            )
         self._scores = {
             layer.path: _like(self._scores[layer.path], layer) for layer in self.layers if layer.path in self._scores
         }
@@ -231,6 +237,10 @@ class RankBudget(ChangedRanks):
         super().find_layers(module)
         if not self._first_ranks:
             self._first_ranks = {layer.path: layer.rank for layer in self.layers}
+
+    def _used(self) -> float:
+        """What the layers take of the budget now."""
+        return sum(layer.rank * cost for layer, cost in zip(self.layers, self._costs(), strict=True))
 
     def _costs(self) -> list[float]:
         """Cost of one component of each layer."""

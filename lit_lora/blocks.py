@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lit_lora.errors import UserError
+
 _COMPILATIONS_OF_A_BLOCK = 64
 """Bound of how often a block is compiled: for other sizes of its inputs and weights, with gradients and without."""
 
@@ -25,13 +27,35 @@ def outermost_blocks(module: nn.Module, class_names: Collection[str]) -> Iterato
         yield from outermost_blocks(child, class_names)
 
 
+def found_blocks(module: nn.Module, class_names: Collection[str], option: str) -> list[nn.Module]:
+    """The outermost blocks of the named classes.
+
+    Args:
+        module: Module with the blocks.
+        class_names: Names of their classes.
+        option: Name of the option that needs them, for the error.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if not (blocks := list(outermost_blocks(module, class_names))):
+        raise UserError(
+            f"{option} has no effect, since {type(module).__name__} has no block of the classes "
+            f"{', '.join(class_names) or '(none)'}; correct block_classes of its family, or leave the option out"
+        )
+    return blocks
+
+
 def compile_blocks(module: nn.Module, class_names: Collection[str]) -> None:
     """Compile the outermost blocks of the named classes with ``torch.compile``, in place, which keeps the names of the weights.
 
     By default torch leaves code as it is once it is compiled for eight kinds of inputs and weights, of all blocks together;
     the blocks of Stable Diffusion are of more kinds. The bound is raised for this process.
+
+    Raises:
+        UserError: If there is no such block.
     """
-    blocks = list(outermost_blocks(module, class_names))
+    blocks = found_blocks(module, class_names, "compile_blocks")
     for block in blocks:
         block.compile()
     config: Any = torch._dynamo.config

@@ -157,6 +157,8 @@ class LitLoraCLI(LightningCLI):
         if not any(path.endswith("ProgressBar") for path in configured):
             bars = (TQDMProgressBar, RichProgressBar)
             callbacks[:] = [StepProgress() if isinstance(callback, bars) else callback for callback in callbacks]
+        if self._get(self.config, "must_resume") and self._get(self.config, "ckpt_path") is None:
+            raise UserError("must_resume is true, and no ckpt_path is given; set ckpt_path to last or to a checkpoint")
         if self._get(self.config, "ckpt_path") == "last":
             _say_if_none_is_last(self.trainer, self._get(self.config, "must_resume"))
         if not any(isinstance(callback, Preemption) for callback in callbacks):

@@ -56,16 +56,21 @@ def optimizer_names(trainer: Trainer) -> list[str]:
     return [type(_inner(optimizer)).__name__ for optimizer in trainer.optimizers]
 
 
+def schedule_names(trainer: Trainer) -> list[str]:
+    """Names of the classes of the run's learning rate schedules."""
+    return [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+
+
 class ResumedOptimizers:
     """Compares the optimizers of a checkpoint with those of the run that resumes from it.
 
     Args:
-        names: Class names of the checkpoint's optimizers; empty if the checkpoint does not tell.
+        names: Class names of the checkpoint's ``optimizers`` and ``schedules``; without what the checkpoint does not tell.
         checkpoint: The checkpoint.
         keep: Whether the checkpoint's settings stay where the run's differ.
     """
 
-    def __init__(self, names: list[str], checkpoint: Mapping[str, Any], keep: bool) -> None:
+    def __init__(self, names: Mapping[str, list[str]], checkpoint: Mapping[str, Any], keep: bool) -> None:
         self._names = names
         self._saved = settings(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []))
         self._keep = keep
@@ -75,14 +80,16 @@ class ResumedOptimizers:
         """Warn of settings that differ, once the trainer has its optimizers and before their state is restored.
 
         Raises:
-            UserError: If the checkpoint was trained with another optimizer.
+            UserError: If the checkpoint was trained with another optimizer, or another kind of schedule, a schedule that this run
+                lacks, or without one.
         """
-        here = optimizer_names(trainer)
-        if self._names and self._names != here:
-            raise UserError(
-                f"the checkpoint was trained with {', '.join(self._names)}, this run has {', '.join(here)}: resume with the same "
-                f"optimizer, or start without ckpt_path"
-            )
+        for what, here in (("optimizers", optimizer_names(trainer)), ("schedules", schedule_names(trainer))):
+            if (saved := self._names.get(what, here)) != here:
+                before, now = (", ".join(names) or "no lr_scheduler" for names in (saved, here))
+                raise UserError(
+                    f"the checkpoint was trained with {before}, this run has {now}: resume with the same "
+                    f"{'optimizer' if what == 'optimizers' else 'lr_scheduler'}, or start without ckpt_path"
+                )
         own = own_settings(trainer)
         changed = {key: value for key, value in own.items() if key in self._saved and self._saved[key] != value}
         if not changed:

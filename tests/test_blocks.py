@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from lit_lora.blocks import compile_blocks
+from lit_lora.errors import UserError
+from lit_lora.memory.block_offload import BlockOffload
 
 
 class Block(nn.Module):
@@ -36,3 +38,14 @@ def test_more_kinds_of_blocks_are_compiled_than_torch_allows_by_default(monkeypa
         for block in blocks:
             block(torch.ones(1, 4))
     assert len(compiled) == len(blocks)
+
+
+def test_a_model_without_blocks_of_the_names_is_refused() -> None:
+    with pytest.raises(
+        UserError, match="compile_blocks has no effect, since ModuleList has no block of the classes Blok"
+    ):
+        compile_blocks(nn.ModuleList([Block(2)]), ["Blok"])
+    with pytest.raises(
+        UserError, match=r"memory\.offload_blocks has no effect, since Block has no block of the .* \(none\)"
+    ):
+        BlockOffload(Block(2), [])

@@ -595,6 +595,11 @@ def test_no_last_checkpoint_is_said_or_refused(
     assert (tmp_path / "ck" / "last.adapter").exists() != required
 
 
+def test_must_resume_needs_a_checkpoint(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(config()), "--must_resume", "true"]) == 2
+    assert "must_resume is true, and no ckpt_path is given; set ckpt_path to last" in capsys.readouterr().err
+
+
 def test_last_where_each_run_has_a_folder_of_its_own(
     config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

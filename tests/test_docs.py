@@ -206,3 +206,16 @@ def test_the_examples_are_included_in_their_pages() -> None:
         text = (ROOT / "docs" / f"{name}.md").read_text()
         assert f"```python\n--8<--\nexamples/{example}.py\n--8<--\n```" in text
         assert (ROOT / "docs" / "examples" / f"{example}.py").is_file()
+
+
+def test_the_tables_of_memory_have_the_measured_and_planned_numbers() -> None:
+    """Those of the models are in ``benchmarks/results``, those of the shipped configs in the configs' comments."""
+    measured, shipped = (ROOT / "docs" / "memory.md").read_text().split("The shipped configs, with")
+    results = " ".join(path.read_text() for path in (ROOT / "benchmarks" / "results").glob("*.txt"))
+    comments = " ".join(path.read_text() for path in (ROOT / "configs").rglob("*.yaml"))
+    readme = (ROOT / "README.md").read_text()
+    for text, source in ((measured, results), (readme, results), (shipped, comments)):
+        rows = " ".join(line for line in text.split("\n") if line.startswith("| "))
+        numbers = set(re.findall(r"(\d+\.\d+) (?:GiB|GB|%)", rows))
+        assert numbers
+        assert not numbers - set(re.findall(r"\d+\.\d+", source))

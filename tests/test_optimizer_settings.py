@@ -120,6 +120,24 @@ def test_another_optimizer_is_refused(trainer_options: dict[str, Any], tmp_path:
         run(tmp_path, trainer_options, module, 4, resume=tmp_path / "last.ckpt")
 
 
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("here", ["LinearLR", "no lr_scheduler", "CosineAnnealingLR"])
+def test_another_kind_of_schedule_is_refused(
+    there: bool, here: str, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    before = "CosineAnnealingLR" if there else "no lr_scheduler"
+    run(tmp_path, trainer_options, Line(adamw(0.1), cosine(8) if there else None), 2)
+    schedules = {"LinearLR": lambda made: torch.optim.lr_scheduler.LinearLR(made), "CosineAnnealingLR": cosine(8)}
+    module = Line(adamw(0.1), schedules.get(here))
+    if here == before:
+        run(tmp_path, trainer_options, module, 4, resume=tmp_path / "last.ckpt")
+        return
+    with pytest.raises(
+        UserError, match=f"trained with {before}, this run has {here}: resume with the same lr_scheduler"
+    ):
+        run(tmp_path, trainer_options, module, 4, resume=tmp_path / "last.ckpt")
+
+
 @pytest.mark.parametrize("as_callback", [True, False])
 def test_the_lr_finder_is_refused_where_it_would_set_what_is_not_there(
     as_callback: bool, sd_module: LoraDiffusion, trainer_options: dict[str, Any]

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer
 from torch import Tensor
 
+from lit_lora.adapters.parameter_groups import ParameterGroup, make_optimizer
 from lit_lora.callbacks import AdapterCheckpoint, LoraInjection, ScheduleFree
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
@@ -25,7 +26,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "torch.optim.Adafactor": {"lr": 1e-2},
     "torch.optim.Muon": {"lr": 1e-3},
     "transformers.optimization.Adafactor": {"lr": 1e-3, "relative_step": False, "scale_parameter": False},
-    "schedulefree.AdamWScheduleFree": {"lr": 1e-3, "warmup_steps": 2},
     "prodigyopt.Prodigy": {"lr": 1.0},
     "came_pytorch.CAME": {"lr": 1e-3},
     "bitsandbytes.optim.AdamW8bit": {"lr": 1e-3},
@@ -93,7 +93,8 @@ def test_an_optimizer_trains_and_resumes_in_a_small_module(
 ) -> None:
     class Module(Classifier):
         def configure_optimizers(self) -> Any:
-            return made(name, IN_A_SMALL_MODULE[name])(self.parameters())
+            groups = [ParameterGroup("*.lora_B.*", lr_ratio=2)] if name.startswith("torch") else []
+            return make_optimizer(made(name, IN_A_SMALL_MODULE[name]), self, groups)
 
     def run(folder: str, epochs: int, resume: Path | None = None) -> dict[str, Tensor]:
         module, injection = Module(), LoraInjection(LoraConfig(r=2, lora_alpha=2, target_modules=["0", "3"]))

@@ -24,7 +24,7 @@ from lit_lora.adapters.methods import method_of
 from lit_lora.adapters.state import adapter_state
 from lit_lora.errors import UserError
 from lit_lora.quantization import Quantization
-from lit_lora.quantization.frozen_layer import can_freeze, freeze_layer
+from lit_lora.quantization.frozen_layer import can_freeze, freezable, freeze_layer
 
 _MARK = "_lit_lora_in_place"
 _COMPILED = "_orig_mod."
@@ -187,6 +187,8 @@ def _kept(module: nn.Module, root: nn.Module, path: str, patterns: Sequence[str]
 
 
 def _quantize(root: nn.Module, quantization: Quantization, trained: Sequence[str]) -> None:
+    quantization.check_skipped(freezable(root))
+    found = False
     shared = {id(weight) for weight, layers in _users_of_weights(root) if len(layers) > 1}
     for name, layer in root.named_modules():
         weight = layer._parameters.get("weight")
@@ -195,6 +197,12 @@ def _quantize(root: nn.Module, quantization: Quantization, trained: Sequence[str
             continue
         if can_freeze(layer) and quantization.takes(name):
             freeze_layer(layer, quantization, weight.detach(), weight.dtype)
+            found = True
+    if not found:
+        raise UserError(
+            f"quantization={type(quantization).__name__} has no effect, since {type(root).__name__} has no frozen Linear or "
+            f"Conv2d layer with a weight of its own; leave it out, or name another module"
+        )
 
 
 def _check_shared_layers(root: nn.Module) -> None:

@@ -73,6 +73,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
             f"{', '.join(_layer_names(model))}; {described_presets()}"
         ) from error
     _check_pattern_matches(config, adapted)
+    _check_layer_numbers(config, adapted)
     trained = trainable_parameters(adapted)
     if not trained:
         raise UserError(f"the adapter {type(config).__name__} has no trainable parameter: check its target_modules")
@@ -128,7 +129,9 @@ def _check_names(config: PeftConfig, model: nn.Module) -> None:
     paths = [path for path, _ in model.named_modules()]
     for option in ("target_modules", "modules_to_save", "exclude_modules"):
         names = getattr(config, option, None)
-        if isinstance(names, str):  # a regular expression: PEFT reports that nothing matches
+        if isinstance(names, str):  # a regular expression: PEFT reports that no target matches
+            if option == "exclude_modules" and not any(re.fullmatch(names, path) for path in paths):
+                raise UserError(f"{option}: {names!r} matches no layer of {type(model).__name__}; correct or remove it")
             continue
         for name in sorted({*(names or ())}):
             if not any(path == name or path.endswith(f".{name}") for path in paths):
@@ -151,6 +154,23 @@ def _check_pattern_matches(config: PeftConfig, model: PeftModel) -> None:
                 raise UserError(
                     f"{option}: {pattern!r} matches none of the {len(targets)} adapted layers; correct or remove it"
                 )
+
+
+def _check_layer_numbers(config: PeftConfig, model: PeftModel) -> None:
+    """Refuse numbers of blocks that are not there: PEFT only asks that one of them is."""
+    numbers = getattr(config, "layers_to_transform", None)
+    lists: Any = getattr(config, "layers_pattern", None) or []
+    targets: list[str] = getattr(model.base_model, "targeted_module_names", [])
+    # As PEFT compares them.
+    patterns = [rf"(?:^|.*?\.){one}\.(\d+)\." for one in ([lists] if isinstance(lists, str) else lists)]
+    patterns = patterns or [r".*?\.[^.]*\.(\d+)\."]
+    found = {int(match[1]) for path in targets for one in patterns if (match := re.match(one, path))}
+    for number in [numbers] if isinstance(numbers, int) else numbers or ():
+        if number not in found:
+            raise UserError(
+                f"layers_to_transform: {number} is the number of no block with an adapted layer; those are "
+                f"{', '.join(map(str, sorted(found)))}"
+            )
 
 
 def _check_trained_copies(names: Sequence[str], model: nn.Module) -> None:

@@ -90,6 +90,11 @@ def make_optimizer(
         if group.weight_decay is not None and "weight_decay" not in optimizer.defaults:
             raise UserError(f"parameter group {group.pattern!r}: {type(optimizer).__name__} has no weight_decay")
         if group.lr_ratio is not None:
+            if made["lr"] is None:
+                raise UserError(
+                    f"parameter group {group.pattern!r}: lr_ratio={group.lr_ratio} multiplies the lr of "
+                    f"{type(optimizer).__name__}, which is null; give the optimizer an lr, or leave lr_ratio out"
+                )
             made["lr"] = made["lr"] * group.lr_ratio
     return optimizer
 

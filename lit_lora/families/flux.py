@@ -58,7 +58,8 @@ class Flux(ModelFamily):
         **options: Further options of :class:`ModelFamily`.
 
     Raises:
-        UserError: If a value is outside its range.
+        UserError: If a value is outside its range; when its configs are read, if ``train_guidance_scale`` is given for a model
+            that takes no guidance scale.
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
@@ -117,6 +118,14 @@ class Flux(ModelFamily):
     @property
     def in_channels(self) -> int:
         return 4 * super().in_channels
+
+    def read_configs(self) -> None:
+        super().read_configs()
+        if not self.denoiser_config.get("guidance_embeds", True) and self.train_guidance_scale != 1:
+            raise UserError(
+                f"train_guidance_scale={self.train_guidance_scale} has no effect, since {str(self.source)!r} takes no "
+                f"guidance scale (guidance_embeds is false), as FLUX.1-schnell; leave it out"
+            )
 
     @property
     def is_distilled(self) -> bool:

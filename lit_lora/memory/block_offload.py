@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lit_lora.blocks import outermost_blocks
+from lit_lora.blocks import found_blocks
 from lit_lora.memory.host_weights import HostWeights, target_of
 from lit_lora.quantization.frozen_layer import FrozenConv2d, FrozenLayer, FrozenLinear
 
@@ -34,6 +34,9 @@ class BlockOffload:
         block_classes: Class names of the blocks; of nested blocks only the outermost count.
         smallest_bytes: Smallest tensor, in bytes, that is kept in host memory; defaults to 16 KiB. Smaller ones move with the
             rest of the model.
+
+    Raises:
+        UserError: If the model has no such block.
     """
 
     def __init__(self, model: nn.Module, block_classes: Sequence[str], smallest_bytes: int = _SMALLEST) -> None:
@@ -43,7 +46,7 @@ class BlockOffload:
         self._current: HostWeights | None = None
         self._passes: set[str] = set()
         self._after: dict[tuple[str, HostWeights], HostWeights] = {}
-        for block in outermost_blocks(model, block_classes):
+        for block in found_blocks(model, block_classes, "memory.offload_blocks"):
             self._take(block, smallest_bytes)
 
     @property

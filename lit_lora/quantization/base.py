@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 
 import torch
@@ -47,6 +47,22 @@ class Quantization(ABC):
     def takes(self, name: str, always_skipped: Sequence[str] = ()) -> bool:
         """Whether the layer of this name is quantized; otherwise it stays in ``base_dtype``."""
         return not any(fnmatch(name, pattern) for pattern in (*always_skipped, *self.skip))
+
+    def check_skipped(self, names: Collection[str]) -> None:
+        """Check that each pattern of ``skip`` matches a layer.
+
+        Args:
+            names: Names of the layers that can be quantized.
+
+        Raises:
+            UserError: If a pattern matches none.
+        """
+        for pattern in self.skip:
+            if not any(fnmatch(name, pattern) for name in names):
+                raise UserError(
+                    f"skip: {pattern!r} matches none of the {len(names)} layers that {type(self).__name__} quantizes; correct or "
+                    f"remove it. The first of their names is {next(iter(names), 'none')}"
+                )
 
     def check(self, device: torch.device) -> None:
         """Check that the device supports this quantization, by a round trip of a small weight.

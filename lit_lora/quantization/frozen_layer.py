@@ -169,6 +169,11 @@ def put_stored(
         layer._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
 
+def freezable(model: nn.Module) -> list[str]:
+    """Names of the layers of a model that :func:`freeze_layer` accepts."""
+    return [name for name, layer in model.named_modules() if can_freeze(layer)]
+
+
 def can_freeze(layer: nn.Module) -> bool:
     """Whether :func:`freeze_layer` accepts the layer; subclasses are refused, since they may override ``forward``."""
     return type(layer) is nn.Linear or (

@@ -14,7 +14,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.errors import UserError
 from lit_lora.quantization.base import Quantization
 from lit_lora.quantization.dense import Dense
-from lit_lora.quantization.frozen_layer import can_freeze, put_stored
+from lit_lora.quantization.frozen_layer import can_freeze, freezable, put_stored
 from lit_lora.quantization.weight_change import Changes, check_changes
 from lit_lora.quantization.weight_files import WeightFiles, weight_files
 
@@ -72,6 +72,7 @@ class Weights:
         self.names = list(dict.fromkeys([*dict(self.model.named_parameters()), *self.model.state_dict()]))
         """Names of all weights, in the model's order."""
         check_changes(self._changes, set(self.names), self.model)
+        quantization.check_skipped(freezable(self.model))
         # Looked up now, because an adapter replaces layers later.
         self._layers = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.names}
         self._read: Callable[[str], Tensor] | None = None
@@ -187,6 +188,7 @@ def shape_model(
     """
     options = {"revision": revision} if revision else {}
     model = kind.from_config(kind.load_config(source, subfolder=folder, **options)).requires_grad_(False)
+    quantization.check_skipped(freezable(model))
     # The tensors that a file holds: parameters and persistent buffers.
     for name, tensor in dict([*model.named_parameters(), *model.state_dict().items()]).items():
         path, _, attribute = name.rpartition(".")

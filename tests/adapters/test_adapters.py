@@ -73,6 +73,14 @@ def test_targets_that_match_nothing_raise_and_say_what_there_is(unet: UNet2DCond
         ({"target_modules": ["to_q", "to_qq"]}, "target_modules: 'to_qq' matches no layer"),
         ({"target_modules": ["to_q"], "modules_to_save": ["conv_end"]}, "modules_to_save: 'conv_end' matches no layer"),
         ({"target_modules": ["to_q"], "exclude_modules": ["mid"]}, "exclude_modules: 'mid' matches no layer"),
+        (
+            {"target_modules": ["to_q"], "exclude_modules": "mid.*qq"},
+            r"exclude_modules: 'mid\.\*qq' matches no layer of UNet",
+        ),
+        (
+            {"target_modules": ["to_q"], "layers_to_transform": [0, 9], "layers_pattern": "transformer_blocks"},
+            "layers_to_transform: 9 is the number of no block with an adapted layer; those are 0$",
+        ),
         ({"target_modules": ["to_q"], "rank_pattern": {"to_k": 4}}, "rank_pattern: 'to_k' matches none of the"),
         (
             {"target_modules": ["to_q"], "alpha_pattern": {"attn9.*": 4}},

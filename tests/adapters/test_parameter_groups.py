@@ -15,6 +15,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer, Rprop
 from torch.optim.lr_scheduler import LinearLR, OneCycleLR
+from transformers.optimization import Adafactor
 
 from lit_lora.adapters import inject
 from lit_lora.adapters.parameter_groups import ParameterGroup, make_optimizer
@@ -114,6 +115,10 @@ def test_lora_plus_is_that_of_peft() -> None:
         (
             lambda: make_optimizer(Rprop, nn.Linear(1, 1), [ParameterGroup("bias", weight_decay=1)]),
             "Rprop has no weight_decay",
+        ),
+        (
+            lambda: make_optimizer(partial(Adafactor, lr=None), nn.Linear(1, 1), [ParameterGroup("bias", lr_ratio=2)]),
+            "lr_ratio=2 multiplies the lr of Adafactor, which is null",
         ),
     ],
 )

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA
+from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoraInjection
+from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
+from lit_lora.formats.info import AdapterInfo
 from lit_lora.module import LoraDiffusion
-from tests.helpers import loader_of, make_batches, processes
+from tests.helpers import Classifier, loader_of, make_batches, processes
 
 
 def module_for(folder: Path, **lora: Any) -> LoraDiffusion:
@@ -295,6 +297,36 @@ def test_any_module_with_peft_layers(trainer_options: dict[str, Any], tmp_path: 
     assert "head.weight" in checkpoint["state_dict"]
     resumed = run(4, str(tmp_path / "epoch=0-step=2.ckpt"))
     assert all(torch.equal(value, adapter_of(resumed)[name]) for name, value in adapter_of(whole).items())
+
+
+def test_options_that_would_have_no_effect(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    options = trainer_options | {"enable_checkpointing": True, "max_steps": 1}
+
+    def fit_with(*callbacks: Callback, **more: Any) -> None:
+        Trainer(**options, callbacks=[*callbacks, AdapterCheckpoint(tmp_path, **more)]).fit(
+            Classifier(), loader_of(make_batches(1))
+        )
+
+    injection = LoraInjection(LoraConfig(r=2, lora_alpha=2, target_modules=["3"]))
+    with pytest.raises(
+        UserError, match="formats of AdapterCheckpoint has no effect here: LoraInjection writes PEFT's files"
+    ):
+        fit_with(injection, formats=["kohya"])
+    with pytest.raises(UserError, match="info of AdapterCheckpoint has no effect here: no adapter's files are written"):
+        fit_with(info=AdapterInfo(title="A"))
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_a_single_chunk_has_no_end_to_save_at(
+    sd_folder: Path, session_shards: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    data = WebDatasetDataModule(str(session_shards), batch_size=8, resolution=16, num_workers=0)
+    options = trainer_options | {"enable_checkpointing": True, "max_steps": 1}
+    trainer = Trainer(**options, callbacks=[AdapterCheckpoint(tmp_path, save_on_chunk_end=True)])
+    with pytest.warns(
+        UserWarning, match="save_on_chunk_end of AdapterCheckpoint saves nothing, since .* are one chunk"
+    ):
+        trainer.fit(module_for(sd_folder), data)
 
 
 @pytest.mark.slow

@@ -208,6 +208,18 @@ def test_what_reads_gradients_after_a_skipped_step(trainer_options: dict[str, An
     assert sum(int((p != 0).sum()) for name, p in module.named_parameters() if "lora_E" in name) == 2
 
 
+def test_skipped_steps_are_counted_on_in_a_resumed_run(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    def run(*factors: float, **more: Any) -> FiniteGradients:
+        guard, saving = FiniteGradients(), AdapterCheckpoint(tmp_path, save_last=True, save_top_k=0)
+        options = trainer_options | {"enable_checkpointing": True, "max_steps": more.pop("steps")}
+        with pytest.warns(UserWarning, match="is skipped"):
+            Trainer(**options, callbacks=[guard, saving]).fit(Product(), batches(*factors), **more)
+        return guard
+
+    assert run(NAN, NAN, 1.0, steps=3).skipped == 2
+    assert run(NAN, 1.0, 1.0, 1.0, 1.0, steps=5, ckpt_path=tmp_path / "last.ckpt").skipped == 3
+
+
 def test_patience_has_a_bound() -> None:
     with pytest.raises(UserError, match="patience=0 is too small"):
         FiniteGradients(patience=0)

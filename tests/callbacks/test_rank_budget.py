@@ -304,6 +304,19 @@ def test_a_run_without_an_end_is_refused(sd_folder: Path, trainer_options: dict[
         fit(module_of(sd_folder), trainer_options | {"max_steps": -1}, RankBudget(mean_rank=2))
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_that_is_resumed_after_the_last_pruning_is_refused(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoints = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=5, save_top_k=-1)
+    fit(module_of(sd_folder), trainer_options | {"max_steps": 5}, checkpoints)
+    told = r"prunes the last time at step 5 of 8, and this run resumes at step 5 with 96 ranks, more than its budget of 48, so"
+    with pytest.raises(UserError, match=told):
+        fit(
+            module_of(sd_folder), trainer_options, RankBudget(mean_rank=2), checkpoints, resume=tmp_path / "step=5.ckpt"
+        )
+
+
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 def test_a_checkpoint_of_pruned_ranks_is_validated(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path

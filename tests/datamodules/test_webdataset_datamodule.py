@@ -294,6 +294,14 @@ def test_too_few_samples_are_reported_in_setup(make_shards):
         _data(paths, val_samples=3).setup("fit")
 
 
+@pytest.mark.parametrize(("count", "told"), [(101, False), (102, True)])
+def test_samples_that_fill_no_batch_are_told_above_two_percent(make_shards, trainer_options, count, told, caplog):
+    data = _data(make_shards(count), batch_size=99)
+    data.trainer = Trainer(**trainer_options)
+    data.setup("fit")
+    assert (f"each pass drops {count - 99} of {count} samples" in caplog.text) == told
+
+
 @pytest.mark.parametrize("options", [{}, {"chunks": 3}, {"chunks": 2, "buckets": AspectRatioBuckets(8)}])
 def test_another_batch_size_neither_repeats_nor_loses_samples(tmp_path, make_shards, options):
     paths = make_shards(8, 8, 8)

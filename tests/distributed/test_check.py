@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
 from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP, check_strategy, shards_weights
+from lit_lora.distributed.check import check_elementwise
 from lit_lora.distributed.collectives import time_limit
 from lit_lora.errors import UserError
 from tests.distributed.scenarios import STRATEGIES
@@ -19,6 +21,13 @@ from tests.distributed.scenarios import STRATEGIES
 def test_stock_strategies_are_refused_with_the_replacement(made: Any) -> None:
     with pytest.raises(UserError, match="use strategy lit_lora_fsdp"):
         check_strategy(made())
+
+
+def test_optimizers_that_cannot_step_shards_are_refused() -> None:
+    weights = [torch.nn.Parameter(torch.ones(2, 2))]
+    check_elementwise(torch.optim.AdamW(weights))
+    with pytest.raises(UserError, match=r"Muon is not known to update each element by itself, .* or strategy ddp"):
+        check_elementwise(torch.optim.Muon(weights))
 
 
 def test_names_are_known_to_lightning() -> None:

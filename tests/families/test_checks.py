@@ -238,6 +238,13 @@ def test_families_of_pipelines() -> None:
     assert family_of("NoSuchPipeline") is None
 
 
+def test_a_guidance_scale_that_the_base_does_not_take(tmp_path: Path, tokenizer: Any) -> None:
+    folder = str(write_flux(tmp_path, tokenizer, guidance=False))
+    Flux(folder).read_configs()
+    with pytest.raises(UserError, match=r"train_guidance_scale=3\.5 has no effect, since .* takes no guidance scale"):
+        Flux(folder, train_guidance_scale=3.5).read_configs()
+
+
 def test_sizes(flux_folder: Path) -> None:
     family = Flux(str(flux_folder))
     family.read_configs()

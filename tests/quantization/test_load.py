@@ -10,15 +10,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKLFlux2, ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch._subclasses import FakeTensorMode
 
+from lit_lora.adapters.in_place import adapt_in_place
 from lit_lora.distributed.node import Node
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion, StableDiffusionXL
 from lit_lora.quantization import FP8, NF4, Dense, Int8, Quantization
 from lit_lora.quantization.frozen_layer import FrozenLayer
 from lit_lora.quantization.load import load_model, load_part, shape_model, shape_part
+from tests.helpers import Classifier
 
 NAME = "diffusion_pytorch_model"
 
@@ -93,6 +96,18 @@ def test_further_layers_can_be_skipped(sd_folder: Path) -> None:
     layer = _load(sd_folder, Int8(skip=["mid_block.*"])).get_submodule("mid_block.resnets.0.conv1")
     assert isinstance(layer, FrozenLayer)
     assert isinstance(layer.quantization, Dense)
+
+
+def test_a_pattern_of_skipped_layers_that_matches_none(sd_folder: Path) -> None:
+    told = r"skip: 'mid_blok\.\*' matches none of the \d+ layers that Int8 quantizes; correct or remove it\. The first .* conv_in"
+    with pytest.raises(UserError, match=told):
+        _load(sd_folder, Int8(skip=["mid_block.*", "mid_blok.*"]))
+    with pytest.raises(UserError, match="skip: 'head' matches none of the 2 layers that Int8 quantizes"):
+        adapt_in_place(Classifier(), LoraConfig(r=2, target_modules=["0"]), quantization=Int8(skip=["head"]))
+    with pytest.raises(
+        UserError, match=r"quantization=Int8 has no effect, since Classifier has no frozen Linear or Conv2d"
+    ):
+        adapt_in_place(Classifier(), LoraConfig(r=2, target_modules=["0"]), quantization=Int8(skip=["net.*"]))
 
 
 @pytest.mark.parametrize("quantization", [Dense(), Int8(), FP8(), NF4()], ids=lambda s: type(s).__name__)
