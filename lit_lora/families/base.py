@@ -20,6 +20,7 @@ from lit_lora.families.native_layers import NativeLayer
 from lit_lora.families.parts import PipelineParts
 from lit_lora.families.source import ModelSource
 from lit_lora.objectives import DDPM, Objective
+from lit_lora.quantization import Dense
 from lit_lora.sampling import generate, text_prompts
 
 _DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|schnell)(?![a-z])", re.IGNORECASE)
@@ -248,13 +249,16 @@ class ModelFamily(PipelineParts, ABC):
     def identity(self) -> dict[str, str]:
         """Identities of the VAE (``"vae"``) and the text encoders (``"text"``), on which a cache depends.
 
-        The identity of a part in a local folder is a digest of its contents: see :mod:`lit_lora.families.identity`. A part
-        without weights in its folder has no entry.
+        Quantized text encoders give other embeddings, so their quantization has an entry too (``"text_quantization"``). The
+        identity of a part in a local folder is a digest of its contents: see :mod:`lit_lora.families.identity`. A part without
+        weights in its folder has no entry.
         """
         identity = self.source.identity({"vae": ["vae"], "text": list(self.base_encoders)})
         if "text" in identity:
             settings = [f"{name}={value}" for name, value in sorted(self.text_settings.items())]
             identity["text"] = ";".join([identity["text"], *settings])
+            if not isinstance(self.text_quantization, Dense | None):
+                identity["text_quantization"] = repr(self.text_quantization)
         return identity
 
     def encode(self, batch: Batch, draws: Draws) -> tuple[Tensor, Conditioning]:

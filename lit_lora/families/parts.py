@@ -59,6 +59,8 @@ class PipelineParts(PipelineKind):
     source: ModelSource
     vae_slicing: bool = False
     vae_tiling: bool = False
+    text_quantization: Quantization | None = None
+    """Quantization with which text encoders are loaded; defaults to none."""
     scheduler_config: dict[str, Any]
     vae_config: dict[str, Any]
     denoiser_config: dict[str, Any]
@@ -113,7 +115,14 @@ class PipelineParts(PipelineKind):
         self.dtype = dtype
         self.vae_dtype = vae_dtype or self.default_vae_dtype or dtype
         self.loader = PartLoader(
-            self.source, dtype, quantization or Dense(), self.always_dense, weights, node or Node(), changes or {}
+            self.source,
+            dtype,
+            quantization or Dense(),
+            self.always_dense,
+            weights,
+            node or Node(),
+            changes or {},
+            self.text_quantization,
         )
         self.read_configs()
         for part in self._missing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -30,6 +31,10 @@ class Quantization(ABC):
 
     def __init__(self, skip: Sequence[str] = ()) -> None:
         self.skip = tuple(skip)
+
+    def __repr__(self) -> str:
+        options = inspect.signature(type(self).__init__).parameters
+        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in options if n != 'self')})"
 
     @abstractmethod
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,7 +40,9 @@ from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
 from lit_lora.loss_mask import mask_of_latents
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
+from lit_lora.quantization import NF4
 from lit_lora.sampling import SamplingOptions
 from lit_lora.tools.cache import cache_shards
 from tests.families.folders import FOLDERS
@@ -484,6 +487,28 @@ def test_a_run_with_something_else_is_refused(
         )
     assert line in str(caught.value)
     assert str(shards / "cache") in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_text_encoders_that_are_quantized_for_the_cache(
+    sd_folder: Path, shards: Path, tmp_path: Path, trainer_options: dict[str, Any]
+) -> None:
+    memory = MemoryOptions(text_encoder_quantization=NF4())
+    for out, options in (("full", {}), ("nf4", {"memory": memory})):
+        cache_shards(module_for(StableDiffusion, sd_folder, **options), data_for(shards), out=str(tmp_path / out))
+    full, quantized = (load_file(tmp_path / out / "empty.safetensors") for out in ("full", "nf4"))
+    assert not torch.equal(full["encoder_hidden_states"], quantized["encoder_hidden_states"])
+    torch.testing.assert_close(full["encoder_hidden_states"], quantized["encoder_hidden_states"], rtol=0, atol=0.5)
+    line = 'text.text_quantization: "NF4(block_size=64, double_quant=True, skip=())" in the cache, null here'
+    data = data_for(tmp_path / "nf4")
+    with pytest.raises(UserError, match=re.escape(line)):
+        Trainer(**trainer_options, max_steps=1).fit(module_for(StableDiffusion, sd_folder), data)
+    module = module_for(StableDiffusion, sd_folder, memory=memory)
+    Trainer(**trainer_options, max_steps=1).fit(module, data_for(tmp_path / "nf4"))
+    assert module.family.encoders == {}
+    (tmp_path / "nf4" / "shard-000002.tar").unlink()
+    message = failure(module_for(StableDiffusion, sd_folder), data_for(shards), out=str(tmp_path / "nf4"))
+    assert line in message
 
 
 class TestRefusals:
