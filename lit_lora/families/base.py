@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,10 @@ from lit_lora.sampling import generate, text_prompts
 
 _DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|schnell)(?![a-z])", re.IGNORECASE)
 """Words in the names of models that are distilled to few steps."""
+
+
+EncodingSteps = Generator[str, None, dict[str, Tensor]]
+"""A generator of names of text encoders, with the result of :meth:`ModelFamily.encode_captions`."""
 
 
 class ModelFamily(PipelineParts, ABC):
@@ -161,6 +165,18 @@ class ModelFamily(PipelineParts, ABC):
     @abstractmethod
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Encode ``B`` captions to the tensors that the denoiser needs, ``(B, …)`` each, by name; masks are included."""
+
+    def encoding_steps(self, captions: list[str]) -> EncodingSteps:
+        """:meth:`encode_captions` as a generator, which pauses before a text encoder is used and yields its name.
+
+        So one text encoder at a time has to be on the device. By default it pauses once and yields ``text``, for all of them;
+        a family with several text encoders defines it, and :meth:`encode_captions` by :func:`encoded`.
+
+        Args:
+            captions: ``B`` captions.
+        """
+        yield "text"
+        return self.encode_captions(captions)
 
     @abstractmethod
     def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
@@ -355,3 +371,13 @@ class ModelFamily(PipelineParts, ABC):
         shape = (1, -1, *[1] * (latents.ndim - 2))
         mean, std = (latents.new_tensor(config[name]).view(shape) for name in ("latents_mean", "latents_std"))
         return mean, scale / std
+
+
+def encoded(steps: EncodingSteps) -> dict[str, Tensor]:
+    """The result of :meth:`ModelFamily.encoding_steps`, with all text encoders on the device."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: dict[str, Tensor] = end.value
+            return result
