@@ -135,9 +135,9 @@ class LoraDiffusion(LightningModule):
         self.caption_dropout = caption_dropout
         self.memory = memory
         family.split_vae(memory.vae_slicing, memory.vae_tiling)
+        family.text_quantization = memory.text_encoder_quantization
         self.compile_blocks = compile_blocks
-        self.sampling = sampling
-        self.seed = seed
+        self.sampling, self.seed = sampling, seed
         # A checkpoint holds only the adapter; AdapterCheckpoint checks that it holds all of the adapter.
         self.strict_loading = False
         self._configured = False

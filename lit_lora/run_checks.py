@@ -74,6 +74,8 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
         module.text_training.check_cached(getattr(datamodule, "cached", ()), shards and redact(str(shards)))
     device = strategy.root_device
     module.quantization.check(device)
+    if module.memory.text_encoder_quantization is not None:
+        module.memory.text_encoder_quantization.check(device)
     for name in module.memory.offloads:
         check_offload(f"memory.{name}", device, strategy if is_ours(strategy) else None)
     if module.memory.optimizer_in_backward and stage == "fit":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -68,6 +69,8 @@ class CacheWriter:
         captions: Sources of captions; they must be fixed if text is cached.
         batch_size: Number of images that are encoded at a time.
         num_workers: Threads that read and decode ahead; 0 reads between the batches.
+        bring: Function that brings one of the encoders to the device, by its name in the pipeline or ``text`` for all text
+            encoders; batches are then encoded 64 at a time by each encoder. Defaults to None: all are there.
     """
 
     def __init__(
@@ -79,8 +82,11 @@ class CacheWriter:
         captions: Captions,
         batch_size: int,
         num_workers: int,
+        bring: Callable[[str], None] | None = None,
     ) -> None:
         self.family = family
+        self._bring = bring or (lambda name: None)
+        self._at_a_time = 1 if bring is None else _BATCHES_AT_A_TIME
         self.table = table
         self.description = description
         self.bucketing = bucketing
@@ -112,11 +118,10 @@ class CacheWriter:
         index = write_shard(path, self._encode(range(first, end), bad, progress), tarfile.PAX_FORMAT)
         return CachedShard(path, 0 if index is None else len(index), bad, resumed=False)
 
-    @torch.no_grad()
     def _write_empty(self, folder: Path) -> None:
-        empty = self.family.encode_captions([""])
+        [empty] = self._texts([[""]])
         with atomic_file(folder / EMPTY) as part:
-            part.write_bytes(save({name: value[0].contiguous().cpu() for name, value in empty.items()}))
+            part.write_bytes(save({name: value[0].contiguous() for name, value in empty.items()}))
 
     def _resume(self, samples: range, path: Path, progress: Callable[[int], None]) -> CachedShard:
         """The result for an existing shard; samples that it lacks are encoded again to find out why they were left out."""
@@ -141,15 +146,47 @@ class CacheWriter:
         """Yield key and members of each good sample, in order; bad samples are appended to ``bad``."""
         done: dict[int, dict[str, bytes] | None] = {}
         written = 0
-        for batch in self._load(samples):
+        for batch, tensors, text in self._encoded(samples, progress):
             bad += batch["bad"]
-            done |= self._encode_batch(batch, bad)
+            done |= self._batch_members(batch, tensors, text, bad)
             progress(len(batch["slot"]))
             while written < len(samples) and samples[written] in done:
                 members = done.pop(samples[written])
                 if members is not None:
                     yield self.table.key(samples[written]), members
                 written += 1
+
+    def _encoded(
+        self, samples: Sequence[int], progress: Callable[[int], None]
+    ) -> Iterator[tuple[Batch, dict[str, Tensor], dict[str, Tensor]]]:
+        """Yield each batch with its latents and text embeddings; several batches go through each encoder in turn."""
+        batches = self._load(samples)
+        while True:
+            group: list[tuple[Batch, dict[str, Tensor]]] = []
+            for batch in islice(batches, self._at_a_time):
+                if not group:
+                    self._bring("vae")
+                group.append((batch, self._latents(batch)))
+                progress(0)  # for a process that has to stop
+            if not group:
+                return
+            texts = self._texts([batch["caption"] for batch, _ in group]) if self._text else repeat({})
+            for (batch, tensors), text in zip(group, texts, strict=self._text):
+                yield batch, tensors, text
+
+    @torch.no_grad()
+    def _texts(self, captions: Sequence[list[str]]) -> Iterator[dict[str, Tensor]]:
+        """Yield the embeddings of each batch of captions, on the CPU; all batches go through each text encoder in turn."""
+        running = [self.family.encoding_steps(one) for one in captions]
+        names = {next(steps) for steps in running}
+        while names:
+            self._bring(names.pop())
+            assert not names, "all batches use the text encoders in the same order"
+            for steps in running:
+                try:
+                    names.add(next(steps))
+                except StopIteration as end:
+                    yield {name: value.cpu() for name, value in end.value.items()}
 
     def _load(self, samples: Sequence[int]) -> Iterator[Batch]:
         """Yield batches of images, each of one size."""
@@ -181,15 +218,20 @@ class CacheWriter:
         return int(self.bucketing.sizes[bucket, 0]), int(self.bucketing.sizes[bucket, 1])
 
     @torch.no_grad()
-    def _encode_batch(self, batch: Batch, bad: list[BadSampleReport]) -> dict[int, dict[str, bytes] | None]:
-        """The members of each sample by its number; None for a bad sample."""
+    def _latents(self, batch: Batch) -> dict[str, Tensor]:
+        """Latents and masks of a batch, whose images are then dropped."""
         tensors = {name: batch[name] for name in SIZES} | self._posteriors(batch)
         if self.description.mask:
             size = tensors[LATENTS[0]].shape[-2:]
             tensors |= {MASK + side: mask_of_latents(batch[MASK + side], size) for side in self._sides}
-        text: dict[str, Tensor] = {}
-        if self._text:
-            text = {name: value.cpu() for name, value in self.family.encode_captions(batch["caption"]).items()}
+        for side in self._sides:
+            del batch[f"pixel_values{side}"]
+        return tensors
+
+    def _batch_members(
+        self, batch: Batch, tensors: Mapping[str, Tensor], text: Mapping[str, Tensor], bad: list[BadSampleReport]
+    ) -> dict[int, dict[str, bytes] | None]:
+        """The members of each sample by its number; None for a bad sample."""
         encoded: dict[int, dict[str, bytes] | None] = {}
         for place, (sample, weight) in enumerate(zip(batch["slot"], batch["weight"].tolist(), strict=True)):
             encoded[sample] = None

@@ -48,6 +48,7 @@ class CacheDescription:
             :attr:`lit_lora.families.ModelFamily.text_masks`.
         mask: Where the masks of the loss were, see :class:`~lit_lora.datamodules.decoding.image_decoder.ImageDecoder`; None if
             they are not cached.
+        text_quantization: Quantization of the text encoders with its options; None if they were not quantized.
     """
 
     vae: str
@@ -61,6 +62,7 @@ class CacheDescription:
     captions: Mapping[str, Any] | None = None
     text_masks: Mapping[str, str] = field(default_factory=dict)
     mask: str | None = None
+    text_quantization: str | None = None
 
     @property
     def cached(self) -> frozenset[str]:
@@ -154,6 +156,8 @@ class CacheDescription:
         if self.encoders is not None:
             encoders = identity.get("text", self.encoders)
             wanted = replace(wanted, encoders=encoders, captions=captions.description())
+        if self.encoders is not None and "text" in identity:
+            wanted = replace(wanted, text_quantization=identity.get("text_quantization"))
         if differences := self.differences(wanted):
             raise UserError(
                 f"the cache in {folder} does not match this run:\n  "
@@ -180,6 +184,7 @@ class CacheDescription:
                 "encoders": self.encoders,
                 "captions": self.captions,
                 "text_masks": self.text_masks,
+                "text_quantization": self.text_quantization,
             }
         )
         document: dict[str, Any] = json.loads(json.dumps(_FORMAT | {"latents": latents, "text": text}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,10 +20,15 @@ from lit_lora.families.native_layers import NativeLayer
 from lit_lora.families.parts import PipelineParts
 from lit_lora.families.source import ModelSource
 from lit_lora.objectives import DDPM, Objective
+from lit_lora.quantization import Dense
 from lit_lora.sampling import generate, text_prompts
 
 _DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|schnell)(?![a-z])", re.IGNORECASE)
 """Words in the names of models that are distilled to few steps."""
+
+
+EncodingSteps = Generator[str, None, dict[str, Tensor]]
+"""A generator of names of text encoders, with the result of :meth:`ModelFamily.encode_captions`."""
 
 
 class ModelFamily(PipelineParts, ABC):
@@ -161,6 +166,18 @@ class ModelFamily(PipelineParts, ABC):
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Encode ``B`` captions to the tensors that the denoiser needs, ``(B, …)`` each, by name; masks are included."""
 
+    def encoding_steps(self, captions: list[str]) -> EncodingSteps:
+        """:meth:`encode_captions` as a generator, which pauses before a text encoder is used and yields its name.
+
+        So one text encoder at a time has to be on the device. By default it pauses once and yields ``text``, for all of them;
+        a family with several text encoders defines it, and :meth:`encode_captions` by :func:`encoded`.
+
+        Args:
+            captions: ``B`` captions.
+        """
+        yield "text"
+        return self.encode_captions(captions)
+
     @abstractmethod
     def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
         """Keyword arguments of the denoiser for a batch.
@@ -248,13 +265,16 @@ class ModelFamily(PipelineParts, ABC):
     def identity(self) -> dict[str, str]:
         """Identities of the VAE (``"vae"``) and the text encoders (``"text"``), on which a cache depends.
 
-        The identity of a part in a local folder is a digest of its contents: see :mod:`lit_lora.families.identity`. A part
-        without weights in its folder has no entry.
+        Quantized text encoders give other embeddings, so their quantization has an entry too (``"text_quantization"``). The
+        identity of a part in a local folder is a digest of its contents: see :mod:`lit_lora.families.identity`. A part without
+        weights in its folder has no entry.
         """
         identity = self.source.identity({"vae": ["vae"], "text": list(self.base_encoders)})
         if "text" in identity:
             settings = [f"{name}={value}" for name, value in sorted(self.text_settings.items())]
             identity["text"] = ";".join([identity["text"], *settings])
+            if not isinstance(self.text_quantization, Dense | None):
+                identity["text_quantization"] = repr(self.text_quantization)
         return identity
 
     def base_identity(self) -> dict[str, str]:
@@ -357,3 +377,13 @@ class ModelFamily(PipelineParts, ABC):
         shape = (1, -1, *[1] * (latents.ndim - 2))
         mean, std = (latents.new_tensor(config[name]).view(shape) for name in ("latents_mean", "latents_std"))
         return mean, scale / std
+
+
+def encoded(steps: EncodingSteps) -> dict[str, Tensor]:
+    """The result of :meth:`ModelFamily.encoding_steps`, with all text encoders on the device."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: dict[str, Tensor] = end.value
+            return result

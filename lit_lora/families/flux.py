@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from lit_lora.errors import UserError, check_least
-from lit_lora.families.base import ModelFamily
+from lit_lora.families.base import EncodingSteps, ModelFamily, encoded
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.families.packing import pack, positions, unpack
@@ -166,12 +166,15 @@ class Flux(ModelFamily):
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """CLIP's pooled output, and T5's last hidden states; as in the pipeline, padding is not masked."""
+        return encoded(self.encoding_steps(captions))
+
+    def encoding_steps(self, captions: list[str]) -> EncodingSteps:
+        yield "text_encoder"
         clip_ids = self.tokenize(self.encoders["tokenizer"], captions)
+        pooled = self.encoders["text_encoder"](clip_ids).pooler_output
+        yield "text_encoder_2"
         t5_ids = self.tokenize(self.encoders["tokenizer_2"], captions, self.max_sequence_length)
-        return {
-            "encoder_hidden_states": self.encoders["text_encoder_2"](t5_ids)[0],
-            "pooled": self.encoders["text_encoder"](clip_ids).pooler_output,
-        }
+        return {"encoder_hidden_states": self.encoders["text_encoder_2"](t5_ids)[0], "pooled": pooled}
 
     def conditioning(self, text: Mapping[str, Tensor], batch: Batch, latents: Tensor) -> Conditioning:
         hidden = text["encoder_hidden_states"]

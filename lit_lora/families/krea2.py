@@ -16,6 +16,7 @@ from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.masks import unpadded
 from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.families.qwen_vae import AFTER_PROMPT, BEFORE_PROMPT, DROPPED_TOKENS, QwenVAEFamily
+from lit_lora.families.without_parts import without_parts
 from lit_lora.objectives import FlowMatching, Objective
 
 _SUFFIX_TOKENS = 5
@@ -64,7 +65,10 @@ class Krea2(QwenVAEFamily):
     pipeline_class: ClassVar[type[DiffusionPipeline]] = Krea2Pipeline
     denoiser_class: ClassVar[type[nn.Module]] = Krea2Transformer2DModel
     denoiser_name: ClassVar[str] = "transformer"
-    encoder_classes: ClassVar[dict[str, type[Any]]] = {"tokenizer": AutoTokenizer, "text_encoder": Qwen3VLModel}
+    encoder_classes: ClassVar[dict[str, type[Any]]] = {
+        "tokenizer": AutoTokenizer,
+        "text_encoder": without_parts(Qwen3VLModel, "visual"),
+    }
     block_classes: ClassVar[tuple[str, ...]] = ("Krea2TransformerBlock", "Krea2TextFusionBlock")
     default_targets: ClassVar[tuple[str, ...]] = tuple(_BLOCK)
     default_objective: ClassVar[type[Objective]] = FlowMatching

@@ -17,8 +17,9 @@ from lit_lora.adapters import check_block_by_block, complete_adapter, same_adapt
 from lit_lora.distributed.node import Node
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
+from lit_lora.quantization.encoders import load_encoder, shape_encoder
 from lit_lora.quantization.load import Weights, load_model, load_part, shape_model, shape_part
-from lit_lora.quantization.weight_change import Changes, apply_changes
+from lit_lora.quantization.weight_change import Changes
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class PartLoader:
             True.
         node: Processes of this machine, of which one reads the files; defaults to this process alone.
         changes: Changes of weights by the name of the part, before they are quantized; defaults to none.
+        text_quantization: Quantization of the text encoders' weights; defaults to none.
     """
 
     source: ModelSource
@@ -43,6 +45,7 @@ class PartLoader:
     weights: bool = True
     node: Node = field(default_factory=Node)
     changes: Mapping[str, Changes] = field(default_factory=dict)
+    text_quantization: Quantization | None = None
 
     def encoder(self, name: str, kind: type[Any], dtype: torch.dtype | None = None) -> Any:
         """Load a VAE, text encoder or tokenizer.
@@ -58,18 +61,19 @@ class PartLoader:
         if not issubclass(kind, nn.Module):
             return self.source.load(name, kind.from_pretrained)
         dtype = dtype or self.dtype
+        quantization = None if name == "vae" else self.text_quantization
 
         def load(location: str, subfolder: str, **options: Any) -> nn.Module:
             if not self.weights:
-                return shape_part(kind, location, subfolder, dtype, **options)
-            file = self.source.file_of(name)
+                return shape_encoder(shape_part(kind, location, subfolder, dtype, **options), quantization, name)
+            file, read = self.source.file_of(name), None
             if file is not None and file.holds(kind):
-                options["load"] = file.load
+                read = file.load
             elif variant := self.source.variant_of(name):
                 options["variant"] = variant
-            model = load_part(kind, location, subfolder, dtype, self.node, **options)
-            apply_changes(model, self.changes.get(name, {}))
-            return model
+            changes = self.changes.get(name, {})
+            make = partial(load_encoder, quantization=quantization, name=name, changes=changes, load=read)
+            return load_part(kind, location, subfolder, dtype, self.node, make, quantization, **options)
 
         return self.source.load(name, load)
 

@@ -60,6 +60,10 @@ class PipelineParts(PipelineKind):
     source: ModelSource
     vae_slicing: bool = False
     vae_tiling: bool = False
+    computes_on: torch.device | None = None
+    """Device of the encoders' inputs, for parts that are there only while they compute; defaults to that of the weights."""
+    text_quantization: Quantization | None = None
+    """Quantization with which text encoders are loaded; defaults to none."""
     scheduler_config: dict[str, Any]
     vae_config: dict[str, Any]
     denoiser_config: dict[str, Any]
@@ -116,7 +120,14 @@ class PipelineParts(PipelineKind):
         self.dtype = dtype
         self.vae_dtype = vae_dtype or self.default_vae_dtype or dtype
         self.loader = PartLoader(
-            self.source, dtype, quantization or Dense(), self.always_dense, weights, node or Node(), changes or {}
+            self.source,
+            dtype,
+            quantization or Dense(),
+            self.always_dense,
+            weights,
+            node or Node(),
+            changes or {},
+            self.text_quantization,
         )
         self.read_configs()
         for part in self._missing():
@@ -253,7 +264,9 @@ class PipelineParts(PipelineKind):
 
     @property
     def device(self) -> torch.device:
-        """Device on which the denoiser computes."""
+        """Device on which the denoiser computes; without it, the one on which the encoders do."""
+        if self.computes_on is not None:
+            return self.computes_on
         model = self if self.denoiser is None else self.denoiser
         parameter = next(model.parameters())
         if isinstance(parameter, DTensor):  # a shard may be in host memory

@@ -15,6 +15,7 @@ from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.masks import unpadded
 from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.families.qwen_vae import AFTER_PROMPT, BEFORE_PROMPT, DROPPED_TOKENS, QwenVAEFamily
+from lit_lora.families.without_parts import without_parts
 from lit_lora.objectives import FlowMatching, Objective
 
 _MOST_TOKENS = 1024
@@ -53,7 +54,7 @@ class QwenImage(QwenVAEFamily):
     denoiser_name: ClassVar[str] = "transformer"
     encoder_classes: ClassVar[dict[str, type[Any]]] = {
         "tokenizer": Qwen2Tokenizer,
-        "text_encoder": Qwen2_5_VLForConditionalGeneration,
+        "text_encoder": without_parts(Qwen2_5_VLForConditionalGeneration, "model.visual", "lm_head"),
     }
     block_classes: ClassVar[tuple[str, ...]] = ("QwenImageTransformerBlock",)
     default_targets: ClassVar[tuple[str, ...]] = _BLOCK

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from lit_lora.errors import check_least
-from lit_lora.families.base import ModelFamily
+from lit_lora.families.base import EncodingSteps, ModelFamily, encoded
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.objectives import FlowMatching, Objective
@@ -150,12 +150,16 @@ class StableDiffusion3(ModelFamily):
 
         CLIP's hidden states are those of the last layer but one.
         """
-        hidden, pooled = [], []
+        return encoded(self.encoding_steps(captions))
+
+    def encoding_steps(self, captions: list[str]) -> EncodingSteps:
+        outputs = []
         for suffix in ("", "_2"):
-            ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
-            output = self.encoders[f"text_encoder{suffix}"](ids, output_hidden_states=True)
-            hidden.append(output.hidden_states[-2])
-            pooled.append(output[0])
+            yield f"text_encoder{suffix}"
+            outputs.append(self._clip_outputs(suffix, captions))
+        if "text_encoder_3" in self.encoders:
+            yield "text_encoder_3"
+        hidden, pooled = zip(*outputs, strict=True)
         clip, t5 = torch.cat(hidden, dim=-1), self._t5_embeddings(captions)
         clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return {"encoder_hidden_states": torch.cat([clip, t5.to(clip)], dim=1), "pooled": torch.cat(pooled, dim=-1)}
@@ -174,6 +178,12 @@ class StableDiffusion3(ModelFamily):
             inputs |= {"negative_prompt_embeds": empty["encoder_hidden_states"]}
             inputs |= {"negative_pooled_prompt_embeds": empty["pooled"]}
         return inputs
+
+    def _clip_outputs(self, suffix: str, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states of the last layer but one of a CLIP encoder, and its pooled output."""
+        ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
+        output = self.encoders[f"text_encoder{suffix}"](ids, output_hidden_states=True)
+        return output.hidden_states[-2], output[0]
 
     def _t5_embeddings(self, captions: list[str]) -> Tensor:
         """T5's hidden states, ``(B, max_sequence_length, joint_attention_dim)``; as in the pipeline, padding is not masked."""

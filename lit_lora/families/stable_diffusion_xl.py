@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusionXLPipeline, UNet2DCondit
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from lit_lora.families.base import ModelFamily
+from lit_lora.families.base import EncodingSteps, ModelFamily, encoded
 from lit_lora.families.batch import Batch, Conditioning, target_size
 from lit_lora.families.native_layers import UNET_NAMING, NativeLayer, unet_layers
 from lit_lora.families.stable_diffusion import UNET_ALWAYS_DENSE
@@ -82,12 +82,21 @@ class StableDiffusionXL(ModelFamily):
 
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Hidden states of both encoders' last layer but one, joined by channel, and the pooled output of the second encoder."""
+        return encoded(self.encoding_steps(captions))
+
+    def encoding_steps(self, captions: list[str]) -> EncodingSteps:
         hidden_states = []
         for suffix in ("", "_2"):
-            ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
-            output = self.encoders[f"text_encoder{suffix}"](ids, output_hidden_states=True)
-            hidden_states.append(output.hidden_states[-2])
-        return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1), "pooled": output[0]}
+            yield f"text_encoder{suffix}"
+            hidden, pooled = self._clip(suffix, captions)
+            hidden_states.append(hidden)
+        return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1), "pooled": pooled}
+
+    def _clip(self, suffix: str, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states of the last layer but one of a CLIP encoder, and its first output."""
+        ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
+        output = self.encoders[f"text_encoder{suffix}"](ids, output_hidden_states=True)
+        return output.hidden_states[-2], output[0]
 
     def unread_layers(self, name: str, part: Any) -> list[nn.Module]:
         """The last layer of the first encoder, whose output only the second encoder's pooled output would need."""

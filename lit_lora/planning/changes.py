@@ -170,7 +170,8 @@ def _memory_option(name: str, price: str, applies: Callable[[Run], bool] = lambd
     def candidate(run: Run) -> tuple[Change, Run] | None:
         if getattr(run.module.memory, name) or not applies(run):
             return None
-        changed = _with_options(run, memory=replace(run.module.memory, **{name: True}))
+        on: dict[str, Any] = {name: True}
+        changed = _with_options(run, memory=replace(run.module.memory, **on))
         memory = changed.module.memory
         changed.module.family.split_vae(memory.vae_slicing, memory.vae_tiling)
         return Change({f"model.memory.{name}": True}, price), changed

@@ -17,7 +17,7 @@ from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import NF4
 from lit_lora.quantization.base import Stored
 
-_MECHANISMS_OFF = {
+_MECHANISMS_OFF: dict[str, Any] = {
     "offload_encoders": False,
     "offload_blocks": False,
     "offload_activations": False,
@@ -69,15 +69,19 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
     fake = unloaded(module)
     fake.memory = replace(fake.memory, **_MECHANISMS_OFF)
     own: Any = fake
-    own.quantization = copy.copy(own.quantization)
-    own.quantization.dequantize = _restored_at_once  # PEFT often reads weights here, but only their shape and dtype
+    own.quantization, own.family.text_quantization = copied = [
+        copy.copy(one) for one in (own.quantization, own.family.text_quantization)
+    ]
+    for one in filter(None, copied):
+        one.dequantize = _restored_at_once  # PEFT often reads weights here, but only their shape and dtype
     own.dispensable_parts = lambda: set(without)
     own.family.load = partial(own.family.load, weights=False)
     # The values of the noise schedule are needed.
     own.objective.prepare = _with_real_tensors(own.objective.prepare)
     fake.configure_model()
-    if not (cuda and isinstance(own.quantization, NF4)):
-        del own.quantization.dequantize
+    for one in filter(None, copied):
+        if not (cuda and isinstance(one, NF4)):
+            del one.dequantize
     return fake.train()
 
 

@@ -127,7 +127,7 @@ class _Simulation:
         """Record the load phase; on the CPU the largest weight is in memory in float32, twice while it is quantized."""
         self.meter.begin("load")
         if not self.cuda:
-            layers = frozen_layers(self.family.denoiser)
+            layers = frozen_layers(self.family)
             sizes = [layer.weight_shape.numel() * (4 if layer.is_dense else 8) for layer in layers]
             self.meter.adjust("other", max(sizes, default=0))
             self.meter.adjust("other", -max(sizes, default=0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
@@ -33,8 +34,8 @@ class Quantization(ABC):
 
     def __repr__(self) -> str:
         """Class and options; equal texts mean equal quantizations."""
-        options = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
-        return f"{type(self).__name__}({options})"
+        options = inspect.signature(type(self).__init__).parameters
+        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in options if n != 'self')})"
 
     @abstractmethod
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:

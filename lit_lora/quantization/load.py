@@ -14,6 +14,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.errors import UserError
 from lit_lora.quantization.base import Quantization
 from lit_lora.quantization.dense import Dense
+from lit_lora.quantization.encoders import put_encoder_tensors
 from lit_lora.quantization.frozen_layer import can_freeze, freezable, put_stored
 from lit_lora.quantization.weight_change import Changes, check_changes
 from lit_lora.quantization.weight_files import WeightFiles, weight_files
@@ -205,6 +206,7 @@ def load_part(
     dtype: torch.dtype,
     node: Node,
     load: Callable[..., nn.Module] | None = None,
+    quantization: Quantization | None = None,
     **options: Any,
 ) -> nn.Module:
     """Load a model of diffusers or transformers, frozen.
@@ -216,6 +218,7 @@ def load_part(
         dtype: dtype of the weights.
         node: Processes of this machine; only the reading process needs the weight files.
         load: Function from class, source, subfolder, dtype and options to the model; defaults to the class's ``from_pretrained``.
+        quantization: Quantization with which ``load`` stores weights; defaults to none.
         **options: Options of ``from_pretrained``.
     """
     model: nn.Module | None = None
@@ -234,7 +237,10 @@ def load_part(
         options.pop("variant", None)
         with torch.device("meta"):
             model = _from_config(kind, source, folder, options)
+        put = set() if quantization is None else put_encoder_tensors(model, tensors, quantization, dtype)
         for name, tensor in tensors.items():
+            if name in put:
+                continue
             path, _, attribute = name.rpartition(".")
             layer = model.get_submodule(path)
             if attribute in layer._buffers:

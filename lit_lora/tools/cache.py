@@ -245,6 +245,7 @@ def _describe(
         captions=decoder.captions.description() if text else None,
         text_masks=dict(family.text_masks) if text else {},
         mask=decoder.mask,
+        text_quantization=identity.get("text_quantization") if text else None,
     )
 
 

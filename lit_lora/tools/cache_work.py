@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from lit_lora.distributed.jobs import interrupts_ignored
 from lit_lora.distributed.processes import end_with_parent
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
+from lit_lora.memory.one_on_device import OneOnDevice
 
 _Shards = Generator[CachedShard, None, None]
 _POLL_S = 0.2
@@ -53,10 +54,10 @@ class CacheWork:
     num_workers: int
 
     def writer(self, device: str) -> CacheWriter:
-        """Load the encoders onto a device, and return a writer that uses them."""
+        """Load the encoders, and return a writer that uses them on a device, which holds one of them at a time."""
         unneeded = {"denoiser"} if "text" in self.description.cached else {"denoiser", "text"}
         self.family.load(self.base_dtype, without=unneeded)
-        self.family.to(device)
+        bring = None if device == "cpu" else brings_one(self.family, torch.device(device))
         return CacheWriter(
             self.family,
             self.table,
@@ -65,6 +66,7 @@ class CacheWork:
             self.captions,
             self.batch_size,
             self.num_workers,
+            bring,
         )
 
     def write_all(self, targets: Mapping[Path, int], jobs: int, device: str) -> _Shards:
@@ -88,6 +90,23 @@ class CacheWork:
                     yield writer.write(shard, path, bar.update)
             else:
                 yield from _write_in_parallel(self, targets, jobs, devices, bar)
+
+
+def brings_one(family: ModelFamily, device: torch.device) -> Callable[[str], None]:
+    """A function that brings one encoder of a loaded family to the device and frees the others there.
+
+    Args:
+        family: Family whose encoders are in host memory; its inputs go to the device from now on.
+        device: Device that encodes.
+    """
+    models = {name: model for name, model in family.named_children() if name != "denoiser"}
+    keeper = OneOnDevice(models, device)
+    family.computes_on = device
+
+    def bring(name: str) -> None:
+        keeper.bring([one for one in models if one != "vae"] if name == "text" else [name])
+
+    return bring
 
 
 class _Worker:

@@ -15,6 +15,8 @@ from peft import LoraConfig
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+from lit_lora.quantization import NF4, Int8
+from lit_lora.quantization.frozen_layer import quantized_layers
 from tests.families.folders import FOLDERS, families_of_the_package
 from tests.helpers import make_batches
 
@@ -63,6 +65,29 @@ def test_embeddings_of_another_precision_fit_the_base(family: ModelFamily) -> No
     text = {name: value.bfloat16() for name, value in family.encode_captions(batch["caption"]).items()}
     latents, conditioning = family.encode({**batch, "text_embeddings": text}, Draws(0, [0, 1]))
     assert family.denoise(latents, torch.tensor([1, 999]), conditioning).dtype == torch.float32
+
+
+def test_quantized_text_encoders_encode_nearly_the_same(family: ModelFamily) -> None:
+    full = family.encode_captions(["a red star", "x"])
+    for quantization, largest in ((Int8(), 0.02), (NF4(), 0.3)):
+        other = type(family)(family.pretrained_model_name_or_path)
+        other.text_quantization = quantization
+        other.load(torch.float32, without={"vae", "denoiser"})
+        other.denoiser_config = family.denoiser_config
+        quantized = {id(layer) for layer in quantized_layers(other)}
+        assert quantized == {
+            id(layer) for layer in other.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+        }
+        encoded = other.encode_captions(["a red star", "x"])
+        assert encoded.keys() == full.keys()
+        for name, value in full.items():
+            if value.is_floating_point():
+                error = (encoded[name] - value).norm() / value.norm()
+                assert 0 < error < largest
+            else:
+                assert torch.equal(encoded[name], value)
+        assert other.identity()["text_quantization"] == repr(quantization)
+    assert "text_quantization" not in family.identity()
 
 
 def test_floats_and_bytes_encode_alike(family: ModelFamily) -> None:

@@ -117,7 +117,9 @@ def test_the_weights_of_a_plan_are_those_of_the_run(
     folder = request.getfixturevalue(FOLDERS[family])
 
     def module() -> LoraDiffusion:
-        return module_for(folder, family, quantization=QUANTIZATIONS[quantization](), base_dtype="bfloat16")
+        stored = QUANTIZATIONS[quantization]()
+        memory = MemoryOptions(text_encoder_quantization=stored)
+        return module_for(folder, family, quantization=stored, base_dtype="bfloat16", memory=memory)
 
     plan = plan_of(module())
     real = module()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from lit_lora.cli import main
 from lit_lora.datamodules import WebDatasetDataModule
@@ -37,10 +39,14 @@ from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.loading.dataset import ShardDataset, SlotRequest
 from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.errors import UserError
-from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
+from lit_lora.families import Flux, ModelFamily, QwenImage, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from lit_lora.loss_mask import mask_of_latents
+from lit_lora.memory.one_on_device import OneOnDevice
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
+from lit_lora.quantization import NF4
 from lit_lora.sampling import SamplingOptions
+from lit_lora.tools import cache_work
 from lit_lora.tools.cache import cache_shards
 from tests.families.folders import FOLDERS
 from tests.test_module import Losses
@@ -484,6 +490,72 @@ def test_a_run_with_something_else_is_refused(
         )
     assert line in str(caught.value)
     assert str(shards / "cache") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "family_class", [StableDiffusionXL, StableDiffusion3, Flux, QwenImage], ids=lambda c: c.__name__
+)
+def test_one_encoder_at_a_time_is_on_the_device(
+    family_class: type[ModelFamily],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    folder = request.getfixturevalue(FOLDERS[family_class])
+    cache_shards(module_for(family_class, folder), data_for(shards), out=str(tmp_path / "together"))
+    keepers: list[OneOnDevice] = []
+    owners: dict[nn.Module, str] = {}
+    seen: list[str] = []
+
+    class Watched(OneOnDevice):
+        def __init__(self, models: Any, device: torch.device) -> None:
+            super().__init__(models, device)
+            keepers.append(self)
+            owners.update({part: name for name, model in models.items() for part in model.modules()})
+
+        def bring(self, names: Any) -> None:
+            super().bring(names)
+            assert len(self.on_device) == 1
+            seen.extend(self.on_device)
+
+    def check(module: nn.Module, inputs: Any) -> None:
+        assert set(keepers[0].on_device) == {owners[module]}
+
+    monkeypatch.setattr(cache_work, "OneOnDevice", Watched)
+    monkeypatch.setattr(cache_work, "_devices", lambda device: ["cpu:0"])  # like any device beside the host's
+    hook = nn.modules.module.register_module_forward_pre_hook(check)
+    try:
+        cache_shards(module_for(family_class, folder), data_for(shards), out=str(tmp_path / "in_turn"))
+    finally:
+        hook.remove()
+    assert tars(tmp_path / "in_turn") == tars(tmp_path / "together")
+    empty = [(tmp_path / out / "empty.safetensors").read_bytes() for out in ("in_turn", "together")]
+    assert empty[0] == empty[1]
+    encoders = [name for name in family_class.encoder_classes if name.startswith("text_encoder")]
+    assert seen == [*encoders, *["vae", *encoders] * 3]
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_text_encoders_that_are_quantized_for_the_cache(
+    sd_folder: Path, shards: Path, tmp_path: Path, trainer_options: dict[str, Any]
+) -> None:
+    memory = MemoryOptions(text_encoder_quantization=NF4())
+    for out, options in (("full", {}), ("nf4", {"memory": memory})):
+        cache_shards(module_for(StableDiffusion, sd_folder, **options), data_for(shards), out=str(tmp_path / out))
+    full, quantized = (load_file(tmp_path / out / "empty.safetensors") for out in ("full", "nf4"))
+    assert not torch.equal(full["encoder_hidden_states"], quantized["encoder_hidden_states"])
+    torch.testing.assert_close(full["encoder_hidden_states"], quantized["encoder_hidden_states"], rtol=0, atol=0.5)
+    line = 'text.text_quantization: "NF4(block_size=64, double_quant=True, skip=())" in the cache, null here'
+    data = data_for(tmp_path / "nf4")
+    with pytest.raises(UserError, match=re.escape(line)):
+        Trainer(**trainer_options, max_steps=1).fit(module_for(StableDiffusion, sd_folder), data)
+    module = module_for(StableDiffusion, sd_folder, memory=memory)
+    Trainer(**trainer_options, max_steps=1).fit(module, data_for(tmp_path / "nf4"))
+    assert module.family.encoders == {}
+    (tmp_path / "nf4" / "shard-000002.tar").unlink()
+    message = failure(module_for(StableDiffusion, sd_folder), data_for(shards), out=str(tmp_path / "nf4"))
+    assert line in message
 
 
 class TestRefusals:
