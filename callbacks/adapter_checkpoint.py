@@ -74,9 +74,9 @@ class AdapterCheckpoint(ResumedSaves):
     loader that has ``state_dict`` and ``load_state_dict``. A plain ``DataLoader`` has none: Lightning starts it over, so that
     samples of the epoch are repeated.
 
-    It works with any LightningModule that has PEFT layers or frozen parameters. Resuming with another adapter raises
-    :class:`~lit_lora.UserError`; another base, quantization, objective or other setting that changes what is learned is a warning
-    with both values.
+    It works with any LightningModule that has PEFT layers or frozen parameters. Resuming with another adapter, optimizer or kind
+    of schedule raises :class:`~lit_lora.UserError`; another base, quantization, objective or other setting that changes what is
+    learned is a warning with both values.
 
     Args:
         *args: Arguments of ``ModelCheckpoint``.

@@ -39,7 +39,7 @@ class LoftqInitialization(ChangedRanks):
 
     Raises:
         UserError: When training starts, if the adapter is not LoRA, is DoRA or has values already, the base is not quantized, the
-            module is not :class:`LoraDiffusion`, with DeepSpeed and :class:`EvaInitialization`.
+            module is not :class:`LoraDiffusion`, or with DeepSpeed or :class:`EvaInitialization`.
     """
 
     def __init__(self, files_for: Literal["quantized", "original"] = "quantized") -> None:
