@@ -198,7 +198,7 @@ def test_each_model_has_its_own_text_encoder(folders: dict[str, Path], tmp_path:
 
 
 def test_klein_in_one_file(folders: dict[str, Path], tmp_path: Path) -> None:
-    """diffusers takes every file of FLUX.2 for dev; what it is, the config tells."""
+    """Diffusers takes every file of FLUX.2 for dev; what it is, the config tells."""
     klein = loaded(folders["klein"])
     file = write_single_file(tmp_path / "x.safetensors", Flux2, folders["klein"], whole=False, prefix="")
     family = loaded(file, config=str(folders["klein"]))

@@ -155,7 +155,7 @@ def test_diffusers_converts_kohyas_flux_file(tmp_path: Path) -> None:
 
 
 def test_flux2_in_other_tools(flux2_folder: Path, tmp_path: Path) -> None:
-    """diffusers reads kohya's file, in which query, key and value of single blocks are one layer as in diffusers itself."""
+    """Diffusers reads kohya's file, in which query, key and value of single blocks are one layer as in diffusers itself."""
     model = loaded(Flux2, flux2_folder)
     adapter = trained(model, LoraConfig(r=2, lora_alpha=4))
     kohya = write(adapter, "kohya", tmp_path)
