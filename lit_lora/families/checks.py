@@ -204,6 +204,11 @@ def _check_pipeline(family: ModelFamily) -> None:
     found = family.source.index().get("_class_name")
     if found is None or found in family.pipelines():
         return
+    if found in family.image_pipelines:
+        raise UserError(
+            f"{type(family).__name__} cannot train {str(family.source)!r}, which is a {found}: it takes images as inputs, and "
+            f"the family trains text to image; use the text-to-image model, such as {family.undistilled}"
+        )
     other = family_of(found)
     if other is not None and not isinstance(family, other):
         raise UserError(

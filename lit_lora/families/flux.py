@@ -63,6 +63,10 @@ class Flux(ModelFamily):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
+    image_pipelines: ClassVar[tuple[str, ...]] = (
+        *("FluxKontextPipeline", "FluxKontextInpaintPipeline", "FluxFillPipeline"),
+        *("FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline"),
+    )
     denoiser_class: ClassVar[type[nn.Module]] = FluxTransformer2DModel
     denoiser_name: ClassVar[str] = "transformer"
     encoder_classes: ClassVar[dict[str, type[Any]]] = {

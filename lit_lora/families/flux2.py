@@ -85,6 +85,7 @@ class Flux2(ModelFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = Flux2Pipeline
     other_pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = (Flux2KleinPipeline,)
+    image_pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinKVPipeline",)
     denoiser_class: ClassVar[type[nn.Module]] = Flux2Transformer2DModel
     denoiser_name: ClassVar[str] = "transformer"
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKLFlux2

@@ -22,6 +22,9 @@ class PipelineKind(nn.Module):
     """Diffusers pipeline for sampling and for the format of LoRA files."""
     other_pipelines: ClassVar[tuple[type[DiffusionPipeline], ...]] = ()
     """Further pipelines of the family's models; none by default."""
+    image_pipelines: ClassVar[tuple[str, ...]] = ()
+    """Class names of pipelines of the family's denoiser for editing, filling and control, which get images as inputs besides the
+    text; their models are refused. None by default."""
     encoder_classes: ClassVar[dict[str, type[Any]]]
     """Tokenizers and text encoders of :attr:`pipeline_class` by name."""
     optional_encoders: ClassVar[frozenset[str]] = frozenset()

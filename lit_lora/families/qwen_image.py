@@ -50,6 +50,10 @@ class QwenImage(QwenVAEFamily):
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = QwenImagePipeline
+    image_pipelines: ClassVar[tuple[str, ...]] = (
+        *("QwenImageEditPipeline", "QwenImageEditInpaintPipeline", "QwenImageEditPlusPipeline"),
+        "QwenImageLayeredPipeline",
+    )
     denoiser_class: ClassVar[type[nn.Module]] = QwenImageTransformer2DModel
     denoiser_name: ClassVar[str] = "transformer"
     encoder_classes: ClassVar[dict[str, type[Any]]] = {

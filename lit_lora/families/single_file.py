@@ -36,6 +36,8 @@ ENDINGS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth")
 """Endings of files that are taken for models in one file."""
 
 _UNET = f"{LDM_UNET_KEY}input_blocks.0.0.weight"
+_UNPREFIXED = ("Flux2Transformer2DModel",)
+"""Denoisers whose conversion function in diffusers 0.42 takes names without the prefix that ComfyUI saves all denoisers with."""
 _TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
 _OF_ADAPTERS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".hada_w", ".lokr_w", "lora_unet_", "lora_te")
 _OF_SCALES = (".scale_weight", ".weight_scale", ".comfy_quant", ".absmax", "scaled_fp8")
@@ -173,6 +175,9 @@ class SingleFile:
             raise UserError(f"{wrong} under diffusers' names, and diffusers does not convert others; name a folder")
         convert: Any = SINGLE_FILE_LOADABLE_CLASSES[known[0]]["checkpoint_mapping_fn"]
         config: Any = model.config
+        if known[0] in _UNPREFIXED and any(name.startswith(LDM_UNET_KEY) for name in tensors):
+            own = {name: tensor for name, tensor in tensors.items() if name.startswith(LDM_UNET_KEY)}
+            tensors = {name.removeprefix(LDM_UNET_KEY): tensor for name, tensor in own.items()}
         try:
             with torch.no_grad():
                 converted: dict[str, Deferred] = convert(checkpoint=tensors, config=dict(config))

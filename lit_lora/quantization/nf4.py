@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_lora.errors import UserError
 from lit_lora.quantization.base import Quantization, Stored
@@ -59,8 +60,10 @@ class NF4(Quantization):
         scale = torch.empty(len(blocks), device=weight.device)
         packed = torch.empty(blocks.numel() // 2, dtype=torch.uint8, device=weight.device)
         at_a_time = max(1, _BYTES_AT_A_TIME // self.block_size)
+        # In a plan, whose tensors have no contents, the first piece takes the memory of all.
+        count = min(len(blocks), at_a_time) if isinstance(weight, FakeTensor) else len(blocks)
         # In pieces, because intermediate tensors take several times the memory of the weights.
-        for start in range(0, len(blocks), at_a_time):
+        for start in range(0, count, at_a_time):
             piece = slice(start, start + at_a_time)
             values = blocks[piece].float()
             scale[piece] = values.abs().amax(dim=1)

@@ -8,12 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 from peft import LoraConfig
 
 from lit_lora.cli import main
 from lit_lora.errors import UserError
-from lit_lora.families import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL, check_size, family_of, prepare
+from lit_lora.families import (
+    Flux,
+    Flux2,
+    ModelFamily,
+    QwenImage,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+    check_size,
+    family_of,
+    prepare,
+)
 from lit_lora.objectives import DDPM, FlowMatching
 from tests.tiny_pipelines import write_flux
 
@@ -230,6 +242,23 @@ def test_schedules_that_end_in_noise_are_not_distilled(sdxl_folder: Path, tmp_pa
     values = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     change(folder, "scheduler/scheduler_config.json", _class_name="EulerDiscreteScheduler", **values)
     prepare(StableDiffusionXL(str(folder)), DDPM())  # a warning would be an error
+
+
+@pytest.mark.parametrize(
+    ("family", "fixture"), [(Flux, "flux_folder"), (QwenImage, "qwen_image_folder"), (Flux2, "flux2_folder")]
+)
+def test_models_that_take_images_are_refused(
+    family: type[ModelFamily], fixture: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Even where their denoisers have no further input channels."""
+    folder = tmp_path / "base"
+    shutil.copytree(request.getfixturevalue(fixture), folder)
+    for name in family.image_pipelines:
+        assert issubclass(getattr(diffusers, name), diffusers.DiffusionPipeline)
+        pipeline(name)(folder)
+        found = f"which is a {name}: it takes images as inputs.* use the text-to-image model, such as .*{family.undistilled}"
+        with pytest.raises(UserError, match=found):
+            prepare(family(str(folder)), FlowMatching())
 
 
 def test_families_of_pipelines() -> None:

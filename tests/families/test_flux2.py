@@ -19,6 +19,7 @@ from lit_lora.families import Flux2, prepare
 from lit_lora.families.packing import pack
 from lit_lora.objectives import FlowMatching
 from tests.families.own_pipeline import Convert, check_exact_prediction, overfit
+from tests.families.single_files import write_single_file
 from tests.families.test_flow_parity import DENSITIES, Reference, check, module_of
 from tests.families.tiny import flux2
 from tests.helpers import make_batches
@@ -194,6 +195,20 @@ def test_each_model_has_its_own_text_encoder(folders: dict[str, Path], tmp_path:
     for folder in folders.values():
         index = json.loads((folder / "model_index.json").read_text())
         assert type(loaded(folder).pipeline()).__name__ == index["_class_name"]
+
+
+def test_klein_in_one_file(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Diffusers takes every file of FLUX.2 for dev; what it is, the config tells."""
+    klein = loaded(folders["klein"])
+    file = write_single_file(tmp_path / "x.safetensors", Flux2, folders["klein"], whole=False, prefix="")
+    family = loaded(file, config=str(folders["klein"]))
+    found, expected = family.denoiser.state_dict(), klein.denoiser.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert torch.equal(family.vae.bn.running_var, klein.vae.bn.running_var)
+    assert type(family.pipeline()) is Flux2KleinPipeline
+    with pytest.raises(UserError, match=r"x\.safetensors does not .*Flux2Transformer2DModel"):
+        loaded(file, config=str(folders["dev"]))
 
 
 def test_names_of_the_published_models() -> None:

@@ -22,6 +22,7 @@ from transformers import CLIPTextModelWithProjection
 from lit_lora.errors import UserError
 from lit_lora.families import (
     Flux,
+    Flux2,
     ModelFamily,
     StableDiffusion,
     StableDiffusion3,
@@ -87,6 +88,7 @@ FAMILIES = {
     StableDiffusionXL: "sdxl_folder",
     StableDiffusion3: "sd3_folder",
     Flux: "flux_folder",
+    Flux2: "flux2_folder",
 }
 
 

@@ -8,6 +8,8 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_lora.errors import UserError
 from lit_lora.quantization import FP8, NF4, Dense, Int8, Quantization
@@ -97,6 +99,29 @@ def test_stores_in_several_pieces_what_is_large(monkeypatch: pytest.MonkeyPatch)
     for name, tensor in NF4().quantize(weight).items():
         assert torch.equal(tensor, whole[name])
     assert torch.equal(_round_trip(NF4(), weight), restored)
+
+
+def test_a_plan_takes_one_piece_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors have no contents: the stored ones are as large, and a model of 32 billion weights takes no minutes."""
+
+    class Counter(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("lit_lora.quantization.nf4._BYTES_AT_A_TIME", 256)
+    calls, shapes = [], []
+    for rows in (8, 64):
+        with FakeTensorMode(), Counter() as counter:
+            stored = NF4().quantize(torch.empty(rows, 64))
+        calls.append(counter.calls)
+        shapes.append({name: value.shape for name, value in stored.items()})
+    assert calls[0] == calls[1]
+    assert shapes[1] == {name: value.shape for name, value in NF4().quantize(torch.randn(64, 64)).items()}
 
 
 def test_bits_of_a_weight() -> None:
