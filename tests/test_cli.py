@@ -172,7 +172,11 @@ def test_every_overlay_goes_over_every_config(name: str, overlay: str) -> None:
     if "quantization" in changed:
         assert type(cli.model.quantization).__name__ == changed["quantization"]["class_path"].rpartition(".")[2]
     for key, value in changed.get("memory", {}).items():
-        assert getattr(cli.model.memory, key) == value
+        option = getattr(cli.model.memory, key)
+        if isinstance(value, dict):
+            assert type(option).__name__ == value["class_path"].rpartition(".")[2]
+        else:
+            assert option == value
     kinds = [type(callback).__name__ for callback in cli.trainer.callbacks]  # type: ignore[attr-defined]
     assert {"AdapterCheckpoint", "SampleImages", "ImageWriter"} <= set(kinds)
     assert kinds.count("MemoryLimit") == overlay.endswith("gb.yaml")

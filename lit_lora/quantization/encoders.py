@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lit_lora.errors import UserError
+from lit_lora.freed_memory import given_back
 from lit_lora.quantization.base import Quantization
 from lit_lora.quantization.dense import Dense
 from lit_lora.quantization.frozen_layer import can_freeze, freeze_layer, put_stored
@@ -72,9 +73,9 @@ def load_encoder(
             f"{name} of {source} is quantized already; leave model.memory.text_encoder_quantization out, or take files in "
             f"full precision"
         )
-    model = _from_pretrained(
-        kind, source, folder, dtype, quantization_config=_quantizing()(quantization, name, changes), **options
-    )
+    config = _quantizing()(quantization, name, changes)
+    with given_back():  # the full weights, each of which is freed before the next is read
+        model = _from_pretrained(kind, source, folder, dtype, quantization_config=config, **options)
     apply_changes(model, changes)  # those of weights that are not quantized
     return model
 

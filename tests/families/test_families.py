@@ -90,6 +90,11 @@ def test_quantized_text_encoders_encode_nearly_the_same(family: ModelFamily) -> 
     assert "text_quantization" not in family.identity()
 
 
+def test_several_text_encoders_are_named_before_they_are_used(family: ModelFamily) -> None:
+    names = [name for name in family.encoders if name.startswith("text_encoder")]
+    assert list(family.encoding_steps(["a red star"])) == (names if len(names) > 1 else ["text"])
+
+
 def test_floats_and_bytes_encode_alike(family: ModelFamily) -> None:
     batch = make_batches(1)[0]
     floats = {**batch, "pixel_values": batch["pixel_values"].float() / 127.5 - 1}
