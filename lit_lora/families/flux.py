@@ -119,6 +119,12 @@ class Flux(ModelFamily):
         return 4 * super().in_channels
 
     @property
+    def further_inputs(self) -> str | None:
+        # Its config is that of FLUX.1-dev.
+        kontext = str(self.source.index().get("_class_name")).startswith("FluxKontext")
+        return "for editing, FLUX.1 Kontext, and takes a reference image beside the noise" if kontext else None
+
+    @property
     def is_distilled(self) -> bool:
         """Whether the model is distilled to few steps: FLUX.1-schnell is, and has no guidance embedding."""
         return not self.denoiser_config["guidance_embeds"] or super().is_distilled
