@@ -53,6 +53,7 @@ from lit_lora.formats.info import AdapterInfo as AdapterInfo
 from lit_lora.memory.options import MemoryOptions as MemoryOptions
 from lit_lora.module import LoraDiffusion as LoraDiffusion
 from lit_lora.objectives.base import Objective as Objective
+from lit_lora.objectives.contrast import Contrast as Contrast
 from lit_lora.objectives.criteria.base import Criterion as Criterion
 from lit_lora.objectives.criteria.exponential_pseudo_huber import ExponentialPseudoHuber as ExponentialPseudoHuber
 from lit_lora.objectives.criteria.pseudo_huber import PseudoHuber as PseudoHuber

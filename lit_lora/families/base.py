@@ -124,6 +124,14 @@ class ModelFamily(PipelineParts, ABC):
         return int(self.vae_config["latent_channels"])
 
     @property
+    def further_inputs(self) -> str | None:
+        """What a base of this pipeline needs that the family does not give it, according to its configs: the rest of "it is …".
+
+        ``in_channels`` is compared by itself. None, the default, is for text-to-image models.
+        """
+        return None
+
+    @property
     def text_settings(self) -> dict[str, Any]:
         """Settings of the family on which text embeddings depend; a cache must have been made with the same ones."""
         return {}

@@ -224,7 +224,12 @@ def _check_denoiser(family: ModelFamily) -> None:
     if found is not None and found != expected:
         raise UserError(
             f"{type(family).__name__} cannot train {name}: it takes {found} input channels, not {expected}, as models for "
-            f"inpainting, editing or control do; use the text-to-image model"
+            f"inpainting, editing or control do; use the text-to-image model, such as {family.undistilled}"
+        )
+    if further := family.further_inputs:
+        raise UserError(
+            f"{type(family).__name__} cannot train {name}: it is {further}; use the text-to-image model, such as "
+            f"{family.undistilled}"
         )
 
 

@@ -86,6 +86,15 @@ class QwenImage(QwenVAEFamily):
         return 128 * self.vae_scale_factor
 
     @property
+    def further_inputs(self) -> str | None:
+        config = self.denoiser_config
+        if config.get("use_additional_t_cond") or config.get("use_layer3d_rope"):
+            return "for the layers of an image, Qwen-Image-Layered, and takes that image beside the noise"
+        if config.get("zero_cond_t"):
+            return "for editing, Qwen-Image-Edit, and takes a reference image beside the noise"
+        return None
+
+    @property
     def text_settings(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}
 

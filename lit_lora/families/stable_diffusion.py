@@ -55,6 +55,17 @@ class StableDiffusion(ModelFamily):
     undistilled: ClassVar[str] = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
     @property
+    def further_inputs(self) -> str | None:
+        config = self.denoiser_config
+        if config.get("class_embed_type") or config.get("num_class_embeds"):
+            return "conditioned on classes, noise levels or an image beside the text, as upscalers and unCLIP are"
+        if config.get("addition_embed_type"):
+            return f"conditioned on more than the text (addition_embed_type {config['addition_embed_type']!r})"
+        if str(config.get("attention_type", "default")).startswith("gated"):
+            return "conditioned on boxes beside the text, as GLIGEN is"
+        return None
+
+    @property
     def pipeline_options(self) -> dict[str, Any]:
         return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 

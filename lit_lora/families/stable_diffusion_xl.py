@@ -63,6 +63,18 @@ class StableDiffusionXL(ModelFamily):
     # By default diffusers adds watermarks if the package for them is installed; samples of a training run need none.
 
     @property
+    def further_inputs(self) -> str | None:
+        config = self.denoiser_config
+        added = config.get("addition_embed_type")
+        if added != "text_time":
+            return f"not conditioned on image sizes (addition_embed_type {added!r}, not 'text_time')"
+        # The refiner's one encoder gives hidden states and pooled embedding; five numbers come with them, the base has six.
+        numbers = config["projection_class_embeddings_input_dim"] - config["cross_attention_dim"]
+        if self.source.index().get("requires_aesthetics_score") or numbers == 5 * config["addition_time_embed_dim"]:
+            return "a refiner, which is conditioned on an aesthetic score and has one text encoder"
+        return None
+
+    @property
     def pipeline_options(self) -> dict[str, Any]:
         return {"add_watermarker": False}
 

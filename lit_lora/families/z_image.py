@@ -90,6 +90,11 @@ class ZImage(ModelFamily):
         return 1024
 
     @property
+    def further_inputs(self) -> str | None:
+        takes_images = self.denoiser_config.get("siglip_feat_dim") is not None
+        return "for generation from images too, Z-Image-Omni, and takes their SigLIP features" if takes_images else None
+
+    @property
     def is_distilled(self) -> bool:
         """Whether the model is distilled to few steps: Z-Image-Turbo is, and its scheduler has another shift."""
         return self.scheduler_config.get("shift") == _TURBO_SHIFT or super().is_distilled

@@ -1,6 +1,7 @@
 """Training objectives: one file for each, and the parts of which they consist."""
 
 from lit_lora.objectives.base import NoisySample, Objective
+from lit_lora.objectives.contrast import Contrast
 from lit_lora.objectives.criteria import (
     Criterion,
     ExponentialPseudoHuber,
@@ -28,6 +29,7 @@ from lit_lora.objectives.weightings import (
 __all__ = [
     "DDPM",
     "P2",
+    "Contrast",
     "CosMap",
     "CosMapWeighting",
     "Criterion",

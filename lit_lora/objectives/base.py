@@ -117,9 +117,18 @@ class Objective(nn.Module, ABC):
             prediction: Prediction of the denoiser for ``sample.noisy``, ``(B, *latent_shape)``.
             sample: Result of :meth:`sample`.
         """
+        return self.mean_errors(self.errors(prediction.float(), sample.target.float(), sample.level), sample)
+
+    def errors(self, prediction: Tensor, target: Tensor, level: NoiseLevel) -> Tensor:
+        """Error of each element, in training by the criterion, float32 ``(B, *latent_shape)``.
+
+        Args:
+            prediction: Prediction of the denoiser, float32 ``(B, *latent_shape)``.
+            target: Its target, float32 ``(B, *latent_shape)``.
+            level: Noise levels of the samples.
+        """
         criterion = self.criterion if self.training else SquaredError()
-        errors = criterion.errors(prediction.float() - sample.target.float(), sample.level)
-        return self.mean_errors(errors, sample)
+        return criterion.errors(prediction - target, level)
 
     def mean_errors(self, errors: Tensor, sample: NoisySample) -> Tensor:
         """Mean of each sample's errors, in training masked, times its weight; float32 ``(B,)``.

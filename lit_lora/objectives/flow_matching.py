@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.objectives.base import NoisySample, Objective, check_timestep_range
+from lit_lora.objectives.contrast import Contrast
 from lit_lora.objectives.criteria import Criterion, SquaredError
 from lit_lora.objectives.densities import LogitNormal, TimestepDensity, Uniform
 from lit_lora.objectives.noise_level import NoiseLevel
@@ -50,6 +51,8 @@ class FlowMatching(Objective):
             learns to start from plain noise and needs them less than denoising diffusion.
         timestep_range: Lowest and highest noise level :math:`\sigma` to train, for an expert or for style or composition alone;
             the shifted levels are scaled to this range. Defaults to all, (0, 1).
+        contrast: Term that drives the predictions for different samples apart, :class:`Contrast`; needs batches of at least two
+            samples. Defaults to none.
 
     Raises:
         UserError: If ``shift`` is not above 0, the weighting has no meaning for flow matching, or ``timestep_range`` is not a
@@ -72,6 +75,7 @@ class FlowMatching(Objective):
         criterion: Criterion = SquaredError(),  # noqa: B008 it is frozen
         noise: Sequence[NoiseKind] = (),
         timestep_range: tuple[float, float] = (0.0, 1.0),
+        contrast: Contrast | None = None,
     ) -> None:
         super().__init__()
         if shift is not None and not shift > 0:
@@ -86,6 +90,7 @@ class FlowMatching(Objective):
         self.criterion = criterion
         self.noise = tuple(noise)
         self.timestep_range = timestep_range
+        self.contrast = contrast
 
     def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
         if config.get("invert_sigmas"):
@@ -110,6 +115,12 @@ class FlowMatching(Objective):
         level = NoiseLevel(sigma, ((1 - sigma) / sigma) ** 2)
         timesteps = sigma * self.num_train_timesteps
         return NoisySample(noisy, timesteps, noise - latents, self._weight(level), latents, level)
+
+    def errors(self, prediction: Tensor, target: Tensor, level: NoiseLevel) -> Tensor:
+        errors = super().errors(prediction, target, level)
+        if self.contrast is None or not self.training:
+            return errors
+        return errors - self.contrast.errors(prediction, target)
 
     def shift_for(self, num_tokens: int) -> float:
         """The shift for images of this many tokens."""

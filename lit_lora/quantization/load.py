@@ -16,8 +16,9 @@ from lit_lora.quantization.base import Quantization
 from lit_lora.quantization.dense import Dense
 from lit_lora.quantization.encoders import put_encoder_tensors
 from lit_lora.quantization.frozen_layer import can_freeze, freezable, put_stored
+from lit_lora.quantization.saved_quantized import saved_method
 from lit_lora.quantization.weight_change import Changes, check_changes
-from lit_lora.quantization.weight_files import WeightFiles, weight_files
+from lit_lora.quantization.weight_files import TRANSFORMERS_STEM, StoredTensors, WeightFiles, weight_files
 
 _LARGE_LAYER = 8 << 20
 """Number of weights from which a layer is sharded by itself: large enough to gather efficiently, small beside a block."""
@@ -79,7 +80,8 @@ class Weights:
         self._read: Callable[[str], Tensor] | None = None
 
         def open_folder(model: nn.Module, names: Sequence[str]) -> Callable[[str], Tensor]:
-            return WeightFiles(model, names, weight_files(source, folder, revision, variant)).tensor
+            method = saved_method(config, f"{source}/{folder}")
+            return WeightFiles(model, names, weight_files(source, folder, revision, variant), method).tensor
 
         self._node.read(lambda: self._open(open_file or open_folder))
         _bring_computed_tensors(self.model, kind, config)
@@ -226,7 +228,7 @@ def load_part(
     def read() -> dict[str, Tensor]:
         nonlocal model
         if load is None:
-            model = kind.from_pretrained(source, subfolder=folder, dtype=dtype, **options)
+            model = _pretrained(kind, source, folder, dtype, **options)
         else:
             model = load(kind, source, folder, dtype, **options)
         # Shared weights under all their names, and non-persistent buffers too.
@@ -277,6 +279,30 @@ def shape_part(kind: Any, source: str, folder: str, dtype: torch.dtype, revision
             if buffer is not None and buffer.is_floating_point() and name not in layer._non_persistent_buffers_set:
                 layer._buffers[name] = buffer.to(dtype)
     return model.requires_grad_(False).eval()
+
+
+def _pretrained(kind: Any, source: str, folder: str, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """A model of diffusers or transformers; weights of text encoders that were saved quantized are restored."""
+    revision = {"revision": options["revision"]} if "revision" in options else {}
+    of_diffusers = hasattr(kind, "load_config")
+    config = (kind.load_config if of_diffusers else kind.config_class.from_pretrained)(
+        source, subfolder=folder, **revision
+    )
+    method = saved_method(config if of_diffusers else config.to_dict(), f"{source}/{folder}")
+    if method is None:
+        whole: nn.Module = kind.from_pretrained(source, subfolder=folder, dtype=dtype, **options)
+        return whole
+    if of_diffusers:
+        raise UserError(
+            f"the weights of {source}/{folder} were quantized by {method} when they were saved, which is read for denoisers and "
+            f"text encoders; set vae to the same VAE in bf16, fp16 or float32"
+        )
+    del config.quantization_config
+    files = weight_files(source, folder, options.get("revision"), options.get("variant"), TRANSFORMERS_STEM)
+    stored = StoredTensors(files, method)
+    restored = {name: stored.tensor(name) for name in stored.names}
+    made: nn.Module = kind.from_pretrained(None, config=config, state_dict=restored, dtype=dtype)
+    return made
 
 
 def _parts(module: nn.Module, blocks: set[nn.Module], inside: bool = False) -> Iterator[nn.Module]:

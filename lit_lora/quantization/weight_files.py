@@ -12,16 +12,22 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lit_lora.errors import UserError
+from lit_lora.quantization.saved_quantized import saved_quantized
 
-_STEM = "diffusion_pytorch_model"
+DIFFUSERS_STEM = "diffusion_pytorch_model"
 """Start of the names of diffusers' weight files."""
+TRANSFORMERS_STEM = "model"
+"""Start of the names of transformers' weight files."""
 
 
-def weight_files(source: str, folder: str, revision: str | None, variant: str | None) -> list[Path]:
+def weight_files(
+    source: str, folder: str, revision: str | None, variant: str | None, stem: str = DIFFUSERS_STEM
+) -> list[Path]:
     """Local paths of a model's weight files; files on the hub are downloaded.
 
     Args:
@@ -29,6 +35,7 @@ def weight_files(source: str, folder: str, revision: str | None, variant: str | 
         folder: Subfolder of the model.
         revision: Branch, tag or commit on the hub.
         variant: Variant of the weight files, such as ``fp16``.
+        stem: Start of the files' names; defaults to that of diffusers' files.
 
     Raises:
         FileNotFoundError: If there are no weight files, or one that an index lists is missing.
@@ -36,7 +43,7 @@ def weight_files(source: str, folder: str, revision: str | None, variant: str | 
     infix = f".{variant}" if variant else ""
     tried = []
     for suffix in ("safetensors", "bin"):
-        whole, parts_list = f"{_STEM}{infix}.{suffix}", f"{_STEM}.{suffix}.index{infix}.json"
+        whole, parts_list = f"{stem}{infix}.{suffix}", f"{stem}.{suffix}.index{infix}.json"
         for candidate in (whole, parts_list):
             tried.append(candidate)
             path = _local_file(source, folder, candidate, revision)
@@ -64,6 +71,76 @@ def _local_file(source: str, folder: str, name: str, revision: str | None) -> Pa
         return None
 
 
+class StoredTensors:
+    """Tensors in weight files, by their names there; weights that were saved quantized are restored one by one.
+
+    Args:
+        files: The files.
+        method: Method by which the weights were quantized when they were saved; None if they were not.
+
+    Raises:
+        OSError: If a file is damaged.
+        UserError: If the files are pickled, and the method is torchao's.
+    """
+
+    def __init__(self, files: Sequence[Path], method: str | None) -> None:
+        pickled = [file for file in files if file.suffix == ".bin"]
+        if pickled and method == "torchao":
+            raise UserError(
+                f"{pickled[0]} holds pickled classes of torchao, which depend on its version; save the model as safetensors, "
+                f"with torchao 0.16 or later, or name it in bf16 or fp16"
+            )
+        self._unpickled = {file: _unpickled(file, "cpu") for file in pickled}
+        metadata: dict[str, str] = {}
+        self._files = {name: file for file in files for name in self._saved_names(file, metadata)}
+        self._quantized = {} if method is None else saved_quantized(self._files, metadata)
+        hidden = {part for weight in self._quantized.values() for part in weight.parts}
+        self.names = [*self._quantized, *(name for name in self._files if name not in hidden)]
+        """Names of the weights."""
+        if self._quantized:
+            rank_zero_info(
+                f"{len(self._quantized)} weights of {files[0].parent} were quantized by {method} when they were saved: each is "
+                f"restored, and then stored as this run's quantization says; their quality stays that of the files"
+            )
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one weight, which may share memory with its file.
+
+        Raises:
+            OSError: If the file is damaged.
+            UserError: If it was quantized in a way that cannot be read.
+        """
+        quantized = self._quantized.get(name)
+        if quantized is None:
+            return self._saved(name)
+        return quantized.restore({part: self._saved(part) for part in quantized.parts})
+
+    def _saved(self, name: str) -> Tensor:
+        file = self._files[name]
+        if file in self._unpickled:
+            return self._unpickled[file][name]
+        # Opened for each tensor: pages of a mapped file stay in memory until the file is closed.
+        try:
+            with safe_open(file, framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged: {error}") from error
+        return tensor
+
+    def _saved_names(self, file: Path, metadata: dict[str, str]) -> list[str]:
+        """Names of the tensors in a file, whose metadata are added to the others'."""
+        if file in self._unpickled:
+            return list(self._unpickled[file])
+        try:
+            with safe_open(file, framework="pt") as opened:
+                own = dict(opened.metadata() or {})
+                listed = [json.loads(one.pop("tensor_names", "[]")) for one in (metadata, own)]
+                metadata |= own | {"tensor_names": json.dumps([*listed[0], *listed[1]])}
+                return list(opened.keys())
+        except SafetensorError as error:
+            raise OSError(f"{file} is damaged: {error}") from error
+
+
 class WeightFiles:
     """Tensors in a model's weight files, by the model's own names.
 
@@ -71,22 +148,24 @@ class WeightFiles:
         model: The model; only its names are used.
         names: Names of all its weights.
         files: Its weight files.
+        method: Method by which the weights were quantized when they were saved; defaults to none.
 
     Raises:
         OSError: If a file is damaged.
-        UserError: If the files do not hold exactly the model's weights.
+        UserError: If the files do not hold exactly the model's weights, or cannot be read.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], files: Sequence[Path]) -> None:
-        self._unpickled = {file: _unpickled(file, "cpu") for file in files if file.suffix == ".bin"}
-        saved = {name: (file, name) for file in files for name in self._saved_names(file)}
-        renamed: dict[str, Any] = {name: name for name in saved}
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], files: Sequence[Path], method: str | None = None
+    ) -> None:
+        self._stored = StoredTensors(files, method)
+        renamed: dict[str, Any] = {name: name for name in self._stored.names}
         # Older files may use other names; diffusers translates them.
         rename: Any = getattr(model, "_fix_state_dict_keys_on_load", None)
         if rename is not None:
             rename(renamed)
         check_weights(files[0], model, names, renamed)
-        self._places = {name: saved[in_file] for name, in_file in renamed.items()}
+        self._saved_names = renamed
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor, which may share memory with its file.
@@ -94,25 +173,7 @@ class WeightFiles:
         Raises:
             OSError: If the file is damaged.
         """
-        file, saved_name = self._places[name]
-        if file in self._unpickled:
-            return self._unpickled[file][saved_name]
-        # Opened for each tensor: pages of a mapped file stay in memory until the file is closed.
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(saved_name)
-        except SafetensorError as error:
-            raise OSError(f"{file} is damaged: {error}") from error
-        return tensor
-
-    def _saved_names(self, file: Path) -> list[str]:
-        if file in self._unpickled:
-            return list(self._unpickled[file])
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return list(opened.keys())
-        except SafetensorError as error:
-            raise OSError(f"{file} is damaged: {error}") from error
+        return self._stored.tensor(self._saved_names[name])
 
 
 def check_weights(file: Path, model: nn.Module, names: Sequence[str], found: Collection[str]) -> None:

@@ -22,6 +22,7 @@ from lit_lora.families import (
     StableDiffusion,
     StableDiffusion3,
     StableDiffusionXL,
+    ZImage,
     check_size,
     family_of,
     prepare,
@@ -120,6 +121,13 @@ MISTAKES: dict[str, tuple[str, str, str | None, Callable[[Path], None], str]] = 
         lambda folder: (pipeline("StableDiffusionInpaintPipeline")(folder), unet_with(9)(folder))[0],
         "takes 9 input channels, not 4",
     ),
+    "FLUX.1 Fill": (
+        "Flux",
+        "flux_folder",
+        None,
+        pipeline("FluxFillPipeline"),
+        "Flux cannot train .* which is a FluxFillPipeline: it takes images as inputs, .*text-to-image model, such as .*FLUX.1-dev",
+    ),
     "another denoiser": (
         "StableDiffusion",
         "sd_folder",
@@ -176,6 +184,78 @@ def test_one_error_and_status_2(
     assert "Traceback" not in error
     with pytest.raises(AssertionError, match=message):  # pytest's own way to search and to show
         raise AssertionError(error.replace("\n", " "))
+
+
+FURTHER_INPUTS = {
+    # kind of base: family, fixture of its folder, file, its changed entries, what the error says
+    "SDXL refiner by its sizes": (
+        StableDiffusionXL,
+        "sdxl_folder",
+        "unet/config.json",
+        # As the published one: 2560 = 5 * 256 + 1280.
+        {"projection_class_embeddings_input_dim": 2560, "cross_attention_dim": 1280, "addition_time_embed_dim": 256},
+        r"the unet of .*it is a refiner, .*use the text-to-image model, such as stabilityai/stable-diffusion-xl-base-1.0",
+    ),
+    "SDXL refiner by its index": (
+        StableDiffusionXL,
+        "sdxl_folder",
+        "model_index.json",
+        {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True},
+        "it is a refiner",
+    ),
+    "a UNet without sizes as SDXL": (
+        StableDiffusionXL,
+        "sdxl_folder",
+        "unet/config.json",
+        {"addition_embed_type": None},
+        "it is not conditioned on image sizes",
+    ),
+    "unCLIP": (
+        StableDiffusion,
+        "sd_folder",
+        "unet/config.json",
+        {"class_embed_type": "projection"},
+        "it is conditioned on classes, noise levels or an image .*such as stable-diffusion-v1-5/stable-diffusion-v1-5",
+    ),
+    "GLIGEN": (StableDiffusion, "sd_folder", "unet/config.json", {"attention_type": "gated"}, "conditioned on boxes"),
+    "sizes in Stable Diffusion": (
+        StableDiffusion,
+        "sd_folder",
+        "unet/config.json",
+        {"addition_embed_type": "text_time"},
+        "conditioned on more than the text",
+    ),
+    "Qwen-Image-Edit by its transformer": (
+        QwenImage,
+        "qwen_image_folder",
+        "transformer/config.json",
+        {"zero_cond_t": True},
+        "it is for editing",
+    ),
+    "Qwen-Image-Layered": (
+        QwenImage,
+        "qwen_image_folder",
+        "transformer/config.json",
+        {"use_additional_t_cond": True},
+        "it is for the layers of an image",
+    ),
+    "Z-Image-Omni": (
+        ZImage,
+        "z_image_folder",
+        "transformer/config.json",
+        {"siglip_feat_dim": 1152},
+        "takes their SigLIP features",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FURTHER_INPUTS)
+def test_bases_that_need_further_inputs(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    family, fixture, file, values, message = FURTHER_INPUTS[kind]
+    shutil.copytree(request.getfixturevalue(fixture), tmp_path / "base")
+    change(tmp_path / "base", file, **values)
+    with pytest.raises(UserError, match=message):
+        prepare(family(str(tmp_path / "base")), family.default_objective())
 
 
 def test_the_pipeline_s_name_may_be_another_of_the_same_parts(sd_folder: Path, tmp_path: Path) -> None:
