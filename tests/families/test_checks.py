@@ -126,7 +126,7 @@ MISTAKES: dict[str, tuple[str, str, str | None, Callable[[Path], None], str]] = 
         "flux_folder",
         None,
         pipeline("FluxFillPipeline"),
-        "Flux cannot train .* which is a FluxFillPipeline: it takes images as inputs, .*text-to-image model, such as .*FLUX.1-dev",
+        "Flux cannot train .* which is a FluxFillPipeline: it takes images as inputs, .*such as .*FLUX.1-dev",
     ),
     "another denoiser": (
         "StableDiffusion",
