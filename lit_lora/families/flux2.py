@@ -25,13 +25,17 @@ from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.families.packing import pack, positions, unpack
+from lit_lora.families.without_parts import without_parts
 from lit_lora.objectives import FlowMatching, Objective
 
 _MOST_TOKENS = 512
 _MISTRAL_LAYERS = (10, 20, 30)
 _QWEN_LAYERS = (9, 18, 27)
 """Hidden states that the denoiser gets; 0 is the embedding."""
-_KLEIN_ENCODERS: dict[str, type[Any]] = {"tokenizer": Qwen2Tokenizer, "text_encoder": Qwen3ForCausalLM}
+_KLEIN_ENCODERS: dict[str, type[Any]] = {
+    "tokenizer": Qwen2Tokenizer,
+    "text_encoder": without_parts(Qwen3ForCausalLM, "lm_head"),
+}
 
 _DOUBLE_BLOCK = {
     "attn.to_out.0": "img_attn.proj",
@@ -91,7 +95,9 @@ class Flux2(ModelFamily):
     vae_class: ClassVar[type[nn.Module]] = AutoencoderKLFlux2
     encoder_classes: ClassVar[dict[str, type[Any]]] = {
         "tokenizer": PixtralProcessor,
-        "text_encoder": Mistral3ForConditionalGeneration,
+        "text_encoder": without_parts(
+            Mistral3ForConditionalGeneration, "model.vision_tower", "model.multi_modal_projector", "lm_head"
+        ),
     }
     single_file_types: ClassVar[frozenset[str]] = frozenset({"flux-2-dev"})
     block_classes: ClassVar[tuple[str, ...]] = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")

@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLModel
+from transformers import Mistral3ForConditionalGeneration, Qwen2_5_VLForConditionalGeneration, Qwen3VLModel
 
-from lit_lora.families import Krea2, ModelFamily, QwenImage
+from lit_lora.families import Flux2, Krea2, ModelFamily, QwenImage
 from tests.families.folders import FOLDERS
 
 ENCODERS: dict[type[ModelFamily], tuple[type[Any], tuple[str, ...]]] = {
     QwenImage: (Qwen2_5_VLForConditionalGeneration, ("lm_head.", "model.visual.")),
     Krea2: (Qwen3VLModel, ("visual.",)),
+    Flux2: (
+        Mistral3ForConditionalGeneration,
+        ("lm_head.", "model.vision_tower.", "model.multi_modal_projector."),
+    ),
 }
 
 
