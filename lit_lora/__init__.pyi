@@ -69,6 +69,7 @@ from lit_lora.objectives.flow_matching import FlowMatching as FlowMatching
 from lit_lora.objectives.noises.base import NoiseKind as NoiseKind
 from lit_lora.objectives.noises.offset import OffsetNoise as OffsetNoise
 from lit_lora.objectives.noises.pyramid import PyramidNoise as PyramidNoise
+from lit_lora.objectives.prior_preservation import PriorPreservation as PriorPreservation
 from lit_lora.objectives.weightings.base import Weighting as Weighting
 from lit_lora.objectives.weightings.cosmap import CosMapWeighting as CosMapWeighting
 from lit_lora.objectives.weightings.debiased import DebiasedEstimation as DebiasedEstimation

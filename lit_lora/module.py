@@ -42,7 +42,7 @@ from lit_lora.memory.checkpointing import enable_gradient_checkpointing
 from lit_lora.memory.encoder_offload import EncoderOffload
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.memory.options import MemoryOptions
-from lit_lora.objectives import Objective, masked
+from lit_lora.objectives import Objective
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.run_checks import check_run, check_sizes
 from lit_lora.sampling import SamplingOptions
@@ -322,7 +322,7 @@ class LoraDiffusion(LightningModule):
         with self.autocast(), kept:
             prediction = self.family.denoise(sample.noisy, sample.timesteps, conditioning)
         counts = batch["weight"] if "weight" in batch else torch.ones_like(sample.weight)
-        return self.objective.loss(prediction, masked(sample, batch)) * counts, counts
+        return self.objective.loss(prediction, self.objective.counted(sample, batch)) * counts, counts
 
     def dispensable_parts(self) -> set[str]:
         """Names of the family's parts that the run does not need, because the datamodule reads their outputs from a cache."""

@@ -66,6 +66,8 @@ SECTIONS = (
     ),
     Section("model.objective.init_args.criterion", "How much an error counts.", choice=lit_lora.Criterion),
     Section("model.objective.init_args.noise[]", "A list of changes of the noise.", choice=lit_lora.NoiseKind),
+    Section("model.objective.init_args.prior", "Class images of DreamBooth.", choice=lit_lora.PriorPreservation),
+    Section("model.objective.init_args.contrast", "Contrast of `FlowMatching`.", choice=lit_lora.Contrast),
     Section("model.quantization", "How the frozen weights are stored.", choice=lit_lora.Quantization),
     Section(
         "model.parameter_groups[]",

@@ -30,6 +30,7 @@ from transformers import T5EncoderModel
 
 from lit_lora.errors import UserError
 from lit_lora.families.deferred import Deferred
+from lit_lora.families.gguf_file import open_gguf
 from lit_lora.quantization.weight_files import check_weights
 
 ENDINGS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth")
@@ -45,7 +46,9 @@ _DIGESTED = 1 << 16
 
 
 class SingleFile:
-    """A safetensors file with the weights of a denoiser, and often of a VAE and text encoders, under their original names.
+    """A file with the weights of a denoiser, and often of a VAE and text encoders, under their original names.
+
+    A safetensors file, or a GGUF file of a denoiser, whose weights are dequantized one by one.
 
     diffusers' functions for ``from_single_file`` convert names and shapes; the weights are read and converted one by one.
 
@@ -60,12 +63,13 @@ class SingleFile:
         self.path = path
         if not path.is_file():
             raise UserError(f"there is no file {path}; name a file, a folder that save_pretrained wrote, or a hub id")
-        if path.suffix != ".safetensors":
+        self._is_gguf = path.suffix == ".gguf"
+        if path.suffix not in (".safetensors", ".gguf"):
             raise UserError(
                 f"{path} is pickled, and reading it could run any program; take the model's .safetensors file, or save it as "
                 f"one with a tool that you trust it to"
             )
-        self._read, shown = _safetensors(path)
+        self._read, shown = open_gguf(path) if self._is_gguf else _safetensors(path)
         self._tensors = {name: Deferred(one, partial(self._read, name)) for name, one in shown.items()}
         self._check()
 
@@ -88,6 +92,8 @@ class SingleFile:
         Args:
             kind: Class of the VAE or text encoder.
         """
+        if self._is_gguf:
+            return False
         if issubclass(kind, ModelMixin):
             return bool(self._of_vae())
         if issubclass(kind, T5EncoderModel):

@@ -15,6 +15,7 @@ from lit_lora.objectives.flow_matching import FlowMatching
 from lit_lora.objectives.masked import masked
 from lit_lora.objectives.noise_level import NoiseLevel
 from lit_lora.objectives.noises import NoiseKind, OffsetNoise, PyramidNoise
+from lit_lora.objectives.prior_preservation import PriorPreservation
 from lit_lora.objectives.weightings import (
     P2,
     CosMapWeighting,
@@ -44,6 +45,7 @@ __all__ = [
     "NoisySample",
     "Objective",
     "OffsetNoise",
+    "PriorPreservation",
     "PseudoHuber",
     "PyramidNoise",
     "SNRPseudoHuber",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.objectives.criteria import Criterion, SquaredError
+from lit_lora.objectives.masked import masked
 from lit_lora.objectives.noise_level import NoiseLevel
 from lit_lora.objectives.noises import NoiseKind
+from lit_lora.objectives.prior_preservation import PriorPreservation
 
 
 class NoisySample(NamedTuple):
@@ -58,6 +60,8 @@ class Objective(nn.Module, ABC):
     """How much an error of the prediction counts in training."""
     noise: Sequence[NoiseKind] = ()
     """Changes of the noise in training, one after the other."""
+    prior: PriorPreservation | None = None
+    """Which samples are class images, and how much they count in training."""
     schedulers: ClassVar[tuple[str, ...]]
     """Class names of the diffusers schedulers whose models the objective can train."""
 
@@ -129,6 +133,21 @@ class Objective(nn.Module, ABC):
         """
         criterion = self.criterion if self.training else SquaredError()
         return criterion.errors(prediction - target, level)
+
+    def counted(self, sample: NoisySample, batch: Mapping[str, Any]) -> NoisySample:
+        """The noisy samples with what the batch says about how they count in training: their masks, and which are class images.
+
+        Args:
+            sample: Result of :meth:`sample` for the batch.
+            batch: Batch: see :data:`lit_lora.families.Batch`.
+
+        Raises:
+            UserError: If :attr:`prior` cannot tell class images.
+        """
+        sample = masked(sample, batch)
+        if self.prior is None or not self.training:
+            return sample
+        return sample._replace(weight=sample.weight * self.prior.weights(batch, sample.weight.device))
 
     def mean_errors(self, errors: Tensor, sample: NoisySample) -> Tensor:
         """Mean of each sample's errors, in training masked, times its weight; float32 ``(B,)``.

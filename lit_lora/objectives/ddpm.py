@@ -19,6 +19,7 @@ from lit_lora.objectives.base import NoisySample, Objective, check_timestep_rang
 from lit_lora.objectives.criteria import Criterion, SquaredError
 from lit_lora.objectives.noise_level import NoiseLevel
 from lit_lora.objectives.noises import NoiseKind
+from lit_lora.objectives.prior_preservation import PriorPreservation
 from lit_lora.objectives.weightings import SNRWeighting, Weighting
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -48,6 +49,7 @@ class DDPM(Objective):
         zero_terminal_snr: Change the noise schedule so that it ends in pure noise (Lin et al., 2023, arXiv 2305.08891), for very
             dark and very bright images. Training, and sampling here, then use diffusers' ``rescale_betas_zero_snr`` and
             trailing timesteps; ``sampling.guidance_rescale`` 0.7 belongs to it. Epsilon cannot be learned so. Off by default.
+        prior: Which samples are class images, and the weight of their loss, :class:`PriorPreservation`; defaults to none.
 
     Raises:
         UserError: If ``input_perturbation`` is below 0, the weighting has no meaning for the prediction, ``timestep_range`` is
@@ -81,6 +83,7 @@ class DDPM(Objective):
         input_perturbation: float = 0.0,
         timestep_range: tuple[float, float] = (0.0, 1.0),
         zero_terminal_snr: bool = False,
+        prior: PriorPreservation | None = None,
     ) -> None:
         super().__init__()
         check_least(0, input_perturbation=input_perturbation)
@@ -96,6 +99,7 @@ class DDPM(Objective):
         self.input_perturbation = input_perturbation
         self.timestep_range = timestep_range
         self.zero_terminal_snr = zero_terminal_snr
+        self.prior = prior
 
     def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
         if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas"):

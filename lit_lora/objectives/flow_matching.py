@@ -17,6 +17,7 @@ from lit_lora.objectives.criteria import Criterion, SquaredError
 from lit_lora.objectives.densities import LogitNormal, TimestepDensity, Uniform
 from lit_lora.objectives.noise_level import NoiseLevel
 from lit_lora.objectives.noises import NoiseKind
+from lit_lora.objectives.prior_preservation import PriorPreservation
 from lit_lora.objectives.weightings import Weighting
 
 PREDICTION = "flow_prediction"
@@ -53,6 +54,7 @@ class FlowMatching(Objective):
             the shifted levels are scaled to this range. Defaults to all, (0, 1).
         contrast: Term that drives the predictions for different samples apart, :class:`Contrast`; needs batches of at least two
             samples. Defaults to none.
+        prior: Which samples are class images, and the weight of their loss, :class:`PriorPreservation`; defaults to none.
 
     Raises:
         UserError: If ``shift`` is not above 0, the weighting has no meaning for flow matching, or ``timestep_range`` is not a
@@ -76,6 +78,7 @@ class FlowMatching(Objective):
         noise: Sequence[NoiseKind] = (),
         timestep_range: tuple[float, float] = (0.0, 1.0),
         contrast: Contrast | None = None,
+        prior: PriorPreservation | None = None,
     ) -> None:
         super().__init__()
         if shift is not None and not shift > 0:
@@ -91,6 +94,7 @@ class FlowMatching(Objective):
         self.noise = tuple(noise)
         self.timestep_range = timestep_range
         self.contrast = contrast
+        self.prior = prior
 
     def set_schedule(self, config: dict[str, Any]) -> dict[str, Any]:
         if config.get("invert_sigmas"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_lora.loss_mask import mask_of_latents
-from lit_lora.objectives.base import NoisySample
+
+if TYPE_CHECKING:
+    from lit_lora.objectives.base import NoisySample
 
 
 def masked(sample: NoisySample, batch: Mapping[str, Any]) -> NoisySample:

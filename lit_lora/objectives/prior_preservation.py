@@ -1,0 +1,74 @@
+"""Prior preservation: images of the class beside those of the subject."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lit_lora.errors import UserError, check_above
+
+_LOOKED_AT = 1000
+"""Number of samples after which both kinds of images should have been seen."""
+
+
+class PriorPreservation:
+    r"""The prior preservation loss of DreamBooth (Ruiz et al., 2023, arXiv 2208.12242, equation 2).
+
+    The loss is that of the subject's images plus :math:`\lambda` times that of images of its class, such as those that the base
+    draws for "a photo of a dog", so that the class is not forgotten. Each class image's loss is multiplied by :math:`\lambda`
+    before the mean over the batch, which is the equation, up to a constant factor, if as many images of the class as of the
+    subject are drawn. A warning tells if the first thousand samples are all of one kind.
+
+    Args:
+        class_keys: Glob pattern of the keys of class images. A packed folder's keys begin with the subfolder: ``class/*``.
+        weight: Weight :math:`\lambda` of their loss, above 0; defaults to 1.
+
+    Raises:
+        UserError: If ``class_keys`` is empty, or ``weight`` is not above 0.
+    """
+
+    def __init__(self, class_keys: str, weight: float = 1.0) -> None:
+        check_above(0, weight=weight)
+        if not class_keys:
+            raise UserError("class_keys is empty; give a glob pattern of the keys of class images, such as class/*")
+        self.class_keys = class_keys
+        self.weight = weight
+        self._seen = {True: 0, False: 0}
+        """Number of class images and of others so far, until the warning was due."""
+
+    def weights(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+        """Weight of each sample: :attr:`weight` for class images, 1 for others; float32 ``(B,)``.
+
+        Args:
+            batch: Batch with ``key``, the names of its samples.
+            device: Device of the result.
+
+        Raises:
+            UserError: If the batch has no keys.
+        """
+        if "key" not in batch:
+            raise UserError(
+                "prior preservation tells class images by their keys, and the batch has no 'key'; add a list of the samples' "
+                "names"
+            )
+        of_class = [fnmatchcase(key, self.class_keys) for key in batch["key"]]
+        self._count(of_class, batch["key"])
+        return torch.tensor([self.weight if one else 1.0 for one in of_class], device=device)
+
+    def _count(self, of_class: list[bool], keys: list[str]) -> None:
+        before = sum(self._seen.values())
+        if before >= _LOOKED_AT:
+            return
+        for one in of_class:
+            self._seen[one] += 1
+        if sum(self._seen.values()) >= _LOOKED_AT and not all(self._seen.values()):
+            which = "all" if self._seen[True] else "none"
+            rank_zero_warn(
+                f"prior preservation has taken {which} of the first {sum(self._seen.values()):,} samples for class images: keys "
+                f"such as {keys[0]!r} against class_keys={self.class_keys!r}; set class_keys to a pattern of their keys alone"
+            )
