@@ -252,7 +252,7 @@ def _readable(formula: str) -> str:
 
 def _letter(name: str) -> str:
     """A Greek letter; the build fails for a command that is none."""
-    return lookup(f"GREEK SMALL LETTER {name}")
+    return lookup(f"GREEK SMALL LETTER {'lamda' if name == 'lambda' else name}")  # Unicode's spelling
 
 
 if __name__ == "__main__":

@@ -163,6 +163,7 @@ class Epochs(Callback):
             self.validated.append(len(self.batches))
 
 
+@pytest.mark.filterwarnings("ignore:this run is not what the checkpoint was made with")
 @pytest.mark.parametrize(("size", "rest", "whole"), [(1, 16, 20), (4, 4, 5), (5, 4, 4)])
 def test_epochs_are_whole_after_the_batch_size_changed(fit, tmp_path, size, rest, whole):
     options = {"chunks": Chunks(leftovers="pad"), "val_samples": 4}
