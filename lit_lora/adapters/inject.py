@@ -56,7 +56,8 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         config.target_modules = _layers_not_lists(default_targets, model)
     if getattr(config, "feedforward_modules", ()) is None:  # IA3: PEFT only knows those of language models
         config.feedforward_modules = set()
-    check_bounds(config, model)
+    check_bounds(config, model)  # before any regular expression is matched, since it may never end
+    _check_excluded(config, model)
     _warn_of_small_alpha(config)
     model.requires_grad_(False)
     try:
@@ -129,9 +130,7 @@ def _check_names(config: PeftConfig, model: nn.Module) -> None:
     paths = [path for path, _ in model.named_modules()]
     for option in ("target_modules", "modules_to_save", "exclude_modules"):
         names = getattr(config, option, None)
-        if isinstance(names, str):  # a regular expression: PEFT reports that no target matches
-            if option == "exclude_modules" and not any(re.fullmatch(names, path) for path in paths):
-                raise UserError(f"{option}: {names!r} matches no layer of {type(model).__name__}; correct or remove it")
+        if isinstance(names, str):  # a regular expression: see _check_excluded; PEFT reports that no target matches
             continue
         for name in sorted({*(names or ())}):
             if not any(path == name or path.endswith(f".{name}") for path in paths):
@@ -142,6 +141,13 @@ def _check_names(config: PeftConfig, model: nn.Module) -> None:
                     f"{option}: {name!r} matches no layer of {type(model).__name__}; {advice}. Names that occur in this model "
                     f"are {', '.join(_layer_names(model))}"
                 )
+
+
+def _check_excluded(config: PeftConfig, model: nn.Module) -> None:
+    """Refuse a regular expression of ``exclude_modules`` that matches nothing; call it after :func:`check_bounds`."""
+    names = getattr(config, "exclude_modules", None)
+    if isinstance(names, str) and not any(re.fullmatch(names, path) for path, _ in model.named_modules()):
+        raise UserError(f"exclude_modules: {names!r} matches no layer of {type(model).__name__}; correct or remove it")
 
 
 def _check_pattern_matches(config: PeftConfig, model: PeftModel) -> None:
