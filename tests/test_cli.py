@@ -284,7 +284,8 @@ def test_the_command_line_wins_over_the_checkpoint(config: Callable[..., Path], 
     checkpoint = torch.load(last, weights_only=True)
     torch.save(checkpoint | {"hyper_parameters": {"seed": 3}}, last)
     resume = ["fit", "--config", str(path), "--ckpt_path", last, "--trainer.max_steps", "6", "--model.seed", "7"]
-    assert main(resume) == 0
+    with pytest.warns(UserWarning, match="model.seed 0 in the checkpoint, 7 here"):
+        assert main(resume) == 0
     saved = yaml.safe_load((tmp_path / "run" / "lightning_logs" / "version_1" / "config.yaml").read_text())
     assert saved["model"]["seed"] == 7
     assert torch.load(last, weights_only=True)["global_step"] == 6

@@ -49,7 +49,7 @@ def test_values_from_a_file_are_not_replaced(
     save_adapter(family, tmp_path)
     module = diffusion(sd_folder, FromFile(path=str(tmp_path)), quantization=Int8())
     with pytest.raises(
-        UserError, match=r"those of model.adapter come from a file .* would be lost; remove " + kind.__name__
+        UserError, match=r"would replace those of .*, with which FromFile goes on; remove " + kind.__name__
     ):
         fit(module, trainer_options, kind())
 

@@ -376,7 +376,9 @@ def test_going_on_with_an_adapter_for_a_quantized_base(
         module.trainer = Trainer(**trainer_options)
         assert {key: value for key, value in training_facts(module).items() if key in told} == entry
     for callback in (LoftqInitialization(), EvaInitialization(), LoraGaInitialization()):
-        with pytest.raises(UserError, match=r"Initialization would replace the trained values of .*first"):
+        with pytest.raises(
+            UserError, match=r"Initialization sets the first values of an adapter, and would replace those of .*first"
+        ):
             callback._check_run(Trainer(**trainer_options), same)
 
 
