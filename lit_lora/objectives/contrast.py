@@ -11,7 +11,7 @@ from lit_lora.errors import UserError
 
 @dataclass(frozen=True)
 class Contrast:
-    r"""Contrastive flow matching (:math:`\Delta\mathrm{FM}`, Stoica et al., 2025, arXiv 2506.05350, equation 4).
+    r"""Contrastive flow matching (ΔFM, Stoica et al., 2025, arXiv 2506.05350, equation 4).
 
     From the error of a prediction :math:`v` for the target :math:`u` it subtracts
     :math:`\lambda \lVert v - \tilde u \rVert^2`, where :math:`\tilde u` is the target of another sample of the batch: predictions
