@@ -13,9 +13,8 @@ from lit_lora.errors import UserError
 class Contrast:
     r"""Contrastive flow matching (ΔFM, Stoica et al., 2025, arXiv 2506.05350, equation 4).
 
-    From the error of a prediction :math:`v` for the target :math:`u` it subtracts
-    :math:`\lambda \lVert v - \tilde u \rVert^2`, where :math:`\tilde u` is the target of another sample of the batch: predictions
-    for different captions are driven apart.
+    From the error of a prediction ``v`` it subtracts ``weight * |v - w|^2``, the squared distance from the target ``w`` of
+    another sample of the batch: predictions for different captions are driven apart.
 
     Args:
         weight: Factor :math:`\lambda`, above 0 and below 1, from where on the loss has no minimum; defaults to 0.05, as in the
