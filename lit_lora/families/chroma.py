@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import T5EncoderModel, T5TokenizerFast
 
 from lit_lora.errors import UserError
-from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer, single_layers
-from lit_lora.families.packing import pack, positions, unpack
+from lit_lora.families.packed import PackedFamily
+from lit_lora.families.packing import positions
 from lit_lora.families.parts import base_model
 from lit_lora.objectives import FlowMatching, Objective
 
@@ -42,7 +42,7 @@ _ENDS = {
 """Names in diffusers and in Chroma's code (github.com/lodestone-rock/flow)."""
 
 
-class Chroma(ModelFamily):
+class Chroma(PackedFamily):
     """Chroma (Lodestone Rock, 2025), made of FLUX.1-schnell without its distillation.
 
     T5 is the only text encoder, and guidance is classifier-free. Of a caption's padding the first token alone takes part in
@@ -95,18 +95,6 @@ class Chroma(ModelFamily):
         self.max_sequence_length = max_sequence_length
 
     @property
-    def size_multiple(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    @property
-    def default_size(self) -> int:
-        return 128 * self.vae_scale_factor
-
-    @property
-    def in_channels(self) -> int:
-        return 4 * super().in_channels
-
-    @property
     def is_distilled(self) -> bool:
         """Whether the model is distilled to few steps: Chroma1-Flash is."""
         return bool(re.search("flash", Path(self.source.path).name, re.IGNORECASE)) or super().is_distilled
@@ -114,9 +102,6 @@ class Chroma(ModelFamily):
     @property
     def text_settings(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}
-
-    def num_tokens(self, latent_shape: Any) -> int:
-        return int(latent_shape[-2] // 2 * (latent_shape[-1] // 2))
 
     @classmethod
     def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
@@ -164,8 +149,7 @@ class Chroma(ModelFamily):
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         with self._mask_in_checkpointed_blocks(conditioning["attention_mask"]):
-            prediction = super().denoise(pack(noisy), timesteps / 1000, conditioning)
-        return unpack(prediction, *noisy.shape[-2:])
+            return super().denoise(noisy, timesteps, conditioning)
 
     def prompt_inputs(self, prompts: list[str], guidance_scale: float) -> dict[str, Any]:
         """Embeddings with boolean masks, which the pipeline does not make of prompts itself."""

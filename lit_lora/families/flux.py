@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from lit_lora.errors import UserError, check_least
-from lit_lora.families.base import EncodingSteps, ModelFamily, encoded
+from lit_lora.families.base import EncodingSteps, encoded
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer, single_layers
-from lit_lora.families.packing import pack, positions, unpack
+from lit_lora.families.packed import PackedFamily
+from lit_lora.families.packing import positions
 from lit_lora.objectives import FlowMatching, Objective
 
 _MOST_TOKENS = 512
@@ -44,7 +45,7 @@ _ENDS = {
 """Names in diffusers and in Black Forest Labs' code."""
 
 
-class Flux(ModelFamily):
+class Flux(PackedFamily):
     """FLUX.1 dev and schnell (Black Forest Labs, 2024).
 
     Each 2 x 2 patch of the latents is one token of the denoiser. FLUX.1-dev is distilled from classifier-free guidance and takes
@@ -111,18 +112,6 @@ class Flux(ModelFamily):
         self.train_guidance_scale = train_guidance_scale
         self.max_sequence_length = max_sequence_length
 
-    @property
-    def size_multiple(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    @property
-    def default_size(self) -> int:
-        return 128 * self.vae_scale_factor
-
-    @property
-    def in_channels(self) -> int:
-        return 4 * super().in_channels
-
     def read_configs(self) -> None:
         super().read_configs()
         if not self.denoiser_config.get("guidance_embeds", True) and self.train_guidance_scale != 1:
@@ -139,9 +128,6 @@ class Flux(ModelFamily):
     @property
     def text_settings(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}
-
-    def num_tokens(self, latent_shape: Any) -> int:
-        return int(latent_shape[-2] // 2 * (latent_shape[-1] // 2))
 
     @classmethod
     def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
@@ -192,10 +178,6 @@ class Flux(ModelFamily):
             "img_ids": positions(latents.shape[-2] // 2, latents.shape[-1] // 2, latents.device),
             "guidance": guidance,
         }
-
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        prediction = super().denoise(pack(noisy), timesteps / 1000, conditioning)
-        return unpack(prediction, *noisy.shape[-2:])
 
     def sampling_passes(self, guidance_scale: float) -> int:
         """One pass: the guidance scale is an input of the denoiser."""

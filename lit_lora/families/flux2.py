@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration, PixtralProcessor, Qwen2Tokenizer, Qwen3ForCausalLM
 
 from lit_lora.errors import UserError, check_least
-from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer, single_layers
-from lit_lora.families.packing import pack, positions, unpack
+from lit_lora.families.packed import PackedFamily
+from lit_lora.families.packing import positions
 from lit_lora.families.without_parts import without_parts
 from lit_lora.objectives import FlowMatching, Objective
 
@@ -63,7 +63,7 @@ _MODELS = {(8, 48): "dev", (8, 24): "klein-9b", (5, 20): "klein-4b"}
 """Names of the published models by their numbers of double and single blocks."""
 
 
-class Flux2(ModelFamily):
+class Flux2(PackedFamily):
     """FLUX.2 dev and klein (Black Forest Labs, 2025 and 2026).
 
     Each 2 x 2 patch of the latents is one token of the denoiser. The statistics of a batch norm, which the VAE has for the
@@ -137,18 +137,6 @@ class Flux2(ModelFamily):
         return _KLEIN_ENCODERS if self._is_klein else self.encoder_classes
 
     @property
-    def size_multiple(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    @property
-    def default_size(self) -> int:
-        return 128 * self.vae_scale_factor
-
-    @property
-    def in_channels(self) -> int:
-        return 4 * super().in_channels
-
-    @property
     def is_distilled(self) -> bool:
         """Whether the model is distilled to few steps: klein is, as the pipeline's config says, but its base models are not."""
         named = re.search(r"klein-\d+b", Path(self.source.path).name, re.IGNORECASE)
@@ -157,9 +145,6 @@ class Flux2(ModelFamily):
     @property
     def text_settings(self) -> dict[str, Any]:
         return {"max_sequence_length": self.max_sequence_length}
-
-    def num_tokens(self, latent_shape: Any) -> int:
-        return int(latent_shape[-2] // 2 * (latent_shape[-1] // 2))
 
     @classmethod
     def native_layers(cls, config: Mapping[str, Any]) -> Iterator[NativeLayer]:
@@ -223,10 +208,6 @@ class Flux2(ModelFamily):
             "img_ids": F.pad(places, (0, 1)),
             "guidance": guidance,
         }
-
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        prediction = super().denoise(pack(noisy), timesteps / 1000, conditioning)
-        return unpack(prediction, *noisy.shape[-2:])
 
     def sampling_passes(self, guidance_scale: float) -> int:
         """One pass for dev, which takes the guidance scale as an input, and for distilled models."""

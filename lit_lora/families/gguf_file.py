@@ -46,8 +46,9 @@ def open_gguf(path: Path) -> tuple[Callable[[str], Tensor], dict[str, Tensor]]:
                 f"{path} stores {name} as {tensor.tensor_type.name}, which the package gguf does not dequantize; take a file of "
                 f"another type, such as Q8_0"
             ) from error
-        # A copy: small types are views of the mapped file.
-        return torch.from_numpy(values.copy()).reshape(shapes[name]).float()
+        # What is stored as float32 is a view of the mapped file.
+        own = values if values.flags.writeable else values.copy()
+        return torch.from_numpy(own).reshape(shapes[name]).float()
 
     return read, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 

@@ -32,7 +32,7 @@ def folders_identity(folders: Mapping[str, tuple[Path, str | None]], without_wei
         for file in _files(folder, variant):
             weights |= WEIGHT_FILE.fullmatch(file.name) is not None
             digest.update(f"{name}/{file.name}\0".encode())
-            digest.update(_digest(file))
+            digest.update(file_digest(file))
     return f"blake2b:{digest.hexdigest()}" if weights or without_weights else None
 
 
@@ -47,7 +47,8 @@ def _files(folder: Path, variant: str | None) -> list[Path]:
     return sorted([*settings, *(file for file, form in weights if form == wanted)])
 
 
-def _digest(path: Path) -> bytes:
+def file_digest(path: Path) -> bytes:
+    """Digest of a file's contents, of one above 16 MiB of its size and 256 blocks; see :func:`folders_identity`."""
     digest = hashlib.blake2b(digest_size=16)
     size = path.stat().st_size
     digest.update(str(size).encode())

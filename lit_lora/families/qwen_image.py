@@ -82,10 +82,6 @@ class QwenImage(QwenVAEFamily):
         self.max_sequence_length = max_sequence_length
 
     @property
-    def default_size(self) -> int:
-        return 128 * self.vae_scale_factor
-
-    @property
     def further_inputs(self) -> str | None:
         config = self.denoiser_config
         if config.get("use_additional_t_cond") or config.get("use_layer3d_rope"):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor, nn
 
-from lit_lora.families.base import ModelFamily
-from lit_lora.families.batch import Conditioning
-from lit_lora.families.packing import pack, unpack
+from lit_lora.families.packed import PackedFamily
 
 BEFORE_PROMPT = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships "
@@ -21,7 +18,7 @@ DROPPED_TOKENS = 34
 """Number of tokens of ``BEFORE_PROMPT``, whose embeddings denoisers do not get."""
 
 
-class QwenVAEFamily(ModelFamily):
+class QwenVAEFamily(PackedFamily):
     """A family whose latents come from Qwen-Image's VAE, and whose denoiser takes 2 x 2 patches of them as tokens.
 
     The VAE encodes videos, ``(B, C, frames, h, w)``. Here every video has one frame, which latents are without: ``(B, C, h, w)``.
@@ -34,10 +31,6 @@ class QwenVAEFamily(ModelFamily):
         return int(2 ** len(self.vae_config["temperal_downsample"]))
 
     @property
-    def size_multiple(self) -> int:
-        return 2 * self.vae_scale_factor
-
-    @property
     def in_channels(self) -> int:
         return 4 * int(self.vae_config["z_dim"])
 
@@ -45,16 +38,9 @@ class QwenVAEFamily(ModelFamily):
         scale = self.vae_scale_factor
         return (int(self.vae_config["z_dim"]), height // scale, width // scale)
 
-    def num_tokens(self, latent_shape: Sequence[int]) -> int:
-        return latent_shape[-2] // 2 * (latent_shape[-1] // 2)
-
     def posterior(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = super().posterior(pixel_values.unsqueeze(2))
         return mean.squeeze(2), std.squeeze(2)
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents.unsqueeze(2)).squeeze(2)
-
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        prediction = super().denoise(pack(noisy), timesteps / 1000, conditioning)
-        return unpack(prediction, *noisy.shape[-2:])

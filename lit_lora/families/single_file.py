@@ -31,6 +31,7 @@ from transformers import T5EncoderModel
 from lit_lora.errors import UserError
 from lit_lora.families.deferred import Deferred
 from lit_lora.families.gguf_file import open_gguf
+from lit_lora.families.identity import file_digest
 from lit_lora.quantization.weight_files import check_weights
 
 ENDINGS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth")
@@ -157,10 +158,11 @@ class SingleFile:
             part: ``vae``, ``text`` or ``denoiser``, which are all others.
         """
         of_text = [name for name in self._tensors if name.startswith(_TEXT)]
-        names = {"vae": self._of_vae(), "text": of_text}.get(part)
-        if names is None:
-            others = {*self._of_vae(), *of_text}
-            names = [name for name in self._tensors if name not in others]
+        others = {*self._of_vae(), *of_text}
+        denoiser = [name for name in self._tensors if name not in others]
+        names = {"vae": self._of_vae(), "text": of_text, "denoiser": denoiser}[part]
+        if self._is_gguf and names:  # all of one part, whose weights would have to be dequantized
+            return f"blake2b:{file_digest(self.path).hex()}"
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(names):
             tensor = self._read(name)

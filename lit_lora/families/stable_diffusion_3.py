@@ -14,6 +14,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 from lit_lora.errors import check_least
 from lit_lora.families.base import EncodingSteps, ModelFamily, encoded
 from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.clip import clip_outputs
 from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.objectives import FlowMatching, Objective
 
@@ -156,7 +157,7 @@ class StableDiffusion3(ModelFamily):
         outputs = []
         for suffix in ("", "_2"):
             yield f"text_encoder{suffix}"
-            outputs.append(self._clip_outputs(suffix, captions))
+            outputs.append(clip_outputs(self, suffix, captions))
         if "text_encoder_3" in self.encoders:
             yield "text_encoder_3"
         hidden, pooled = zip(*outputs, strict=True)
@@ -178,12 +179,6 @@ class StableDiffusion3(ModelFamily):
             inputs |= {"negative_prompt_embeds": empty["encoder_hidden_states"]}
             inputs |= {"negative_pooled_prompt_embeds": empty["pooled"]}
         return inputs
-
-    def _clip_outputs(self, suffix: str, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Hidden states of the last layer but one of a CLIP encoder, and its pooled output."""
-        ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
-        output = self.encoders[f"text_encoder{suffix}"](ids, output_hidden_states=True)
-        return output.hidden_states[-2], output[0]
 
     def _t5_embeddings(self, captions: list[str]) -> Tensor:
         """T5's hidden states, ``(B, max_sequence_length, joint_attention_dim)``; as in the pipeline, padding is not masked."""

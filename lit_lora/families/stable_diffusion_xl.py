@@ -12,6 +12,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from lit_lora.families.base import EncodingSteps, ModelFamily, encoded
 from lit_lora.families.batch import Batch, Conditioning, target_size
+from lit_lora.families.clip import clip_outputs
 from lit_lora.families.native_layers import UNET_NAMING, NativeLayer, unet_layers
 from lit_lora.families.stable_diffusion import UNET_ALWAYS_DENSE
 
@@ -100,15 +101,9 @@ class StableDiffusionXL(ModelFamily):
         hidden_states = []
         for suffix in ("", "_2"):
             yield f"text_encoder{suffix}"
-            hidden, pooled = self._clip(suffix, captions)
+            hidden, pooled = clip_outputs(self, suffix, captions)
             hidden_states.append(hidden)
         return {"encoder_hidden_states": torch.cat(hidden_states, dim=-1), "pooled": pooled}
-
-    def _clip(self, suffix: str, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Hidden states of the last layer but one of a CLIP encoder, and its first output."""
-        ids = self.tokenize(self.encoders[f"tokenizer{suffix}"], captions)
-        output = self.encoders[f"text_encoder{suffix}"](ids, output_hidden_states=True)
-        return output.hidden_states[-2], output[0]
 
     def unread_layers(self, name: str, part: Any) -> list[nn.Module]:
         """The last layer of the first encoder, whose output only the second encoder's pooled output would need."""
