@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from lit_lora.adapters.ranked_layer import KeptSlices
+from lit_lora.adapters.ranked_layer import ProjectedParameter
 from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.errors import UserError
 from lit_lora.log_mean import log_mean
@@ -102,8 +102,10 @@ class AdapterEMA(Callback):
             loss, count = cast(Any, pl_module).validation_loss(batch, batch_idx)
         log_mean(pl_module, "val/loss_ema", loss, count)
 
-    def on_ranks_pruned(self, trainer: Trainer, pl_module: LightningModule, changes: Sequence[KeptSlices]) -> None:
-        """Remove from the average what was removed from the weights; :class:`RankBudget` calls this."""
+    def on_ranks_pruned(
+        self, trainer: Trainer, pl_module: LightningModule, changes: Sequence[ProjectedParameter]
+    ) -> None:
+        """Project the average as the weights were projected; :class:`RankBudget` calls this."""
         if self._average is None:
             return
         shadows = dict(zip(self._names, self._average.shadow_params, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -23,7 +24,7 @@ from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
 from lit_lora.blocks import compile_for_any_rank
 from lit_lora.byte_sizes import parse_bytes
 from lit_lora.callbacks.changed_ranks import ChangedRanks
-from lit_lora.distributed.collectives import full_tensor
+from lit_lora.distributed.collectives import broadcast, sum_of_shards
 from lit_lora.distributed.resized import resizing
 from lit_lora.errors import UserError, check_least
 from lit_lora.formats.peft import safetensors_bytes
@@ -40,11 +41,14 @@ _METADATA_BYTES = 4096
 class RankBudget(ChangedRanks):
     """Starts LoRA with a larger rank and prunes it to a budget while it trains, so that each layer keeps the ranks it needs.
 
-    LoRA adds ``scaling * sum_i B[:, i] A[i]`` to a frozen weight. Before each optimizer step, each rank-one component is scored
-    by how much the loss depends on it: to first order by ``|<A[i], dL/dA[i]>|`` (Taylor pruning, Molchanov et al., 2019),
-    averaged over the steps. At each pruning, components of all layers compete by their score for each parameter that they cost.
-    The worst are removed from the weights, the gradients and the optimizer's state, whose memory becomes free. The budget falls
-    cubically, as in AdaLoRA (Zhang et al., 2023): quickly at first, slowly at the end.
+    LoRA adds ``scaling * B A`` to a frozen weight. What it has learned is spread over all ``r`` components ``B[:, i] A[i]``, so
+    that none can go without a loss. Therefore, the components are first turned so that the columns of ``B`` are orthogonal,
+    which does not change ``B A``: a few of these hold most of what was learned, and in some layers fewer than in others. At each
+    optimizer step, each is scored by how much the loss depends on it. To second order, the loss rises by about half the mean of
+    ``<B[:, i], dL/dB[:, i]>^2`` without it (Fisher pruning, Theis et al., 2018; Molchanov et al., 2019). At each pruning,
+    components of all layers compete by their score since the last one for each parameter that they cost. The worst are removed
+    from the weights, the gradients and the optimizer's state, whose memory becomes free. The budget falls cubically, as in
+    AdaLoRA (Zhang et al., 2023): quickly at first, slowly at the end.
 
     The result is an ordinary LoRA with a rank for each layer (``rank_pattern``, ``alpha_pattern``), which PEFT and diffusers
     load. It works with LoRA, rsLoRA and DoRA in any LightningModule, with :class:`AdapterCheckpoint`, :class:`AdapterEMA`, and
@@ -64,7 +68,6 @@ class RankBudget(ChangedRanks):
             train with the final ranks.
         prunings: Number of prunings between them; defaults to 10.
         min_rank: Rank that each layer keeps; defaults to 1.
-        smoothing: Weight of the earlier steps in the average of the scores, in [0, 1); defaults to 0.9.
 
     Raises:
         UserError: If not exactly one budget is given, or a value is outside its range; when training starts, if the adapter is
@@ -82,7 +85,6 @@ class RankBudget(ChangedRanks):
         stop: float = 0.6,
         prunings: int = 10,
         min_rank: int = 1,
-        smoothing: float = 0.9,
     ) -> None:
         super().__init__()
         given = {"mean_rank": mean_rank, "parameters": parameters, "share": share, "file_size": file_size}
@@ -97,8 +99,6 @@ class RankBudget(ChangedRanks):
             raise UserError(
                 f"start={start} and stop={stop} must be shares of the optimizer steps with 0 <= start < stop <= 1"
             )
-        if not 0 <= smoothing < 1:
-            raise UserError(f"smoothing={smoothing} must lie in [0, 1)")
         self.mean_rank = mean_rank
         self.parameters = parameters
         self.share = share
@@ -107,9 +107,13 @@ class RankBudget(ChangedRanks):
         self.stop = stop
         self.prunings = prunings
         self.min_rank = min_rank
-        self.smoothing = smoothing
         self._first_ranks: dict[str, int] = {}
-        self._scores: dict[str, Tensor] = {}
+        self._axes: dict[str, Tensor] = {}
+        """Axes of the components that are scored, by the layer's path; empty until scoring begins, and after each pruning."""
+        self._scores: Tensor | None = None
+        """Sum over the steps since the axes were found, of all layers one after the other."""
+        self._above = False
+        """Whether there is more than the budget at the end."""
         self._schedule: dict[int, float] = {}
         self._total_steps = 0
         self._step = 0
@@ -119,7 +123,7 @@ class RankBudget(ChangedRanks):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        self._first_ranks, self._scores, self._total_steps = {}, {}, 0
+        self._first_ranks, self._axes, self._scores, self._total_steps = {}, {}, None, 0
         self._remove_hooks()
         if getattr(pl_module, "compile_blocks", False):
             compile_for_any_rank()
@@ -134,7 +138,7 @@ class RankBudget(ChangedRanks):
         self.find_layers(pl_module)
         # The module's own hooks, which step the optimizer and free gradients, are made after this, and called after these.
         self._hooks = [
-            layer.a.register_post_accumulate_grad_hook(partial(self._take_early, layer)) for layer in self.layers
+            layer.b.register_post_accumulate_grad_hook(partial(self._take_early, layer)) for layer in self.layers
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -161,24 +165,31 @@ class RankBudget(ChangedRanks):
                 f"{trainer.global_step} with {self._used():,.0f} {self._unit}, more than its budget of {final:,.0f}, so nothing "
                 f"would be pruned; raise stop, or start without ckpt_path"
             )
-        self._scores = {
-            layer.path: _like(self._scores[layer.path], layer) for layer in self.layers if layer.path in self._scores
-        }
+        self._axes = {layer.path: self._axes[layer.path].to(layer.b.device) for layer in self.layers if self._axes}
+        if self._scores is not None:
+            self._scores = self._scores.to(self.layers[0].b.device)
+        self._above = self._used() > final
         self._step = trainer.global_step
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if trainer.global_step >= max(self._schedule):  # nothing is pruned any more
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._above:
             self._remove_hooks()
+        elif not self._axes and trainer.global_step >= min(self._schedule) // 2:
+            axes = broadcast({layer.path: layer.principal_axes().cpu() for layer in self.layers})
+            self._axes = {layer.path: axes[layer.path].to(layer.b.device) for layer in self.layers}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not self._axes:
             return
+        found = []
         for layer in self.layers:
             gradients = self._early.pop(layer.path, None)
             if gradients is None:
-                gradients = layer.gate_gradients()
-            if gradients is None:
-                continue
-            score = gradients.abs().nan_to_num(0.0, 0.0, 0.0)  # FiniteGradients skips such a step
-            before = self._scores.get(layer.path)
-            self._scores[layer.path] = (1 - self.smoothing) * score + (0 if before is None else self.smoothing * before)
+                gradients = layer.gate_gradients(self._axes[layer.path])
+            found.append(torch.zeros(layer.rank, device=layer.b.device) if gradients is None else gradients)
+        whole = _whole(self.layers, found)
+        scores = whole.square().nan_to_num(0.0, 0.0, 0.0)  # FiniteGradients skips such a step
+        self._scores = scores if self._scores is None else self._scores + scores
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -186,8 +197,10 @@ class RankBudget(ChangedRanks):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if self._step in self._schedule:
-            self._prune(trainer, self._schedule[self._step])
+        due = min((budget for step, budget in self._schedule.items() if step <= self._step), default=math.inf)
+        # Without a step that was scored, a pruning waits for the next.
+        if self._scores is not None and self._used() > due and bool(self._scores.any()):
+            self._prune(trainer, due, self._scores)
             self._draw(trainer)
         ranks = [layer.rank for layer in self.layers]
         pl_module.log("ranks/mean", sum(ranks) / len(ranks), batch_size=1)
@@ -196,22 +209,26 @@ class RankBudget(ChangedRanks):
 
     def on_adapter_replaced(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Score the new components anew; :class:`EvaInitialization` calls this."""
-        self._scores = {}
+        self._axes, self._scores = {}, None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = max(self._schedule, default=0)
-        if self.layers and trainer.global_step < last:
+        if self._above:
             rank_zero_warn(
                 f"training has ended at step {trainer.global_step}, and RankBudget reaches its budget at step {last} of "
                 f"{self._total_steps}; the adapter is larger than the budget"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        scores = {path: full_tensor(value).cpu() for path, value in self._scores.items()}
-        return {"scores": scores, "first_ranks": self._first_ranks, "total_steps": self._total_steps}
+        return {
+            "axes": {path: value.cpu() for path, value in self._axes.items()},
+            "scores": None if self._scores is None else self._scores.cpu(),
+            "first_ranks": self._first_ranks,
+            "total_steps": self._total_steps,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._scores = dict(state_dict["scores"])
+        self._axes, self._scores = dict(state_dict["axes"]), state_dict["scores"]
         self._first_ranks = dict(state_dict["first_ranks"])
         self._total_steps = int(state_dict["total_steps"])
 
@@ -257,23 +274,17 @@ class RankBudget(ChangedRanks):
         assert self.file_bytes is not None
         return (self.file_bytes - _other_bytes(module, self.layers)) / _PARAMETER_BYTES
 
-    def _prune(self, trainer: Trainer, budget: float) -> None:
-        scores = [
-            full_tensor(self._scores[layer.path]).cpu() if layer.path in self._scores else torch.zeros(layer.rank)
-            for layer in self.layers
-        ]
+    def _prune(self, trainer: Trainer, budget: float, scores: Tensor) -> None:
         before = [layer.rank for layer in self.layers]
-        chosen = select_components(scores, self._costs(), budget, self.min_rank)
-        pruned = [(layer, kept) for layer, kept in zip(self.layers, chosen, strict=True) if len(kept) < layer.rank]
-        if not pruned:
-            return
+        chosen = select_components(list(scores.cpu().split(before)), self._costs(), budget, self.min_rank)
         changes = []
         with resizing(trainer.strategy) as optimizers:
-            for layer, kept in pruned:
-                changes += layer.keep(kept, optimizers)
-                if layer.path in self._scores:
-                    full = full_tensor(self._scores[layer.path])
-                    self._scores[layer.path] = _like(full[kept.to(full.device)], layer)
+            for layer, kept in zip(self.layers, chosen, strict=True):
+                if len(kept) < layer.rank:
+                    axes = self._axes[layer.path]
+                    changes += layer.keep(axes[:, kept.to(axes.device)], optimizers)
+        self._axes, self._scores = {}, None
+        self._above = self._used() > min(self._schedule.values())
         note_ranks(self.layers)
         self.changed(trainer, "on_ranks_pruned", changes)
         after = [layer.rank for layer in self.layers]
@@ -294,9 +305,10 @@ class RankBudget(ChangedRanks):
                 logger.experiment.add_image("ranks", np.asarray(chart), trainer.global_step, dataformats="HWC")
 
     def _take_early(self, layer: RankedLayer, _: Tensor) -> None:
-        gradients = layer.gate_gradients()
-        assert gradients is not None
-        self._early[layer.path] = gradients
+        if layer.path in self._axes:
+            gradients = layer.gate_gradients(self._axes[layer.path])
+            assert gradients is not None
+            self._early[layer.path] = gradients
 
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -304,12 +316,16 @@ class RankBudget(ChangedRanks):
         self._hooks, self._early = [], {}
 
 
-def _like(scores: Tensor, layer: RankedLayer) -> Tensor:
-    """Full scores of a layer on its device, sharded as the rows of ``A`` are."""
-    scores = scores.to(layer.a.device)
-    if isinstance(layer.a, DTensor):
-        return distribute_tensor(scores, layer.a.device_mesh, layer.a.placements, src_data_rank=None)
-    return scores
+def _whole(layers: list[RankedLayer], gradients: list[Tensor]) -> Tensor:
+    """Derivatives of all layers one after the other; what FSDP2 shards is summed over the processes in one call."""
+    sharded = [number for number, layer in enumerate(layers) if isinstance(layer.b, DTensor)]
+    if sharded:
+        parts = [gradients[number] for number in sharded]
+        whole = sum_of_shards(torch.cat(parts), layers[sharded[0]].b).split([len(part) for part in parts])
+        gradients = [*gradients]
+        for number, value in zip(sharded, whole, strict=True):
+            gradients[number] = value
+    return torch.cat(gradients)
 
 
 def _other_bytes(module: nn.Module, layers: list[RankedLayer]) -> int:

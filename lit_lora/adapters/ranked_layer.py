@@ -25,31 +25,44 @@ from lit_lora.errors import UserError
 
 
 @dataclass(frozen=True)
-class KeptSlices:
-    """Slices of a parameter that stayed when others were removed.
+class ProjectedParameter:
+    """A parameter after its components were projected on fewer axes.
 
     Args:
         before: The parameter that optimizers held before.
         parameter: The parameter now; the same object unless FSDP2 has sharded it.
         shape: Full shape before.
-        dim: Dimension of the slices.
-        indices: Slices that stayed, int64 ``(k,)``.
+        dim: Dimension of the components.
+        axes: Axes in the space of the components, orthonormal columns ``(r, k)``.
     """
 
     before: nn.Parameter
     parameter: nn.Parameter
     shape: torch.Size
     dim: int
-    indices: Tensor
+    axes: Tensor
 
     def of(self, values: Tensor) -> Tensor:
-        """The same slices of a tensor with one value for each element of the parameter, sharded as the parameter is."""
+        """The same projection of a tensor that is linear in the parameter, such as its average, sharded as it is."""
+        return shard_like(_project(full_tensor(values), self.dim, self.axes), self.parameter)
+
+    def of_state(self, values: Tensor) -> Tensor:
+        """The projection of an optimizer's state with one value for each element of the parameter.
+
+        A state that has negative values is linear in the gradients or the weights, as a momentum is. One that has none is a
+        mean of squares, as Adam's second moment is: the new one is the old one's mean, weighted by the squares of the axes,
+        which leaves out how the gradients of the components go together.
+        """
         full = full_tensor(values)
-        return shard_like(_slices(full, self.dim, self.indices), self.parameter)
+        axes = self.axes.square() if bool((full >= 0).all()) else self.axes
+        return shard_like(_project(full, self.dim, axes), self.parameter)
 
 
 class RankedLayer:
     """The rank-one components of one LoRA layer, whose update of the weight is ``scaling * sum_i B[:, i] A[i]``.
+
+    The update does not change when ``A`` and ``B`` become ``Q^T A`` and ``B Q`` with an orthogonal ``Q``. Its columns are the
+    axes of other components, ``B q`` and ``q^T A``.
 
     Args:
         root: Module that contains the layer.
@@ -89,43 +102,63 @@ class RankedLayer:
         """Number of parameters of one component."""
         return (full_shape(self.a).numel() + full_shape(self.b).numel()) // self.rank
 
-    def gate_gradients(self) -> Tensor | None:
-        """Derivative of the loss by a factor on each component, float32 ``(r,)``; None without gradients.
+    def principal_axes(self) -> Tensor:
+        """Axes whose components ``B q`` are orthogonal, the largest first, float32 ``(r, r)`` on the layer's device.
 
-        With factors ``g_i`` of 1, ``g_i B[:, i] A[i]``, it is ``dL/dg_i = <A[i], dL/dA[i]>``, which equals
-        ``<B[:, i], dL/dB[:, i]>``. To first order, the loss changes by ``-dL/dg_i`` when the component is removed.
+        They are the right singular vectors of ``B``. A few of such components hold most of the update, where as trained each of
+        them holds a part of everything. A collective call where ``B`` is sharded.
         """
-        gradient = gradient_of(self.a)
-        if gradient is None:
-            return None
-        # Under FSDP2 each process has the factors of its rows.
-        weight = self.a if isinstance(self.a, DTensor) else full_tensor(self.a)
-        return (weight.detach() * gradient).flatten(1).sum(1, dtype=torch.float32)
+        b = full_tensor(self.b).detach().flatten(1).double()
+        # On the CPU, so that it is the same in all processes.
+        axes = torch.linalg.eigh((b.T @ b).cpu()).eigenvectors.flip(1)
+        return axes.float().to(self.b.device)
 
-    def keep(self, indices: Tensor, optimizers: Sequence[Optimizer]) -> list[KeptSlices]:
-        """Remove all other components from weights, gradients and optimizer states.
+    def gate_gradients(self, axes: Tensor) -> Tensor | None:
+        """Derivative of the loss by a factor on each component, float32 ``(k,)``; None without gradients.
 
-        The scaling of those that stay does not change, since alpha changes with the rank.
+        With factors ``g`` of 1, ``g B q q^T A``, it is ``dL/dg = <B q, dL/dB q>``, which equals ``<q^T A, q^T dL/dA>``. To first
+        order, the loss changes by ``-dL/dg`` when the component is removed.
 
         Args:
-            indices: Components to keep, int64 ``(k,)``.
+            axes: Axes of the components, columns ``(r, k)``.
+
+        Returns:
+            The derivatives; under FSDP2 the part that the rows of this process have in them, whose sum
+            :func:`~lit_lora.distributed.collectives.sum_of_shards` is.
+        """
+        gradient = gradient_of(self.b)
+        if gradient is None:
+            return None
+        weight = self.b if isinstance(self.b, DTensor) else full_tensor(self.b)
+        values = [value.to_local() if isinstance(value, DTensor) else value for value in (weight.detach(), gradient)]
+        b, of_b = (value.flatten(1).float() @ axes for value in values)
+        return (b * of_b).sum(0)
+
+    def keep(self, axes: Tensor, optimizers: Sequence[Optimizer]) -> list[ProjectedParameter]:
+        """Keep the components of some axes, and remove what is orthogonal to them from weights and optimizer states.
+
+        The scaling does not change, since alpha changes with the rank.
+
+        Args:
+            axes: Axes of the components to keep, orthonormal columns ``(r, k)``, equal in all processes.
             optimizers: Optimizers that may have a state of the layer.
 
         Returns:
-            The slices of both weights that stay.
+            What became of both weights.
 
         Raises:
             UserError: If an optimizer's state is not one value for each element.
         """
-        slices: list[KeptSlices] = []
+        projected: list[ProjectedParameter] = []
         for parameter, dim in ((self.a, 0), (self.b, 1)):
             shape = full_shape(parameter)
-            values = _slices(full_tensor(parameter).detach(), dim, indices)
-            slices.append(KeptSlices(parameter, resize_parameter(self.root, parameter, values), shape, dim, indices))
+            values = _project(full_tensor(parameter).detach(), dim, axes)
+            new = resize_parameter(self.root, parameter, values)
+            projected.append(ProjectedParameter(parameter, new, shape, dim, axes))
             for optimizer in optimizers:
-                _keep_state(optimizer, slices[-1])
-        self.set_rank(len(indices))
-        return slices
+                _project_state(optimizer, projected[-1])
+        self.set_rank(axes.shape[1])
+        return projected
 
     def replace(self, a: Tensor, b: Tensor, optimizers: Sequence[Optimizer]) -> None:
         """Set new components, whose number may differ, and drop the optimizers' states of the layer.
@@ -255,26 +288,30 @@ def _other_variants(config: LoraConfig) -> Iterator[str]:
         yield "target_parameters"
 
 
-def _slices(values: Tensor, dim: int, indices: Tensor) -> Tensor:
-    return values.index_select(dim, indices.to(values.device)).contiguous()
+def _project(values: Tensor, dim: int, axes: Tensor) -> Tensor:
+    """Combine the slices along one dimension: slice j of the result is the sum of ``axes[i, j]`` times slice i."""
+    axes = axes.to(values.device, values.dtype)
+    projected = torch.tensordot(values, axes, dims=([dim], [0])).movedim(-1, dim)
+    # A copy also where all strides that matter are right: a convolution chooses its kernel by those that do not.
+    return projected.clone(memory_format=torch.contiguous_format)
 
 
-def _keep_state(optimizer: Optimizer, kept: KeptSlices) -> None:
-    _swap(optimizer, kept.before, kept.parameter)
-    if kept.before not in optimizer.state:
+def _project_state(optimizer: Optimizer, projected: ProjectedParameter) -> None:
+    _swap(optimizer, projected.before, projected.parameter)
+    if projected.before not in optimizer.state:
         return
-    state: dict[str, Any] = optimizer.state.pop(kept.before)
+    state: dict[str, Any] = optimizer.state.pop(projected.before)
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.numel() <= 1:
             continue
-        if value.shape != kept.shape:
+        if value.shape != projected.shape or not value.is_floating_point():
             raise UserError(
-                f"{type(optimizer).__name__} keeps {name} in the shape {tuple(value.shape)} for weights of the shape "
-                f"{tuple(kept.shape)}, so that RankBudget cannot prune it with the ranks; use an optimizer with one value for "
-                f"each element, such as torch.optim.AdamW"
+                f"{type(optimizer).__name__} keeps {name} as {tuple(value.shape)} of {value.dtype} for weights of the shape "
+                f"{tuple(projected.shape)}, so that RankBudget cannot prune it with the ranks; use an optimizer with one value "
+                f"for each element, such as torch.optim.AdamW"
             )
-        state[name] = kept.of(value)
-    optimizer.state[kept.parameter] = state
+        state[name] = projected.of_state(value)
+    optimizer.state[projected.parameter] = state
 
 
 def _swap(optimizer: Optimizer, before: nn.Parameter, now: nn.Parameter) -> None:

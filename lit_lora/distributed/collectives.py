@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 T = TypeVar("T")
 
@@ -87,3 +87,16 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
         return value
     # Without a source rank nothing is sent: each process slices its own shard.
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
+
+
+def sum_of_shards(values: Tensor, like: Tensor) -> Tensor:
+    """The sum of what each process has computed from its shard; the values themselves if ``like`` is not sharded.
+
+    Args:
+        values: Values of this process, of the same shape in all.
+        like: Tensor whose shards the values were computed from.
+    """
+    if not isinstance(like, DTensor):
+        return values
+    placements = [Partial() if isinstance(one, Shard) else Replicate() for one in like.placements]
+    return DTensor.from_local(values, like.device_mesh, placements).full_tensor()

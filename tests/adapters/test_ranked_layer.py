@@ -62,24 +62,36 @@ def test_grouped_convolutions_stay_as_they_are() -> None:
 def test_gate_gradients_are_those_of_factors_on_the_components() -> None:
     model, x = adapted(), torch.randn(2, 3, 8, 8)
     layers = ranked_layers(model)
+    axes = {layer.name: torch.linalg.qr(torch.randn(layer.rank, layer.rank)).Q for layer in layers}
     for layer in layers:
-        assert layer.gate_gradients() is None
+        assert layer.gate_gradients(axes[layer.name]) is None
     model(x).square().sum().backward()
     for layer in layers:
-        found = layer.gate_gradients()
-        from_b = (layer.b.detach() * layer.b.grad).transpose(0, 1).flatten(1).sum(1)  # type: ignore[operator]
+        found = layer.gate_gradients(axes[layer.name])
+        turned = [(axes[layer.name].T @ value.flatten(1)) for value in (layer.a.detach(), layer.a.grad)]  # type: ignore[union-attr]
         assert found is not None
-        torch.testing.assert_close(found, from_b, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, (turned[0] * turned[1]).sum(1), rtol=1e-4, atol=1e-4)
         expected = []
         for index in range(layer.rank):
-            losses = []
+            axis, losses = axes[layer.name][:, index], []
             for factor in (1.001, 0.999):
                 scaled = copy.deepcopy(model)
                 ranked = next(one for one in ranked_layers(scaled) if one.name == layer.name)
-                ranked.a.data[index] *= factor
+                factors = torch.eye(layer.rank) + (factor - 1) * torch.outer(axis, axis)
+                ranked.a.data = (factors @ ranked.a.data.flatten(1)).reshape(ranked.a.shape)
                 losses.append(float(scaled(x).detach().double().square().sum()))
             expected.append((losses[0] - losses[1]) / 0.002)
         torch.testing.assert_close(found, torch.tensor(expected), rtol=2e-2, atol=2e-2)
+
+
+def test_principal_axes_are_those_of_the_singular_vectors() -> None:
+    for layer in ranked_layers(adapted()):
+        axes = layer.principal_axes()
+        torch.testing.assert_close(axes.T @ axes, torch.eye(layer.rank))
+        components = layer.b.detach().flatten(1) @ axes
+        norms = torch.linalg.svdvals(layer.b.detach().flatten(1))
+        expected = torch.diag(torch.nn.functional.pad(norms, (0, layer.rank - len(norms))).square())
+        torch.testing.assert_close(components.T @ components, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -91,7 +103,7 @@ def test_what_stays_gives_the_output_of_components_that_were_zeroed(options: dic
         for index in set(range(4)) - set(kept[layer.name]):
             layer.b.data[:, index] = 0
     for layer in ranked_layers(model):
-        layer.keep(torch.tensor(kept[layer.name]), [])
+        layer.keep(torch.eye(4)[:, kept[layer.name]], [])
     assert layer_ranks(model) == {"conv": 2, "inner.proj": 1, "proj": 4}
     torch.testing.assert_close(model(x), zeroed(x), rtol=1e-6, atol=1e-6)
     model(x).sum().backward()
@@ -108,14 +120,23 @@ def test_the_files_give_the_same_output_in_plain_peft(options: dict[str, Any], t
         nn.init.normal_(layer.b)
     layers = ranked_layers(model)
     for layer, rank in zip(layers, (1, 3, 2), strict=True):
-        layer.keep(torch.arange(rank), [])
+        layer.keep(torch.eye(4)[:, :rank], [])
     note_ranks(layers)
     PeftFormat().write(AdapterFiles(adapter_state(model), plain_config(config)), tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(loaded(x), model(x))
 
 
-def test_optimizer_state_is_cut_with_the_weights() -> None:
+@pytest.mark.parametrize("options", VARIANTS)
+def test_components_of_all_axes_give_the_same_output(options: dict[str, Any]) -> None:
+    model, x = adapted(**options), torch.randn(2, 3, 8, 8)
+    before = model(x)
+    for layer in ranked_layers(model):
+        layer.keep(layer.principal_axes(), [])
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_optimizer_state_is_projected_with_the_weights() -> None:
     model, x = adapted(), torch.randn(2, 3, 8, 8)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model(x).square().sum().backward()
@@ -124,12 +145,16 @@ def test_optimizer_state_is_cut_with_the_weights() -> None:
     before = copy.deepcopy(optimizer.state[layer.b])
     weights = layer.b.detach().clone()
     numel = sum(value.numel() for state in optimizer.state.values() for value in state.values())
-    (_, of_b) = layer.keep(torch.tensor([0, 2]), [optimizer])
-    assert torch.equal(layer.b, weights[:, [0, 2]])
+    axes = torch.linalg.qr(torch.randn(4, 2)).Q
+    (_, of_b) = layer.keep(axes, [optimizer])
+    # Of a convolution's weight, (out, r, 1, 1).
+    torch.testing.assert_close(layer.b[..., 0, 0], weights[..., 0, 0] @ axes)
     assert of_b.parameter is layer.b
-    assert torch.equal(optimizer.state[layer.b]["exp_avg"], before["exp_avg"][:, [0, 2]])
-    assert torch.equal(optimizer.state[layer.b]["exp_avg_sq"], before["exp_avg_sq"][:, [0, 2]])
-    assert optimizer.state[layer.b]["step"] == before["step"]
+    state = optimizer.state[layer.b]
+    torch.testing.assert_close(state["exp_avg"][..., 0, 0], before["exp_avg"][..., 0, 0] @ axes)
+    # A mean of squares cannot become negative.
+    torch.testing.assert_close(state["exp_avg_sq"][..., 0, 0], before["exp_avg_sq"][..., 0, 0] @ axes.square())
+    assert state["step"] == before["step"]
     after = sum(value.numel() for state in optimizer.state.values() for value in state.values())
     assert numel - after == 2 * 2 * layer.component_parameters
     model(x).square().sum().backward()
@@ -141,15 +166,15 @@ def test_a_state_of_another_shape_is_an_error() -> None:
     optimizer = torch.optim.Adafactor([p for p in model.parameters() if p.requires_grad])
     model(x).square().sum().backward()
     optimizer.step()
-    with pytest.raises(UserError, match="Adafactor keeps row_var in the shape"):
-        ranked_layers(model)[1].keep(torch.tensor([0]), [optimizer])
+    with pytest.raises(UserError, match="Adafactor keeps row_var as "):
+        ranked_layers(model)[1].keep(torch.eye(4)[:, :1], [optimizer])
 
 
 def test_ranks_in_the_config_are_those_of_each_layer() -> None:
     model = adapted()
     layers = ranked_layers(model)
     for layer, rank in zip(layers, (1, 2, 3), strict=True):
-        layer.keep(torch.arange(rank), [])
+        layer.keep(torch.eye(4)[:, :rank], [])
     note_ranks(layers)
     config = model.peft_config["default"]
     assert config.rank_pattern == {"conv": 1, "inner.proj": 2, "^proj": 3}
@@ -158,7 +183,7 @@ def test_ranks_in_the_config_are_those_of_each_layer() -> None:
 
 def test_alpha_of_rslora_grows_with_the_root_of_the_rank() -> None:
     layer = ranked_layers(adapted(use_rslora=True))[0]
-    layer.keep(torch.tensor([0]), [])
+    layer.keep(torch.eye(4)[:, :1], [])
     assert layer.layer.lora_alpha["default"] == pytest.approx(6 / math.sqrt(4))
 
 
