@@ -29,25 +29,34 @@ class Learned:
     loss: float
 
 
-def learn(module: LoraDiffusion, shards: Path, seed: int, steps: int, callbacks: Sequence[Callback] = ()) -> Learned:
-    """Train a module on shards of images of 32 x 32 pixels in batches of 48, and validate it on 96 that were held out.
+def data_of(shards: Path, seed: int, batch_size: int = 48) -> WebDatasetDataModule:
+    """Shards of images of 32 x 32 pixels, or their cache, of which 96 are held out.
 
     Args:
-        module: Module to train.
         shards: Folder of the shards.
         seed: Seed of the batches.
-        steps: Optimizer steps.
-        callbacks: Callbacks of the training; defaults to none.
+        batch_size: Images in a batch; defaults to 48.
     """
-    data = WebDatasetDataModule(
+    return WebDatasetDataModule(
         str(shards),
         val_samples=96,
-        batch_size=48,
+        batch_size=batch_size,
         resolution=32,
         decoder=ImageDecoder(center_crop=True),
         num_workers=0,
         seed=seed,
     )
+
+
+def learn(module: LoraDiffusion, data: WebDatasetDataModule, steps: int, callbacks: Sequence[Callback] = ()) -> Learned:
+    """Train a module, and validate it on what was held out.
+
+    Args:
+        module: Module to train.
+        data: Its data.
+        steps: Optimizer steps.
+        callbacks: Callbacks of the training; defaults to none.
+    """
     trainer = plain_trainer(max_steps=steps, gradient_clip_val=1.0, limit_val_batches=0, callbacks=list(callbacks))
     started = time.process_time()
     trainer.fit(module, data)

@@ -25,7 +25,7 @@ from peft import LoraConfig
 from sklearn.datasets import load_digits
 
 import lit_lora.quantization
-from benchmarks.learning import learn
+from benchmarks.learning import data_of, learn
 from lit_lora import LoraDiffusion, ParameterGroup, StableDiffusion
 from lit_lora.families.checks import prepare
 from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, _accuracy, _fit_classifier, _pack, _prompt
@@ -90,7 +90,7 @@ def _run(
     """Train with one setting and one seed, and measure the result."""
     seed_everything(seed, verbose=False)
     module = _module(setting, seed, options.steps, options)
-    learned = learn(module, shards, seed, options.steps)
+    learned = learn(module, data_of(shards, seed), options.steps)
     denoiser = list(module.family.denoiser.parameters())
     trained = [parameter for parameter in denoiser if parameter.requires_grad]
     state = [

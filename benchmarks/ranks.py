@@ -1,11 +1,11 @@
 """Uniform and adaptive ranks at the same number of parameters: ``python -m benchmarks.ranks``.
 
 The embedded base learns two sets of images: scikit-learn's scans of handwritten digits, and shapes filled with patterns, which
-the base has only seen in one colour. Every setting trains with the same steps, batches and seeds; the budgets are the parameters
-of uniform LoRA at its rank, and at half of it. Accuracy is the share of generated images in which a support vector machine,
-trained on images of the set only, recognises what the prompt asks for. The validation loss is computed on held-out images at
-fixed timesteps and noise. ``most MB`` counts weights, gradients and optimizer state of the adapter at their largest, ``last MB``
-at the end. ``s`` is CPU time.
+the base has only seen in one colour. They are cached, so that a run can take enough steps to need its rank. Every setting
+trains with the same steps, batches and seeds; the budgets are the parameters of uniform LoRA at its rank, and at half of it.
+Accuracy is the share of generated images in which a support vector machine, trained on images of the set only, recognises
+what the prompt asks for. The validation loss is computed on held-out images at fixed timesteps and noise. ``most MB`` counts
+weights, gradients and optimizer state of the adapter at their largest, ``last MB`` at the end. ``s`` is CPU time.
 
 Every run adds a line to the JSON file, and a run that is in it is not run again.
 """
@@ -33,15 +33,17 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 
 from benchmarks.environment import cpu_cores, versions
-from benchmarks.learning import learn
+from benchmarks.learning import data_of, learn
 from lit_lora import EvaInitialization, LoraDiffusion, ParameterGroup, RankBudget, StableDiffusion
 from lit_lora.adapters import ADAPTER_NAME, adapter_state, method_of, plain_config
 from lit_lora.datamodules.packing.pack import pack_folder
+from lit_lora.tools.cache import cache_shards
 from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, SCAN_SIZE, _fit_classifier, _prompt, _scan_images
 from scripts.embedded.drawing import SHAPES, SIZE, _draw_shape
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 PATTERNS = ("striped", "dotted", "checkered", "hollow")
+BATCH = 16
 PARAMETERS_PER_RANK = 36_592
 """Parameters of uniform LoRA in these layers of the embedded base, for each rank."""
 
@@ -174,6 +176,7 @@ def settings(rank: int, start: int) -> dict[str, Setting]:
         f"RankBudget {start} -> {rank}": pruned(rank),
         f"AdaLoRA {rank * 3 // 2} -> {rank}": adalora(rank),
         f"EVA {rank}": eva(rank),
+        f"uniform r={rank * 2}": uniform(rank * 2),
         f"uniform r={rank // 2}": uniform(rank // 2),
         f"RankBudget {start} -> {rank // 2}": pruned(rank // 2),
         f"AdaLoRA {rank * 3 // 4} -> {rank // 2}": adalora(rank // 2),
@@ -195,7 +198,7 @@ def _run(
         seed=seed,
     )
     held = _Held()
-    learned = learn(module, shards, seed, steps, [*setting.callbacks(), held])
+    learned = learn(module, data_of(shards, seed, BATCH), steps, [*setting.callbacks(), held])
     rounds = options.images // len(task.prompts)
     images = module.generate(
         task.prompts * rounds,
@@ -244,29 +247,32 @@ def _pack(task: Task, out: Path) -> None:
         for number, (image, caption) in enumerate(zip(task.images, task.captions, strict=True)):
             image.save(Path(name) / f"{number:04d}.png")
             (Path(name) / f"{number:04d}.txt").write_text(caption, encoding="utf-8")
-        pack_folder(name, out, samples_per_shard=600)
+        pack_folder(name, out / "shards", samples_per_shard=600)
+    module = LoraDiffusion(StableDiffusion("embedded"), LoraConfig(r=1, target_modules=TARGETS))
+    cache_shards(module, data_of(out / "shards", 0), str(out / "cache"), dtype="float32")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--steps", type=int, nargs=2, default=[150, 250], help="optimizer steps for digits, and for shapes"
+        "--steps", type=int, nargs="+", default=[400, 400], help="optimizer steps for digits, and for shapes"
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=240, help="images to generate and classify, at most")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-ratio", type=float, default=8.0, help="learning rate of B over that of A (LoRA+)")
-    parser.add_argument("--rank", type=int, default=16, help="rank of uniform LoRA, whose parameters are the budget")
-    parser.add_argument("--start", type=int, default=32, help="rank with which RankBudget starts")
+    parser.add_argument("--rank", type=int, default=4, help="rank of uniform LoRA, whose parameters are the budget")
+    parser.add_argument("--start", type=int, default=16, help="rank with which RankBudget starts")
+    parser.add_argument("--tasks", nargs="*", default=["digits", "shapes"], help="sets of images")
     parser.add_argument("--only", nargs="*", help="parts of the names of the settings to run")
     parser.add_argument("--json", type=Path, default=Path("ranks.json"), help="file with the runs so far")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     done: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
-    tasks = {"digits": digits(), "shapes": shapes()}
+    tasks = {name: {"digits": digits, "shapes": shapes}[name]() for name in options.tasks}
     with tempfile.TemporaryDirectory() as folder:
-        for (task_name, task), steps in zip(tasks.items(), options.steps, strict=True):
+        for (task_name, task), steps in zip(tasks.items(), options.steps, strict=False):
             shards = Path(folder) / task_name
             _pack(task, shards)
             for seed in options.seeds:
@@ -274,7 +280,7 @@ def main() -> None:
                     key = f"{task_name}/{name}/{seed}/{steps}"
                     if key in done or (options.only and not any(part in key for part in options.only)):
                         continue
-                    done[key] = _run(setting, seed, shards, task, steps, options)
+                    done[key] = _run(setting, seed, shards / "cache", task, steps, options)
                     options.json.write_text(json.dumps(done, indent=1))
                     print(key, done[key], flush=True)
     print(_table(tasks, done, options))
@@ -282,11 +288,11 @@ def main() -> None:
 
 def _table(tasks: dict[str, Task], done: dict[str, Any], options: argparse.Namespace) -> str:
     lines = [
-        f"batches of 48 images, lr {options.lr:g} for A and {options.lr * options.lr_ratio:g} for B ({options.lr:g} in "
+        f"batches of {BATCH} images, lr {options.lr:g} for A and {options.lr * options.lr_ratio:g} for B ({options.lr:g} in "
         f"AdaLoRA), seeds {options.seeds}; {cpu_cores()}, "
         f"{torch.get_num_threads()} threads; {versions('torch', 'peft', 'lightning')}"
     ]
-    for (task_name, task), steps in zip(tasks.items(), options.steps, strict=True):
+    for (task_name, task), steps in zip(tasks.items(), options.steps, strict=False):
         lines += [
             "",
             f"{task_name}, {steps} steps: the classifier reads {task.accuracy:.1%} of unseen images",
