@@ -22,5 +22,5 @@ def verdict(planned: MemoryPlan, memory: int, changes: list[ChangedRun] | None) 
         return f"does not fit: {said}, not even with all {len(CANDIDATES)} kinds of changes together"
     lines = [f"does not fit: {said}", "The cheapest changes that make it fit, cumulatively:"]
     for one in changes:
-        lines.append(f"  {one.change.arguments}   needs {format_bytes(one.plan.needed)} ({one.change.price})")
+        lines.append(f"  {one.change.description}   needs {format_bytes(one.plan.needed)} ({one.change.price})")
     return "\n".join(lines)

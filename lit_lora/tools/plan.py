@@ -16,7 +16,7 @@ from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
 from lit_lora.planning.changes import ChangedRun, cheapest_changes
-from lit_lora.planning.data_options import data_option, has_validation, image_size
+from lit_lora.planning.data_options import cacheable, data_option, has_validation, image_size
 from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
@@ -112,7 +112,9 @@ def _findings(
         "device_memory": memory,
         "fits": None if memory is None else planned.fits(memory),
         "largest_batch_size": largest and largest.batch_size,
-        "changes": [{"keys": one.change.keys, "needed": one.plan.needed} for one in changes],
+        "changes": [
+            {"keys": one.change.keys, "command": one.change.command, "needed": one.plan.needed} for one in changes
+        ],
     }
 
 
@@ -138,6 +140,7 @@ def _run(
         gradient_clip_val=_clip(trainer),
         precision=str(trainer["precision"] or "32-true"),
         cached=frozenset(cached),
+        **cacheable(data),
         averaged=_callback(trainer, "AdapterEMA") is not None,
         validation=trainer["limit_val_batches"] not in (0, 0.0) and has_validation(data),
         sampling=None if samples is None else Sampling.of(samples["prompts"], samples),
