@@ -184,6 +184,9 @@ class TestIdentity:
             ("vae/config.json", "vae"),
             ("text_encoder/model.safetensors", "text"),
             ("tokenizer/tokenizer.json", "text"),
+            ("tokenizer/chat_template.jinja", "text"),
+            ("tokenizer/additional_chat_templates/default.jinja", "text"),
+            ("tokenizer/qwen.tiktoken", "text"),
             ("unet/diffusion_pytorch_model.safetensors", None),
             ("vae/diffusion_pytorch_model.bin", None),
             ("vae/diffusion_pytorch_model.fp16.safetensors", None),
@@ -193,6 +196,7 @@ class TestIdentity:
     def test_what_it_depends_on(self, folder: Path, file: str, part: str | None) -> None:
         before = StableDiffusion(str(folder)).identity()
         data = bytearray((folder / file).read_bytes() if (folder / file).exists() else b"")
+        (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_bytes(data + b" ")
         after = StableDiffusion(str(folder)).identity()
         assert {name for name in before if before[name] != after[name]} == ({part} if part else set())
