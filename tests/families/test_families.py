@@ -17,7 +17,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion, StableDiffusionXL
 from lit_lora.quantization import NF4, Int8
 from lit_lora.quantization.frozen_layer import quantized_layers
-from tests.families.folders import FOLDERS, families_of_the_package
+from tests.families.folders import BASES, FOLDERS, families_of_the_package
 from tests.helpers import make_batches
 
 
@@ -25,10 +25,10 @@ def test_every_family_is_under_contract() -> None:
     assert set(FOLDERS) == families_of_the_package()
 
 
-@pytest.fixture(params=FOLDERS, ids=lambda c: c.__name__)
+@pytest.fixture(params=BASES)
 def family(request: pytest.FixtureRequest) -> ModelFamily:
-    folder = request.getfixturevalue(FOLDERS[request.param])
-    family: ModelFamily = request.param(str(folder))
+    kind, fixture = BASES[request.param]
+    family = kind(str(request.getfixturevalue(fixture)))
     family.load(torch.float32)
     return family
 
