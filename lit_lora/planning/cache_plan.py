@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
@@ -63,7 +62,8 @@ class _CacheSimulation:
         if self.cuda:
             self.meter.adjust("frozen weights", -sum(self.meter.alive.values()))
 
-    def phases(self) -> Mapping[str, dict[str, int]]:
+    def phases(self) -> dict[str, dict[str, int]]:
+        """Bytes of each kind at the peak of each encoder."""
         with CudaSemantics() if self.cuda else nullcontext(), torch.no_grad():
             self._encode_images()
             if "text" in self.run.cached:

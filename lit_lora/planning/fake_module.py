@@ -92,10 +92,10 @@ def planned_quantization(quantization: Quantization | None, cuda: bool) -> Quant
         quantization: Quantization of frozen weights; None for none.
         cuda: Whether the run is on a GPU, where one kernel dequantizes NF4 weights.
     """
-    own: Any = copy.copy(quantization)
+    own = copy.copy(quantization)
     if cuda and isinstance(own, NF4):
-        own.dequantize = _restored_at_once
-    return own  # type: ignore[no-any-return]
+        own.dequantize = _restored_at_once  # type: ignore[method-assign]
+    return own
 
 
 def _restored_at_once(stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:

@@ -36,11 +36,10 @@ def cache_verdict(planned: PlannedMemory, memory: int) -> str | None:
     """
     if planned.fits(memory):
         return None
-    images = planned.peak_phase == "vae"
-    option = (
-        "a smaller --batch_size" if images else "--model.memory.text_encoder_quantization lit_lora.quantization.NF4"
+    quantized = (
+        "" if planned.peak_phase == "vae" else ", --model.memory.text_encoder_quantization lit_lora.quantization.NF4"
     )
     return (
         f"lit-lora cache does not fit: {format_bytes(planned.needed)} of {format_bytes(memory)}, the most in "
-        f"{planned.peak_phase};\ngive it {option}, or --device cpu"
+        f"{planned.peak_phase};\ngive it a smaller --batch_size{quantized}, or --device cpu"
     )

@@ -34,7 +34,7 @@ RUNS = {
 
 
 def module_of(family: str, base: Path, stored: str) -> LoraDiffusion:
-    """A module whose adapter does not begin with zeros, which rounding errors hardly change, and with quantized text encoders."""
+    """A module with quantized text encoders, whose adapter does not begin with zeros, and which rounding errors hardly change."""
     torch.manual_seed(9)
     return LoraDiffusion(
         getattr(families, family)(str(base)),

@@ -1,8 +1,8 @@
 """Tiny pipelines of families, one module for each: ``FAMILY``, and ``write(folder)``, which saves the pipeline and returns it.
 
 Latents of 16 px images are 8 x 8, as :func:`tests.tiny_pipelines.tiny_vae` makes them. Every contract test finds the modules here
-by itself, and the fixture ``NAME_folder`` writes the pipeline of the module ``NAME`` once in a session. A family whose models have
-other pipelines or text encoders names them in ``OPTIONS``: options of ``write`` by the name of a variant, which the fixture
+by itself, and the fixture ``NAME_folder`` writes the pipeline of the module ``NAME`` once in a session. A family whose models
+have other pipelines or text encoders names them in ``OPTIONS``: options of ``write`` by the name of a variant, which the fixture
 ``NAME_VARIANT_folder`` writes.
 """
 
