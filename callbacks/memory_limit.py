@@ -13,7 +13,7 @@ from lit_lora.distributed import shards_weights
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.changes import cheapest_changes
-from lit_lora.planning.data_options import data_option, has_validation, image_size
+from lit_lora.planning.data_options import cacheable, data_option, has_validation, image_size
 from lit_lora.planning.device import device_of
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run, Sampling
@@ -80,6 +80,7 @@ def run_of(module: LoraDiffusion, trainer: Trainer) -> Run:
         gradient_clip_val=float(trainer.gradient_clip_val) if trainer.gradient_clip_val and by_norm else None,
         precision=str(trainer.precision),
         cached=frozenset(getattr(data, "cached", ())),
+        **cacheable(data),
         averaged=any(isinstance(callback, AdapterEMA) for callback in callbacks),
         validation=bool(trainer.limit_val_batches) and has_validation(data),
         sampling=None if samples is None else Sampling.of(samples.prompts, samples.options),

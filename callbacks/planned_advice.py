@@ -6,14 +6,14 @@ from lightning.pytorch import LightningModule, Trainer
 
 
 def planned_advice(module: LightningModule, trainer: Trainer) -> list[tuple[str, int]] | None:
-    """Options that save memory, each with the bytes that it alone would save, largest first.
+    """Changes that save memory, each with the bytes that it alone would save, largest first.
 
     Args:
         module: Module that is trained.
         trainer: Trainer of the run.
 
     Returns:
-        The options; None if the module is not a :class:`~lit_lora.LoraDiffusion`, which alone can be planned.
+        The changes; None if the module is not a :class:`~lit_lora.LoraDiffusion`, which alone can be planned.
 
     Raises:
         UserError: If the datamodule does not state its batch size or image size.
@@ -25,4 +25,4 @@ def planned_advice(module: LightningModule, trainer: Trainer) -> list[tuple[str,
 
     if not isinstance(module, LoraDiffusion):
         return None
-    return [(one.change.arguments, one.saved) for one in ranked_changes(run_of(module, trainer))]
+    return [(one.change.description, one.saved) for one in ranked_changes(run_of(module, trainer))]

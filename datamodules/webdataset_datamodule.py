@@ -167,6 +167,13 @@ class WebDatasetDataModule(LightningDataModule):
         caches = list(self._cache_of.values())
         self.cached = frozenset.intersection(*(c.description.cached if c else frozenset() for c in caches))
 
+    @property
+    def cacheable(self) -> frozenset[str]:
+        """Parts of a batch that ``lit-lora cache`` can encode, if images are cropped at the center; none of a cache."""
+        if self.cached or type(self.decoder) is not ImageDecoder:  # a subclass may decode samples to something else
+            return frozenset()
+        return frozenset({"latents", "text"} if self.decoder.captions.fixed else {"latents"})
+
     def image_sizes(self) -> list[tuple[int, int]]:
         """Height and width in pixels of every size that a batch may have; available before :meth:`setup`.
 

@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from lit_lora.embedded import base_path
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
-from tests.families.tiny import MODULES
+from tests.families.tiny import MODULES, VARIANTS
 from tests.helpers import tiny_unet
 from tests.tiny_pipelines import tiny_clip_config, tiny_vae, write_flux, write_sd3
 
@@ -131,19 +131,19 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokeniz
     return write_flux(tmp_path_factory.mktemp("models") / "flux", tokenizer)
 
 
-def _tiny_pipeline(name: str) -> Any:
+def _tiny_pipeline(name: str, module: Any, options: dict[str, Any]) -> Any:
     """The fixture with the folder of a pipeline of :mod:`tests.families.tiny`."""
 
     @pytest.fixture(scope="session", name=f"{name}_folder")
     def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-        written: Path = MODULES[name].write(tmp_path_factory.mktemp("models") / name)
+        written: Path = module.write(tmp_path_factory.mktemp("models") / name, **options)
         return written
 
     return folder
 
 
-for _name in MODULES:
-    globals()[f"{_name}_folder"] = _tiny_pipeline(_name)
+for _name, (_module, _options) in ({name: (module, {}) for name, module in MODULES.items()} | VARIANTS).items():
+    globals()[f"{_name}_folder"] = _tiny_pipeline(_name, _module, _options)
 
 
 @pytest.fixture

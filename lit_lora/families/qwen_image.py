@@ -86,7 +86,10 @@ class QwenImage(QwenVAEFamily):
         config = self.denoiser_config
         if config.get("use_additional_t_cond") or config.get("use_layer3d_rope"):
             return "for the layers of an image, Qwen-Image-Layered, and takes that image beside the noise"
-        if config.get("zero_cond_t"):
+        # The first Qwen-Image-Edit has the same configs; its pipeline alone has a processor of images.
+        source = self.source.settings
+        edits = source.is_local and not source.index() and not source.lacks("processor")
+        if config.get("zero_cond_t") or edits:
             return "for editing, Qwen-Image-Edit, and takes a reference image beside the noise"
         return None
 

@@ -20,6 +20,9 @@ from lit_lora.quantization import NF4, Int8
 _WORTH_WHILE = 0.01
 """Share of the peak that a change must save to be suggested."""
 
+_ENCODED = frozenset({"latents", "text"})
+"""Everything that a cache can hold."""
+
 
 @dataclass(frozen=True)
 class Change:
@@ -28,15 +31,24 @@ class Change:
     Args:
         keys: Config keys and their new values.
         price: Cost of the change in time or exactness, in a few words.
+        command: Command that comes before the run, with the same config; defaults to None, for changes of the config alone.
     """
 
     keys: dict[str, Any]
     price: str
+    command: str | None = None
 
     @property
     def arguments(self) -> str:
         """The change as command-line options."""
         return " ".join(f"--{key} {_shown(value)}" for key, value in self.keys.items())
+
+    @property
+    def description(self) -> str:
+        """The command, if there is one, and the options."""
+        if self.command is None:
+            return self.arguments
+        return f"{self.command}, then a run over it" + (f", both with {self.arguments}" if self.keys else "")
 
 
 @dataclass(frozen=True)
@@ -62,8 +74,8 @@ _Candidate = Callable[[Run], "tuple[Change, Run] | None"]
 def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = None) -> list[ChangedRun] | None:
     """The cheapest changes that, applied cumulatively, make a run fit; None if even all of them together do not.
 
-    Changes are tried in the order of :data:`CANDIDATES`, cheapest first; those that later changes make unnecessary are left
-    out.
+    Changes are tried in the order of :data:`CANDIDATES`, cheapest first, and those that do not help are tried again when another
+    phase has the peak. Those that later changes replace or make unnecessary are left out.
 
     Args:
         run: Run to change.
@@ -75,20 +87,25 @@ def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = 
     """
     paths = _Paths(run, planned or plan(run))
     taken: tuple[_Candidate, ...] = ()
-    for candidate in CANDIDATES:
-        while not paths.plan(taken).fits(device_memory):
-            longer = (*taken, candidate)
-            if not paths.possible(longer) or paths.saved(longer) < _WORTH_WHILE * paths.plan(taken).peak:
+    refused: dict[_Candidate, str] = {}
+    while not (planned := paths.plan(taken)).fits(device_memory):
+        for candidate in CANDIDATES:
+            if refused.get(candidate) == planned.peak_phase:
+                continue
+            if longer := paths.worth_while(taken, candidate):
+                taken = longer
                 break
-            taken = longer
-    if not paths.plan(taken).fits(device_memory):
-        return None
+            refused[candidate] = planned.peak_phase
+        else:
+            return None
     for candidate in reversed(taken[:-1]):
         without = tuple(name for name in taken if name is not candidate)
         # A change that saved more than twice the remaining slack is certainly needed and need not be planned without.
         slack = device_memory - paths.plan(taken).needed
         saved = paths.saved(taken[: taken.index(candidate) + 1])
-        if taken.count(candidate) == 1 and saved <= 2 * slack and paths.plan(without).fits(device_memory):
+        if taken.count(candidate) > 1 or saved > 2 * slack or not paths.possible(without):
+            continue
+        if paths.plan(without).fits(device_memory):
             taken = without
     return [paths.changed(taken[:count]) for count in range(1, len(taken) + 1)]
 
@@ -136,6 +153,18 @@ class _Paths:
         self._plans[names] = planned
         return True
 
+    def worth_while(self, names: tuple[_Candidate, ...], last: _Candidate) -> tuple[_Candidate, ...] | None:
+        """The sequence with one more change, without those that this one replaces; None if that saves too little."""
+        found = last(self._runs[names])
+        if found is None:
+            return None
+        replaced = _replaced(last, found[1])
+        longer = (*(name for name in names if name not in replaced), last)
+        if not self.possible(longer):
+            return None
+        saved = self.plan(names).needed - self.plan(longer).needed
+        return longer if saved >= _WORTH_WHILE * self.plan(names).peak else None
+
     def plan(self, names: tuple[_Candidate, ...]) -> MemoryPlan:
         assert self.possible(names)
         return self._plans[names]
@@ -180,11 +209,23 @@ def _memory_option(name: str, price: str, applies: Callable[[Run], bool] = lambd
 
 
 def _uses_vae(run: Run) -> bool:
-    return "latents" not in run.cached
+    return "latents" not in run.cached or run.sampling is not None
 
 
 def _encodes_several(run: Run) -> bool:
-    return _uses_vae(run) and run.batch_size > 1
+    trains = "latents" not in run.cached and run.batch_size > 1
+    return trains or (run.sampling is not None and run.sampling.images > 1)
+
+
+def _uses_text_encoders(run: Run) -> bool:
+    """Whether the run has text encoders that may be quantized: a cache that exists was made with them as they are."""
+    if "text" in run.cached:
+        return run.sampling is not None and "text" in run.cacheable
+    return True
+
+
+def _encodes_on_gpu(run: Run) -> bool:
+    return _on_gpu(run) and not run.cached >= _ENCODED
 
 
 def _on_gpu(run: Run) -> bool:
@@ -211,6 +252,33 @@ def _stored(run: Run, kind: Any, price: str) -> tuple[Change, Run] | None:
         return None
     change = Change({"model.quantization": f"lit_lora.quantization.{kind.__name__}"}, price)
     return change, _with_options(run, quantization=kind())
+
+
+def _int8_text(run: Run) -> tuple[Change, Run] | None:
+    return _stored_text(run, Int8, "slightly other text embeddings, also for lit-lora cache")
+
+
+def _nf4_text(run: Run) -> tuple[Change, Run] | None:
+    return _stored_text(run, NF4, "text encoders rounded to 16 levels, also for lit-lora cache")
+
+
+def _stored_text(run: Run, kind: Any, price: str) -> tuple[Change, Run] | None:
+    stored = type(run.module.memory.text_encoder_quantization).__name__
+    if not _uses_text_encoders(run) or stored in ("NF4", kind.__name__) or (stored == "FP8" and kind is Int8):
+        return None
+    key = "model.memory.text_encoder_quantization"
+    changed = _with_options(run, memory=replace(run.module.memory, text_encoder_quantization=kind()))
+    changed.module.family.text_quantization = changed.module.memory.text_encoder_quantization
+    return Change({key: f"lit_lora.quantization.{kind.__name__}"}, price), changed
+
+
+def _cache(run: Run) -> tuple[Change, Run] | None:
+    kinds = run.cacheable - run.cached - ({"text"} if run.module.text_training else set())
+    if not kinds:
+        return None
+    command = "lit-lora cache" + ("" if kinds | run.cached >= _ENCODED else " --text false")
+    price = "encoding all samples once; disk space" + ("; center crops" if run.cache_keys else "")
+    return Change(dict(run.cache_keys), price, command), replace(run, cached=run.cached | kinds)
 
 
 def _eight_bit_optimizer(run: Run) -> tuple[Change, Run] | None:
@@ -243,22 +311,42 @@ def _half_rank(run: Run) -> tuple[Change, Run] | None:
     return Change({f"model.adapter.init_args.{field}": rank // 2}, "an adapter with less capacity"), changed
 
 
+_vae_slicing = _memory_option("vae_slicing", "almost none", _encodes_several)
+_vae_tiling = _memory_option("vae_tiling", "slightly different latents", _uses_vae)
+_offload_encoders = _memory_option("offload_encoders", "copying the encoders in each step", _encodes_on_gpu)
+
 CANDIDATES: tuple[_Candidate, ...] = (
-    _memory_option("vae_slicing", "almost none", _encodes_several),
-    _memory_option("offload_encoders", "copying the encoders in each step", _on_gpu),
+    _vae_slicing,
+    _offload_encoders,
     _memory_option("gradient_checkpointing", "a third more time"),
+    _cache,
     _memory_option("optimizer_in_backward", "no clipping by norm, no gradient accumulation", _steps_in_backward),
     _eight_bit_optimizer,
     _half_batch,
+    _int8_text,
     _int8,
-    _memory_option("vae_tiling", "slightly different latents", _uses_vae),
+    _vae_tiling,
     _memory_option("offload_activations", "copying activations in each step", _on_gpu),
+    _nf4_text,
     _nf4,
     _memory_option("offload_blocks", "copying the base twice in each step", _on_gpu),
     _half_rank,
 )
 """All changes, cheapest first: those that keep the result and take little time, those that only take time, those that store the
 base less exactly or copy much data in each step, and finally the one that trains another adapter."""
+
+
+def _replaced(last: _Candidate, changed: Run) -> tuple[_Candidate, ...]:
+    """Changes that have no effect beside this one in the changed run."""
+    if last is _nf4:
+        return (_int8,)
+    if last is _nf4_text:
+        return (_int8_text,)
+    if last is _cache and changed.cached >= _ENCODED:
+        # Sample images still need VAE and text encoders, all at once.
+        only_in_training = (_vae_slicing, _vae_tiling, _int8_text, _nf4_text)
+        return (_offload_encoders, *(() if changed.sampling else only_in_training))
+    return ()
 
 
 def _shown(value: Any) -> str:

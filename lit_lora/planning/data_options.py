@@ -47,6 +47,17 @@ def data_option(data: Any, name: str) -> int:
     return value
 
 
+def cacheable(data: Any) -> dict[str, Any]:
+    """What ``lit-lora cache`` could encode, as the arguments ``cacheable`` and ``cache_keys`` of a run.
+
+    Args:
+        data: Datamodule of the run, or None.
+    """
+    kinds = frozenset(getattr(data, "cacheable", ()))
+    crops = kinds and not data.decoder.center_crop
+    return {"cacheable": kinds, "cache_keys": {"data.init_args.decoder.center_crop": True} if crops else {}}
+
+
 def has_validation(data: Any) -> bool:
     """Whether a datamodule has validation data."""
     if hasattr(data, "val_samples"):

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import NF4
-from lit_lora.quantization.base import Stored
+from lit_lora.quantization.base import Quantization, Stored
 
 _MECHANISMS_OFF: dict[str, Any] = {
     "offload_encoders": False,
@@ -83,6 +83,19 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
         if not (cuda and isinstance(one, NF4)):
             del one.dequantize
     return fake.train()
+
+
+def planned_quantization(quantization: Quantization | None, cuda: bool) -> Quantization | None:
+    """A copy of a quantization whose weights take the memory that they take on the device while they are dequantized.
+
+    Args:
+        quantization: Quantization of frozen weights; None for none.
+        cuda: Whether the run is on a GPU, where one kernel dequantizes NF4 weights.
+    """
+    own = copy.copy(quantization)
+    if cuda and isinstance(own, NF4):
+        own.dequantize = _restored_at_once  # type: ignore[method-assign]
+    return own
 
 
 def _restored_at_once(stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:

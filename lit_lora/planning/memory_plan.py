@@ -3,69 +3,42 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.files import atomic_file
 from lit_lora.planning.device import BANDWIDTH_UTILISATION, COMPUTE_UTILISATION
+from lit_lora.planning.planned_memory import PlannedMemory
 from lit_lora.profiling.kinds import KINDS
 from lit_lora.report_text import format_duration, format_table
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemoryPlan(PlannedMemory):
     """Planned memory of a run by phase and kind, with the work and time of a step.
 
     Args:
         device: Name of the device.
         batch_size: Samples in a batch of one process.
-        height: Height of the images in pixels.
-        width: Width of the images in pixels.
         phases: Bytes of each kind at the peak of each phase: ``load``, ``forward``, ``backward``, ``optimizer``,
             ``validation`` and ``sampling``. The forward phase includes the VAE and the text encoders.
         beside: Allowances in bytes for memory that belongs to no tensor, such as the CUDA context, by name.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
         adapter_parameters: Number of trained parameters.
         adapter_file_bytes: Size of ``adapter_model.safetensors``, with those of the text encoders if they are trained.
         flops_per_step: Floating point operations of an optimizer step, including all its batches and the encoders.
         seconds_per_step: Estimated seconds per optimizer step: :meth:`Device.seconds <lit_lora.planning.device.Device.seconds>`.
     """
 
-    device: str
-    batch_size: int
     height: int
     width: int
-    phases: dict[str, dict[str, int]]
-    beside: dict[str, int]
     adapter_parameters: int
     adapter_file_bytes: int
     flops_per_step: int
     seconds_per_step: float
-
-    @property
-    def peak(self) -> int:
-        """Bytes of tensors at the peak of the run."""
-        return max(sum(kinds.values()) for kinds in self.phases.values())
-
-    @property
-    def peak_phase(self) -> str:
-        """Phase of the peak."""
-        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
-
-    @property
-    def needed(self) -> int:
-        """Bytes that the device must have: the peak plus the allowances."""
-        return self.peak + sum(self.beside.values())
-
-    def fits(self, device_memory: int) -> bool:
-        """Whether the run fits into this many bytes."""
-        return self.needed <= device_memory
-
-    def as_json(self) -> dict[str, Any]:
-        """The plan in plain types, with ``peak``, ``peak_phase`` and ``needed``."""
-        sums = {"peak": self.peak, "peak_phase": self.peak_phase, "needed": self.needed}
-        return asdict(self) | sums
 
     def write(self, path: str | Path, **more: Any) -> None:
         """Write the plan as JSON.
@@ -80,11 +53,20 @@ class MemoryPlan:
         with atomic_file(path) as part:
             part.write_text(json.dumps(self.as_json() | more, indent=2) + "\n", encoding="utf-8")
 
-    def describe(self) -> str:
-        """The plan as text: a table and a summary."""
+    def describe(self, cache: PlannedMemory | None = None) -> str:
+        """The plan as text: a table and a summary.
+
+        Args:
+            cache: Plan of ``lit-lora cache`` for the run, which gets rows in the table; defaults to none.
+        """
         # The first word of each kind, so that the table fits 80 columns.
         rows = [["MB", *(kind.partition(" ")[0] for kind in KINDS), "total"]]
-        for phase, kinds in self.phases.items():
+        encoding = (
+            {f"cache {name.replace('text_encoder', 'text')}": kinds for name, kinds in cache.phases.items()}
+            if cache
+            else {}
+        )
+        for phase, kinds in (self.phases | encoding).items():
             rows.append([phase, *(_mb(kinds[kind]) for kind in KINDS), _mb(sum(kinds.values()))])
         share = f"{COMPUTE_UTILISATION:.0%} of the arithmetic and {BANDWIDTH_UTILISATION:.0%} of the bandwidth"
         lines = [
@@ -97,6 +79,10 @@ class MemoryPlan:
             ["step", f"{self.flops_per_step / 1e12:.2f} TFLOP, about {format_duration(self.seconds_per_step)}"],
             ["", f"(estimated at {share} of {self.device})"],
         ]
+        if cache is not None:
+            lines.append(
+                ["cache", f"lit-lora cache needs {format_bytes(cache.needed)} with its batch_size {cache.batch_size}"]
+            )
         if self.device != "cpu":
             lines.append(["note", "modeled for GPUs; two plans were within 4 % of runs on an H100"])
         return "\n".join([*format_table(rows), "", *(f"{label:<8} {value}" for label, value in lines)])

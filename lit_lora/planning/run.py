@@ -49,6 +49,8 @@ class Run:
         gradient_clip_val: Norm to which the trainer clips gradients; defaults to no clipping by norm. The value does not matter.
         precision: Precision of the trainer; defaults to ``32-true``.
         cached: Kinds of data that batches take from a cache, of ``"latents"`` and ``"text"``; defaults to none.
+        cacheable: Kinds that ``lit-lora cache`` could encode beforehand; defaults to none.
+        cache_keys: Config keys that such a cache needs, with their values; defaults to none.
         averaged: Whether a moving average of the adapter is kept; defaults to False.
         validation: Whether the run validates, in batches of the same size; defaults to False.
         sampling: Images that are drawn while training; defaults to none.
@@ -69,6 +71,8 @@ class Run:
     gradient_clip_val: float | None = None
     precision: str = "32-true"
     cached: frozenset[str] = frozenset()
+    cacheable: frozenset[str] = frozenset()
+    cache_keys: Mapping[str, Any] = field(default_factory=dict)
     averaged: bool = False
     validation: bool = False
     sampling: Sampling | None = None

@@ -74,7 +74,9 @@ def load_encoder(
             f"full precision"
         )
     config = _quantizing()(quantization, name, changes)
-    with given_back():  # the full weights, each of which is freed before the next is read
+    # Given back are the full weights, each of which is freed before the next is read. transformers draws first values for layers
+    # that are quantized already, which changes no weight, but what is drawn later.
+    with given_back(), torch.random.fork_rng([]):
         model = _from_pretrained(kind, source, folder, dtype, quantization_config=config, **options)
     apply_changes(model, changes)  # those of weights that are not quantized
     return model

@@ -32,6 +32,7 @@ from lit_lora.files import atomic_file, remove_parts, writable_folder
 from lit_lora.folder_lock import only_run_in
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
+from lit_lora.planning.cache_plan import BATCH_SIZE
 from lit_lora.redact import redact
 from lit_lora.report_text import format_written
 from lit_lora.tools.cache_work import CacheWork
@@ -91,7 +92,7 @@ def cache_shards(
     out: str | None = None,
     text: bool = True,
     jobs: int = 1,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> CacheSummary:

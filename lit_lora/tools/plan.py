@@ -15,13 +15,15 @@ from lit_lora.errors import UserError, check_least, check_most
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
+from lit_lora.planning.cache_plan import plan_cache
 from lit_lora.planning.changes import ChangedRun, cheapest_changes
-from lit_lora.planning.data_options import data_option, has_validation, image_size
+from lit_lora.planning.data_options import cacheable, data_option, has_validation, image_size
 from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
+from lit_lora.planning.planned_memory import PlannedMemory
 from lit_lora.planning.run import Run, Sampling
-from lit_lora.planning.verdict import verdict
+from lit_lora.planning.verdict import cache_verdict, verdict
 from lit_lora.tools.shards_plan import describe as describe_data
 from lit_lora.tools.shards_plan import processes_of
 
@@ -49,6 +51,8 @@ def print_plan(
     json: str | None = None,
 ) -> int:
     """Print the plan of a run: memory by phase and kind, size of the adapter's file, time of a step, and a summary of the data.
+
+    Where the run trains from a cache, or a cache makes it fit, the plan has the memory of ``lit-lora cache`` by encoder too.
 
     Args:
         module: Module to train.
@@ -80,21 +84,26 @@ def print_plan(
     from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_readable else ()
     run = _run(module, data, trainer, found, batch_size, resolution, from_cache)
     planned = plan(run)
-    blocks = [planned.describe()]
+    changes: list[ChangedRun] | None = []
+    if memory is not None and device_memory is not None:
+        changes = cheapest_changes(run, memory, planned)
+    encoding = _cache_plan(run, changes or [])
+    blocks = [planned.describe(encoding)]
     if (last := _last_size(planned, module, trainer)) is not None:
         blocks.append(_last_line(planned, last))
-    changes: list[ChangedRun] | None = []
     largest = None
     if search and memory is not None:
         largest = largest_batch(run, memory, planned)
         blocks.append(_largest_line(largest, memory))
     if memory is not None and device_memory is not None:
-        changes = cheapest_changes(run, memory, planned)
         blocks.append(verdict(planned, memory, changes))
+        if encoding is not None and (too_large := cache_verdict(encoding, memory)):
+            blocks.append(too_large)
     blocks.append(data_summary)
     print("\n\n".join(blocks))
     if json is not None:
-        planned.write(json, last_adapter_parameters=last, **_findings(planned, memory, largest, changes or []))
+        more = _findings(planned, memory, largest, changes or [])
+        planned.write(json, last_adapter_parameters=last, cache=encoding and encoding.as_json(), **more)
     return 0 if memory is None or device_memory is None or planned.fits(memory) else 1
 
 
@@ -112,8 +121,16 @@ def _findings(
         "device_memory": memory,
         "fits": None if memory is None else planned.fits(memory),
         "largest_batch_size": largest and largest.batch_size,
-        "changes": [{"keys": one.change.keys, "needed": one.plan.needed} for one in changes],
+        "changes": [
+            {"keys": one.change.keys, "command": one.change.command, "needed": one.plan.needed} for one in changes
+        ],
     }
+
+
+def _cache_plan(run: Run, changes: Sequence[ChangedRun]) -> PlannedMemory | None:
+    """Plan of ``lit-lora cache`` with the config, or with the changes of it that propose a cache; None without a cache."""
+    last = changes[-1].run if any(one.change.command for one in changes) else run
+    return plan_cache(last) if last.cached else None
 
 
 def _run(
@@ -138,6 +155,7 @@ def _run(
         gradient_clip_val=_clip(trainer),
         precision=str(trainer["precision"] or "32-true"),
         cached=frozenset(cached),
+        **cacheable(data),
         averaged=_callback(trainer, "AdapterEMA") is not None,
         validation=trainer["limit_val_batches"] not in (0, 0.0) and has_validation(data),
         sampling=None if samples is None else Sampling.of(samples["prompts"], samples),

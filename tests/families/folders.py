@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL, families
 from lit_lora.objectives import FlowMatching
-from tests.families.tiny import MODULES
+from tests.families.tiny import MODULES, VARIANTS
 
 FOLDERS: dict[type[ModelFamily], str] = {
     StableDiffusion: "sd_folder",
@@ -13,6 +13,12 @@ FOLDERS: dict[type[ModelFamily], str] = {
     Flux: "flux_folder",
     **{module.FAMILY: f"{name}_folder" for name, module in MODULES.items()},
 }
+
+BASES: dict[str, tuple[type[ModelFamily], str]] = {
+    **{kind.__name__: (kind, fixture) for kind, fixture in FOLDERS.items()},
+    **{name: (module.FAMILY, f"{name}_folder") for name, (module, _) in VARIANTS.items()},
+}
+"""Each family with its fixture, and models of families that have another pipeline or other text encoders."""
 
 FLOW_FOLDERS = {kind: fixture for kind, fixture in FOLDERS.items() if kind.default_objective is FlowMatching}
 """Those of families that are trained by flow matching."""

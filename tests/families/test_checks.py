@@ -373,3 +373,16 @@ def test_an_older_name_of_the_denoiser(sd_folder: Path, tmp_path: Path, monkeypa
         prepare(StableDiffusion(str(tmp_path / "base")), DDPM())
     monkeypatch.setattr(StableDiffusion, "older_denoisers", ("UNetOfOldDays",))
     prepare(StableDiffusion(str(tmp_path / "base")), DDPM())
+
+
+def test_qwen_image_edit_without_its_index_by_its_processor(qwen_image_folder: Path, tmp_path: Path) -> None:
+    """Its configs are those of Qwen-Image."""
+    folder = tmp_path / "base"
+    shutil.copytree(qwen_image_folder, folder)
+    (folder / "processor").mkdir()
+    prepare(QwenImage(str(folder)), FlowMatching())  # the index says what it is
+    (folder / "model_index.json").unlink()
+    with pytest.raises(UserError, match=r"cannot train the transformer of .*: it is for editing, Qwen-Image-Edit"):
+        prepare(QwenImage(str(folder)), FlowMatching())
+    (folder / "processor").rmdir()
+    prepare(QwenImage(str(folder)), FlowMatching())

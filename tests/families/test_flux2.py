@@ -28,9 +28,9 @@ CAPTIONS = ["a red star on white", "", "two", "[IMG] a caption that is longer th
 
 
 @pytest.fixture(scope="module")
-def folders(flux2_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(flux2_folder: Path, flux2_klein_folder: Path) -> dict[str, Path]:
     """The folders of a dev and a klein."""
-    return {"dev": flux2_folder, "klein": flux2.write(tmp_path_factory.mktemp("klein") / "base", klein=True)}
+    return {"dev": flux2_folder, "klein": flux2_klein_folder}
 
 
 @pytest.fixture(scope="module", params=["dev", "klein"])

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from lit_lora import families, quantization
 from lit_lora.datamodules import ImageDecoder, WebDatasetDataModule
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from tests.distributed.scenarios import adapter
 
@@ -33,7 +34,7 @@ RUNS = {
 
 
 def module_of(family: str, base: Path, stored: str) -> LoraDiffusion:
-    """A module whose adapter does not begin with zeros, and which rounding errors hardly change."""
+    """A module with quantized text encoders, whose adapter does not begin with zeros, and which rounding errors hardly change."""
     torch.manual_seed(9)
     return LoraDiffusion(
         getattr(families, family)(str(base)),
@@ -41,6 +42,7 @@ def module_of(family: str, base: Path, stored: str) -> LoraDiffusion:
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.05),
         quantization=getattr(quantization, stored)(),
         base_dtype="float32",
+        memory=MemoryOptions(text_encoder_quantization=quantization.NF4()),
         seed=4,
     )
 

@@ -115,8 +115,13 @@ def test_says_what_makes_it_fit(plan: Plan, tmp_path: Path) -> None:
 
 
 def test_without_the_data(plan: Plan, tmp_path: Path) -> None:
-    status, out = plan(data__init_args__train_shards=tmp_path / "absent", cached="[latents,text]")
+    options = {"data__init_args__train_shards": tmp_path / "absent", "cached": "[latents,text]"}
+    status, out = plan(json=tmp_path / "plan.json", **options)
     assert status == 0
+    cache = json.loads((tmp_path / "plan.json").read_text())["cache"]
+    assert list(cache["phases"]) == ["vae", "text_encoder"]
+    assert f"lit-lora cache needs {format_bytes(cache['needed'])} with its batch_size 8" in out
+    assert re.search(r"^cache vae .*\ncache text ", out, re.MULTILINE)
     assert "data: no summary, since it cannot be read yet" in out
 
 

@@ -28,6 +28,7 @@ from lit_lora.families import Flux2
 from tests.families.tiny_qwen3 import qwen3_tokenizer, tiny_qwen3_config
 
 FAMILY = Flux2
+OPTIONS = {"klein": {"klein": True}}
 
 _SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
 _OF_IMAGES = ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]
