@@ -44,7 +44,7 @@ from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
 from lit_lora.quantization import Dense, Quantization
-from lit_lora.run_checks import check_run, check_sizes
+from lit_lora.run_checks import check_data, check_run
 from lit_lora.sampling import SamplingOptions
 from lit_lora.text_training import TextTraining
 
@@ -162,7 +162,7 @@ class LoraDiffusion(LightningModule):
             dispensable = self.dispensable_parts() | ({"denoiser"} if sharded else set())
             if not self._configured:
                 self._scheduler_config = prepare(self.family, self.objective)
-                check_sizes(self)
+                check_data(self)
             into = self.base_adapters.changes(dispensable)
             self.family.load(
                 self.base_dtype, without=dispensable, quantization=self.quantization, node=node, changes=into
