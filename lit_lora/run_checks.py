@@ -32,6 +32,8 @@ def check_data(module: LoraDiffusion) -> None:
     """
     if module._trainer is None:
         return
+    if module.saved is not None and module.trainer.training:
+        module.saved.warn_of_changes(module)
     datamodule, family = getattr(module.trainer, "datamodule", None), module.family
     sizes = list(getattr(datamodule, "image_sizes", list)())
     for height, width in sizes:

@@ -12,10 +12,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoraInjection, RankBudget
-from lit_lora.callbacks.run_record import described
-from lit_lora.families import StableDiffusion
+from lit_lora.described import described
+from lit_lora.families import Flux, StableDiffusion
+from lit_lora.formats.learned_settings import learned_settings
 from lit_lora.module import LoraDiffusion
-from lit_lora.objectives import DDPM, MinSNR, PseudoHuber
+from lit_lora.objectives import DDPM, FlowMatching, MinSNR, PseudoHuber
 from lit_lora.quantization import NF4, Int8
 from tests.helpers import Classifier, loader_of, make_batches
 
@@ -59,6 +60,18 @@ def test_a_resumed_run_tells_what_it_does_otherwise(
     fit(diffusion(sd_folder), trainer_options, tmp_path)
     with pytest.warns(UserWarning, match=told):
         fit(diffusion(sd_folder, **options), trainer_options, tmp_path, 2, resume=tmp_path / "last.ckpt")
+
+
+def test_options_of_the_family_are_compared() -> None:
+    module = LoraDiffusion(Flux("base", train_guidance_scale=3.5, variant="fp16"), LoraConfig(r=2), FlowMatching())
+    settings = learned_settings(module)
+    assert settings["model.family.train_guidance_scale"] == "3.5"
+    assert settings["model.family.max_sequence_length"] == "512"
+    assert settings["model.objective"] == "FlowMatching"
+    assert settings["model.objective.shift"] == "None"
+    assert not any(
+        "variant" in name or "pretrained" in name for name in settings
+    )  # the base's parts are compared themselves
 
 
 def test_a_resumed_run_tells_of_another_base(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
