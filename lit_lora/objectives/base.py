@@ -157,6 +157,11 @@ class Objective(nn.Module, ABC):
             return sample
         return sample._replace(weight=sample.weight * self.prior.weights(batch, sample.weight.device))
 
+    def on_train_epoch_end(self) -> None:
+        """Warn if :attr:`prior` has met images of one kind alone; the module calls it."""
+        if self.prior is not None:
+            self.prior.warn_of_one_kind()
+
     def mean_errors(self, errors: Tensor, sample: NoisySample) -> Tensor:
         """Mean of each sample's errors, in training masked, times its weight; float32 ``(B,)``.
 
