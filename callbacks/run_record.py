@@ -68,9 +68,16 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
     yield "trainer.gradient_clip_val", described(trainer.gradient_clip_val or 0)
     if trainer.gradient_clip_val:
         yield "trainer.gradient_clip_algorithm", str(trainer.gradient_clip_algorithm or "norm")
-    size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
-    if isinstance(size, int):
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if isinstance(size := getattr(datamodule, "batch_size", None), int):
         yield "samples per optimizer step", str(size * trainer.world_size * trainer.accumulate_grad_batches)
+    if hasattr(datamodule, "resolution"):
+        yield "data.resolution", described(datamodule.resolution)
+    if hasattr(datamodule, "decoder"):  # the position in the data has checks of its own
+        yield "data.decoder", type(datamodule.decoder).__name__
+        for name, text in described_options(datamodule.decoder):
+            if not name.startswith("_"):
+                yield f"data.decoder.{name}", text
     if isinstance(getattr(module, "family", None), ModelFamily):
         for name in _OF_THE_MODEL:
             yield f"model.{name}", described(getattr(module, name))

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoraInjection, RankBudget
+from lit_lora.datamodules import ImageDecoder, WebDatasetDataModule
 from lit_lora.described import described
 from lit_lora.families import Flux, StableDiffusion
 from lit_lora.formats.learned_settings import learned_settings
@@ -60,6 +61,23 @@ def test_a_resumed_run_tells_what_it_does_otherwise(
     fit(diffusion(sd_folder), trainer_options, tmp_path)
     with pytest.warns(UserWarning, match=told):
         fit(diffusion(sd_folder, **options), trainer_options, tmp_path, 2, resume=tmp_path / "last.ckpt")
+
+
+def test_what_samples_are_is_compared(
+    sd_folder: Path, session_shards: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    def run(steps: int, resume: Path | None = None, **options: Any) -> None:
+        decoder = ImageDecoder(center_crop=True, **options)
+        data = WebDatasetDataModule(str(session_shards), decoder=decoder, resolution=16, val_samples=2, num_workers=0)
+        saving = AdapterCheckpoint(tmp_path, save_last=True, save_top_k=0, enable_version_counter=False)
+        trainer = Trainer(**trainer_options | {"max_steps": steps, "enable_checkpointing": True, "callbacks": [saving]})
+        trainer.fit(diffusion(sd_folder), data, ckpt_path=resume)
+
+    run(1)
+    run(2, tmp_path / "last.ckpt")  # a warning would be an error
+    told = r"decoder\.random_flip False in the checkpoint, True here; data\.decoder\.mask None in the checkpoint, alpha here"
+    with pytest.warns(UserWarning, match=told):
+        run(3, tmp_path / "last.ckpt", random_flip=True, mask="alpha")
 
 
 def test_options_of_the_family_are_compared() -> None:
