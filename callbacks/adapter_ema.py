@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lit_lora.adapters.ranked_layer import ProjectedParameter
+from lit_lora.callbacks.schedule_free import schedule_free_optimizers
 from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.errors import UserError
 from lit_lora.log_mean import log_mean
@@ -64,6 +65,13 @@ class AdapterEMA(Callback):
         finally:
             self._average.restore(parameters)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict" or (stage != "fit" and trainer.ckpt_path and self._average is None):
+            rank_zero_warn(
+                f"AdapterEMA: {getattr(stage, 'value', stage)} uses the weights of the last step, not their average; that is in "
+                f"the .ema.adapter folder beside the checkpoint, for lit-lora sample"
+            )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parameters = trainable_parameters(pl_module)
         if any(hasattr(parameter, "ds_id") for parameter in parameters):
@@ -77,6 +85,11 @@ class AdapterEMA(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore(pl_module)  # some strategies load a checkpoint after on_fit_start
+        if optimizer := next(schedule_free_optimizers(trainer), None):
+            rank_zero_warn(
+                f"AdapterEMA averages the weights at which {type(optimizer).__name__} computes gradients, not those that it has "
+                f"learned, which are an average already; remove AdapterEMA from trainer.callbacks"
+            )
         self._step = trainer.global_step
 
     def on_train_batch_end(

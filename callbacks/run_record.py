@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from inspect import signature
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -15,13 +13,15 @@ from lit_lora.adapters import adapter_configs
 from lit_lora.adapters.same_config import training_fields
 from lit_lora.callbacks.changed_ranks import ChangedRanks
 from lit_lora.callbacks.lora_injection import LoraInjection
+from lit_lora.described import described, described_options, differences
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
+from lit_lora.formats.learned_settings import learned_settings
 
 Record = Mapping[str, Mapping[str, str]]
 """Texts by name: ``settings``, ``base`` (identities of its parts) and ``location`` (of the base, for messages)."""
 
-_OF_THE_MODEL = ("base_dtype", "quantization", "caption_dropout", "seed")
+_OF_THE_MODEL = ("base_dtype", "quantization", "seed")
 """Options of :class:`~lit_lora.LoraDiffusion` that change what is learned, beside those that are compared elsewhere."""
 
 
@@ -50,8 +50,12 @@ def warn_of_changes(saved: Record, here: Record) -> None:
     places = [record.get("location", {}).get("base", "") for record in (saved, here)]
     changed = [
         f"the base's {part} {places[0]} ({before}) in the checkpoint, {places[1]} ({now}) here"
-        for part, before, now in _changed(saved, here, "base")
-    ] + [f"{name} {before} in the checkpoint, {now} here" for name, before, now in _changed(saved, here, "settings")]
+        for part, before, now in differences(saved.get("base", {}), here.get("base", {}))
+    ]
+    changed += [
+        f"{name} {before} in the checkpoint, {now} here"
+        for name, before, now in differences(saved.get("settings", {}), here.get("settings", {}))
+    ]
     if changed:
         rank_zero_warn(
             f"this run is not what the checkpoint was made with: {'; '.join(changed)}. Those of this run apply; set them as they "
@@ -59,58 +63,32 @@ def warn_of_changes(saved: Record, here: Record) -> None:
         )
 
 
-def described(value: Any) -> str:
-    """A text that is equal for equal settings: for objects, their class with the options of its constructor."""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if value is None or isinstance(value, str | bool | int | float):
-        return str(value)
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(described, value))}]"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {described(entry)}' for key, entry in value.items())}}}"
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    options = ", ".join(f"{name}={text}" for name, text in _options(value))
-    return f"{type(value).__name__}({options})" if options else type(value).__name__
-
-
-def _options(value: Any) -> Iterator[tuple[str, str]]:
-    """Options of an object's constructor that it keeps under their names."""
-    for name in signature(type(value).__init__).parameters:
-        if hasattr(value, name):
-            yield name, described(getattr(value, name))
-
-
 def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
     yield "trainer.precision", str(trainer.precision)
     yield "trainer.gradient_clip_val", described(trainer.gradient_clip_val or 0)
     if trainer.gradient_clip_val:
         yield "trainer.gradient_clip_algorithm", str(trainer.gradient_clip_algorithm or "norm")
-    size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
-    if isinstance(size, int):
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if isinstance(size := getattr(datamodule, "batch_size", None), int):
         yield "samples per optimizer step", str(size * trainer.world_size * trainer.accumulate_grad_batches)
+    if hasattr(datamodule, "resolution"):
+        yield "data.resolution", described(datamodule.resolution)
+    if hasattr(datamodule, "decoder"):  # the position in the data has checks of its own
+        yield "data.decoder", type(datamodule.decoder).__name__
+        for name, text in described_options(datamodule.decoder):
+            if not name.startswith("_"):
+                yield f"data.decoder.{name}", text
     if isinstance(getattr(module, "family", None), ModelFamily):
         for name in _OF_THE_MODEL:
             yield f"model.{name}", described(getattr(module, name))
-        yield "model.objective", type(module.objective).__name__
-        for name, text in _options(module.objective):
-            yield f"model.objective.{name}", text
+        yield from learned_settings(module).items()
     for path, config in adapter_configs(module).items():
         for name, value in training_fields(config).items():
             yield f"{name} of {path}", described(value)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ChangedRanks):
-            for name, text in _options(callback):
+            for name, text in described_options(callback):
                 yield f"{name} of {type(callback).__name__}", text
         elif isinstance(callback, LoraInjection):
             for name in ("quantization", "update_statistics"):
                 yield f"{name} of LoraInjection", described(getattr(callback, name))
-
-
-def _changed(saved: Record, here: Record, kind: str) -> Iterator[tuple[str, str, str]]:
-    """Names with the texts of both records where they differ."""
-    before, now = saved.get(kind, {}), here.get(kind, {})
-    for name in before:
-        if name in now and before[name] != now[name]:
-            yield name, before[name], now[name]

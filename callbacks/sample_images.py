@@ -108,6 +108,13 @@ class SampleImages(Callback):
             if self._step % self.every_n_steps == 0:
                 self._draw(trainer, pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if 0 < trainer.global_step < self.every_n_steps:
+            rank_zero_info(
+                f"SampleImages has drawn no images of what was learned: training ended at step {trainer.global_step}, before "
+                f"every_n_steps={self.every_n_steps}; lower it, or draw with lit-lora sample"
+            )
+
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Asking for the run's folder is a collective call.
         folder = Path(run_folder(trainer)) / "samples"

@@ -18,8 +18,8 @@ class ScheduleFree(Callback):
     goes on. :class:`AdapterCheckpoint` saves, and :class:`SampleImages` draws with, the learned weights; a resumed run is bit for
     bit that of a run that has saved at the same step. Other optimizers are left alone.
 
-    ``lit-lora fit`` adds this callback by default. :class:`AdapterEMA` has no use beside it: the learned weights are an average
-    already.
+    ``lit-lora fit`` adds this callback by default. :class:`AdapterEMA` has no use beside it and warns: the learned weights are an
+    average already.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -39,7 +39,7 @@ class ScheduleFree(Callback):
 @contextmanager
 def learned_weights(trainer: Trainer) -> Iterator[None]:
     """Context in which the module has the weights that schedule-free optimizers have learned; nothing else changes."""
-    training = [optimizer for optimizer in _schedule_free(trainer) if _trains(optimizer)]
+    training = [optimizer for optimizer in schedule_free_optimizers(trainer) if _trains(optimizer)]
     for optimizer in training:
         optimizer.eval()
     try:
@@ -50,7 +50,7 @@ def learned_weights(trainer: Trainer) -> Iterator[None]:
 
 
 def _set_mode(trainer: Trainer, training: bool) -> None:
-    for optimizer in _schedule_free(trainer):
+    for optimizer in schedule_free_optimizers(trainer):
         (optimizer.train if training else optimizer.eval)()
 
 
@@ -58,7 +58,7 @@ def _trains(optimizer: Any) -> bool:
     return any(group.get("train_mode") for group in optimizer.param_groups)
 
 
-def _schedule_free(trainer: Trainer) -> Iterator[Any]:
+def schedule_free_optimizers(trainer: Trainer) -> Iterator[Any]:
     """The run's optimizers that have the two modes."""
     for optimizer in trainer.optimizers:
         inner = getattr(optimizer, "optimizer", optimizer)  # Lightning's or DeepSpeed's wrapper

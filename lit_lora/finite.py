@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, *_FP8)
 
 
 def any_non_finite(tensors: Sequence[Tensor]) -> Tensor:
@@ -17,7 +18,8 @@ def any_non_finite(tensors: Sequence[Tensor]) -> Tensor:
 
     Of a ``DTensor`` only the process's own shard is looked at.
     """
-    local = [tensor for tensor in map(_local, tensors) if tensor.numel()]
+    # torch computes nothing in fp8, whose values bfloat16 all has.
+    local = [one.bfloat16() if one.dtype in _FP8 else one for one in map(_local, tensors) if one.numel()]
     if not local:
         return torch.tensor(False)
     # The largest magnitude of a tensor is NaN or Inf exactly if one of its values is.

@@ -44,7 +44,7 @@ from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
 from lit_lora.quantization import Dense, Quantization
-from lit_lora.run_checks import check_run, check_sizes
+from lit_lora.run_checks import check_data, check_run
 from lit_lora.sampling import SamplingOptions
 from lit_lora.text_training import TextTraining
 
@@ -132,8 +132,7 @@ class LoraDiffusion(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.quantization = quantization or Dense()
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
-        self.caption_dropout = caption_dropout
-        self.memory = memory
+        self.caption_dropout, self.memory = caption_dropout, memory
         family.split_vae(memory.vae_slicing, memory.vae_tiling)
         family.text_quantization = memory.text_encoder_quantization
         self.compile_blocks = compile_blocks
@@ -162,7 +161,7 @@ class LoraDiffusion(LightningModule):
             dispensable = self.dispensable_parts() | ({"denoiser"} if sharded else set())
             if not self._configured:
                 self._scheduler_config = prepare(self.family, self.objective)
-                check_sizes(self)
+                check_data(self)
             into = self.base_adapters.changes(dispensable)
             self.family.load(
                 self.base_dtype, without=dispensable, quantization=self.quantization, node=node, changes=into
@@ -181,7 +180,7 @@ class LoraDiffusion(LightningModule):
             return optimizer
         rates = [group["lr"] for group in optimizer.param_groups]
         scheduler = self.lr_scheduler(optimizer)
-        check_schedule(rates, optimizer, scheduler)
+        check_schedule(rates, optimizer, scheduler, -1 if self._trainer is None else self.trainer.max_steps)
         config: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             monitor = getattr(scheduler, "monitor", "val/loss")
@@ -215,6 +214,7 @@ class LoraDiffusion(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.family.token_uses.warn_unused(self.family.new_tokens)
+        self.objective.on_train_epoch_end()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         step = self.trainer.global_step + 1

@@ -12,6 +12,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import check_size
 from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import check_optimizer_in_backward
+from lit_lora.objectives.counting import check_counting
 from lit_lora.optimizer_settings import check_lr_finder
 from lit_lora.redact import redact
 from lit_lora.sampling import check_guidance_rescale
@@ -20,18 +21,27 @@ if TYPE_CHECKING:
     from lit_lora.module import LoraDiffusion
 
 
-def check_sizes(module: LoraDiffusion) -> None:
-    """Check that a module's family can be trained on the datamodule's image sizes, if there is one that lists them.
+def check_data(module: LoraDiffusion) -> None:
+    """Check that a module can be trained on its datamodule's image sizes and masks, if it has a datamodule that tells them.
 
     Args:
-        module: Module whose family has read its configs.
+        module: Module whose family has read its configs, and whose objective is prepared.
 
     Raises:
-        UserError: If a size does not fit.
+        UserError: If a size does not fit, or the objective ignores masks or prior preservation.
     """
-    datamodule = None if module._trainer is None else getattr(module.trainer, "datamodule", None)
-    for height, width in getattr(datamodule, "image_sizes", list)():
-        check_size(module.family, height, width)
+    if module._trainer is None:
+        return
+    if module.saved is not None and module.trainer.training:
+        module.saved.warn_of_changes(module)
+    datamodule, family = getattr(module.trainer, "datamodule", None), module.family
+    sizes = list(getattr(datamodule, "image_sizes", list)())
+    for height, width in sizes:
+        check_size(family, height, width)
+    masks = getattr(getattr(datamodule, "decoder", None), "mask", None) is not None
+    if masks or module.objective.prior is not None:
+        size = next(iter(sizes), (family.default_size, family.default_size))
+        check_counting(module.objective, family.latent_shape(*size), masks)
 
 
 def check_run(module: LoraDiffusion, stage: str) -> None:

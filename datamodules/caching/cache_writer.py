@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.caching.cached_decoder import FLIPPED, LATENTS, MASK, SIZES, encode_cached, without_padding
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
+from lit_lora.datamodules.caching.sources import is_newer
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.framing import Framing
@@ -107,7 +108,7 @@ class CacheWriter:
             progress: Function that is called with the number of samples that were finished since the last call.
 
         Raises:
-            UserError: If ``path`` exists and was made from other samples.
+            UserError: If ``path`` exists and was made from other samples, or is older than its source.
         """
         first, end = self.table.starts[shard : shard + 2].tolist()
         if self._text and not (path.parent / EMPTY).exists():
@@ -125,6 +126,11 @@ class CacheWriter:
 
     def _resume(self, samples: range, path: Path, progress: Callable[[int], None]) -> CachedShard:
         """The result for an existing shard; samples that it lacks are encoded again to find out why they were left out."""
+        if is_newer(self.table.locations[self.table.shard_of(samples[0])], path):
+            raise UserError(
+                f"{self._location(samples[0])} was changed after {visible(path)} was made from it, so that its samples may "
+                f"differ; remove {visible(path)} to encode it anew, or touch it if the samples are the same"
+            )
         index = ShardIndex.load_or_build(path)
         cached = {index.key(number) for number in range(len(index))}
         numbers = {self.table.key(number): number for number in samples}

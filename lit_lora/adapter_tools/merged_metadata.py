@@ -59,7 +59,7 @@ def needed_adapters(adapters: Sequence[NamedAdapter]) -> Records:
     needs = [base_records(one.adapter.metadata) for one in adapters]
     if not any(needs):
         return []
-    merged = [BaseAdapter(one.path, one.weight).record for one in adapters if one.weight]
+    merged = [BaseAdapter(one.path, one.weight).record_of(one.adapter) for one in adapters if one.weight]
     remaining = [[one for one in need if not any(same_adapters([one], [here]) for here in merged)] for need in needs]
     for source, need in zip(adapters, remaining, strict=True):
         if not same_adapters(need, remaining[0]):

@@ -45,7 +45,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
     Raises:
         UserError: If a name in the config matches no layer, or layers that the method cannot adapt; if the method does not
             adapt layers; if its initialization would change the base; if biases are trained in a base that is not float32; or
-            if a rank exceeds the dimensions of a layer.
+            if a rank exceeds the dimensions of a layer, or alpha is 0.
     """
     _check_method(config, model)
     targets = getattr(config, "target_modules", None)
@@ -58,7 +58,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         config.feedforward_modules = set()
     check_bounds(config, model)  # before any regular expression is matched, since it may never end
     _check_excluded(config, model)
-    _warn_of_small_alpha(config)
+    _check_alpha(config)
     model.requires_grad_(False)
     try:
         with warnings.catch_warnings():
@@ -206,7 +206,11 @@ def check_trained_copy(path: str, layer: nn.Module) -> None:
         )
 
 
-def _warn_of_small_alpha(config: PeftConfig) -> None:
+def _check_alpha(config: PeftConfig) -> None:
+    """Refuse an alpha that scales updates and their gradients to zero, and warn of one that is far below the rank."""
+    for name in ("lora_alpha", "alpha"):
+        if getattr(config, name, None) == 0:
+            raise UserError(f"{name}=0 scales the updates to zero, so that nothing would be trained; set it to r")
     rank, alpha = getattr(config, "r", None), getattr(config, "lora_alpha", None)
     if isinstance(rank, int) and isinstance(alpha, int | float) and alpha * 4 <= rank:
         warnings.warn(

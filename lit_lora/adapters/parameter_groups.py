@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, PolynomialLR
 
 from lit_lora.adapters.inject import ADAPTER_NAME
 from lit_lora.errors import UserError
@@ -99,13 +101,14 @@ def make_optimizer(
     return optimizer
 
 
-def check_schedule(rates: Sequence[Any], optimizer: Optimizer, schedule: object) -> None:
-    """Check that a schedule has not given all groups the same learning rate.
+def check_schedule(rates: Sequence[Any], optimizer: Optimizer, schedule: object, steps: int = -1) -> None:
+    """Check that a schedule has not given all groups the same learning rate, and warn if it ends before the training.
 
     Args:
         rates: Learning rates of the groups before the schedule was made.
         optimizer: Optimizer of the schedule.
         schedule: The schedule, which has just been made.
+        steps: Number of optimizer steps; -1, the default, if it is unknown.
 
     Raises:
         UserError: If the groups had different learning rates and have the same now, as OneCycleLR makes them.
@@ -116,6 +119,13 @@ def check_schedule(rates: Sequence[Any], optimizer: Optimizer, schedule: object)
             f"{type(schedule).__name__} gives all {len(now)} parameter groups the learning rate {float(now[0]):g}; give it a "
             f"list with a value for each group, such as max_lr, or use a schedule that multiplies, such as LinearLR"
         )
+    for name, then in (("T_max", "rises again"), ("total_iters", "stays at 0")):
+        kind = CosineAnnealingLR if name == "T_max" else PolynomialLR
+        if type(schedule) is kind and (end := getattr(schedule, name)) < steps:
+            rank_zero_warn(
+                f"the learning rate of {kind.__name__} {then} after {name}={end} of {steps} optimizer steps; set {name} to "
+                f"{steps}, as trainer.max_steps"
+            )
 
 
 def _divide(

@@ -40,6 +40,15 @@ def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> N
         )
 
 
+def function_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings on which it depends what an adapter computes from its weights; without those that are off or empty.
+
+    Args:
+        config: Plain config of the adapter.
+    """
+    return {name: value for name, value in config.items() if value and name not in _NOT_PART_OF_THE_FUNCTION}
+
+
 def training_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of an adapter that change its training alone, so that a resumed run may have others.
 

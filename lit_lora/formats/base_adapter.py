@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_lora.adapters.same_config import function_fields
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles
@@ -95,9 +98,11 @@ class BaseAdapter:
             )
         return parts
 
-    @property
-    def record(self) -> dict[str, Any]:
+    def record_of(self, adapter: AdapterFiles) -> dict[str, Any]:
         """What files say about this adapter: see :data:`lit_lora.formats.base_records.Records`.
+
+        Args:
+            adapter: The adapter's files, as :meth:`read` gives them.
 
         Raises:
             UserError: If there is no adapter at the path.
@@ -105,5 +110,14 @@ class BaseAdapter:
         found, file = open_adapter(self.path)
         files = [file.path] if self.drop_text_encoders else found.files(file.path)
         digest = data_hash(*files)["sshs_model_hash"]
-        record = {"name": Path(self.path).name, "path": self.path, "sha256": digest, "weight": float(self.weight)}
+        parts = {"denoiser": adapter} if self.drop_text_encoders else adapter.parts
+        settings = {name: function_fields(part.config) for name, part in parts.items()}
+        record: dict[str, Any] = {
+            "name": Path(self.path).name,
+            "path": self.path,
+            "sha256": digest,
+            # Another alpha gives other weights, and most formats do not store it among the tensors.
+            "settings": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12],
+            "weight": float(self.weight),
+        }
         return record | ({"drop_text_encoders": True} if self.drop_text_encoders else {})

@@ -13,6 +13,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats.base_adapter import BaseAdapter
 from lit_lora.formats.base_records import Records, base_records, same_adapters, told
+from lit_lora.formats.find import read_adapter
 from lit_lora.formats.merged_layers import MergedLayer, merged_layers
 from lit_lora.quantization.weight_change import Changes, WeightChange
 
@@ -33,10 +34,10 @@ class BaseAdapters:
 
     def __init__(self, adapters: Sequence[BaseAdapter], family: type[ModelFamily]) -> None:
         self.family = family
-        self.records: Records = [one.record for one in adapters]
+        read = [one.read(family) for one in adapters]
+        self.records: Records = [one.record_of(adapter) for one, adapter in zip(adapters, read, strict=True)]
         updates: dict[str, dict[str, list[MergedLayer]]] = {}
-        for one in adapters:
-            adapter = one.read(family)
+        for one, adapter in zip(adapters, read, strict=True):
             self._check_trained_over(one, base_records(adapter.metadata))
             for part, files in one.parts_of(adapter, family).items():
                 for name, layer in merged_layers(files, one.path, one.weight).items():
@@ -90,13 +91,16 @@ class BaseAdapters:
             )
 
 
-def recorded_adapters(records: Records, path: object, places: Sequence[str] = ()) -> list[BaseAdapter]:
+def recorded_adapters(
+    records: Records, path: object, places: Sequence[str] = (), family: type[ModelFamily] | None = None
+) -> list[BaseAdapter]:
     """The adapters that an adapter was trained over.
 
     Args:
         records: Their records in the adapter's metadata.
         path: File of the adapter, for errors.
         places: Paths of the adapters in the same order; defaults to the paths of the training.
+        family: Model family of the base; defaults to that which the files tell.
 
     Raises:
         UserError: If an adapter is not there, or is another one; if the numbers of paths and adapters differ.
@@ -109,8 +113,9 @@ def recorded_adapters(records: Records, path: object, places: Sequence[str] = ()
         if not Path(place).exists():
             raise UserError(f"{needed}, which is not at {place}; give its path with --base_adapters")
         one = BaseAdapter(place, record["weight"], bool(record.get("drop_text_encoders")))
-        if not same_adapters([one.record], [record]):
-            raise UserError(f"{needed}, and {place} is {told([one.record])}; give its path with --base_adapters")
+        here = one.record_of(read_adapter(place, family))
+        if not same_adapters([here], [record]):
+            raise UserError(f"{needed}, and {place} is {told([here])}; give its path with --base_adapters")
         found.append(one)
     return found
 

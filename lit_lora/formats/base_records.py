@@ -9,7 +9,8 @@ from typing import Any
 from lit_lora.errors import UserError
 
 Records = Sequence[Mapping[str, Any]]
-"""Adapters that were merged into a base: for each its name, its path, the SHA-256 of its tensors and its weight."""
+"""Adapters that were merged into a base: for each its name, its path, the SHA-256 of its tensors, a digest of its settings, such
+as alpha, and its weight."""
 
 _KEY = "lit_lora.base_adapters"
 
@@ -36,14 +37,20 @@ def base_records(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
 
 def told(records: Records) -> str:
     """Names and weights of the adapters, for messages."""
-    names = [f"{one['name']} (weight {one['weight']}, SHA-256 {str(one['sha256'])[:12]})" for one in records]
+    names = [
+        f"{one['name']} (weight {one['weight']}, SHA-256 {str(one['sha256'])[:12]}"
+        + (f", settings {one['settings']})" if "settings" in one else ")")
+        for one in records
+    ]
     return " and ".join(names) or "no other adapter"
 
 
 def same_adapters(here: Records, there: Records) -> bool:
-    """Whether the adapters and their weights are the same, wherever their files are."""
+    """Whether the adapters, their settings and their weights are the same, wherever their files are."""
+    settings = all("settings" in record for record in (*here, *there))  # older files do not tell them
 
     def key(record: Mapping[str, Any]) -> tuple[Any, ...]:
-        return record["sha256"], record["weight"], bool(record.get("drop_text_encoders"))
+        dropped = bool(record.get("drop_text_encoders"))
+        return record["sha256"], record["weight"], dropped, str(record["settings"]) if settings else ""
 
     return sorted(map(key, here)) == sorted(map(key, there))

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 
+from lit_lora.formats.learned_settings import settings_metadata
 from lit_lora.formats.sampling_scheduler import scheduler_metadata
 
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -49,7 +50,7 @@ def training_facts(module: LightningModule) -> dict[str, str]:
     schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
     facts["ss_lr_scheduler"] = schedulers[0] if schedulers else None
     if isinstance(config := getattr(module, "_scheduler_config", None), dict):
-        facts |= scheduler_metadata(cast(Any, module).family.scheduler_config, config)
+        facts |= scheduler_metadata(cast(Any, module).family.scheduler_config, config) | settings_metadata(module)
     if getattr(getattr(module, "objective", None), "zero_terminal_snr", False):
         facts["ss_zero_terminal_snr"] = True
     datamodule = getattr(trainer, "datamodule", None)

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftConfig, PeftModel
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.base_records import Records, base_records, same_adapters, told
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.learned_settings import changed_settings
 from lit_lora.formats.quantized_base import quantization_name, quantized_base, quantized_metadata
 from lit_lora.formats.text_encoders import for_class, for_encoder
 from lit_lora.quantization import Quantization
@@ -100,6 +103,21 @@ class FromFile(PeftConfig):
                 stacklevel=2,
             )
         return self._config(files) if files.state else None
+
+    def warn_of_changes(self, module: Any) -> None:
+        """Warn of what this training learns otherwise than the adapter's: objective, schedule, options of the family.
+
+        Args:
+            module: :class:`~lit_lora.LoraDiffusion` whose objective is prepared.
+
+        Raises:
+            UserError: If the file's metadata are damaged.
+        """
+        if changed := changed_settings(self._files.metadata, module):
+            rank_zero_warn(
+                f"the adapter {self.path} was trained otherwise: {'; '.join(changed)}. Those of this training apply; set them as "
+                f"they were to go on as before"
+            )
 
     def training_facts(self, quantization: Quantization | None) -> dict[str, str]:
         """What the file says that also holds for the files of this training.

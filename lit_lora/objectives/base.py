@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
+from lit_lora.objectives.counting import check_loss
 from lit_lora.objectives.criteria import Criterion, SquaredError
 from lit_lora.objectives.masked import masked
 from lit_lora.objectives.noise_level import NoiseLevel
@@ -62,6 +63,8 @@ class Objective(nn.Module, ABC):
     """Changes of the noise in training, one after the other."""
     prior: PriorPreservation | None = None
     """Which samples are class images, and how much they count in training."""
+    _heeds_masks = False
+    """Whether the loss was seen to depend on masks."""
     schedulers: ClassVar[tuple[str, ...]]
     """Class names of the diffusers schedulers whose models the objective can train."""
 
@@ -142,12 +145,22 @@ class Objective(nn.Module, ABC):
             batch: Batch: see :data:`lit_lora.families.Batch`.
 
         Raises:
-            UserError: If :attr:`prior` cannot tell class images.
+            UserError: If :attr:`prior` cannot tell class images, or the :meth:`loss` of a subclass ignores the masks.
         """
         sample = masked(sample, batch)
-        if self.prior is None or not self.training:
+        if not self.training:
+            return sample
+        if sample.mask is not None and not self._heeds_masks:
+            check_loss(self, sample)
+            self._heeds_masks = True
+        if self.prior is None:
             return sample
         return sample._replace(weight=sample.weight * self.prior.weights(batch, sample.weight.device))
+
+    def on_train_epoch_end(self) -> None:
+        """Warn if :attr:`prior` has met images of one kind alone; the module calls it."""
+        if self.prior is not None:
+            self.prior.warn_of_one_kind()
 
     def mean_errors(self, errors: Tensor, sample: NoisySample) -> Tensor:
         """Mean of each sample's errors, in training masked, times its weight; float32 ``(B,)``.

@@ -14,6 +14,8 @@ from lit_lora.errors import UserError, check_above
 
 _LOOKED_AT = 1000
 """Number of samples after which both kinds of images should have been seen."""
+_FEW = 20
+"""Number of samples that may be of one kind by chance."""
 
 
 class PriorPreservation:
@@ -22,7 +24,8 @@ class PriorPreservation:
     The loss is that of the subject's images plus :math:`\lambda` times that of images of its class, such as those that the base
     draws for "a photo of a dog", so that the class is not forgotten. Each class image's loss is multiplied by :math:`\lambda`
     before the mean over the batch, which is the equation, up to a constant factor, if as many images of the class as of the
-    subject are drawn. A warning tells if the first thousand samples are all of one kind.
+    subject are drawn. A warning tells if the first thousand samples, or those of the first
+    epoch, are all of one kind.
 
     Args:
         class_keys: Glob pattern of the keys of class images. A packed folder's keys begin with the subfolder: ``class/*``.
@@ -40,6 +43,8 @@ class PriorPreservation:
         self.weight = weight
         self._seen = {True: 0, False: 0}
         """Number of class images and of others so far, until the warning was due."""
+        self._key = ""
+        self._looked = False
 
     def weights(self, batch: Mapping[str, Any], device: torch.device) -> Tensor:
         """Weight of each sample: :attr:`weight` for class images, 1 for others; float32 ``(B,)``.
@@ -60,15 +65,26 @@ class PriorPreservation:
         self._count(of_class, batch["key"])
         return torch.tensor([self.weight if one else 1.0 for one in of_class], device=device)
 
+    def warn_of_one_kind(self, least: int = _FEW) -> None:
+        """Warn once if all samples so far were of one kind.
+
+        Args:
+            least: Number of samples that may have been of one kind by chance; defaults to 20.
+        """
+        if self._looked or (seen := sum(self._seen.values())) < least:
+            return
+        self._looked = True
+        if not all(self._seen.values()):
+            which = "all" if self._seen[True] else "none"
+            rank_zero_warn(
+                f"prior preservation has taken {which} of the first {seen:,} samples for class images: keys such as "
+                f"{self._key!r} against class_keys={self.class_keys!r}; set class_keys to a pattern of their keys alone"
+            )
+
     def _count(self, of_class: list[bool], keys: list[str]) -> None:
-        before = sum(self._seen.values())
-        if before >= _LOOKED_AT:
+        if self._looked:
             return
         for one in of_class:
             self._seen[one] += 1
-        if sum(self._seen.values()) >= _LOOKED_AT and not all(self._seen.values()):
-            which = "all" if self._seen[True] else "none"
-            rank_zero_warn(
-                f"prior preservation has taken {which} of the first {sum(self._seen.values()):,} samples for class images: keys "
-                f"such as {keys[0]!r} against class_keys={self.class_keys!r}; set class_keys to a pattern of their keys alone"
-            )
+        self._key = keys[0]
+        self.warn_of_one_kind(_LOOKED_AT)

@@ -201,7 +201,8 @@ class _Simulation:
     def _batch(self) -> dict[str, Any]:
         run, family = self.run, self.family
         size = [[run.height, run.width]] * run.batch_size
-        batch: dict[str, Any] = {"caption": [""] * run.batch_size, "target_size": torch.tensor(size)}
+        names = [""] * run.batch_size
+        batch: dict[str, Any] = {"caption": names, "key": names, "target_size": torch.tensor(size)}
         if "latents" in run.cached:
             mean = torch.empty(run.batch_size, *family.latent_shape(run.height, run.width))
             batch |= {"latents_mean": mean, "latents_std": torch.empty_like(mean)}

@@ -99,7 +99,7 @@ def cache_shards(
     """Encode the images and captions of a datamodule's shards once, so that training needs no VAE and no text encoders.
 
     The cache has shards of the same names, with the same samples in the same order. An interrupted run continues when it is
-    started again; complete shards are kept.
+    started again; complete shards are kept, unless their source was changed later, which is an error.
 
     Args:
         module: Module that has the encoders.

@@ -76,7 +76,7 @@ def make_generate(
     records = base_records(files.metadata) if files else []
     if files and (quantization := quantized_base(files.metadata)):
         warnings.warn(twice(adapter, quantization), stacklevel=2)
-    adapt = _Adapt(files, adapter, recorded_adapters(records, adapter, base_adapters))
+    adapt = _Adapt(files, adapter, recorded_adapters(records, adapter, base_adapters, kind))
     arguments = (base, options, adapt, getattr(torch, dtype), device)
     return _from_pipeline(*arguments) if kind is None else _from_family(kind, *arguments, size)
 

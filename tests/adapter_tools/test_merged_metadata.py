@@ -14,6 +14,7 @@ from lit_lora.errors import UserError
 from lit_lora.formats import write_adapter
 from lit_lora.formats.base_adapter import BaseAdapter
 from lit_lora.formats.base_records import base_metadata
+from lit_lora.formats.find import read_adapter
 from tests.adapter_tools.layers import adapter, config
 
 ONE = adapter(config(), seed=1)
@@ -46,7 +47,7 @@ def test_adapters_of_the_training(tmp_path: Path) -> None:
     for seed, path in enumerate(paths):
         Path(path).mkdir()
         write_adapter(adapter(config(), seed=seed), Path(path))
-    first, other = (BaseAdapter(path, 0.8).record for path in paths[:2])
+    first, other = (BaseAdapter(path, 0.8).record_of(read_adapter(path)) for path in paths[:2])
     over = [replace(ONE, metadata=base_metadata([one])) for one in (first, other)]
     second = NamedAdapter(paths[2], over[0])
     assert json.loads(merged_metadata([second, second])["lit_lora.base_adapters"]) == [first]

@@ -111,6 +111,12 @@ def test_an_alpha_far_below_the_rank_warns(unet: UNet2DConditionModel) -> None:
         inject(unet, peft.LoraConfig(r=16, lora_alpha=1), TARGETS)
 
 
+@pytest.mark.parametrize("config", [peft.LoraConfig(lora_alpha=0), peft.LoHaConfig(alpha=0)])
+def test_an_alpha_of_zero(config: peft.PeftConfig, unet: UNet2DConditionModel) -> None:
+    with pytest.raises(UserError, match="alpha=0 scales the updates to zero"):
+        inject(unet, config, TARGETS)
+
+
 def test_initialisations_that_need_more_than_a_config(unet: UNet2DConditionModel) -> None:
     config = peft.LoraConfig(r=2)
     config.init_lora_weights = "nonsense"

@@ -14,11 +14,11 @@ from peft import LoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer, Rprop
-from torch.optim.lr_scheduler import LinearLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, PolynomialLR
 from transformers.optimization import Adafactor
 
 from lit_lora.adapters import inject
-from lit_lora.adapters.parameter_groups import ParameterGroup, make_optimizer
+from lit_lora.adapters.parameter_groups import ParameterGroup, check_schedule, make_optimizer
 from lit_lora.callbacks import AdapterCheckpoint
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
@@ -142,6 +142,24 @@ def test_schedules(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
     fit(module_of(sd_folder, lr_scheduler=partial(OneCycleLR, max_lr=[0.1, 0.2, 0.3], total_steps=9)), trainer_options)
 
 
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (
+            partial(CosineAnnealingLR, T_max=3),
+            "CosineAnnealingLR rises again after T_max=3 of 4 optimizer steps; set T_max to 4",
+        ),
+        (partial(PolynomialLR, total_iters=3), "PolynomialLR stays at 0 after total_iters=3 of 4 optimizer steps"),
+    ],
+)
+def test_schedules_that_end_before_the_training(make: Any, told: str) -> None:
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    for steps in (-1, 3):
+        check_schedule([0.1], optimizer, make(optimizer), steps)  # a warning would be an error
+    with pytest.warns(UserWarning, match=told):
+        check_schedule([0.1], optimizer, make(optimizer), 4)
+
+
 def test_resuming_with_groups(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
     schedule: dict[str, Any] = {"lr_scheduler": partial(LinearLR, start_factor=0.5, total_iters=8)}
     whole, resumed = (module_of(sd_folder, **schedule) for _ in range(2))
@@ -203,6 +221,10 @@ def test_a_config_has_groups(sd_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({"model": model, "data": data}))
     module = build_cli(["fit", "--config", str(path), "--trainer.accelerator", "cpu"], run=False).model
+    overlay = Path(__file__).parents[2] / "configs" / "overlays" / "text_encoders.yaml"
+    arguments = ["fit", "--config", str(path), "--config", str(overlay), "--trainer.accelerator", "cpu"]
+    patterns = [group.pattern for group in build_cli(arguments, run=False).model.parameter_groups]
+    assert patterns == ["*.lora_B.*", "denoiser.up_blocks.*", "text_encoder*"]  # the overlay adds its own
     module.configure_model()
     optimizer = module.configure_optimizers()
     assert isinstance(optimizer, SGD)

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schedulefree
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lit_lora.callbacks import AdapterEMA
+from lit_lora.callbacks import AdapterEMA, ScheduleFree
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from tests.helpers import loader_of, make_batches
@@ -27,6 +28,11 @@ class Counting(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([self.weight], lr=1.0)
+
+
+class Drawing(Counting):
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return batch
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -62,6 +68,27 @@ def test_validation_with_and_without(sd_module: LoraDiffusion, trainer_options: 
     batches = loader_of(make_batches(2))
     trainer.fit(sd_module, batches, batches)
     assert trainer.callback_metrics["val/loss"] != trainer.callback_metrics["val/loss_ema"]
+
+
+def test_what_does_not_use_the_average_says_so(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    batches = loader_of([torch.zeros(1)] * 2)  # type: ignore[list-item]
+    trainer = Trainer(callbacks=[AdapterEMA()], **trainer_options | {"max_steps": 1})
+    trainer.fit(Counting(), batches)
+    trainer.save_checkpoint(tmp_path / "done.ckpt")
+    trainer = Trainer(callbacks=[AdapterEMA()], **trainer_options)
+    with pytest.warns(UserWarning, match="AdapterEMA: predict uses the weights of the last step, not their average"):
+        trainer.predict(Drawing(), batches, ckpt_path=tmp_path / "done.ckpt")
+
+
+def test_schedule_free_weights_are_an_average_already(trainer_options: dict[str, Any]) -> None:
+    module = Counting()
+    optimizer: Any = schedulefree.SGDScheduleFree(module.parameters(), lr=0.1)
+    module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
+    trainer = Trainer(callbacks=[ScheduleFree(), AdapterEMA()], **trainer_options | {"max_steps": 1})
+    with pytest.warns(
+        UserWarning, match="not those that it has learned, which are an average already; remove AdapterEMA"
+    ):
+        trainer.fit(module, loader_of([torch.zeros(1)]))  # type: ignore[list-item]
 
 
 def test_decay_out_of_range() -> None:

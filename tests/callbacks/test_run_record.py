@@ -12,10 +12,12 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoraInjection, RankBudget
-from lit_lora.callbacks.run_record import described
-from lit_lora.families import StableDiffusion
+from lit_lora.datamodules import ImageDecoder, WebDatasetDataModule
+from lit_lora.described import described
+from lit_lora.families import Flux, StableDiffusion
+from lit_lora.formats.learned_settings import learned_settings
 from lit_lora.module import LoraDiffusion
-from lit_lora.objectives import DDPM, MinSNR, PseudoHuber
+from lit_lora.objectives import DDPM, FlowMatching, MinSNR, PseudoHuber
 from lit_lora.quantization import NF4, Int8
 from tests.helpers import Classifier, loader_of, make_batches
 
@@ -59,6 +61,35 @@ def test_a_resumed_run_tells_what_it_does_otherwise(
     fit(diffusion(sd_folder), trainer_options, tmp_path)
     with pytest.warns(UserWarning, match=told):
         fit(diffusion(sd_folder, **options), trainer_options, tmp_path, 2, resume=tmp_path / "last.ckpt")
+
+
+def test_what_samples_are_is_compared(
+    sd_folder: Path, session_shards: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    def run(steps: int, resume: Path | None = None, **options: Any) -> None:
+        decoder = ImageDecoder(center_crop=True, **options)
+        data = WebDatasetDataModule(str(session_shards), decoder=decoder, resolution=16, val_samples=2, num_workers=0)
+        saving = AdapterCheckpoint(tmp_path, save_last=True, save_top_k=0, enable_version_counter=False)
+        trainer = Trainer(**trainer_options | {"max_steps": steps, "enable_checkpointing": True, "callbacks": [saving]})
+        trainer.fit(diffusion(sd_folder), data, ckpt_path=resume)
+
+    run(1)
+    run(2, tmp_path / "last.ckpt")  # a warning would be an error
+    told = r"decoder\.random_flip False in the checkpoint, True here; data\.decoder\.mask None in the checkpoint, alpha here"
+    with pytest.warns(UserWarning, match=told):
+        run(3, tmp_path / "last.ckpt", random_flip=True, mask="alpha")
+
+
+def test_options_of_the_family_are_compared() -> None:
+    module = LoraDiffusion(Flux("base", train_guidance_scale=3.5, variant="fp16"), LoraConfig(r=2), FlowMatching())
+    settings = learned_settings(module)
+    assert settings["model.family.train_guidance_scale"] == "3.5"
+    assert settings["model.family.max_sequence_length"] == "512"
+    assert settings["model.objective"] == "FlowMatching"
+    assert settings["model.objective.shift"] == "None"
+    assert not any(
+        "variant" in name or "pretrained" in name for name in settings
+    )  # the base's parts are compared themselves
 
 
 def test_a_resumed_run_tells_of_another_base(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:

@@ -40,6 +40,14 @@ def test_grids_go_to_png_and_tensorboard(
     assert [event.step for event in events.Images("samples")] == [0, 2, 4]
 
 
+def test_a_run_that_ends_before_the_first_grid_says_so(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        fit(sd_module, trainer_options, [SampleImages(["a star"], every_n_steps=3, num_inference_steps=1)], steps=2)
+    assert "no images of what was learned: training ended at step 2, before every_n_steps=3" in caplog.text
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 def test_the_latest_grid_is_in_the_model_card(
     averaged: bool, sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path

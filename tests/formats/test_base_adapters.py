@@ -29,7 +29,7 @@ from lit_lora.cli import main
 from lit_lora.families import Flux, StableDiffusion
 from lit_lora.formats import AdapterFiles, format_named, write_adapter
 from lit_lora.formats.base_adapters import BaseAdapters, recorded_adapters
-from lit_lora.formats.base_records import base_metadata, base_records
+from lit_lora.formats.base_records import base_metadata, base_records, same_adapters, told
 from lit_lora.formats.facts import training_facts
 from lit_lora.formats.find import read_adapter
 from lit_lora.formats.quantized_base import quantized_metadata
@@ -71,6 +71,10 @@ INPUTS = (
     torch.tensor([10, 500]),
     torch.linspace(-1, 1, 224).view(2, 7, 16),
 )
+
+
+def record_of(one: BaseAdapter) -> dict[str, Any]:
+    return one.record_of(read_adapter(one.path))
 
 
 def output(denoiser: Any) -> Tensor:
@@ -187,10 +191,10 @@ def test_the_files_say_what_they_were_trained_over(sd_folder: Path, tmp_path: Pa
     module = module_over(sd_folder, first)
     module.save_adapter(tmp_path / "second", ["kohya"])
     for file in ("", "pytorch_lora_weights.safetensors", "kohya.safetensors"):
-        assert base_records(read_adapter(tmp_path / "second" / file).metadata) == [first.record]
+        assert base_records(read_adapter(tmp_path / "second" / file).metadata) == [record_of(first)]
     card = (tmp_path / "second" / "README.md").read_text()
     assert "| trained over | `first` with weight 0.8 |" in card
-    assert f"SHA-256 of its tensors {first.record['sha256']}" in card
+    assert f"SHA-256 of its tensors {record_of(first)['sha256']}" in card
     code = card.partition("```python\n")[2].partition("```")[0].replace("this folder", str(tmp_path / "second"))
     code = "\n".join(line for line in code.splitlines() if "images" not in line)
     names: dict[str, Any] = {}
@@ -239,7 +243,7 @@ def test_resuming_needs_the_same_adapters(sd_folder: Path, trainer_options: dict
     last = tmp_path / "part" / "last.ckpt"
     for others, message in (
         ([BaseAdapter(str(tmp_path / "first"), 0.7)], r"over first \(weight 0.8, .*names first \(weight 0.7"),
-        ([], r"over first \(weight 0.8, SHA-256 \w{12}\), and base_adapters names no other adapter"),
+        ([], r"over first \(weight 0.8, SHA-256 \w{12}, settings \w{12}\), and base_adapters names no other adapter"),
     ):
         with pytest.raises(UserError, match=message):
             fit(4, "part", *others, resume=last, first=2)
@@ -330,22 +334,37 @@ def test_sampling_applies_them_again(
 
 def test_the_hash_is_of_all_parts(sd_folder: Path, tmp_path: Path) -> None:
     adapter = saved(LORA, sd_folder, tmp_path)
-    alone = BaseAdapter(str(tmp_path)).record["sha256"]
+    alone = record_of(BaseAdapter(str(tmp_path)))["sha256"]
     found = []
     for factor in (1, 2):
         part = encoder_adapter()
         part = replace(part, state={key: factor * value for key, value in part.state.items()})
         write_adapter(replace(adapter, text_encoders={"text_encoder": part}), tmp_path)
-        found.append(BaseAdapter(str(tmp_path)).record["sha256"])
+        found.append(record_of(BaseAdapter(str(tmp_path)))["sha256"])
     assert len({alone, *found}) == 3
-    assert BaseAdapter(str(tmp_path), drop_text_encoders=True).record["sha256"] == alone
+    assert record_of(BaseAdapter(str(tmp_path), drop_text_encoders=True))["sha256"] == alone
+
+
+@pytest.mark.parametrize("file", ["", "pytorch_lora_weights.safetensors", "kohya.safetensors"])
+def test_another_alpha_is_another_base(file: str, sd_folder: Path, tmp_path: Path) -> None:
+    records = []
+    for alpha in (3, 3, 6):
+        adapter = saved(LORA, sd_folder, tmp_path / "first", "kohya")
+        write_adapter(replace(adapter, config={**adapter.config, "lora_alpha": alpha}), tmp_path / "first", ["kohya"])
+        records.append(record_of(BaseAdapter(str(tmp_path / "first" / file))))
+    assert records[0] == records[1]
+    assert same_adapters(records[:1], records[1:2])
+    assert not same_adapters(records[:1], records[2:])
+    assert told(records[:1]) != told(records[2:])
+    before = {name: value for name, value in records[0].items() if name != "settings"}  # as older files have it
+    assert same_adapters([before], records[:1])
 
 
 def test_adapters_for_other_bases(sd_folder: Path, tmp_path: Path) -> None:
     adapter = saved(LORA, sd_folder, tmp_path / "first")
     first = BaseAdapter(str(tmp_path / "first"), 0.8)
     (tmp_path / "second").mkdir()
-    write_adapter(replace(adapter, metadata=base_metadata([first.record])), tmp_path / "second")
+    write_adapter(replace(adapter, metadata=base_metadata([record_of(first)])), tmp_path / "second")
     second = BaseAdapter(str(tmp_path / "second"))
     with pytest.warns(UserWarning, match=r"second was trained over first \(weight 0.8, .*; name these, too"):
         BaseAdapters([second], StableDiffusion)

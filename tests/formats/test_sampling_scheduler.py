@@ -12,11 +12,12 @@ from lightning.pytorch import Trainer
 from peft import LoraConfig
 from PIL import Image
 
-from lit_lora import DDPM, LoraDiffusion, UserError
+from lit_lora import DDPM, FromFile, LoraDiffusion, UserError
 from lit_lora.cli import main
 from lit_lora.families import StableDiffusion
 from lit_lora.formats import TensorFile
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.learned_settings import changed_settings
 from lit_lora.formats.sampling_scheduler import scheduler_changes, scheduler_metadata
 from lit_lora.sampling import SamplingOptions
 from tests.helpers import loader_of, make_batches
@@ -70,6 +71,36 @@ def test_images_are_those_of_diffusers_with_that_schedule(
     assert Image.open(tmp_path / "drawn" / "0000.png").tobytes() == ours.tobytes()
     plain = module.generate(["a star"], [3], guidance_rescale=0.0, **SIZE)[0]
     assert plain.tobytes() != ours.tobytes()
+
+
+def test_a_training_that_goes_on_otherwise_tells_it(
+    trained: tuple[LoraDiffusion, Path], sd_folder: Path, tmp_path: Path, trainer_options: dict[str, Any]
+) -> None:
+    def go_on(objective: DDPM, file: str = "", **options: Any) -> None:
+        adapter = FromFile(path=str(trained[1] / file))
+        family = StableDiffusion(str(sd_folder))
+        module = LoraDiffusion(family, adapter, objective, base_dtype="float32", **options)
+        Trainer(**trainer_options, max_steps=1).fit(module, loader_of(make_batches(1)))
+
+    go_on(DDPM("v_prediction", zero_terminal_snr=True))  # a warning would be an error
+    told = (
+        r"trained otherwise: model\.caption_dropout 0 in the adapter, 0\.1 here; .*prediction_type v_prediction in the adapter, "
+        r"epsilon here; model\.objective\.zero_terminal_snr True in the adapter, False here; .*"
+        r"scheduler\.timestep_spacing trailing in the adapter, leading here.* Those of this training apply"
+    )
+    with pytest.warns(UserWarning, match=told):
+        go_on(DDPM(), "kohya.safetensors", caption_dropout=0.1)
+
+
+def test_adapters_of_other_programs_tell_their_prediction(sd_folder: Path) -> None:
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), LoraConfig(r=2))
+    module.configure_model()
+    told = ["scheduler.prediction_type v_prediction in the adapter, epsilon here"]
+    assert changed_settings({"modelspec.prediction_type": "v"}, module) == told
+    assert changed_settings({"modelspec.prediction_type": "epsilon", "ss_steps": "3"}, module) == []
+    for damaged in ("{", "[1]"):
+        with pytest.raises(UserError, match="'ss_lit_lora_settings' is damaged"):
+            changed_settings({"ss_lit_lora_settings": damaged}, module)
 
 
 def test_a_base_s_own_scheduler_is_not_recorded() -> None:

@@ -77,6 +77,19 @@ def test_images_of_one_kind_alone(key: str, which: str) -> None:
     prior.weights(batch, torch.device("cpu"))  # once; a warning would be an error
 
 
+@pytest.mark.parametrize("count", [19, 20])
+def test_a_short_run_with_images_of_one_kind(count: int) -> None:
+    objective = FlowMatching(prior=PriorPreservation("class_*"))
+    assert objective.prior is not None
+    objective.prior.weights({"key": ["dog"] * count}, torch.device("cpu"))
+    if count < 20:
+        objective.on_train_epoch_end()  # it may be by chance; a warning would be an error
+    else:
+        with pytest.warns(UserWarning, match="has taken none of the first 20 samples"):
+            objective.on_train_epoch_end()
+        objective.on_train_epoch_end()
+
+
 def test_from_a_cache_as_without(session_shards: Path, tmp_path: Path, trainer_options: dict[str, Any]) -> None:
     """Cached samples keep their keys."""
     found = []

@@ -27,6 +27,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
+from lit_lora.objectives import DDPM, PriorPreservation
 from lit_lora.planning.device import find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan_run
@@ -191,6 +192,11 @@ def test_more_and_less(sd_folder: Path) -> None:
     assert checkpointed.flops_per_step > plain.flops_per_step
     assert _frozen(cached) < _frozen(plain)
     assert cached.flops_per_step < plain.flops_per_step
+
+
+def test_prior_preservation_needs_no_keys_in_a_plan(sd_folder: Path) -> None:
+    objective = DDPM(prior=PriorPreservation("class/*"))
+    assert plan_of(module_for(sd_folder, objective=objective)).peak == plan_of(module_for(sd_folder)).peak
 
 
 def test_gradients_stay_from_batch_to_batch_while_they_accumulate(sd_folder: Path) -> None:

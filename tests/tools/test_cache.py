@@ -32,6 +32,7 @@ from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.caching.cache_writer import CacheWriter
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
+from lit_lora.datamodules.caching.open_cache import open_cache
 from lit_lora.datamodules.decoding.captions import Captions, CaptionSource
 from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
@@ -367,6 +368,21 @@ def test_shards_that_are_added_later(sd_folder: Path, shards: Path) -> None:
     summary = cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))
     assert summary[:3] == (4, 3, 18)
     assert len(open_table(str(shards / "cache"))) == 18
+
+
+def test_shards_that_are_changed_later(sd_folder: Path, shards: Path) -> None:
+    module = module_for(StableDiffusion, sd_folder)
+    cache_shards(module, data_for(shards))
+    source, cached = shards / "shard-000001.tar", shards / "cache" / "shard-000001.tar"
+    later = cached.stat().st_mtime_ns + 1
+    os.utime(source, ns=(later, later))
+    told = rf"{source} was changed after {cached} was made from it, .* remove {cached} to encode it anew, or touch it"
+    assert re.search(told, failure(module, data_for(shards)))
+    with pytest.warns(UserWarning, match=f"{source} and 0 other shards were changed after the cache was made"):
+        open_cache(open_table(str(shards / "cache")))
+    os.utime(cached, ns=(later, later))
+    assert cache_shards(module, data_for(shards)).resumed == 3
+    open_cache(open_table(str(shards / "cache")))  # a warning would be an error
 
 
 def test_all_shards_of_a_config_in_their_order(sd_folder: Path, shards: Path, tmp_path: Path) -> None:

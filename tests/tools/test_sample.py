@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from lit_lora.cli import main
 from lit_lora.families import StableDiffusion
+from lit_lora.formats import write_adapter
+from lit_lora.formats.find import read_adapter
+from lit_lora.formats.quantized_base import quantized_metadata
+from lit_lora.quantization import NF4
 from tests.families.folders import FOLDERS
 from tests.helpers import save_adapter
 
@@ -161,6 +166,18 @@ def test_a_wrong_option_is_one_error(
     printed = capsys.readouterr().err
     assert printed.startswith("lit-lora: error\n")
     assert message in printed
+
+
+def test_an_adapter_for_another_quantization_is_told(adapter: Path, sd_folder: Path, tmp_path: Path) -> None:
+    files = read_adapter(adapter)
+    folder = tmp_path / "quantized"
+    folder.mkdir()
+    write_adapter(replace(files, metadata=quantized_metadata(NF4(block_size=16))), folder)
+    drawn = ["sample", "--base", str(sd_folder), "--out", str(tmp_path / "drawn.png"), *DRAWN]
+    told = r"quantized was made for the base quantized by NF4\(block_size=16, .* would come twice on the base in full precision"
+    with pytest.warns(UserWarning, match=told):
+        assert main([*drawn, "--adapter", str(folder)]) == 0
+    assert main([*drawn, "--adapter", str(adapter)]) == 0  # a warning would be an error
 
 
 @pytest.mark.parametrize(("ending", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")])
