@@ -73,12 +73,12 @@ def print_plan(
     check_least(1, batch_size=batch_size, resolution=resolution)
     check_most(MAX_RESOLUTION, resolution=resolution)
     found = find_device(device) if device is not None else default_device(trainer["accelerator"])
-    memory = _memory(device_memory, found)
+    memory = memory_of(device_memory, found)
     if search and memory is None:
         raise UserError("search=true needs device_memory, for example 12GB, or a GPU as device")
     data_summary, data_readable = _data(data, trainer["max_steps"])
     from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_readable else ()
-    run = _run(module, data, trainer, found, batch_size, resolution, from_cache)
+    run = run_of_config(module, data, trainer, found, batch_size, resolution, from_cache)
     planned = plan(run)
     blocks = [planned.describe()]
     if (last := _last_size(planned, module, trainer)) is not None:
@@ -116,7 +116,7 @@ def _findings(
     }
 
 
-def _run(
+def run_of_config(
     module: LoraDiffusion,
     data: LightningDataModule,
     trainer: Any,
@@ -146,7 +146,7 @@ def _run(
     )
 
 
-def _memory(device_memory: str | None, device: Device) -> int | None:
+def memory_of(device_memory: str | None, device: Device) -> int | None:
     """Memory in bytes; a number without a unit is in GB, and None means the device's own memory."""
     if device_memory is None:
         return device.memory
