@@ -18,8 +18,8 @@ _SEPARATORS = re.compile(r"[\s_-]+")
 class CaptionTemplate:
     """A text in which ``{name}`` and ``{folder}`` stand for the words of an image's name and of its folder's name.
 
-    ``red_fox-01.png`` has the words ``red fox``: underscores and hyphens become spaces, and a number at the end is dropped, unless
-    nothing else is left. The number at the front of ``10_fox``, which counts repeats in other trainers, is no part of a folder's
+    ``red_fox-01.png`` has the words ``red fox``: underscores and hyphens become spaces, and a number at the end is dropped,
+    unless nothing else is left. The number at the front of ``10_fox``, which counts repeats in other trainers, is no part of a folder's
     words.
 
     Args:

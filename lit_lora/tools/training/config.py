@@ -43,11 +43,12 @@ def make_config(
     # Validation is counted in batches. The sanity check before the first step measures the base itself.
     trainer |= {"val_check_interval": every * settings.accumulate, "num_sanity_val_steps": -1}
     trainer |= {"log_every_n_steps": min(10, every), "default_root_dir": str(out)}
+    trainer["enable_model_summary"] = False  # StepProgress tells what is trained
     trainer["callbacks"] = _callbacks(base, settings, prompts, every)
     model["adapter"]["init_args"] |= {"r": settings.rank, "lora_alpha": settings.rank}
     model["optimizer"]["init_args"]["lr"] = settings.lr
     model["parameter_groups"] = [{"pattern": "*.lora_B.*", "lr_ratio": settings.lr_ratio}]
-    model["lr_scheduler"] = _schedule(settings.steps)
+    model["lr_scheduler"]["init_args"] |= _schedule(model["lr_scheduler"]["class_path"], settings.steps)
     model["quantization"] = settings.quantization and {"class_path": f"lit_lora.quantization.{settings.quantization}"}
     names = ("gradient_checkpointing", "offload_encoders", "offload_blocks")
     model["memory"] = model.get("memory", {}) | {name: getattr(settings, name) for name in names}
@@ -97,7 +98,9 @@ def write_yaml(config: Mapping[str, Any], comments: Mapping[str, str], depth: in
 
 
 def _callbacks(base: Base, settings: Settings, prompts: Sequence[str], every: int) -> list[dict[str, Any]]:
-    saves = {"every_n_train_steps": every, "save_last": "link", "enable_version_counter": False}
+    saves: dict[str, Any] = {"every_n_train_steps": every, "save_last": True, "enable_version_counter": False}
+    if settings.val_samples:
+        saves |= {"monitor": "val/loss", "filename": "best"}
     kept = [{"class_path": "lit_lora.callbacks.AdapterCheckpoint", "init_args": saves}]
     if settings.draws:
         of_family = next(
@@ -105,6 +108,8 @@ def _callbacks(base: Base, settings: Settings, prompts: Sequence[str], every: in
         )
         options = of_family["init_args"] | {"prompts": list(prompts), "every_n_steps": max(1, settings.steps // 4)}
         kept.append({"class_path": "lit_lora.callbacks.SampleImages", "init_args": options})
+    if settings.val_samples:
+        kept.append({"class_path": "lit_lora.callbacks.BaseLoss"})
     return [*kept, {"class_path": "lit_lora.callbacks.RunReport"}]
 
 
@@ -112,7 +117,6 @@ def _buckets(settings: Settings) -> dict[str, Any] | None:
     return {"divisor": 64, "max_aspect_ratio": 2.0} if settings.buckets else None
 
 
-def _schedule(steps: int) -> dict[str, Any]:
-    """A short warm-up, then a constant rate, so that the run can be continued."""
-    options = {"start_factor": 0.01, "total_iters": max(1, min(100, steps // 10))}
-    return {"class_path": "torch.optim.lr_scheduler.LinearLR", "init_args": options}
+def _schedule(kind: str, steps: int) -> dict[str, int]:
+    """The length of the family's schedule: of a warm-up, a tenth of the steps and at most 100; of a decay, all steps."""
+    return {"T_max": steps} if kind.endswith("CosineAnnealingLR") else {"total_iters": max(1, min(100, steps // 10))}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.packing.pack import pack_folder
@@ -23,7 +23,7 @@ from lit_lora.tools.training.captions import CaptionRule, caption_rule, prompts_
 from lit_lora.tools.training.choices import KEYS, Choice, Settings, choose
 from lit_lora.tools.training.config import make_config, write_yaml
 from lit_lora.tools.training.images import Images
-from lit_lora.tools.training.memory import Fit, fit_memory, free_memory
+from lit_lora.tools.training.memory import fit_memory, free_memory
 from lit_lora.tools.training.request import Request, claim
 from lit_lora.tools.training.screen import ending, table
 
