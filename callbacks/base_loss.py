@@ -28,8 +28,8 @@ class BaseLoss(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.num_sanity_val_steps not in (-1, float("inf")):
             raise UserError(
-                f"num_sanity_val_steps={trainer.num_sanity_val_steps} leaves out validation data, so that BaseLoss cannot measure "
-                "the base; set trainer.num_sanity_val_steps to -1"
+                f"num_sanity_val_steps={trainer.num_sanity_val_steps} leaves out validation data, so that BaseLoss cannot "
+                "measure the base; set trainer.num_sanity_val_steps to -1"
             )
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,7 +43,7 @@ class BaseLoss(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = trainer.callback_metrics.get(self.monitor)
-        if trainer.sanity_checking or found is None or not trainer.training and trainer.state.fn != "fit":
+        if trainer.sanity_checking or found is None or (not trainer.training and trainer.state.fn != "fit"):
             return
         against = "" if self.base is None else f", {float(found) / self.base - 1:+.1%} against the base"
         _print(trainer, f"step {trainer.global_step:,}: {self.monitor} {float(found):.4f}{against}")

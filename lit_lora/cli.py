@@ -153,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         # Lightning has ended the run and exits; what the last checkpoint has is kept.
-        print("lit-lora: interrupted; resume with --ckpt_path last", file=sys.stderr)
+        how = "the same command resumes" if command == "train" else "resume with --ckpt_path last"
+        print(f"lit-lora: interrupted; {how}", file=sys.stderr)
         return 130
     except Exception as error:
         return console.report(error)

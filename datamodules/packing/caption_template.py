@@ -19,8 +19,8 @@ class CaptionTemplate:
     """A text in which ``{name}`` and ``{folder}`` stand for the words of an image's name and of its folder's name.
 
     ``red_fox-01.png`` has the words ``red fox``: underscores and hyphens become spaces, and a number at the end is dropped,
-    unless nothing else is left. The number at the front of ``10_fox``, which counts repeats in other trainers, is no part of a folder's
-    words.
+    unless nothing else is left. The number at the front of ``10_fox``, which counts repeats in other trainers, is no part of a
+    folder's words.
 
     Args:
         text: The text, such as ``a photo of a {folder}``. Without fields, all captions are the same.

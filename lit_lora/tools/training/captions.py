@@ -12,6 +12,8 @@ from lit_lora.errors import UserError
 from lit_lora.tools.training.choices import Choice
 from lit_lora.visible import visible
 
+_KEY = "data.init_args.decoder"
+
 PROMPTS = 4
 """Number of images that are drawn at a time while training."""
 
@@ -43,12 +45,12 @@ def caption_rule(folder: Path, out: Path, captions: str, trigger: str | None) ->
         UserError: If the folder cannot be packed, or there are no such captions.
     """
     prefix = f"{trigger}, " if trigger else ""
-    shown = f'after "{trigger}"' if trigger else "no --trigger"
+    shown = f'each after "{trigger}"' if trigger else "no --trigger"
     if captions in ("names", "folders"):
         words = "{name}" if captions == "names" else "{folder}"
-        return CaptionRule(words, prefix, Choice("captions", f"from {captions}", shown))
+        return CaptionRule(words, prefix, Choice("captions", f"from {captions}", shown, _KEY))
     if captions == "trigger":
-        return _trigger_alone(trigger, "--captions trigger")
+        return _trigger_alone(trigger, "as given")
     found = find_input(folder, out)
     missing = [
         file for file in found.bad if isinstance(found, ImageFolder) and file.reason.startswith("has no caption")
@@ -61,7 +63,7 @@ def caption_rule(folder: Path, out: Path, captions: str, trigger: str | None) ->
             f"{len(missing)} of {len(missing) + len(found)} images have no caption, first {first}: write a .txt file of the same "
             "name for each, or give --captions trigger, names or folders, with which no files of captions are read"
         )
-    return CaptionRule(None, prefix, Choice("captions", "from files", shown))
+    return CaptionRule(None, prefix, Choice("captions", "from files", shown, _KEY))
 
 
 def prompts_for(captions: Sequence[str], prefix: str) -> list[str]:
@@ -79,9 +81,9 @@ def prompts_for(captions: Sequence[str], prefix: str) -> list[str]:
 def _trigger_alone(trigger: str | None, why: str) -> CaptionRule:
     if not trigger:
         raise UserError(
-            f'{why}, and there is no trigger: give --trigger, such as "sks dog", or --captions names or folders, or write a .txt '
-            "file of the same name beside each image"
+            f"captions are to be the trigger alone ({why}), and there is none: give --trigger, such as 'sks dog', or --captions "
+            "names or folders, or write a .txt file of the same name beside each image"
         )
     return CaptionRule(
-        trigger.replace("{", "").replace("}", ""), "", Choice("captions", f'"{trigger}"', f"the trigger alone: {why}")
+        trigger.replace("{", "").replace("}", ""), "", Choice("captions", "trigger alone", f'"{trigger}": {why}', _KEY)
     )

@@ -23,11 +23,12 @@ _DROPPED = 0.02
 
 
 class Choice(NamedTuple):
-    """A choice, for the screen and for comments in the config."""
+    """A choice, for the screen and for a comment in the config, before ``key``."""
 
     name: str
     value: str
     why: str
+    key: str
 
 
 @dataclass(frozen=True)
@@ -130,30 +131,44 @@ def _reasons(
     base: Base, images: Images, settings: Settings, counts: Sequence[int], given: dict[str, Any]
 ) -> tuple[Choice, ...]:
     count = len(images) - settings.val_samples
-    together = settings.batch_size * settings.accumulate
-    passes = settings.steps * together / max(1, count)
+    passes = settings.steps * settings.batch_size * settings.accumulate / max(1, count)
     edge = settings.resolution
 
     def why(name: str, reason: str) -> str:
         return "as given" if name in given else reason
 
+    usual = f"usual for {base.name}"
     smaller = f"the median image has the area of {images.edge} x {images.edge} px"
+    shapes = "images keep about their aspect ratio" if settings.buckets else "all images are about square"
+    data = "data.init_args"
     return (
         Choice(
-            "images", f"{count:,} + {settings.val_samples}", why("val_samples", "a tenth, at most 16, for validation")
+            "images",
+            f"{count:,} + {settings.val_samples}",
+            why("val_samples", "a tenth, at most 16, is held out for validation"),
+            f"{data}.val_samples",
+        ),
+        Choice("size", f"{edge} px", why("resolution", usual if edge == base.size else smaller), f"{data}.resolution"),
+        Choice("shapes", f"{len(counts)} buckets" if settings.buckets else "square", shapes, f"{data}.buckets"),
+        Choice(
+            "step",
+            f"{settings.batch_size} x {settings.accumulate} images",
+            why("batch_size", f"an eighth of the images, at most {_most(base)}"),
+            f"{data}.batch_size",
         ),
         Choice(
-            "resolution", f"{edge} px", why("resolution", f"usual for {base.name}" if edge == base.size else smaller)
+            "steps",
+            f"{settings.steps:,}",
+            why("steps", f"{passes:.3g} passes: 400 x the root of the images"),
+            "trainer.max_steps",
         ),
+        Choice("rank", f"{settings.rank}", why("rank", "16; 32 for more than 1,000 images"), "model.adapter"),
         Choice(
-            "shapes",
-            f"{len(counts)} buckets" if settings.buckets else "square",
-            "images keep about their aspect ratio" if settings.buckets else "all images are about square",
+            "rate",
+            f"{settings.lr:g}",
+            why("lr", f"usual; {settings.lr_ratio:g} times as much for matrices B (LoRA+)"),
+            "model.optimizer",
         ),
-        Choice("step", f"{together} images", why("batch_size", "an eighth of the images, at most " + str(_most(base)))),
-        Choice("steps", f"{settings.steps:,}", why("steps", f"400 x root of images seen: {passes:.0f} passes")),
-        Choice("rank", f"{settings.rank}", why("rank", "16; 32 for more than 1,000 images")),
-        Choice("rate", f"{settings.lr:g}", why("lr", f"usual; times {settings.lr_ratio:g} for matrices B (LoRA+)")),
     )
 
 

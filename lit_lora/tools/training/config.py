@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lit_lora.tools.training.base import Base
-from lit_lora.tools.training.choices import Settings
+from lit_lora.tools.training.choices import Choice, Settings
 
 CHECKPOINTS = 10
 """Number of times that a run saves and validates."""
@@ -65,6 +65,25 @@ def make_config(
     return config
 
 
+def comments_of(choices: Sequence[Choice], cached: bool) -> dict[str, str]:
+    """Comments for a config by the keys that they precede: the choices with their reasons, and what is easily mistaken.
+
+    Args:
+        choices: The choices.
+        cached: Whether the run reads from a cache.
+    """
+    comments = {
+        "trainer.val_check_interval": "In batches, not in steps.",
+        "trainer.num_sanity_val_steps": "All validation data, before the first step: the loss of the base itself.",
+        "trainer.devices": "More devices see more images in a step.",
+        "model.parameter_groups": "LoRA+: the matrices B begin at zero, and have to grow before A matters.",
+        "data.init_args.train_shards": "Made by lit-lora cache from the folder shards beside it." if cached else "",
+    }
+    return {text: note for text, note in comments.items() if note} | {
+        choice.key: f"{choice.name}: {choice.value}. {choice.why[:1].upper()}{choice.why[1:]}." for choice in choices
+    }
+
+
 def set_key(config: dict[str, Any], key: str, value: Any) -> None:
     """Set a value at a dotted path of a config."""
     *parents, last = key.split(".")
@@ -100,7 +119,7 @@ def write_yaml(config: Mapping[str, Any], comments: Mapping[str, str], depth: in
 def _callbacks(base: Base, settings: Settings, prompts: Sequence[str], every: int) -> list[dict[str, Any]]:
     saves: dict[str, Any] = {"every_n_train_steps": every, "save_last": True, "enable_version_counter": False}
     if settings.val_samples:
-        saves |= {"monitor": "val/loss", "filename": "best"}
+        saves |= {"monitor": "val/loss", "filename": "best-{step}"}
     kept = [{"class_path": "lit_lora.callbacks.AdapterCheckpoint", "init_args": saves}]
     if settings.draws:
         of_family = next(

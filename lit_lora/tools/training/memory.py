@@ -53,7 +53,12 @@ class Fit(NamedTuple):
 
 
 def fit_memory(
-    settings: Settings, plan: Callable[[Settings], MemoryPlan], memory: int, on_gpu: bool, say: Callable[[str], object]
+    settings: Settings,
+    plan: Callable[[Settings], MemoryPlan],
+    memory: int,
+    on_gpu: bool,
+    start: int,
+    say: Callable[[str], object],
 ) -> Fit:
     """The settings of the first rung of :data:`LADDER` that fits.
 
@@ -64,6 +69,7 @@ def fit_memory(
         plan: Makes the plan of settings.
         memory: Memory of the device in bytes.
         on_gpu: Whether the device is a GPU.
+        start: Rung to plan first.
         say: Gets a line for each plan.
 
     Raises:
@@ -79,7 +85,7 @@ def fit_memory(
             say(f"planned  {rungs[number][0].what}: {format_bytes(known[number].needed)}, {word}")
         return known[number].fits(memory)
 
-    found = first_true(fits, len(rungs), start=_first_guess(memory))
+    found = first_true(fits, len(rungs), start=start)
     if found is None:
         last = known[len(rungs) - 1]
         raise UserError(
@@ -122,6 +128,11 @@ def _rungs(settings: Settings, on_gpu: bool) -> Sequence[tuple[Rung, Settings]]:
     return rungs
 
 
-def _first_guess(memory: int) -> int:
-    """The rung to plan first: large cards need little, small ones much."""
-    return 0 if memory >= 40e9 else 1 if memory >= 20e9 else 3
+def first_guess(memory: int, is_small: bool) -> int:
+    """Number of the rung to plan first: small bases and large cards need little, small cards much.
+
+    Args:
+        memory: Memory of the device in bytes.
+        is_small: Whether the base is small.
+    """
+    return 0 if is_small or memory >= 40e9 else 1 if memory >= 20e9 else 3

@@ -34,7 +34,7 @@ class Request(NamedTuple):
     def record(self) -> dict[str, Any]:
         """What makes the run what it is; the same command resumes it."""
         own = self._asdict()
-        for name in ("out", "dry_run", "device", "device_memory"):
+        for name in ("out", "dry_run"):
             del own[name]
         return own | {"folder": str(Path(self.folder).expanduser().absolute()), "given": dict(self.given)}
 

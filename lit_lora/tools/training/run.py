@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lit_lora.byte_sizes import format_bytes
-from lit_lora.datamodules.packing.pack import pack_folder
+from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
+from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.folder_lock import only_run_in
 from lit_lora.lightning_cli import ToolCLI, build_cli, run
@@ -21,13 +28,12 @@ from lit_lora.tools.plan import memory_of, run_of_config
 from lit_lora.tools.training.base import Base, find_base
 from lit_lora.tools.training.captions import CaptionRule, caption_rule, prompts_for
 from lit_lora.tools.training.choices import KEYS, Choice, Settings, choose
-from lit_lora.tools.training.config import make_config, write_yaml
+from lit_lora.tools.training.config import comments_of, make_config, write_yaml
 from lit_lora.tools.training.images import Images
-from lit_lora.tools.training.memory import fit_memory, free_memory
+from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import Request, claim
+from lit_lora.tools.training.results import record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
-
-CONFIG = "config.yaml"
 
 
 def train_adapter(request: Request) -> None:
@@ -41,61 +47,119 @@ def train_adapter(request: Request) -> None:
     folder = Path(request.folder).expanduser()
     out = Path(request.out or Path("runs", f"{folder.resolve().name}-{base.name}"))
     device = find_device(request.device) if request.device else default_device("auto")
-    memory = memory_of(request.device_memory, device) if request.device_memory else free_memory(device)
-    assert memory is not None
     rule = caption_rule(folder, out, request.captions, request.trigger)
     with only_run_in(out, "train"):
         claim(out, request)
-        if not (out / CONFIG).exists():
-            _prepare(request, base, folder, out, rule, device, memory)
-        print(f"config   {out / CONFIG}")
-        if request.dry_run:
+        _Training(request, base, folder, out, device, rule).run()
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A run, in its own folder."""
+
+    request: Request
+    base: Base
+    folder: Path
+    out: Path
+    device: Device
+    rule: CaptionRule
+
+    @property
+    def config(self) -> Path:
+        return self.out / "config.yaml"
+
+    @property
+    def shards(self) -> Path:
+        return self.out / "shards"
+
+    @property
+    def cache(self) -> Path:
+        return self.out / "cache"
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return prompts_for(Images.of(self.shards).captions, self.rule.prefix)
+
+    def run(self) -> None:
+        """Do what is left to do: a run that was stopped goes on."""
+        print(f"output   {self.out}")
+        packed = pack_folder(self.folder, self.shards, captions=self.rule.template, max_bad=self.request.max_bad)
+        print(_packed_line(packed))
+        if not self.config.exists():
+            self._choose()
+        print(f"config   {self.config}")
+        if self.request.dry_run:
             print("\nNext: the same command without --dry_run, which trains")
             return
-        _cache(request, out)
-        cli = run(["fit", "--config", str(out / CONFIG), "--ckpt_path", "last"])
-        print(ending(cli.trainer, out, prompts_for(["a"], rule.prefix)[0]))
+        if (results := recorded(self.out)) is None:
+            if self.request.cache and not (self.cache / "cache.json").exists():
+                self._encode()
+            results = self._fit()
+        else:
+            print("finished already; name another folder with --out to train again")
+        print(ending(results, self.prompts[0]))
 
+    def _choose(self) -> None:
+        """Choose settings, show them and their plan, and write the config."""
+        memory = memory_of(self.request.device_memory, self.device) if self.request.device_memory else None
+        memory = memory or free_memory(self.device)
+        given = {KEYS[key]: value for key, value in self.request.given.items() if key in KEYS}
+        settings = choose(self.base, Images.of(self.shards), given)
+        print(f"planning for {format_bytes(memory)} on {self.device.name}; a plan of a large base takes half a minute")
+        start = first_guess(memory, self.base.is_embedded)
+        fit = fit_memory(settings, self._plan, memory, self.device.is_cuda, start, print)
+        said = f"{format_bytes(fit.plan.needed)} of {format_bytes(memory)}"
+        choices = [self.rule.choice, *fit.settings.why, Choice("memory", said, fit.rung.what, "model.memory")]
+        print(f"\n{table(choices)}\n\n{fit.plan.describe()}\n")
+        header = f"# lit-lora fit --config {shlex.quote(str(self.config))}\n"
+        header += "# Chosen by lit-lora train; the reasons are beside the keys.\n"
+        comments = comments_of(choices, self.request.cache)
+        with atomic_file(self.config) as part:
+            part.write_text(header + write_yaml(self._config_of(fit.settings), comments), encoding="utf-8")
 
-def _prepare(
-    request: Request, base: Base, folder: Path, out: Path, rule: CaptionRule, device: Device, memory: int
-) -> None:
-    """Pack, choose, plan, and write the config."""
-    pack_folder(folder, out / "shards", captions=rule.template, max_bad=request.max_bad)
-    images = Images.of(out / "shards")
-    given = {KEYS[key]: value for key, value in request.given.items() if key in KEYS}
-    settings = choose(base, images, given)
-    prompts = prompts_for(images.captions, rule.prefix)
+    def _config_of(self, settings: Settings) -> dict[str, Any]:
+        shards = self.cache if self.request.cache else self.shards
+        return make_config(self.base, settings, self.out, shards, self.rule.prefix, self.prompts, self.request.given)
 
-    def config_of(settings: Settings) -> dict[str, Any]:
-        shards = out / ("cache" if request.cache else "shards")
-        return make_config(base, settings, out, shards, rule.prefix, prompts, request.given)
-
-    planner = _Planner(config_of, device, request.cache)
-    fit = fit_memory(settings, planner, memory, device.is_cuda, print)
-    memory_choice = Choice("memory", fit.rung.what, f"{format_bytes(fit.plan.needed)} of {format_bytes(memory)}")
-    choices = [rule.choice, *fit.settings.why, memory_choice]
-    print(table(choices), fit.plan.describe(), sep="\n\n", end="\n\n")
-    header = f"# lit-lora fit --config {shlex.quote(str(out / CONFIG))}\n"
-    with atomic_file(out / CONFIG) as part:
-        part.write_text(header + write_yaml(config_of(fit.settings), {}), encoding="utf-8")
-
-
-class _Planner:
-    """Plans the memory of a config, as ``lit-lora plan`` does."""
-
-    def __init__(self, config_of: Callable[[Settings], dict[str, Any]], device: Device, cache: bool) -> None:
-        self.config_of, self.device = config_of, device
-        self.cached = ("latents", "text") if cache else ()
-
-    def __call__(self, settings: Settings) -> MemoryPlan:
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-            file.write(write_yaml(self.config_of(settings), {}))
+    def _plan(self, settings: Settings) -> MemoryPlan:
+        """The plan of a run with these settings, as ``lit-lora plan`` makes it."""
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file, _quiet():
+            file.write(write_yaml(self._config_of(settings), {}))
             file.flush()
-            cli = build_cli(["fit", "--config", file.name], run=False, cli_class=_PartsCLI)
-        return plan(
-            run_of_config(cli.model, cli.datamodule, cli.config["trainer"], self.device, None, None, self.cached)
-        )
+            cli = _parts(["fit", "--config", file.name])
+        cached = ("latents", "text") if self.request.cache else ()
+        return plan(run_of_config(cli.model, cli.datamodule, cli.config["trainer"], self.device, None, None, cached))
+
+    def _encode(self) -> None:
+        """Encode images and captions once; on the CPU if the GPU is too small for the encoders."""
+        print("encoding images and captions once, so that training needs neither VAE nor text encoders")
+        with _quiet():
+            cli = _parts(["fit", "--config", str(self.config), "--data.init_args.train_shards", str(self.shards)])
+        try:
+            cache_shards(cli.model, cli.datamodule, out=str(self.cache))
+        except UserError as error:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+            print("the GPU has too little memory for the encoders, so the CPU encodes")
+            cache_shards(cli.model, cli.datamodule, out=str(self.cache), device="cpu")
+
+    def _fit(self) -> dict[str, str]:
+        """Train as ``lit-lora fit`` does, from the last checkpoint if there is one."""
+        arguments = ["fit", "--config", str(self.config)]
+        if any(self.out.glob("lightning_logs/version_*/checkpoints/*.ckpt")):
+            print("resuming from the last checkpoint")
+            arguments += ["--ckpt_path", "last"]
+        trainer = run(arguments).trainer
+        results = results_of(trainer)
+        if trainer.global_step >= trainer.max_steps > 0:
+            record(self.out, results)
+        return results
+
+
+def _packed_line(packed: PackSummary) -> str:
+    left_out = f", {len(packed.bad)} left out" if packed.bad else ""
+    earlier = " by an earlier run" if packed.resumed == packed.shards else ""
+    return f"packed   {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
 
 
 def _nothing() -> None:
@@ -108,10 +172,18 @@ class _PartsCLI(ToolCLI):
     parts = frozenset()
 
 
-def _cache(request: Request, out: Path) -> None:
-    """Encode images and captions, unless this was done before."""
-    if not request.cache or (out / "cache" / "cache.json").exists():
-        return
-    shards = ["--data.init_args.train_shards", str(out / "shards")]
-    cli = build_cli(["fit", "--config", str(out / CONFIG), *shards], run=False, cli_class=_PartsCLI)
-    cache_shards(cli.model, cli.datamodule, out=str(out / "cache"))
+def _parts(arguments: Sequence[str]) -> _PartsCLI:
+    """Module and datamodule of a config."""
+    return build_cli(arguments, run=False, cli_class=_PartsCLI)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A context in which Lightning does not tell that it sets the seed."""
+    logger = logging.getLogger("lightning.fabric.utilities.seed")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

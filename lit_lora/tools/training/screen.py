@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from lit_lora.tools.training.choices import Choice
 
@@ -13,16 +11,18 @@ from lit_lora.tools.training.choices import Choice
 def table(choices: Sequence[Choice]) -> str:
     """A line for each choice: what, its value and why."""
     widths = [max(len(choice[column]) for choice in choices) for column in (0, 1)]
-    return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {why}" for name, value, why in choices)
+    return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {why}" for name, value, why, _ in choices)
 
 
-def ending(trainer: Any, out: Path, prompt: str) -> str:
-    """Where the adapter and all that belongs to it are, and the next command.
+def ending(results: Mapping[str, str], prompt: str) -> str:
+    """Where the results of a run are, and the next command.
 
     Args:
-        trainer: Trainer of the run.
-        out: Folder of the run.
+        results: Paths by what they are: ``best`` or ``adapter`` is there, the adapter's folder.
         prompt: A prompt for the next command.
     """
-    adapter = Path(trainer.checkpoint_callback.last_model_path).with_suffix(".adapter")
-    return f"\nadapter  {adapter}\n\nNext: lit-lora sample --adapter {shlex.quote(str(adapter))} --prompts {shlex.quote(prompt)}"
+    width = max(map(len, results))
+    lines = [f"{name:{width}}  {path}" for name, path in results.items()]
+    adapter = results.get("best") or results["adapter"]
+    command = f"lit-lora sample --adapter {shlex.quote(adapter)} \\\n  --prompts {shlex.quote(prompt)} --count 4"
+    return "\n".join(["", *lines, "", "Next:", command])
