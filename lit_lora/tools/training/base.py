@@ -42,7 +42,7 @@ class Base:
 
 def base_names() -> list[str]:
     """The short names of bases: those of the shipped configs, and ``embedded``."""
-    return [NAME, *sorted(_templates().keys() - {_OF_EMBEDDED})]
+    return [NAME, *(name for name in _names() if name != _OF_EMBEDDED)]
 
 
 def find_base(base: str | None) -> Base:
@@ -57,8 +57,8 @@ def find_base(base: str | None) -> Base:
     names = ", ".join(base_names())
     if not base:
         raise UserError(f"give --base: {names}; or a folder, hub id or .safetensors file of such a model")
-    if base == NAME or base in _templates().keys() - {_OF_EMBEDDED}:
-        template = _templates()[_OF_EMBEDDED if base == NAME else base]
+    if base in base_names():
+        template = _template(_OF_EMBEDDED if base == NAME else base)
         return Base(base, template, template["data"]["init_args"]["resolution"])
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     if not is_hub_id and not Path(base).expanduser().exists():
@@ -88,7 +88,7 @@ def _template_of(family: str, base: str) -> dict[str, Any]:
     words = set(re.split(r"[^a-z0-9]+", base.lower()))
     fitting = {
         name: config
-        for name, config in _templates().items()
+        for name, config in ((name, _template(name)) for name in _names())
         if name != _OF_EMBEDDED and config["model"]["family"]["class_path"].rpartition(".")[2] == family
     }
     if not fitting:
@@ -97,15 +97,13 @@ def _template_of(family: str, base: str) -> dict[str, Any]:
 
 
 @cache
-def _read(name: str) -> str:
-    return (files("lit_lora.configs") / f"{name}.yaml").read_text(encoding="utf-8")
+def _names() -> tuple[str, ...]:
+    """Names of the shipped configs."""
+    found = (Path(entry.name) for entry in files("lit_lora.configs").iterdir())
+    return tuple(sorted(path.stem for path in found if path.suffix == ".yaml"))
 
 
-def _templates() -> dict[str, dict[str, Any]]:
-    """All shipped configs by name; each call returns new ones."""
-    names = (entry.name for entry in files("lit_lora.configs").iterdir())
-    return {
-        name.removesuffix(".yaml"): yaml.safe_load(_read(name.removesuffix(".yaml")))
-        for name in names
-        if name.endswith(".yaml")
-    }
+def _template(name: str) -> dict[str, Any]:
+    """A shipped config; each call returns a new one."""
+    config: dict[str, Any] = yaml.safe_load((files("lit_lora.configs") / f"{name}.yaml").read_text(encoding="utf-8"))
+    return config

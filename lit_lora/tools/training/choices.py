@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 from lit_lora.tools.training.base import Base
 from lit_lora.tools.training.images import Images
 
@@ -18,8 +18,8 @@ LEAST_IMAGES = 4
 _DIVISOR = 64
 """Pixels of which heights and widths of buckets are multiples."""
 _STEPS = (300, 10_000)
-_DROPPED = 0.02
-"""Share of the images that may be left out of a pass because they fill no batch."""
+_DROPPED = 0.1
+"""Share of the images that may be left out of a pass because they fill no batch; each pass leaves out others."""
 
 
 class Choice(NamedTuple):
@@ -87,6 +87,22 @@ KEYS = {
     "model.optimizer.init_args.lr": "lr",
 }
 """Config keys whose values the user may give, and the settings that they are."""
+
+
+def given_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings among the values that the user gives by config key, by the names of :class:`Settings`.
+
+    Raises:
+        UserError: If a value is no number, or too small.
+    """
+    found = {name: given[key] for key, name in KEYS.items() if key in given}
+    for key, name in KEYS.items():
+        if name in found:
+            kind = int | float if name == "lr" else int
+            if not isinstance(found[name], kind) or isinstance(found[name], bool):
+                raise UserError(f"{key}={found[name]!r} is not a number; give one, or leave it out")
+            check_least({"val_samples": 0, "lr": 0}.get(name, 1), **{key: found[name]})
+    return found
 
 
 def choose(base: Base, images: Images, given: dict[str, Any]) -> Settings:
@@ -194,11 +210,12 @@ def _together(base: Base, count: int) -> int:
 
 
 def _batch_size(together: int, counts: Sequence[int]) -> int:
-    """The largest batch that leaves few images out, since a batch takes its images from one bucket."""
-    size = together
-    while size > 1 and sum(count % size for count in counts) > _DROPPED * sum(counts):
-        size //= 2
-    return size
+    """The largest batch that every bucket fills and that leaves few images out: a batch takes its images from one bucket."""
+
+    def suits(size: int) -> bool:
+        return min(counts) >= size and sum(count % size for count in counts) <= _DROPPED * sum(counts)
+
+    return next(size for size in (together // 2**halving for halving in range(10)) if size <= 1 or suits(size))
 
 
 def _steps(count: int, together: int) -> int:

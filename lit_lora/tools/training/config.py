@@ -44,6 +44,7 @@ def make_config(
     trainer |= {"val_check_interval": every * settings.accumulate, "num_sanity_val_steps": -1}
     trainer |= {"log_every_n_steps": min(10, every), "default_root_dir": str(out)}
     trainer["enable_model_summary"] = False  # StepProgress tells what is trained
+    trainer["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(out)}}
     trainer["callbacks"] = _callbacks(base, settings, prompts, every)
     model["adapter"]["init_args"] |= {"r": settings.rank, "lora_alpha": settings.rank}
     model["optimizer"]["init_args"]["lr"] = settings.lr
@@ -117,9 +118,11 @@ def write_yaml(config: Mapping[str, Any], comments: Mapping[str, str], depth: in
 
 
 def _callbacks(base: Base, settings: Settings, prompts: Sequence[str], every: int) -> list[dict[str, Any]]:
-    saves: dict[str, Any] = {"every_n_train_steps": every, "save_last": True, "enable_version_counter": False}
-    if settings.val_samples:
-        saves |= {"monitor": "val/loss", "filename": "best-{step}"}
+    saves: dict[str, Any] = {"save_last": True, "enable_version_counter": False}
+    if settings.val_samples:  # after each validation
+        saves |= {"monitor": "val/loss", "filename": "best-{step}", "save_on_train_epoch_end": False}
+    else:
+        saves |= {"every_n_train_steps": every}
     kept = [{"class_path": "lit_lora.callbacks.AdapterCheckpoint", "init_args": saves}]
     if settings.draws:
         of_family = next(

@@ -5,26 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lit_lora.files import atomic_file
-from lit_lora.run_folder import run_folder
 
 _RECORD = "finished.json"
 
 
-def results_of(trainer: Any) -> dict[str, str]:
-    """Paths of a run's results by what they are: the adapters' folders, the newest images, the report."""
-    checkpoint, folder = trainer.checkpoint_callback, Path(run_folder(trainer))
-    last, best = (
-        Path(path).with_suffix(".adapter") for path in (checkpoint.last_model_path, checkpoint.best_model_path)
-    )
-    found = {"adapter": last}
-    if checkpoint.monitor is not None:
-        found["best"] = best
-    found["card"] = (best if "best" in found else last) / "README.md"
-    found |= {"samples": max(folder.glob("samples/*.png"), default=Path()), "report": folder / "report.json"}
-    return {name: str(path) for name, path in found.items() if path.exists() and path != Path()}
+def newest_run(out: Path) -> Path | None:
+    """The folder of the newest run with a checkpoint, of those that ``fit`` numbers; None if there is none."""
+    checkpoints = out.glob("lightning_logs/version_*/checkpoints/*.ckpt")
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return newest and newest.parent.parent
+
+
+def results_of(out: Path) -> dict[str, str]:
+    """Paths of a run's results by what they are: the run's folder, and in it the adapters, the newest images, the report."""
+    folder = newest_run(out)
+    if folder is None:
+        return {}
+    best = max(folder.glob("checkpoints/best-*.adapter"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    last = folder / "checkpoints" / "last.adapter"
+    samples = max(folder.glob("samples/*.png"), default=None)
+    found = {"adapter": last, "best": best, "card": (best or last) / "README.md", "samples": samples}
+    found |= {"report": folder / "report.json"}
+    there = {name: path for name, path in found.items() if path is not None and path.exists()}
+    return {"folder": str(folder)} | {name: str(path.relative_to(folder)) for name, path in there.items()}
 
 
 def record(out: Path, results: Mapping[str, str]) -> None:

@@ -27,12 +27,12 @@ from lit_lora.tools.cache import cache_shards
 from lit_lora.tools.plan import memory_of, run_of_config
 from lit_lora.tools.training.base import Base, find_base
 from lit_lora.tools.training.captions import CaptionRule, caption_rule, prompts_for
-from lit_lora.tools.training.choices import KEYS, Choice, Settings, choose
+from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
 from lit_lora.tools.training.config import comments_of, make_config, write_yaml
 from lit_lora.tools.training.images import Images
 from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import Request, claim
-from lit_lora.tools.training.results import record, recorded, results_of
+from lit_lora.tools.training.results import newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
 
 
@@ -103,8 +103,7 @@ class _Training:
         """Choose settings, show them and their plan, and write the config."""
         memory = memory_of(self.request.device_memory, self.device) if self.request.device_memory else None
         memory = memory or free_memory(self.device)
-        given = {KEYS[key]: value for key, value in self.request.given.items() if key in KEYS}
-        settings = choose(self.base, Images.of(self.shards), given)
+        settings = choose(self.base, Images.of(self.shards), given_settings(self.request.given))
         print(f"planning for {format_bytes(memory)} on {self.device.name}; a plan of a large base takes half a minute")
         start = first_guess(memory, self.base.is_embedded)
         fit = fit_memory(settings, self._plan, memory, self.device.is_cuda, start, print)
@@ -146,11 +145,12 @@ class _Training:
     def _fit(self) -> dict[str, str]:
         """Train as ``lit-lora fit`` does, from the last checkpoint if there is one."""
         arguments = ["fit", "--config", str(self.config)]
-        if any(self.out.glob("lightning_logs/version_*/checkpoints/*.ckpt")):
-            print("resuming from the last checkpoint")
-            arguments += ["--ckpt_path", "last"]
+        if started := newest_run(self.out):
+            print(f"resuming from the last checkpoint in {started}")
+            version = started.name.removeprefix("version_")
+            arguments += ["--ckpt_path", "last", "--trainer.logger.init_args.version", version]
         trainer = run(arguments).trainer
-        results = results_of(trainer)
+        results = results_of(self.out)
         if trainer.global_step >= trainer.max_steps > 0:
             record(self.out, results)
         return results

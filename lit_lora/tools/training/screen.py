@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from lit_lora.tools.training.choices import Choice
 
@@ -18,11 +19,11 @@ def ending(results: Mapping[str, str], prompt: str) -> str:
     """Where the results of a run are, and the next command.
 
     Args:
-        results: Paths by what they are: ``best`` or ``adapter`` is there, the adapter's folder.
+        results: Paths by what they are. ``folder`` is that of all others, and ``adapter`` is among them.
         prompt: A prompt for the next command.
     """
-    width = max(map(len, results))
-    lines = [f"{name:{width}}  {path}" for name, path in results.items()]
-    adapter = results.get("best") or results["adapter"]
-    command = f"lit-lora sample --adapter {shlex.quote(adapter)} \\\n  --prompts {shlex.quote(prompt)} --count 4"
-    return "\n".join(["", *lines, "", "Next:", command])
+    folder = results["folder"]
+    lines = [f"  {name:7}  {path}" for name, path in results.items() if name != "folder"]
+    adapter = shlex.quote(str(Path(folder, results.get("best") or results["adapter"])))
+    command = f"lit-lora sample --prompts {shlex.quote(prompt)} --count 4 \\\n  --adapter {adapter}"
+    return "\n".join(["", f"results in {folder}", *lines, "", "Next:", command])

@@ -27,7 +27,9 @@ def test_the_words_of_names(text: str, file: str, caption: str) -> None:
     assert CaptionTemplate(text).caption(file, Path("my_images")).decode() == caption
 
 
-@pytest.mark.parametrize(("text", "message"), [(" ", "captions is empty"), ("a {file}", r"has the field \{file\}; choose from")])
+@pytest.mark.parametrize(
+    ("text", "message"), [(" ", "captions is empty"), ("a {file}", r"has the field \{file\}; choose from")]
+)
 def test_wrong_templates(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         CaptionTemplate(text)

@@ -20,7 +20,13 @@ def _images(*sizes: tuple[int, int, int]) -> Images:
 
 @pytest.mark.parametrize(
     ("count", "val_samples", "together", "steps", "rank"),
-    [(4, 1, 1, 690, 16), (20, 2, 2, 850, 16), (200, 16, 4, 1360, 16), (5000, 16, 4, 7060, 32), (10**6, 16, 4, 10_000, 32)],
+    [
+        (4, 1, 1, 690, 16),
+        (20, 2, 2, 850, 16),
+        (200, 16, 4, 1360, 16),
+        (5000, 16, 4, 7060, 32),
+        (10**6, 16, 4, 10_000, 32),
+    ],
 )
 def test_the_length_follows_from_the_number_of_images(
     count: int, val_samples: int, together: int, steps: int, rank: int
@@ -42,15 +48,31 @@ def test_a_batch_takes_its_images_from_one_bucket() -> None:
     square = choose(base, _images((1024, 1024, 40)), {})
     assert (square.batch_size, square.accumulate, square.buckets) == (4, 1, False)
     mixed = choose(base, _images((1024, 1024, 37), (700, 1300, 3)), {})
-    assert (mixed.batch_size, mixed.accumulate, mixed.buckets) == (1, 4, True)
+    assert (mixed.batch_size, mixed.accumulate, mixed.buckets) == (2, 2, True)
+    lonely = choose(base, _images((1024, 1024, 99), (700, 1300, 1)), {})
+    assert (lonely.batch_size, lonely.accumulate) == (1, 4)
 
 
 def test_what_is_given_is_taken_and_said() -> None:
-    given: dict[str, Any] = {"steps": 7, "rank": 3, "batch_size": 2, "accumulate": 5, "resolution": 320, "val_samples": 0}
+    given: dict[str, Any] = {
+        "steps": 7,
+        "rank": 3,
+        "batch_size": 2,
+        "accumulate": 5,
+        "resolution": 320,
+        "val_samples": 0,
+    }
     found = choose(find_base("sdxl"), _images((64, 64, 9)), given | {"lr": 0.5})
     assert (found.steps, found.rank, found.batch_size, found.accumulate) == (7, 3, 2, 5)
     assert (found.resolution, found.val_samples, found.lr) == (320, 0, 0.5)
-    assert [choice.name for choice in found.why if choice.why == "as given"] == ["images", "size", "step", "steps", "rank", "rate"]
+    assert [choice.name for choice in found.why if choice.why == "as given"] == [
+        "images",
+        "size",
+        "step",
+        "steps",
+        "rank",
+        "rate",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,11 @@ def test_without_validation_and_drawing() -> None:
 
 
 def test_what_is_given_wins() -> None:
-    given: dict[str, Any] = {"trainer.max_steps": 5, "model.memory.vae_tiling": True, "model.sampling.guidance_scale": 2}
+    given: dict[str, Any] = {
+        "trainer.max_steps": 5,
+        "model.memory.vae_tiling": True,
+        "model.sampling.guidance_scale": 2,
+    }
     config = _config(**given)
     assert config["trainer"]["max_steps"] == 5
     assert config["model"]["memory"]["vae_tiling"] is True

@@ -32,7 +32,9 @@ def _fit(memory: int, on_gpu: bool = True, start: int = 1) -> tuple[Fit, list[st
     [(1000, None, 4, True), (99, None, 4, True), (67, None, 4, True), (61, None, 1, True), (41, "Int8", 1, True)]
     + [(31, "NF4", 1, True), (22, "NF4", 1, False), (7, "NF4", 1, False)],
 )
-def test_the_cheapest_settings_that_fit(memory: int, quantization: str | None, batch: int, draws: bool, start: int) -> None:
+def test_the_cheapest_settings_that_fit(
+    memory: int, quantization: str | None, batch: int, draws: bool, start: int
+) -> None:
     (settings, plan, _), said = _fit(memory, start=start)
     assert (settings.quantization, settings.batch_size, settings.draws) == (quantization, batch, draws)
     assert settings.batch_size * settings.accumulate == 4
