@@ -29,8 +29,16 @@ def _fit(memory: int, on_gpu: bool = True, start: int = 1) -> tuple[Fit, list[st
 @pytest.mark.parametrize("start", range(8))
 @pytest.mark.parametrize(
     ("memory", "quantization", "batch", "draws"),
-    [(1000, None, 4, True), (99, None, 4, True), (67, None, 4, True), (61, None, 1, True), (41, "Int8", 1, True)]
-    + [(31, "NF4", 1, True), (22, "NF4", 1, False), (7, "NF4", 1, False)],
+    [
+        (1000, None, 4, True),
+        (99, None, 4, True),
+        (67, None, 4, True),
+        (61, None, 1, True),
+        (41, "Int8", 1, True),
+        (31, "NF4", 1, True),
+        (22, "NF4", 1, False),
+        (7, "NF4", 1, False),
+    ],
 )
 def test_the_cheapest_settings_that_fit(
     memory: int, quantization: str | None, batch: int, draws: bool, start: int
@@ -46,12 +54,12 @@ def test_the_cheapest_settings_that_fit(
 
 def test_offloading_is_for_gpus() -> None:
     assert not _fit(61, on_gpu=False)[0].settings.offload_encoders
-    with pytest.raises(UserError, match="nothing fits into 7 B: the run needs 22 B even with .*base in 4 bits"):
+    with pytest.raises(UserError, match=r"nothing fits into 7 B: the run needs 22 B even with .*base in 4 bits"):
         _fit(7, on_gpu=False)
 
 
 def test_nothing_fits() -> None:
-    with pytest.raises(UserError, match="nothing fits into 6 B: .* Take a smaller base or a lower"):
+    with pytest.raises(UserError, match=r"nothing fits into 6 B: .* Take a smaller base or a lower"):
         _fit(6)
 
 
