@@ -50,6 +50,7 @@ class Settings:
         offload_encoders: Whether VAE and text encoders wait in host memory.
         offload_blocks: Whether the denoiser's blocks wait in host memory.
         draws: Whether images are drawn while training.
+        vae_tiling: Whether the VAE decodes large images in tiles.
         why: The choices with their reasons.
     """
 
@@ -67,6 +68,7 @@ class Settings:
     offload_encoders: bool = False
     offload_blocks: bool = False
     draws: bool = True
+    vae_tiling: bool = False
     why: Sequence[Choice] = field(default=())
 
     def changed(self, changes: dict[str, Any]) -> Settings:

@@ -51,8 +51,8 @@ def make_config(
     model["parameter_groups"] = [{"pattern": "*.lora_B.*", "lr_ratio": settings.lr_ratio}]
     model["lr_scheduler"]["init_args"] |= _schedule(model["lr_scheduler"]["class_path"], settings.steps)
     model["quantization"] = settings.quantization and {"class_path": f"lit_lora.quantization.{settings.quantization}"}
-    names = ("gradient_checkpointing", "offload_encoders", "offload_blocks")
-    model["memory"] = model.get("memory", {}) | {name: getattr(settings, name) for name in names}
+    names = ("gradient_checkpointing", "offload_encoders", "offload_blocks", "vae_tiling")
+    model["memory"] = {"vae_slicing": True} | {name: getattr(settings, name) for name in names}
     data = config["data"]["init_args"]
     data |= {"train_shards": str(shards), "val_samples": settings.val_samples, "batch_size": settings.batch_size}
     data |= {"resolution": settings.resolution, "buckets": _buckets(settings)}

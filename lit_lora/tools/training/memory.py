@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,36 +21,34 @@ class Rung(NamedTuple):
 
     Args:
         changes: Settings that change, in addition to those of all rungs before.
-        what: What it does, in a few words.
+        name: Its name, in one or two words.
         price: What it costs.
         on_gpu: Whether it has an effect on GPUs alone.
     """
 
     changes: dict[str, Any]
-    what: str
+    name: str
     price: str
     on_gpu: bool = False
 
 
 LADDER = (
-    Rung({}, "base in its own dtype, whole batches", "nothing"),
-    Rung({"gradient_checkpointing": True}, "activations recomputed", "a third more time"),
-    Rung({"offload_encoders": True}, "encoders wait in host memory", "copying them when they are used", on_gpu=True),
-    Rung({"batch_size": 1}, "batches of one image", "the same gradients in more time"),
-    Rung({"quantization": "Int8"}, "base in 8 bits", "hardly any quality; some time"),
-    Rung({"quantization": "NF4"}, "base in 4 bits", "little quality; some time"),
-    Rung({"draws": False}, "no images drawn while training", "look at them afterwards"),
-    Rung({"offload_blocks": True}, "blocks wait in host memory", "copying the base twice in each step", on_gpu=True),
+    Rung({"gradient_checkpointing": True}, "checkpointing", "a third more time"),
+    Rung({"offload_encoders": True}, "encoders offloaded", "copying them in each step", on_gpu=True),
+    Rung({"batch_size": 1}, "batch of 1", "the same gradients in more time"),
+    Rung({"quantization": "Int8"}, "Int8 base", "hardly any quality; some time"),
+    Rung({"quantization": "NF4"}, "NF4 base", "little quality; some time"),
+    Rung({"offload_blocks": True}, "blocks offloaded", "copying the base twice in each step", on_gpu=True),
 )
 """What is tried, cheapest first. Each rung adds to those before, so that memory falls from rung to rung."""
 
 
 class Fit(NamedTuple):
-    """Settings that fit, with their plan and the rung."""
+    """Settings that fit, with their plan and the names of the rungs that they take."""
 
     settings: Settings
     plan: MemoryPlan
-    rung: Rung
+    names: str
 
 
 def fit_memory(
@@ -60,40 +59,44 @@ def fit_memory(
     start: int,
     say: Callable[[str], object],
 ) -> Fit:
-    """The settings of the first rung of :data:`LADDER` that fits.
+    """The settings of the first rung of :data:`LADDER` that fits, and images drawn while training if these fit too.
 
-    Memory falls from rung to rung, so it looks for the first that fits by halves, which takes at most four plans.
+    Memory falls from rung to rung, so it looks for the first that fits by halves. Training gives up nothing for the images.
 
     Args:
-        settings: Settings of the first rung.
+        settings: The settings to begin with.
         plan: Makes the plan of settings.
         memory: Memory of the device in bytes.
         on_gpu: Whether the device is a GPU.
-        start: Rung to plan first.
+        start: Number of rungs to take in the first plan.
         say: Gets a line for each plan.
 
     Raises:
         UserError: If not even the last rung fits.
     """
-    rungs = _rungs(settings, on_gpu)
-    known: dict[int, MemoryPlan] = {}
+    rungs = _rungs(replace(settings, draws=False), on_gpu)
+    known: dict[Settings, MemoryPlan] = {}
 
-    def fits(number: int) -> bool:
-        if number not in known:
-            known[number] = plan(rungs[number][1])
-            word = "fits" if known[number].fits(memory) else "does not fit"
-            say(f"planned  {rungs[number][0].what}: {format_bytes(known[number].needed)}, {word}")
-        return known[number].fits(memory)
+    def fits(name: str, tried: Settings) -> bool:
+        if tried not in known:
+            known[tried] = plan(tried)
+            word = "fits" if known[tried].fits(memory) else "does not fit"
+            say(f"planned  {name}: {format_bytes(known[tried].needed)}, {word}")
+        return known[tried].fits(memory)
 
-    found = first_true(fits, len(rungs), start=start)
+    found = first_true(lambda number: fits(*rungs[number]), len(rungs), start)
     if found is None:
-        last = known[len(rungs) - 1]
+        name, last = rungs[-1]
         raise UserError(
-            f"nothing fits into {format_bytes(memory)}: the run needs {format_bytes(last.needed)} even with "
-            f"{'; '.join(rung.what for rung, _ in rungs[1:])}. Take a smaller base or a lower --data.init_args.resolution"
+            f"nothing fits into {format_bytes(memory)}: the run needs {format_bytes(known[last].needed)} even with {name}. "
+            "Take a smaller base or a lower --data.init_args.resolution"
         )
-    rung, chosen = rungs[found]
-    return Fit(chosen, known[found], rung)
+    name, chosen = rungs[found]
+    for tiled in (False, True) if settings.draws else ():
+        drawing = replace(chosen, draws=True, vae_tiling=tiled)
+        if fits("images drawn, in tiles" if tiled else "images drawn while training", drawing):
+            return Fit(drawing, known[drawing], name)
+    return Fit(chosen, known[chosen], name)
 
 
 def first_true(holds: Callable[[int], bool], count: int, start: int) -> int | None:
@@ -118,21 +121,23 @@ def free_memory(device: Device) -> int:
     return device.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
-def _rungs(settings: Settings, on_gpu: bool) -> Sequence[tuple[Rung, Settings]]:
-    """The rungs that change something, each with its settings."""
-    rungs = [(LADDER[0], settings)]
-    for rung in LADDER[1:]:
+def _rungs(settings: Settings, on_gpu: bool) -> list[tuple[str, Settings]]:
+    """The settings of each rung that changes something, with the names of all rungs up to it; the first takes none."""
+    rungs = [("nothing given up", settings)]
+    taken: list[str] = []
+    for rung in LADDER:
         changed = rungs[-1][1].changed(rung.changes)
         if changed != rungs[-1][1] and (on_gpu or not rung.on_gpu):
-            rungs.append((rung, changed))
+            taken = [name for name in taken if not ("base" in rung.name and "base" in name)] + [rung.name]
+            rungs.append((", ".join(taken), changed))
     return rungs
 
 
 def first_guess(memory: int, is_small: bool) -> int:
-    """Number of the rung to plan first: small bases and large cards need little, small cards much.
+    """Number of rungs to take in the first plan: small bases and large cards need few, small cards more.
 
     Args:
         memory: Memory of the device in bytes.
         is_small: Whether the base is small.
     """
-    return 0 if is_small or memory >= 40e9 else 1 if memory >= 20e9 else 3
+    return 0 if is_small or memory >= 40e9 else 1 if memory >= 20e9 else 2

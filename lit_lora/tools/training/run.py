@@ -7,7 +7,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -104,11 +104,17 @@ class _Training:
         memory = memory_of(self.request.device_memory, self.device) if self.request.device_memory else None
         memory = memory or free_memory(self.device)
         settings = choose(self.base, Images.of(self.shards), given_settings(self.request.given))
+        # Over a cache, encoders are there for drawing alone, and may wait in host memory at no cost.
+        settings = replace(settings, offload_encoders=self.request.cache and self.device.is_cuda)
         print(f"planning for {format_bytes(memory)} on {self.device.name}; a plan of a large base takes half a minute")
         start = first_guess(memory, self.base.is_embedded)
         fit = fit_memory(settings, self._plan, memory, self.device.is_cuda, start, print)
         said = f"{format_bytes(fit.plan.needed)} of {format_bytes(memory)}"
-        choices = [self.rule.choice, *fit.settings.why, Choice("memory", said, fit.rung.what, "model.memory")]
+        choices = [self.rule.choice, *fit.settings.why, Choice("memory", said, fit.names, "model.memory")]
+        if not fit.settings.draws:
+            choices.append(
+                Choice("drawing", "none", "they do not fit beside training; see lit-lora sample", "trainer.callbacks")
+            )
         print(f"\n{table(choices)}\n\n{fit.plan.describe()}\n")
         header = f"# lit-lora fit --config {shlex.quote(str(self.config))}\n"
         header += "# Chosen by lit-lora train; the reasons are beside the keys.\n"
