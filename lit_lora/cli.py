@@ -12,7 +12,7 @@ USAGE = """usage: lit-lora COMMAND [options]
 
 Adapter training for diffusion models.
 
-train
+training
   train     train an adapter on a folder of images, with settings chosen for them
   fit       train an adapter
   validate  compute the loss on the validation shards

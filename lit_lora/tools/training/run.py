@@ -133,7 +133,8 @@ class _Training:
             file.flush()
             cli = _parts(["fit", "--config", file.name])
         cached = ("latents", "text") if self.request.cache else ()
-        return plan(run_of_config(cli.model, cli.datamodule, cli.config["trainer"], self.device, None, None, cached))
+        described = run_of_config(cli.model, cli.datamodule, cli.config["trainer"], self.device, None, None, cached)
+        return plan(replace(described, validation=False))  # it needs less than a step, and time to plan
 
     def _encode(self) -> None:
         """Encode images and captions once; on the CPU if the GPU is too small for the encoders."""
