@@ -74,29 +74,39 @@ def fit_memory(
     Raises:
         UserError: If not even the last rung fits.
     """
-    rungs = _rungs(replace(settings, draws=False), on_gpu)
+    rungs = _rungs(settings, on_gpu)
     known: dict[Settings, MemoryPlan] = {}
 
-    def fits(name: str, tried: Settings) -> bool:
+    def planned(tried: Settings) -> MemoryPlan:
         if tried not in known:
             known[tried] = plan(tried)
-            word = "fits" if known[tried].fits(memory) else "does not fit"
-            say(f"planned  {name}: {format_bytes(known[tried].needed)}, {word}")
-        return known[tried].fits(memory)
+        return known[tried]
 
-    found = first_true(lambda number: fits(*rungs[number]), len(rungs), start)
+    def fits(number: int) -> bool:
+        name, tried = rungs[number]
+        training = _without_drawing(planned(tried))
+        say(f"planned  {name}: {format_bytes(training.needed)}, {'fits' if training.fits(memory) else 'does not fit'}")
+        return training.fits(memory)
+
+    found = first_true(fits, len(rungs), start)
     if found is None:
         name, last = rungs[-1]
         raise UserError(
-            f"nothing fits into {format_bytes(memory)}: the run needs {format_bytes(known[last].needed)} even with {name}. "
-            "Take a smaller base or a lower --data.init_args.resolution"
+            f"nothing fits into {format_bytes(memory)}: the run needs {format_bytes(_without_drawing(known[last]).needed)} even "
+            f"with {name}. Take a smaller base or a lower --data.init_args.resolution"
         )
     name, chosen = rungs[found]
     for tiled in (False, True) if settings.draws else ():
-        drawing = replace(chosen, draws=True, vae_tiling=tiled)
-        if fits("images drawn, in tiles" if tiled else "images drawn while training", drawing):
-            return Fit(drawing, known[drawing], name)
-    return Fit(chosen, known[chosen], name)
+        drawing = planned(replace(chosen, vae_tiling=tiled))
+        say(f"planned  with images drawn{' in tiles' if tiled else ''}: {format_bytes(drawing.needed)}")
+        if drawing.fits(memory):
+            return Fit(replace(chosen, vae_tiling=tiled), drawing, name)
+    return Fit(replace(chosen, draws=False), _without_drawing(known[chosen]), name)
+
+
+def _without_drawing(planned: MemoryPlan) -> MemoryPlan:
+    """The plan of the same run if it draws no images."""
+    return replace(planned, phases={name: kinds for name, kinds in planned.phases.items() if name != "sampling"})
 
 
 def first_true(holds: Callable[[int], bool], count: int, start: int) -> int | None:
@@ -140,4 +150,4 @@ def first_guess(memory: int, is_small: bool) -> int:
         memory: Memory of the device in bytes.
         is_small: Whether the base is small.
     """
-    return 0 if is_small or memory >= 40e9 else 1 if memory >= 20e9 else 2
+    return 0 if is_small or memory >= 40e9 else 1 if memory >= 10e9 else 2

@@ -13,14 +13,14 @@ SETTINGS = Settings(1024, False, 2, batch_size=4, accumulate=1, steps=100, rank=
 def _needed(settings: Settings) -> int:
     """A memory that falls with each saving."""
     base = {None: 50, "Int8": 30, "NF4": 20}[settings.quantization] - 15 * settings.offload_blocks
-    return base + settings.batch_size * (2 if settings.gradient_checkpointing else 10) + 9 * settings.draws
+    return base + settings.batch_size * (2 if settings.gradient_checkpointing else 10)
 
 
 def _fit(memory: int, on_gpu: bool = True, start: int = 1) -> tuple[Fit, list[str]]:
     said: list[str] = []
 
     def plan(settings: Settings) -> MemoryPlan:
-        phases = {"forward": {"adapter": _needed(settings)}}
+        phases = {"forward": {"adapter": _needed(settings)}, "sampling": {"adapter": _needed(settings) + 9}}
         return MemoryPlan("H100", settings.batch_size, 1024, 1024, phases, {}, 1, 1, 1, 1.0)
 
     return fit_memory(SETTINGS, plan, memory, on_gpu, start, said.append), said
@@ -48,7 +48,7 @@ def test_the_cheapest_settings_that_fit(
     (settings, plan, names), said = _fit(memory, start=start)
     assert (settings.quantization, settings.batch_size, settings.draws) == (quantization, batch, draws)
     assert settings.batch_size * settings.accumulate == 4
-    assert plan.needed == _needed(settings) <= memory
+    assert plan.needed == _needed(settings) + 9 * draws <= memory
     assert settings.gradient_checkpointing == (memory < 90)
     assert settings.offload_blocks == ("blocks offloaded" in names) == (memory < 22)
     assert ("Int8" in names, "NF4" in names) == (quantization == "Int8", quantization == "NF4")
