@@ -44,6 +44,8 @@ from scripts.embedded.drawing import SHAPES, SIZE, _draw_shape
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 PATTERNS = ("striped", "dotted", "checkered", "hollow")
 BATCH = 16
+RATES = {"digits": 1e-3, "shapes": 2e-3}
+"""Sets of images, with the learning rate of A."""
 PARAMETERS_PER_RANK = 36_592
 """Parameters of uniform LoRA in these layers of the embedded base, for each rank."""
 
@@ -134,6 +136,8 @@ class Setting:
     callbacks: Callable[[], list[Callback]] = list
     lr_ratio: float | None = None
     """Learning rate of B over that of A, where it is not that of all settings."""
+    lr_factor: float = 1.0
+    """Learning rate over that of the other settings."""
 
 
 def settings(rank: int, start: int) -> dict[str, Setting]:
@@ -176,7 +180,6 @@ def settings(rank: int, start: int) -> dict[str, Setting]:
         f"RankBudget {start} -> {rank}": pruned(rank),
         f"AdaLoRA {rank * 3 // 2} -> {rank}": adalora(rank),
         f"EVA {rank}": eva(rank),
-        f"uniform r={rank * 2}": uniform(rank * 2),
         f"uniform r={rank // 2}": uniform(rank // 2),
         f"RankBudget {start} -> {rank // 2}": pruned(rank // 2),
         f"AdaLoRA {rank * 3 // 4} -> {rank // 2}": adalora(rank // 2),
@@ -184,14 +187,15 @@ def settings(rank: int, start: int) -> dict[str, Setting]:
 
 
 def _run(
-    setting: Setting, seed: int, shards: Path, task: Task, steps: int, options: argparse.Namespace
+    setting: Setting, seed: int, shards: Path, task: Task, lr: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Train with one setting and one seed, and measure the result."""
     seed_everything(seed, verbose=False)
+    steps = options.steps
     module = LoraDiffusion(
         StableDiffusion("embedded"),
         setting.adapter(steps),
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=options.lr),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr * setting.lr_factor),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps),
         parameter_groups=[ParameterGroup("*.lora_B*", lr_ratio=setting.lr_ratio or options.lr_ratio)],
         caption_dropout=0.1,
@@ -254,16 +258,13 @@ def _pack(task: Task, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--steps", type=int, nargs="+", default=[400, 400], help="optimizer steps for digits, and for shapes"
-    )
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=240, help="images to generate and classify, at most")
-    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--lr-ratio", type=float, default=8.0, help="learning rate of B over that of A (LoRA+)")
     parser.add_argument("--rank", type=int, default=4, help="rank of uniform LoRA, whose parameters are the budget")
     parser.add_argument("--start", type=int, default=16, help="rank with which RankBudget starts")
-    parser.add_argument("--tasks", nargs="*", default=["digits", "shapes"], help="sets of images")
+    parser.add_argument("--tasks", nargs="*", choices=RATES, default=[*RATES], help="sets of images")
     parser.add_argument("--only", nargs="*", help="parts of the names of the settings to run")
     parser.add_argument("--json", type=Path, default=Path("ranks.json"), help="file with the runs so far")
     options = parser.parse_args()
@@ -272,15 +273,15 @@ def main() -> None:
     done: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     tasks = {name: {"digits": digits, "shapes": shapes}[name]() for name in options.tasks}
     with tempfile.TemporaryDirectory() as folder:
-        for (task_name, task), steps in zip(tasks.items(), options.steps, strict=False):
+        for task_name, task in tasks.items():
             shards = Path(folder) / task_name
             _pack(task, shards)
             for seed in options.seeds:
                 for name, setting in settings(options.rank, options.start).items():
-                    key = f"{task_name}/{name}/{seed}/{steps}"
+                    key = f"{task_name}/{name}/{seed}/{options.steps}"
                     if key in done or (options.only and not any(part in key for part in options.only)):
                         continue
-                    done[key] = _run(setting, seed, shards / "cache", task, steps, options)
+                    done[key] = _run(setting, seed, shards / "cache", task, RATES[task_name], options)
                     options.json.write_text(json.dumps(done, indent=1))
                     print(key, done[key], flush=True)
     print(_table(tasks, done, options))
@@ -288,28 +289,33 @@ def main() -> None:
 
 def _table(tasks: dict[str, Task], done: dict[str, Any], options: argparse.Namespace) -> str:
     lines = [
-        f"batches of {BATCH} images, lr {options.lr:g} for A and {options.lr * options.lr_ratio:g} for B ({options.lr:g} in "
-        f"AdaLoRA), seeds {options.seeds}; {cpu_cores()}, "
-        f"{torch.get_num_threads()} threads; {versions('torch', 'peft', 'lightning')}"
+        f"batches of {BATCH} images, LoRA+ with {options.lr_ratio:g} times the rate for B, except in AdaLoRA; seeds "
+        f"{options.seeds}; {cpu_cores()}, {torch.get_num_threads()} threads; {versions('torch', 'peft', 'lightning')}"
     ]
-    for (task_name, task), steps in zip(tasks.items(), options.steps, strict=False):
+    for task_name, task in tasks.items():
         lines += [
             "",
-            f"{task_name}, {steps} steps: the classifier reads {task.accuracy:.1%} of unseen images",
-            f"{'':<22}{'accuracy':>9} {'(each seed)':<20}{'val loss':>9} {'(spread)':<10}{'parameters':>11}{'ranks':>8}"
-            f"{'most MB':>9}{'last MB':>9}{'s':>6}",
+            f"{task_name}, {options.steps} steps at {RATES[task_name]:g}: the classifier reads {task.accuracy:.1%} of unseen "
+            "images",
+            f"{'':<22}{'accuracy':>9} {'(each seed)':<20}{'val loss':>9} {'- uniform':>10} {'(each seed)':<25}"
+            f"{'parameters':>11}{'ranks':>8}{'most MB':>9}{'last MB':>9}{'s':>6}",
         ]
-        for name in settings(options.rank, options.start):
-            keys = [f"{task_name}/{name}/{seed}/{steps}" for seed in options.seeds]
+        rank = options.rank
+        for name in settings(rank, options.start):
+            keys = [f"{task_name}/{name}/{seed}/{options.steps}" for seed in options.seeds]
             runs = [done[key] for key in keys if key in done]
             if not runs:
                 continue
             mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key != "ranks"}
-            losses = [run["loss"] for run in runs]
+            # Each seed holds out other images, so that losses compare within a seed alone.
+            same = next(uniform for uniform in (rank, rank // 2) if name.endswith((f"={uniform}", f" {uniform}")))
+            pairs = [(key, key.replace(name, f"uniform r={same}")) for key in keys if key in done]
+            less = [done[key]["loss"] - done[other]["loss"] for key, other in pairs if other in done]
             each = " ".join(f"{run['accuracy']:.1%}" for run in runs)
             ranks = f"{min(run['ranks'][0] for run in runs)}-{max(run['ranks'][1] for run in runs)}"
             lines.append(
-                f"{name:<22}{mean['accuracy']:>9.1%} {each:<20}{mean['loss']:>9.4f} {max(losses) - min(losses):<10.4f}"
+                f"{name:<22}{mean['accuracy']:>9.1%} {each:<20}{mean['loss']:>9.4f} {statistics.mean(less):>+10.4f} "
+                f"{' '.join(f'{one:+.4f}' for one in less):<25}"
                 f"{mean['parameters']:>11,.0f}{ranks:>8}{mean['most_bytes'] / 1e6:>9.1f}{mean['last_bytes'] / 1e6:>9.1f}"
                 f"{mean['seconds']:>6.0f}"
             )

@@ -3,6 +3,7 @@
 from lit_lora.adapters.parameter_groups import ParameterGroup as ParameterGroup
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
 from lit_lora.callbacks.adapter_ema import AdapterEMA as AdapterEMA
+from lit_lora.callbacks.base_loss import BaseLoss as BaseLoss
 from lit_lora.callbacks.corda_initialization import CordaInitialization as CordaInitialization
 from lit_lora.callbacks.eva_initialization import EvaInitialization as EvaInitialization
 from lit_lora.callbacks.finite_gradients import FiniteGradients as FiniteGradients

@@ -12,7 +12,8 @@ USAGE = """usage: lit-lora COMMAND [options]
 
 Adapter training for diffusion models.
 
-train
+training
+  train     train an adapter on a folder of images, with settings chosen for them
   fit       train an adapter
   validate  compute the loss on the validation shards
   test      compute the loss on the test shards
@@ -27,12 +28,21 @@ tools
   adapter   describe, check, compare, convert, resize, merge, extract and push adapters
 
 examples
+  lit-lora train my_images --base sdxl --trigger "sks dog"
   lit-lora plan --config configs/sd15.yaml
   lit-lora fit --config configs/sd15.yaml
   lit-lora COMMAND --help
 """
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def _train_folder(arguments: list[str]) -> None:
+    from lit_lora.distributed.processes import end_with_parent
+    from lit_lora.tools import train
+
+    end_with_parent()
+    train.train_command(arguments)
 
 
 def _demo(arguments: list[str]) -> None:
@@ -89,6 +99,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 TOOLS: dict[str, Callable[[list[str]], int | None]] = {
+    "train": _train_folder,
     "plan": _plan,
     "demo": _demo,
     "sample": _sample,
@@ -142,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         # Lightning has ended the run and exits; what the last checkpoint has is kept.
-        print("lit-lora: interrupted; resume with --ckpt_path last", file=sys.stderr)
+        how = "the same command resumes" if command == "train" else "resume with --ckpt_path last"
+        print(f"lit-lora: interrupted; {how}", file=sys.stderr)
         return 130
     except Exception as error:
         return console.report(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
+from lit_lora.datamodules.packing.caption_template import CaptionTemplate
 from lit_lora.datamodules.packing.column_table import ColumnTable
 from lit_lora.datamodules.packing.image_folder import ImageFolder
 from lit_lora.datamodules.packing.image_table import ImageTable
@@ -31,6 +32,7 @@ def find_input(
     caption_column: str | None = None,
     caption_key: str = "caption",
     jobs: int = 1,
+    template: CaptionTemplate | None = None,
 ) -> PackInput:
     """The samples of a folder or file, found by the first kind of input that finds any.
 
@@ -41,6 +43,7 @@ def find_input(
         caption_column: Column of captions in tables. Defaults to None: a column with a usual name.
         caption_key: Key of captions in ``.json`` files. Defaults to "caption".
         jobs: Number of processes that scan tar shards. Defaults to 1.
+        template: Makes the captions of a folder's images from their names. Defaults to None: captions are read.
 
     Raises:
         UserError: If nothing can be packed, or a table cannot be parsed.
@@ -53,8 +56,9 @@ def find_input(
         caption_column=caption_column,
         caption_key=caption_key,
         jobs=jobs,
+        template=template,
     )
-    for kind in INPUTS:
+    for kind in INPUTS if template is None else (ImageFolder,):
         found = kind.find(looked)
         if found is not None:
             return name_unused(looked, found)

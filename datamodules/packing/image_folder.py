@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION
+from lit_lora.datamodules.packing.caption_template import CaptionTemplate
 from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, extension_of, image_extension
 from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.left_out import BadFile
@@ -37,6 +38,7 @@ class ImageFolder(PackInput):
         folder: Folder of the images.
         names: Paths of the images, relative to ``folder``.
         sides: Files beside each image, one bit for each entry of ``_SIDES``, uint8 (N,).
+        template: Makes the captions in place of the files beside the images; None to read these.
     """
 
     captions_are_beside = True
@@ -44,15 +46,18 @@ class ImageFolder(PackInput):
     folder: Path
     names: SampleNames
     sides: NDArray[np.uint8]
+    template: CaptionTemplate | None = None
 
     @classmethod
     def find(cls, source: PackSource) -> ImageFolder | None:
-        """The images of a folder, unless a metadata file lists them."""
-        return cls.scan(source.path, skip=source.out) if source.has_images and not source.metadata else None
+        """The images of a folder, unless a metadata file lists them with their captions."""
+        if not source.has_images or (source.metadata and source.template is None):
+            return None
+        return cls.scan(source.path, skip=source.out, template=source.template)
 
     @classmethod
-    def scan(cls, folder: Path, skip: Path | None = None) -> ImageFolder:
-        """All images below a folder, except below ``skip``, sorted by path.
+    def scan(cls, folder: Path, skip: Path | None = None, template: CaptionTemplate | None = None) -> ImageFolder:
+        """All images below a folder, except below ``skip``, sorted by path, with captions beside them or by a template.
 
         Raises:
             UserError: If a folder cannot be read.
@@ -60,6 +65,7 @@ class ImageFolder(PackInput):
         bad: list[BadFile] = []
         skipped: list[BadFile] = []
         sizes, sides = array("q"), array("B")
+        unread: list[str] = []
         digest = hashlib.sha256()
 
         def good_files() -> Iterator[str]:
@@ -67,12 +73,14 @@ class ImageFolder(PackInput):
                 if _is_mask(file, siblings):
                     continue
                 if not image_extension(file):
-                    if reason := _why_no_caption(file, siblings):
+                    if template is None and (reason := _why_no_caption(file, siblings)):
                         skipped.append(BadFile(file, reason))
+                    unread.extend([file] if template is not None and extension_of(file) in _SIDES else [])
                     continue
                 try:
-                    bits = _find_sides(file, siblings)
+                    bits = _find_sides(file, siblings, template is None)
                     size, stamp = stat_files(_paths(folder, file, bits))
+                    size += 0 if template is None else packed_size(len(template.caption(file, folder)))
                 except BadSampleError as error:
                     bad.append(BadFile(file, str(error)))
                     continue
@@ -82,6 +90,8 @@ class ImageFolder(PackInput):
                 yield file
 
         names = SampleNames.of(show_planning(good_files()))
+        if unread:
+            skipped.append(BadFile(unread[0], "is not read: captions are made from names", len(unread)))
         return cls(
             folder=folder,
             names=names,
@@ -90,6 +100,7 @@ class ImageFolder(PackInput):
             fingerprint=digest.hexdigest(),
             bad=tuple(bad),
             skipped=tuple(skipped),
+            template=template,
         )
 
     def name(self, sample: int) -> str:
@@ -100,7 +111,10 @@ class ImageFolder(PackInput):
 
     def members(self, sample: int) -> dict[str, bytes]:
         paths = _paths(self.folder, self.names[sample], int(self.sides[sample]))
-        return {extension: read_file(path) for extension, path in paths.items()}
+        members = {extension: read_file(path) for extension, path in paths.items()}
+        if self.template is None:
+            return members
+        return members | {"txt": self.template.caption(self.names[sample], self.folder)}
 
     def select(self, samples: NDArray[np.int64]) -> ImageFolder:
         return replace(
@@ -147,14 +161,15 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
     return packed_size(*sizes), " ".join(stamps)
 
 
-def _find_sides(file: str, siblings: Set[str]) -> int:
+def _find_sides(file: str, siblings: Set[str], captions: bool) -> int:
+    """The files beside an image, as bits; without captions only its mask."""
     image = PurePosixPath(file)
     found = {
         side.lower(): bit
         for bit, side in reversed(list(enumerate(_SIDES)))  # the first spelling stays
-        if image.with_suffix(f".{side}").name in siblings
+        if (captions or side == MASK_EXTENSION) and image.with_suffix(f".{side}").name in siblings
     }
-    if not found.keys() - {MASK_EXTENSION}:
+    if captions and not found.keys() - {MASK_EXTENSION}:
         raise BadSampleError("has no caption (a .txt or .json file of the same name)")
     return sum(1 << bit for bit in found.values())
 

@@ -18,6 +18,7 @@ from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, d
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import image_size
+from lit_lora.datamodules.packing.caption_template import CaptionTemplate
 from lit_lora.datamodules.packing.find_input import find_input
 from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, to_shard_format
 from lit_lora.datamodules.packing.input import PackInput
@@ -81,6 +82,7 @@ def pack_folder(
     caption_key: str = "caption",
     image_column: str | None = None,
     caption_column: str | None = None,
+    captions: str | None = None,
     prefix: str = "shard",
 ) -> PackSummary:
     """Pack images with captions into tar shards, whose bytes depend on the input and the options but not on ``jobs``.
@@ -107,6 +109,8 @@ def pack_folder(
         caption_key: Key of the caption in ``.json`` files. Defaults to "caption".
         image_column: Column of images, or of their paths, in tables. Defaults to None: a column with a usual name.
         caption_column: Column of captions in tables. Defaults to None: a column with a usual name.
+        captions: Caption of every image of a folder, in place of captions in files: a text in which ``{name}`` and ``{folder}``
+            stand for the words of the image's and the folder's name (:class:`CaptionTemplate`). Defaults to None: they are read.
         prefix: Prefix of the names of the shards. Defaults to "shard".
 
     Raises:
@@ -119,10 +123,12 @@ def pack_folder(
     _check_names(source, out, prefix)
     columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
     columns["caption_key"] = caption_key
-    samples = find_input(source, out, jobs=jobs, **columns)
+    template = None if captions is None else CaptionTemplate(captions)
+    samples = find_input(source, out, jobs=jobs, template=template, **columns)
     order = _order(samples, shuffle_seed)
     shards = _name_shards(out, prefix, _group(samples.sizes, order, samples_per_shard, max_shard_bytes))
     options = [str(source.absolute()), prefix, samples_per_shard, max_shard_bytes, shuffle_seed, *columns.values()]
+    options += [] if captions is None else [captions]  # plans of earlier versions have no such entry
     with only_run_in(out, "pack"):
         if count_files(samples.bad) <= max_bad:
             claim(out, list(shards), samples.fingerprint, options)

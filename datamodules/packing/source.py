@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lit_lora.datamodules.packing.caption_template import CaptionTemplate
 from lit_lora.datamodules.packing.image_formats import extension_of, image_extension
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.unknown_files import UnknownFiles
@@ -36,6 +37,7 @@ class PackSource:
         caption_column: Column of captions in tables; None for a column with a usual name.
         caption_key: Key of captions in ``.json`` files.
         jobs: Number of processes that scan tar shards.
+        template: Makes the captions of images from their names; None to read captions.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class PackSource:
     caption_column: str | None = None
     caption_key: str = "caption"
     jobs: int = 1
+    template: CaptionTemplate | None = None
 
     @classmethod
     def look(cls, path: Path, out: Path, extensions: Collection[str], **options: Any) -> PackSource:

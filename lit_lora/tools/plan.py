@@ -77,12 +77,12 @@ def print_plan(
     check_least(1, batch_size=batch_size, resolution=resolution)
     check_most(MAX_RESOLUTION, resolution=resolution)
     found = find_device(device) if device is not None else default_device(trainer["accelerator"])
-    memory = _memory(device_memory, found)
+    memory = memory_of(device_memory, found)
     if search and memory is None:
         raise UserError("search=true needs device_memory, for example 12GB, or a GPU as device")
     data_summary, data_readable = _data(data, trainer["max_steps"])
     from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_readable else ()
-    run = _run(module, data, trainer, found, batch_size, resolution, from_cache)
+    run = run_of_config(module, data, trainer, found, batch_size, resolution, from_cache)
     planned = plan(run)
     changes: list[ChangedRun] | None = []
     if memory is not None and device_memory is not None:
@@ -133,7 +133,7 @@ def _cache_plan(run: Run, changes: Sequence[ChangedRun]) -> PlannedMemory | None
     return plan_cache(last) if last.cached else None
 
 
-def _run(
+def run_of_config(
     module: LoraDiffusion,
     data: LightningDataModule,
     trainer: Any,
@@ -164,7 +164,7 @@ def _run(
     )
 
 
-def _memory(device_memory: str | None, device: Device) -> int | None:
+def memory_of(device_memory: str | None, device: Device) -> int | None:
     """Memory in bytes; a number without a unit is in GB, and None means the device's own memory."""
     if device_memory is None:
         return device.memory

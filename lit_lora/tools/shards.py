@@ -27,6 +27,7 @@ def pack(
     caption_key: str = "caption",
     image_column: str | None = None,
     caption_column: str | None = None,
+    captions: str | None = None,
     prefix: str = "shard",
 ) -> None:
     """Pack images with captions into tar shards.
@@ -47,6 +48,8 @@ def pack(
         caption_key: Key of the caption in .json files.
         image_column: Column of a table that holds images or their paths; defaults to a column with a common name.
         caption_column: Column of a table that holds captions; defaults to a column with a common name.
+        captions: Caption of every image of a folder, in place of captions in files: a text such as "a photo of a {folder}",
+            in which {name} and {folder} stand for the words of the image's and of its folder's name.
         prefix: Start of the shards' names.
 
     Raises:
@@ -65,6 +68,7 @@ def pack(
         caption_key=caption_key,
         image_column=image_column,
         caption_column=caption_column,
+        captions=captions,
         prefix=prefix,
     )
     print("\n".join(_pack_lines(summary)))

@@ -1,0 +1,111 @@
+"""``lit-lora train``: from a folder of images to a finished adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from lit_lora.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_lora.tools.training.request import Request
+
+# Nothing heavy is imported here: jsonargparse would import it for --help.
+
+_OF_FIT = ("--trainer.", "--model.", "--data.", "--seed_everything")
+_EPILOG = (
+    "Options of lit-lora fit may follow and win over what is chosen: --trainer.max_steps 500, --model.adapter.init_args.r 8,"
+    " --data.init_args.batch_size 2."
+)
+
+
+def train_command(arguments: list[str]) -> None:
+    """Run ``lit-lora train`` with its own options and those of ``lit-lora fit``."""
+    from lit_lora.tools import run_tool
+
+    own, given = split_arguments(arguments)
+    request: Request = run_tool(train, own, "lit-lora train", epilog=_EPILOG)
+    from lit_lora.tools.training.run import train_adapter
+
+    train_adapter(request._replace(given=given))
+
+
+def train(
+    folder: str,
+    base: str | None = None,
+    trigger: str | None = None,
+    captions: Literal["auto", "files", "names", "folders", "trigger"] = "auto",
+    out: str | None = None,
+    device: str | None = None,
+    device_memory: str | None = None,
+    cache: bool = True,
+    max_bad: int = 0,
+    dry_run: bool = False,
+) -> Request:
+    """Train an adapter on a folder of images, with settings chosen for the images, the base and the memory of the device.
+
+    The folder is packed into shards. What is chosen, and why, is shown and written to config.yaml in the run's folder, with which
+    lit-lora fit repeats the run. The same command resumes a run that was stopped or killed.
+
+    Args:
+        folder: Folder of images, or of what lit-lora shards pack takes: tables, tar shards, parquet files.
+        base: Name such as sd15, sdxl, flux_dev or embedded; or a folder, hub id or .safetensors file, whose family is found.
+        trigger: Words that stand for what is learned, such as "sks dog"; they go before each caption.
+        captions: Source of captions: files beside the images or a metadata file; names of the images' files; names of their
+            folders; or the trigger alone. auto takes files if there are any, and otherwise the trigger.
+        out: Folder of the run; defaults to runs/FOLDER-BASE.
+        device: Device to plan for: cpu, or a GPU such as "RTX 3060"; defaults to the device of this machine.
+        device_memory: Memory of the device, in GB or with a unit; defaults to what is free on the device.
+        cache: Whether to encode images and captions once, before training.
+        max_bad: Maximum number of images that may be left out because they are damaged.
+        dry_run: Show the choices and write the config, but do not train.
+    """
+    from lit_lora.tools.training.request import Request
+
+    return Request(folder, base, trigger, captions, out, device, device_memory, cache, max_bad, dry_run)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """The command's own arguments, and the values for keys of the config.
+
+    Raises:
+        UserError: If a key has no value, or the command is given whole configs.
+    """
+    own: list[str] = []
+    given: dict[str, Any] = {}
+    # A switch needs no value, as in the commands of others.
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    switched = [
+        f"{one}=true" if one == "--dry_run" and after.lower() not in ("true", "false") else one for one, after in pairs
+    ]
+    remaining = iter(switched)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if name in ("--config", "-c"):
+            raise UserError(
+                "--config is no option of train, which makes a config itself: write it with --dry_run, change it, and call "
+                "lit-lora fit --config with it; or give single keys, as --trainer.max_steps 500"
+            )
+        if not name.startswith(_OF_FIT):
+            own.append(argument)
+            continue
+        text = value if equals else next(remaining, None)
+        if text is None or name.endswith("+"):
+            raise UserError(
+                f"{name} needs one value, as --trainer.max_steps 500; lists are not extended here, but replaced"
+            )
+        given[name.removeprefix("--")] = _value(text)
+    return own, given
+
+
+def _value(text: str) -> Any:
+    """A value as YAML has it; a number such as 1e-4 is a number, which PyYAML would take for a text."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    except yaml.YAMLError:
+        return text

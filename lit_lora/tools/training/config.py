@@ -1,0 +1,144 @@
+"""The config of a run, complete and with comments, that ``lit-lora fit`` repeats."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_lora.tools.training.base import Base
+from lit_lora.tools.training.choices import Choice, Settings
+
+CHECKPOINTS = 10
+"""Number of times that a run saves and validates."""
+
+
+def make_config(
+    base: Base,
+    settings: Settings,
+    out: Path,
+    shards: Path,
+    prefix: str,
+    prompts: Sequence[str],
+    given: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The config of a run.
+
+    Args:
+        base: Base of the run.
+        settings: What was chosen.
+        out: Folder of the run.
+        shards: Folder of the shards to train on.
+        prefix: Text before each caption.
+        prompts: Prompts of the images that are drawn.
+        given: Values that the user gives, by config key; they win.
+    """
+    config = copy.deepcopy(base.template)
+    every = max(1, settings.steps // CHECKPOINTS)
+    trainer, model = config["trainer"], config["model"]
+    trainer |= {"devices": 1, "max_steps": settings.steps, "accumulate_grad_batches": settings.accumulate}
+    # Validation is counted in batches. The sanity check before the first step measures the base itself.
+    trainer |= {"val_check_interval": every * settings.accumulate, "num_sanity_val_steps": -1}
+    trainer |= {"log_every_n_steps": min(10, every), "default_root_dir": str(out)}
+    trainer["enable_model_summary"] = False  # StepProgress tells what is trained
+    trainer["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(out)}}
+    trainer["callbacks"] = _callbacks(base, settings, prompts, every)
+    model["adapter"]["init_args"] |= {"r": settings.rank, "lora_alpha": settings.rank}
+    model["optimizer"]["init_args"]["lr"] = settings.lr
+    model["parameter_groups"] = [{"pattern": "*.lora_B.*", "lr_ratio": settings.lr_ratio}]
+    model["lr_scheduler"]["init_args"] |= _schedule(model["lr_scheduler"]["class_path"], settings.steps)
+    model["quantization"] = settings.quantization and {"class_path": f"lit_lora.quantization.{settings.quantization}"}
+    names = ("gradient_checkpointing", "offload_encoders", "offload_blocks", "vae_tiling")
+    model["memory"] = {"vae_slicing": True} | {name: getattr(settings, name) for name in names}
+    data = config["data"]["init_args"]
+    data |= {"train_shards": str(shards), "val_samples": settings.val_samples, "batch_size": settings.batch_size}
+    data |= {"resolution": settings.resolution, "buckets": _buckets(settings)}
+    data["decoder"] = {
+        "center_crop": True,
+        "random_flip": False,
+        **({"captions": {"prefix": prefix}} if prefix else {}),
+    }
+    for key, value in given.items():
+        set_key(config, key, value)
+    return config
+
+
+def comments_of(choices: Sequence[Choice], cached: bool) -> dict[str, str]:
+    """Comments for a config by the keys that they precede: the choices with their reasons, and what is easily mistaken.
+
+    Args:
+        choices: The choices.
+        cached: Whether the run reads from a cache.
+    """
+    comments = {
+        "trainer.val_check_interval": "In batches, not in steps.",
+        "trainer.num_sanity_val_steps": "All validation data, before the first step: the loss of the base itself.",
+        "trainer.devices": "More devices see more images in a step.",
+        "model.parameter_groups": "LoRA+: the matrices B begin at zero, and have to grow before A matters.",
+        "data.init_args.train_shards": "Made by lit-lora cache from the folder shards beside it." if cached else "",
+    }
+    return {text: note for text, note in comments.items() if note} | {
+        choice.key: f"{choice.name}: {choice.value}. {choice.why[:1].upper()}{choice.why[1:]}." for choice in choices
+    }
+
+
+def set_key(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value at a dotted path of a config."""
+    *parents, last = key.split(".")
+    for name in parents:
+        if not isinstance(config.get(name), dict):
+            config[name] = {}
+        config = config[name]
+    config[last] = value
+
+
+def write_yaml(config: Mapping[str, Any], comments: Mapping[str, str], depth: int = 0, path: str = "") -> str:
+    """YAML of a config.
+
+    Args:
+        config: The config, or a part of it.
+        comments: Comments by the dotted path of the key that they precede.
+        depth: Number of levels above this part.
+        path: Dotted path of this part.
+    """
+    indent = "  " * depth
+    lines = []
+    for name, value in config.items():
+        here = f"{path}.{name}" if path else str(name)
+        lines += [f"{indent}# {line}" for line in comments.get(here, "").splitlines()]
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}{name}:", write_yaml(value, comments, depth + 1, here).rstrip("\n")]
+        else:
+            text = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=120)
+            lines += [indent + line for line in text.rstrip("\n").splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def _callbacks(base: Base, settings: Settings, prompts: Sequence[str], every: int) -> list[dict[str, Any]]:
+    saves: dict[str, Any] = {"save_last": True, "enable_version_counter": False}
+    if settings.val_samples:  # after each validation
+        saves |= {"monitor": "val/loss", "filename": "best-{step}", "save_on_train_epoch_end": False}
+    else:
+        saves |= {"every_n_train_steps": every}
+    kept = [{"class_path": "lit_lora.callbacks.AdapterCheckpoint", "init_args": saves}]
+    if settings.draws:
+        of_family = next(
+            one for one in base.template["trainer"]["callbacks"] if one["class_path"].endswith("SampleImages")
+        )
+        options = of_family["init_args"] | {"prompts": list(prompts), "every_n_steps": max(1, settings.steps // 4)}
+        kept.append({"class_path": "lit_lora.callbacks.SampleImages", "init_args": options})
+    if settings.val_samples:
+        kept.append({"class_path": "lit_lora.callbacks.BaseLoss"})
+    return [*kept, {"class_path": "lit_lora.callbacks.RunReport"}]
+
+
+def _buckets(settings: Settings) -> dict[str, Any] | None:
+    return {"divisor": 64, "max_aspect_ratio": 2.0} if settings.buckets else None
+
+
+def _schedule(kind: str, steps: int) -> dict[str, int]:
+    """The length of the family's schedule: of a warm-up, a tenth of the steps and at most 100; of a decay, all steps."""
+    return {"T_max": steps} if kind.endswith("CosineAnnealingLR") else {"total_iters": max(1, min(100, steps // 10))}

@@ -1,0 +1,67 @@
+"""What the user of ``lit-lora train`` asks for, and the record of it in the run's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lit_lora.errors import UserError
+from lit_lora.files import atomic_file
+from lit_lora.visible import visible
+
+RECORD = "train.json"
+"""File in the run's folder that tells what the run was asked to do."""
+
+
+class Request(NamedTuple):
+    """The options of ``lit-lora train``, and the values for keys of the config in ``given``."""
+
+    folder: str
+    base: str | None = None
+    trigger: str | None = None
+    captions: str = "auto"
+    out: str | None = None
+    device: str | None = None
+    device_memory: str | None = None
+    cache: bool = True
+    max_bad: int = 0
+    dry_run: bool = False
+    given: Mapping[str, Any] = {}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What makes the run what it is; the same command resumes it."""
+        own = self._asdict()
+        for name in ("out", "dry_run"):
+            del own[name]
+        return own | {"folder": str(Path(self.folder).expanduser().absolute()), "given": dict(self.given)}
+
+
+def claim(out: Path, request: Request) -> None:
+    """Check that a folder is empty or holds the run that is asked for, and record the run.
+
+    Raises:
+        UserError: If it holds anything else.
+    """
+    path = out / RECORD
+    if not path.exists():
+        others = sorted(one.name for one in out.iterdir() if not one.name.endswith(".lock"))
+        if others:
+            raise UserError(
+                f"{visible(out)} holds {visible(others[0])}, which is no run of train; name another folder with --out"
+            )
+        with atomic_file(path) as part:
+            part.write_text(json.dumps(request.record, indent=2) + "\n", encoding="utf-8")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{visible(path)} is damaged; name another folder with --out") from error
+    for name, value in request.record.items():
+        if found.get(name) != value:
+            raise UserError(
+                f"{visible(out)} holds the run of {name}={found.get(name)!r}, not {value!r}; name another folder with --out, or "
+                "give the same options to resume it"
+            )

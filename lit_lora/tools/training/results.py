@@ -1,0 +1,45 @@
+"""What a finished run leaves, and the record of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lit_lora.files import atomic_file
+
+_RECORD = "finished.json"
+
+
+def newest_run(out: Path) -> Path | None:
+    """The folder of the newest run with a checkpoint, of those that ``fit`` numbers; None if there is none."""
+    checkpoints = out.glob("lightning_logs/version_*/checkpoints/*.ckpt")
+    newest = max(checkpoints, key=lambda path: path.stat().st_mtime_ns, default=None)
+    return newest and newest.parent.parent
+
+
+def results_of(out: Path) -> dict[str, str]:
+    """Paths of a run's results by what they are: the run's folder, and in it the adapters, the newest images, the report."""
+    folder = newest_run(out)
+    if folder is None:
+        return {}
+    best = max(folder.glob("checkpoints/best-*.adapter"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    last = folder / "checkpoints" / "last.adapter"
+    samples = max(folder.glob("samples/*.png"), default=None)
+    found = {"adapter": last, "best": best, "card": (best or last) / "README.md", "samples": samples}
+    found |= {"report": folder / "report.json"}
+    there = {name: path for name, path in found.items() if path is not None and path.exists()}
+    return {"folder": str(folder)} | {name: str(path.relative_to(folder)) for name, path in there.items()}
+
+
+def record(out: Path, results: Mapping[str, str]) -> None:
+    """Record the results of a finished run in its folder."""
+    with atomic_file(out / _RECORD) as part:
+        part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+def recorded(out: Path) -> dict[str, str] | None:
+    """The results of the finished run in a folder; None if it has not finished."""
+    path = out / _RECORD
+    found: dict[str, str] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return found

@@ -1,0 +1,196 @@
+"""The steps of ``lit-lora train``: pack, choose, plan, cache, train."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_lora.byte_sizes import format_bytes
+from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
+from lit_lora.errors import UserError
+from lit_lora.files import atomic_file
+from lit_lora.folder_lock import only_run_in
+from lit_lora.lightning_cli import ToolCLI, build_cli, run
+from lit_lora.planning.device import Device, default_device, find_device
+from lit_lora.planning.memory_plan import MemoryPlan
+from lit_lora.planning.plan_run import plan
+from lit_lora.tools.cache import cache_shards
+from lit_lora.tools.plan import memory_of, run_of_config
+from lit_lora.tools.training.base import Base, find_base
+from lit_lora.tools.training.captions import CaptionRule, caption_rule, prompts_for
+from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
+from lit_lora.tools.training.config import comments_of, make_config, write_yaml
+from lit_lora.tools.training.images import Images
+from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
+from lit_lora.tools.training.request import Request, claim
+from lit_lora.tools.training.results import newest_run, record, recorded, results_of
+from lit_lora.tools.training.screen import ending, table
+
+
+def train_adapter(request: Request) -> None:
+    """Run ``lit-lora train``.
+
+    Raises:
+        UserError: If the folder, the base or an option is wrong, nothing fits into the memory, or the run's folder holds
+            something else.
+    """
+    base = find_base(request.base)
+    folder = Path(request.folder).expanduser()
+    out = Path(request.out or Path("runs", f"{folder.resolve().name}-{base.name}"))
+    device = find_device(request.device) if request.device else default_device("auto")
+    rule = caption_rule(folder, out, request.captions, request.trigger)
+    with only_run_in(out, "train"):
+        claim(out, request)
+        _Training(request, base, folder, out, device, rule).run()
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A run, in its own folder."""
+
+    request: Request
+    base: Base
+    folder: Path
+    out: Path
+    device: Device
+    rule: CaptionRule
+
+    @property
+    def config(self) -> Path:
+        return self.out / "config.yaml"
+
+    @property
+    def shards(self) -> Path:
+        return self.out / "shards"
+
+    @property
+    def cache(self) -> Path:
+        return self.out / "cache"
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        return prompts_for(Images.of(self.shards).captions, self.rule.prefix)
+
+    def run(self) -> None:
+        """Do what is left to do: a run that was stopped goes on."""
+        print(f"output   {self.out}")
+        packed = pack_folder(self.folder, self.shards, captions=self.rule.template, max_bad=self.request.max_bad)
+        print(_packed_line(packed))
+        if not self.config.exists():
+            self._choose()
+        print(f"config   {self.config}")
+        if self.request.dry_run:
+            print("\nNext: the same command without --dry_run, which trains")
+            return
+        if (results := recorded(self.out)) is None:
+            if self.request.cache and not (self.cache / "cache.json").exists():
+                self._encode()
+            results = self._fit()
+        else:
+            print("finished already; name another folder with --out to train again")
+        print(ending(results, self.prompts[0]))
+
+    def _choose(self) -> None:
+        """Choose settings, show them and their plan, and write the config."""
+        memory = memory_of(self.request.device_memory, self.device) if self.request.device_memory else None
+        memory = memory or free_memory(self.device)
+        settings = choose(self.base, Images.of(self.shards), given_settings(self.request.given))
+        # Over a cache, encoders are there for drawing alone, and may wait in host memory at no cost.
+        settings = replace(settings, offload_encoders=self.request.cache and self.device.is_cuda)
+        print(f"planning for {format_bytes(memory)} on {self.device.name}; a plan of a large base takes half a minute")
+        start = first_guess(memory, self.base.is_embedded)
+        fit = fit_memory(settings, self._plan, memory, self.device.is_cuda, start, print)
+        said = f"{format_bytes(fit.plan.needed)} of {format_bytes(memory)}"
+        choices = [self.rule.choice, *fit.settings.why, Choice("memory", said, fit.names, "model.memory")]
+        if not fit.settings.draws:
+            choices.append(
+                Choice("drawing", "none", "they do not fit beside training; see lit-lora sample", "trainer.callbacks")
+            )
+        print(f"\n{table(choices)}\n\n{fit.plan.describe()}\n")
+        header = f"# lit-lora fit --config {shlex.quote(str(self.config))}\n"
+        header += "# Chosen by lit-lora train; the reasons are beside the keys.\n"
+        comments = comments_of(choices, self.request.cache)
+        with atomic_file(self.config) as part:
+            part.write_text(header + write_yaml(self._config_of(fit.settings), comments), encoding="utf-8")
+
+    def _config_of(self, settings: Settings) -> dict[str, Any]:
+        shards = self.cache if self.request.cache else self.shards
+        return make_config(self.base, settings, self.out, shards, self.rule.prefix, self.prompts, self.request.given)
+
+    def _plan(self, settings: Settings) -> MemoryPlan:
+        """The plan of a run with these settings, as ``lit-lora plan`` makes it."""
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file, _quiet():
+            file.write(write_yaml(self._config_of(settings), {}))
+            file.flush()
+            cli = _parts(["fit", "--config", file.name])
+        cached = ("latents", "text") if self.request.cache else ()
+        described = run_of_config(cli.model, cli.datamodule, cli.config["trainer"], self.device, None, None, cached)
+        return plan(replace(described, validation=False))  # it needs less than a step, and time to plan
+
+    def _encode(self) -> None:
+        """Encode images and captions once; on the CPU if the GPU is too small for the encoders."""
+        print("encoding images and captions once, so that training needs neither VAE nor text encoders")
+        with _quiet():
+            cli = _parts(["fit", "--config", str(self.config), "--data.init_args.train_shards", str(self.shards)])
+        try:
+            cache_shards(cli.model, cli.datamodule, out=str(self.cache))
+        except UserError as error:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise
+            print("the GPU has too little memory for the encoders, so the CPU encodes")
+            cache_shards(cli.model, cli.datamodule, out=str(self.cache), device="cpu")
+
+    def _fit(self) -> dict[str, str]:
+        """Train as ``lit-lora fit`` does, from the last checkpoint if there is one."""
+        arguments = ["fit", "--config", str(self.config)]
+        if started := newest_run(self.out):
+            print(f"resuming from the last checkpoint in {started}")
+            version = started.name.removeprefix("version_")
+            arguments += ["--ckpt_path", "last", "--trainer.logger.init_args.version", version]
+        trainer = run(arguments).trainer
+        results = results_of(self.out)
+        if trainer.global_step >= trainer.max_steps > 0:
+            record(self.out, results)
+        return results
+
+
+def _packed_line(packed: PackSummary) -> str:
+    left_out = f", {len(packed.bad)} left out" if packed.bad else ""
+    earlier = " by an earlier run" if packed.resumed == packed.shards else ""
+    return f"packed   {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
+
+
+def _nothing() -> None:
+    """Build the parts of a run."""
+
+
+class _PartsCLI(ToolCLI):
+    command = "lit-lora train"
+    function = staticmethod(_nothing)
+    parts = frozenset()
+
+
+def _parts(arguments: Sequence[str]) -> _PartsCLI:
+    """Module and datamodule of a config."""
+    return build_cli(arguments, run=False, cli_class=_PartsCLI)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A context in which Lightning does not tell that it sets the seed."""
+    logger = logging.getLogger("lightning.fabric.utilities.seed")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,29 @@
+"""What ``lit-lora train`` shows on the screen."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lit_lora.tools.training.choices import Choice
+
+
+def table(choices: Sequence[Choice]) -> str:
+    """A line for each choice: what, its value and why."""
+    widths = [max(len(choice[column]) for choice in choices) for column in (0, 1)]
+    return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {why}" for name, value, why, _ in choices)
+
+
+def ending(results: Mapping[str, str], prompt: str) -> str:
+    """Where the results of a run are, and the next command.
+
+    Args:
+        results: Paths by what they are. ``folder`` is that of all others, and ``adapter`` is among them.
+        prompt: A prompt for the next command.
+    """
+    folder = results["folder"]
+    lines = [f"  {name:7}  {path}" for name, path in results.items() if name != "folder"]
+    adapter = shlex.quote(str(Path(folder, results.get("best") or results["adapter"])))
+    command = f"lit-lora sample --prompts {shlex.quote(prompt)} --count 4 \\\n  --adapter {adapter}"
+    return "\n".join(["", f"results in {folder}", *lines, "", "Next:", command])

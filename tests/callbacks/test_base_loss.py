@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from lit_lora import BaseLoss, LoraDiffusion, WebDatasetDataModule
+from lit_lora.errors import UserError
+
+Make = Any
+
+
+def _trainer(folder: Path, base_loss: BaseLoss, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {"max_steps": 2, "val_check_interval": 1, "num_sanity_val_steps": -1}
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    logger = CSVLogger(folder, flush_logs_every_n_steps=1)
+    return Trainer(accelerator="cpu", logger=logger, callbacks=[base_loss], **(defaults | quiet | options))
+
+
+def test_the_loss_of_the_base_is_measured_before_the_first_step(
+    sd_module: LoraDiffusion, make_shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = WebDatasetDataModule(
+        str(make_shards(8)[0].parent), val_samples=3, batch_size=2, resolution=16, num_workers=0
+    )
+    base_loss = BaseLoss()
+    trainer = _trainer(tmp_path, base_loss)
+    alone = trainer.validate(sd_module, data, verbose=False)[0]["val/loss"]
+    trainer.fit(sd_module, data)
+    assert base_loss.base == pytest.approx(alone, rel=1e-6)
+    out = capsys.readouterr().out
+    assert f"step 0: val/loss {alone:.4f}, that of the base" in out
+    assert "step 2: val/loss" in out
+    assert "% against the base" in out
+    header, first, *_ = (Path(str(trainer.log_dir)) / "metrics.csv").read_text().splitlines()
+    logged = dict(zip(header.split(","), first.split(","), strict=True))
+    assert (float(logged["val/loss"]), logged["step"]) == (pytest.approx(alone, rel=1e-6), "0")
+    restored = BaseLoss()
+    restored.load_state_dict(base_loss.state_dict())
+    assert restored.base == base_loss.base
+
+
+def test_a_part_of_the_validation_data_is_refused(sd_module: LoraDiffusion, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_sanity_val_steps=2 leaves out validation data"):
+        BaseLoss().setup(_trainer(tmp_path, BaseLoss(), num_sanity_val_steps=2), sd_module, "fit")

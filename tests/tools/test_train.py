@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from lit_lora.cli import main
+from lit_lora.errors import UserError
+from lit_lora.tools.train import split_arguments
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of 20 small images without captions."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(20):
+        Image.new("RGB", (20, 20), (number * 12, 0, 99)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def command(images: Path, sd_folder: Path, tmp_path: Path) -> list[str]:
+    """A run of two steps that draws nothing while it trains."""
+    options = ["--trigger", "sks dog", "--out", str(tmp_path / "out"), "--trainer.max_steps", "2"]
+    memory = ["--device", "cpu", "--device_memory", "100", "--model.base_dtype=float32"]
+    return ["train", str(images), "--base", str(sd_folder), *options, *memory]
+
+
+@pytest.mark.slow
+def test_a_folder_becomes_an_adapter_and_the_same_command_resumes(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main([*command, "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "captions  trigger alone" in shown
+    assert "steps     2" in shown
+    assert "as given" in shown
+    assert max(map(len, shown.splitlines())) <= 80 + len(str(tmp_path))
+    assert not (out / "lightning_logs").exists()
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert config["trainer"]["max_steps"] == 2
+    assert config["data"]["init_args"]["val_samples"] == 2
+
+    assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "20 images" in shown.out
+    assert "by an earlier run" in shown.out
+    assert "planned" not in shown.out, "the config of the dry run is taken"
+    assert "step 0: val/loss" in shown.err
+    run = out / "lightning_logs" / "version_0"
+    results = json.loads((out / "finished.json").read_text())
+    assert results["folder"] == str(run)
+    assert {"adapter", "best", "card", "report", "samples"} <= results.keys()
+    assert all((run / path).exists() for name, path in results.items() if name != "folder")
+    assert f"--adapter {run / results['best']}" in shown.out
+    assert "--prompts 'sks dog'" in shown.out
+
+    (out / "finished.json").unlink()  # as if it had been killed before its end
+    assert main(command) == 0
+    assert "resuming from the last checkpoint" in capsys.readouterr().out
+    assert main(command) == 0
+    assert "finished already" in capsys.readouterr().out
+    assert [path.name for path in out.glob("lightning_logs/*")] == ["version_0"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--base": "sdxxl"}, "none of the known names: embedded"),
+        ({"--trigger": ""}, "give --trigger"),
+        ({"--device_memory": "much"}, "device_memory='much' is not a byte size"),
+        ({"--device": "abacus"}, "device='abacus' is not known"),
+        ({"--captions": "words"}, "captions"),
+        ({"--out": "."}, "which is no run of train; name another folder with --out"),
+        ({"--trainer.max_steps": "many"}, "trainer.max_steps='many' is not a number"),
+        ({"--trainer.max_steps": "0"}, "trainer.max_steps=0 is too small; it must be at least 1"),
+        ({"--steps": "3"}, "steps"),
+    ],
+)
+def test_mistakes_are_one_error(
+    changes: dict[str, str],
+    message: str,
+    command: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "holds" / "something").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "holds")
+    for option, value in changes.items():
+        command = [*command, option, value] if option not in command else command
+        command[command.index(option) + 1] = value
+    try:
+        status = main([*command, "--dry_run"])
+    except SystemExit as error:
+        status = int(str(error.code))
+    shown = capsys.readouterr().err
+    assert status == 2
+    assert message in shown.replace("\n", " ")
+
+
+def test_another_run_is_not_overwritten(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = {"base": "sdxl"}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.json").write_text(json.dumps(record))
+    assert main(command) == 2
+    assert "holds the run of folder=None, not" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "train.json").read_text()) == record
+
+
+def test_keys_of_the_config_are_told_from_own_options() -> None:
+    arguments = ["a", "--base", "sdxl", "--trainer.max_steps", "5", "--dry_run", "--model.optimizer.init_args.lr=1e-4"]
+    own, given = split_arguments([*arguments, "--data.init_args.buckets", "null", "--seed_everything=3"])
+    assert own == ["a", "--base", "sdxl", "--dry_run=true"]
+    assert given == {
+        "trainer.max_steps": 5,
+        "model.optimizer.init_args.lr": 1e-4,
+        "data.init_args.buckets": None,
+        "seed_everything": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "x.yaml"], "--config is no option of train"),
+        (["--trainer.max_steps"], "--trainer.max_steps needs one value"),
+        (["--trainer.callbacks+=X"], r"--trainer.callbacks\+ needs one value"),
+    ],
+)
+def test_options_that_cannot_be_given(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        split_arguments(arguments)
