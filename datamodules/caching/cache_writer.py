@@ -126,11 +126,6 @@ class CacheWriter:
 
     def _resume(self, samples: range, path: Path, progress: Callable[[int], None]) -> CachedShard:
         """The result for an existing shard; samples that it lacks are encoded again to find out why they were left out."""
-        if is_newer(self.table.locations[self.table.shard_of(samples[0])], path):
-            raise UserError(
-                f"{self._location(samples[0])} was changed after {visible(path)} was made from it, so that its samples may "
-                f"differ; remove {visible(path)} to encode it anew, or touch it if the samples are the same"
-            )
         index = ShardIndex.load_or_build(path)
         cached = {index.key(number) for number in range(len(index))}
         numbers = {self.table.key(number): number for number in samples}
@@ -142,6 +137,11 @@ class CacheWriter:
             raise UserError(
                 f"{visible(path)} was made from other samples than {self._location(samples[0])} has now: {good} are missing and"
                 f" {others} are not in that shard; remove it, or choose another folder with --out"
+            )
+        if is_newer(self.table.locations[self.table.shard_of(samples[0])], path):
+            raise UserError(
+                f"{self._location(samples[0])} was changed after {visible(path)} was made from it, so that its samples may "
+                f"differ; remove {visible(path)} to encode it anew, or touch it if the samples are the same"
             )
         progress(len(cached))
         return CachedShard(path, len(cached), bad, resumed=True)

@@ -21,7 +21,18 @@ def _fit(memory: int, on_gpu: bool = True, start: int = 1) -> tuple[Fit, list[st
 
     def plan(settings: Settings) -> MemoryPlan:
         phases = {"forward": {"adapter": _needed(settings)}, "sampling": {"adapter": _needed(settings) + 9}}
-        return MemoryPlan("H100", settings.batch_size, 1024, 1024, phases, {}, 1, 1, 1, 1.0)
+        return MemoryPlan(
+            "H100",
+            settings.batch_size,
+            phases,
+            beside={},
+            height=1024,
+            width=1024,
+            adapter_parameters=1,
+            adapter_file_bytes=1,
+            flops_per_step=1,
+            seconds_per_step=1.0,
+        )
 
     return fit_memory(SETTINGS, plan, memory, on_gpu, start, said.append), said
 
