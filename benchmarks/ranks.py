@@ -171,8 +171,10 @@ def settings(rank: int, start: int) -> dict[str, Setting]:
                 total_step=steps,
                 target_modules=TARGETS,
             ),
-            # A of AdaLoRA does not wait for B, both are scaled by E, which begins at zero: with LoRA+'s rate it diverges.
+            # A of AdaLoRA does not wait for B, both are scaled by E, which begins at zero: with LoRA+'s rate for B it diverges,
+            # and with that for A it learns little in so few steps.
             lr_ratio=1.0,
+            lr_factor=4.0,
         )
 
     return {
