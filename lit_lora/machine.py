@@ -1,4 +1,4 @@
-"""Names of the machine and of its processes in files that other processes read."""
+"""Names of the machine and of its processes, for files that other processes read, and its free memory."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def process_space() -> str:
     except OSError:
         space = ""
     return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+
+
+def available_memory() -> int:
+    """Bytes of this machine's memory that are free."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_alive(pid: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from lit_lora.formats import AdapterFiles
 from lit_lora.formats.base_records import base_records, told
 from lit_lora.formats.quantized_base import quantized_base, twice
 from lit_lora.formats.sampling_scheduler import scheduler_changes
+from lit_lora.machine import available_memory
 from lit_lora.mapped import release
 from lit_lora.visible import visible
 
@@ -197,7 +197,7 @@ def _merge_loaded(adapter: AdapterFiles, name: str, path: object, base: BaseMode
         )
     folder = base.folder / base.part(name)
     files = base.weight_files(base.part(name))
-    needed, available = 2 * sum(file.stat().st_size for file in files), _available_memory()
+    needed, available = 2 * sum(file.stat().st_size for file in files), available_memory()
     if needed > available:
         raise UserError(
             f"{path} cannot be merged weight by weight, because {beyond_lora(adapter)}; loading and writing {folder} takes up to "
@@ -214,10 +214,6 @@ def _merge_loaded(adapter: AdapterFiles, name: str, path: object, base: BaseMode
     count = len(getattr(adapted.base_model, "targeted_module_names", []))
     merged.save_pretrained(out, **options)
     return count, len(list(out.glob("*.safetensors")))
-
-
-def _available_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _copy_others(base: BaseModel, merged: set[str], out: Path) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
-from torch import nn
 
 from lit_lora.errors import check_least
 from lit_lora.families import ModelFamily, check_size
+from lit_lora.parameters import module_bytes
 from lit_lora.planning.cuda_semantics import CudaSemantics
 from lit_lora.planning.fake_module import fake_tensors, planned_quantization, unloaded
 from lit_lora.planning.planned_memory import PlannedMemory
@@ -99,14 +99,10 @@ class _CacheSimulation:
 
     def _begin(self, phase: str, names: list[str]) -> None:
         if self.cuda:
-            self.meter.adjust("frozen weights", sum(_bytes(self.models[name]) for name in names))
+            self.meter.adjust("frozen weights", sum(module_bytes(self.models[name]) for name in names))
         self.meter.begin(phase)
 
     def _end(self, names: list[str]) -> None:
         self.meter.begin(None)
         if self.cuda:
-            self.meter.adjust("frozen weights", -sum(_bytes(self.models[name]) for name in names))
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in {id(one): one for one in (*model.parameters(), *model.buffers())}.values())
+            self.meter.adjust("frozen weights", -sum(module_bytes(self.models[name]) for name in names))

@@ -20,7 +20,7 @@ from lit_lora.draws import Draws
 from lit_lora.families import check_size
 from lit_lora.formats.peft import safetensors_bytes
 from lit_lora.module import LoraDiffusion
-from lit_lora.parameters import trainable_parameters
+from lit_lora.parameters import module_bytes, trainable_parameters
 from lit_lora.planning.cuda_semantics import CudaSemantics
 from lit_lora.planning.fake_module import build, fake_tensors, unloaded
 from lit_lora.planning.memory_plan import MemoryPlan
@@ -117,7 +117,7 @@ class _Simulation:
         self.meter.assign(self.trained, "adapter")
         self.encoder_bytes = 0
         if self.run.module.memory.offload_encoders:
-            self.encoder_bytes = sum(map(_bytes, self.family.frozen_encoding_models()))
+            self.encoder_bytes = sum(map(module_bytes, self.family.frozen_encoding_models()))
             self.meter.adjust("frozen weights", -self.encoder_bytes)
             self._encoders_come_and_go()
         if self.run.module.memory.offload_blocks:
@@ -270,7 +270,3 @@ def _file_bytes(model: PeftModel) -> int:
 def _token_bytes(token: tuple[str, dict[str, Tensor]]) -> int:
     """Bytes of the file of a new token."""
     return safetensors_bytes(token[1])
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))

@@ -284,7 +284,7 @@ class TestRefused:
     ) -> None:
         unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
         adapter = random_adapter(unet, IA3Config(target_modules=["to_q"], feedforward_modules=[]))
-        monkeypatch.setattr(merging, "_available_memory", lambda: 1000)
+        monkeypatch.setattr(merging, "available_memory", lambda: 1000)
         self.refuse(
             r"because it is IA3, .*takes up to \d+.* of memory, and 1.0 kB are free", adapter, sd_folder, tmp_path
         )

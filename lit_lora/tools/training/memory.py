@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ import torch
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
+from lit_lora.machine import available_memory
 from lit_lora.planning.device import Device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.tools.training.choices import Settings
@@ -128,7 +128,7 @@ def free_memory(device: Device) -> int:
     """Memory in bytes that is free on a device of this machine, or that a device of another machine has."""
     if device.is_cuda and torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    return device.memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return device.memory or available_memory()
 
 
 def _rungs(settings: Settings, on_gpu: bool) -> list[tuple[str, Settings]]:

@@ -77,8 +77,13 @@ class _Training:
         return self.out / "cache"
 
     @cached_property
+    def images(self) -> Images:
+        """The packed images, whose shards are read once."""
+        return Images.of(self.shards)
+
+    @cached_property
     def prompts(self) -> list[str]:
-        return prompts_for(Images.of(self.shards).captions, self.rule.prefix)
+        return prompts_for(self.images.captions, self.rule.prefix)
 
     def run(self) -> None:
         """Do what is left to do: a run that was stopped goes on."""
@@ -103,7 +108,7 @@ class _Training:
         """Choose settings, show them and their plan, and write the config."""
         memory = memory_of(self.request.device_memory, self.device) if self.request.device_memory else None
         memory = memory or free_memory(self.device)
-        settings = choose(self.base, Images.of(self.shards), given_settings(self.request.given))
+        settings = choose(self.base, self.images, given_settings(self.request.given))
         # Over a cache, encoders are there for drawing alone, and may wait in host memory at no cost.
         settings = replace(settings, offload_encoders=self.request.cache and self.device.is_cuda)
         print(f"planning for {format_bytes(memory)} on {self.device.name}; a plan of a large base takes half a minute")
