@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from lit_lora.distributed.collectives import full_shape
@@ -112,9 +112,9 @@ def _set_state(parameter: Any, name: str, value: Tensor) -> None:
         safe_set_full_optimizer_state(parameter, value, name)
         return
     # DeepSpeed's own function for full values ignores that the last shard may be shorter.
-    size = parameter.ds_tensor.numel()
-    padded = nn.functional.pad(value, (0, size * parameter.ds_zero_partition_world_size - value.numel()))
-    safe_set_local_optimizer_state(parameter, padded.narrow(0, size * parameter.ds_zero_partition_rank, size), name)
+    size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
+    padded = nn.functional.pad(value, (0, size * distributed.get_world_size(group) - value.numel()))
+    safe_set_local_optimizer_state(parameter, padded.narrow(0, size * distributed.get_rank(group), size), name)
 
 
 def _is_flat(value: Any, flat: Tensor) -> bool:
