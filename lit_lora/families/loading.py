@@ -18,6 +18,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.families.source import ModelSource
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.quantization.encoders import load_encoder, shape_encoder
+from lit_lora.quantization.frozen_layer import freezable
 from lit_lora.quantization.load import Weights, load_model, load_part, shape_model, shape_part
 from lit_lora.quantization.weight_change import Changes
 
@@ -76,6 +77,24 @@ class PartLoader:
             return load_part(kind, location, subfolder, dtype, self.node, make, quantization, **options)
 
         return self.source.load(name, load)
+
+    def check_encoders(self, classes: Mapping[str, type[Any]]) -> None:
+        """Check that each pattern of ``text_quantization.skip`` matches a layer, before any weights are read.
+
+        Args:
+            classes: Classes of the text encoders and tokenizers by name.
+
+        Raises:
+            UserError: If a pattern matches none, or an encoder's config cannot be read.
+        """
+        if self.text_quantization is None or not self.text_quantization.skip:
+            return
+        models = {name: kind for name, kind in classes.items() if issubclass(kind, nn.Module)}
+        with torch.device("meta"):
+            shapes = {name: self.source.load(name, partial(_shape, kind, self.dtype)) for name, kind in models.items()}
+        self.text_quantization.check_skipped(
+            [f"{name}.{layer}" for name, model in shapes.items() for layer in freezable(model)]
+        )
 
     def denoiser(self, name: str, kind: type[nn.Module]) -> Any:
         """Load the denoiser with quantized weights.
@@ -163,6 +182,10 @@ class PartLoader:
                 complete_adapter(module, config)
                 shard(module)
         return denoiser
+
+
+def _shape(kind: Any, dtype: torch.dtype, location: str, subfolder: str, **options: Any) -> nn.Module:
+    return shape_part(kind, location, subfolder, dtype, **options)
 
 
 def _read_by_others(denoiser: nn.Module) -> set[nn.Module]:

@@ -352,6 +352,7 @@ class PipelineParts(PipelineKind):
 
         if part == "text":
             classes = {name: kind for name, kind in self.base_encoders.items() if not self.skips(name)}
+            self.loader.check_encoders(classes)
             self.encoders = {name: placed(self.loader.encoder(name, kind)) for name, kind in classes.items()}
             if lacking := [name for name in self.loader.changes if name != self.denoiser_name and name not in classes]:
                 change = next(iter(self.loader.changes[lacking[0]].values()))

@@ -92,6 +92,23 @@ def test_quantized_text_encoders_encode_nearly_the_same(family: ModelFamily) -> 
     assert "text_quantization" not in family.identity()
 
 
+def test_patterns_that_match_no_layer_of_the_text_encoders(sdxl_folder: Path) -> None:
+    family = StableDiffusionXL(str(sdxl_folder))
+    family.text_quantization = Int8(skip=["text_encoder_2.*", "text_encoder_3.*"])
+    known = (
+        r"skip: 'text_encoder_3\.\*' matches none of the \d+ layers that Int8 quantizes.* text_encoder\.encoder\.layers"
+    )
+    for weights in (True, False):
+        with pytest.raises(UserError, match=known):
+            family.load(torch.float32, without={"vae", "denoiser"}, weights=weights)
+    family.text_quantization = Int8(skip=["text_encoder_2.*"])
+    family.load(torch.float32, without={"vae", "denoiser"})
+    assert [bool(quantized_layers(family.encoders[name])) for name in ("text_encoder", "text_encoder_2")] == [
+        True,
+        False,
+    ]
+
+
 def test_several_text_encoders_are_named_before_they_are_used(family: ModelFamily) -> None:
     names = [name for name in family.encoders if name.startswith("text_encoder")]
     assert list(family.encoding_steps(["a red star"])) == (names if len(names) > 1 else ["text"])
