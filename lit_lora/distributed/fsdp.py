@@ -97,8 +97,11 @@ class LitLoraFSDP(ModelParallelStrategy):
         """Shard the weights of a module that are not sharded yet; every process must have the same values."""
         assert self._shard_mesh is not None, "setup_environment comes first"
         offload = CPUOffloadPolicy(pin_memory=self.root_device.type == "cuda") if self.cpu_offload else OffloadPolicy()
+        before = type(module)
         with _integer_parameters():
             fully_shard(module, mesh=self._shard_mesh, reshard_after_forward=True, offload_policy=offload)
+        # transformers looks up by the class's full name which hidden states a model can return.
+        type(module).__module__, type(module).__qualname__ = before.__module__, before.__qualname__
 
     def model_to_device(self) -> None:
         if not self.cpu_offload:
