@@ -26,8 +26,18 @@ def decode_mask(members: Mapping[str, bytes], source: MaskSource, size: tuple[in
         size: Width and height of the image, in pixels.
 
     Raises:
-        BadSampleError: If there is no mask, or it has another size than the image or cannot be decoded.
+        BadSampleError: If there is no mask, it has another size than the image or cannot be decoded, or nothing of it counts.
     """
+    mask = _read(members, source, size)
+    if (largest := int(mask.max())) <= 1:  # 1 comes of masks that were saved as numbers of classes
+        raise BadSampleError(
+            f"the largest value in the mask is {largest}, so that the image would not count; masks are 255 (white) where the "
+            f"image counts, 0 where it does not"
+        )
+    return mask
+
+
+def _read(members: Mapping[str, bytes], source: MaskSource, size: tuple[int, int]) -> Tensor:
     if source == "alpha":
         data = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
         alpha = decode_alpha(data)

@@ -50,6 +50,22 @@ def test_mask_is_framed_like_its_image(source, size):
     assert torch.equal(plain["pixel_values"], decoder(SAMPLES[source], 3, size, SIZE)["pixel_values"])
 
 
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_mask_of_nothing_is_a_bad_sample(value):
+    flat = np.full_like(RED, value)
+    samples = {
+        "mask.png": {**SAMPLES["mask.png"], "mask.png": png(flat)},
+        "alpha": {"png": png(np.dstack([PIXELS, flat])), "txt": b"a"},
+    }
+    for source, members in samples.items():
+        with pytest.raises(BadSampleError, match=f"largest value in the mask is {value}, .* 255 .white"):
+            decode_mask(members, source, SIZE)
+    flat[3, 4] = 2
+    assert decode_mask({**samples["mask.png"], "mask.png": png(flat)}, "mask.png", SIZE).sum() == 2 + value * (
+        flat.size - 1
+    )
+
+
 def test_evaluation_has_no_masks():
     decoder = ImageDecoder(mask="mask.png")
     assert decoder.required["mask"] == ("mask.png",)
