@@ -109,6 +109,9 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
 }
 """Commands that do not run a trainer. They return the exit status; None means 0."""
 
+_WITH_CONFIGS = ("plan", "cache")
+"""Tools that take the options of ``fit``; ``shards plan`` does too."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -139,11 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     console.quiet_libraries()
     try:
-        if command in TOOLS:
-            status = TOOLS[command](rest) or 0
-        else:
-            _train(arguments)
-            status = 0
+        status = _run(arguments)
         sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
         return status
     except KeyboardInterrupt:
@@ -158,6 +157,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         return console.report(error)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the command after what needs no heavy import: its help if that is kept, and the checks of its config files."""
+    from lit_lora import kept_help
+    from lit_lora.config_files import check_config_files
+
+    command, *rest = arguments
+    if kept_help.asks_for_help(arguments):
+        return kept_help.print_help(arguments, lambda: _call(arguments))
+    if command in TRAINER_COMMANDS:
+        check_config_files(rest, command)
+    elif command in _WITH_CONFIGS or arguments[:2] == ["shards", "plan"]:
+        check_config_files(rest)
+    return _call(arguments)
+
+
+def _call(arguments: list[str]) -> int:
+    command, *rest = arguments
+    if command in TOOLS:
+        return TOOLS[command](rest) or 0
+    _train(arguments)
+    return 0
 
 
 def _train(arguments: list[str]) -> None:
