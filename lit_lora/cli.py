@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"lit-lora {__version__}")
         return 0
-    command, *rest = arguments
+    command = arguments[0]
     from lit_lora import console
 
     if command not in (*TRAINER_COMMANDS, *TOOLS):
