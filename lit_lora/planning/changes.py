@@ -72,7 +72,9 @@ class ChangedRun:
 _Candidate = Callable[[Run], "tuple[Change, Run] | None"]
 
 
-def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = None) -> list[ChangedRun] | None:
+def cheapest_changes(
+    run: Run, device_memory: int, planned: MemoryPlan | None = None, tell: Callable[[str], object] = str
+) -> list[ChangedRun] | None:
     """The cheapest changes that, applied cumulatively, make a run fit; None if even all of them together do not.
 
     Changes are tried in the order of :data:`CANDIDATES`, cheapest first, and those that do not help are tried again when another
@@ -82,11 +84,12 @@ def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = 
         run: Run to change.
         device_memory: Memory of the device in bytes.
         planned: Plan of ``run``, if it is known already; made here by default.
+        tell: Function that is told of each change before it is planned. Defaults to one that does nothing.
 
     Raises:
         UserError: If the run cannot be planned: see :func:`~lit_lora.planning.plan_run.plan`.
     """
-    paths = _Paths(run, planned or plan(run))
+    paths = _Paths(run, planned or plan(run), tell)
     taken: tuple[_Candidate, ...] = ()
     refused: dict[_Candidate, str] = {}
     while not (planned := paths.plan(taken)).fits(device_memory):
@@ -135,7 +138,8 @@ def ranked_changes(run: Run, planned: MemoryPlan | None = None) -> list[ChangedR
 class _Paths:
     """Plans of a run with a sequence of changes applied cumulatively; each plan is made once."""
 
-    def __init__(self, run: Run, planned: MemoryPlan) -> None:
+    def __init__(self, run: Run, planned: MemoryPlan, tell: Callable[[str], object]) -> None:
+        self._tell = tell
         self._plans: dict[tuple[_Candidate, ...], MemoryPlan] = {(): planned}
         self._runs: dict[tuple[_Candidate, ...], Run] = {(): run}
         self._changes: dict[tuple[_Candidate, ...], Change] = {}
@@ -147,8 +151,11 @@ class _Paths:
         if not self.possible(names[:-1]):
             return False
         found = names[-1](self._runs[names[:-1]])
-        planned = None if found is None else _plan_or_none(found[1])
-        if found is None or planned is None:
+        if found is None:
+            return False
+        self._tell(f"with {found[0].description}")
+        planned = _plan_or_none(found[1])
+        if planned is None:
             return False
         self._changes[names], self._runs[names] = found
         self._plans[names] = planned

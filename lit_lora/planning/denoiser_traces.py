@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -135,27 +136,33 @@ class TracedMeter:
         meter.work += trace.work
         meter.adjust_all(_less(trace.kept, trace.held))
 
-    def denoise(self, name: str, given: Any, denoise: Callable[[], object]) -> None:
+    def denoise(self, name: str, given: Any, denoise: Callable[[], object]) -> Callable[[], None]:
         """Call the denoiser in the meter's phase, or add its peak as it was recorded; its output is not needed.
+
+        Returns:
+            Function to call after the context of autocast, in which casts of the trained weights are kept.
 
         Raises:
             TraceDiffersError: If the inputs differ from those with which the call was recorded.
         """
-        meter, start = self._meter, dict(self._meter.alive)
+        meter, start, phase = self._meter, dict(self._meter.alive), self._meter.phase
         described = _described(given)
-        assert meter.phase is not None
+        assert phase is not None
         trace = self._known.get((name, self._options))
         if trace is not None:
             if trace.given != described:
                 raise TraceDiffersError
-            meter.merge_peak(meter.phase, _more(start, trace.peaks[meter.phase]))
-            meter.adjust_all(trace.kept)
-            return
+            meter.merge_peak(phase, _more(start, trace.peaks[phase]))
+            return partial(meter.adjust_all, trace.kept)
         before = meter.restart_phase()
         denoise()
-        peaks = {meter.phase: _less(meter.peaks[meter.phase], start)}
-        self._known[name, self._options] = Trace(described, {}, peaks, [], _less(meter.alive, start))
-        meter.merge_peak(meter.phase, before, first=True)
+        peaks = {phase: _less(meter.peaks[phase], start)}
+        meter.merge_peak(phase, before, first=True)
+
+        def end() -> None:
+            self._known[name, self._options] = Trace(described, {}, peaks, [], _less(meter.alive, start))
+
+        return end
 
 
 def _described(made: Any) -> list[Any]:

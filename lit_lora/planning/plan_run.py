@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -226,9 +225,11 @@ class _Simulation:
                     text = family.encode_captions([""] * seen)
                     latents = torch.empty(seen, *shape, dtype=family.dtype)
                     conditioning = family.conditioning(text, batch, latents)
-                    denoise = partial(family.denoise, latents, torch.zeros(seen), conditioning)
-                    self.traced.denoise("sampling", (latents, conditioning), denoise)
-                    del denoise
+                    given = latents, conditioning
+                    end = self.traced.denoise(
+                        "sampling", given, lambda: family.denoise(latents, torch.zeros(seen), conditioning)
+                    )
+                end()
                 family.decode(latents[:count]).float()
                 self.meter.begin(None)
             self.meter.adjust("frozen weights", -self.encoder_bytes)
