@@ -36,8 +36,10 @@ def test_a_run_that_fits_needs_no_change(run: Run) -> None:
 def test_the_changes_make_it_fit(run: Run) -> None:
     before = plan(run)
     allowed = before.needed - 400_000
-    found = cheapest_changes(run, allowed, before)
+    told: list[str] = []
+    found = cheapest_changes(run, allowed, before, told.append)
     assert found
+    assert {f"with {one.change.description}" for one in found} <= set(told)
     assert [one.plan.fits(allowed) for one in found] == [False] * (len(found) - 1) + [True]
     assert all(one.saved > 0 for one in found)
     assert found[0].change.arguments == "--model.memory.gradient_checkpointing true"
