@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -30,6 +29,7 @@ from lit_lora.callbacks.schedule_free import ScheduleFree
 from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.checkpoint_io import SafeCheckpointIO, read_checkpoint
 from lit_lora.config_errors import explain, null_options
+from lit_lora.config_files import shipped_config
 from lit_lora.console import print_error
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.distributed import check_strategy_name
@@ -41,7 +41,7 @@ from lit_lora.module import LoraDiffusion
 from lit_lora.redact import redact
 from lit_lora.run_folder import run_folder
 
-for _module in set(public_names().values()):
+for _module in dict.fromkeys(public_names().values()):
     import_module(_module)  # the public names are short class paths, which jsonargparse finds among imported classes
 
 _HARMLESS = (
@@ -224,7 +224,7 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
     """
     disable_progress_bar()  # of transformers, one for each text encoder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
-    arguments = [_shipped_config(part) for argument in arguments for part in _config_and_path(argument)]
+    arguments = [shipped_config(part) for argument in arguments for part in _config_and_path(argument)]
     with warnings.catch_warnings():
         for harmless in _HARMLESS:
             warnings.filterwarnings("ignore", harmless)
@@ -345,13 +345,3 @@ def _redacted(value: Any) -> Any:
 def _config_and_path(argument: str) -> list[str]:
     """Split ``--config=FILE`` into two arguments: from one, jsonargparse 4.47 loses the file's ``class_path`` of ``data``."""
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def _shipped_config(argument: str) -> str:
-    """The config that ships with the package, for a path such as ``configs/sd15.yaml`` that does not exist."""
-    path = Path(argument)
-    if "configs" not in path.parts or path.exists():
-        return argument
-    below = path.parts[len(path.parts) - path.parts[::-1].index("configs") :]
-    shipped = Path(str(files("lit_lora.configs"))).joinpath(*below)
-    return str(shipped) if shipped.is_file() else argument

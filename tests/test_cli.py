@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ from fsspec.registry import _registry
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
-from lit_lora import __version__
+from lit_lora import __version__, cli
 from lit_lora.cli import main
 from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.lightning_cli import LitLoraCLI, _claim_version, build_cli
@@ -340,9 +341,24 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lit-lora {__version__}\n"
 
 
-def test_help_of_a_tool_begins_with_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["plan", "--help"])
+def test_imports_collect_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
+    with cli._imports():
+        assert gc.isenabled()  # torch is imported already
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(ImportError), cli._imports():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    assert frozen == [False]
+
+
+def test_help_of_a_tool_begins_with_its_own_options(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["plan", "--help"]) == 0
     usage, description, *sections = capsys.readouterr().out.split("\n\n")
     assert usage == "usage: lit-lora plan --config FILE [options]"
     assert description.startswith("Print the plan of a run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from lit_lora.planning.memory_plan import MemoryPlan
@@ -11,7 +12,9 @@ from lit_lora.planning.run import Run
 _LARGEST = 4096
 
 
-def largest_batch(run: Run, device_memory: int, planned: MemoryPlan | None = None) -> MemoryPlan | None:
+def largest_batch(
+    run: Run, device_memory: int, planned: MemoryPlan | None = None, tell: Callable[[str], object] = str
+) -> MemoryPlan | None:
     """The plan with the largest batch size that fits; None if not even one sample fits.
 
     Memory grows almost linearly with the batch size. So a line through two known plans predicts which size to plan next, until
@@ -21,6 +24,7 @@ def largest_batch(run: Run, device_memory: int, planned: MemoryPlan | None = Non
         run: The run; its own batch size does not matter.
         device_memory: Memory of the device in bytes.
         planned: Plan of ``run``, if it is known already; made here by default.
+        tell: Function that is told of each batch size before it is planned. Defaults to one that does nothing.
 
     Raises:
         UserError: If the run cannot be planned: see :func:`~lit_lora.planning.plan_run.plan`.
@@ -29,6 +33,7 @@ def largest_batch(run: Run, device_memory: int, planned: MemoryPlan | None = Non
 
     def of(size: int) -> MemoryPlan:
         if size not in known:
+            tell(f"with batch size {size}")
             known[size] = plan(replace(run, batch_size=size))
         return known[size]
 

@@ -11,6 +11,7 @@ import torch
 
 from lit_lora.adapters import method_of
 from lit_lora.errors import UserError
+from lit_lora.planning.denoiser_traces import DenoiserTraces
 from lit_lora.planning.fake_module import unloaded
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
@@ -71,7 +72,9 @@ class ChangedRun:
 _Candidate = Callable[[Run], "tuple[Change, Run] | None"]
 
 
-def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = None) -> list[ChangedRun] | None:
+def cheapest_changes(
+    run: Run, device_memory: int, planned: MemoryPlan | None = None, tell: Callable[[str], object] = str
+) -> list[ChangedRun] | None:
     """The cheapest changes that, applied cumulatively, make a run fit; None if even all of them together do not.
 
     Changes are tried in the order of :data:`CANDIDATES`, cheapest first, and those that do not help are tried again when another
@@ -81,11 +84,12 @@ def cheapest_changes(run: Run, device_memory: int, planned: MemoryPlan | None = 
         run: Run to change.
         device_memory: Memory of the device in bytes.
         planned: Plan of ``run``, if it is known already; made here by default.
+        tell: Function that is told of each change before it is planned. Defaults to one that does nothing.
 
     Raises:
         UserError: If the run cannot be planned: see :func:`~lit_lora.planning.plan_run.plan`.
     """
-    paths = _Paths(run, planned or plan(run))
+    paths = _Paths(run, planned or plan(run), tell)
     taken: tuple[_Candidate, ...] = ()
     refused: dict[_Candidate, str] = {}
     while not (planned := paths.plan(taken)).fits(device_memory):
@@ -134,7 +138,8 @@ def ranked_changes(run: Run, planned: MemoryPlan | None = None) -> list[ChangedR
 class _Paths:
     """Plans of a run with a sequence of changes applied cumulatively; each plan is made once."""
 
-    def __init__(self, run: Run, planned: MemoryPlan) -> None:
+    def __init__(self, run: Run, planned: MemoryPlan, tell: Callable[[str], object]) -> None:
+        self._tell = tell
         self._plans: dict[tuple[_Candidate, ...], MemoryPlan] = {(): planned}
         self._runs: dict[tuple[_Candidate, ...], Run] = {(): run}
         self._changes: dict[tuple[_Candidate, ...], Change] = {}
@@ -146,8 +151,11 @@ class _Paths:
         if not self.possible(names[:-1]):
             return False
         found = names[-1](self._runs[names[:-1]])
-        planned = None if found is None else _plan_or_none(found[1])
-        if found is None or planned is None:
+        if found is None:
+            return False
+        self._tell(f"with {found[0].description}")
+        planned = _plan_or_none(found[1])
+        if planned is None:
             return False
         self._changes[names], self._runs[names] = found
         self._plans[names] = planned
@@ -185,22 +193,34 @@ def _plan_or_none(run: Run) -> MemoryPlan | None:
         return None
 
 
-def _with_options(run: Run, **options: Any) -> Run:
-    """A copy of the run with other options of the module."""
+def _with_options(run: Run, encoders_only: bool = False, **options: Any) -> Run:
+    """A copy of the run with other options of the module.
+
+    Args:
+        run: Run to copy.
+        encoders_only: Whether the options concern only what comes before and after the denoiser. Defaults to False.
+        options: Attributes of the module with their new values.
+    """
     module = unloaded(run.module)
     for name, value in options.items():
         setattr(module, name, value)
+    if not encoders_only:
+        return replace(run, module=module, traces=DenoiserTraces())
+    if any(known is run.module for known in run.traces.modules):
+        run.traces.modules.append(module)
     return replace(run, module=module)
 
 
-def _memory_option(name: str, price: str, applies: Callable[[Run], bool] = lambda run: True) -> _Candidate:
+def _memory_option(
+    name: str, price: str, applies: Callable[[Run], bool] = lambda run: True, encoders_only: bool = False
+) -> _Candidate:
     """A candidate that turns a memory option on if it is off and applies to the run."""
 
     def candidate(run: Run) -> tuple[Change, Run] | None:
         if getattr(run.module.memory, name) or not applies(run):
             return None
         on: dict[str, Any] = {name: True}
-        changed = _with_options(run, memory=replace(run.module.memory, **on))
+        changed = _with_options(run, encoders_only, memory=replace(run.module.memory, **on))
         memory = changed.module.memory
         changed.module.family.split_vae(memory.vae_slicing, memory.vae_tiling)
         return Change({f"model.memory.{name}": True}, price), changed
@@ -267,7 +287,7 @@ def _stored_text(run: Run, kind: Any, price: str) -> tuple[Change, Run] | None:
     if not _uses_text_encoders(run) or stored in ("NF4", kind.__name__) or (stored == "FP8" and kind is Int8):
         return None
     key = "model.memory.text_encoder_quantization"
-    changed = _with_options(run, memory=replace(run.module.memory, text_encoder_quantization=kind()))
+    changed = _with_options(run, True, memory=replace(run.module.memory, text_encoder_quantization=kind()))
     changed.module.family.text_quantization = changed.module.memory.text_encoder_quantization
     return Change({key: f"lit_lora.quantization.{kind.__name__}"}, price), changed
 
@@ -311,9 +331,9 @@ def _half_rank(run: Run) -> tuple[Change, Run] | None:
     return Change({f"model.adapter.init_args.{field}": rank // 2}, "an adapter with less capacity"), changed
 
 
-_vae_slicing = _memory_option("vae_slicing", "almost none", _encodes_several)
-_vae_tiling = _memory_option("vae_tiling", "slightly different latents", _uses_vae)
-_offload_encoders = _memory_option("offload_encoders", "copying the encoders in each step", _encodes_on_gpu)
+_vae_slicing = _memory_option("vae_slicing", "almost none", _encodes_several, True)
+_vae_tiling = _memory_option("vae_tiling", "slightly different latents", _uses_vae, True)
+_offload_encoders = _memory_option("offload_encoders", "copying the encoders in each step", _encodes_on_gpu, True)
 
 CANDIDATES: tuple[_Candidate, ...] = (
     _vae_slicing,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,7 @@ from lit_lora.formats.peft import safetensors_bytes
 from lit_lora.module import LoraDiffusion
 from lit_lora.parameters import module_bytes, trainable_parameters
 from lit_lora.planning.cuda_semantics import CudaSemantics
+from lit_lora.planning.denoiser_traces import DenoiserTraces, TraceDiffersError, TracedMeter
 from lit_lora.planning.fake_module import build, fake_tensors, unloaded
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.optimizer_memory import tensors_of
@@ -58,7 +60,10 @@ def plan(run: Run) -> MemoryPlan:
     random_state = torch.get_rng_state()
     try:
         with fake_tensors():
-            return _Simulation(run).plan()
+            try:
+                return _Simulation(run).plan()
+            except TraceDiffersError:
+                return _Simulation(replace(run, traces=DenoiserTraces())).plan()
     finally:
         torch.set_rng_state(random_state)
 
@@ -76,6 +81,14 @@ class _Simulation:
         check_size(self.family, run.height, run.width)
         self.trained = trainable_parameters(self.module)
         self.meter = make_meter(self.cuda)
+        self.traced = self._traced()
+
+    def _traced(self) -> TracedMeter:
+        """The meter with what is known of the denoiser, unless another module's denoiser was recorded or encoders are trained."""
+        traces = self.run.traces
+        traces.modules = traces.modules or [self.run.module]
+        ours = any(module is self.run.module for module in traces.modules) and not self.family.trained_encoders
+        return TracedMeter(self.meter, traces.traces if ours else {}, self.run.denoiser_options)
 
     def plan(self) -> MemoryPlan:
         run, meter = self.run, self.meter
@@ -120,6 +133,8 @@ class _Simulation:
             self.encoder_bytes = sum(map(module_bytes, self.family.frozen_encoding_models()))
             self.meter.adjust("frozen weights", -self.encoder_bytes)
             self._encoders_come_and_go()
+        own: Any = self.family
+        own.encode = self.traced.watch(own.encode)
         if self.run.module.memory.offload_blocks:
             self.meter.adjust("frozen weights", -_waiting_block_bytes(self.family.denoiser, self.family.block_classes))
 
@@ -145,17 +160,24 @@ class _Simulation:
 
         if run.averaged:
             self.meter.adjust("other", sum(parameter.nbytes for parameter in self.trained))
-        self.optimizer = simulate_step(
-            self.meter,
-            self.trained,
-            loss,
-            module.optimizer,
-            clip=run.gradient_clip_val is not None,
-            accumulate=run.accumulate_grad_batches > 1,
-            in_backward=run.module.memory.optimizer_in_backward,
-            offload_activations=run.module.memory.offload_activations,
-            cuda=self.cuda,
-        )
+
+        def step() -> object:
+            return simulate_step(
+                self.meter,
+                self.trained,
+                loss,
+                module.optimizer,
+                clip=run.gradient_clip_val is not None,
+                accumulate=run.accumulate_grad_batches > 1,
+                in_backward=run.module.memory.optimizer_in_backward,
+                offload_activations=run.module.memory.offload_activations,
+                cuda=self.cuda,
+            )
+
+        if self.traced.knows("training"):
+            self.traced.replay("training", "forward", loss)
+        else:
+            self.optimizer = self.traced.record("training", step)
         self._count_method_state()
 
     def _count_method_state(self) -> None:
@@ -168,10 +190,21 @@ class _Simulation:
     def _simulate_validation(self) -> None:
         batch = self._batch()
         self.module.eval()
-        with self.meter, torch.no_grad(), self._trainer_autocast():
-            self.meter.begin("validation")
-            self.module.losses(batch, Draws(0, range(self.run.batch_size)))
-            self.meter.begin(None)
+
+        def losses() -> None:
+            with torch.no_grad(), self._trainer_autocast():
+                self.module.losses(batch, Draws(0, range(self.run.batch_size)))
+
+        def validate() -> None:
+            with self.meter:
+                self.meter.begin("validation")
+                losses()
+                self.meter.begin(None)
+
+        if self.traced.knows("validation"):
+            self.traced.replay("validation", "validation", losses)
+        else:
+            self.traced.record("validation", validate)
         self.module.train()
 
     def _simulate_sampling(self, sampling: Sampling) -> None:
@@ -192,7 +225,11 @@ class _Simulation:
                     text = family.encode_captions([""] * seen)
                     latents = torch.empty(seen, *shape, dtype=family.dtype)
                     conditioning = family.conditioning(text, batch, latents)
-                    family.denoise(latents, torch.zeros(seen), conditioning)
+                    given = latents, conditioning
+                    end = self.traced.denoise(
+                        "sampling", given, lambda: family.denoise(latents, torch.zeros(seen), conditioning)
+                    )
+                end()
                 family.decode(latents[:count]).float()
                 self.meter.begin(None)
             self.meter.adjust("frozen weights", -self.encoder_bytes)

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from lit_lora.errors import UserError, check_least
 from lit_lora.module import LoraDiffusion
+from lit_lora.planning.denoiser_traces import DenoiserTraces
 from lit_lora.planning.device import Device, find_device
 from lit_lora.sampling import IMAGES_AT_A_TIME
 
@@ -57,6 +58,8 @@ class Run:
         processes: Number of processes that train together, of which one is planned; defaults to 1.
         leaves_out_start: Whether a callback lets the files leave out first values of LoRA, so that they have twice the rank;
             defaults to False. What ``init_lora_weights`` leaves out is known without.
+        traces: What plans of this run have found out about its denoiser, for those of runs that are made from it with
+            :func:`~dataclasses.replace`; defaults to nothing.
 
     Raises:
         UserError: If a number is too small, or ``cached`` holds anything else.
@@ -78,6 +81,14 @@ class Run:
     sampling: Sampling | None = None
     processes: int = 1
     leaves_out_start: bool = False
+    traces: DenoiserTraces = field(default_factory=DenoiserTraces, repr=False, compare=False)
+
+    @property
+    def denoiser_options(self) -> tuple[Any, ...]:
+        """Everything beside the module that the memory and the work of the denoiser's part depend on."""
+        size = self.batch_size, self.height, self.width, self.device.is_cuda, self.cached
+        step = self.accumulate_grad_batches, self.gradient_clip_val is None, self.precision, self.averaged
+        return *size, *step, self.sampling, self.leaves_out_start
 
     def __post_init__(self) -> None:
         check_least(1, batch_size=self.batch_size, accumulate_grad_batches=self.accumulate_grad_batches)

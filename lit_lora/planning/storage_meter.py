@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
+from lit_lora.planning.known_calls import DEVICE_OF
 from lit_lora.profiling.kinds import KINDS
 
 InsideOf = Callable[[Any, tuple[Any, ...], Any], int]
@@ -52,6 +53,11 @@ class StorageMeter(TorchDispatchMode):
         self._phase: str | None = None
         self._peak = -1
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: nothing is compiled here, and telling torch's compiler so takes as long as an operation itself."""
+        return False
+
     def begin(self, phase: str | None) -> None:
         """Begin a phase, or continue one that was begun before; None for no phase."""
         self._phase = phase
@@ -77,7 +83,41 @@ class StorageMeter(TorchDispatchMode):
         self._total += size
         self._note(0)
 
+    def adjust_all(self, sizes: Mapping[str, int]) -> None:
+        """Add bytes that belong to no tensor, by kind."""
+        for kind, size in sizes.items():
+            self.adjust(kind, size)
+
+    @property
+    def phase(self) -> str | None:
+        """The phase that has begun; None for none."""
+        return self._phase
+
+    def restart_phase(self) -> dict[str, int]:
+        """Forget the peak of the phase so far, and return it."""
+        assert self._phase is not None
+        peak = self.peaks.pop(self._phase)
+        self.begin(self._phase)
+        return peak
+
+    def merge_peak(self, phase: str, peak: dict[str, int], first: bool = False) -> None:
+        """Let a phase have had this peak too.
+
+        Args:
+            phase: The phase.
+            peak: Bytes by kind.
+            first: Whether it came before the peak that the phase has; of equal peaks the first counts. Defaults to False.
+        """
+        known = self.peaks.get(phase)
+        size = sum(peak.values())
+        if known is None or size > sum(known.values()) or (first and size == sum(known.values())):
+            self.peaks[phase] = peak
+            if phase == self._phase:
+                self._peak = size
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is DEVICE_OF:
+            return args[0].device
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             return _value(func, args)

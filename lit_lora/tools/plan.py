@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from tqdm import tqdm
 
 from lit_lora.byte_sizes import format_bytes, parse_bytes
 from lit_lora.callbacks.rank_budget import RankBudget
@@ -83,17 +85,21 @@ def print_plan(
     data_summary, data_readable = _data(data, trainer["max_steps"])
     from_cache = cached if cached is not None else getattr(data, "cached", ()) if data_readable else ()
     run = run_of_config(module, data, trainer, found, batch_size, resolution, from_cache)
-    planned = plan(run)
     changes: list[ChangedRun] | None = []
-    if memory is not None and device_memory is not None:
-        changes = cheapest_changes(run, memory, planned)
-    encoding = _cache_plan(run, changes or [])
+    largest = None
+    with _progress() as tell:
+        tell("the run")
+        planned = plan(run)
+        if memory is not None and device_memory is not None:
+            changes = cheapest_changes(run, memory, planned, tell)
+        tell("lit-lora cache")
+        encoding = _cache_plan(run, changes or [])
+        if search and memory is not None:
+            largest = largest_batch(run, memory, planned, tell)
     blocks = [planned.describe(encoding)]
     if (last := _last_size(planned, module, trainer)) is not None:
         blocks.append(_last_line(planned, last))
-    largest = None
     if search and memory is not None:
-        largest = largest_batch(run, memory, planned)
         blocks.append(_largest_line(largest, memory))
     if memory is not None and device_memory is not None:
         blocks.append(verdict(planned, memory, changes))
@@ -105,6 +111,13 @@ def print_plan(
         more = _findings(planned, memory, largest, changes or [])
         planned.write(json, last_adapter_parameters=last, cache=encoding and encoding.as_json(), **more)
     return 0 if memory is None or device_memory is None or planned.fits(memory) else 1
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A function that shows on a terminal what is being planned, in one line that goes away; elsewhere it shows nothing."""
+    with tqdm(bar_format="planning {desc}", leave=False, dynamic_ncols=True, disable=None) as line:
+        yield line.set_description_str
 
 
 class _PlanCLI(ToolCLI):

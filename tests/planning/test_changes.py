@@ -16,6 +16,7 @@ from lit_lora.module import LoraDiffusion
 from lit_lora.planning import changes
 from lit_lora.planning.batch_search import largest_batch
 from lit_lora.planning.changes import CANDIDATES, cheapest_changes, ranked_changes
+from lit_lora.planning.denoiser_traces import DenoiserTraces
 from lit_lora.planning.device import find_device
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.run import Run, Sampling
@@ -35,8 +36,10 @@ def test_a_run_that_fits_needs_no_change(run: Run) -> None:
 def test_the_changes_make_it_fit(run: Run) -> None:
     before = plan(run)
     allowed = before.needed - 400_000
-    found = cheapest_changes(run, allowed, before)
+    told: list[str] = []
+    found = cheapest_changes(run, allowed, before, told.append)
     assert found
+    assert {f"with {one.change.description}" for one in found} <= set(told)
     assert [one.plan.fits(allowed) for one in found] == [False] * (len(found) - 1) + [True]
     assert all(one.saved > 0 for one in found)
     assert found[0].change.arguments == "--model.memory.gradient_checkpointing true"
@@ -244,3 +247,44 @@ def test_devices() -> None:
     work = [(10**12, 10**6, 2), (0, 10**9, 2)]
     assert find_device("H100").seconds(work) < find_device("T4").seconds(work)
     assert find_device("cpu").seconds(work) > find_device("T4").seconds(work)
+
+
+@pytest.mark.parametrize(("device", "cached"), [("cpu", frozenset[str]()), ("RTX 4090", frozenset({"latents"}))])
+def test_a_change_of_the_encoders_is_planned_with_the_denoiser_that_is_known(
+    device: str, cached: frozenset[str], sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), LoraConfig(r=4), memory=MemoryOptions(offload_blocks=True))
+    sampling, options = Sampling(2, height=32, width=32), {"cached": cached, "averaged": True, "validation": True}
+    run = Run(module, 2, 32, 32, device=find_device(device), sampling=sampling, **options)  # type: ignore[arg-type]
+    plan(run)
+    # What autocast keeps of the adapter is gone when the images are decoded.
+    assert not any(run.traces.traces["sampling", run.denoiser_options].kept.values())
+    found = [one[1] for candidate in CANDIDATES if (one := candidate(run)) and one[1].traces is run.traces]
+    changed = [one for one in found if one.denoiser_options == run.denoiser_options]
+    assert len(changed) >= 3
+    expected = [plan(replace(one, traces=DenoiserTraces())) for one in changed]
+    calls: list[object] = []
+    denoise = StableDiffusion.denoise
+
+    def counted(*args: object) -> object:
+        calls.append(None)
+        return denoise(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(StableDiffusion, "denoise", counted)
+    assert [plan(one) for one in changed] == expected
+    assert not calls
+    assert len({one.needed for one in expected}) > 1
+
+
+def test_a_change_of_the_denoiser_is_planned_anew(run: Run) -> None:
+    before = plan(run)
+    smaller = LoraDiffusion(run.module.family, LoraConfig(r=2), base_dtype="float32")
+    assert plan(replace(run, module=smaller)).needed < before.needed
+    assert plan(replace(run, batch_size=2)).needed < before.needed
+
+
+def test_other_inputs_of_the_denoiser_are_noticed(run: Run) -> None:
+    before = plan(run)
+    for name, trace in run.traces.traces.items():
+        run.traces.traces[name] = replace(trace, given=None, peaks={}, work=[])
+    assert plan(run) == before

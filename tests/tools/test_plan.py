@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import yaml
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
-from lit_lora.tools.plan import _leaves_out_start, plan_command
+from lit_lora.tools.plan import _leaves_out_start, _progress, plan_command
 
 Plan = Callable[..., tuple[int, str]]
 
@@ -137,3 +139,15 @@ def test_without_the_data(plan: Plan, tmp_path: Path) -> None:
 def test_mistakes(plan: Plan, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(**options)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    shown.isatty = lambda: terminal  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", shown)
+    with _progress() as tell:
+        tell("with batch size 2")
+    assert ("planning with batch size 2" in shown.getvalue()) is terminal
+    if not terminal:
+        assert not shown.getvalue()

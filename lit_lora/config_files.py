@@ -1,0 +1,120 @@
+"""Checks of config files that need none of the libraries, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from importlib.machinery import PathFinder
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from lit_lora.errors import UserError
+
+_EVERYWHERE = {"config", "seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "must_resume"}
+"""Keys of a config beside the options of the trainer's method."""
+
+
+def check_config_files(arguments: Sequence[str], method: str | None = None) -> None:
+    """Refuse configs that do not exist or have unknown keys; everything else is left to the parser.
+
+    Args:
+        arguments: Options of a command that takes the options of ``fit``.
+        method: Method of the trainer that the command runs; defaults to None, for a command with options of its own.
+
+    Raises:
+        UserError: If a file does not exist, or the trainer or the module has no such option.
+    """
+    for given in _given_configs(arguments):
+        path = Path(shipped_config(given))
+        values = _values(path, given)
+        known = {"trainer": _options_of_trainer("__init__"), "model": _options_of_module()}
+        if method is not None:
+            _check_keys(given, "", values, _EVERYWHERE | _options_of_trainer(method))
+        for part, options in known.items():
+            _check_keys(given, f"{part}.", values.get(part), options)
+
+
+def shipped_config(argument: str) -> str:
+    """The config that ships with the package, for a path such as ``configs/sd15.yaml`` that does not exist."""
+    path = Path(argument)
+    if "configs" not in path.parts or path.exists():
+        return argument
+    below = path.parts[len(path.parts) - path.parts[::-1].index("configs") :]
+    shipped = _shipped_folder().joinpath(*below)
+    return str(shipped) if shipped.is_file() else argument
+
+
+def _shipped_folder() -> Path:
+    return Path(str(files("lit_lora.configs")))
+
+
+def _given_configs(arguments: Sequence[str]) -> Iterator[str]:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in ("-c", "--config") and (equals or following):
+            yield value if equals else following
+
+
+def _values(path: Path, given: str) -> dict[str, Any]:
+    """Content of a config; empty if only the parser can tell what is wrong with it."""
+    import yaml
+
+    try:
+        # A config may be given as text in place of a file.
+        read = yaml.safe_load(path.read_text(encoding="utf-8") if path.exists() else given)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    if isinstance(read, str) and not path.exists():
+        raise UserError(f"--config {given}: there is no such file{_similar(given)}")
+    return read if isinstance(read, dict) else {}
+
+
+def _similar(given: str) -> str:
+    """Files beside the one that is missing, or the configs that ship with the package, as advice."""
+    folder = _shipped_folder()
+    shipped = [f"configs/{path.relative_to(folder)}" for path in sorted(folder.rglob("*.yaml"))]
+    beside = [str(path) for path in sorted(Path(given).parent.glob("*.y*ml"))]
+    close = get_close_matches(given, [*beside, *shipped], n=1)
+    return (
+        f"; did you mean {close[0]}?" if close else "; give the path of a YAML file, or one such as configs/sd15.yaml"
+    )
+
+
+def _check_keys(given: str, prefix: str, values: Any, known: set[str]) -> None:
+    """Refuse keys that are not known; nothing is known of a part that is not a mapping or names a class."""
+    if not isinstance(values, dict) or "class_path" in values or not known:
+        return
+    for key in values:
+        # A key may be a path, such as model.family, and may end in + to extend a list.
+        name = str(key).partition(".")[0].rstrip("+")
+        if name not in known:
+            close = get_close_matches(name, sorted(known), n=1)
+            advice = f"did you mean {prefix}{close[0]}?" if close else "lit-lora COMMAND --help lists all options"
+            raise UserError(f"{given} has {prefix}{name}, which is no option; {advice}")
+
+
+def _options_of_module() -> set[str]:
+    return _parameters(Path(__file__).with_name("module.py"), "LoraDiffusion", "__init__")
+
+
+def _options_of_trainer(method: str) -> set[str]:
+    """Options of a method of Lightning's trainer, read from its source: importing it takes seconds."""
+    found = PathFinder.find_spec("lightning")
+    places = list(found.submodule_search_locations or ()) if found else []
+    return _parameters(Path(places[0], "pytorch", "trainer", "trainer.py"), "Trainer", method) if places else set()
+
+
+def _parameters(source: Path, class_name: str, method: str) -> set[str]:
+    """Names of a method's parameters; none if the source is not there or takes any name."""
+    try:
+        statements = ast.parse(source.read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    classes = [one for one in statements if isinstance(one, ast.ClassDef) and one.name == class_name]
+    for statement in (statement for found in classes for statement in found.body):
+        if isinstance(statement, ast.FunctionDef) and statement.name == method:
+            own = statement.args
+            return set() if own.kwarg else {each.arg for each in (*own.posonlyargs, *own.args, *own.kwonlyargs)}
+    return set()

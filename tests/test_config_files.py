@@ -1,0 +1,97 @@
+"""Mistakes in config files that are told before the libraries are imported."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lit_lora.config_files import check_config_files, shipped_config
+from lit_lora.errors import UserError
+from lit_lora.module import LoraDiffusion
+
+
+def check(path: Path, text: str, method: str | None = "fit") -> None:
+    path.write_text(text)
+    check_config_files(["--config", str(path)], method)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer: {max_stepz: 3}", r"has trainer.max_stepz, which is no option; did you mean trainer.max_steps\?"),
+        ("model: {familly: {}}", r"has model.familly, which is no option; did you mean model.family\?"),
+        ("modell: {}", r"has modell, which is no option; did you mean model\?"),
+        ("model: {zzz: 1}", "has model.zzz, which is no option; lit-lora COMMAND --help lists"),
+    ],
+)
+def test_unknown_keys_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        check(tmp_path / "x.yaml", text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model.family.class_path: X",
+        "trainer: {callbacks+: []}",
+        "seed_everything: 1\nckpt_path: last\nmust_resume: true\ndata: {class_path: X, init_args: {any: 1}}",
+        "trainer: {",  # whose line the parser names
+        "[]",
+        "",
+    ],
+)
+def test_the_rest_is_left_to_the_parser(text: str, tmp_path: Path) -> None:
+    check(tmp_path / "x.yaml", text)
+
+
+def test_options_of_a_tool_are_left_to_the_parser(tmp_path: Path) -> None:
+    check(tmp_path / "x.yaml", "device_memory: 12", method=None)
+
+
+def test_all_options_of_trainer_and_module_are_known(tmp_path: Path) -> None:
+    for part, owner in (("trainer", Trainer), ("model", LoraDiffusion)):
+        options = list(inspect.signature(owner).parameters)
+        check(tmp_path / "x.yaml", f"{part}: {{{', '.join(f'{name}: 1' for name in options)}}}")
+
+
+@pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
+def test_all_options_of_the_trainers_methods_are_known(method: str, tmp_path: Path) -> None:
+    names = inspect.signature(getattr(Trainer, method)).parameters.keys() - {"self"}
+    check(tmp_path / "x.yaml", "\n".join(f"{name}: 1" for name in names), method)
+
+
+def test_a_missing_file_is_named_with_a_similar_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no such file; did you mean configs/overlays/12gb.yaml\?"):
+        check_config_files(["--config=configs/overlays/12gbb.yaml"])
+    Path("mine.yaml").write_text("")
+    with pytest.raises(UserError, match=r"no such file; did you mean mine.yaml\?"):
+        check_config_files(["-c", "nine.yaml"])
+    with pytest.raises(UserError, match="give the path of a YAML file"):
+        check_config_files(["-c", "nothing_like_it"])
+    check_config_files(["--config", "{trainer: {max_steps: 1}}"])  # jsonargparse takes text as well
+    assert Path(shipped_config("configs/sdxl.yaml")).is_file()
+
+
+@pytest.mark.slow
+def test_a_refusal_imports_no_library(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom lit_lora.cli import main\nstatus = main(['fit', '--config', 'missing.yaml'])\n"
+        "print(status, *sys.modules.keys() & {'torch', 'lightning', 'diffusers', 'peft', 'jsonargparse'})"
+    )
+    folder = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": folder},
+    )
+    assert done.stdout == "2\n", done.stderr
+    assert "--config missing.yaml: there is no such file" in done.stderr
