@@ -46,7 +46,8 @@ class SampleImages(Callback):
         columns: Number of images in a row of the grid. Defaults to 4.
 
     Raises:
-        UserError: If there are no prompts or their file cannot be read, or ``every_n_steps``, ``num_inference_steps`` or ``columns`` is below 1.
+        UserError: If there are no prompts, their file cannot be read, or ``every_n_steps``, ``num_inference_steps`` or
+            ``columns`` is below 1.
     """
 
     def __init__(
@@ -125,8 +126,8 @@ class SampleImages(Callback):
             mine = self._drawn(trainer, cast(Any, pl_module))
         images: dict[int, Image.Image] = {}
         problems: list[str] = []
-        for part, found in gather(mine):
-            images |= part
+        for own, found in gather(mine):
+            images |= own
             problems += found
         if not trainer.is_global_zero:
             return

@@ -52,9 +52,9 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _sample(arguments: list[str]) -> None:
-    from lit_lora.tools import run_tool, sample
+    from lit_lora.tools import sample
 
-    run_tool(sample.sample, arguments, "lit-lora sample")
+    sample.sample_command(arguments)
 
 
 def _cache(arguments: list[str]) -> None:

@@ -83,8 +83,8 @@ class PromptGroup(NamedTuple):
 def read_prompts(prompts: str | Sequence[str]) -> list[Prompt]:
     """Prompts from a text, texts or a file.
 
-    A file has an ending of :data:`PROMPT_FILES`. Each line of a ``.txt`` file is a prompt, except empty lines and those that begin
-    with ``#``. YAML and JSON files hold a list, each entry a text, or a mapping with the names of the arguments of
+    A file has an ending of :data:`PROMPT_FILES`. Each line of a ``.txt`` file is a prompt, except empty lines and those that
+    begin with ``#``. YAML and JSON files hold a list, each entry a text, or a mapping with the names of the arguments of
     :class:`Prompt`, of which ``prompt`` is required.
 
     Args:

@@ -25,7 +25,7 @@ CONFIG = str(ROOT / "configs" / "sd15.yaml")
 NO_CONFIG = {"BadSampleError", "UserError", "Plan", "ShardIndex"}
 """Public classes that no config names."""
 FUNCTIONS = {
-    "sample": sample.sample,
+    "sample": sample.SampleOptions,
     "demo": demo.demo,
     "train": train.train,
     "adapter convert": adapter_convert.convert,
