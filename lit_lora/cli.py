@@ -22,7 +22,8 @@ training
 tools
   plan      predict the memory, time and file sizes of a run before it starts
   demo      train on handwritten digits in minutes, without downloading anything
-  sample    draw images with an adapter
+  sample    draw images with adapters, and compare checkpoints and scales
+  report    write a page about a run: losses, samples, memory, settings
   cache     encode images and captions once, to train without the encoders
   shards    pack, index, check and describe WebDataset shards
   adapter   describe, check, compare, convert, resize, merge, extract and push adapters
@@ -55,6 +56,12 @@ def _sample(arguments: list[str]) -> None:
     from lit_lora.tools import sample
 
     sample.sample_command(arguments)
+
+
+def _report(arguments: list[str]) -> None:
+    from lit_lora.tools import report, run_tool
+
+    run_tool(report.report, arguments, "lit-lora report")
 
 
 def _cache(arguments: list[str]) -> None:
@@ -103,6 +110,7 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
     "plan": _plan,
     "demo": _demo,
     "sample": _sample,
+    "report": _report,
     "cache": _cache,
     "shards": _shards,
     "adapter": _adapter,

@@ -17,7 +17,18 @@ import yaml
 from lit_lora.cli import TOOLS, TRAINER_COMMANDS
 from lit_lora.lazy import public_names
 from lit_lora.lightning_cli import build_cli
-from lit_lora.tools import adapter_convert, adapter_merge, adapter_resize, cache, demo, plan, sample, shards, train
+from lit_lora.tools import (
+    adapter_convert,
+    adapter_merge,
+    adapter_resize,
+    cache,
+    demo,
+    plan,
+    report,
+    sample,
+    shards,
+    train,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -27,6 +38,7 @@ NO_CONFIG = {"BadSampleError", "UserError", "Plan", "ShardIndex"}
 FUNCTIONS = {
     "sample": sample.SampleOptions,
     "demo": demo.demo,
+    "report": report.report,
     "train": train.train,
     "adapter convert": adapter_convert.convert,
     "adapter merge": adapter_merge.merge,
