@@ -41,7 +41,7 @@ td:first-child { color: var(--soft); width: 14rem; max-width: 40vw; }
 pre { background: var(--card); border-radius: .5rem; padding: .75rem; overflow-x: auto; font-size: .85rem; white-space: pre;
   overflow-wrap: normal; }
 .ranks { max-height: 30rem; overflow-y: auto; font-size: .8rem; }
-.ranks div { display: grid; grid-template-columns: 1fr 6rem 2.5rem; gap: .5rem; align-items: center; }
+.ranks div { display: grid; grid-template-columns: minmax(0, 26rem) minmax(4rem, 1fr) 2.5rem; gap: .5rem; align-items: center; }
 .ranks i { display: block; height: .6rem; background: var(--one); border-radius: 2px; }
 .ranks b { text-align: right; }
 .note { background: var(--card); border-left: 4px solid var(--two); padding: .5rem .75rem; }
