@@ -23,6 +23,7 @@ tools
   plan      predict the memory, time and file sizes of a run before it starts
   demo      train on handwritten digits in minutes, without downloading anything
   sample    draw images with adapters, and compare checkpoints and scales
+  prior     draw images of the class with the base, for prior preservation
   report    write a page about a run: losses, samples, memory, settings
   cache     encode images and captions once, to train without the encoders
   shards    pack, index, check and describe WebDataset shards
@@ -56,6 +57,12 @@ def _sample(arguments: list[str]) -> None:
     from lit_lora.tools import sample
 
     sample.sample_command(arguments)
+
+
+def _prior(arguments: list[str]) -> None:
+    from lit_lora.tools import prior
+
+    prior.prior_command(arguments)
 
 
 def _report(arguments: list[str]) -> None:
@@ -110,6 +117,7 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
     "plan": _plan,
     "demo": _demo,
     "sample": _sample,
+    "prior": _prior,
     "report": _report,
     "cache": _cache,
     "shards": _shards,

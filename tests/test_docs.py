@@ -24,6 +24,7 @@ from lit_lora.tools import (
     cache,
     demo,
     plan,
+    prior,
     report,
     sample,
     shards,
@@ -38,6 +39,7 @@ NO_CONFIG = {"BadSampleError", "UserError", "Plan", "ShardIndex"}
 FUNCTIONS = {
     "sample": sample.SampleOptions,
     "demo": demo.demo,
+    "prior": prior.PriorOptions,
     "report": report.report,
     "train": train.train,
     "adapter convert": adapter_convert.convert,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 from lit_lora.errors import UserError, check_least, check_most
 
@@ -14,6 +14,7 @@ from lit_lora.errors import UserError, check_least, check_most
 
 _LISTS = ("--adapter", "--prompts", "--scales")
 """Options that take several values without brackets."""
+_NUMBERS = ("--scales",)
 _EPILOG = (
     "Several adapters or scales are compared, in a grid with a row for each prompt and a column for each adapter and scale:"
     " --adapter runs/cat/lightning_logs/version_0/checkpoints/*.adapter --scales 0 0.7 1. With --combine they draw together."
@@ -128,17 +129,30 @@ def sample_arguments(arguments: Sequence[str]) -> list[str]:
     Args:
         arguments: Arguments of the command line.
     """
+    made = list_arguments(arguments, SampleOptions, _LISTS)
+    switches = [
+        i for i, one in enumerate(made) if one == "--combine" and made[i + 1 : i + 2] not in (["true"], ["false"])
+    ]
+    return [f"{one}=true" if i in switches else one for i, one in enumerate(made)]
+
+
+def list_arguments(arguments: Sequence[str], options: type[Any], lists: Collection[str]) -> list[str]:
+    """Arguments in which the several values of an option are one list.
+
+    Args:
+        arguments: Arguments of the command line.
+        options: Dataclass of the command's options.
+        lists: The options that take several values, such as ``--prompts``.
+    """
+    names = {f"--{field.name}" for field in fields(options)} | {"--config", "--help", "-h"}
     made: list[str] = []
     rest = list(arguments)
-    names = {f"--{field.name}" for field in fields(SampleOptions)} | {"--config", "--help", "-h"}
     while rest:
         name = rest.pop(0)
-        count = next((i for i, one in enumerate(rest) if _is_option(one, names)), len(rest))
+        count = next((i for i, one in enumerate(rest) if _is_option(one, names)), len(rest)) if name in lists else 0
         values, rest = rest[:count], rest[count:]
-        if name == "--combine" and not values:
-            values = ["true"]
-        if name in _LISTS and len(values) > 1:
-            values = [f"[{', '.join(values)}]" if name == "--scales" else json.dumps(values)]
+        if len(values) > 1:
+            values = [f"[{', '.join(values)}]" if name in _NUMBERS else json.dumps(values, ensure_ascii=False)]
         made += [name, *values]
     return made
 

@@ -375,31 +375,8 @@ def test_names_tell_adapters_apart() -> None:
 
 
 def test_several_values_of_an_option_are_a_list() -> None:
-    given = [
-        "--adapter",
-        "a",
-        "b",
-        "--scales",
-        "0",
-        "-0.5",
-        "--combine",
-        "--prompts",
-        "x",
-        "--seed",
-        "3",
-        "--prompts",
-        "[1, 2]",
-    ]
-    expected = [
-        "--adapter",
-        '["a", "b"]',
-        "--scales",
-        "[0, -0.5]",
-        "--combine",
-        "true",
-        "--prompts",
-        "x",
-        "--seed",
-        "3",
-    ]
-    assert sample_arguments(given) == [*expected, "--prompts", "[1, 2]"]
+    given = ["--adapter", "a", "b", "--scales", "0", "-0.5", "--combine", "--prompts", "x", "--seed", "3"]
+    made = sample_arguments([*given, "--combine", "false"])
+    expected = ["--adapter", '["a", "b"]', "--scales", "[0, -0.5]", "--combine=true", "--prompts", "x", "--seed", "3"]
+    assert made == [*expected, "--combine", "false"]
+    assert sample_arguments(["--prompts", "1", "2"]) == ["--prompts", '["1", "2"]']
