@@ -47,7 +47,8 @@ def draw_class_images(options: PriorOptions) -> None:
         packed = pack_folder(out / "images", out / "shards")
     print(
         f"{packed.samples:,} class images, {len(missing):,} of them drawn now: {out / 'shards'}\n"
-        f"Next: train with both, data.init_args.train_shards: [YOUR_SHARDS, {out / 'shards'}] and\n"
+        f"Next: train on both, with these keys of the config, whose objective is that of the base (DDPM or FlowMatching):\n"
+        f"  data.init_args.train_shards: [YOUR_SHARDS, {out / 'shards'}]\n"
         f"  model.objective.init_args.prior: {{class_path: PriorPreservation, init_args: {{class_keys: '{CLASS}/*'}}}}"
     )
 
