@@ -137,7 +137,6 @@ def generate(
     """
     check_guidance_rescale(type(pipeline), guidance_rescale)
     check_negative_prompts(type(pipeline), negative_prompts, guidance_scale, guided)
-    more = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
@@ -152,7 +151,7 @@ def generate(
                     height=height,
                     width=width,
                     generator=generators,
-                    **more,
+                    **({"guidance_rescale": guidance_rescale} if guidance_rescale else {}),
                 ).images
             except RuntimeWarning as warning:
                 raise NonFiniteImageError(
