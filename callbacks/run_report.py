@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -183,7 +184,10 @@ class RunReport(Callback):
         name = "report.json" if trainer.is_global_zero else f"report-rank{trainer.global_rank}.json"
         with atomic_file(self._folder / name) as part:
             part.write_text(json.dumps(report, indent=1) + "\n")
-        print(f"{_table(report)}\nwritten: {self._folder / name}", flush=True)
+        shown = f"{_table(report)}\nwritten: {self._folder / name}"
+        if trainer.is_global_zero and self.output_dir is None:
+            shown += f"\nas a page with curves and samples: lit-lora report {shlex.quote(str(self._folder))}"
+        print(shown, flush=True)
 
     def _finished(self, figures: Figures) -> Figures:
         """The figures with rates and costs derived from them."""

@@ -10,6 +10,7 @@ from typing import Any, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import save_image
@@ -20,9 +21,9 @@ from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.profiling.phases import phase
+from lit_lora.prompts import prompt_groups, read_prompts
 from lit_lora.run_folder import run_folder
 from lit_lora.sampling import NonFiniteImageError, image_grid
-from lit_lora.visible import visible
 
 
 class SampleImages(Callback):
@@ -34,7 +35,8 @@ class SampleImages(Callback):
     of training. The module needs a ``generate`` method like that of :class:`~lit_lora.LoraDiffusion`.
 
     Args:
-        prompts: Prompts, of which one image each is drawn.
+        prompts: Prompts, of which one image each is drawn; or a file of them, whose entries may have settings of their own: see
+            :func:`lit_lora.prompts.read_prompts`.
         every_n_steps: Optimizer steps between two grids. Defaults to 500. One grid is also drawn before the first step.
         seed: Seed of the first prompt; prompt ``i`` is drawn from ``seed + i``. Defaults to 0.
         num_inference_steps: Number of denoising steps. Defaults to 25.
@@ -44,12 +46,13 @@ class SampleImages(Callback):
         columns: Number of images in a row of the grid. Defaults to 4.
 
     Raises:
-        UserError: If there are no prompts, or ``every_n_steps``, ``num_inference_steps`` or ``columns`` is below 1.
+        UserError: If there are no prompts, their file cannot be read, or ``every_n_steps``, ``num_inference_steps`` or
+            ``columns`` is below 1.
     """
 
     def __init__(
         self,
-        prompts: list[str],
+        prompts: str | list[str],
         every_n_steps: int = 500,
         seed: int = 0,
         num_inference_steps: int = 25,
@@ -67,7 +70,7 @@ class SampleImages(Callback):
         ):
             if value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
-        self.prompts = prompts
+        self.prompts = [prompt.filled(seed=seed + i) for i, prompt in enumerate(read_prompts(prompts))]
         self.every_n_steps = every_n_steps
         self.seed = seed
         self.columns = columns
@@ -91,7 +94,7 @@ class SampleImages(Callback):
     @property
     def description(self) -> str:
         """What a grid shows, for model cards."""
-        lines = [f"- {visible(prompt)} (seed {self.seed + i})" for i, prompt in enumerate(self.prompts)]
+        lines = [f"- {prompt}" for prompt in self.prompts]
         scale, steps = self.options["guidance_scale"], self.options["num_inference_steps"]
         return "\n".join([f"Guidance scale {scale}, {steps} steps, row by row:", "", *lines])
 
@@ -118,32 +121,44 @@ class SampleImages(Callback):
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Asking for the run's folder is a collective call.
         folder = Path(run_folder(trainer)) / "samples"
-        # Every process draws the same number of images, since with sharded weights all processes compute together.
-        each = math.ceil(len(self.prompts) / trainer.world_size)
-        mine = [min(trainer.global_rank * each + i, len(self.prompts) - 1) for i in range(each)]
         ema = AdapterEMA.of(trainer)
         with phase("sampling"), learned_weights(trainer), ema.averaged(pl_module) if ema else nullcontext():
-            prompts, seeds = [self.prompts[i] for i in mine], [self.seed + i for i in mine]
-            try:
-                drawn, problem = cast(Any, pl_module).generate(prompts, seeds, **self.options), None
-            except NonFiniteImageError as error:  # training may be well where sampling overflows
-                drawn, problem = [], str(error)
-        images, problems = [], []
-        for part, found in gather((drawn, problem)):
-            images += part
-            problems += [found] if found else []
+            mine = self._drawn(trainer, cast(Any, pl_module))
+        images: dict[int, Image.Image] = {}
+        problems: list[str] = []
+        for own, found in gather(mine):
+            images |= own
+            problems += found
         if not trainer.is_global_zero:
             return
         if problems:
             rank_zero_warn(f"no images are written at step {trainer.global_step}: {problems[0]}")
             return
-        grid = image_grid(images[: len(self.prompts)], self.columns)
+        grid = image_grid([images[place] for place in range(len(self.prompts))], self.columns)
         path = folder / f"step-{trainer.global_step:06d}.png"
         with atomic_file(path) as part:
             save_image(grid, part, format="png")
         self.latest = path if trainer.global_step else None
         for logger in trainer.loggers:
             self._log(logger, grid, trainer.global_step, folder)
+
+    def _drawn(self, trainer: Trainer, module: Any) -> tuple[dict[int, Image.Image], list[str]]:
+        """The images of this process by the places of their prompts, and why others could not be drawn."""
+        images: dict[int, Image.Image] = {}
+        problems = []
+        for places, options in prompt_groups(self.prompts, self.options):
+            # Every process draws the same number of images, since with sharded weights all processes compute together.
+            each = math.ceil(len(places) / trainer.world_size)
+            mine = [places[min(trainer.global_rank * each + i, len(places) - 1)] for i in range(each)]
+            prompts = [self.prompts[place] for place in mine]
+            if any(negatives := [one.negative_prompt for one in prompts]):
+                options["negative_prompts"] = negatives
+            try:
+                drawn = module.generate([one.prompt for one in prompts], [one.seed for one in prompts], **options)
+                images |= dict(zip(mine, drawn, strict=True))
+            except NonFiniteImageError as error:  # training may be well where sampling overflows
+                problems.append(str(error))
+        return images, problems
 
     def _log(self, logger: Logger, grid: Tensor, step: int, folder: Path) -> None:
         if isinstance(logger, TensorBoardLogger):

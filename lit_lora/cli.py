@@ -24,7 +24,9 @@ training
 tools
   plan      predict the memory, time and file sizes of a run before it starts
   demo      train on handwritten digits in minutes, without downloading anything
-  sample    draw images with an adapter
+  sample    draw images with adapters, and compare checkpoints and scales
+  prior     draw images of the class with the base, for prior preservation
+  report    write a page about a run: losses, samples, memory, settings
   cache     encode images and captions once, to train without the encoders
   shards    pack, index, check and describe WebDataset shards
   adapter   describe, check, compare, convert, resize, merge, extract and push adapters
@@ -72,9 +74,23 @@ def _demo(arguments: list[str]) -> None:
 
 def _sample(arguments: list[str]) -> None:
     with _imports():
-        from lit_lora.tools import run_tool, sample
+        from lit_lora.tools import sample
 
-    run_tool(sample.sample, arguments, "lit-lora sample")
+    sample.sample_command(arguments)
+
+
+def _prior(arguments: list[str]) -> None:
+    with _imports():
+        from lit_lora.tools import prior
+
+    prior.prior_command(arguments)
+
+
+def _report(arguments: list[str]) -> None:
+    with _imports():
+        from lit_lora.tools import report, run_tool
+
+    run_tool(report.report, arguments, "lit-lora report")
 
 
 def _cache(arguments: list[str]) -> None:
@@ -126,6 +142,8 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
     "plan": _plan,
     "demo": _demo,
     "sample": _sample,
+    "prior": _prior,
+    "report": _report,
     "cache": _cache,
     "shards": _shards,
     "adapter": _adapter,

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
 from torchvision.utils import make_grid
 
 from lit_lora.errors import UserError, check_least, check_most
@@ -70,6 +70,33 @@ def check_guidance_rescale(pipeline_class: type[DiffusionPipeline], guidance_res
         )
 
 
+def check_negative_prompts(
+    pipeline_class: type[DiffusionPipeline], negatives: Sequence[str], guidance_scale: float, guided: bool | None = None
+) -> None:
+    """Check that negative prompts have an effect on what a pipeline draws.
+
+    Args:
+        pipeline_class: Class of the pipeline.
+        negatives: Negative prompts; empty ones need no effect.
+        guidance_scale: Scale of classifier-free guidance.
+        guided: Whether the pipeline draws with it; defaults to whether the scale is above 1.
+
+    Raises:
+        UserError: If they have none.
+    """
+    if not any(negatives):
+        return
+    name, own = pipeline_class.__name__, inspect.signature(pipeline_class.__call__).parameters
+    if not own.keys() & {"negative_prompt", "negative_prompt_embeds"}:
+        raise UserError(f"{name} takes no negative prompt; leave it out")
+    if not (guidance_scale > 1 if guided is None else guided):
+        action = "leave it out" if guidance_scale > 1 else "set guidance_scale above 1, or leave it out"
+        raise UserError(
+            f"{name} draws without classifier-free guidance at guidance_scale={guidance_scale}, so that a negative prompt has no "
+            f"effect; {action}"
+        )
+
+
 @torch.inference_mode(False)  # a denoiser may keep tensors that it computes here, and training uses them later
 @torch.no_grad()
 def generate(
@@ -84,6 +111,8 @@ def generate(
     batch_size: int = IMAGES_AT_A_TIME,
     prompt_inputs: PromptInputs = text_prompts,
     guidance_rescale: float = 0.0,
+    negative_prompts: Sequence[str] = (),
+    guided: bool | None = None,
 ) -> list[Image.Image]:
     """Draw one image for each prompt.
 
@@ -100,12 +129,14 @@ def generate(
         batch_size: Number of images in a batch; defaults to 16.
         prompt_inputs: Function that gives the pipeline's arguments for prompts; defaults to :func:`text_prompts`.
         guidance_rescale: See :class:`SamplingOptions`; defaults to 0.
+        negative_prompts: Texts to draw away from, one for each prompt; defaults to none.
+        guided: Whether the pipeline draws with classifier-free guidance; defaults to whether ``guidance_scale`` is above 1.
 
     Raises:
-        UserError: If the pipeline cannot rescale its guided predictions, or an image holds NaN.
+        UserError: If the pipeline cannot rescale its guided predictions or takes no negative prompts, or an image holds NaN.
     """
     check_guidance_rescale(type(pipeline), guidance_rescale)
-    more = {"guidance_rescale": guidance_rescale} if guidance_rescale else {}
+    check_negative_prompts(type(pipeline), negative_prompts, guidance_scale, guided)
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
@@ -113,13 +144,14 @@ def generate(
             warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)  # NaN as a byte
             try:
                 inputs = prompt_inputs(list(prompts[start : start + batch_size]), guidance_scale)
+                inputs |= _negative_inputs(negative_prompts[start : start + batch_size], prompt_inputs)
                 images += pipeline(
                     **{"guidance_scale": guidance_scale} | inputs,
                     num_inference_steps=num_inference_steps,
                     height=height,
                     width=width,
                     generator=generators,
-                    **more,
+                    **({"guidance_rescale": guidance_rescale} if guidance_rescale else {}),
                 ).images
             except RuntimeWarning as warning:
                 raise NonFiniteImageError(
@@ -129,11 +161,20 @@ def generate(
     return images
 
 
+def _negative_inputs(negatives: Sequence[str], prompt_inputs: PromptInputs) -> dict[str, Any]:
+    """A pipeline's arguments for negative prompts: those for prompts, whether texts or embeddings, with ``negative_`` before."""
+    if not any(negatives):
+        return {}
+    inputs = prompt_inputs(list(negatives), 1.0).items()
+    return {f"negative_{name}": value for name, value in inputs if name.startswith(("prompt", "pooled_prompt"))}
+
+
 def image_grid(images: Sequence[Image.Image], columns: int) -> Tensor:
-    """Arrange images of one size in rows: float32 in [0, 1], ``(3, H, W)``.
+    """Arrange images in rows: float32 in [0, 1], ``(3, H, W)``; smaller images are centred on black.
 
     Args:
-        images: Images of one size.
+        images: Images.
         columns: Number of images in a row.
     """
-    return make_grid([pil_to_tensor(image).float() / 255 for image in images], nrow=columns)
+    size = [max(image.height for image in images), max(image.width for image in images)]
+    return make_grid([center_crop(pil_to_tensor(image).float() / 255, size) for image in images], nrow=columns)

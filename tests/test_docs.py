@@ -17,7 +17,19 @@ import yaml
 from lit_lora.cli import TOOLS, TRAINER_COMMANDS
 from lit_lora.lazy import public_names
 from lit_lora.lightning_cli import build_cli
-from lit_lora.tools import adapter_convert, adapter_merge, adapter_resize, cache, demo, plan, sample, shards, train
+from lit_lora.tools import (
+    adapter_convert,
+    adapter_merge,
+    adapter_resize,
+    cache,
+    demo,
+    plan,
+    prior,
+    report,
+    sample,
+    shards,
+    train,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -25,8 +37,10 @@ CONFIG = str(ROOT / "configs" / "sd15.yaml")
 NO_CONFIG = {"BadSampleError", "UserError", "Plan", "ShardIndex"}
 """Public classes that no config names."""
 FUNCTIONS = {
-    "sample": sample.sample,
+    "sample": sample.SampleOptions,
     "demo": demo.demo,
+    "prior": prior.PriorOptions,
+    "report": report.report,
     "train": train.train,
     "adapter convert": adapter_convert.convert,
     "adapter merge": adapter_merge.merge,

@@ -19,7 +19,8 @@ from lit_lora.folder_lock import only_run_in
 from lit_lora.module import LoraDiffusion
 from lit_lora.tools.cache import cache_shards
 from lit_lora.tools.demo import demo
-from lit_lora.tools.sample import sample
+from lit_lora.tools.sample import SampleOptions
+from lit_lora.tools.sampling import draw_samples
 from tests.helpers import loader_of, make_batches
 
 Hold = Callable[[Path, str], "subprocess.Popen[str]"]
@@ -116,7 +117,7 @@ def test_a_second_cache_is_refused_and_leaves_the_first_alone(
 
 def test_a_second_sample_or_demo_is_refused(tmp_path: Path) -> None:
     with only_run_in(tmp_path, "sample"), pytest.raises(UserError, match="another run of sample"):
-        sample(base="embedded", prompts="a seven", out=str(tmp_path))
+        draw_samples(SampleOptions(base="embedded", prompts="a seven", out=str(tmp_path)))
     with only_run_in(tmp_path, "demo"), pytest.raises(UserError, match="another run of demo"):
         demo(str(tmp_path))
     assert not list(tmp_path.iterdir())

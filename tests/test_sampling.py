@@ -5,11 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, StableDiffusionXLPipeline
+from diffusers import Flux2Pipeline, FluxPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from lit_lora.errors import UserError
-from lit_lora.sampling import SamplingOptions, check_guidance_rescale, generate
+from lit_lora.sampling import (
+    SamplingOptions,
+    check_guidance_rescale,
+    check_negative_prompts,
+    generate,
+    image_grid,
+)
 
 
 def test_there_is_at_least_one_denoising_step() -> None:
@@ -50,3 +56,37 @@ def test_guidance_is_rescaled_where_the_pipeline_can() -> None:
         check_guidance_rescale(FluxPipeline, 0.7)
     with pytest.raises(UserError, match=r"guidance_rescale=1.5 is too large; it must be at most 1"):
         SamplingOptions(guidance_rescale=1.5)
+
+
+def test_negative_prompts_in_the_forms_of_the_prompts() -> None:
+    """Texts or embeddings, whichever a family gives; they are refused where they would have no effect."""
+    calls: list[dict[str, Any]] = []
+
+    class Pipeline:
+        def __call__(self, negative_prompt: Any = None, **arguments: Any) -> SimpleNamespace:
+            calls.append({"negative_prompt": negative_prompt, **arguments})
+            return SimpleNamespace(images=[])
+
+    def embeddings(prompts: list[str], scale: float) -> dict[str, Any]:
+        return {"prompt_embeds": prompts, "prompt_attention_mask": len(prompts), "max_sequence_length": 1}
+
+    options: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 4.0, "batch_size": 2}
+    generate(Pipeline(), ["a", "b", "c"], [5, 6, 7], negative_prompts=["x", "", "z"], **options)  # type: ignore[arg-type]
+    assert [call["negative_prompt"] for call in calls] == [["x", ""], ["z"]]
+    generate(Pipeline(), ["a"], [5], negative_prompts=["x"], prompt_inputs=embeddings, **options)  # type: ignore[arg-type]
+    assert calls[-1]["negative_prompt_embeds"] == ["x"]
+    assert calls[-1]["negative_prompt_attention_mask"] == 1
+    assert "negative_max_sequence_length" not in calls[-1]
+    check_negative_prompts(StableDiffusionXLPipeline, [""], 1.0)
+    with pytest.raises(UserError, match=r"guidance at guidance_scale=1.0, .* no effect; set guidance_scale above 1"):
+        check_negative_prompts(StableDiffusionXLPipeline, ["x"], 1.0)
+    with pytest.raises(UserError, match=r"guidance at guidance_scale=4.0, .* no effect; leave it out"):
+        check_negative_prompts(FluxPipeline, ["x"], 4.0, guided=False)
+    with pytest.raises(UserError, match=r"Flux2Pipeline takes no negative prompt; leave it out"):
+        check_negative_prompts(Flux2Pipeline, ["x"], 4.0)
+
+
+def test_a_grid_of_images_of_several_sizes() -> None:
+    grid = image_grid([Image.new("RGB", (2, 4), "white"), Image.new("RGB", (4, 2), "red")], columns=2)
+    assert grid.shape == (3, 4 + 4, 2 * (4 + 2) + 2)
+    assert grid.sum() == 3 * 8 + 8

@@ -268,6 +268,7 @@ class ModelFamily(PipelineParts, ABC):
         options |= {edge: options.get(edge) or self.default_size for edge in ("height", "width")}
         with self._vae_in_its_own_dtype():
             pipeline = self.pipeline(scheduler_config)
+            options["guided"] = self.sampling_passes(options["guidance_scale"]) > 1
             return generate(pipeline, prompts, seeds, prompt_inputs=self.prompt_inputs, **options)
 
     def identity(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from lit_lora.errors import UserError, check_least
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.denoiser_traces import DenoiserTraces
 from lit_lora.planning.device import Device, find_device
+from lit_lora.prompts import Prompt, prompt_groups
 from lit_lora.sampling import IMAGES_AT_A_TIME
 
 
@@ -30,10 +31,13 @@ class Sampling:
     width: int | None = None
 
     @classmethod
-    def of(cls, prompts: Sequence[str], options: Mapping[str, Any]) -> Self:
-        """The images that :class:`SampleImages` draws with these prompts and options."""
-        images = min(IMAGES_AT_A_TIME, len(prompts))
-        return cls(images, options["guidance_scale"], options["height"], options["width"])
+    def of(cls, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> Self:
+        """The images that :class:`SampleImages` draws with these prompts and options: the largest batch, scale and size."""
+        groups = prompt_groups(prompts, options)
+        images = min(IMAGES_AT_A_TIME, max(len(group.places) for group in groups))
+        scale = max(group.options["guidance_scale"] for group in groups)
+        sizes = [[group.options[edge] for group in groups] for edge in ("height", "width")]
+        return cls(images, scale, *(None if None in edges else max(edges) for edges in sizes))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lit_lora.profiling.kinds import KINDS
 
-# Okabe and Ito's colors, which color-blind people can tell apart.
-_COLORS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#BBBBBB"), strict=True))
+KIND_COLORS = dict(zip(KINDS, ("#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#BBBBBB"), strict=True))
+"""Okabe and Ito's colors, which color-blind people can tell apart, by kind of memory."""
 _WIDTH, _LEFT, _RIGHT, _TOP, _BAR, _GAP, _BOTTOM = 1000, 150, 130, 110, 30, 16, 60
 _INK, _GRID = "#222222", "#DDDDDD"
 
@@ -29,7 +29,7 @@ def memory_chart(phases: Mapping[str, Mapping[str, int]], title: str) -> Image.I
     _draw_legend(draw, small)
     total = max((sum(kinds.values()) for kinds in phases.values()), default=0)
     unit, name = (2**30, "GiB") if total >= 2**30 else (2**20, "MiB")
-    step = _round_step(max(total, 1) / unit / 5)
+    step = round_step(max(total, 1) / unit / 5)
     pixels = (_WIDTH - _LEFT - _RIGHT) / (max(total, 1) / unit)
     floor = height - _BOTTOM + 4
     for tick in range(int(total / unit / step) + 1):
@@ -44,7 +44,7 @@ def memory_chart(phases: Mapping[str, Mapping[str, int]], title: str) -> Image.I
         for kind in KINDS:
             width = kinds[kind] / unit * pixels
             if width >= 0.5:
-                draw.rectangle((x, y, x + width, y + _BAR), _COLORS[kind])
+                draw.rectangle((x, y, x + width, y + _BAR), KIND_COLORS[kind])
             x += width
         draw.text((x + 8, y + _BAR / 2), f"{sum(kinds.values()) / unit:.4g} {name}", _INK, text, anchor="lm")
     draw.line((_LEFT, _TOP - 8, _LEFT, floor), _INK)
@@ -54,12 +54,12 @@ def memory_chart(phases: Mapping[str, Mapping[str, int]], title: str) -> Image.I
 def _draw_legend(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> None:
     x = float(_LEFT)
     for kind in KINDS:
-        draw.rectangle((x, 58, x + 14, 72), _COLORS[kind])
+        draw.rectangle((x, 58, x + 14, 72), KIND_COLORS[kind])
         draw.text((x + 20, 65), kind, _INK, font, anchor="lm")
         x += 20 + draw.textlength(kind, font) + 22
 
 
-def _round_step(least: float) -> float:
+def round_step(least: float) -> float:
     """The smallest of 1, 2 and 5 times a power of ten that is at least ``least``."""
     power = 10.0**-6
     while True:

@@ -1,185 +1,243 @@
-"""Draws images with a base model and an adapter, through the base's model family or its diffusers pipeline."""
+"""Draws images with a base model and adapters, through the base's model family or its diffusers pipeline."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from lit_lora.adapters import load_adapter
-from lit_lora.embedded import resolve
+from lit_lora.adapters.names import tuner_layers
 from lit_lora.errors import UserError
-from lit_lora.families import ModelFamily, ModelSource, check_single_file, check_size, family_of_source
+from lit_lora.families import ModelFamily, ModelSource, family_of_source
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.base_adapter import BaseAdapter
-from lit_lora.formats.base_adapters import BaseAdapters, recorded_adapters
+from lit_lora.formats.base_adapters import recorded_adapters
 from lit_lora.formats.base_options import recorded_options
 from lit_lora.formats.base_records import base_records
 from lit_lora.formats.find import read_adapter
 from lit_lora.formats.quantized_base import quantized_base, twice
 from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.formats.text_encoders import for_encoder
-from lit_lora.quantization.weight_change import Changes
-from lit_lora.sampling import generate
+from lit_lora.tools.drawing_base import DrawingBase, FamilyBase, PipelineBase, Size
 from lit_lora.tools.named_family import named_family
 
 
-def make_generate(
-    base: str | None,
-    adapter: str | None,
-    *,
-    family: str | None,
-    dtype: str,
-    device: str | None,
-    size: tuple[int | None, int | None],
-    base_adapters: Sequence[str] = (),
-    base_options: Mapping[str, str] | None = None,
-) -> Callable[..., list[Image.Image]]:
-    """Load base and adapter, and return a function like :func:`lit_lora.sampling.generate` without its pipeline.
+@dataclass(frozen=True)
+class ScaledAdapter:
+    """An adapter to draw with.
 
     Args:
-        base: Folder, hub id or ``embedded``; None for the base that the adapter names.
-        adapter: File or folder of the adapter, in any format; None for the base alone.
+        path: File or folder of the adapter, in any format.
+        scale: Factor of its update; 0 draws without it. Defaults to 1.
+    """
+
+    path: str
+    scale: float = 1.0
+
+
+class Drawer:
+    """Draws with a base, which is loaded once, and with one choice of adapters after another.
+
+    Args:
+        base: Folder, hub id or ``embedded``; None for the base that the adapters name.
         family: Name or import path of the base's model family; None for the family of the base's pipeline.
         dtype: Name of the base's dtype.
         device: Device to draw on; None for the first GPU, or for the CPU if there is none.
-        size: Height and width of the images in pixels; None for the model's own.
+        sizes: Heights and widths of the images in pixels; None for the model's own.
         base_adapters: Paths of the adapters that the adapter was trained over; defaults to those that it names.
         base_options: Arguments of the family's constructor beside the base, such as ``variant``; of those that are not given,
             the adapter names the values of its training.
+        scheduler: Class of the scheduler in diffusers; defaults to that of the base, with the adapter's changes.
 
     Raises:
-        UserError: If base or adapters cannot be loaded, the adapter does not name its base, or the family cannot draw images of
-            this size.
-    """
-    disable_progress_bar()  # of transformers, one for each text encoder
-    given = base_options or {}
-    kind = _family_class(family, base, given)
-    files = None if adapter is None else read_adapter(adapter, kind)
-    if base is None:
-        base = files.main_config.get("base_model_name_or_path") if files else None
-        if not base:
-            raise UserError("give --base: a folder, a hub id or 'embedded' (the adapter does not name its base)")
-    options = {**(recorded_options(files.metadata, base) if files else {}), **given}
-    kind = kind or _family_class(family, base, options)
-    if device is not None:
-        _check_device(device)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    records = base_records(files.metadata) if files else []
-    if files and (quantization := quantized_base(files.metadata)):
-        warnings.warn(twice(adapter, quantization), stacklevel=2)
-    adapt = _Adapt(files, adapter, recorded_adapters(records, adapter, base_adapters, kind))
-    arguments = (base, options, adapt, getattr(torch, dtype), device)
-    return _from_pipeline(*arguments) if kind is None else _from_family(kind, *arguments, size)
-
-
-class _Adapt:
-    """Puts an adapter into the parts of a pipeline.
-
-    Args:
-        adapter: Adapter; None for none.
-        path: Where it was read from, for errors.
-        over: Adapters that it was trained over.
+        UserError: If there is no such device.
     """
 
-    def __init__(self, adapter: AdapterFiles | None, path: str | None, over: Sequence[BaseAdapter] = ()) -> None:
-        self.adapter, self.path, self.over = adapter, path, over
+    def __init__(
+        self,
+        base: str | None,
+        *,
+        family: str | None,
+        dtype: str,
+        device: str | None,
+        sizes: Sequence[Size],
+        base_adapters: Sequence[str] = (),
+        base_options: Mapping[str, str] | None = None,
+        scheduler: str | None = None,
+    ) -> None:
+        disable_progress_bar()  # of transformers, one for each text encoder
+        if device is not None:
+            _check_device(device)
+        self.base, self.scheduler, self._family = base, scheduler, family
+        self._dtype = getattr(torch, dtype)
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._sizes, self._base_adapters, self._given = sizes, base_adapters, base_options or {}
+        self._loaded: DrawingBase | None = None
+        self._loaded_with: Any = None
+        self._adapted: list[PeftModel] = []
+        self._changes: dict[str, Any] = {}
 
     @property
-    def scheduler_changes(self) -> dict[str, Any]:
-        """Entries of the base's scheduler config that the adapter needs changed."""
-        return scheduler_changes(self.adapter.metadata) if self.adapter else {}
+    def family(self) -> ModelFamily | None:
+        """The family that draws; None for a base of no known family, and before :meth:`adapt`."""
+        return self._loaded.family if isinstance(self._loaded, FamilyBase) else None
 
-    def changes(self, family: type[ModelFamily] | None) -> Mapping[str, Changes]:
-        """The changes of the base's weights by the adapters that this one was trained over.
+    @property
+    def scheduler_name(self) -> str:
+        """Class of the scheduler that :meth:`generate` draws with."""
+        assert self._loaded is not None
+        return str(self._scheduler_config()["_class_name"])
 
-        Args:
-            family: Model family of the base; None for an unknown one.
-        """
-        if not self.over:
-            return {}
-        if family is None:
-            raise UserError(
-                f"{self.path} was trained over other adapters, which are merged into bases of known model families alone; name "
-                f"the base's family with --family"
-            )
-        return BaseAdapters(self.over, family).changes()
-
-    def __call__(self, denoiser: Callable[[Mapping[str, Any]], nn.Module], encoders: Mapping[str, Any]) -> None:
-        """Load the adapter into the parts that it was made for, in place.
+    def adapt(self, adapters: Sequence[ScaledAdapter]) -> None:
+        """Draw with these adapters together from now on, and with no others.
 
         Args:
-            denoiser: Function that returns the denoiser for the adapter's PEFT config.
-            encoders: Text encoders by name.
+            adapters: The adapters; several ones are merged into the base.
 
         Raises:
-            UserError: If a part is missing, or the adapter does not fit it.
+            UserError: If base or adapters cannot be loaded, the adapters name no base or several, do not fit it or have no scale,
+                or the family cannot draw images of these sizes or with this scheduler.
         """
-        if self.adapter is None:
+        kind = self._kind(self._given) if self.base or self._family else None
+        read = [(one, read_adapter(one.path, kind)) for one in adapters]
+        self.base = self.base or _base_of([files for _, files in read])
+        options = {**(recorded_options(read[0][1].metadata, self.base) if read else {}), **self._given}
+        kind = kind or self._kind(options)
+        used = [(one, files) for one, files in read if one.scale != 0]
+        for one, files in used:
+            if quantization := quantized_base(files.metadata):
+                warnings.warn(twice(one.path, quantization), stacklevel=2)
+        merged = [over for one, files in used for over in self._over(one, files, kind)]
+        if len(used) > 1:
+            merged += [_merged(one, files) for one, files in used]
+        self._load(kind, options, tuple(dict.fromkeys(merged)))
+        assert self._loaded is not None
+        if len(used) == 1:
+            self._put_in(*used[0])
+        self._changes = {}
+        for _, files in used:
+            self._changes |= scheduler_changes(files.metadata)
+        self._loaded.to(self._device)
+
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
+        """Draw one image for each prompt; see :func:`lit_lora.sampling.generate` for the options."""
+        assert self._loaded is not None, "adapt comes first"
+        config = self._scheduler_config() if self._changes or self.scheduler else None
+        return self._loaded.generate(prompts, seeds, config, **options)
+
+    def _kind(self, options: Mapping[str, str]) -> type[ModelFamily] | None:
+        """The family that is asked for, or the one for the base's pipeline; None if there is none."""
+        if self._family is not None:
+            return named_family(self._family)
+        assert self.base is not None
+        return family_of_source(ModelSource(self.base, **options))
+
+    def _over(self, one: ScaledAdapter, files: AdapterFiles, kind: type[ModelFamily] | None) -> list[BaseAdapter]:
+        """The adapters that an adapter was trained over."""
+        over = recorded_adapters(base_records(files.metadata), one.path, self._base_adapters, kind)
+        if over and kind is None:
+            raise UserError(
+                f"{one.path} was trained over other adapters, which are merged into bases of known model families alone; name "
+                f"the base's family with --family"
+            )
+        return over
+
+    def _load(
+        self, kind: type[ModelFamily] | None, options: Mapping[str, str], merged: tuple[BaseAdapter, ...]
+    ) -> None:
+        """Load the base with these adapters merged, unless it is there already, as it was before the adapters of now."""
+        wanted = (kind, options, merged)
+        for adapted in self._adapted if wanted == self._loaded_with else ():
+            adapted.unload()
+        self._adapted = []
+        if wanted == self._loaded_with:
             return
-        if self.adapter.state:
-            load_adapter(denoiser(self.adapter.config), self.adapter.config, self.adapter.state, self.path)
-        for name, part in self.adapter.text_encoders.items():
-            if not isinstance(encoders.get(name), nn.Module):
+        self._loaded = None  # so that memory holds one base
+        assert self.base is not None
+        self._loaded = FamilyBase(kind, self.base, options) if kind else PipelineBase(self.base, options)
+        self._loaded.load(self._dtype, merged, self._sizes, self.scheduler)
+        self._loaded_with = wanted
+
+    def _put_in(self, one: ScaledAdapter, adapter: AdapterFiles) -> None:
+        """Load an adapter into the parts that it was made for, in place."""
+        loaded = self._loaded
+        assert loaded is not None
+        if adapter.state:
+            self._put_part(loaded.denoiser(adapter.config), adapter, one)
+        for name, part in adapter.text_encoders.items():
+            encoder = loaded.encoders.get(name)
+            if not isinstance(encoder, nn.Module):
                 raise UserError(
-                    f"the adapter {self.path} changes {name}, which the base does not have; set --base to its own base"
+                    f"the adapter {one.path} changes {name}, which the base does not have; set --base to its own base"
                 )
-            fitting = for_encoder(part, encoders[name])
-            load_adapter(encoders[name], fitting.config, fitting.state, self.path)
+            self._put_part(encoder, for_encoder(part, encoder), one)
+        if adapter.new_tokens:
+            loaded.add_new_tokens(adapter.new_tokens, one.path)
+        if adapter.new_tokens or not all(_leaves_base(part.config) for part in adapter.parts.values()):
+            self._loaded_with = None  # the next adapters need the base anew
+
+    def _put_part(self, model: nn.Module, part: AdapterFiles, one: ScaledAdapter) -> None:
+        adapted = load_adapter(model, part.config, part.state, one.path)
+        self._adapted.append(adapted)
+        if one.scale == 1:
+            return
+        layers: list[Any] = [layer for _, layer in tuner_layers(adapted, BaseTunerLayer)]
+        if part.config.get("modules_to_save") or not all(hasattr(layer, "scale_layer") for layer in layers):
+            method = part.config.get("peft_type")
+            raise UserError(
+                f"the update of {one.path} ({method}) has no scale; draw it with the scale 1, or with 0 for the base alone"
+            )
+        for layer in layers:
+            layer.scale_layer(one.scale)
+
+    def _scheduler_config(self) -> dict[str, Any]:
+        assert self._loaded is not None
+        named = {"_class_name": self.scheduler} if self.scheduler else {}
+        return {**self._loaded.scheduler_config, **self._changes, **named}
 
 
-def _from_family(
-    kind: type[ModelFamily],
-    base: str,
-    options: Mapping[str, str],
-    adapt: _Adapt,
-    dtype: torch.dtype,
-    device: str,
-    size: tuple[int | None, int | None],
-) -> Callable[..., list[Image.Image]]:
-    """Function that draws with a base of a known family and the adapter; the size is checked before weights are read."""
-    family = kind(base, **options)
-    check_single_file(family)
-    family.read_configs()
-    check_size(family, *(edge or family.default_size for edge in size))
-    family.load(dtype, changes=adapt.changes(kind))
-    adapt(lambda config: family.denoiser, family.encoders)
-    if adapt.adapter is not None and adapt.adapter.new_tokens:
-        family.add_new_tokens(adapt.adapter.new_tokens)
-    changes = adapt.scheduler_changes
-    scheduler_config = {**family.scheduler_config, **changes} if changes else None
-    return partial(family.to(device).generate, scheduler_config=scheduler_config)
-
-
-def _from_pipeline(
-    base: str, options: Mapping[str, str], adapt: _Adapt, dtype: torch.dtype, device: str
-) -> Callable[..., list[Image.Image]]:
-    """Function that draws with a base of no known family, through its diffusers pipeline, and the adapter."""
-    adapt.changes(None)
-    if others := sorted(options.keys() - {"revision", "variant"}):
-        raise UserError(f"{others[0]} needs a known model family, and {base!r} is of none; name it with --family")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(resolve(base), dtype=dtype, **options)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"cannot load the base {base!r}: {error}") from error
-    if adapt.adapter is not None and adapt.adapter.new_tokens:
+def _base_of(adapters: Sequence[AdapterFiles]) -> str:
+    """The base that adapters name."""
+    named = list(
+        dict.fromkeys(name for files in adapters if (name := files.main_config.get("base_model_name_or_path")))
+    )
+    if not named:
+        raise UserError("give --base: a folder, a hub id or 'embedded' (the adapter does not name its base)")
+    if len(named) > 1:
         raise UserError(
-            f"the adapter {adapt.path} has new tokens, and {base!r} is of no known model family; name it with --family"
+            f"the adapters name several bases ({', '.join(map(str, named))}); give the one to draw with as --base"
         )
-    adapt(partial(_adapted_part, pipeline), pipeline.components)
-    if changes := adapt.scheduler_changes:
-        config = {"_class_name": type(pipeline.scheduler).__name__, **pipeline.scheduler.config, **changes}
-        pipeline.scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-    pipeline.set_progress_bar_config(disable=True)
-    return partial(generate, pipeline.to(device))
+    return str(named[0])
+
+
+def _merged(one: ScaledAdapter, files: AdapterFiles) -> BaseAdapter:
+    """An adapter as one of several that are merged into the base."""
+    if files.new_tokens:
+        raise UserError(
+            f"the adapter {one.path} has new tokens ({', '.join(files.new_tokens)}), which are not combined with other adapters; "
+            f"draw it by itself"
+        )
+    return BaseAdapter(one.path, one.scale)
+
+
+def _leaves_base(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter's layers keep the base's weights as they are, so that without them the base is as before."""
+    whole = (
+        config.get("modules_to_save") or config.get("trainable_token_indices") or config.get("bias", "none") != "none"
+    )
+    start = config.get("init_lora_weights", True)  # some first values are taken out of the base's weights
+    return (
+        config.get("peft_type") in ("LORA", "LOHA", "LOKR") and not whole and start in (True, False, None, "gaussian")
+    )
 
 
 def _check_device(device: str) -> None:
@@ -189,26 +247,3 @@ def _check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"device={device!r} cannot be used here ({reason}); use cpu, or leave it out") from error
-
-
-def _family_class(family: str | None, base: str | None, options: Mapping[str, str]) -> type[ModelFamily] | None:
-    """The family of this name or import path, or the one for the base's pipeline; None if there is none."""
-    if family is not None:
-        return named_family(family)
-    return family_of_source(ModelSource(base, **options)) if base else None
-
-
-def _adapted_part(pipeline: Any, config: Mapping[str, Any]) -> Any:
-    """The part of a pipeline that an adapter was made for, whose class PEFT's config names."""
-    wanted = (config.get("auto_mapping") or {}).get("base_model_class")
-    components = pipeline.components
-    if wanted is None:
-        parts = [components[name] for name in ("transformer", "unet") if name in components]
-    else:
-        parts = [part for part in components.values() if type(part).__name__ == wanted]
-    if not parts:
-        raise UserError(
-            f"the adapter was made for a {wanted}, which {type(pipeline).__name__} does not have; set --base to the "
-            f"base that the adapter was trained on"
-        )
-    return parts[0]

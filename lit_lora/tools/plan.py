@@ -26,6 +26,7 @@ from lit_lora.planning.plan_run import plan
 from lit_lora.planning.planned_memory import PlannedMemory
 from lit_lora.planning.run import Run, Sampling
 from lit_lora.planning.verdict import cache_verdict, verdict
+from lit_lora.prompts import read_prompts
 from lit_lora.tools.shards_plan import describe as describe_data
 from lit_lora.tools.shards_plan import processes_of
 
@@ -171,7 +172,7 @@ def run_of_config(
         **cacheable(data),
         averaged=_callback(trainer, "AdapterEMA") is not None,
         validation=trainer["limit_val_batches"] not in (0, 0.0) and has_validation(data),
-        sampling=None if samples is None else Sampling.of(samples["prompts"], samples),
+        sampling=None if samples is None else Sampling.of(read_prompts(samples["prompts"]), samples),
         processes=processes_of(trainer),
         leaves_out_start=_leaves_out_start(trainer),
     )

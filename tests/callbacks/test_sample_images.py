@@ -168,3 +168,28 @@ def test_other_loggers_get_the_images_or_say_that_they_show_none(
     assert logger.images == [("samples", (16, 16), step) for step in (0, 2, 4)]
     [told] = [message for message in caplog.messages if "shows no images" in message]
     assert told == f"CSVLogger shows no images; the samples are in {logger.log_dir}/samples"
+
+
+def test_a_file_of_prompts_with_sizes_of_their_own(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each is drawn with its own settings, and the grid has their order."""
+    (tmp_path / "prompts.yaml").write_text(
+        "- a star\n- {prompt: a heart, width: 32, negative_prompt: a two, seed: 5}\n- a two\n"
+    )
+    sampler = SampleImages(str(tmp_path / "prompts.yaml"), every_n_steps=2, num_inference_steps=1, height=16, width=16)
+    calls: list[tuple[Any, Any, Any, Any]] = []
+    original = sd_module.generate
+
+    def generate(prompts: Any, seeds: Any = None, **options: Any) -> list[Image.Image]:
+        calls.append((prompts, seeds, options["width"], options.get("negative_prompts")))
+        return original(prompts, seeds, **options)
+
+    sd_module.generate = generate  # type: ignore[method-assign]
+    logger = TensorBoardLogger(tmp_path, name="run", version=0)
+    fit(sd_module, trainer_options | {"logger": logger}, [sampler], steps=1)
+    assert calls == [(["a star", "a two"], [0, 2], 16, None), (["a heart"], [5], 32, ["a two"])]
+    with Image.open(tmp_path / "run" / "version_0" / "samples" / "step-000000.png") as grid:
+        black = [grid.getpixel((2 + i * 34 + 4, 10)) == (0, 0, 0) for i in range(3)]
+    assert black == [True, False, True]  # the narrow images are centred
+    assert "- a heart (negative prompt a two, seed 5, width 32)" in sampler.description

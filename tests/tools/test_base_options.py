@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion
 from lit_lora.formats.find import read_adapter
-from lit_lora.tools.drawing import make_generate
+from lit_lora.tools.drawing import Drawer, ScaledAdapter
 from tests.helpers import save_adapter
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -32,9 +32,10 @@ def adapter_of(family: ModelFamily, folder: Path) -> Path:
 def drawn_with(base: Path | None, adapter: Path, **options: str) -> Any:
     """The family that ``lit-lora sample`` draws with."""
     named = None if base is None else str(base)
-    common: dict[str, Any] = {"family": None, "dtype": "float32", "device": "cpu", "size": (16, 16)}
-    generate: Any = make_generate(named, str(adapter), base_options=options, **common)
-    return generate.func.__self__
+    common: dict[str, Any] = {"family": None, "dtype": "float32", "device": "cpu", "sizes": [(16, 16)]}
+    drawer = Drawer(named, base_options=options, **common)
+    drawer.adapt([ScaledAdapter(str(adapter))])
+    return drawer.family
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

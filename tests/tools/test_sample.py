@@ -10,19 +10,25 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lit_lora import __version__
 from lit_lora.cli import main
 from lit_lora.families import StableDiffusion
 from lit_lora.formats import write_adapter
 from lit_lora.formats.find import read_adapter
 from lit_lora.formats.quantized_base import quantized_metadata
 from lit_lora.quantization import NF4
+from lit_lora.tools.sample import SampleOptions, sample_arguments
+from lit_lora.tools.sampling import columns_of
 from tests.families.folders import FOLDERS
 from tests.helpers import save_adapter
 
@@ -202,3 +208,175 @@ def test_a_base_that_is_not_finite_is_an_error_and_no_black_image(
     assert main(["sample", "--base", str(folder), "--out", str(tmp_path / "drawn.png"), *DRAWN]) == 2
     assert "holds NaN: the weights of base or adapter are NaN or Inf" in capsys.readouterr().err
     assert not (tmp_path / "drawn.png").exists()
+
+
+def grid_of(folder: Path, out: Path, *options: str) -> Image.Image:
+    assert main(["sample", "--base", str(folder), "--out", str(out), *DRAWN, *options]) == 0
+    with Image.open(out) as image:
+        image.load()
+        return image
+
+
+def scaled(adapter: Path, folder: Path, factor: float) -> Path:
+    """The adapter with another update."""
+    shutil.copytree(adapter, folder)
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = {name: value * factor if "_B" in name else value for name, value in load_file(file).items()}
+        save_file(tensors, file, metadata)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def strong(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose update is seen, since that of a new one is zero."""
+    folder = tmp_path_factory.mktemp("strong") / "strong"
+    shutil.copytree(adapter, folder)
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata()
+        tensors = {name: torch.randn_like(value) for name, value in load_file(file).items()}
+        save_file(tensors, file, metadata)
+    return folder
+
+
+def test_adapters_and_scales_are_compared_over_one_base(
+    strong: Path, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each column is what the adapter draws by itself, and 0 is the base."""
+    loads: list[str] = []
+    load = StableDiffusion.load
+    monkeypatch.setattr(StableDiffusion, "load", lambda self, *a, **o: (loads.append("x"), load(self, *a, **o))[1])
+    other = scaled(strong, tmp_path / "other", 0.25)
+    compared = ["--adapter", str(strong), str(other), "--scales", "0", "1", "0.25"]
+    assert main(["sample", "--base", str(sd_folder), "--out", str(tmp_path / "out"), *DRAWN, *compared]) == 0
+    assert loads == ["x"]
+    names = ["00-base", "01-strong_scale_1", "02-strong_scale_0.25", "03-other_scale_1", "04-other_scale_0.25"]
+    files = sorted((tmp_path / "out").glob("*.png"))
+    assert [path.stem for path in files] == [f"0000-{name}" for name in names]
+    base, first, weak, second, _ = [Image.open(path).tobytes() for path in files]
+    alone = [
+        grid_of(sd_folder, tmp_path / f"{i}.png", *options).tobytes()
+        for i, options in enumerate(
+            ([], ["--adapter", str(strong)], ["--adapter", str(strong), "--scales", "0.25"], ["--adapter", str(other)])
+        )
+    ]
+    assert [base, first, weak, second] == alone
+    assert len({base, first, weak}) == 3
+    assert np.abs(pixels(weak) - pixels(second)).max() <= 1  # B is scaled in one, the update in the other
+
+
+def pixels(image: bytes) -> np.ndarray[Any, Any]:
+    return np.frombuffer(image, np.uint8).astype(int)
+
+
+def test_combined_adapters_draw_as_one_of_the_sum(strong: Path, sd_folder: Path, tmp_path: Path) -> None:
+    other = scaled(strong, tmp_path / "other", 0.5)
+    combined = ["--adapter", str(strong), str(other), "--combine", "--scales", "0.5", "0.5"]
+    together = pixels(grid_of(sd_folder, tmp_path / "a.png", *combined).tobytes())
+    single = ["--adapter", str(strong), "--scales", "0.75"]
+    assert np.abs(together - pixels(grid_of(sd_folder, tmp_path / "b.png", *single).tobytes())).max() <= 1
+
+
+def test_files_hold_what_they_were_drawn_with(strong: Path, sd_folder: Path, tmp_path: Path) -> None:
+    entries = tmp_path / "prompts.yaml"
+    entries.write_text("- {prompt: 'a star, ☆', negative_prompt: blurry, seed: 7, width: 64, steps: 1}\n- a heart\n")
+    common = [
+        "sample",
+        "--base",
+        str(sd_folder),
+        "--adapter",
+        str(strong),
+        "--scales",
+        "0.5",
+        "--prompts",
+        str(entries),
+    ]
+    common += [
+        "--steps",
+        "2",
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--scheduler",
+        "EulerDiscreteScheduler",
+        "--seed",
+        "3",
+    ]
+    text = (
+        "a star, ☆\nNegative prompt: blurry\nSteps: 1, Sampler: EulerDiscreteScheduler, CFG scale: 5.0, Seed: 7, Size: 64x32, "
+        f'Model: {sd_folder}, Adapters: "{strong}: 0.5", Version: lit-lora {__version__}'
+    )
+    for ending in ("png", "jpg", "webp"):
+        out = tmp_path / ending
+        assert main([*common, "--out", str(out), "--format", ending]) == 0
+        assert sorted(path.name for path in out.glob("[0-9]*")) == [f"0000.{ending}", f"0001.{ending}"]
+        with Image.open(out / f"0000.{ending}") as image:
+            assert image.size == (64, 32)
+            comment = image.getexif().get_ifd(0x8769).get(0x9286, b"")
+            assert (image.text["parameters"] if ending == "png" else comment[8:].decode("utf-16-be")) == text  # type: ignore[attr-defined]
+    assert main([*common, "--out", str(tmp_path / "grid.png")]) == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        first, second = grid.text["parameters"].split("\n\n")  # type: ignore[attr-defined]
+    assert first == text
+    assert "a heart\nSteps: 2, " in second
+    assert "Seed: 4, Size: 32x32" in second
+
+
+def test_a_negative_prompt_changes_the_image(sd_folder: Path, tmp_path: Path) -> None:
+    plain = grid_of(sd_folder, tmp_path / "a.png").tobytes()
+    assert grid_of(sd_folder, tmp_path / "b.png", "--negative_prompt", "a heart").tobytes() != plain
+
+
+def test_the_variant_of_a_base_of_no_known_family_is_found(sd_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(sd_folder, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPAGPipeline"}))
+    for file in folder.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert main(["sample", "--base", str(folder), "--out", str(tmp_path / "drawn.png"), *DRAWN]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--adapter", "one", "one"], "the adapter one is given more than once"),
+        (["--adapter", "one", "--combine"], "--combine needs several adapters, and there is 1"),
+        (["--adapter", "one", "two", "--combine", "--scales", "1", "2", "3"], "2 are given, and 3 scales"),
+        (["--scales", "0.5"], "scales are factors of adapters, and there is none"),
+        (["--scheduler", "NoScheduler"], "scheduler='NoScheduler' cannot take the place of the base's"),
+        (["--negative_prompt", "b", "--guidance_scale", "1"], "draws without classifier-free guidance"),
+    ],
+)
+def test_a_wrong_choice_is_one_error(
+    options: list[str], message: str, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "drawn.png"
+    assert main(["sample", "--base", str(sd_folder), "--out", str(out), *DRAWN, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_names_tell_adapters_apart() -> None:
+    options = SampleOptions(["a/last.adapter", "b/last.adapter", "c/x.safetensors"], prompts="a", scales=[1, 0.5])
+    names = [
+        "a/last, scale 1",
+        "a/last, scale 0.5",
+        "b/last, scale 1",
+        "b/last, scale 0.5",
+        "c/x, scale 1",
+        "c/x, scale 0.5",
+    ]
+    assert [column.name for column in columns_of(options)] == names
+    assert [column.name for column in columns_of(replace(options, scales=None))] == ["a/last", "b/last", "c/x"]
+
+
+def test_several_values_of_an_option_are_a_list() -> None:
+    given = ["--adapter", "a", "b", "--scales", "0", "-0.5", "--combine", "--prompts", "x", "--seed", "3"]
+    made = sample_arguments([*given, "--combine", "false"])
+    expected = ["--adapter", '["a", "b"]', "--scales", "[0, -0.5]", "--combine=true", "--prompts", "x", "--seed", "3"]
+    assert made == [*expected, "--combine", "false"]
+    assert sample_arguments(["--prompts", "1", "2"]) == ["--prompts", '["1", "2"]']

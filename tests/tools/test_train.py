@@ -55,7 +55,7 @@ def test_a_folder_becomes_an_adapter_and_the_same_command_resumes(
     run = out / "lightning_logs" / "version_0"
     results = json.loads((out / "finished.json").read_text())
     assert results["folder"] == str(run)
-    assert {"adapter", "best", "card", "report", "samples"} <= results.keys()
+    assert {"adapter", "best", "card", "report", "figures", "samples"} <= results.keys()
     assert all((run / path).exists() for name, path in results.items() if name != "folder")
     assert f"--adapter {run / results['best']}" in shown.out
     assert "--prompts 'sks dog'" in shown.out

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lit_lora.files import atomic_file
+from lit_lora.tools.run_page import PAGE
 
 _RECORD = "finished.json"
 
@@ -18,16 +19,21 @@ def newest_run(out: Path) -> Path | None:
     return newest and newest.parent.parent
 
 
+def best_adapter(run: Path) -> Path | None:
+    """The adapter with the lowest validation loss of a run; None if it kept none."""
+    return max(run.glob("checkpoints/best-*.adapter"), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def results_of(out: Path) -> dict[str, str]:
     """Paths of a run's results by what they are: the run's folder, and in it the adapters, the newest images, the report."""
     folder = newest_run(out)
     if folder is None:
         return {}
-    best = max(folder.glob("checkpoints/best-*.adapter"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    best = best_adapter(folder)
     last = folder / "checkpoints" / "last.adapter"
     samples = max(folder.glob("samples/*.png"), default=None)
     found = {"adapter": last, "best": best, "card": (best or last) / "README.md", "samples": samples}
-    found |= {"report": folder / "report.json"}
+    found |= {"report": folder / PAGE, "figures": folder / "report.json"}
     there = {name: path for name, path in found.items() if path is not None and path.exists()}
     return {"folder": str(folder)} | {name: str(path.relative_to(folder)) for name, path in there.items()}
 

@@ -25,6 +25,8 @@ from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.tools.cache import cache_shards
 from lit_lora.tools.plan import memory_of, run_of_config
+from lit_lora.tools.run_page import PLAN
+from lit_lora.tools.run_page.write import write_page
 from lit_lora.tools.training.base import Base, find_base
 from lit_lora.tools.training.captions import CaptionRule, caption_rule, prompts_for
 from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
@@ -121,6 +123,7 @@ class _Training:
                 Choice("drawing", "none", "they do not fit beside training; see lit-lora sample", "trainer.callbacks")
             )
         print(f"\n{table(choices)}\n\n{fit.plan.describe()}\n")
+        fit.plan.write(self.out / PLAN)
         header = f"# lit-lora fit --config {shlex.quote(str(self.config))}\n"
         header += "# Chosen by lit-lora train; the reasons are beside the keys.\n"
         comments = comments_of(choices, self.request.cache)
@@ -162,10 +165,21 @@ class _Training:
             version = started.name.removeprefix("version_")
             arguments += ["--ckpt_path", "last", "--trainer.logger.init_args.version", version]
         trainer = run(arguments).trainer
+        _write_report(self.out)
         results = results_of(self.out)
         if trainer.global_step >= trainer.max_steps > 0:
             record(self.out, results)
         return results
+
+
+def _write_report(out: Path) -> None:
+    """Write the page about the newest run; without it the run is as good."""
+    if (folder := newest_run(out)) is None:
+        return
+    try:
+        write_page(folder)
+    except Exception as error:
+        print(f"the report could not be written: {error}; lit-lora report {shlex.quote(str(folder))} tries again")
 
 
 def _packed_line(packed: PackSummary) -> str:

@@ -1,0 +1,154 @@
+"""Prompts to draw, each with settings of its own, from texts or from a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from lit_lora.errors import UserError, check_least
+from lit_lora.visible import visible
+
+PROMPT_FILES = (".txt", ".yaml", ".yml", ".json")
+"""Endings of files of prompts."""
+
+_OPTIONS = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale", "height": "height", "width": "width"}
+"""Settings of a prompt by their names in files, with their names in :func:`lit_lora.sampling.generate`."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt with its own settings; those that are None are the caller's.
+
+    Args:
+        prompt: Text to draw.
+        negative_prompt: Text to draw away from; defaults to none.
+        seed: Seed of the initial noise.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        steps: Number of denoising steps.
+        guidance_scale: Scale of classifier-free guidance; 1 turns it off.
+
+    Raises:
+        UserError: If there is no text, or a setting is of another type or below its bound.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    seed: int | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            texts = name in ("prompt", "negative_prompt")
+            kinds = (str,) if texts else (int, float) if name == "guidance_scale" else (int,)
+            if (value is not None or texts) and (isinstance(value, bool) or not isinstance(value, kinds)):
+                raise UserError(f"{name}={value!r} of a prompt is no {' or '.join(kind.__name__ for kind in kinds)}")
+        if not self.prompt.strip():
+            raise UserError("a prompt is empty; write what to draw")
+        check_least(0, seed=self.seed, guidance_scale=self.guidance_scale)
+        check_least(1, width=self.width, height=self.height, steps=self.steps)
+
+    def filled(self, **settings: Any) -> Prompt:
+        """The prompt with these settings where it has none of its own."""
+        own = asdict(self)
+        return replace(self, **{name: value for name, value in settings.items() if own[name] in (None, "")})
+
+    def __str__(self) -> str:
+        """The prompt and what is set beside it, in one line."""
+        own = {name: value for name, value in asdict(self).items() if name != "prompt" and value not in (None, "")}
+        told = ", ".join(f"{name.replace('_', ' ')} {visible(value)}" for name, value in own.items())
+        return visible(self.prompt) + (f" ({told})" if told else "")
+
+
+class PromptGroup(NamedTuple):
+    """Prompts that one batch can hold, since they are drawn with the same options.
+
+    Args:
+        places: Their places among all prompts.
+        options: Options of :func:`lit_lora.sampling.generate`.
+    """
+
+    places: list[int]
+    options: dict[str, Any]
+
+
+def read_prompts(prompts: str | Sequence[str]) -> list[Prompt]:
+    """Prompts from a text, texts or a file.
+
+    A file has an ending of :data:`PROMPT_FILES`. Each line of a ``.txt`` file is a prompt, except empty lines and those that
+    begin with ``#``. YAML and JSON files hold a list, each entry a text, or a mapping with the names of the arguments of
+    :class:`Prompt`, of which ``prompt`` is required.
+
+    Args:
+        prompts: One prompt, several, or the path of a file.
+
+    Raises:
+        UserError: If there are none, the file cannot be read, or an entry has unknown or wrong settings.
+    """
+    if not isinstance(prompts, str):
+        found = [Prompt(one) for one in prompts]
+    elif "\n" not in prompts and Path(prompts).suffix.lower() in PROMPT_FILES:
+        found = _from_file(Path(prompts).expanduser())
+    else:
+        found = [Prompt(prompts)]
+    if not found:
+        raise UserError("there are no prompts; give at least one")
+    return found
+
+
+def prompt_groups(prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[PromptGroup]:
+    """Divide prompts into groups that are drawn with the same options, in the order of their first prompts.
+
+    Args:
+        prompts: Prompts.
+        options: Options of :func:`lit_lora.sampling.generate` for prompts without such a setting.
+    """
+    groups: dict[tuple[Any, ...], PromptGroup] = {}
+    for place, prompt in enumerate(prompts):
+        settings = asdict(prompt)
+        own = {to: settings[name] for name, to in _OPTIONS.items() if settings[name] is not None}
+        # Without a negative prompt some pipelines take zeros, which an empty text beside others would not become.
+        key = (*own.items(), bool(prompt.negative_prompt))
+        groups.setdefault(key, PromptGroup([], {**options, **own})).places.append(place)
+    return list(groups.values())
+
+
+def _from_file(path: Path) -> list[Prompt]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".txt":
+            lines = [line.strip() for line in text.splitlines()]
+            return [Prompt(line) for line in lines if line and not line.startswith("#")]
+        entries = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"cannot read the prompts in {path}: {error.strerror}; name a file that exists") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the prompts in {path}: {error}; correct the file") from error
+    if not isinstance(entries, list):
+        raise UserError(
+            f"{path} holds no list of prompts; begin each entry with '- ', or write one prompt a line as .txt"
+        )
+    return [_entry(path, number, entry) for number, entry in enumerate(entries, 1)]
+
+
+def _entry(path: Path, number: int, entry: Any) -> Prompt:
+    known = [field.name for field in fields(Prompt)]
+    where = f"entry {number} of {path}"
+    if isinstance(entry, str):
+        entry = {"prompt": entry}
+    if not isinstance(entry, Mapping) or "prompt" not in entry:
+        raise UserError(f"{where} has no prompt; an entry is a text, or a mapping with {', '.join(known)}")
+    if unknown := [str(name) for name in entry if name not in known]:
+        raise UserError(f"{where} has the unknown setting {visible(unknown[0])}; choose from {', '.join(known)}")
+    try:
+        return Prompt(**entry)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

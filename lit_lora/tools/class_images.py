@@ -1,0 +1,127 @@
+"""The steps of ``lit-lora prior``: draw the images that are not there yet, then pack them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+import lit_lora
+from lit_lora.datamodules.packing.pack import pack_folder
+from lit_lora.errors import UserError
+from lit_lora.files import atomic_file, remove_unfinished
+from lit_lora.folder_lock import only_run_in
+from lit_lora.prompts import Prompt, prompt_groups, read_prompts
+from lit_lora.tools.drawing import Drawer
+from lit_lora.tools.drawn_image import DrawnImage, write_image
+from lit_lora.tools.prior import PriorOptions
+from lit_lora.visible import visible
+
+CLASS = "class"
+"""Folder of the images, with which the keys of their samples begin."""
+
+_RECORD = "prior.json"
+_ANY = ("device", "batch_size", "out")
+"""Options that another run in the same folder may have."""
+
+
+def draw_class_images(options: PriorOptions) -> None:
+    """Run ``lit-lora prior``.
+
+    Raises:
+        UserError: If prompts or base cannot be used, or the folder holds images of another command.
+    """
+    out = Path(options.out)
+    prompts = _prompts(options)
+    with only_run_in(out, "prior"):
+        _claim(out, options)
+        images = out / "images" / CLASS
+        images.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(images, "*")
+        missing = [place for place in range(len(prompts)) if not _file(images, place).exists()]
+        if missing:
+            _draw(options, images, prompts, missing)
+        packed = pack_folder(out / "images", out / "shards")
+    print(
+        f"{packed.samples:,} class images, {len(missing):,} of them drawn now: {out / 'shards'}\n"
+        f"Next: train on both, with these keys of the config, whose objective is that of the base (DDPM or FlowMatching):\n"
+        f"  data.init_args.train_shards: [YOUR_SHARDS, {out / 'shards'}]\n"
+        f"  model.objective.init_args.prior: {{class_path: PriorPreservation, init_args: {{class_keys: '{CLASS}/*'}}}}"
+    )
+
+
+def _prompts(options: PriorOptions) -> list[Prompt]:
+    """A prompt with its own seed and settings for each image."""
+    assert options.prompts is not None
+    names = ("negative_prompt", "steps", "guidance_scale", "height", "width")
+    common = {name: getattr(options, name) for name in names}
+    given = [one.filled(**common) for one in read_prompts(options.prompts)]
+    if any(one.seed is not None for one in given):
+        raise UserError(
+            "prompts of class images have no seed of their own, since each is drawn many times; leave it out"
+        )
+    return [given[i % len(given)].filled(seed=options.seed + i) for i in range(options.count)]
+
+
+def _claim(out: Path, options: PriorOptions) -> None:
+    """Record what the folder holds; refuse a folder with images of other options."""
+    wanted = {name: value for name, value in asdict(options).items() if name not in _ANY}
+    assert options.prompts is not None
+    wanted["prompts"] = [asdict(one) for one in read_prompts(options.prompts)]
+    path = out / _RECORD
+    if not path.exists():
+        with atomic_file(path) as part:
+            part.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); name another folder") from error
+    changed = [name for name in wanted if found.get(name) != wanted[name]]
+    if changed:
+        raise UserError(
+            f"{visible(out)} holds images drawn with {changed[0]}={found.get(changed[0])!r}, not {wanted[changed[0]]!r}; give "
+            f"the same options, or name another folder"
+        )
+
+
+def _draw(options: PriorOptions, folder: Path, prompts: Sequence[Prompt], missing: Sequence[int]) -> None:
+    """Draw the images of these places, and write each batch before the next is drawn."""
+    own = {"revision": options.revision, "variant": options.variant}
+    drawer = Drawer(
+        options.base,
+        family=options.family,
+        dtype=options.dtype,
+        device=options.device,
+        sizes=sorted({(prompts[place].height, prompts[place].width) for place in missing}, key=str),
+        base_options={name: value for name, value in own.items() if value is not None},
+        scheduler=options.scheduler,
+    )
+    drawer.adapt([])
+    with tqdm(
+        total=len(prompts), initial=len(prompts) - len(missing), desc="drawing", unit="image", disable=None
+    ) as bar:
+        for places, settings in prompt_groups([prompts[place] for place in missing], {"height": None, "width": None}):
+            for start in range(0, len(places), options.batch_size):
+                batch = [missing[place] for place in places[start : start + options.batch_size]]
+                group = [prompts[place] for place in batch]
+                texts, away = [one.prompt for one in group], [one.negative_prompt for one in group]
+                seeds = [one.seed or 0 for one in group]
+                for place, image in zip(
+                    batch, drawer.generate(texts, seeds, negative_prompts=away, **settings), strict=True
+                ):
+                    facts = (drawer.scheduler_name, str(drawer.base), (), lit_lora.__version__)
+                    drawn = DrawnImage(image, prompts[place], *facts)
+                    with atomic_file(_file(folder, place).with_suffix(".txt")) as part:
+                        part.write_text(prompts[place].prompt + "\n", encoding="utf-8")
+                    write_image(
+                        image, _file(folder, place), drawn.parameters
+                    )  # last: it tells that the sample is complete
+                bar.update(len(batch))
+
+
+def _file(folder: Path, place: int) -> Path:
+    return folder / f"{place:06d}.png"

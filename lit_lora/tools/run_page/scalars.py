@@ -1,0 +1,53 @@
+"""Scalars that loggers wrote: TensorBoard's event files and Lightning's CSV files."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+Curves = dict[str, list[tuple[int, float]]]
+"""Steps and values by the name of the scalar."""
+
+
+def read_curves(folder: Path, notes: list[str]) -> Curves:
+    """All scalars in a run's folder.
+
+    Args:
+        folder: Folder of the run.
+        notes: Takes what could not be read, and how many values are not finite.
+    """
+    curves = _from_csv(folder / "metrics.csv", notes)
+    if any(folder.glob("events.out.tfevents.*")):
+        curves |= _from_tensorboard(folder)
+    for name, points in curves.items():
+        finite = [(step, value) for step, value in points if math.isfinite(value)]
+        if len(finite) < len(points):
+            notes.append(f"{len(points) - len(finite)} of {len(points)} values of {name} are NaN or Inf")
+        curves[name] = sorted(finite)
+    return {name: points for name, points in curves.items() if points}
+
+
+def _from_tensorboard(folder: Path) -> Curves:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    # Images and all else are left on the disk; 0 keeps all scalars.
+    sizes = {"images": 1, "histograms": 1, "tensors": 1, "scalars": 0}
+    events = EventAccumulator(str(folder), size_guidance=sizes).Reload()
+    return {name: [(one.step, one.value) for one in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def _from_csv(path: Path, notes: list[str]) -> Curves:
+    curves: Curves = {}
+    if not path.is_file():
+        return curves
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                step = int(float(row["step"]))
+                for name, text in row.items():
+                    if name != "step" and text:
+                        curves.setdefault(name, []).append((step, float(text)))
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        notes.append(f"{path.name} cannot be read to its end: {error!r}")
+    return curves

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lit_lora.errors import UserError
+from lit_lora.prompts import Prompt, prompt_groups, read_prompts
+
+YAML = """
+- a red seven
+- prompt: a blue star
+  negative_prompt: blurry
+  seed: 3
+  width: 32
+  steps: 8
+  guidance_scale: 2
+"""
+
+
+def test_texts() -> None:
+    assert read_prompts("a cat. txt") == [Prompt("a cat. txt")]
+    assert read_prompts(["a", "b.txt"]) == [Prompt("a"), Prompt("b.txt")]
+
+
+def test_files_hold_texts_and_entries(tmp_path: Path) -> None:
+    lines, entries = tmp_path / "lines.txt", tmp_path / "entries.yaml"
+    lines.write_text("\ufeff# comment\na red seven\n\n  a blue star \n", encoding="utf-8")
+    entries.write_text(YAML)
+    assert read_prompts(str(lines)) == [Prompt("a red seven"), Prompt("a blue star")]
+    star = Prompt("a blue star", "blurry", seed=3, width=32, steps=8, guidance_scale=2)
+    assert read_prompts(str(entries)) == [Prompt("a red seven"), star]
+    assert str(star) == "a blue star (negative prompt blurry, seed 3, width 32, steps 8, guidance scale 2)"
+    assert star.filled(seed=9, negative_prompt="x", height=16) == Prompt("a blue star", "blurry", 3, 32, 16, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", None, "cannot read the prompts in .*: No such file"),
+        ("a.json", "[", "cannot read the prompts in .*; correct the file"),
+        ("a.yaml", "prompt: a", "holds no list of prompts"),
+        (
+            "a.yaml",
+            "- seed: 1",
+            "entry 1 of .* has no prompt; an entry is a text, or a mapping with prompt, negative_prompt",
+        ),
+        ("a.yaml", "- a\n- {prompt: b, sed: 1}", "entry 2 of .* has the unknown setting sed; choose from prompt, neg"),
+        ("a.yaml", "- {prompt: b, seed: x}", "entry 1 of .*: seed='x' of a prompt is no int"),
+        ("a.yaml", "- {prompt: b, steps: 0}", "entry 1 of .*: steps=0 is too small"),
+        ("a.txt", "# only a comment\n", "there are no prompts"),
+        ("a.yaml", "- ''", "entry 1 of .*: a prompt is empty"),
+    ],
+)
+def test_a_wrong_file_is_one_error(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_prompts(str(tmp_path / name))
+
+
+def test_prompts_with_equal_options_are_drawn_together() -> None:
+    prompts = [Prompt("a", seed=1), Prompt("b", width=32), Prompt("c", seed=2), Prompt("d", "e"), Prompt("f", width=32)]
+    groups = prompt_groups(prompts, {"num_inference_steps": 2, "width": 16})
+    assert [group.places for group in groups] == [[0, 2], [1, 4], [3]]
+    assert [group.options for group in groups] == [{"num_inference_steps": 2, "width": width} for width in (16, 32, 16)]

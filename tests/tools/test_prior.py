@@ -1,0 +1,74 @@
+"""``lit-lora prior``: class images in shards, from runs that may be killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_lora.cli import main
+from lit_lora.datamodules.indexing.index import ShardIndex
+from lit_lora.tools.drawing import Drawer
+
+
+@pytest.fixture
+def command(sd_folder: Path) -> list[str]:
+    options = [
+        "--count",
+        "5",
+        "--steps",
+        "1",
+        "--height",
+        "16",
+        "--width",
+        "16",
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    return ["--base", str(sd_folder), "--prompts", "a star", "a heart", *options]
+
+
+def test_a_killed_run_goes_on_to_the_same_images(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(["prior", str(whole), *command]) == 0
+    drawn: list[int] = []
+    generate = Drawer.generate
+
+    def ends(self: Drawer, prompts: Any, seeds: Any, **options: Any) -> Any:
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.extend(seeds)
+        return generate(self, prompts, seeds, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Drawer, "generate", ends)
+        assert main(["prior", str(killed), *command]) == 130
+    images = killed / "images" / "class"
+    assert sorted(path.name for path in images.glob("*.png")) == ["000000.png", "000001.png"]
+    (images / "000002.txt").write_text("half")  # as if it had been killed between the two files of a sample
+    capsys.readouterr()
+    assert main(["prior", str(killed), *command]) == 0
+    assert "5 class images, 3 of them drawn now" in capsys.readouterr().out
+    name = "shards/shard-000000.tar"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    index = ShardIndex.load_or_build(killed / name)
+    assert [index.key(i) for i in range(len(index))] == [f"class/{i:06d}" for i in range(5)]
+    captions = [path.read_text() for path in sorted(images.glob("*.txt"))]
+    assert captions == ["a star\n", "a heart\n", "a star\n", "a heart\n", "a star\n"]
+
+
+def test_other_options_are_refused(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prior", str(tmp_path), *command]) == 0
+    assert main(["prior", str(tmp_path), *command, "--seed", "3"]) == 2
+    assert "holds images drawn with seed=0, not 3; give the same options" in capsys.readouterr().err
+    assert main(["prior", str(tmp_path / "new"), "--base", "embedded"]) == 2
+    assert "give --prompts: a text for the class" in capsys.readouterr().err
+    entries = tmp_path / "entries.yaml"
+    entries.write_text("- {prompt: a, seed: 3}\n")
+    assert main(["prior", str(tmp_path / "new"), "--base", "embedded", "--prompts", str(entries)]) == 2
+    assert "have no seed of their own" in capsys.readouterr().err
