@@ -33,7 +33,7 @@ def find_input(
     caption_key: str = "caption",
     jobs: int = 1,
     template: CaptionTemplate | None = None,
-    fallback: str = "",
+    fallback: str | None = None,
     caption_extension: str | None = None,
     is_set: bool = False,
 ) -> PackInput:
@@ -47,7 +47,7 @@ def find_input(
         caption_key: Key of captions in ``.json`` files. Defaults to "caption".
         jobs: Number of processes that scan tar shards. Defaults to 1.
         template: Makes the captions of a folder's images from their names. Defaults to None: captions are read.
-        fallback: Caption of a folder's images without a caption file. Defaults to none: these images are bad.
+        fallback: Caption of a folder's images without a caption file. Defaults to None: these images are bad.
         caption_extension: Ending of the caption files beside images. Defaults to None: all of ``CAPTIONS``.
         is_set: Whether the folder is one of several sets, with repeats of its own. Defaults to False.
 

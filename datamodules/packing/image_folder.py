@@ -45,7 +45,7 @@ class ImageFolder(PackInput):
         names: Paths of the images, relative to ``folder``.
         sides: Files beside each image, one bit for each entry of ``_SIDES``, uint8 (N,).
         template: Makes the captions in place of the files beside the images; None to read these.
-        fallback: Caption of images without a caption file.
+        fallback: Caption of images without a caption file; None if there are none.
     """
 
     captions_are_beside = True
@@ -54,7 +54,7 @@ class ImageFolder(PackInput):
     names: SampleNames
     sides: NDArray[np.uint8]
     template: CaptionTemplate | None = None
-    fallback: str = ""
+    fallback: str | None = None
 
     @classmethod
     def find(cls, source: PackSource) -> ImageFolder | None:
@@ -70,7 +70,7 @@ class ImageFolder(PackInput):
         folder: Path,
         skip: Path | None = None,
         template: CaptionTemplate | None = None,
-        fallback: str = "",
+        fallback: str | None = None,
         kinds: Sequence[str] = CAPTIONS,
     ) -> ImageFolder:
         """All images below a folder, sorted by path, with captions beside them or by a template.
@@ -79,7 +79,7 @@ class ImageFolder(PackInput):
             folder: Folder to list.
             skip: Folder to skip. Defaults to None.
             template: Makes the captions. Defaults to None: they are read.
-            fallback: Caption of images without a caption file. Defaults to none: these are bad.
+            fallback: Caption of images without a caption file. Defaults to None: these are bad.
             kinds: Endings of the files that hold captions, a part of :data:`CAPTIONS`, which is the default.
 
         Raises:
@@ -106,8 +106,7 @@ class ImageFolder(PackInput):
                     bits = _find_sides(file, siblings, kinds)
                     size, stamp = stat_files(_paths(folder, file, bits))
                     if template is None and not bits & _CAPTION_BITS:
-                        _check_fallback(fallback, kinds)
-                        size += packed_size(len(fallback.encode()))
+                        size += packed_size(len(_checked(fallback, kinds).encode()))
                         bare.append(file)
                     size += 0 if template is None else packed_size(len(template.caption(file, folder)))
                 except BadSampleError as error:
@@ -149,7 +148,7 @@ class ImageFolder(PackInput):
         paths = _paths(self.folder, self.names[sample], int(self.sides[sample]))
         members = {extension: read_file(path) for extension, path in paths.items()}
         if self.template is None:
-            return members if members.keys() & CAPTIONS else members | {"txt": self.fallback.encode()}
+            return members if members.keys() & CAPTIONS else members | {"txt": (self.fallback or "").encode()}
         return members | {"txt": self.template.caption(self.names[sample], self.folder)}
 
     def select(self, samples: NDArray[np.int64]) -> ImageFolder:
@@ -210,10 +209,11 @@ def _find_sides(file: str, siblings: Set[str], kinds: Sequence[str]) -> int:
     return sum(1 << bit for bit in found.values())
 
 
-def _check_fallback(fallback: str, kinds: Sequence[str]) -> None:
-    if not fallback:
+def _checked(fallback: str | None, kinds: Sequence[str]) -> str:
+    if fallback is None:
         endings = " or ".join(f".{kind}" for kind in kinds if kind != "caption" or kinds == ("caption",))
         raise BadSampleError(f"has no caption (a {endings} file of the same name)")
+    return fallback
 
 
 def _is_mask(file: str, siblings: Set[str]) -> bool:

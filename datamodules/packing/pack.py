@@ -84,7 +84,7 @@ def pack_folder(
     caption_column: str | None = None,
     captions: str | CaptionTemplate | None = None,
     prefix: str = "shard",
-    fallback: str = "",
+    fallback: str | None = None,
     caption_extension: str | None = None,
     is_set: bool = False,
 ) -> PackSummary:
@@ -115,7 +115,7 @@ def pack_folder(
         captions: Caption of every image of a folder, in place of captions in files: a text in which ``{name}`` and ``{folder}``
             stand for the words of the image's and the folder's name (:class:`CaptionTemplate`). Defaults to None: they are read.
         prefix: Prefix of the names of the shards. Defaults to "shard".
-        fallback: Caption of a folder's images without a caption file. Defaults to none: these images are bad.
+        fallback: Caption of a folder's images without a caption file. Defaults to None: these images are bad.
         caption_extension: Ending of the caption files beside images: ``txt``, ``json`` or ``caption``. Defaults to None: any.
         is_set: Whether the folder is one of several sets, with repeats of its own, so that no note is due about a number in its
             name. Defaults to False.
@@ -138,7 +138,7 @@ def pack_folder(
     options = [str(source.absolute()), prefix, samples_per_shard, max_shard_bytes, shuffle_seed, *columns.values()]
     # Plans of earlier versions have no such entries.
     options += [] if template is None else [template.text]
-    options += [f"{name}={value}" for name, value in beside.items() if value]
+    options += [f"{name}={value}" for name, value in beside.items() if value is not None]
     with only_run_in(out, "pack"):
         if count_files(samples.bad) <= max_bad:
             claim(out, list(shards), samples.fingerprint, options)

@@ -70,7 +70,7 @@ def pack_sets(found: SourceSets, out: str | Path, **options: Any) -> PackedSets:
         pack_folder(
             one.folder,
             out / one.name,
-            **{"fallback": one.fallback, "caption_extension": one.caption_extension, "is_set": True} | options,
+            **{"fallback": one.fallback or None, "caption_extension": one.caption_extension, "is_set": True} | options,
         )
         for one in found.sets
     ]

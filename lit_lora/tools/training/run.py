@@ -88,7 +88,8 @@ class _Training:
     def run(self) -> None:
         """Do what is left to do: a run that was stopped goes on."""
         print(f"output   {self.out}")
-        packed = pack_folder(self.folder, self.shards, captions=self.rule.template, max_bad=self.request.max_bad)
+        captions: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
+        packed = pack_folder(self.folder, self.shards, max_bad=self.request.max_bad, **captions)
         print(_packed_line(packed))
         if not self.config.exists():
             self._choose()
