@@ -74,12 +74,15 @@ def pack(
         "prefix": prefix,
     }
     if (found := find_sets(source, out)) is not None:
-        print("\n".join(_sets_lines(pack_sets(found, out, **options))))
+        packed = pack_sets(found, out, **options)
+        fit = ["lit-lora", "fit", "--config", "configs/sd15.yaml", "--config", str(packed.config)]
+        print("\n".join([*sets_lines(packed), f"\nNext: {shlex.join(fit)}"]))
     else:
         print("\n".join(_pack_lines(pack_folder(source, out, **options))))
 
 
-def _sets_lines(packed: PackedSets) -> list[str]:
+def sets_lines(packed: PackedSets) -> list[str]:
+    """Lines that list packed sets, what was left out of them, and the notes."""
     from lit_lora.datamodules.packing.left_out import format_reasons
     from lit_lora.datamodules.packing.pack_sets import set_rows
     from lit_lora.report_text import format_table
@@ -93,9 +96,7 @@ def _sets_lines(packed: PackedSets) -> list[str]:
             else []
         )
         lines += [f"note     {visible(one.name)}: {note}" for note in summary.notes]
-    lines += [f"note     {note}" for note in packed.found.notes]
-    fit = ["lit-lora", "fit", "--config", "configs/sd15.yaml", "--config", str(packed.config)]
-    return [*lines, f"\nNext: {shlex.join(fit)}"]
+    return [*lines, *(f"note     {note}" for note in packed.found.notes)]
 
 
 def _pack_lines(summary: PackSummary) -> list[str]:

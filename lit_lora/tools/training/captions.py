@@ -73,6 +73,25 @@ def caption_rule(folder: Path, out: Path, captions: str, trigger: str | None) ->
     return CaptionRule(None, prefix, Choice("captions", "from files", shown, _KEY))
 
 
+def rule_of_sets(captions: str, trigger: str | None) -> CaptionRule:
+    """The source of captions for several sets, each of which has its own.
+
+    Args:
+        captions: ``auto`` or ``files``.
+        trigger: Words that stand for what is learned; None for none.
+
+    Raises:
+        UserError: If ``captions`` is anything else.
+    """
+    if captions not in ("auto", "files"):
+        raise UserError(
+            f"captions={captions!r} is for one folder, and here are several sets, whose captions are in files or in the names of "
+            "their folders and class_tokens; leave --captions out"
+        )
+    shown = f'each after "{trigger}"' if trigger else "or else the folder's name or class_tokens"
+    return CaptionRule(None, f"{trigger}, " if trigger else "", Choice("captions", "from files", shown, _KEY))
+
+
 def prompts_for(captions: Sequence[str], prefix: str) -> list[str]:
     """Prompts of the images that are drawn while training: captions from the whole of the data, the rarest repeated last.
 
