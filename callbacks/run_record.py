@@ -78,6 +78,8 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
         for name, text in described_options(datamodule.decoder):
             if not name.startswith("_"):
                 yield f"data.decoder.{name}", text
+    if getattr(datamodule, "train_sets", None):
+        yield "data.train_sets", described(datamodule.train_sets)
     if isinstance(getattr(module, "family", None), ModelFamily):
         for name in _OF_THE_MODEL:
             yield f"model.{name}", described(getattr(module, name))

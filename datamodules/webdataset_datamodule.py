@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from lit_lora.datamodules.batches.cursor import Cursor
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
 from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE, Plan
 from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
-from lit_lora.datamodules.caching.of_run import cache_of_run, decoder_of_run
-from lit_lora.datamodules.caching.open_cache import OpenCache
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
@@ -28,9 +25,10 @@ from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.data_progress import add_data_progress
 from lit_lora.datamodules.loading.dataset import ShardDataset
 from lit_lora.datamodules.loading.loader import PlannedLoader
+from lit_lora.datamodules.loading.open_sets import OpenSets
 from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
-from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.datamodules.remote.transfer import is_remote
+from lit_lora.datamodules.shard_set import ShardSet
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
 from lit_lora.distributed.jobs import check_workers
 from lit_lora.draws import seed_of
@@ -79,6 +77,7 @@ class WebDatasetDataModule(LightningDataModule):
         max_bad_samples: Number of different bad samples that each process tolerates before training stops. Defaults to 0.
             Other samples with weight 0 replace them in the batch.
         seed: Seed of the order, the crops, the flips, the captions, and the choice of held-out samples. Defaults to 0.
+        train_sets: Sets to train on, instead of ``train_shards``, each with its own repeats and decoder.
 
     Raises:
         UserError: If a value is out of its bounds, or two arguments exclude each other.
@@ -98,6 +97,7 @@ class WebDatasetDataModule(LightningDataModule):
         num_workers: int = 2,
         max_bad_samples: int = 0,
         seed: int = 0,
+        train_sets: list[ShardSet] | None = None,
     ) -> None:
         super().__init__()
         check_least(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
@@ -105,6 +105,7 @@ class WebDatasetDataModule(LightningDataModule):
         check_most(MAX_BATCH_SIZE, batch_size=batch_size)
         check_workers(num_workers=num_workers)
         check_exclusive(val_shards=val_shards, val_samples=val_samples)
+        check_exclusive(train_shards=train_shards, train_sets=train_sets)
         self.train_shards = train_shards
         self.val_shards = val_shards
         self.test_shards = test_shards
@@ -117,10 +118,11 @@ class WebDatasetDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.max_bad_samples = max_bad_samples
         self.seed = seed
+        self.train_sets = train_sets
         self.cached: frozenset[str] = frozenset()
         """Parts of a batch that come from a cache, ``"latents"`` and ``"text"``; known after setup."""
         self._bucketing = Bucketing.of(resolution, buckets, None if buckets is None else buckets.max_upscaling)
-        self._cache_of: dict[SampleTable, OpenCache | None] = {}
+        self._opened: dict[SampleTable, OpenSets] = {}
         self._train: ChunkedSamples | None = None
         self._val: ListedSamples | None = None
         self._test: ListedSamples | None = None
@@ -134,7 +136,7 @@ class WebDatasetDataModule(LightningDataModule):
         Raises:
             UserError: If a shard or an index is missing or damaged.
         """
-        for shards in (self.train_shards, self.val_shards, self.test_shards):
+        for shards in (*(one.shards for one in self.training_sets), self.val_shards, self.test_shards):
             if shards:
                 open_table(shards, refresh=True)
 
@@ -152,27 +154,39 @@ class WebDatasetDataModule(LightningDataModule):
             if not self.test_shards:
                 raise UserError("there is no data to test on; set test_shards")
             self._test = self._evaluation_data(self.test_shards)
-        if stage == "fit" and not self.train_shards:
+        if stage == "fit" and not self.training_sets:
             raise UserError("there is no data to train on; set train_shards")
         if stage in ("validate", "predict") and not self.val_shards and not self.val_samples:
             raise UserError(f"there is no data to {stage} on; set val_shards or val_samples")
-        if self.train_shards and stage != "test" and (stage == "fit" or self.val_samples):
-            self._split_train(self._open(self.train_shards))
+        if self.training_sets and stage != "test" and (stage == "fit" or self.val_samples):
+            self._split_train(self._open(self.training_sets))
         if stage != "test" and self.val_shards:
             self._val = self._evaluation_data(self.val_shards)
         if stage == "fit":
             self._prepare_training()
         tables = {samples.table for samples in (self._train, self._val, self._test) if samples is not None}
-        self._cache_of = {table: self._cache_of[table] for table in tables}
-        caches = list(self._cache_of.values())
-        self.cached = frozenset.intersection(*(c.description.cached if c else frozenset() for c in caches))
+        self._opened = {table: self._opened[table] for table in tables}
+        self.cached = frozenset.intersection(*(opened.cached for opened in self._opened.values()))
+
+    @property
+    def training_sets(self) -> list[ShardSet]:
+        """The sets to train on; a single one of ``train_shards`` if ``train_sets`` is not given."""
+        if self.train_sets:
+            return self.train_sets
+        return [ShardSet(self.train_shards)] if self.train_shards else []
+
+    @property
+    def decoders(self) -> list[SampleDecoder]:
+        """The decoder of each set in :attr:`training_sets`; that of the datamodule if there are none."""
+        return [one.decoder or self.decoder for one in self.training_sets] or [self.decoder]
 
     @property
     def cacheable(self) -> frozenset[str]:
         """Parts of a batch that ``lit-lora cache`` can encode, if images are cropped at the center; none of a cache."""
-        if self.cached or type(self.decoder) is not ImageDecoder:  # a subclass may decode samples to something else
+        decoders = [one for one in self.decoders if type(one) is ImageDecoder]
+        if self.cached or len(decoders) < len(self.decoders):  # a subclass may decode samples to something else
             return frozenset()
-        return frozenset({"latents", "text"} if self.decoder.captions.fixed else {"latents"})
+        return frozenset({"latents", "text"} if all(one.captions.fixed for one in decoders) else {"latents"})
 
     def image_sizes(self) -> list[tuple[int, int]]:
         """Height and width in pixels of every size that a batch may have; available before :meth:`setup`.
@@ -219,7 +233,8 @@ class WebDatasetDataModule(LightningDataModule):
         if before is not None:
             state = state if resumed else before.state_dict()
             before.close()
-        table = self.train_samples.table
+        table, digest = self.train_samples.table, self.train_samples.repeats.digest
+        repeats = {} if digest is None else {"repeats": digest}
         stager = None
         if self.chunks.staging is not None:
             stager = make_stager(self.chunks.staging, self.train_samples, self.seed, self.trainer)
@@ -230,7 +245,7 @@ class WebDatasetDataModule(LightningDataModule):
             self._world_size,
             self.num_workers,
             self.max_bad_samples,
-            {"shards": table.digest, "keys": table.key_digest, "bucketing": self._bucketing.digest},
+            {"shards": table.digest, "keys": table.key_digest, "bucketing": self._bucketing.digest} | repeats,
             stager,
         )
         if state is not None:
@@ -256,8 +271,7 @@ class WebDatasetDataModule(LightningDataModule):
             locate: Function from the number of a shard to its local file, for staged shards. Defaults to None: shards are read
                 in place.
         """
-        table = self.train_samples.table
-        return ShardDataset(ShardReader(table, locate), self._decoder_of(table, self.decoder))
+        return self._opened[self.train_samples.table].dataset(locate)
 
     def val_dataloader(self) -> PlannedLoader | list[PlannedLoader]:
         """The loader for validation, each sample once over all processes; an empty list if there is no data."""
@@ -296,20 +310,26 @@ class WebDatasetDataModule(LightningDataModule):
             self._train_loader.restart(self._loaded_state)
             self._restored_cursor = self._train_loader.cursor
 
-    def _split_train(self, table: SampleTable) -> None:
+    def _split_train(self, opened: OpenSets) -> None:
+        table, samples = opened.table, opened.without_prior()
         if self.val_samples >= len(table):
             raise UserError(
                 f"val_samples={self.val_samples} leaves none of {len(table)} samples to train on; choose fewer"
             )
+        if self.val_samples > len(samples):
+            raise UserError(
+                f"val_samples={self.val_samples} exceeds the {len(samples)} samples that are no class images; choose fewer"
+            )
         generator = np.random.default_rng(seed_of(self.seed, "held out"))
-        held_out = np.sort(generator.choice(len(table), self.val_samples, replace=False))
+        held_out = samples[np.sort(generator.choice(len(samples), self.val_samples, replace=False))]
         num_chunks = self.chunks.number(len(table))
-        self._train = ChunkedSamples.split(table, self._bucketing, num_chunks, self.seed, held_out)
+        self._train = ChunkedSamples.split(table, self._bucketing, num_chunks, self.seed, held_out, opened.repeats)
         if not self._train.counts.any():
             raise UserError(
                 f"all {self._train.too_small} samples are too small for resolution={self.resolution} with"
                 f" buckets.max_upscaling={self._bucketing.max_upscaling}; lower the resolution or raise buckets.max_upscaling"
             )
+        opened.check_shown(self._train)
         if self.val_samples:
             self._val = ListedSamples(table, held_out, self._evaluation_bucketing)
 
@@ -336,21 +356,17 @@ class WebDatasetDataModule(LightningDataModule):
         if self.trainer is not None:
             add_data_progress(self.trainer.callbacks)  # type: ignore[attr-defined]
 
-    def _open(self, shards: str | list[str]) -> SampleTable:
-        """The samples of shards, after checking that the run can use them."""
-        table = open_table(shards)
-        twice = next((location for location, number in Counter(table.locations).items() if number > 1), None)
-        if twice is not None:
-            raise UserError(f"{redact(twice)} is named more than once; name each shard once")
-        decoder = self.decoder if shards is self.train_shards else self.decoder.for_evaluation()
+    def _open(self, sets: list[ShardSet], evaluation: bool = False) -> OpenSets:
+        """The samples of sets, after checking that the run can use them."""
+        decoders = [self.decoder.for_evaluation()] if evaluation else self.decoders
         identity = getattr(self.trainer and self.trainer.lightning_module, "cache_identity", dict)
-        self._cache_of[table] = cache_of_run(table, decoder, identity(), self.resolution, self.buckets)
-        for what, extensions in self._decoder_of(table, decoder).required.items():
-            table.check_complete(what, extensions)
-        return table
+        marked = any(one.prior for one in self.training_sets)
+        opened = OpenSets.open(sets, decoders, identity(), self.resolution, self.buckets, self.seed, marked)
+        self._opened[opened.table] = opened
+        return opened
 
     def _evaluation_data(self, shards: str | list[str]) -> ListedSamples:
-        table = self._open(shards)
+        table = self._open([ShardSet(shards)], evaluation=True).table
         return ListedSamples(table, np.arange(len(table)), self._evaluation_bucketing)
 
     @property
@@ -358,14 +374,9 @@ class WebDatasetDataModule(LightningDataModule):
         """The sizes for evaluation, for which no image is too small."""
         return Bucketing.of(self.resolution, self.buckets)
 
-    def _decoder_of(self, table: SampleTable, decoder: SampleDecoder) -> SampleDecoder:
-        """The decoder for a table, see :func:`decoder_of_run`."""
-        return decoder_of_run(decoder, self._cache_of[table], self.seed)
-
     def _evaluation_loader(self, samples: ListedSamples) -> PlannedLoader:
-        decoder = self._decoder_of(samples.table, self.decoder.for_evaluation())
         return RestartingLoader(
-            ShardDataset(ShardReader(samples.table), decoder),
+            self._opened[samples.table].dataset(evaluation=True),
             Plan(samples, self.batch_size * self._world_size, self.seed, shuffle=False, leftovers="pad"),
             self._rank,
             self._world_size,

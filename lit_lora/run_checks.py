@@ -28,7 +28,7 @@ def check_data(module: LoraDiffusion) -> None:
         module: Module whose family has read its configs, and whose objective is prepared.
 
     Raises:
-        UserError: If a size does not fit, or the objective ignores masks or prior preservation.
+        UserError: If a size does not fit, the objective ignores masks or prior preservation, or class images have no ``prior``.
     """
     if module._trainer is None:
         return
@@ -38,7 +38,13 @@ def check_data(module: LoraDiffusion) -> None:
     sizes = list(getattr(datamodule, "image_sizes", list)())
     for height, width in sizes:
         check_size(family, height, width)
-    masks = getattr(getattr(datamodule, "decoder", None), "mask", None) is not None
+    decoders = getattr(datamodule, "decoders", None) or [getattr(datamodule, "decoder", None)]
+    masks = any(getattr(decoder, "mask", None) is not None for decoder in decoders)
+    if module.objective.prior is None and any(one.prior for one in getattr(datamodule, "training_sets", ())):
+        raise UserError(
+            "a set of train_sets has prior: true, and the objective has no prior; set model.objective.init_args.prior to "
+            "lit_lora.objectives.PriorPreservation, or remove prior from the set"
+        )
     if masks or module.objective.prior is not None:
         size = next(iter(sizes), (family.default_size, family.default_size))
         check_counting(module.objective, family.latent_shape(*size), masks)
@@ -80,7 +86,8 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
         )
     datamodule = getattr(trainer, "datamodule", None)
     if stage != "predict":
-        shards = getattr(datamodule, "train_shards", None) or getattr(datamodule, "val_shards", None)
+        sets = [one.shards for one in getattr(datamodule, "training_sets", ())]
+        shards = sets[0] if len(sets) == 1 else sets or getattr(datamodule, "val_shards", None)
         module.text_training.check_cached(getattr(datamodule, "cached", ()), shards and redact(str(shards)))
     device = strategy.root_device
     module.quantization.check(device)

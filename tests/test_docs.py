@@ -127,7 +127,7 @@ def test_nested_keys_are_where_the_page_says(config_keys: ModuleType, parsers: d
         "staging": {"dir": "/disk"},
         "base_adapters": {"path": "first.safetensors"},
         "parameter_groups": {"pattern": "*", "lr": 1e-3},
-        "prior": {"class_keys": "class/*"},
+        "train_sets": {"shards": "shards"},
     }
     chosen = {"model.objective": "FlowMatching"}  # the next section's key is one of its options
     config: dict[str, Any] = {}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.batches.buckets import LEFT_OUT, Bucketing
 from lit_lora.datamodules.batches.plan import split_shards
+from lit_lora.datamodules.batches.repeats import Repeats
 from lit_lora.datamodules.indexing.table import SampleTable
+
+# Makes the choice of repeated samples independent of other draws from the same seed; `plan` has the numbers before.
+_PARTS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,16 +26,22 @@ class ChunkedSamples:
         shards: Numbers of the shards of each chunk.
         bucketing: Assignment of a size to each sample.
         held_out: Numbers of the samples that are not trained on, ascending.
-        counts: Number of samples in each chunk and bucket, int64 (K, B).
+        repeats: Number of times that a round shows the samples of each set (S).
+        available: Number of different samples in each set, chunk and bucket, int64 (S, K, B).
+        parts: Number of them that are shown once more than the others, int64 (S, K, B).
         too_small: Number of samples that are excluded because they would have to be enlarged too much.
+        seed: Seed of the choice of samples that are shown once more.
     """
 
     table: SampleTable
     shards: tuple[NDArray[np.int64], ...]
     bucketing: Bucketing
     held_out: NDArray[np.int64]
-    counts: NDArray[np.int64]
+    repeats: Repeats
+    available: NDArray[np.int64]
+    parts: NDArray[np.int64]
     too_small: int
+    seed: int
 
     @classmethod
     def split(
@@ -40,6 +51,7 @@ class ChunkedSamples:
         num_chunks: int = 1,
         seed: int = 0,
         held_out: NDArray[np.int64] | None = None,
+        repeats: Repeats | None = None,
     ) -> ChunkedSamples:
         """Divide the samples of a table into chunks.
 
@@ -47,20 +59,27 @@ class ChunkedSamples:
             UserError: If there are fewer shards than chunks.
         """
         held_out = np.empty(0, np.int64) if held_out is None else held_out
-        shards = tuple(split_shards(np.diff(table.starts), num_chunks, seed))
-        if not bucketing.needs_sizes:
-            of_shard = np.diff(table.starts)
-            of_shard -= np.bincount(np.searchsorted(table.starts, held_out, "right") - 1, minlength=len(of_shard))
-            counts = np.array([[of_shard[part].sum()] for part in shards])
-            return cls(table, shards, bucketing, held_out, counts, 0)
-        counts = np.zeros((num_chunks, len(bucketing.sizes)), np.int64)
+        of_shard = np.diff(table.starts)
+        repeats = repeats or Repeats.once(len(of_shard))
+        shown = of_shard * repeats.times[repeats.set_of_shard]
+        shards = tuple(split_shards(shown, num_chunks, seed))
+        available = np.zeros((len(repeats.times), num_chunks, len(bucketing.sizes)), np.int64)
         too_small = 0
-        for number, part in enumerate(shards):
-            buckets = bucketing.assign(*table.image_sizes(part))
-            buckets = buckets[~_are_in(table.samples(part), held_out)]
-            counts[number] = np.bincount(buckets[buckets != LEFT_OUT], minlength=counts.shape[1])
-            too_small += int((buckets == LEFT_OUT).sum())
-        return cls(table, shards, bucketing, held_out, counts, too_small)
+        if not bucketing.needs_sizes:
+            of_shard -= np.bincount(np.searchsorted(table.starts, held_out, "right") - 1, minlength=len(of_shard))
+            for number, part in enumerate(shards):
+                available[:, number, 0] = np.bincount(repeats.set_of_shard[part], of_shard[part], len(available))
+        else:
+            for number, part in enumerate(shards):
+                buckets = bucketing.assign(*table.image_sizes(part))
+                kept = ~_are_in(table.samples(part), held_out)
+                too_small += int((buckets[kept] == LEFT_OUT).sum())
+                kept &= buckets != LEFT_OUT
+                groups = _sets(table, repeats, part)[kept] * len(bucketing.sizes) + buckets[kept]
+                counts = np.bincount(groups, minlength=len(available) * len(bucketing.sizes))
+                available[:, number] = counts.reshape(len(available), -1)
+        parts = repeats.parts(available.reshape(len(available), -1)).reshape(available.shape)
+        return cls(table, shards, bucketing, held_out, repeats, available, parts, too_small, seed)
 
     @property
     def total(self) -> int:
@@ -77,8 +96,24 @@ class ChunkedSamples:
         """Bytes of each chunk's shards, int64 (K,)."""
         return np.array([self.table.shard_size[part].sum() for part in self.shards])
 
-    def samples(self, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sample numbers and buckets of a chunk, int64 (n,) both."""
+    @property
+    def copies(self) -> int:
+        """Most times that a round shows a sample."""
+        return self.repeats.copies
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """Number of samples that a round shows in each chunk and bucket, int64 (K, B)."""
+        total: NDArray[np.int64] = (self.repeats.whole[:, None, None] * self.available + self.parts).sum(axis=0)
+        return total
+
+    def samples(self, chunk: int, turn: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The samples that a round shows, each as ``copy * total + sample``, and their buckets; int64 (n,) both.
+
+        Args:
+            chunk: Number of the chunk.
+            turn: Number of the round, on which the part of a set depends that is shown once more than the rest.
+        """
         part = self.shards[chunk]
         samples = self.table.samples(part)
         if self.bucketing.needs_sizes:
@@ -86,7 +121,25 @@ class ChunkedSamples:
         else:
             buckets = np.zeros(len(samples), np.int64)
         kept = (buckets != LEFT_OUT) & ~_are_in(samples, self.held_out)
-        return samples[kept], buckets[kept]
+        if self.repeats.digest is None:
+            return samples[kept], buckets[kept]
+        samples, buckets, sets = samples[kept], buckets[kept], _sets(self.table, self.repeats, part)[kept]
+        times = self.repeats.whole[sets]
+        rows = [np.repeat(np.arange(len(samples)), times)]
+        copies = [np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times)]
+        for number, bucket in np.argwhere(self.parts[:, chunk]).tolist():
+            members = np.flatnonzero((sets == number) & (buckets == bucket))
+            order = np.random.default_rng([self.seed, _PARTS, chunk, number, bucket]).permutation(members)
+            count = int(self.parts[number, chunk, bucket])
+            rows.append(order[(turn * count + np.arange(count)) % len(order)])
+            copies.append(np.full(count, self.repeats.whole[number]))
+        shown = np.concatenate(rows)
+        return np.concatenate(copies) * self.total + samples[shown], buckets[shown]
+
+
+def _sets(table: SampleTable, repeats: Repeats, shards: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers of the sets of the samples in some shards, int64 (n,)."""
+    return np.repeat(repeats.set_of_shard[shards], np.diff(table.starts)[shards])
 
 
 def _are_in(samples: NDArray[np.int64], some: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -18,6 +18,8 @@ class ListedSamples:
         bucketing: Assignment of a size to each sample.
     """
 
+    copies = 1
+
     def __init__(self, table: SampleTable, samples: NDArray[np.int64], bucketing: Bucketing) -> None:
         self.table = table
         self.sizes = bucketing.sizes
@@ -35,6 +37,6 @@ class ListedSamples:
         """Number of samples in the table."""
         return len(self.table)
 
-    def samples(self, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def samples(self, chunk: int, turn: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Sample numbers and buckets, int64 (n,) both."""
         return self._samples, self._buckets

@@ -28,13 +28,15 @@ MAX_PASSES = 1 << _REPEATS_FROM_BIT
 """Number of passes for which a slot leaves room."""
 
 
-def split_shards(sample_counts: NDArray[np.int64], num_chunks: int, seed: int) -> list[NDArray[np.int64]]:
+def split_shards(
+    sample_counts: NDArray[np.int64] | NDArray[np.float64], num_chunks: int, seed: int
+) -> list[NDArray[np.int64]]:
     """Distribute shards at random over chunks of about the same number of samples.
 
     All passes have the same chunks, and so the same number of batches.
 
     Args:
-        sample_counts: Number of samples in each shard, (S,).
+        sample_counts: Number of samples in each shard, repeats included, (S,).
         num_chunks: Number of chunks, K.
         seed: Seed of the distribution.
 
@@ -252,13 +254,13 @@ class Plan:
         planned = self._plan_round(cursor)
         number = cursor.segments[-1].batches
         rows = planned.rows[number]
-        samples = planned.samples[rows]
+        shown = planned.samples[rows]  # each is a copy of a sample, see PlannedSamples
         occurrence = cursor.pass_number + (cursor.repeat << _REPEATS_FROM_BIT)
         height, width = self.chunks.sizes[planned.buckets[rows[0]]].tolist()
         return GlobalBatch(
-            samples,
+            shown % self.chunks.total,
             (np.arange(len(rows)) < planned.valid[number]).astype(np.float32),
-            occurrence * self.chunks.total + samples,
+            occurrence * self.chunks.copies * self.chunks.total + shown,
             (height, width),
             self.visit(cursor),
         )
@@ -272,7 +274,7 @@ class Plan:
 
     def _make_round(self, cursor: Cursor) -> _Round:
         chunk = self.chunk(cursor)
-        samples, buckets = self.chunks.samples(chunk)
+        samples, buckets = self.chunks.samples(chunk, cursor.pass_number + cursor.repeat)
         seed = [self.seed, _SAMPLES, cursor.pass_number, chunk, cursor.repeat]
         rest = np.random.default_rng(seed).permutation(len(samples)) if self.shuffle else np.arange(len(samples))
         for number, segment in enumerate(cursor.segments):

@@ -13,7 +13,8 @@ class PlannedSamples(Protocol):
 
     Attributes:
         total: Number of samples in the data set, including those that are not planned; sample numbers are smaller than this.
-        counts: Number of planned samples in each chunk and bucket, int64 (K, B).
+        copies: Most times that a round shows a sample.
+        counts: Number of samples that a round shows in each chunk and bucket, repeats included, int64 (K, B).
         sizes: Height and width in pixels of each bucket, int64 (B, 2).
     """
 
@@ -21,10 +22,19 @@ class PlannedSamples(Protocol):
     def total(self) -> int: ...
 
     @property
+    def copies(self) -> int: ...
+
+    @property
     def counts(self) -> NDArray[np.int64]: ...
 
     @property
     def sizes(self) -> NDArray[np.int64]: ...
 
-    def samples(self, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sample numbers and buckets of a chunk, int64 (n,) both."""
+    def samples(self, chunk: int, turn: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The samples that a round shows, each as ``copy * total + sample``, and their buckets; int64 (n,) both.
+
+        Args:
+            chunk: Number of the chunk.
+            turn: Number that grows by one from pass to pass and from round to round of a visit; which samples are repeated may
+                depend on it, but not how many.
+        """

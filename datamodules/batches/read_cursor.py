@@ -32,7 +32,8 @@ def read_cursor(state: Mapping[str, Any], plan: Plan) -> Cursor:
     pass_batches = read_count(state, "pass_batches", _MAX_BATCHES)
     visit_batches = read_count(state, "visit_batches", pass_batches)
     # Each round of a visit has a batch, and slots must not exceed 64 bits.
-    repeat = read_count(state, "repeat", min(visit_batches, 2**63 // (plan.chunks.total * MAX_PASSES) - 1))
+    slots = plan.chunks.total * plan.chunks.copies * MAX_PASSES
+    repeat = read_count(state, "repeat", min(visit_batches, 2**63 // slots - 1))
     segments = _read_segments(state.get("segments"), plan)
     cursor = Cursor(pass_number, position, repeat, pass_batches, visit_batches, segments)
     taken = sum(segment.batches for segment in segments)

@@ -131,7 +131,8 @@ class Captions:
         shuffle_tags: Whether to shuffle the tags of a caption at each occurrence. Defaults to false.
         keep_tags: Number of tags at the front that are not shuffled. Defaults to 0.
         separator: Text between two tags. Defaults to ``", "``.
-        prefix: Text before each caption that is not dropped. Defaults to nothing.
+        prefix: Text before each caption that is not dropped. Defaults to nothing. Before an empty caption, a separator at its
+            end is left out.
         suffix: Text after each caption that is not dropped. Defaults to nothing.
 
     Raises:
@@ -243,7 +244,9 @@ class Captions:
         return self.separator.join(kept + [others[place] for place in order])
 
     def _finish(self, source: CaptionSource, text: str) -> str:
-        return self.prefix + source.template.replace("{}", text) + self.suffix
+        caption = source.template.replace("{}", text)
+        # Of an image that has the prefix alone, no separator stays at its end.
+        return (self.prefix if caption else self.prefix.removesuffix(self.separator)) + caption + self.suffix
 
 
 def _generator(seed: int, name: str, slot: int) -> np.random.Generator:

@@ -68,6 +68,21 @@ class SampleTable:
         combined = DataIndex.combine(indexes)
         return cls([(str(index.path), combined, row) for row, index in enumerate(indexes)])
 
+    @classmethod
+    def join(cls, tables: Sequence[SampleTable]) -> SampleTable:
+        """One table of the samples of several, in their order."""
+        if len(tables) == 1:
+            return tables[0]
+        return cls(
+            [
+                (location, table._indexes[index], row)
+                for table in tables
+                for location, index, row in zip(
+                    table.locations, table._index_of.tolist(), table._row_of.tolist(), strict=True
+                )
+            ]
+        )
+
     def __len__(self) -> int:
         return int(self.starts[-1])
 

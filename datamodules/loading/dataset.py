@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from lit_lora.datamodules.decoding.batch_builder import BatchBuilder
@@ -42,13 +44,20 @@ class ShardDataset(Dataset[Batch]):
 
     Args:
         reader: Reader of their members.
-        decoder: Conversion of members to entries of a batch.
+        decoder: Conversion of members to entries of a batch; or one for each set of shards.
+        set_of_shard: Number of the set of each shard, which selects its decoder. Defaults to None: there is one set.
     """
 
-    def __init__(self, reader: ShardReader, decoder: SampleDecoder) -> None:
+    def __init__(
+        self,
+        reader: ShardReader,
+        decoder: SampleDecoder | Sequence[SampleDecoder],
+        set_of_shard: NDArray[np.int64] | None = None,
+    ) -> None:
         self.reader = reader
-        self.decoder = decoder
-        self._extensions = decoder.extensions
+        self._decoders = [decoder] if isinstance(decoder, SampleDecoder) else list(decoder)
+        self._set_of_shard = set_of_shard
+        self.decoder = self._decoders[0]
 
     def __len__(self) -> int:
         return len(self.reader.table)
@@ -84,12 +93,18 @@ class ShardDataset(Dataset[Batch]):
         }
 
     def _load(self, request: SlotRequest) -> dict[str, Any]:
-        members = self.reader.read(request.sample, self._extensions)
+        decoder = self._decoder_of(request.sample)
+        members = self.reader.read(request.sample, decoder.extensions)
         image_size = self.reader.table.image_size(request.sample)
         try:
-            entries = self.decoder(members, request.slot, request.size, image_size)
+            entries = decoder(members, request.slot, request.size, image_size)
         except (
             StopIteration
         ) as error:  # of a `next()` that found no member; it would end the iteration over the batches
             raise BadSampleError(NO_MEMBER) from error
         return entries | {"key": self.reader.table.key(request.sample)}
+
+    def _decoder_of(self, sample: int) -> SampleDecoder:
+        if self._set_of_shard is None:
+            return self.decoder
+        return self._decoders[self._set_of_shard[self.reader.table.shard_of(sample)]]

@@ -127,6 +127,7 @@ class PlannedLoader:
             "shards": "use the shards of that run in the same order",
             "keys": "the shards hold other samples now: use those of that run",
             "bucketing": "restore resolution and buckets",
+            "repeats": "restore the repeats of train_sets",
             "pads": "restore chunks.leftovers",
         }
         for name, value in self._identities().items():

@@ -24,17 +24,21 @@ class CaptionTemplate:
 
     Args:
         text: The text, such as ``a photo of a {folder}``. Without fields, all captions are the same.
+        literal: Whether braces stand for themselves, so that all captions are the text as it is. Defaults to False.
 
     Raises:
         UserError: If the text is empty or has other fields.
     """
 
     text: str
+    literal: bool = False
 
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise UserError("captions is empty; write a text, such as 'a photo of a {folder}'")
-        unknown = [field for field in re.findall(r"\{(\w*)\}", self.text) if field not in _FIELDS]
+        unknown = (
+            [] if self.literal else [field for field in re.findall(r"\{(\w*)\}", self.text) if field not in _FIELDS]
+        )
         if unknown:
             raise UserError(
                 f"captions={self.text!r} has the field {{{unknown[0]}}}; choose from {{name}} and {{folder}}"
@@ -47,6 +51,8 @@ class CaptionTemplate:
             file: Path of the image, relative to ``source``.
             source: Folder of all images, whose name counts for the images directly in it.
         """
+        if self.literal:
+            return self.text.strip().encode()
         path = PurePosixPath(file)
         folder = path.parent.name or source.resolve().name
         words = {"name": _words(path.stem), "folder": _words(_REPEATS.sub("", folder))}

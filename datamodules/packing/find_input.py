@@ -33,6 +33,9 @@ def find_input(
     caption_key: str = "caption",
     jobs: int = 1,
     template: CaptionTemplate | None = None,
+    fallback: str | None = None,
+    caption_extension: str | None = None,
+    is_set: bool = False,
 ) -> PackInput:
     """The samples of a folder or file, found by the first kind of input that finds any.
 
@@ -44,6 +47,9 @@ def find_input(
         caption_key: Key of captions in ``.json`` files. Defaults to "caption".
         jobs: Number of processes that scan tar shards. Defaults to 1.
         template: Makes the captions of a folder's images from their names. Defaults to None: captions are read.
+        fallback: Caption of a folder's images without a caption file. Defaults to None: these images are bad.
+        caption_extension: Ending of the caption files beside images. Defaults to None: all of ``CAPTIONS``.
+        is_set: Whether the folder is one of several sets, with repeats of its own. Defaults to False.
 
     Raises:
         UserError: If nothing can be packed, or a table cannot be parsed.
@@ -57,6 +63,9 @@ def find_input(
         caption_key=caption_key,
         jobs=jobs,
         template=template,
+        fallback=fallback,
+        caption_extension=caption_extension,
+        is_set=is_set,
     )
     for kind in INPUTS if template is None else (ImageFolder,):
         found = kind.find(looked)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -24,13 +24,19 @@ from lit_lora.datamodules.packing.walk import walk_files
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
 
-_SIDES = ("txt", "json", "TXT", "JSON", "Txt", "Json", MASK_EXTENSION)
+CAPTIONS = ("txt", "json", "caption")
+"""Endings of files that may hold the caption of an image beside them. A ``.caption`` file is read if there is no ``.txt``."""
+
+_SIDES = ("txt", "json", "TXT", "JSON", "Txt", "Json", "caption", MASK_EXTENSION)
 """Endings of the files beside images; of those that differ only in capitals, the first that is there is read."""
+
+
+_CAPTION_BITS = sum(1 << bit for bit, side in enumerate(_SIDES) if side != MASK_EXTENSION)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageFolder(PackInput):
-    """Images at any depth, each with a ``.txt`` or ``.json`` file of the same name beside it; endings may be in capitals.
+    """Images at any depth, each with a caption file of the same name beside it; the endings may be in capitals.
 
     A ``.mask.png`` file of the same name, the mask of the loss, is packed with its image.
 
@@ -39,6 +45,7 @@ class ImageFolder(PackInput):
         names: Paths of the images, relative to ``folder``.
         sides: Files beside each image, one bit for each entry of ``_SIDES``, uint8 (N,).
         template: Makes the captions in place of the files beside the images; None to read these.
+        fallback: Caption of images without a caption file; None if there are none.
     """
 
     captions_are_beside = True
@@ -47,25 +54,43 @@ class ImageFolder(PackInput):
     names: SampleNames
     sides: NDArray[np.uint8]
     template: CaptionTemplate | None = None
+    fallback: str | None = None
 
     @classmethod
     def find(cls, source: PackSource) -> ImageFolder | None:
         """The images of a folder, unless a metadata file lists them with their captions."""
         if not source.has_images or (source.metadata and source.template is None):
             return None
-        return cls.scan(source.path, skip=source.out, template=source.template)
+        kinds = CAPTIONS if source.caption_extension is None else (source.caption_extension,)
+        return cls.scan(source.path, source.out, source.template, source.fallback, kinds)
 
     @classmethod
-    def scan(cls, folder: Path, skip: Path | None = None, template: CaptionTemplate | None = None) -> ImageFolder:
-        """All images below a folder, except below ``skip``, sorted by path, with captions beside them or by a template.
+    def scan(
+        cls,
+        folder: Path,
+        skip: Path | None = None,
+        template: CaptionTemplate | None = None,
+        fallback: str | None = None,
+        kinds: Sequence[str] = CAPTIONS,
+    ) -> ImageFolder:
+        """All images below a folder, sorted by path, with captions beside them or by a template.
+
+        Args:
+            folder: Folder to list.
+            skip: Folder to skip. Defaults to None.
+            template: Makes the captions. Defaults to None: they are read.
+            fallback: Caption of images without a caption file. Defaults to None: these are bad.
+            kinds: Endings of the files that hold captions, a part of :data:`CAPTIONS`, which is the default.
 
         Raises:
             UserError: If a folder cannot be read.
         """
+        kinds = kinds if template is None else ()
         bad: list[BadFile] = []
         skipped: list[BadFile] = []
         sizes, sides = array("q"), array("B")
         unread: list[str] = []
+        bare: list[str] = []
         digest = hashlib.sha256()
 
         def good_files() -> Iterator[str]:
@@ -73,13 +98,16 @@ class ImageFolder(PackInput):
                 if _is_mask(file, siblings):
                     continue
                 if not image_extension(file):
-                    if template is None and (reason := _why_no_caption(file, siblings)):
+                    if kinds and (reason := _why_no_caption(file, siblings, kinds)):
                         skipped.append(BadFile(file, reason))
-                    unread.extend([file] if template is not None and extension_of(file) in _SIDES else [])
+                    unread.extend([file] if not kinds and extension_of(file) in CAPTIONS else [])
                     continue
                 try:
-                    bits = _find_sides(file, siblings, template is None)
+                    bits = _find_sides(file, siblings, kinds)
                     size, stamp = stat_files(_paths(folder, file, bits))
+                    if template is None and not bits & _CAPTION_BITS:
+                        size += packed_size(len(_checked(fallback, kinds).encode()))
+                        bare.append(file)
                     size += 0 if template is None else packed_size(len(template.caption(file, folder)))
                 except BadSampleError as error:
                     bad.append(BadFile(file, str(error)))
@@ -92,6 +120,11 @@ class ImageFolder(PackInput):
         names = SampleNames.of(show_planning(good_files()))
         if unread:
             skipped.append(BadFile(unread[0], "is not read: captions are made from names", len(unread)))
+        notes = (
+            [f"{len(bare)} of {len(names)} images have no caption file, first {bare[0]}: they get {fallback!r}"]
+            if bare
+            else []
+        )
         return cls(
             folder=folder,
             names=names,
@@ -100,7 +133,9 @@ class ImageFolder(PackInput):
             fingerprint=digest.hexdigest(),
             bad=tuple(bad),
             skipped=tuple(skipped),
+            notes=tuple(notes),
             template=template,
+            fallback=fallback,
         )
 
     def name(self, sample: int) -> str:
@@ -113,7 +148,7 @@ class ImageFolder(PackInput):
         paths = _paths(self.folder, self.names[sample], int(self.sides[sample]))
         members = {extension: read_file(path) for extension, path in paths.items()}
         if self.template is None:
-            return members
+            return members if members.keys() & CAPTIONS else members | {"txt": (self.fallback or "").encode()}
         return members | {"txt": self.template.caption(self.names[sample], self.folder)}
 
     def select(self, samples: NDArray[np.int64]) -> ImageFolder:
@@ -161,17 +196,24 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
     return packed_size(*sizes), " ".join(stamps)
 
 
-def _find_sides(file: str, siblings: Set[str], captions: bool) -> int:
-    """The files beside an image, as bits; without captions only its mask."""
+def _find_sides(file: str, siblings: Set[str], kinds: Sequence[str]) -> int:
+    """The files beside an image, as bits: its mask, and captions of some kinds."""
     image = PurePosixPath(file)
     found = {
         side.lower(): bit
         for bit, side in reversed(list(enumerate(_SIDES)))  # the first spelling stays
-        if (captions or side == MASK_EXTENSION) and image.with_suffix(f".{side}").name in siblings
+        if side.lower() in (*kinds, MASK_EXTENSION) and image.with_suffix(f".{side}").name in siblings
     }
-    if captions and not found.keys() - {MASK_EXTENSION}:
-        raise BadSampleError("has no caption (a .txt or .json file of the same name)")
+    if "txt" in found:
+        found.pop("caption", None)
     return sum(1 << bit for bit in found.values())
+
+
+def _checked(fallback: str | None, kinds: Sequence[str]) -> str:
+    if fallback is None:
+        endings = " or ".join(f".{kind}" for kind in kinds if kind != "caption" or kinds == ("caption",))
+        raise BadSampleError(f"has no caption (a {endings} file of the same name)")
+    return fallback
 
 
 def _is_mask(file: str, siblings: Set[str]) -> bool:
@@ -187,14 +229,18 @@ def _beside(stem: str, siblings: Set[str]) -> Iterator[str]:
     return (image for image in images if image in siblings)
 
 
-def _why_no_caption(file: str, siblings: Set[str]) -> str:
+def _why_no_caption(file: str, siblings: Set[str], kinds: Sequence[str]) -> str:
     """Why a file that looks like a caption is none; empty if it is one, or another kind of file."""
     side = extension_of(file)
-    if side not in _SIDES:
+    if side not in CAPTIONS:
         return ""
+    if side not in kinds:
+        return f"is not read: captions are in .{kinds[0]} files"
     stem, _, spelled = file.rpartition("/")[2].rpartition(".")
     if not any(_beside(stem, siblings)):
         return "is no caption of an image beside it"
+    if side == "caption" and "txt" in kinds and f"{stem}.txt" in siblings:
+        return f"is beside {stem}.txt, which is read"
     spellings = [each for each in _SIDES if each.lower() == side]
     read = next((each for each in spellings if f"{stem}.{each}" in siblings), None)
     if spelled == read:
@@ -204,5 +250,6 @@ def _why_no_caption(file: str, siblings: Set[str]) -> str:
 
 def _paths(folder: Path, file: str, bits: int) -> dict[str, Path]:
     image = folder / file
-    sides = {side.lower(): image.with_suffix(f".{side}") for bit, side in enumerate(_SIDES) if bits >> bit & 1}
+    found = [side for bit, side in enumerate(_SIDES) if bits >> bit & 1]
+    sides = {"txt" if side == "caption" else side.lower(): image.with_suffix(f".{side}") for side in found}
     return {image_extension(file): image, **sides}

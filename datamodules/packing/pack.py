@@ -82,8 +82,11 @@ def pack_folder(
     caption_key: str = "caption",
     image_column: str | None = None,
     caption_column: str | None = None,
-    captions: str | None = None,
+    captions: str | CaptionTemplate | None = None,
     prefix: str = "shard",
+    fallback: str | None = None,
+    caption_extension: str | None = None,
+    is_set: bool = False,
 ) -> PackSummary:
     """Pack images with captions into tar shards, whose bytes depend on the input and the options but not on ``jobs``.
 
@@ -112,6 +115,10 @@ def pack_folder(
         captions: Caption of every image of a folder, in place of captions in files: a text in which ``{name}`` and ``{folder}``
             stand for the words of the image's and the folder's name (:class:`CaptionTemplate`). Defaults to None: they are read.
         prefix: Prefix of the names of the shards. Defaults to "shard".
+        fallback: Caption of a folder's images without a caption file. Defaults to None: these images are bad.
+        caption_extension: Ending of the caption files beside images: ``txt``, ``json`` or ``caption``. Defaults to None: any.
+        is_set: Whether the folder is one of several sets, with repeats of its own, so that no note is due about a number in its
+            name. Defaults to False.
 
     Raises:
         UserError: If an argument is out of bounds, there is nothing to pack, more than ``max_bad`` files are bad, or
@@ -123,12 +130,15 @@ def pack_folder(
     _check_names(source, out, prefix)
     columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
     columns["caption_key"] = caption_key
-    template = None if captions is None else CaptionTemplate(captions)
-    samples = find_input(source, out, jobs=jobs, template=template, **columns)
+    template = CaptionTemplate(captions) if isinstance(captions, str) else captions
+    beside: dict[str, Any] = {"fallback": fallback, "caption_extension": caption_extension}
+    samples = find_input(source, out, jobs=jobs, template=template, is_set=is_set, **columns, **beside)
     order = _order(samples, shuffle_seed)
     shards = _name_shards(out, prefix, _group(samples.sizes, order, samples_per_shard, max_shard_bytes))
     options = [str(source.absolute()), prefix, samples_per_shard, max_shard_bytes, shuffle_seed, *columns.values()]
-    options += [] if captions is None else [captions]  # plans of earlier versions have no such entry
+    # Plans of earlier versions have no such entries.
+    options += [] if template is None else [template.text]
+    options += [f"{name}={value}" for name, value in beside.items() if value is not None]
     with only_run_in(out, "pack"):
         if count_files(samples.bad) <= max_bad:
             claim(out, list(shards), samples.fingerprint, options)

@@ -38,6 +38,9 @@ class PackSource:
         caption_key: Key of captions in ``.json`` files.
         jobs: Number of processes that scan tar shards.
         template: Makes the captions of images from their names; None to read captions.
+        fallback: Caption of images without a caption file; None if these are bad.
+        caption_extension: Ending of the files with captions; None for all that are known.
+        is_set: Whether the folder is one of several sets, with repeats of its own.
     """
 
     path: Path
@@ -52,6 +55,9 @@ class PackSource:
     caption_key: str = "caption"
     jobs: int = 1
     template: CaptionTemplate | None = None
+    fallback: str | None = None
+    caption_extension: str | None = None
+    is_set: bool = False
 
     @classmethod
     def look(cls, path: Path, out: Path, extensions: Collection[str], **options: Any) -> PackSource:

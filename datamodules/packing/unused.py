@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lit_lora.datamodules.packing.image_folder import CAPTIONS
 from lit_lora.datamodules.packing.image_formats import image_extension
 from lit_lora.datamodules.packing.input import PackInput
 from lit_lora.datamodules.packing.left_out import BadFile
@@ -17,8 +18,6 @@ from lit_lora.visible import visible
 
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
-
-_CAPTIONS = ("txt", "json")
 
 
 def name_unused(source: PackSource, found: PackInput) -> PackInput:
@@ -32,7 +31,7 @@ def name_unused(source: PackSource, found: PackInput) -> PackInput:
         return found
     skipped = [*_other_splits(source), *_tables_and_shards(source, found), *_unlisted(source, found)]
     for extension, entry in source.unknown.items():
-        if extension not in _CAPTIONS or not found.captions_are_beside:
+        if extension not in CAPTIONS or not found.captions_are_beside:
             skipped.append(entry)
     return replace(found, skipped=(*found.skipped, *skipped), notes=(*found.notes, *_notes(source, found)))
 
@@ -73,10 +72,10 @@ def _unlisted(source: PackSource, found: PackInput) -> Iterator[BadFile]:
 
 
 def _notes(source: PackSource, found: PackInput) -> Iterator[str]:
-    if source.repeats and found.captions_are_beside:
+    if source.repeats and not source.is_set and found.captions_are_beside:
         first = visible(next(iter(source.repeats)))
         yield (
             f"the numbers that begin the names of {len(source.repeats)} folders, first {first}, are not applied as repeats:"
-            " each image is packed once. To show images of a folder more often, link it under further names"
-            f" (ln -s {first} {first}-2)"
+            " each image is packed once. They are where all images are in folders of such names, and the folder above them is"
+            f" packed; or link a folder under further names (ln -s {first} {first}-2)"
         )

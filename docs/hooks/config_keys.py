@@ -77,6 +77,11 @@ SECTIONS = (
     Section("model.memory", "Options that trade time or exactness for memory.", options=lit_lora.MemoryOptions),
     Section("model.sampling", "How `lit-lora predict` draws images.", options=lit_lora.SamplingOptions),
     Section("data", "The datamodule.", choice=LightningDataModule),
+    Section(
+        "data.init_args.train_sets[]",
+        "A list of sets of shards, each with its own repeats and captions.",
+        options=lit_lora.ShardSet,
+    ),
     Section("data.init_args.buckets", "Image sizes by aspect ratio.", options=lit_lora.AspectRatioBuckets),
     Section("data.init_args.decoder", "How a sample becomes an entry of a batch.", choice=lit_lora.SampleDecoder),
     Section("data.init_args.decoder.init_args.captions", "Captions of `ImageDecoder`.", options=lit_lora.Captions),

@@ -29,15 +29,16 @@ class PriorPreservation:
 
     Args:
         class_keys: Glob pattern of the keys of class images. A packed folder's keys begin with the subfolder: ``class/*``.
+            Defaults to null: the batch tells under ``prior``, as that of a ``ShardSet`` with ``prior`` does.
         weight: Weight :math:`\lambda` of their loss, above 0; defaults to 1.
 
     Raises:
         UserError: If ``class_keys`` is empty, or ``weight`` is not above 0.
     """
 
-    def __init__(self, class_keys: str, weight: float = 1.0) -> None:
+    def __init__(self, class_keys: str | None = None, weight: float = 1.0) -> None:
         check_above(0, weight=weight)
-        if not class_keys:
+        if class_keys == "":
             raise UserError("class_keys is empty; give a glob pattern of the keys of class images, such as class/*")
         self.class_keys = class_keys
         self.weight = weight
@@ -50,20 +51,30 @@ class PriorPreservation:
         """Weight of each sample: :attr:`weight` for class images, 1 for others; float32 ``(B,)``.
 
         Args:
-            batch: Batch with ``key``, the names of its samples.
+            batch: Batch with ``key``, the names of its samples; and with ``prior``, a bool for each, without ``class_keys``.
             device: Device of the result.
 
         Raises:
-            UserError: If the batch has no keys.
+            UserError: If the batch has no keys, or without ``class_keys`` no ``prior``.
         """
         if "key" not in batch:
             raise UserError(
                 "prior preservation tells class images by their keys, and the batch has no 'key'; add a list of the samples' "
                 "names"
             )
-        of_class = [fnmatchcase(key, self.class_keys) for key in batch["key"]]
+        of_class = self._of_class(batch)
         self._count(of_class, batch["key"])
         return torch.tensor([self.weight if one else 1.0 for one in of_class], device=device)
+
+    def _of_class(self, batch: Mapping[str, Any]) -> list[bool]:
+        if self.class_keys is not None:
+            return [fnmatchcase(key, self.class_keys) for key in batch["key"]]
+        if "prior" not in batch:
+            raise UserError(
+                "prior preservation has no class_keys, and the batch does not tell class images under 'prior'; give class_keys, "
+                "or name the class images as a set of train_sets with prior: true"
+            )
+        return list(batch["prior"])
 
     def warn_of_one_kind(self, least: int = _FEW) -> None:
         """Warn once if all samples so far were of one kind.
@@ -78,7 +89,8 @@ class PriorPreservation:
             which = "all" if self._seen[True] else "none"
             rank_zero_warn(
                 f"prior preservation has taken {which} of the first {seen:,} samples for class images: keys such as "
-                f"{self._key!r} against class_keys={self.class_keys!r}; set class_keys to a pattern of their keys alone"
+                f"{self._key!r} against class_keys={self.class_keys!r}; set class_keys to a pattern of their keys alone, or null "
+                "if a set of train_sets has prior: true"
             )
 
     def _count(self, of_class: list[bool], keys: list[str]) -> None:

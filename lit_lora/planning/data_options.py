@@ -54,7 +54,7 @@ def cacheable(data: Any) -> dict[str, Any]:
         data: Datamodule of the run, or None.
     """
     kinds = frozenset(getattr(data, "cacheable", ()))
-    crops = kinds and not data.decoder.center_crop
+    crops = kinds and not all(decoder.center_crop for decoder in data.decoders)
     return {"cacheable": kinds, "cache_keys": {"data.init_args.decoder.center_crop": True} if crops else {}}
 
 

@@ -164,7 +164,7 @@ def _describe(args: Sequence[Any], key: list[Any], tensors: list[Tensor]) -> boo
     for arg in args:
         kind = arg.__class__
         if kind is FakeTensor:
-            if arg.constant is not None or arg._fake_device != _CPU:
+            if arg.constant is not None or arg.fake_device != _CPU:
                 return False
             key += (arg.dtype, arg.shape, arg.stride(), arg.storage_offset(), arg.requires_grad)
             tensors.append(arg)

@@ -240,6 +240,7 @@ class _Simulation:
         size = [[run.height, run.width]] * run.batch_size
         names = [""] * run.batch_size
         batch: dict[str, Any] = {"caption": names, "key": names, "target_size": torch.tensor(size)}
+        batch["prior"] = [False] * run.batch_size
         if "latents" in run.cached:
             mean = torch.empty(run.batch_size, *family.latent_shape(run.height, run.width))
             batch |= {"latents_mean": mean, "latents_std": torch.empty_like(mean)}

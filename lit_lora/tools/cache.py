@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -18,6 +18,7 @@ from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.caching.cache_writer import CachedShard
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription, size_name
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
+from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.table import SampleTable
@@ -53,7 +54,7 @@ class CacheSummary(NamedTuple):
         samples: Number of samples in the cache.
         size: Size of the shards in bytes.
         bad: Reports of the bad samples that were left out.
-        arguments: Arguments of the datamodule that make a run read from the cache.
+        arguments: Arguments of the datamodule that make a run read from the cache; for ``train_sets`` the shards of each set.
     """
 
     shards: int
@@ -61,10 +62,10 @@ class CacheSummary(NamedTuple):
     samples: int
     size: int
     bad: list[BadSampleReport]
-    arguments: dict[str, str | list[str]]
+    arguments: dict[str, Any]
 
     @classmethod
-    def of(cls, written: Sequence[CachedShard], arguments: dict[str, str | list[str]]) -> Self:
+    def of(cls, written: Sequence[CachedShard], arguments: dict[str, Any]) -> Self:
         """Summarize written shards; shards without samples are not part of the cache."""
         kept = [shard for shard in written if shard.samples]
         return cls(
@@ -83,7 +84,10 @@ def cache(arguments: list[str]) -> None:
     summary = cache_shards(cli.model, cli.datamodule, **cli.options)
     numbers = (summary.shards, summary.resumed, summary.samples, summary.size, len(summary.bad))
     print(format_written(*numbers, "bad.jsonl beside the cached shards"))
-    print("\nNext:", shlex.join(["lit-lora", "fit", *cli.arguments_for_fit(arguments), *_options(summary.arguments)]))
+    if "train_sets" in (named := summary.arguments):
+        sets = cli.config["data"]["init_args"]["train_sets"]
+        named["train_sets"] = [_set_of_cache(*pair) for pair in zip(sets, named["train_sets"], strict=True)]
+    print("\nNext:", shlex.join(["lit-lora", "fit", *cli.arguments_for_fit(arguments), *_options(named)]))
 
 
 def cache_shards(
@@ -104,7 +108,8 @@ def cache_shards(
     Args:
         module: Module that has the encoders.
         data: Datamodule that names the shards.
-        out: Folder of the cache; defaults to "cache" in the folder of the shards.
+        out: Folder of the cache; defaults to "cache" in the folder of the shards. Of train_sets, each has a folder in it, with
+            the set's number from 0.
         text: Whether to cache text embeddings too. In bfloat16 they take 0.1 MB per sample for Stable Diffusion and 0.3 MB
             for SDXL.
         jobs: Number of processes that encode, each one shard at a time; they are spread evenly over the GPUs.
@@ -120,10 +125,68 @@ def cache_shards(
     check_workers(jobs=jobs)
     if text:
         module.text_training.check_cached({"text"})
-    data, decoder = _cacheable(data, text)
-    specs = {name: named for name in _SHARDS if (named := getattr(data, name))}
-    table = open_table([spec for named in specs.values() for spec in ([named] if isinstance(named, str) else named)])
-    targets = _targets(table, out)
+    parts = _parts(data, text, out)
+    written: list[CachedShard] = []
+    arguments: dict[str, Any] = {}
+    for part in parts:
+        written += _cache_part(module, part, text, jobs, batch_size, device, dtype, written)
+        cached = {name: _cached_specs(named, part.out) for name, named in part.shards.items()}
+        if part.of_sets:
+            arguments.setdefault("train_sets", []).append(cached["train_shards"])
+        else:
+            arguments |= cached
+    return CacheSummary.of(written, arguments)
+
+
+class _Part(NamedTuple):
+    """Shards that are cached with the same captions: all of a datamodule, or one of its sets.
+
+    Attributes:
+        data: Datamodule.
+        decoder: Decoder of the samples.
+        shards: The shards, by the name of the datamodule's argument.
+        out: Folder of the cache; None for one beside the shards.
+        of_sets: Whether it is one of several sets.
+    """
+
+    data: WebDatasetDataModule
+    decoder: ImageDecoder
+    shards: dict[str, str | list[str]]
+    out: str | None
+    of_sets: bool
+
+
+def _parts(data: LightningDataModule, text: bool, out: str | None) -> list[_Part]:
+    """What is to be cached, after checking that it can be."""
+    if not isinstance(data, WebDatasetDataModule):
+        raise UserError(f"data is a {type(data).__name__}, which cannot be cached; use a WebDatasetDataModule")
+    parts = []
+    if specs := {name: named for name in _SHARDS if (named := getattr(data, name))}:
+        parts.append(_Part(data, _cacheable(data.decoder, text), specs, out, of_sets=False))
+    for number, one in enumerate(data.train_sets or ()):
+        folder = None if out is None else str(Path(out) / str(number))
+        decoder = _cacheable(one.decoder or data.decoder, text)
+        parts.append(_Part(data, decoder, {"train_shards": one.shards}, folder, of_sets=True))
+    if not parts:
+        raise UserError(f"there is nothing to cache; set {', '.join((*_SHARDS, 'train_sets'))}")
+    return parts
+
+
+def _cache_part(
+    module: LoraDiffusion,
+    part: _Part,
+    text: bool,
+    jobs: int,
+    batch_size: int,
+    device: str,
+    dtype: str | None,
+    before: Sequence[CachedShard],
+) -> list[CachedShard]:
+    data, decoder = part.data, part.decoder
+    table = open_table(
+        [spec for named in part.shards.values() for spec in ([named] if isinstance(named, str) else named)]
+    )
+    targets = _targets(table, part.out)
     for what, extensions in decoder.required.items():
         table.check_complete(what, extensions)
     family = module.family.unloaded()
@@ -136,9 +199,10 @@ def cache_shards(
         for folder in _folders(targets):
             locks.enter_context(only_run_in(folder, "cache"))
             _claim(folder, description, [path for path in targets if path.parent == folder])
-        written = _write_shards(work, targets, jobs, device, data.max_bad_samples)
+        most = data.max_bad_samples - sum(len(shard.bad) for shard in before)
+        written = _write_shards(work, targets, jobs, device, most)
         _complete(targets, description)
-    return CacheSummary.of(written, {name: _cached_specs(named, out) for name, named in specs.items()})
+    return written
 
 
 def _write_shards(
@@ -179,10 +243,8 @@ class _CacheCLI(ToolCLI):
         return kept
 
 
-def _cacheable(data: LightningDataModule, text: bool) -> tuple[WebDatasetDataModule, ImageDecoder]:
-    if not isinstance(data, WebDatasetDataModule):
-        raise UserError(f"data is a {type(data).__name__}, which cannot be cached; use a WebDatasetDataModule")
-    decoder = data.decoder
+def _cacheable(decoder: SampleDecoder, text: bool) -> ImageDecoder:
+    """A decoder, after checking that what it makes can be cached."""
     if type(decoder) is not ImageDecoder:  # a subclass may decode samples to something else
         raise UserError(f"decoder is a {type(decoder).__name__}, whose samples cannot be cached; use an ImageDecoder")
     if not decoder.center_crop:
@@ -196,9 +258,7 @@ def _cacheable(data: LightningDataModule, text: bool) -> tuple[WebDatasetDataMod
             " cache only latents (--text false), or remove these options of captions (model.caption_dropout also drops"
             " cached captions)"
         )
-    if not any(getattr(data, name) for name in _SHARDS):
-        raise UserError(f"there is nothing to cache; set {', '.join(_SHARDS)}")
-    return data, decoder
+    return decoder
 
 
 def _targets(table: SampleTable, out: str | None) -> dict[Path, int]:
@@ -318,7 +378,13 @@ def _cached_specs(named: str | list[str], out: str | None) -> str | list[str]:
     return str((Path(folder) / "cache" if out is None else Path(out)) / name)
 
 
-def _options(arguments: Mapping[str, str | list[str]]) -> list[str]:
+def _set_of_cache(options: Any, shards: str | list[str]) -> dict[str, Any]:
+    """The options of a set, changed to name the cache; those that are not given are left out."""
+    given = {name: value for name, value in options.as_dict().items() if value not in (None, False)}
+    return given | {"shards": shards}
+
+
+def _options(arguments: Mapping[str, Any]) -> list[str]:
     """Arguments of the datamodule as options of the command line."""
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in arguments.items()}
     return [part for name, text in texts.items() for part in (f"--data.init_args.{name}", text)]

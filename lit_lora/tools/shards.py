@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_lora.errors import UserError, check_least
 from lit_lora.visible import visible
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lit_lora.datamodules.checking.check import CheckSummary
     from lit_lora.datamodules.indexing.index import ShardIndex
     from lit_lora.datamodules.packing.pack import PackSummary
+    from lit_lora.datamodules.packing.pack_sets import PackedSets
 
 
 def pack(
@@ -39,6 +40,8 @@ def pack(
         source: Folder with images and a .txt or .json file of the same name for each, at any depth; or with images that
             metadata.jsonl or metadata.csv files list; or with tar shards or parquet files; or one that
             datasets.save_to_disk wrote. Or one tar or parquet file, or a .csv, .tsv or .jsonl file with paths of images.
+            Or several sets, each packed into a folder in out: a folder of folders named 10_name, or a dataset.toml, as for
+            kohya's scripts.
         out: Folder for the shards.
         samples_per_shard: Maximum number of samples in a shard.
         max_shard_bytes: Maximum size of a shard in bytes; only a shard of one sample may exceed it.
@@ -56,22 +59,44 @@ def pack(
         UserError: If the source cannot be read, an option is outside its range, or more than ``max_bad`` files are bad.
     """
     from lit_lora.datamodules.packing.pack import pack_folder
+    from lit_lora.datamodules.packing.pack_sets import find_sets, pack_sets
 
-    summary = pack_folder(
-        source,
-        out,
-        samples_per_shard=samples_per_shard,
-        max_shard_bytes=max_shard_bytes,
-        jobs=jobs,
-        shuffle_seed=shuffle_seed,
-        max_bad=max_bad,
-        caption_key=caption_key,
-        image_column=image_column,
-        caption_column=caption_column,
-        captions=captions,
-        prefix=prefix,
-    )
-    print("\n".join(_pack_lines(summary)))
+    options: dict[str, Any] = {
+        "samples_per_shard": samples_per_shard,
+        "max_shard_bytes": max_shard_bytes,
+        "jobs": jobs,
+        "shuffle_seed": shuffle_seed,
+        "max_bad": max_bad,
+        "caption_key": caption_key,
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "captions": captions,
+        "prefix": prefix,
+    }
+    if (found := find_sets(source, out)) is not None:
+        packed = pack_sets(found, out, **options)
+        fit = ["lit-lora", "fit", "--config", "configs/sd15.yaml", "--config", str(packed.config)]
+        print("\n".join([*sets_lines(packed), f"\nNext: {shlex.join(fit)}"]))
+    else:
+        print("\n".join(_pack_lines(pack_folder(source, out, **options))))
+
+
+def sets_lines(packed: PackedSets) -> list[str]:
+    """Lines that list packed sets, what was left out of them, and the notes."""
+    from lit_lora.datamodules.packing.left_out import format_reasons
+    from lit_lora.datamodules.packing.pack_sets import set_rows
+    from lit_lora.report_text import format_table
+
+    lines = format_table(set_rows(packed))
+    for one, summary in zip(packed.found.sets, packed.summaries, strict=True):
+        reasons = format_reasons([*summary.bad, *summary.skipped])
+        lines += (
+            [f"left out of {visible(one.name)} (see {visible(summary.folder / 'bad.jsonl')})", *reasons]
+            if reasons
+            else []
+        )
+        lines += [f"note     {visible(one.name)}: {note}" for note in summary.notes]
+    return [*lines, *(f"note     {note}" for note in packed.found.notes)]
 
 
 def _pack_lines(summary: PackSummary) -> list[str]:

@@ -48,7 +48,8 @@ def train(
     lit-lora fit repeats the run. The same command resumes a run that was stopped or killed.
 
     Args:
-        folder: Folder of images, or of what lit-lora shards pack takes: tables, tar shards, parquet files.
+        folder: Folder of images, or of what lit-lora shards pack takes: tables, tar shards, parquet files; or several sets, as
+            folders named 10_name or a dataset.toml of kohya's scripts.
         base: Name such as sd15, sdxl, flux_dev or embedded; or a folder, hub id or .safetensors file, whose family is found.
         trigger: Words that stand for what is learned, such as "sks dog"; they go before each caption.
         captions: Source of captions: files beside the images or a metadata file; names of the images' files; names of their

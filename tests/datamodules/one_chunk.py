@@ -23,5 +23,7 @@ class OneChunk:
     def sizes(self) -> NDArray[np.int64]:
         return np.array([self.size])
 
-    def samples(self, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    copies = 1
+
+    def samples(self, chunk: int, turn: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return np.arange(self.total), np.zeros(self.total, np.int64)

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lit_lora.datamodules import Plan, ShardIndex, WebDatasetDataModule
+from lit_lora.datamodules import Plan, ShardIndex, ShardSet, WebDatasetDataModule
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
 from lit_lora.datamodules.batches.chunks import Chunks
 from lit_lora.datamodules.decoding.captions import Captions
@@ -450,13 +451,82 @@ def test_becomes_yaml(tmp_path):
     assert data.train_shards == ["a.tar", "b.tar"]
 
 
+def _two_sets(make_shards, **options):
+    """Nine samples with two and a half repeats, and eight with half of one, four of which are class images."""
+    dogs, cats = make_shards(9, folder="dogs"), make_shards(4, folder="cats") + make_shards(4, folder="more")
+    subject = ImageDecoder(random_flip=True, captions=Captions(prefix="sks "))
+    sets = [ShardSet(str(dogs[0]), 2.5, subject), ShardSet([str(path) for path in cats], 0.5, prior=True)]
+    return WebDatasetDataModule(train_sets=sets, resolution=8, num_workers=0, seed=4, **{"batch_size": 1} | options)
+
+
+def test_each_pass_shows_sets_as_often_as_their_repeats_say(tmp_path, make_shards):
+    data = _two_sets(make_shards, val_samples=1)
+    data.prepare_data()
+    data.setup("fit")
+    passes = [list(data.train_dataloader()) for _ in range(4)]
+    for batches in passes:
+        assert [batch["prior"] for batch in batches].count([False]) == 20
+        assert [batch["prior"] for batch in batches].count([True]) == 4
+        assert all(batch["caption"][0].startswith("sks ") is not batch["prior"][0] for batch in batches)
+    slots = [batch["slot"][0] for batches in passes for batch in batches]
+    assert len(slots) == len(set(slots))
+    [held_out] = data.val_dataloader()
+    assert held_out["prior"] == [False]
+    assert held_out["caption"][0].startswith("sks ")
+    trained = {batch["key"][0] for batches in passes for batch in batches if not batch["prior"][0]}
+    assert held_out["key"][0] not in trained
+    assert len(trained) == 8
+
+
+@pytest.mark.parametrize("buckets", [None, AspectRatioBuckets(8)])
+def test_a_resumed_run_over_sets_neither_repeats_nor_loses_samples(tmp_path, make_shards, buckets):
+    """Nor with another batch size, from the middle of a pass."""
+    whole = _fit(tmp_path, _two_sets(make_shards, buckets=buckets), max_epochs=2)
+    assert len(whole.train_seen) == 2 * (23 + 4)  # 22.5 rounds to 23
+    first = _fit(tmp_path, _two_sets(make_shards, buckets=buckets), [_save_each_step(tmp_path)], max_steps=7)
+    data = _two_sets(make_shards, buckets=buckets, batch_size=2)
+    rest = _fit(tmp_path, data, [_save_each_step(tmp_path)], tmp_path / "step=7.ckpt", max_epochs=1)
+    one_pass = [slot for seen in (first, rest) for slots, *_ in seen.train_seen for slot in slots]
+    assert sorted(one_pass) == sorted(slot for slots, *_ in whole.train_seen[:27] for slot in slots)
+
+
+def test_a_checkpoint_of_other_repeats(tmp_path, make_shards):
+    paths = make_shards(4, folder="a") + make_shards(4, folder="b")
+
+    def data(*repeats):
+        sets = [ShardSet(str(path), times) for path, times in zip(paths, repeats, strict=True)]
+        return WebDatasetDataModule(train_sets=sets, resolution=8, num_workers=0)
+
+    _fit(tmp_path, data(1, 2), [_save_each_step(tmp_path)], max_steps=1)
+    with pytest.raises(UserError, match=r"has repeats .* restore the repeats of train_sets"):
+        _fit(tmp_path, data(2, 1), [_save_each_step(tmp_path)], tmp_path / "step=1.ckpt", max_steps=2)
+
+
+def test_sets_that_cannot_be_trained_together(make_shards):
+    first, second = (str(make_shards(4, folder=folder)[0]) for folder in "ab")
+
+    def setup(*sets, **options):
+        WebDatasetDataModule(train_sets=list(sets), resolution=8, **options).setup("fit")
+
+    with pytest.raises(UserError, match=r"a/shard-000000.tar is named more than once"):
+        setup(ShardSet(first), ShardSet([second, first]))
+    with pytest.raises(UserError, match=r"loss_mask is missing in the first and uint8 \(1, 8, 8\) in the second"):
+        setup(ShardSet(first), ShardSet(second, decoder=ImageDecoder(mask="alpha")))
+    with pytest.raises(UserError, match=r"repeats=0.1 of .*b.* shows none of its 4 samples"):
+        setup(ShardSet(first), ShardSet(second, 0.1))
+    with pytest.raises(UserError, match="val_samples=5 exceeds the 4 samples that are no class images"):
+        setup(ShardSet(first), ShardSet(second, prior=True), val_samples=5)
+    with pytest.raises(UserError, match=r"train_shards=shards and train_sets=.* exclude each other"):
+        WebDatasetDataModule("shards", train_sets=[ShardSet("more")])
+
+
 SCRIPT = """
 import json, sys
 from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 import torch
-from lit_lora.datamodules import ImageDecoder, WebDatasetDataModule
+from lit_lora.datamodules import ImageDecoder, ShardSet, WebDatasetDataModule
 
 
 class Recorder(LightningModule):
@@ -485,8 +555,10 @@ if __name__ == "__main__":
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, callbacks=[save],
     )
     model = Recorder()
+    sets = [ShardSet(shards + "/shard-000000.tar"), ShardSet(shards + "/shard-000001.tar", 0.5, prior=True)]
     data = WebDatasetDataModule(
-        shards, val_samples=4, batch_size=1, resolution=8, num_workers=1, decoder=ImageDecoder(random_flip=True), seed=4
+        None, val_samples=4, batch_size=1, resolution=8, num_workers=1, decoder=ImageDecoder(random_flip=True), seed=4,
+        train_sets=sets,
     )
     trainer.fit(model, data, ckpt_path=ckpt_path or None)
     result = {"seen": model.seen, "val": model.val_seen}
@@ -510,16 +582,25 @@ def _run_pair(out, shards, ckpt_path=""):
 @pytest.mark.slow
 def test_other_numbers_of_processes_see_the_same_global_batches(tmp_path, make_shards):
     paths = make_shards(9, 8)
+
+    def data():
+        sets = [ShardSet(str(paths[0])), ShardSet(str(paths[1]), 0.5, prior=True)]
+        return _data([], val_samples=4, train_sets=sets)
+
     save = _save_each_step(tmp_path / "alone")
-    alone = _fit(tmp_path, _data(paths, val_samples=4), [save], max_steps=8)
+    alone = _fit(tmp_path, data(), [save], max_steps=8)
+    counts = Counter(key for _, keys, _ in alone.train_seen for key in keys)
+    # Two passes, in each of which nine samples make four batches: 5 that are not held out and 4 of 8 class images.
+    assert len(counts) >= 9
+    assert sum(counts.values()) == 16
     whole = [[list(pair) for pair in zip(slots, keys, strict=True)] for slots, keys, _ in alone.train_seen]
 
     seen, val = _run_pair(tmp_path / "pair", paths[0].parent)
     assert seen == whole
     counted = [key for key, weight in val if weight]
-    assert sorted(counted) == sorted(key for key, weight, _ in alone.val_seen[-1] if weight)
+    assert sorted(counted) == sorted(key for seen in alone.val_seen[-2:] for key, weight, _ in seen if weight)
     assert _run_pair(tmp_path / "again", paths[0].parent, tmp_path / "alone" / "step=5.ckpt")[0] == whole[5:]
 
     save = _save_each_step(tmp_path / "pair")
-    resumed = _fit(tmp_path, _data(paths, val_samples=4), [save], tmp_path / "pair" / "step=3.ckpt", max_steps=8)
+    resumed = _fit(tmp_path, data(), [save], tmp_path / "pair" / "step=3.ckpt", max_steps=8)
     assert resumed.train_seen == alone.train_seen[3:]

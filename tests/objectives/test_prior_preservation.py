@@ -28,6 +28,7 @@ PRIOR = PriorPreservation("class_*", 0.3)
     [
         (DDPM(weighting=MinSNR(), prior=PRIOR), "DDPMScheduler"),
         (FlowMatching(prior=PRIOR), "FlowMatchEulerDiscreteScheduler"),
+        (FlowMatching(prior=PriorPreservation(weight=0.3)), "FlowMatchEulerDiscreteScheduler"),
     ],
 )
 @pytest.mark.parametrize("with_mask", [False, True])
@@ -36,7 +37,7 @@ def test_the_formula(objective: Objective, scheduler: str, with_mask: bool) -> N
     objective.train()
     sample = objective.sample(LATENTS, Draws(0, range(4)))
     prediction = torch.zeros_like(LATENTS)
-    batch = {"key": KEYS}
+    batch = {"key": KEYS, "prior": [False, True, False, True]}
     share = torch.ones(4, 1, 2, 2)
     if with_mask:
         share[:, :, 1] = 0.5

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lit_lora.cli import main
-from lit_lora.datamodules import WebDatasetDataModule
+from lit_lora.datamodules import ShardSet, WebDatasetDataModule
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.caching.cache_writer import CacheWriter
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
@@ -572,6 +572,32 @@ def test_text_encoders_that_are_quantized_for_the_cache(
     (tmp_path / "nf4" / "shard-000002.tar").unlink()
     message = failure(module_for(StableDiffusion, sd_folder), data_for(shards), out=str(tmp_path / "nf4"))
     assert line in message
+
+
+def test_sets_with_captions_of_their_own(sd_folder: Path, shards: Path, tmp_path: Path) -> None:
+    """From their caches, batches have the same samples and captions as without."""
+    write_shard(tmp_path / "more" / "shard-000000.tar", range(15, 19))
+
+    def data(*folders: str | list[str]) -> WebDatasetDataModule:
+        crop = ImageDecoder(center_crop=True)
+        sks = ImageDecoder(center_crop=True, captions=Captions(prefix="sks "))
+        sets = [ShardSet(folders[0], 0.5, crop), ShardSet(folders[1], 2, sks, prior=True)]
+        return WebDatasetDataModule(train_sets=sets, resolution=16, batch_size=2, num_workers=0)
+
+    module = module_for(StableDiffusion, sd_folder)
+    live = data(str(shards), str(tmp_path / "more"))
+    summary = cache_shards(module, live, str(tmp_path / "out"))
+    assert summary.samples == 19
+    folders = [str(tmp_path / "out" / name) for name in "01"]
+    assert summary.arguments == {"train_sets": folders}
+    cached = data(*folders)
+    for one in (live, cached):
+        one.setup("fit")
+    assert cached.cached == {"latents", "text"}
+    names = ("key", "caption", "slot", "prior")
+    seen = [[[batch[name] for name in names] for batch in one.train_dataloader()] for one in (live, cached)]
+    assert seen[0] == seen[1]
+    assert sum(map(sum, (batch[3] for batch in seen[1]))) == 8
 
 
 class TestRefusals:

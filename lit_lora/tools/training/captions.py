@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from lit_lora.datamodules.packing.caption_template import CaptionTemplate
 from lit_lora.datamodules.packing.find_input import find_input
 from lit_lora.datamodules.packing.image_folder import ImageFolder
 from lit_lora.errors import UserError
@@ -25,11 +26,13 @@ class CaptionRule(NamedTuple):
         template: Template of the captions for packing; None to read files.
         prefix: Text before each caption in training.
         choice: The choice, for the screen.
+        fallback: Caption of images without a caption file, before which the prefix stands; None if there are none.
     """
 
-    template: str | None
+    template: CaptionTemplate | None
     prefix: str
     choice: Choice
+    fallback: str | None = None
 
 
 def caption_rule(folder: Path, out: Path, captions: str, trigger: str | None) -> CaptionRule:
@@ -48,7 +51,7 @@ def caption_rule(folder: Path, out: Path, captions: str, trigger: str | None) ->
     shown = f'each after "{trigger}"' if trigger else "no --trigger"
     if captions in ("names", "folders"):
         words = "{name}" if captions == "names" else "{folder}"
-        return CaptionRule(words, prefix, Choice("captions", f"from {captions}", shown, _KEY))
+        return CaptionRule(CaptionTemplate(words), prefix, Choice("captions", f"from {captions}", shown, _KEY))
     if captions == "trigger":
         return _trigger_alone(trigger, "as given")
     found = find_input(folder, out)
@@ -57,25 +60,48 @@ def caption_rule(folder: Path, out: Path, captions: str, trigger: str | None) ->
     ]
     if missing and not len(found) and captions == "auto":
         return _trigger_alone(trigger, "the images have no captions")
+    if missing and captions == "auto" and trigger:
+        why = f"{shown}; {len(missing)} of {len(missing) + len(found)} images have no file and get it alone"
+        return CaptionRule(None, prefix, Choice("captions", "from files", why, _KEY), fallback="")
     if missing:
         first = visible(missing[0].file)
         raise UserError(
             f"{len(missing)} of {len(missing) + len(found)} images have no caption, first {first}: write a .txt file of the same "
-            "name for each, or give --captions trigger, names or folders, with which no files of captions are read"
+            "name for each; or give --trigger without --captions, and these images get the trigger alone; or give --captions "
+            "trigger, names or folders, with which no files of captions are read"
         )
     return CaptionRule(None, prefix, Choice("captions", "from files", shown, _KEY))
+
+
+def rule_of_sets(captions: str, trigger: str | None) -> CaptionRule:
+    """The source of captions for several sets, each of which has its own.
+
+    Args:
+        captions: ``auto`` or ``files``.
+        trigger: Words that stand for what is learned; None for none.
+
+    Raises:
+        UserError: If ``captions`` is anything else.
+    """
+    if captions not in ("auto", "files"):
+        raise UserError(
+            f"captions={captions!r} is for one folder, and here are several sets, whose captions are in files or in the names of "
+            "their folders and class_tokens; leave --captions out"
+        )
+    shown = f'each after "{trigger}"' if trigger else "or else the folder's name or class_tokens"
+    return CaptionRule(None, f"{trigger}, " if trigger else "", Choice("captions", "from files", shown, _KEY))
 
 
 def prompts_for(captions: Sequence[str], prefix: str) -> list[str]:
     """Prompts of the images that are drawn while training: captions from the whole of the data, the rarest repeated last.
 
     Args:
-        captions: Captions of the data, without the prefix.
+        captions: Captions of the data, without the prefix; of empty ones, the prefix stands alone.
         prefix: Text before each caption.
     """
     different = list(dict.fromkeys(captions))
     spread = [different[len(different) * place // PROMPTS] for place in range(PROMPTS)]
-    return [prefix + caption for caption in spread]
+    return [prefix + caption if caption else prefix.removesuffix(", ") for caption in spread]
 
 
 def _trigger_alone(trigger: str | None, why: str) -> CaptionRule:
@@ -85,5 +111,5 @@ def _trigger_alone(trigger: str | None, why: str) -> CaptionRule:
             "names or folders, or write a .txt file of the same name beside each image"
         )
     return CaptionRule(
-        trigger.replace("{", "").replace("}", ""), "", Choice("captions", "trigger alone", f'"{trigger}": {why}', _KEY)
+        CaptionTemplate(trigger, literal=True), "", Choice("captions", "trigger alone", f'"{trigger}": {why}', _KEY)
     )

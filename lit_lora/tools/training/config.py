@@ -20,7 +20,7 @@ def make_config(
     base: Base,
     settings: Settings,
     out: Path,
-    shards: Path,
+    sources: Mapping[str, Any],
     prefix: str,
     prompts: Sequence[str],
     given: Mapping[str, Any],
@@ -31,7 +31,7 @@ def make_config(
         base: Base of the run.
         settings: What was chosen.
         out: Folder of the run.
-        shards: Folder of the shards to train on.
+        sources: Shards to train on, by the datamodule's arguments.
         prefix: Text before each caption.
         prompts: Prompts of the images that are drawn.
         given: Values that the user gives, by config key; they win.
@@ -54,7 +54,7 @@ def make_config(
     names = ("gradient_checkpointing", "offload_encoders", "offload_blocks", "vae_tiling")
     model["memory"] = {"vae_slicing": True} | {name: getattr(settings, name) for name in names}
     data = config["data"]["init_args"]
-    data |= {"train_shards": str(shards), "val_samples": settings.val_samples, "batch_size": settings.batch_size}
+    data |= {"train_shards": None, **sources, "val_samples": settings.val_samples, "batch_size": settings.batch_size}
     data |= {"resolution": settings.resolution, "buckets": _buckets(settings)}
     data["decoder"] = {
         "center_crop": True,

@@ -32,13 +32,13 @@ class Images:
     captions: tuple[str, ...]
 
     @classmethod
-    def of(cls, shards: Path) -> Images:
+    def of(cls, *shards: str | Path) -> Images:
         """The images of packed shards.
 
         Raises:
             UserError: If a shard is missing or damaged.
         """
-        table = open_table(str(shards))
+        table = open_table([str(one) for one in shards])
         widths, heights = table.image_sizes(np.arange(len(table.locations)))
         sources = Captions()
         reader = ShardReader(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import tempfile
@@ -16,6 +17,8 @@ import torch
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
+from lit_lora.datamodules.packing.pack_sets import PackedSets, find_sets, pack_sets
+from lit_lora.datamodules.packing.source_sets import SourceSets
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.folder_lock import only_run_in
@@ -27,8 +30,9 @@ from lit_lora.tools.cache import cache_shards
 from lit_lora.tools.plan import memory_of, run_of_config
 from lit_lora.tools.run_page import PLAN
 from lit_lora.tools.run_page.write import write_page
+from lit_lora.tools.shards import sets_lines
 from lit_lora.tools.training.base import Base, find_base
-from lit_lora.tools.training.captions import CaptionRule, caption_rule, prompts_for
+from lit_lora.tools.training.captions import CaptionRule, caption_rule, prompts_for, rule_of_sets
 from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
 from lit_lora.tools.training.config import comments_of, make_config, write_yaml
 from lit_lora.tools.training.images import Images
@@ -36,6 +40,7 @@ from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import Request, claim
 from lit_lora.tools.training.results import newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
+from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets
 
 
 def train_adapter(request: Request) -> None:
@@ -47,12 +52,17 @@ def train_adapter(request: Request) -> None:
     """
     base = find_base(request.base)
     folder = Path(request.folder).expanduser()
-    out = Path(request.out or Path("runs", f"{folder.resolve().name}-{base.name}"))
+    name = folder.stem if folder.suffix == ".toml" else folder.resolve().name
+    out = Path(request.out or Path("runs", f"{name}-{base.name}"))
     device = find_device(request.device) if request.device else default_device("auto")
-    rule = caption_rule(folder, out, request.captions, request.trigger)
+    sets = find_sets(folder, out)
+    if sets is None:
+        rule = caption_rule(folder, out, request.captions, request.trigger)
+    else:
+        rule = rule_of_sets(request.captions, request.trigger)
     with only_run_in(out, "train"):
         claim(out, request)
-        _Training(request, base, folder, out, device, rule).run()
+        _Training(request, base, folder, out, device, rule, sets).run()
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class _Training:
     out: Path
     device: Device
     rule: CaptionRule
+    sets: SourceSets | None
 
     @property
     def config(self) -> Path:
@@ -81,7 +92,31 @@ class _Training:
     @cached_property
     def images(self) -> Images:
         """The packed images, whose shards are read once."""
-        return Images.of(self.shards)
+        if self.packed_sets is None:
+            return Images.of(self.shards)
+        return Images.of(*(one["shards"] for one in self.packed_sets.options["train_sets"] if not one.get("prior")))
+
+    @cached_property
+    def packed_sets(self) -> PackedSets | None:
+        """The sets, packed; None for one folder."""
+        return None if self.sets is None else pack_sets(self.sets, self.shards, max_bad=self.request.max_bad)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the run reads from a cache."""
+        return self.request.cache and (self.packed_sets is None or can_be_cached(self.packed_sets))
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Values for keys of the config that the user gives, by the command or a dataset.toml."""
+        of_sets = {} if self.packed_sets is None else keys_of(self.packed_sets, self.base.template)
+        return of_sets | dict(self.request.given)
+
+    def _sources(self, cached: bool) -> dict[str, Any]:
+        """Shards of the run, by the datamodule's arguments."""
+        if self.packed_sets is None:
+            return {"train_shards": str(self.cache if cached else self.shards)}
+        return {"train_sets": train_sets(self.packed_sets, self.rule.prefix, self.cache if cached else None)}
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -90,8 +125,12 @@ class _Training:
     def run(self) -> None:
         """Do what is left to do: a run that was stopped goes on."""
         print(f"output   {self.out}")
-        packed = pack_folder(self.folder, self.shards, captions=self.rule.template, max_bad=self.request.max_bad)
-        print(_packed_line(packed))
+        if self.packed_sets is None:
+            captions: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
+            packed = pack_folder(self.folder, self.shards, max_bad=self.request.max_bad, **captions)
+            print(_packed_line(packed))
+        else:
+            print("\n".join(sets_lines(self.packed_sets)))
         if not self.config.exists():
             self._choose()
         print(f"config   {self.config}")
@@ -99,7 +138,7 @@ class _Training:
             print("\nNext: the same command without --dry_run, which trains")
             return
         if (results := recorded(self.out)) is None:
-            if self.request.cache and not (self.cache / "cache.json").exists():
+            if self.cached and not self._has_cache():
                 self._encode()
             results = self._fit()
         else:
@@ -110,9 +149,9 @@ class _Training:
         """Choose settings, show them and their plan, and write the config."""
         memory = memory_of(self.request.device_memory, self.device) if self.request.device_memory else None
         memory = memory or free_memory(self.device)
-        settings = choose(self.base, self.images, given_settings(self.request.given))
+        settings = choose(self.base, self.images, given_settings(self.given))
         # Over a cache, encoders are there for drawing alone, and may wait in host memory at no cost.
-        settings = replace(settings, offload_encoders=self.request.cache and self.device.is_cuda)
+        settings = replace(settings, offload_encoders=self.cached and self.device.is_cuda)
         print(f"planning for {format_bytes(memory)} on {self.device.name}; a plan of a large base takes half a minute")
         start = first_guess(memory, self.base.is_embedded)
         fit = fit_memory(settings, self._plan, memory, self.device.is_cuda, start, print)
@@ -126,13 +165,17 @@ class _Training:
         fit.plan.write(self.out / PLAN)
         header = f"# lit-lora fit --config {shlex.quote(str(self.config))}\n"
         header += "# Chosen by lit-lora train; the reasons are beside the keys.\n"
-        comments = comments_of(choices, self.request.cache)
+        comments = comments_of(choices, self.cached and self.sets is None)
         with atomic_file(self.config) as part:
             part.write_text(header + write_yaml(self._config_of(fit.settings), comments), encoding="utf-8")
 
     def _config_of(self, settings: Settings) -> dict[str, Any]:
-        shards = self.cache if self.request.cache else self.shards
-        return make_config(self.base, settings, self.out, shards, self.rule.prefix, self.prompts, self.request.given)
+        sources = self._sources(self.cached)
+        return make_config(self.base, settings, self.out, sources, self.rule.prefix, self.prompts, self.given)
+
+    def _has_cache(self) -> bool:
+        folders = [self.cache] if self.sets is None else [self.cache / str(one) for one in range(len(self.sets.sets))]
+        return all((folder / "cache.json").exists() for folder in folders)
 
     def _plan(self, settings: Settings) -> MemoryPlan:
         """The plan of a run with these settings, as ``lit-lora plan`` makes it."""
@@ -140,7 +183,7 @@ class _Training:
             file.write(write_yaml(self._config_of(settings), {}))
             file.flush()
             cli = _parts(["fit", "--config", file.name])
-        cached = ("latents", "text") if self.request.cache else ()
+        cached = ("latents", "text") if self.cached else ()
         described = run_of_config(cli.model, cli.datamodule, cli.config["trainer"], self.device, None, None, cached)
         return plan(replace(described, validation=False))  # it needs less than a step, and time to plan
 
@@ -148,7 +191,9 @@ class _Training:
         """Encode images and captions once; on the CPU if the GPU is too small for the encoders."""
         print("encoding images and captions once, so that training needs neither VAE nor text encoders")
         with _quiet():
-            cli = _parts(["fit", "--config", str(self.config), "--data.init_args.train_shards", str(self.shards)])
+            [(name, value)] = self._sources(cached=False).items()
+            text = value if isinstance(value, str) else json.dumps(value)
+            cli = _parts(["fit", "--config", str(self.config), f"--data.init_args.{name}", text])
         try:
             cache_shards(cli.model, cli.datamodule, out=str(self.cache))
         except UserError as error:

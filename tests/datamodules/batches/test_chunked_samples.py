@@ -6,6 +6,7 @@ import pytest
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
+from lit_lora.datamodules.batches.repeats import Repeats
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.table import SampleTable
 
@@ -68,3 +69,39 @@ def test_listed_samples_have_the_same_buckets(table, listed):
     assert samples.tolist() == listed
     assert buckets.tolist() == [whole[sample] for sample in listed]
     assert ListedSamples(table, np.array(listed), bucketing).counts.sum() == len(listed)
+
+
+@pytest.mark.parametrize("bucketing", [Bucketing.of(64, None), Bucketing.of(64, BUCKETS, 2)])
+def test_every_round_shows_each_set_as_often_as_its_repeats_say(table, bucketing):
+    """Shards 0, 1 and 5 are shown 2.3 times, 2 and 3 once, and 4 for a part."""
+    repeats = Repeats(np.array([2.3, 1.0, 0.4]), np.array([0, 0, 1, 1, 2, 0]))
+    chunks = ChunkedSamples.split(table, bucketing, 2, seed=1, held_out=np.array([0, 7]), repeats=repeats)
+    left = np.full(6, 4 if bucketing.max_upscaling else 5) - [1, 1, 0, 0, 0, 0]
+    wanted = [round(2.3 * (left[0] + left[1] + left[5])), left[2] + left[3], round(0.4 * left[4])]
+    assert chunks.copies == 3
+    assert chunks.counts.sum() == sum(wanted)
+
+    times = np.zeros(30, int)
+    for turn in range(20):
+        shown = np.zeros(30, int)
+        for chunk in range(2):
+            copies, buckets = chunks.samples(chunk, turn)
+            assert len(set(copies.tolist())) == len(copies)
+            assert np.bincount(buckets, minlength=len(chunks.sizes)).tolist() == chunks.counts[chunk].tolist()
+            np.add.at(shown, copies % 30, 1)
+        of_shard = shown.reshape(6, 5).sum(axis=1)
+        assert [of_shard[[0, 1, 5]].sum(), of_shard[[2, 3]].sum(), of_shard[4]] == wanted
+        assert set(shown[:5]) <= {0, 2, 3}
+        times += shown
+    for chunk in range(2):  # in the long run, all samples of a set, chunk and bucket are shown equally often
+        samples, buckets = chunks.samples(chunk, 0)
+        for shards in ([0, 1, 5], [2, 3], [4]):
+            for bucket in range(len(chunks.sizes)):
+                here = samples[(buckets == bucket) & np.isin(samples % 30 // 5, shards)] % 30
+                assert not len(here) or np.ptp(times[here]) <= 1
+
+
+def test_repeats_are_told_apart_unless_all_are_one():
+    one, two = (Repeats(np.array([1.0, times]), np.array([0, 1])) for times in (1.0, 2.0))
+    assert one.digest is None
+    assert two.digest not in (None, Repeats(np.array([1.0, 2.0]), np.array([1, 0])).digest)

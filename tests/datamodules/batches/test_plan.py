@@ -21,6 +21,7 @@ class Chunked:
 
     buckets: tuple[tuple[int, ...], ...]
     num_buckets: int
+    copies: int = 1
 
     @property
     def total(self) -> int:
@@ -34,7 +35,7 @@ class Chunked:
     def sizes(self) -> Any:
         return np.array([[8, 8 + bucket] for bucket in range(self.num_buckets)])
 
-    def samples(self, chunk: int) -> Any:
+    def samples(self, chunk: int, turn: int = 0) -> Any:
         first = sum(len(earlier) for earlier in self.buckets[:chunk])
         here = np.array(self.buckets[chunk], int)
         return first + np.arange(len(here)), here

@@ -14,7 +14,9 @@ SETTINGS = Settings(768, True, 2, batch_size=2, accumulate=3, steps=100, rank=8,
 
 
 def _config(base: str = "sdxl", settings: Settings = SETTINGS, **given: Any) -> dict[str, Any]:
-    return make_config(find_base(base), settings, Path("out"), Path("out/cache"), "sks, ", ["sks, a"], given)
+    return make_config(
+        find_base(base), settings, Path("out"), {"train_shards": "out/cache"}, "sks, ", ["sks, a"], given
+    )
 
 
 def test_all_choices_are_in_the_config() -> None:

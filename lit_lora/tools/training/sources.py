@@ -1,0 +1,54 @@
+"""The shards of a run of ``lit-lora train``: one folder, or several sets."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_lora.datamodules.packing.pack_sets import PackedSets
+
+_PRIOR = {"class_path": "lit_lora.objectives.PriorPreservation"}
+
+
+def can_be_cached(packed: PackedSets) -> bool:
+    """Whether crops and captions of all sets are the same in all passes."""
+    decoders = [one.decoder for one in packed.found.sets if one.decoder is not None]
+    return all(
+        decoder["center_crop"] and not decoder["captions"]["dropout"] and not decoder["captions"]["shuffle_tags"]
+        for decoder in decoders
+    )
+
+
+def train_sets(packed: PackedSets, prefix: str, cache: Path | None) -> list[dict[str, Any]]:
+    """The sets of a run's config.
+
+    Args:
+        packed: The packed sets.
+        prefix: Text before each caption that is not one of class images.
+        cache: Folder of the caches of all sets; None to read images.
+    """
+    sets: list[dict[str, Any]] = [copy.deepcopy(one) for one in packed.options["train_sets"]]
+    for number, one in enumerate(sets):
+        if cache is not None:
+            one["shards"] = str(cache / str(number))
+        if "decoder" in one and not one.get("prior"):
+            captions = one["decoder"]["init_args"]["captions"]
+            captions["prefix"] = prefix + captions["prefix"]
+    return sets
+
+
+def keys_of(packed: PackedSets, template: Mapping[str, Any]) -> dict[str, Any]:
+    """Values for keys of the config that a ``dataset.toml`` gives, and the objective's prior if there are class images.
+
+    Args:
+        packed: The packed sets.
+        template: Config of the base.
+    """
+    keys = {f"data.init_args.{name}": value for name, value in packed.found.data.items()}
+    if any(one.prior for one in packed.found.sets):
+        if "objective" not in template["model"]:
+            keys["model.objective.class_path"] = "lit_lora.objectives.DDPM"
+        keys["model.objective.init_args.prior"] = _PRIOR
+    return keys

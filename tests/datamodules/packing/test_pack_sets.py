@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+
+from lit_lora.cli import main
+from lit_lora.datamodules.packing.pack_sets import find_sets, pack_sets, repeats_of
+from lit_lora.datamodules.packing.source_sets import SourceSet, SourceSets
+from lit_lora.errors import UserError
+
+TOML = """
+[[datasets]]
+resolution = 8
+[[datasets.subsets]]
+image_dir = "img/3_dog"
+num_repeats = 3
+caption_extension = ".txt"
+class_tokens = "sks dog"
+flip_aug = true
+[[datasets.subsets]]
+image_dir = "img/1_cat"
+is_reg = true
+class_tokens = "a cat"
+"""
+
+
+@pytest.fixture
+def images(tmp_path, encode_image, monkeypatch):
+    """Three dogs, two of them with captions, and four cats without."""
+    for folder, count in (("3_dog", 3), ("1_cat", 4)):
+        (tmp_path / "img" / folder).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / "img" / folder / f"{number}.jpg").write_bytes(encode_image(seed=number))
+    (tmp_path / "img" / "3_dog" / "0.txt").write_text("a dog runs")
+    (tmp_path / "img" / "3_dog" / "1.txt").write_text("a dog sits")
+    (tmp_path / "dataset.toml").write_text(TOML)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _data_of(config):
+    """The datamodule of a config, as ``lit-lora fit`` makes it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    data = config["data"] | {"class_path": "lit_lora.datamodules.WebDatasetDataModule"}
+    data["init_args"] |= {"num_workers": 0}
+    return parser.instantiate_classes(parser.parse_object({"data": data})).data
+
+
+@pytest.mark.parametrize("source", ["img", "dataset.toml"])
+def test_a_run_over_the_config_shows_each_set_as_often_as_planned(images, source, capsys):
+    assert main(["shards", "pack", source, "out"]) == 0
+    printed = capsys.readouterr().out
+    config = yaml.safe_load((images / "out" / "sets.yaml").read_text())
+    data = _data_of(config | {"data": {"init_args": {"resolution": 8} | config["data"]["init_args"]}})
+    data.setup("fit")
+    captions = [caption for batch in data.train_dataloader() for caption in batch["caption"]]
+    cats = 9 if source == "dataset.toml" else 4
+    cat = "a cat" if source == "dataset.toml" else "cat"
+    fallback = "sks dog" if source == "dataset.toml" else "dog"
+    counts = {text: captions.count(text) for text in captions}
+    assert counts == {"a dog runs": 3, "a dog sits": 3, fallback: 3, cat: cats}
+    assert f"3_dog: 1 of 3 images have no caption file, first 2.jpg: they get '{fallback}'" in printed
+    assert "not applied" not in printed
+    assert printed.endswith("Next: lit-lora fit --config configs/sd15.yaml --config out/sets.yaml\n")
+    assert ("prior" in config.get("model", {}).get("objective", {}).get("init_args", {})) == (source == "dataset.toml")
+
+
+def test_class_images_are_as_many_as_others():
+    sets = [SourceSet("a", None, 10), SourceSet("b", None, 2, prior=True), SourceSet("c", None, 1, prior=True)]
+    repeats = repeats_of(sets, [20, 30, 40])
+    assert repeats == [10, 4, 2]
+    assert repeats[1] * 30 + repeats[2] * 40 == 10 * 20
+
+
+def test_mistakes(images):
+    with pytest.raises(UserError, match="the folder none does not exist"):
+        pack_sets(SourceSets([SourceSet("none", images.relative_to(images) / "none", 1)]), images / "out")
+    with pytest.raises(UserError, match="all sets are class images"):
+        pack_sets(SourceSets([SourceSet("cats", images / "img" / "1_cat", 1, prior=True)]), images / "out")
+    assert find_sets(images / "img" / "1_cat", images / "out") is None
