@@ -156,12 +156,11 @@ def test_a_schedule_free_optimizer_needs_no_callback_in_the_config(config: Calla
     assert main(["fit", "--config", str(config(**{"model.optimizer": optimizer}))]) == 0
 
 
-# Configs have the same keys: each overlay goes over two, and one overlay over the others.
+# Configs have the same keys, and building one takes seconds: each is under one overlay, and each overlay over one at least.
 @pytest.mark.parametrize(
-    ("name", "overlay"),
-    [(name, o) for name in CONFIGS for o in OVERLAYS if name in ("sd15.yaml", "flux_dev.yaml") or o == "24gb.yaml"],
+    ("name", "overlay"), [(name, OVERLAYS[number % len(OVERLAYS)]) for number, name in enumerate(CONFIGS)]
 )
-def test_every_overlay_goes_over_every_config(name: str, overlay: str) -> None:
+def test_every_overlay_goes_over_a_config(name: str, overlay: str) -> None:
     source = files("lit_lora.configs").joinpath("overlays", overlay)
     text = source.read_text()
     assert text.startswith("# lit-lora fit --config configs/")
