@@ -1,0 +1,341 @@
+"""Time of a training step, beside a bare loop and the device's limit: ``python -m benchmarks.speed``.
+
+A model of real size with random weights learns on random images, each setting in a fresh process. The bare loop is plain PyTorch,
+diffusers and PEFT with the same adapter, optimizer and clipping: encode, add noise, denoise, loss, backward, clip, step. Its base
+is stored in ``--dtype`` and is neither quantized nor checkpointed. First ours trains alone under the Trainer, which gives the
+peaks of memory. Then both take turns step by step, so that changes of the machine's speed affect both; ``ratio`` is the median
+over the pairs. ``--memory`` leaves the bare loop out.
+
+``of limit`` is the share of the device's measured rate of matrix products that the operations of the step come to (they are
+counted by the plan; recomputed operations do not count). ``operations``, ``copies`` and ``syncs`` are counts of one step by
+torch's profiler, ours and the bare loop's: calls of ATen that compute or move data, copies among them, and values that the host
+waits for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from lightning.pytorch import Callback
+from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile
+
+import lit_lora.quantization
+from benchmarks.environment import cpu_cores, versions
+from benchmarks.fresh_processes import result_of_process
+from benchmarks.real_models import write_pipeline
+from benchmarks.short_training import RepeatedBatch, cached_batch, image_batch, plain_trainer
+from lit_lora import LoraDiffusion, MemoryOptions, StableDiffusion, StableDiffusionXL
+from lit_lora.planning.device import find_device
+from lit_lora.planning.plan_run import plan_run
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "cached": {"cached": True},
+    "cached, checkpointing": {"cached": True, "gradient_checkpointing": True},
+    "cached, int8": {"cached": True, "quantization": "Int8"},
+    "cached, nf4": {"cached": True, "quantization": "NF4"},
+    "cached, int8, checkpointing": {"cached": True, "quantization": "Int8", "gradient_checkpointing": True},
+    "cached, nf4, checkpointing": {"cached": True, "quantization": "NF4", "gradient_checkpointing": True},
+    "cached, compiled": {"cached": True, "compile_blocks": True},
+    "cached, nf4, compiled": {"cached": True, "quantization": "NF4", "compile_blocks": True},
+    "cached, blocks on the host": {"cached": True, "offload_blocks": True, "gradient_checkpointing": True},
+    "images and captions": {},
+}
+"""Name and options of each setting."""
+
+ON_CUDA = ("compile_blocks", "offload_blocks")
+"""Options that are only measured on a GPU."""
+
+WIDTHS: dict[str, dict[str, Any]] = {
+    "sd15": {"text_width": 768},
+    "sdxl": {"text_width": 2048, "pooled_width": 1280},
+}
+"""Models, with the sizes of their text embeddings."""
+
+_OUTSIDE = (
+    "aten::view",
+    "aten::as_strided",
+    "aten::t",
+    "aten::transpose",
+    "aten::detach",
+    "aten::reshape",
+    "aten::empty",
+)
+"""Beginnings of the names of operations that neither compute nor move data."""
+
+
+class Bare:
+    """The training step in plain PyTorch.
+
+    Args:
+        module: Module whose loaded parts are copied in structure: a module of the same family without quantization.
+        batch: The batch of every step, on the device.
+        dtype: dtype of the frozen weights.
+    """
+
+    def __init__(self, module: Any, batch: dict[str, Any], dtype: Any) -> None:
+
+        self.family, self.batch, self.dtype = module.family, batch, dtype
+        self.scheduler = DDPMScheduler.from_config(self.family.scheduler_config)
+        self.parameters = [parameter for parameter in self.family.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
+
+    def step(self) -> None:
+        """One optimizer step."""
+        device = self.family.device
+        with torch.no_grad(), torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            latents, inputs = self._encoded(device)
+            noise = torch.randn_like(latents)
+            t = torch.randint(1000, (len(latents),), device=device)
+            noisy = self.scheduler.add_noise(latents, noise, t)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            prediction = self.family.denoiser(noisy, t, **inputs).sample
+        F.mse_loss(prediction.float(), noise.float()).backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _encoded(self, device: Any) -> tuple[Any, dict[str, Any]]:
+        """Latents, and the denoiser's inputs that come of captions."""
+        batch, encoders = self.batch, self.family.encoders
+        if "latents_mean" in batch:
+            mean = batch["latents_mean"]
+            latents = mean + batch["latents_std"] * torch.randn_like(mean)
+            hidden, pooled = batch["text_embeddings"]["encoder_hidden_states"], batch["text_embeddings"].get("pooled")
+        else:
+            vae = self.family.vae
+            pixels = batch["pixel_values"].to(vae.dtype) / 127.5 - 1
+            latents = vae.encode(pixels).latent_dist.sample()
+            states = []
+            for suffix in ("", "_2"):
+                if f"tokenizer{suffix}" in encoders:
+                    ids = encoders[f"tokenizer{suffix}"](
+                        batch["caption"], padding="max_length", truncation=True, return_tensors="pt"
+                    ).input_ids
+                    states.append(encoders[f"text_encoder{suffix}"](ids.to(device), output_hidden_states=True))
+            hidden = states[0][0] if len(states) == 1 else torch.cat([one.hidden_states[-2] for one in states], dim=-1)
+            pooled = None if len(states) == 1 else states[-1][0]
+        latents = latents.to(self.dtype) * self.family.vae_config["scaling_factor"]
+        inputs = {"encoder_hidden_states": hidden.to(self.dtype)}
+        if pooled is not None:
+            ids = torch.tensor([[128, 128, 0, 0, 128, 128]] * len(latents), device=device)
+            inputs["added_cond_kwargs"] = {"text_embeds": pooled.to(self.dtype), "time_ids": ids}
+        return latents, inputs
+
+
+class Turns(Callback):
+    """Times each step, and after the first ones runs a step of the bare loop after it. The last step is profiled, not timed.
+
+    Args:
+        options: Options of the command.
+        setting: Setting of ours.
+    """
+
+    def __init__(self, options: argparse.Namespace, setting: dict[str, Any]) -> None:
+        self.options, self.setting, self.cuda = options, setting, options.device == "cuda"
+        self.bare: Bare | None = None
+        self.ours: list[float] = []
+        self.theirs: list[float] = []
+        self.peaks = (0, 0)
+        self.profiler = _profiler(self.cuda)
+        self.steps = options.warm_up + options.steps
+
+    def on_train_start(self, *_: Any) -> None:
+        self.started = self._now()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.steps:
+            self.profiler.__exit__(None, None, None)
+            return
+        self.ours.append(self._now() - self.started)
+        if self.cuda and batch_idx + 1 == self.options.warm_up:
+            self.peaks = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+        if batch_idx + 1 >= self.options.warm_up and not self.options.memory:
+            if self.bare is None:
+                self.bare = self._bare(batch)
+            started = self._now()
+            self.bare.step()
+            self.theirs.append(self._now() - started)
+        if batch_idx + 1 == self.steps:
+            self.profiler.__enter__()
+        self.started = self._now()
+
+    def _bare(self, batch: dict[str, Any]) -> Bare:
+        plain = {"cached": self.setting.get("cached")}
+        module = _unread(_module(plain, self.options), plain)
+        module.configure_model()
+        return Bare(module.to(self.options.device).train(), batch, getattr(torch, self.options.dtype))
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=WIDTHS, default="sd15")
+    parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--steps", type=int, default=20, help="measured pairs of steps")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before the measured ones")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 (default) keeps torch's own number")
+    parser.add_argument("--memory", action="store_true", help="measure ours alone, without the bare loop")
+    parser.add_argument("--only", nargs="*", help="parts of the names of the settings to measure")
+    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.setting:
+        print(json.dumps(_measure(SETTINGS[options.setting], options)))
+        return
+    _table(options)
+
+
+def _table(options: argparse.Namespace) -> None:
+    kept = ("model", "resolution", "batch_size", "device", "dtype", "steps", "warm_up", "threads")
+    arguments = [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in kept]
+    print(
+        f"{options.model} at {options.resolution} px, batch {options.batch_size}, {options.dtype}, LoRA r=16, AdamW, "
+        f"{_device_name(options.device)}; {versions('torch', 'lightning', 'diffusers', 'peft')}"
+    )
+    print(
+        f"{'':<30} {'s/step':>8} {'bare':>8} {'ratio':>7} {'images/s':>9} {'of limit':>9} {'allocated':>10} {'reserved':>9} "
+        f"{'operations':>16} {'copies':>11} {'syncs':>7}",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_pipeline(options.model, Path(folder) / options.model, weights=False)
+        own = [*arguments, f"--folder={folder}/{options.model}", *(["--memory"] if options.memory else [])]
+        for name, setting in SETTINGS.items():
+            if options.only and not any(part in name for part in options.only):
+                continue
+            if options.device == "cpu" and any(setting.get(key) for key in ON_CUDA):
+                continue
+            print(_line(name, result_of_process(["-m", "benchmarks.speed", *own, f"--setting={name}"])), flush=True)
+
+
+def _line(name: str, found: dict[str, Any]) -> str:
+    def pair(key: str) -> str:
+        return "/".join(f"{found[one][key]}" for one in ("ours", "bare") if found.get(one))
+
+    def gib(key: str) -> str:
+        return f"{found[key] / 2**30:.2f} GiB" if found[key] else "-"
+
+    bare = f"{found['bare_seconds']:>8.3f} {found['ratio']:>7.3f}" if found["bare_seconds"] else f"{'-':>8} {'-':>7}"
+    return (
+        f"{name:<30} {found['seconds']:>8.3f} {bare} {found['images']:>9.2f} {found['share']:>9.1%} {gib('allocated'):>10} "
+        f"{gib('reserved'):>9} {pair('operations'):>16} {pair('copies'):>11} {pair('syncs'):>7}"
+    )
+
+
+def _measure(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one setting in this process."""
+    warnings.simplefilter("ignore")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    cuda = options.device == "cuda"
+    batch = (
+        cached_batch(options.batch_size, options.resolution, **WIDTHS[options.model])
+        if setting.get("cached")
+        else image_batch(options.batch_size, options.resolution)
+    )
+    cached = frozenset(("latents", "text") if setting.get("cached") else ())
+    plan = plan_run(
+        _module({**setting, "gradient_checkpointing": False}, options),
+        options.batch_size,
+        options.resolution,
+        options.resolution,
+        cached=cached,
+        device=find_device("H100" if cuda else "cpu"),
+    )
+    turns = Turns(options, setting)
+    steps = turns.steps + 1
+    trainer = plain_trainer(
+        options.device, devices=1, max_steps=steps, gradient_clip_val=1.0, callbacks=[turns], log_every_n_steps=10
+    )
+    trainer.fit(_unread(_module(setting, options), setting), datamodule=RepeatedBatch(batch, steps))
+    ours, theirs = turns.ours[options.warm_up :], turns.theirs[1:]
+    seconds = statistics.median(ours)
+    counts = {"ours": _counts(turns.profiler)}
+    if turns.bare is not None:
+        with _profiler(cuda) as profiler:
+            turns.bare.step()
+        counts["bare"] = _counts(profiler)
+    return {
+        "seconds": seconds,
+        "bare_seconds": statistics.median(theirs) if theirs else None,
+        "ratio": statistics.median(a / b for a, b in zip(ours, theirs, strict=True)) if theirs else None,
+        "images": options.batch_size / seconds,
+        "share": plan.flops_per_step / seconds / _matmul_rate(options.device, getattr(torch, options.dtype)),
+        "allocated": turns.peaks[0],
+        "reserved": turns.peaks[1],
+        **counts,
+    }
+
+
+def _module(setting: dict[str, Any], options: argparse.Namespace) -> Any:
+    memory = {field.name for field in fields(MemoryOptions)}
+    keys: dict[str, Any] = {key: value for key, value in setting.items() if key not in memory | {"cached"}}
+    if "quantization" in keys:
+        keys["quantization"] = getattr(lit_lora.quantization, keys["quantization"])()
+    keys["memory"] = MemoryOptions(**{key: value for key, value in setting.items() if key in memory})
+    family = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL}[options.model](options.folder)
+    return LoraDiffusion(family, LoraConfig(r=16, lora_alpha=16), base_dtype=options.dtype, **keys)
+
+
+def _unread(module: Any, setting: dict[str, Any]) -> Any:
+    """The module with parts that get random weights instead of reading them."""
+    module.dispensable_parts = lambda: {"vae", "text"} if setting.get("cached") else set()
+    module.family.load = partial(module.family.load, weights=False)
+    return module
+
+
+def _profiler(cuda: bool) -> profile:
+    return profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])])
+
+
+def _counts(profiler: profile) -> dict[str, int]:
+    """Operations, copies and synchronisations that a profiler saw."""
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    aten = {name: count for name, count in calls.items() if name.startswith("aten::")}
+    waits = ("aten::_local_scalar_dense", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+    return {
+        "operations": sum(count for name, count in aten.items() if not name.startswith(_OUTSIDE)),
+        "copies": aten.get("aten::copy_", 0),
+        "syncs": sum(calls.get(name, 0) for name in waits),
+    }
+
+
+def _matmul_rate(device: str, dtype: Any) -> float:
+    """Floating point operations per second of a large matrix product."""
+    size = 8192 if device == "cuda" else 2048
+    first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        (first @ second).sum().item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def _device_name(device: str) -> str:
+
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_cores()
+
+
+if __name__ == "__main__":
+    main()
