@@ -87,7 +87,8 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
     datamodule = getattr(trainer, "datamodule", None)
     if stage != "predict":
         sets = [one.shards for one in getattr(datamodule, "training_sets", ())]
-        shards = sets[0] if len(sets) == 1 else sets or getattr(datamodule, "val_shards", None)
+        others = getattr(datamodule, "train_shards", None) or getattr(datamodule, "val_shards", None)
+        shards = sets[0] if len(sets) == 1 else sets or others
         module.text_training.check_cached(getattr(datamodule, "cached", ()), shards and redact(str(shards)))
     device = strategy.root_device
     module.quantization.check(device)

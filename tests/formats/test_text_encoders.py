@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from PIL import Image
 from torch import Tensor, nn
 
 from lit_lora.adapters import load_adapter
@@ -90,7 +91,8 @@ def test_samples_are_drawn_with_adapted_encoders(sd_folder: Path, tmp_path: Path
         out = tmp_path / f"{name}.png"
         arguments = ["--adapter", str(tmp_path / name), "--base", str(sd_folder), "--out", str(out)]
         assert main(["sample", *arguments, *drawn]) == 0
-        images[name] = out.read_bytes()
+        with Image.open(out) as image:
+            images[name] = image.tobytes()
     assert images["kohya"] == images["peft"]
     assert images["kohya"] != images["comfyui"]
 
