@@ -210,7 +210,7 @@ class _Simulation:
     def _simulate_sampling(self, sampling: Sampling) -> None:
         """Simulate one step of the denoiser, then the decoder of the VAE."""
         family, module, count = self.family, self.module, sampling.images
-        height, width = sampling.height or family.default_size, sampling.width or family.default_size
+        height, width = sampling.size(family.default_size)
         seen = count * family.sampling_passes(sampling.guidance_scale)
         batch = {"target_size": torch.tensor([[height, width]] * seen)}
         shape = family.latent_shape(height, width)

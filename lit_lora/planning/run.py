@@ -23,12 +23,14 @@ class Sampling:
         guidance_scale: Scale of classifier-free guidance; defaults to 5.
         height: Height in pixels; defaults to the model's own.
         width: Width in pixels; defaults to the model's own.
+        own_size: Whether there are also images of the model's own size; defaults to False.
     """
 
     images: int = 1
     guidance_scale: float = 5.0
     height: int | None = None
     width: int | None = None
+    own_size: bool = False
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> Self:
@@ -36,8 +38,18 @@ class Sampling:
         groups = prompt_groups(prompts, options)
         images = min(IMAGES_AT_A_TIME, max(len(group.places) for group in groups))
         scale = max(group.options["guidance_scale"] for group in groups)
-        sizes = [[group.options[edge] for group in groups] for edge in ("height", "width")]
-        return cls(images, scale, *(None if None in edges else max(edges) for edges in sizes))
+        edges = [[group.options[edge] for group in groups] for edge in ("height", "width")]
+        height, width = (max(filter(None, sizes), default=None) for sizes in edges)
+        return cls(images, scale, height, width, own_size=any(None in sizes for sizes in edges))
+
+    def size(self, own: int) -> tuple[int, int]:
+        """Largest height and width of an image.
+
+        Args:
+            own: Edge of images of the model's own size, in pixels.
+        """
+        least = own if self.own_size else 0
+        return max(self.height or own, least), max(self.width or own, least)
 
 
 @dataclass(frozen=True)
