@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.resources import files
 from pathlib import Path
@@ -108,13 +109,18 @@ def _options_of_trainer(method: str) -> set[str]:
 
 def _parameters(source: Path, class_name: str, method: str) -> set[str]:
     """Names of a method's parameters; none if the source is not there or takes any name."""
-    try:
-        statements = ast.parse(source.read_text(encoding="utf-8")).body
-    except (OSError, SyntaxError, ValueError):
-        return set()
-    classes = [one for one in statements if isinstance(one, ast.ClassDef) and one.name == class_name]
+    classes = [one for one in _statements(source) if isinstance(one, ast.ClassDef) and one.name == class_name]
     for statement in (statement for found in classes for statement in found.body):
         if isinstance(statement, ast.FunctionDef) and statement.name == method:
             own = statement.args
             return set() if own.kwarg else {each.arg for each in (*own.posonlyargs, *own.args, *own.kwonlyargs)}
     return set()
+
+
+@cache  # each config asks for several methods
+def _statements(source: Path) -> Sequence[ast.stmt]:
+    """Statements of a source file; none if it is not there."""
+    try:
+        return ast.parse(source.read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def _named(sets: Sequence[SourceSet]) -> list[SourceSet]:
         while name in named:
             number += 1
             name = f"{one.name}-{number}"
-        named[name] = SourceSet(**{**vars(one), "name": name})
+        named[name] = replace(one, name=name)
     return list(named.values())
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import lit_lora
 from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, remove_unfinished
 from lit_lora.folder_lock import only_run_in
 from lit_lora.prompts import Prompt, prompt_groups, read_prompts
 from lit_lora.tools.drawing import Drawer
-from lit_lora.tools.drawn_image import DrawnImage, write_image
+from lit_lora.tools.drawn_image import write_image
 from lit_lora.tools.prior import PriorOptions
 from lit_lora.visible import visible
 
@@ -90,14 +89,13 @@ def _claim(out: Path, options: PriorOptions) -> None:
 
 def _draw(options: PriorOptions, folder: Path, prompts: Sequence[Prompt], missing: Sequence[int]) -> None:
     """Draw the images of these places, and write each batch before the next is drawn."""
-    own = {"revision": options.revision, "variant": options.variant}
     drawer = Drawer(
         options.base,
         family=options.family,
         dtype=options.dtype,
         device=options.device,
         sizes=sorted({(prompts[place].height, prompts[place].width) for place in missing}, key=str),
-        base_options={name: value for name, value in own.items() if value is not None},
+        base_options={"revision": options.revision, "variant": options.variant},
         scheduler=options.scheduler,
     )
     drawer.adapt([])
@@ -107,19 +105,12 @@ def _draw(options: PriorOptions, folder: Path, prompts: Sequence[Prompt], missin
         for places, settings in prompt_groups([prompts[place] for place in missing], {"height": None, "width": None}):
             for start in range(0, len(places), options.batch_size):
                 batch = [missing[place] for place in places[start : start + options.batch_size]]
-                group = [prompts[place] for place in batch]
-                texts, away = [one.prompt for one in group], [one.negative_prompt for one in group]
-                seeds = [one.seed or 0 for one in group]
-                for place, image in zip(
-                    batch, drawer.generate(texts, seeds, negative_prompts=away, **settings), strict=True
-                ):
-                    facts = (drawer.scheduler_name, str(drawer.base), (), lit_lora.__version__)
-                    drawn = DrawnImage(image, prompts[place], *facts)
+                drawn = drawer.draw([prompts[place] for place in batch], **settings)
+                for place, image in zip(batch, drawn, strict=True):
                     with atomic_file(_file(folder, place).with_suffix(".txt")) as part:
-                        part.write_text(prompts[place].prompt + "\n", encoding="utf-8")
-                    write_image(
-                        image, _file(folder, place), drawn.parameters
-                    )  # last: it tells that the sample is complete
+                        part.write_text(image.prompt.prompt + "\n", encoding="utf-8")
+                    # Last: it tells that the sample is complete.
+                    write_image(image.image, _file(folder, place), image.parameters)
                 bar.update(len(batch))
 
 

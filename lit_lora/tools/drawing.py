@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
+import lit_lora
 from lit_lora.adapters import load_adapter
 from lit_lora.adapters.names import tuner_layers
 from lit_lora.errors import UserError
@@ -27,7 +27,9 @@ from lit_lora.formats.find import read_adapter
 from lit_lora.formats.quantized_base import quantized_base, twice
 from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.formats.text_encoders import for_encoder
+from lit_lora.prompts import Prompt
 from lit_lora.tools.drawing_base import DrawingBase, FamilyBase, PipelineBase, Size
+from lit_lora.tools.drawn_image import DrawnImage
 from lit_lora.tools.named_family import named_family
 
 
@@ -54,8 +56,8 @@ class Drawer:
         device: Device to draw on; None for the first GPU, or for the CPU if there is none.
         sizes: Heights and widths of the images in pixels; None for the model's own.
         base_adapters: Paths of the adapters that the adapter was trained over; defaults to those that it names.
-        base_options: Arguments of the family's constructor beside the base, such as ``variant``; of those that are not given,
-            the adapter names the values of its training.
+        base_options: Arguments of the family's constructor beside the base, such as ``variant``; of those that are not given or
+            None, the adapter names the values of its training.
         scheduler: Class of the scheduler in diffusers; defaults to that of the base, with the adapter's changes.
 
     Raises:
@@ -71,7 +73,7 @@ class Drawer:
         device: str | None,
         sizes: Sequence[Size],
         base_adapters: Sequence[str] = (),
-        base_options: Mapping[str, str] | None = None,
+        base_options: Mapping[str, str | None] | None = None,
         scheduler: str | None = None,
     ) -> None:
         disable_progress_bar()  # of transformers, one for each text encoder
@@ -80,7 +82,9 @@ class Drawer:
         self.base, self.scheduler, self._family = base, scheduler, family
         self._dtype = getattr(torch, dtype)
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._sizes, self._base_adapters, self._given = sizes, base_adapters, base_options or {}
+        self._sizes, self._base_adapters = sizes, base_adapters
+        self._given = {name: value for name, value in (base_options or {}).items() if value is not None}
+        self._used: list[tuple[str, float]] = []
         self._loaded: DrawingBase | None = None
         self._loaded_with: Any = None
         self._adapted: list[PeftModel] = []
@@ -93,7 +97,7 @@ class Drawer:
 
     @property
     def scheduler_name(self) -> str:
-        """Class of the scheduler that :meth:`generate` draws with."""
+        """Class of the scheduler that :meth:`draw` draws with."""
         assert self._loaded is not None
         return str(self._scheduler_config()["_class_name"])
 
@@ -113,6 +117,7 @@ class Drawer:
         options = {**(recorded_options(read[0][1].metadata, self.base) if read else {}), **self._given}
         kind = kind or self._kind(options)
         used = [(one, files) for one, files in read if one.scale != 0]
+        self._used = [(one.path, one.scale) for one, _ in used]
         for one, files in used:
             if quantization := quantized_base(files.metadata):
                 warnings.warn(twice(one.path, quantization), stacklevel=2)
@@ -128,11 +133,24 @@ class Drawer:
             self._changes |= scheduler_changes(files.metadata)
         self._loaded.to(self._device)
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-        """Draw one image for each prompt; see :func:`lit_lora.sampling.generate` for the options."""
+    def draw(self, prompts: Sequence[Prompt], **options: Any) -> list[DrawnImage]:
+        """Draw one image for each prompt, with what it is drawn with.
+
+        Args:
+            prompts: Prompts with seeds. Their other settings are those of ``options``: see
+                :func:`~lit_lora.prompts.prompt_groups`.
+            **options: Options of :func:`lit_lora.sampling.generate`.
+        """
         assert self._loaded is not None, "adapt comes first"
-        config = self._scheduler_config() if self._changes or self.scheduler else None
-        return self._loaded.generate(prompts, seeds, config, **options)
+        images = self._loaded.generate(
+            [one.prompt for one in prompts],
+            [one.seed or 0 for one in prompts],
+            self._scheduler_config() if self._changes or self.scheduler else None,
+            negative_prompts=[one.negative_prompt for one in prompts],
+            **options,
+        )
+        facts = (self.scheduler_name, str(self.base), self._used, lit_lora.__version__)
+        return [DrawnImage(image, prompt, *facts) for image, prompt in zip(images, prompts, strict=True)]
 
     def _kind(self, options: Mapping[str, str]) -> type[ModelFamily] | None:
         """The family that is asked for, or the one for the base's pipeline; None if there is none."""

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
-import lit_lora
 from lit_lora.errors import UserError
 from lit_lora.folder_lock import only_run_in
 from lit_lora.prompts import Prompt, prompt_groups, read_prompts
@@ -40,9 +39,7 @@ def draw_samples(options: SampleOptions) -> None:
     columns = columns_of(options)
     prompts = _prompts(options)
     with nullcontext() if target.suffix else only_run_in(target, "sample"):
-        own = {name: getattr(options, name) for name in ("revision", "variant", "vae")} | {
-            "config": options.base_config
-        }
+        own = {"revision": options.revision, "variant": options.variant, "vae": options.vae}
         drawer = Drawer(
             options.base,
             family=options.family,
@@ -50,7 +47,7 @@ def draw_samples(options: SampleOptions) -> None:
             device=options.device,
             sizes=sorted({(one.height, one.width) for one in prompts}, key=str),
             base_adapters=options.base_adapters or (),
-            base_options={name: value for name, value in own.items() if value is not None},
+            base_options={**own, "config": options.base_config},
             scheduler=options.scheduler,
         )
         drawn = []
@@ -58,7 +55,7 @@ def draw_samples(options: SampleOptions) -> None:
             if len(columns) > 1:
                 print(f"drawing {number} of {len(columns)}: {column.name}", flush=True)
             drawer.adapt(column.adapters)
-            drawn.append(_draw(drawer, prompts, column.adapters, options.guidance_rescale))
+            drawn.append(_draw(drawer, prompts, options.guidance_rescale))
         _write(drawn, [column.name for column in columns], target, options)
 
 
@@ -124,21 +121,13 @@ def _prompts(options: SampleOptions) -> list[Prompt]:
     ]
 
 
-def _draw(
-    drawer: Drawer, prompts: Sequence[Prompt], adapters: Sequence[ScaledAdapter], guidance_rescale: float
-) -> list[DrawnImage]:
+def _draw(drawer: Drawer, prompts: Sequence[Prompt], guidance_rescale: float) -> list[DrawnImage]:
     """One image for each prompt."""
-    images: dict[int, Image.Image] = {}
-    for places, settings in prompt_groups(
-        prompts, {"height": None, "width": None, "guidance_rescale": guidance_rescale}
-    ):
-        group = [prompts[place] for place in places]
-        texts, seeds = [one.prompt for one in group], [one.seed or 0 for one in group]
-        drawn = drawer.generate(texts, seeds, negative_prompts=[one.negative_prompt for one in group], **settings)
-        images |= dict(zip(places, drawn, strict=True))
-    with_what = [(one.path, one.scale) for one in adapters if one.scale != 0]
-    facts = (drawer.scheduler_name, str(drawer.base), with_what, lit_lora.__version__)
-    return [DrawnImage(images[place], prompt, *facts) for place, prompt in enumerate(prompts)]
+    drawn: dict[int, DrawnImage] = {}
+    common = {"height": None, "width": None, "guidance_rescale": guidance_rescale}
+    for places, settings in prompt_groups(prompts, common):
+        drawn |= dict(zip(places, drawer.draw([prompts[place] for place in places], **settings), strict=True))
+    return [drawn[place] for place in range(len(prompts))]
 
 
 def _target(out: str) -> Path:

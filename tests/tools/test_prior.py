@@ -37,16 +37,16 @@ def test_a_killed_run_goes_on_to_the_same_images(
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["prior", str(whole), *command]) == 0
     drawn: list[int] = []
-    generate = Drawer.generate
+    draw = Drawer.draw
 
-    def ends(self: Drawer, prompts: Any, seeds: Any, **options: Any) -> Any:
+    def ends(self: Drawer, prompts: Any, **options: Any) -> Any:
         if drawn:
             raise KeyboardInterrupt
-        drawn.extend(seeds)
-        return generate(self, prompts, seeds, **options)
+        drawn.extend(prompt.seed for prompt in prompts)
+        return draw(self, prompts, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Drawer, "generate", ends)
+        patched.setattr(Drawer, "draw", ends)
         assert main(["prior", str(killed), *command]) == 130
     images = killed / "images" / "class"
     assert sorted(path.name for path in images.glob("*.png")) == ["000000.png", "000001.png"]
