@@ -19,9 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import Any
 
 from environment import cpu_cores, versions
@@ -236,10 +234,9 @@ def _adapter_training(
         import torch
         from lightning.pytorch import Callback, LightningModule, Trainer
         from peft import LoraConfig
-        from short_training import RepeatedBatch, plain_trainer
+        from short_training import RepeatedBatch, module_options, plain_trainer
 
-        import lit_lora.quantization
-        from lit_lora import LoraDiffusion, MemoryOptions, StableDiffusion, StableDiffusionXL
+        from lit_lora import LoraDiffusion, StableDiffusion, StableDiffusionXL
 
         class Seconds(Callback):
             def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -257,15 +254,8 @@ def _adapter_training(
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - self.started)
 
-        memory = {field.name for field in fields(MemoryOptions)}
-        keys: dict[str, Any] = {key: value for key, value in row.items() if key not in memory | {"encoders"}}
-        keys["memory"] = MemoryOptions(**{key: value for key, value in row.items() if key in memory})
-        if "quantization" in keys:
-            keys["quantization"] = getattr(lit_lora.quantization, keys["quantization"])()
-        if "optimizer" in keys:
-            keys["optimizer"] = resolve_name(keys["optimizer"])
         family = (StableDiffusion if options.model == "sd15" else StableDiffusionXL)(str(folder))
-        model = LoraDiffusion(family, LoraConfig(r=16, lora_alpha=16), **keys)
+        model = LoraDiffusion(family, LoraConfig(r=16, lora_alpha=16), **module_options(row, beside=("encoders",)))
         batch = _batch(options, encoders="encoders" in row)
         trainer = plain_trainer(options.device, devices=1, max_steps=2, callbacks=[Seconds()])
         trainer.fit(model, datamodule=RepeatedBatch(batch, 2))

@@ -115,7 +115,7 @@ def _adapter(setting: dict[str, Any], options: argparse.Namespace, batch_size: i
         trains it.
     """
     from peft import LoraConfig
-    from short_training import cached_batch, image_batch
+    from short_training import cached_batch, draw_weights, image_batch
 
     import lit_lora.quantization
     from lit_lora import LoraDiffusion, MemoryOptions, StableDiffusion
@@ -139,9 +139,7 @@ def _adapter(setting: dict[str, Any], options: argparse.Namespace, batch_size: i
     planned = max(sum(kinds.values()) for phase, kinds in plan.phases.items() if phase != "load")
 
     def build() -> tuple[int, Any]:
-        model.dispensable_parts = lambda: {"vae", "text"} if cached else set()
-        model.family.load = partial(model.family.load, weights=False)
-        model.configure_model()
+        draw_weights(model, cached=bool(cached)).configure_model()
         batch = (cached_batch if cached else image_batch)(batch_size, size)
         return _weight_bytes(model), partial(_fit, model, batch, setting.get("clip"), options.device)
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import fields
+from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
+
+import lit_lora.quantization
+from lit_lora import LoraDiffusion, MemoryOptions
 
 
 class RepeatedBatch(LightningDataModule):
@@ -71,3 +78,28 @@ def plain_trainer(device: str = "cpu", **options: Any) -> Trainer:
         enable_model_summary=False,
         **options,
     )
+
+
+def module_options(setting: Mapping[str, Any], beside: Collection[str] = ()) -> dict[str, Any]:
+    """Arguments of ``LoraDiffusion`` for a setting of a table.
+
+    Args:
+        setting: Arguments of ``LoraDiffusion`` and ``MemoryOptions`` by name; quantization and optimizer are names of classes.
+        beside: Names in the setting that are neither. Defaults to none.
+    """
+    memory = {field.name for field in fields(MemoryOptions)}
+    options = {name: value for name, value in setting.items() if name not in memory and name not in beside}
+    options["memory"] = MemoryOptions(**{name: value for name, value in setting.items() if name in memory})
+    if "quantization" in options:
+        options["quantization"] = getattr(lit_lora.quantization, options["quantization"])()
+    if "optimizer" in options:
+        options["optimizer"] = resolve_name(options["optimizer"])
+    return options
+
+
+def draw_weights(module: LoraDiffusion, cached: bool) -> LoraDiffusion:
+    """Let a module draw its weights instead of reading them, those of the denoiser alone with data from a cache."""
+    own: Any = module
+    own.dispensable_parts = lambda: {"vae", "text"} if cached else set()
+    own.family.load = partial(own.family.load, weights=False)
+    return module

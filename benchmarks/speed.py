@@ -20,8 +20,6 @@ import statistics
 import tempfile
 import time
 import warnings
-from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +30,18 @@ from lightning.pytorch import Callback
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 
-import lit_lora.quantization
 from benchmarks.environment import cpu_cores, versions
 from benchmarks.fresh_processes import result_of_process
 from benchmarks.real_models import write_pipeline
-from benchmarks.short_training import RepeatedBatch, cached_batch, image_batch, plain_trainer
-from lit_lora import LoraDiffusion, MemoryOptions, StableDiffusion, StableDiffusionXL
+from benchmarks.short_training import (
+    RepeatedBatch,
+    cached_batch,
+    draw_weights,
+    image_batch,
+    module_options,
+    plain_trainer,
+)
+from lit_lora import LoraDiffusion, StableDiffusion, StableDiffusionXL
 from lit_lora.planning.device import find_device
 from lit_lora.planning.plan_run import plan_run
 
@@ -174,7 +178,7 @@ class Turns(Callback):
 
     def _bare(self, batch: dict[str, Any]) -> Bare:
         plain = {"cached": self.setting.get("cached")}
-        module = _unread(_module(plain, self.options), plain)
+        module = draw_weights(_module(plain, self.options), bool(self.setting.get("cached")))
         module.configure_model()
         return Bare(module.to(self.options.device).train(), batch, getattr(torch, self.options.dtype))
 
@@ -267,7 +271,8 @@ def _measure(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     trainer = plain_trainer(
         options.device, devices=1, max_steps=steps, gradient_clip_val=1.0, callbacks=[turns], log_every_n_steps=10
     )
-    trainer.fit(_unread(_module(setting, options), setting), datamodule=RepeatedBatch(batch, steps))
+    module = draw_weights(_module(setting, options), bool(setting.get("cached")))
+    trainer.fit(module, datamodule=RepeatedBatch(batch, steps))
     ours, theirs = turns.ours[options.warm_up :], turns.theirs[1:]
     seconds = statistics.median(ours)
     counts = {"ours": _counts(turns.profiler)}
@@ -287,21 +292,10 @@ def _measure(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, 
     }
 
 
-def _module(setting: dict[str, Any], options: argparse.Namespace) -> Any:
-    memory = {field.name for field in fields(MemoryOptions)}
-    keys: dict[str, Any] = {key: value for key, value in setting.items() if key not in memory | {"cached"}}
-    if "quantization" in keys:
-        keys["quantization"] = getattr(lit_lora.quantization, keys["quantization"])()
-    keys["memory"] = MemoryOptions(**{key: value for key, value in setting.items() if key in memory})
+def _module(setting: dict[str, Any], options: argparse.Namespace) -> LoraDiffusion:
     family = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL}[options.model](options.folder)
-    return LoraDiffusion(family, LoraConfig(r=16, lora_alpha=16), base_dtype=options.dtype, **keys)
-
-
-def _unread(module: Any, setting: dict[str, Any]) -> Any:
-    """The module with parts that get random weights instead of reading them."""
-    module.dispensable_parts = lambda: {"vae", "text"} if setting.get("cached") else set()
-    module.family.load = partial(module.family.load, weights=False)
-    return module
+    own = module_options(setting, beside=("cached",))
+    return LoraDiffusion(family, LoraConfig(r=16, lora_alpha=16), base_dtype=options.dtype, **own)
 
 
 def _profiler(cuda: bool) -> profile:
