@@ -47,6 +47,7 @@ from lit_lora.planning.plan_run import plan_run
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cached": {"cached": True},
+    "cached, channels last": {"cached": True, "channels_last": True},
     "cached, checkpointing": {"cached": True, "gradient_checkpointing": True},
     "cached, int8": {"cached": True, "quantization": "Int8"},
     "cached, nf4": {"cached": True, "quantization": "NF4"},

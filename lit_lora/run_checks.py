@@ -84,6 +84,11 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
             f"model.adapter is null, and {type(strategy).__name__} loads the denoiser block by block with its adapter; use "
             f"strategy ddp, or give the denoiser an adapter"
         )
+    if module.channels_last and is_ours(strategy):
+        raise UserError(
+            f"model.channels_last is for one device and for strategy ddp: {type(strategy).__name__} needs contiguous weights; "
+            f"set it to false, or use ddp"
+        )
     datamodule = getattr(trainer, "datamodule", None)
     if stage != "predict":
         sets = [one.shards for one in getattr(datamodule, "training_sets", ())]
