@@ -16,7 +16,7 @@ from lit_lora.memory.options import MemoryOptions
 
 
 def apply_options(
-    denoiser: nn.Module, block_classes: Collection[str], memory: MemoryOptions, *, compiled: bool, channels_last: bool
+    denoiser: nn.Module, block_classes: Collection[str], memory: MemoryOptions, compiled: bool, channels_last: bool
 ) -> None:
     """Apply the options to a denoiser with its adapter, in place.
 

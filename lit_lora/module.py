@@ -42,6 +42,7 @@ from lit_lora.memory.encoder_offload import EncoderOffload
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
+from lit_lora.optimizer_settings import check_clipping
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.run_checks import check_data, check_run
 from lit_lora.sampling import SamplingOptions
@@ -177,6 +178,7 @@ class LoraDiffusion(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = make_optimizer(self.optimizer, self, self.parameter_groups)
+        check_clipping(optimizer, self._trainer)
         make_portable(optimizer, self)
         if self.lr_scheduler is None:
             return optimizer
@@ -381,8 +383,7 @@ class LoraDiffusion(LightningModule):
                 family.add_adapter(self.adapter, self.saved and self.saved.start)
         self.text_training.add(family, strategy.shard if sharded else None)
         keep_input_dtype(family.denoiser)
-        options = {"compiled": self.compile_blocks, "channels_last": self.channels_last}
-        apply_options(family.denoiser, family.block_classes, self.memory, **options)
+        apply_options(family.denoiser, family.block_classes, self.memory, self.compile_blocks, self.channels_last)
         family.train()
 
     def _node(self) -> Node:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lit_lora.errors import UserError
 
@@ -54,6 +55,25 @@ Settings = dict[Setting, Any]
 def optimizer_names(trainer: Trainer) -> list[str]:
     """Names of the classes of the run's optimizers."""
     return [type(_inner(optimizer)).__name__ for optimizer in trainer.optimizers]
+
+
+def check_clipping(optimizer: Optimizer, trainer: Trainer | None) -> None:
+    """Check that the run can clip gradients, which Lightning does not do where a fused optimizer takes them scaled.
+
+    Args:
+        optimizer: Optimizer of the run.
+        trainer: Trainer of the run; None if there is none.
+
+    Raises:
+        UserError: If precision ``16-mixed`` scales the loss, gradients are clipped, and the optimizer is fused.
+    """
+    if trainer is None or not trainer.gradient_clip_val or trainer.precision not in ("16-mixed", "bf16-mixed"):
+        return
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise UserError(
+            f"trainer.precision={trainer.precision!r} cannot clip gradients (gradient_clip_val={trainer.gradient_clip_val}) of a "
+            f"fused {type(optimizer).__name__}; set model.optimizer.init_args.fused to false"
+        )
 
 
 def schedule_names(trainer: Trainer) -> list[str]:

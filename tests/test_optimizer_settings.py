@@ -11,10 +11,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
+from peft import LoraConfig
 from torch import Tensor, nn
 
 from lit_lora.callbacks import AdapterCheckpoint
 from lit_lora.errors import UserError
+from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
 from tests.helpers import loader_of, make_batches
 
@@ -161,3 +163,20 @@ def test_the_lr_finder_suggests_where_it_sets_nothing(
     assert found is not None
     assert 1e-8 < found.suggestion() < 1
     assert sd_module.trainer.optimizers[0].param_groups[0]["lr"] == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("precision", "clip", "refused"), [("bf16-mixed", 1.0, True), ("bf16-mixed", 0.0, False), ("32-true", 1.0, False)]
+)
+def test_a_fused_optimizer_that_lightning_cannot_clip_is_refused(
+    sd_folder: Path, trainer_options: dict[str, Any], precision: Any, clip: float, refused: bool
+) -> None:
+    module = LoraDiffusion(
+        StableDiffusion(str(sd_folder)), LoraConfig(r=2), base_dtype="float32", optimizer=adamw(1e-3, fused=True)
+    )
+    trainer = Trainer(**trainer_options | {"precision": precision, "gradient_clip_val": clip, "max_steps": 1})
+    if not refused:
+        trainer.fit(module, loader_of(make_batches(1)))
+        return
+    with pytest.raises(UserError, match=r"gradient_clip_val=1\.0\) of a fused AdamW; set .*\.fused to false"):
+        trainer.fit(module, loader_of(make_batches(1)))
