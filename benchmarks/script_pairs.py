@@ -1,10 +1,10 @@
 """Time of a training step beside that of a script of diffusers: ``python -m benchmarks.script_pairs SCRIPT``.
 
 SCRIPT is ``examples/text_to_image/train_text_to_image_lora.py`` or ``train_text_to_image_lora_sdxl.py`` of diffusers; it needs
-``pip install datasets``. Both programs train LoRA of rank 16 in the attention layers of a model of real size with random weights, on the same images with the
-same batch size, precision and optimizer; both read the images in the process that trains. Ours is ``lit-lora fit``. They take turns
-step by step, and ``ratio`` is the median of theirs over ours in the pairs: above 1 ours takes less time. Times include all that the
-programs do in a step: reading, encoding, logging.
+``pip install datasets``. Both programs train LoRA of rank 16 in the attention layers of a model of real size with random
+weights, on the same images with the same batch size, precision and optimizer; both read the images in the process that trains.
+Ours is ``lit-lora fit``. They take turns step by step, and ``ratio`` is the median of theirs over ours in the pairs: above 1 ours
+takes less time. Times include all that the programs do in a step: reading, encoding, logging.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from lit_lora.datamodules.packing.pack import pack_folder
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "images and captions": {},
-    "images, channels last": {"channels_last": True},
+    "images, channels last, fused LoRA": {"channels_last": True, "fused_lora": True},
     "cached": {"cached": True},
     "cached, channels last": {"cached": True, "channels_last": True},
+    "cached, fused LoRA": {"cached": True, "fused_lora": True},
+    "cached, channels last, fused LoRA": {"cached": True, "channels_last": True, "fused_lora": True},
     "cached, compiled": {"cached": True, "compile_blocks": True},
     "cached, nf4": {"cached": True, "quantization": "NF4"},
     "cached, int8": {"cached": True, "quantization": "Int8"},
@@ -74,7 +76,7 @@ def _table(options: argparse.Namespace, folder: Path) -> None:
         f"{', checkpointing' * options.checkpointing}, {torch.cuda.get_device_name() if cuda else cpu_cores()}; "
         f"{versions('torch', 'lightning', 'diffusers', 'peft', 'accelerate')}"
     )
-    print(f"{'':<24} {'s/step':>8} {options.script.stem:>34} {'ratio':>7} {'reserved':>20}", flush=True)
+    print(f"{'':<34} {'s/step':>8} {options.script.stem:>34} {'ratio':>7} {'reserved':>20}", flush=True)
     for name, setting in SETTINGS.items():
         if options.only and not any(part in name for part in options.only):
             continue
@@ -85,7 +87,7 @@ def _table(options: argparse.Namespace, folder: Path) -> None:
         ratio = statistics.median(b / a for a, b in zip(found["seconds"], other["seconds"], strict=True))
         memory = f"{found['reserved'] / 2**30:.2f} / {other['reserved'] / 2**30:.2f} GiB" if cuda else "-"
         seconds = [statistics.median(one["seconds"]) for one in (found, other)]
-        print(f"{name:<24} {seconds[0]:>8.3f} {seconds[1]:>34.3f} {ratio:>7.3f} {memory:>20}", flush=True)
+        print(f"{name:<34} {seconds[0]:>8.3f} {seconds[1]:>34.3f} {ratio:>7.3f} {memory:>20}", flush=True)
 
 
 def _images(folder: Path, size: int) -> Path:
@@ -180,8 +182,9 @@ def _in_turns(programs: Sequence[Sequence[str]], options: argparse.Namespace) ->
             counts = [str(options.steps), str(options.warm_up)]
             command = [sys.executable, "-m", "benchmarks.in_turns", str(own), str(other), *counts]
             command += [f"{folder}/{number}.json", *program]
-            output = Path(folder, f"{number}.log").open("wb")
-            started.append(subprocess.Popen(command, pass_fds=(own, other), stdout=output, stderr=subprocess.STDOUT))
+            with Path(folder, f"{number}.log").open("wb") as output:
+                process = subprocess.Popen(command, pass_fds=(own, other), stdout=output, stderr=subprocess.STDOUT)
+            started.append(process)
         os.write(pipes[0][1], b"x")
         for number, process in enumerate(started):
             if process.wait():

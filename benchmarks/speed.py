@@ -48,6 +48,7 @@ from lit_lora.planning.plan_run import plan_run
 SETTINGS: dict[str, dict[str, Any]] = {
     "cached": {"cached": True},
     "cached, channels last": {"cached": True, "channels_last": True},
+    "cached, fused LoRA": {"cached": True, "fused_lora": True},
     "cached, checkpointing": {"cached": True, "gradient_checkpointing": True},
     "cached, int8": {"cached": True, "quantization": "Int8"},
     "cached, nf4": {"cached": True, "quantization": "NF4"},
@@ -218,7 +219,7 @@ def _table(options: argparse.Namespace) -> None:
         f"{_device_name(options.device)}; {versions('torch', 'lightning', 'diffusers', 'peft')}"
     )
     print(
-        f"{'':<30} {'s/step':>8} {'bare':>8} {'ratio':>7} {'images/s':>9} {'of limit':>9} {'allocated':>10} {'reserved':>9} "
+        f"{'':<34} {'s/step':>8} {'bare':>8} {'ratio':>7} {'images/s':>9} {'of limit':>9} {'allocated':>10} {'reserved':>9} "
         f"{'operations':>16} {'copies':>11} {'syncs':>7}",
         flush=True,
     )
@@ -242,7 +243,7 @@ def _line(name: str, found: dict[str, Any]) -> str:
 
     bare = f"{found['bare_seconds']:>8.3f} {found['ratio']:>7.3f}" if found["bare_seconds"] else f"{'-':>8} {'-':>7}"
     return (
-        f"{name:<30} {found['seconds']:>8.3f} {bare} {found['images']:>9.2f} {found['share']:>9.1%} {gib('allocated'):>10} "
+        f"{name:<34} {found['seconds']:>8.3f} {bare} {found['images']:>9.2f} {found['share']:>9.1%} {gib('allocated'):>10} "
         f"{gib('reserved'):>9} {pair('operations'):>16} {pair('copies'):>11} {pair('syncs'):>7}"
     )
 

@@ -1,43 +1,39 @@
-"""Options that change how the denoiser computes and where its weights are, but not what it computes."""
+"""Options that change how the denoiser computes, but not what it computes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lit_lora.adapters.fused_lora import fuse
 from lit_lora.blocks import compile_blocks
 from lit_lora.errors import UserError
 from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.checkpointing import enable_gradient_checkpointing
-from lit_lora.memory.options import MemoryOptions
+
+if TYPE_CHECKING:
+    from lit_lora.module import LoraDiffusion
 
 
-def apply_options(
-    denoiser: nn.Module, block_classes: Collection[str], memory: MemoryOptions, compiled: bool, channels_last: bool
-) -> None:
-    """Apply the options to a denoiser with its adapter, in place.
-
-    Args:
-        denoiser: Denoiser in host memory.
-        block_classes: Class names of its blocks.
-        memory: Options, of which those for blocks are applied.
-        compiled: Whether its blocks are compiled.
-        channels_last: Whether its convolutions compute in the memory format ``channels_last``.
+def apply_options(module: LoraDiffusion) -> None:
+    """Apply a module's options to its denoiser, which is in host memory and has its adapter.
 
     Raises:
         UserError: If an option would have no effect on the denoiser.
     """
-    if channels_last:
+    denoiser, blocks = module.family.denoiser, module.family.block_classes
+    if module.channels_last:
         use_channels_last(denoiser)
-    if memory.gradient_checkpointing:
-        enable_gradient_checkpointing(denoiser, memory.gradient_checkpointing)
-    if compiled:
-        compile_blocks(denoiser, block_classes)
-    if memory.offload_blocks:
-        BlockOffload(denoiser, tuple(block_classes))
+    if module.fused_lora and not fuse(denoiser):
+        raise UserError("fused_lora has no effect, since no frozen Linear layer has an adapter of LoRA; leave it out")
+    if module.memory.gradient_checkpointing:
+        enable_gradient_checkpointing(denoiser, module.memory.gradient_checkpointing)
+    if module.compile_blocks:
+        compile_blocks(denoiser, blocks)
+    if module.memory.offload_blocks:
+        BlockOffload(denoiser, blocks)
 
 
 def use_channels_last(model: nn.Module) -> None:

@@ -83,8 +83,7 @@ class LoraDiffusion(LightningModule):
         caption_dropout: Probability that a sample is trained with the empty caption, for classifier-free guidance; defaults
             to 0.
         memory: Options that trade time or exactness for memory; all are off by default.
-        compile_blocks: Compile the denoiser's blocks with ``torch.compile``: steps take less time, after minutes of compiling
-            at the start. Off by default.
+        compile_blocks: Compile the denoiser's blocks: minutes at the start, and less time in each step; off by default.
         sampling: Options of the images that ``predict`` draws; defaults to 25 steps at a guidance scale of 5.
         seed: Seed of timesteps, noise and caption dropout, and of the images that ``predict`` draws; defaults to 0.
         text_adapter: PEFT config from which each of the family's CLIP text encoders gets an adapter of its own; they are then
@@ -92,8 +91,8 @@ class LoraDiffusion(LightningModule):
         new_tokens: New tokens such as ``<cat-toy>`` whose embeddings are trained (textual inversion), each with the words that
             it begins as, or with a number of random vectors. Defaults to none.
         base_adapters: Adapters to merge into the base, so that this one is trained over them; defaults to none.
-        channels_last: Compute the denoiser's convolutions in the memory format ``channels_last``, which takes less time on most
-            devices and rounds otherwise. Off by default.
+        channels_last: Compute the denoiser's convolutions in the memory format ``channels_last``; off by default.
+        fused_lora: Compute LoRA and its frozen Linear layer with fewer operations, rounded otherwise; off by default.
 
     Raises:
         UserError: If ``caption_dropout`` is outside [0, 1], an adapter's file cannot be used, the family's text encoders cannot
@@ -119,6 +118,7 @@ class LoraDiffusion(LightningModule):
         new_tokens: dict[str, int | str] | None = None,
         base_adapters: Sequence[BaseAdapter] = (),
         channels_last: bool = False,
+        fused_lora: bool = False,
     ) -> None:
         super().__init__()
         if not 0 <= caption_dropout <= 1:
@@ -138,7 +138,7 @@ class LoraDiffusion(LightningModule):
         self.caption_dropout, self.memory = caption_dropout, memory
         family.split_vae(memory.vae_slicing, memory.vae_tiling)
         family.text_quantization = memory.text_encoder_quantization
-        self.compile_blocks, self.channels_last = compile_blocks, channels_last
+        self.compile_blocks, self.channels_last, self.fused_lora = compile_blocks, channels_last, fused_lora
         self.sampling, self.seed = sampling, seed
         # A checkpoint holds only the adapter; AdapterCheckpoint checks that it holds all of the adapter.
         self.strict_loading = False
@@ -383,7 +383,7 @@ class LoraDiffusion(LightningModule):
                 family.add_adapter(self.adapter, self.saved and self.saved.start)
         self.text_training.add(family, strategy.shard if sharded else None)
         keep_input_dtype(family.denoiser)
-        apply_options(family.denoiser, family.block_classes, self.memory, self.compile_blocks, self.channels_last)
+        apply_options(self)
         family.train()
 
     def _node(self) -> Node:

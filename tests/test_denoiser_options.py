@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from torch import nn
 
 from lit_lora.adapters import adapter_state
+from lit_lora.adapters.fused_lora import FusedLoraLinear
 from lit_lora.denoiser_options import use_channels_last
 from lit_lora.distributed.fsdp import LitLoraFSDP
 from lit_lora.errors import UserError
@@ -27,10 +28,10 @@ def trained(folder: Path, options: dict[str, Any], **more: Any) -> LoraDiffusion
     return module
 
 
-def test_channels_last_changes_only_the_rounding(
-    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
-) -> None:
-    plain, ours = (trained(sd_folder, trainer_options, channels_last=option) for option in (False, True))
+def test_options_change_only_the_rounding(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    plain, ours = (
+        trained(sd_folder, trainer_options, channels_last=option, fused_lora=option) for option in (False, True)
+    )
     convolutions = [
         layer.weight
         for layer in ours.family.denoiser.modules()
@@ -40,6 +41,8 @@ def test_channels_last_changes_only_the_rounding(
         weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions if not weight.requires_grad
     }
     assert formats == {True}
+    fused = [layer for layer in ours.family.denoiser.modules() if isinstance(layer, FusedLoraLinear)]
+    assert len(fused) == sum("to_q.lora_A" in name for name, _ in ours.named_parameters())
     expected = adapter_state(plain.family.denoiser)
     for name, value in adapter_state(ours.family.denoiser).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
@@ -47,7 +50,12 @@ def test_channels_last_changes_only_the_rounding(
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_a_model_without_convolutions_is_refused() -> None:
+def test_options_without_effect_are_refused(sd_folder: Path) -> None:
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), LoHaConfig(r=2), fused_lora=True)
+    with pytest.raises(
+        UserError, match="fused_lora has no effect, since no frozen Linear layer has an adapter of LoRA"
+    ):
+        module.configure_model()
     with pytest.raises(UserError, match="channels_last has no effect, since Linear has no Conv2d layer"):
         use_channels_last(nn.Linear(2, 2))
 

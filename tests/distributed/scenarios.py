@@ -78,6 +78,7 @@ FEATURES = (
     "clipping by value",
     "checkpointing",
     "compile",
+    "fused LoRA",
     "EMA",
     "validation",
     "sampling",
@@ -308,6 +309,9 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
     elif name == "compile":
         torch._dynamo.reset()
         module = module_of(model, compile_blocks=True)
+    elif name == "fused LoRA":
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_out.0"])
+        module = module_of(model, config, fused_lora=True, memory=MemoryOptions(gradient_checkpointing=True))
     elif name == "EMA":
         callbacks = [AdapterEMA(decay=0.9), saving(folder, SAVED_AT)]
     elif name == "validation":
