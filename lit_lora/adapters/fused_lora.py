@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F
@@ -44,12 +46,36 @@ class FusedLoraLinear(LoraLinear):
         return not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
+class _Casts(threading.local):
+    """The last cast input, which the queries, keys and values of an attention layer share."""
+
+    def __init__(self) -> None:
+        self._input: ReferenceType[Tensor] | None = None
+        self._cast: ReferenceType[Tensor] | None = None
+        self._version = 0
+
+    def rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x`` as rows in the dtype; the same tensor as in the last call if that was with ``x`` and something still uses it."""
+        if x.dtype == dtype or x.is_inference():
+            return x.reshape(-1, x.shape[-1]).to(dtype)
+        cast = None
+        if self._input is not None and self._cast is not None and self._input() is x and self._version == x._version:
+            cast = self._cast()
+        if cast is None or cast.dtype != dtype:
+            cast = x.reshape(-1, x.shape[-1]).to(dtype)
+            self._input, self._cast, self._version = ref(x), ref(cast), x._version
+        return cast
+
+
+_casts = _Casts()
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        rows, a, b = x.reshape(-1, x.shape[-1]).to(dtype), a.to(dtype), b.to(dtype)
+        rows, a, b = _casts.rows(x, dtype), a.to(dtype), b.to(dtype)
         bias = layer.bias if layer.bias is None else layer.bias.to(dtype)
         with torch.autocast(device, enabled=False):
             hidden = F.linear(rows, a)
