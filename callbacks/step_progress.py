@@ -18,7 +18,7 @@ from lit_lora.parameters import trainable_parameters
 
 
 class StepProgress(ProgressBar):
-    """One progress bar over all optimizer steps of a fit, with loss, lr, images per second and the time left.
+    """One progress bar over all optimizer steps of a fit, with loss, gradient norm, lr, images per second and the time left.
 
     At the start it prints what is trained on what, and at the end where the checkpoints are. It works with any LightningModule.
     ``lit-lora fit`` uses it in place of Lightning's bars, unless the config has a progress bar.
@@ -104,6 +104,8 @@ class StepProgress(ProgressBar):
         metrics: dict[str, Any] = self.get_metrics(trainer, pl_module)
         loss = next((float(metrics[name]) for name in ("train/loss", "train_loss", "loss") if name in metrics), None)
         figures = [] if loss is None else [f"loss {loss:.4g}"]
+        if (norm := trainer.callback_metrics.get("train/gradient_norm")) is not None:  # of StepMetrics
+            figures.append(f"gradient {float(norm):.2g}")
         if trainer.optimizers:
             figures.append(f"lr {float(trainer.optimizers[0].param_groups[0]['lr']):.2g}")
         if self._samples and self._seconds:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_lora.callbacks import AdapterCheckpoint, StepProgress
+from lit_lora.callbacks import AdapterCheckpoint, StepMetrics, StepProgress
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ra
 def fit(module: LightningModule, data: Any, folder: Path, options: dict[str, Any], **more: Any) -> None:
     checkpoints = AdapterCheckpoint(folder, save_last=True, enable_version_counter=False)
     options = options | {"enable_progress_bar": True, "enable_checkpointing": True, "max_epochs": -1} | more
-    Trainer(**options | {"callbacks": [StepProgress(refresh_seconds=0), checkpoints]}).fit(module, data)
+    Trainer(**options | {"callbacks": [StepMetrics(), StepProgress(refresh_seconds=0), checkpoints]}).fit(module, data)
 
 
 @pytest.mark.parametrize("columns", [80, 100])
@@ -36,7 +36,7 @@ def test_the_screen_of_a_run(
     monkeypatch.setenv("COLUMNS", str(columns))
     data = WebDatasetDataModule(str(session_shards), batch_size=4, resolution=16, num_workers=0)
     monkeypatch.chdir(tmp_path)
-    fit(sd_module, data, Path("ck"), trainer_options, max_steps=4, accumulate_grad_batches=2)
+    fit(sd_module, data, Path("ck"), trainer_options, max_steps=4, accumulate_grad_batches=2, log_every_n_steps=2)
     lines = [line.rstrip() for line in re.split("[\r\n]+", capsys.readouterr().err) if line.strip()]
     summary = [line for line in lines if re.match("(trains|data|length|last|adapter) ", line)]
     trained = sum(p.numel() for p in sd_module.parameters() if p.requires_grad)
@@ -48,7 +48,7 @@ def test_the_screen_of_a_run(
         f"adapter  {Path.cwd() / 'ck' / 'last.adapter'}",
     ]
     bars = [line for line in lines if line.startswith("step ")]
-    assert re.match(r"step 4/4 .*loss \d\S*, lr \S+, \S+ images/s, 00:00 left$", bars[-1])
+    assert re.match(r"step 4/4 .*loss \d\S*, gradient \d\S*, lr \S+, \S+ images/s, 00:00 left$", bars[-1])
     assert all(len(bar) <= columns for bar in bars)
 
 
