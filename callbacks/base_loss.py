@@ -37,8 +37,12 @@ class BaseLoss(Callback):
         if found is None:
             return
         self.base = float(found)
+        # With those of its parts, as val/loss_q1.
+        found_all = {
+            name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(self.monitor)
+        }
         for logger in trainer.loggers:
-            logger.log_metrics({self.monitor: self.base}, step=0)
+            logger.log_metrics(found_all, step=0)
         _print(trainer, f"step 0: {self.monitor} {self.base:.4f}, that of the base")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_lora.callbacks.logged_image import log_image
 from lit_lora.callbacks.planned_advice import planned_advice
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError, check_least
@@ -355,9 +354,7 @@ class MemoryProfiler(Callback):
         with atomic_file(self._folder / f"{name}.png") as part:
             chart.save(part, format="PNG")
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                logger.experiment.add_image("memory", np.asarray(chart), step, dataformats="HWC")
+            log_image(logger, "memory", chart, trainer.fit_loop.epoch_loop._batches_that_stepped)
         files = [self._folder / f"{name}.json", self._folder / f"{name}.png", *files]
         print(profile_text(report, self._record.table(), title, files), flush=True)
 

@@ -6,10 +6,8 @@ import math
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,6 +22,7 @@ from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
 from lit_lora.blocks import compile_for_any_rank
 from lit_lora.byte_sizes import parse_bytes
 from lit_lora.callbacks.changed_ranks import ChangedRanks
+from lit_lora.callbacks.logged_image import log_image
 from lit_lora.distributed.collectives import broadcast, sum_of_shards
 from lit_lora.distributed.resized import resizing
 from lit_lora.errors import UserError, check_least
@@ -53,7 +52,7 @@ class RankBudget(ChangedRanks):
     The result is an ordinary LoRA with a rank for each layer (``rank_pattern``, ``alpha_pattern``), which PEFT and diffusers
     load. It works with LoRA, rsLoRA and DoRA in any LightningModule, with :class:`AdapterCheckpoint`, :class:`AdapterEMA`, and
     under ``ddp``, ``lit_lora_fsdp`` and DeepSpeed's ZeRO. Resuming is exact. The metrics ``ranks/mean`` and
-    ``ranks/parameters`` show the progress, and TensorBoard gets a chart of the ranks.
+    ``ranks/parameters`` show the progress, and a chart of the ranks goes to TensorBoard, Weights & Biases or MLflow.
 
     Exactly one of the first four arguments sets the budget at the end of the schedule.
 
@@ -294,15 +293,16 @@ class RankBudget(ChangedRanks):
         )
 
     def _draw(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        several = len({id(layer.config) for layer in self.layers}) > 1
+        ranks = {
+            plain_name(layer.path) if several else layer.name: (layer.rank, self._first_ranks[layer.path])
+            for layer in self.layers
+        }
+        chart = rank_chart(ranks, f"ranks at step {trainer.global_step}")
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                several = len({id(layer.config) for layer in self.layers}) > 1
-                ranks = {
-                    plain_name(layer.path) if several else layer.name: (layer.rank, self._first_ranks[layer.path])
-                    for layer in self.layers
-                }
-                chart = rank_chart(ranks, f"ranks at step {trainer.global_step}")
-                logger.experiment.add_image("ranks", np.asarray(chart), trainer.global_step, dataformats="HWC")
+            log_image(logger, "ranks", chart, trainer.global_step)
 
     def _take_early(self, layer: RankedLayer, _: Tensor) -> None:
         if layer.path in self._axes:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
-from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import save_image
 
 from lit_lora.callbacks.adapter_ema import AdapterEMA
+from lit_lora.callbacks.logged_image import log_image
 from lit_lora.callbacks.schedule_free import learned_weights
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
@@ -139,8 +138,13 @@ class SampleImages(Callback):
         with atomic_file(path) as part:
             save_image(grid, part, format="png")
         self.latest = path if trainer.global_step else None
-        for logger in trainer.loggers:
-            self._log(logger, grid, trainer.global_step, folder)
+        shown = to_pil_image(grid)
+        told = [
+            type(one).__name__ for one in trainer.loggers if not log_image(one, "samples", shown, trainer.global_step)
+        ]
+        if told and not self._told:
+            self._told = True
+            rank_zero_info(f"{', '.join(told)} shows no images; the samples are in {folder}")
 
     def _drawn(self, trainer: Trainer, module: Any) -> tuple[dict[int, Image.Image], list[str]]:
         """The images of this process by the places of their prompts, and why others could not be drawn."""
@@ -159,14 +163,3 @@ class SampleImages(Callback):
             except NonFiniteImageError as error:  # training may be well where sampling overflows
                 problems.append(str(error))
         return images, problems
-
-    def _log(self, logger: Logger, grid: Tensor, step: int, folder: Path) -> None:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image("samples", grid, step)
-        elif isinstance(logger, MLFlowLogger):
-            logger.experiment.log_image(logger.run_id, to_pil_image(grid), key="samples", step=step)
-        elif hasattr(logger, "log_image"):  # as WandbLogger has
-            logger.log_image("samples", [to_pil_image(grid)], step=step)
-        elif not self._told:
-            self._told = True
-            rank_zero_info(f"{type(logger).__name__} shows no images; the samples are in {folder}")

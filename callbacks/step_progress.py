@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lit_lora.batch_size import batch_size
 from lit_lora.errors import UserError
@@ -18,7 +23,7 @@ from lit_lora.parameters import trainable_parameters
 
 
 class StepProgress(ProgressBar):
-    """One progress bar over all optimizer steps of a fit, with loss, lr, images per second and the time left.
+    """One progress bar over all optimizer steps of a fit, with loss, gradient norm, lr, images per second and the time left.
 
     At the start it prints what is trained on what, and at the end where the checkpoints are. It works with any LightningModule.
     ``lit-lora fit`` uses it in place of Lightning's bars, unless the config has a progress bar.
@@ -38,6 +43,8 @@ class StepProgress(ProgressBar):
         self._enabled = True
         self._bar: tqdm[Any] | None = None
         self._ended = False
+        self._above = ExitStack()
+        """Has messages of others printed above the bar while there is one."""
 
     def disable(self) -> None:
         self._enabled = False
@@ -59,6 +66,8 @@ class StepProgress(ProgressBar):
             file=sys.stderr,
             bar_format="step {n_fmt}/{total_fmt} {bar} {desc}, {remaining} left",
         )
+        self._above.enter_context(logging_redirect_tqdm([logging.getLogger("lightning.pytorch")]))
+        self._above.enter_context(_warnings_above())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start = time.monotonic()
@@ -104,16 +113,37 @@ class StepProgress(ProgressBar):
         metrics: dict[str, Any] = self.get_metrics(trainer, pl_module)
         loss = next((float(metrics[name]) for name in ("train/loss", "train_loss", "loss") if name in metrics), None)
         figures = [] if loss is None else [f"loss {loss:.4g}"]
+        if (norm := trainer.callback_metrics.get("train/gradient_norm")) is not None:  # of StepMetrics
+            figures.append(f"grad {float(norm):.2g}")
         if trainer.optimizers:
             figures.append(f"lr {float(trainer.optimizers[0].param_groups[0]['lr']):.2g}")
         if self._samples and self._seconds:
-            figures.append(f"{self._samples / self._seconds:.3g} images/s")
+            rate = self._samples / self._seconds
+            figures.append(f"{rate:.3g} img/s" if rate < 1000 else f"{rate:.0f} img/s")
         return ", ".join(figures)
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+            self._above.close()
+
+
+@contextmanager
+def _warnings_above() -> Iterator[None]:
+    """Have warnings that would go to stderr printed above the bar; those that are recorded stay with their recorder."""
+    show = warnings.showwarning
+
+    def show_above(*args: Any, **kwargs: Any) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            show(*args, **kwargs)
+
+    warnings.showwarning = show_above
+    try:
+        yield
+    finally:
+        if warnings.showwarning is show_above:
+            warnings.showwarning = show
 
 
 def _total_steps(trainer: Trainer) -> int | None:

@@ -18,6 +18,7 @@ from lit_lora.callbacks.rank_budget import RankBudget as RankBudget
 from lit_lora.callbacks.run_report import RunReport as RunReport
 from lit_lora.callbacks.sample_images import SampleImages as SampleImages
 from lit_lora.callbacks.schedule_free import ScheduleFree as ScheduleFree
+from lit_lora.callbacks.step_metrics import StepMetrics as StepMetrics
 from lit_lora.callbacks.step_progress import StepProgress as StepProgress
 from lit_lora.checkpoint_io import SafeCheckpointIO as SafeCheckpointIO
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets as AspectRatioBuckets

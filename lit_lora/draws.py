@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,3 +58,18 @@ class Draws:
         if self.device.type == "cuda":
             values = values.pin_memory()
         return values.to(self.device, non_blocking=True)
+
+
+def slots_of(batch: Mapping[str, Any], batch_number: int, trainer: Any) -> list[int]:
+    """Slots of a batch's samples; they are counted here if the datamodule does not number its samples.
+
+    Args:
+        batch: Batch with ``caption``, the captions of its samples.
+        batch_number: Number of batches of each process before this one.
+        trainer: Trainer of the run.
+    """
+    if "slot" in batch:
+        return list(batch["slot"])
+    count = len(batch["caption"])
+    first = (batch_number * trainer.world_size + trainer.global_rank) * count
+    return list(range(first, first + count))

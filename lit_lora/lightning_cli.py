@@ -26,6 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from lit_lora.callbacks.finite_gradients import FiniteGradients
 from lit_lora.callbacks.preemption import Preemption
 from lit_lora.callbacks.schedule_free import ScheduleFree
+from lit_lora.callbacks.step_metrics import StepMetrics
 from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.checkpoint_io import SafeCheckpointIO, read_checkpoint
 from lit_lora.config_errors import explain, null_options
@@ -150,7 +151,7 @@ class LitLoraCLI(LightningCLI):
         self._read_safely()
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.insert(0, EndOnError())
-        for kind in (ScheduleFree, FiniteGradients):
+        for kind in (StepMetrics, ScheduleFree, FiniteGradients):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.insert(1, kind())
         configured = [entry.class_path for entry in self._get(self.config, "trainer.callbacks") or []]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from peft import PeftConfig
@@ -24,7 +24,7 @@ from lit_lora.denoiser_options import apply_options
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.node import Node
 from lit_lora.distributed.optimizer_states import make_portable
-from lit_lora.draws import Draws
+from lit_lora.draws import Draws, slots_of
 from lit_lora.errors import UserError
 from lit_lora.families import Batch, ModelFamily, check_batch, check_size, prepare, target_size
 from lit_lora.files import atomic_folder
@@ -37,6 +37,7 @@ from lit_lora.formats.from_file import FromFile
 from lit_lora.formats.info import AdapterInfo
 from lit_lora.formats.of_family import files_of
 from lit_lora.log_mean import log_mean
+from lit_lora.loss_by_time import LossByTime
 from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.encoder_offload import EncoderOffload
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
@@ -146,9 +147,13 @@ class LoraDiffusion(LightningModule):
         self._reader: Node | None = None
         self._encoder_offload = EncoderOffload()
         self._in_backward: OptimizerInBackward | None = None
+        self._by_time = LossByTime()
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
+
+    def configure_callbacks(self) -> list[Callback]:
+        return self._by_time.attached(self.trainer)
 
     def configure_model(self) -> None:
         """Load the frozen base and put the adapter into it; Lightning calls this before each stage.
@@ -209,8 +214,8 @@ class LoraDiffusion(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         check_batch(self.family, batch, values=batch_idx == 0)
-        draws = Draws(self.seed, self._slots(batch, self.trainer.fit_loop.total_batch_idx), self.device)
-        losses, _ = self.losses(drop_captions(batch, draws, self.caption_dropout), draws)
+        draws = Draws(self.seed, slots_of(batch, self.trainer.fit_loop.total_batch_idx, self.trainer), self.device)
+        losses, _ = self.losses(drop_captions(batch, draws, self.caption_dropout), draws, self._by_time)
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(losses), sync_dist=True)
         penalty = self.family.adapted.penalty()
@@ -235,12 +240,12 @@ class LoraDiffusion(LightningModule):
         self.family.adapted.restore(checkpoint.get("adapter_methods", {}))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, count = self.validation_loss(batch, batch_idx)
+        loss, count = self.validation_loss(batch, batch_idx, self._by_time)
         log_mean(self, "val/loss", loss, count, prog_bar=True)
         return loss
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, count = self.validation_loss(batch, batch_idx)
+        loss, count = self.validation_loss(batch, batch_idx, self._by_time)
         log_mean(self, "test/loss", loss, count)
         return loss
 
@@ -248,7 +253,7 @@ class LoraDiffusion(LightningModule):
         """Draw one image for each caption, in the size of the batch's images."""
         check_batch(self.family, batch, values=False)
         height, width = target_size(batch)[0].tolist()
-        seeds = [self.seed + slot for slot in self._slots(batch, batch_idx)]
+        seeds = [self.seed + slot for slot in slots_of(batch, batch_idx, self.trainer)]
         return self.generate(batch["caption"], seeds, height=height, width=width)
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **options: Any) -> list[Image.Image]:
@@ -308,17 +313,17 @@ class LoraDiffusion(LightningModule):
         with atomic_folder(folder, marker=marker_of(files)) as part:
             write_adapter(files, part, formats)
 
-    def validation_loss(self, batch: Batch, batch_idx: int) -> tuple[Tensor, int]:
-        """Mean loss of the batch at fixed timesteps and noise, and the number of its samples that count."""
+    def validation_loss(self, batch: Batch, batch_idx: int, by_time: LossByTime | None = None) -> tuple[Tensor, int]:
+        """Mean loss of the batch at fixed timesteps and noise, and the number of its samples that count; see :meth:`losses`."""
         check_batch(self.family, batch, values=batch_idx == 0)
-        draws = Draws(VALIDATION_SEED, self._slots(batch, batch_idx), self.device)
+        draws = Draws(VALIDATION_SEED, slots_of(batch, batch_idx, self.trainer), self.device)
         # Not in inference mode: training uses tensors that a denoiser computes here and keeps.
         with torch.inference_mode(False), torch.no_grad():
-            losses, weight = self.losses(batch, draws)
+            losses, weight = self.losses(batch, draws, by_time)
         return losses.sum() / weight.sum().clamp(min=1), int(weight.sum())
 
-    def losses(self, batch: Batch, draws: Draws) -> tuple[Tensor, Tensor]:
-        """Weighted loss of each sample, and the weight of each sample in the batch; float32 ``(B,)`` each."""
+    def losses(self, batch: Batch, draws: Draws, by_time: LossByTime | None = None) -> tuple[Tensor, Tensor]:
+        """Weighted loss of each sample, and its weight in the batch; float32 ``(B,)`` each. ``by_time`` is given the losses."""
         with self.autocast(), self._encoder_offload.on_device():
             latents, conditioning = self.family.encode(batch, draws)
         sample = self.objective.sample(latents, draws, self.family.num_tokens(latents.shape[1:]))
@@ -326,7 +331,10 @@ class LoraDiffusion(LightningModule):
         with self.autocast(), kept:
             prediction = self.family.denoise(sample.noisy, sample.timesteps, conditioning)
         counts = batch["weight"] if "weight" in batch else torch.ones_like(sample.weight)
-        return self.objective.loss(prediction, self.objective.counted(sample, batch)) * counts, counts
+        losses = self.objective.loss(prediction, self.objective.counted(sample, batch)) * counts
+        if by_time is not None:
+            by_time.add(losses, counts, sample.level.time)
+        return losses, counts
 
     def dispensable_parts(self) -> set[str]:
         """Names of the family's parts that the run does not need, because the datamodule reads their outputs from a cache."""
@@ -390,11 +398,3 @@ class LoraDiffusion(LightningModule):
         """The processes of this machine, of which one reads the base's files."""
         self._reader = self._reader or Node.of(self._trainer)
         return self._reader
-
-    def _slots(self, batch: Batch, batch_number: int) -> list[int]:
-        """Slots of the samples (see :class:`Draws`), counted here if the datamodule does not number its samples."""
-        if "slot" in batch:
-            return list(batch["slot"])
-        count = len(batch["caption"])
-        first = (batch_number * self.trainer.world_size + self.trainer.global_rank) * count
-        return list(range(first, first + count))

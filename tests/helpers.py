@@ -16,7 +16,9 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from filelock import FileLock
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger
 from peft import PeftConfig, PeftModel
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -180,3 +182,14 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class ImageLogger(CSVLogger):
+    """A logger with ``log_image``, as that of Weights & Biases."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.images: list[tuple[str, tuple[int, int], int]] = []
+
+    def log_image(self, key: str, images: list[Image.Image], step: int) -> None:
+        self.images += [(key, image.size, step) for image in images]

@@ -7,6 +7,8 @@ import importlib
 import io
 import json
 import math
+import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,6 +25,7 @@ from lit_lora.cli import main
 from lit_lora.draws import Draws
 from lit_lora.formats import TensorFile
 from lit_lora.formats.find import read_adapter
+from tests.s3_server import s3_server
 
 EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SCHEDULE = {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 100}
@@ -224,3 +227,40 @@ def test_format_gives_back_what_it_has_written(load: Callable[[str], Any], sd_fo
     assert path.read_bytes() == content
     with pytest.raises(UserError, match="holds no config"):
         module.SingleFile().read(replace(file, metadata={}))
+
+
+@pytest.mark.slow
+def test_shards_in_a_bucket(
+    run: Callable[..., int], session_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = shutil.copytree(session_shards, tmp_path / "shards")
+    assert main(["shards", "index", str(shards)]) == 0
+    with s3_server(monkeypatch, "my-bucket") as client:
+        for path in shards.iterdir():
+            client.put_object(Bucket="my-bucket", Key=f"shards/{path.name}", Body=path.read_bytes())
+        options = {"val_samples": 2, "chunks.count": 2, "chunks.staging.dir": tmp_path / "disk"}
+        given = [word for name, value in options.items() for word in (f"--data.init_args.{name}", str(value))]
+        assert run("fit", "--config", EXAMPLES / "s3.yaml", *given) == 0
+    assert (tmp_path / "last.adapter").is_dir()
+    for path in tmp_path.rglob("*"):  # credentials are nowhere
+        assert not path.is_file() or b"hunter2" not in path.read_bytes()
+
+
+@pytest.mark.slow
+def test_notebook_learns_and_diffusers_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cells in turn, as a kernel runs them; they are plain Python."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the notebook sets it for good
+    notebook = json.loads((EXAMPLES / "first_adapter.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    assert float(names["rows"][-1]["val/loss"]) < 0.6 * names["base_loss"].base
+    drawn = [np.asarray(image, np.float32) for image in [*names["without"], *names["draw_prompts"]()]]
+    assert np.abs(drawn[0] - drawn[3]).mean() > 10  # of 255
+
+
+def test_all_examples_are_listed() -> None:
+    listed = re.findall(r"^\| \[`(.*?)`\]\(\1\)", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
+    assert sorted([*listed, "README.md"]) == sorted(path.name for path in EXAMPLES.iterdir() if path.is_file())

@@ -20,7 +20,7 @@ from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from tests.distributed.scenarios import captured_alone
-from tests.helpers import Classifier, difference_in_plain_libraries, loader_of, make_batches
+from tests.helpers import Classifier, ImageLogger, difference_in_plain_libraries, loader_of, make_batches
 
 STEPS = 8
 LARGEST = 304
@@ -304,15 +304,19 @@ def test_a_run_that_ends_before_the_budget_is_reached_says_so(sd_folder: Path, t
 
 
 def test_metrics_and_a_chart(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
-    logger = TensorBoardLogger(tmp_path)
+    """In TensorBoard, and in loggers with a method for images."""
+    logger, other = TensorBoardLogger(tmp_path), ImageLogger(tmp_path)
     module = module_of(sd_folder)
-    fit(module, trainer_options | {"logger": logger, "log_every_n_steps": 1}, RankBudget(mean_rank=2, prunings=2))
+    options = trainer_options | {"logger": [logger, other], "log_every_n_steps": 1}
+    fit(module, options, RankBudget(mean_rank=2, prunings=2))
     events = EventAccumulator(logger.log_dir)
     events.Reload()
     means = [event.value for event in events.Scalars("ranks/mean")]
     assert (means[0], means[-1]) == (pytest.approx(4, abs=2), 2)
     assert [event.value for event in events.Scalars("ranks/parameters")][-1] == parameters_of(module)
-    assert len(events.Images("ranks")) == 2
+    assert [event.step for event in events.Images("ranks")] == [step for _, _, step in other.images]
+    assert len(other.images) == 2
+    assert {name for name, *_ in other.images} == {"ranks"}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from lit_lora.sampling import SamplingOptions
-from tests.helpers import loader_of, make_batches, processes
+from tests.helpers import ImageLogger, loader_of, make_batches, processes
 
 
 def fit(module: LoraDiffusion, options: dict[str, Any], callbacks: list[Any], steps: int = 4) -> Trainer:
@@ -146,17 +146,6 @@ def test_two_processes_train_and_sample(sd_folder: Path, tmp_path: Path) -> None
     samples = sorted(p.name for p in tmp_path.glob("lightning_logs/version_0/samples/*"))
     assert samples == [f"step-{step:06d}.png" for step in range(5)]
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*step=4.ema.adapter"))
-
-
-class ImageLogger(CSVLogger):
-    """A logger with ``log_image``, as that of Weights & Biases."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self.images: list[tuple[str, tuple[int, int], int]] = []
-
-    def log_image(self, key: str, images: list[Image.Image], step: int) -> None:
-        self.images += [(key, image.size, step) for image in images]
 
 
 def test_other_loggers_get_the_images_or_say_that_they_show_none(

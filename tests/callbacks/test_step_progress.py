@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import logging
 import re
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
-from lit_lora.callbacks import AdapterCheckpoint, StepProgress
+from lit_lora.callbacks import AdapterCheckpoint, StepMetrics, StepProgress
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
-from tests.helpers import loader_of
+from tests.helpers import loader_of, make_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 
@@ -20,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ra
 def fit(module: LightningModule, data: Any, folder: Path, options: dict[str, Any], **more: Any) -> None:
     checkpoints = AdapterCheckpoint(folder, save_last=True, enable_version_counter=False)
     options = options | {"enable_progress_bar": True, "enable_checkpointing": True, "max_epochs": -1} | more
-    Trainer(**options | {"callbacks": [StepProgress(refresh_seconds=0), checkpoints]}).fit(module, data)
+    Trainer(**{"callbacks": [StepMetrics(), StepProgress(refresh_seconds=0), checkpoints]} | options).fit(module, data)
 
 
 @pytest.mark.parametrize("columns", [80, 100])
@@ -36,7 +40,7 @@ def test_the_screen_of_a_run(
     monkeypatch.setenv("COLUMNS", str(columns))
     data = WebDatasetDataModule(str(session_shards), batch_size=4, resolution=16, num_workers=0)
     monkeypatch.chdir(tmp_path)
-    fit(sd_module, data, Path("ck"), trainer_options, max_steps=4, accumulate_grad_batches=2)
+    fit(sd_module, data, Path("ck"), trainer_options, max_steps=4, accumulate_grad_batches=2, log_every_n_steps=2)
     lines = [line.rstrip() for line in re.split("[\r\n]+", capsys.readouterr().err) if line.strip()]
     summary = [line for line in lines if re.match("(trains|data|length|last|adapter) ", line)]
     trained = sum(p.numel() for p in sd_module.parameters() if p.requires_grad)
@@ -48,7 +52,7 @@ def test_the_screen_of_a_run(
         f"adapter  {Path.cwd() / 'ck' / 'last.adapter'}",
     ]
     bars = [line for line in lines if line.startswith("step ")]
-    assert re.match(r"step 4/4 .*loss \d\S*, lr \S+, \S+ images/s, 00:00 left$", bars[-1])
+    assert re.match(r"step 4/4 .*loss \d\S*, grad \d\S*, lr \S+, [\d.]+ img/s, 00:00 left$", bars[-1])
     assert all(len(bar) <= columns for bar in bars)
 
 
@@ -70,6 +74,32 @@ def test_a_module_that_knows_nothing_of_images(
     printed = capsys.readouterr().err
     assert "trains   Number: 3 parameters\nlength   3 steps\n" in printed
     assert re.search(r"step 3/3 .*lr 0.5", printed)
+
+
+def test_messages_of_others_have_lines_of_their_own(
+    sd_module: LoraDiffusion,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Talks(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            rank_zero_info("news of a callback")
+            warnings.showwarning("a warning of one", UserWarning, "file.py", 3)
+
+    def show(message: Warning | str, *_: Any) -> None:
+        print(message, file=sys.stderr)
+
+    monkeypatch.setattr(warnings, "showwarning", show)
+    logger = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "handlers", before := [logging.StreamHandler(sys.stderr)])
+    callbacks = {"callbacks": [StepProgress(refresh_seconds=0), Talks()]}
+    fit(sd_module, loader_of(make_batches(2)), tmp_path, trainer_options | callbacks, max_steps=2)
+    assert (logger.handlers, warnings.showwarning) == (before, show)
+    lines = re.split("[\r\n]+", capsys.readouterr().err)
+    assert lines.count("news of a callback") == 2
+    assert lines.count("a warning of one") == 2
 
 
 def test_seconds_have_a_bound() -> None:

@@ -30,6 +30,7 @@ from lit_lora.callbacks import (
     RankBudget,
     RunReport,
     SampleImages,
+    StepMetrics,
 )
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.distributed import LitLoraFSDP
@@ -252,11 +253,15 @@ def saving(folder: Path, every: int) -> AdapterCheckpoint:
 
 def losses_and_checkpoint(strategy: Any, model: Path, shards: Path, folder: Path) -> dict[str, Any]:
     """Some steps, with a checkpoint after every second."""
-    seen, *_ = train(strategy, model, shards, folder, callbacks=[saving(folder, SAVED_AT), Preemption()])
+    callbacks = [saving(folder, SAVED_AT), Preemption(), StepMetrics()]
+    seen, _, trainer = train(strategy, model, shards, folder, callbacks=callbacks, log_every_n_steps=STEPS)
+    logged = {
+        name: float(value) for name, value in trainer.callback_metrics.items() if name != "train/images_per_second"
+    }
     groups: Any = distributed_c10d._world.pg_map if distributed.is_initialized() else []
     backends = [group._get_backend(device) for group in groups for device in group._device_types]
     limits = sorted({backend.options._timeout.total_seconds() for backend in backends})
-    return {"losses": seen.losses, "keys": seen.keys, "limits": limits, "groups": len(groups)}
+    return {"losses": seen.losses, "keys": seen.keys, "logged": logged, "limits": limits, "groups": len(groups)}
 
 
 def resumed(strategy: Any, model: Path, shards: Path, folder: Path, checkpoint: Path) -> dict[str, Any]:

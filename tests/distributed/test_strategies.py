@@ -74,6 +74,10 @@ def test_losses_are_those_of_one_process(strategy: str, results: list[dict[str, 
         losses = result[f"{strategy}/train"]["losses"]
         assert len(losses) == STEPS
         assert apart(losses, single["train"]["losses"]) <= NEAR
+        logged = result[f"{strategy}/train"]["logged"]
+        assert {"train/lr", "train/gradient_norm"} <= logged.keys()
+        assert any(name.startswith("train/loss_q") for name in logged)
+        assert logged == pytest.approx(single["train"]["logged"], abs=NEAR)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -121,12 +121,25 @@ def _loss(facts: RunFacts) -> str:
         charts.append(("Validation", line_chart([Line("validation loss", validation, "")], level)))
     if train:
         charts.append(("Training", line_chart([Line("training loss", train, "second")])))
+    for stage, name in (("val", "Validation"), ("train", "Training")):
+        if lines := _quarters(facts, stage):
+            charts.append((f"{name} by noise", line_chart(lines)))
     text = _charts(charts)
     if not validation:
         text += _absent("validation loss", "set data.val_samples to hold out images")
     elif base is None:
         text += _absent("loss of the base", "the callback BaseLoss measures it before the first step")
     return text
+
+
+def _quarters(facts: RunFacts, stage: str) -> list[Line]:
+    """Losses by quarter of the noise schedule."""
+    names = ("least noise", "second quarter", "third quarter", "most noise")
+    return [
+        Line(name, points, style)
+        for number, (name, style) in enumerate(zip(names, ("", "third", "faint", "second"), strict=True), 1)
+        if (points := facts.curves.get(f"{stage}/loss_q{number}"))
+    ]
 
 
 def _samples(facts: RunFacts) -> str:
@@ -224,7 +237,7 @@ def _curves(facts: RunFacts) -> str:
     others = {
         name: points
         for name, points in sorted(facts.curves.items())
-        if name not in ("train/loss", "val/loss", "epoch") and not name.startswith("memory_mib/") and len(points) > 1
+        if not re.fullmatch(r"(train|val)/loss(_q\d)?|epoch|memory_mib/.*", name) and len(points) > 1
     }
     if not others:
         return _absent("other curves", "loggers wrote none")

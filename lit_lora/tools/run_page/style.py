@@ -4,9 +4,9 @@ from __future__ import annotations
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1c1e21; --soft: #5b6169; --rule: #e0e3e7; --card: #f6f7f9;
-  --one: #0072b2; --two: #d55e00; }
+  --one: #0072b2; --two: #d55e00; --three: #009e73; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16181c; --ink: #e8eaed; --soft: #a5acb5; --rule: #343941;
-  --card: #1f2329; --one: #56b4e9; --two: #f0a050; } }
+  --card: #1f2329; --one: #56b4e9; --two: #f0a050; --three: #4cc9a0; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 75rem; background: var(--paper); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -26,9 +26,11 @@ figure { margin: 0; }
 .rule { stroke: var(--rule); fill: none; }
 .line { fill: none; stroke: var(--one); stroke-width: 2; stroke-linejoin: round; }
 .line.second { stroke: var(--two); }
+.line.third { stroke: var(--three); }
 .line.faint { stroke: var(--soft); stroke-width: 1.25; }
 .dot { fill: var(--one); }
 .dot.second { fill: var(--two); }
+.dot.third { fill: var(--three); }
 .dot.faint { fill: var(--soft); }
 .level { stroke: var(--ink); stroke-dasharray: 5 4; fill: none; }
 .keys { list-style: none; margin: .25rem 0; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .85rem; }

@@ -32,6 +32,7 @@ from lit_lora.datamodules.remote.transfer import (
 from lit_lora.errors import UserError
 from lit_lora.redact import redact
 from tests.datamodules.faulty_server import FaultyServer
+from tests.s3_server import s3_environment, s3_server
 
 QUICK = RetryPolicy(attempts=3, first_wait=0.01, longest_wait=0.05, timeout=5)
 DATA = np.random.default_rng(0).bytes(3_000_000)
@@ -495,36 +496,11 @@ def test_missing_package_is_named(target, monkeypatch):
 
 @pytest.fixture
 def s3(monkeypatch):
-    """A loopback server that speaks S3 and checks no credentials; its buckets ``train`` and ``other``."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    for name, value in _s3_environment(f"http://127.0.0.1:{port}").items():
-        monkeypatch.setenv(name, value)
-    import botocore.session
-
-    client = botocore.session.get_session().create_client("s3")
-    client.create_bucket(Bucket="train")
-    for name in ("b.tar", "a.tar", "c.txt"):
-        client.put_object(Bucket="train", Key=f"shards/{name}", Body=DATA)
-    yield client
-    client.close()
-    server.stop()
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-
-
-def _s3_environment(url):
-    return {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "hunter2",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
+    """A loopback server that speaks S3; its buckets ``train`` and ``other``."""
+    with s3_server(monkeypatch, "train") as client:
+        for name in ("b.tar", "a.tar", "c.txt"):
+            client.put_object(Bucket="train", Key=f"shards/{name}", Body=DATA)
+        yield client
 
 
 @pytest.mark.slow
@@ -663,7 +639,7 @@ def _read_to(queue, location, offset):
 @pytest.fixture
 def s3_faults(server, monkeypatch):
     """The faulty server as S3 storage for s3://bucket/a.tar."""
-    for name, value in _s3_environment(server.url).items():
+    for name, value in s3_environment(server.url).items():
         monkeypatch.setenv(name, value)
     (server.folder / "bucket").mkdir()
     (server.folder / "bucket" / "a.tar").write_bytes(DATA)

@@ -56,7 +56,11 @@ def run(tmp_path: Path) -> Path:
     plan = {"needed": 2 * 10**9, "phases": {"forward": PHASE}}
     (tmp_path / "digits" / "memory_plan.json").write_text(json.dumps(plan))
     rows = [(0, "", 0.5, ""), (9, 0.4, "", 1e-3), (9, "", 0.25, ""), (19, 0.3, "", "nan"), (29, 0.2, 0.4, 2e-3)]
-    lines = ["step,train/loss,val/loss,lr" + EVIL.replace('"', ""), *(",".join(map(str, row)) for row in rows)]
+    rows = [(*row[:3], row[2], row[2] and 2 * float(row[2]), *row[3:]) for row in rows]
+    lines = [
+        "step,train/loss,val/loss,val/loss_q1,val/loss_q4,lr" + EVIL.replace('"', ""),
+        *(",".join(map(str, row)) for row in rows),
+    ]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     sampler = {"class_path": "lit_lora.callbacks.SampleImages", "init_args": {"prompts": [EVIL, "a star"], "seed": 3}}
     config = {
@@ -85,6 +89,8 @@ def test_all_that_a_run_left_is_on_the_page(run: Path, tmp_path: Path) -> None:
         "forward, measured",
         "2 layers have ranks from 4 to 12, 8 on average",
         "a star (seed 4)",
+        "Validation by noise",
+        "most noise",
     ):
         assert told in page.text, told
     assert "1 of 3 values of lr" in page.text

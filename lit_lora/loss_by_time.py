@@ -1,0 +1,87 @@
+"""Losses by quarter of the noise schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_lora.loops import accumulating
+
+QUARTERS = 4
+
+
+class LossByTime(Callback):
+    """Logs the mean loss of the samples in each quarter of the noise schedule, as ``train/loss_q1`` to ``train/loss_q4``.
+
+    The first quarter has the least noise. Few samples of a batch are in the same quarter, so that means over the samples of all
+    processes since the last logged step are logged. Sums stay on the device: nothing waits for it at other steps. Validation
+    and test log ``val/loss_q1`` and ``test/loss_q1`` at their ends. A quarter without samples is not logged.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        """Sums of losses and of weights by quarter, float32 ``(2, 4)``, by the stage that logs them."""
+        self._stage = ""
+
+    def attached(self, trainer: Trainer) -> list[Callback]:
+        """What the module's ``configure_callbacks`` returns: this callback, unless the trainer has it from an earlier run."""
+        return [] if self in trainer.callbacks else [self]  # type: ignore[attr-defined]
+
+    def add(self, losses: Tensor, weights: Tensor, times: Tensor) -> None:
+        """Count the samples of a batch.
+
+        Args:
+            losses: Loss of each sample times its weight, ``(B,)``.
+            weights: Weight of each sample, ``(B,)``.
+            times: Timesteps as fractions of the schedule, from 0 for data to 1 for noise, ``(B,)``.
+        """
+        quarters = (times * QUARTERS).long().clamp(0, QUARTERS - 1)
+        within = quarters[:, None] == torch.arange(QUARTERS, device=times.device)
+        values = torch.stack([losses.detach().float(), weights.float()])[:, :, None]
+        # Not a product: a loss that is NaN belongs to its own quarter alone.
+        sums = torch.where(within, values, 0.0).sum(1)
+        before = self._sums.get(self._stage)
+        self._sums[self._stage] = sums if before is None else before + sums
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._sums.clear()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._stage = "train"
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0 and not accumulating(trainer):
+            self._log(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("val")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin("test")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log(trainer, pl_module)
+
+    def _begin(self, stage: str) -> None:
+        self._stage = stage
+        self._sums.pop(stage, None)
+
+    def _log(self, trainer: Trainer, module: LightningModule) -> None:
+        sums = self._sums.pop(self._stage, None)
+        if sums is None:
+            sums = torch.zeros(2, QUARTERS, device=module.device)
+        sums = trainer.strategy.reduce(sums, reduce_op="sum")
+        for number, (loss, weight) in enumerate(sums.T.tolist(), 1):
+            if weight > 0:
+                module.log(
+                    f"{self._stage}/loss_q{number}", loss / weight, batch_size=1, sync_dist=self._stage != "train"
+                )
