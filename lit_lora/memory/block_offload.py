@@ -180,7 +180,7 @@ class _OffloadedLayer(FrozenLayer):
 
 
 class _OffloadedLinear(_OffloadedLayer, FrozenLinear):  # type: ignore[override]
-    pass
+    stays = False
 
 
 class _OffloadedConv2d(_OffloadedLayer, FrozenConv2d):  # type: ignore[override]

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from peft import LoraConfig
 
+import lit_lora.denoiser_options
 import lit_lora.module
 import lit_lora.run_checks
 from lit_lora.callbacks import SampleImages
@@ -53,7 +54,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return make
 
     monkeypatch.setattr(lit_lora.run_checks, "check_offload", lambda *_: None)
-    monkeypatch.setattr(lit_lora.module, "BlockOffload", making(BlockOffload, smallest_bytes=256))
+    monkeypatch.setattr(lit_lora.denoiser_options, "BlockOffload", making(BlockOffload, smallest_bytes=256))
     monkeypatch.setattr(lit_lora.module, "ActivationOffload", making(ActivationOffload, smallest_bytes=1024))
     monkeypatch.setattr(lit_lora.module, "OptimizerInBackward", making(OptimizerInBackward, bucket_bytes=2000))
     return made
