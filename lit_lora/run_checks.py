@@ -30,8 +30,8 @@ def check_data(module: LoraDiffusion) -> None:
         module: Module whose family has read its configs, and whose objective is prepared.
 
     Raises:
-        UserError: If a size does not fit, the family takes no editing pairs, the objective ignores masks or prior preservation, or
-            class images have no ``prior``.
+        UserError: If a size does not fit, the family takes no editing pairs, the objective ignores masks or prior preservation,
+            or class images have no ``prior``.
     """
     if module._trainer is None:
         return

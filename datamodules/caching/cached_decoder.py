@@ -38,7 +38,8 @@ class CachedDecoder(SampleDecoder):
     The ``.safetensors`` member of a sample holds the VAE's posterior, ``latents_mean`` and ``latents_std`` (C, h, w); the same
     with the suffix ``_flipped`` for the flipped image, if the cache has it; ``loss_mask`` (1, h, w), also with that suffix, if
     the cache has masks; ``source_latents`` (C, h, w), also with that suffix, if it is one of editing pairs; ``original_size``,
-    ``crop_top_left`` and ``target_size``, int64 (2,), height or top first; and ``text.NAME`` for each text embedding, if text is cached.
+    ``crop_top_left`` and ``target_size``, int64 (2,), height or top first; and ``text.NAME`` for each text embedding, if text is
+    cached.
 
     Args:
         description: Description of the cache.

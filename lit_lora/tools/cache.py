@@ -255,8 +255,8 @@ def _cacheable(decoder: SampleDecoder, text: bool) -> ImageDecoder:
         )
     if text and not decoder.captions.fixed:
         raise UserError(
-            "captions differ from pass to pass (dropout, shuffle_tags or weights), so their embeddings cannot be cached;"
-            " cache only latents (--text false), or remove these options of captions (model.caption_dropout also drops"
+            "captions differ from pass to pass (dropout, shuffle_tags, wildcards or weights), so their embeddings cannot be"
+            " cached; cache only latents (--text false), or remove these options of captions (model.caption_dropout also drops"
             " cached captions)"
         )
     return decoder
