@@ -18,6 +18,7 @@ from lit_lora.datamodules.batches.cursor import Cursor
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
 from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE, Plan
 from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
+from lit_lora.datamodules.caching.of_run import is_cacheable
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
@@ -183,8 +184,8 @@ class WebDatasetDataModule(LightningDataModule):
     @property
     def cacheable(self) -> frozenset[str]:
         """Parts of a batch that ``lit-lora cache`` can encode, if images are cropped at the center; none of a cache."""
-        decoders = [one for one in self.decoders if type(one) is ImageDecoder]
-        if self.cached or len(decoders) < len(self.decoders):  # a subclass may decode samples to something else
+        decoders = [one for one in self.decoders if is_cacheable(one)]
+        if self.cached or len(decoders) < len(self.decoders):
             return frozenset()
         return frozenset({"latents", "text"} if all(one.captions.fixed for one in decoders) else {"latents"})
 

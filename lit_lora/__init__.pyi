@@ -27,6 +27,7 @@ from lit_lora.datamodules.batches.plan import Plan as Plan
 from lit_lora.datamodules.decoding.captions import Captions as Captions
 from lit_lora.datamodules.decoding.captions import CaptionSource as CaptionSource
 from lit_lora.datamodules.decoding.decode import BadSampleError as BadSampleError
+from lit_lora.datamodules.decoding.edit_decoder import EditDecoder as EditDecoder
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder as ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder as SampleDecoder
 from lit_lora.datamodules.indexing.index import ShardIndex as ShardIndex
@@ -42,6 +43,7 @@ from lit_lora.families.base import ModelFamily as ModelFamily
 from lit_lora.families.chroma import Chroma as Chroma
 from lit_lora.families.flux import Flux as Flux
 from lit_lora.families.flux2 import Flux2 as Flux2
+from lit_lora.families.flux_kontext import FluxKontext as FluxKontext
 from lit_lora.families.krea2 import Krea2 as Krea2
 from lit_lora.families.pixart_sigma import PixArtSigma as PixArtSigma
 from lit_lora.families.qwen_image import QwenImage as QwenImage

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +11,7 @@ import torch
 from lit_lora.adapters import check_sharded_training
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
 from lit_lora.errors import UserError
-from lit_lora.families import check_size
+from lit_lora.families import ModelFamily, check_size, editing_families
 from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import check_optimizer_in_backward
 from lit_lora.objectives.counting import check_counting
@@ -28,7 +30,8 @@ def check_data(module: LoraDiffusion) -> None:
         module: Module whose family has read its configs, and whose objective is prepared.
 
     Raises:
-        UserError: If a size does not fit, the objective ignores masks or prior preservation, or class images have no ``prior``.
+        UserError: If a size does not fit, the family takes no editing pairs, the objective ignores masks or prior preservation,
+            or class images have no ``prior``.
     """
     if module._trainer is None:
         return
@@ -39,6 +42,7 @@ def check_data(module: LoraDiffusion) -> None:
     for height, width in sizes:
         check_size(family, height, width)
     decoders = getattr(datamodule, "decoders", None) or [getattr(datamodule, "decoder", None)]
+    _check_pairs(family, decoders)
     masks = any(getattr(decoder, "mask", None) is not None for decoder in decoders)
     if module.objective.prior is None and any(one.prior for one in getattr(datamodule, "training_sets", ())):
         raise UserError(
@@ -48,6 +52,24 @@ def check_data(module: LoraDiffusion) -> None:
     if masks or module.objective.prior is not None:
         size = next(iter(sizes), (family.default_size, family.default_size))
         check_counting(module.objective, family.latent_shape(*size), masks)
+
+
+def _check_pairs(family: ModelFamily, decoders: Sequence[object]) -> None:
+    """Check that editing pairs are given to a family that takes them; warn if one that takes them gets none."""
+    name = type(family).__name__
+    for decoder in decoders:
+        pairs = getattr(decoder, "pairs", None)  # other decoders than ours do not tell
+        if pairs and not family.takes_sources:
+            raise UserError(
+                f"decoder {type(decoder).__name__} gives editing pairs, and {name} trains text to image; {editing_families()}; "
+                f"or set data.init_args.decoder to lit_lora.datamodules.ImageDecoder"
+            )
+        if pairs is False and family.takes_sources:
+            warnings.warn(
+                f"{name} is trained without source images, as text to image; to train on editing pairs set "
+                f"data.init_args.decoder to lit_lora.datamodules.EditDecoder",
+                stacklevel=2,
+            )
 
 
 def check_run(module: LoraDiffusion, stage: str) -> None:

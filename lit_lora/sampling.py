@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
 from torchvision.utils import make_grid
@@ -113,6 +114,8 @@ def generate(
     guidance_rescale: float = 0.0,
     negative_prompts: Sequence[str] = (),
     guided: bool | None = None,
+    sources: Sequence[Image.Image] = (),
+    pipeline_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Image.Image]:
     """Draw one image for each prompt.
 
@@ -131,6 +134,9 @@ def generate(
         guidance_rescale: See :class:`SamplingOptions`; defaults to 0.
         negative_prompts: Texts to draw away from, one for each prompt; defaults to none.
         guided: Whether the pipeline draws with classifier-free guidance; defaults to whether ``guidance_scale`` is above 1.
+        sources: Images to edit, one for each prompt, which are resized to cover the size that is drawn and cropped at the
+            center. Defaults to none. They need ``height`` and ``width``.
+        pipeline_options: Further arguments of the pipeline; defaults to none.
 
     Raises:
         UserError: If the pipeline cannot rescale its guided predictions or takes no negative prompts, or an image holds NaN.
@@ -145,6 +151,7 @@ def generate(
             try:
                 inputs = prompt_inputs(list(prompts[start : start + batch_size]), guidance_scale)
                 inputs |= _negative_inputs(negative_prompts[start : start + batch_size], prompt_inputs)
+                inputs |= _source_inputs(sources[start : start + batch_size], height, width)
                 images += pipeline(
                     **{"guidance_scale": guidance_scale} | inputs,
                     num_inference_steps=num_inference_steps,
@@ -152,6 +159,7 @@ def generate(
                     width=width,
                     generator=generators,
                     **({"guidance_rescale": guidance_rescale} if guidance_rescale else {}),
+                    **pipeline_options,
                 ).images
             except RuntimeWarning as warning:
                 raise NonFiniteImageError(
@@ -167,6 +175,16 @@ def _negative_inputs(negatives: Sequence[str], prompt_inputs: PromptInputs) -> d
         return {}
     inputs = prompt_inputs(list(negatives), 1.0).items()
     return {f"negative_{name}": value for name, value in inputs if name.startswith(("prompt", "pooled_prompt"))}
+
+
+def _source_inputs(sources: Sequence[Image.Image], height: int | None, width: int | None) -> dict[str, Any]:
+    """A pipeline's arguments for images to edit, float32 in [0, 1], ``(B, 3, height, width)``."""
+    if not sources:
+        return {}
+    assert height is not None, "sources are framed to the size that is drawn"
+    assert width is not None, "sources are framed to the size that is drawn"
+    framed = [ImageOps.fit(one.convert("RGB"), (width, height), Image.Resampling.BICUBIC) for one in sources]
+    return {"image": torch.stack([pil_to_tensor(one).float() / 255 for one in framed])}
 
 
 def image_grid(images: Sequence[Image.Image], columns: int) -> Tensor:

@@ -61,7 +61,8 @@ class ChunkedSamples:
         held_out = np.empty(0, np.int64) if held_out is None else held_out
         of_shard = np.diff(table.starts)
         repeats = repeats or Repeats.once(len(of_shard))
-        shown = of_shard * repeats.times[repeats.set_of_shard]
+        in_sets = np.bincount(repeats.set_of_shard, of_shard, len(repeats.times)).astype(np.int64)
+        shown = of_shard * repeats.resolved(in_sets).times[repeats.set_of_shard]
         shards = tuple(split_shards(shown, num_chunks, seed))
         available = np.zeros((len(repeats.times), num_chunks, len(bucketing.sizes)), np.int64)
         too_small = 0
@@ -78,6 +79,7 @@ class ChunkedSamples:
                 groups = _sets(table, repeats, part)[kept] * len(bucketing.sizes) + buckets[kept]
                 counts = np.bincount(groups, minlength=len(available) * len(bucketing.sizes))
                 available[:, number] = counts.reshape(len(available), -1)
+        repeats = repeats.resolved(available.sum(axis=(1, 2)))
         parts = repeats.parts(available.reshape(len(available), -1)).reshape(available.shape)
         return cls(table, shards, bucketing, held_out, repeats, available, parts, too_small, seed)
 

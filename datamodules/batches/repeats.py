@@ -20,10 +20,13 @@ class Repeats:
     Attributes:
         times: Repeats of each set, float64 (S,).
         set_of_shard: Number of the set of each shard, int64.
+        shares: Share of each set in a round, float64 (S,), for which :meth:`resolved` gives the repeats; NaN for sets whose
+            repeats are given. Defaults to None: all are given.
     """
 
     times: NDArray[np.float64]
     set_of_shard: NDArray[np.int64]
+    shares: NDArray[np.float64] | None = None
 
     @classmethod
     def once(cls, num_shards: int) -> Repeats:
@@ -46,6 +49,23 @@ class Repeats:
         if np.array_equal(self.times, np.ones_like(self.times)):
             return None
         return seed_of(str(self.times.tolist()), str(self.set_of_shard.tolist()))
+
+    def resolved(self, counts: NDArray[np.int64]) -> Repeats:
+        """The same with repeats in place of shares.
+
+        Sets with repeats show N samples in a round. Where the shares add up to S, a set with a share s shows s N / (1 - S) of
+        them, rounded, so that the round is as large as shares and repeats ask for together.
+
+        Args:
+            counts: Number of samples in each set, int64 (S,).
+        """
+        if self.shares is None:
+            return self
+        given = np.isnan(self.shares)
+        shown = np.floor(self.times[given] * counts[given] + 0.5).sum()
+        wanted = np.floor(self.shares * shown / (1 - np.nansum(self.shares)) + 0.5)
+        times = np.where(given, self.times, wanted / np.maximum(counts, 1))
+        return Repeats(times, self.set_of_shard)
 
     def parts(self, counts: NDArray[np.int64]) -> NDArray[np.int64]:
         """Number of samples that are shown once more than :attr:`whole`, in each set and group.

@@ -15,15 +15,25 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lit_lora.datamodules.batches.buckets import Bucketing
-from lit_lora.datamodules.caching.cached_decoder import FLIPPED, LATENTS, MASK, SIZES, encode_cached, without_padding
+from lit_lora.datamodules.caching.cached_decoder import (
+    FLIPPED,
+    LATENTS,
+    MASK,
+    SIZES,
+    SOURCE,
+    encode_cached,
+    without_padding,
+)
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
 from lit_lora.datamodules.caching.sources import is_newer
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.decoding.edit_decoder import EditDecoder
 from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder, decode_image
 from lit_lora.datamodules.decoding.mask import MaskSource, decode_mask
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
+from lit_lora.datamodules.decoding.source_image import decode_source
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
 from lit_lora.datamodules.indexing.table import SampleTable
@@ -37,6 +47,8 @@ from lit_lora.files import atomic_file
 from lit_lora.loss_mask import mask_of_latents
 from lit_lora.redact import redact
 from lit_lora.visible import visible
+
+_SOURCE_PIXELS = "source_pixel_values"
 
 _BATCHES_AT_A_TIME = 64
 """Number of batches' worth of consecutive samples that are grouped by size. Shards are written in order, so this many batches
@@ -95,7 +107,8 @@ class CacheWriter:
         self.num_workers = num_workers
         self._text = "text" in description.cached
         self._sides = ("", FLIPPED) if description.flipped else ("",)
-        self._decoder = _SourceDecoder(captions, self._text, self._sides, cast("MaskSource | None", description.mask))
+        mask = cast("MaskSource | None", description.mask)
+        self._decoder = _InputDecoder(captions, self._text, self._sides, mask, description.pairs)
 
     def write(self, shard: int, path: Path, progress: Callable[[int], None]) -> CachedShard:
         """Write the cached shard and its index; an existing one is kept.
@@ -232,6 +245,7 @@ class CacheWriter:
             tensors |= {MASK + side: mask_of_latents(batch[MASK + side], size) for side in self._sides}
         for side in self._sides:
             del batch[f"pixel_values{side}"]
+            batch.pop(_SOURCE_PIXELS + side, None)
         return tensors
 
     def _batch_members(
@@ -256,6 +270,9 @@ class CacheWriter:
             pixel_values = batch[f"pixel_values{side}"].to(self.family.device, non_blocking=True)
             for name, values in zip(LATENTS, self.family.posterior(pixel_values), strict=True):
                 posteriors[name + side] = values.to(dtype).cpu()
+            if self.description.pairs:
+                sources = batch[_SOURCE_PIXELS + side].to(self.family.device, non_blocking=True)
+                posteriors[SOURCE + side] = self.family.posterior(sources)[0].to(dtype).cpu()
         return posteriors
 
     def _members(
@@ -269,23 +286,26 @@ class CacheWriter:
 
 
 @dataclass(frozen=True)
-class _SourceDecoder(SampleDecoder):
-    """Decodes the inputs of the encoders: a sample's image and mask, both also flipped, and its caption."""
+class _InputDecoder(SampleDecoder):
+    """Decodes the inputs of the encoders: a sample's image, mask and source image, all also flipped, and its caption."""
 
     captions: Captions
     text: bool
     sides: tuple[str, ...]
     mask: MaskSource | None
+    pairs: bool
 
     @property
     def required(self) -> dict[str, tuple[str, ...]]:
-        return ImageDecoder(captions=self.captions, mask=self.mask).required
+        kind = EditDecoder if self.pairs else ImageDecoder
+        return kind(captions=self.captions, mask=self.mask).required
 
     def __call__(
         self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
     ) -> dict[str, Any]:
         image = decode_image(members, image_size)
         mask = None if self.mask is None else decode_mask(members, self.mask, image_size)
+        source = decode_source(members, image_size) if self.pairs else None
         entries = self._caption(members)
         for side in reversed(self.sides):  # the sizes are those of the image that is not flipped
             framing = _FRAMINGS[side]
@@ -298,6 +318,8 @@ class _SourceDecoder(SampleDecoder):
             }
             if mask is not None:
                 entries[MASK + side] = framing(mask, slot, size).pixels
+            if source is not None:
+                entries[_SOURCE_PIXELS + side] = framing(source, slot, size, like=framed.original_size).pixels
         return entries
 
     def blank(self, size: tuple[int, int]) -> dict[str, Any]:
@@ -305,6 +327,8 @@ class _SourceDecoder(SampleDecoder):
         entries: dict[str, Any] = {f"pixel_values{side}": pixels for side in self.sides}
         if self.mask is not None:
             entries |= {MASK + side: pixels[:1] for side in self.sides}
+        if self.pairs:
+            entries |= {_SOURCE_PIXELS + side: pixels for side in self.sides}
         return entries | dict.fromkeys(SIZES, size) | {"caption": "", "caption_members": []}
 
     def _caption(self, members: Mapping[str, bytes]) -> dict[str, Any]:

@@ -25,6 +25,9 @@ FLIPPED = "_flipped"
 """Suffix of the names of the flipped image's latents."""
 
 MASK = "loss_mask"
+SOURCE = "source_latents"
+"""Name of the latents of an editing pair's source: the mean of the posterior."""
+
 LATENTS = ("latents_mean", "latents_std")
 SIZES = ("original_size", "crop_top_left", "target_size")
 
@@ -34,8 +37,9 @@ class CachedDecoder(SampleDecoder):
 
     The ``.safetensors`` member of a sample holds the VAE's posterior, ``latents_mean`` and ``latents_std`` (C, h, w); the same
     with the suffix ``_flipped`` for the flipped image, if the cache has it; ``loss_mask`` (1, h, w), also with that suffix, if
-    the cache has masks; ``original_size``, ``crop_top_left`` and ``target_size``, int64 (2,), height or top first; and
-    ``text.NAME`` for each text embedding, if text is cached.
+    the cache has masks; ``source_latents`` (C, h, w), also with that suffix, if it is one of editing pairs; ``original_size``,
+    ``crop_top_left`` and ``target_size``, int64 (2,), height or top first; and ``text.NAME`` for each text embedding, if text is
+    cached.
 
     Args:
         description: Description of the cache.
@@ -79,8 +83,8 @@ class CachedDecoder(SampleDecoder):
 
         Returns:
             ``latents_mean`` and ``latents_std`` (C, h, w); ``original_size``, ``crop_top_left`` and ``target_size``, int64
-            (2,); ``caption``; ``text_embeddings``, a dict of tensors, if text is cached; and ``loss_mask``, float32 (1, h, w), if
-            the run masks its loss.
+            (2,); ``caption``; ``text_embeddings``, a dict of tensors, if text is cached; ``source_latents`` (C, h, w), of editing
+            pairs; and ``loss_mask``, float32 (1, h, w), if the run masks its loss.
 
         Raises:
             BadSampleError: If a member is missing or damaged, a tensor is missing or not finite, or the sample was cached at
@@ -90,6 +94,8 @@ class CachedDecoder(SampleDecoder):
         side = FLIPPED if self.framing.flips(slot) else ""
         shape, dtype = self._latents(size)
         entries: dict[str, Any] = {name: _tensor(tensors, name + side, shape, dtype) for name in LATENTS}
+        if self.description.pairs:
+            entries[SOURCE] = _tensor(tensors, SOURCE + side, shape, dtype)
         if self.masked:
             entries[MASK] = _tensor(tensors, MASK + side, (1, *shape[-2:]), torch.float32)
         entries |= {name: _tensor(tensors, name, (2,), torch.int64) for name in SIZES}
@@ -105,6 +111,8 @@ class CachedDecoder(SampleDecoder):
         entries: dict[str, Any] = {name: torch.zeros(shape, dtype=dtype) for name in LATENTS}
         entries |= {"original_size": torch.tensor(size), "crop_top_left": torch.tensor((0, 0))}
         entries |= {"target_size": torch.tensor(size), "caption": ""}
+        if self.description.pairs:
+            entries[SOURCE] = torch.zeros(shape, dtype=dtype)
         if self.masked:
             entries[MASK] = torch.zeros(1, *shape[-2:])
         return entries | ({"text_embeddings": self.empty} if self.empty else {})

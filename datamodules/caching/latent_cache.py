@@ -49,6 +49,7 @@ class CacheDescription:
         mask: Where the masks of the loss were, see :class:`~lit_lora.datamodules.decoding.image_decoder.ImageDecoder`; None if
             they are not cached.
         text_quantization: Quantization of the text encoders with its options; None if they were not quantized.
+        pairs: Whether samples are editing pairs, so that latents of source images are cached too.
     """
 
     vae: str
@@ -63,6 +64,7 @@ class CacheDescription:
     text_masks: Mapping[str, str] = field(default_factory=dict)
     mask: str | None = None
     text_quantization: str | None = None
+    pairs: bool = False
 
     @property
     def cached(self) -> frozenset[str]:
@@ -127,6 +129,7 @@ class CacheDescription:
         random_flip: bool,
         captions: Captions,
         mask: str | None = None,
+        pairs: bool = False,
     ) -> None:
         """Check that the cache holds what a run would encode itself.
 
@@ -139,6 +142,7 @@ class CacheDescription:
             random_flip: Whether the run flips images; if it does, the cache must have the flipped images.
             captions: Captions of the run, which are compared if text is cached.
             mask: Where the masks of the run are; if it has any, the cache must have been made with them. Defaults to None.
+            pairs: Whether the run trains on editing pairs, for which the cache must have been made. Defaults to False.
 
         Raises:
             UserError: If anything differs; the message lists every difference.
@@ -152,6 +156,7 @@ class CacheDescription:
             center_crop=center_crop,
             flipped=self.flipped or random_flip,
             mask=mask or self.mask,
+            pairs=pairs,
         )
         if self.encoders is not None:
             encoders = identity.get("text", self.encoders)
@@ -176,6 +181,7 @@ class CacheDescription:
             "dtype": self.dtype,
             "latent_shapes": self.latent_shapes,
             "mask": self.mask,
+            "pairs": self.pairs,
         }
         text = (
             None

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
 from lit_lora.datamodules.caching.open_cache import OpenCache, open_cache
+from lit_lora.datamodules.decoding.edit_decoder import EditDecoder
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.table import SampleTable
+
+
+def is_cacheable(decoder: SampleDecoder) -> TypeGuard[ImageDecoder]:
+    """Whether what a decoder makes can be cached: of others, also of subclasses, nobody knows what they make."""
+    return type(decoder) in (ImageDecoder, EditDecoder)
 
 
 def cache_of_run(
@@ -21,7 +28,7 @@ def cache_of_run(
 ) -> OpenCache | None:
     """The cache to which a table's shards belong, after checking that it holds what the run would encode; None for images.
 
-    A custom decoder, also a subclass of ``ImageDecoder``, reads the members of a cache as they are.
+    A custom decoder, also a subclass of ``ImageDecoder`` that is not the package's, reads the members of a cache as they are.
 
     Args:
         table: Samples of the run.
@@ -33,7 +40,7 @@ def cache_of_run(
     Raises:
         UserError: If the shards belong to several caches, or to one that holds something else.
     """
-    if type(decoder) is not ImageDecoder:
+    if not is_cacheable(decoder):
         return None
     cache = open_cache(table)
     if cache is not None:
@@ -46,6 +53,7 @@ def cache_of_run(
             random_flip=decoder.random_flip,
             captions=decoder.captions,
             mask=decoder.mask,
+            pairs=decoder.pairs,
         )
     return cache
 

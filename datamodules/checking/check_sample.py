@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 
 from lit_lora.datamodules.decoding.captions import MAX_JSON_BYTES, MAX_TEXT_BYTES, Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, decode_rgb
-from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
+from lit_lora.datamodules.decoding.source_image import decode_source
+from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS, SOURCE_EXTENSIONS
 from lit_lora.datamodules.indexing.image_format import image_format
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, image_size
 
@@ -25,6 +26,7 @@ NOT_UTF8 = "caption not UTF-8"
 LONG_CAPTION = "caption too long"
 UNREADABLE_CAPTION = "unreadable caption"
 WRONG_EXTENSION = "wrong extension"
+BAD_SOURCE = "unusable source image"
 
 _HEADER_BYTES = 65536
 _LIMITS = {"txt": MAX_TEXT_BYTES, "cls": MAX_TEXT_BYTES, "json": MAX_JSON_BYTES}
@@ -48,6 +50,8 @@ def check_sample(
         yield NO_IMAGE, f"none of {', '.join(f'.{extension}' for extension in IMAGE_EXTENSIONS)}"
     elif decode and not _is_safetensors(_read(file, *members[CACHED_EXTENSION])):
         yield UNDECODABLE, f"the .{CACHED_EXTENSION} member is damaged"
+    if image is not None and decode:
+        yield from _check_source(file, members, image)
     texts = {extension: members[extension] for extension in captions.extensions if extension in members}
     yield from _check_caption(file, texts, captions)
 
@@ -70,6 +74,16 @@ def _check_image(file: BinaryIO, offset: int, size: int, extension: str, decode:
             decode_rgb(data)
         except BadSampleError as error:
             yield UNDECODABLE, str(error)
+
+
+def _check_source(file: BinaryIO, members: Mapping[str, tuple[int, int]], image: str) -> Iterator[tuple[str, str]]:
+    sources = {extension: _read(file, *members[extension]) for extension in SOURCE_EXTENSIONS if extension in members}
+    size = image_size(_read(file, *members[image]))
+    if sources and size != (0, 0):
+        try:
+            decode_source(sources, size)
+        except BadSampleError as error:
+            yield BAD_SOURCE, str(error)
 
 
 def _refusal(data: bytes) -> tuple[str, str] | None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lit_lora.datamodules.decoding.decode import BadSampleError, decode_text
+from lit_lora.datamodules.decoding.wildcards import drawn_alternatives
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import check_regular
@@ -134,6 +135,9 @@ class Captions:
         prefix: Text before each caption that is not dropped. Defaults to nothing. Before an empty caption, a separator at its
             end is left out.
         suffix: Text after each caption that is not dropped. Defaults to nothing.
+        wildcards: Whether one of the alternatives in braces is drawn at each occurrence, as in ``a {red|blue} hat``, in captions,
+            templates, prefix and suffix. Alternatives may be empty, and may hold braces themselves; braces without ``|`` stay as
+            they are. Defaults to false: all braces are text.
 
     Raises:
         UserError: If a value is out of its bounds, or some sources have weights and others have none.
@@ -146,6 +150,7 @@ class Captions:
     separator: str = ", "
     prefix: str = ""
     suffix: str = ""
+    wildcards: bool = False
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -178,7 +183,7 @@ class Captions:
     @property
     def fixed(self) -> bool:
         """Whether captions are the same at each occurrence, so that :meth:`draw_fixed` needs no slot."""
-        return not self.dropout and not self.shuffle_tags and not self._drawn_by_weight
+        return not (self.dropout or self.shuffle_tags or self.wildcards or self._drawn_by_weight)
 
     def draw(self, members: Mapping[str, bytes], seed: int, slot: int) -> str:
         """The caption of a sample at one occurrence.
@@ -189,17 +194,21 @@ class Captions:
             slot: Number of this occurrence in the whole run.
 
         Raises:
-            BadSampleError: If the sample has no caption, or one that cannot be read.
+            BadSampleError: If the sample has no caption, or one that cannot be read or whose wildcards are nested too deeply.
         """
         found = self._found(members)
         source, texts = self._draw_source(list(found), seed, slot) if self._drawn_by_weight else next(found)
         text = texts[0] if len(texts) == 1 else texts[_generator(seed, "caption", slot).integers(len(texts))]
+        choices = _generator(seed, "wildcards", slot) if self.wildcards else None
+        if choices is not None:  # before tags are shuffled, since alternatives may hold separators
+            text = drawn_alternatives(text, choices)
         if self.shuffle_tags:
             text = self._shuffle(text, seed, slot)
         # Drawn last, so that a sample without a usable caption is found even if its caption is dropped.
         if self.dropout and _generator(seed, "caption dropout", slot).random() < self.dropout:
             return ""
-        return self._finish(source, text)
+        caption = self._finish(source, text)
+        return caption if choices is None else drawn_alternatives(caption, choices)
 
     def draw_fixed(self, members: Mapping[str, bytes]) -> str:
         """The only caption of a sample, if captions are :attr:`fixed`.
@@ -215,7 +224,10 @@ class Captions:
 
     def description(self) -> dict[str, Any]:
         """The options that determine the captions, as JSON values; equal for class names of equal content."""
-        return asdict(self) | {"sources": [source.description() for source in self.sources]}
+        values = asdict(self) | {"sources": [source.description() for source in self.sources]}
+        if not self.wildcards:  # as in the descriptions of caches that were made before there were any
+            del values["wildcards"]
+        return values
 
     @property
     def _drawn_by_weight(self) -> bool:

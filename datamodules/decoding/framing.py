@@ -42,13 +42,17 @@ class Framing:
     random_flip: bool
     seed: int
 
-    def __call__(self, image: Tensor, slot: int, size: tuple[int, int]) -> FramedImage:
+    def __call__(
+        self, image: Tensor, slot: int, size: tuple[int, int], like: tuple[int, int] | None = None
+    ) -> FramedImage:
         """Frame one image.
 
         Args:
             image: Image or mask, uint8 (C, H, W).
             slot: Number of this occurrence of the sample.
             size: Planned height and width, in pixels.
+            like: Height and width of the image that this one is framed like, so that both show the same part. Defaults to its
+                own.
 
         Raises:
             BadSampleError: If the image is so narrow that the resized image would have more than ``MAX_PIXELS``.
@@ -57,7 +61,7 @@ class Framing:
         from torchvision.transforms.v2 import functional as F
 
         height, width = image.shape[-2:]
-        covering = _covering_size((height, width), size)
+        covering = _covering_size(like or (height, width), size)
         if covering[0] * covering[1] > MAX_PIXELS:
             raise BadSampleError(f"the image of {width} x {height} pixels is too narrow")
         resized = F.resize(image, list(covering), InterpolationMode.BICUBIC, antialias=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class ImageDecoder(SampleDecoder):
         mask: Where masks of the training images are, for losses that count only in a part of the image: ``mask.png``, a member of
             each sample, or ``alpha``, the image's alpha channel. Defaults to null: the whole image counts.
     """
+
+    pairs: ClassVar[bool] = False
+    """Whether samples are editing pairs, with a source image."""
 
     center_crop: bool = False
     random_flip: bool = False

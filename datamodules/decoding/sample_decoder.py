@@ -11,7 +11,8 @@ class SampleDecoder(ABC):
     """Converts the members of a sample to its entries in a batch; a new kind of sample needs one subclass.
 
     Pass an instance to a datamodule as ``decoder``. Indexes of shards contain the members ``jpg``, ``jpeg``, ``png``, ``webp``,
-    ``txt``, ``json``, ``cls``, ``safetensors``, ``npy``, ``npz``, ``bin`` and ``mask.png``.
+    ``txt``, ``json``, ``cls``, ``safetensors``, ``npy``, ``npz``, ``bin``, ``mask.png``, ``source.jpg``, ``source.png`` and
+    ``source.webp``.
 
     Loader threads call the decoder concurrently, so it must not keep state between calls. Random choices should be a function of
     the seed and the slot (:func:`lit_lora.draws.seed_of`), so that a resumed run repeats them.

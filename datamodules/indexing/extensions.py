@@ -8,5 +8,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MASK_EXTENSION = "mask.png"
 """Extension of the mask that tells which part of an image is trained on."""
 
+SOURCE_EXTENSIONS = ("source.jpg", "source.png", "source.webp")
+"""Extensions of the image that an editing instruction starts from; the sample's image is what it leads to."""
+
 CAPTION_EXTENSIONS = ("txt", "json", "cls")
 """Extensions of captions."""

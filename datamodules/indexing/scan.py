@@ -15,7 +15,12 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from lit_lora.datamodules.indexing.extensions import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, MASK_EXTENSION
+from lit_lora.datamodules.indexing.extensions import (
+    CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MASK_EXTENSION,
+    SOURCE_EXTENSIONS,
+)
 from lit_lora.datamodules.indexing.image_format import image_format
 from lit_lora.datamodules.indexing.tar_headers import MAX_MEMBER_BYTES, walk_headers
 from lit_lora.datamodules.indexing.unread_members import UnreadMembers, split_name
@@ -28,7 +33,14 @@ CACHED_EXTENSION = "safetensors"
 OTHER_EXTENSIONS = ("npy", "npz", "bin")
 """Extensions for a custom :class:`~lit_lora.datamodules.decoding.sample_decoder.SampleDecoder`."""
 
-EXTENSIONS = (*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, CACHED_EXTENSION, *OTHER_EXTENSIONS, MASK_EXTENSION)
+EXTENSIONS = (
+    *IMAGE_EXTENSIONS,
+    *CAPTION_EXTENSIONS,
+    CACHED_EXTENSION,
+    *OTHER_EXTENSIONS,
+    MASK_EXTENSION,
+    *SOURCE_EXTENSIONS,
+)
 """Extensions of the members that are indexed; all others are passed over."""
 
 _OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {

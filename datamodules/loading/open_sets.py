@@ -23,7 +23,7 @@ from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.dataset import ShardDataset
 from lit_lora.datamodules.loading.shard_reader import ShardReader
-from lit_lora.datamodules.shard_set import ShardSet
+from lit_lora.datamodules.shard_set import MOST_REPEATS, ShardSet, check_shares
 from lit_lora.errors import UserError
 from lit_lora.redact import redact
 
@@ -76,6 +76,7 @@ class OpenSets:
             UserError: If shards are missing, damaged or named twice, samples are incomplete, a cache holds something else than
                 the run needs, or samples of two sets cannot be in one batch.
         """
+        check_shares(sets)
         tables = [open_table(one.shards) for one in sets]
         table = SampleTable.join(tables)
         twice = next((location for location, number in Counter(table.locations).items() if number > 1), None)
@@ -86,7 +87,9 @@ class OpenSets:
             for of_set, decoder in zip(tables, decoders, strict=True)
         ]
         set_of_shard = np.repeat(np.arange(len(tables)), [len(of_set.locations) for of_set in tables])
-        repeats = Repeats(np.array([one.repeats for one in sets], np.float64), set_of_shard)
+        times = np.array([one.repeats for one in sets], np.float64)
+        shares = np.array([np.nan if one.share is None else one.share for one in sets], np.float64)
+        repeats = Repeats(times, set_of_shard, None if np.isnan(shares).all() else shares)
         opened = cls(table, sets, repeats, caches, decoders, seed, marked)
         final = opened._final(decoders)
         for of_set, decoder in zip(tables, final, strict=True):
@@ -118,15 +121,21 @@ class OpenSets:
             samples: What is left of the sets to train on.
 
         Raises:
-            UserError: If a set has no samples, or too few for its repeats.
+            UserError: If a set has no samples, or too few for its repeats or share.
         """
         left = samples.available.sum(axis=(1, 2))
-        shown = left * self.repeats.whole + samples.parts.sum(axis=(1, 2))
+        shown = left * samples.repeats.whole + samples.parts.sum(axis=(1, 2))
         for one, count, times in zip(self.sets, left.tolist(), shown.tolist(), strict=True):
+            name, value = ("repeats", one.repeats) if one.share is None else ("share", one.share)
             if not times:
                 raise UserError(
-                    f"repeats={one.repeats:g} of {one.name} shows none of its {count} samples in a pass; raise repeats, add"
+                    f"{name}={value:g} of {one.name} shows none of its {count} samples in a pass; raise {name}, add"
                     " samples, or remove the set"
+                )
+            if times > MOST_REPEATS * count:
+                raise UserError(
+                    f"{name}={value:g} of {one.name} shows its {count} samples more than {MOST_REPEATS:,} times in a pass; lower "
+                    f"{name}, or add samples"
                 )
 
     def without_prior(self) -> NDArray[np.int64]:

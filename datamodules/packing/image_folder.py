@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION
+from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION, SOURCE_EXTENSIONS
 from lit_lora.datamodules.packing.caption_template import CaptionTemplate
 from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, extension_of, image_extension
 from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
@@ -27,23 +27,27 @@ if TYPE_CHECKING:
 CAPTIONS = ("txt", "json", "caption")
 """Endings of files that may hold the caption of an image beside them. A ``.caption`` file is read if there is no ``.txt``."""
 
-_SIDES = ("txt", "json", "TXT", "JSON", "Txt", "Json", "caption", MASK_EXTENSION)
+_IMAGES_BESIDE = (MASK_EXTENSION, *SOURCE_EXTENSIONS, "source.jpeg")
+"""Endings of the images that are packed with another one."""
+
+_SIDES = ("txt", "json", "TXT", "JSON", "Txt", "Json", "caption", *_IMAGES_BESIDE)
 """Endings of the files beside images; of those that differ only in capitals, the first that is there is read."""
 
 
-_CAPTION_BITS = sum(1 << bit for bit, side in enumerate(_SIDES) if side != MASK_EXTENSION)
+_CAPTION_BITS = sum(1 << bit for bit, side in enumerate(_SIDES) if side not in _IMAGES_BESIDE)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageFolder(PackInput):
     """Images at any depth, each with a caption file of the same name beside it; the endings may be in capitals.
 
-    A ``.mask.png`` file of the same name, the mask of the loss, is packed with its image.
+    A ``.mask.png`` file of the same name, the mask of the loss, is packed with its image, and so is a ``.source.jpg`` (or png or
+    webp), the image that an instruction starts from.
 
     Attributes:
         folder: Folder of the images.
         names: Paths of the images, relative to ``folder``.
-        sides: Files beside each image, one bit for each entry of ``_SIDES``, uint8 (N,).
+        sides: Files beside each image, one bit for each entry of ``_SIDES``, uint16 (N,).
         template: Makes the captions in place of the files beside the images; None to read these.
         fallback: Caption of images without a caption file; None if there are none.
     """
@@ -52,7 +56,7 @@ class ImageFolder(PackInput):
 
     folder: Path
     names: SampleNames
-    sides: NDArray[np.uint8]
+    sides: NDArray[np.uint16]
     template: CaptionTemplate | None = None
     fallback: str | None = None
 
@@ -88,14 +92,14 @@ class ImageFolder(PackInput):
         kinds = kinds if template is None else ()
         bad: list[BadFile] = []
         skipped: list[BadFile] = []
-        sizes, sides = array("q"), array("B")
+        sizes, sides = array("q"), array("H")
         unread: list[str] = []
         bare: list[str] = []
         digest = hashlib.sha256()
 
         def good_files() -> Iterator[str]:
             for file, siblings in walk_files(folder, skip):
-                if _is_mask(file, siblings):
+                if _is_beside_another(file, siblings):
                     continue
                 if not image_extension(file):
                     if kinds and (reason := _why_no_caption(file, siblings, kinds)):
@@ -128,7 +132,7 @@ class ImageFolder(PackInput):
         return cls(
             folder=folder,
             names=names,
-            sides=np.array(sides, np.uint8),
+            sides=np.array(sides, np.uint16),
             sizes=np.array(sizes, np.int64),
             fingerprint=digest.hexdigest(),
             bad=tuple(bad),
@@ -197,12 +201,12 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
 
 
 def _find_sides(file: str, siblings: Set[str], kinds: Sequence[str]) -> int:
-    """The files beside an image, as bits: its mask, and captions of some kinds."""
+    """The files beside an image, as bits: its mask, its source, and captions of some kinds."""
     image = PurePosixPath(file)
     found = {
         side.lower(): bit
         for bit, side in reversed(list(enumerate(_SIDES)))  # the first spelling stays
-        if side.lower() in (*kinds, MASK_EXTENSION) and image.with_suffix(f".{side}").name in siblings
+        if side.lower() in (*kinds, *_IMAGES_BESIDE) and image.with_suffix(f".{side}").name in siblings
     }
     if "txt" in found:
         found.pop("caption", None)
@@ -216,11 +220,13 @@ def _checked(fallback: str | None, kinds: Sequence[str]) -> str:
     return fallback
 
 
-def _is_mask(file: str, siblings: Set[str]) -> bool:
-    """Whether an image is the mask of another one beside it."""
-    name = file.rpartition("/")[2]
-    stem = name.removesuffix(f".{MASK_EXTENSION}")
-    return stem != name and any(_beside(stem, siblings))
+def _is_beside_another(file: str, siblings: Set[str]) -> bool:
+    """Whether an image is the mask or the source of another one beside it."""
+    stem, dot, ending = file.rpartition("/")[2].partition(".")
+    while dot and ending not in _IMAGES_BESIDE:  # names may have more dots
+        first, dot, ending = ending.partition(".")
+        stem = f"{stem}.{first}"
+    return bool(dot) and any(_beside(stem, siblings))
 
 
 def _beside(stem: str, siblings: Set[str]) -> Iterator[str]:
@@ -248,8 +254,12 @@ def _why_no_caption(file: str, siblings: Set[str], kinds: Sequence[str]) -> str:
     return f"has the ending .{spelled}; write .{side}" if read is None else f"is beside {stem}.{read}, which is read"
 
 
+_MEMBERS = {"caption": "txt", "source.jpeg": "source.jpg"}
+"""Endings of members that differ from those of the files."""
+
+
 def _paths(folder: Path, file: str, bits: int) -> dict[str, Path]:
     image = folder / file
     found = [side for bit, side in enumerate(_SIDES) if bits >> bit & 1]
-    sides = {"txt" if side == "caption" else side.lower(): image.with_suffix(f".{side}") for side in found}
+    sides = {_MEMBERS.get(side, side.lower()): image.with_suffix(f".{side}") for side in found}
     return {image_extension(file): image, **sides}

@@ -41,7 +41,10 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "color_aug": ((False,), "colors are not changed here; remove it"),
     "conditioning_data_dir": ((), "images for ControlNet are not trained here; remove the data set"),
     "custom_attributes": (({},), "remove it"),
-    "enable_wildcard": ((False,), "write the captions out; several captions can be a list in a .json file"),
+    "enable_wildcard": (
+        (False,),
+        "set captions.wildcards in sets.yaml; several captions can be a list in a .json file",
+    ),
     "face_crop_aug_range": (([],), "crop the images before"),
     "keep_tokens_separator": (("",), "use keep_tokens"),
     "metadata_file": ((), "write metadata.jsonl with file_name and text beside the images, and pack their folder"),

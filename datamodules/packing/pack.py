@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, decode_rgb
+from lit_lora.datamodules.decoding.source_image import decode_source
 from lit_lora.datamodules.indexing.data_index import DataIndex
+from lit_lora.datamodules.indexing.extensions import SOURCE_EXTENSIONS
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import image_size
 from lit_lora.datamodules.packing.caption_template import CaptionTemplate
@@ -266,6 +268,8 @@ def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]
     check_pixels(*image_size(image))
     decode_rgb(image)
     members = {name: image, **members}
+    if any(extension in members for extension in SOURCE_EXTENSIONS):
+        decode_source(members, image_size(image))
     Captions.anywhere(caption_key).draw(members, seed=0, slot=0)
     return members
 

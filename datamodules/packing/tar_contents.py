@@ -7,7 +7,12 @@ import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lit_lora.datamodules.indexing.extensions import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, MASK_EXTENSION
+from lit_lora.datamodules.indexing.extensions import (
+    CAPTION_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MASK_EXTENSION,
+    SOURCE_EXTENSIONS,
+)
 from lit_lora.datamodules.indexing.hidden_files import is_hidden
 from lit_lora.datamodules.indexing.tar_headers import walk_headers
 from lit_lora.datamodules.indexing.unread_members import by_ending, split_dotted, split_name
@@ -15,7 +20,7 @@ from lit_lora.datamodules.packing.image_formats import IMAGE_FILES
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.visible import visible
 
-MEMBERS = (*IMAGE_FILES[:-1], *CAPTION_EXTENSIONS, MASK_EXTENSION)
+MEMBERS = (*IMAGE_FILES[:-1], *CAPTION_EXTENSIONS, MASK_EXTENSION, *SOURCE_EXTENSIONS)
 """Extensions of the members that are packed; a sample's image is the first of them that it has."""
 
 TWICE = -1

@@ -6,6 +6,7 @@ from lit_lora.families.checks import (
     check_batch,
     check_single_file,
     check_size,
+    editing_families,
     families,
     family_of,
     family_of_source,
@@ -14,6 +15,7 @@ from lit_lora.families.checks import (
 from lit_lora.families.chroma import Chroma
 from lit_lora.families.flux import Flux
 from lit_lora.families.flux2 import Flux2
+from lit_lora.families.flux_kontext import FluxKontext
 from lit_lora.families.krea2 import Krea2
 from lit_lora.families.pixart_sigma import PixArtSigma
 from lit_lora.families.qwen_image import QwenImage
@@ -30,6 +32,7 @@ __all__ = [
     "Conditioning",
     "Flux",
     "Flux2",
+    "FluxKontext",
     "Krea2",
     "ModelFamily",
     "ModelSource",
@@ -43,6 +46,7 @@ __all__ = [
     "check_batch",
     "check_single_file",
     "check_size",
+    "editing_families",
     "families",
     "family_of",
     "family_of_source",

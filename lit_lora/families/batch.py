@@ -22,9 +22,11 @@ Batch = Mapping[str, Any]
 | ``slot`` | list of ``B`` ints: number of the sample's place in the whole run; see ``Draws`` (optional) |
 | ``key`` | list of ``B`` strings, the samples' names (optional) |
 | ``loss_mask`` | uint8 ``(B, 1, H, W)``: 255 where the loss counts, 0 where it does not (optional) |
+| ``source_pixel_values`` | source images of editing pairs, like ``pixel_values`` (for families with ``takes_sources`` alone) |
 
 A batch from a cache has the VAE's posterior instead of ``pixel_values``: ``latents_mean`` and ``latents_std``, float
-``(B, *latent_shape)``; it always has ``target_size``. Its ``loss_mask`` is float32 in [0, 1], ``(B, 1, h, w)``. If text is
+``(B, *latent_shape)``; it always has ``target_size``. Its ``loss_mask`` is float32 in [0, 1], ``(B, 1, h, w)``, and
+``source_latents``, the posterior's mean, float ``(B, *latent_shape)``, takes the place of ``source_pixel_values``. If text is
 cached too, ``text_embeddings`` is the dict of tensors ``(B, …)`` that :meth:`ModelFamily.encode_captions` returns, and
 ``empty_text_embeddings`` is the same for one empty caption, without the batch dimension.
 """

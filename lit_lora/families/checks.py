@@ -109,6 +109,9 @@ def check_batch(family: ModelFamily, batch: Any, values: bool) -> None:
     _check_count(count, **{name: batch[name] for name in ("weight", "slot", "key") if name in batch})
     if "loss_mask" in batch:
         _check_mask(batch["loss_mask"], batch[images])
+    for name, like in (("source_pixel_values", "pixel_values"), ("source_latents", "latents_mean")):
+        if name in batch:
+            _check_sources(family, name, batch[name], batch[images], like)
 
 
 def _check_images(family: ModelFamily, images: Any, values: bool) -> None:
@@ -139,6 +142,21 @@ def _check_mask(mask: Any, images: Tensor) -> None:
     if not isinstance(mask, Tensor) or tuple(mask.shape) != wanted:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
         raise UserError(f"loss_mask is {found}, not a tensor {wanted}; {_CONTRACT}")
+
+
+def _check_sources(family: ModelFamily, name: str, sources: Any, images: Tensor, like: str) -> None:
+    """Check the source images of editing pairs, or their latents, against the target's, ``(B, …, H, W)``."""
+    if not family.takes_sources:
+        raise UserError(f"the batch has {name}, and {type(family).__name__} trains text to image; {editing_families()}")
+    if not isinstance(sources, Tensor) or sources.shape != images.shape:
+        found = tuple(sources.shape) if isinstance(sources, Tensor) else f"a {type(sources).__name__}"
+        raise UserError(f"{name} is {found}, not a tensor {tuple(images.shape)} like {like}; {_CONTRACT}")
+
+
+def editing_families() -> str:
+    """What an error about editing pairs advises."""
+    names = " or ".join(sorted(kind.__name__ for kind in families() if kind.takes_sources))
+    return f"pairs are for the family {names}"
 
 
 def _check_count(count: int, **lists: Any) -> None:
@@ -210,7 +228,7 @@ def _check_pipeline(family: ModelFamily) -> None:
             f"the family trains text to image; use the text-to-image model, such as {family.undistilled}"
         )
     other = family_of(found)
-    if other is not None and not isinstance(family, other):
+    if other is not None and (not isinstance(family, other) or family.takes_sources != other.takes_sources):
         raise UserError(
             f"{type(family).__name__} cannot train {str(family.source)!r}, which is a {found}: use family {other.__name__}"
         )

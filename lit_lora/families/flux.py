@@ -65,7 +65,7 @@ class Flux(PackedFamily):
 
     pipeline_class: ClassVar[type[DiffusionPipeline]] = FluxPipeline
     image_pipelines: ClassVar[tuple[str, ...]] = (
-        *("FluxKontextPipeline", "FluxKontextInpaintPipeline", "FluxFillPipeline"),
+        *("FluxKontextInpaintPipeline", "FluxFillPipeline"),
         *("FluxControlPipeline", "FluxControlImg2ImgPipeline", "FluxControlInpaintPipeline"),
     )
     denoiser_class: ClassVar[type[nn.Module]] = FluxTransformer2DModel

@@ -25,6 +25,8 @@ class PipelineKind(nn.Module):
     image_pipelines: ClassVar[tuple[str, ...]] = ()
     """Class names of pipelines of the family's denoiser for editing, filling and control, which get images as inputs besides the
     text; their models are refused. None by default."""
+    takes_sources: ClassVar[bool] = False
+    """Whether the family is trained on editing pairs: source image, instruction, target image. False by default."""
     encoder_classes: ClassVar[dict[str, type[Any]]]
     """Tokenizers and text encoders of :attr:`pipeline_class` by name."""
     optional_encoders: ClassVar[frozenset[str]] = frozenset()

@@ -214,6 +214,8 @@ class _Simulation:
         seen = count * family.sampling_passes(sampling.guidance_scale)
         batch = {"target_size": torch.tensor([[height, width]] * seen)}
         shape = family.latent_shape(height, width)
+        if family.takes_sources:
+            batch["source_latents"] = torch.empty(seen, *shape)
         module.eval()
         with torch.no_grad(), family.all_parts():
             frozen = (p for model in family.encoding_models() for p in model.parameters() if not p.requires_grad)
@@ -246,6 +248,10 @@ class _Simulation:
             batch |= {"latents_mean": mean, "latents_std": torch.empty_like(mean)}
         else:
             batch["pixel_values"] = torch.empty(run.batch_size, 3, run.height, run.width, dtype=torch.uint8)
+        if family.takes_sources:
+            cached = "latents" in run.cached
+            name, like = ("source_latents", "latents_mean") if cached else ("source_pixel_values", "pixel_values")
+            batch[name] = torch.empty_like(batch[like])
         if self.text is not None:
             batch["text_embeddings"] = {name: torch.empty_like(value) for name, value in self.text.items()}
         self.meter.assign(tensors_of(batch), "other")

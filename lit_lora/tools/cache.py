@@ -17,6 +17,7 @@ from lightning.pytorch import LightningDataModule
 from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.caching.cache_writer import CachedShard
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription, size_name
+from lit_lora.datamodules.caching.of_run import is_cacheable
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
@@ -245,7 +246,7 @@ class _CacheCLI(ToolCLI):
 
 def _cacheable(decoder: SampleDecoder, text: bool) -> ImageDecoder:
     """A decoder, after checking that what it makes can be cached."""
-    if type(decoder) is not ImageDecoder:  # a subclass may decode samples to something else
+    if not is_cacheable(decoder):
         raise UserError(f"decoder is a {type(decoder).__name__}, whose samples cannot be cached; use an ImageDecoder")
     if not decoder.center_crop:
         raise UserError(
@@ -254,8 +255,8 @@ def _cacheable(decoder: SampleDecoder, text: bool) -> ImageDecoder:
         )
     if text and not decoder.captions.fixed:
         raise UserError(
-            "captions differ from pass to pass (dropout, shuffle_tags or weights), so their embeddings cannot be cached;"
-            " cache only latents (--text false), or remove these options of captions (model.caption_dropout also drops"
+            "captions differ from pass to pass (dropout, shuffle_tags, wildcards or weights), so their embeddings cannot be"
+            " cached; cache only latents (--text false), or remove these options of captions (model.caption_dropout also drops"
             " cached captions)"
         )
     return decoder
@@ -306,6 +307,7 @@ def _describe(
         captions=decoder.captions.description() if text else None,
         text_masks=dict(family.text_masks) if text else {},
         mask=decoder.mask,
+        pairs=decoder.pairs,
         text_quantization=identity.get("text_quantization") if text else None,
     )
 

@@ -16,3 +16,14 @@ def test_repeats_out_of_bounds(repeats):
 def test_no_shards(shards):
     with pytest.raises(UserError, match="has no shards"):
         ShardSet(shards)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.3, float("nan")])
+def test_shares_out_of_bounds(share):
+    with pytest.raises(UserError, match=r"share=.* of dogs must be above 0 and below 1"):
+        ShardSet("dogs", share=share)
+
+
+def test_share_and_repeats_exclude_each_other():
+    with pytest.raises(UserError, match=r"dogs has repeats=2 and share=0.3; give one of them"):
+        ShardSet("dogs", 2, share=0.3)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -488,6 +489,63 @@ def test_a_resumed_run_over_sets_neither_repeats_nor_loses_samples(tmp_path, mak
     rest = _fit(tmp_path, data, [_save_each_step(tmp_path)], tmp_path / "step=7.ckpt", max_epochs=1)
     one_pass = [slot for seen in (first, rest) for slots, *_ in seen.train_seen for slot in slots]
     assert sorted(one_pass) == sorted(slot for slots, *_ in whole.train_seen[:27] for slot in slots)
+
+
+def _sets_with_shares(make_shards, **options):
+    """Six samples with two repeats, 12 showings, beside ten samples of 30 % and three of 20 % of a pass of 24."""
+    (base,), large, (small,) = (make_shards(n, folder=f"of {n}") if n != 10 else make_shards(5, 5) for n in (6, 10, 3))
+    sets = [
+        ShardSet(str(base), 2),
+        ShardSet([str(path) for path in large], share=0.3),
+        ShardSet(str(small), share=0.2, decoder=ImageDecoder(captions=Captions(prefix="small "))),
+    ]
+    return WebDatasetDataModule(train_sets=sets, resolution=8, num_workers=0, seed=4, **{"batch_size": 1} | options)
+
+
+@pytest.mark.parametrize("options", [{}, {"buckets": AspectRatioBuckets(8), "chunks": Chunks(count=2)}])
+def test_sets_have_their_shares_of_each_pass(make_shards, options):
+    data = _sets_with_shares(make_shards, **options)
+    data.setup("fit")
+    shards = data.train_samples.table.shard_of
+    for _ in range(3):
+        shown = Counter(slot % data.train_samples.total for batch in data.train_dataloader() for slot in batch["slot"])
+        per_set = [[], [], []]
+        for sample in range(19):
+            per_set[(0, 1, 1, 2)[shards(sample)]].append(shown[sample])
+        assert [sum(times) for times in per_set] == [12, 7, 5]  # 7.2 and 4.8, rounded
+        assert [(min(times), max(times)) for times in per_set] == [(2, 2), (0, 1), (1, 2)]
+
+
+def test_a_resumed_run_over_shares_neither_repeats_nor_loses_samples(tmp_path, make_shards):
+    whole = _fit(tmp_path, _sets_with_shares(make_shards), max_epochs=1)
+    first = _fit(tmp_path, _sets_with_shares(make_shards), [_save_each_step(tmp_path)], max_steps=7)
+    data = _sets_with_shares(make_shards, batch_size=1)
+    rest = _fit(tmp_path, data, [_save_each_step(tmp_path)], tmp_path / "step=7.ckpt", max_epochs=1)
+    together = [slot for seen in (first, rest) for slots, *_ in seen.train_seen for slot in slots]
+    assert sorted(together) == sorted(slot for slots, *_ in whole.train_seen for slot in slots)
+    # On two processes, batches of the plan hold the same samples.
+    alone, two = (
+        [slot for batch, _ in islice(plan.walk(plan.start()), plan.batches_per_pass) for slot in batch.slots.tolist()]
+        for plan in (data.plan(1), data.plan(2))
+    )
+    assert sorted(alone) == sorted(two)
+    assert len(alone) == 24
+
+
+def test_shares_that_cannot_be_planned(make_shards):
+    first, second, third = (str(make_shards(4, folder=folder)[0]) for folder in "abc")
+
+    def setup(*sets, **options):
+        WebDatasetDataModule(train_sets=list(sets), resolution=8, **options).setup("fit")
+
+    with pytest.raises(UserError, match=r"the shares of train_sets add up to 1.1; they must leave"):
+        setup(ShardSet(first), ShardSet(second, share=0.5), ShardSet(third, share=0.6))
+    with pytest.raises(UserError, match=r"all 2 sets of train_sets have a share"):
+        setup(ShardSet(first, share=0.5), ShardSet(second, share=0.5))
+    with pytest.raises(UserError, match=r"share=0.01 of .*b.* shows none of its 4 samples in a pass; raise share"):
+        setup(ShardSet(first), ShardSet(second, share=0.01))
+    with pytest.raises(UserError, match=r"share=0.9999 of .*b.* shows its 4 samples more than 10,000 times"):
+        setup(ShardSet(first, 5), ShardSet(second, share=0.9999))
 
 
 def test_a_checkpoint_of_other_repeats(tmp_path, make_shards):

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lit_lora.cli import main
-from lit_lora.datamodules import ShardSet, WebDatasetDataModule
+from lit_lora.datamodules import EditDecoder, ShardSet, WebDatasetDataModule
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.caching.cache_writer import CacheWriter
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
@@ -39,8 +39,17 @@ from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.loading.dataset import ShardDataset, SlotRequest
 from lit_lora.datamodules.loading.shard_reader import ShardReader
+from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.families import Flux, ModelFamily, QwenImage, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from lit_lora.families import (
+    Flux,
+    FluxKontext,
+    ModelFamily,
+    QwenImage,
+    StableDiffusion,
+    StableDiffusion3,
+    StableDiffusionXL,
+)
 from lit_lora.loss_mask import mask_of_latents
 from lit_lora.memory.one_on_device import OneOnDevice
 from lit_lora.memory.options import MemoryOptions
@@ -253,9 +262,7 @@ def test_masks(source: Any, sd_folder: Path, tmp_path: Path) -> None:
             for name, image in files.items():
                 image.save(buffers[name], "PNG")
             for name, data in {**{n: b.getvalue() for n, b in buffers.items()}, "txt": b"a star"}.items():
-                info = tarfile.TarInfo(f"{number}.{name}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
+                add_member(archive, f"{number}.{name}", data)
     options: dict[str, Any] = {"decoder": {"random_flip": True, "mask": source}, "buckets": BUCKETS, "batch_size": 1}
     cache_shards(module_for(StableDiffusion, sd_folder), data_for(tmp_path / "shards", **options))
     flips = 0
@@ -768,3 +775,37 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_editing_pairs(flux_kontext_folder: Path, tmp_path: Path) -> None:
+    """A run from a cache of pairs has the losses of one without it, also of flipped pairs; a run without pairs is refused."""
+    with tarfile.open(_folder(tmp_path / "shards") / "shard.tar", "w") as archive:
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (2, 16, 20, 3), dtype=np.uint8)
+            for name, image in zip(("png", "source.png"), pixels, strict=True):
+                Image.fromarray(image).save(buffer := io.BytesIO(), "PNG")
+                add_member(archive, f"{number}.{name}", buffer.getvalue())
+            add_member(archive, f"{number}.txt", b"invert it")
+    options: dict[str, Any] = {"batch_size": 1, "resolution": 16, "num_workers": 0, "seed": 4}
+    decoder = EditDecoder(center_crop=True, random_flip=True)
+    module = module_for(FluxKontext, flux_kontext_folder)
+    source = WebDatasetDataModule(str(tmp_path / "shards"), decoder=decoder, **options)
+    cache_shards(module, source, batch_size=1, dtype="float32")
+    cached = WebDatasetDataModule(str(tmp_path / "shards" / "cache"), decoder=decoder, **options)
+    module.configure_model()
+    losses = []
+    for data in (source, cached):
+        data.setup("fit")
+        draws = [(batch, Draws(0, batch["slot"])) for batch in data.train_dataloader()]
+        losses.append([module.losses(*one)[0].item() for one in draws])
+        assert {decoder.with_seed(4).framing.flips(batch["slot"][0]) for batch, _ in draws} == {True, False}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    plain = WebDatasetDataModule(str(tmp_path / "shards" / "cache"), decoder=ImageDecoder(center_crop=True), **options)
+    with pytest.raises(UserError, match=r"latents.pairs: true in the cache, false here"):
+        plain.setup("fit")
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))

@@ -56,11 +56,9 @@ def make_config(
     data = config["data"]["init_args"]
     data |= {"train_shards": None, **sources, "val_samples": settings.val_samples, "batch_size": settings.batch_size}
     data |= {"resolution": settings.resolution, "buckets": _buckets(settings)}
-    data["decoder"] = {
-        "center_crop": True,
-        "random_flip": False,
-        **({"captions": {"prefix": prefix}} if prefix else {}),
-    }
+    decoder = {"center_crop": True, "random_flip": False, **({"captions": {"prefix": prefix}} if prefix else {})}
+    kind = data["decoder"].get("class_path")  # of editing pairs
+    data["decoder"] = {"class_path": kind, "init_args": decoder} if kind else decoder
     for key, value in given.items():
         set_key(config, key, value)
     return config

@@ -40,7 +40,7 @@ from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import Request, claim
 from lit_lora.tools.training.results import newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
-from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets
+from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice
 
 
 def train_adapter(request: Request) -> None:
@@ -161,6 +161,8 @@ class _Training:
             choices.append(
                 Choice("drawing", "none", "they do not fit beside training; see lit-lora sample", "trainer.callbacks")
             )
+        if self.request.cache and self.packed_sets is not None and (uncached := uncached_choice(self.packed_sets)):
+            choices.append(uncached)
         print(f"\n{table(choices)}\n\n{fit.plan.describe()}\n")
         fit.plan.write(self.out / PLAN)
         header = f"# lit-lora fit --config {shlex.quote(str(self.config))}\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.datamodules.packing.pack_sets import PackedSets
+from lit_lora.tools.training.choices import Choice
 
 _PRIOR = {"class_path": "lit_lora.objectives.PriorPreservation"}
 
@@ -19,6 +20,14 @@ def can_be_cached(packed: PackedSets) -> bool:
         decoder["center_crop"] and not decoder["captions"]["dropout"] and not decoder["captions"]["shuffle_tags"]
         for decoder in decoders
     )
+
+
+def uncached_choice(packed: PackedSets) -> Choice | None:
+    """What the table of choices says of sets that cannot be cached; None if they can be."""
+    if can_be_cached(packed):
+        return None
+    reason = "crops or captions of a set differ from pass to pass, so each step encodes images and captions itself"
+    return Choice("cache", "none", reason, "data.init_args.train_sets")
 
 
 def train_sets(packed: PackedSets, prefix: str, cache: Path | None) -> list[dict[str, Any]]:

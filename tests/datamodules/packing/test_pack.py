@@ -57,6 +57,24 @@ def test_masks_are_packed_with_their_images(folder, tmp_path, encode_image):
     assert ShardIndex.load_or_build(next(tmp_path.glob("again/*.tar"))).member_extension.max() == 11
 
 
+def test_sources_are_packed_with_their_targets(folder, tmp_path, encode_image):
+    """From a folder, and from the shards made of it; sources that training would refuse make their samples bad."""
+    source, other = encode_image(48, 32, format="WEBP"), encode_image(24, 16, seed=8)
+    (folder / "dogs" / "img.2.source.webp").write_bytes(source)
+    (folder / "cats" / "img.3.source.jpeg").write_bytes(other)
+    for out, given in ((tmp_path / "out", folder), (tmp_path / "again", tmp_path / "out")):
+        assert pack_folder(given, out).samples == 7
+        contents = _contents(out)
+        assert contents["dogs/img_2.source.webp"] == source
+        assert contents["cats/img_3.source.jpg"] == other
+        assert len(contents) == 16
+    (folder / "cats" / "img.3.source.jpeg").write_bytes(encode_image(16, 16))
+    assert pack_folder(folder, tmp_path / "bad", max_bad=1).samples == 6
+    assert [bad["reason"] for bad in _bad(tmp_path / "bad")] == [
+        "the source has 16 x 16 pixels, and the image 24 x 16: crop them to one aspect ratio"
+    ]
+
+
 def test_all_samples_and_their_bytes(folder, tmp_path, encode_image):
     out = tmp_path / "out"
     summary = pack_folder(folder, out, samples_per_shard=3)

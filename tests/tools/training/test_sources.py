@@ -9,7 +9,7 @@ from lit_lora.datamodules.packing.pack_sets import PackedSets
 from lit_lora.datamodules.packing.source_sets import SourceSet, SourceSets
 from lit_lora.errors import UserError
 from lit_lora.tools.training.captions import rule_of_sets
-from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets
+from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice
 
 
 def _packed(**captions: Any) -> PackedSets:
@@ -49,7 +49,11 @@ def test_what_a_dataset_toml_gives() -> None:
 
 @pytest.mark.parametrize("captions", [{}, {"dropout": 0.1}, {"shuffle_tags": True}])
 def test_captions_that_vary_are_not_cached(captions: dict[str, Any]) -> None:
-    assert can_be_cached(_packed(**captions)) is not bool(captions)
+    packed = _packed(**captions)
+    assert can_be_cached(packed) is not bool(captions)
+    said = uncached_choice(packed)
+    assert (said is not None) is bool(captions), "the table of choices says why there is no cache"
+    assert said is None or (said.name, said.value) == ("cache", "none")
 
 
 def test_captions_of_sets() -> None:
