@@ -314,8 +314,8 @@ def _table(report: Mapping[str, Any]) -> str:
     lines.append(f"peak memory {report['peak_memory'] / 2**20:,.1f} MiB ({report['peak_memory_of']})")
     lines.append(f"trained parameters {report['adapter_parameters']:,}")
     if ranks := report["adapter_ranks"].values():
-        mean = sum(ranks) / len(ranks)
-        lines.append(f"ranks of {len(ranks)} layers {min(ranks)} to {max(ranks)}, {mean:.4g} on average")
+        span = f"{min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.4g} on average"
+        lines.append(f"ranks of {len(ranks)} layers {span if min(ranks) < max(ranks) else max(ranks)}")
     return "\n".join(lines)
 
 

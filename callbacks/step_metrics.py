@@ -20,10 +20,10 @@ class StepMetrics(Callback):
     """Logs ``train/lr``, ``train/gradient_norm`` and ``train/images_per_second`` of any LightningModule.
 
     They are logged at every ``trainer.log_every_n_steps``-th optimizer step, and nothing waits for the device at others. The rate
-    is that of the optimizer's first parameter group. The norm is the 2-norm of all gradients together, before they are clipped;
-    it is left out with ``optimizer_in_backward``, where the gradients never exist at once. The throughput is the number of
-    samples that all processes have taken since the last logged step by the time since then, without validation and
-    :class:`SampleImages`.
+    is that of the optimizer's last parameter group, which holds the parameters that no ``parameter_groups`` take. The norm is the
+    2-norm of all gradients together, before they are clipped; it is left out with ``optimizer_in_backward``, where the gradients
+    never exist at once. The throughput is the number of samples that all processes have taken since the last logged step by the
+    time since then, without validation and :class:`SampleImages`.
     ``lit-lora fit`` adds this callback by default.
     """
 
@@ -60,7 +60,7 @@ class StepMetrics(Callback):
             self._resume()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._lr = float(optimizer.param_groups[0]["lr"])
+        self._lr = learning_rate(optimizer)
         if _due(trainer, trainer.global_step + 1) and not hasattr(trainer.model, "get_global_grad_norm"):
             self._norm = _norm([p.grad for group in optimizer.param_groups for p in group["params"]])
 
@@ -85,6 +85,11 @@ class StepMetrics(Callback):
     def _resume(self) -> None:
         if self._since is not None:
             self._since += time.monotonic() - self._paused
+
+
+def learning_rate(optimizer: Optimizer) -> float:
+    """The learning rate of the last parameter group: that of the parameters which have none of their own."""
+    return float(optimizer.param_groups[-1]["lr"])
 
 
 def _due(trainer: Trainer, step: int) -> bool:

@@ -14,10 +14,12 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from torch.optim import Optimizer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lit_lora.batch_size import batch_size
+from lit_lora.callbacks.step_metrics import learning_rate
 from lit_lora.errors import UserError
 from lit_lora.parameters import trainable_parameters
 
@@ -59,6 +61,7 @@ class StepProgress(ProgressBar):
         for line in _summary(trainer, pl_module, steps):
             self.print(line)
         self._samples, self._seconds, self._refreshed = 0, 0.0, 0.0
+        self._lr: float | None = None
         self._bar = tqdm(
             total=steps,
             initial=trainer.global_step,
@@ -71,6 +74,9 @@ class StepProgress(ProgressBar):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start = time.monotonic()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._lr = learning_rate(optimizer)  # here, since schedules step before the end of the batch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -115,8 +121,8 @@ class StepProgress(ProgressBar):
         figures = [] if loss is None else [f"loss {loss:.4g}"]
         if (norm := trainer.callback_metrics.get("train/gradient_norm")) is not None:  # of StepMetrics
             figures.append(f"grad {float(norm):.2g}")
-        if trainer.optimizers:
-            figures.append(f"lr {float(trainer.optimizers[0].param_groups[0]['lr']):.2g}")
+        if self._lr is not None:
+            figures.append(f"lr {self._lr:.2g}")
         if self._samples and self._seconds:
             rate = self._samples / self._seconds
             figures.append(f"{rate:.3g} img/s" if rate < 1000 else f"{rate:.0f} img/s")

@@ -179,7 +179,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lit_lora import console
 
     if command not in (*TRAINER_COMMANDS, *TOOLS):
-        console.print_error(f"unknown command {command!r}; choose from {', '.join((*TRAINER_COMMANDS, *TOOLS))}")
+        from difflib import get_close_matches
+
+        near = get_close_matches(command, (*TRAINER_COMMANDS, *TOOLS), 1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        console.print_error(f"unknown command {command!r}; {meant}lit-lora --help lists all commands")
         return 2
     console.quiet_libraries()
     try:

@@ -135,8 +135,10 @@ def end_quietly() -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning's is neither an advertisement nor about TPUs; as a function it is added once."""
-    return not record.getMessage().startswith(("\N{ELECTRIC LIGHT BULB}", "TPU available"))
+    """Whether a message of Lightning's is no advertisement, nor about TPUs or what the config says; it is added once."""
+    return not record.getMessage().startswith(
+        ("\N{ELECTRIC LIGHT BULB}", "TPU available", "`Trainer(val_check_interval=1)`")
+    )
 
 
 def _version(name: str) -> str:

@@ -366,7 +366,8 @@ def test_help_of_a_tool_begins_with_its_own_options(
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "unknown command 'fti'; choose from fit, validate" in failure(capsys, "fti")
+    assert "unknown command 'fti'; did you mean fit? lit-lora --help lists all commands" in failure(capsys, "fti")
+    assert "unknown command 'xyz'; lit-lora --help" in failure(capsys, "xyz")
 
 
 class TestMistakes:

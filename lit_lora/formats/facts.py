@@ -44,7 +44,7 @@ def training_facts(module: LightningModule) -> dict[str, str]:
     }
     if trainer.optimizers:
         optimizer = trainer.optimizers[0]
-        group = optimizer.param_groups[0]
+        group = optimizer.param_groups[-1]  # of the parameters that have no rate of their own
         facts["ss_optimizer"] = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         facts["ss_learning_rate"] = float(group.get("initial_lr", group.get("lr", 0)))
     schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]

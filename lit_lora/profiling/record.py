@@ -79,9 +79,10 @@ class MemoryRecord:
         return values | {f"memory_mib/kind/{kind.replace(' ', '_')}": size / MIB for kind, size in kinds.items()}
 
     def table(self) -> str:
-        """A table with one row per phase, in MiB."""
+        """A table with one row per phase, in MiB, of at most 100 columns with one kind of peak."""
         units = list(self.highest[1].peak) if self.highest else []
-        head = ["phase", *(f"peak {unit}" for unit in units), "at end", *KINDS, "measured"]
+        peaks = ["peak"] if len(units) == 1 else units
+        head = ["phase", *peaks, "at end", *(kind.split()[0] for kind in KINDS), "times"]
         rows = [head]
         for name, memory in self.phases.items():
             sizes = [*memory.peak.values(), next(iter(memory.end.values())), *(memory.kinds[kind] for kind in KINDS)]

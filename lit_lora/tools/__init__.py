@@ -12,11 +12,18 @@ from jsonargparse import ArgumentParser, auto_cli
 from lit_lora.console import print_error
 from lit_lora.errors import UserError
 
+_NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Got value: (.*)""")
+"""What jsonargparse says of a list of positional arguments whose last one is missing."""
+
 
 class ToolParser(ArgumentParser):
     """Reports an error as one message, without usage, with exit status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if found := _NO_LIST.search(message):
+            message = f"{found[1]}: {found[2]!r} is not a list; an argument before or after it may be missing"
+        if found or message.startswith(("Unrecognized arguments", "ambiguous option")):
+            message += f"; {self.prog.replace(' [options]', '')} --help shows all arguments"
         print_error(message)
         self.exit(2)
 

@@ -88,7 +88,7 @@ def cache(arguments: list[str]) -> None:
     if "train_sets" in (named := summary.arguments):
         sets = cli.config["data"]["init_args"]["train_sets"]
         named["train_sets"] = [_set_of_cache(*pair) for pair in zip(sets, named["train_sets"], strict=True)]
-    print("\nNext:", shlex.join(["lit-lora", "fit", *cli.arguments_for_fit(arguments), *_options(named)]))
+    print("\nNext:", shlex.join(["lit-lora", "fit", *cli.arguments_for_fit(arguments, named), *_options(named)]))
 
 
 def cache_shards(
@@ -231,13 +231,13 @@ class _CacheCLI(ToolCLI):
     function = staticmethod(cache_shards)
     parts = frozenset({"module", "data"})
 
-    def arguments_for_fit(self, arguments: Sequence[str]) -> list[str]:
-        """The arguments without the options of :func:`cache_shards`."""
+    def arguments_for_fit(self, arguments: Sequence[str], replaced: Mapping[str, Any]) -> list[str]:
+        """The arguments without the options of :func:`cache_shards`, and without those of the datamodule that are replaced."""
         kept = []
         remaining = iter(arguments)
         for argument in remaining:
             name, equals, _ = argument.partition("=")
-            if name.removeprefix("--") not in self.options:
+            if name.removeprefix("--") not in self.options and name.removeprefix("--data.init_args.") not in replaced:
                 kept.append(argument)
             elif not equals:
                 next(remaining)

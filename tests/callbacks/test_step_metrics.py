@@ -42,7 +42,7 @@ class Linear(LightningModule):
         self.clock.now += SECONDS["validation"]
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD([{"params": [self.a], "lr": 8.0}, {"params": [self.b]}], lr=1.0)
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5), "interval": "step"}]
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from peft import LoHaConfig, LoraConfig
 
 from lit_lora import AdapterCheckpoint, AdapterInfo, LoraDiffusion, UserError
+from lit_lora.adapters.parameter_groups import ParameterGroup
 from lit_lora.families import Flux, StableDiffusion
 from lit_lora.formats import TensorFile, format_named, write_adapter
 from lit_lora.formats.find import read_adapter
@@ -66,6 +67,8 @@ def test_ranks_that_differ_and_other_methods(sd_folder: Path, tmp_path: Path) ->
 
 
 def test_a_run_tells_its_facts(sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    """The learning rate is that of the parameters without one of their own."""
+    sd_module.parameter_groups = (ParameterGroup("*.lora_B.*", lr_ratio=8),)
     trainer = Trainer(**trainer_options | {"max_steps": 3, "max_epochs": None}, accumulate_grad_batches=2)
     trainer.fit(sd_module, loader_of(make_batches(6)))
     sd_module.save_adapter(tmp_path / "adapter", ["kohya"], INFO)

@@ -112,3 +112,17 @@ def test_check_without_a_base(sd_folder: Path, tmp_path: Path, capsys: pytest.Ca
     write_adapter(unet_adapter(unet, ["conv_in"], base=""), tmp_path)
     assert main(["adapter", "check", str(tmp_path)]) == 2
     assert "does not tell its base; name one with --base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["merge", "a.adapter"], "adapters: 'a.adapter' is not a list; an argument before or after it may be missing"),
+        (["info", "a.adapter", "--x", "1"], "Unrecognized arguments: --x 1"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["adapter", *arguments])
+    expected = f"lit-lora: error\n{sentence}; lit-lora adapter {arguments[0]} --help shows all arguments\n"
+    assert capsys.readouterr().err == expected

@@ -708,6 +708,7 @@ class TestCommand:
     def test_it_prints_what_to_do_next(self, config: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
         override = ["--data.init_args.decoder.center_crop", "true"]
         command = ["cache", "--config", str(config), "--text=false", "--batch_size", "4", *override]
+        command += ["--data.init_args.train_shards", str(shards)]
         assert main(command) == 0
         printed = capsys.readouterr().out
         assert "shards   3 (0 of them from an earlier run)" in printed
