@@ -94,7 +94,7 @@ def test_fewer_operations_and_less_memory() -> None:
             return tensor
 
         with (
-            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler,
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         ):
             values(model, torch.bfloat16)
