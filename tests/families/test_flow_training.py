@@ -19,6 +19,8 @@ from lit_lora.families import Flux, StableDiffusion3
 from tests.families.folders import FLOW_FOLDERS
 from tests.tiny_pipelines import write_sd3
 
+pytestmark = pytest.mark.filterwarnings("ignore:FluxKontext is trained without source images")
+
 FAMILIES = [(kind.__name__, fixture) for kind, fixture in FLOW_FOLDERS.items()]
 
 
@@ -81,6 +83,8 @@ def test_adapter_draws_the_same_images_in_plain_diffusers(
     pipeline: Any = DiffusionPipeline.from_pretrained(folder)
     pipeline.load_lora_weights(adapter)
     drawn = {"num_inference_steps": 4, "height": 32, "width": 32}
+    if kind.takes_sources:  # this pipeline draws about a megapixel otherwise
+        drawn["max_area"] = 32 * 32
     theirs = pipeline(**inputs, generator=torch.Generator().manual_seed(7), output_type="np", **drawn).images[0]
     assert np.abs(ours - np.round(theirs * 255)).max() <= 1
     assert np.abs(ours - base).max() > 4  # the adapter counts
