@@ -14,4 +14,5 @@ def test_the_table_fits_a_hundred_columns() -> None:
         record.add(name, PhaseMemory({"resident": 60 * GIB}, {"resident": 30 * GIB}, kinds, step=1))
     head, *rows = record.table().splitlines()
     assert " ".join(head.split()) == "phase peak at end frozen adapter gradients optimizer activations other times"
+    assert rows[0].split()[:4] == ["load", "61,440.0", "30,720.0", "24,576.0"]
     assert all(len(row) <= 100 for row in (head, *rows))
