@@ -4,7 +4,7 @@ Synthetic indexes describe 10, 10,000 and 100,000 shards of 1,000 samples (the s
 largest takes 8 GB on disk and 10 GB of memory while it is made. For each index a fresh process measures, after its imports, the
 time of the datamodule's ``setup`` with the loader, and the time to seek to nine tenths of the pass, as on resume, and to plan
 the chunk there up to its first batch. Seeks to other positions of the pass show that the time does not grow with the number of
-samples seen. All of it runs in one thread, so that the sum in CPU seconds is that of a machine which nobody else uses. Memory is
+samples seen. All of it runs in one thread, so CPU seconds of the sum tell more than wall time on a busy machine. Memory is
 the process' peak resident memory less its resident memory after the imports; it includes the pages of the mapped index that
 were read.
 """
