@@ -312,17 +312,17 @@ class WebDatasetDataModule(LightningDataModule):
             self._restored_cursor = self._train_loader.cursor
 
     def _split_train(self, opened: OpenSets) -> None:
-        table, samples = opened.table, opened.without_prior()
+        table, (shards, count) = opened.table, opened.without_prior()
         if self.val_samples >= len(table):
             raise UserError(
                 f"val_samples={self.val_samples} leaves none of {len(table)} samples to train on; choose fewer"
             )
-        if self.val_samples > len(samples):
+        if self.val_samples > count:
             raise UserError(
-                f"val_samples={self.val_samples} exceeds the {len(samples)} samples that are no class images; choose fewer"
+                f"val_samples={self.val_samples} exceeds the {count} samples that are no class images; choose fewer"
             )
         generator = np.random.default_rng(seed_of(self.seed, "held out"))
-        held_out = samples[np.sort(generator.choice(len(samples), self.val_samples, replace=False))]
+        held_out = table.nth(shards, np.sort(generator.choice(count, self.val_samples, replace=False)))
         num_chunks = self.chunks.number(len(table))
         self._train = ChunkedSamples.split(table, self._bucketing, num_chunks, self.seed, held_out, opened.repeats)
         if not self._train.counts.any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,9 @@ from lit_lora.datamodules.indexing.table import SampleTable
 
 # Makes the choice of repeated samples independent of other draws from the same seed; `plan` has the numbers before.
 _PARTS = 5
+
+_BLOCK = 1 << 20
+"""Samples whose buckets are counted at a time, which bounds the memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +75,7 @@ class ChunkedSamples:
             for number, part in enumerate(shards):
                 available[:, number, 0] = np.bincount(repeats.set_of_shard[part], of_shard[part], len(available))
         else:
-            for number, part in enumerate(shards):
-                buckets = bucketing.assign(*table.image_sizes(part))
-                kept = ~_are_in(table.samples(part), held_out)
-                too_small += int((buckets[kept] == LEFT_OUT).sum())
-                kept &= buckets != LEFT_OUT
-                groups = _sets(table, repeats, part)[kept] * len(bucketing.sizes) + buckets[kept]
-                counts = np.bincount(groups, minlength=len(available) * len(bucketing.sizes))
-                available[:, number] = counts.reshape(len(available), -1)
+            available, too_small = _count(table, bucketing, shards, held_out, repeats)
         repeats = repeats.resolved(available.sum(axis=(1, 2)))
         parts = repeats.parts(available.reshape(len(available), -1)).reshape(available.shape)
         return cls(table, shards, bucketing, held_out, repeats, available, parts, too_small, seed)
@@ -122,7 +119,9 @@ class ChunkedSamples:
             buckets = self.bucketing.assign(*self.table.image_sizes(part))
         else:
             buckets = np.zeros(len(samples), np.int64)
-        kept = (buckets != LEFT_OUT) & ~_are_in(samples, self.held_out)
+        kept = buckets != LEFT_OUT
+        places = np.minimum(np.searchsorted(samples, self.held_out), len(samples) - 1)
+        kept[places[samples[places] == self.held_out]] = False
         if self.repeats.digest is None:
             return samples[kept], buckets[kept]
         samples, buckets, sets = samples[kept], buckets[kept], _sets(self.table, self.repeats, part)[kept]
@@ -144,8 +143,28 @@ def _sets(table: SampleTable, repeats: Repeats, shards: NDArray[np.int64]) -> ND
     return np.repeat(repeats.set_of_shard[shards], np.diff(table.starts)[shards])
 
 
-def _are_in(samples: NDArray[np.int64], some: NDArray[np.int64]) -> NDArray[np.bool_]:
-    if not len(some):
-        return np.zeros(len(samples), bool)
-    places = np.searchsorted(some, samples)
-    return some[np.minimum(places, len(some) - 1)] == samples
+def _count(
+    table: SampleTable,
+    bucketing: Bucketing,
+    shards: Sequence[NDArray[np.int64]],
+    held_out: NDArray[np.int64],
+    repeats: Repeats,
+) -> tuple[NDArray[np.int64], int]:
+    """Number of different samples in each set, chunk and bucket, int64 (S, K, B), and of those that are too small."""
+    shape = (len(repeats.times), len(shards), len(bucketing.sizes) + 1)  # bucket 0 of these is LEFT_OUT
+    group = np.empty(len(table.locations), np.int64)
+    for number, part in enumerate(shards):
+        group[part] = (repeats.set_of_shard[part] * shape[1] + number) * shape[2] - LEFT_OUT
+    of_shard = np.diff(table.starts)
+    counts = np.zeros(shape, np.int64).reshape(-1)
+    # In the order of the shards, since each chunk is spread over the whole index.
+    cuts = np.searchsorted(table.starts, np.arange(_BLOCK, len(table), _BLOCK))
+    for block in np.split(np.arange(len(group)), cuts):
+        buckets = bucketing.assign(*table.image_sizes(block))
+        counts += np.bincount(np.repeat(group[block], of_shard[block]) + buckets, minlength=len(counts))
+    if len(held_out):
+        of_held_out = np.searchsorted(table.starts, held_out, "right") - 1
+        buckets = bucketing.assign(*table.sizes_of(held_out))
+        counts -= np.bincount(group[of_held_out] + buckets, minlength=len(counts))
+    by_bucket = counts.reshape(shape)
+    return by_bucket[..., 1:].copy(), int(by_bucket[..., 0].sum())

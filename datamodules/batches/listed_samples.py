@@ -26,10 +26,7 @@ class ListedSamples:
         self._samples = samples
         self._buckets = np.zeros(len(samples), np.int64)
         if bucketing.needs_sizes:
-            shards = np.unique(np.searchsorted(table.starts, samples, "right") - 1)
-            places = np.searchsorted(table.samples(shards), samples)
-            width, height = table.image_sizes(shards)
-            self._buckets = bucketing.assign(width[places], height[places])
+            self._buckets = bucketing.assign(*table.sizes_of(samples))
         self.counts = np.bincount(self._buckets, minlength=len(self.sizes))[None]
 
     @property

@@ -294,7 +294,8 @@ class Plan:
         self, rest: NDArray[np.int64], buckets: NDArray[np.int64], size: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Batches of one bucket each: rows of ``rest``, int64 (n, G), and the number of unpadded samples in each, (n,)."""
-        by_bucket = rest[np.argsort(buckets[rest], kind="stable")]
+        kind = np.int16 if len(self.chunks.sizes) < 1 << 15 else np.int64  # numpy sorts small integers by radix
+        by_bucket = rest[np.argsort(buckets.astype(kind)[rest], kind="stable")]
         present = buckets[by_bucket]
         starts = np.flatnonzero(np.diff(present, prepend=-1))
         rows = [np.empty((0, size), np.int64)]

@@ -77,21 +77,23 @@ def check_lengths(columns: Columns, names: Sequence[str]) -> None:
         raise ValueError("its columns do not match")
 
 
-def check_values(columns: Columns, names: Sequence[str]) -> None:
-    """Check each value of an index against its bounds.
+def check_values(columns: Columns, names: Sequence[str], first: int = 0, end: int | None = None) -> None:
+    """Check each value of an index, or of some of its shards, against its bounds.
 
     Args:
         columns: Columns that :func:`check_lengths` has accepted; ``extensions`` may be missing.
         names: File names of the shards.
+        first: First shard to check. Defaults to 0.
+        end: Shard before which the check ends. Defaults to None: the number of shards.
 
     Raises:
         ValueError: If a value is out of bounds; the message names shard, entry, value and bound.
     """
     member_start = columns["member_start"]
-    shard = 0
-    while shard < len(names):
+    shard, end = first, len(names) if end is None else end
+    while shard < end:
         last = int(np.searchsorted(member_start, member_start[shard] + _BLOCK_MEMBERS, "right")) - 1
-        last = max(shard + 1, min(last, len(names)))
+        last = max(shard + 1, min(last, end))
         _check_shards(columns, names, shard, last)
         shard = last
 

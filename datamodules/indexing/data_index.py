@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lit_lora.datamodules.indexing.bounds import DTYPES, PER_MEMBER, PER_SAMPLE, check_lengths, check_values
 from lit_lora.datamodules.indexing.columns import SampleColumns
 from lit_lora.datamodules.indexing.index import ShardIndex, index_folders, warn_of_damage
-from lit_lora.datamodules.indexing.safetensors_map import map_tensors, write_tensors
+from lit_lora.datamodules.indexing.safetensors_map import map_tensors, release_pages, write_tensors
 from lit_lora.datamodules.indexing.scan import EXTENSIONS
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.errors import UserError
@@ -26,6 +26,10 @@ INDEX_NAME = "shards.index"
 """The file in a folder of shards."""
 
 _HINT_AFTER_S = 3.0
+
+_CHECKED_AT_ONCE = 1 << 22
+"""Most members whose values are checked when an index is mapped: some tenths of a second, and 160 MB of mapped pages."""
+
 _STARTS = ("sample_start", "member_start", "key_start")
 _METADATA = {"format": "lit_lora.data_index", "version": "1", "extensions": " ".join(EXTENSIONS)}
 
@@ -36,7 +40,8 @@ class DataIndex:
     """The samples (N) and members (M) of the shards (S) of one folder.
 
     It is saved in ``shards.index``, a safetensors file, in that folder or, if the folder is not writable, in the user's cache
-    folder. 10 million samples take about 1 GB on disk, of which only the accessed parts are read into memory.
+    folder. 10 million samples take about 1 GB on disk, of which only the accessed parts are read into memory. The values of an
+    index with more than four million members are checked shard by shard, when a shard is first used.
 
     Attributes:
         names: File names of the shards.
@@ -46,6 +51,7 @@ class DataIndex:
         width: Widths of the images, see :class:`SampleColumns`, int32 (N,).
         height: Heights of the images, int32 (N,).
         file: File that the index is mapped from; None if it is in memory alone.
+        unchecked: Shards whose values are checked at their first use, bool (S,).
         extensions: Members of each sample: bit ``i`` is set if it has ``scan.EXTENSIONS[i]``, uint16 (N,).
     """
 
@@ -59,6 +65,7 @@ class DataIndex:
         self.extensions: NDArray[np.uint16] = columns["extensions"]
         self._columns = columns
         self.file = file
+        self.unchecked: NDArray[np.bool_] = np.zeros(len(self.names), bool)
 
     def __len__(self) -> int:
         return int(self.sample_start[-1])
@@ -119,9 +126,13 @@ class DataIndex:
         if metadata != _METADATA:
             raise ValueError("it has another format or version")
         check_lengths(columns, names)
-        if check:
+        index = cls(names, columns, file)
+        if len(columns["member_sample"]) > _CHECKED_AT_ONCE:
+            index.unchecked[:] = True
+        elif check:
             check_values(columns, names)
-        return cls(names, columns, file)
+            index.release()
+        return index
 
     @classmethod
     def combine(cls, indexes: Sequence[ShardIndex]) -> DataIndex:
@@ -146,7 +157,13 @@ class DataIndex:
             write_tensors(part, self._columns, _METADATA | {"names": json.dumps(self.names)})
 
     def shard(self, number: int, path: Path | None = None) -> ShardIndex:
-        """The index of one shard, as a view."""
+        """The index of one shard, as a view.
+
+        Raises:
+            UserError: If the values of the shard had not been checked yet and are out of bounds.
+        """
+        if self.unchecked[number]:
+            self._check_shard(number)
         parts: dict[str, Any] = {}
         for start, names in zip(_STARTS, (PER_SAMPLE, PER_MEMBER, ("key_bytes",)), strict=True):
             low, high = self._columns[start][number : number + 2].tolist()
@@ -157,6 +174,25 @@ class DataIndex:
             shard_mtime_ns=int(self.shard_mtime_ns[number]),
             **parts,
         )
+
+    def key_bytes(self, first: int, end: int) -> NDArray[np.uint8]:
+        """The keys of the shards ``first`` to ``end`` - 1, one after the other, uint8."""
+        starts = self._columns["key_start"]
+        keys: NDArray[np.uint8] = self._columns["key_bytes"][int(starts[first]) : int(starts[end])]
+        return keys
+
+    def release(self) -> None:
+        """Free the memory of the pages that were read, after a pass over the whole index."""
+        release_pages(self._columns["key_bytes"])
+
+    def _check_shard(self, number: int) -> None:
+        try:
+            check_values(self._columns, self.names, number, number + 1)
+        except ValueError as error:
+            raise UserError(
+                f"{self.file} is not a readable index ({error}); run `lit-lora shards index` on its folder again"
+            ) from error
+        self.unchecked[number] = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Spawned workers map the file again instead of receiving a copy.
@@ -181,7 +217,7 @@ class DataIndex:
         for path in paths:
             row = rows.get(path.name, -1)
             try:
-                stat = path.stat()
+                stat = os.stat(path)
             except OSError:
                 return False  # the scan reports the reason
             if row < 0 or (stat.st_size, stat.st_mtime_ns) != (sizes[row], times[row]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,19 @@ def parse_header(data: bytes) -> dict[str, tuple[Any, int, int]]:
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"its header is damaged ({error!r})") from error
     return tensors
+
+
+def release_pages(array: NDArray[Any]) -> None:
+    """Free the memory of a mapped file's pages that were read; later reads map them again. Other arrays are left alone.
+
+    Args:
+        array: Array from :func:`map_tensors`.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def map_tensors(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

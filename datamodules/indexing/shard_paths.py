@@ -90,17 +90,16 @@ def _match(pattern: str) -> list[Path]:
     if path.is_dir():
         if compressed := _compressed_in(path):
             warnings.warn(f"{visible(path)}{compressed}", stacklevel=3)
-        return sorted(each for each in path.iterdir() if each.suffix.lower() == ".tar" and not is_hidden(each.name))
+        found = [each for each in path.iterdir() if each.suffix.lower() == ".tar" and not is_hidden(each.name)]
+        return sorted(found, key=lambda each: each.name)  # comparing paths takes longer
     if path.exists() or not glob.has_magic(pattern):
         return [path]
-    found = glob.glob(str(path), recursive=True)
-    return sorted(Path(name) for name in found)
+    return sorted(Path(name) for name in glob.glob(str(path), recursive=True))
 
 
 def _compressed_in(folder: str | Path) -> str:
     """A remark on the compressed tars in a folder, which cannot be indexed; empty if there are none."""
-    folder = Path(folder)
-    found = sorted(each.name for each in folder.iterdir() if is_compressed_tar(each.name)) if folder.is_dir() else []
+    found = sorted(filter(is_compressed_tar, os.listdir(folder))) if os.path.isdir(folder) else []
     if not found:
         return ""
     first = visible(found[0])

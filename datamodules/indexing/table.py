@@ -20,6 +20,7 @@ from lit_lora.redact import redact
 from lit_lora.visible import visible
 
 _MOST_VIEWS = 4096
+_BLOCK = 1 << 20
 
 
 class Span(NamedTuple):
@@ -100,8 +101,9 @@ class SampleTable:
     def key_digest(self) -> int:
         """A number that identifies the keys of all samples in their order."""
         digest = 0
-        for index, row in zip(self._index_of.tolist(), self._row_of.tolist(), strict=True):
-            digest = zlib.crc32(self._indexes[index].shard(row).key_bytes, digest)
+        for index, first, end in self._runs(np.arange(len(self.locations))):
+            digest = zlib.crc32(self._indexes[index].key_bytes(first, end).data, digest)
+        self.release()
         return digest
 
     def shard_of(self, sample: int) -> int:
@@ -134,7 +136,18 @@ class SampleTable:
 
     def image_sizes(self, shards: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Widths and heights of the images in the given shards, concatenated."""
-        return self._gather("width", shards), self._gather("height", shards)
+        width = self._gather("width", shards)
+        self.release()
+        height = self._gather("height", shards)
+        self.release()
+        return width, height
+
+    def sizes_of(self, samples: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Widths and heights of the images of some samples, whose numbers ascend."""
+        shards = np.unique(np.searchsorted(self.starts, samples, "right") - 1)
+        places = np.searchsorted(self.samples(shards), samples)
+        width, height = self.image_sizes(shards)
+        return width[places], height[places]
 
     def check_complete(self, what: str, extensions: Sequence[str]) -> None:
         """Check that each sample has at least one of these members.
@@ -150,6 +163,9 @@ class SampleTable:
         if unknown:
             raise UserError(f".{unknown[0]} ({what}) is not indexed; use one of {', '.join(EXTENSIONS)}")
         bits = np.uint16(sum(1 << EXTENSIONS.index(extension) for extension in extensions))
+        if all(_all_have(index.extensions, bits) for index in self._indexes):
+            self.release()
+            return
         lacks = [(index.extensions & bits) == 0 for index in self._indexes]
         counts = np.zeros(len(self.locations), np.int64)
         for number, (index, row) in enumerate(zip(self._index_of, self._row_of, strict=True)):
@@ -173,6 +189,26 @@ class SampleTable:
         starts, counts = self.starts[shards], np.diff(self.starts)[shards]
         return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
 
+    def release(self) -> None:
+        """Free the memory of the indexes' pages that were read."""
+        for index in self._indexes:
+            index.release()
+
+    def _runs(self, shards: NDArray[np.int64]) -> list[tuple[int, int, int]]:
+        """Shards that follow each other in an index: the index, the first of its rows, and the end of the rows."""
+        if not len(shards):
+            return []
+        indexes, rows = self._index_of[shards], self._row_of[shards]
+        cuts = np.flatnonzero((np.diff(indexes) != 0) | (np.diff(rows) != 1)) + 1
+        firsts, lasts = np.append(0, cuts), np.append(cuts, len(shards)) - 1
+        return list(zip(indexes[firsts].tolist(), rows[firsts].tolist(), (rows[lasts] + 1).tolist(), strict=True))
+
+    def nth(self, shards: NDArray[np.int64], places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Numbers of the samples at ``places`` in :meth:`samples` of ``shards``, without all of these in memory."""
+        ends = np.cumsum(np.diff(self.starts)[shards])
+        found = np.searchsorted(ends, places, "right")
+        return self.starts[shards[found] + 1] - ends[found] + places
+
     def _find(self, sample: int) -> tuple[ShardIndex, int]:
         shard = self.shard_of(sample)
         view = self._views.get(shard)
@@ -186,6 +222,11 @@ class SampleTable:
         columns = [getattr(index, column) for index in self._indexes]
         starts = [index.sample_start for index in self._indexes]
         parts = []
-        for index, row in zip(self._index_of[shards].tolist(), self._row_of[shards].tolist(), strict=True):
-            parts.append(columns[index][starts[index][row] : starts[index][row + 1]])
+        for index, first, end in self._runs(shards):
+            parts.append(columns[index][int(starts[index][first]) : int(starts[index][end])])
         return np.concatenate(parts) if parts else columns[0][:0]
+
+
+def _all_have(extensions: NDArray[np.uint16], bits: np.uint16) -> bool:
+    """Whether each sample has one of the bits."""
+    return all((extensions[start : start + _BLOCK] & bits).all() for start in range(0, len(extensions), _BLOCK))

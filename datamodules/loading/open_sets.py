@@ -138,10 +138,11 @@ class OpenSets:
                     f"{name}, or add samples"
                 )
 
-    def without_prior(self) -> NDArray[np.int64]:
-        """Numbers of the samples that are no class images, ascending."""
+    def without_prior(self) -> tuple[NDArray[np.int64], int]:
+        """Numbers of the shards that hold no class images, ascending, and the number of their samples."""
         subjects = [number for number, one in enumerate(self.sets) if not one.prior]
-        return self.table.samples(np.flatnonzero(np.isin(self.repeats.set_of_shard, subjects)))
+        shards = np.flatnonzero(np.isin(self.repeats.set_of_shard, subjects))
+        return shards, int(np.diff(self.table.starts)[shards].sum())
 
     def _final(self, decoders: Sequence[SampleDecoder]) -> list[SampleDecoder]:
         """The decoders of the run."""

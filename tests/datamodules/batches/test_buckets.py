@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lit_lora.datamodules.batches import buckets
 from lit_lora.datamodules.batches.buckets import LEFT_OUT, AspectRatioBuckets, Bucketing
 from lit_lora.errors import UserError
 
@@ -113,3 +114,16 @@ def test_digest_tells_choices_apart():
 def test_arguments_are_checked(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("limit", [None, 1.5])
+def test_many_images_get_the_buckets_of_few(limit, monkeypatch):
+    bucketing = Bucketing.of(512, AspectRatioBuckets(8, 3.0), limit)
+    # The corners between two buckets, all ratios of small numbers, and extremes.
+    edges = np.exp(bucketing._middles)
+    sides = np.array([0, 1, 2, 2**31 - 1, *range(500, 700)])
+    width = np.concatenate([np.round(edges * 100_000), np.repeat(sides, len(sides))]).astype(np.int32)
+    height = np.concatenate([np.full(len(edges), 100_000), np.tile(sides, len(sides))]).astype(np.int32)
+    few = bucketing.assign(width, height)
+    monkeypatch.setattr(buckets, "_BLOCK", 10_007)
+    assert np.array_equal(bucketing.assign(width, height), few)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lit_lora.datamodules.batches import chunked_samples
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
@@ -32,7 +33,9 @@ BUCKETS = AspectRatioBuckets(divisor=16, max_aspect_ratio=2.0)
 
 @pytest.mark.parametrize("bucketing", [Bucketing.of(64, None), Bucketing.of(64, BUCKETS), Bucketing.of(64, BUCKETS, 2)])
 @pytest.mark.parametrize("held_out", [[], [0, 7, 29]])
-def test_counts_are_those_of_the_samples(table, bucketing, held_out):
+@pytest.mark.parametrize("block", [7, 1 << 20])
+def test_counts_are_those_of_the_samples(table, bucketing, held_out, block, monkeypatch):
+    monkeypatch.setattr(chunked_samples, "_BLOCK", block)
     chunks = ChunkedSamples.split(table, bucketing, 3, seed=1, held_out=np.array(held_out, np.int64))
     small = (
         {sample for sample in range(30) if table.image_size(sample) == (20, 20)} if bucketing.max_upscaling else set()

@@ -157,6 +157,23 @@ def test_each_value_is_checked_also_in_large_indexes(make_shards, monkeypatch):
             bounds.check_values(columns, made.names)
 
 
+def test_shards_of_huge_indexes_are_checked_when_they_are_used(make_shards, monkeypatch):
+    paths = make_shards(2, 3)
+    made = DataIndex.load_or_build(paths)
+    columns = {name: column.copy() for name, column in made._columns.items()}
+    columns["member_size"][6] = -1
+    DataIndex(made.names, columns).save(paths[0].parent / INDEX_NAME)
+    monkeypatch.setattr(data_index, "_CHECKED_AT_ONCE", 9)
+
+    index = pickle.loads(pickle.dumps(DataIndex.load_or_build(paths)))
+    assert _facts(index.shard(0)) == _facts(made.shard(0))
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"member_size of member 2 in shard-000001.tar is -1.*lit-lora shards index"
+        ):
+            index.shard(1)
+
+
 @pytest.mark.parametrize("names", [["../a.tar", "b.tar"], ["a.tar", "a.tar"], ["a.tar", 3], ["", "b.tar"], "ab"])
 def test_names_that_are_no_files_of_the_folder(make_shards, names):
     paths = make_shards(2, 2)

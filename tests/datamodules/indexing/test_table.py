@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 
+from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.errors import UserError
@@ -38,6 +41,16 @@ def test_some_shards_in_another_order(make_shards):
     assert [table.key(sample) for sample in range(5)] == ["0003", "0004", "0005", "0000", "0001"]
     assert table.samples(shards).tolist() == [3, 4, 0, 1, 2]
     assert [column.tolist() for column in table.image_sizes(shards)] == [[24] * 5, [16] * 5]
+    assert table.nth(shards, np.arange(5)).tolist() == [3, 4, 0, 1, 2]
+    assert [column.tolist() for column in table.sizes_of(np.array([0, 4]))] == [[24] * 2, [16] * 2]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [0, 2], [2, 1], [1, 2, 0]])
+def test_digest_of_the_keys(make_shards, order):
+    index = DataIndex.load_or_build(make_shards(2, 1, 3))
+    table = SampleTable([(index.names[row], index, row) for row in order])
+    keys = "".join(table.key(sample) for sample in range(len(table)))
+    assert table.key_digest == zlib.crc32(keys.encode())
 
 
 def test_digest_names_the_shards(make_shards, tmp_path):
