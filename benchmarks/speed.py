@@ -78,6 +78,11 @@ _OUTSIDE = (
     "aten::detach",
     "aten::reshape",
     "aten::empty",
+    "aten::numpy_T",
+    "aten::permute",
+    "aten::_unsafe_view",
+    "aten::flatten",
+    "aten::unflatten",
 )
 """Beginnings of the names of operations that neither compute nor move data."""
 
