@@ -71,9 +71,8 @@ class StepMetrics(Callback):
         due = _due(trainer, trainer.global_step) and not accumulating(trainer)
         figures = {"train/lr": self._lr} if due else {}
         if due and (norm := _norm_of_engine(trainer) if self._norm is None else self._norm) is not None:
-            figures["train/gradient_norm"] = float(
-                norm
-            )  # waits for the device, so that the time below is of whole steps
+            # It waits for the device, so that the time below is of whole steps.
+            figures["train/gradient_norm"] = float(norm)
         now = time.monotonic()
         if due and self._since is not None and self._samples:
             figures["train/images_per_second"] = self._samples / (now - self._since)

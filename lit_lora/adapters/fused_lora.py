@@ -12,7 +12,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_lora.quantization.frozen_layer import FrozenLinear
+from lit_lora.quantization.frozen_layer import FrozenLinear, computing_dtype
 
 
 class FusedLoraLinear(LoraLinear):
@@ -73,11 +73,10 @@ _casts = _Casts()
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float, layer: nn.Linear) -> Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = computing_dtype(x)
         rows, a, b = _casts.rows(x, dtype), a.to(dtype), b.to(dtype)
         bias = layer.bias if layer.bias is None else layer.bias.to(dtype)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             hidden = F.linear(rows, a)
             output = F.linear(rows, _weight(layer, dtype), bias).addmm_(hidden, b.T, alpha=scaling)
         ctx.save_for_backward(rows, a, b, hidden)

@@ -266,6 +266,7 @@ class ModelFamily(PipelineParts, ABC):
             **options: Further options of :func:`lit_lora.sampling.generate`; height and width default to :attr:`default_size`.
         """
         options |= {edge: options.get(edge) or self.default_size for edge in ("height", "width")}
+        options["pipeline_options"] = self.drawing_options(options["height"], options["width"])
         with self._vae_in_its_own_dtype():
             pipeline = self.pipeline(scheduler_config)
             options["guided"] = self.sampling_passes(options["guidance_scale"]) > 1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, FluxKontextPipeline
-from PIL import Image
 from torch import Tensor
 
 from lit_lora.families.batch import Batch, Conditioning
@@ -59,19 +58,9 @@ class FluxKontext(Flux):
         prediction = self.denoiser(both, timestep=timesteps / 1000, **arguments).sample
         return unpack(prediction[:, : tokens.shape[1]], *noisy.shape[-2:])
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        scheduler_config: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> list[Image.Image]:
-        height, width = (options.get(edge) or self.default_size for edge in ("height", "width"))
+    def drawing_options(self, height: int, width: int) -> dict[str, Any]:
         # Without these the pipeline would draw a megapixel, whatever it is asked for.
-        exact = {"max_area": height * width, "_auto_resize": False}
-        return super().generate(
-            prompts, seeds, scheduler_config, **options | {"height": height, "width": width, "pipeline_options": exact}
-        )
+        return {"max_area": height * width, "_auto_resize": False}
 
     def _source_latents(self, batch: Batch) -> Tensor | None:
         """Normalized latents of the sources, float32 ``(B, *latent_shape)``; None for a batch without sources."""

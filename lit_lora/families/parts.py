@@ -301,6 +301,10 @@ class PipelineParts(PipelineKind):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def drawing_options(self, height: int, width: int) -> dict[str, Any]:
+        """Further arguments with which the pipeline draws images of a height and width in pixels; none by default."""
+        return {}
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the denoiser and of all adapters; the encoders' own layers stay in evaluation mode."""
         super().train(mode)

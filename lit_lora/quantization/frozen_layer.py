@@ -55,7 +55,7 @@ class FrozenLayer(nn.Module):
             return trained
         bias: Tensor | None = self._parameters.get("bias")
         if torch.is_autocast_enabled(input.device.type):
-            dtype = _dtype_of(input)
+            dtype = computing_dtype(input)
             input = input.to(dtype)  # noqa: A001
             bias = bias if bias is None else bias.to(dtype)
         if torch.compiler.is_compiling():  # the compiler decides what to save for the backward pass
@@ -83,7 +83,7 @@ class FrozenLinear(FrozenLayer, nn.Linear):  # type: ignore[override]  # weight 
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         dense: Tensor | None = self._parameters.get("weight")
-        if dense is not None and self.stays and dense.dtype == _dtype_of(input):
+        if dense is not None and self.stays and dense.dtype == computing_dtype(input):
             # torch's own operation saves no more than the stored weight itself, and takes less time to call.
             return F.linear(input, dense, self.bias)
         return super().forward(input)
@@ -132,7 +132,7 @@ class _Frozen(torch.autograd.Function):
         return for_input, for_bias, None
 
 
-def _dtype_of(input: Tensor) -> torch.dtype:  # noqa: A002
+def computing_dtype(input: Tensor) -> torch.dtype:  # noqa: A002
     """The dtype in which a layer computes with an input."""
     device = input.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
