@@ -159,4 +159,7 @@ def _ending(status: int) -> str:
 
 def _last_lines(errors: Sequence[Path]) -> str:
     """The end of what each process wrote to its standard error."""
-    return "\n".join(f"errors of process {rank}:\n{path.read_text()[-_SHOWN:]}" for rank, path in enumerate(errors))
+    written = {
+        rank: path.read_text()[-_SHOWN:] for rank, path in enumerate(errors) if path.exists()
+    }  # of those that began
+    return "\n".join(f"errors of process {rank}:\n{text}" for rank, text in written.items())

@@ -111,6 +111,11 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
             f"model.channels_last is for one device and for strategy ddp: {type(strategy).__name__} needs contiguous weights; "
             f"set it to false, or use ddp"
         )
+    if module.compile_blocks and getattr(strategy, "zero_stage_3", False):
+        raise UserError(
+            "model.compile_blocks gains nothing under ZeRO-3, whose hooks split the blocks into single layers; set it to false, "
+            "or use strategy lit_lora_fsdp or lit_lora_deepspeed_stage_2"
+        )
     datamodule = getattr(trainer, "datamodule", None)
     if stage != "predict":
         sets = [one.shards for one in getattr(datamodule, "training_sets", ())]

@@ -8,6 +8,7 @@ Each process writes what it has seen to ``FOLDER/rank-N.json``; a scenario that 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import sys
@@ -34,6 +35,7 @@ def main() -> None:
 
     def do(key: str, scenario: Callable[..., Any], name: str, *arguments: Any) -> None:
         strategy = copy.deepcopy((STRATEGIES | OF_FOUR)[name])  # it is of one run
+        gc.freeze()  # the libraries: strategies that collect garbage take a second each time
         try:
             results[key] = scenario(strategy, model, shards, folder / key.replace("/", "-"), *arguments)
         except UserError as error:

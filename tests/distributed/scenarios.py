@@ -40,6 +40,7 @@ from lit_lora.families import StableDiffusion
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import Quantization
+from lit_lora.sampling import SamplingOptions
 
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 GLOBAL_BATCH = 4
@@ -99,6 +100,7 @@ REFUSED: dict[tuple[str, str], str] = {
     ("ZeRO-1", "clipping by value"): "DeepSpeed does not support clipping by value",
     ("ZeRO-2", "clipping by value"): "DeepSpeed does not support clipping by value",
     ("ZeRO-3", "clipping by value"): "DeepSpeed does not support clipping by value",
+    ("ZeRO-3", "compile"): "compile_blocks gains nothing under ZeRO-3",
     ("ZeRO-3", "EMA"): "AdapterEMA needs full parameters",
 }
 """Which strategy refuses which feature, and what its error says."""
@@ -320,6 +322,7 @@ def with_feature(name: str, strategy: Any, model: Path, shards: Path, folder: Pa
     elif name == "EMA":
         callbacks = [AdapterEMA(decay=0.9), saving(folder, SAVED_AT)]
     elif name == "validation":
+        module = module_of(model, sampling=SamplingOptions(num_inference_steps=2))
         data = data_of(shards, val_samples=5)
         options |= {"val_check_interval": 2}
     elif name == "sampling":
