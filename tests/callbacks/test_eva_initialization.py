@@ -195,7 +195,7 @@ def test_two_processes_have_the_same_adapter(sd_folder: Path, session_shards: Pa
         assert len({value.shape[0] for name, value in whole["adapter"].items() if "lora_A" in name}) > 1
     ddp, *others = (torch.load(tmp_path / strategy / "0.pt")["adapter"] for strategy in strategies)
     for other in others:
-        assert all(torch.allclose(value, other[name], rtol=1e-3, atol=1e-5) for name, value in ddp.items())
+        assert all(torch.allclose(value, other[name], rtol=1e-3, atol=1e-4) for name, value in ddp.items())
 
 
 @pytest.mark.parametrize(
