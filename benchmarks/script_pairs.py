@@ -30,11 +30,13 @@ from lit_lora.datamodules.packing.pack import pack_folder
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "images and captions": {},
-    "images, channels last, fused LoRA": {"channels_last": True, "fused_lora": True},
+    "images, channels last, fused LoRA": {"convolutions": "channels_last", "fused_lora": True},
     "cached": {"cached": True},
-    "cached, channels last": {"cached": True, "channels_last": True},
+    "cached, channels last": {"cached": True, "convolutions": "channels_last"},
+    "images, packed, fused LoRA": {"convolutions": "packed", "fused_lora": True},
     "cached, fused LoRA": {"cached": True, "fused_lora": True},
-    "cached, channels last, fused LoRA": {"cached": True, "channels_last": True, "fused_lora": True},
+    "cached, channels last, fused LoRA": {"cached": True, "convolutions": "channels_last", "fused_lora": True},
+    "cached, packed, fused LoRA": {"cached": True, "convolutions": "packed", "fused_lora": True},
     "cached, compiled": {"cached": True, "compile_blocks": True},
     "cached, nf4": {"cached": True, "quantization": "NF4"},
     "cached, int8": {"cached": True, "quantization": "Int8"},

@@ -47,7 +47,7 @@ from lit_lora.planning.plan_run import plan_run
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cached": {"cached": True},
-    "cached, channels last": {"cached": True, "channels_last": True},
+    "cached, channels last": {"cached": True, "convolutions": "channels_last"},
     "cached, fused LoRA": {"cached": True, "fused_lora": True},
     "cached, checkpointing": {"cached": True, "gradient_checkpointing": True},
     "cached, int8": {"cached": True, "quantization": "Int8"},

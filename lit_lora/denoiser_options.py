@@ -12,6 +12,7 @@ from lit_lora.blocks import compile_blocks
 from lit_lora.errors import UserError
 from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.checkpointing import enable_gradient_checkpointing
+from lit_lora.quantization.packed_convolution import pack_convolutions
 
 if TYPE_CHECKING:
     from lit_lora.module import LoraDiffusion
@@ -24,8 +25,10 @@ def apply_options(module: LoraDiffusion) -> None:
         UserError: If an option would have no effect on the denoiser.
     """
     denoiser, blocks = module.family.denoiser, module.family.block_classes
-    if module.channels_last:
+    if module.convolutions == "channels_last":
         use_channels_last(denoiser)
+    elif module.convolutions == "packed":
+        pack_convolutions(denoiser)
     if module.fused_lora and not fuse(denoiser):
         raise UserError("fused_lora has no effect, since no frozen Linear layer has an adapter of LoRA; leave it out")
     if module.memory.gradient_checkpointing:
@@ -53,6 +56,6 @@ def use_channels_last(model: nn.Module) -> None:
             changed = True
     if not changed:
         raise UserError(
-            f"channels_last has no effect, since {type(model).__name__} has no Conv2d layer with a dense frozen weight; leave "
-            f"it out"
+            f"convolutions='channels_last' has no effect, since {type(model).__name__} has no Conv2d layer with a dense frozen "
+            f"weight; use 'plain'"
         )

@@ -92,7 +92,7 @@ class LoraDiffusion(LightningModule):
         new_tokens: New tokens such as ``<cat-toy>`` whose embeddings are trained (textual inversion), each with the words that
             it begins as, or with a number of random vectors. Defaults to none.
         base_adapters: Adapters to merge into the base, so that this one is trained over them; defaults to none.
-        channels_last: Compute the denoiser's convolutions in the memory format ``channels_last``; off by default.
+        convolutions: How convolutions keep their weights: ``plain`` (default), ``channels_last``, or ``packed``, on CPUs.
         fused_lora: Compute LoRA and its frozen Linear layer with fewer operations, rounded otherwise; off by default.
 
     Raises:
@@ -118,7 +118,7 @@ class LoraDiffusion(LightningModule):
         text_adapter: PeftConfig | None = None,
         new_tokens: dict[str, int | str] | None = None,
         base_adapters: Sequence[BaseAdapter] = (),
-        channels_last: bool = False,
+        convolutions: Literal["plain", "channels_last", "packed"] = "plain",
         fused_lora: bool = False,
     ) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class LoraDiffusion(LightningModule):
         self.caption_dropout, self.memory = caption_dropout, memory
         family.split_vae(memory.vae_slicing, memory.vae_tiling)
         family.text_quantization = memory.text_encoder_quantization
-        self.compile_blocks, self.channels_last, self.fused_lora = compile_blocks, channels_last, fused_lora
+        self.compile_blocks, self.convolutions, self.fused_lora = compile_blocks, convolutions, fused_lora
         self.sampling, self.seed = sampling, seed
         # A checkpoint holds only the adapter; AdapterCheckpoint checks that it holds all of the adapter.
         self.strict_loading = False

@@ -106,10 +106,15 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
             f"model.adapter is null, and {type(strategy).__name__} loads the denoiser block by block with its adapter; use "
             f"strategy ddp, or give the denoiser an adapter"
         )
-    if module.channels_last and is_ours(strategy):
+    if module.convolutions != "plain" and is_ours(strategy):
         raise UserError(
-            f"model.channels_last is for one device and for strategy ddp: {type(strategy).__name__} needs contiguous weights; "
-            f"set it to false, or use ddp"
+            f"model.convolutions={module.convolutions!r} is for one device and for strategy ddp: {type(strategy).__name__} needs "
+            f"contiguous weights; use 'plain', or strategy ddp"
+        )
+    if module.convolutions == "packed" and strategy.root_device.type != "cpu":
+        raise UserError(
+            f"model.convolutions='packed' is for CPUs, and this run computes on {strategy.root_device}; use 'plain' or "
+            f"'channels_last'"
         )
     if module.compile_blocks and getattr(strategy, "zero_stage_3", False):
         raise UserError(
