@@ -183,7 +183,7 @@ class PlannedLoader:
         if not self._num_workers:
             return map(self._dataset.__getitems__, self._share)
         if self._threads is None:
-            self._threads = LoaderThreads(self._dataset.__getitems__, self._num_workers)
+            self._threads = LoaderThreads(self._dataset.begin, self._num_workers)
         return self._threads.run(self._share)
 
 
