@@ -32,6 +32,7 @@ from lit_lora.datamodules.decoding.image_decoder import ImageDecoder as ImageDec
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder as SampleDecoder
 from lit_lora.datamodules.indexing.index import ShardIndex as ShardIndex
 from lit_lora.datamodules.loading.data_progress import DataProgress as DataProgress
+from lit_lora.datamodules.loading.prefetch_to_device import PrefetchToDevice as PrefetchToDevice
 from lit_lora.datamodules.shard_set import ShardSet as ShardSet
 from lit_lora.datamodules.staging.staging import Staging as Staging
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule as WebDatasetDataModule

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from peft import LoraConfig
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, MemoryProfiler
+from lit_lora.datamodules import PrefetchToDevice, WebDatasetDataModule
 from lit_lora.families import StableDiffusion
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
@@ -193,3 +194,33 @@ def test_compiled_blocks(strategy: str, base: Quantization | None, sd_folder: Pa
 def test_offloading_under_ddp(key: str, sd_folder: Path, tmp_path: Path) -> None:
     alone, _ = train(sd_folder, tmp_path)
     assert near(train(sd_folder, tmp_path, strategy="ddp", memory=MemoryOptions(**{key: True}))[0], alone)
+
+
+def test_batches_that_are_copied_ahead(make_shards: Any, trainer_options: dict[str, Any]) -> None:
+    paths = make_shards(24, 24)
+
+    class Sums(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen: list[torch.Tensor] = []
+
+        def training_step(self, batch: dict[str, Any], batch_idx: int) -> torch.Tensor:
+            assert batch["pixel_values"].is_cuda
+            large = torch.ones(1 << 12, 1 << 12, device="cuda")
+            large @ large  # the device lags behind, so copies of later batches could overwrite this one
+            self.seen.append(batch["pixel_values"].double().sum((1, 2, 3)))
+            return self.weight * 0
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD([self.weight], lr=0.1)
+
+    seen = []
+    for callbacks in ([], [PrefetchToDevice()]):
+        module = Sums()
+        data = WebDatasetDataModule(str(paths[0].parent), resolution=256, batch_size=4, num_workers=2)
+        options = trainer_options | {"accelerator": "gpu", "callbacks": callbacks, "max_epochs": 3}
+        Trainer(**options).fit(module, data)
+        seen.append(torch.cat(module.seen).tolist())
+    assert len(seen[0]) == 3 * 48
+    assert seen[0] == seen[1]

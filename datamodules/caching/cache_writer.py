@@ -213,7 +213,7 @@ class CacheWriter:
         if not self.num_workers:
             yield from map(dataset.__getitems__, self._requests(samples))
             return
-        threads = LoaderThreads(dataset.__getitems__, self.num_workers)
+        threads = LoaderThreads(dataset.begin, self.num_workers)
         try:
             yield from threads.run(self._requests(samples))
         finally:

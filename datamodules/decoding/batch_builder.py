@@ -15,10 +15,11 @@ from torch.utils.data import get_worker_info
 
 
 class BatchBuilder:
-    """A batch of B rows, filled one by one.
+    """A batch of B rows, filled one by one; threads may fill different rows at the same time.
 
-    Each tensor is copied into the batch at once, with its own memory layout. This frees the memory of a decoded image for the
-    next one and keeps channels last; reordering the channels here would take four times as long as the copy.
+    Each tensor is copied into the batch at once. This frees the memory of a decoded image for the next one. The batch has the
+    memory layout of the sample in the lowest row and so keeps channels last; reordering the channels here would take four times
+    as long as the copy.
 
     Args:
         batch_size: Number of rows, B.
@@ -28,6 +29,7 @@ class BatchBuilder:
         self.places: list[int] = []
         self._batch_size = batch_size
         self._batch: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def put(self, place: int, sample: Mapping[str, Any]) -> None:
         """Fill a row: tensors and tuples of integers become rows of one tensor, other values elements of a list."""
@@ -35,23 +37,56 @@ class BatchBuilder:
         self.places.append(place)
 
     def finish(self) -> dict[str, Any]:
-        """The batch; copies of the first sample fill the empty rows."""
+        """The batch; copies of the sample in the lowest row fill the empty rows."""
+        batch = _of_rows(self._batch)
         for place in set(range(self._batch_size)) - set(self.places):
-            _repeat(self._batch, self.places[0], place)
-        return {name: _as_tensor(values) for name, values in self._batch.items()}
+            _repeat(batch, min(self.places), place)
+        return {name: _as_tensor(values) for name, values in batch.items()}
 
     def _put(self, batch: dict[str, Any], place: int, sample: Mapping[str, Any]) -> None:
         for name, value in sample.items():
             if isinstance(value, Tensor):
-                if name not in batch:
-                    batch[name] = _empty_rows(value, self._batch_size)
-                row = batch[name][place]
+                with self._lock:
+                    if name not in batch:
+                        batch[name] = _Rows(place, value, self._batch_size)
+                    row = batch[name].row(place, value)
                 assert row.shape == value.shape, f"{name}: {tuple(value.shape)} after {tuple(row.shape)}"
                 row.copy_(value)
             elif isinstance(value, dict):
                 self._put(batch.setdefault(name, {}), place, value)
             else:
                 batch.setdefault(name, [None] * self._batch_size)[place] = value
+
+
+class _Rows:
+    """Rows of a tensor, which get the memory layout of the value in the lowest row, whichever thread comes first."""
+
+    def __init__(self, place: int, value: Tensor, count: int) -> None:
+        self._order = self._lowest_order = _memory_order(value)
+        self._lowest = place
+        self._rows = _empty_rows(value, self._order, count)
+
+    def row(self, place: int, value: Tensor) -> Tensor:
+        """The row for a value."""
+        if place < self._lowest:
+            self._lowest, self._lowest_order = place, _memory_order(value)
+        return self._rows[place]
+
+    def tensor(self) -> Tensor:
+        """The rows, all of which are filled."""
+        if self._lowest_order == self._order:
+            return self._rows
+        return _empty_rows(self._rows[0], self._lowest_order, len(self._rows)).copy_(self._rows)
+
+
+def _of_rows(batch: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, values in batch.items():
+        if isinstance(values, dict):
+            found[name] = _of_rows(values)
+        else:
+            found[name] = values.tensor() if isinstance(values, _Rows) else values
+    return found
 
 
 def _as_tensor(values: Any) -> Any:
@@ -67,10 +102,14 @@ def _repeat(batch: dict[str, Any], source: int, place: int) -> None:
             rows[place] = rows[source]
 
 
-def _empty_rows(value: Tensor, count: int) -> Tensor:
-    """Rows like ``value`` in shape and memory layout."""
+def _memory_order(value: Tensor) -> list[int]:
+    """The dimensions of a tensor from the outermost to the innermost in memory."""
     strides = value.stride()
-    order = sorted(range(value.ndim), key=lambda dim: -strides[dim])
+    return sorted(range(value.ndim), key=lambda dim: -strides[dim])
+
+
+def _empty_rows(value: Tensor, order: list[int], count: int) -> Tensor:
+    """Rows with the shape of ``value``, whose dimensions are in this order in memory."""
     shape = (count, *(value.shape[dim] for dim in order))
     nbytes = value.element_size() * value.numel() * count
     if get_worker_info() is not None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,13 +18,16 @@ from lit_lora.datamodules.indexing.index import index_cache
 from lit_lora.datamodules.indexing.safetensors_map import MAX_HEADER_BYTES, header_length, parse_header
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.remote.transfer import Limit, RemoteError, fetch, is_remote
+from lit_lora.datamodules.remote.transfer import Limit, RemoteError, fetch_changed, is_remote
 from lit_lora.errors import UserError
-from lit_lora.files import remove_unfinished
+from lit_lora.files import atomic_file, check_regular, remove_unfinished
 from lit_lora.redact import redact
 
 MAX_INDEX_BYTES = 64 << 30
 """Maximum size of a remote index, enough for 600 million samples."""
+
+_SMALL_BYTES = 16 << 20
+"""Size below which an index is copied again without asking whether it has changed."""
 
 
 def open_table(specs: str | Iterable[str], refresh: bool = False) -> SampleTable:
@@ -120,9 +125,12 @@ def remote_index_copy(folder: str) -> Path:
 
 def _remote_index(folder: str, refresh: bool) -> DataIndex:
     copy = remote_index_copy(folder)
-    if refresh or not copy.exists():
+    known = _known_version(copy)
+    if not copy.exists() or (refresh and not known):
         _fetch_index(folder, copy)
         return DataIndex.load(copy)
+    if refresh:
+        _fetch_index(folder, copy, known)
     try:
         return DataIndex.load(copy)
     except UserError as error:
@@ -131,9 +139,10 @@ def _remote_index(folder: str, refresh: bool) -> DataIndex:
         return DataIndex.load(copy)
 
 
-def _fetch_index(folder: str, copy: Path) -> None:
+def _fetch_index(folder: str, copy: Path, known: str | None = None) -> None:
+    """Copy an index, unless the copy already is the ``known`` version and the storage still has that."""
     try:
-        fetch_small(inside(folder, INDEX_NAME), copy, _IndexLimit())
+        version = fetch_small(inside(folder, INDEX_NAME), copy, _IndexLimit(), known)
     except RemoteError as error:
         if not error.missing:
             raise
@@ -143,15 +152,42 @@ def _fetch_index(folder: str, copy: Path) -> None:
                 f" where the shards are local and copy {INDEX_NAME} there, or run `lit-lora shards index URL` here, which"
                 " reads all shards once, or use WebDatasetStreamDataModule, which needs no index"
             ) from None
+        return
+    if version is not None and version != known and copy.stat().st_size >= _SMALL_BYTES:
+        with suppress(UserError, OSError), atomic_file(_version_file(copy)) as part:
+            part.write_text(json.dumps({"copy": _stamp(copy), "version": version}), "utf-8")
 
 
-def fetch_small(location: str, copy: Path, most: Limit) -> None:
+def _known_version(copy: Path) -> str | None:
+    """The version of the remote index that a copy was made from; None if it is unknown, or the copy was changed since."""
+    try:
+        check_regular(_version_file(copy))
+        kept = json.loads(_version_file(copy).read_text("utf-8"))
+        return str(kept["version"]) if kept["copy"] == _stamp(copy) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _version_file(copy: Path) -> Path:
+    return copy.with_name(f"{copy.name}.version")
+
+
+def _stamp(copy: Path) -> list[int]:
+    stat = copy.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def fetch_small(location: str, copy: Path, most: Limit, known: str | None = None) -> str | None:
     """Copy a file that accompanies shards.
 
     Args:
         location: URL of the file.
         copy: Path of the local copy.
         most: Maximum size, see :func:`~lit_lora.datamodules.remote.transfer.fetch`.
+        known: Version of which there is a copy; that one is not copied again. Defaults to None: there is none.
+
+    Returns:
+        Version of the copy; None if the storage does not state versions.
 
     Raises:
         RemoteError: If the file is missing, forbidden or too large, or if all attempts fail.
@@ -159,7 +195,7 @@ def fetch_small(location: str, copy: Path, most: Limit) -> None:
     """
     remove_unfinished(copy.parent, glob.escape(copy.name))
     try:
-        fetch(location, copy, most=most)
+        return fetch_changed(location, copy, known, most=most)
     except ValueError as error:
         if isinstance(error, UserError):
             raise

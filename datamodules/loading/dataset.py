@@ -72,27 +72,21 @@ class ShardDataset(Dataset[Batch]):
             The decoder's entries (tensors stacked, other values in lists of B); ``weight`` float32 (B,), ``slot`` list[int],
             ``key`` list[str], ``bad`` list[BadSampleReport].
         """
-        table = self.reader.table
-        builder = BatchBuilder(len(requests))
-        bad: list[BadSampleReport] = []
-        for place, request in enumerate(requests):
-            try:
-                builder.put(place, self._load(request))
-            except BadSampleError as error:
-                shard = redact(table.locations[table.shard_of(request.sample)])
-                bad.append(BadSampleReport(shard, table.key(request.sample), str(error)))
-        weights = [request.weight if place in builder.places else 0.0 for place, request in enumerate(requests)]
-        if not builder.places:
-            builder.put(0, self.decoder.blank(requests[0].size) | {"key": ""})
-        return {
-            **builder.finish(),
-            **self.decoder.batch_entries(),
-            "weight": torch.tensor(weights),
-            "slot": [request.slot for request in requests],
-            "bad": bad,
-        }
+        batch = self.begin(requests)
+        for place in range(len(batch)):
+            batch.do(place)
+        return batch.finish()
 
-    def _load(self, request: SlotRequest) -> dict[str, Any]:
+    def begin(self, requests: Sequence[SlotRequest]) -> UnfinishedBatch:
+        """The same batch, whose samples are still to be loaded, by several threads if need be."""
+        return UnfinishedBatch(self, requests)
+
+    def load(self, request: SlotRequest) -> dict[str, Any]:
+        """The entries of one sample.
+
+        Raises:
+            BadSampleError: If it cannot be used.
+        """
         decoder = self._decoder_of(request.sample)
         members = self.reader.read(request.sample, decoder.extensions)
         image_size = self.reader.table.image_size(request.sample)
@@ -108,3 +102,45 @@ class ShardDataset(Dataset[Batch]):
         if self._set_of_shard is None:
             return self.decoder
         return self._decoders[self._set_of_shard[self.reader.table.shard_of(sample)]]
+
+
+class UnfinishedBatch:
+    """A batch of B samples that threads may load at the same time; the result does not depend on who comes first.
+
+    Args:
+        dataset: Dataset of the samples.
+        requests: The samples, at least one.
+    """
+
+    def __init__(self, dataset: ShardDataset, requests: Sequence[SlotRequest]) -> None:
+        self._dataset = dataset
+        self._requests = requests
+        self._builder = BatchBuilder(len(requests))
+        self._bad: dict[int, BadSampleReport] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def do(self, part: int) -> None:
+        """Load the sample in one place."""
+        request = self._requests[part]
+        try:
+            self._builder.put(part, self._dataset.load(request))
+        except BadSampleError as error:
+            table = self._dataset.reader.table
+            shard = redact(table.locations[table.shard_of(request.sample)])
+            self._bad[part] = BadSampleReport(shard, table.key(request.sample), str(error))
+
+    def finish(self) -> Batch:
+        """The batch, see :meth:`ShardDataset.__getitems__`."""
+        requests, builder, decoder = self._requests, self._builder, self._dataset.decoder
+        weights = [0.0 if place in self._bad else request.weight for place, request in enumerate(requests)]
+        if not builder.places:
+            builder.put(0, decoder.blank(requests[0].size) | {"key": ""})
+        return {
+            **builder.finish(),
+            **decoder.batch_entries(),
+            "weight": torch.tensor(weights),
+            "slot": [request.slot for request in requests],
+            "bad": [self._bad[place] for place in sorted(self._bad)],
+        }

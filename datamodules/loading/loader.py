@@ -11,7 +11,8 @@ from lit_lora.datamodules.batches.plan import Plan
 from lit_lora.datamodules.batches.read_cursor import read_cursor, refuse_position
 from lit_lora.datamodules.loading.bad_samples import BadSamples
 from lit_lora.datamodules.loading.dataset import Batch, ShardDataset, SlotRequest
-from lit_lora.datamodules.loading.threads import LoaderThreads
+from lit_lora.datamodules.loading.device_copies import CopiedWork, DeviceCopies
+from lit_lora.datamodules.loading.threads import LoaderThreads, SharedWork
 from lit_lora.errors import UserError
 
 LoaderState = dict[str, int | list[int]]
@@ -36,6 +37,10 @@ class PlannedLoader:
     the number of batches in the current pass. The state counts the batches that were yielded, so batches that threads have
     prefetched are not lost when a run is resumed. It is the same in all processes, and can be resumed with another number of
     processes and another global batch size.
+
+    Attributes:
+        copies: Copies of batches on a GPU, to which they are then moved ahead of time. Defaults to None: the batches are on the
+            CPU.
 
     Args:
         dataset: Dataset of the samples.
@@ -69,6 +74,7 @@ class PlannedLoader:
         self._staged = False
         self._share = _Share(plan, rank, world_size, within_visit=stage is not None)
         self._threads: LoaderThreads[list[SlotRequest], Batch] | None = None
+        self.copies: DeviceCopies | None = None
         self.bad_samples = BadSamples(
             max_bad_samples, "bad samples", "trained with weight 0", "pack the shards again without them"
         )
@@ -95,7 +101,7 @@ class PlannedLoader:
             for batch in self._fetch():
                 self.bad_samples.count(batch.pop("bad"))
                 self._move(self._share.ahead.popleft())
-                yield batch
+                yield batch if self.copies is None else self.copies.finish(batch)
             # A decoder that raises StopIteration would end the batches early, and this loop would never end.
             assert self.cursor != before, "no batch was read; does the decoder raise StopIteration?"
 
@@ -181,10 +187,18 @@ class PlannedLoader:
 
     def _fetch(self) -> Iterator[Batch]:
         if not self._num_workers:
-            return map(self._dataset.__getitems__, self._share)
+            return map(self._load, self._share)
         if self._threads is None:
-            self._threads = LoaderThreads(self._dataset.__getitems__, self._num_workers)
+            self._threads = LoaderThreads(self._begin, self._num_workers)
         return self._threads.run(self._share)
+
+    def _load(self, requests: list[SlotRequest]) -> Batch:
+        batch = self._dataset.__getitems__(requests)
+        return batch if self.copies is None else self.copies.begin(batch)
+
+    def _begin(self, requests: list[SlotRequest]) -> SharedWork[Batch]:
+        work = self._dataset.begin(requests)
+        return work if self.copies is None else CopiedWork(work, self.copies)
 
 
 class _Share:

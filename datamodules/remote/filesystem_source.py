@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from glob import has_magic
@@ -55,17 +55,16 @@ _kept: dict[int, Any] = {}
 class FilesystemSource(RemoteSource):
     """An object that fsspec opens."""
 
-    _version: str | None = None
+    _info: str | None = None
 
     @contextmanager
     def open(self, start: int) -> Iterator[Stream]:
         with self._translated():
             filesystem, path = self._filesystem
             info = filesystem.info(path)
-            version = str(info)
-            start = start if version == self._version else 0
+            start = start if str(info) == self._info else 0
             file = filesystem.open(path, "rb", block_size=_BLOCK_BYTES)
-        self._version = version
+        self._info, self.version = str(info), _version(info)
         with file:
             yield Stream(start, info.get("size"), self._pieces(file, start))
 
@@ -80,6 +79,11 @@ class FilesystemSource(RemoteSource):
             filesystem, path = self._filesystem
             size: int | None = filesystem.info(path).get("size")
         return size
+
+    def current_version(self) -> str | None:
+        with self._translated():
+            filesystem, path = self._filesystem
+            return _version(filesystem.info(path))
 
     def list_tars(self) -> list[str]:
         """The sorted locations of the ``*.tar`` files in this folder or that match this glob."""
@@ -153,6 +157,12 @@ class FilesystemSource(RemoteSource):
         if isinstance(error, PermissionError) or "Credential" in description:
             return self.error(f"access is denied, {description}", _CHECK_ACCESS)
         return TransientError(description) if _may_pass(error) else self.error(description, "check the location")
+
+
+def _version(info: Mapping[str, Any]) -> str | None:
+    """The ETag of an object, which S3 and Google Cloud Storage state."""
+    etag = info.get("ETag") or info.get("etag")
+    return str(etag) if etag else None
 
 
 @cache

@@ -38,16 +38,17 @@ class HttpSource(RemoteSource):
 
     def __init__(self, location: str, timeout: float) -> None:
         super().__init__(location, timeout)
-        self._version: tuple[str | None, str | None, int | None] | None = None
+        self._read: tuple[str | None, str | None, int | None] | None = None
 
     @contextmanager
     def open(self, start: int) -> Iterator[Stream]:
         with self._get(self._range_from(start)) as response:
             first, total = _place(response)
-            version = (response.headers.get("ETag"), response.headers.get("Last-Modified"), total)
-            fits = response.status_code == 200 or (first == start and version == self._version)
+            read = (response.headers.get("ETag"), response.headers.get("Last-Modified"), total)
+            fits = response.status_code == 200 or (first == start and read == self._read)
             if fits:
-                self._version = version
+                self._read = read
+                self.version = _strong(read[0])
                 yield Stream(first, total, self._pieces(response))
                 return
         if start == 0:
@@ -76,12 +77,16 @@ class HttpSource(RemoteSource):
         with self._get({"Range": "bytes=0-0"}) as response:
             return _place(response)[1]
 
+    def current_version(self) -> str | None:
+        with self._get({"Range": "bytes=0-0"}) as response:
+            return _strong(response.headers.get("ETag"))
+
     def _range_from(self, start: int) -> dict[str, str]:
         if start == 0:
             return {}
         headers = {"Range": f"bytes={start}-"}
-        etag = self._version[0] if self._version else None
-        if etag and not etag.startswith("W/"):  # weak ETags are not allowed here (RFC 9110, 13.1.5)
+        etag = _strong(self._read[0]) if self._read else None
+        if etag:  # weak ETags are not allowed here (RFC 9110, 13.1.5)
             headers["If-Range"] = etag
         return headers
 
@@ -129,6 +134,11 @@ class HttpSource(RemoteSource):
         if isinstance(error, _PASSING):
             return TransientError(name)
         return self.error(name, "check the URL")
+
+
+def _strong(etag: str | None) -> str | None:
+    """An ETag that changes with each byte; None for a weak one (``W/…``), which may stay the same."""
+    return None if not etag or etag.startswith("W/") else etag
 
 
 def _place(response: requests.Response) -> tuple[int, int | None]:

@@ -72,6 +72,9 @@ class RemoteSource(ABC):
         timeout: Seconds without a response or without data after which an attempt fails.
     """
 
+    version: str | None = None
+    """Version of the object that :meth:`open` read; None if the storage does not state one."""
+
     def __init__(self, location: str, timeout: float) -> None:
         self.location = location
         self.timeout = timeout
@@ -87,6 +90,10 @@ class RemoteSource(ABC):
     @abstractmethod
     def size(self) -> int | None:
         """Size of the object in bytes; None if the storage does not state it."""
+
+    @abstractmethod
+    def current_version(self) -> str | None:
+        """A text that changes with the object's bytes; None if the storage does not state one."""
 
     def error(self, reason: str, action: str, missing: bool = False) -> RemoteError:
         """A :class:`RemoteError` that names the object."""

@@ -22,6 +22,7 @@ __all__ = [
     "RetryPolicy",
     "exists",
     "fetch",
+    "fetch_changed",
     "is_remote",
     "list_tars",
     "object_size",
@@ -100,11 +101,33 @@ def fetch(
         RemoteError: If the object is missing, forbidden, too large or of another size, or if all attempts fail.
         OSError: If the local file cannot be written.
     """
+    return _fetch(_source(location, policy), path, size, policy, most)
+
+
+def fetch_changed(
+    location: str, path: Path, known: str | None, policy: RetryPolicy = _DEFAULT, most: Limit = None
+) -> str | None:
+    """Copy an object like :func:`fetch`, unless its version is the known one.
+
+    Args:
+        location: URL of the object.
+        path: Path of the local file.
+        known: Version of the file that is there already; None if there is none.
+        policy: Number of attempts and waits.
+        most: Maximum size, see :func:`fetch`.
+
+    Returns:
+        Version of the local file, for example its ETag; None if the storage does not state one.
+
+    Raises:
+        RemoteError: As for :func:`fetch`.
+        OSError: If the local file cannot be written.
+    """
     source = _source(location, policy)
-    with atomic_file(path) as part:
-        with part.open("w+b") as file:
-            _retry(source, policy, partial(_read_on, source, file, size, most), file.tell)
-        return part.stat().st_size
+    if known is not None and _retry(source, policy, source.current_version) == known:
+        return known
+    _fetch(source, path, None, policy, most)
+    return source.version
 
 
 def read_range(location: str, offset: int, size: int, policy: RetryPolicy = _DEFAULT) -> bytes:
@@ -209,6 +232,13 @@ def _retry(
                 policy.attempts,
             )
         time.sleep(pause)
+
+
+def _fetch(source: RemoteSource, path: Path, size: int | None, policy: RetryPolicy, most: Limit) -> int:
+    with atomic_file(path) as part:
+        with part.open("w+b") as file:
+            _retry(source, policy, partial(_read_on, source, file, size, most), file.tell)
+        return part.stat().st_size
 
 
 def _read_on(source: RemoteSource, file: BinaryIO, size: int | None, most: Limit) -> None:

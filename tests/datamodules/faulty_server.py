@@ -38,6 +38,7 @@ class FaultyServer(ThreadingHTTPServer):
         ranges: Whether the server supports ``Range``.
         conditions: Whether the server supports ``If-Range``.
         etags: Whether files have an ``ETag``.
+        etag_prefix: Beginning of each ``ETag``; ``W/`` marks weak ones.
         retry_after: Value of this header in responses with status 429 and 503.
         chunked: Whether bodies are sent without ``Content-Length``.
         length: ``Content-Length`` in place of the right one.
@@ -56,6 +57,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.ranges = True
         self.conditions = True
         self.etags = True
+        self.etag_prefix = ""
         self.chunked = False
         self.length: str | None = None
         self.retry_after: str | None = None
@@ -131,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send(self, data: bytes, range_: str | None, fault: Fault) -> None:
-        etag = f'"{hashlib.sha256(data).hexdigest()[:8]}"'
+        etag = f'{self.server.etag_prefix}"{hashlib.sha256(data).hexdigest()[:8]}"'
         total = len(data)
         if fault == "not tar":
             data = bytes(total)

@@ -40,12 +40,12 @@ def test_samples_become_rows():
     assert (batch["pixels"].dtype, batch["latents"].dtype) == (torch.uint8, torch.float16)
 
 
-def test_first_sample_fills_empty_rows():
+def test_sample_in_the_lowest_row_fills_empty_rows():
     batch = _build(2, 1, size=4).finish()
-    assert batch["count"].tolist() == [2, 1, 2, 2]
-    assert batch["caption"] == ["number 2", "number 1", "number 2", "number 2"]
-    assert batch["text"]["hidden"][:, 0].tolist() == [2, 1, 2, 2]
-    assert torch.equal(batch["pixels"][0], batch["pixels"][2])
+    assert batch["count"].tolist() == [1, 1, 2, 1]
+    assert batch["caption"] == ["number 1", "number 1", "number 2", "number 1"]
+    assert batch["text"]["hidden"][:, 0].tolist() == [1, 1, 2, 1]
+    assert torch.equal(batch["pixels"][0], batch["pixels"][1])
 
 
 def test_layout_in_memory_is_that_of_the_samples():
@@ -53,6 +53,17 @@ def test_layout_in_memory_is_that_of_the_samples():
     assert batch["pixels"].shape == (3, 3, 5, 4)
     assert batch["pixels"].is_contiguous(memory_format=torch.channels_last)
     assert batch["latents"].is_contiguous()
+
+
+@pytest.mark.parametrize("places", [(0, 1), (1, 0)])
+def test_layout_is_that_of_the_lowest_row_whichever_comes_first(places):
+    samples = [_sample(0)["pixels"], _sample(1)["pixels"].contiguous()]
+    builder = BatchBuilder(2)
+    for place in places:
+        builder.put(place, {"pixels": samples[place]})
+    batch = builder.finish()
+    assert batch["pixels"].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch["pixels"], torch.stack(samples))
 
 
 def test_a_sample_may_change_after_it_was_put():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import traceback
 
@@ -60,6 +61,63 @@ def test_copy_of_the_index_is_kept_until_refreshed(server):
     assert len(server.requests) == 1
     open_table(server.url, refresh=True)
     assert len(server.requests) == 2
+
+
+def _refreshed(server):
+    """Bytes that were sent when the copy of the index was refreshed, and the keys of its samples."""
+    before = server.sent
+    table = open_table(server.url, refresh=True)
+    return server.sent - before, [table.key(sample) for sample in range(len(table))]
+
+
+def test_large_index_is_copied_again_only_if_it_has_changed(server, monkeypatch):
+    monkeypatch.setattr(open_table_module, "_SMALL_BYTES", 1000)
+    index = server.folder / INDEX_NAME
+    size = index.stat().st_size
+    assert _refreshed(server)[0] == size
+    sent, keys = _refreshed(server)
+    assert (sent, len(keys)) == (1, 6)
+    data = index.read_bytes()
+    index.write_bytes(data.replace(b"0005", b"0009"))
+    sent, keys = _refreshed(server)
+    assert (sent, keys[-1]) == (size + 1, "0009")
+    assert _refreshed(server) == (1, keys)
+
+
+@pytest.mark.parametrize("change", ["no ETags", "weak ETags", "small", "other copy"])
+def test_index_is_copied_again_where_it_may_have_changed(server, monkeypatch, change):
+    if change != "small":
+        monkeypatch.setattr(open_table_module, "_SMALL_BYTES", 1000)
+    server.etags = change != "no ETags"
+    server.etag_prefix = "W/" if change == "weak ETags" else ""
+    size = _refreshed(server)[0]
+    if change == "other copy":  # as made by `lit-lora shards index URL`
+        copy = remote_index_copy(server.url)
+        copy.write_bytes(copy.read_bytes())
+    assert _refreshed(server)[0] == size
+
+
+def test_damaged_copy_of_an_unchanged_index(server, monkeypatch):
+    monkeypatch.setattr(open_table_module, "_SMALL_BYTES", 1000)
+    open_table(server.url)
+    copy = remote_index_copy(server.url)
+    stat = copy.stat()
+    with copy.open("r+b") as file:  # on the disk, without another time
+        file.write(bytes(8))
+    os.utime(copy, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.warns(UserWarning, match="it is copied again"):
+        assert len(open_table(server.url, refresh=True)) == 6
+    assert _refreshed(server)[0] == 1
+
+
+def test_index_that_is_missing_or_forbidden_later(server, monkeypatch):
+    monkeypatch.setattr(open_table_module, "_SMALL_BYTES", 1000)
+    open_table(server.url)
+    server.fault = 404
+    assert len(open_table(server.url, refresh=True)) == 6
+    server.fault = 403
+    with pytest.raises(UserError, match="HTTP status 403"):
+        open_table(server.url, refresh=True)
 
 
 def test_signature_is_sent_with_each_request_and_in_no_message(server):

@@ -24,6 +24,7 @@ from lit_lora.datamodules.remote.transfer import (
     RetryPolicy,
     exists,
     fetch,
+    fetch_changed,
     is_remote,
     list_tars,
     object_size,
@@ -509,6 +510,15 @@ def test_s3(s3, target):
     assert target.read_bytes() == DATA
     assert read_range("s3://train/shards/a.tar", 1_500_000, 7, QUICK) == DATA[1_500_000:1_500_007]
     assert object_size("s3://train/shards/a.tar", QUICK) == len(DATA)
+    version = fetch_changed("s3://train/shards/a.tar", target, None, QUICK)
+    assert version
+    target.write_bytes(b"not copied again")
+    assert fetch_changed("s3://train/shards/a.tar", target, version, QUICK) == version
+    assert target.read_bytes() == b"not copied again"
+    s3.put_object(Bucket="train", Key="shards/a.tar", Body=DATA[::-1])
+    assert fetch_changed("s3://train/shards/a.tar", target, version, QUICK) not in (None, version)
+    assert target.read_bytes() == DATA[::-1]
+    s3.put_object(Bucket="train", Key="shards/a.tar", Body=DATA)
     found = ["s3://train/shards/a.tar", "s3://train/shards/b.tar"]
     for location in ("s3://train/shards", "s3://train/shards/", "s3://train/*/*.tar"):
         assert list_tars(location, QUICK) == found
