@@ -60,7 +60,7 @@ def _memory(name: str, *rows: str) -> Slice:
 def _speed(name: str, model: str, resolution: int, *settings: str, options: Sequence[str] = ()) -> Slice:
     sizes = ("--model", model, "--resolution", str(resolution), "--device", "cuda", *options)
     command = ("-m", "benchmarks.speed", *sizes, "--only", *settings)
-    return Slice(name, command, (*_MEASURED, "benchmarks/speed.py"))
+    return Slice(name, command, (*_MEASURED, "benchmarks/speed.py", "benchmarks/bare_step.py"))
 
 
 def _planner(name: str, size: int, *settings: str) -> Slice:
@@ -68,21 +68,48 @@ def _planner(name: str, size: int, *settings: str) -> Slice:
     return Slice(name, command, (*_MEASURED, "benchmarks/planner.py"))
 
 
+def _pairs(scripts: Path, name: str, script: str, model: str, resolution: int, *settings: str) -> Slice:
+    sizes = ("--model", model, "--resolution", str(resolution), "--checkpointing", "--steps", "15")
+    command = ("-m", "benchmarks.script_pairs", str(scripts / script), *sizes, "--only", *settings)
+    return Slice(name, command, (*_MEASURED, "benchmarks/script_pairs.py", "benchmarks/in_turns.py"))
+
+
+def pairs_of_scripts(scripts: Path) -> tuple[Slice, ...]:
+    """Slices that compare with the scripts in diffusers' ``examples/text_to_image``, in a folder of that name."""
+    settings = ("images and captions", "cached, fused LoRA", "cached, compiled", "cached, int8", "cached, nf4")
+    sd15, sdxl = "train_text_to_image_lora.py", "train_text_to_image_lora_sdxl.py"
+    return (
+        _pairs(scripts, "pairs_sdxl", sdxl, "sdxl", 1024, *settings[:2]),
+        _pairs(scripts, "pairs_sdxl_further", sdxl, "sdxl", 1024, *settings[2:]),
+        _pairs(scripts, "pairs_sd15", sd15, "sd15", 512, *settings),
+    )
+
+
 SLICES = (
     _tests("tests", "not strategies and not deepspeed and not compiled"),
     _tests("tests_strategies", "strategies or compiled"),
     _tests("tests_deepspeed", "deepspeed"),
-    _memory(
-        "memory_sdxl_checkpointing", "LoRA, bf16 base, checkpointing", "int8 base, checkpointing", "nf4 base, check"
-    ),
+    _memory("memory_sdxl_checkpointing", *(f"LoRA, {base} base, checkpointing" for base in ("bf16", "int8", "nf4"))),
     _speed("speed_sdxl", "sdxl", 1024, "cached", "cached, int8", "cached, nf4"),
+    _speed("speed_flux", "flux_dev", 512, "cached, nf4, checkpointing", options=("--steps", "8")),
     _planner("planner_cached", 512, "from a cache", "base, checkpointing"),
+    _speed("speed_sdxl_options", "sdxl", 1024, "channels last", "fused LoRA", "cached, compiled", "blocks on the host"),
     _speed("speed_sdxl_batch_4", "sdxl", 1024, "cached", options=("--batch-size", "4", "--steps", "10")),
-    _memory("memory_sdxl_storages", "full fine-tuning, bf16", "LoRA, bf16 base", "LoRA, nf4 base", "LoRA, fp8 base"),
+    _memory(
+        "memory_sdxl_storages", "full fine-tuning, bf16 autocast", "LoRA, bf16 base", "LoRA, nf4 base", "LoRA, fp8 base"
+    ),
     _memory("memory_sdxl_further", "... "),
     _memory("memory_sdxl_encoders", "with encoders"),
     _planner("planner_images", 512, "batch 2", "8-bit AdamW", "r=128"),
     _speed("speed_sd15", "sd15", 512, "cached", "images and captions"),
+    _speed(
+        "speed_flux_storages", "flux_dev", 512, "cached, checkpointing", "int8, checkpointing", options=("--steps", "8")
+    ),
+    Slice(
+        "quality_quantized",
+        ("-m", "benchmarks.quality", "--steps", "200", "--seeds", "0", "--only", "LoRA+"),
+        (*_MEASURED, "benchmarks/quality.py"),
+    ),
 )
 """All slices, the most useful first."""
 
@@ -96,8 +123,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="parts of the names of the slices")
     parser.add_argument("--again", action="store_true", help="also run slices whose result is up to date")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--scripts", type=Path, help="folder with diffusers' training scripts, to compare with them first"
+    )
     options = parser.parse_args()
-    chosen = [one for one in SLICES if not options.only or any(part in one.name for part in options.only)]
+    slices = (pairs_of_scripts(options.scripts) if options.scripts else ()) + SLICES
+    chosen = [one for one in slices if not options.only or any(part in one.name for part in options.only)]
     if options.list:
         for one in chosen:
             print(f"{one.name:<28} {state(one, options.out):<22} python {shlex.join(one.command)}")

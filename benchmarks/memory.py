@@ -25,6 +25,7 @@ from typing import Any
 from environment import cpu_cores, versions
 from fresh_processes import result_of_process
 from process_memory import peak_resident, reset_peak, resident
+from selection import selected
 
 ROWS: dict[str, dict[str, Any]] = {
     "full fine-tuning, fp32": {"full": "float32"},
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--models", help="folder that keeps the models between runs; defaults to a temporary folder")
-    parser.add_argument("--only", nargs="*", help="parts of the names of the rows to measure")
+    parser.add_argument("--only", nargs="*", help="names of rows to measure, or parts of them")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--watch", choices=("process", "allocator"), default="process", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -103,9 +104,8 @@ def _table(options: argparse.Namespace) -> None:
     first, second = ("resident GiB", "allocator GiB") if options.device == "cpu" else ("reserved GiB", "allocated GiB")
     print(f"{'':<40} {first:>13} {'less':>7} {second:>14} {'less':>7} {'s/step':>8}", flush=True)
     base: list[float] = []
-    for name, row in ROWS.items():
-        if options.only and not any(part in name for part in options.only):
-            continue
+    for name in selected(ROWS, options.only):
+        row = ROWS[name]
         if options.device == "cpu" and (row in GPU_ROWS or any(row.get(key) for key in ON_THE_HOST)):
             continue
         if options.device == "cuda":

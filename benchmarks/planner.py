@@ -59,7 +59,7 @@ def main() -> None:
         "--size", type=int, default=256, help="width and height of the images, unless a setting has its own"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", nargs="*", help="parts of the names of the settings to compare")
+    parser.add_argument("--only", nargs="*", help="names of settings to compare, or parts of them")
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -67,13 +67,12 @@ def main() -> None:
         print(json.dumps(_compare(SETTINGS[options.setting], options)))
         return
     from real_models import write_pipeline
+    from selection import selected
 
     print(f"{f'sd15 at {options.size} px unless named':<52} {'plan MB':>10} {'allocator MB':>13} {'':>7} seconds")
     with tempfile.TemporaryDirectory() as folder:
         write_pipeline("sd15", Path(folder) / "sd15", weights=False)
-        for name in SETTINGS:
-            if options.only and not any(part in name for part in options.only):
-                continue
+        for name in selected(SETTINGS, options.only):
             arguments = [f"--size={options.size}", f"--device={options.device}"]
             result = result_of_process([__file__, *arguments, f"--folder={folder}/sd15", f"--setting={name}"])
             off = result["planned"] / result["measured"] - 1

@@ -26,6 +26,7 @@ from sklearn.datasets import load_digits
 
 import lit_lora.quantization
 from benchmarks.learning import data_of, learn
+from benchmarks.selection import selected
 from lit_lora import LoraDiffusion, ParameterGroup, StableDiffusion
 from lit_lora.families.checks import prepare
 from lit_lora.tools.demo import GUIDANCE_SCALE, INFERENCE_STEPS, _accuracy, _fit_classifier, _pack, _prompt
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of the adapters")
     parser.add_argument("--lr-ratio", type=float, default=8.0, help="learning rate of B over that of A in LoRA+")
     parser.add_argument("--full-lr", type=float, default=5e-4, help="learning rate of full fine-tuning")
-    parser.add_argument("--only", nargs="*", help="parts of the names of the settings to run")
+    parser.add_argument("--only", nargs="*", help="names of settings to run, or parts of them")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -145,7 +146,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "shards"
         _pack(scans, digits, shards)
-        names = [name for name in SETTINGS if not options.only or any(part in name for part in options.only)]
+        names = selected(SETTINGS, options.only)
         # Seed by seed, so that what else the machine does falls on all settings alike.
         runs: dict[tuple[str, int], dict[str, float]] = {}
         for seed, name in itertools.product(options.seeds, names):

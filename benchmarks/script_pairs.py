@@ -26,6 +26,7 @@ from PIL import Image
 
 from benchmarks.environment import cpu_cores, versions
 from benchmarks.real_models import write_pipeline
+from benchmarks.selection import selected
 from lit_lora.datamodules.packing.pack import pack_folder
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in both")
     parser.add_argument("--steps", type=int, default=20, help="measured pairs of steps")
     parser.add_argument("--warm-up", type=int, default=4, help="steps before the measured ones")
-    parser.add_argument("--only", nargs="*", help="parts of the names of the settings to measure")
+    parser.add_argument("--only", nargs="*", help="names of settings to measure, or parts of them")
     parser.add_argument("--folder", type=Path, help="keep the model and the images here, for another run")
     options = parser.parse_args()
     if options.folder is not None:
@@ -79,10 +80,9 @@ def _table(options: argparse.Namespace, folder: Path) -> None:
         f"{versions('torch', 'lightning', 'diffusers', 'peft', 'accelerate')}"
     )
     print(f"{'':<34} {'s/step':>8} {options.script.stem:>34} {'ratio':>7} {'reserved':>20}", flush=True)
-    for name, setting in SETTINGS.items():
-        if options.only and not any(part in name for part in options.only):
-            continue
-        if setting.get("compile_blocks") and not cuda:
+    for name in selected(SETTINGS, options.only):
+        setting = SETTINGS[name]
+        if setting.get("convolutions") == "packed" if cuda else setting.get("compile_blocks"):
             continue
         ours = _ours(setting, options, model, images, folder)
         found, other = _in_turns([ours, _theirs(options, model, images, folder)], options)

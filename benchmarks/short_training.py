@@ -34,7 +34,13 @@ class RepeatedBatch(LightningDataModule):
 
 
 def cached_batch(
-    count: int, size: int, text_width: int = 768, pooled_width: int | None = None, downsampling: int = 8
+    count: int,
+    size: int,
+    text_width: int = 768,
+    pooled_width: int | None = None,
+    downsampling: int = 8,
+    tokens: int = 77,
+    channels: int = 4,
 ) -> dict[str, Any]:
     """A batch with random latents and text embeddings, as a cache provides them.
 
@@ -44,11 +50,13 @@ def cached_batch(
         text_width: Width of the text encoder's hidden states. Defaults to that of Stable Diffusion 1.5.
         pooled_width: Width of the pooled text embedding. Defaults to no pooled embedding.
         downsampling: Pixels for each latent value in a row. Defaults to that of Stable Diffusion's VAE.
+        tokens: Number of tokens of the hidden states. Defaults to 77.
+        channels: Channels of the latents. Defaults to 4.
     """
-    text = {"encoder_hidden_states": torch.randn(count, 77, text_width)}
+    text = {"encoder_hidden_states": torch.randn(count, tokens, text_width)}
     if pooled_width is not None:
         text["pooled"] = torch.randn(count, pooled_width)
-    mean = torch.randn(count, 4, size // downsampling, size // downsampling)
+    mean = torch.randn(count, channels, size // downsampling, size // downsampling)
     cached = {"latents_mean": mean, "latents_std": torch.ones_like(mean), "text_embeddings": text}
     return _captions(count, size) | cached
 

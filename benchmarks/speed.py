@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import DDPMScheduler
 from lightning.pytorch import Callback
 from peft import LoraConfig
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.bare_step import Bare, BareFlux
 from benchmarks.environment import cpu_cores, versions
 from benchmarks.fresh_processes import result_of_process
 from benchmarks.real_models import write_pipeline
+from benchmarks.selection import selected
 from benchmarks.short_training import (
     RepeatedBatch,
     cached_batch,
@@ -41,13 +41,14 @@ from benchmarks.short_training import (
     module_options,
     plain_trainer,
 )
-from lit_lora import LoraDiffusion, StableDiffusion, StableDiffusionXL
+from lit_lora import Flux, LoraDiffusion, ModelFamily, StableDiffusion, StableDiffusionXL
 from lit_lora.planning.device import find_device
 from lit_lora.planning.plan_run import plan_run
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cached": {"cached": True},
     "cached, channels last": {"cached": True, "convolutions": "channels_last"},
+    "cached, packed, fused LoRA": {"cached": True, "convolutions": "packed", "fused_lora": True},
     "cached, fused LoRA": {"cached": True, "fused_lora": True},
     "cached, checkpointing": {"cached": True, "gradient_checkpointing": True},
     "cached, int8": {"cached": True, "quantization": "Int8"},
@@ -61,14 +62,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Name and options of each setting."""
 
-ON_CUDA = ("compile_blocks", "offload_blocks")
-"""Options that are only measured on a GPU."""
-
-WIDTHS: dict[str, dict[str, Any]] = {
-    "sd15": {"text_width": 768},
-    "sdxl": {"text_width": 2048, "pooled_width": 1280},
+MODELS: dict[str, tuple[type[ModelFamily], type[Bare], dict[str, int]]] = {
+    "sd15": (StableDiffusion, Bare, {"text_width": 768}),
+    "sdxl": (StableDiffusionXL, Bare, {"text_width": 2048, "pooled_width": 1280}),
+    "flux_dev": (Flux, BareFlux, {"text_width": 4096, "pooled_width": 768, "tokens": 512, "channels": 16}),
 }
-"""Models, with the sizes of their text embeddings."""
+"""Models: family, bare loop, and the sizes of latents and text embeddings. Only those of the first two encode images."""
 
 _OUTSIDE = (
     "aten::view",
@@ -85,65 +84,6 @@ _OUTSIDE = (
     "aten::unflatten",
 )
 """Beginnings of the names of operations that neither compute nor move data."""
-
-
-class Bare:
-    """The training step in plain PyTorch.
-
-    Args:
-        module: Module whose loaded parts are copied in structure: a module of the same family without quantization.
-        batch: The batch of every step, on the device.
-        dtype: dtype of the frozen weights.
-    """
-
-    def __init__(self, module: Any, batch: dict[str, Any], dtype: Any) -> None:
-
-        self.family, self.batch, self.dtype = module.family, batch, dtype
-        self.scheduler = DDPMScheduler.from_config(self.family.scheduler_config)
-        self.parameters = [parameter for parameter in self.family.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
-
-    def step(self) -> None:
-        """One optimizer step."""
-        device = self.family.device
-        with torch.no_grad(), torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            latents, inputs = self._encoded(device)
-            noise = torch.randn_like(latents)
-            t = torch.randint(1000, (len(latents),), device=device)
-            noisy = self.scheduler.add_noise(latents, noise, t)
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            prediction = self.family.denoiser(noisy, t, **inputs).sample
-        F.mse_loss(prediction.float(), noise.float()).backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _encoded(self, device: Any) -> tuple[Any, dict[str, Any]]:
-        """Latents, and the denoiser's inputs that come of captions."""
-        batch, encoders = self.batch, self.family.encoders
-        if "latents_mean" in batch:
-            mean = batch["latents_mean"]
-            latents = mean + batch["latents_std"] * torch.randn_like(mean)
-            hidden, pooled = batch["text_embeddings"]["encoder_hidden_states"], batch["text_embeddings"].get("pooled")
-        else:
-            vae = self.family.vae
-            pixels = batch["pixel_values"].to(vae.dtype) / 127.5 - 1
-            latents = vae.encode(pixels).latent_dist.sample()
-            states = []
-            for suffix in ("", "_2"):
-                if f"tokenizer{suffix}" in encoders:
-                    ids = encoders[f"tokenizer{suffix}"](
-                        batch["caption"], padding="max_length", truncation=True, return_tensors="pt"
-                    ).input_ids
-                    states.append(encoders[f"text_encoder{suffix}"](ids.to(device), output_hidden_states=True))
-            hidden = states[0][0] if len(states) == 1 else torch.cat([one.hidden_states[-2] for one in states], dim=-1)
-            pooled = None if len(states) == 1 else states[-1][0]
-        latents = latents.to(self.dtype) * self.family.vae_config["scaling_factor"]
-        inputs = {"encoder_hidden_states": hidden.to(self.dtype)}
-        if pooled is not None:
-            ids = torch.tensor([[128, 128, 0, 0, 128, 128]] * len(latents), device=device)
-            inputs["added_cond_kwargs"] = {"text_embeds": pooled.to(self.dtype), "time_ids": ids}
-        return latents, inputs
 
 
 class Turns(Callback):
@@ -187,7 +127,9 @@ class Turns(Callback):
         plain = {"cached": self.setting.get("cached")}
         module = draw_weights(_module(plain, self.options), bool(self.setting.get("cached")))
         module.configure_model()
-        return Bare(module.to(self.options.device).train(), batch, getattr(torch, self.options.dtype))
+        return MODELS[self.options.model][1](
+            module.to(self.options.device).train(), batch, getattr(torch, self.options.dtype)
+        )
 
     def _now(self) -> float:
         if self.cuda:
@@ -197,7 +139,7 @@ class Turns(Callback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=WIDTHS, default="sd15")
+    parser.add_argument("--model", choices=MODELS, default="sd15")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -206,7 +148,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=3, help="steps before the measured ones")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 (default) keeps torch's own number")
     parser.add_argument("--memory", action="store_true", help="measure ours alone, without the bare loop")
-    parser.add_argument("--only", nargs="*", help="parts of the names of the settings to measure")
+    parser.add_argument("--only", nargs="*", help="names of settings to measure, or parts of them")
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -231,12 +173,18 @@ def _table(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_pipeline(options.model, Path(folder) / options.model, weights=False)
         own = [*arguments, f"--folder={folder}/{options.model}", *(["--memory"] if options.memory else [])]
-        for name, setting in SETTINGS.items():
-            if options.only and not any(part in name for part in options.only):
-                continue
-            if options.device == "cpu" and any(setting.get(key) for key in ON_CUDA):
+        for name in selected(SETTINGS, options.only):
+            if not _measurable(SETTINGS[name], options):
                 continue
             print(_line(name, result_of_process(["-m", "benchmarks.speed", *own, f"--setting={name}"])), flush=True)
+
+
+def _measurable(setting: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Whether a setting can be measured on the device with the model."""
+    on_gpu, on_cpu = {"compile_blocks", "offload_blocks"} & setting.keys(), setting.get("convolutions") == "packed"
+    if options.model == "flux_dev" and ("convolutions" in setting or "cached" not in setting):
+        return False
+    return not (on_gpu if options.device == "cpu" else on_cpu)
 
 
 def _line(name: str, found: dict[str, Any]) -> str:
@@ -260,7 +208,7 @@ def _measure(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, 
         torch.set_num_threads(options.threads)
     cuda = options.device == "cuda"
     batch = (
-        cached_batch(options.batch_size, options.resolution, **WIDTHS[options.model])
+        cached_batch(options.batch_size, options.resolution, **MODELS[options.model][2])
         if setting.get("cached")
         else image_batch(options.batch_size, options.resolution)
     )
@@ -300,7 +248,7 @@ def _measure(setting: dict[str, Any], options: argparse.Namespace) -> dict[str, 
 
 
 def _module(setting: dict[str, Any], options: argparse.Namespace) -> LoraDiffusion:
-    family = {"sd15": StableDiffusion, "sdxl": StableDiffusionXL}[options.model](options.folder)
+    family = MODELS[options.model][0](options.folder)
     own = module_options(setting, beside=("cached",))
     return LoraDiffusion(family, LoraConfig(r=16, lora_alpha=16), base_dtype=options.dtype, **own)
 
