@@ -249,12 +249,12 @@ def _encodes_on_gpu(run: Run) -> bool:
 
 
 def _on_gpu(run: Run) -> bool:
-    return run.device.is_cuda and run.processes == 1
+    return run.device.is_cuda and run.processes.count == 1
 
 
 def _steps_in_backward(run: Run) -> bool:
     clips = run.gradient_clip_val is not None
-    alone = run.processes == 1 and not any(method_of(one).whole_gradients for one in run.module.adapter_configs)
+    alone = run.processes.count == 1 and not any(method_of(one).whole_gradients for one in run.module.adapter_configs)
     return alone and not clips and run.accumulate_grad_batches == 1 and run.precision != "16-mixed"
 
 
@@ -303,7 +303,7 @@ def _cache(run: Run) -> tuple[Change, Run] | None:
 
 def _eight_bit_optimizer(run: Run) -> tuple[Change, Run] | None:
     made: Any = run.module.optimizer([torch.nn.Parameter(torch.zeros(1))])
-    if type(made) is not torch.optim.AdamW or find_spec("bitsandbytes") is None:
+    if type(made) is not torch.optim.AdamW or find_spec("bitsandbytes") is None or run.processes.shards:
         return None
     from bitsandbytes.optim import AdamW8bit
 
