@@ -89,7 +89,8 @@ class _Simulation:
         traces = self.run.traces
         traces.modules = traces.modules or [self.run.module]
         ours = any(module is self.run.module for module in traces.modules) and not self.family.trained_encoders
-        return TracedMeter(self.meter, traces.traces if ours else {}, self.run.denoiser_options)
+        known = traces.traces if ours else {}
+        return TracedMeter(self.meter, known, self.run.denoiser_options, self.run.sampling_options)
 
     def plan(self) -> MemoryPlan:
         run, meter = self.run, self.meter

@@ -107,6 +107,11 @@ class Run:
         step = self.accumulate_grad_batches, self.gradient_clip_val is None, self.precision, self.averaged
         return *size, *step, self.sampling, self.leaves_out_start, self.processes
 
+    @property
+    def sampling_options(self) -> tuple[Any, ...]:
+        """Those of :attr:`denoiser_options` on which drawing images depends."""
+        return self.device.is_cuda, self.precision, self.sampling, self.processes
+
     def __post_init__(self) -> None:
         check_least(1, batch_size=self.batch_size, accumulate_grad_batches=self.accumulate_grad_batches)
         check_least(8, height=self.height, width=self.width)
