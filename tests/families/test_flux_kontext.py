@@ -136,7 +136,12 @@ def test_predict_and_samples_edit_the_sources(
     drawn: list[dict[str, Any]] = []
     other: Any = module
     module.trainer = Trainer(**trainer_options)
-    other.generate = lambda *args, **options: drawn.append(options)
+
+    def generate(prompts: list[str], *args: Any, **options: Any) -> list[Any]:
+        drawn.append(options)
+        return [None] * len(prompts)
+
+    other.generate = generate
     module.predict_step({**batch, "slot": [0] * len(batch["caption"])}, 0)
     for image, pixels in zip(drawn[0]["sources"], batch["source_pixel_values"], strict=True):
         assert np.array_equal(np.asarray(image), pixels.permute(1, 2, 0).numpy())
