@@ -94,7 +94,9 @@ class _Training:
         """The packed images, whose shards are read once."""
         if self.packed_sets is None:
             return Images.of(self.shards)
-        return Images.of(*(one["shards"] for one in self.packed_sets.options["train_sets"] if not one.get("prior")))
+        sets, summaries = self.packed_sets.options["train_sets"], self.packed_sets.summaries
+        shown = sum(one["repeats"] * summary.samples for one, summary in zip(sets, summaries, strict=True))
+        return Images.of(*(one["shards"] for one in sets if not one.get("prior")), samples=shown)
 
     @cached_property
     def packed_sets(self) -> PackedSets | None:
