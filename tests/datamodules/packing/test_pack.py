@@ -84,11 +84,11 @@ def test_sources_of_other_formats_are_packed_as_shards_hold_them(folder, tmp_pat
     with Image.open(io.BytesIO(jpeg)) as image:
         pixels = np.asarray(image)
         source = folder / "cats" / f"img.3.source.{extension}"
-        image.save(source, "JPEG") if extension == "jfif" else image.save(source)
+        source.write_bytes(jpeg) if extension == "jfif" else image.save(source)
     packed = pack_folder(folder, tmp_path / "out").samples
     name = "cats/img_3.source.jpg" if extension == "jfif" else "cats/img_3.source.png"
     with Image.open(io.BytesIO(_contents(tmp_path / "out")[name])) as found:
-        assert np.abs(np.asarray(found).astype(int) - pixels).max() <= (9 if extension == "jfif" else 0)
+        assert np.abs(np.asarray(found).astype(int) - pixels).max() == 0
     source.write_bytes(b"no image")
     assert pack_folder(folder, tmp_path / "bad", max_bad=1).samples == packed - 1
     assert [bad["reason"].split(":")[0] for bad in _bad(tmp_path / "bad")] == ["source image"]
