@@ -77,6 +77,15 @@ def _commands(folder: Path) -> dict[str, list[str]]:
         "plan of sdxl on a GPU": [*plan, "--device", "RTX 3060"],
         "plan of sdxl on a GPU with 12 GB": [*plan, "--device", "RTX 3060", "--device_memory", "12"],
         "plan of sdxl on the CPU with 12 GB": [*plan, "--device", "cpu", "--device_memory", "12"],
+        "plan of sdxl on the CPU with 24 GB, --search": [
+            *plan,
+            "--device",
+            "cpu",
+            "--device_memory",
+            "24",
+            "--search",
+            "true",
+        ],
         "plan of sdxl on a GPU with 12 GB, --search": [
             *plan,
             "--device",

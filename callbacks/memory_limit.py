@@ -9,13 +9,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_lora.byte_sizes import parse_bytes
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.callbacks.sample_images import SampleImages
-from lit_lora.distributed import shards_weights
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.changes import cheapest_changes
 from lit_lora.planning.data_options import cacheable, data_option, has_validation, image_size
 from lit_lora.planning.device import device_of
 from lit_lora.planning.plan_run import plan
+from lit_lora.planning.processes import processes_with
 from lit_lora.planning.run import Run, Sampling
 from lit_lora.planning.verdict import verdict
 
@@ -42,11 +42,6 @@ class MemoryLimit(Callback):
         if not isinstance(pl_module, LoraDiffusion):
             raise UserError(
                 f"MemoryLimit can plan a LoraDiffusion, not a {type(pl_module).__name__}; remove it from trainer.callbacks"
-            )
-        if shards_weights(trainer.strategy):
-            raise UserError(
-                f"MemoryLimit(limit={self.limit!r}) plans a full copy of the weights on each GPU, but "
-                f"{type(trainer.strategy).__name__} shards them; remove MemoryLimit from trainer.callbacks"
             )
         run = run_of(pl_module, trainer)
         planned = plan(run)
@@ -84,5 +79,7 @@ def run_of(module: LoraDiffusion, trainer: Trainer) -> Run:
         averaged=any(isinstance(callback, AdapterEMA) for callback in callbacks),
         validation=bool(trainer.limit_val_batches) and has_validation(data),
         sampling=None if samples is None else Sampling.of(samples.prompts, samples.options),
-        processes=trainer.world_size,
+        processes=processes_with(
+            trainer.strategy, trainer.world_size, trainer.num_devices, trainer.accumulate_grad_batches > 1
+        ),
     )

@@ -18,9 +18,11 @@ from lit_lora.callbacks.logged_image import log_image
 from lit_lora.callbacks.schedule_free import learned_weights
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
+from lit_lora.families import check_edits
 from lit_lora.files import atomic_file
+from lit_lora.module import LoraDiffusion
 from lit_lora.profiling.phases import phase
-from lit_lora.prompts import prompt_groups, read_prompts
+from lit_lora.prompts import images_to_edit, prompt_groups, read_prompts
 from lit_lora.run_folder import run_folder
 from lit_lora.sampling import NonFiniteImageError, image_grid
 
@@ -97,6 +99,10 @@ class SampleImages(Callback):
         scale, steps = self.options["guidance_scale"], self.options["num_inference_steps"]
         return "\n".join([f"Guidance scale {scale}, {steps} steps, row by row:", "", *lines])
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if any(prompt.image for prompt in self.prompts) and isinstance(pl_module, LoraDiffusion):
+            check_edits(type(pl_module.family))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step, self.latest = trainer.global_step, None
         if trainer.global_step == 0:
@@ -157,6 +163,7 @@ class SampleImages(Callback):
             prompts = [self.prompts[place] for place in mine]
             if any(negatives := [one.negative_prompt for one in prompts]):
                 options["negative_prompts"] = negatives
+            options |= images_to_edit(prompts)
             try:
                 drawn = module.generate([one.prompt for one in prompts], [one.seed for one in prompts], **options)
                 images |= dict(zip(mine, drawn, strict=True))

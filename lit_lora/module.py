@@ -26,7 +26,7 @@ from lit_lora.distributed.node import Node
 from lit_lora.distributed.optimizer_states import make_portable
 from lit_lora.draws import Draws, slots_of
 from lit_lora.errors import UserError
-from lit_lora.families import Batch, ModelFamily, check_batch, check_size, prepare, target_size
+from lit_lora.families import Batch, ModelFamily, check_batch, check_size, prepare, source_images, target_size
 from lit_lora.files import atomic_folder
 from lit_lora.formats import marker_of, write_adapter
 from lit_lora.formats.base_adapter import BaseAdapter
@@ -250,11 +250,11 @@ class LoraDiffusion(LightningModule):
         return loss
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[Image.Image]:
-        """Draw one image for each caption, in the size of the batch's images."""
+        """Draw one image for each caption, in the size of the batch's images, and from the sources of editing pairs."""
         check_batch(self.family, batch, values=False)
         height, width = target_size(batch)[0].tolist()
         seeds = [self.seed + slot for slot in slots_of(batch, batch_idx, self.trainer)]
-        return self.generate(batch["caption"], seeds, height=height, width=width)
+        return self.generate(batch["caption"], seeds, height=height, width=width, **source_images(batch))
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **options: Any) -> list[Image.Image]:
         """Draw one image for each prompt with the current weights.

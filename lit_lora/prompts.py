@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from PIL import Image, ImageOps
 
 from lit_lora.errors import UserError, check_least
 from lit_lora.visible import visible
@@ -32,6 +33,7 @@ class Prompt:
         height: Height of the image in pixels.
         steps: Number of denoising steps.
         guidance_scale: Scale of classifier-free guidance; 1 turns it off.
+        image: Path of the image to edit, for families that edit images; defaults to none.
 
     Raises:
         UserError: If there is no text, or a setting is of another type or below its bound.
@@ -44,11 +46,12 @@ class Prompt:
     height: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    image: str | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             texts = name in ("prompt", "negative_prompt")
-            kinds = (str,) if texts else (int, float) if name == "guidance_scale" else (int,)
+            kinds = (str,) if texts or name == "image" else (int, float) if name == "guidance_scale" else (int,)
             if (value is not None or texts) and (isinstance(value, bool) or not isinstance(value, kinds)):
                 raise UserError(f"{name}={value!r} of a prompt is no {' or '.join(kind.__name__ for kind in kinds)}")
         if not self.prompt.strip():
@@ -63,7 +66,8 @@ class Prompt:
 
     def __str__(self) -> str:
         """The prompt and what is set beside it, in one line."""
-        own = {name: value for name, value in asdict(self).items() if name != "prompt" and value not in (None, "")}
+        shown = asdict(self) | {"image": self.image and Path(self.image).name}
+        own = {name: value for name, value in shown.items() if name != "prompt" and value not in (None, "")}
         told = ", ".join(f"{name.replace('_', ' ')} {visible(value)}" for name, value in own.items())
         return visible(self.prompt) + (f" ({told})" if told else "")
 
@@ -85,7 +89,7 @@ def read_prompts(prompts: str | Sequence[str]) -> list[Prompt]:
 
     A file has an ending of :data:`PROMPT_FILES`. Each line of a ``.txt`` file is a prompt, except empty lines and those that
     begin with ``#``. YAML and JSON files hold a list, each entry a text, or a mapping with the names of the arguments of
-    :class:`Prompt`, of which ``prompt`` is required.
+    :class:`Prompt`, of which ``prompt`` is required. The path of an ``image`` is relative to the file's folder.
 
     Args:
         prompts: One prompt, several, or the path of a file.
@@ -116,9 +120,27 @@ def prompt_groups(prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list
         settings = asdict(prompt)
         own = {to: settings[name] for name, to in _OPTIONS.items() if settings[name] is not None}
         # Without a negative prompt some pipelines take zeros, which an empty text beside others would not become.
-        key = (*own.items(), bool(prompt.negative_prompt))
+        key = (*own.items(), bool(prompt.negative_prompt), prompt.image is None)
         groups.setdefault(key, PromptGroup([], {**options, **own})).places.append(place)
     return list(groups.values())
+
+
+def images_to_edit(prompts: Sequence[Prompt]) -> dict[str, list[Image.Image]]:
+    """The option ``sources`` of :func:`lit_lora.sampling.generate` for prompts of one group; none if they have no images.
+
+    Raises:
+        UserError: If an image cannot be read.
+    """
+    sources = [_image(prompt.image) for prompt in prompts if prompt.image is not None]
+    return {"sources": sources} if sources else {}
+
+
+def _image(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the image {path} of a prompt: {error}; name another") from error
 
 
 def _from_file(path: Path) -> list[Prompt]:
@@ -149,6 +171,12 @@ def _entry(path: Path, number: int, entry: Any) -> Prompt:
     if unknown := [str(name) for name in entry if name not in known]:
         raise UserError(f"{where} has the unknown setting {visible(unknown[0])}; choose from {', '.join(known)}")
     try:
-        return Prompt(**entry)
+        prompt = Prompt(**entry)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    if prompt.image is None:
+        return prompt
+    image = path.parent / Path(prompt.image).expanduser()
+    if not image.is_file():
+        raise UserError(f"{where}: there is no image {image}; give its path relative to the folder of {path.name}")
+    return replace(prompt, image=str(image))

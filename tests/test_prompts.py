@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from lit_lora.errors import UserError
-from lit_lora.prompts import Prompt, prompt_groups, read_prompts
+from lit_lora.prompts import Prompt, images_to_edit, prompt_groups, read_prompts
 
 YAML = """
 - a red seven
@@ -49,6 +50,12 @@ def test_files_hold_texts_and_entries(tmp_path: Path) -> None:
         ("a.yaml", "- {prompt: b, seed: x}", "entry 1 of .*: seed='x' of a prompt is no int"),
         ("a.yaml", "- {prompt: b, steps: 0}", "entry 1 of .*: steps=0 is too small"),
         ("a.txt", "# only a comment\n", "there are no prompts"),
+        (
+            "a.yaml",
+            "- {prompt: b, image: none.png}",
+            "entry 1 of .*: there is no image .*none.png; give its path relative to",
+        ),
+        ("a.yaml", "- {prompt: b, image: 3}", "entry 1 of .*: image=3 of a prompt is no str"),
         ("a.yaml", "- ''", "entry 1 of .*: a prompt is empty"),
     ],
 )
@@ -64,3 +71,18 @@ def test_prompts_with_equal_options_are_drawn_together() -> None:
     groups = prompt_groups(prompts, {"num_inference_steps": 2, "width": 16})
     assert [group.places for group in groups] == [[0, 2], [1, 4], [3]]
     assert [group.options for group in groups] == [{"num_inference_steps": 2, "width": width} for width in (16, 32, 16)]
+
+
+def test_images_to_edit_are_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "of").mkdir()
+    Image.new("L", (4, 2), 255).save(tmp_path / "of" / "white.png")
+    (tmp_path / "a.yaml").write_text("- {prompt: snow, image: of/white.png}\n- sun\n")
+    prompts = read_prompts(str(tmp_path / "a.yaml"))
+    assert str(prompts[0]) == "snow (image white.png)"
+    assert [group.places for group in prompt_groups(prompts, {})] == [[0], [1]]
+    assert images_to_edit(prompts[1:]) == {}
+    [image] = images_to_edit(prompts[:1])["sources"]
+    assert (image.mode, image.size, image.getpixel((0, 0))) == ("RGB", (4, 2), (255, 255, 255))
+    (tmp_path / "of" / "white.png").write_text("no image")
+    with pytest.raises(UserError, match=r"cannot read the image .*white\.png of a prompt"):
+        images_to_edit(prompts)

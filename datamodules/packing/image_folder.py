@@ -6,16 +6,16 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION, SOURCE_EXTENSIONS
+from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION
 from lit_lora.datamodules.packing.caption_template import CaptionTemplate
-from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, extension_of, image_extension
+from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, PACKED_IMAGES, extension_of, image_extension
 from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.sample_names import SampleNames
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CAPTIONS = ("txt", "json", "caption")
 """Endings of files that may hold the caption of an image beside them. A ``.caption`` file is read if there is no ``.txt``."""
 
-_IMAGES_BESIDE = (MASK_EXTENSION, *SOURCE_EXTENSIONS, "source.jpeg")
+_IMAGES_BESIDE = (MASK_EXTENSION, *(f"source.{extension}" for extension in PACKED_IMAGES))
 """Endings of the images that are packed with another one."""
 
 _SIDES = ("txt", "json", "TXT", "JSON", "Txt", "Json", "caption", *_IMAGES_BESIDE)
@@ -41,13 +41,13 @@ _CAPTION_BITS = sum(1 << bit for bit, side in enumerate(_SIDES) if side not in _
 class ImageFolder(PackInput):
     """Images at any depth, each with a caption file of the same name beside it; the endings may be in capitals.
 
-    A ``.mask.png`` file of the same name, the mask of the loss, is packed with its image, and so is a ``.source.jpg`` (or png or
-    webp), the image that an instruction starts from.
+    A ``.mask.png`` file of the same name, the mask of the loss, is packed with its image, and so is a ``.source.jpg`` (or of any
+    other image format), the image that an instruction starts from.
 
     Attributes:
         folder: Folder of the images.
         names: Paths of the images, relative to ``folder``.
-        sides: Files beside each image, one bit for each entry of ``_SIDES``, uint16 (N,).
+        sides: Files beside each image, one bit for each entry of ``_SIDES``, uint64 (N,).
         template: Makes the captions in place of the files beside the images; None to read these.
         fallback: Caption of images without a caption file; None if there are none.
     """
@@ -56,7 +56,7 @@ class ImageFolder(PackInput):
 
     folder: Path
     names: SampleNames
-    sides: NDArray[np.uint16]
+    sides: NDArray[np.uint64]
     template: CaptionTemplate | None = None
     fallback: str | None = None
 
@@ -92,7 +92,7 @@ class ImageFolder(PackInput):
         kinds = kinds if template is None else ()
         bad: list[BadFile] = []
         skipped: list[BadFile] = []
-        sizes, sides = array("q"), array("H")
+        sizes, sides = array("q"), array("Q")
         unread: list[str] = []
         bare: list[str] = []
         digest = hashlib.sha256()
@@ -132,7 +132,7 @@ class ImageFolder(PackInput):
         return cls(
             folder=folder,
             names=names,
-            sides=np.array(sides, np.uint16),
+            sides=np.array(sides, np.uint64),
             sizes=np.array(sizes, np.int64),
             fingerprint=digest.hexdigest(),
             bad=tuple(bad),
@@ -202,11 +202,11 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
 
 def _find_sides(file: str, siblings: Set[str], kinds: Sequence[str]) -> int:
     """The files beside an image, as bits: its mask, its source, and captions of some kinds."""
-    image = PurePosixPath(file)
+    stem = file.rpartition("/")[2].rpartition(".")[0]
     found = {
         side.lower(): bit
         for bit, side in reversed(list(enumerate(_SIDES)))  # the first spelling stays
-        if side.lower() in (*kinds, *_IMAGES_BESIDE) and image.with_suffix(f".{side}").name in siblings
+        if side.lower() in (*kinds, *_IMAGES_BESIDE) and f"{stem}.{side}" in siblings
     }
     if "txt" in found:
         found.pop("caption", None)
@@ -254,7 +254,7 @@ def _why_no_caption(file: str, siblings: Set[str], kinds: Sequence[str]) -> str:
     return f"has the ending .{spelled}; write .{side}" if read is None else f"is beside {stem}.{read}, which is read"
 
 
-_MEMBERS = {"caption": "txt", "source.jpeg": "source.jpg"}
+_MEMBERS = {"caption": "txt"}
 """Endings of members that differ from those of the files."""
 
 

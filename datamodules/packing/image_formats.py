@@ -24,6 +24,9 @@ _REFUSED = (
     "rw2", "raw",
 )  # fmt: skip
 
+PACKED_IMAGES = (*IMAGE_EXTENSIONS, *_RENAMED, *_CONVERTED)
+"""Extensions of the image files that are packed."""
+
 ANY_IMAGE = "image"
 """Name of the member of an image whose format only its bytes tell."""
 

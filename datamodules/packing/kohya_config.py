@@ -25,6 +25,7 @@ _OF_SUBSETS = {
     "caption_separator": str,
     "caption_suffix": str,
     "class_tokens": str,
+    "enable_wildcard": bool,
     "flip_aug": bool,
     "image_dir": str,
     "is_reg": bool,
@@ -41,10 +42,6 @@ _REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "color_aug": ((False,), "colors are not changed here; remove it"),
     "conditioning_data_dir": ((), "images for ControlNet are not trained here; remove the data set"),
     "custom_attributes": (({},), "remove it"),
-    "enable_wildcard": (
-        (False,),
-        "set captions.wildcards in sets.yaml; several captions can be a list in a .json file",
-    ),
     "face_crop_aug_range": (([],), "crop the images before"),
     "keep_tokens_separator": (("",), "use keep_tokens"),
     "metadata_file": ((), "write metadata.jsonl with file_name and text beside the images, and pack their folder"),
@@ -150,6 +147,8 @@ def _notes(options: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} has no effect: {_WARNED[key][1]}"
     if options.get("shuffle_caption") and options.get("caption_prefix"):
         yield "caption_prefix stays first when captions are shuffled, and keep_tokens counts the tags after it"
+    if options.get("enable_wildcard"):
+        yield "enable_wildcard draws alternatives, but not one of several lines; captions can be a list in a .json file"
 
 
 def _differences(datasets: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -172,6 +171,7 @@ def _source_set(options: Mapping[str, Any], path: Path) -> SourceSet:
         # sd-scripts puts a space between them and the caption.
         "prefix": f"{prefix} " if (prefix := options.get("caption_prefix")) else "",
         "suffix": f" {suffix}" if (suffix := options.get("caption_suffix")) else "",
+        "wildcards": options.get("enable_wildcard", False),
     }
     decoder = {
         "center_crop": not options.get("random_crop", False),

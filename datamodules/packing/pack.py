@@ -6,6 +6,7 @@ import tarfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -267,11 +268,22 @@ def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]
     name, image = to_shard_format(extension, members.pop(extension))
     check_pixels(*image_size(image))
     decode_rgb(image)
-    members = {name: image, **members}
+    members = {name: image, **dict(starmap(_source_in_shard_format, members.items()))}
     if any(extension in members for extension in SOURCE_EXTENSIONS):
         decode_source(members, image_size(image))
     Captions.anywhere(caption_key).draw(members, seed=0, slot=0)
     return members
+
+
+def _source_in_shard_format(name: str, data: bytes) -> tuple[str, bytes]:
+    """A source image as shards hold it; other members as they are."""
+    if not name.startswith("source.") or name in SOURCE_EXTENSIONS:
+        return name, data
+    try:
+        extension, data = to_shard_format(name.removeprefix("source."), data)
+    except BadSampleError as error:
+        raise BadSampleError(f"source image: {error}") from error
+    return f"source.{'jpg' if extension == 'jpeg' else extension}", data
 
 
 def _conclude(out: Path, done: list[_Shard], samples: PackInput, bad: list[BadFile]) -> PackSummary:

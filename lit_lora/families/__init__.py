@@ -1,9 +1,10 @@
 """Model families: one file for each kind of diffusion pipeline."""
 
 from lit_lora.families.base import ModelFamily
-from lit_lora.families.batch import Batch, Conditioning, target_size
+from lit_lora.families.batch import Batch, Conditioning, source_images, target_size
 from lit_lora.families.checks import (
     check_batch,
+    check_edits,
     check_single_file,
     check_size,
     editing_families,
@@ -44,6 +45,7 @@ __all__ = [
     "StableDiffusionXL",
     "ZImage",
     "check_batch",
+    "check_edits",
     "check_single_file",
     "check_size",
     "editing_families",
@@ -51,5 +53,6 @@ __all__ = [
     "family_of",
     "family_of_source",
     "prepare",
+    "source_images",
     "target_size",
 ]

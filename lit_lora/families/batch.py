@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+
+from lit_lora.errors import UserError
 
 Batch = Mapping[str, Any]
 """A batch of ``B`` samples, as a datamodule gives it:
@@ -33,6 +37,25 @@ cached too, ``text_embeddings`` is the dict of tensors ``(B, …)`` that :meth:`
 
 Conditioning = dict[str, Any]
 """Keyword arguments of the denoiser's ``forward``."""
+
+
+def source_images(batch: Batch) -> dict[str, list[Image.Image]]:
+    """The option ``sources`` of :func:`lit_lora.sampling.generate` for a batch of editing pairs; none for other batches.
+
+    Raises:
+        UserError: If the batch has the latents of its sources alone, from a cache.
+    """
+    if "source_latents" in batch:
+        raise UserError(
+            "the source images of this batch are latents from a cache, and the pipeline edits images: predict over shards "
+            "without a cache"
+        )
+    if "source_pixel_values" not in batch:
+        return {}
+    pixels = batch["source_pixel_values"]
+    if pixels.is_floating_point():
+        pixels = (pixels.float() + 1) * 127.5
+    return {"sources": [to_pil_image(one) for one in pixels.round().clamp(0, 255).to("cpu", torch.uint8)]}
 
 
 def target_size(batch: Batch) -> Tensor:

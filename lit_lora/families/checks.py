@@ -153,6 +153,22 @@ def _check_sources(family: ModelFamily, name: str, sources: Any, images: Tensor,
         raise UserError(f"{name} is {found}, not a tensor {tuple(images.shape)} like {like}; {_CONTRACT}")
 
 
+def check_edits(family: type[ModelFamily] | None) -> None:
+    """Check that a family edits images that are given with a prompt.
+
+    Args:
+        family: The family; None for a base of no known family.
+
+    Raises:
+        UserError: If it does not.
+    """
+    if family is None or not family.takes_sources:
+        name = "a base of no known family" if family is None else family.__name__
+        raise UserError(
+            f"a prompt has an image to edit, and {name} draws from text alone; leave image out: {editing_families()}"
+        )
+
+
 def editing_families() -> str:
     """What an error about editing pairs advises."""
     names = " or ".join(sorted(kind.__name__ for kind in families() if kind.takes_sources))

@@ -175,7 +175,7 @@ class PartLoader:
         weights.show_nothing()
         denoiser = adapt(weights.model.eval())
         same_adapter(denoiser)
-        together = _read_by_others(denoiser)
+        together = read_by_others(denoiser)
         for module, names in parts:
             self.source.load(name, partial(read, names))
             if module not in together:
@@ -188,7 +188,7 @@ def _shape(kind: Any, dtype: torch.dtype, location: str, subfolder: str, **optio
     return shape_part(kind, location, subfolder, dtype, **options)
 
 
-def _read_by_others(denoiser: nn.Module) -> set[nn.Module]:
+def read_by_others(denoiser: nn.Module) -> set[nn.Module]:
     """Modules whose weights are read without calling the modules, by adapters or to copy them."""
     read: set[nn.Module] = set()
     for layer in denoiser.modules():

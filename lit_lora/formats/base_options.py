@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from lit_lora.embedded import NAME
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource
 from lit_lora.families.source import is_file
@@ -52,12 +53,16 @@ def loading_lines(metadata: Mapping[str, str], base: str, pipeline: str, vae_cla
     """
     options = recorded_options(metadata, base)
     vae = options.pop("vae", None)
-    arguments = [json.dumps(base), *(f"{name}={json.dumps(value)}" for name, value in options.items())]
+    shipped = base == NAME
+    place = "base_path()" if shipped else json.dumps(base)
+    arguments = [place, *(f"{name}={json.dumps(value)}" for name, value in options.items())]
     lines = [f"from diffusers import {pipeline}"]
     if vae is not None:
         lines = [f"from diffusers import {', '.join(sorted([vae_class, pipeline]))}"]
         lines.append(f"\nvae = {vae_class}.{_function(vae)}({json.dumps(vae)}{_subfolder(base, vae)})")
         arguments.append("vae=vae")
+    if shipped:
+        lines.append("from lit_lora.embedded import base_path  # the small base that ships with lit_lora")
     lines.append(f"{'' if vae else chr(10)}pipeline = {pipeline}.{_function(base)}({', '.join(arguments)})")
     return lines
 

@@ -17,7 +17,7 @@ def largest_batch(
 ) -> MemoryPlan | None:
     """The plan with the largest batch size that fits; None if not even one sample fits.
 
-    Memory grows almost linearly with the batch size. So a line through two known plans predicts which size to plan next, until
+    Memory grows almost linearly with the batch size. So lines through two known plans predict which size to plan next, until
     one size fits and the next larger one does not.
 
     Args:
@@ -54,11 +54,17 @@ def largest_batch(
 
 
 def _on_the_line(known: dict[int, MemoryPlan], device_memory: int) -> int:
-    """The batch size at which the two nearest plans predict full memory, or the next size if that one is planned already."""
-    nearest = sorted(known, key=lambda size: abs(device_memory - known[size].needed))[:2]
-    low, high = sorted(nearest)
-    slope = (known[high].needed - known[low].needed) / (high - low)
-    if slope <= 0:
-        return _LARGEST
-    guess = int(low + (device_memory - known[low].needed) / slope)
-    return guess + 1 if guess in known else guess
+    """The batch size at which the two nearest plans predict full memory, or the next size if that one is planned already.
+
+    Each phase has a line of its own: drawing images may have the peak, whatever the batch size, until training has it.
+    """
+    low, high = sorted(sorted(known, key=lambda size: abs(device_memory - known[size].needed))[:2])
+    before, after = known[low], known[high]
+    allowed = device_memory - (after.needed - after.peak)
+    guesses = [_LARGEST]
+    for phase, kinds in after.phases.items():
+        size = sum(before.phases[phase].values())
+        slope = (sum(kinds.values()) - size) / (high - low)
+        if slope > 0:
+            guesses.append(int(low + (allowed - size) / slope))
+    return min(guesses) + 1 if min(guesses) in known else min(guesses)

@@ -77,8 +77,9 @@ def cheapest_changes(
 ) -> list[ChangedRun] | None:
     """The cheapest changes that, applied cumulatively, make a run fit; None if even all of them together do not.
 
-    Changes are tried in the order of :data:`CANDIDATES`, cheapest first, and those that do not help are tried again when another
-    phase has the peak. Those that later changes replace or make unnecessary are left out.
+    Changes are tried in the order of :data:`CANDIDATES`, cheapest first, but those that concern other phases than that of the
+    peak, or too few of its bytes, come last. Those that do not help are tried again when another phase has the peak. Those
+    that later changes replace or make unnecessary are left out.
 
     Args:
         run: Run to change.
@@ -93,7 +94,7 @@ def cheapest_changes(
     taken: tuple[_Candidate, ...] = ()
     refused: dict[_Candidate, str] = {}
     while not (planned := paths.plan(taken)).fits(device_memory):
-        for candidate in CANDIDATES:
+        for candidate in _promising_first(planned, device_memory, paths.run(taken)):
             if refused.get(candidate) == planned.peak_phase:
                 continue
             if longer := paths.worth_while(taken, candidate):
@@ -177,6 +178,9 @@ class _Paths:
         assert self.possible(names)
         return self._plans[names]
 
+    def run(self, names: tuple[_Candidate, ...]) -> Run:
+        return self._runs[names]
+
     def saved(self, names: tuple[_Candidate, ...]) -> int:
         """Bytes that the last change of the sequence saves."""
         return self.plan(names[:-1]).needed - self.plan(names).needed
@@ -249,12 +253,12 @@ def _encodes_on_gpu(run: Run) -> bool:
 
 
 def _on_gpu(run: Run) -> bool:
-    return run.device.is_cuda and run.processes == 1
+    return run.device.is_cuda and run.processes.count == 1
 
 
 def _steps_in_backward(run: Run) -> bool:
     clips = run.gradient_clip_val is not None
-    alone = run.processes == 1 and not any(method_of(one).whole_gradients for one in run.module.adapter_configs)
+    alone = run.processes.count == 1 and not any(method_of(one).whole_gradients for one in run.module.adapter_configs)
     return alone and not clips and run.accumulate_grad_batches == 1 and run.precision != "16-mixed"
 
 
@@ -303,7 +307,7 @@ def _cache(run: Run) -> tuple[Change, Run] | None:
 
 def _eight_bit_optimizer(run: Run) -> tuple[Change, Run] | None:
     made: Any = run.module.optimizer([torch.nn.Parameter(torch.zeros(1))])
-    if type(made) is not torch.optim.AdamW or find_spec("bitsandbytes") is None:
+    if type(made) is not torch.optim.AdamW or find_spec("bitsandbytes") is None or run.processes.shards:
         return None
     from bitsandbytes.optim import AdamW8bit
 
@@ -335,10 +339,13 @@ _vae_slicing = _memory_option("vae_slicing", "almost none", _encodes_several, Tr
 _vae_tiling = _memory_option("vae_tiling", "slightly different latents", _uses_vae, True)
 _offload_encoders = _memory_option("offload_encoders", "copying the encoders in each step", _encodes_on_gpu, True)
 
+_checkpointing = _memory_option("gradient_checkpointing", "a third more time")
+_offload_activations = _memory_option("offload_activations", "copying activations in each step", _on_gpu)
+
 CANDIDATES: tuple[_Candidate, ...] = (
     _vae_slicing,
     _offload_encoders,
-    _memory_option("gradient_checkpointing", "a third more time"),
+    _checkpointing,
     _cache,
     _memory_option("optimizer_in_backward", "no clipping by norm, no gradient accumulation", _steps_in_backward),
     _eight_bit_optimizer,
@@ -346,7 +353,7 @@ CANDIDATES: tuple[_Candidate, ...] = (
     _int8_text,
     _int8,
     _vae_tiling,
-    _memory_option("offload_activations", "copying activations in each step", _on_gpu),
+    _offload_activations,
     _nf4_text,
     _nf4,
     _memory_option("offload_blocks", "copying the base twice in each step", _on_gpu),
@@ -354,6 +361,18 @@ CANDIDATES: tuple[_Candidate, ...] = (
 )
 """All changes, cheapest first: those that keep the result and take little time, those that only take time, those that store the
 base less exactly or copy much data in each step, and finally the one that trains another adapter."""
+
+
+def _promising_first(planned: MemoryPlan, device_memory: int, run: Run) -> list[_Candidate]:
+    """All changes in their order, but last those that hardly change the peak, or certainly too little by themselves."""
+    last: list[_Candidate] = []
+    if planned.peak_phase not in ("forward", "backward"):
+        last += [_checkpointing, _offload_activations]
+    if planned.peak_phase == "sampling" and run.sampling:
+        last += [_cache, _half_batch]  # its images are drawn with all parts
+    if planned.at_peak("optimizer state") < planned.needed - device_memory:
+        last += [_eight_bit_optimizer]
+    return sorted(CANDIDATES, key=last.__contains__)
 
 
 def _replaced(last: _Candidate, changed: Run) -> tuple[_Candidate, ...]:

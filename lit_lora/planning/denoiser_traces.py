@@ -63,12 +63,14 @@ class TracedMeter:
         meter: Meter of the simulation.
         known: Traces to read and extend.
         options: What the run does, as a key of the traces.
+        sampling_options: Of these what drawing images depends on.
     """
 
-    def __init__(self, meter: StorageMeter, known: dict[Any, Trace], options: Any) -> None:
+    def __init__(self, meter: StorageMeter, known: dict[Any, Trace], options: Any, sampling_options: Any) -> None:
         self._meter = meter
         self._known = known
         self._options = options
+        self._sampling_options = sampling_options
         self._reached: Callable[[Sizes, Any], None] | None = None
 
     def watch(self, encode: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +150,7 @@ class TracedMeter:
         meter, start, phase = self._meter, dict(self._meter.alive), self._meter.phase
         described = _described(given)
         assert phase is not None
-        trace = self._known.get((name, self._options))
+        trace = self._known.get((name, self._sampling_options))
         if trace is not None:
             if trace.given != described:
                 raise TraceDiffersError
@@ -160,7 +162,7 @@ class TracedMeter:
         meter.merge_peak(phase, before, first=True)
 
         def end() -> None:
-            self._known[name, self._options] = Trace(described, {}, peaks, [], _less(meter.alive, start))
+            self._known[name, self._sampling_options] = Trace(described, {}, peaks, [], _less(meter.alive, start))
 
         return end
 

@@ -31,6 +31,7 @@ class MemoryPlan(PlannedMemory):
         adapter_file_bytes: Size of ``adapter_model.safetensors``, with those of the text encoders if they are trained.
         flops_per_step: Floating point operations of an optimizer step, including all its batches and the encoders.
         seconds_per_step: Estimated seconds per optimizer step: :meth:`Device.seconds <lit_lora.planning.device.Device.seconds>`.
+        processes: Which process is planned and what it holds, in two lines; defaults to nothing, for a single process.
     """
 
     height: int
@@ -39,6 +40,7 @@ class MemoryPlan(PlannedMemory):
     adapter_file_bytes: int
     flops_per_step: int
     seconds_per_step: float
+    processes: str = ""
 
     def write(self, path: str | Path, **more: Any) -> None:
         """Write the plan as JSON.
@@ -71,6 +73,7 @@ class MemoryPlan(PlannedMemory):
         share = f"{COMPUTE_UTILISATION:.0%} of the arithmetic and {BANDWIDTH_UTILISATION:.0%} of the bandwidth"
         lines = [
             ["run", f"{self.batch_size} x {self.height} x {self.width} px on {self.device}"],
+            *(["", words] for words in self.processes.splitlines()),
             ["peak", f"{format_bytes(self.peak)} of tensors, in {self.peak_phase}"],
             ["beside", "allowances for what is not a tensor:"],
             *(["", f"{format_bytes(size)} {name}"] for name, size in self.beside.items()),

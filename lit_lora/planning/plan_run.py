@@ -80,6 +80,7 @@ class _Simulation:
         self.family = self.module.family
         check_size(self.family, run.height, run.width)
         self.trained = trainable_parameters(self.module)
+        self.share = run.processes.share(self.module, self.cuda)
         self.meter = make_meter(self.cuda)
         self.traced = self._traced()
 
@@ -88,7 +89,8 @@ class _Simulation:
         traces = self.run.traces
         traces.modules = traces.modules or [self.run.module]
         ours = any(module is self.run.module for module in traces.modules) and not self.family.trained_encoders
-        return TracedMeter(self.meter, traces.traces if ours else {}, self.run.denoiser_options)
+        known = traces.traces if ours else {}
+        return TracedMeter(self.meter, known, self.run.denoiser_options, self.run.sampling_options)
 
     def plan(self) -> MemoryPlan:
         run, meter = self.run, self.meter
@@ -122,16 +124,20 @@ class _Simulation:
             adapter_file_bytes=file_bytes,
             flops_per_step=flops,
             seconds_per_step=run.device.seconds(work) * accumulated,
+            processes=run.processes.description,
         )
 
     def _count_parameters(self) -> None:
         frozen = [parameter for parameter in self.module.parameters() if not parameter.requires_grad]
         self.meter.assign([*frozen, *self.module.buffers()], "frozen weights")
         self.meter.assign(self.trained, "adapter")
-        self.encoder_bytes = 0
+        self.meter.adjust_all(self.share.held)
+        self._gather_while_denoising()
+        self.encoder_bytes = self.share.encoding
         if self.run.module.memory.offload_encoders:
             self.encoder_bytes = sum(map(module_bytes, self.family.frozen_encoding_models()))
             self.meter.adjust("frozen weights", -self.encoder_bytes)
+        if self.encoder_bytes:
             self._encoders_come_and_go()
         own: Any = self.family
         own.encode = self.traced.watch(own.encode)
@@ -146,6 +152,9 @@ class _Simulation:
             sizes = [layer.weight_shape.numel() * (4 if layer.is_dense else 8) for layer in layers]
             self.meter.adjust("other", max(sizes, default=0))
             self.meter.adjust("other", -max(sizes, default=0))
+        # The part that is loaded last is complete until it is sharded.
+        self.meter.adjust_all(self.share.gathered)
+        self.meter.adjust_all({kind: -size for kind, size in self.share.gathered.items()})
         self.meter.begin(None)
 
     def _simulate_training(self) -> None:
@@ -172,6 +181,7 @@ class _Simulation:
                 in_backward=run.module.memory.optimizer_in_backward,
                 offload_activations=run.module.memory.offload_activations,
                 cuda=self.cuda,
+                share=self.share,
             )
 
         if self.traced.knows("training"):
@@ -264,6 +274,22 @@ class _Simulation:
         with torch.no_grad():
             embeddings: dict[str, Tensor] = family.encode_captions([""] * self.run.batch_size)
         return embeddings
+
+    def _gather_while_denoising(self) -> None:
+        """Count what is gathered from the denoiser's start to its end, or to the end of the backward pass."""
+        own: Any = self.family
+        denoise, gathered = own.denoise, self.share.gathered
+
+        def gathering(*args: Any, **kwargs: Any) -> Any:
+            self.meter.adjust_all(gathered)
+            try:
+                return denoise(*args, **kwargs)
+            finally:
+                if not torch.is_grad_enabled():
+                    self.meter.adjust_all({kind: -size for kind, size in gathered.items()})
+
+        if gathered:
+            own.denoise = gathering
 
     def _encoders_come_and_go(self) -> None:
         own: Any = self.family

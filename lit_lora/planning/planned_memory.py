@@ -32,6 +32,10 @@ class PlannedMemory:
         """Phase of the peak."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
+    def at_peak(self, kind: str) -> int:
+        """Bytes of a kind at the peak."""
+        return self.phases[self.peak_phase][kind]
+
     @property
     def needed(self) -> int:
         """Bytes that the device must have: the peak plus the allowances."""

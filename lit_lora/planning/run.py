@@ -10,6 +10,7 @@ from lit_lora.errors import UserError, check_least
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.denoiser_traces import DenoiserTraces
 from lit_lora.planning.device import Device, find_device
+from lit_lora.planning.processes import Processes
 from lit_lora.prompts import Prompt, prompt_groups
 from lit_lora.sampling import IMAGES_AT_A_TIME
 
@@ -71,7 +72,7 @@ class Run:
         averaged: Whether a moving average of the adapter is kept; defaults to False.
         validation: Whether the run validates, in batches of the same size; defaults to False.
         sampling: Images that are drawn while training; defaults to none.
-        processes: Number of processes that train together, of which one is planned; defaults to 1.
+        processes: Processes that train together, of which one is planned; defaults to a single one.
         leaves_out_start: Whether a callback lets the files leave out first values of LoRA, so that they have twice the rank;
             defaults to False. What ``init_lora_weights`` leaves out is known without.
         traces: What plans of this run have found out about its denoiser, for those of runs that are made from it with
@@ -95,7 +96,7 @@ class Run:
     averaged: bool = False
     validation: bool = False
     sampling: Sampling | None = None
-    processes: int = 1
+    processes: Processes = field(default_factory=Processes)
     leaves_out_start: bool = False
     traces: DenoiserTraces = field(default_factory=DenoiserTraces, repr=False, compare=False)
 
@@ -104,7 +105,12 @@ class Run:
         """Everything beside the module that the memory and the work of the denoiser's part depend on."""
         size = self.batch_size, self.height, self.width, self.device.is_cuda, self.cached
         step = self.accumulate_grad_batches, self.gradient_clip_val is None, self.precision, self.averaged
-        return *size, *step, self.sampling, self.leaves_out_start
+        return *size, *step, self.sampling, self.leaves_out_start, self.processes
+
+    @property
+    def sampling_options(self) -> tuple[Any, ...]:
+        """Those of :attr:`denoiser_options` on which drawing images depends."""
+        return self.device.is_cuda, self.precision, self.sampling, self.processes
 
     def __post_init__(self) -> None:
         check_least(1, batch_size=self.batch_size, accumulate_grad_batches=self.accumulate_grad_batches)

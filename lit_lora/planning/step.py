@@ -13,10 +13,14 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lit_lora.memory.activation_offload import SMALLEST, is_parameter
 from lit_lora.planning.kernel_memory import inside_cpu, inside_cuda
 from lit_lora.planning.optimizer_memory import measured_state, tensors_of
+from lit_lora.planning.processes import Share
 from lit_lora.planning.storage_meter import StorageMeter
 
 _CUDA_GRANULARITY = 512
 """CUDA's caching allocator rounds the size of every tensor up to a multiple of this many bytes."""
+
+
+_ALL = Share()
 
 
 def make_meter(cuda: bool) -> StorageMeter:
@@ -35,6 +39,7 @@ def simulate_step(
     in_backward: bool = False,
     offload_activations: bool = False,
     cuda: bool = False,
+    share: Share = _ALL,
 ) -> object:
     """Simulate a step from the middle of a run, where optimizer state and gradients of the previous step exist.
 
@@ -48,16 +53,20 @@ def simulate_step(
         in_backward: Whether each parameter is stepped as soon as its gradient is complete, and the gradient is freed then.
         offload_activations: Whether tensors saved for the backward pass are kept in host memory.
         cuda: Whether the optimizer updates all parameters at once, as torch does on CUDA by default.
+        share: What the process has of gradients and optimizer state; defaults to all.
 
     Returns:
         An object that keeps the optimizer's state alive.
     """
-    step = _optimizer_step(meter, trained, make_optimizer, cuda)
+    if share.keeps_gradients and share.stepped is not None:
+        _make_gradients(meter, trained)
+    stepped = trained if share.stepped is None else share.stepped
+    step = _optimizer_step(meter, stepped, make_optimizer, cuda)
 
     def ready(parameter: Tensor) -> None:
         assert parameter.grad is not None
         meter.assign([parameter.grad], "gradients")
-        if in_backward:
+        if in_backward or not share.keeps_gradients:
             parameter.grad = None
 
     hooks = [parameter.register_post_accumulate_grad_hook(ready) for parameter in trained]
@@ -67,14 +76,18 @@ def simulate_step(
         meter.begin("forward")
         value = loss()
         if not accumulate:
-            _forget_gradients(trained)
+            _forget_gradients([*trained, *stepped])
         meter.begin("backward")
+        meter.adjust_all(share.backward)
         _backward(value)
         del value
+        meter.adjust_all({kind: -size for kind, size in (share.gathered | share.backward).items()})
         meter.begin("optimizer")
+        if share.stepped is not None and share.stepped[0].grad is None:
+            _make_gradients(meter, stepped)
         meter.kind = "other"
         if clip and not in_backward:
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            torch.nn.utils.clip_grad_norm_(stepped, 1.0)
         if not in_backward:
             step()
         meter.kind = "activations"
@@ -91,9 +104,7 @@ def _optimizer_step(
     cuda: bool,
 ) -> Callable[[], object]:
     """Allocate optimizer state and gradients, and return the optimizer's step function."""
-    for parameter in trained:
-        parameter.grad = torch.empty_like(parameter)
-        meter.assign([parameter.grad], "gradients")
+    _make_gradients(meter, trained)
     with unset_fake_temporarily():
         kind = type(make_optimizer([nn.Parameter(torch.zeros(1))]))
     if kind.__module__.startswith("torch.optim"):
@@ -113,6 +124,12 @@ def _optimizer_step(
     largest = max(parameter.nbytes for parameter in trained)
     # One parameter at a time: its update in float32, and a square root.
     return lambda: torch.empty(2 * largest, dtype=torch.uint8)
+
+
+def _make_gradients(meter: StorageMeter, parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+        meter.assign([parameter.grad], "gradients")
 
 
 def _backward(loss: Tensor) -> None:

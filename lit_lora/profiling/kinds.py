@@ -76,7 +76,7 @@ class MemoryKinds:
 
 
 def parts_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor consists of: itself, or the parts of a tensor subclass."""
+    """The plain tensors that a tensor consists of: itself, the parts of a tensor subclass, and the shard that DeepSpeed adds."""
     if type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             part = getattr(tensor, name)
@@ -84,6 +84,8 @@ def parts_of(tensor: Tensor) -> Iterator[Tensor]:
                 yield from parts_of(part)
     else:
         yield tensor
+        if isinstance(shard := getattr(tensor, "ds_tensor", None), Tensor):
+            yield shard
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -15,6 +15,12 @@ MIB = 2**20
 
 _ORDER = ("load", "forward", "backward", "optimizer", "validation", "test", "predict")
 
+_SHORT = ("frozen", "adapt.", "grads", "optim.", "activ.", "other")
+"""What the table calls the kinds, in at most six letters."""
+
+_COLUMNS, _LONGEST = 80, 10
+"""Width of the table, and of the name of a phase in it."""
+
 _WITHOUT_ACTIVATIONS = ("load", "optimizer")
 
 
@@ -79,19 +85,30 @@ class MemoryRecord:
         return values | {f"memory_mib/kind/{kind.replace(' ', '_')}": size / MIB for kind, size in kinds.items()}
 
     def table(self) -> str:
-        """A table with one row per phase, in MiB, of at most 100 columns with one kind of peak."""
+        """A table with one row per phase, in MiB, of at most 80 columns."""
         units = list(self.highest[1].peak) if self.highest else []
-        peaks = ["peak"] if len(units) == 1 else units
-        head = ["phase", *peaks, "at end", *(kind.split()[0] for kind in KINDS), "times"]
+        peaks = ["peak"] if len(units) == 1 else [unit[:6] for unit in units]
+        head = ["phase", *peaks, "at end", *_SHORT, "times"]
         rows = [head]
         for name, memory in self.phases.items():
             sizes = [*memory.peak.values(), next(iter(memory.end.values())), *(memory.kinds[kind] for kind in KINDS)]
-            rows.append([name, *(f"{size / MIB:,.1f}" for size in sizes), str(memory.count)])
+            rows.append([_cut(name), *map(_mib, sizes), str(memory.count)])
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        between = "  " if sum(widths) + 2 * (len(widths) - 1) <= _COLUMNS else " "
         return "\n".join(
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+            between.join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(cells))
             for cells in (list(zip(row, widths, strict=True)) for row in rows)
         )
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+
+
+def _mib(size: int) -> str:
+    """A number of MiB in at most six characters."""
+    mib = size / MIB
+    return f"{mib:,.1f}" if mib < 999.95 else f"{mib:,.0f}" if mib < 99_999.5 else f"{mib:.0f}"
 
 
 def _place(name: str) -> tuple[int, str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from lit_lora.blocks import outermost_blocks
 from lit_lora.distributed.node import Node
 from lit_lora.errors import UserError
 from lit_lora.quantization.base import Quantization
@@ -17,11 +16,9 @@ from lit_lora.quantization.dense import Dense
 from lit_lora.quantization.encoders import put_encoder_tensors
 from lit_lora.quantization.frozen_layer import can_freeze, freezable, put_stored
 from lit_lora.quantization.saved_quantized import saved_method
+from lit_lora.quantization.sharded_parts import sharded_parts
 from lit_lora.quantization.weight_change import Changes, check_changes
 from lit_lora.quantization.weight_files import TRANSFORMERS_STEM, StoredTensors, WeightFiles, weight_files
-
-_LARGE_LAYER = 8 << 20
-"""Number of weights from which a layer is sharded by itself: large enough to gather efficiently, small beside a block."""
 
 
 class Weights:
@@ -127,7 +124,7 @@ class Weights:
         """
         remaining = dict(self._layers)
         parts: list[tuple[nn.Module, list[str]]] = []
-        for module in _parts(self.model, set(outermost_blocks(self.model, block_classes))):
+        for module in sharded_parts(self.model, block_classes):
             inside = set(module.modules())
             names = [name for name, layer in remaining.items() if layer in inside]
             for name in names:
@@ -303,19 +300,6 @@ def _pretrained(kind: Any, source: str, folder: str, dtype: torch.dtype, **optio
     restored = {name: stored.tensor(name) for name in stored.names}
     made: nn.Module = kind.from_pretrained(None, config=config, state_dict=restored, dtype=dtype)
     return made
-
-
-def _parts(module: nn.Module, blocks: set[nn.Module], inside: bool = False) -> Iterator[nn.Module]:
-    """The parts of a model, inner parts first."""
-    block = module in blocks
-    around_blocks = not inside and not blocks.isdisjoint(module.modules())
-    for child in module.children():
-        yield from _parts(child, blocks, inside or block)
-    container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential)
-    weight = module._parameters.get("weight") if can_freeze(module) else None
-    large = weight is not None and weight.numel() >= _LARGE_LAYER
-    if block or large or (around_blocks and not container):
-        yield module
 
 
 def _from_config(kind: Any, source: str, folder: str, options: Mapping[str, Any]) -> nn.Module:

@@ -97,6 +97,7 @@ def _draw(options: PriorOptions, folder: Path, prompts: Sequence[Prompt], missin
         sizes=sorted({(prompts[place].height, prompts[place].width) for place in missing}, key=str),
         base_options={"revision": options.revision, "variant": options.variant},
         scheduler=options.scheduler,
+        edits=any(one.image for one in prompts),
     )
     drawer.adapt([])
     with tqdm(

@@ -17,7 +17,7 @@ import lit_lora
 from lit_lora.adapters import load_adapter
 from lit_lora.adapters.names import tuner_layers
 from lit_lora.errors import UserError
-from lit_lora.families import ModelFamily, ModelSource, family_of_source
+from lit_lora.families import ModelFamily, ModelSource, check_edits, family_of_source
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.base_adapter import BaseAdapter
 from lit_lora.formats.base_adapters import recorded_adapters
@@ -27,7 +27,7 @@ from lit_lora.formats.find import read_adapter
 from lit_lora.formats.quantized_base import quantized_base, twice
 from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.formats.text_encoders import for_encoder
-from lit_lora.prompts import Prompt
+from lit_lora.prompts import Prompt, images_to_edit
 from lit_lora.tools.drawing_base import DrawingBase, FamilyBase, PipelineBase, Size
 from lit_lora.tools.drawn_image import DrawnImage
 from lit_lora.tools.named_family import named_family
@@ -59,6 +59,7 @@ class Drawer:
         base_options: Arguments of the family's constructor beside the base, such as ``variant``; of those that are not given or
             None, the adapter names the values of its training.
         scheduler: Class of the scheduler in diffusers; defaults to that of the base, with the adapter's changes.
+        edits: Whether prompts have images to edit; defaults to False.
 
     Raises:
         UserError: If there is no such device.
@@ -75,6 +76,7 @@ class Drawer:
         base_adapters: Sequence[str] = (),
         base_options: Mapping[str, str | None] | None = None,
         scheduler: str | None = None,
+        edits: bool = False,
     ) -> None:
         disable_progress_bar()  # of transformers, one for each text encoder
         if device is not None:
@@ -82,7 +84,7 @@ class Drawer:
         self.base, self.scheduler, self._family = base, scheduler, family
         self._dtype = getattr(torch, dtype)
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._sizes, self._base_adapters = sizes, base_adapters
+        self._sizes, self._base_adapters, self._edits = sizes, base_adapters, edits
         self._given = {name: value for name, value in (base_options or {}).items() if value is not None}
         self._used: list[tuple[str, float]] = []
         self._loaded: DrawingBase | None = None
@@ -116,6 +118,8 @@ class Drawer:
         self.base = self.base or _base_of([files for _, files in read])
         options = {**(recorded_options(read[0][1].metadata, self.base) if read else {}), **self._given}
         kind = kind or self._kind(options)
+        if self._edits:
+            check_edits(kind)
         used = [(one, files) for one, files in read if one.scale != 0]
         self._used = [(one.path, one.scale) for one, _ in used]
         for one, files in used:
@@ -147,6 +151,7 @@ class Drawer:
             [one.seed or 0 for one in prompts],
             self._scheduler_config() if self._changes or self.scheduler else None,
             negative_prompts=[one.negative_prompt for one in prompts],
+            **images_to_edit(prompts),
             **options,
         )
         facts = (self.scheduler_name, str(self.base), self._used, lit_lora.__version__)

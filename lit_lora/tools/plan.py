@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pkgutil import resolve_name
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import StrategyRegistry
 from tqdm import tqdm
 
 from lit_lora.byte_sizes import format_bytes, parse_bytes
@@ -24,11 +27,12 @@ from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.planned_memory import PlannedMemory
+from lit_lora.planning.processes import Processes, processes_with
 from lit_lora.planning.run import Run, Sampling
 from lit_lora.planning.verdict import cache_verdict, verdict
 from lit_lora.prompts import read_prompts
 from lit_lora.tools.shards_plan import describe as describe_data
-from lit_lora.tools.shards_plan import processes_of
+from lit_lora.tools.shards_plan import devices_of, processes_of
 
 
 def plan_command(arguments: list[str]) -> int:
@@ -173,7 +177,7 @@ def run_of_config(
         averaged=_callback(trainer, "AdapterEMA") is not None,
         validation=trainer["limit_val_batches"] not in (0, 0.0) and has_validation(data),
         sampling=None if samples is None else Sampling.of(read_prompts(samples["prompts"]), samples),
-        processes=processes_of(trainer),
+        processes=_processes(trainer),
         leaves_out_start=_leaves_out_start(trainer),
     )
 
@@ -199,6 +203,24 @@ def _data(data: LightningDataModule, max_steps: int) -> tuple[str, bool]:
 def _clip(trainer: Any) -> float | None:
     """Norm to which the trainer clips gradients; None if it does not clip by norm."""
     return trainer["gradient_clip_val"] if trainer["gradient_clip_algorithm"] in (None, "norm") else None
+
+
+def _processes(trainer: Any) -> Processes:
+    """The processes of a run and what each holds, from the config of its trainer.
+
+    Raises:
+        UserError: If the strategy is not known, or its options exclude each other.
+    """
+    strategy = trainer["strategy"]
+    if isinstance(strategy, str) and strategy != "auto":
+        if strategy not in StrategyRegistry:
+            known = ", ".join(name for name in StrategyRegistry.available_strategies())
+            raise UserError(f"trainer.strategy={strategy!r} is not known; choose auto or one of {known}")
+        strategy = StrategyRegistry.get(strategy)
+    elif isinstance(strategy, Mapping | Namespace):
+        strategy = resolve_name(strategy["class_path"])(**dict(strategy.get("init_args") or {}))
+    accumulates = int(trainer["accumulate_grad_batches"]) > 1
+    return processes_with(strategy, processes_of(trainer), devices_of(trainer), accumulates)
 
 
 def _callback(trainer: Any, name: str) -> Any:

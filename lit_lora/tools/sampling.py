@@ -49,6 +49,7 @@ def draw_samples(options: SampleOptions) -> None:
             base_adapters=options.base_adapters or (),
             base_options={**own, "config": options.base_config},
             scheduler=options.scheduler,
+            edits=any(one.image for one in prompts),
         )
         drawn = []
         for number, column in enumerate(columns, 1):

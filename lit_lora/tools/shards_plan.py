@@ -101,13 +101,18 @@ class _PlanCLI(ToolCLI):
 
 def processes_of(trainer: Any) -> int:
     """Number of training processes on all machines, from the config of the trainer."""
+    return devices_of(trainer) * int(trainer["num_nodes"])
+
+
+def devices_of(trainer: Any) -> int:
+    """Number of training processes of one machine, from the config of the trainer."""
     devices = trainer["devices"]
     if isinstance(devices, str) and devices not in ("auto", "-1"):
         devices = [part for part in devices.split(",") if part] if "," in devices else int(devices)
     if devices in ("auto", "-1", -1):
         devices = torch.cuda.device_count() if trainer["accelerator"] != "cpu" else 1
     count = len(devices) if isinstance(devices, list) else int(devices)
-    return max(1, count) * int(trainer["num_nodes"])
+    return max(1, count)
 
 
 def _share(plan: Plan) -> str:

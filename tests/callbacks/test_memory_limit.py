@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,11 +111,11 @@ def test_other_modules_cannot_be_planned(trainer_options: dict[str, Any]) -> Non
         _trainer(trainer_options, "4GB").fit(BoringModel())
 
 
-def test_strategies_that_shard_weights_are_refused() -> None:
-    trainer: Any = SimpleNamespace(strategy=LitLoraFSDP())
-    module: Any = object.__new__(LoraDiffusion)
-    with pytest.raises(UserError, match="full copy of the weights on each GPU, but LitLoraFSDP shards them; remove"):
-        MemoryLimit("4GB").setup(trainer, module, "fit")
+def test_strategies_that_shard_weights_are_planned_with_the_shards(sd_folder: Path) -> None:
+    trainer = Trainer(accelerator="cpu", devices=4, strategy=LitLoraFSDP(), logger=False)
+    trainer.datamodule = Images()  # type: ignore[attr-defined]
+    processes = run_of(_module(sd_folder), trainer).processes
+    assert (processes.count, processes.description.split(":")[0]) == (4, "each of 4 processes, FSDP2")
 
 
 def test_a_limit_is_an_amount_of_bytes() -> None:

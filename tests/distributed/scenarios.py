@@ -39,6 +39,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
+from lit_lora.profiling.kinds import MemoryKinds
 from lit_lora.quantization import Quantization
 from lit_lora.sampling import SamplingOptions
 
@@ -159,6 +160,7 @@ class Seen(Callback):
         self.losses: list[float] = []
         self.keys: list[list[str]] = []
         self.start: dict[str, Tensor] = {}
+        self.held: dict[str, int] = {}
         self.optimizer: dict[str, Any] = {}
         self.first_optimizer: Callable[[], Any] = lambda: None
 
@@ -174,6 +176,7 @@ class Seen(Callback):
         loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
         self.losses.append(float(trainer.strategy.reduce(loss, reduce_op="mean")))
         self.keys.append(batch["key"])
+        self.held = MemoryKinds(pl_module, trainer.optimizers, pl_module.device).count()
 
 
 def adapter(module: LightningModule) -> dict[str, Tensor]:
@@ -263,7 +266,8 @@ def losses_and_checkpoint(strategy: Any, model: Path, shards: Path, folder: Path
     groups: Any = distributed_c10d._world.pg_map if distributed.is_initialized() else []
     backends = [group._get_backend(device) for group in groups for device in group._device_types]
     limits = sorted({backend.options._timeout.total_seconds() for backend in backends})
-    return {"losses": seen.losses, "keys": seen.keys, "logged": logged, "limits": limits, "groups": len(groups)}
+    seen_by_all = {"losses": seen.losses, "keys": seen.keys, "logged": logged, "limits": limits}
+    return {**seen_by_all, "groups": len(groups), "held": seen.held}
 
 
 def resumed(strategy: Any, model: Path, shards: Path, folder: Path, checkpoint: Path) -> dict[str, Any]:

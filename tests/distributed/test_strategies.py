@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import StrategyRegistry
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
+from lit_lora.planning.plan_run import plan_run
+from lit_lora.planning.processes import processes_with
 from tests.distributed import scenarios
-from tests.distributed.scenarios import FEATURES, OF_FOUR, RESUMED_TO, SAVED_AT, STEPS, STRATEGIES
+from tests.distributed.scenarios import FEATURES, GLOBAL_BATCH, OF_FOUR, RESUMED_TO, SAVED_AT, STEPS, STRATEGIES
 from tests.helpers import made_once, processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -84,6 +87,25 @@ def test_losses_are_those_of_one_process(strategy: str, results: list[dict[str, 
 def test_batches_are_those_of_one_process(strategy: str, results: list[dict[str, Any]], single: dict[str, Any]) -> None:
     assert together(results, f"{strategy}/train") == single["train"]["keys"]
     assert together(results, f"{strategy}/from/single") == single["train"]["keys"][SAVED_AT:RESUMED_TO]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_each_process_holds_what_is_planned(
+    strategy: str, results: list[dict[str, Any]], single: dict[str, Any], sd_folder: Path
+) -> None:
+    given: Any = STRATEGIES[strategy]
+    processes = processes_with(StrategyRegistry.get(given), len(results), len(results))
+    batch = GLOBAL_BATCH // len(results)
+    planned = plan_run(scenarios.module_of(sd_folder), batch, 16, 16, gradient_clip_val=0.5, processes=processes)
+    kinds = planned.phases["optimizer"]
+    alone = single["train"]["held"]
+    for result in results:
+        held = result[f"{strategy}/train"]["held"]
+        assert held["frozen weights"] == pytest.approx(kinds["frozen weights"], rel=1e-4)
+        assert held["adapter"] == kinds["adapter"]
+        copy = alone["adapter"] // len(results) if strategy in ("ZeRO-1", "ZeRO-2") else 0
+        assert held["optimizer state"] + copy == pytest.approx(kinds["optimizer state"], rel=0.01)
+    assert held["optimizer state"] < (1.1 if strategy == "ddp" else 0.6) * alone["optimizer state"]
 
 
 @pytest.mark.parametrize("strategy", OF_FOUR)

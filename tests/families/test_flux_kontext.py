@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch import Tensor
 
+from lit_lora.callbacks import SampleImages
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
-from lit_lora.families import Flux, FluxKontext, check_batch, prepare
+from lit_lora.families import Flux, FluxKontext, check_batch, prepare, source_images
 from lit_lora.objectives import FlowMatching
 from lit_lora.planning.plan_run import plan_run
 from tests.families.test_flow_parity import DENSITIES, FluxReference, check, module_of
@@ -123,6 +125,39 @@ def test_images_are_drawn_from_their_sources_in_the_size_that_is_asked_for(famil
     wide.paste(sources[1].resize((80, 40)), (8, 0))
     again = family.generate(["edit it"], [7], sources=[wide], guidance_scale=2.0, **options)
     assert np.abs(np.asarray(again[0]).astype(int) - np.asarray(drawn[1])).max() <= 1
+
+
+def test_predict_and_samples_edit_the_sources(
+    flux_kontext_folder: Path, flux_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    module = module_of(FluxKontext(str(flux_kontext_folder), max_sequence_length=8))
+    module.configure_model()
+    [batch] = pairs(1)
+    drawn: list[dict[str, Any]] = []
+    other: Any = module
+    module.trainer = Trainer(**trainer_options)
+
+    def generate(prompts: list[str], *args: Any, **options: Any) -> list[Any]:
+        drawn.append(options)
+        return [None] * len(prompts)
+
+    other.generate = generate
+    module.predict_step({**batch, "slot": [0] * len(batch["caption"])}, 0)
+    for image, pixels in zip(drawn[0]["sources"], batch["source_pixel_values"], strict=True):
+        assert np.array_equal(np.asarray(image), pixels.permute(1, 2, 0).numpy())
+    with pytest.raises(UserError, match="latents from a cache, and the pipeline edits images: predict over shards"):
+        source_images({"source_latents": torch.zeros(1)})
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "red.png")
+    prompts = tmp_path / "p.yaml"
+    prompts.write_text("- {prompt: edit, image: red.png}")
+    sampler = SampleImages(str(prompts), height=16, width=16)
+    with pytest.raises(
+        UserError, match="a prompt has an image to edit, and Flux draws from text alone; leave image out"
+    ):
+        sampler.setup(Trainer(**trainer_options), module_of(Flux(str(flux_folder), max_sequence_length=8)), "fit")
+    sampler.setup(Trainer(**trainer_options), module, "fit")
+    sampler._drawn(Trainer(**trainer_options), module)
+    assert [one.getpixel((0, 0)) for one in drawn[1]["sources"]] == [(255, 0, 0)]
 
 
 def test_the_plan_counts_the_tokens_of_sources(flux_folder: Path, flux_kontext_folder: Path) -> None:

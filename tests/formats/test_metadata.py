@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from lightning.pytorch import Trainer
 from peft import LoHaConfig, LoraConfig
@@ -17,6 +18,7 @@ from lit_lora import AdapterCheckpoint, AdapterInfo, LoraDiffusion, UserError
 from lit_lora.adapters.parameter_groups import ParameterGroup
 from lit_lora.families import Flux, StableDiffusion
 from lit_lora.formats import TensorFile, format_named, write_adapter
+from lit_lora.formats.base_options import loading_lines
 from lit_lora.formats.find import read_adapter
 from tests.formats.adapters import loaded, trained
 from tests.formats.test_formats import same
@@ -151,3 +153,10 @@ def test_empty_trigger_words() -> None:
     for words in ("a", ["a", " "]):
         with pytest.raises(UserError, match="should be a list of words"):
             AdapterInfo(trigger_words=words)
+
+
+def test_the_code_for_the_embedded_base_runs() -> None:
+    lines = loading_lines({}, "embedded", "StableDiffusionPipeline", "AutoencoderKL")
+    names: dict[str, Any] = {}
+    exec("\n".join(lines), names)
+    assert type(names["pipeline"]) is StableDiffusionPipeline

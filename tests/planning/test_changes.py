@@ -134,6 +134,9 @@ class Needs:
     def fits(self, memory: int) -> bool:
         return self.needed <= memory
 
+    def at_peak(self, kind: str) -> int:
+        return self.needed
+
 
 _BYTES = {"NoneType": 40, "Int8": 20, "NF4": 10, "Dense": 40}
 """Of the base, and of the text encoders, by quantization."""
@@ -205,6 +208,17 @@ def test_text_encoders_that_draw_are_quantized_beside_a_cache(gpu_run: Run, foun
     ]
 
 
+def test_what_concerns_other_phases_is_tried_last(gpu_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(changes, "plan", _needs)
+    told: list[str] = []
+    memory = MemoryOptions(gradient_checkpointing=True, vae_slicing=True, offload_encoders=True)
+    module = LoraDiffusion(gpu_run.module.family, LoraConfig(r=4), memory=memory)
+    drawing = replace(gpu_run, module=module, batch_size=2, cached=frozenset({"text"}), sampling=Sampling())
+    assert _needs(drawing).peak_phase == "sampling"
+    assert cheapest_changes(drawing, 60, tell=told.append)
+    assert not any("lit-lora cache" in one or "batch_size" in one for one in told)
+
+
 def test_a_cache_that_exists_keeps_its_text_encoders(gpu_run: Run) -> None:
     there = replace(gpu_run, cached=gpu_run.cacheable, cacheable=frozenset(), sampling=Sampling())
     found = [candidate(there) for candidate in CANDIDATES]
@@ -240,6 +254,18 @@ def test_the_largest_batch_fits_and_one_more_does_not(run: Run) -> None:
     assert largest_batch(run, 1000) is None
 
 
+def test_images_that_are_drawn_do_not_mislead_the_search(run: Run) -> None:
+    drawing = replace(run, sampling=Sampling(8, height=128, width=128), batch_size=1)
+    assert plan(drawing).peak_phase == plan(replace(drawing, batch_size=2)).peak_phase == "sampling"
+    allowed = plan(replace(drawing, batch_size=12)).needed + 1000
+    told: list[str] = []
+    found = largest_batch(drawing, allowed, tell=told.append)
+    assert found is not None
+    assert found.fits(allowed)
+    assert not any(f"with batch size {size}" in told for size in (4096, 2049))
+    assert len(told) <= 6
+
+
 def test_devices() -> None:
     assert find_device("rtx3060") == find_device("RTX 3060")
     with pytest.raises(UserError, match="device='abacus' is not known; choose cpu, T4"):
@@ -258,7 +284,7 @@ def test_a_change_of_the_encoders_is_planned_with_the_denoiser_that_is_known(
     run = Run(module, 2, 32, 32, device=find_device(device), sampling=sampling, **options)  # type: ignore[arg-type]
     plan(run)
     # What autocast keeps of the adapter is gone when the images are decoded.
-    assert not any(run.traces.traces["sampling", run.denoiser_options].kept.values())
+    assert not any(run.traces.traces["sampling", run.sampling_options].kept.values())
     found = [one[1] for candidate in CANDIDATES if (one := candidate(run)) and one[1].traces is run.traces]
     changed = [one for one in found if one.denoiser_options == run.denoiser_options]
     assert len(changed) >= 3
@@ -281,6 +307,17 @@ def test_a_change_of_the_denoiser_is_planned_anew(run: Run) -> None:
     smaller = LoraDiffusion(run.module.family, LoraConfig(r=2), base_dtype="float32")
     assert plan(replace(run, module=smaller)).needed < before.needed
     assert plan(replace(run, batch_size=2)).needed < before.needed
+
+
+def test_images_are_drawn_once_for_all_batch_sizes(run: Run) -> None:
+    of_images = replace(run, sampling=Sampling(2, height=32, width=32))
+    plan(of_images)
+    name = ("sampling", of_images.sampling_options)
+    drawn = of_images.traces.traces[name]
+    larger = replace(of_images, batch_size=6)
+    expected = plan(replace(larger, traces=DenoiserTraces()))
+    assert plan(larger) == expected
+    assert of_images.traces.traces[name] is drawn
 
 
 def test_other_inputs_of_the_denoiser_are_noticed(run: Run) -> None:

@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import pytest
+
 from lit_lora.profiling.kinds import KINDS
 from lit_lora.profiling.record import MemoryRecord, PhaseMemory
 
 GIB = 1 << 30
 
 
-def test_the_table_fits_a_hundred_columns() -> None:
-    """With one kind of peak, for bases of tens of gigabytes."""
+@pytest.mark.parametrize("measures", [("resident",), ("allocated", "reserved")])
+def test_the_table_fits_eighty_columns(measures: tuple[str, ...]) -> None:
+    """Also with CUDA's two measures, for bases of tens of gigabytes, and with phases of long names."""
     record = MemoryRecord()
-    for name in ("load", "validation", "between"):
-        kinds = dict.fromkeys(KINDS, 9 * GIB) | {"frozen weights": 24 * GIB}
-        record.add(name, PhaseMemory({"resident": 60 * GIB}, {"resident": 30 * GIB}, kinds, step=1))
+    for name in ("load", "validation", "between", "phase_of_the_user"):
+        kinds = dict.fromkeys(KINDS, 9 * GIB) | {"frozen weights": 129 * GIB, "other": 3 << 20}
+        peak = dict.fromkeys(measures, 130 * GIB)
+        record.add(name, PhaseMemory(peak, dict.fromkeys(measures, 30 * GIB), kinds, step=1, count=100_000))
     head, *rows = record.table().splitlines()
-    assert " ".join(head.split()) == "phase peak at end frozen adapter gradients optimizer activations other times"
-    assert rows[0].split()[:4] == ["load", "61,440.0", "30,720.0", "24,576.0"]
-    assert all(len(row) <= 100 for row in (head, *rows))
+    shown = "peak" if len(measures) == 1 else "alloca reserv"
+    assert " ".join(head.split()) == f"phase {shown} at end frozen adapt. grads optim. activ. other times"
+    sizes = ["133120"] * len(measures)
+    assert rows[0].split() == ["load", *sizes, "30,720", "132096", "9,216", "9,216", "9,216", "9,216", "3.0", "100000"]
+    assert rows[2].split()[0] == "phase_of_…"
+    assert all(len(row) <= 80 for row in (head, *rows))

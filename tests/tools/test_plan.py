@@ -116,6 +116,16 @@ def test_says_what_makes_it_fit(plan: Plan, tmp_path: Path) -> None:
     assert plan(device_memory=f"{needed - 100_000}B", **options)[0] == 0
 
 
+def test_says_which_process_is_planned(plan: Plan) -> None:
+    several = {"trainer__devices": 2, "trainer__num_nodes": 2, "cached": "[latents,text]", "trainer__callbacks": "null"}
+    assert "each of 4 processes, DDP:" in plan(**several)[1]
+    assert "each of 4 processes, FSDP2:\n         1/4 of" in plan(trainer__strategy="lit_lora_fsdp", **several)[1]
+    options = {"trainer__strategy": "lit_lora.distributed.LitLoraFSDP", "trainer__strategy__shard_size": 2}
+    assert "each of 4 processes, FSDP2:\n         1/2 of" in plan(**options, **several)[1]
+    with pytest.raises(UserError, match="strategy='ddpp' is not known; choose auto or one of ddp"):
+        plan(trainer__strategy="ddpp", **several)
+
+
 def test_without_the_data(plan: Plan, tmp_path: Path) -> None:
     options = {"data__init_args__train_shards": tmp_path / "absent", "cached": "[latents,text]"}
     status, out = plan(json=tmp_path / "plan.json", **options)

@@ -45,6 +45,22 @@ def test_draws_in_each_precision(fixture: str, dtype: str, tmp_path: Path, reque
     assert out.stat().st_size > 0
 
 
+def test_a_file_of_prompts_has_the_images_to_edit(
+    flux_kontext_folder: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for color in ("black", "white"):
+        Image.new("RGB", (32, 32), color).save(tmp_path / f"{color}.png")
+    prompts = [f"- {{prompt: edit, seed: 3, image: {color}.png}}" for color in ("black", "white", "black")]
+    (tmp_path / "p.yaml").write_text("\n".join(prompts))
+    given = ["--prompts", str(tmp_path / "p.yaml"), *DRAWN[2:], "--out", str(tmp_path / "out")]
+    assert main(["sample", "--base", str(flux_kontext_folder), "--family", "FluxKontext", *given]) == 0
+    black, white, again = (np.asarray(Image.open(path)) for path in sorted((tmp_path / "out").iterdir()))
+    assert np.array_equal(black, again)
+    assert not np.array_equal(black, white)
+    assert main(["sample", "--base", str(sd_folder), *given]) == 2
+    assert "a prompt has an image to edit, and StableDiffusion draws from text alone" in capsys.readouterr().err
+
+
 def test_a_base_of_no_known_family(sd_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "base"
     shutil.copytree(sd_folder, folder)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -9,6 +12,7 @@ from PIL import Image
 
 from lit_lora.cli import main
 from lit_lora.errors import UserError
+from lit_lora.module import LoraDiffusion
 from lit_lora.tools.train import split_arguments
 
 
@@ -66,6 +70,57 @@ def test_a_folder_becomes_an_adapter_and_the_same_command_resumes(
     assert main(command) == 0
     assert "finished already" in capsys.readouterr().out
     assert [path.name for path in out.glob("lightning_logs/*")] == ["version_0"]
+
+
+@pytest.mark.slow
+def test_splits_of_a_folder_are_trained_and_validated_on(
+    sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split, count in (("train", 4), ("validation", 3), ("test", 2)):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (20, 20), (90 * number, 0, 9)).save(tmp_path / "set" / split / f"{split}{number}.png")
+    shown: dict[str, set[str]] = {"training_step": set(), "validation_step": set()}
+    for name in shown:
+
+        def recording(self: LoraDiffusion, batch: Any, batch_idx: int, name: str = name, step: Any = None) -> Any:
+            shown[name].update(batch["key"])
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(LoraDiffusion, name, partialmethod(recording, step=getattr(LoraDiffusion, name)))
+    given = ["--base", str(sd_folder), "--out", str(tmp_path / "out"), "--device", "cpu", "--device_memory", "100"]
+    short = ["--trigger", "sks", "--trainer.max_steps", "4", "--model.base_dtype=float32"]
+    assert main(["train", str(tmp_path / "set"), *given, *short]) == 0
+    assert "validate 3 images of the folder validation, none of the others" in capsys.readouterr().out
+    assert {Path(key).name for key in shown["training_step"]} == {f"train{number}" for number in range(4)}
+    assert {Path(key).name for key in shown["validation_step"]} == {f"validation{number}" for number in range(3)}
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["data"]["init_args"]["val_samples"] == 0
+
+
+@pytest.mark.slow
+def test_a_pass_over_two_sets_shows_each_image_as_often_as_its_set_says(
+    sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, count in (("3_red", 2), ("1_blue", 4)):
+        (tmp_path / "sets" / folder).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (20, 20), folder[2:]).save(tmp_path / "sets" / folder / f"{folder[2:]}{number}.png")
+    shown: list[str] = []
+    step = LoraDiffusion.training_step
+
+    def recording(self: LoraDiffusion, batch: Any, batch_idx: int) -> Any:
+        shown.extend(batch["key"])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LoraDiffusion, "training_step", recording)
+    given = ["--base", str(sd_folder), "--out", str(tmp_path / "out"), "--device", "cpu", "--device_memory", "100"]
+    step_of_two = ["--data.init_args.batch_size", "2", "--trainer.accumulate_grad_batches", "1"]
+    whole = ["--data.init_args.val_samples", "0", "--trainer.max_steps", "10", "--model.base_dtype=float32"]
+    assert main(["train", str(tmp_path / "sets"), *given, *step_of_two, *whole]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert ["3_red", "2", "3", "6"] in [line.split() for line in table]
+    for one in (shown[:10], shown[10:]):
+        assert Counter(one) == Counter(["red0", "red1"] * 3 + [f"blue{number}" for number in range(4)])
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,8 @@ def _reasons(
     base: Base, images: Images, settings: Settings, counts: Sequence[int], given: dict[str, Any]
 ) -> tuple[Choice, ...]:
     count = len(images) - settings.val_samples
-    passes = settings.steps * settings.batch_size * settings.accumulate / max(1, count)
+    passes = settings.steps * settings.batch_size * settings.accumulate / (max(1, count) * images.repeats)
+    repeated = "" if images.repeats == 1 else " with the repeats of the sets"
     edge = settings.resolution
 
     def why(name: str, reason: str) -> str:
@@ -177,7 +178,7 @@ def _reasons(
         Choice(
             "steps",
             f"{settings.steps:,}",
-            why("steps", f"{passes:.3g} passes: 400 x the root of the images"),
+            why("steps", f"{passes:.3g} passes{repeated}: 400 x the root of the images"),
             "trainer.max_steps",
         ),
         Choice("rank", f"{settings.rank}", why("rank", "16; 32 for more than 1,000 images"), "model.adapter"),

@@ -25,15 +25,21 @@ class Images:
         widths: Widths in pixels, (N,).
         heights: Heights in pixels, (N,).
         captions: Captions of the first 1000 images.
+        repeats: Samples of a pass for each image: more than 1 where sets are repeated, or class images are added. Defaults to 1.
     """
 
     widths: NDArray[np.int64]
     heights: NDArray[np.int64]
     captions: tuple[str, ...]
+    repeats: float = 1.0
 
     @classmethod
-    def of(cls, *shards: str | Path) -> Images:
+    def of(cls, *shards: str | Path, samples: float | None = None) -> Images:
         """The images of packed shards.
+
+        Args:
+            shards: Shards or their folders.
+            samples: Number of samples that a pass shows; defaults to that of the images.
 
         Raises:
             UserError: If a shard is missing or damaged.
@@ -44,7 +50,8 @@ class Images:
         reader = ShardReader(table)
         read = (reader.read(sample, sources.extensions) for sample in range(min(len(table), _READ_CAPTIONS)))
         captions = tuple(sources.draw(members, seed=0, slot=0) for members in read)
-        return cls(widths.astype(np.int64), heights.astype(np.int64), captions)
+        repeats = 1.0 if samples is None else samples / len(widths)
+        return cls(widths.astype(np.int64), heights.astype(np.int64), captions, repeats)
 
     def __len__(self) -> int:
         return len(self.widths)

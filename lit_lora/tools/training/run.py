@@ -40,7 +40,10 @@ from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import Request, claim
 from lit_lora.tools.training.results import newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
-from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice
+from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice, validation_folder
+from lit_lora.visible import visible
+
+_HELD_OUT = "data.init_args.val_samples"
 
 
 def train_adapter(request: Request) -> None:
@@ -94,7 +97,9 @@ class _Training:
         """The packed images, whose shards are read once."""
         if self.packed_sets is None:
             return Images.of(self.shards)
-        return Images.of(*(one["shards"] for one in self.packed_sets.options["train_sets"] if not one.get("prior")))
+        sets, summaries = self.packed_sets.options["train_sets"], self.packed_sets.summaries
+        shown = sum(one["repeats"] * summary.samples for one, summary in zip(sets, summaries, strict=True))
+        return Images.of(*(one["shards"] for one in sets if not one.get("prior")), samples=shown)
 
     @cached_property
     def packed_sets(self) -> PackedSets | None:
@@ -110,12 +115,20 @@ class _Training:
     def given(self) -> dict[str, Any]:
         """Values for keys of the config that the user gives, by the command or a dataset.toml."""
         of_sets = {} if self.packed_sets is None else keys_of(self.packed_sets, self.base.template)
-        return of_sets | dict(self.request.given)
+        no_held_out = {} if self.validation is None else {_HELD_OUT: 0}
+        return no_held_out | of_sets | dict(self.request.given)
+
+    @cached_property
+    def validation(self) -> Path | None:
+        """The folder of validation images; None if there is none, or if the command says how many images are held out."""
+        return None if self.sets is not None or _HELD_OUT in self.request.given else validation_folder(self.folder)
 
     def _sources(self, cached: bool) -> dict[str, Any]:
         """Shards of the run, by the datamodule's arguments."""
         if self.packed_sets is None:
-            return {"train_shards": str(self.cache if cached else self.shards)}
+            here = self.cache if cached else self.shards
+            beside = {} if self.validation is None else {"val_shards": str(_of_validation(here))}
+            return {"train_shards": str(here), **beside}
         return {"train_sets": train_sets(self.packed_sets, self.rule.prefix, self.cache if cached else None)}
 
     @cached_property
@@ -129,6 +142,11 @@ class _Training:
             captions: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
             packed = pack_folder(self.folder, self.shards, max_bad=self.request.max_bad, **captions)
             print(_packed_line(packed))
+            if self.validation is not None:
+                held_out = pack_folder(self.validation, _of_validation(self.shards), **captions)
+                print(
+                    f"validate {held_out.samples:,} images of the folder {visible(self.validation.name)}, none of the others"
+                )
         else:
             print("\n".join(sets_lines(self.packed_sets)))
         if not self.config.exists():
@@ -177,6 +195,8 @@ class _Training:
 
     def _has_cache(self) -> bool:
         folders = [self.cache] if self.sets is None else [self.cache / str(one) for one in range(len(self.sets.sets))]
+        if self.validation is not None:
+            folders.append(_of_validation(self.cache))
         return all((folder / "cache.json").exists() for folder in folders)
 
     def _plan(self, settings: Settings) -> MemoryPlan:
@@ -192,17 +212,20 @@ class _Training:
     def _encode(self) -> None:
         """Encode images and captions once; on the CPU if the GPU is too small for the encoders."""
         print("encoding images and captions once, so that training needs neither VAE nor text encoders")
-        with _quiet():
-            [(name, value)] = self._sources(cached=False).items()
+        sources = self._sources(cached=False)
+        for name, value in sources.items():
+            others = [f"--data.init_args.{other}=null" for other in sources if other != name]
             text = value if isinstance(value, str) else json.dumps(value)
-            cli = _parts(["fit", "--config", str(self.config), f"--data.init_args.{name}", text])
-        try:
-            cache_shards(cli.model, cli.datamodule, out=str(self.cache))
-        except UserError as error:
-            if not isinstance(error.__cause__, torch.OutOfMemoryError):
-                raise
-            print("the GPU has too little memory for the encoders, so the CPU encodes")
-            cache_shards(cli.model, cli.datamodule, out=str(self.cache), device="cpu")
+            with _quiet():
+                cli = _parts(["fit", "--config", str(self.config), f"--data.init_args.{name}", text, *others])
+            out = str(self.cache if name != "val_shards" else _of_validation(self.cache))
+            try:
+                cache_shards(cli.model, cli.datamodule, out=out)
+            except UserError as error:
+                if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                    raise
+                print("the GPU has too little memory for the encoders, so the CPU encodes")
+                cache_shards(cli.model, cli.datamodule, out=out, device="cpu")
 
     def _fit(self) -> dict[str, str]:
         """Train as ``lit-lora fit`` does, from the last checkpoint if there is one."""
@@ -227,6 +250,11 @@ def _write_report(out: Path) -> None:
         write_page(folder)
     except Exception as error:
         print(f"the report could not be written: {error}; lit-lora report {shlex.quote(str(folder))} tries again")
+
+
+def _of_validation(folder: Path) -> Path:
+    """The folder of the validation data beside that of the training data."""
+    return folder.with_name(f"{folder.name}-validation")
 
 
 def _packed_line(packed: PackSummary) -> str:

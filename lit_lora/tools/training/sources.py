@@ -8,17 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.datamodules.packing.pack_sets import PackedSets
+from lit_lora.datamodules.packing.splits import split_of_folder
 from lit_lora.tools.training.choices import Choice
 
+_VARYING = ("dropout", "shuffle_tags", "wildcards")
+"""Options of captions that differ from pass to pass."""
+
 _PRIOR = {"class_path": "lit_lora.objectives.PriorPreservation"}
+
+
+def validation_folder(folder: Path) -> Path | None:
+    """The folder of validation or test images beside one of training images, as in HF's image folders; None without it."""
+    if not folder.is_dir():
+        return None
+    splits = {split_of_folder(entry.name): entry for entry in sorted(folder.iterdir()) if entry.is_dir()}
+    return splits.get("validation", splits.get("test")) if "train" in splits else None
 
 
 def can_be_cached(packed: PackedSets) -> bool:
     """Whether crops and captions of all sets are the same in all passes."""
     decoders = [one.decoder for one in packed.found.sets if one.decoder is not None]
     return all(
-        decoder["center_crop"] and not decoder["captions"]["dropout"] and not decoder["captions"]["shuffle_tags"]
-        for decoder in decoders
+        decoder["center_crop"] and not any(decoder["captions"][name] for name in _VARYING) for decoder in decoders
     )
 
 

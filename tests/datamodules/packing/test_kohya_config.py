@@ -40,6 +40,7 @@ keep_tokens = 2
   random_crop = true
   caption_extension = ".caption"
   caption_suffix = "photo"
+  enable_wildcard = true
 """
 
 
@@ -64,6 +65,7 @@ def test_each_key_is_followed(write, tmp_path):
     assert found.notes == (
         "bucket_no_upscale has no effect: small images are enlarged; buckets.max_upscaling: 1 leaves them out",
         "caption_prefix stays first when captions are shuffled, and keep_tokens counts the tags after it",
+        "enable_wildcard draws alternatives, but not one of several lines; captions can be a list in a .json file",
     )
 
 
@@ -75,7 +77,7 @@ def test_the_options_of_decoders_are_those_of_kohyas_scripts(write):
     ]
     assert decoders == [
         ImageDecoder(True, True, Captions(dropout=0.1, shuffle_tags=True, keep_tags=2, prefix="sks, ")),
-        ImageDecoder(False, False, Captions(keep_tags=3, suffix=" photo")),
+        ImageDecoder(False, False, Captions(keep_tags=3, suffix=" photo", wildcards=True)),
     ]
     assert ShardSet("x", decoder=decoders[0]).decoder is decoders[0]
 
@@ -96,6 +98,7 @@ def test_squares_and_defaults(write):
             "separator": ", ",
             "prefix": "",
             "suffix": "",
+            "wildcards": False,
         },
     }
 

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 
+import numpy as np
 import pytest
+from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from lit_lora.datamodules import ShardIndex, WebDatasetDataModule
@@ -73,6 +76,22 @@ def test_sources_are_packed_with_their_targets(folder, tmp_path, encode_image):
     assert [bad["reason"] for bad in _bad(tmp_path / "bad")] == [
         "the source has 16 x 16 pixels, and the image 24 x 16: crop them to one aspect ratio"
     ]
+
+
+@pytest.mark.parametrize("extension", ["bmp", "tiff", "jfif"])
+def test_sources_of_other_formats_are_packed_as_shards_hold_them(folder, tmp_path, encode_image, extension):
+    jpeg = encode_image(24, 16, format="JPEG")
+    with Image.open(io.BytesIO(jpeg)) as image:
+        pixels = np.asarray(image)
+        source = folder / "cats" / f"img.3.source.{extension}"
+        source.write_bytes(jpeg) if extension == "jfif" else image.save(source)
+    packed = pack_folder(folder, tmp_path / "out").samples
+    name = "cats/img_3.source.jpg" if extension == "jfif" else "cats/img_3.source.png"
+    with Image.open(io.BytesIO(_contents(tmp_path / "out")[name])) as found:
+        assert np.abs(np.asarray(found).astype(int) - pixels).max() == 0
+    source.write_bytes(b"no image")
+    assert pack_folder(folder, tmp_path / "bad", max_bad=1).samples == packed - 1
+    assert [bad["reason"].split(":")[0] for bad in _bad(tmp_path / "bad")] == ["source image"]
 
 
 def test_all_samples_and_their_bytes(folder, tmp_path, encode_image):

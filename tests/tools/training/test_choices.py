@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,16 @@ def test_what_is_given_is_taken_and_said() -> None:
         "rank",
         "rate",
     ]
+
+
+def test_passes_are_those_that_show_repeated_sets_so_often() -> None:
+    images = _images((1024, 1024, 100))
+    [once], [repeated] = (
+        [choice.why for choice in choose(find_base("sdxl"), one, {}).why if choice.name == "steps"]
+        for one in (images, replace(images, repeats=4.0))
+    )
+    passes = float(once.split()[0])
+    assert repeated == f"{passes / 4:.3g} passes with the repeats of the sets: 400 x the root of the images"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,10 @@ from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, 
 
 def _packed(**captions: Any) -> PackedSets:
     """A set without a decoder, one with, and class images with the same."""
-    decoder = {"center_crop": True, "captions": {"dropout": 0, "shuffle_tags": False, "prefix": "art "} | captions}
+    decoder = {
+        "center_crop": True,
+        "captions": {"dropout": 0, "shuffle_tags": False, "wildcards": False, "prefix": "art "} | captions,
+    }
     found = SourceSets(
         [
             SourceSet("a", Path("a"), 2),
@@ -47,7 +50,7 @@ def test_what_a_dataset_toml_gives() -> None:
     assert "model.objective.class_path" in keys_of(_packed(), {"model": {}})
 
 
-@pytest.mark.parametrize("captions", [{}, {"dropout": 0.1}, {"shuffle_tags": True}])
+@pytest.mark.parametrize("captions", [{}, {"dropout": 0.1}, {"shuffle_tags": True}, {"wildcards": True}])
 def test_captions_that_vary_are_not_cached(captions: dict[str, Any]) -> None:
     packed = _packed(**captions)
     assert can_be_cached(packed) is not bool(captions)
