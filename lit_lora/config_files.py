@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.errors import UserError
+from lit_lora.unique_keys import check_unique_keys
 
 _EVERYWHERE = {"config", "seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "must_resume"}
 """Keys of a config beside the options of the trainer's method."""
@@ -25,7 +26,7 @@ def check_config_files(arguments: Sequence[str], method: str | None = None) -> N
         method: Method of the trainer that the command runs; defaults to None, for a command with options of its own.
 
     Raises:
-        UserError: If a file does not exist, or the trainer or the module has no such option.
+        UserError: If a file does not exist or gives a key twice, or the trainer or the module has no such option.
     """
     for given in _given_configs(arguments):
         path = Path(shipped_config(given))
@@ -64,9 +65,14 @@ def _values(path: Path, given: str) -> dict[str, Any]:
 
     try:
         # A config may be given as text in place of a file.
-        read = yaml.safe_load(path.read_text(encoding="utf-8") if path.exists() else given)
+        text = path.read_text(encoding="utf-8") if path.exists() else given
+        read = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
+    try:
+        check_unique_keys(text)
+    except ValueError as error:
+        raise UserError(f"{given}: {error}") from error
     if isinstance(read, str) and not path.exists():
         raise UserError(f"--config {given}: there is no such file{_similar(given)}")
     return read if isinstance(read, dict) else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -17,6 +16,7 @@ from lit_lora.datamodules.decoding.wildcards import drawn_alternatives
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import check_regular
+from lit_lora.unique_keys import load_json
 
 MAX_TEXT_BYTES = 1 << 20
 """Maximum size of a ``.txt`` or ``.cls`` member; a larger one is refused before it is decoded."""
@@ -268,7 +268,7 @@ def _generator(seed: int, name: str, slot: int) -> np.random.Generator:
 def _texts_under(key: str, data: bytes) -> list[str]:
     """The texts at a dotted path of a JSON document; an empty list if the path does not lead to a text."""
     try:
-        value: Any = json.loads(data)
+        value: Any = load_json(data)
     except (ValueError, RecursionError) as error:
         raise BadSampleError(f"the .json member is not valid ({error})") from error
     for part in key.split("."):
