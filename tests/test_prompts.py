@@ -63,10 +63,12 @@ def test_files_among_texts_are_read_and_not_drawn(tmp_path: Path) -> None:
     file, other = tmp_path / "lines.txt", tmp_path / "lines.jsonl"
     file.write_text("a red seven\n")
     other.write_text("{}")
-    assert read_prompts([str(file), "a star", str(file)]) == [Prompt(one) for one in ("a red seven", "a star", "a red seven")]
-    with pytest.raises(UserError, match="cannot read the prompts in .*gone.txt"):
+    assert read_prompts([str(file), "a star", str(file)]) == [
+        Prompt(one) for one in ("a red seven", "a star", "a red seven")
+    ]
+    with pytest.raises(UserError, match=r"cannot read the prompts in .*gone.txt"):
         read_prompts(["a", str(tmp_path / "gone.txt")])
-    with pytest.raises(UserError, match="lines.jsonl is a file, and its ending is none of .txt, .yaml"):
+    with pytest.raises(UserError, match=r"lines.jsonl is a file, and its ending is none of .txt, .yaml"):
         read_prompts(str(other))
 
 
@@ -77,7 +79,10 @@ def test_an_empty_negative_prompt_of_an_entry_wins(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_is_given_twice_is_refused(tmp_path: Path) -> None:
-    for ending, text in ((".yaml", "- prompt: a\n  seed: 1\n  seed: 2\n"), (".json", '[{"prompt": "a", "seed": 1, "seed": 2}]')):
+    for ending, text in (
+        (".yaml", "- prompt: a\n  seed: 1\n  seed: 2\n"),
+        (".json", '[{"prompt": "a", "seed": 1, "seed": 2}]'),
+    ):
         file = tmp_path / f"entries{ending}"
         file.write_text(text)
         with pytest.raises(UserError, match="seed is given twice"):

@@ -97,6 +97,6 @@ def test_damaged_bytes_never_kill_the_process(encode_image, format_):
 
 def test_utf_16_without_a_mark_is_no_caption():
     """Its ASCII letters with zeros between them are UTF-8 too."""
-    assert decode_text("a hat".encode()) == "a hat"
+    assert decode_text(b"a hat") == "a hat"
     with pytest.raises(BadSampleError, match=r"not UTF-8 text \(byte 1 is zero"):
         decode_text("a hat".encode("utf-16-le"))
