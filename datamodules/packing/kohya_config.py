@@ -90,7 +90,7 @@ def read_kohya_config(path: Path) -> SourceSets:
         datasets.append(of_dataset)
         for subset in _tables(dataset, "subsets", path):
             merged = {**of_dataset, **subset}
-            problems += _problems(merged)
+            problems += [*_problems(merged), *_misplaced(subset)]
             notes |= dict.fromkeys(_notes(merged))
             sets.append(merged)
     problems += _differences(datasets)
@@ -142,6 +142,13 @@ def _problems(options: Mapping[str, Any]) -> Iterator[str]:
     ):
         edges = [edge for edge in resolution if isinstance(edge, int)]
         yield f"resolution = {resolution} is no square; write the edge of one with this area, {math.isqrt(math.prod(edges))}"
+
+
+def _misplaced(subset: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a subset that would have no effect there."""
+    for key in subset:
+        if key in _OF_DATASETS:
+            yield f"{key} is in a subset, and holds for whole data sets: move it to [[datasets]] or [general]"
 
 
 def _notes(options: Mapping[str, Any]) -> Iterator[str]:

@@ -209,14 +209,26 @@ class _Training:
         arguments = ["fit", "--config", str(self.config)]
         if started := newest_run(self.out):
             print(f"resuming from the last checkpoint in {started}")
-            version = started.name.removeprefix("version_")
-            arguments += ["--ckpt_path", "last", "--trainer.logger.init_args.version", version]
+            arguments += resuming(started, self.out)
         trainer = run(arguments).trainer
         _write_report(self.out)
         results = results_of(self.out)
         if trainer.global_step >= trainer.max_steps > 0:
             record(self.out, results)
         return results
+
+
+def resuming(run: Path, out: Path) -> list[str]:
+    """Options of ``fit`` by which it goes on with a run.
+
+    Args:
+        run: Folder of the run.
+        out: Folder in which ``lit-lora train`` works.
+    """
+    if run.parent.name == "lightning_logs":
+        return ["--ckpt_path", "last", "--trainer.logger.init_args.version", run.name.removeprefix("version_")]
+    # Without a logger there is one folder; other loggers than TensorBoard and CSV begin another.
+    return ["--ckpt_path", "last" if run == out else str(run / "checkpoints" / "last.ckpt")]
 
 
 def _write_report(out: Path) -> None:

@@ -111,6 +111,11 @@ def test_squares_and_defaults(write):
         ("num_repeats = 10", "num_repeats = 0", "num_repeats = 0 is too small"),
         (
             "num_repeats = 10",
+            "num_repeats = 10\nresolution = 512",
+            "resolution is in a subset, and holds for whole data sets",
+        ),
+        (
+            "num_repeats = 10",
             'metadata_file = "x.json"',
             "metadata_file = 'x.json' is not supported: write metadata.jsonl",
         ),
