@@ -87,6 +87,16 @@ def decode_alpha(data: bytes) -> Tensor | None:
     return torch.from_numpy(alpha)[None]
 
 
+def has_transparency(data: bytes) -> bool:
+    """Whether parts of an image are transparent, so that :func:`decode_rgb` gives colors there that nobody sees.
+
+    Raises:
+        BadSampleError: If the bytes are not an image.
+    """
+    alpha = decode_alpha(data)
+    return alpha is not None and bool((alpha < 255).any())
+
+
 def _reason(error: RuntimeError) -> str:
     """Torchvision's message, without the place in its source code."""
     return re.sub(r"^.*\.cpp:\d+\W*", "", str(error).splitlines()[0])
@@ -114,6 +124,8 @@ def _decode_with_pillow(data: bytes, kind: str) -> Tensor:
     if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
         grey = torch.from_numpy(np.asarray(upright).astype(np.int64))
         return ((grey * 255 + 32767) // 65535).to(torch.uint8).expand(3, -1, -1).contiguous()
+    if upright.mode == "P":  # Pillow warns of palettes with transparency, although it finds the same colors
+        upright = upright.convert("RGBA")
     return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 

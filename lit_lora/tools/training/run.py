@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lit_lora.byte_sizes import format_bytes
+from lit_lora.datamodules.packing.left_out import count_files, format_reasons
 from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
 from lit_lora.datamodules.packing.pack_sets import PackedSets, find_sets, pack_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets
@@ -41,6 +42,7 @@ from lit_lora.tools.training.request import Request, claim
 from lit_lora.tools.training.results import newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
 from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice
+from lit_lora.visible import visible
 
 
 def train_adapter(request: Request) -> None:
@@ -128,7 +130,7 @@ class _Training:
         if self.packed_sets is None:
             captions: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
             packed = pack_folder(self.folder, self.shards, max_bad=self.request.max_bad, **captions)
-            print(_packed_line(packed))
+            print("\n".join(packed_lines(packed)))
         else:
             print("\n".join(sets_lines(self.packed_sets)))
         if not self.config.exists():
@@ -241,10 +243,13 @@ def _write_report(out: Path) -> None:
         print(f"the report could not be written: {error}; lit-lora report {shlex.quote(str(folder))} tries again")
 
 
-def _packed_line(packed: PackSummary) -> str:
-    left_out = f", {len(packed.bad)} left out" if packed.bad else ""
+def packed_lines(packed: PackSummary) -> list[str]:
+    """What was packed, what was left out and why, and the notes."""
+    files = [*packed.bad, *packed.skipped]
+    left_out = f", {count_files(files):,} left out (see {visible(packed.folder / 'bad.jsonl')})" if files else ""
     earlier = " by an earlier run" if packed.resumed == packed.shards else ""
-    return f"packed   {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
+    written = f"packed   {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
+    return [written, *format_reasons(files), *(f"note     {note}" for note in packed.notes)]
 
 
 def _nothing() -> None:
