@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -163,6 +164,11 @@ class Captions:
         if not 0 <= self.dropout <= 1:
             raise UserError(f"dropout={self.dropout} is not a probability; it must be in [0, 1]")
         check_least(0, keep_tags=self.keep_tags)
+        if self.keep_tags and not self.shuffle_tags:
+            warnings.warn(
+                f"keep_tags={self.keep_tags} has no effect without shuffle_tags: true; set it, or leave keep_tags out",
+                stacklevel=3,
+            )
         if not self.separator:
             raise UserError("separator is empty; write the text between two tags, as ', '")
 

@@ -155,6 +155,8 @@ def _notes(options: Mapping[str, Any]) -> Iterator[str]:
     for key, value in options.items():
         if key in _WARNED and value not in _WARNED[key][0]:
             yield f"{key} has no effect: {_WARNED[key][1]}"
+    if options.get("keep_tokens") and not options.get("shuffle_caption"):
+        yield "keep_tokens has no effect without shuffle_caption"
     if options.get("shuffle_caption") and options.get("caption_prefix"):
         yield "caption_prefix stays first when captions are shuffled, and keep_tokens counts the tags after it"
 
@@ -174,7 +176,7 @@ def _source_set(options: Mapping[str, Any], path: Path) -> SourceSet:
     captions = {
         "dropout": options.get("caption_dropout_rate", 0),
         "shuffle_tags": options.get("shuffle_caption", False),
-        "keep_tags": options.get("keep_tokens", 0),
+        "keep_tags": options.get("keep_tokens", 0) if options.get("shuffle_caption") else 0,
         "separator": ", " if separator == "," else separator,
         # sd-scripts puts a space between them and the caption.
         "prefix": f"{prefix} " if (prefix := options.get("caption_prefix")) else "",

@@ -64,6 +64,7 @@ def test_each_key_is_followed(write, tmp_path):
     assert found.notes == (
         "bucket_no_upscale has no effect: small images are enlarged; buckets.max_upscaling: 1 leaves them out",
         "caption_prefix stays first when captions are shuffled, and keep_tokens counts the tags after it",
+        "keep_tokens has no effect without shuffle_caption",
     )
 
 
@@ -75,7 +76,7 @@ def test_the_options_of_decoders_are_those_of_kohyas_scripts(write):
     ]
     assert decoders == [
         ImageDecoder(True, True, Captions(dropout=0.1, shuffle_tags=True, keep_tags=2, prefix="sks, ")),
-        ImageDecoder(False, False, Captions(keep_tags=3, suffix=" photo")),
+        ImageDecoder(False, False, Captions(suffix=" photo")),
     ]
     assert ShardSet("x", decoder=decoders[0]).decoder is decoders[0]
 
