@@ -18,7 +18,7 @@ _SHOWN = 60
 
 
 def tell_cut_captions(
-    tokenizer: Any, texts: Sequence[str], mask: Tensor, parts: Mapping[str, Any] | None = None
+    tokenizer: Any, texts: Sequence[str], mask: Tensor, parts: Mapping[str, Any] | None = None, **options: Any
 ) -> None:
     """Warn, once for each tokenizer, that the end of a text was cut off, unless another tokenizer reads more of it.
 
@@ -27,6 +27,7 @@ def tell_cut_captions(
         texts: ``B`` texts that it was given.
         mask: 1 for tokens, 0 for padding, ``(B, most)``.
         parts: Parts of the pipeline, among which other tokenizers may be. Defaults to none.
+        **options: Options that the tokenizer was given, as far as they change the number of tokens.
     """
     if tokenizer in _told or not (full := mask.bool().all(dim=1)).any():
         return
@@ -35,7 +36,7 @@ def tell_cut_captions(
         return
     for text in (text for text, is_full in zip(texts, full.tolist(), strict=True) if is_full):
         # Only a text that fills all places can be longer.
-        count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
+        count = len(tokenizer(text, truncation=False, verbose=False, **options).input_ids)
         if count > mask.shape[1]:
             _told.add(tokenizer)
             shown = visible(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
