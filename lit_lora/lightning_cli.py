@@ -18,7 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -182,7 +182,22 @@ class LitLoraCLI(LightningCLI):
         if path and path not in ("last", "best", "hpc", "registry") and not is_remote(path):
             read_checkpoint(path, "meta")
 
-    before_validate = before_test = before_predict = _read_safely
+    def before_validate(self) -> None:
+        """Check the checkpoint; tell what runs without one."""
+        self._read_safely()
+        if not self._get(self.config, "ckpt_path") and self.model.saved is None:
+            rank_zero_warn(
+                f"no ckpt_path is given, so {self.subcommand} runs with an adapter that is not trained, as the base alone"
+            )
+
+    before_test = before_validate
+
+    def before_predict(self) -> None:
+        """Check the checkpoint; tell what runs without one, and that nothing writes the images."""
+        self.before_validate()
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
+            rank_zero_warn("no callback writes the images that predict draws: add ImageWriter to trainer.callbacks")
 
 
 class ToolCLI(LitLoraCLI):

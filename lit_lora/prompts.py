@@ -95,7 +95,7 @@ def read_prompts(prompts: str | Sequence[str]) -> list[Prompt]:
         UserError: If there are none, a file cannot be read or has another ending, or an entry has unknown or wrong settings.
     """
     given = [prompts] if isinstance(prompts, str) else prompts
-    found = [prompt for one in given for prompt in _of_text(one)]
+    found = [prompt for one in given for prompt in _of_text(one, is_alone=len(given) == 1)]
     if not found:
         raise UserError("there are no prompts; give at least one")
     return found
@@ -118,11 +118,15 @@ def prompt_groups(prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list
     return list(groups.values())
 
 
-def _of_text(text: str) -> list[Prompt]:
-    """The prompts of a file if the text is the path of one, and otherwise the text as a prompt."""
+def _of_text(text: str, is_alone: bool) -> list[Prompt]:
+    """The prompts of a file if the text is the path of one, and otherwise the text as a prompt.
+
+    A text of several words among others, such as a caption, is a path only if the file exists.
+    """
     ending = "" if "\n" in text else Path(text).suffix.lower()
-    if ending in PROMPT_FILES:
-        return _from_file(Path(text).expanduser())
+    path = Path(text).expanduser()
+    if ending in PROMPT_FILES and (is_alone or len(text.split()) == 1 or os.path.isfile(path)):
+        return _from_file(path)
     if ending and os.path.isfile(text):
         raise UserError(
             f"prompts: {visible(text)} is a file, and its ending is none of {', '.join(PROMPT_FILES)}; rename it, or give the "

@@ -644,6 +644,14 @@ def test_a_run_that_saves_nothing_says_so(config: Callable[..., Path], capsys: p
     assert "nothing saves what is trained" in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_runs_without_a_checkpoint_or_writes_nothing_says_so(config: Callable[..., Path]) -> None:
+    with (
+        pytest.warns(UserWarning, match="no ckpt_path is given, so predict runs with an adapter that is not trained"),
+        pytest.warns(UserWarning, match="no callback writes the images that predict draws: add ImageWriter"),
+    ):
+        assert main(["predict", "--config", str(config()), "--return_predictions", "false"]) == 0
+
+
 def test_last_where_each_run_has_a_folder_of_its_own(
     config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,6 +66,7 @@ def test_files_among_texts_are_read_and_not_drawn(tmp_path: Path) -> None:
     assert read_prompts([str(file), "a star", str(file)]) == [
         Prompt(one) for one in ("a red seven", "a star", "a red seven")
     ]
+    assert read_prompts(["a", "open notes.txt"]) == [Prompt("a"), Prompt("open notes.txt")]
     with pytest.raises(UserError, match=r"cannot read the prompts in .*gone.txt"):
         read_prompts(["a", str(tmp_path / "gone.txt")])
     with pytest.raises(UserError, match=r"lines.jsonl is a file, and its ending is none of .txt, .yaml"):
