@@ -111,8 +111,6 @@ class ImageFolder(PackInput):
                     continue
                 try:
                     bits = _find_sides(file, siblings, kinds)
-                    if not bits & _CAPTION_BITS and (reason := why_no_image(file)):
-                        raise BadSampleError(reason)
                     size, stamp = stat_files(_paths(folder, file, bits))
                     if template is None and not bits & _CAPTION_BITS:
                         size += packed_size(len(_checked(fallback, kinds).encode()))
@@ -206,7 +204,11 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
 
 
 def _find_sides(file: str, siblings: Set[str], kinds: Sequence[str]) -> int:
-    """The files beside an image, as bits: its mask, its source, and captions of some kinds."""
+    """The files beside an image, as bits: its mask, its source, and captions of some kinds.
+
+    Raises:
+        BadSampleError: If the image is named like a mask or a source and has no caption.
+    """
     image = PurePosixPath(file)
     found = {
         side.lower(): bit
@@ -215,7 +217,10 @@ def _find_sides(file: str, siblings: Set[str], kinds: Sequence[str]) -> int:
     }
     if "txt" in found:
         found.pop("caption", None)
-    return sum(1 << bit for bit in found.values())
+    bits = sum(1 << bit for bit in found.values())
+    if not bits & _CAPTION_BITS and (reason := why_no_image(file)):
+        raise BadSampleError(reason)
+    return bits
 
 
 def _checked(fallback: str | None, kinds: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from weakref import WeakSet
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_lora.visible import visible
 
@@ -29,8 +30,9 @@ def tell_cut_captions(
         parts: Parts of the pipeline, among which other tokenizers may be. Defaults to none.
         **options: Options that the tokenizer was given, as far as they change the number of tokens.
     """
-    if tokenizer in _told or not (full := mask.bool().all(dim=1)).any():
+    if tokenizer in _told or isinstance(mask, FakeTensor):  # a plan of the memory has no values
         return
+    full = mask.bool().all(dim=1)
     others = [part for name, part in (parts or {}).items() if name.startswith("tokenizer") and part is not tokenizer]
     if any(getattr(other, "model_max_length", 0) > tokenizer.model_max_length for other in others):
         return

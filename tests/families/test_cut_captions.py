@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_lora.families import StableDiffusion
 from lit_lora.families.cut_captions import tell_cut_captions
@@ -40,3 +41,8 @@ def test_a_text_that_another_encoder_reads_is_not_told() -> None:
     with pytest.warns(UserWarning, match="has 6 tokens, and the text encoder reads 4.*'abcdef'"):
         tell_cut_captions(clip, texts, mask, {"tokenizer": clip, "text_encoder": object()})
     tell_cut_captions(t5, ["abcd"], torch.ones(1, 4))
+
+
+def test_a_plan_of_the_memory_has_no_values() -> None:
+    with FakeTensorMode():
+        tell_cut_captions(Letters(4), ["abcdef"], torch.ones(1, 4))
