@@ -30,6 +30,7 @@ from lit_lora.callbacks.checkpoint_files import (
     check_given,
     claim,
     discard,
+    kept_nothing,
     link_with_folders,
     options,
     put_in_place,
@@ -108,11 +109,9 @@ class AdapterCheckpoint(ResumedSaves):
         self._is_due = False
         """Whether a checkpoint waits for the next optimizer step."""
         self._stop_is_due = False
-        self._begins_pass = False
-        """Whether the checkpoint that was loaded had completed an epoch."""
+        self._begins_pass = False  # whether the checkpoint that was loaded had completed an epoch
         self._first_step = 0
-        self._step_of_last: int | None = None
-        """The optimizer step that ``last`` was saved at."""
+        self._step_of_last: int | None = None  # the optimizer step that ``last`` was saved at
         self._lock: FolderLock | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -250,8 +249,9 @@ class AdapterCheckpoint(ResumedSaves):
             return
         with within_epoch(trainer):
             candidates = self._monitor_candidates(trainer)
-            if self.save_last:
-                self._write_last(trainer, candidates)
+            if self.save_last or kept_nothing(self):
+                with options(self, save_last=self.save_last or True):
+                    self._write_last(trainer, candidates)
             elif self.monitor is None:
                 self._save_topk_checkpoint(trainer, candidates)
 

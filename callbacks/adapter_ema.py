@@ -66,7 +66,8 @@ class AdapterEMA(Callback):
             self._average.restore(parameters)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "predict" or (stage != "fit" and trainer.ckpt_path and self._average is None):
+        # A checkpoint is not known yet, and without one and without a fit before there is no average either.
+        if stage == "predict" or (stage != "fit" and self._average is None):
             rank_zero_warn(
                 f"AdapterEMA: {getattr(stage, 'value', stage)} uses the weights of the last step, not their average; that is in "
                 f"the .ema.adapter folder beside the checkpoint, for lit-lora sample"

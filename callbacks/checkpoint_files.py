@@ -52,6 +52,27 @@ def check_given(owner: Any, given: dict[str, Any]) -> None:
         raise UserError(f"{others[0]} of AdapterCheckpoint has no effect here: {writer}; leave it out")
 
 
+def kept_nothing(callback: ModelCheckpoint) -> bool:
+    """Whether a callback for the best checkpoints has kept none at the end, since nothing was measured; warns if so."""
+    if callback.monitor is None or callback.save_top_k == 0 or callback.best_k_models:
+        return False
+    rank_zero_warn(
+        f"{callback.monitor} was never logged, so that no checkpoint was kept as the best: the end of training is saved as "
+        f"{callback.CHECKPOINT_NAME_LAST}; validate within the run (trainer.val_check_interval, limit_val_batches), or leave out "
+        "monitor"
+    )
+    return True
+
+
+def warn_if_nothing_is_saved(callback: ModelCheckpoint) -> None:
+    """Warn that a callback's options have it save nothing."""
+    if callback.save_top_k == 0 and not callback.save_last:
+        rank_zero_warn(
+            f"{type(callback).__name__} saves nothing, since save_top_k is 0 and save_last is not set: what is trained would be "
+            "lost; set one of them, or leave the callback out"
+        )
+
+
 def warn_of_one_chunk(trainer: Trainer) -> None:
     """Warn that no chunk of the training data ends, if they are known to have only one."""
     plan = getattr(trainer.train_dataloader, "plan", None)

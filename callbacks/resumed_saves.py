@@ -12,7 +12,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
-from lit_lora.callbacks.checkpoint_files import copy_with_folders, link_with_folders, modified, warn_of_future
+from lit_lora.callbacks.checkpoint_files import (
+    copy_with_folders,
+    link_with_folders,
+    modified,
+    warn_if_nothing_is_saved,
+    warn_of_future,
+)
 
 
 class ResumedSaves(ModelCheckpoint):
@@ -31,6 +37,8 @@ class ResumedSaves(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._trains = False
+        if stage == "fit":
+            warn_if_nothing_is_saved(self)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"replaced": self._replaced}

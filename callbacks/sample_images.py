@@ -161,7 +161,7 @@ class SampleImages(Callback):
             each = math.ceil(len(places) / trainer.world_size)
             mine = [places[min(trainer.global_rank * each + i, len(places) - 1)] for i in range(each)]
             prompts = [self.prompts[place] for place in mine]
-            if any(negatives := [one.negative_prompt for one in prompts]):
+            if any(negatives := [one.negative_prompt or "" for one in prompts]):
                 options["negative_prompts"] = negatives
             options |= images_to_edit(prompts)
             try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.errors import UserError
+from lit_lora.unique_keys import check_unique_keys
 
 _EVERYWHERE = {"config", "seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "must_resume"}
 """Keys of a config beside the options of the trainer's method."""
@@ -25,11 +26,11 @@ def check_config_files(arguments: Sequence[str], method: str | None = None) -> N
         method: Method of the trainer that the command runs; defaults to None, for a command with options of its own.
 
     Raises:
-        UserError: If a file does not exist, or the trainer or the module has no such option.
+        UserError: If a file does not exist or gives a key twice, or the trainer or the module has no such option.
     """
-    for given in _given_configs(arguments):
+    for given in given_configs(arguments):
         path = Path(shipped_config(given))
-        values = _values(path, given)
+        values = config_values(path, given)
         known = {"trainer": _options_of_trainer("__init__"), "model": _options_of_module()}
         if method is not None:
             _check_keys(given, "", values, _EVERYWHERE | _options_of_trainer(method))
@@ -51,22 +52,36 @@ def _shipped_folder() -> Path:
     return Path(str(files("lit_lora.configs")))
 
 
-def _given_configs(arguments: Sequence[str]) -> Iterator[str]:
+def given_configs(arguments: Sequence[str]) -> Iterator[str]:
+    """The values of ``--config``, in their order."""
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         if name in ("-c", "--config") and (equals or following):
             yield value if equals else following
 
 
-def _values(path: Path, given: str) -> dict[str, Any]:
-    """Content of a config; empty if only the parser can tell what is wrong with it."""
+def config_values(path: Path, given: str) -> dict[str, Any]:
+    """Content of a config; empty if only the parser can tell what is wrong with it.
+
+    Args:
+        path: Path of the file.
+        given: What the user has written, which may be the content itself.
+
+    Raises:
+        UserError: If there is no such file, or it gives a key twice.
+    """
     import yaml
 
     try:
         # A config may be given as text in place of a file.
-        read = yaml.safe_load(path.read_text(encoding="utf-8") if path.exists() else given)
+        text = path.read_text(encoding="utf-8") if path.exists() else given
+        read = yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
+    try:
+        check_unique_keys(text)
+    except ValueError as error:
+        raise UserError(f"{given}: {error}") from error
     if isinstance(read, str) and not path.exists():
         raise UserError(f"--config {given}: there is no such file{_similar(given)}")
     return read if isinstance(read, dict) else {}

@@ -18,11 +18,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers.utils.logging import disable_progress_bar
 
+from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lit_lora.callbacks.finite_gradients import FiniteGradients
 from lit_lora.callbacks.preemption import Preemption
 from lit_lora.callbacks.schedule_free import ScheduleFree
@@ -35,6 +37,7 @@ from lit_lora.console import print_error
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.distributed import check_strategy_name
 from lit_lora.distributed.end_on_error import EndOnError
+from lit_lora.dropped_options import dropped_options
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.lazy import public_names
@@ -126,6 +129,11 @@ class LitLoraCLI(LightningCLI):
             help="Refuse to start from the beginning if --ckpt_path last finds no checkpoint.",
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        for dropped in dropped_options(args or [], self.config.get(self.config.get("subcommand") or "", self.config)):
+            rank_zero_warn(dropped)
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's hyperparameters override the user's config."""
 
@@ -155,6 +163,7 @@ class LitLoraCLI(LightningCLI):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.insert(1, kind())
         configured = [entry.class_path for entry in self._get(self.config, "trainer.callbacks") or []]
+        _save_adapters(self.trainer, configured)
         if not any(path.endswith("ProgressBar") for path in configured):
             bars = (TQDMProgressBar, RichProgressBar)
             callbacks[:] = [StepProgress() if isinstance(callback, bars) else callback for callback in callbacks]
@@ -173,7 +182,22 @@ class LitLoraCLI(LightningCLI):
         if path and path not in ("last", "best", "hpc", "registry") and not is_remote(path):
             read_checkpoint(path, "meta")
 
-    before_validate = before_test = before_predict = _read_safely
+    def before_validate(self) -> None:
+        """Check the checkpoint; tell what runs without one."""
+        self._read_safely()
+        if not self._get(self.config, "ckpt_path") and self.model.saved is None:
+            rank_zero_warn(
+                f"no ckpt_path is given, so {self.subcommand} runs with an adapter that is not trained, as the base alone"
+            )
+
+    before_test = before_validate
+
+    def before_predict(self) -> None:
+        """Check the checkpoint; tell what runs without one, and that nothing writes the images."""
+        self.before_validate()
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
+            rank_zero_warn("no callback writes the images that predict draws: add ImageWriter to trainer.callbacks")
 
 
 class ToolCLI(LitLoraCLI):
@@ -277,6 +301,19 @@ def _say_if_none_is_last(trainer: Trainer, required: bool) -> None:
         return path
 
     connector._select_ckpt_path = select_loudly
+
+
+def _save_adapters(trainer: Trainer, configured: Sequence[str]) -> None:
+    """Save adapters where no callback is configured that saves: Lightning's own would save the whole base, and not the end."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(path.endswith("ModelCheckpoint") for path in configured):
+        ours = AdapterCheckpoint(save_last="link", enable_version_counter=False)
+        callbacks[:] = [ours if type(callback) is ModelCheckpoint else callback for callback in callbacks]
+    if not trainer.checkpoint_callbacks and not getattr(trainer, "fast_dev_run", False) and trainer.is_global_zero:
+        print_error(
+            "nothing saves what is trained: set trainer.enable_checkpointing to true, or add the callback AdapterCheckpoint",
+            "warning",
+        )
 
 
 def _what_is_last(trainer: Trainer) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import yaml
 from PIL import Image, ImageOps
 
 from lit_lora.errors import UserError, check_least
+from lit_lora.unique_keys import load_json, load_yaml
 from lit_lora.visible import visible
 
 PROMPT_FILES = (".txt", ".yaml", ".yml", ".json")
@@ -27,7 +28,7 @@ class Prompt:
 
     Args:
         prompt: Text to draw.
-        negative_prompt: Text to draw away from; defaults to none.
+        negative_prompt: Text to draw away from; an empty one is none, whatever the caller has.
         seed: Seed of the initial noise.
         width: Width of the image in pixels.
         height: Height of the image in pixels.
@@ -40,7 +41,7 @@ class Prompt:
     """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     seed: int | None = None
     width: int | None = None
     height: int | None = None
@@ -52,7 +53,7 @@ class Prompt:
         for name, value in asdict(self).items():
             texts = name in ("prompt", "negative_prompt")
             kinds = (str,) if texts or name == "image" else (int, float) if name == "guidance_scale" else (int,)
-            if (value is not None or texts) and (isinstance(value, bool) or not isinstance(value, kinds)):
+            if (value is not None or name == "prompt") and (isinstance(value, bool) or not isinstance(value, kinds)):
                 raise UserError(f"{name}={value!r} of a prompt is no {' or '.join(kind.__name__ for kind in kinds)}")
         if not self.prompt.strip():
             raise UserError("a prompt is empty; write what to draw")
@@ -62,7 +63,7 @@ class Prompt:
     def filled(self, **settings: Any) -> Prompt:
         """The prompt with these settings where it has none of its own."""
         own = asdict(self)
-        return replace(self, **{name: value for name, value in settings.items() if own[name] in (None, "")})
+        return replace(self, **{name: value for name, value in settings.items() if own[name] is None})
 
     def __str__(self) -> str:
         """The prompt and what is set beside it, in one line."""
@@ -85,24 +86,20 @@ class PromptGroup(NamedTuple):
 
 
 def read_prompts(prompts: str | Sequence[str]) -> list[Prompt]:
-    """Prompts from a text, texts or a file.
+    """Prompts from texts and files.
 
     A file has an ending of :data:`PROMPT_FILES`. Each line of a ``.txt`` file is a prompt, except empty lines and those that
     begin with ``#``. YAML and JSON files hold a list, each entry a text, or a mapping with the names of the arguments of
     :class:`Prompt`, of which ``prompt`` is required. The path of an ``image`` is relative to the file's folder.
 
     Args:
-        prompts: One prompt, several, or the path of a file.
+        prompts: A prompt or the path of a file, or several of these.
 
     Raises:
-        UserError: If there are none, the file cannot be read, or an entry has unknown or wrong settings.
+        UserError: If there are none, a file cannot be read or has another ending, or an entry has unknown or wrong settings.
     """
-    if not isinstance(prompts, str):
-        found = [Prompt(one) for one in prompts]
-    elif "\n" not in prompts and Path(prompts).suffix.lower() in PROMPT_FILES:
-        found = _from_file(Path(prompts).expanduser())
-    else:
-        found = [Prompt(prompts)]
+    given = [prompts] if isinstance(prompts, str) else prompts
+    found = [prompt for one in given for prompt in _of_text(one, is_alone=len(given) == 1)]
     if not found:
         raise UserError("there are no prompts; give at least one")
     return found
@@ -143,13 +140,30 @@ def _image(path: str) -> Image.Image:
         raise UserError(f"cannot read the image {path} of a prompt: {error}; name another") from error
 
 
+def _of_text(text: str, is_alone: bool) -> list[Prompt]:
+    """The prompts of a file if the text is the path of one, and otherwise the text as a prompt.
+
+    A text of several words among others, such as a caption, is a path only if the file exists.
+    """
+    ending = "" if "\n" in text else Path(text).suffix.lower()
+    path = Path(text).expanduser()
+    if ending in PROMPT_FILES and (is_alone or len(text.split()) == 1 or os.path.isfile(path)):
+        return _from_file(path)
+    if ending and os.path.isfile(text):
+        raise UserError(
+            f"prompts: {visible(text)} is a file, and its ending is none of {', '.join(PROMPT_FILES)}; rename it, or give the "
+            "texts themselves"
+        )
+    return [Prompt(text)]
+
+
 def _from_file(path: Path) -> list[Prompt]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".txt":
             lines = [line.strip() for line in text.splitlines()]
             return [Prompt(line) for line in lines if line and not line.startswith("#")]
-        entries = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        entries = load_json(text) if path.suffix.lower() == ".json" else load_yaml(text)
     except OSError as error:
         raise UserError(f"cannot read the prompts in {path}: {error.strerror}; name a file that exists") from error
     except (ValueError, yaml.YAMLError) as error:

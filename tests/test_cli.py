@@ -629,6 +629,29 @@ def test_must_resume_needs_a_checkpoint(config: Callable[..., Path], capsys: pyt
     assert "must_resume is true, and no ckpt_path is given; set ckpt_path to last" in capsys.readouterr().err
 
 
+def test_adapters_are_saved_without_a_callback(config: Callable[..., Path], tmp_path: Path) -> None:
+    """Lightning's own callback would save the whole base, no adapter, and not the last step."""
+    path = config(trainer__callbacks=None, trainer__logger=False, trainer__default_root_dir=str(tmp_path / "run"))
+    assert main(["fit", "--config", str(path)]) == 0
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+    assert last.with_suffix(".adapter").is_dir()
+
+
+def test_a_run_that_saves_nothing_says_so(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = config(trainer__callbacks=None, trainer__enable_checkpointing=False)
+    assert main(["fit", "--config", str(path)]) == 0
+    assert "nothing saves what is trained" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_runs_without_a_checkpoint_or_writes_nothing_says_so(config: Callable[..., Path]) -> None:
+    with (
+        pytest.warns(UserWarning, match="no ckpt_path is given, so predict runs with an adapter that is not trained"),
+        pytest.warns(UserWarning, match="no callback writes the images that predict draws: add ImageWriter"),
+    ):
+        assert main(["predict", "--config", str(config()), "--return_predictions", "false"]) == 0
+
+
 def test_last_where_each_run_has_a_folder_of_its_own(
     config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

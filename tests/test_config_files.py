@@ -36,6 +36,19 @@ def test_unknown_keys_are_refused(text: str, message: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer: {max_steps: 3}\nmodel: {}\ntrainer: {}\n", "trainer is given twice in lines 1 and 3"),
+        ("model:\n  optimizer:\n    init_args: {lr: 1, lr: 2}\n", "lr is given twice in lines 3 and 3"),
+        ("trainer:\n  callbacks:\n  - {class_path: A, class_path: B}\n", "class_path is given twice"),
+    ],
+)
+def test_keys_that_are_given_twice_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        check(tmp_path / "x.yaml", text)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "model.family.class_path: X",

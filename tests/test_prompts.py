@@ -21,7 +21,7 @@ YAML = """
 
 def test_texts() -> None:
     assert read_prompts("a cat. txt") == [Prompt("a cat. txt")]
-    assert read_prompts(["a", "b.txt"]) == [Prompt("a"), Prompt("b.txt")]
+    assert read_prompts(["a", "b. txt"]) == [Prompt("a"), Prompt("b. txt")]
 
 
 def test_files_hold_texts_and_entries(tmp_path: Path) -> None:
@@ -64,6 +64,37 @@ def test_a_wrong_file_is_one_error(name: str, text: str | None, message: str, tm
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         read_prompts(str(tmp_path / name))
+
+
+def test_files_among_texts_are_read_and_not_drawn(tmp_path: Path) -> None:
+    file, other = tmp_path / "lines.txt", tmp_path / "lines.jsonl"
+    file.write_text("a red seven\n")
+    other.write_text("{}")
+    assert read_prompts([str(file), "a star", str(file)]) == [
+        Prompt(one) for one in ("a red seven", "a star", "a red seven")
+    ]
+    assert read_prompts(["a", "open notes.txt"]) == [Prompt("a"), Prompt("open notes.txt")]
+    with pytest.raises(UserError, match=r"cannot read the prompts in .*gone.txt"):
+        read_prompts(["a", str(tmp_path / "gone.txt")])
+    with pytest.raises(UserError, match=r"lines.jsonl is a file, and its ending is none of .txt, .yaml"):
+        read_prompts(str(other))
+
+
+def test_an_empty_negative_prompt_of_an_entry_wins(tmp_path: Path) -> None:
+    file = tmp_path / "entries.yaml"
+    file.write_text("- {prompt: a, negative_prompt: ''}\n- b\n")
+    assert [one.filled(negative_prompt="blurry").negative_prompt for one in read_prompts(str(file))] == ["", "blurry"]
+
+
+def test_a_setting_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    for ending, text in (
+        (".yaml", "- prompt: a\n  seed: 1\n  seed: 2\n"),
+        (".json", '[{"prompt": "a", "seed": 1, "seed": 2}]'),
+    ):
+        file = tmp_path / f"entries{ending}"
+        file.write_text(text)
+        with pytest.raises(UserError, match="seed is given twice"):
+            read_prompts(str(file))
 
 
 def test_prompts_with_equal_options_are_drawn_together() -> None:

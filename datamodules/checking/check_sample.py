@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 
 from lit_lora.datamodules.decoding.captions import MAX_JSON_BYTES, MAX_TEXT_BYTES, Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, decode_rgb
+from lit_lora.datamodules.decoding.mask import decode_mask
 from lit_lora.datamodules.decoding.source_image import decode_source
-from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS, SOURCE_EXTENSIONS
+from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS, MASK_EXTENSION, SOURCE_EXTENSIONS
 from lit_lora.datamodules.indexing.image_format import image_format
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION, image_size
 
@@ -27,6 +28,7 @@ LONG_CAPTION = "caption too long"
 UNREADABLE_CAPTION = "unreadable caption"
 WRONG_EXTENSION = "wrong extension"
 BAD_SOURCE = "unusable source image"
+BAD_MASK = "unusable mask"
 
 _HEADER_BYTES = 65536
 _LIMITS = {"txt": MAX_TEXT_BYTES, "cls": MAX_TEXT_BYTES, "json": MAX_JSON_BYTES}
@@ -51,7 +53,7 @@ def check_sample(
     elif decode and not _is_safetensors(_read(file, *members[CACHED_EXTENSION])):
         yield UNDECODABLE, f"the .{CACHED_EXTENSION} member is damaged"
     if image is not None and decode:
-        yield from _check_source(file, members, image)
+        yield from _check_beside(file, members, image)
     texts = {extension: members[extension] for extension in captions.extensions if extension in members}
     yield from _check_caption(file, texts, captions)
 
@@ -76,14 +78,22 @@ def _check_image(file: BinaryIO, offset: int, size: int, extension: str, decode:
             yield UNDECODABLE, str(error)
 
 
-def _check_source(file: BinaryIO, members: Mapping[str, tuple[int, int]], image: str) -> Iterator[tuple[str, str]]:
+def _check_beside(file: BinaryIO, members: Mapping[str, tuple[int, int]], image: str) -> Iterator[tuple[str, str]]:
+    """Problems of the source image and the mask."""
     sources = {extension: _read(file, *members[extension]) for extension in SOURCE_EXTENSIONS if extension in members}
-    size = image_size(_read(file, *members[image]))
-    if sources and size != (0, 0):
+    size = image_size(_read(file, *members[image])) if sources or MASK_EXTENSION in members else (0, 0)
+    if size == (0, 0):
+        return
+    if sources:
         try:
             decode_source(sources, size)
         except BadSampleError as error:
             yield BAD_SOURCE, str(error)
+    if MASK_EXTENSION in members:
+        try:
+            decode_mask({MASK_EXTENSION: _read(file, *members[MASK_EXTENSION])}, "mask.png", size)
+        except BadSampleError as error:
+            yield BAD_MASK, str(error)
 
 
 def _refusal(data: bytes) -> tuple[str, str] | None:

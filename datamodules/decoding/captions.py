@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -17,6 +17,7 @@ from lit_lora.datamodules.decoding.wildcards import drawn_alternatives
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import check_regular
+from lit_lora.unique_keys import load_json
 
 MAX_TEXT_BYTES = 1 << 20
 """Maximum size of a ``.txt`` or ``.cls`` member; a larger one is refused before it is decoded."""
@@ -163,6 +164,11 @@ class Captions:
         if not 0 <= self.dropout <= 1:
             raise UserError(f"dropout={self.dropout} is not a probability; it must be in [0, 1]")
         check_least(0, keep_tags=self.keep_tags)
+        if self.keep_tags and not self.shuffle_tags:
+            warnings.warn(
+                f"keep_tags={self.keep_tags} has no effect without shuffle_tags: true; set it, or leave keep_tags out",
+                stacklevel=3,
+            )
         if not self.separator:
             raise UserError("separator is empty; write the text between two tags, as ', '")
 
@@ -268,7 +274,7 @@ def _generator(seed: int, name: str, slot: int) -> np.random.Generator:
 def _texts_under(key: str, data: bytes) -> list[str]:
     """The texts at a dotted path of a JSON document; an empty list if the path does not lead to a text."""
     try:
-        value: Any = json.loads(data)
+        value: Any = load_json(data)
     except (ValueError, RecursionError) as error:
         raise BadSampleError(f"the .json member is not valid ({error})") from error
     for part in key.split("."):

@@ -16,6 +16,7 @@ MAX_PIXELS = 100_000_000
 
 _RGB = 3  # torchvision.io.ImageReadMode.RGB
 _PNG = b"\x89PNG\r\n\x1a\n"
+_WEBP_FLAGS, _WEBP_HAS_EXIF = 20, 0x08  # of its extended header
 
 
 class BadSampleError(Exception):
@@ -46,7 +47,9 @@ def decode_rgb(data: bytes) -> Tensor:
     if not data:
         raise BadSampleError("the image is empty")
     if data.startswith(_PNG):
-        return _decode_png(data)
+        return _decode_with_pillow(data, "PNG")
+    if _has_exif_in_webp(data):
+        return _decode_with_pillow(data, "WEBP")
     import torchvision.io  # noqa: F401 registers the operator
 
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -77,11 +80,21 @@ def decode_alpha(data: bytes) -> Tensor | None:
             if not image.has_transparency_data:
                 return None
             image.load()
-            upright = ImageOps.exif_transpose(image) if image.format == "PNG" else image
+            upright = ImageOps.exif_transpose(image)
             alpha = np.array(upright.convert("RGBA").getchannel("A"))
     except Exception as error:  # Pillow's readers raise almost any exception on damaged bytes
         raise BadSampleError(f"the alpha channel cannot be decoded ({error})") from error
     return torch.from_numpy(alpha)[None]
+
+
+def has_transparency(data: bytes) -> bool:
+    """Whether parts of an image are transparent, so that :func:`decode_rgb` gives colors there that nobody sees.
+
+    Raises:
+        BadSampleError: If the bytes are not an image.
+    """
+    alpha = decode_alpha(data)
+    return alpha is not None and bool((alpha < 255).any())
 
 
 def _reason(error: RuntimeError) -> str:
@@ -89,19 +102,30 @@ def _reason(error: RuntimeError) -> str:
     return re.sub(r"^.*\.cpp:\d+\W*", "", str(error).splitlines()[0])
 
 
-def _decode_png(data: bytes) -> Tensor:
-    """Decode a PNG with Pillow, since torchvision 0.29's PNG decoder kills the process on damaged data."""
+def _has_exif_in_webp(data: bytes) -> bool:
+    """Whether an image is a WebP that says how it is turned, which torchvision does not read."""
+    return data[8:16] == b"WEBPVP8X" and len(data) > _WEBP_FLAGS and bool(data[_WEBP_FLAGS] & _WEBP_HAS_EXIF)
+
+
+def _decode_with_pillow(data: bytes, kind: str) -> Tensor:
+    """Decode an image with Pillow: torchvision 0.29's PNG decoder kills the process on damaged data."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels decides
-            image = Image.open(io.BytesIO(data), formats=("PNG",))
+            image = Image.open(io.BytesIO(data), formats=(kind,))
+            if kind == "WEBP" and getattr(image, "n_frames", 1) > 1:
+                raise BadSampleError("the image is an animation")
             image.load()
             upright = ImageOps.exif_transpose(image)
+    except BadSampleError:
+        raise
     except Exception as error:  # Pillow's readers raise almost any exception on damaged bytes
         raise BadSampleError(f"the image cannot be decoded ({error})") from error
     if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
         grey = torch.from_numpy(np.asarray(upright).astype(np.int64))
         return ((grey * 255 + 32767) // 65535).to(torch.uint8).expand(3, -1, -1).contiguous()
+    if upright.mode == "P":  # Pillow warns of palettes with transparency, although it finds the same colors
+        upright = upright.convert("RGBA")
     return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1).contiguous()
 
 
@@ -109,9 +133,12 @@ def decode_text(data: bytes) -> str:
     """The text of a ``.txt`` member, without surrounding white space.
 
     Raises:
-        BadSampleError: If the bytes are not UTF-8.
+        BadSampleError: If the bytes are not UTF-8, or hold zeros, as UTF-16 without a byte order mark does.
     """
     try:
-        return data.decode("utf-8-sig").strip()
+        text = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadSampleError(f"the caption is not UTF-8 (byte {error.start})") from error
+    if "\0" in text:
+        raise BadSampleError(f"the caption is not UTF-8 text (byte {data.index(0)} is zero, as in UTF-16)")
+    return text

@@ -119,8 +119,7 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 
 def _is_turned(image: ImageFile) -> bool:
-    # torchvision applies EXIF only in JPEG and PNG. Without the test for "exif" Pillow would decode the whole PNG.
-    if image.format == "WEBP" or "exif" not in image.info:
+    if "exif" not in image.info:  # without this test Pillow would decode the whole PNG
         return False
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1) in (5, 6, 7, 8)

@@ -17,6 +17,7 @@ from lit_lora.datamodules.indexing.image_format import image_format
 from lit_lora.datamodules.packing.batch_file import BatchFile, import_arrow
 from lit_lora.datamodules.packing.image_folder import read_file, stat_files
 from lit_lora.datamodules.packing.image_formats import ANY_IMAGE, NOT_AN_IMAGE, image_extension
+from lit_lora.datamodules.packing.images_beside import images_beside
 from lit_lora.datamodules.packing.input import TAR_BLOCK, PackInput, show_planning
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.parquet import ParquetFile
@@ -101,7 +102,6 @@ class ColumnTable(PackInput):
                     f"{visible(file.path)} lacks the column {missing[0]!r} of {visible(files[0].path)}; pack these"
                     " files separately"
                 )
-        unpacked = [name for name in schema.names if name not in read]
         sizes = [file.row_sizes(read) for file in files]
         first_row = np.cumsum([0, *(len(rows) for rows in sizes)], dtype=np.int64)
         if not first_row[-1]:
@@ -117,15 +117,17 @@ class ColumnTable(PackInput):
             sizes=np.concatenate(sizes) + 3 * TAR_BLOCK,
             fingerprint=hashlib.sha256("\n".join(_stamp(folder, file) for file in files).encode()).hexdigest(),
             blocks=_number_blocks(files),
-            notes=(f"the columns {', '.join(map(visible, unpacked))} are neither texts nor numbers and not packed",)
-            if unpacked
-            else (),
+            notes=tuple(_notes(files, read)),
         )
         path = _path_column(files, columns.image)
         return every if path is None else every._with_paths(path, others)
 
     def read_files(self) -> list[Path]:
         return [file.path for file in self.files]
+
+    @property
+    def packs_images_beside(self) -> bool:
+        return self.names is not None
 
     def image_names(self) -> Iterator[str]:
         if self.names is not None:
@@ -210,6 +212,20 @@ class ColumnTable(PackInput):
                     row += 1
 
 
+def _notes(files: Sequence[BatchFile], read: Sequence[str]) -> Iterator[str]:
+    """What is not packed of the columns."""
+    names = files[0].schema.names
+    if unpacked := [name for name in names if name not in read]:
+        yield f"the columns {', '.join(map(visible, unpacked))} are neither texts nor numbers and not packed"
+    for file in files[1:]:
+        if others := [name for name in file.schema.names if name not in names]:
+            yield (
+                f"the columns {', '.join(map(visible, others))} of {visible(file.path)} are not packed, since "
+                f"{visible(files[0].path)} lacks them; pack these files separately to keep them"
+            )
+            return
+
+
 def _has_bytes(kind: Any) -> bool:
     types = import_arrow().types
     return types.is_struct(kind) and kind.get_field_index("bytes") >= 0
@@ -259,7 +275,8 @@ def _image(folder: Path, value: Any) -> dict[str, bytes]:
         path = folder / value
         if not image_extension(path.name):
             raise BadSampleError(NOT_AN_IMAGE)
-        return {image_extension(path.name): read_file(path)}
+        paths = {image_extension(path.name): path, **images_beside(path)}
+        return {end: read_file(path) for end, path in paths.items()}
     raise BadSampleError("has no image")
 
 
@@ -268,7 +285,7 @@ def _stat_image(folder: Path, path: str) -> tuple[int, str]:
         raise BadSampleError("has no image")
     if not image_extension(path):
         raise BadSampleError(NOT_AN_IMAGE)
-    return stat_files({image_extension(path): folder / path})
+    return stat_files({image_extension(path): folder / path, **images_beside(folder / path)})
 
 
 def _stamp(folder: Path, file: BatchFile) -> str:

@@ -6,16 +6,22 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION
 from lit_lora.datamodules.packing.caption_template import CaptionTemplate
-from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, PACKED_IMAGES, extension_of, image_extension
+from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, extension_of, image_extension
+from lit_lora.datamodules.packing.images_beside import (
+    IMAGES_BESIDE,
+    MEMBERS,
+    images_named,
+    is_beside_another,
+    why_no_image,
+)
 from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.sample_names import SampleNames
@@ -27,14 +33,11 @@ if TYPE_CHECKING:
 CAPTIONS = ("txt", "json", "caption")
 """Endings of files that may hold the caption of an image beside them. A ``.caption`` file is read if there is no ``.txt``."""
 
-_IMAGES_BESIDE = (MASK_EXTENSION, *(f"source.{extension}" for extension in PACKED_IMAGES))
-"""Endings of the images that are packed with another one."""
-
-_SIDES = ("txt", "json", "TXT", "JSON", "Txt", "Json", "caption", *_IMAGES_BESIDE)
+_SIDES = ("txt", "json", "TXT", "JSON", "Txt", "Json", "caption", *IMAGES_BESIDE)
 """Endings of the files beside images; of those that differ only in capitals, the first that is there is read."""
 
 
-_CAPTION_BITS = sum(1 << bit for bit, side in enumerate(_SIDES) if side not in _IMAGES_BESIDE)
+_CAPTION_BITS = sum(1 << bit for bit, side in enumerate(_SIDES) if side not in IMAGES_BESIDE)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,7 +102,7 @@ class ImageFolder(PackInput):
 
         def good_files() -> Iterator[str]:
             for file, siblings in walk_files(folder, skip):
-                if _is_beside_another(file, siblings):
+                if is_beside_another(file, siblings):
                     continue
                 if not image_extension(file):
                     if kinds and (reason := _why_no_caption(file, siblings, kinds)):
@@ -201,16 +204,23 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
 
 
 def _find_sides(file: str, siblings: Set[str], kinds: Sequence[str]) -> int:
-    """The files beside an image, as bits: its mask, its source, and captions of some kinds."""
-    stem = file.rpartition("/")[2].rpartition(".")[0]
+    """The files beside an image, as bits: its mask, its source, and captions of some kinds.
+
+    Raises:
+        BadSampleError: If the image is named like a mask or a source and has no caption.
+    """
+    image = PurePosixPath(file)
     found = {
         side.lower(): bit
         for bit, side in reversed(list(enumerate(_SIDES)))  # the first spelling stays
-        if side.lower() in (*kinds, *_IMAGES_BESIDE) and f"{stem}.{side}" in siblings
+        if side.lower() in (*kinds, *IMAGES_BESIDE) and image.with_suffix(f".{side}").name in siblings
     }
     if "txt" in found:
         found.pop("caption", None)
-    return sum(1 << bit for bit in found.values())
+    bits = sum(1 << bit for bit in found.values())
+    if not bits & _CAPTION_BITS and (reason := why_no_image(file)):
+        raise BadSampleError(reason)
+    return bits
 
 
 def _checked(fallback: str | None, kinds: Sequence[str]) -> str:
@@ -218,21 +228,6 @@ def _checked(fallback: str | None, kinds: Sequence[str]) -> str:
         endings = " or ".join(f".{kind}" for kind in kinds if kind != "caption" or kinds == ("caption",))
         raise BadSampleError(f"has no caption (a {endings} file of the same name)")
     return fallback
-
-
-def _is_beside_another(file: str, siblings: Set[str]) -> bool:
-    """Whether an image is the mask or the source of another one beside it."""
-    stem, dot, ending = file.rpartition("/")[2].partition(".")
-    while dot and ending not in _IMAGES_BESIDE:  # names may have more dots
-        first, dot, ending = ending.partition(".")
-        stem = f"{stem}.{first}"
-    return bool(dot) and any(_beside(stem, siblings))
-
-
-def _beside(stem: str, siblings: Set[str]) -> Iterator[str]:
-    """Images of a name, with any ending."""
-    images = (f"{stem}.{each}" for low in IMAGE_FILES for each in (low, low.upper(), low.capitalize()))
-    return (image for image in images if image in siblings)
 
 
 def _why_no_caption(file: str, siblings: Set[str], kinds: Sequence[str]) -> str:
@@ -243,7 +238,7 @@ def _why_no_caption(file: str, siblings: Set[str], kinds: Sequence[str]) -> str:
     if side not in kinds:
         return f"is not read: captions are in .{kinds[0]} files"
     stem, _, spelled = file.rpartition("/")[2].rpartition(".")
-    if not any(_beside(stem, siblings)):
+    if not any(images_named(stem, siblings)):
         return "is no caption of an image beside it"
     if side == "caption" and "txt" in kinds and f"{stem}.txt" in siblings:
         return f"is beside {stem}.txt, which is read"
@@ -254,12 +249,8 @@ def _why_no_caption(file: str, siblings: Set[str], kinds: Sequence[str]) -> str:
     return f"has the ending .{spelled}; write .{side}" if read is None else f"is beside {stem}.{read}, which is read"
 
 
-_MEMBERS = {"caption": "txt"}
-"""Endings of members that differ from those of the files."""
-
-
 def _paths(folder: Path, file: str, bits: int) -> dict[str, Path]:
     image = folder / file
     found = [side for bit, side in enumerate(_SIDES) if bits >> bit & 1]
-    sides = {_MEMBERS.get(side, side.lower()): image.with_suffix(f".{side}") for side in found}
+    sides = {MEMBERS.get(side, side.lower()): image.with_suffix(f".{side}") for side in found}
     return {image_extension(file): image, **sides}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.packing.image_folder import read_file, stat_files
 from lit_lora.datamodules.packing.image_formats import NOT_AN_IMAGE, image_extension
+from lit_lora.datamodules.packing.images_beside import images_beside
 from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.row_file import ROW_EXTENSIONS, RowFile
@@ -30,7 +31,7 @@ _NO_SPLITS = OtherSplits()
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageTable(PackInput):
-    """Rows of text files, each with the path of an image and a caption.
+    """Rows of text files, each with the path of an image and a caption; mask and source of the image are packed with it.
 
     Attributes:
         folder: Folder to which relative paths refer.
@@ -117,6 +118,10 @@ class ImageTable(PackInput):
     def read_files(self) -> list[Path]:
         return [file.path for file in self.files]
 
+    @property
+    def packs_images_beside(self) -> bool:
+        return True
+
     def image_names(self) -> Iterator[str]:
         yield from (self.names[sample] for sample in range(len(self)))
         yield from (file.file for file in self.bad)
@@ -131,7 +136,8 @@ class ImageTable(PackInput):
         image = self.folder / self.names[sample]
         number = self.file[sample]
         row = self.files[number].row(int(self.start[sample]))
-        return {image_extension(image.name): read_file(image), **self.columns[number].texts(row)}
+        paths = {image_extension(image.name): image, **images_beside(image)}
+        return {end: read_file(path) for end, path in paths.items()} | self.columns[number].texts(row)
 
     def select(self, samples: NDArray[np.int64]) -> ImageTable:
         return replace(
@@ -186,6 +192,6 @@ def _image_path(row: dict[str, Any], column: str, inside: bool) -> PurePosixPath
 def _measure(image: Path, texts: dict[str, bytes]) -> tuple[int, str]:
     if not image_extension(image.name):
         raise BadSampleError(NOT_AN_IMAGE)
-    size, stamp = stat_files({image_extension(image.name): image})
+    size, stamp = stat_files({image_extension(image.name): image, **images_beside(image)})
     digest = hashlib.sha256(b"\0".join(texts.values())).hexdigest()
     return size + packed_size(*(len(text) for text in texts.values())), f"{stamp} {digest}"

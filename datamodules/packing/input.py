@@ -75,6 +75,11 @@ class PackInput(ABC):
         """Paths of the images that tables list, relative to the folder, bad ones included. Defaults to none."""
         return ()
 
+    @property
+    def packs_images_beside(self) -> bool:
+        """Whether masks and sources beside images that tables list are packed with them. Defaults to False."""
+        return False
+
     @abstractmethod
     def name(self, sample: int) -> str:
         """Name of a sample, for messages."""

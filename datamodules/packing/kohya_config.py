@@ -87,7 +87,7 @@ def read_kohya_config(path: Path) -> SourceSets:
         datasets.append(of_dataset)
         for subset in _tables(dataset, "subsets", path):
             merged = {**of_dataset, **subset}
-            problems += _problems(merged)
+            problems += [*_problems(merged), *_misplaced(subset)]
             notes |= dict.fromkeys(_notes(merged))
             sets.append(merged)
     problems += _differences(datasets)
@@ -141,10 +141,19 @@ def _problems(options: Mapping[str, Any]) -> Iterator[str]:
         yield f"resolution = {resolution} is no square; write the edge of one with this area, {math.isqrt(math.prod(edges))}"
 
 
+def _misplaced(subset: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a subset that would have no effect there."""
+    for key in subset:
+        if key in _OF_DATASETS:
+            yield f"{key} is in a subset, and holds for whole data sets: move it to [[datasets]] or [general]"
+
+
 def _notes(options: Mapping[str, Any]) -> Iterator[str]:
     for key, value in options.items():
         if key in _WARNED and value not in _WARNED[key][0]:
             yield f"{key} has no effect: {_WARNED[key][1]}"
+    if options.get("keep_tokens") and not options.get("shuffle_caption"):
+        yield "keep_tokens has no effect without shuffle_caption"
     if options.get("shuffle_caption") and options.get("caption_prefix"):
         yield "caption_prefix stays first when captions are shuffled, and keep_tokens counts the tags after it"
     if options.get("enable_wildcard"):
@@ -166,7 +175,7 @@ def _source_set(options: Mapping[str, Any], path: Path) -> SourceSet:
     captions = {
         "dropout": options.get("caption_dropout_rate", 0),
         "shuffle_tags": options.get("shuffle_caption", False),
-        "keep_tags": options.get("keep_tokens", 0),
+        "keep_tags": options.get("keep_tokens", 0) if options.get("shuffle_caption") else 0,
         "separator": ", " if separator == "," else separator,
         # sd-scripts puts a space between them and the caption.
         "prefix": f"{prefix} " if (prefix := options.get("caption_prefix")) else "",

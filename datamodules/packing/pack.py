@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, decode_rgb
+from lit_lora.datamodules.decoding.mask import decode_mask
 from lit_lora.datamodules.decoding.source_image import decode_source
 from lit_lora.datamodules.indexing.data_index import DataIndex
-from lit_lora.datamodules.indexing.extensions import SOURCE_EXTENSIONS
+from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION, SOURCE_EXTENSIONS
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import image_size
 from lit_lora.datamodules.packing.caption_template import CaptionTemplate
@@ -27,6 +28,7 @@ from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, to_shard_for
 from lit_lora.datamodules.packing.input import PackInput
 from lit_lora.datamodules.packing.left_out import BadFile, count_files, list_first, write_left_out
 from lit_lora.datamodules.packing.pack_plan import MANIFEST, claim, remove_left_overs, write_json
+from lit_lora.datamodules.packing.remarks import notes_of, remarks
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.draws import seed_of
@@ -49,7 +51,7 @@ class PackSummary:
         size: Total size of the shards in bytes.
         bad: Files and samples that were left out because they cannot be used.
         skipped: Files that were left out for another reason, such as images that no table lists.
-        notes: Remarks for the user.
+        notes: Remarks for the user; those on single samples only of the shards that this run has written.
     """
 
     folder: Path
@@ -70,6 +72,7 @@ class _Shard:
     samples: int
     size: int
     bad: tuple[BadFile, ...]
+    remarks: tuple[BadFile, ...] = ()
     resumed: bool = False
 
 
@@ -222,7 +225,7 @@ def _finish(path: Path, samples: PackInput, caption_key: str, write: bool) -> _S
     """Write a shard, or read the result of an existing one, or only check the samples."""
     if not write:
         bad: list[BadFile] = []
-        deque(_good(samples, caption_key, bad), maxlen=0)
+        deque(_good(samples, caption_key, bad, []), maxlen=0)
         return _Shard(path, 0, 0, tuple(bad))
     if not path.exists():
         return _write(path, samples, caption_key)
@@ -240,20 +243,25 @@ def _finish(path: Path, samples: PackInput, caption_key: str, write: bool) -> _S
 
 def _write(path: Path, samples: PackInput, caption_key: str) -> _Shard:
     bad: list[BadFile] = []
-    index = write_shard(path, _good(samples, caption_key, bad), tarfile.USTAR_FORMAT)
+    remarked: list[BadFile] = []
+    index = write_shard(path, _good(samples, caption_key, bad, remarked), tarfile.USTAR_FORMAT)
     if index is None:
         return _Shard(path, 0, 0, tuple(bad))
-    return _Shard(path, len(index), index.shard_size, tuple(bad))
+    return _Shard(path, len(index), index.shard_size, tuple(bad), tuple(remarked))
 
 
-def _good(samples: PackInput, caption_key: str, bad: list[BadFile]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield key and members of the good samples; bad samples are appended to ``bad``."""
+def _good(
+    samples: PackInput, caption_key: str, bad: list[BadFile], remarked: list[BadFile]
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield key and members of the good samples; bad samples are appended to ``bad``, remarks on good ones to ``remarked``."""
     for sample in range(len(samples)):
         try:
             members = _read(samples, sample, caption_key)
         except BadSampleError as error:
             bad.append(BadFile(samples.name(sample), str(error)))
         else:
+            may_be_empty = getattr(samples, "fallback", None) == ""
+            remarked += remarks(samples.name(sample), members, caption_key, may_be_empty)
             yield samples.key(sample), members
 
 
@@ -269,6 +277,8 @@ def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]
     check_pixels(*image_size(image))
     decode_rgb(image)
     members = {name: image, **dict(starmap(_source_in_shard_format, members.items()))}
+    if MASK_EXTENSION in members:
+        decode_mask(members, "mask.png", image_size(image))
     if any(extension in members for extension in SOURCE_EXTENSIONS):
         decode_source(members, image_size(image))
     Captions.anywhere(caption_key).draw(members, seed=0, slot=0)
@@ -305,7 +315,8 @@ def _conclude(out: Path, done: list[_Shard], samples: PackInput, bad: list[BadFi
     }
     write_json(out / MANIFEST, manifest)
     resumed = sum(shard.resumed for shard in kept)
-    return PackSummary(out, len(kept), resumed, count, size, bad, list(samples.skipped), list(samples.notes))
+    notes = [*samples.notes, *notes_of([remark for shard in done for remark in shard.remarks])]
+    return PackSummary(out, len(kept), resumed, count, size, bad, list(samples.skipped), notes)
 
 
 def _write_wids(path: Path, shards: Sequence[_Shard]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lit_lora.errors import UserError
+from lit_lora.unique_keys import load_json
 from lit_lora.visible import visible
 
 ROW_EXTENSIONS = ("jsonl", "csv", "tsv")
@@ -88,7 +88,7 @@ class JsonLines(RowFile):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = load_json(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(
                     f"{visible(self.path)}, line {lines.number}: not JSON ({visible(error)}); correct the line"

@@ -10,6 +10,7 @@ import numpy as np
 
 from lit_lora.datamodules.packing.image_folder import CAPTIONS
 from lit_lora.datamodules.packing.image_formats import image_extension
+from lit_lora.datamodules.packing.images_beside import is_beside_another
 from lit_lora.datamodules.packing.input import PackInput
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.sample_names import key_digest
@@ -63,7 +64,9 @@ def _unlisted(source: PackSource, found: PackInput) -> Iterator[BadFile]:
     if found.captions_are_beside or not source.has_images:
         return
     listed = np.unique(np.fromiter((key_digest(name) for name in found.image_names()), np.uint64))
-    for file, _ in walk_files(source.path, source.out):
+    for file, siblings in walk_files(source.path, source.out):
+        if found.packs_images_beside and is_beside_another(file, siblings):
+            continue
         if image_extension(file):
             digest = np.uint64(key_digest(file))
             place = np.searchsorted(listed, digest)

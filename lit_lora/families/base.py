@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lit_lora.draws import Draws
 from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.cut_captions import tell_cut_captions
 from lit_lora.families.native_layers import NativeLayer
 from lit_lora.families.parts import PipelineParts
 from lit_lora.families.source import ModelSource
@@ -330,6 +331,8 @@ class ModelFamily(PipelineParts, ABC):
     ) -> tuple[Tensor, Tensor]:
         """Token ids of captions, padded or truncated, and 1 for tokens, 0 for padding, on the device of the weights.
 
+        It warns of captions that are truncated, once.
+
         Args:
             tokenizer: One of :attr:`encoders`.
             captions: ``B`` captions.
@@ -340,13 +343,9 @@ class ModelFamily(PipelineParts, ABC):
         """
         if self.new_tokens:  # those of several vectors become several tokens, as in the pipeline
             captions = TextualInversionLoaderMixin().maybe_convert_prompt(list(captions), tokenizer)
-        encoded = tokenizer(
-            captions,
-            padding="max_length",
-            truncation=True,
-            max_length=max_length or tokenizer.model_max_length,
-            return_tensors="pt",
-        )
+        options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        encoded = tokenizer(captions, max_length=max_length or tokenizer.model_max_length, **options)
+        tell_cut_captions(tokenizer, captions, encoded.attention_mask, self.encoders)
         if self.new_tokens and torch.is_grad_enabled() and tokenizer is self.encoders["tokenizer"]:
             self.token_uses.count(tokenizer, encoded.input_ids, self.new_tokens)
         return encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)

@@ -22,6 +22,7 @@ from transformers import Mistral3ForConditionalGeneration, PixtralProcessor, Qwe
 
 from lit_lora.errors import UserError, check_least
 from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.cut_captions import tell_cut_captions
 from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.families.packed import PackedFamily
 from lit_lora.families.packing import positions
@@ -230,14 +231,16 @@ class Flux2(PackedFamily):
     def _mistral_tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask of captions after the system message, int64 ``(B, max_sequence_length)`` each."""
         processor = self.encoders["tokenizer"]
+        texts = processor.apply_chat_template(format_input(captions))
         encoded = processor.tokenizer(
-            processor.apply_chat_template(format_input(captions)),
+            texts,
             add_special_tokens=False,  # the template has them
             padding="max_length",
             truncation=True,
             max_length=self.max_sequence_length,
             return_tensors="pt",
         )
+        tell_cut_captions(processor.tokenizer, texts, encoded.attention_mask, add_special_tokens=False)
         return encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
 
     def _qwen_tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Qwen3VLModel
 
 from lit_lora.errors import check_least
 from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.cut_captions import tell_cut_captions
 from lit_lora.families.masks import unpadded
 from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.families.qwen_vae import AFTER_PROMPT, BEFORE_PROMPT, DROPPED_TOKENS, QwenVAEFamily
@@ -134,14 +135,16 @@ class Krea2(QwenVAEFamily):
         tokens have the same position.
         """
         tokenizer = self.encoders["tokenizer"]
+        texts = [BEFORE_PROMPT + caption for caption in captions]
         encoded = tokenizer(
-            [BEFORE_PROMPT + caption for caption in captions],
+            texts,
             padding="max_length",
             padding_side="right",
             truncation=True,
             max_length=self.max_sequence_length + DROPPED_TOKENS - _SUFFIX_TOKENS,
             return_tensors="pt",
         )
+        tell_cut_captions(tokenizer, texts, encoded.attention_mask)
         suffix = tokenizer([AFTER_PROMPT] * len(captions), return_tensors="pt")
         ids = torch.cat([encoded.input_ids, suffix.input_ids], dim=1).to(self.device)
         mask = torch.cat([encoded.attention_mask, suffix.attention_mask], dim=1).bool().to(self.device)

@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from lit_lora.errors import UserError
 from lit_lora.families.batch import Batch, Conditioning
+from lit_lora.families.cut_captions import tell_cut_captions
 from lit_lora.families.masks import unpadded
 from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.families.qwen_vae import AFTER_PROMPT, BEFORE_PROMPT, DROPPED_TOKENS, QwenVAEFamily
@@ -120,14 +121,17 @@ class QwenImage(QwenVAEFamily):
     def encode_captions(self, captions: list[str]) -> dict[str, Tensor]:
         """Qwen2.5-VL's last hidden states, ``(B, max_sequence_length, D)``, and the mask of tokens; zeros for padding."""
         longest = self.max_sequence_length
+        texts = [f"{BEFORE_PROMPT}{caption}{AFTER_PROMPT}" for caption in captions]
         encoded = self.encoders["tokenizer"](
-            [f"{BEFORE_PROMPT}{caption}{AFTER_PROMPT}" for caption in captions],
+            texts,
             padding=True,
             padding_side="right",
             truncation=True,
             max_length=_MOST_TOKENS + DROPPED_TOKENS,
             return_tensors="pt",
         ).to(self.device)
+        if encoded.attention_mask.shape[1] > longest + DROPPED_TOKENS:
+            tell_cut_captions(self.encoders["tokenizer"], texts, encoded.attention_mask[:, : longest + DROPPED_TOKENS])
         # Without the head, whose logits for all words of the vocabulary are large.
         encoder = self.encoders["text_encoder"].model
         hidden = encoder(encoded.input_ids, attention_mask=encoded.attention_mask, use_cache=False).last_hidden_state

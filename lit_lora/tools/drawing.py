@@ -150,7 +150,7 @@ class Drawer:
             [one.prompt for one in prompts],
             [one.seed or 0 for one in prompts],
             self._scheduler_config() if self._changes or self.scheduler else None,
-            negative_prompts=[one.negative_prompt for one in prompts],
+            negative_prompts=[one.negative_prompt or "" for one in prompts],
             **images_to_edit(prompts),
             **options,
         )

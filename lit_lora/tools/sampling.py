@@ -35,9 +35,14 @@ def draw_samples(options: SampleOptions) -> None:
     Raises:
         UserError: If prompts, base, adapters or a size cannot be used, or another run draws into the folder.
     """
-    target = _target(options.out)
+    target = _target(options)
     columns = columns_of(options)
     prompts = _prompts(options)
+    if options.guidance_rescale and all((one.guidance_scale or 0) <= 1 for one in prompts):
+        raise UserError(
+            f"guidance_rescale={options.guidance_rescale:g} has no effect without guidance; set guidance_scale above 1, or leave "
+            "it out"
+        )
     with nullcontext() if target.suffix else only_run_in(target, "sample"):
         own = {"revision": options.revision, "variant": options.variant, "vae": options.vae}
         drawer = Drawer(
@@ -131,11 +136,17 @@ def _draw(drawer: Drawer, prompts: Sequence[Prompt], guidance_rescale: float) ->
     return [drawn[place] for place in range(len(prompts))]
 
 
-def _target(out: str) -> Path:
+def _target(options: SampleOptions) -> Path:
+    out = options.out
     target = Path(out)
     if target.suffix and target.suffix.lower() not in FORMATS:
         raise UserError(
             f"out={out!r} has an ending that is not known; use {', '.join(FORMATS)} for one file, or none for a folder"
+        )
+    if target.suffix and options.format != "png" and FORMATS[target.suffix.lower()] != FORMATS[f".{options.format}"]:
+        raise UserError(
+            f"format={options.format!r} is for the files in a folder, and out={out!r} is one {FORMATS[target.suffix.lower()]} "
+            f"file; change its ending, or leave format out"
         )
     if target.is_dir() if target.suffix else target.is_file():
         raise UserError(f"out={out!r} exists and is {'a folder' if target.suffix else 'a file'}; name another")
@@ -145,19 +156,24 @@ def _target(out: str) -> Path:
 def _write(drawn: Sequence[Sequence[DrawnImage]], names: Sequence[str], target: Path, options: SampleOptions) -> None:
     """Write the images of all columns as one grid, or one by one into a folder if the target has no file ending."""
     images = [image for column in drawn for image in column]
+    replaced = 0
     if not target.suffix:
         for number, column in enumerate(drawn):
             name = re.sub(r"[^\w.=-]+", "_", names[number])
             of_column = f"-{number:02d}-{name}" if len(drawn) > 1 else ""
             for i, image in enumerate(column):
                 path = target / f"{i:04d}{of_column}.{options.format}"
+                replaced += path.exists()
                 write_image(image.image, path, image.parameters)
     elif len(images) == 1:
         write_image(images[0].image, target, images[0].parameters)
     else:
         parameters = "\n\n".join(image.parameters for image in images)
         write_image(_grid(drawn, names, options.columns), target, parameters)
-    print(f"{len(images)} {'image' if len(images) == 1 else 'images'}: {target}")
+    others = 0 if target.suffix else sum(path.suffix in FORMATS for path in target.iterdir()) - len(images)
+    told = f", in place of {replaced} of that name" if replaced else ""
+    told += f", beside {others} that were there" if others > 0 else ""
+    print(f"{len(images)} {'image' if len(images) == 1 else 'images'}: {target}{told}")
 
 
 def _grid(drawn: Sequence[Sequence[DrawnImage]], names: Sequence[str], columns: int) -> Image.Image:

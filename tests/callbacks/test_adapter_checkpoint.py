@@ -237,6 +237,25 @@ def test_another_run_in_the_same_folder_is_named(
     assert not names & {"epoch=0-step=9.ckpt.part", ".run.lock"}
 
 
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+def test_the_end_is_saved_if_what_is_monitored_was_never_logged(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The best of nothing would be nothing: all that was trained would be lost."""
+    checkpoints = AdapterCheckpoint(tmp_path, monitor="val/loss", enable_version_counter=False)
+    with pytest.warns(UserWarning, match="val/loss was never logged.*the end of training is saved as last"):
+        module = fit(sd_folder, trainer_options, checkpoints, max_steps=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.adapter", "last.ckpt"]
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    assert all(torch.equal(saved["state_dict"][name], value) for name, value in adapter_of(module).items())
+
+
+def test_options_that_save_nothing_are_told(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="AdapterCheckpoint saves nothing, since save_top_k is 0"):
+        fit(sd_folder, trainer_options, every(1, tmp_path, save_top_k=0), max_steps=1)
+
+
 def test_a_checkpoint_from_the_future_is_named(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -31,6 +31,9 @@ class Counting(LightningModule):
 
 
 class Drawing(Counting):
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        pass
+
     def predict_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         return batch
 
@@ -78,6 +81,9 @@ def test_what_does_not_use_the_average_says_so(trainer_options: dict[str, Any], 
     trainer = Trainer(callbacks=[AdapterEMA()], **trainer_options)
     with pytest.warns(UserWarning, match="AdapterEMA: predict uses the weights of the last step, not their average"):
         trainer.predict(Drawing(), batches, ckpt_path=tmp_path / "done.ckpt")
+    trainer = Trainer(callbacks=[AdapterEMA()], **trainer_options)
+    with pytest.warns(UserWarning, match="AdapterEMA: validate uses the weights of the last step, not their average"):
+        trainer.validate(Drawing(), batches, ckpt_path=tmp_path / "done.ckpt", verbose=False)
 
 
 def test_schedule_free_weights_are_an_average_already(trainer_options: dict[str, Any]) -> None:

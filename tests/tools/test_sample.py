@@ -341,6 +341,17 @@ def test_files_hold_what_they_were_drawn_with(strong: Path, sd_folder: Path, tmp
     assert "Seed: 4, Size: 32x32" in second
 
 
+def test_a_folder_with_earlier_images_is_told(
+    sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "drawn"
+    command = ["sample", "--base", str(sd_folder), "--out", str(out), *DRAWN]
+    assert main([*command, "--count", "3"]) == 0
+    assert capsys.readouterr().out == f"3 images: {out}\n"
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"1 image: {out}, in place of 1 of that name, beside 2 that were there\n"
+
+
 def test_a_negative_prompt_changes_the_image(sd_folder: Path, tmp_path: Path) -> None:
     plain = grid_of(sd_folder, tmp_path / "a.png").tobytes()
     assert grid_of(sd_folder, tmp_path / "b.png", "--negative_prompt", "a heart").tobytes() != plain
@@ -365,6 +376,8 @@ def test_the_variant_of_a_base_of_no_known_family_is_found(sd_folder: Path, tmp_
         (["--scales", "0.5"], "scales are factors of adapters, and there is none"),
         (["--scheduler", "NoScheduler"], "scheduler='NoScheduler' cannot take the place of the base's"),
         (["--negative_prompt", "b", "--guidance_scale", "1"], "draws without classifier-free guidance"),
+        (["--guidance_rescale", "0.7", "--guidance_scale", "1"], "guidance_rescale=0.7 has no effect without guidance"),
+        (["--format", "webp"], "format='webp' is for the files in a folder, and out="),
     ],
 )
 def test_a_wrong_choice_is_one_error(

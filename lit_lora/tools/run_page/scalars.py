@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -19,7 +22,7 @@ def read_curves(folder: Path, notes: list[str]) -> Curves:
     """
     curves = _from_csv(folder / "metrics.csv", notes)
     if any(folder.glob("events.out.tfevents.*")):
-        curves |= _from_tensorboard(folder)
+        curves |= _from_tensorboard(folder, notes)
     for name, points in curves.items():
         finite = [(step, value) for step, value in points if math.isfinite(value)]
         if len(finite) < len(points):
@@ -28,13 +31,41 @@ def read_curves(folder: Path, notes: list[str]) -> Curves:
     return {name: points for name, points in curves.items() if points}
 
 
-def _from_tensorboard(folder: Path) -> Curves:
+def _from_tensorboard(folder: Path, notes: list[str]) -> Curves:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     # Images and all else are left on the disk; 0 keeps all scalars.
     sizes = {"images": 1, "histograms": 1, "tensors": 1, "scalars": 0}
-    events = EventAccumulator(str(folder), size_guidance=sizes).Reload()
+    with _noting_damage(notes):
+        events = EventAccumulator(str(folder), size_guidance=sizes).Reload()
     return {name: [(one.step, one.value) for one in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+class _Damage(logging.Handler):
+    """Takes the event files that TensorBoard reads up to a damaged record, which it says in its log for debugging alone."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.files: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # A record that is cut off is the last of a run that goes on.
+        if "crc32 check" in record.getMessage() and isinstance(record.args, tuple):
+            self.files.append(Path(str(record.args[0])).name)
+
+
+@contextmanager
+def _noting_damage(notes: list[str]) -> Iterator[None]:
+    logger, damage = logging.getLogger("tensorboard"), _Damage()
+    level = logger.level
+    logger.addHandler(damage)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(damage)
+    notes += [f"{name} is damaged, and what follows the damage is not shown" for name in damage.files]
 
 
 def _from_csv(path: Path, notes: list[str]) -> Curves:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,15 +14,26 @@ _RECORD = "finished.json"
 
 
 def newest_run(out: Path) -> Path | None:
-    """The folder of the newest run with a checkpoint, of those that ``fit`` numbers; None if there is none."""
-    checkpoints = out.glob("lightning_logs/version_*/checkpoints/*.ckpt")
-    newest = max(checkpoints, key=lambda path: path.stat().st_mtime_ns, default=None)
+    """The folder of the newest run with a checkpoint; None if there is none.
+
+    Of the folders that loggers number, the highest counts, and otherwise the latest checkpoint: a clock may have been set back.
+    """
+    checkpoints = list(out.glob("**/checkpoints/*.ckpt"))
+    newest = max(
+        checkpoints, key=lambda path: (_number(path.parent.parent.name), path.stat().st_mtime_ns), default=None
+    )
     return newest and newest.parent.parent
 
 
 def best_adapter(run: Path) -> Path | None:
-    """The adapter with the lowest validation loss of a run; None if it kept none."""
-    return max(run.glob("checkpoints/best-*.adapter"), key=lambda path: path.stat().st_mtime_ns, default=None)
+    """The adapter with the lowest validation loss of a run, which is that of the highest step; None if it kept none."""
+    found = run.glob("checkpoints/best-*.adapter")
+    return max(found, key=lambda path: (_number(path.name), path.stat().st_mtime_ns), default=None)
+
+
+def _number(name: str) -> int:
+    """The last number in a name, such as that of a version or a step; -1 if there is none."""
+    return int((re.findall(r"\d+", name) or [-1])[-1])
 
 
 def results_of(out: Path) -> dict[str, str]:

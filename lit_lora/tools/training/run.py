@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lit_lora.byte_sizes import format_bytes
+from lit_lora.datamodules.packing.left_out import count_files, format_reasons
 from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
 from lit_lora.datamodules.packing.pack_sets import PackedSets, find_sets, pack_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets
@@ -141,7 +142,7 @@ class _Training:
         if self.packed_sets is None:
             captions: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
             packed = pack_folder(self.folder, self.shards, max_bad=self.request.max_bad, **captions)
-            print(_packed_line(packed))
+            print("\n".join(packed_lines(packed)))
             if self.validation is not None:
                 held_out = pack_folder(self.validation, _of_validation(self.shards), **captions)
                 print(
@@ -232,14 +233,26 @@ class _Training:
         arguments = ["fit", "--config", str(self.config)]
         if started := newest_run(self.out):
             print(f"resuming from the last checkpoint in {started}")
-            version = started.name.removeprefix("version_")
-            arguments += ["--ckpt_path", "last", "--trainer.logger.init_args.version", version]
+            arguments += resuming(started, self.out)
         trainer = run(arguments).trainer
         _write_report(self.out)
         results = results_of(self.out)
         if trainer.global_step >= trainer.max_steps > 0:
             record(self.out, results)
         return results
+
+
+def resuming(run: Path, out: Path) -> list[str]:
+    """Options of ``fit`` by which it goes on with a run.
+
+    Args:
+        run: Folder of the run.
+        out: Folder in which ``lit-lora train`` works.
+    """
+    if run.parent.name == "lightning_logs":
+        return ["--ckpt_path", "last", "--trainer.logger.init_args.version", run.name.removeprefix("version_")]
+    # Without a logger there is one folder; other loggers than TensorBoard and CSV begin another.
+    return ["--ckpt_path", "last" if run == out else str(run / "checkpoints" / "last.ckpt")]
 
 
 def _write_report(out: Path) -> None:
@@ -257,10 +270,13 @@ def _of_validation(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-validation")
 
 
-def _packed_line(packed: PackSummary) -> str:
-    left_out = f", {len(packed.bad)} left out" if packed.bad else ""
+def packed_lines(packed: PackSummary) -> list[str]:
+    """What was packed, what was left out and why, and the notes."""
+    files = [*packed.bad, *packed.skipped]
+    left_out = f", {count_files(files):,} left out (see {visible(packed.folder / 'bad.jsonl')})" if files else ""
     earlier = " by an earlier run" if packed.resumed == packed.shards else ""
-    return f"packed   {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
+    written = f"packed   {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
+    return [written, *format_reasons(files), *(f"note     {note}" for note in packed.notes)]
 
 
 def _nothing() -> None:

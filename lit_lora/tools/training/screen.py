@@ -19,9 +19,12 @@ def ending(results: Mapping[str, str], prompt: str) -> str:
     """Where the results of a run are, and the next command.
 
     Args:
-        results: Paths by what they are. ``folder`` is that of all others, and ``adapter`` is among them.
+        results: Paths by what they are, with ``folder`` as that of all others; empty if the options given have the run saved
+            elsewhere.
         prompt: A prompt for the next command.
     """
+    if "folder" not in results or not ("best" in results or "adapter" in results):
+        return "\nthe run's folder holds no adapter: it is where the logger or the callbacks given by options save it"
     folder = results["folder"]
     lines = [f"  {name:7}  {path}" for name, path in results.items() if name != "folder"]
     adapter = shlex.quote(str(Path(folder, results.get("best") or results["adapter"])))

@@ -193,3 +193,12 @@ def test_jobs_change_nothing(tmp_path, make_shards):
     summaries = [check_shards(paths, jobs=jobs, report=tmp_path / f"{jobs}.jsonl") for jobs in (1, 2)]
     assert summaries[0] == summaries[1]
     assert (tmp_path / "1.jsonl").read_text() == (tmp_path / "2.jsonl").read_text() != ""
+
+
+def test_masks_and_sources(found, encode_image):
+    image, other = encode_image(24, 16), encode_image(24, 8)
+    mask, small = encode_image(24, 16, "PNG"), encode_image(8, 8, "PNG")
+    members = {"a.jpg": image, "a.mask.png": mask, "a.txt": b"x", "b.jpg": image, "b.mask.png": small, "b.txt": b"x"}
+    members |= {"c.jpg": image, "c.source.jpg": other, "c.txt": b"x"}
+    assert found(members) == [("unusable mask", "b"), ("unusable source image", "c")]
+    assert found(members, decode=False) == []

@@ -278,3 +278,8 @@ def test_key_of_thousands_of_digits():
     """Python refuses to read such numbers."""
     with pytest.raises(BadSampleError, match="there is no text"):
         Captions([CaptionSource("json", key="9" * 5000)]).draw({"json": b"[1]"}, 0, 0)
+
+
+def test_tags_that_are_kept_where_none_is_shuffled():
+    with pytest.warns(UserWarning, match="keep_tags=2 has no effect without shuffle_tags: true"):
+        Captions(keep_tags=2)

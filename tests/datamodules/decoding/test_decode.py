@@ -29,11 +29,12 @@ def test_same_pixels_as_pillow(encode_image, format_):
     assert torch.equal(image, _by_pillow(data))
 
 
+@pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_turned_upright(encode_image, orientation):
+def test_turned_upright(encode_image, orientation, format_):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode_image(24, 16, exif=exif)
+    data = encode_image(24, 16, format_, exif=exif)
     assert torch.equal(decode_rgb(data), _by_pillow(data))
 
 
@@ -92,3 +93,10 @@ def test_damaged_bytes_never_kill_the_process(encode_image, format_):
     idat[start + 4 : start + 12] = b"\xff" * 8
     with pytest.raises(BadSampleError, match="cannot be decoded"):
         decode_rgb(bytes(idat))
+
+
+def test_utf_16_without_a_mark_is_no_caption():
+    """Its ASCII letters with zeros between them are UTF-8 too."""
+    assert decode_text(b"a hat") == "a hat"
+    with pytest.raises(BadSampleError, match=r"not UTF-8 text \(byte 1 is zero"):
+        decode_text("a hat".encode("utf-16-le"))

@@ -42,7 +42,7 @@ def test_packing_makes_captions_and_reads_no_files_of_them(tmp_path: Path) -> No
         Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
     (folder / "red_fox.txt").write_text("not this")
     (folder / "metadata.jsonl").write_text('{"file_name": "red_fox.png", "text": "nor this"}\n')
-    Image.new("L", (8, 8)).save(folder / "red_fox.mask.png")
+    Image.new("L", (8, 8), 255).save(folder / "red_fox.mask.png")
     summary = pack_folder(folder, out, captions="a {name}")
     assert {left.file: left.count for left in summary.skipped} == {"red_fox.txt": 1, "metadata.jsonl": 1}
     reader = ShardReader(open_table(str(out)))

@@ -65,6 +65,7 @@ def test_each_key_is_followed(write, tmp_path):
     assert found.notes == (
         "bucket_no_upscale has no effect: small images are enlarged; buckets.max_upscaling: 1 leaves them out",
         "caption_prefix stays first when captions are shuffled, and keep_tokens counts the tags after it",
+        "keep_tokens has no effect without shuffle_caption",
         "enable_wildcard draws alternatives, but not one of several lines; captions can be a list in a .json file",
     )
 
@@ -77,7 +78,7 @@ def test_the_options_of_decoders_are_those_of_kohyas_scripts(write):
     ]
     assert decoders == [
         ImageDecoder(True, True, Captions(dropout=0.1, shuffle_tags=True, keep_tags=2, prefix="sks, ")),
-        ImageDecoder(False, False, Captions(keep_tags=3, suffix=" photo", wildcards=True)),
+        ImageDecoder(False, False, Captions(suffix=" photo", wildcards=True)),
     ]
     assert ShardSet("x", decoder=decoders[0]).decoder is decoders[0]
 
@@ -112,6 +113,11 @@ def test_squares_and_defaults(write):
         ("keep_tokens = 2", 'keep_tokens = "2"', "keep_tokens = '2' has the wrong type"),
         ("num_repeats = 10", "num_repeats = true", "num_repeats = True has the wrong type"),
         ("num_repeats = 10", "num_repeats = 0", "num_repeats = 0 is too small"),
+        (
+            "num_repeats = 10",
+            "num_repeats = 10\nresolution = 512",
+            "resolution is in a subset, and holds for whole data sets",
+        ),
         (
             "num_repeats = 10",
             'metadata_file = "x.json"',

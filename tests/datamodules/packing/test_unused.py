@@ -181,3 +181,41 @@ def test_formats_with_captions_are_packed_or_named(folder, tmp_path, encode_imag
     assert summary.samples == 7
     assert [file.file for file in summary.bad] == ["x.jxl"]
     assert summary.bad[0].reason.startswith("is not one of the image formats")
+
+
+@pytest.mark.parametrize("name", ["a.mask.PNG", "a.Mask.png", "a.mask.jpg", "gone.mask.png", "gone.source.bmp"])
+def test_masks_and_sources_that_are_packed_with_no_image_are_never_trained_on(folder, tmp_path, name):
+    """With captions from names or a trigger, every image has a caption, and so would the masks."""
+    data = folder("a.jpg", "b.jpg", name, captions=False)
+    for options in ({"captions": "a {name}"}, {"fallback": "sks"}):
+        summary = pack_folder(data, tmp_path / next(iter(options)), max_bad=1, **options)
+        assert summary.samples == 2
+        [entry] = summary.bad
+        assert entry.file == name
+        assert f"is named like a {name.split('.')[1].lower()} and belongs to no image" in entry.reason
+
+
+@pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.parquet"])
+def test_masks_and_sources_beside_images_in_a_table_are_packed(folder, tmp_path, table):
+    data = folder("a.jpg", "a.mask.png", "b.jpg", "b.source.jpeg", "c.jpg", "d.mask.png", captions=False)
+    rows = [{"file_name": f"{name}.jpg", "text": name} for name in "abc"]
+    if table.endswith("jsonl"):
+        _write_lines(data / table, *rows)
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(rows), data / table)
+    pack_folder(data, tmp_path / "out")
+    with tarfile.open(tmp_path / "out" / "shard-000000.tar") as archive:
+        names = archive.getnames()
+    assert names == ["a.jpg", "a.mask.png", "a.txt", "b.jpg", "b.source.jpg", "b.txt", "c.jpg", "c.txt"]
+    assert list(_left_out(tmp_path / "out")) == ["d.mask.png"]
+
+
+def test_columns_that_only_a_later_parquet_file_has_are_named(tmp_path, encode_image):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    row = {"jpg": encode_image(), "text": "a"}
+    for number, more in enumerate(({}, {"author": "b"})):
+        parquet.write_table(pyarrow.Table.from_pylist([row | more]), tmp_path / f"{number}.parquet")
+    [note] = pack_folder(tmp_path, tmp_path / "out").notes
+    assert "the columns author of" in note
+    assert "1.parquet are not packed" in note

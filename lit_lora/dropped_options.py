@@ -1,0 +1,52 @@
+"""Options of a class in one config that are lost where a later config names another class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from lit_lora.config_files import config_values, given_configs, shipped_config
+
+
+def dropped_options(arguments: Sequence[str], config: Namespace) -> list[str]:
+    """A line for each option that a config file gives and the parsed config lacks.
+
+    jsonargparse drops without a word what the class of a later config or of the command line does not take, and keeps the rest:
+    of ``LoraConfig(r=4, lora_alpha=4)`` followed by ``LoHaConfig``, r stays 4, and alpha becomes LoHa's default.
+
+    Args:
+        arguments: Options of a command that takes the options of ``fit``.
+        config: The parsed config of trainer, model and data.
+    """
+    found: dict[str, None] = {}
+    for given in given_configs(arguments):
+        for path, value, kind in _dropped(config_values(Path(shipped_config(given)), given), config, ""):
+            found[f"{path}={value!r} of {given} has no effect, since {kind} has no such option"] = None
+    return list(found)
+
+
+def _dropped(given: Any, parsed: Any, path: str) -> Iterator[tuple[str, Any, str]]:
+    """Path and value of each option that is given and not there, and the class that does not have it."""
+    if not isinstance(given, Mapping) or not isinstance(parsed, Namespace):
+        return  # a whole part, or a list, was replaced
+    options = parsed.get("init_args") if "class_path" in parsed else None
+    for key, value in given.items():
+        name, _, rest = str(key).rstrip("+").partition(".")
+        here, inner = f"{path}.{name}".lstrip("."), {rest: value} if rest else value
+        if name in vars(parsed):
+            if name == "init_args" and options is not None:
+                yield from _missing(inner, options, here, parsed["class_path"])
+            yield from _dropped(inner, parsed[name], here)
+        elif isinstance(options, Namespace):  # the names of init_args may be left out
+            yield from _missing({name: inner}, options, path, parsed["class_path"])
+            yield from _dropped(inner, options.get(name), here)
+
+
+def _missing(given: Any, options: Namespace, path: str, kind: str) -> Iterator[tuple[str, Any, str]]:
+    for key, value in given.items() if isinstance(given, Mapping) else ():
+        name = str(key).rstrip("+").partition(".")[0]
+        if name not in vars(options):
+            yield f"{path}.{name}", value, kind.rpartition(".")[2]

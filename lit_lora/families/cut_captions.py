@@ -1,0 +1,49 @@
+"""Captions of more tokens than a text encoder reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakSet
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lit_lora.visible import visible
+
+_told: WeakSet[Any] = WeakSet()
+"""The tokenizers of which a warning has told."""
+
+_SHOWN = 60
+
+
+def tell_cut_captions(
+    tokenizer: Any, texts: Sequence[str], mask: Tensor, parts: Mapping[str, Any] | None = None, **options: Any
+) -> None:
+    """Warn, once for each tokenizer, that the end of a text was cut off, unless another tokenizer reads more of it.
+
+    Args:
+        tokenizer: The tokenizer.
+        texts: ``B`` texts that it was given.
+        mask: 1 for tokens, 0 for padding, ``(B, most)``.
+        parts: Parts of the pipeline, among which other tokenizers may be. Defaults to none.
+        **options: Options that the tokenizer was given, as far as they change the number of tokens.
+    """
+    if tokenizer in _told or isinstance(mask, FakeTensor):  # a plan of the memory has no values
+        return
+    full = mask.bool().all(dim=1)
+    others = [part for name, part in (parts or {}).items() if name.startswith("tokenizer") and part is not tokenizer]
+    if any(getattr(other, "model_max_length", 0) > tokenizer.model_max_length for other in others):
+        return
+    for text in (text for text, is_full in zip(texts, full.tolist(), strict=True) if is_full):
+        # Only a text that fills all places can be longer.
+        count = len(tokenizer(text, truncation=False, verbose=False, **options).input_ids)
+        if count > mask.shape[1]:
+            _told.add(tokenizer)
+            shown = visible(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
+            rank_zero_warn(
+                f"a caption has {count} tokens, and the text encoder reads {mask.shape[1]}, so that the end of it and of others "
+                f"as long is not trained on: {shown!r}; shorten them"
+            )
+            return

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jsonargparse import Namespace
+
+from lit_lora.dropped_options import dropped_options
+from lit_lora.lightning_cli import build_cli
+
+
+def test_options_that_another_class_does_not_take_are_named(tmp_path: Path) -> None:
+    """An overlay changes the class: alpha would be LoHa's default without a word, and r stays."""
+    overlay = tmp_path / "loha.yaml"
+    overlay.write_text("model: {adapter: {class_path: peft.LoHaConfig}}\n")
+    arguments = ["fit", "--config", "configs/demo.yaml", "--config", str(overlay), "--trainer.accelerator=cpu"]
+    with pytest.warns(
+        UserWarning, match=r"^model.adapter.init_args.lora_alpha=16 of .*demo.yaml has no effect, since LoHa"
+    ):
+        cli = build_cli(arguments, run=False)
+    assert (cli.config["model"].adapter.init_args.r, cli.config["model"].adapter.init_args.alpha) == (16, 8)
+
+
+def test_what_is_there_or_replaced_is_not_named(tmp_path: Path) -> None:
+    config = tmp_path / "x.yaml"
+    config.write_text(
+        "model:\n  quantization: {class_path: NF4, init_args: {block: 64}}\n  adapter.init_args.r: 3\n"
+        "data:\n  class_path: Data\n  decoder: {flip: true, gone: 1}\ntrainer:\n  callbacks: [{class_path: A}]\n"
+    )
+    decoder = Namespace(class_path="my.Decoder", init_args=Namespace(flip=True))
+    parsed = Namespace(
+        model=Namespace(quantization=None, adapter=Namespace(class_path="B", init_args=Namespace(r=4))),
+        data=Namespace(class_path="Data", init_args=Namespace(decoder=decoder)),
+        trainer=Namespace(callbacks=[]),
+    )
+    named = "data.decoder.gone=1 of {} has no effect, since Decoder has no such option"
+    assert dropped_options(["--config", str(config)], parsed) == [named.format(config)]
+    assert dropped_options([f"--config={config}"], parsed) == [named.format(config)]

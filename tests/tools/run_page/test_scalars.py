@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from lit_lora.tools.run_page.scalars import read_curves
+
+
+def test_a_damaged_event_file_is_named_and_an_unfinished_one_is_not(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        for step in range(9):
+            writer.add_scalar("loss", step / 8, step)
+    [file] = tmp_path.iterdir()
+    data = file.read_bytes()
+
+    def read(changed: bytes) -> tuple[int, list[str]]:
+        file.write_bytes(changed)
+        notes: list[str] = []
+        return len(read_curves(tmp_path, notes)["loss"]), notes
+
+    assert read(data) == (9, [])
+    assert read(data[:-5]) == (8, []), "as in a run that goes on"
+    middle = len(data) // 2
+    found, notes = read(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    assert found < 8
+    assert notes == [f"{file.name} is damaged, and what follows the damage is not shown"]
