@@ -22,6 +22,9 @@ from lit_lora.visible import visible
 MAX_SHARDS = 1_000_000
 """Maximum number of shards that braces may name."""
 
+_MOST_FOLDERS = 100
+"""Most folders beside shards that are looked at for further shards."""
+
 
 def find_shards(specs: str | Iterable[str]) -> list[Path]:
     """The local shards that paths, folders, globs and braces (``shard-{000000..000099}.tar``) name.
@@ -90,11 +93,36 @@ def _match(pattern: str) -> list[Path]:
     if path.is_dir():
         if compressed := _compressed_in(path):
             warnings.warn(f"{visible(path)}{compressed}", stacklevel=3)
-        found = [each for each in path.iterdir() if each.suffix.lower() == ".tar" and not is_hidden(each.name)]
+        found = _shards_in(path)
+        if found and (others := _folders_with_shards(path)):
+            warnings.warn(
+                f"{visible(path)}: shards in its folders are not read, such as those in {visible(others[0].name)}; name these "
+                f"folders too, or move them",
+                stacklevel=3,
+            )
         return sorted(found, key=lambda each: each.name)  # comparing paths takes longer
     if path.exists() or not glob.has_magic(pattern):
         return [path]
     return sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return [each for each in folder.iterdir() if each.suffix.lower() == ".tar" and not is_hidden(each.name)]
+
+
+def _folders_with_shards(folder: Path) -> list[Path]:
+    """Folders in a folder that hold shards, except caches, which are made from the folder's own shards."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+    folders = (folder / name for name in names[:_MOST_FOLDERS])
+    return [each for each in folders if _has_own_shards(each)]
+
+
+def _has_own_shards(folder: Path) -> bool:
+    try:
+        return bool(_shards_in(folder)) and not any(folder.glob("cache*.json"))
+    except OSError:  # one that may not be read is not meant to be
+        return False
 
 
 def _compressed_in(folder: str | Path) -> str:

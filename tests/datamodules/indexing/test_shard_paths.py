@@ -86,6 +86,16 @@ def test_a_folder_names_what_it_leaves_out(tmp_path):
         assert len(find_shards(str(tmp_path))) == 2
 
 
+def test_a_folder_names_the_folders_that_it_leaves_out(tmp_path):
+    for name in ("a.tar", "more/b.tar", "cache/a.tar", "cache/cache.json", "unfinished/a.tar", "images/a.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "unfinished" / "cache.unfinished.json").touch()
+    with pytest.warns(UserWarning, match="shards in its folders are not read, such as those in more; name these"):
+        assert [path.name for path in find_shards(str(tmp_path))] == ["a.tar"]
+    assert len(find_shards(str(tmp_path / "**" / "*.tar"))) == 4
+
+
 @pytest.mark.filterwarnings("ignore:.*compressed tars")
 def test_a_folder_of_compressed_shards(tmp_path):
     (tmp_path / "c.tgz").touch()
