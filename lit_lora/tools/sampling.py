@@ -156,7 +156,7 @@ def _target(options: SampleOptions) -> Path:
 def _write(drawn: Sequence[Sequence[DrawnImage]], names: Sequence[str], target: Path, options: SampleOptions) -> None:
     """Write the images of all columns as one grid, or one by one into a folder if the target has no file ending."""
     images = [image for column in drawn for image in column]
-    replaced = 0
+    replaced = int(target.is_file())
     if not target.suffix:
         for number, column in enumerate(drawn):
             name = re.sub(r"[^\w.=-]+", "_", names[number])
@@ -171,7 +171,7 @@ def _write(drawn: Sequence[Sequence[DrawnImage]], names: Sequence[str], target: 
         parameters = "\n\n".join(image.parameters for image in images)
         write_image(_grid(drawn, names, options.columns), target, parameters)
     others = 0 if target.suffix else sum(path.suffix in FORMATS for path in target.iterdir()) - len(images)
-    told = f", in place of {replaced} of that name" if replaced else ""
+    told = f", in place of {replaced} of {'that name' if replaced == 1 else 'these names'}" if replaced else ""
     told += f", beside {others} that were there" if others > 0 else ""
     print(f"{len(images)} {'image' if len(images) == 1 else 'images'}: {target}{told}")
 

@@ -350,6 +350,9 @@ def test_a_folder_with_earlier_images_is_told(
     assert capsys.readouterr().out == f"3 images: {out}\n"
     assert main(command) == 0
     assert capsys.readouterr().out == f"1 image: {out}, in place of 1 of that name, beside 2 that were there\n"
+    (file := tmp_path / "samples.png").touch()
+    assert main(["sample", "--base", str(sd_folder), "--out", str(file), *DRAWN]) == 0
+    assert capsys.readouterr().out == f"1 image: {file}, in place of 1 of that name\n"
 
 
 def test_a_negative_prompt_changes_the_image(sd_folder: Path, tmp_path: Path) -> None:
