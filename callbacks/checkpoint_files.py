@@ -54,7 +54,9 @@ def check_given(owner: Any, given: dict[str, Any]) -> None:
 
 def kept_nothing(callback: ModelCheckpoint) -> bool:
     """Whether a callback for the best checkpoints has kept none at the end, since nothing was measured; warns if so."""
-    if callback.monitor is None or callback.save_top_k == 0 or callback.best_k_models:
+    # After a resume in another folder Lightning knows the best checkpoint, but not the others.
+    kept = bool(callback.best_k_models or callback.best_model_path)
+    if callback.monitor is None or callback.save_top_k == 0 or kept:
         return False
     rank_zero_warn(
         f"{callback.monitor} was never logged, so that no checkpoint was kept as the best: the end of training is saved as "

@@ -141,6 +141,7 @@ def test_the_newest_checkpoint_is_used_after_a_preemption(trainer_options: dict[
     assert "step=6" in str(trainer.ckpt_path)
 
 
+@pytest.mark.filterwarnings("ignore:loss was never logged")
 @pytest.mark.parametrize(
     "options",
     [

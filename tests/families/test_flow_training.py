@@ -114,6 +114,7 @@ def test_trains_from_a_cache(
         assert (value - results[1][name]).norm() <= 1e-3 * value.norm().clamp(min=0.1), name
 
 
+@pytest.mark.filterwarnings("ignore:no callback writes the images", "ignore:no ckpt_path is given")
 @pytest.mark.parametrize("t5", [True, False])
 def test_t5_may_be_left_out(t5: bool, config: Callable[..., Path], tmp_path: Path, tokenizer: Any) -> None:
     """By an option where the pipeline has it, or since the pipeline does not have it."""

@@ -78,6 +78,7 @@ def run(folder: Path, session_shards: Path, tmp_path: Path) -> Callable[..., int
     return lambda command, *arguments: main([command, "--config", str(path), *map(str, arguments)])
 
 
+@pytest.mark.filterwarnings("ignore:no callback writes the images", "ignore:no ckpt_path is given")
 def test_trains_validates_samples_and_saves(run: Callable[..., int], folder: Path, tmp_path: Path) -> None:
     assert run("fit") == 0
     adapter = next((tmp_path / "ckpt").glob("*.adapter"))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion
 from lit_lora.parameters import trainable_parameters
-from lit_lora.quantization import FP8, NF4, Dense, Int8, Quantization, load
+from lit_lora.quantization import FP8, NF4, Dense, Int8, Quantization, sharded_parts
 from tests.helpers import save_adapter
 
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -143,7 +143,7 @@ def test_loading_block_by_block_gives_the_same_model(
     quantization: Quantization, adapter: str, large: int, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What strategies that shard the weights do, large layers by themselves."""
-    monkeypatch.setattr(load, "_LARGE_LAYER", large)
+    monkeypatch.setattr(sharded_parts, "_LARGE_LAYER", large)
     if adapter == "bias" and not isinstance(quantization, Dense):
         pytest.skip("biases are trained in a dense base alone")
     config = ADAPTERS.get(adapter) or peft.LoraConfig(
