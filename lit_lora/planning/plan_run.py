@@ -30,6 +30,7 @@ from lit_lora.planning.optimizer_memory import tensors_of
 from lit_lora.planning.run import Run, Sampling
 from lit_lora.planning.step import make_meter, simulate_step
 from lit_lora.quantization.frozen_layer import frozen_layers, quantized_layers
+from lit_lora.quantization.packed_convolution import PackedConv2d
 
 _ORDER = ("load", "forward", "backward", "optimizer", "validation", "sampling")
 _PART_OF = {"latents": "vae", "text": "text"}
@@ -131,6 +132,8 @@ class _Simulation:
         frozen = [parameter for parameter in self.module.parameters() if not parameter.requires_grad]
         self.meter.assign([*frozen, *self.module.buffers()], "frozen weights")
         self.meter.assign(self.trained, "adapter")
+        packed = sum(layer.packed_bytes for layer in self.module.modules() if isinstance(layer, PackedConv2d))
+        self.meter.adjust("frozen weights", packed)
         self.meter.adjust_all(self.share.held)
         self._gather_while_denoising()
         self.encoder_bytes = self.share.encoding

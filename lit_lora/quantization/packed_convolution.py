@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_lora.errors import UserError
 from lit_lora.quantization.frozen_layer import FrozenConv2d
@@ -26,17 +27,24 @@ class PackedConv2d(FrozenConv2d):
     packed: _Copies
 
     def apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002  torch's name
-        if torch.compiler.is_compiling():  # the compiler packs weights itself
+        if torch.compiler.is_compiling() or isinstance(
+            weight, FakeTensor
+        ):  # the compiler packs itself, a plan only counts
             return super().apply_weight(input, weight, bias)
         copy = self._copy("forward", weight, input.shape, self.padding, self.stride)
         return _convolve(input, copy, bias, self.padding, self.stride, self.dilation, self.groups)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
         around = self._padding_of_gradient()
-        if around is None:
+        if around is None or isinstance(weight, FakeTensor):
             return super().input_gradient(grad, weight, input_shape)
         copy = self._copy("backward", weight, grad.shape, around, (1, 1))
         return _convolve(grad, copy, None, around, (1, 1), self.dilation, 1)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the copies in one dtype, once both passes have made theirs."""
+        return self.weight.nbytes * (1 if self._padding_of_gradient() is None else 2)
 
     def _padding_of_gradient(self) -> list[int] | None:
         """Padding of the gradient's convolution; None if the gradient is computed otherwise."""

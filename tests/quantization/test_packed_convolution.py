@@ -15,6 +15,7 @@ from lit_lora.adapters import adapter_state
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
+from lit_lora.planning.plan_run import plan_run
 from lit_lora.quantization import NF4
 from lit_lora.quantization.dense import Dense
 from lit_lora.quantization.frozen_layer import freeze_layer
@@ -111,6 +112,18 @@ def test_training_draws_and_saves_as_without(sd_folder: Path, trainer_options: d
     images = [module.generate(["a"], num_inference_steps=1, seeds=[0])[0] for module in modules]
     assert max(high for _, high in images[0].getextrema()) > 0
     assert max(abs(a - b) for a, b in zip(images[0].tobytes(), images[1].tobytes(), strict=True)) <= 2
+
+
+def test_the_plan_counts_the_copies(sd_folder: Path) -> None:
+    plain, packed = (
+        LoraDiffusion(StableDiffusion(str(sd_folder)), LoraConfig(r=2), convolutions=convolutions)
+        for convolutions in ("plain", "packed")
+    )
+    weights = [plan_run(module, 1, 32, 32).phases["forward"]["frozen weights"] for module in (plain, packed)]
+    packed.configure_model()
+    layers = [layer for layer in packed.modules() if isinstance(layer, PackedConv2d)]
+    twice = sum((1 if set(layer.stride) == {2} else 2) * layer.weight.nbytes for layer in layers)
+    assert weights[1] - weights[0] == twice > 0
 
 
 def test_where_it_has_no_effect_it_is_refused(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
