@@ -91,7 +91,11 @@ def test_splits_of_a_folder_are_trained_and_validated_on(
     given = ["--base", str(sd_folder), "--out", str(tmp_path / "out"), "--device", "cpu", "--device_memory", "100"]
     short = ["--trigger", "sks", "--trainer.max_steps", "4", "--model.base_dtype=float32"]
     assert main(["train", str(tmp_path / "set"), *given, *short]) == 0
-    assert "validate 3 images of the folder validation, none of the others" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert "validate 3 images, " in screen
+    assert "images 4 + 3 those of the folder validation are for validation" in " ".join(screen.split())
+    assert "test/: is another split than train" in screen
+    assert "validation/:" not in screen
     assert {Path(key).name for key in shown["training_step"]} == {f"train{number}" for number in range(4)}
     assert {Path(key).name for key in shown["validation_step"]} == {f"validation{number}" for number in range(3)}
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["data"]["init_args"]["val_samples"] == 0

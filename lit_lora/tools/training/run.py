@@ -124,6 +124,15 @@ class _Training:
         """The folder of validation images; None if there is none, or if the command says how many images are held out."""
         return None if self.sets is not None or _HELD_OUT in self.request.given else validation_folder(self.folder)
 
+    @cached_property
+    def held_out(self) -> PackSummary | None:
+        """The validation images, packed; None if they have no folder of their own."""
+        return None if self.validation is None else self._pack(self.validation, _of_validation(self.shards))
+
+    def _pack(self, folder: Path, shards: Path) -> PackSummary:
+        captions: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
+        return pack_folder(folder, shards, max_bad=self.request.max_bad, **captions)
+
     def _sources(self, cached: bool) -> dict[str, Any]:
         """Shards of the run, by the datamodule's arguments."""
         if self.packed_sets is None:
@@ -140,14 +149,9 @@ class _Training:
         """Do what is left to do: a run that was stopped goes on."""
         print(f"output   {self.out}")
         if self.packed_sets is None:
-            captions: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
-            packed = pack_folder(self.folder, self.shards, max_bad=self.request.max_bad, **captions)
-            print("\n".join(packed_lines(packed)))
-            if self.validation is not None:
-                held_out = pack_folder(self.validation, _of_validation(self.shards), **captions)
-                print(
-                    f"validate {held_out.samples:,} images of the folder {visible(self.validation.name)}, none of the others"
-                )
+            print("\n".join(packed_lines("packed", self._pack(self.folder, self.shards), self.validation)))
+            if self.held_out is not None:
+                print("\n".join(packed_lines("validate", self.held_out)))
         else:
             print("\n".join(sets_lines(self.packed_sets)))
         if not self.config.exists():
@@ -175,7 +179,11 @@ class _Training:
         start = first_guess(memory, self.base.is_embedded)
         fit = fit_memory(settings, self._plan, memory, self.device.is_cuda, start, print)
         said = f"{format_bytes(fit.plan.needed)} of {format_bytes(memory)}"
-        choices = [self.rule.choice, *fit.settings.why, Choice("memory", said, fit.names, "model.memory")]
+        choices = [
+            self.rule.choice,
+            *self._said_of_validation(fit.settings.why),
+            Choice("memory", said, fit.names, "model.memory"),
+        ]
         if not fit.settings.draws:
             choices.append(
                 Choice("drawing", "none", "they do not fit beside training; see lit-lora sample", "trainer.callbacks")
@@ -189,6 +197,14 @@ class _Training:
         comments = comments_of(choices, self.cached and self.sets is None)
         with atomic_file(self.config) as part:
             part.write_text(header + write_yaml(self._config_of(fit.settings), comments), encoding="utf-8")
+
+    def _said_of_validation(self, choices: Sequence[Choice]) -> list[Choice]:
+        """The choices, with the images of a folder of their own among them."""
+        if self.validation is None or self.held_out is None:
+            return list(choices)
+        reason = f"those of the folder {visible(self.validation.name)} are for validation"
+        counts = f"{len(self.images):,} + {self.held_out.samples:,}"
+        return [one._replace(value=counts, why=reason) if one.name == "images" else one for one in choices]
 
     def _config_of(self, settings: Settings) -> dict[str, Any]:
         sources = self._sources(self.cached)
@@ -270,12 +286,18 @@ def _of_validation(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-validation")
 
 
-def packed_lines(packed: PackSummary) -> list[str]:
-    """What was packed, what was left out and why, and the notes."""
-    files = [*packed.bad, *packed.skipped]
+def packed_lines(name: str, packed: PackSummary, apart: Path | None = None) -> list[str]:
+    """What was packed, what was left out and why, and the notes.
+
+    Args:
+        name: Name of the line.
+        packed: Result of packing.
+        apart: Folder of the images that are packed apart. Defaults to none.
+    """
+    files = [one for one in (*packed.bad, *packed.skipped) if apart is None or one.file != f"{apart.name}/"]
     left_out = f", {count_files(files):,} left out (see {visible(packed.folder / 'bad.jsonl')})" if files else ""
     earlier = " by an earlier run" if packed.resumed == packed.shards else ""
-    written = f"packed   {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
+    written = f"{name:<8} {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
     return [written, *format_reasons(files), *(f"note     {note}" for note in packed.notes)]
 
 

@@ -53,7 +53,7 @@ def test_a_mask_that_does_not_fit_its_image_is_bad(folder: Path, tmp_path: Path)
 def test_train_says_what_was_left_out_and_the_notes(folder: Path, tmp_path: Path) -> None:
     (folder / "gone.txt").write_text("of no image")
     packed: PackSummary = pack_folder(folder, tmp_path / "out")
-    first, *lines = packed_lines(packed)
+    first, *lines = packed_lines("packed", packed)
     assert f"5 images, 20.5 kB, 1 left out (see {tmp_path / 'out' / 'bad.jsonl'})" in first
     assert lines[0] == "  1  gone.txt: is no caption of an image beside it"
     assert [line.partition(" with")[0] for line in lines[1:]] == ["note     3 images", "note     1 image"]
