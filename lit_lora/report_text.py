@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from lit_lora.byte_sizes import format_bytes
@@ -15,6 +16,18 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return lines
+
+
+def format_note(note: str) -> str:
+    """A note of a summary, in lines of at most 80 columns, unless a path is longer."""
+    return textwrap.fill(
+        note,
+        80,
+        initial_indent="note     ",
+        subsequent_indent=" " * 9,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def format_written(shards: int, resumed: int, samples: int, size: int, left_out: int, reports: str) -> str:

@@ -85,7 +85,7 @@ def sets_lines(packed: PackedSets) -> list[str]:
     """Lines that list packed sets, what was left out of them, and the notes."""
     from lit_lora.datamodules.packing.left_out import format_reasons
     from lit_lora.datamodules.packing.pack_sets import set_rows
-    from lit_lora.report_text import format_table
+    from lit_lora.report_text import format_note, format_table
 
     lines = format_table(set_rows(packed))
     for one, summary in zip(packed.found.sets, packed.summaries, strict=True):
@@ -95,20 +95,20 @@ def sets_lines(packed: PackedSets) -> list[str]:
             if reasons
             else []
         )
-        lines += [f"note     {visible(one.name)}: {note}" for note in summary.notes]
-    return [*lines, *(f"note     {note}" for note in packed.found.notes)]
+        lines += [format_note(f"{visible(one.name)}: {note}") for note in summary.notes]
+    return [*lines, *map(format_note, packed.found.notes)]
 
 
 def _pack_lines(summary: PackSummary) -> list[str]:
     from lit_lora.datamodules.packing.left_out import count_files, format_reasons
-    from lit_lora.report_text import format_written
+    from lit_lora.report_text import format_note, format_written
 
     left_out = [*summary.bad, *summary.skipped]
     folder = visible(summary.folder)
     numbers = (summary.shards, summary.resumed, summary.samples, summary.size, count_files(left_out))
     written = format_written(*numbers, visible(summary.folder / "bad.jsonl"))
     fit = f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {shlex.quote(folder)}"
-    return [written, *format_reasons(left_out), *(f"note     {note}" for note in summary.notes), fit]
+    return [written, *format_reasons(left_out), *map(format_note, summary.notes), fit]
 
 
 def index(shards: str | list[str], jobs: int = 1) -> None:

@@ -27,6 +27,7 @@ from lit_lora.lightning_cli import ToolCLI, build_cli, run
 from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
+from lit_lora.report_text import format_note
 from lit_lora.tools.cache import cache_shards
 from lit_lora.tools.plan import memory_of, run_of_config
 from lit_lora.tools.run_page import PLAN
@@ -298,7 +299,7 @@ def packed_lines(name: str, packed: PackSummary, apart: Path | None = None) -> l
     left_out = f", {count_files(files):,} left out (see {visible(packed.folder / 'bad.jsonl')})" if files else ""
     earlier = " by an earlier run" if packed.resumed == packed.shards else ""
     written = f"{name:<8} {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
-    return [written, *format_reasons(files), *(f"note     {note}" for note in packed.notes)]
+    return [written, *format_reasons(files), *map(format_note, packed.notes)]
 
 
 def _nothing() -> None:
