@@ -220,7 +220,8 @@ def test_the_table(fit, capsys):
     rows = {line.split()[0]: line.split() for line in lines[3:] if line}
     assert rows["forward"][3:5] == ["24.0", "8.0"]
     assert float(rows["load"][1].replace(",", "")) == pytest.approx(
-        report["phases"]["load"]["peak"]["resident"] / MIB, abs=0.1
+        report["phases"]["load"]["peak"]["resident"] / MIB,
+        abs=0.6,  # from a thousand on without decimals
     )
 
 
