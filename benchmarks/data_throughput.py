@@ -44,7 +44,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 
-from lit_lora.datamodules import Chunks, ImageDecoder, WebDatasetDataModule
+from lit_lora.datamodules import Chunks, ImageDecoder, SampleDecoder, WebDatasetDataModule
 
 SIDE = 512
 SHARDS = 8
@@ -90,13 +90,18 @@ def write_data(folder: Path, count: int) -> list[bytes]:
 
 def ours(folder: Path, batch_size: int, workers: int) -> Pass:
     """Passes of this project's data module."""
+    return passes_with(ImageDecoder(center_crop=True), folder, batch_size, workers, resolution=SIDE)
+
+
+def passes_with(decoder: SampleDecoder, folder: Path, batch_size: int, workers: int, **options: Any) -> Pass:
+    """Passes of this project's data module with a decoder."""
     data = WebDatasetDataModule(
         str(folder / "shards"),
         batch_size=batch_size,
-        resolution=SIDE,
-        decoder=ImageDecoder(center_crop=True),
+        decoder=decoder,
         chunks=Chunks(leftovers="pad"),
         num_workers=workers,
+        **options,
     )
     data.prepare_data()
     data.setup("fit")

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_throughput import Cost, Pass, cpu_seconds, limit, ours, processor, write_data
+from data_throughput import Cost, cpu_seconds, limit, ours, passes_with, processor, write_data
 from environment import versions
 
-from lit_lora.datamodules import Chunks, SampleDecoder, WebDatasetDataModule
+from lit_lora.datamodules import SampleDecoder
 from lit_lora.draws import seed_of
 
 
@@ -55,25 +55,11 @@ def seconds(number: int) -> float:
     return 0.004 + 0.008 * (seed_of(number) % 1000) / 1000
 
 
-def waiting(folder: Path, batch_size: int, workers: int) -> Pass:
-    """Passes of the datamodule with the decoder that waits."""
-    data = WebDatasetDataModule(
-        str(folder / "shards"),
-        batch_size=batch_size,
-        decoder=WaitingDecoder(),
-        chunks=Chunks(leftovers="pad"),
-        num_workers=workers,
-    )
-    data.prepare_data()
-    data.setup("fit")
-    loader = data.train_dataloader()
-    return lambda: sum(int(batch["weight"].sum()) for batch in loader)
-
-
 def serve(folder: Path, batch_size: int, workers: int) -> None:
     """Make a pass for each line on standard input and answer with its wall and CPU seconds."""
     torch.set_num_threads(1)
-    passes = {"waiting": waiting(folder, batch_size, workers), "decoding": ours(folder, batch_size, workers)}
+    read = (folder, batch_size, workers)
+    passes = {"waiting": passes_with(WaitingDecoder(), *read), "decoding": ours(*read)}
     print("ready", flush=True)
     for line in sys.stdin:
         cpu, wall = time.process_time(), time.perf_counter()

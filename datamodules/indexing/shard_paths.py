@@ -93,8 +93,10 @@ def _match(pattern: str) -> list[Path]:
     if path.is_dir():
         if compressed := _compressed_in(path):
             warnings.warn(f"{visible(path)}{compressed}", stacklevel=3)
-        found = _shards_in(path)
-        if found and (others := _folders_with_shards(path)):
+        with os.scandir(path) as entries:
+            listed = [entry for entry in entries if not is_hidden(entry.name)]
+        found = [path / entry.name for entry in listed if _is_shard(entry.name)]
+        if found and (others := _folders_with_shards(path, listed)):
             warnings.warn(
                 f"{visible(path)}: shards in its folders are not read, such as those in {visible(others[0].name)}; name these "
                 f"folders too, or move them",
@@ -106,21 +108,20 @@ def _match(pattern: str) -> list[Path]:
     return sorted(Path(name) for name in glob.glob(str(path), recursive=True))
 
 
-def _shards_in(folder: Path) -> list[Path]:
-    return [each for each in folder.iterdir() if each.suffix.lower() == ".tar" and not is_hidden(each.name)]
+def _is_shard(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() == ".tar" and not is_hidden(name)
 
 
-def _folders_with_shards(folder: Path) -> list[Path]:
-    """Folders in a folder that hold shards, except caches, which are made from the folder's own shards."""
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+def _folders_with_shards(folder: Path, listed: Iterable[os.DirEntry[str]]) -> list[Path]:
+    """Folders listed in a folder that hold shards, except caches, which are made from the folder's own shards."""
+    names = sorted(entry.name for entry in listed if entry.is_dir())
     folders = (folder / name for name in names[:_MOST_FOLDERS])
     return [each for each in folders if _has_own_shards(each)]
 
 
 def _has_own_shards(folder: Path) -> bool:
     try:
-        return bool(_shards_in(folder)) and not any(folder.glob("cache*.json"))
+        return any(map(_is_shard, os.listdir(folder))) and not any(folder.glob("cache*.json"))
     except OSError:  # one that may not be read is not meant to be
         return False
 

@@ -32,10 +32,10 @@ def tell_cut_captions(
     """
     if tokenizer in _told or isinstance(mask, FakeTensor):  # a plan of the memory has no values
         return
-    full = mask.bool().all(dim=1)
     others = [part for name, part in (parts or {}).items() if name.startswith("tokenizer") and part is not tokenizer]
     if any(getattr(other, "model_max_length", 0) > tokenizer.model_max_length for other in others):
         return
+    full = mask.bool().all(dim=1)
     for text in (text for text, is_full in zip(texts, full.tolist(), strict=True) if is_full):
         # Only a text that fills all places can be longer.
         count = len(tokenizer(text, truncation=False, verbose=False, **options).input_ids)
