@@ -93,7 +93,16 @@ SLICES = (
     _speed("speed_sdxl", "sdxl", 1024, "cached", "cached, int8", "cached, nf4"),
     _speed("speed_flux", "flux_dev", 512, "cached, nf4, checkpointing", options=("--steps", "8")),
     _planner("planner_cached", 512, "from a cache", "base, checkpointing"),
-    _speed("speed_sdxl_options", "sdxl", 1024, "channels last", "fused LoRA", "cached, compiled", "blocks on the host"),
+    _speed(
+        "speed_sdxl_options",
+        "sdxl",
+        1024,
+        "channels last",
+        "fused LoRA",
+        "cached, compiled",
+        "blocks on the host",
+        "blocks on the disk",
+    ),
     _speed("speed_sdxl_batch_4", "sdxl", 1024, "cached", options=("--batch-size", "4", "--steps", "10")),
     _memory(
         "memory_sdxl_storages", "full fine-tuning, bf16 autocast", "LoRA, bf16 base", "LoRA, nf4 base", "LoRA, fp8 base"

@@ -58,6 +58,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cached, compiled": {"cached": True, "compile_blocks": True},
     "cached, nf4, compiled": {"cached": True, "quantization": "NF4", "compile_blocks": True},
     "cached, blocks on the host": {"cached": True, "offload_blocks": True, "gradient_checkpointing": True},
+    "cached, blocks on the disk": {
+        "cached": True,
+        "offload_blocks": True,
+        "offload_folder": f"{tempfile.gettempdir()}/lit-lora-blocks",
+        "gradient_checkpointing": True,
+    },
     "images and captions": {},
 }
 """Name and options of each setting."""

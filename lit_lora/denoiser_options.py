@@ -36,7 +36,7 @@ def apply_options(module: LoraDiffusion) -> None:
     if module.compile_blocks:
         compile_blocks(denoiser, blocks)
     if module.memory.offload_blocks:
-        BlockOffload(denoiser, blocks)
+        BlockOffload(denoiser, blocks, folder=module.memory.offload_folder)
 
 
 def use_channels_last(model: nn.Module) -> None:

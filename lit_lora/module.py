@@ -396,5 +396,5 @@ class LoraDiffusion(LightningModule):
 
     def _node(self) -> Node:
         """The processes of this machine, of which one reads the base's files."""
-        self._reader = self._reader or Node.of(self._trainer)
+        self._reader = self._reader or Node.of(self._trainer, self.memory.offload_folder)
         return self._reader

@@ -111,6 +111,11 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
             f"model.convolutions={module.convolutions!r} is for one device and for strategy ddp: {type(strategy).__name__} needs "
             f"contiguous weights; use 'plain', or strategy ddp"
         )
+    if module.convolutions == "channels_last" and module.memory.offload_folder is not None:
+        raise UserError(
+            "model.convolutions='channels_last' would copy weights from memory.offload_folder into memory; use 'plain', or leave "
+            "the folder out"
+        )
     if module.convolutions == "packed" and strategy.root_device.type != "cpu":
         raise UserError(
             f"model.convolutions='packed' is for CPUs, and this run computes on {strategy.root_device}; use 'plain' or "
@@ -131,6 +136,11 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
     module.quantization.check(device)
     if module.memory.text_encoder_quantization is not None:
         module.memory.text_encoder_quantization.check(device)
+    if module.memory.offload_folder is not None and not module.memory.offload_blocks:
+        raise UserError(
+            f"memory.offload_folder={module.memory.offload_folder!r} has no effect without memory.offload_blocks; set that to "
+            f"true, or leave the folder out"
+        )
     for name in module.memory.offloads:
         check_offload(f"memory.{name}", device, strategy if is_ours(strategy) else None)
     if module.memory.optimizer_in_backward and stage == "fit":

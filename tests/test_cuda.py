@@ -141,7 +141,7 @@ def test_the_profiler_measures_the_gpu(sd_folder: Path, tmp_path: Path) -> None:
 def test_strategies_with_nccl(strategy: str, base: Quantization | None, sd_folder: Path, tmp_path: Path) -> None:
     from lit_lora.distributed import LitLoraFSDP
 
-    options: dict[str, Any] = {"base": base, "base_dtype": "float32" if base is None else "bfloat16"}
+    options: dict[str, Any] = {"quantization": base, "base_dtype": "float32" if base is None else "bfloat16"}
     alone, _ = train(sd_folder, tmp_path, **options)
     made: Any = LitLoraFSDP(cpu_offload=True) if strategy.endswith("offload") else strategy
     saving = AdapterCheckpoint(
@@ -167,7 +167,7 @@ def test_strategies_with_nccl(strategy: str, base: Quantization | None, sd_folde
 @pytest.mark.parametrize("base", [None, NF4()], ids=lambda s: type(s).__name__)
 def test_deepspeed_with_nccl(stage: str, base: Quantization | None, sd_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
-    options: dict[str, Any] = {"base": base, "base_dtype": "float32" if base is None else "bfloat16"}
+    options: dict[str, Any] = {"quantization": base, "base_dtype": "float32" if base is None else "bfloat16"}
     alone, _ = train(sd_folder, tmp_path, **options)
     saving = AdapterCheckpoint(tmp_path / "ck", filename="{step}", auto_insert_metric_name=False, every_n_train_steps=2)
     strategy = f"lit_lora_deepspeed_stage_{stage}"
@@ -182,7 +182,7 @@ def test_deepspeed_with_nccl(stage: str, base: Quantization | None, sd_folder: P
 @pytest.mark.parametrize("base", [None, Int8(), NF4()], ids=lambda s: type(s).__name__)
 def test_compiled_blocks(strategy: str, base: Quantization | None, sd_folder: Path, tmp_path: Path) -> None:
     torch._dynamo.reset()
-    options: dict[str, Any] = {"base": base, "base_dtype": "float32" if base is None else "bfloat16"}
+    options: dict[str, Any] = {"quantization": base, "base_dtype": "float32" if base is None else "bfloat16"}
     plain, _ = train(sd_folder, tmp_path, **options)
     compiled, _ = train(sd_folder, tmp_path, strategy=strategy, compile_blocks=True, **options)
     assert near(plain, compiled, 1e-4 if base is None else 2e-2)
@@ -194,6 +194,17 @@ def test_compiled_blocks(strategy: str, base: Quantization | None, sd_folder: Pa
 def test_offloading_under_ddp(key: str, sd_folder: Path, tmp_path: Path) -> None:
     alone, _ = train(sd_folder, tmp_path)
     assert near(train(sd_folder, tmp_path, strategy="ddp", memory=MemoryOptions(**{key: True}))[0], alone)
+
+
+@pytest.mark.parametrize("base", [None, NF4()], ids=lambda s: type(s).__name__)
+def test_blocks_in_a_folder(
+    base: Quantization | None, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_lora.mapped.SMALL", 1000)
+    options: dict[str, Any] = {"quantization": base, "base_dtype": "float32" if base is None else "bfloat16"}
+    in_memory, _ = train(sd_folder, tmp_path, memory=MemoryOptions(offload_blocks=True), **options)
+    memory = MemoryOptions(offload_blocks=True, offload_folder=str(tmp_path / "frozen"))
+    assert near(train(sd_folder, tmp_path, memory=memory, **options)[0], in_memory)
 
 
 def test_batches_that_are_copied_ahead(make_shards: Any, trainer_options: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def parts_of(path: Path) -> tuple[Any, bytes]:
 
 @pytest.fixture
 def keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Keep:
-    monkeypatch.setattr(mapped, "_SMALL", 100)
+    monkeypatch.setattr(mapped, "SMALL", 100)
     return keep_on_disk(tmp_path / "new")
 
 

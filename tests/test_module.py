@@ -479,6 +479,21 @@ class TestMemoryKeys:
         ):
             self._trained(sd_folder, trainer_options, MemoryOptions(**{key: True}))
 
+    @pytest.mark.parametrize(
+        ("options", "convolutions", "message"),
+        [
+            ({}, "plain", "has no effect without memory.offload_blocks; set that to true"),
+            ({"offload_blocks": True}, "channels_last", "would copy weights from memory.offload_folder into memory"),
+        ],
+    )
+    def test_a_folder_for_blocks_that_would_not_be_used(
+        self, options: dict[str, Any], convolutions: Any, message: str, sd_folder: Path, trainer_options: dict[str, Any]
+    ) -> None:
+        memory = MemoryOptions(offload_folder="frozen", **options)
+        module = module_for(sd_folder, memory=memory, convolutions=convolutions)
+        with pytest.raises(UserError, match=message):
+            Trainer(max_steps=1, **trainer_options).fit(module, loader_of(make_batches(1)))
+
     def test_blocks_that_do_not_exist(self, sd_folder: Path, trainer_options: dict[str, Any]) -> None:
         with pytest.raises(UserError, match=r"'down' matches no block .* it has down_blocks.0"):
             self._trained(sd_folder, trainer_options, MemoryOptions(gradient_checkpointing=["down"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lit_lora.blocks import found_blocks
+from lit_lora.mapped import is_mapped, keep_in_memory, keep_on_disk
 from lit_lora.memory.host_weights import HostWeights, target_of
+from lit_lora.memory.mapped_weights import FileReader, MappedWeights
 from lit_lora.quantization.frozen_layer import FrozenConv2d, FrozenLayer, FrozenLinear
 
 _SMALLEST = 16 << 10
@@ -34,12 +37,21 @@ class BlockOffload:
         block_classes: Class names of the blocks; of nested blocks only the outermost count.
         smallest_bytes: Smallest tensor, in bytes, that is kept in host memory; defaults to 16 KiB. Smaller ones move with the
             rest of the model.
+        folder: Folder for files in which large weights are kept instead of host memory; those that are mapped from files
+            already stay there. Defaults to none.
 
     Raises:
-        UserError: If the model has no such block.
+        UserError: If the model has no such block, or the folder cannot be written.
     """
 
-    def __init__(self, model: nn.Module, block_classes: Sequence[str], smallest_bytes: int = _SMALLEST) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        block_classes: Sequence[str],
+        smallest_bytes: int = _SMALLEST,
+        folder: str | Path | None = None,
+    ) -> None:
+        self._keep = keep_in_memory if folder is None else keep_on_disk(Path(folder))
         self.device = torch.device("cpu")
         self._stream: torch.cuda.Stream | None = None
         self._blocks: list[HostWeights] = []
@@ -48,6 +60,7 @@ class BlockOffload:
         self._after: dict[tuple[str, HostWeights], HostWeights] = {}
         for block in found_blocks(model, block_classes, "memory.offload_blocks"):
             self._take(block, smallest_bytes)
+        self._make_reader()
 
     @property
     def host_bytes(self) -> int:
@@ -77,6 +90,7 @@ class BlockOffload:
             self._stream = torch.cuda.Stream(device)
             for block in self._blocks:
                 block.pin()
+        self._make_reader()
 
     def use(self, block: HostWeights, kind: str) -> None:
         """Fetch the weights of a block, and begin to fetch those of the block that is expected next.
@@ -115,6 +129,14 @@ class BlockOffload:
             for kind in ("backward", "recomputation"):
                 self._after.setdefault((kind, block), self._current)
 
+    def _make_reader(self) -> None:
+        """Give the blocks that are mapped from files a reader for the present device."""
+        mapped = [block for block in self._blocks if isinstance(block, MappedWeights)]
+        if mapped:
+            reader = FileReader(self.device, self._stream, max(block.staged_bytes for block in mapped))
+            for block in mapped:
+                block.reader = reader
+
     def _take(self, block: nn.Module, smallest_bytes: int) -> None:
         layers = {
             layer: names
@@ -123,7 +145,11 @@ class BlockOffload:
         }
         if not layers:
             return
-        weights = HostWeights(layer._parameters[name] for layer, names in layers.items() for name in names)  # type: ignore[misc]
+        tensors = [layer.get_parameter(name) for layer, names in layers.items() for name in names]
+        for tensor in tensors:
+            if not is_mapped(tensor):
+                tensor.data = self._keep(tensor.data)
+        weights = (MappedWeights if any(map(is_mapped, tensors)) else HostWeights)(tensors)
         self._blocks.append(weights)
         for layer, names in layers.items():
             layer.__class__ = _OFFLOADED[type(layer)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -72,17 +73,11 @@ class HostWeights:
         # Copies made in inference mode, in which Lightning validates, could not be used for training.
         with torch.inference_mode(False), torch.no_grad():
             copies = [torch.empty_like(tensor, device=device) for tensor in self._host]
-            if stream is None:
-                for copy, tensor in zip(copies, self._host, strict=True):
-                    copy.copy_(tensor, non_blocking=True)
-            else:
+            if stream is not None:
                 self._computing = torch.cuda.current_stream(device)
                 # Pending kernels of the computing stream may still read the former contents of this memory.
                 stream.wait_stream(self._computing)
-                with torch.cuda.stream(stream):
-                    for copy, tensor in zip(copies, self._host, strict=True):
-                        copy.copy_(tensor, non_blocking=True)
-                    self._copied = stream.record_event()
+            self._copy(copies, stream)
             self._show(copies)
         self._copies = copies
 
@@ -107,6 +102,14 @@ class HostWeights:
         with torch.inference_mode(False), torch.no_grad():
             self._show(self._host)
         self._copies, self._copied, self._computing = [], None, None
+
+    def _copy(self, copies: list[Tensor], stream: torch.cuda.Stream | None) -> None:
+        """Begin to copy the tensors, on a stream or on the current one."""
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            for copy, tensor in zip(copies, self._host, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+            if stream is not None:
+                self._copied = stream.record_event()
 
     def _show(self, values: list[Tensor]) -> None:
         for tensor, value in zip(self._tensors, values, strict=True):

@@ -20,6 +20,8 @@ class MemoryOptions:
         offload_encoders: Keep VAE and text encoders in host memory, and move them to the GPU only while they encode.
         offload_blocks: Keep the frozen weights of the denoiser's blocks in host memory, except those of at most two blocks at a
             time.
+        offload_folder: Folder on a local disk. The weights that ``offload_blocks`` moves are then in temporary files there, which
+            all processes of a machine share, and not in host memory. Defaults to none.
         offload_activations: Keep the activations that the backward pass needs in host memory.
         optimizer_in_backward: Step each parameter as soon as its gradient is complete, then free the gradient. It excludes
             clipping by norm and gradient accumulation, which need all gradients at once.
@@ -33,6 +35,7 @@ class MemoryOptions:
     vae_tiling: bool = False
     offload_encoders: bool = False
     offload_blocks: bool = False
+    offload_folder: str | None = None
     offload_activations: bool = False
     optimizer_in_backward: bool = False
     text_encoder_quantization: Quantization | None = None

@@ -21,6 +21,7 @@ from lit_lora.quantization.base import Quantization, Stored
 _MECHANISMS_OFF: dict[str, Any] = {
     "offload_encoders": False,
     "offload_blocks": False,
+    "offload_folder": None,
     "offload_activations": False,
     "optimizer_in_backward": False,
 }

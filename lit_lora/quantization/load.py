@@ -95,7 +95,8 @@ class Weights:
         """
         layer, attribute = self._layers[name], name.rpartition(".")[2]
         form = self._form(name, layer)
-        _assign(layer, attribute, self._node.read(lambda: self._stored(name, form)), form)
+        stored = self._node.read(lambda: self._stored(name, form), may_be_mapped=form.quantization is not None)
+        _assign(layer, attribute, stored, form)
 
     def unquantized(self, name: str) -> Tensor:
         """Read a weight as it is before it is quantized, in the reading process.

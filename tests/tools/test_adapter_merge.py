@@ -102,7 +102,7 @@ def test_arguments() -> None:
 def test_results_wait_on_the_disk(
     paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapped, "_SMALL", 0)
+    monkeypatch.setattr(mapped, "SMALL", 0)
     command = ["adapter", "merge", *paths, str(tmp_path / "new" / "out")]
     with largest_file(20):
         assert main(command) == 2

@@ -98,7 +98,7 @@ def test_refused(
 def test_results_wait_on_the_disk(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapped, "_SMALL", 0)
+    monkeypatch.setattr(mapped, "SMALL", 0)
     command = ["adapter", "resize", str(folder), str(tmp_path / "new" / "out"), "--rank", "2"]
     with largest_file(20):
         assert main(command) == 2
