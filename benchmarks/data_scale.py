@@ -12,6 +12,7 @@ were read.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import tempfile
@@ -81,6 +82,7 @@ def measure(folder: str, buckets: bool) -> dict[str, Any]:
     """Measure the seconds and the megabytes of one start."""
     from lit_lora.datamodules import AspectRatioBuckets, Chunks, WebDatasetDataModule
 
+    gc.freeze()  # as the command line does after its imports
     before = resident()
     cpu, start = time.process_time(), time.perf_counter()
     data = WebDatasetDataModule(

@@ -132,7 +132,12 @@ class Bucketing:
         """A number that identifies these sizes and the limit."""
         return seed_of(str(self.sizes.tolist()), str(self.max_upscaling))
 
-    def assign(self, width: NDArray[np.integer], height: NDArray[np.integer]) -> NDArray[np.int64]:
+    @property
+    def dtype(self) -> type[np.int16] | type[np.int32]:
+        """Dtype of bucket numbers: numpy sorts 16 bits by radix, and 100 million samples make each byte felt."""
+        return np.int16 if len(self.sizes) < 1 << 15 else np.int32
+
+    def assign(self, width: NDArray[np.integer], height: NDArray[np.integer]) -> NDArray[np.integer]:
         """The bucket of each image: the one with the nearest aspect ratio, on a logarithmic scale.
 
         An image of unknown size (0) gets the bucket nearest to a square; reading it reports it as bad.
@@ -142,17 +147,17 @@ class Bucketing:
             height: Heights of the images in pixels, (N,).
 
         Returns:
-            Rows of :attr:`sizes`, or ``LEFT_OUT``, int64 (N,).
+            Rows of :attr:`sizes`, or ``LEFT_OUT``, :attr:`dtype` (N,).
         """
         if len(width) <= _BLOCK:
             return self._assign(width, height, by_cells=False)
-        buckets = np.empty(len(width), np.int64)
+        buckets = np.empty(len(width), self.dtype)
         for start in range(0, len(width), _BLOCK):
             block = slice(start, start + _BLOCK)
             buckets[block] = self._assign(width[block], height[block], by_cells=True)
         return buckets
 
-    def _assign(self, width: NDArray[np.integer], height: NDArray[np.integer], by_cells: bool) -> NDArray[np.int64]:
+    def _assign(self, width: NDArray[np.integer], height: NDArray[np.integer], by_cells: bool) -> NDArray[np.integer]:
         """The same; ``by_cells`` looks most ratios up in a table, which is worth it for many images."""
         known = (width > 0) & (height > 0)
         shown_width, shown_height = np.where(known, width, 1), np.where(known, height, 1)
@@ -162,7 +167,7 @@ class Bucketing:
             unsure = np.flatnonzero(bucket == _UNSURE)
             bucket[unsure] = np.searchsorted(self._middles, np.log(ratio[unsure]))
         else:
-            bucket = np.searchsorted(self._middles, np.log(ratio)).astype(np.int64)
+            bucket = np.searchsorted(self._middles, np.log(ratio)).astype(self.dtype)
         if self.max_upscaling is not None:
             scale = np.maximum(self.sizes[bucket, 0] / shown_height, self.sizes[bucket, 1] / shown_width)
             bucket[known & (scale > self.max_upscaling)] = LEFT_OUT
@@ -176,7 +181,7 @@ class Bucketing:
         return middles
 
     @cached_property
-    def _cells(self) -> NDArray[np.int64]:
+    def _cells(self) -> NDArray[np.integer]:
         """The bucket of all aspect ratios whose float32 starts with the same bits, or ``_UNSURE`` where there are several."""
         last = np.float32(np.inf).view(np.uint32) >> _CELL_BITS
         edges = (np.arange(int(last) + 1, dtype=np.uint32) << np.uint32(_CELL_BITS)).view(np.float32)
@@ -184,4 +189,4 @@ class Bucketing:
             # A ratio just below an edge may be rounded to it.
             low = np.searchsorted(self._middles, np.log(np.nextafter(edges[:-1], np.float32(0)).astype(np.float64)))
             high = np.searchsorted(self._middles, np.log(edges[1:].astype(np.float64)))
-        return np.where(low == high, low, _UNSURE)
+        return np.where(low == high, low, _UNSURE).astype(self.dtype)

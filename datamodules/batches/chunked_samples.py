@@ -106,8 +106,8 @@ class ChunkedSamples:
         total: NDArray[np.int64] = (self.repeats.whole[:, None, None] * self.available + self.parts).sum(axis=0)
         return total
 
-    def samples(self, chunk: int, turn: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The samples that a round shows, each as ``copy * total + sample``, and their buckets; int64 (n,) both.
+    def samples(self, chunk: int, turn: int = 0) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+        """The samples that a round shows, each as ``copy * total + sample``, int64 (n,), and their buckets (n,).
 
         Args:
             chunk: Number of the chunk.
@@ -118,7 +118,7 @@ class ChunkedSamples:
         if self.bucketing.needs_sizes:
             buckets = self.bucketing.assign(*self.table.image_sizes(part))
         else:
-            buckets = np.zeros(len(samples), np.int64)
+            buckets = np.zeros(len(samples), self.bucketing.dtype)
         kept = buckets != LEFT_OUT
         places = np.minimum(np.searchsorted(samples, self.held_out), len(samples) - 1)
         kept[places[samples[places] == self.held_out]] = False

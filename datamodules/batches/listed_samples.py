@@ -24,7 +24,7 @@ class ListedSamples:
         self.table = table
         self.sizes = bucketing.sizes
         self._samples = samples
-        self._buckets = np.zeros(len(samples), np.int64)
+        self._buckets: NDArray[np.integer] = np.zeros(len(samples), bucketing.dtype)
         if bucketing.needs_sizes:
             self._buckets = bucketing.assign(*table.sizes_of(samples))
         self.counts = np.bincount(self._buckets, minlength=len(self.sizes))[None]
@@ -34,6 +34,6 @@ class ListedSamples:
         """Number of samples in the table."""
         return len(self.table)
 
-    def samples(self, chunk: int, turn: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Sample numbers and buckets, int64 (n,) both."""
+    def samples(self, chunk: int, turn: int = 0) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+        """Sample numbers, int64 (n,), and buckets (n,)."""
         return self._samples, self._buckets

@@ -72,8 +72,8 @@ class _Round(NamedTuple):
     """The batches of a round that follow all segments but the last; ``rows`` (n, G) are indices into ``samples``."""
 
     samples: NDArray[np.int64]
-    buckets: NDArray[np.int64]
-    rows: NDArray[np.int64]
+    buckets: NDArray[np.integer]
+    rows: NDArray[np.integer]
     valid: NDArray[np.int64]
 
 
@@ -276,7 +276,9 @@ class Plan:
         chunk = self.chunk(cursor)
         samples, buckets = self.chunks.samples(chunk, cursor.pass_number + cursor.repeat)
         seed = [self.seed, _SAMPLES, cursor.pass_number, chunk, cursor.repeat]
-        rest = np.random.default_rng(seed).permutation(len(samples)) if self.shuffle else np.arange(len(samples))
+        rest: NDArray[np.integer] = np.arange(len(samples), dtype=np.int32 if len(samples) < 1 << 31 else np.int64)
+        if self.shuffle:
+            rest = np.random.default_rng(seed).permutation(rest)
         for number, segment in enumerate(cursor.segments):
             rows, valid = self._group(rest, buckets, segment.global_batch_size)
             if self.shuffle:
@@ -291,21 +293,22 @@ class Plan:
         return _Round(samples, buckets, rows, valid)
 
     def _group(
-        self, rest: NDArray[np.int64], buckets: NDArray[np.int64], size: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Batches of one bucket each: rows of ``rest``, int64 (n, G), and the number of unpadded samples in each, (n,)."""
-        kind = np.int16 if len(self.chunks.sizes) < 1 << 15 else np.int64  # numpy sorts small integers by radix
-        by_bucket = rest[np.argsort(buckets.astype(kind)[rest], kind="stable")]
-        present = buckets[by_bucket]
-        starts = np.flatnonzero(np.diff(present, prepend=-1))
-        rows = [np.empty((0, size), np.int64)]
+        self, rest: NDArray[np.integer], buckets: NDArray[np.integer], size: int
+    ) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        """Batches of one bucket each: rows of ``rest``, (n, G), and the number of unpadded samples in each, int64 (n,)."""
+        of_rest = buckets[rest]
+        order = np.argsort(of_rest, kind="stable")
+        by_bucket, present = rest[order], of_rest[order]
+        starts = np.flatnonzero(present[1:] != present[:-1]) + 1
+        rows = [np.empty((0, size), rest.dtype)]
         valid = [np.empty(0, np.int64)]
-        for members in np.split(by_bucket, starts[1:]):
+        for members in np.split(by_bucket, starts):
             full, left = divmod(len(members), size)
             rows.append(members[: full * size].reshape(full, size))
             valid.append(np.full(full, size))
             if left and self.leftovers == "pad":
                 # The leftover samples come first, followed by repeated samples of the bucket.
-                rows.append(np.resize(np.roll(members, left), (1, size)))
+                padded = np.concatenate([members[-left:], members[: size - left]]) if full else members
+                rows.append(np.resize(padded, (1, size)))
                 valid.append(np.array([left]))
         return np.concatenate(rows), np.concatenate(valid)

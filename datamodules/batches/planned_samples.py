@@ -30,8 +30,8 @@ class PlannedSamples(Protocol):
     @property
     def sizes(self) -> NDArray[np.int64]: ...
 
-    def samples(self, chunk: int, turn: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The samples that a round shows, each as ``copy * total + sample``, and their buckets; int64 (n,) both.
+    def samples(self, chunk: int, turn: int) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+        """The samples that a round shows, each as ``copy * total + sample``, int64 (n,), and their buckets (n,).
 
         Args:
             chunk: Number of the chunk.

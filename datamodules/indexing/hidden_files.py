@@ -10,4 +10,7 @@ _NAMES = frozenset(
 
 def is_hidden(name: str) -> bool:
     """Whether a path contains a file or folder that macOS, Windows or a file manager has made, such as ``__MACOSX/._a.jpg``."""
-    return any(part.startswith("._") or part.lower() in _NAMES for part in name.split("/"))
+    for part in name.split("/"):  # noqa: SIM110  any() takes twice as long, which 100,000 names make felt
+        if part.startswith("._") or part.lower() in _NAMES:
+            return True
+    return False

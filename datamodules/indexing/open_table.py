@@ -68,8 +68,8 @@ def open_table(specs: str | Iterable[str], refresh: bool = False) -> SampleTable
 def folder_and_name(location: str) -> tuple[str, str]:
     """Folder and file name of a shard with a normalized path; the folder of a URL keeps its query, maybe a signature."""
     if not is_remote(location):
-        folder, name = os.path.split(location)  # pathlib takes a second for 100,000 paths
-        return folder or ".", name
+        folder, slash, name = location.rpartition("/")  # pathlib takes a second for 100,000 paths
+        return folder or slash or ".", name
     path, mark, query = location.partition("?")
     folder, _, name = path.rpartition("/")
     return folder + mark + query, name
