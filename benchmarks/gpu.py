@@ -75,12 +75,15 @@ def _pairs(scripts: Path, name: str, script: str, model: str, resolution: int, *
 
 
 def pairs_of_scripts(scripts: Path) -> tuple[Slice, ...]:
-    """Slices that compare with the scripts in diffusers' ``examples/text_to_image``, in a folder of that name."""
+    """Slices that compare with scripts of diffusers' ``examples``, all in one folder."""
     settings = ("images and captions", "cached, fused LoRA", "cached, compiled", "cached, int8", "cached, nf4")
     sd15, sdxl = "train_text_to_image_lora.py", "train_text_to_image_lora_sdxl.py"
+    flux = "train_dreambooth_lora_flux.py"
     return (
         _pairs(scripts, "pairs_sdxl", sdxl, "sdxl", 1024, *settings[:2]),
+        _pairs(scripts, "pairs_flux", flux, "flux_dev", 512, settings[0], settings[1]),
         _pairs(scripts, "pairs_sdxl_further", sdxl, "sdxl", 1024, *settings[2:]),
+        _pairs(scripts, "pairs_flux_further", flux, "flux_dev", 512, settings[2], settings[4]),
         _pairs(scripts, "pairs_sd15", sd15, "sd15", 512, *settings),
     )
 

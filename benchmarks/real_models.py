@@ -158,12 +158,12 @@ def _sd3(layers: int, heads: int, pos_embed_max_size: int, dual: tuple[int, ...]
     }
 
 
-def _flux(guidance: bool) -> dict[str, Callable[[], Any]]:
+def _flux(guidance: bool, t5: dict[str, Any] = _T5_XXL, **layers: int) -> dict[str, Callable[[], Any]]:
     return {
-        "transformer": lambda: FluxTransformer2DModel(guidance_embeds=guidance),
+        "transformer": lambda: FluxTransformer2DModel(guidance_embeds=guidance, **layers),
         "vae": lambda: AutoencoderKL(**_FLUX_VAE),
         "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**_CLIP_L, projection_dim=768)),
-        "text_encoder_2": lambda: T5EncoderModel(T5Config(**_T5_XXL)),
+        "text_encoder_2": lambda: T5EncoderModel(T5Config(**t5)),
         "scheduler": lambda: FlowMatchEulerDiscreteScheduler(
             shift=3.0 if guidance else 1.0, use_dynamic_shifting=guidance
         ),
@@ -284,6 +284,8 @@ PIPELINES = {
     "sd35_large": _sd3(38, 38, 192),
     "flux_dev": _flux(guidance=True),
     "flux_schnell": _flux(guidance=False),
+    # As wide as FLUX.1 dev, with few layers, for machines in which that has no room.
+    "flux_cut": _flux(guidance=True, t5=_T5_XXL | {"num_layers": 1}, num_layers=2, num_single_layers=4),
     "chroma": _CHROMA,
     "pixart_sigma": _PIXART_SIGMA,
     "sana": _SANA,
@@ -299,7 +301,9 @@ _OTHER_PIPELINES = {"flux2_klein_9b": "Flux2KleinPipeline", "flux2_klein_4b": "F
 _MARKER = "random_weights.txt"
 
 
-def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: str = "cpu") -> Path:
+def write_pipeline(
+    name: str, folder: str | Path, weights: bool = True, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Path:
     """Write a complete pipeline folder, unless an earlier call has written it.
 
     Args:
@@ -307,6 +311,7 @@ def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: 
         folder: Folder to write: 4.3 GB for ``sd15``, 14 GB for ``sdxl``, more for the others.
         weights: Whether to write weights; without them the configs and tokenizers take kilobytes. Defaults to True.
         device: Device that draws the weights; a GPU is much faster. Defaults to "cpu".
+        dtype: dtype of the weights. Defaults to float32.
 
     Returns:
         The folder.
@@ -320,6 +325,8 @@ def write_pipeline(name: str, folder: str | Path, weights: bool = True, device: 
             if weights:
                 with torch.device(device):
                     model = make()
+                if subfolder != "scheduler":
+                    model.to(dtype)
                 model.save_pretrained(
                     part / subfolder, **({} if subfolder == "scheduler" else {"max_shard_size": "50GB"})
                 )

@@ -1,10 +1,13 @@
 """Time of a training step beside that of a script of diffusers: ``python -m benchmarks.script_pairs SCRIPT``.
 
-SCRIPT is ``examples/text_to_image/train_text_to_image_lora.py`` or ``train_text_to_image_lora_sdxl.py`` of diffusers; it needs
-``pip install datasets``. Both programs train LoRA of rank 16 in the attention layers of a model of real size with random
-weights, on the same images with the same batch size, precision and optimizer; both read the images in the process that trains.
-Ours is ``lit-lora fit``. They take turns step by step, and ``ratio`` is the median of theirs over ours in the pairs: above 1 ours
-takes less time. Times include all that the programs do in a step: reading, encoding, logging.
+SCRIPT is ``examples/text_to_image/train_text_to_image_lora.py`` or ``train_text_to_image_lora_sdxl.py`` of diffusers, or
+``examples/dreambooth/train_dreambooth_lora_flux.py`` with ``--model flux_dev``; it needs ``pip install datasets``.
+
+Both programs train LoRA of rank 16 in the attention layers of a model of real size with random weights, on the same images with
+the same batch size, precision and optimizer; both read the images in the process that trains. Ours is ``lit-lora fit``. They take
+turns step by step, and ``ratio`` is the median of theirs over ours in the pairs: above 1 ours takes less time. Times include all
+that the programs do in a step: reading, encoding, logging. Only the script for FLUX.1 can cache: beside our cache it reads latents
+from memory, and has one prompt for all images.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Name and options of each of our settings."""
 
-FAMILIES = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL"}
+FAMILIES = {"sd15": "StableDiffusion", "sdxl": "StableDiffusionXL", "flux_dev": "Flux", "flux_cut": "Flux"}
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 IMAGES = 64
 RANK = 16
 _MIXED = {"float32": "no", "bfloat16": "bf16"}
@@ -72,7 +76,8 @@ def main() -> None:
 
 def _table(options: argparse.Namespace, folder: Path) -> None:
     cuda = torch.cuda.is_available()
-    model = write_pipeline(options.model, folder / options.model, device="cuda" if cuda else "cpu")
+    dtype = torch.bfloat16 if _is_flux(options) else torch.float32  # the script casts as it needs; a disk may be small
+    model = write_pipeline(options.model, folder / options.model, device="cuda" if cuda else "cpu", dtype=dtype)
     images = _images(folder / f"images-{options.resolution}", options.resolution)
     print(
         f"{options.model} at {options.resolution} px, batch {options.batch_size}, {options.dtype}, LoRA r={RANK}, AdamW"
@@ -84,8 +89,10 @@ def _table(options: argparse.Namespace, folder: Path) -> None:
         setting = SETTINGS[name]
         if setting.get("convolutions") == "packed" if cuda else setting.get("compile_blocks"):
             continue
+        if _is_flux(options) and "convolutions" in setting:
+            continue
         ours = _ours(setting, options, model, images, folder)
-        found, other = _in_turns([ours, _theirs(options, model, images, folder)], options)
+        found, other = _in_turns([ours, _theirs(options, model, images, folder, "cached" in setting)], options)
         ratio = statistics.median(b / a for a, b in zip(found["seconds"], other["seconds"], strict=True))
         memory = f"{found['reserved'] / 2**30:.2f} / {other['reserved'] / 2**30:.2f} GiB" if cuda else "-"
         seconds = [statistics.median(one["seconds"]) for one in (found, other)]
@@ -110,7 +117,7 @@ def _images(folder: Path, size: int) -> Path:
 
 def _ours(setting: dict[str, Any], options: argparse.Namespace, model: Path, images: Path, folder: Path) -> list[str]:
     """Arguments of our program, whose cache is made if the setting needs one."""
-    adapter = {"r": RANK, "lora_alpha": RANK, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
+    adapter = {"r": RANK, "lora_alpha": RANK, "target_modules": LAYERS}
     data = {
         "train_shards": str(images.with_suffix(".shards")),
         "batch_size": options.batch_size,
@@ -158,10 +165,20 @@ def _ours(setting: dict[str, Any], options: argparse.Namespace, model: Path, ima
     return ["lit_lora.cli", "fit", "--config", str(path)]
 
 
-def _theirs(options: argparse.Namespace, model: Path, images: Path, folder: Path) -> list[str]:
-    arguments = {
+def _is_flux(options: argparse.Namespace) -> bool:
+    return FAMILIES[options.model] == "Flux"
+
+
+def _theirs(options: argparse.Namespace, model: Path, images: Path, folder: Path, cached: bool) -> list[str]:
+    flux: dict[str, Any] = {
+        "dataset_name": images,
+        "instance_prompt": "a photo of a cat",
+        "lora_layers": ",".join(LAYERS),
+        "lora_alpha": RANK,
+    }
+    arguments: dict[str, Any] = {
         "pretrained_model_name_or_path": model,
-        "train_data_dir": images,
+        **(flux if _is_flux(options) else {"train_data_dir": images}),
         "resolution": options.resolution,
         "train_batch_size": options.batch_size,
         "rank": RANK,
@@ -171,6 +188,8 @@ def _theirs(options: argparse.Namespace, model: Path, images: Path, folder: Path
         "cache_dir": folder / "datasets",
     }
     further = ["--gradient_checkpointing"] if options.checkpointing else []
+    if _is_flux(options):
+        further.append("--cache_latents" if cached else "--caption_column=text")
     return [str(options.script), *(f"--{name}={value}" for name, value in arguments.items()), *further]
 
 
