@@ -5,9 +5,9 @@ SCRIPT is ``examples/text_to_image/train_text_to_image_lora.py`` or ``train_text
 
 Both programs train LoRA of rank 16 in the attention layers of a model of real size with random weights, on the same images with
 the same batch size, precision and optimizer; both read the images in the process that trains. Ours is ``lit-lora fit``. They take
-turns step by step, and ``ratio`` is the median of theirs over ours in the pairs: above 1 ours takes less time. Times include all
-that the programs do in a step: reading, encoding, logging. Only the script for FLUX.1 can cache: beside our cache it reads latents
-from memory, and has one prompt for all images.
+turns step by step, and ``ratio`` is the median of theirs over ours in the pairs: above 1 ours takes less time. Times include
+everything in a step: reading, encoding, logging. Only the script for FLUX.1 can cache: beside our cache it reads latents from
+memory, and has one prompt for all images.
 """
 
 from __future__ import annotations
