@@ -55,6 +55,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cached, nf4": {"cached": True, "quantization": "NF4"},
     "cached, int8, checkpointing": {"cached": True, "quantization": "Int8", "gradient_checkpointing": True},
     "cached, nf4, checkpointing": {"cached": True, "quantization": "NF4", "gradient_checkpointing": True},
+    "cached, nf4, least memory": {
+        "cached": True,
+        "quantization": "NF4",
+        "gradient_checkpointing": True,
+        "offload_activations": True,
+        "optimizer": "bitsandbytes.optim.AdamW8bit",
+    },
     "cached, compiled": {"cached": True, "compile_blocks": True},
     "cached, nf4, compiled": {"cached": True, "quantization": "NF4", "compile_blocks": True},
     "cached, blocks on the host": {"cached": True, "offload_blocks": True, "gradient_checkpointing": True},
@@ -187,7 +194,8 @@ def _table(options: argparse.Namespace) -> None:
 
 def _measurable(setting: dict[str, Any], options: argparse.Namespace) -> bool:
     """Whether a setting can be measured on the device with the model."""
-    on_gpu, on_cpu = {"compile_blocks", "offload_blocks"} & setting.keys(), setting.get("convolutions") == "packed"
+    on_gpu = {"compile_blocks", "offload_blocks", "offload_activations"} & setting.keys()
+    on_cpu = setting.get("convolutions") == "packed"
     if options.model == "flux_dev" and ("convolutions" in setting or "cached" not in setting):
         return False
     return not (on_gpu if options.device == "cpu" else on_cpu)
