@@ -25,7 +25,7 @@ from lit_lora.datamodules.caching.cached_decoder import (
     without_padding,
 )
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
-from lit_lora.datamodules.caching.sources import is_newer
+from lit_lora.datamodules.caching.sources import SourceRecord, is_newer, record_path
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.decoding.edit_decoder import EditDecoder
@@ -42,6 +42,7 @@ from lit_lora.datamodules.loading.dataset import Batch, ShardDataset, SlotReques
 from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.datamodules.loading.threads import LoaderThreads
 from lit_lora.datamodules.packing.write_shard import write_shard
+from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.loss_mask import mask_of_latents
@@ -121,15 +122,19 @@ class CacheWriter:
             progress: Function that is called with the number of samples that were finished since the last call.
 
         Raises:
-            UserError: If ``path`` exists and was made from other samples, or is older than its source.
+            UserError: If ``path`` exists and was made from another shard or other samples, or the shard changes meanwhile.
         """
         first, end = self.table.starts[shard : shard + 2].tolist()
         if self._text and not (path.parent / EMPTY).exists():
             self._write_empty(path.parent)
         if path.exists():
             return self._resume(range(first, end), path, progress)
+        record = SourceRecord.of(self.table, shard, path)
+        record.write(path)  # before the shard, so that no shard is without one
         bad: list[BadSampleReport] = []
-        index = write_shard(path, self._encode(range(first, end), bad, progress), tarfile.PAX_FORMAT)
+        index = write_shard(path, self._unchanged(record, shard, range(first, end), bad, progress), tarfile.PAX_FORMAT)
+        if index is None:
+            record_path(path).unlink()
         return CachedShard(path, 0 if index is None else len(index), bad, resumed=False)
 
     def _write_empty(self, folder: Path) -> None:
@@ -151,13 +156,35 @@ class CacheWriter:
                 f"{visible(path)} was made from other samples than {self._location(samples[0])} has now: {good} are missing and"
                 f" {others} are not in that shard; remove it, or choose another folder with --out"
             )
-        if is_newer(self.table.locations[self.table.shard_of(samples[0])], path):
-            raise UserError(
-                f"{self._location(samples[0])} was changed after {visible(path)} was made from it, so that its samples may "
-                f"differ; remove {visible(path)} to encode it anew, or touch it if the samples are the same"
-            )
+        self._check_source(self.table.shard_of(samples[0]), path)
         progress(len(cached))
         return CachedShard(path, len(cached), bad, resumed=True)
+
+    def _check_source(self, shard: int, path: Path) -> None:
+        """Refuse an existing cached shard whose source has other content now; other times of the same are kept."""
+        location, record = self.table.locations[shard], SourceRecord.read(path)
+        if is_newer(location, path) if record is None else not record.is_of(self.table, shard):
+            raise UserError(
+                f"{redact(location)} was changed after {visible(path)} was made from it, so that its samples may differ; remove"
+                f" {visible(path)} to encode it anew"
+                + (", or touch it if the samples are the same" if record is None else "")
+            )
+        if record is not None and not is_remote(location) and not record.has_times_of(Path(location)):
+            SourceRecord.of(self.table, shard, path).write(path)
+
+    def _unchanged(
+        self,
+        record: SourceRecord,
+        shard: int,
+        samples: range,
+        bad: list[BadSampleReport],
+        progress: Callable[[int], None],
+    ) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Yield the samples of a shard; raises an error at the end if the shard was changed meanwhile."""
+        yield from self._encode(samples, bad, progress)
+        location = self.table.locations[shard]
+        if not is_remote(location) and not record.has_times_of(Path(location)):
+            raise UserError(f"{redact(location)} was changed while it was cached; run lit-lora cache again")
 
     def _encode(
         self, samples: Sequence[int], bad: list[BadSampleReport], progress: Callable[[int], None]

@@ -10,7 +10,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription
-from lit_lora.datamodules.caching.sources import warn_of_newer_sources
+from lit_lora.datamodules.caching.sources import warn_of_changed_sources
 from lit_lora.datamodules.indexing.open_table import fetch_small, folder_and_name, inside, remote_copy
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
 from lit_lora.datamodules.indexing.table import SampleTable
@@ -57,7 +57,7 @@ def open_cache(table: SampleTable) -> OpenCache | None:
     if not all(are_cached.values()):
         cached, others = (next(f for f, is_cached in are_cached.items() if is_cached is kind) for kind in (True, False))
         raise UserError(f"{redact(cached)} is a cache and {redact(others)} holds images; name only shards of one kind")
-    warn_of_newer_sources(table.locations)
+    warn_of_changed_sources(table.locations)
     caches = [_open(folder) for folder in are_cached]
     for other in caches[1:]:
         if differences := caches[0].description.differences(other.description):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import posixpath
 import zlib
 from bisect import bisect_right
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_lora.datamodules.indexing.bounds import DTYPES
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import EXTENSIONS
@@ -107,6 +109,16 @@ class SampleTable:
             digest = zlib.crc32(self._indexes[index].key_bytes(first, end).data, digest)
         self.release()
         return digest
+
+    def shard_digest(self, shard: int) -> str:
+        """A checksum of a shard's index: of keys, image sizes, offsets and sizes of its members."""
+        index = self._indexes[self._index_of[shard]].shard(int(self._row_of[shard]))
+        digest = hashlib.blake2b(digest_size=16)
+        for name in DTYPES:
+            column = np.ascontiguousarray(getattr(index, name))
+            digest.update(f"{name} {column.dtype.str} {len(column)} ".encode())
+            digest.update(column.data)
+        return "blake2b:" + digest.hexdigest()
 
     def shard_of(self, sample: int) -> int:
         """Number of the shard that holds a sample."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.errors import UserError
+from lit_lora.files import check_regular
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,16 @@ class BatchFile(ABC):
 
     Attributes:
         path: Path of the file.
+
+    Raises:
+        UserError: If it is a pipe or a device.
     """
 
     path: Path
+
+    def __post_init__(self) -> None:
+        with suppress(OSError):  # opening it says so
+            check_regular(self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path,)  # open files cannot be pickled

@@ -67,6 +67,8 @@ def find_input(
         caption_extension=caption_extension,
         is_set=is_set,
     )
+    if template is None:
+        looked.check_metadata()
     for kind in INPUTS if template is None else (ImageFolder,):
         found = kind.find(looked)
         if found is not None:

@@ -24,8 +24,11 @@ from lit_lora.datamodules.packing.images_beside import (
 )
 from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.left_out import BadFile
+from lit_lora.datamodules.packing.other_spelling import other_spelling
 from lit_lora.datamodules.packing.sample_names import SampleNames
 from lit_lora.datamodules.packing.walk import walk_files
+from lit_lora.errors import UserError
+from lit_lora.files import check_regular
 
 if TYPE_CHECKING:
     from lit_lora.datamodules.packing.source import PackSource
@@ -105,7 +108,7 @@ class ImageFolder(PackInput):
                 if is_beside_another(file, siblings):
                     continue
                 if not image_extension(file):
-                    if kinds and (reason := _why_no_caption(file, siblings, kinds)):
+                    if kinds and (reason := _why_no_caption(folder, file, siblings, kinds)):
                         skipped.append(BadFile(file, reason))
                     unread.extend([file] if not kinds and extension_of(file) in CAPTIONS else [])
                     continue
@@ -113,7 +116,7 @@ class ImageFolder(PackInput):
                     bits = _find_sides(file, siblings, kinds)
                     size, stamp = stat_files(_paths(folder, file, bits))
                     if template is None and not bits & _CAPTION_BITS:
-                        size += packed_size(len(_checked(fallback, kinds).encode()))
+                        size += packed_size(len(_checked(fallback, kinds, folder / file).encode()))
                         bare.append(file)
                     size += 0 if template is None else packed_size(len(template.caption(file, folder)))
                 except BadSampleError as error:
@@ -188,14 +191,17 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
         paths: Paths of the files by extension.
 
     Raises:
-        BadSampleError: If a file is missing, or an image is empty.
+        BadSampleError: If a file is missing or is a pipe or a device, or an image is empty.
     """
     sizes, stamps = [], []
     for extension, path in paths.items():
         try:
-            stat = path.stat()
+            stat = check_regular(path)
         except OSError as error:
-            raise BadSampleError(f"cannot be read ({error.strerror})") from error
+            named = "" if extension in IMAGE_FILES else f"{path.name} "
+            raise BadSampleError(f"{named}cannot be read ({error.strerror}){other_spelling(path)}") from error
+        except UserError as error:
+            raise BadSampleError(str(error)) from error
         if stat.st_size == 0 and extension in IMAGE_FILES:
             raise BadSampleError("the image is empty")
         sizes.append(stat.st_size)
@@ -223,14 +229,15 @@ def _find_sides(file: str, siblings: Set[str], kinds: Sequence[str]) -> int:
     return bits
 
 
-def _checked(fallback: str | None, kinds: Sequence[str]) -> str:
+def _checked(fallback: str | None, kinds: Sequence[str], image: Path) -> str:
     if fallback is None:
+        hint = next(filter(None, (other_spelling(image.with_suffix(f".{kind}")) for kind in kinds)), "")
         endings = " or ".join(f".{kind}" for kind in kinds if kind != "caption" or kinds == ("caption",))
-        raise BadSampleError(f"has no caption (a {endings} file of the same name)")
+        raise BadSampleError(f"has no caption (a {endings} file of the same name){hint}")
     return fallback
 
 
-def _why_no_caption(file: str, siblings: Set[str], kinds: Sequence[str]) -> str:
+def _why_no_caption(folder: Path, file: str, siblings: Set[str], kinds: Sequence[str]) -> str:
     """Why a file that looks like a caption is none; empty if it is one, or another kind of file."""
     side = extension_of(file)
     if side not in CAPTIONS:
@@ -239,7 +246,8 @@ def _why_no_caption(file: str, siblings: Set[str], kinds: Sequence[str]) -> str:
         return f"is not read: captions are in .{kinds[0]} files"
     stem, _, spelled = file.rpartition("/")[2].rpartition(".")
     if not any(images_named(stem, siblings)):
-        return "is no caption of an image beside it"
+        images = (folder / file).parent / f"{stem}.png", (folder / file).parent / f"{stem}.jpg"
+        return "is no caption of an image beside it" + next(filter(None, map(other_spelling, images)), "")
     if side == "caption" and "txt" in kinds and f"{stem}.txt" in siblings:
         return f"is beside {stem}.txt, which is read"
     spellings = [each for each in _SIDES if each.lower() == side]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Set
 from pathlib import Path, PurePosixPath
 
@@ -56,6 +57,6 @@ def images_named(stem: str, siblings: Set[str]) -> Iterator[str]:
 
 
 def images_beside(image: Path) -> dict[str, Path]:
-    """The mask and the source of an image by the endings of their members."""
+    """The mask and the source of an image by the endings of their members, also if they cannot be read."""
     paths = ((ending, image.with_suffix(f".{ending}")) for ending in IMAGES_BESIDE)
-    return {MEMBERS.get(ending, ending): path for ending, path in paths if path.is_file()}
+    return {MEMBERS.get(ending, ending): path for ending, path in paths if os.path.lexists(path)}

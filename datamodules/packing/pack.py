@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -159,7 +160,7 @@ def _name_shards(out: Path, prefix: str, groups: list[NDArray[np.int64]]) -> dic
 def _check_names(source: Path, out: Path, prefix: str) -> None:
     if not prefix or set(prefix) & set("/*?[]{}"):
         raise UserError(f"prefix={prefix!r} cannot be part of a file name; use letters, digits and -")
-    if source.resolve() == out.resolve():
+    if os.path.realpath(source) == os.path.realpath(out):
         raise UserError(f"out={visible(out)} is also the source; name another output folder")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lit_lora.errors import UserError
+from lit_lora.files import check_regular
 from lit_lora.unique_keys import load_json
 from lit_lora.visible import visible
 
@@ -32,7 +34,13 @@ class RowFile(ABC):
 
     @staticmethod
     def open(path: Path) -> RowFile:
-        """The row file of the kind that its extension names: jsonl, csv or tsv."""
+        """The row file of the kind that its extension names: jsonl, csv or tsv.
+
+        Raises:
+            UserError: If it is a pipe or a device.
+        """
+        with suppress(OSError):  # reading it says so
+            check_regular(path)
         return JsonLines(path) if path.suffix.lower() == ".jsonl" else DelimitedFile(path)
 
     def rows(self) -> Iterator[tuple[int, int, dict[str, Any]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.unknown_files import UnknownFiles
 from lit_lora.datamodules.packing.walk import OtherSplits, walk_files
 from lit_lora.errors import UserError
+from lit_lora.files import check_regular
 from lit_lora.visible import visible
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -75,6 +77,7 @@ class PackSource:
         if not path.exists():
             raise UserError(f"{visible(path)} does not exist; name the folder or file with the images")
         if not path.is_dir():
+            check_regular(path)
             return cls(path, {path.suffix[1:].lower(): [path]}, False, out, **options)
         files: dict[str, list[Path]] = {}
         others, unknown, repeats = OtherSplits(), UnknownFiles(), set()
@@ -114,6 +117,24 @@ class PackSource:
         image_column = self.image_column or (_METADATA_IMAGE if self.metadata else None)
         options = {"caption_column": self.caption_column, "caption_key": self.caption_key}
         return {"image_column": image_column, **options}
+
+    def check_metadata(self) -> None:
+        """Refuse several metadata files in a folder, of which each may list the same images, and kinds that are read differently.
+
+        Raises:
+            UserError: If there are such files.
+        """
+        paths = self.metadata
+        for first, second in pairwise(paths):
+            if first.parent == second.parent:
+                raise UserError(
+                    f"{visible(first)} and {visible(second.name)} beside it may list the same images; keep one of them"
+                )
+        if len({path.suffix == ".parquet" for path in paths}) > 1:
+            raise UserError(
+                f"{visible(self.path)} has {', '.join(sorted({path.name for path in paths}))}, and Parquet files are not packed "
+                "together with others; write the same kind everywhere, or pack the folders one by one"
+            )
 
     def metadata_in(self, extensions: Collection[str]) -> list[Path]:
         """The metadata files if all of them have one of these extensions, otherwise none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def find_folders(source: Path, out: Path) -> SourceSets | None:
         return None
     sets = []
     for entry in sorted(source.iterdir()):
-        if is_hidden(entry.name) or entry.resolve() == out.resolve():
+        if is_hidden(entry.name) or os.path.realpath(entry) == os.path.realpath(out):
             continue
         if not entry.is_dir():
             if image_extension(entry.name):

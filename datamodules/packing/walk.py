@@ -54,7 +54,11 @@ def walk_files(
     Raises:
         UserError: If a folder cannot be read, or contains several splits but none for training.
     """
-    return _walk(folder, "", None if skip is None else skip.resolve(), others or OtherSplits(), ())
+    real = os.path.realpath  # unlike resolve(), it accepts links to themselves
+    above = tuple(
+        (one.st_dev, one.st_ino) for one in (os.stat(one) for one in Path(real(folder)).parents if one.exists())
+    )
+    return _walk(folder, "", None if skip is None else Path(real(skip)), others or OtherSplits(), above)
 
 
 def _walk(
@@ -67,7 +71,7 @@ def _walk(
             return
         with os.scandir(folder) as entries:
             # With the slash, names are sorted like full paths.
-            listed = (entry.name + "/" if entry.is_dir() else entry.name for entry in entries)
+            listed = (entry.name + "/" if _is_folder(entry) else entry.name for entry in entries)
             names = sorted(name for name in listed if not is_hidden(name))
     except OSError as error:
         raise UserError(f"cannot read the folder {visible(folder)}: {error.strerror}; check its permissions") from error
@@ -80,6 +84,14 @@ def _walk(
             yield from _walk(folder / name, prefix + name, skip, others, (*above, here))
         else:
             yield prefix + name, files
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; a link that leads nowhere or to itself is a file that cannot be read."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _other_splits(folder: Path, prefix: str, names: list[str], skip: Path | None, others: OtherSplits) -> Set[str]:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import time
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
@@ -60,13 +61,24 @@ class StagerSlot:
             }
 
     def clean(self) -> None:
-        """Remove unfinished files of earlier owners."""
+        """Remove unfinished files, also while downloads rename some of them."""
         with os.scandir(self.path) as entries:
             for entry in entries:
                 name = entry.name.removesuffix(".part")
                 unfinished = SHARD_NAME.fullmatch(name) and name != entry.name
                 if (unfinished or PASSED_NAME.fullmatch(name)) and entry.is_file(follow_symlinks=False):
-                    os.unlink(entry.path)
+                    with suppress(FileNotFoundError):
+                        os.unlink(entry.path)
+
+    def clean_after_owner(self) -> None:
+        """Remove what the downloads of an owner that has ended left, unless the slot has a new one, which did so."""
+        with suppress(OSError):
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.clean()
+            finally:
+                os.close(lock)
 
     def remove(self, name: str) -> None:
         """Remove a shard if it exists."""

@@ -28,6 +28,7 @@ from lit_lora.datamodules.staging.files import (
     write_text,
 )
 from lit_lora.datamodules.staging.plan import StagingPlan
+from lit_lora.datamodules.staging.slot import StagerSlot
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.machine import is_alive
@@ -128,6 +129,7 @@ class Stager:
         self._local_world_size = local_world_size
         self._starts = 0
         self._slot: Path | None = None
+        self._slot_number = 0
         self._pid = -1
         self._passed = -1
         self._process: subprocess.Popen[bytes] | None = None
@@ -157,7 +159,8 @@ class Stager:
             self.close()
             raise
         self._pid = job["pid"]
-        self._slot = slot_path(self._folder, job["slot"])
+        self._slot_number = job["slot"]
+        self._slot = slot_path(self._folder, self._slot_number)
 
     def wait(self, visit: int) -> None:
         """Wait until all shards of a visit are complete; they are kept until :meth:`passed` is called for the visit.
@@ -212,6 +215,8 @@ class Stager:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if self._slot is not None:  # the process ends while its threads download
+            StagerSlot(self._folder, self._slot_number).clean_after_owner()
         job = read_job(self._job_path)
         if job is not None and job["state"] != "failed":  # other processes may still have to read the reason
             self._job_path.unlink(missing_ok=True)

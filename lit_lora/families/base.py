@@ -327,25 +327,27 @@ class ModelFamily(PipelineParts, ABC):
         return self.masked_tokens(tokenizer, captions, max_length)[0]
 
     def masked_tokens(
-        self, tokenizer: Any, captions: list[str], max_length: int | None = None
+        self, tokenizer: Any, texts: list[str], max_length: int | None = None, captions: list[str] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Token ids of captions, padded or truncated, and 1 for tokens, 0 for padding, on the device of the weights.
+        """Token ids of texts, padded or truncated, and 1 for tokens, 0 for padding, on the device of the weights.
 
         It warns of captions that are truncated, once.
 
         Args:
             tokenizer: One of :attr:`encoders`.
-            captions: ``B`` captions.
+            texts: ``B`` captions, or texts with them.
             max_length: Number of tokens; defaults to the tokenizer's own maximum.
+            captions: The captions in these texts, for the warning. Defaults to None: the texts are the captions.
 
         Returns:
             Ids and mask, int64 ``(B, max_length)`` each.
         """
+        captions = captions or texts
         if self.new_tokens:  # those of several vectors become several tokens, as in the pipeline
-            captions = TextualInversionLoaderMixin().maybe_convert_prompt(list(captions), tokenizer)
+            texts = TextualInversionLoaderMixin().maybe_convert_prompt(list(texts), tokenizer)
         options: dict[str, Any] = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        encoded = tokenizer(captions, max_length=max_length or tokenizer.model_max_length, **options)
-        tell_cut_captions(tokenizer, captions, encoded.attention_mask, self.encoders)
+        encoded = tokenizer(texts, max_length=max_length or tokenizer.model_max_length, **options)
+        tell_cut_captions(tokenizer, texts, encoded.attention_mask, captions, self.encoders)
         if self.new_tokens and torch.is_grad_enabled() and tokenizer is self.encoders["tokenizer"]:
             self.token_uses.count(tokenizer, encoded.input_ids, self.new_tokens)
         return encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)

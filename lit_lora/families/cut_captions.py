@@ -19,7 +19,12 @@ _SHOWN = 60
 
 
 def tell_cut_captions(
-    tokenizer: Any, texts: Sequence[str], mask: Tensor, parts: Mapping[str, Any] | None = None, **options: Any
+    tokenizer: Any,
+    texts: Sequence[str],
+    mask: Tensor,
+    captions: Sequence[str],
+    parts: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> None:
     """Warn, once for each tokenizer, that the end of a text was cut off, unless another tokenizer reads more of it.
 
@@ -27,6 +32,7 @@ def tell_cut_captions(
         tokenizer: The tokenizer.
         texts: ``B`` texts that it was given.
         mask: 1 for tokens, 0 for padding, ``(B, most)``.
+        captions: The captions in these texts, which may have a template around them, for the message.
         parts: Parts of the pipeline, among which other tokenizers may be. Defaults to none.
         **options: Options that the tokenizer was given, as far as they change the number of tokens.
     """
@@ -36,12 +42,14 @@ def tell_cut_captions(
     if any(getattr(other, "model_max_length", 0) > tokenizer.model_max_length for other in others):
         return
     full = mask.bool().all(dim=1)
-    for text in (text for text, is_full in zip(texts, full.tolist(), strict=True) if is_full):
+    for text, caption, is_full in zip(texts, captions, full.tolist(), strict=True):
+        if not is_full:
+            continue
         # Only a text that fills all places can be longer.
         count = len(tokenizer(text, truncation=False, verbose=False, **options).input_ids)
         if count > mask.shape[1]:
             _told.add(tokenizer)
-            shown = visible(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
+            shown = visible(caption if len(caption) <= _SHOWN else f"{caption[:_SHOWN]}…")
             rank_zero_warn(
                 f"a caption has {count} tokens, and the text encoder reads {mask.shape[1]}, so that the end of it and of others "
                 f"as long is not trained on: {shown!r}; shorten them"

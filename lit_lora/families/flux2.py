@@ -240,7 +240,7 @@ class Flux2(PackedFamily):
             max_length=self.max_sequence_length,
             return_tensors="pt",
         )
-        tell_cut_captions(processor.tokenizer, texts, encoded.attention_mask, add_special_tokens=False)
+        tell_cut_captions(processor.tokenizer, texts, encoded.attention_mask, captions, add_special_tokens=False)
         return encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
 
     def _qwen_tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -255,7 +255,7 @@ class Flux2(PackedFamily):
             )
             for caption in captions
         ]
-        return self.masked_tokens(tokenizer, messages, self.max_sequence_length)
+        return self.masked_tokens(tokenizer, messages, self.max_sequence_length, captions)
 
     def _patch_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the VAE's batch norm for each place in a patch, float32 ``(*latent_shape)`` each."""

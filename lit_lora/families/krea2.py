@@ -144,7 +144,7 @@ class Krea2(QwenVAEFamily):
             max_length=self.max_sequence_length + DROPPED_TOKENS - _SUFFIX_TOKENS,
             return_tensors="pt",
         )
-        tell_cut_captions(tokenizer, texts, encoded.attention_mask)
+        tell_cut_captions(tokenizer, texts, encoded.attention_mask, captions)
         suffix = tokenizer([AFTER_PROMPT] * len(captions), return_tensors="pt")
         ids = torch.cat([encoded.input_ids, suffix.input_ids], dim=1).to(self.device)
         mask = torch.cat([encoded.attention_mask, suffix.attention_mask], dim=1).bool().to(self.device)

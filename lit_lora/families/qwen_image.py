@@ -130,8 +130,9 @@ class QwenImage(QwenVAEFamily):
             max_length=_MOST_TOKENS + DROPPED_TOKENS,
             return_tensors="pt",
         ).to(self.device)
-        if encoded.attention_mask.shape[1] > longest + DROPPED_TOKENS:
-            tell_cut_captions(self.encoders["tokenizer"], texts, encoded.attention_mask[:, : longest + DROPPED_TOKENS])
+        if encoded.attention_mask.shape[1] >= longest + DROPPED_TOKENS:
+            read = encoded.attention_mask[:, : longest + DROPPED_TOKENS]
+            tell_cut_captions(self.encoders["tokenizer"], texts, read, captions)
         # Without the head, whose logits for all words of the vocabulary are large.
         encoder = self.encoders["text_encoder"].model
         hidden = encoder(encoded.input_ids, attention_mask=encoded.attention_mask, use_cache=False).last_hidden_state

@@ -118,7 +118,7 @@ class Sana(ModelFamily):
         texts = [instruction + caption.lower().strip() for caption in captions]
         # The pipeline's count: of the instruction's tokens the first and the last are among those of the caption.
         total = len(tokenizer.encode(instruction)) + length - 2 if instruction else length
-        ids, mask = self.masked_tokens(tokenizer, texts, total)
+        ids, mask = self.masked_tokens(tokenizer, texts, total, captions)
         hidden = self.encoders["text_encoder"](ids, attention_mask=mask)[0]
         selected = [0, *range(total - length + 1, total)]
         return hidden[:, selected], mask[:, selected]

@@ -134,7 +134,7 @@ class ZImage(ModelFamily):
             )
             for caption in captions
         ]
-        ids, mask = self.masked_tokens(tokenizer, messages, self.max_sequence_length)
+        ids, mask = self.masked_tokens(tokenizer, messages, self.max_sequence_length, captions)
         output = self.encoders["text_encoder"](
             input_ids=ids, attention_mask=mask.bool(), output_hidden_states=True, use_cache=False
         )

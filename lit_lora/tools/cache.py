@@ -18,6 +18,7 @@ from lit_lora.datamodules.batches.buckets import Bucketing
 from lit_lora.datamodules.caching.cache_writer import CachedShard
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription, size_name
 from lit_lora.datamodules.caching.of_run import is_cacheable
+from lit_lora.datamodules.caching.sources import record_path
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
@@ -104,7 +105,7 @@ def cache_shards(
     """Encode the images and captions of a datamodule's shards once, so that training needs no VAE and no text encoders.
 
     The cache has shards of the same names, with the same samples in the same order. An interrupted run continues when it is
-    started again; complete shards are kept, unless their source was changed later, which is an error.
+    started again; complete shards are kept, unless their source is another one now, which is an error.
 
     Args:
         module: Module that has the encoders.
@@ -184,9 +185,8 @@ def _cache_part(
     before: Sequence[CachedShard],
 ) -> list[CachedShard]:
     data, decoder = part.data, part.decoder
-    table = open_table(
-        [spec for named in part.shards.values() for spec in ([named] if isinstance(named, str) else named)]
-    )
+    specs = [spec for named in part.shards.values() for spec in ([named] if isinstance(named, str) else named)]
+    table = open_table(specs, refresh=True)
     targets = _targets(table, part.out)
     for what, extensions in decoder.required.items():
         table.check_complete(what, extensions)
@@ -327,7 +327,7 @@ def _claim(folder: Path, description: CacheDescription, paths: list[Path]) -> No
 
 def _remove_left_overs(folder: Path, paths: list[Path]) -> None:
     beside = (DESCRIPTION, UNFINISHED, EMPTY, INDEX_NAME, _BAD)
-    remove_parts([*paths, *(folder / name for name in beside)])
+    remove_parts([*paths, *map(record_path, paths), *(folder / name for name in beside)])
 
 
 def _check_same(folder: Path, description: CacheDescription) -> None:

@@ -135,3 +135,9 @@ def test_sizes(family: QwenImage) -> None:
 def test_too_few_or_many_tokens(tokens: int) -> None:
     with pytest.raises(UserError, match=rf"max_sequence_length={tokens} is out of range; it must lie in \[1, 1024\]"):
         QwenImage("base", max_sequence_length=tokens)
+
+
+def test_captions_beyond_what_the_tokenizer_reads_are_told(family: QwenImage) -> None:
+    family.max_sequence_length = 1024
+    with pytest.warns(UserWarning, match="and the text encoder reads 1058, .*: 'aaaa"):
+        family.encode_captions(["a" * 1100])

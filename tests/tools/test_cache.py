@@ -36,6 +36,7 @@ from lit_lora.datamodules.caching.open_cache import open_cache
 from lit_lora.datamodules.decoding.captions import Captions, CaptionSource
 from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
+from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.loading.dataset import ShardDataset, SlotRequest
 from lit_lora.datamodules.loading.shard_reader import ShardReader
@@ -58,6 +59,7 @@ from lit_lora.quantization import NF4
 from lit_lora.sampling import SamplingOptions
 from lit_lora.tools import cache_work
 from lit_lora.tools.cache import cache_shards
+from tests.datamodules.faulty_server import FaultyServer
 from tests.families.folders import FOLDERS
 from tests.test_module import Losses
 
@@ -377,19 +379,95 @@ def test_shards_that_are_added_later(sd_folder: Path, shards: Path) -> None:
     assert len(open_table(str(shards / "cache"))) == 18
 
 
-def test_shards_that_are_changed_later(sd_folder: Path, shards: Path) -> None:
+@pytest.mark.parametrize("later", [-(10**9), 1, 0])
+@pytest.mark.parametrize("out", [False, True])
+def test_shards_that_are_replaced_later(later: int, out: bool, sd_folder: Path, shards: Path, tmp_path: Path) -> None:
+    """By one of another size, or of the same size with an older, newer or the same time."""
+    module, folder = module_for(StableDiffusion, sd_folder), str(tmp_path / "out") if out else None
+    cache_shards(module, data_for(shards), folder)
+    source, cached = shards / "shard-000001.tar", Path(folder or shards / "cache") / "shard-000001.tar"
+    time, data = source.stat().st_mtime_ns, source.read_bytes()
+    source.write_bytes(data.replace(b"star 7", b"moon 7") if later else data + bytes(10240))
+    os.utime(source, ns=(time + later, time + later))
+    told = rf"{source} was changed after {cached} was made from it, .* remove {cached} to encode it anew$"
+    assert re.search(told, failure(module, data_for(shards), out=folder))
+    with pytest.warns(UserWarning, match=rf"1 of 3 shards .* among them {source}, were changed after the cache"):
+        open_cache(open_table(str(cached.parent)))
+    cached.unlink()
+    assert cache_shards(module, data_for(shards), folder).resumed == 2
+    open_cache(open_table(str(cached.parent)))  # a warning would be an error
+
+
+def test_copies_with_other_times(
+    sd_folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold the same, which is told where it is too much to compare at each start."""
     module = module_for(StableDiffusion, sd_folder)
     cache_shards(module, data_for(shards))
+    for source in shards.glob("*.tar"):
+        os.utime(source, ns=(10**18, 10**18))
+    shutil.copytree(shards, tmp_path / "copy")
+    for path in tmp_path.glob("copy/*.tar"):
+        os.utime(path)
+    for folder in (shards, tmp_path / "copy"):
+        open_cache(open_table(str(folder / "cache")))  # a warning would be an error
+    with monkeypatch.context() as patched:
+        patched.setattr("lit_lora.datamodules.caching.sources._COMPARED_BYTES", 1)
+        with pytest.warns(UserWarning, match="3 shards have other times .* 1 of them were compared.* lit-lora cache"):
+            open_cache(open_table(str(shards / "cache")))
+        assert cache_shards(module, data_for(shards)).resumed == 3
+        open_cache(open_table(str(shards / "cache")))
+
+
+def test_caches_without_records_compare_times(sd_folder: Path, shards: Path) -> None:
+    module = module_for(StableDiffusion, sd_folder)
+    cache_shards(module, data_for(shards))
+    for record in shards.glob("cache/*.source.json"):
+        record.unlink()
     source, cached = shards / "shard-000001.tar", shards / "cache" / "shard-000001.tar"
     later = cached.stat().st_mtime_ns + 1
     os.utime(source, ns=(later, later))
     told = rf"{source} was changed after {cached} was made from it, .* remove {cached} to encode it anew, or touch it"
     assert re.search(told, failure(module, data_for(shards)))
-    with pytest.warns(UserWarning, match=rf"1 of \d+ shards .* among them {source}, were changed after the cache"):
+    with pytest.warns(UserWarning, match=rf"1 of 3 shards .* among them {source}, were changed after the cache"):
         open_cache(open_table(str(shards / "cache")))
     os.utime(cached, ns=(later, later))
     assert cache_shards(module, data_for(shards)).resumed == 3
-    open_cache(open_table(str(shards / "cache")))  # a warning would be an error
+    open_cache(open_table(str(shards / "cache")))
+
+
+def test_a_shard_that_is_changed_while_it_is_cached(
+    sd_folder: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = CacheWriter._encode
+
+    def touch_after(self: CacheWriter, *arguments: Any) -> Any:
+        yield from encode(self, *arguments)
+        os.utime(shards / "shard-000000.tar", ns=(1, 1))
+
+    monkeypatch.setattr(CacheWriter, "_encode", touch_after)
+    message = failure(module_for(StableDiffusion, sd_folder), data_for(shards))
+    assert message == f"{shards / 'shard-000000.tar'} was changed while it was cached; run lit-lora cache again"
+    assert not list(shards.glob("cache/*.tar"))
+
+
+def test_remote_shards_that_are_added_and_replaced(
+    sd_folder: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one whose bytes cannot be compared, keys, sizes and offsets are."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    module, out = module_for(StableDiffusion, sd_folder), tmp_path / "out"
+    DataIndex.load_or_build(sorted(shards.glob("*.tar")))
+    with FaultyServer(shards) as server:
+        url = f"{server.url}/shard-*.tar"
+        cache_shards(module, data_for(url), str(out))
+        write_shard(shards / "shard-000003.tar", range(15, 18))
+        DataIndex.load_or_build(sorted(shards.glob("*.tar")))
+        assert cache_shards(module, data_for(url), str(out))[:3] == (4, 3, 18)
+        write_shard(shards / "shard-000001.tar", range(5, 10), k07=b"another")
+        DataIndex.load_or_build(sorted(shards.glob("*.tar")))
+        message = failure(module, data_for(url), out=str(out))
+    assert f"shard-000001.tar was changed after {out / 'shard-000001.tar'} was made from it" in message
 
 
 def test_all_shards_of_a_config_in_their_order(sd_folder: Path, shards: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import sys
 import tarfile
@@ -483,12 +484,18 @@ def test_the_first_kind_that_finds_samples_is_used(tmp_path, monkeypatch, names,
         (["a.txt", "rows.csv"], "holds no images .*, no shards and no tables; name another folder"),
         (
             ["a.jpg", "metadata.csv", "metadata.parquet"],
-            r"cannot pack .*metadata.csv \(.csv, .parquet\); name a folder",
+            "metadata.csv and metadata.parquet beside it may list the same images; keep one",
+        ),
+        (["a.jpg", "metadata.csv", "metadata.jsonl"], "metadata.csv and metadata.jsonl beside it may list"),
+        (
+            ["x/a.jpg", "x/metadata.csv", "y/a.jpg", "y/metadata.parquet"],
+            "has metadata.csv, metadata.parquet, and Parquet files are not packed together with others",
         ),
     ],
 )
 def test_folders_that_cannot_be_packed(tmp_path, names, message):
     for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=message):
         find_input(tmp_path, tmp_path / "out")
@@ -530,3 +537,40 @@ def test_selections_work_in_other_processes(tmp_path, encode_image, images, make
             assert samples.sizes.tolist() == pytest.approx(real, rel=1)
         else:
             assert samples.sizes.tolist() == real, name
+
+
+@pytest.mark.parametrize("name", ["1.jpg", "1.txt", "1.json", "1.mask.png", "1.source.jpg"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "listed"])
+def test_pipes_and_devices_are_bad(tmp_path, images, name, kind):
+    """Reading them may never end, and a mask that cannot be read is not left out."""
+    folder = images("1.jpg", "2.jpg")
+    for number in "12":
+        (folder / f"{number}.txt").write_text("a caption")
+    if kind == "listed":
+        (folder / "metadata.csv").write_text("file_name,text\n1.jpg,a\n2.jpg,b\n")
+        if name in ("1.txt", "1.json"):
+            pytest.skip("tables have the captions")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/dev/zero") if kind == "device" else os.mkfifo(folder / name)
+    what = "a device" if kind == "device" else "a pipe"
+    with pytest.raises(UserError, match=rf"1 bad files.*\n  1.jpg: {folder / name} is {what}, not a regular file"):
+        pack_folder(folder, tmp_path / "out")
+
+
+def test_a_mask_that_leads_nowhere_is_bad(tmp_path, images):
+    folder = images("1.jpg")
+    (folder / "1.mask.png").symlink_to("nowhere")
+    for table in ("1.txt", "metadata.csv"):
+        (folder / table).write_text("file_name,text\n1.jpg,a\n")
+        with pytest.raises(UserError, match=r"1\.jpg: 1\.mask\.png cannot be read"):
+            pack_folder(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "metadata.parquet", "rows.csv", "rows.parquet"])
+def test_tables_that_are_pipes(tmp_path, images, name):
+    folder = images("1.jpg")
+    os.mkfifo(folder / name)
+    if not name.startswith("metadata"):
+        (folder / "1.jpg").unlink()
+    with pytest.raises(UserError, match=f"{folder / name} is a pipe, not a regular file"):
+        pack_folder(folder / name if name == "rows.csv" else folder, tmp_path / "out")

@@ -76,3 +76,14 @@ def test_splits_without_train_are_not_mixed(tmp_path):
         UserError, match=r"contains several splits, but none named train; pack one of them, or rename: .*/test"
     ):
         _walk(tmp_path, "validation/a.jpg", "test/a.jpg")
+
+
+def test_links_in_circles(tmp_path):
+    """To the folder itself, to one above and to themselves: those to themselves are files that cannot be read."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "outside.jpg").touch()
+    for name, target in (("up", ".."), ("here", "."), ("itself", "itself"), ("itself.jpg", "itself.jpg")):
+        (tmp_path / "data" / name).symlink_to(target)
+    found, _ = _walk(tmp_path / "data", "a.jpg", "d/b.jpg")
+    assert found == ["a.jpg", "d/b.jpg", "itself", "itself.jpg"]
+    assert list(walk_files(tmp_path / "data", tmp_path / "data" / "itself"))

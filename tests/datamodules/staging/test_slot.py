@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +71,34 @@ def test_process_that_nobody_has_waited_for_has_ended():
     assert not is_alive(process.pid)
     assert is_alive(os.getpid())
     assert is_alive(1)
+
+
+def test_files_that_a_download_renames_while_they_are_cleaned_up(tmp_path, monkeypatch):
+    slot = StagerSlot.claim(tmp_path, os.getpid())
+    parts = [slot.path / f"0123456789abcdef-{number}.tar.part" for number in range(2)]
+    for part in parts:
+        part.touch()
+    unlink = os.unlink
+
+    def rename_first(path):
+        path = Path(path)
+        if path == parts[0]:
+            path.rename(path.with_suffix(""))
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", rename_first)
+    slot.clean()
+    assert sorted(path.name for path in slot.path.iterdir()) == ["0123456789abcdef-0.tar", "lock"]
+
+
+def test_what_an_owner_left_is_removed_unless_there_is_another(tmp_path):
+    with _held(tmp_path, host=host(), pid=os.getpid(), parent=os.getpid()) as release:
+        slot = StagerSlot(tmp_path, 0)
+        part = slot.path / "0123456789abcdef-0.tar.part"
+        part.touch()
+        slot.clean_after_owner()
+        assert part.exists()
+        release()
+        slot.clean_after_owner()
+        assert not part.exists()
+        assert slot._take(os.getpid())  # the lock is free again

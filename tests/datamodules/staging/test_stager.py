@@ -260,6 +260,17 @@ def test_ends_with_its_parent_and_can_be_resumed(data, stage, tmp_path, ending):
         assert data.requested() == [held]
 
 
+def test_nothing_unfinished_remains(data, stage):
+    """Not even of a staging process that has no time to clean up."""
+    data.server.fault = "stall"
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        _until(lambda: list(stage.glob("*/*.part")))
+        os.kill(stager._pid, signal.SIGKILL)
+    assert [path.name for path in stage.glob("*/*")] == ["lock"]
+    assert [path.name for path in stage.iterdir()] == ["lit_lora-slot-0"]
+
+
 def test_foreign_files_are_not_touched(data, stage, tmp_path):
     slot = stage / "lit_lora-slot-0"
     slot.mkdir(parents=True)
