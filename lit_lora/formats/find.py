@@ -17,6 +17,7 @@ from lit_lora.families import ModelFamily, ModelSource, family_of
 from lit_lora.finite import non_finite_names
 from lit_lora.formats import FORMATS
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
+from lit_lora.formats.embedding_file import DIFFUSERS
 from lit_lora.formats.known_family import families_with
 from lit_lora.formats.layer_names import underscored
 from lit_lora.formats.lora import adapted_layer
@@ -34,7 +35,8 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
     """Read an adapter from a file or folder of any format, which the names of its tensors tell, and a folder's new tokens.
 
     Args:
-        path: A safetensors file, or a folder that holds one adapter, whether in one format or in several.
+        path: A safetensors file, the file of a new token's embedding, or a folder that holds one adapter, whether in one format
+            or in several.
         family: Model family of the base; defaults to the one that the file tells, if it tells one.
 
     Raises:
@@ -140,7 +142,8 @@ def _file(path: Path) -> Path:
     """The file of tensors at a path."""
     if path.suffix in _PICKLES:
         raise UserError(
-            f"{path} may run code when it is read; convert it to safetensors with the program that wrote it"
+            f"{path} may run code when it is read, and is no embedding of a token, which would be read without; convert it to "
+            f"safetensors with the program that wrote it"
         )
     if not path.is_dir():
         return path
@@ -160,7 +163,9 @@ def _file(path: Path) -> Path:
 
 
 def _holds_layers(path: Path) -> bool:
-    return (path / CONFIG).is_file() or any(path.glob("*.safetensors"))
+    if not path.is_dir():
+        return False
+    return (path / CONFIG).is_file() or any(not file.name.startswith(DIFFUSERS) for file in path.glob("*.safetensors"))
 
 
 def _with_family(adapter: AdapterFiles) -> AdapterFiles:
