@@ -20,6 +20,8 @@ from lit_lora.adapters.bounds import check_bounds
 from lit_lora.adapters.names import PREFIX
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
+from lit_lora.formats.find import families_of_layers
+from lit_lora.formats.lora import adapted_layer
 from lit_lora.formats.text_encoders import for_encoder
 from lit_lora.visible import visible
 
@@ -91,6 +93,13 @@ def _rank_problems(part: AdapterFiles, path: object) -> Iterator[str]:
 
 def _problems(part: AdapterFiles, model: nn.Module) -> Iterator[str]:
     """Differences between the tensors and those that PEFT makes of the config in this model."""
+    layers = {layer for key in part.state if (layer := adapted_layer(key))}
+    if layers and not layers & {name for name, _ in model.named_modules()}:
+        kinds = " or ".join(kind.__name__ for kind in families_of_layers(part))
+        yield f"the base has none of its {len(layers)} layers, such as {visible(min(layers), 160)}" + (
+            f": they are those of {kinds}" if kinds else ""
+        )
+        return
     try:
         kind = PeftConfig.from_peft_type(**{**part.config, "inference_mode": True})
         check_bounds(kind, model)

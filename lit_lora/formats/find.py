@@ -58,7 +58,7 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
     if adapter.family is None:
         adapter = _with_family(adapter)
     elif family is not None:
-        _check_family(adapter, family, path)
+        check_family(adapter, family, path)
     return adapter
 
 
@@ -177,13 +177,22 @@ def _with_family(adapter: AdapterFiles) -> AdapterFiles:
             of_base = kind(base)
             of_base.read_configs()
             return replace(adapter, family=kind, denoiser_config=of_base.naming_config)
-    found = _families_of_layers(adapter)
+    found = families_of_layers(adapter)
     return replace(adapter, family=found[0]) if len(found) == 1 else adapter
 
 
-def _check_family(adapter: AdapterFiles, family: type[ModelFamily], path: Path) -> None:
-    """Refuse layers that are certainly another family's."""
-    found = _families_of_layers(adapter)
+def check_family(adapter: AdapterFiles, family: type[ModelFamily], path: str | Path) -> None:
+    """Refuse layers that are certainly another family's.
+
+    Args:
+        adapter: Adapter whose file does not tell its family.
+        family: Model family of the base.
+        path: Where it was read from, for the error.
+
+    Raises:
+        UserError: If other families' published denoisers have all its layers, and this family's do not.
+    """
+    found = families_of_layers(adapter)
     if (
         adapter.denoiser_config
         or not found
@@ -196,7 +205,7 @@ def _check_family(adapter: AdapterFiles, family: type[ModelFamily], path: Path) 
     )
 
 
-def _families_of_layers(adapter: AdapterFiles) -> list[type[ModelFamily]]:
-    """The families whose published denoisers have all the adapted layers."""
+def families_of_layers(adapter: AdapterFiles) -> list[type[ModelFamily]]:
+    """The families whose published denoisers have all the adapted layers of the denoiser; none if no layer is adapted."""
     layers = {layer for key in adapter.state if (layer := adapted_layer(key))}
     return families_with({f"lycoris_{underscored(layer)}" for layer in layers}, adapter.metadata) if layers else []

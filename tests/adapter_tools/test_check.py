@@ -78,6 +78,12 @@ def _reshaped(adapter: AdapterFiles) -> AdapterFiles:
     return replace(adapter, state={**adapter.state, key: torch.zeros(2, 9, 3, 3)})
 
 
+def _of_flux(adapter: AdapterFiles) -> AdapterFiles:
+    layer = "single_transformer_blocks.0.proj_mlp"
+    state = {f"base_model.model.{layer}.lora_{name}.weight": torch.zeros(2, 2) for name in "AB"}
+    return replace(adapter, state=state, config={**adapter.config, "target_modules": [layer]}, family=None)
+
+
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
@@ -85,6 +91,7 @@ def _reshaped(adapter: AdapterFiles) -> AdapterFiles:
         (_renamed, ["2 tensors are missing that the adapter's config asks for, such as conv_in.lora_A.weight"]),
         (_reshaped, [r"conv_in.lora_A.weight has the shape \(2, 9, 3, 3\), and the base needs \(2, 4, 3, 3\)"]),
         (lambda one: replace(one, config={**one.config, "target_modules": ["to_quux"]}), ["Target modules .*to_quux"]),
+        (_of_flux, ["has none of its 1 layers, such as single_transformer_blocks.0.proj_mlp: they are those of .*Flux"]),
         (lambda one: replace(one, family=Flux), ["adapter of Flux, and .* is a StableDiffusion"]),
         (lambda one: replace(one, config={**one.config, "target_modules": "(a+)+$["}), ["is not a regular expression"]),
     ],
