@@ -12,11 +12,13 @@ from torch import Tensor
 from lit_lora.adapter_tools.low_rank import one_thread
 from lit_lora.adapter_tools.plain_lora import beyond_lora, lora_layers
 from lit_lora.adapter_tools.product_layer import product_layers
-from lit_lora.adapters.names import PREFIX
+from lit_lora.adapters.names import layer_of
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.hadamard_kronecker import METHODS
-from lit_lora.formats.lora import adapted_layer
 from lit_lora.formats.textual_inversion import TEXTUAL_INVERSION
+
+SHARED = "shared by all layers"
+"""In place of a layer's name: tensors that belong to no single layer, as VeRA's projections."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _other_layers(adapter: AdapterFiles) -> Iterator[LayerFacts]:
             continue
         found: dict[str, list[Tensor]] = {}
         for key, tensor in files.state.items():
-            layer = adapted_layer(key) or key.removeprefix(PREFIX).rpartition(".")[0]
+            layer = layer_of(key, files.config) or SHARED
             found.setdefault(layer, []).append(tensor)
         for name, tensors in found.items():
             yield LayerFacts(part, name, sum(tensor.numel() for tensor in tensors))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoHaConfig, LoraConfig, PeftConfig
+from peft import BOFTConfig, LoHaConfig, LoraConfig, PeftConfig
 
 from lit_lora.adapter_tools.base_model import BaseModel
 from lit_lora.adapter_tools.check import check, raise_problems
@@ -67,6 +67,19 @@ def test_another_method(sd_folder: Path) -> None:
         UserError, match=r"1 tensors are missing that the adapter's config asks for, such as .*hada_w1_a"
     ):
         checked(loha, sd_folder)
+
+
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")  # of PEFT's BOFT
+def test_a_method_that_is_made_of_the_weights(sd_folder: Path) -> None:
+    boft = made_for(sd_folder, BOFTConfig(boft_block_size=4, target_modules=["to_q"]))
+    [part] = check(boft, "adapter", BaseModel(str(sd_folder)))
+    assert not part.problems
+    assert part.unchecked.startswith("PEFT makes BOFT of the base's weights")
+    renamed = replace(boft, state={key.replace("attn1.to_q", "attn1.to_x"): value for key, value in boft.state.items()})
+    with pytest.raises(
+        UserError, match=r"\d+ of \d+ tensors belong to no layer of this base, such as .*attn1.to_x.boft_R"
+    ):
+        checked(renamed, sd_folder)
 
 
 def _renamed(adapter: AdapterFiles) -> AdapterFiles:
