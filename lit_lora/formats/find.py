@@ -25,6 +25,7 @@ from lit_lora.formats.own_metadata import differing_own
 from lit_lora.formats.peft import CONFIG, WEIGHTS
 from lit_lora.formats.tensor_file import TensorFile
 from lit_lora.formats.textual_inversion import TEXTUAL_INVERSION, embedding_files, read_embeddings
+from lit_lora.formats.unread import why_unread
 from lit_lora.mapped import release
 from lit_lora.visible import visible
 
@@ -92,6 +93,11 @@ def open_adapter(path: str | Path) -> tuple[AdapterFormat, TensorFile]:
     if found is None:
         names = sorted(file.tensors)
         shown = ", ".join(visible(name, 80) for name in names[:3]) or "no tensors"
+        if reason := why_unread(names):
+            raise UserError(
+                f"{file.path} holds {reason}, such as {shown}; merge it with its base, or convert it, in the program that wrote "
+                f"it"
+            )
         raise UserError(
             f"{file.path} is not an adapter that this version reads ({', '.join(one.name for one in FORMATS)}): it holds {shown}"
             + (f" and {len(names) - 3} more" if len(names) > 3 else "")
