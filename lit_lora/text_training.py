@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
@@ -13,7 +14,9 @@ from torch import nn
 from lit_lora.errors import UserError, check_least
 from lit_lora.families import ModelFamily
 from lit_lora.families.new_tokens import TokenStart, check_placeholders
+from lit_lora.formats.embedding_file import ENDINGS
 from lit_lora.formats.from_file import FromFile
+from lit_lora.formats.textual_inversion import embeddings_in
 
 
 class TextTraining:
@@ -24,7 +27,8 @@ class TextTraining:
         adapter: Adapter of the denoiser; a :class:`FromFile` may bring adapters of text encoders and new tokens along. None for
             none.
         text_adapter: Config from which each of the family's adaptable text encoders gets an adapter of its own; None for none.
-        new_tokens: New tokens, each with the words whose embeddings it begins with, or with its number of random vectors.
+        new_tokens: New tokens, each with the words whose embeddings it begins with, with its number of random vectors, or with
+            the file of an embedding.
 
     Raises:
         UserError: If the family's text encoders cannot be trained, two arguments bring the same, or nothing is trained at all.
@@ -158,7 +162,10 @@ class TextTraining:
         for token, start in new_tokens.items():
             if isinstance(start, int):
                 check_least(1, **{f"new_tokens[{token!r}]": start})
-        self.tokens |= new_tokens
+            if isinstance(start, str) and start.endswith(ENDINGS):
+                self.tokens[token] = embeddings_in(Path(start), type(family))
+            else:
+                self.tokens[token] = start
         check_placeholders(self.tokens)
         self._causes["model.new_tokens"] = None
 

@@ -68,7 +68,7 @@ class Budget:
         if len(given) != 1:
             raise UserError(
                 f"give one of rank, energy and size, such as --rank 8, --energy 0.95 or --size 20MB; "
-                f"{' and '.join(given) or 'none of them'} was given"
+                f"{' and '.join(given) + ' were' if given else 'none of them was'} given"
             )
         check_least(1, rank=self.rank, size=self.size)
         check_most(1, energy=self.energy)

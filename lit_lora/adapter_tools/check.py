@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from lit_lora.adapter_tools.merge_base import check_base
 from lit_lora.adapter_tools.plain_lora import beyond_lora, lora_layers
 from lit_lora.adapters import ADAPTER_NAME
 from lit_lora.adapters.bounds import check_bounds
-from lit_lora.adapters.names import PREFIX
+from lit_lora.adapters.names import PREFIX, layer_of
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
+from lit_lora.formats.find import families_of_layers
 from lit_lora.formats.text_encoders import for_encoder
 from lit_lora.visible import visible
 
@@ -33,12 +35,14 @@ class CheckedPart:
         model: Class of the base's model.
         tensors: Number of the adapter's tensors.
         problems: What is wrong; empty if it fits.
+        unchecked: Why only the names of layers were compared; empty if shapes were too.
     """
 
     name: str
     model: str
     tensors: int
     problems: list[str]
+    unchecked: str = ""
 
 
 def check(adapter: AdapterFiles, path: object, base: BaseModel) -> list[CheckedPart]:
@@ -60,8 +64,15 @@ def check(adapter: AdapterFiles, path: object, base: BaseModel) -> list[CheckedP
         model = base.shapes(base.part(name))
         kind = type(model).__name__
         files = part if name == "denoiser" else for_encoder(part, model)
-        problems = [*_rank_problems(files, path), *_problems(files, model)]
-        checked.append(CheckedPart(name, kind, len(part.state), problems))
+        problems, unchecked = [*_rank_problems(files, path), *_layer_problems(files, model)], ""
+        try:
+            problems += _problems(files, model) if not problems else []
+        except _NeedsWeightsError:
+            problems += _unknown(files, model)
+            unchecked = (
+                f"PEFT makes {part.config.get('peft_type')} of the base's weights, so that shapes were not compared"
+            )
+        checked.append(CheckedPart(name, kind, len(part.state), problems, unchecked))
     return [*checked, *_checked_tokens(adapter, base)]
 
 
@@ -89,6 +100,27 @@ def _rank_problems(part: AdapterFiles, path: object) -> Iterator[str]:
             yield f"{layer} has rank {one.rank}; a weight of the shape {one.weight_shape} has at most {one.most}"
 
 
+class _NeedsWeightsError(Exception):
+    """PEFT cannot make the adapter in a model without weights."""
+
+
+def _layer_problems(part: AdapterFiles, model: nn.Module) -> Iterator[str]:
+    """An adapter of which the model has no layer at all."""
+    layers = {layer for key in part.state if (layer := layer_of(key, part.config))}
+    if layers and not layers & {name for name, _ in model.named_modules()}:
+        kinds = " or ".join(kind.__name__ for kind in families_of_layers(part))
+        yield f"the base has none of its {len(layers)} layers, such as {visible(min(layers), 160)}" + (
+            f": they are those of {kinds}" if kinds else ""
+        )
+
+
+def _unknown(part: AdapterFiles, model: nn.Module) -> Iterator[str]:
+    """Tensors in no layer of the model, by their names alone."""
+    names = {"", *(name for name, _ in model.named_modules())}
+    if unknown := [key for key in part.state if layer_of(key, part.config) not in names]:
+        yield f"{len(unknown)} of {len(part.state)} tensors belong to no layer of this base, such as {_shown(unknown)}"
+
+
 def _problems(part: AdapterFiles, model: nn.Module) -> Iterator[str]:
     """Differences between the tensors and those that PEFT makes of the config in this model."""
     try:
@@ -99,6 +131,8 @@ def _problems(part: AdapterFiles, model: nn.Module) -> Iterator[str]:
             adapted = PeftModel(model, kind, ADAPTER_NAME)
             expected = get_peft_model_state_dict(adapted, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     except (ValueError, RuntimeError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        if re.search(r"\bmeta[ _]", str(error), re.IGNORECASE):  # of torch: operators on tensors without values
+            raise _NeedsWeightsError from error
         yield " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
         return
     if unknown := part.state.keys() - expected.keys():

@@ -11,10 +11,14 @@ from torch import Tensor
 
 from lit_lora.adapter_tools.low_rank import one_thread
 from lit_lora.adapter_tools.plain_lora import beyond_lora, lora_layers
-from lit_lora.adapters.names import PREFIX
+from lit_lora.adapter_tools.product_layer import product_layers
+from lit_lora.adapters.names import layer_of
 from lit_lora.formats import AdapterFiles
-from lit_lora.formats.lora import adapted_layer
+from lit_lora.formats.hadamard_kronecker import METHODS
 from lit_lora.formats.textual_inversion import TEXTUAL_INVERSION
+
+SHARED = "shared by all layers"
+"""In place of a layer's name: tensors that belong to no single layer, as VeRA's projections."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class LayerFacts:
         part: Name of its model in the pipeline; ``denoiser`` for the denoiser.
         name: Name of the layer.
         parameters: Number of the adapter's values in it.
-        rank: Rank; None for methods beside LoRA and DoRA, as all that follows.
+        rank: Rank; None for methods beside LoRA, DoRA, LoHa and LoKr, as all that follows.
         alpha: PEFT's alpha.
         scale: Factor of the update.
         norm: Frobenius norm of the scaled update.
@@ -114,9 +118,14 @@ def _lora_layers(adapter: AdapterFiles, path: str | Path) -> Iterator[LayerFacts
 
 def _other_layers(adapter: AdapterFiles) -> Iterator[LayerFacts]:
     for part, files in adapter.parts.items():
+        if files.config.get("peft_type") in METHODS and not files.config.get("modules_to_save"):
+            for name, one in product_layers(files):
+                count = sum(tensor.numel() for tensor in one.tensors.values())
+                yield LayerFacts(part, name, count, one.rank, one.alpha, one.scale, one.norm())
+            continue
         found: dict[str, list[Tensor]] = {}
         for key, tensor in files.state.items():
-            layer = adapted_layer(key) or key.removeprefix(PREFIX).rpartition(".")[0]
+            layer = layer_of(key, files.config) or SHARED
             found.setdefault(layer, []).append(tensor)
         for name, tensors in found.items():
             yield LayerFacts(part, name, sum(tensor.numel() for tensor in tensors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def extract(tuned: ModelWeights, base: ModelWeights, budget: Budget, max_rank: i
 
     Raises:
         UserError: If the models differ in more than their values, or in nothing, or hold NaN or Inf; or the budget is too
-            small.
+            small, or a rank above the size of every layer.
     """
     check_least(1, max_rank=max_rank)
     most = budget.rank or max_rank
@@ -114,6 +115,7 @@ def extract(tuned: ModelWeights, base: ModelWeights, budget: Budget, max_rank: i
     errors: dict[str, float] = {}
     left_out, unchanged = [], 0
     adaptable = {f"{name}.weight": name for name, layer in model.named_modules() if _is_adaptable(layer)}
+    _check_rank(budget.rank, {name: tuned.shapes[name] for name in adaptable if name in tuned.shapes}, base)
     for name in tuned.shapes:
         before, after = base.read_finite(name), tuned.read_finite(name)
         if name not in adaptable:
@@ -174,6 +176,16 @@ def _check_names(tuned: ModelWeights, base: ModelWeights, state: dict[str, Any])
                 f"{visible(name, 120)} has the shape {shape} in {tuned.path} and {base.shapes[name]} in {base.path}; name a "
                 f"fine-tuned model and the base that it was made of"
             )
+
+
+def _check_rank(rank: int | None, shapes: Shapes, base: ModelWeights) -> None:
+    """Refuse a rank that no layer can have."""
+    name, most = max(((name, min(shape[0], math.prod(shape[1:]))) for name, shape in shapes.items()), key=itemgetter(1))
+    if rank is not None and rank > most:
+        raise UserError(
+            f"rank={rank} is above {most}, the highest rank that a layer of {base.path} can have ({name} of the shape "
+            f"{tuple(shapes[name])}); give at most {most}"
+        )
 
 
 def _is_adaptable(layer: nn.Module) -> bool:

@@ -18,7 +18,9 @@ from lit_lora.adapter_tools.merged_metadata import merged_metadata
 from lit_lora.adapter_tools.named_adapter import NamedAdapter
 from lit_lora.adapter_tools.plain_lora import Layers, in_parts, lora_layers, patterns
 from lit_lora.errors import UserError, check_least
+from lit_lora.families import ModelFamily
 from lit_lora.formats import AdapterFiles
+from lit_lora.formats.find import check_family, families_of_layers
 from lit_lora.formats.lora import targets
 from lit_lora.mapped import Keep, keep_in_memory, release
 
@@ -101,6 +103,7 @@ def _common_base(adapters: Sequence[NamedAdapter], base: str | None) -> str | No
         raise UserError(
             f"{first.path} is an adapter of {_family(first)} and {second.path} of {_family(second)}; merge adapters of one base"
         )
+    _check_layers(adapters, next(iter(families), None))
     if base is not None:
         return base
     told = {one.path: one.adapter.base for one in adapters}
@@ -115,6 +118,21 @@ def _common_base(adapters: Sequence[NamedAdapter], base: str | None) -> str | No
     if silent and not (len(families) == 1 and all(one.adapter.family for one in adapters)) and len(adapters) > 1:
         raise UserError(f"{silent[0]} tells neither its base nor its family; name the base of all adapters with --base")
     return next(filter(None, told.values()), None)
+
+
+def _check_layers(adapters: Sequence[NamedAdapter], family: type[ModelFamily] | None) -> None:
+    """Refuse adapters whose files tell no family, and whose layers are certainly those of another one than the others'."""
+    if family is not None:
+        for one in adapters:
+            if one.adapter.family is None:
+                check_family(one.adapter, family, one.path)
+        return
+    possible = {one.path: found for one in adapters if (found := families_of_layers(one.adapter))}
+    if possible and not set.intersection(*map(set, possible.values())):
+        told = [f"{path} of {' or '.join(kind.__name__ for kind in kinds)}" for path, kinds in possible.items()]
+        raise UserError(
+            f"by their layers, {' and '.join(told)} are adapters of different families; merge adapters of one base"
+        )
 
 
 def _family(one: NamedAdapter) -> str:

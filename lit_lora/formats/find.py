@@ -17,6 +17,7 @@ from lit_lora.families import ModelFamily, ModelSource, family_of
 from lit_lora.finite import non_finite_names
 from lit_lora.formats import FORMATS
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
+from lit_lora.formats.embedding_file import DIFFUSERS
 from lit_lora.formats.known_family import families_with
 from lit_lora.formats.layer_names import underscored
 from lit_lora.formats.lora import adapted_layer
@@ -24,6 +25,7 @@ from lit_lora.formats.own_metadata import differing_own
 from lit_lora.formats.peft import CONFIG, WEIGHTS
 from lit_lora.formats.tensor_file import TensorFile
 from lit_lora.formats.textual_inversion import TEXTUAL_INVERSION, embedding_files, read_embeddings
+from lit_lora.formats.unread import why_unread
 from lit_lora.mapped import release
 from lit_lora.visible import visible
 
@@ -34,7 +36,8 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
     """Read an adapter from a file or folder of any format, which the names of its tensors tell, and a folder's new tokens.
 
     Args:
-        path: A safetensors file, or a folder that holds one adapter, whether in one format or in several.
+        path: A safetensors file, the file of a new token's embedding, or a folder that holds one adapter, whether in one format
+            or in several.
         family: Model family of the base; defaults to the one that the file tells, if it tells one.
 
     Raises:
@@ -56,7 +59,7 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
     if adapter.family is None:
         adapter = _with_family(adapter)
     elif family is not None:
-        _check_family(adapter, family, path)
+        check_family(adapter, family, path)
     return adapter
 
 
@@ -90,6 +93,11 @@ def open_adapter(path: str | Path) -> tuple[AdapterFormat, TensorFile]:
     if found is None:
         names = sorted(file.tensors)
         shown = ", ".join(visible(name, 80) for name in names[:3]) or "no tensors"
+        if reason := why_unread(names):
+            raise UserError(
+                f"{file.path} holds {reason}, such as {shown}; merge it with its base, or convert it, in the program that wrote "
+                f"it"
+            )
         raise UserError(
             f"{file.path} is not an adapter that this version reads ({', '.join(one.name for one in FORMATS)}): it holds {shown}"
             + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -140,7 +148,8 @@ def _file(path: Path) -> Path:
     """The file of tensors at a path."""
     if path.suffix in _PICKLES:
         raise UserError(
-            f"{path} may run code when it is read; convert it to safetensors with the program that wrote it"
+            f"{path} may run code when it is read, and is no embedding of a token, which would be read without; convert it to "
+            f"safetensors with the program that wrote it"
         )
     if not path.is_dir():
         return path
@@ -160,7 +169,9 @@ def _file(path: Path) -> Path:
 
 
 def _holds_layers(path: Path) -> bool:
-    return (path / CONFIG).is_file() or any(path.glob("*.safetensors"))
+    if not path.is_dir():
+        return False
+    return (path / CONFIG).is_file() or any(not file.name.startswith(DIFFUSERS) for file in path.glob("*.safetensors"))
 
 
 def _with_family(adapter: AdapterFiles) -> AdapterFiles:
@@ -172,13 +183,22 @@ def _with_family(adapter: AdapterFiles) -> AdapterFiles:
             of_base = kind(base)
             of_base.read_configs()
             return replace(adapter, family=kind, denoiser_config=of_base.naming_config)
-    found = _families_of_layers(adapter)
+    found = families_of_layers(adapter)
     return replace(adapter, family=found[0]) if len(found) == 1 else adapter
 
 
-def _check_family(adapter: AdapterFiles, family: type[ModelFamily], path: Path) -> None:
-    """Refuse layers that are certainly another family's."""
-    found = _families_of_layers(adapter)
+def check_family(adapter: AdapterFiles, family: type[ModelFamily], path: str | Path) -> None:
+    """Refuse layers that are certainly another family's.
+
+    Args:
+        adapter: Adapter whose file does not tell its family.
+        family: Model family of the base.
+        path: Where it was read from, for the error.
+
+    Raises:
+        UserError: If other families' published denoisers have all its layers, and this family's do not.
+    """
+    found = families_of_layers(adapter)
     if (
         adapter.denoiser_config
         or not found
@@ -191,7 +211,7 @@ def _check_family(adapter: AdapterFiles, family: type[ModelFamily], path: Path) 
     )
 
 
-def _families_of_layers(adapter: AdapterFiles) -> list[type[ModelFamily]]:
-    """The families whose published denoisers have all the adapted layers."""
+def families_of_layers(adapter: AdapterFiles) -> list[type[ModelFamily]]:
+    """The families whose published denoisers have all the adapted layers of the denoiser; none if no layer is adapted."""
     layers = {layer for key in adapter.state if (layer := adapted_layer(key))}
     return families_with({f"lycoris_{underscored(layer)}" for layer in layers}, adapter.metadata) if layers else []

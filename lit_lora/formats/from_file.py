@@ -41,7 +41,8 @@ class FromFile(PeftConfig):
     Optimizer and schedule start anew; to resume a run, use a checkpoint.
 
     Args:
-        path: File or folder of the adapter, as this project, PEFT, diffusers, kohya's scripts, ComfyUI or LyCORIS write it.
+        path: File or folder of the adapter, as this project, PEFT, diffusers, kohya's scripts, ComfyUI or LyCORIS write it, or
+            the file of a new token's embedding.
         drop_text_encoders: Leave out those parts of the adapter that change text encoders, and its new tokens, so that it is
             saved without them. Defaults to False: they are trained too.
 

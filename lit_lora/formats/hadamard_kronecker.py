@@ -45,13 +45,20 @@ def alphas_of(contents: AdapterFiles) -> dict[str, float]:
     return {layer: float(alphas.get(get_pattern_key(list(alphas), layer), default)) for layer in groups_of(contents)}
 
 
+def ranks_of(contents: AdapterFiles) -> dict[str, int]:
+    """The rank of each layer of LoHa or LoKr in its config, by which PEFT divides alpha."""
+    ranks = contents.config.get("rank_pattern") or {}
+    default = contents.config["r"]
+    return {layer: int(ranks.get(get_pattern_key(list(ranks), layer), default)) for layer in groups_of(contents)}
+
+
 def why_not_exact(contents: AdapterFiles) -> str:
     """The reason why LyCORIS would compute something else from the adapter's tensors than PEFT; empty if it would not."""
     if contents.config.get("modules_to_save"):
         return "it holds tensors of adapted layers alone, and this adapter has modules_to_save"
-    ranks = contents.config.get("rank_pattern") or {}
+    ranks = ranks_of(contents)
     for layer, alpha in alphas_of(contents).items():
-        rank = ranks.get(get_pattern_key(list(ranks), layer), contents.config["r"])
+        rank = ranks[layer]
         full = all(f"{PREFIX}{layer}.{name}" in contents.state for name in ("lokr_w1", "lokr_w2"))
         if full and alpha != rank:
             return (

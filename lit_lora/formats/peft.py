@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lit_lora.adapters.names import PREFIX
+from lit_lora.adapters.names import SHARED_PREFIX
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles, AdapterFormat
@@ -49,7 +49,7 @@ class PeftFormat(AdapterFormat):
         return [path, *sorted(path.parent.glob(f"text_encoder*/{WEIGHTS}"))]
 
     def recognizes(self, file: TensorFile) -> bool:
-        return bool(file.tensors) and all(name.startswith(PREFIX) for name in file.tensors)
+        return bool(file.tensors) and all(name.startswith(SHARED_PREFIX) for name in file.tensors)
 
     def read(self, file: TensorFile, family: type[ModelFamily] | None = None) -> AdapterFiles:
         folder = file.path.parent

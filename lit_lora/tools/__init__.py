@@ -22,6 +22,10 @@ class ToolParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if found := _NO_LIST.search(message):
             message = f"{found[1]}: {found[2]!r} is not a list; an argument before or after it may be missing"
+        elif message.startswith("Parser key"):
+            from lit_lora.config_errors import explain  # imports PEFT
+
+            message = explain(message)
         if found or message.startswith(("Unrecognized arguments", "ambiguous option")):
             message += f"; {self.prog.replace(' [options]', '')} --help shows all arguments"
         print_error(message)

@@ -35,3 +35,5 @@ def check(input: str, base: str | None = None, family: str | None = None) -> Non
     raise_problems(checked, input, model)
     for part in checked:
         print(f"{part.name:16}  {part.tensors} tensors fit {part.model} of {visible(name)}")
+        if part.unchecked:
+            print(f"{'':16}  ({part.unchecked})")

@@ -29,7 +29,7 @@ def extract(
         tuned: Fine-tuned model: a pipeline folder, folder of a model or hub id, or a safetensors file.
         base: Base that it was made of, likewise.
         output: File to write, with the ending .safetensors, or folder.
-        rank: Rank of each layer.
+        rank: Rank of each layer; a smaller layer has the highest rank that it can have.
         energy: Share of the energy of each layer's difference (sum of squared singular values) to keep, such as 0.95.
         size: Maximum size of each written file of tensors, such as 200MB; shared among all layers by their singular values.
         max_rank: Maximum rank for --energy and --size.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoHaConfig, LoraConfig, PeftConfig
+from peft import BOFTConfig, LoHaConfig, LoraConfig, PeftConfig
 
 from lit_lora.adapter_tools.base_model import BaseModel
 from lit_lora.adapter_tools.check import check, raise_problems
@@ -69,6 +69,19 @@ def test_another_method(sd_folder: Path) -> None:
         checked(loha, sd_folder)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT's BOFT
+def test_a_method_that_is_made_of_the_weights(sd_folder: Path) -> None:
+    boft = made_for(sd_folder, BOFTConfig(boft_block_size=4, target_modules=["to_q"]))
+    [part] = check(boft, "adapter", BaseModel(str(sd_folder)))
+    assert not part.problems
+    assert part.unchecked.startswith("PEFT makes BOFT of the base's weights")
+    renamed = replace(boft, state={key.replace("attn1.to_q", "attn1.to_x"): value for key, value in boft.state.items()})
+    with pytest.raises(
+        UserError, match=r"\d+ of \d+ tensors belong to no layer of this base, such as .*attn1.to_x.boft_R"
+    ):
+        checked(renamed, sd_folder)
+
+
 def _renamed(adapter: AdapterFiles) -> AdapterFiles:
     return replace(adapter, state={key.replace("conv_in", "conv_start"): value for key, value in adapter.state.items()})
 
@@ -78,6 +91,12 @@ def _reshaped(adapter: AdapterFiles) -> AdapterFiles:
     return replace(adapter, state={**adapter.state, key: torch.zeros(2, 9, 3, 3)})
 
 
+def _of_flux(adapter: AdapterFiles) -> AdapterFiles:
+    layer = "single_transformer_blocks.0.proj_mlp"
+    state = {f"base_model.model.{layer}.lora_{name}.weight": torch.zeros(2, 2) for name in "AB"}
+    return replace(adapter, state=state, config={**adapter.config, "target_modules": [layer]}, family=None)
+
+
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
@@ -85,6 +104,7 @@ def _reshaped(adapter: AdapterFiles) -> AdapterFiles:
         (_renamed, ["2 tensors are missing that the adapter's config asks for, such as conv_in.lora_A.weight"]),
         (_reshaped, [r"conv_in.lora_A.weight has the shape \(2, 9, 3, 3\), and the base needs \(2, 4, 3, 3\)"]),
         (lambda one: replace(one, config={**one.config, "target_modules": ["to_quux"]}), ["Target modules .*to_quux"]),
+        (_of_flux, ["has none of its 1 layers, such as single_transformer_blocks.0.proj_mlp: they are those of .*Flux"]),
         (lambda one: replace(one, family=Flux), ["adapter of Flux, and .* is a StableDiffusion"]),
         (lambda one: replace(one, config={**one.config, "target_modules": "(a+)+$["}), ["is not a regular expression"]),
     ],

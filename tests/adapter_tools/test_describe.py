@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
-from peft import LoHaConfig
+from peft import IA3Config, LoHaConfig, LoKrConfig, PeftModel, set_peft_model_state_dict
 
 from lit_lora.adapter_tools.describe import describe
 from lit_lora.families import StableDiffusion
-from tests.adapter_tools.layers import adapter, config, layers_of
+from tests.adapter_tools.layers import adapter, base, config, layers_of
 from tests.formats.adapters import encoder_adapter
 
 
@@ -35,13 +37,34 @@ def test_a_lora() -> None:
         assert one.norm == pytest.approx(float(layer.delta().norm()), rel=1e-5)
 
 
+@pytest.mark.parametrize("conv", [False, True], ids=["flat", "Tucker"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=2, alpha=3, alpha_pattern={"linear": 5}, target_modules=["linear", "conv"]),
+        LoKrConfig(r=2, alpha=3, rank_pattern={"linear": 1}, decompose_both=True, target_modules=["linear", "conv"]),
+        LoKrConfig(r=99, alpha=3, target_modules=["linear", "conv"]),  # full matrices
+    ],
+    ids=["LoHa", "LoKr", "full LoKr"],
+)
+def test_products(config: LoHaConfig | LoKrConfig, conv: bool) -> None:
+    config = replace(config, use_effective_conv2d=conv)
+    files = adapter(config)
+    facts = describe(files, "path")
+    assert facts.method == config.peft_type.value
+    model = PeftModel(base(), copy.deepcopy(config))
+    set_peft_model_state_dict(model, dict(files.state))
+    assert [one.name for one in facts.layers] == ["conv", "linear"]
+    for one in facts.layers:
+        layer: Any = model.get_base_model().get_submodule(one.name)
+        assert (one.rank, one.alpha) == (layer.r["default"], layer.alpha["default"])
+        assert one.norm == pytest.approx(float(layer.get_delta_weight("default").detach().norm()), rel=1e-5)
+
+
 def test_another_method() -> None:
-    facts = describe(adapter(LoHaConfig(r=2, target_modules=["linear", "conv"])), "path")
-    assert facts.method == "LOHA"
-    assert [(one.name, one.rank, one.parameters) for one in facts.layers] == [
-        ("conv", None, 2 * 2 * (8 + 6 * 9)),
-        ("linear", None, 2 * 2 * (8 + 10)),
-    ]
+    facts = describe(adapter(IA3Config(target_modules=["linear"], feedforward_modules=[])), "path")
+    assert facts.method == "IA3"
+    assert [(one.name, one.rank, one.parameters) for one in facts.layers] == [("linear", None, 10)]
 
 
 def test_dora() -> None:

@@ -180,6 +180,14 @@ def test_other_models(
         extracted(*paths(tuned, sd_folder, flux_folder), rank=1)
 
 
+def test_a_rank_above_every_layer(tuned: Path, sd_folder: Path) -> None:
+    shapes = UNet2DConditionModel.from_pretrained(sd_folder / "unet").state_dict()
+    most = max(min(len(weight), weight[0].numel()) for name, weight in shapes.items() if weight.ndim > 1)
+    with pytest.raises(UserError, match=rf"rank={most + 1} is above {most}, the highest .*; give at most {most}$"):
+        extracted(tuned, sd_folder, rank=most + 1)
+    assert max(extracted(tuned, sd_folder, rank=most).ranks.values()) <= most
+
+
 def test_other_shapes_and_missing_weights(tuned: Path, sd_folder: Path, tmp_path: Path) -> None:
 
     weights = load_file(sd_folder / "unet" / "diffusion_pytorch_model.safetensors")

@@ -146,6 +146,25 @@ def test_what_does_not_add_up(one: AdapterFiles, two: AdapterFiles, message: str
         merged(one, two)
 
 
+def of_layer(layer: str, width: int, **options: Any) -> AdapterFiles:
+    tensors = {"lora_A.weight": torch.ones(2, width), "lora_B.weight": torch.ones(width, 2)}
+    state = {f"base_model.model.{layer}.{name}": value for name, value in tensors.items()}
+    plain = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [layer]}
+    return AdapterFiles(state, plain, **options)
+
+
+def test_layers_of_other_families() -> None:
+    sd = of_layer("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 8, family=StableDiffusion)
+    flux = of_layer("single_transformer_blocks.0.proj_mlp", 8)
+    joint = of_layer("transformer_blocks.0.attn.to_q", 8)
+    pixart = of_layer("transformer_blocks.0.attn1.to_q", 8)
+    with pytest.raises(UserError, match=r"adapter 1 is an adapter of .*Flux.*, not of StableDiffusion"):
+        merged(sd, flux, base="embedded")
+    with pytest.raises(UserError, match=r"adapter 0 of .*Flux.* and adapter 1 of PixArtSigma.* of different families"):
+        merged(flux, pixart, base="one")
+    merged(flux, joint, base="one")  # FLUX.1 has both
+
+
 def test_bases_that_mean_the_same(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     paths = str(tmp_path / "base"), str(tmp_path / "x" / ".." / "base")

@@ -205,7 +205,7 @@ def test_text_encoders_are_resized_too() -> None:
         (lambda: adapter(config()), {"rank": 5}, "rank=5 is above 4, the highest rank in adapter: resizing only lowers"),
         (lambda: adapter(config()), {"rank": 1}, "rank=1 is too small for grouped, a convolution of 2 groups"),
         (lambda: adapter(config()), {}, "give one of rank, energy and size.*none of them was given"),
-        (lambda: adapter(config()), {"rank": 1, "energy": 0.5}, "rank=1 and energy=0.5 was given"),
+        (lambda: adapter(config()), {"rank": 1, "energy": 0.5}, "rank=1 and energy=0.5 were given"),
         (lambda: adapter(config()), {"energy": 0.0}, "energy=0.0 is too small; it must be above 0"),
         (lambda: adapter(config()), {"energy": 1.5}, "energy=1.5 is too large"),
         (lambda: adapter(config()), {"rank": 0}, "rank=0 is too small"),

@@ -170,6 +170,33 @@ def test_bad_files_of_kohya(
         read_adapter(tmp_path / "a.safetensors", family)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        ("oft_blocks", "OFT or BOFT of LyCORIS and sd-scripts"),
+        ("a1.weight", "GLoRA of LyCORIS"),
+        ("on_input", "IA3 of LyCORIS"),
+        ("diff", "changes of whole weights"),
+        ("b_norm", "changes of whole weights, norms or biases"),
+        ("scalar", "layers with a trained scalar of LyCORIS"),
+    ],
+)
+def test_methods_that_peft_computes_otherwise(tensor: str, what: str, tmp_path: Path) -> None:
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    path = tmp_path / "other.safetensors"
+    save_file({f"{layer}.{tensor}": torch.ones(2, 2), f"{layer}.alpha": torch.ones(())}, path)
+    with pytest.raises(UserError, match=f"other.safetensors holds {what}.*; merge it with its base"):
+        read_adapter(path)
+
+
+def test_embeddings_inside_a_lora(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "pytorch_lora_weights.safetensors")
+    path = tmp_path / "bundle.safetensors"
+    save_file({**tensors, "bundle_emb.cat.string_to_param.*": torch.ones(1, 16)}, path)
+    with pytest.raises(UserError, match="holds embeddings of new tokens inside a file of LoRA"):
+        read_adapter(path)
+
+
 def test_layers_of_no_family(tmp_path: Path) -> None:
     name = "lora_unet_nowhere"
     save_file({f"{name}.lora_down.weight": torch.ones(2, 6)}, tmp_path / "a.safetensors")

@@ -126,3 +126,15 @@ def test_arguments_that_do_not_fit(arguments: list[str], sentence: str, capsys: 
         main(["adapter", *arguments])
     expected = f"lit-lora: error\n{sentence}; lit-lora adapter {arguments[0]} --help shows all arguments\n"
     assert capsys.readouterr().err == expected
+
+
+def test_values_of_other_types(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, sentence in (
+        (["resize", "a", "b", "--rank", "two"], "rank: 'two' is not"),
+        (["convert", "a", "b", "--format", "nothing"], "format: 'nothing' is none of peft, diffusers"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["adapter", *arguments])
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 2
+        assert lines[1].startswith(sentence)

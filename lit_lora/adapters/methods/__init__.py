@@ -8,6 +8,7 @@ from functools import singledispatch
 from peft import (
     AdaLoraConfig,
     FourierFTConfig,
+    GloraConfig,
     HRAConfig,
     IA3Config,
     LoHaConfig,
@@ -21,6 +22,7 @@ from peft import (
 from lit_lora.adapters.methods.adalora import AdaLoraMethod
 from lit_lora.adapters.methods.base import AdapterMethod
 from lit_lora.adapters.methods.block_by_block import BlockByBlockMethod
+from lit_lora.adapters.methods.glora import GloraMethod
 from lit_lora.adapters.methods.lora import LoraMethod
 from lit_lora.adapters.methods.mica import MicaMethod
 from lit_lora.adapters.methods.rebased import RebasedLoraMethod, is_rebased
@@ -30,6 +32,7 @@ __all__ = [
     "AdaLoraMethod",
     "AdapterMethod",
     "BlockByBlockMethod",
+    "GloraMethod",
     "LoraMethod",
     "MicaMethod",
     "RebasedLoraMethod",
@@ -61,3 +64,4 @@ method_of.register(
     lambda config: lora_method(getattr(config, "init_lora_weights", True)),
 )
 method_of.register(AdaLoraConfig, lambda config: AdaLoraMethod())
+method_of.register(GloraConfig, lambda config: GloraMethod())
