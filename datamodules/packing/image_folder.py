@@ -145,6 +145,10 @@ class ImageFolder(PackInput):
             fallback=fallback,
         )
 
+    @property
+    def may_be_empty(self) -> bool:
+        return self.fallback == ""
+
     def name(self, sample: int) -> str:
         return self.names[sample]
 

@@ -30,6 +30,8 @@ def pack(
     caption_column: str | None = None,
     captions: str | None = None,
     prefix: str = "shard",
+    sources: str | None = None,
+    source_column: str | None = None,
 ) -> None:
     """Pack images with captions into tar shards.
 
@@ -54,6 +56,10 @@ def pack(
         captions: Caption of every image of a folder, in place of captions in files: a text such as "a photo of a {folder}",
             in which {name} and {folder} stand for the words of the image's and of its folder's name.
         prefix: Start of the shards' names.
+        sources: Folder of the source images of editing pairs: the source of a/1.jpg in the folder to pack is a/1.jpg or
+            a/1.png there. Without it, sources are beside their targets (1.source.jpg) or in a column of a table.
+        source_column: Column of a table that holds source images of editing pairs or their paths; defaults to source_file_name,
+            or to input_image and similar names beside edited_image and similar ones.
 
     Raises:
         UserError: If the source cannot be read, an option is outside its range, or more than ``max_bad`` files are bad.
@@ -72,13 +78,18 @@ def pack(
         "caption_column": caption_column,
         "captions": captions,
         "prefix": prefix,
+        "source_column": source_column,
     }
     if (found := find_sets(source, out)) is not None:
+        if sources is not None:
+            raise UserError(
+                f"sources={visible(sources)} is for one folder, and {visible(source)} holds several sets; pack them one by one"
+            )
         packed = pack_sets(found, out, **options)
         fit = ["lit-lora", "fit", "--config", "configs/sd15.yaml", "--config", str(packed.config)]
         print("\n".join([*sets_lines(packed), f"\nNext: {shlex.join(fit)}"]))
     else:
-        print("\n".join(_pack_lines(pack_folder(source, out, **options))))
+        print("\n".join(_pack_lines(pack_folder(source, out, sources=sources, **options))))
 
 
 def sets_lines(packed: PackedSets) -> list[str]:

@@ -40,6 +40,7 @@ def train(
     device_memory: str | None = None,
     cache: bool = True,
     max_bad: int = 0,
+    sources: str | None = None,
     dry_run: bool = False,
 ) -> Request:
     """Train an adapter on a folder of images, with settings chosen for the images, the base and the memory of the device.
@@ -59,11 +60,13 @@ def train(
         device_memory: Memory of the device, in GB or with a unit; defaults to what is free on the device.
         cache: Whether to encode images and captions once, before training.
         max_bad: Maximum number of images that may be left out because they are damaged.
+        sources: Folder of the source images of editing pairs, named like their targets in the folder to train on; for bases
+            such as flux_kontext.
         dry_run: Show the choices and write the config, but do not train.
     """
     from lit_lora.tools.training.request import Request
 
-    return Request(folder, base, trigger, captions, out, device, device_memory, cache, max_bad, dry_run)
+    return Request(folder, base, trigger, captions, out, device, device_memory, cache, max_bad, sources, dry_run)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:

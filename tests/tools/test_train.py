@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections import Counter
 from functools import partialmethod
 from pathlib import Path
@@ -102,6 +103,31 @@ def test_splits_of_a_folder_are_trained_and_validated_on(
 
 
 @pytest.mark.slow
+def test_pairs_of_two_folders(
+    flux_kontext_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run reads each target with its source; what has no partner is left out and named."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for number in range(1, 22):
+        Image.new("RGB", (24, 24), (0, number * 12, 0)).save(sources / f"{number}.bmp")
+    given = ["--base", str(flux_kontext_folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    given += ["--device_memory", "100", "--captions", "names", "--data.init_args.resolution", "16"]
+    command = ["train", str(images), "--sources", str(sources), "--dry_run", *given]
+    assert main([*command, "--max_bad", "1"]) == 0
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "19 images" in screen
+    assert f"0.png: has no source, an image 0.* at the same place in {sources}" in screen
+    assert "20.bmp: is a source to which no image belongs" in screen
+    data = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["data"]["init_args"]
+    assert data["decoder"]["class_path"] == "lit_lora.datamodules.EditDecoder"
+    with tarfile.open(tmp_path / "out" / "shards" / "shard-000000.tar") as archive:
+        for number in range(1, 20):
+            with Image.open(archive.extractfile(f"{number}.source.png") or "") as source:
+                assert source.getpixel((0, 0)) == (0, number * 12, 0)
+
+
+@pytest.mark.slow
 def test_a_pass_over_two_sets_shows_each_image_as_often_as_its_set_says(
     sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +165,7 @@ def test_a_pass_over_two_sets_shows_each_image_as_often_as_its_set_says(
         ({"--trainer.max_steps": "many"}, "trainer.max_steps='many' is not a number"),
         ({"--trainer.max_steps": "0"}, "trainer.max_steps=0 is too small; it must be at least 1"),
         ({"--steps": "3"}, "steps"),
+        ({"--sources": "."}, "is trained without source images; take a base such as flux_kontext"),
     ],
 )
 def test_mistakes_are_one_error(

@@ -27,6 +27,7 @@ class Request(NamedTuple):
     device_memory: str | None = None
     cache: bool = True
     max_bad: int = 0
+    sources: str | None = None
     dry_run: bool = False
     given: Mapping[str, Any] = {}
 
@@ -36,7 +37,8 @@ class Request(NamedTuple):
         own = self._asdict()
         for name in ("out", "dry_run"):
             del own[name]
-        return own | {"folder": str(Path(self.folder).expanduser().absolute()), "given": dict(self.given)}
+        folders = {name: str(Path(own[name]).expanduser().absolute()) for name in ("folder", "sources") if own[name]}
+        return own | folders | {"given": dict(self.given)}
 
 
 def claim(out: Path, request: Request) -> None:

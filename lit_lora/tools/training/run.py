@@ -61,6 +61,8 @@ def train_adapter(request: Request) -> None:
     out = Path(request.out or Path("runs", f"{name}-{base.name}"))
     device = find_device(request.device) if request.device else default_device("auto")
     sets = find_sets(folder, out)
+    if request.sources is not None:
+        _check_sources(request.sources, base, folder, sets)
     if sets is None:
         rule = caption_rule(folder, out, request.captions, request.trigger)
     else:
@@ -68,6 +70,18 @@ def train_adapter(request: Request) -> None:
     with only_run_in(out, "train"):
         claim(out, request)
         _Training(request, base, folder, out, device, rule, sets).run()
+
+
+def _check_sources(sources: str, base: Base, folder: Path, sets: SourceSets | None) -> None:
+    if not base.takes_sources:
+        raise UserError(
+            f"sources={visible(sources)}, and {base.name} is trained without source images; take a base such as flux_kontext"
+        )
+    if sets is not None:
+        raise UserError(
+            f"sources={visible(sources)} is for one folder, and {visible(folder)} holds several sets; put the "
+            "source of each image beside it, as NAME.source.png"
+        )
 
 
 @dataclass(frozen=True)
@@ -131,8 +145,10 @@ class _Training:
         return None if self.validation is None else self._pack(self.validation, _of_validation(self.shards))
 
     def _pack(self, folder: Path, shards: Path) -> PackSummary:
-        captions: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
-        return pack_folder(folder, shards, max_bad=self.request.max_bad, **captions)
+        options: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
+        if self.request.sources is not None:
+            options["sources"] = Path(self.request.sources).expanduser() / folder.relative_to(self.folder)
+        return pack_folder(folder, shards, max_bad=self.request.max_bad, **options)
 
     def _sources(self, cached: bool) -> dict[str, Any]:
         """Shards of the run, by the datamodule's arguments."""
