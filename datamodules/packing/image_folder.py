@@ -128,7 +128,7 @@ class ImageFolder(PackInput):
         if unread:
             skipped.append(BadFile(unread[0], "is not read: captions are made from names", len(unread)))
         notes = (
-            [f"{len(bare)} of {len(names)} images have no caption file, first {bare[0]}: they get {fallback!r}"]
+            [f"{len(bare)} of {len(names)} images have no caption file, first {bare[0]}: they get {_quoted(fallback)}"]
             if bare
             else []
         )
@@ -232,6 +232,10 @@ def _checked(fallback: str | None, kinds: Sequence[str]) -> str:
         endings = " or ".join(f".{kind}" for kind in kinds if kind != "caption" or kinds == ("caption",))
         raise BadSampleError(f"has no caption (a {endings} file of the same name)")
     return fallback
+
+
+def _quoted(fallback: str | None) -> str:
+    return f"{fallback!r}" if fallback else "an empty caption"
 
 
 def _why_no_caption(file: str, siblings: Set[str], kinds: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def pack(
-    source: str,
+    source: str | list[str],
     out: str,
     samples_per_shard: int = 10_000,
     max_shard_bytes: int = 1_000_000_000,
@@ -42,8 +42,8 @@ def pack(
         source: Folder with images and a .txt or .json file of the same name for each, at any depth; or with images that
             metadata.jsonl or metadata.csv files list; or with tar shards or parquet files; or one that
             datasets.save_to_disk wrote. Or one tar or parquet file, or a .csv, .tsv or .jsonl file with paths of images.
-            Or several sets, each packed into a folder in out: a folder of folders named 10_name, or a dataset.toml, as for
-            kohya's scripts.
+            Or several sets, each packed into a folder in out: a list of folders, a folder of folders named 10_name, or a
+            dataset.toml, as for kohya's scripts.
         out: Folder for the shards.
         samples_per_shard: Maximum number of samples in a shard.
         max_shard_bytes: Maximum size of a shard in bytes; only a shard of one sample may exceed it.
@@ -83,12 +83,13 @@ def pack(
     if (found := find_sets(source, out)) is not None:
         if sources is not None:
             raise UserError(
-                f"sources={visible(sources)} is for one folder, and {visible(source)} holds several sets; pack them one by one"
+                f"sources={visible(sources)} is for one folder, and here are several sets; pack them one by one"
             )
         packed = pack_sets(found, out, **options)
-        fit = ["lit-lora", "fit", "--config", "configs/sd15.yaml", "--config", str(packed.config)]
-        print("\n".join([*sets_lines(packed), f"\nNext: {shlex.join(fit)}"]))
+        fit = ("--config", str(packed.config))
+        print("\n".join([*sets_lines(packed), _next(*fit)]))
     else:
+        assert isinstance(source, str)  # a list is sets
         print("\n".join(_pack_lines(pack_folder(source, out, sources=sources, **options))))
 
 
@@ -99,14 +100,13 @@ def sets_lines(packed: PackedSets) -> list[str]:
     from lit_lora.report_text import format_note, format_table
 
     lines = format_table(set_rows(packed))
-    for one, summary in zip(packed.found.sets, packed.summaries, strict=True):
+    done = zip((one.name for one in packed.found.sets), packed.summaries, strict=True)
+    for name, summary in (*done, *((f"validation/{name}", found) for name, found in packed.held_out.items())):
         reasons = format_reasons([*summary.bad, *summary.skipped])
         lines += (
-            [f"left out of {visible(one.name)} (see {visible(summary.folder / 'bad.jsonl')})", *reasons]
-            if reasons
-            else []
+            [f"left out of {visible(name)} (see {visible(summary.folder / 'bad.jsonl')})", *reasons] if reasons else []
         )
-        lines += [format_note(f"{visible(one.name)}: {note}") for note in summary.notes]
+        lines += [format_note(f"{visible(name)}: {note}") for note in summary.notes]
     return [*lines, *map(format_note, packed.found.notes)]
 
 
@@ -118,8 +118,13 @@ def _pack_lines(summary: PackSummary) -> list[str]:
     folder = visible(summary.folder)
     numbers = (summary.shards, summary.resumed, summary.samples, summary.size, count_files(left_out))
     written = format_written(*numbers, visible(summary.folder / "bad.jsonl"))
-    fit = f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {shlex.quote(folder)}"
+    fit = _next("--data.init_args.train_shards", folder)
     return [written, *format_reasons(left_out), *map(format_note, summary.notes), fit]
+
+
+def _next(option: str, value: str) -> str:
+    """The next command, over two lines, since a path may be long."""
+    return f"\nNext:\nlit-lora fit --config configs/sd15.yaml \\\n  {option} {shlex.quote(value)}"
 
 
 def index(shards: str | list[str], jobs: int = 1) -> None:
