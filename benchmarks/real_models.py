@@ -284,6 +284,7 @@ PIPELINES = {
     "sd35_large": _sd3(38, 38, 192),
     "flux_dev": _flux(guidance=True),
     "flux_schnell": _flux(guidance=False),
+    "flux_kontext": _flux(guidance=True),
     "chroma": _CHROMA,
     "pixart_sigma": _PIXART_SIGMA,
     "sana": _SANA,
@@ -294,7 +295,11 @@ PIPELINES = {
     "flux2_klein_9b": _klein(_QWEN3_8B, num_single_layers=24, num_attention_heads=32),
     "flux2_klein_4b": _klein(_QWEN3_4B, num_layers=5, num_single_layers=20, num_attention_heads=24),
 }
-_OTHER_PIPELINES = {"flux2_klein_9b": "Flux2KleinPipeline", "flux2_klein_4b": "Flux2KleinPipeline"}
+_OTHER_PIPELINES = {
+    "flux_kontext": "FluxKontextPipeline",
+    "flux2_klein_9b": "Flux2KleinPipeline",
+    "flux2_klein_4b": "Flux2KleinPipeline",
+}
 """Classes of pipelines that are not the first of their family."""
 _MARKER = "random_weights.txt"
 
