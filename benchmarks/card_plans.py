@@ -36,6 +36,7 @@ MODELS = {
     "z_image": ("ZImage", 1024),
     "chroma": ("Chroma", 1024),
     "flux_dev": ("Flux", 1024),
+    "flux_kontext": ("FluxKontext", 1024),
     "flux2_klein_4b": ("Flux2", 1024),
     "flux2_klein_9b": ("Flux2", 1024),
     "flux2_dev": ("Flux2", 1024),

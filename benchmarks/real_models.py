@@ -286,6 +286,7 @@ PIPELINES = {
     "flux_schnell": _flux(guidance=False),
     # As wide as FLUX.1 dev, with few layers, for machines in which that has no room.
     "flux_cut": _flux(guidance=True, t5=_T5_XXL | {"num_layers": 1}, num_layers=2, num_single_layers=4),
+    "flux_kontext": _flux(guidance=True),
     "chroma": _CHROMA,
     "pixart_sigma": _PIXART_SIGMA,
     "sana": _SANA,
@@ -296,7 +297,11 @@ PIPELINES = {
     "flux2_klein_9b": _klein(_QWEN3_8B, num_single_layers=24, num_attention_heads=32),
     "flux2_klein_4b": _klein(_QWEN3_4B, num_layers=5, num_single_layers=20, num_attention_heads=24),
 }
-_OTHER_PIPELINES = {"flux2_klein_9b": "Flux2KleinPipeline", "flux2_klein_4b": "Flux2KleinPipeline"}
+_OTHER_PIPELINES = {
+    "flux_kontext": "FluxKontextPipeline",
+    "flux2_klein_9b": "Flux2KleinPipeline",
+    "flux2_klein_4b": "Flux2KleinPipeline",
+}
 """Classes of pipelines that are not the first of their family."""
 _MARKER = "random_weights.txt"
 

@@ -90,5 +90,6 @@ from lit_lora.quantization.fp8 import FP8 as FP8
 from lit_lora.quantization.int8 import Int8 as Int8
 from lit_lora.quantization.nf4 import NF4 as NF4
 from lit_lora.sampling import SamplingOptions as SamplingOptions
+from lit_lora.trackio_logger import TrackioLogger as TrackioLogger
 
 __version__: str

@@ -29,7 +29,7 @@ tools
   report    write a page about a run: losses, samples, memory, settings
   cache     encode images and captions once, to train without the encoders
   shards    pack, index, check and describe WebDataset shards
-  adapter   describe, check, compare, convert, resize, merge, extract and push adapters
+  adapter   describe, check, diff, convert, resize, merge, extract, push adapters
 
 examples
   lit-lora train my_images --base sdxl --trigger "sks dog"

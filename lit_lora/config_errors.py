@@ -17,6 +17,8 @@ from lit_lora.lazy import public_names
 _ADVICE = {
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
     r"No module named 'torchao": 'pip install "lit_lora[torchao]", or use torch.optim.AdamW',
+    r"'train_sets' is not accepted": "several sets are for WebDatasetDataModule, which plans from indexes how often a pass shows "
+    "each of them, also of remote shards; a stream of shards of unknown length has no passes",
     r"lit_lora\.quantization\.base\.Quantization": "quantizations are Int8, FP8, NF4 and Dense",
 }
 """Advice to add to errors that match a pattern."""

@@ -38,11 +38,15 @@ _NO_MEMORY = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory
 _NOISY_LOGGERS = ("torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that warn about each other's libraries, which a user can do nothing about."""
 
+_SEED_LOGGER = "lightning.fabric.utilities.seed"
+"""Tells the seed, which is in the config, also where nothing is drawn."""
+
 
 def quiet_libraries() -> None:
     """Hide messages of libraries that tell a user nothing; call it before they are imported. Their errors are still shown."""
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger(_SEED_LOGGER).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
     threading.excepthook = _print_unless_told
 

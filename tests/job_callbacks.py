@@ -29,6 +29,21 @@ class Diary(Callback):
             print(trainer.global_rank, *keys, file=diary)
 
 
+class StopOnce(Callback):
+    """Ends a run after a step, unless it was resumed.
+
+    Args:
+        step: The step.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.ckpt_path is None:
+            trainer.should_stop = True
+
+
 class Fault(Callback):
     """One process raises before its third batch, or does not come back from there, as from a collective call on a GPU.
 

@@ -344,6 +344,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for command in ("fit", "validate", "test", "predict", "demo", "sample", "cache", "shards"):
         assert f"\n  {command} " in text
+    assert max(map(len, text.splitlines())) <= 80
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lit-lora {__version__}\n"
 

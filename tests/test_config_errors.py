@@ -31,6 +31,15 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (
+            [
+                "--data",
+                "WebDatasetStreamDataModule",
+                "--data.init_args.batches_per_epoch=1",
+                "--data.init_args.train_sets=[]",
+            ],
+            "Option 'train_sets' is not accepted\nseveral sets are for WebDatasetDataModule, which plans from indexes",
+        ),
         (["--model.family", "StableDifusion"], "there is no class StableDifusion; did you mean StableDiffusion?"),
         (["--model.adapter", "LoraConfi"], "there is no class LoraConfi; did you mean LoraConfig?"),
         (["--model.adapter", "peft.LoraConfi"], "peft has no LoraConfi; did you mean LoraConfig?"),

@@ -128,6 +128,7 @@ def test_nested_keys_are_where_the_page_says(config_keys: ModuleType, parsers: d
         "base_adapters": {"path": "first.safetensors"},
         "parameter_groups": {"pattern": "*", "lr": 1e-3},
         "train_sets": {"shards": "shards"},
+        "logger": {"project": "my"},
     }
     chosen = {"model.objective": "FlowMatching"}  # the next section's key is one of its options
     config: dict[str, Any] = {}

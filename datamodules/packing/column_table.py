@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from lit_lora.datamodules.indexing.image_format import image_format
 from lit_lora.datamodules.packing.batch_file import BatchFile, import_arrow
 from lit_lora.datamodules.packing.image_folder import read_file, stat_files
 from lit_lora.datamodules.packing.image_formats import ANY_IMAGE, NOT_AN_IMAGE, image_extension
-from lit_lora.datamodules.packing.images_beside import images_beside
+from lit_lora.datamodules.packing.images_beside import check_source, images_beside, source_member
 from lit_lora.datamodules.packing.input import TAR_BLOCK, PackInput, show_planning
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.parquet import ParquetFile
@@ -45,6 +46,7 @@ class ColumnTable(PackInput):
         names: Paths of the images, relative to ``folder`` or absolute; None if the files contain the images.
         row: Number of each sample's row, counted over all files, int64 (N,).
         first_row: Number of each file's first row, and the total number of rows, int64 (files + 1,).
+        sources: Paths of all source images that the rows name, relative to ``folder`` or absolute; None if they name none.
     """
 
     extensions = ("parquet",)
@@ -56,6 +58,7 @@ class ColumnTable(PackInput):
     names: SampleNames | None
     row: NDArray[np.int64]
     first_row: NDArray[np.int64]
+    sources: SampleNames | None = None
 
     @classmethod
     def find(cls, source: PackSource) -> ColumnTable | None:
@@ -71,7 +74,9 @@ class ColumnTable(PackInput):
         *,
         image_column: str | None = None,
         caption_column: str | None = None,
+        source_column: str | None = None,
         caption_key: str = "caption",
+        metadata: bool = False,
         others: OtherSplits | None = None,
     ) -> ColumnTable:
         """All rows of files that have the same columns.
@@ -82,20 +87,27 @@ class ColumnTable(PackInput):
             image_column: Column of images (bytes, or a struct with bytes and path) or of their paths. Defaults to None: a column
                 with the struct type, or else with a usual name.
             caption_column: Column of captions. Defaults to None: a column with a usual name.
+            source_column: Column of source images, or of their paths. Defaults to None: one with a usual name, if there is one.
             caption_key: Key in the ``.json`` member for several captions of one image. Defaults to "caption".
+            metadata: Whether these are metadata files. Defaults to False.
             others: Folders of other splits, whose images are left out. Defaults to None.
 
         Raises:
             UserError: If pyarrow is not installed, or a file cannot be read or has no such column.
         """
         schema = files[0].schema
-        image = image_column or next((field.name for field in schema if _has_bytes(field.type)), None)
-        columns = TableColumns.choose(files[0].path, schema.names, image, caption_column, caption_key)
-        read = tuple(
-            field.name
-            for field in schema
-            if field.name == columns.image or field.name in columns.captions or _is_packed(field.type)
+        columns = TableColumns.choose(
+            files[0].path,
+            schema.names,
+            image_column,
+            caption_column,
+            caption_key,
+            source_column,
+            () if metadata else [field.name for field in schema if _has_bytes(field.type)],
+            metadata,
         )
+        needed = (columns.image, columns.source, *columns.captions)
+        read = tuple(field.name for field in schema if field.name in needed or _is_packed(field.type))
         for file in files[1:]:
             if missing := [name for name in read if name not in file.schema.names]:
                 raise UserError(
@@ -119,8 +131,9 @@ class ColumnTable(PackInput):
             blocks=_number_blocks(files),
             notes=tuple(_notes(files, read)),
         )
-        path = _path_column(files, columns.image)
-        return every if path is None else every._with_paths(path, others)
+        path = _path_column(files, columns.image, "image_column")
+        source = columns.source and _path_column(files, columns.source, "source_column")
+        return every if path is None else every._with_paths(path, source, others)
 
     def read_files(self) -> list[Path]:
         return [file.path for file in self.files]
@@ -133,6 +146,8 @@ class ColumnTable(PackInput):
         if self.names is not None:
             yield from (self.names[sample] for sample in range(len(self)))
             yield from (file.file for file in self.bad)
+        if self.sources is not None:
+            yield from (self.sources[source] for source in range(len(self.sources)))
 
     def name(self, sample: int) -> str:
         if self.names is not None:
@@ -151,7 +166,9 @@ class ColumnTable(PackInput):
         except (OSError, import_arrow().ArrowException) as error:
             reason = str(error).partition("\n")[0]
             raise BadSampleError(f"cannot be read ({reason})") from error
-        return {**_image(self.files[file].path.parent, row[self.columns.image]), **self.columns.texts(row)}
+        folder = self.files[file].path.parent
+        members = {**_image(folder, row[self.columns.image]), **self.columns.texts(row)}
+        return members if self.columns.source is None else members | _source(folder, row[self.columns.source], members)
 
     def select(self, samples: NDArray[np.int64]) -> ColumnTable:
         return replace(
@@ -162,6 +179,7 @@ class ColumnTable(PackInput):
             blocks=None,
             bad=(),
             skipped=(),
+            sources=None,
         )
 
     def _place(self, sample: int) -> tuple[int, int]:
@@ -169,18 +187,21 @@ class ColumnTable(PackInput):
         file = int(np.searchsorted(self.first_row, self.row[sample], "right")) - 1
         return file, int(self.row[sample] - self.first_row[file])
 
-    def _with_paths(self, column: str, others: OtherSplits | None) -> ColumnTable:
-        """The rows whose image files exist, with their names and sizes."""
+    def _with_paths(self, column: str, source: str | None, others: OtherSplits | None) -> ColumnTable:
+        """The rows whose image files exist, and those of their sources, with their names and sizes."""
+        sources: list[str] = []
         bad: list[BadFile] = []
         rows, sizes = array("q"), array("q")
         digest = hashlib.sha256(self.fingerprint.encode())
 
         def good_images() -> Iterator[str]:
-            for row, (name, path) in enumerate(self._paths(column)):
+            starts = itertools.repeat(("", "")) if source is None else self._paths(source)
+            for row, ((name, path), (_, start)) in enumerate(zip(self._paths(column), starts, strict=False)):
+                sources.extend([start] if start else [])
                 if others is not None and others.contain(path):
                     continue
                 try:
-                    size, stamp = _stat_image(self.folder, path)
+                    size, stamp = _stat_image(self.folder, path, start, source is not None)
                 except BadSampleError as error:
                     bad.append(BadFile(path or name, str(error)))
                     continue
@@ -199,6 +220,7 @@ class ColumnTable(PackInput):
             blocks=None if self.blocks is None else self.blocks[row],
             fingerprint=digest.hexdigest(),
             bad=tuple(bad),
+            sources=SampleNames.of(sources),
         )
 
     def _paths(self, column: str) -> Iterator[tuple[str, str]]:
@@ -241,7 +263,7 @@ def _is_packed(kind: Any) -> bool:
     return is_text or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
 
 
-def _path_column(files: Sequence[BatchFile], image: str) -> str | None:
+def _path_column(files: Sequence[BatchFile], image: str, option: str) -> str | None:
     """The column of image paths; None if the files contain the images."""
     kind = files[0].schema.field(image).type
     types = import_arrow().types
@@ -251,7 +273,7 @@ def _path_column(files: Sequence[BatchFile], image: str) -> str | None:
         return image
     if not _has_bytes(kind):
         raise UserError(
-            f"{visible(files[0].path)}: the column {image!r} holds {kind}, not images or paths; set image_column to"
+            f"{visible(files[0].path)}: the column {image!r} holds {kind}, not images or paths; set {option} to"
             " another column"
         )
     if kind.get_field_index("path") < 0:
@@ -280,12 +302,29 @@ def _image(folder: Path, value: Any) -> dict[str, bytes]:
     raise BadSampleError("has no image")
 
 
-def _stat_image(folder: Path, path: str) -> tuple[int, str]:
+def _source(folder: Path, value: Any, members: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The source image of a row as a member beside others."""
+    try:
+        [(extension, data)] = ((end, data) for end, data in _image(folder, value).items() if "." not in end)
+    except BadSampleError as error:
+        raise BadSampleError(f"source image: {error}") from error
+    check_source(f"source.{extension}", members)
+    return {f"source.{extension}": data}
+
+
+def _stat_image(folder: Path, path: str, source: str, has_source: bool) -> tuple[int, str]:
+    """Size and stamp of the files of a row."""
     if not path or "\0" in path:
         raise BadSampleError("has no image")
     if not image_extension(path):
         raise BadSampleError(NOT_AN_IMAGE)
-    return stat_files({image_extension(path): folder / path, **images_beside(folder / path)})
+    paths = {image_extension(path): folder / path, **images_beside(folder / path)}
+    if has_source:
+        if not source or "\0" in source:
+            raise BadSampleError("has no source image")
+        check_source(source, paths)
+        paths[source_member(source)] = folder / source
+    return stat_files(paths)
 
 
 def _stamp(folder: Path, file: BatchFile) -> str:

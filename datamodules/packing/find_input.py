@@ -12,6 +12,7 @@ from lit_lora.datamodules.packing.image_table import ImageTable
 from lit_lora.datamodules.packing.input import PackInput
 from lit_lora.datamodules.packing.left_out import list_first
 from lit_lora.datamodules.packing.listed_images import ListedImages
+from lit_lora.datamodules.packing.paired_images import PairedImages, check_sources
 from lit_lora.datamodules.packing.row_file import ROW_EXTENSIONS
 from lit_lora.datamodules.packing.saved_dataset import SavedDataset
 from lit_lora.datamodules.packing.source import PackSource
@@ -36,6 +37,8 @@ def find_input(
     fallback: str | None = None,
     caption_extension: str | None = None,
     is_set: bool = False,
+    sources: Path | None = None,
+    source_column: str | None = None,
 ) -> PackInput:
     """The samples of a folder or file, found by the first kind of input that finds any.
 
@@ -50,10 +53,15 @@ def find_input(
         fallback: Caption of a folder's images without a caption file. Defaults to None: these images are bad.
         caption_extension: Ending of the caption files beside images. Defaults to None: all of ``CAPTIONS``.
         is_set: Whether the folder is one of several sets, with repeats of its own. Defaults to False.
+        sources: Folder of source images, each at the same place as its target. Defaults to None: they are beside their targets,
+            or in a table.
+        source_column: Column of source images in tables. Defaults to None: a column with a usual name.
 
     Raises:
-        UserError: If nothing can be packed, or a table cannot be parsed.
+        UserError: If nothing can be packed, a table cannot be parsed, or the sources cannot be paired.
     """
+    if sources is not None:
+        check_sources(sources, source, out)
     looked = PackSource.look(
         source,
         out,
@@ -66,13 +74,15 @@ def find_input(
         fallback=fallback,
         caption_extension=caption_extension,
         is_set=is_set,
+        source_column=source_column,
     )
     if template is None:
         looked.check_metadata()
     for kind in INPUTS if template is None else (ImageFolder,):
         found = kind.find(looked)
         if found is not None:
-            return name_unused(looked, found)
+            found = name_unused(looked, found)
+            return found if sources is None else _paired(found, source, sources)
     if looked.metadata or looked.is_file:
         paths = looked.metadata or [source]
         extensions = sorted({f".{path.suffix[1:].lower()}" for path in paths})
@@ -86,3 +96,13 @@ def find_input(
         f"{visible(source)} holds no images ({', '.join(IMAGE_EXTENSIONS)} and others), no shards and no tables; name another"
         f" folder{also}"
     )
+
+
+def _paired(targets: PackInput, source: Path, sources: Path) -> PackInput:
+    """Images with the sources of another folder."""
+    if not targets.captions_are_beside and not targets.packs_images_beside:
+        raise UserError(
+            f"sources={visible(sources)} belong to files of images, and {visible(source)} holds images inside tables or shards; "
+            "pack them with a column or a member for the source (source_column, KEY.source.png)"
+        )
+    return PairedImages.of(targets, sources)

@@ -131,7 +131,7 @@ class ImageFolder(PackInput):
         if unread:
             skipped.append(BadFile(unread[0], "is not read: captions are made from names", len(unread)))
         notes = (
-            [f"{len(bare)} of {len(names)} images have no caption file, first {bare[0]}: they get {fallback!r}"]
+            [f"{len(bare)} of {len(names)} images have no caption file, first {bare[0]}: they get {_quoted(fallback)}"]
             if bare
             else []
         )
@@ -147,6 +147,10 @@ class ImageFolder(PackInput):
             template=template,
             fallback=fallback,
         )
+
+    @property
+    def may_be_empty(self) -> bool:
+        return self.fallback == ""
 
     def name(self, sample: int) -> str:
         return self.names[sample]
@@ -235,6 +239,10 @@ def _checked(fallback: str | None, kinds: Sequence[str], image: Path) -> str:
         endings = " or ".join(f".{kind}" for kind in kinds if kind != "caption" or kinds == ("caption",))
         raise BadSampleError(f"has no caption (a {endings} file of the same name){hint}")
     return fallback
+
+
+def _quoted(fallback: str | None) -> str:
+    return f"{fallback!r}" if fallback else "an empty caption"
 
 
 def _why_no_caption(folder: Path, file: str, siblings: Set[str], kinds: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.packing.image_folder import read_file, stat_files
 from lit_lora.datamodules.packing.image_formats import NOT_AN_IMAGE, image_extension
-from lit_lora.datamodules.packing.images_beside import images_beside
+from lit_lora.datamodules.packing.images_beside import check_source, images_beside, source_member
 from lit_lora.datamodules.packing.input import PackInput, packed_size, show_planning
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.datamodules.packing.row_file import ROW_EXTENSIONS, RowFile
@@ -40,6 +40,7 @@ class ImageTable(PackInput):
         names: Paths of the images, relative to ``folder`` or absolute.
         file: Number of each sample's text file, int32 (N,).
         start: Offset of each sample's row in its file, in bytes, int64 (N,).
+        sources: Paths of all source images that the rows name, relative to ``folder`` or absolute; None in a part of the table.
     """
 
     extensions = ROW_EXTENSIONS
@@ -50,6 +51,7 @@ class ImageTable(PackInput):
     names: SampleNames
     file: NDArray[np.int32]
     start: NDArray[np.int64]
+    sources: SampleNames | None
 
     @classmethod
     def find(cls, source: PackSource) -> ImageTable | None:
@@ -59,8 +61,7 @@ class ImageTable(PackInput):
             paths = [path for extension in ROW_EXTENSIONS for path in source.files.get(extension, ())]
         if not paths:
             return None
-        inside = bool(source.metadata)
-        return cls.read(source.folder, paths, inside=inside, others=source.others, **source.column_options)
+        return cls.read(source.folder, paths, others=source.others, **source.column_options)
 
     @classmethod
     def read(
@@ -70,8 +71,9 @@ class ImageTable(PackInput):
         *,
         image_column: str | None = None,
         caption_column: str | None = None,
+        source_column: str | None = None,
         caption_key: str = "caption",
-        inside: bool = False,
+        metadata: bool = False,
         others: OtherSplits = _NO_SPLITS,
     ) -> ImageTable:
         """Read the rows of text files, in order.
@@ -81,21 +83,24 @@ class ImageTable(PackInput):
             paths: Paths of the text files; paths of images in a file are relative to its folder.
             image_column: Column of paths. Defaults to None: a column with a usual name.
             caption_column: Column of captions, in the same way.
+            source_column: Column of paths of source images. Defaults to None: one with a usual name, if there is one.
             caption_key: As in :class:`TableColumns`. Defaults to "caption".
-            inside: Whether images outside the folder of their file are bad. Defaults to False.
+            metadata: Whether these are metadata files, for which images outside of their folder are bad. Defaults to False.
             others: Folders of other splits, whose rows are left out. Defaults to none.
 
         Raises:
             UserError: If a file cannot be read or parsed, or has no such column.
         """
         files = tuple(map(RowFile.open, paths))
-        choice = (image_column, caption_column, caption_key)
-        columns = tuple(TableColumns.choose(file.path, file.columns(), *choice) for file in files)
+        choice: dict[str, Any] = {"image": image_column, "caption": caption_column, "source": source_column}
+        choice |= {"caption_key": caption_key, "metadata": metadata}
+        columns = tuple(TableColumns.choose(file.path, file.columns(), **choice) for file in files)
         bad: list[BadFile] = []
+        sources: list[str] = []
         sizes, file_numbers, starts, digest = array("q"), array("i"), array("q"), hashlib.sha256()
 
         def good_images() -> Iterator[str]:
-            for number, start, name, size, stamp in _good_rows(folder, files, columns, inside, others, bad):
+            for number, start, name, size, stamp in _good_rows(folder, files, columns, metadata, others, bad, sources):
                 sizes.append(size)
                 file_numbers.append(number)
                 starts.append(start)
@@ -113,6 +118,7 @@ class ImageTable(PackInput):
             sizes=np.array(sizes, np.int64),
             fingerprint=digest.hexdigest(),
             bad=tuple(bad),
+            sources=SampleNames.of(sources),
         )
 
     def read_files(self) -> list[Path]:
@@ -125,6 +131,8 @@ class ImageTable(PackInput):
     def image_names(self) -> Iterator[str]:
         yield from (self.names[sample] for sample in range(len(self)))
         yield from (file.file for file in self.bad)
+        if self.sources is not None:
+            yield from (self.sources[source] for source in range(len(self.sources)))
 
     def name(self, sample: int) -> str:
         return self.names[sample]
@@ -135,9 +143,11 @@ class ImageTable(PackInput):
     def members(self, sample: int) -> dict[str, bytes]:
         image = self.folder / self.names[sample]
         number = self.file[sample]
-        row = self.files[number].row(int(self.start[sample]))
-        paths = {image_extension(image.name): image, **images_beside(image)}
-        return {end: read_file(path) for end, path in paths.items()} | self.columns[number].texts(row)
+        file, columns = self.files[number], self.columns[number]
+        row = file.row(int(self.start[sample]))
+        source = _source_of(row, columns.source, PurePosixPath(file.path.relative_to(self.folder)).parent, False)
+        paths = _paths(self.folder, image, source)
+        return {end: read_file(path) for end, path in paths.items()} | columns.texts(row)
 
     def select(self, samples: NDArray[np.int64]) -> ImageTable:
         return replace(
@@ -148,6 +158,7 @@ class ImageTable(PackInput):
             sizes=self.sizes[samples],
             bad=(),
             skipped=(),
+            sources=None,
         )
 
 
@@ -166,13 +177,16 @@ def _good_rows(
     inside: bool,
     others: OtherSplits,
     bad: list[BadFile],
+    sources: list[str],
 ) -> Iterator[tuple[int, int, str, int, str]]:
-    """Yield number of a row's file, offset of the row, path, packed size and stamp of its image; append to ``bad``."""
+    """Yield number of a row's file, offset of the row, path, packed size and stamp of its image; append to the lists."""
     for number, prefix, start, name, row in _rows(folder, files):
         try:
+            source = _source_of(row, columns[number].source, prefix, inside)
+            sources += [source] if source else []
             name = (prefix / _image_path(row, columns[number].image, inside)).as_posix()
             if not others.contain(name):
-                yield number, start, name, *_measure(folder / name, columns[number].texts(row))
+                yield number, start, name, *_measure(_paths(folder, folder / name, source), columns[number].texts(row))
         except BadSampleError as error:
             bad.append(BadFile(name, str(error)))
 
@@ -189,9 +203,23 @@ def _image_path(row: dict[str, Any], column: str, inside: bool) -> PurePosixPath
     return path
 
 
-def _measure(image: Path, texts: dict[str, bytes]) -> tuple[int, str]:
+def _source_of(row: dict[str, Any], column: str | None, prefix: PurePosixPath, inside: bool) -> str:
+    """Path of a row's source image, relative to the folder of all tables or absolute; empty if the table has none."""
+    return (prefix / _image_path(row, column, inside)).as_posix() if column else ""
+
+
+def _paths(folder: Path, image: Path, source: str) -> dict[str, Path]:
+    """The files of a sample by the names of their members."""
     if not image_extension(image.name):
         raise BadSampleError(NOT_AN_IMAGE)
-    size, stamp = stat_files({image_extension(image.name): image, **images_beside(image)})
+    beside = images_beside(image)
+    if not source:
+        return {image_extension(image.name): image, **beside}
+    check_source(source, beside)
+    return {image_extension(image.name): image, **beside, source_member(source): folder / source}
+
+
+def _measure(paths: dict[str, Path], texts: dict[str, bytes]) -> tuple[int, str]:
+    size, stamp = stat_files(paths)
     digest = hashlib.sha256(b"\0".join(texts.values())).hexdigest()
     return size + packed_size(*(len(text) for text in texts.values())), f"{stamp} {digest}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Set
 from pathlib import Path, PurePosixPath
 
+from lit_lora.datamodules.decoding.decode import BadSampleError
 from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION, SOURCE_EXTENSIONS
-from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, PACKED_IMAGES
+from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, NOT_AN_IMAGE, PACKED_IMAGES, image_extension
+from lit_lora.visible import visible
 
 IMAGES_BESIDE = (MASK_EXTENSION, *(f"source.{extension}" for extension in PACKED_IMAGES))
 """Endings of the images that are packed with another one."""
@@ -54,6 +56,27 @@ def images_named(stem: str, siblings: Set[str]) -> Iterator[str]:
     """Images of a name, with any ending."""
     images = (f"{stem}.{each}" for low in IMAGE_FILES for each in (low, low.upper(), low.capitalize()))
     return (image for image in images if image in siblings)
+
+
+def source_member(file: str) -> str:
+    """Name of the member that holds a source image, before its conversion to a format of shards."""
+    return f"source.{image_extension(file)}"
+
+
+def check_source(file: str, beside: Collection[str]) -> None:
+    """Check a source image that is not beside its target.
+
+    Args:
+        file: Path of the source.
+        beside: Names of the target's members.
+
+    Raises:
+        BadSampleError: If it is no image, or another source is beside the target.
+    """
+    if not image_extension(file):
+        raise BadSampleError(f"its source {visible(file)} {NOT_AN_IMAGE}")
+    if others := [name for name in beside if name.startswith("source.")]:
+        raise BadSampleError(f"has two sources, {visible(file)} and one beside it (.{others[0]}); remove one")
 
 
 def images_beside(image: Path) -> dict[str, Path]:

@@ -67,6 +67,11 @@ class PackInput(ABC):
     def __len__(self) -> int:
         return len(self.sizes)
 
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether empty captions are meant, and no note is due about them. Defaults to False."""
+        return False
+
     def read_files(self) -> Iterable[Path]:
         """Tables and shards that contain the samples. Defaults to none."""
         return ()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lit_lora.datamodules.packing.image_folder import CAPTIONS
-from lit_lora.datamodules.packing.source_sets import SourceSet, SourceSets
+from lit_lora.datamodules.packing.source_sets import SourceSet, SourceSets, named_apart
 from lit_lora.errors import UserError
 from lit_lora.visible import visible
 
@@ -93,7 +92,7 @@ def read_kohya_config(path: Path) -> SourceSets:
     problems += _differences(datasets)
     if problems:
         raise UserError(f"{visible(path)} cannot be followed:\n  " + "\n  ".join(dict.fromkeys(problems)))
-    return SourceSets(_named([_source_set(subset, path) for subset in sets]), _data(datasets[0]), tuple(notes))
+    return SourceSets(named_apart([_source_set(subset, path) for subset in sets]), _data(datasets[0]), tuple(notes))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -197,27 +196,6 @@ def _source_set(options: Mapping[str, Any], path: Path) -> SourceSet:
         options.get("is_reg", False),
         decoder,
     )
-
-
-def _named(sets: Sequence[SourceSet]) -> list[SourceSet]:
-    """The same sets, whose names differ.
-
-    Raises:
-        UserError: If two have the same folder.
-    """
-    named: dict[str, SourceSet] = {}
-    for one in sets:
-        same = next((other for other in named.values() if other.folder.resolve() == one.folder.resolve()), None)
-        if same is not None:
-            raise UserError(
-                f"image_dir {visible(one.folder)} is named more than once; name it once, and raise num_repeats"
-            )
-        name, number = one.name or "set", 1
-        while name in named:
-            number += 1
-            name = f"{one.name}-{number}"
-        named[name] = replace(one, name=name)
-    return list(named.values())
 
 
 def _data(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,6 +94,8 @@ def pack_folder(
     fallback: str | None = None,
     caption_extension: str | None = None,
     is_set: bool = False,
+    sources: str | Path | None = None,
+    source_column: str | None = None,
 ) -> PackSummary:
     """Pack images with captions into tar shards, whose bytes depend on the input and the options but not on ``jobs``.
 
@@ -126,26 +128,34 @@ def pack_folder(
         caption_extension: Ending of the caption files beside images: ``txt``, ``json`` or ``caption``. Defaults to None: any.
         is_set: Whether the folder is one of several sets, with repeats of its own, so that no note is due about a number in its
             name. Defaults to False.
+        sources: Folder of the source images of editing pairs, at the same places and with the same names as their targets in
+            ``source``. Defaults to None: sources are beside their targets, or in a table.
+        source_column: Column of source images, or of their paths, in tables. Defaults to None: ``source_file_name``; or beside a
+            column with a name such as ``edited_image`` one with a name such as ``input_image``.
 
     Raises:
         UserError: If an argument is out of bounds, there is nothing to pack, more than ``max_bad`` files are bad, or
             ``out`` holds other shards.
     """
     source, out = Path(source), Path(out)
+    sources = None if sources is None else Path(sources)
     check_least(1, samples_per_shard=samples_per_shard, max_shard_bytes=max_shard_bytes, jobs=jobs)
     check_least(0, max_bad=max_bad)
     _check_names(source, out, prefix)
     columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
     columns["caption_key"] = caption_key
+    pairs: dict[str, Any] = {"sources": sources, "source_column": source_column}
     template = CaptionTemplate(captions) if isinstance(captions, str) else captions
     beside: dict[str, Any] = {"fallback": fallback, "caption_extension": caption_extension}
-    samples = find_input(source, out, jobs=jobs, template=template, is_set=is_set, **columns, **beside)
+    samples = find_input(source, out, jobs=jobs, template=template, is_set=is_set, **columns, **beside, **pairs)
     order = _order(samples, shuffle_seed)
     shards = _name_shards(out, prefix, _group(samples.sizes, order, samples_per_shard, max_shard_bytes))
     options = [str(source.absolute()), prefix, samples_per_shard, max_shard_bytes, shuffle_seed, *columns.values()]
     # Plans of earlier versions have no such entries.
     options += [] if template is None else [template.text]
-    options += [f"{name}={value}" for name, value in beside.items() if value is not None]
+    if sources is not None:
+        pairs["sources"] = sources.absolute()
+    options += [f"{name}={value}" for name, value in (beside | pairs).items() if value is not None]
     with only_run_in(out, "pack"):
         if count_files(samples.bad) <= max_bad:
             claim(out, list(shards), samples.fingerprint, options)
@@ -261,8 +271,7 @@ def _good(
         except BadSampleError as error:
             bad.append(BadFile(samples.name(sample), str(error)))
         else:
-            may_be_empty = getattr(samples, "fallback", None) == ""
-            remarked += remarks(samples.name(sample), members, caption_key, may_be_empty)
+            remarked += remarks(samples.name(sample), members, caption_key, samples.may_be_empty)
             yield samples.key(sample), members
 
 
@@ -277,6 +286,8 @@ def _read(samples: PackInput, sample: int, caption_key: str) -> dict[str, bytes]
     name, image = to_shard_format(extension, members.pop(extension))
     check_pixels(*image_size(image))
     decode_rgb(image)
+    if len(named := [one for one in members if one.startswith("source.")]) > 1:
+        raise BadSampleError(f"has more than one source ({', '.join(named)}); remove all but one")
     members = {name: image, **dict(starmap(_source_in_shard_format, members.items()))}
     if MASK_EXTENSION in members:
         decode_mask(members, "mask.png", image_size(image))

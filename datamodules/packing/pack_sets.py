@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import yaml
 
 from lit_lora.datamodules.packing.kohya_config import read_kohya_config
 from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
-from lit_lora.datamodules.packing.source_sets import SourceSet, SourceSets, find_folders
+from lit_lora.datamodules.packing.source_sets import SourceSet, SourceSets, find_folders, sets_of
+from lit_lora.datamodules.packing.splits import validation_folder
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.visible import visible
@@ -25,34 +27,42 @@ class PackedSets(NamedTuple):
     Attributes:
         found: The sets.
         summaries: The result for each of them.
+        held_out: The result for the validation images of each set that has a folder of them, by its name.
         config: Path of the config, for ``lit-lora fit`` after that of a base.
         options: What the config says about the data.
     """
 
     found: SourceSets
     summaries: list[PackSummary]
+    held_out: dict[str, PackSummary]
     config: Path
     options: dict[str, Any]
 
 
-def find_sets(source: str | Path, out: str | Path) -> SourceSets | None:
-    """The sets of a ``dataset.toml`` or of a folder with folders named ``10_name``, as for kohya's scripts; None for others.
+def find_sets(source: str | Path | Sequence[str | Path], out: str | Path) -> SourceSets | None:
+    """Several folders; or the sets of a ``dataset.toml`` or of a folder with folders named ``10_name``, as for kohya's scripts.
+
+    None for another folder or file.
 
     Raises:
-        UserError: If the file cannot be followed, or a folder says 0 repeats.
+        UserError: If the file cannot be followed, a folder says 0 repeats, or several sources are not all folders.
     """
+    if not isinstance(source, str | Path):
+        return sets_of([Path(one) for one in source], Path(out))
     source = Path(source)
     return read_kohya_config(source) if source.suffix.lower() == ".toml" else find_folders(source, Path(out))
 
 
-def pack_sets(found: SourceSets, out: str | Path, **options: Any) -> PackedSets:
+def pack_sets(found: SourceSets, out: str | Path, *, validation: bool = True, **options: Any) -> PackedSets:
     """Pack each set into a folder of its own in ``out``, and write ``sets.yaml``.
 
-    Class images are repeated so that a pass shows as many of them as of other images, as in sd-scripts.
+    Class images are repeated so that a pass shows as many of them as of other images, as in sd-scripts. Of a set with folders
+    ``train`` and ``validation`` (or ``test``), the second is packed into the folder ``validation`` in ``out``.
 
     Args:
         found: The sets.
         out: Folder for all of them.
+        validation: Whether the validation images are packed. Defaults to True.
         **options: Options of :func:`~lit_lora.datamodules.packing.pack.pack_folder`.
 
     Raises:
@@ -66,17 +76,23 @@ def pack_sets(found: SourceSets, out: str | Path, **options: Any) -> PackedSets:
             )
     if all(one.prior for one in found.sets):
         raise UserError("all sets are class images (is_reg = true); name images of what is to be learned too")
-    summaries = [
-        pack_folder(
-            one.folder,
-            out / one.name,
-            **{"fallback": one.fallback or None, "caption_extension": one.caption_extension, "is_set": True} | options,
-        )
-        for one in found.sets
-    ]
+    apart = {one.name: validation_folder(one.folder) if validation and not one.prior else None for one in found.sets}
+    summaries, held_out = [], {}
+    for one in found.sets:
+        of_set: dict[str, Any] = {"caption_extension": one.caption_extension, "is_set": True, **options}
+        of_set["fallback"] = one.fallback or options.get("fallback")
+        summary = pack_folder(one.folder, out / one.name, **of_set)
+        if (folder := apart[one.name]) is not None:
+            held_out[one.name] = pack_folder(folder, out / "validation" / one.name, **of_set)
+            others = [file for file in summary.skipped if file.file != f"{folder.name}/"]
+            summary = replace(summary, skipped=others)
+        summaries.append(summary)
     repeats = repeats_of(found.sets, [summary.samples for summary in summaries])
     sets = [_options_of(one, out / one.name, times) for one, times in zip(found.sets, repeats, strict=True)]
-    config = {"data": {"init_args": {"train_shards": None, "train_sets": sets, **found.data}}}
+    data: dict[str, Any] = {"train_shards": None, "train_sets": sets}
+    if held_out:
+        data |= {"val_samples": 0, "val_shards": [str(summary.folder) for summary in held_out.values()]}
+    config = {"data": {"init_args": {**data, **found.data}}}
     if any(one.prior for one in found.sets):
         prior = {"class_path": "lit_lora.objectives.PriorPreservation"}
         config["model"] = {"objective": {"init_args": {"prior": prior}}}
@@ -84,7 +100,7 @@ def pack_sets(found: SourceSets, out: str | Path, **options: Any) -> PackedSets:
     with atomic_file(path) as part:
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120)
         part.write_text(f"# lit-lora fit --config configs/sdxl.yaml --config {path}\n{text}", encoding="utf-8")
-    return PackedSets(found, summaries, path, config["data"]["init_args"])
+    return PackedSets(found, summaries, held_out, path, config["data"]["init_args"])
 
 
 def repeats_of(sets: Sequence[SourceSet], counts: Sequence[int]) -> list[float]:
@@ -105,7 +121,8 @@ def set_rows(packed: PackedSets) -> list[list[str]]:
     rows = [["set", "images", "repeats", "in a pass", ""]]
     for one, summary, options in zip(packed.found.sets, packed.summaries, packed.options["train_sets"], strict=True):
         shown = round(options["repeats"] * summary.samples)
-        kind = "class images" if one.prior else ""
+        apart = packed.held_out.get(one.name)
+        kind = "class images" if one.prior else f"+ {apart.samples:,} for validation" if apart else ""
         rows.append([visible(one.name), f"{summary.samples:,}", f"{options['repeats']:.4g}", f"{shown:,}", kind])
     return rows
 

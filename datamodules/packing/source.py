@@ -20,7 +20,6 @@ from lit_lora.visible import visible
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _REPEATS = re.compile(r"\d+_.")
-_METADATA_IMAGE = "file_name"  # as datasets prescribes
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class PackSource:
         repeats: Folders of images whose names begin with a number, as in ``10_name``.
         image_column: Column of images in tables; None for a column with a usual name.
         caption_column: Column of captions in tables; None for a column with a usual name.
+        source_column: Column of source images in tables; None for a column with a usual name, if there is one.
         caption_key: Key of captions in ``.json`` files.
         jobs: Number of processes that scan tar shards.
         template: Makes the captions of images from their names; None to read captions.
@@ -54,6 +54,7 @@ class PackSource:
     repeats: Collection[str] = ()
     image_column: str | None = None
     caption_column: str | None = None
+    source_column: str | None = None
     caption_key: str = "caption"
     jobs: int = 1
     template: CaptionTemplate | None = None
@@ -114,9 +115,13 @@ class PackSource:
     @property
     def column_options(self) -> dict[str, Any]:
         """Arguments of the inputs that have columns."""
-        image_column = self.image_column or (_METADATA_IMAGE if self.metadata else None)
-        options = {"caption_column": self.caption_column, "caption_key": self.caption_key}
-        return {"image_column": image_column, **options}
+        return {
+            "image_column": self.image_column,
+            "caption_column": self.caption_column,
+            "source_column": self.source_column,
+            "caption_key": self.caption_key,
+            "metadata": bool(self.metadata),
+        }
 
     def check_metadata(self) -> None:
         """Refuse several metadata files in a folder, of which each may list the same images, and kinds that are read differently.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,63 @@ def find_folders(source: Path, out: Path) -> SourceSets | None:
             continue
         if not any(image_extension(file) for file, _ in walk_files(entry, out)):
             continue
-        named = _REPEATS.fullmatch(entry.name)
-        if named is None:
+        if (found := _numbered(entry)) is None:
             return None
-        if not int(named[1]):
-            raise UserError(f"{visible(entry)} has 0 repeats; give its name a number above 0, or move it elsewhere")
-        sets.append(SourceSet(entry.name, entry, int(named[1]), fallback=named[2].strip()))
+        sets.append(found)
     return SourceSets(sets) if sets else None
+
+
+def sets_of(folders: Sequence[Path], out: Path) -> SourceSets:
+    """A set for each of several folders; one whose name begins with a number, as in ``10_name``, is repeated as often.
+
+    Args:
+        folders: The folders; those in which :func:`find_folders` finds sets stand for these.
+        out: Output folder, which is not part of the input.
+
+    Raises:
+        UserError: If one is no folder, two contain one another, or a number is 0.
+    """
+    sets: list[SourceSet] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(
+                f"{visible(folder)} is no folder; several sets are folders of images, named one after the other"
+            )
+        inside = find_folders(folder, out)
+        name = folder.resolve().name
+        sets += [_numbered(folder) or SourceSet(name, folder, 1)] if inside is None else inside.sets
+    for one in sets:
+        for other in sets:
+            if one is not other and one.folder.resolve() in other.folder.resolve().parents:
+                raise UserError(f"{visible(other.folder)} is inside {visible(one.folder)}; name folders side by side")
+    return SourceSets(named_apart(sets))
+
+
+def named_apart(sets: Sequence[SourceSet]) -> list[SourceSet]:
+    """The same sets, whose names differ.
+
+    Raises:
+        UserError: If two have the same folder.
+    """
+    named: dict[str, SourceSet] = {}
+    for one in sets:
+        same = next((other for other in named.values() if other.folder.resolve() == one.folder.resolve()), None)
+        if same is not None:
+            raise UserError(f"{visible(one.folder)} is named more than once; name it once, and raise its repeats")
+        name, number = one.name or "set", 1
+        while name in named:
+            number += 1
+            name = f"{one.name}-{number}"
+        named[name] = replace(one, name=name)
+    return list(named.values())
+
+
+def _numbered(folder: Path) -> SourceSet | None:
+    """The set of a folder named ``10_name``; None for other names."""
+    name = folder.resolve().name
+    found = _REPEATS.fullmatch(name)
+    if found is None:
+        return None
+    if not int(found[1]):
+        raise UserError(f"{visible(folder)} has 0 repeats; give its name a number above 0, or move it elsewhere")
+    return SourceSet(name, folder, int(found[1]), fallback=found[2].strip())

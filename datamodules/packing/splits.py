@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 _SPLITS = {
     "train": ("train", "training"),
@@ -22,3 +23,11 @@ def split_of_file(name: str) -> str:
     """The split that the beginning of a file's name says, as in ``test-00000-of-00001.parquet``; empty if none."""
     found = _BEGINNING.match(name)
     return _SPLIT_OF[found[1].lower()] if found else ""
+
+
+def validation_folder(folder: Path) -> Path | None:
+    """The folder of validation or test images beside one of training images, as in HF's image folders; None without it."""
+    if not folder.is_dir():
+        return None
+    splits = {split_of_folder(entry.name): entry for entry in sorted(folder.iterdir()) if entry.is_dir()}
+    return splits.get("validation", splits.get("test")) if "train" in splits else None

@@ -7,20 +7,16 @@ import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lit_lora.datamodules.indexing.extensions import (
-    CAPTION_EXTENSIONS,
-    IMAGE_EXTENSIONS,
-    MASK_EXTENSION,
-    SOURCE_EXTENSIONS,
-)
+from lit_lora.datamodules.indexing.extensions import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS
 from lit_lora.datamodules.indexing.hidden_files import is_hidden
 from lit_lora.datamodules.indexing.tar_headers import walk_headers
 from lit_lora.datamodules.indexing.unread_members import by_ending, split_dotted, split_name
 from lit_lora.datamodules.packing.image_formats import IMAGE_FILES
+from lit_lora.datamodules.packing.images_beside import IMAGES_BESIDE
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.visible import visible
 
-MEMBERS = (*IMAGE_FILES[:-1], *CAPTION_EXTENSIONS, MASK_EXTENSION, *SOURCE_EXTENSIONS)
+MEMBERS = (*IMAGE_FILES[:-1], *CAPTION_EXTENSIONS, *IMAGES_BESIDE)
 """Extensions of the members that are packed; a sample's image is the first of them that it has."""
 
 TWICE = -1

@@ -20,6 +20,7 @@ import torch
 from docstring_parser import DocstringStyle, parse
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from peft import PeftConfig
 
@@ -92,6 +93,7 @@ SECTIONS = (
     ),
     Section("data.init_args.chunks", "How training goes through the shards.", options=lit_lora.Chunks),
     Section("data.init_args.chunks.staging", "Copies of the shards on a local disk.", options=lit_lora.Staging),
+    Section("trainer.logger[]", "One logger or a list of them.", choice=Logger),
     Section("trainer.callbacks[]", "Each entry of the list is one callback.", choice=Callback),
     Section(
         "trainer.callbacks[].init_args.info",

@@ -49,4 +49,4 @@ def run_tool(function: Callable[..., Any] | dict[str, Any], arguments: list[str]
         raise UserError(
             f"{twice[0]} is given more than once, and only the last would count; give it once, with a list if it takes one"
         )
-    return auto_cli(function, args=arguments, prog=prog, parser_class=ToolParser, as_positional=True, **options)
+    return auto_cli(function, args=arguments, prog=prog, as_positional=True, **{"parser_class": ToolParser, **options})

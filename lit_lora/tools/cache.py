@@ -89,7 +89,8 @@ def cache(arguments: list[str]) -> None:
     if "train_sets" in (named := summary.arguments):
         sets = cli.config["data"]["init_args"]["train_sets"]
         named["train_sets"] = [_set_of_cache(*pair) for pair in zip(sets, named["train_sets"], strict=True)]
-    print("\nNext:", shlex.join(["lit-lora", "fit", *cli.arguments_for_fit(arguments, named), *_options(named)]))
+    fit = ["lit-lora", "fit", *cli.arguments_for_fit(arguments, named), *_options(named)]
+    print(f"\nNext:\n{shlex.join(fit)}")
 
 
 def cache_shards(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def pack(
-    source: str,
+    source: str | list[str],
     out: str,
     samples_per_shard: int = 10_000,
     max_shard_bytes: int = 1_000_000_000,
@@ -30,6 +30,8 @@ def pack(
     caption_column: str | None = None,
     captions: str | None = None,
     prefix: str = "shard",
+    sources: str | None = None,
+    source_column: str | None = None,
 ) -> None:
     """Pack images with captions into tar shards.
 
@@ -40,8 +42,8 @@ def pack(
         source: Folder with images and a .txt or .json file of the same name for each, at any depth; or with images that
             metadata.jsonl or metadata.csv files list; or with tar shards or parquet files; or one that
             datasets.save_to_disk wrote. Or one tar or parquet file, or a .csv, .tsv or .jsonl file with paths of images.
-            Or several sets, each packed into a folder in out: a folder of folders named 10_name, or a dataset.toml, as for
-            kohya's scripts.
+            Or several sets, each packed into a folder in out: a list of folders, a folder of folders named 10_name, or a
+            dataset.toml, as for kohya's scripts.
         out: Folder for the shards.
         samples_per_shard: Maximum number of samples in a shard.
         max_shard_bytes: Maximum size of a shard in bytes; only a shard of one sample may exceed it.
@@ -54,6 +56,10 @@ def pack(
         captions: Caption of every image of a folder, in place of captions in files: a text such as "a photo of a {folder}",
             in which {name} and {folder} stand for the words of the image's and of its folder's name.
         prefix: Start of the shards' names.
+        sources: Folder of the source images of editing pairs: the source of a/1.jpg in the folder to pack is a/1.jpg or
+            a/1.png there. Without it, sources are beside their targets (1.source.jpg) or in a column of a table.
+        source_column: Column of a table that holds source images of editing pairs or their paths; defaults to source_file_name,
+            or to input_image and similar names beside edited_image and similar ones.
 
     Raises:
         UserError: If the source cannot be read, an option is outside its range, or more than ``max_bad`` files are bad.
@@ -72,13 +78,19 @@ def pack(
         "caption_column": caption_column,
         "captions": captions,
         "prefix": prefix,
+        "source_column": source_column,
     }
     if (found := find_sets(source, out)) is not None:
+        if sources is not None:
+            raise UserError(
+                f"sources={visible(sources)} is for one folder, and here are several sets; pack them one by one"
+            )
         packed = pack_sets(found, out, **options)
-        fit = ["lit-lora", "fit", "--config", "configs/sd15.yaml", "--config", str(packed.config)]
-        print("\n".join([*sets_lines(packed), f"\nNext: {shlex.join(fit)}"]))
+        fit = ("--config", str(packed.config))
+        print("\n".join([*sets_lines(packed), _next(*fit)]))
     else:
-        print("\n".join(_pack_lines(pack_folder(source, out, **options))))
+        assert isinstance(source, str)  # a list is sets
+        print("\n".join(_pack_lines(pack_folder(source, out, sources=sources, **options))))
 
 
 def sets_lines(packed: PackedSets) -> list[str]:
@@ -88,14 +100,13 @@ def sets_lines(packed: PackedSets) -> list[str]:
     from lit_lora.report_text import format_note, format_table
 
     lines = format_table(set_rows(packed))
-    for one, summary in zip(packed.found.sets, packed.summaries, strict=True):
+    done = zip((one.name for one in packed.found.sets), packed.summaries, strict=True)
+    for name, summary in (*done, *((f"validation/{name}", found) for name, found in packed.held_out.items())):
         reasons = format_reasons([*summary.bad, *summary.skipped])
         lines += (
-            [f"left out of {visible(one.name)} (see {visible(summary.folder / 'bad.jsonl')})", *reasons]
-            if reasons
-            else []
+            [f"left out of {visible(name)} (see {visible(summary.folder / 'bad.jsonl')})", *reasons] if reasons else []
         )
-        lines += [format_note(f"{visible(one.name)}: {note}") for note in summary.notes]
+        lines += [format_note(f"{visible(name)}: {note}") for note in summary.notes]
     return [*lines, *map(format_note, packed.found.notes)]
 
 
@@ -107,8 +118,13 @@ def _pack_lines(summary: PackSummary) -> list[str]:
     folder = visible(summary.folder)
     numbers = (summary.shards, summary.resumed, summary.samples, summary.size, count_files(left_out))
     written = format_written(*numbers, visible(summary.folder / "bad.jsonl"))
-    fit = f"\nNext: lit-lora fit --config configs/sd15.yaml --data.init_args.train_shards {shlex.quote(folder)}"
+    fit = _next("--data.init_args.train_shards", folder)
     return [written, *format_reasons(left_out), *map(format_note, summary.notes), fit]
+
+
+def _next(option: str, value: str) -> str:
+    """The next command, over two lines, since a path may be long."""
+    return f"\nNext:\nlit-lora fit --config configs/sd15.yaml \\\n  {option} {shlex.quote(value)}"
 
 
 def index(shards: str | list[str], jobs: int = 1) -> None:

@@ -69,7 +69,7 @@ def describe(
     shown = plan.samples_per_pass
     sizes = sorted(chunks.chunk_bytes.tolist(), reverse=True)
     lines = [
-        ["data", f"{len(table):,} samples in {len(table.locations):,} shards, {format_bytes(sum(sizes))}"],
+        ["data", f"{len(table):,} samples in {_shards(len(table.locations))}, {format_bytes(sum(sizes))}"],
         ["excluded", f"{len(chunks.held_out):,} samples held out for validation, {chunks.too_small:,} too small"],
         ["batch", f"{plan.global_batch_size:,} = {data.batch_size} x {_count(processes, 'process', 'processes')}"],
         ["chunks", f"{plan.num_chunks:,}, largest {format_bytes(sizes[0])}"],
@@ -165,3 +165,7 @@ def _torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count:,} shards"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,17 +23,23 @@ _EPILOG = (
 
 def train_command(arguments: list[str]) -> None:
     """Run ``lit-lora train`` with its own options and those of ``lit-lora fit``."""
-    from lit_lora.tools import run_tool
+    from lit_lora.tools import ToolParser, run_tool
+
+    class Parser(ToolParser):
+        """Has no ``--config``, which this command writes instead."""
+
+        def add_argument(self, *names: Any, **options: Any) -> Any:
+            return None if names[:1] == ("--config",) else super().add_argument(*names, **options)
 
     own, given = split_arguments(arguments)
-    request: Request = run_tool(train, own, "lit-lora train", epilog=_EPILOG)
+    request: Request = run_tool(train, own, "lit-lora train", epilog=_EPILOG, parser_class=Parser)
     from lit_lora.tools.training.run import train_adapter
 
     train_adapter(request._replace(given=given))
 
 
 def train(
-    folder: str,
+    folder: str | list[str],
     base: str | None = None,
     trigger: str | None = None,
     captions: Literal["auto", "files", "names", "folders", "trigger"] = "auto",
@@ -40,6 +48,7 @@ def train(
     device_memory: str | None = None,
     cache: bool = True,
     max_bad: int = 0,
+    sources: str | None = None,
     dry_run: bool = False,
 ) -> Request:
     """Train an adapter on a folder of images, with settings chosen for the images, the base and the memory of the device.
@@ -49,7 +58,7 @@ def train(
 
     Args:
         folder: Folder of images, or of what lit-lora shards pack takes: tables, tar shards, parquet files; or several sets, as
-            folders named 10_name or a dataset.toml of kohya's scripts.
+            several folders one after the other, folders named 10_name, or a dataset.toml of kohya's scripts.
         base: Name such as sd15, sdxl, flux_dev or embedded; or a folder, hub id or .safetensors file, whose family is found.
         trigger: Words that stand for what is learned, such as "sks dog"; they go before each caption.
         captions: Source of captions: files beside the images or a metadata file; names of the images' files; names of their
@@ -59,11 +68,13 @@ def train(
         device_memory: Memory of the device, in GB or with a unit; defaults to what is free on the device.
         cache: Whether to encode images and captions once, before training.
         max_bad: Maximum number of images that may be left out because they are damaged.
+        sources: Folder of the source images of editing pairs, named like their targets in the folder to train on; for bases
+            such as flux_kontext.
         dry_run: Show the choices and write the config, but do not train.
     """
     from lit_lora.tools.training.request import Request
 
-    return Request(folder, base, trigger, captions, out, device, device_memory, cache, max_bad, dry_run)
+    return Request(folder, base, trigger, captions, out, device, device_memory, cache, max_bad, sources, dry_run)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -79,6 +90,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
     switched = [
         f"{one}=true" if one == "--dry_run" and after.lower() not in ("true", "false") else one for one, after in pairs
     ]
+    folders = list(itertools.takewhile(lambda one: not one.startswith("-"), switched))
+    if len(folders) > 1:
+        own.append(json.dumps(folders))
+        switched = switched[len(folders) :]
     remaining = iter(switched)
     for argument in remaining:
         name, equals, value = argument.partition("=")

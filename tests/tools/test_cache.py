@@ -793,7 +793,7 @@ class TestCommand:
         assert "samples  15" in printed
         assert "left out 0" in printed
         following = f"--config {config} {' '.join(override)} --data.init_args.train_shards {shards / 'cache'}"
-        assert printed.splitlines()[-1] == f"Next: lit-lora fit {following}"
+        assert printed.splitlines()[-2:] == ["Next:", f"lit-lora fit {following}"]
         assert CacheDescription.read(shards / "cache").dtype == "bfloat16"
         assert main(command) == 0
         assert "shards   3 (3 of them from an earlier run)" in capsys.readouterr().out

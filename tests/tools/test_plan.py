@@ -60,7 +60,7 @@ def test_tells_of_memory_files_and_data(plan: Plan, tmp_path: Path) -> None:
     assert (written["batch_size"], written["height"], written["width"]) == (2, 32, 32)
     assert f"{written['adapter_parameters']:,} parameters" in out
     assert "2 x 32 x 32 px on cpu" in out
-    assert "6 samples in 1 shards" in out
+    assert "6 samples in 1 shard," in out
 
 
 def test_the_last_size_of_ranks_that_are_pruned(plan: Plan, tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import tarfile
 from collections import Counter
 from functools import partialmethod
 from pathlib import Path
@@ -13,7 +17,10 @@ from PIL import Image
 from lit_lora.cli import main
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
-from lit_lora.tools.train import split_arguments
+from lit_lora.prompts import read_prompts
+from lit_lora.tools.train import split_arguments, train_command
+from lit_lora.tools.training.request import Request
+from lit_lora.tools.training.run import train_adapter
 
 
 @pytest.fixture
@@ -98,7 +105,88 @@ def test_splits_of_a_folder_are_trained_and_validated_on(
     assert "validation/:" not in screen
     assert {Path(key).name for key in shown["training_step"]} == {f"train{number}" for number in range(4)}
     assert {Path(key).name for key in shown["validation_step"]} == {f"validation{number}" for number in range(3)}
-    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["data"]["init_args"]["val_samples"] == 0
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert config["data"]["init_args"]["val_samples"] == 0
+    kinds = [callback["class_path"].rpartition(".")[2] for callback in config["trainer"]["callbacks"]]
+    assert "BaseLoss" in kinds
+    assert "best checkpoints/best-step=" in " ".join(screen.split())
+
+
+@pytest.mark.slow
+def test_pairs_of_two_folders(
+    flux_kontext_folder: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run reads each target with its source; what has no partner is left out and named."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for number in range(1, 22):
+        Image.new("RGB", (24, 24), (0, number * 12, 0)).save(sources / f"{number}.bmp")
+    given = ["--base", str(flux_kontext_folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    given += ["--device_memory", "100", "--captions", "names", "--data.init_args.resolution", "16"]
+    command = ["train", str(images), "--sources", str(sources), "--dry_run", *given]
+    assert main([*command, "--max_bad", "1"]) == 0
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "19 images" in screen
+    assert f"0.png: has no source, an image 0.* at the same place in {sources}" in screen
+    assert "20.bmp: is a source to which no image belongs" in screen
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    data = config["data"]["init_args"]
+    assert data["decoder"]["class_path"] == "lit_lora.datamodules.EditDecoder"
+    [draws] = [one for one in config["trainer"]["callbacks"] if one["class_path"].endswith("SampleImages")]
+    assert draws["init_args"]["prompts"] == [str(tmp_path / "out" / "prompts" / "prompts.yaml")]
+    for prompt in read_prompts(draws["init_args"]["prompts"]):
+        assert prompt.image is not None
+        with Image.open(prompt.image) as source:
+            assert source.getpixel((0, 0)) == (0, int(prompt.prompt) * 12, 0)
+    with tarfile.open(tmp_path / "out" / "shards" / "shard-000000.tar") as archive:
+        for number in range(1, 20):
+            with Image.open(archive.extractfile(f"{number}.source.png") or "") as source:
+                assert source.getpixel((0, 0)) == (0, number * 12, 0)
+
+
+@pytest.mark.slow
+def test_several_folders_with_their_own_splits(
+    sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are trained on as often as their names say, their validation images together give the loss, and both are cached."""
+    for folder, count in (("a/train", 4), ("a/validation", 2), ("b/train", 2), ("b/test", 3), ("3_c", 2)):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (20, 20), (number * 50, 0, 99)).save(
+                tmp_path / folder / f"{folder.replace('/', '')}{number}.png"
+            )
+    shown: dict[str, list[str]] = {"training_step": [], "validation_step": []}
+    for name in shown:
+
+        def recording(self: LoraDiffusion, batch: Any, batch_idx: int, name: str = name, step: Any = None) -> Any:
+            pairs = zip(batch["key"], batch["weight"], strict=True)
+            shown[name].extend(Path(key).name for key, weight in pairs if weight)
+            assert "latents_mean" in batch
+            return step(self, batch, batch_idx)
+
+        monkeypatch.setattr(LoraDiffusion, name, partialmethod(recording, step=getattr(LoraDiffusion, name)))
+    folders = [str(tmp_path / name) for name in ("a", "b", "3_c")]
+    given = ["--base", str(sd_folder), "--out", str(tmp_path / "out"), "--device", "cpu", "--device_memory", "100"]
+    short = ["--trigger", "sks", "--trainer.max_steps", "6", "--model.base_dtype=float32"]
+    batches = [
+        "--data.init_args.batch_size",
+        "2",
+        "--trainer.accumulate_grad_batches",
+        "1",
+        "--trainer.val_check_interval",
+        "6",
+    ]
+    assert main(["train", *folders, *given, *short, *batches]) == 0
+    screen = " ".join(capsys.readouterr().out.split())
+    assert "images 8 + 5 those of 2 sets' own folders are for validation" in screen
+    assert 'each after "sks"; alone where there is no file' in screen
+    assert "best checkpoints/best-step=6.adapter" in screen
+    expected = (
+        {f"atrain{n}": 1 for n in range(4)} | {f"btrain{n}": 1 for n in range(2)} | {f"3_c{n}": 3 for n in range(2)}
+    )
+    assert Counter(shown["training_step"]) == expected
+    validation = [*(f"avalidation{n}" for n in range(2)), *(f"btest{n}" for n in range(3))]
+    assert Counter(shown["validation_step"]) == Counter(validation * 2), "before the first step, and after the last"
 
 
 @pytest.mark.slow
@@ -127,6 +215,67 @@ def test_a_pass_over_two_sets_shows_each_image_as_often_as_its_set_says(
         assert Counter(one) == Counter(["red0", "red1"] * 3 + [f"blue{number}" for number in range(4)])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_resumed_run_of_one_and_two_processes_shows_sets_as_planned(
+    sd_folder: Path, tmp_path: Path, devices: int
+) -> None:
+    """Two passes of ten images, stopped in the middle of the first one: each pass shows each image as often as its set says."""
+    for folder, count in (("3_red", 2), ("1_blue", 4)):
+        (tmp_path / "sets" / folder).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (20, 20), folder[2:]).save(tmp_path / "sets" / folder / f"{folder[2:]}{number}.png")
+    diaries = tmp_path / "diaries"
+    diaries.mkdir()
+    callbacks = [
+        {"class_path": "tests.job_callbacks.Diary", "init_args": {"folder": str(diaries)}},
+        {"class_path": "tests.job_callbacks.StopOnce", "init_args": {"step": 3}},
+        {"class_path": "AdapterCheckpoint", "init_args": {"every_n_train_steps": 1, "save_last": True}},
+    ]
+    command = [
+        "-m",
+        "lit_lora.cli",
+        "train",
+        str(tmp_path / "sets"),
+        "--base",
+        str(sd_folder),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    command += ["--device", "cpu", "--device_memory", "100", "--data.init_args.batch_size", str(2 // devices)]
+    command += [
+        "--data.init_args.val_samples",
+        "0",
+        "--trainer.max_steps",
+        "10",
+        "--trainer.accumulate_grad_batches",
+        "1",
+    ]
+    command += ["--model.base_dtype=float32", "--trainer.devices", str(devices), "--trainer.strategy", "ddp"]
+    command += ["--trainer.accelerator", "cpu", "--trainer.callbacks", json.dumps(callbacks)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
+    of_runs: list[list[list[list[str]]]] = []  # by run, process, step
+    for number in range(2):
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("resuming" in done.stdout) == (number == 1)
+        new = sorted(diaries.glob("*.diary"), key=lambda path: path.read_text())
+        of_runs.append([[line.split() for line in path.read_text().splitlines()] for path in new])
+        for path in new:
+            path.unlink()
+    assert [[len(steps) for steps in run] for run in of_runs] == [[3] * devices, [7] * devices]
+    steps = [[key for line in lines for key in line[1:]] for run in of_runs for lines in zip(*run, strict=True)]
+    expected = Counter(["red0", "red1"] * 3 + [f"blue{number}" for number in range(4)])
+    for one in (steps[:5], steps[5:]):
+        assert Counter(key for step in one for key in step) == expected
+
+
+def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(UserError, match=r"starts those of --trainer.devices itself"):
+        train_adapter(Request("images", "embedded"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -139,6 +288,7 @@ def test_a_pass_over_two_sets_shows_each_image_as_often_as_its_set_says(
         ({"--trainer.max_steps": "many"}, "trainer.max_steps='many' is not a number"),
         ({"--trainer.max_steps": "0"}, "trainer.max_steps=0 is too small; it must be at least 1"),
         ({"--steps": "3"}, "steps"),
+        ({"--sources": "."}, "is trained without source images; take a base such as flux_kontext"),
     ],
 )
 def test_mistakes_are_one_error(
@@ -170,6 +320,15 @@ def test_another_run_is_not_overwritten(command: list[str], tmp_path: Path, caps
     assert main(command) == 2
     assert "holds the run of folder=None, not" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "train.json").read_text()) == record
+
+
+def test_the_help_has_no_config(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command refuses one, since it writes it."""
+    with pytest.raises(SystemExit):
+        train_command(["--help"])
+    shown = capsys.readouterr().out
+    assert "--trigger" in shown
+    assert "--config" not in shown
 
 
 def test_keys_of_the_config_are_told_from_own_options() -> None:

@@ -39,6 +39,12 @@ class Base:
         """Whether it is the small base that ships with the package."""
         return self.name == NAME
 
+    @property
+    def takes_sources(self) -> bool:
+        """Whether it is trained on editing pairs."""
+        takes: bool = named_family(self.template["model"]["family"]["class_path"]).takes_sources
+        return takes
+
 
 def base_names() -> list[str]:
     """The short names of bases: those of the shipped configs, and ``embedded``."""

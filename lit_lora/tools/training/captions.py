@@ -50,8 +50,7 @@ def caption_rule(folder: Path, out: Path, captions: str, trigger: str | None) ->
     prefix = f"{trigger}, " if trigger else ""
     shown = f'each after "{trigger}"' if trigger else "no --trigger"
     if captions in ("names", "folders"):
-        words = "{name}" if captions == "names" else "{folder}"
-        return CaptionRule(CaptionTemplate(words), prefix, Choice("captions", f"from {captions}", shown, _KEY))
+        return _of_words(captions, prefix, shown)
     if captions == "trigger":
         return _trigger_alone(trigger, "as given")
     found = find_input(folder, out)
@@ -70,6 +69,28 @@ def caption_rule(folder: Path, out: Path, captions: str, trigger: str | None) ->
             "name for each; or give --trigger without --captions, and these images get the trigger alone; or give --captions "
             "trigger, names or folders, with which no files of captions are read"
         )
+    return CaptionRule(None, prefix, Choice("captions", "from files", shown, _KEY))
+
+
+def rule_of_folders(captions: str, trigger: str | None) -> CaptionRule:
+    """The source of captions for several folders, each with captions of the same kind.
+
+    Args:
+        captions: ``auto``, ``files``, ``names``, ``folders`` or ``trigger``.
+        trigger: Words that stand for what is learned; None for none.
+
+    Raises:
+        UserError: If the captions are to be the trigger, and there is none.
+    """
+    prefix = f"{trigger}, " if trigger else ""
+    shown = f'each after "{trigger}"' if trigger else "no --trigger"
+    if captions in ("names", "folders"):
+        return _of_words(captions, prefix, shown)
+    if captions == "trigger":
+        return _trigger_alone(trigger, "as given")
+    if captions == "auto" and trigger:
+        why = f"{shown}; alone where there is no file"
+        return CaptionRule(None, prefix, Choice("captions", "from files", why, _KEY), fallback="")
     return CaptionRule(None, prefix, Choice("captions", "from files", shown, _KEY))
 
 
@@ -102,6 +123,12 @@ def prompts_for(captions: Sequence[str], prefix: str) -> list[str]:
     different = list(dict.fromkeys(captions))
     spread = [different[len(different) * place // PROMPTS] for place in range(PROMPTS)]
     return [prefix + caption if caption else prefix.removesuffix(", ") for caption in spread]
+
+
+def _of_words(captions: str, prefix: str, shown: str) -> CaptionRule:
+    """Captions from the names of images or folders."""
+    words = "{name}" if captions == "names" else "{folder}"
+    return CaptionRule(CaptionTemplate(words), prefix, Choice("captions", f"from {captions}", shown, _KEY))
 
 
 def _trigger_alone(trigger: str | None, why: str) -> CaptionRule:

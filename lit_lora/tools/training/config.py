@@ -45,7 +45,8 @@ def make_config(
     trainer |= {"log_every_n_steps": min(10, every), "default_root_dir": str(out)}
     trainer["enable_model_summary"] = False  # StepProgress tells what is trained
     trainer["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(out)}}
-    trainer["callbacks"] = _callbacks(base, settings, prompts, every)
+    validates = settings.val_samples > 0 or "val_shards" in sources
+    trainer["callbacks"] = _callbacks(base, settings, prompts, every, validates)
     model["adapter"]["init_args"] |= {"r": settings.rank, "lora_alpha": settings.rank}
     model["optimizer"]["init_args"]["lr"] = settings.lr
     model["parameter_groups"] = [{"pattern": "*.lora_B.*", "lr_ratio": settings.lr_ratio}]
@@ -115,9 +116,11 @@ def write_yaml(config: Mapping[str, Any], comments: Mapping[str, str], depth: in
     return "\n".join(lines) + "\n"
 
 
-def _callbacks(base: Base, settings: Settings, prompts: Sequence[str], every: int) -> list[dict[str, Any]]:
+def _callbacks(
+    base: Base, settings: Settings, prompts: Sequence[str], every: int, validates: bool
+) -> list[dict[str, Any]]:
     saves: dict[str, Any] = {"save_last": True, "enable_version_counter": False}
-    if settings.val_samples:  # after each validation
+    if validates:  # after each validation
         saves |= {"monitor": "val/loss", "filename": "best-{step}", "save_on_train_epoch_end": False}
     else:
         saves |= {"every_n_train_steps": every}
@@ -127,8 +130,10 @@ def _callbacks(base: Base, settings: Settings, prompts: Sequence[str], every: in
             one for one in base.template["trainer"]["callbacks"] if one["class_path"].endswith("SampleImages")
         )
         options = of_family["init_args"] | {"prompts": list(prompts), "every_n_steps": max(1, settings.steps // 4)}
+        if settings.resolution != base.size:  # what was learned is seen at the size at which it was
+            options |= {"height": settings.resolution, "width": settings.resolution}
         kept.append({"class_path": "lit_lora.callbacks.SampleImages", "init_args": options})
-    if settings.val_samples:
+    if validates:
         kept.append({"class_path": "lit_lora.callbacks.BaseLoss"})
     return [*kept, {"class_path": "lit_lora.callbacks.RunReport"}]
 

@@ -18,7 +18,7 @@ RECORD = "train.json"
 class Request(NamedTuple):
     """The options of ``lit-lora train``, and the values for keys of the config in ``given``."""
 
-    folder: str
+    folder: str | list[str]
     base: str | None = None
     trigger: str | None = None
     captions: str = "auto"
@@ -27,6 +27,7 @@ class Request(NamedTuple):
     device_memory: str | None = None
     cache: bool = True
     max_bad: int = 0
+    sources: str | None = None
     dry_run: bool = False
     given: Mapping[str, Any] = {}
 
@@ -36,7 +37,16 @@ class Request(NamedTuple):
         own = self._asdict()
         for name in ("out", "dry_run"):
             del own[name]
-        return own | {"folder": str(Path(self.folder).expanduser().absolute()), "given": dict(self.given)}
+        folders: Any = [str(folder.absolute()) for folder in self.folders]
+        sources = None if self.sources is None else str(Path(self.sources).expanduser().absolute())
+        folders = folders if isinstance(self.folder, list) else folders[0]
+        return own | {"folder": folders, "sources": sources, "given": dict(self.given)}
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders, of which there is one for one set."""
+        names = self.folder if isinstance(self.folder, list) else [self.folder]
+        return [Path(name).expanduser() for name in names]
 
 
 def claim(out: Path, request: Request) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
+import os
 import shlex
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from lit_lora.datamodules.packing.left_out import count_files, format_reasons
 from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
 from lit_lora.datamodules.packing.pack_sets import PackedSets, find_sets, pack_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets
+from lit_lora.datamodules.packing.splits import validation_folder
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.folder_lock import only_run_in
@@ -34,15 +36,23 @@ from lit_lora.tools.run_page import PLAN
 from lit_lora.tools.run_page.write import write_page
 from lit_lora.tools.shards import sets_lines
 from lit_lora.tools.training.base import Base, find_base
-from lit_lora.tools.training.captions import CaptionRule, caption_rule, prompts_for, rule_of_sets
+from lit_lora.tools.training.captions import (
+    PROMPTS,
+    CaptionRule,
+    caption_rule,
+    prompts_for,
+    rule_of_folders,
+    rule_of_sets,
+)
 from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
 from lit_lora.tools.training.config import comments_of, make_config, write_yaml
+from lit_lora.tools.training.edit_prompts import write_edit_prompts
 from lit_lora.tools.training.images import Images
 from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import Request, claim
 from lit_lora.tools.training.results import newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
-from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice, validation_folder
+from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice
 from lit_lora.visible import visible
 
 _HELD_OUT = "data.init_args.val_samples"
@@ -52,22 +62,43 @@ def train_adapter(request: Request) -> None:
     """Run ``lit-lora train``.
 
     Raises:
-        UserError: If the folder, the base or an option is wrong, nothing fits into the memory, or the run's folder holds
-            something else.
+        UserError: If torchrun started it, the folder, the base or an option is wrong, nothing fits into the memory, or the
+            run's folder holds something else.
     """
+    if "LOCAL_RANK" in os.environ:
+        raise UserError(
+            "lit-lora train is one process, and starts those of --trainer.devices itself; for torchrun and srun, write the "
+            "config with --dry_run --cache false, and start lit-lora fit --config with it"
+        )
     base = find_base(request.base)
-    folder = Path(request.folder).expanduser()
-    name = folder.stem if folder.suffix == ".toml" else folder.resolve().name
-    out = Path(request.out or Path("runs", f"{name}-{base.name}"))
+    folder = request.folders[0]
+    names = [one.stem if one.suffix == ".toml" else one.resolve().name for one in request.folders]
+    out = Path(request.out or Path("runs", f"{'-'.join(names)}-{base.name}"))
     device = find_device(request.device) if request.device else default_device("auto")
-    sets = find_sets(folder, out)
+    sets = find_sets(request.folders if len(request.folders) > 1 else folder, out)
+    if request.sources is not None:
+        _check_sources(request.sources, base, sets)
     if sets is None:
         rule = caption_rule(folder, out, request.captions, request.trigger)
+    elif len(request.folders) > 1:
+        rule = rule_of_folders(request.captions, request.trigger)
     else:
         rule = rule_of_sets(request.captions, request.trigger)
     with only_run_in(out, "train"):
         claim(out, request)
         _Training(request, base, folder, out, device, rule, sets).run()
+
+
+def _check_sources(sources: str, base: Base, sets: SourceSets | None) -> None:
+    if not base.takes_sources:
+        raise UserError(
+            f"sources={visible(sources)}, and {base.name} is trained without source images; take a base such as flux_kontext"
+        )
+    if sets is not None:
+        raise UserError(
+            f"sources={visible(sources)} is for one folder, and here are several sets; put the source of each image beside "
+            "it, as NAME.source.png"
+        )
 
 
 @dataclass(frozen=True)
@@ -98,15 +129,26 @@ class _Training:
     def images(self) -> Images:
         """The packed images, whose shards are read once."""
         if self.packed_sets is None:
-            return Images.of(self.shards)
+            return Images.of(*self.learned)
         sets, summaries = self.packed_sets.options["train_sets"], self.packed_sets.summaries
         shown = sum(one["repeats"] * summary.samples for one, summary in zip(sets, summaries, strict=True))
-        return Images.of(*(one["shards"] for one in sets if not one.get("prior")), samples=shown)
+        return Images.of(*self.learned, samples=shown)
+
+    @property
+    def learned(self) -> list[str]:
+        """Folders of the shards to learn from, which are those of all sets without class images."""
+        if self.packed_sets is None:
+            return [str(self.shards)]
+        return [one["shards"] for one in self.packed_sets.options["train_sets"] if not one.get("prior")]
 
     @cached_property
     def packed_sets(self) -> PackedSets | None:
         """The sets, packed; None for one folder."""
-        return None if self.sets is None else pack_sets(self.sets, self.shards, max_bad=self.request.max_bad)
+        if self.sets is None:
+            return None
+        captions: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
+        splits = _HELD_OUT not in self.request.given
+        return pack_sets(self.sets, self.shards, validation=splits, max_bad=self.request.max_bad, **captions)
 
     @property
     def cached(self) -> bool:
@@ -117,7 +159,7 @@ class _Training:
     def given(self) -> dict[str, Any]:
         """Values for keys of the config that the user gives, by the command or a dataset.toml."""
         of_sets = {} if self.packed_sets is None else keys_of(self.packed_sets, self.base.template)
-        no_held_out = {} if self.validation is None else {_HELD_OUT: 0}
+        no_held_out = {_HELD_OUT: 0} if self.validation_shards else {}
         return no_held_out | of_sets | dict(self.request.given)
 
     @cached_property
@@ -125,25 +167,40 @@ class _Training:
         """The folder of validation images; None if there is none, or if the command says how many images are held out."""
         return None if self.sets is not None or _HELD_OUT in self.request.given else validation_folder(self.folder)
 
+    @property
+    def validation_shards(self) -> dict[Path, Path]:
+        """Shards of validation images of their own folders, by the folder of their cache."""
+        if self.packed_sets is not None:
+            return {_of_validation(self.cache) / name: one.folder for name, one in self.packed_sets.held_out.items()}
+        return {} if self.validation is None else {_of_validation(self.cache): _of_validation(self.shards)}
+
     @cached_property
     def held_out(self) -> PackSummary | None:
         """The validation images, packed; None if they have no folder of their own."""
         return None if self.validation is None else self._pack(self.validation, _of_validation(self.shards))
 
     def _pack(self, folder: Path, shards: Path) -> PackSummary:
-        captions: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
-        return pack_folder(folder, shards, max_bad=self.request.max_bad, **captions)
+        options: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
+        if self.request.sources is not None:
+            options["sources"] = Path(self.request.sources).expanduser() / folder.relative_to(self.folder)
+        return pack_folder(folder, shards, max_bad=self.request.max_bad, **options)
 
     def _sources(self, cached: bool) -> dict[str, Any]:
         """Shards of the run, by the datamodule's arguments."""
+        validation = [str(cache if cached else shards) for cache, shards in self.validation_shards.items()]
+        beside = {"val_shards": validation if len(validation) > 1 else validation[0]} if validation else {}
         if self.packed_sets is None:
-            here = self.cache if cached else self.shards
-            beside = {} if self.validation is None else {"val_shards": str(_of_validation(here))}
-            return {"train_shards": str(here), **beside}
-        return {"train_sets": train_sets(self.packed_sets, self.rule.prefix, self.cache if cached else None)}
+            return {"train_shards": str(self.cache if cached else self.shards), **beside}
+        sets = train_sets(self.packed_sets, self.rule.prefix, self.cache if cached else None)
+        return {"train_sets": sets, **beside}
 
     @cached_property
     def prompts(self) -> list[str]:
+        """Prompts of the images that are drawn while training; of editing pairs, a file of them with their sources."""
+        if self.base.takes_sources:
+            file = write_edit_prompts(self.learned, self.out / "prompts", self.rule.prefix, PROMPTS)
+            if file is not None:
+                return [str(file)]
         return prompts_for(self.images.captions, self.rule.prefix)
 
     def run(self) -> None:
@@ -201,10 +258,15 @@ class _Training:
 
     def _said_of_validation(self, choices: Sequence[Choice]) -> list[Choice]:
         """The choices, with the images of a folder of their own among them."""
-        if self.validation is None or self.held_out is None:
+        if not self.validation_shards:
             return list(choices)
-        reason = f"those of the folder {visible(self.validation.name)} are for validation"
-        counts = f"{len(self.images):,} + {self.held_out.samples:,}"
+        if self.validation is not None and self.held_out is not None:
+            reason, count = f"those of the folder {visible(self.validation.name)}", self.held_out.samples
+        else:
+            found = [] if self.packed_sets is None else self.packed_sets.held_out.values()
+            reason, count = f"those of {len(found)} sets' own folders", sum(one.samples for one in found)
+        reason += " are for validation"
+        counts = f"{len(self.images):,} + {count:,}"
         return [one._replace(value=counts, why=reason) if one.name == "images" else one for one in choices]
 
     def _config_of(self, settings: Settings) -> dict[str, Any]:
@@ -213,13 +275,12 @@ class _Training:
 
     def _has_cache(self) -> bool:
         folders = [self.cache] if self.sets is None else [self.cache / str(one) for one in range(len(self.sets.sets))]
-        if self.validation is not None:
-            folders.append(_of_validation(self.cache))
+        folders += self.validation_shards
         return all((folder / "cache.json").exists() for folder in folders)
 
     def _plan(self, settings: Settings) -> MemoryPlan:
         """The plan of a run with these settings, as ``lit-lora plan`` makes it."""
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file, _quiet():
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
             file.write(write_yaml(self._config_of(settings), {}))
             file.flush()
             cli = _parts(["fit", "--config", file.name])
@@ -229,14 +290,16 @@ class _Training:
 
     def _encode(self) -> None:
         """Encode images and captions once; on the CPU if the GPU is too small for the encoders."""
-        print("encoding images and captions once, so that training needs neither VAE nor text encoders")
+        print("encoding images and captions once, so that training needs no encoders")
         sources = self._sources(cached=False)
-        for name, value in sources.items():
+        training = next(iter(sources))
+        encoded = [(training, sources[training], self.cache)]
+        encoded += [("val_shards", str(shards), cache) for cache, shards in self.validation_shards.items()]
+        for name, value, folder in encoded:
             others = [f"--data.init_args.{other}=null" for other in sources if other != name]
             text = value if isinstance(value, str) else json.dumps(value)
-            with _quiet():
-                cli = _parts(["fit", "--config", str(self.config), f"--data.init_args.{name}", text, *others])
-            out = str(self.cache if name != "val_shards" else _of_validation(self.cache))
+            cli = _parts(["fit", "--config", str(self.config), f"--data.init_args.{name}", text, *others])
+            out = str(folder)
             try:
                 cache_shards(cli.model, cli.datamodule, out=out)
             except UserError as error:
@@ -251,7 +314,8 @@ class _Training:
         if started := newest_run(self.out):
             print(f"resuming from the last checkpoint in {started}")
             arguments += resuming(started, self.out)
-        trainer = run(arguments).trainer
+        with _started_as(arguments):
+            trainer = run(arguments).trainer
         _write_report(self.out)
         results = results_of(self.out)
         if trainer.global_step >= trainer.max_steps > 0:
@@ -318,12 +382,11 @@ def _parts(arguments: Sequence[str]) -> _PartsCLI:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """A context in which Lightning does not tell that it sets the seed."""
-    logger = logging.getLogger("lightning.fabric.utilities.seed")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+def _started_as(arguments: Sequence[str]) -> Iterator[None]:
+    """A context in which Lightning's launcher starts further processes with these arguments, not as ``lit-lora train`` again."""
+    given = sys.argv
+    sys.argv = [given[0], *arguments]
     try:
         yield
     finally:
-        logger.setLevel(level)
+        sys.argv = given

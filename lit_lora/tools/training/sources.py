@@ -8,21 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.datamodules.packing.pack_sets import PackedSets
-from lit_lora.datamodules.packing.splits import split_of_folder
 from lit_lora.tools.training.choices import Choice
 
 _VARYING = ("dropout", "shuffle_tags", "wildcards")
 """Options of captions that differ from pass to pass."""
 
 _PRIOR = {"class_path": "lit_lora.objectives.PriorPreservation"}
-
-
-def validation_folder(folder: Path) -> Path | None:
-    """The folder of validation or test images beside one of training images, as in HF's image folders; None without it."""
-    if not folder.is_dir():
-        return None
-    splits = {split_of_folder(entry.name): entry for entry in sorted(folder.iterdir()) if entry.is_dir()}
-    return splits.get("validation", splits.get("test")) if "train" in splits else None
 
 
 def can_be_cached(packed: PackedSets) -> bool:

@@ -109,7 +109,10 @@ def test_metadata_in_subfolders_describes_what_lies_below(tmp_path, images, writ
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "x"}', "has no column 'file_name'.*; its columns are text"),
+        (
+            '{"text": "x"}',
+            "has no column with a usual name .file_name, .*; set image_column to one of its columns: text",
+        ),
         ('{"file_name": 3, "text": "x"}', "line 1: the column file_name has no path of an image"),
         ("{", "line 1: not JSON"),
         ('{"file_name": "../x.jpg", "text": "x"}', "line 1: ../x.jpg is outside the folder"),

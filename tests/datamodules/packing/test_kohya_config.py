@@ -127,7 +127,7 @@ def test_squares_and_defaults(write):
         ('".caption"', '".tags"', "caption_extension = '.tags' is not read"),
         ("[768, 768]", "[512, 768]", r"no square; write the edge of one with this area, 627"),
         ("[general]", "[generel]", "generel: is no table"),
-        ('"/images/reg"', '"./girl"', "image_dir .*girl is named more than once"),
+        ('"/images/reg"', '"./girl"', "girl is named more than once; name it once, and raise its repeats"),
         ("[[datasets]]", "[[dataset]]", r"has no \[\[datasets\]\]"),
         ("[[datasets.subsets]]", "[[datasets.subset]]", r"has no \[\[datasets.subsets\]\]"),
         ("[general]", "[general", "is not a TOML file"),

@@ -65,7 +65,7 @@ def test_a_run_over_the_config_shows_each_set_as_often_as_planned(images, source
     note = f"3_dog: 1 of 3 images have no caption file, first 2.jpg: they get '{fallback}'"
     assert note in " ".join(printed.split())
     assert "not applied" not in printed
-    assert printed.endswith("Next: lit-lora fit --config configs/sd15.yaml --config out/sets.yaml\n")
+    assert printed.endswith("Next:\nlit-lora fit --config configs/sd15.yaml \\\n  --config out/sets.yaml\n")
     assert ("prior" in config.get("model", {}).get("objective", {}).get("init_args", {})) == (source == "dataset.toml")
 
 
@@ -82,3 +82,40 @@ def test_mistakes(images):
     with pytest.raises(UserError, match="all sets are class images"):
         pack_sets(SourceSets([SourceSet("cats", images / "img" / "1_cat", 1, prior=True)]), images / "out")
     assert find_sets(images / "img" / "1_cat", images / "out") is None
+
+
+def test_the_validation_parts_of_several_folders_are_the_validation_set(tmp_path, encode_image, monkeypatch, capsys):
+    for name, count in (("a/train", 3), ("a/validation", 2), ("b/train", 2), ("b/test", 1), ("2_c", 4)):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(count):
+            (tmp_path / name / f"{name[0]}{number}.jpg").write_bytes(encode_image(seed=number))
+            (tmp_path / name / f"{name[0]}{number}.txt").write_text(f"{name} {number}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["shards", "pack", "[a,b,2_c]", "out"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split() for line in printed.splitlines()[1:4]] == [
+        ["a", "3", "1", "3", "+", "2", "for", "validation"],
+        ["b", "2", "1", "2", "+", "1", "for", "validation"],
+        ["2_c", "4", "2", "8"],
+    ]
+    assert "another split" not in printed
+    config = yaml.safe_load((tmp_path / "out" / "sets.yaml").read_text())
+    options = {"resolution": 8, "val_samples": 9} | config["data"]["init_args"]
+    data = _data_of({"data": {"init_args": options}})
+    data.setup("fit")
+    trained = [caption for batch in data.train_dataloader() for caption in batch["caption"]]
+    assert sorted(trained) == sorted(
+        [f"a/train {n}" for n in range(3)] + [f"b/train {n}" for n in range(2)] + [f"2_c {n}" for n in range(4)] * 2
+    )
+    validated = [caption for batch in data.val_dataloader() for caption in batch["caption"]]
+    assert validated == ["a/validation 0", "a/validation 1", "b/test 0"]
+    whole = pack_sets(find_sets(["a", "b"], "whole"), "whole", validation=False)
+    assert "val_shards" not in whole.options
+
+
+def test_a_prefix_of_sets_without_captions(images):
+    """A set's own words are captions before the fallback of all sets."""
+    packed = pack_sets(find_sets(["img/3_dog", "img/1_cat"], "out"), "out", fallback="")
+    notes = [note for summary in packed.summaries for note in summary.notes]
+    assert notes[0].endswith("they get 'dog'")
+    assert notes[1].endswith("they get 'cat'")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,17 @@ def test_all_choices_are_in_the_config() -> None:
     assert data["decoder"] == {"center_crop": True, "random_flip": False, "captions": {"prefix": "sks, "}}
 
 
-def test_without_validation_and_drawing() -> None:
-    from dataclasses import replace
+def test_images_are_drawn_at_the_size_that_is_trained() -> None:
+    def size(resolution: int) -> tuple[Any, Any]:
+        config = _config(settings=replace(SETTINGS, resolution=resolution))
+        [draws] = [one for one in config["trainer"]["callbacks"] if one["class_path"].endswith("SampleImages")]
+        return draws["init_args"].get("height"), draws["init_args"].get("width")
 
+    assert size(768) == (768, 768)
+    assert size(1024) == (None, None), "the base's own"
+
+
+def test_without_validation_and_drawing() -> None:
     names = [one["class_path"].rpartition(".")[2] for one in _config()["trainer"]["callbacks"]]
     assert names == ["AdapterCheckpoint", "SampleImages", "BaseLoss", "RunReport"]
     plain = _config(settings=replace(SETTINGS, val_samples=0, draws=False))["trainer"]["callbacks"]

@@ -32,7 +32,7 @@ def _packed(**captions: Any) -> PackedSets:
         {"shards": "out/b", "repeats": 1, "decoder": written},
         {"shards": "out/c", "repeats": 1, "prior": True, "decoder": written},
     ]
-    return PackedSets(found, [], Path("out/sets.yaml"), {"train_sets": sets})
+    return PackedSets(found, [], {}, Path("out/sets.yaml"), {"train_sets": sets})
 
 
 def test_the_trigger_stands_before_captions_but_not_of_class_images() -> None:
