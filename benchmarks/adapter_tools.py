@@ -93,20 +93,20 @@ def write_flux_adapter(folder: Path, rank: int, dtype: torch.dtype, layers: str,
 
 
 def measure(command: list[str], out: Path) -> None:
-    """Run a command of ``lit-lora adapter`` in a process of its own, and print its time and peak memory."""
+    """Run a command of ``lit-lora adapter`` in a process of its own, and print its time, CPU time and peak memory."""
     shutil.rmtree(out, ignore_errors=True)
     program = (
         "import json, sys, time; start = time.perf_counter();"
         "from benchmarks.process_memory import peak_resident; from lit_lora.cli import main;"
         "status = main(sys.argv[1:]); status and sys.exit(status);"
-        "print(json.dumps([time.perf_counter() - start, peak_resident()]))"
+        "print(json.dumps([time.perf_counter() - start, time.process_time(), peak_resident()]))"
     )
     words = [str(out) if word == "OUT" else word for word in command]
-    seconds, peak = result_of_process(["-c", program, "adapter", *words])
+    seconds, cpu_seconds, peak = result_of_process(["-c", program, "adapter", *words])
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors")) if out.exists() else 0
     shown = " ".join(Path(word).name if "/" in word else word for word in command)
     print(
-        f"{shown:55} {seconds:5.1f} s  peak RSS {peak / 1e9:.2f} GB  written {size / 1e6:.0f} MB",
+        f"{shown:55} {seconds:5.1f} s  CPU {cpu_seconds:5.1f} s  peak RSS {peak / 1e9:.2f} GB  written {size / 1e6:.0f} MB",
         flush=True,
     )
 

@@ -144,8 +144,7 @@ class RankBudget(ChangedRanks):
         self.find_layers(pl_module)
         first = sum(rank * cost for rank, cost in zip(self._first_ranks.values(), self._costs(), strict=True))
         final = self._budget(first, pl_module)
-        # For its error: a budget that is too small should end the run now, not at the first pruning.
-        select_components([torch.zeros(layer.rank) for layer in self.layers], self._costs(), final, self.min_rank)
+        self._check_least(final, pl_module)
         if final >= first:
             raise UserError(
                 f"RankBudget's budget of {final:,.0f} {self._unit} is not below the {first:,.0f} at the start, so nothing would "
@@ -272,6 +271,21 @@ class RankBudget(ChangedRanks):
             return float(self.parameters)
         assert self.file_bytes is not None
         return (self.file_bytes - _other_bytes(module, self.layers)) / _PARAMETER_BYTES
+
+    def _check_least(self, final: float, module: nn.Module) -> None:
+        """Refuse a budget below ``min_rank`` in every layer now, and not at the first pruning."""
+        least = sum(
+            cost * min(self.min_rank, layer.rank) for layer, cost in zip(self.layers, self._costs(), strict=True)
+        )
+        if least <= final:
+            return
+        cost = f"what min_rank={self.min_rank} in each of the {len(self.layers)} layers takes"
+        if self.file_bytes is None:
+            told = f"budget of {final:,.0f} {self._unit} is below {least:,.0f}, {cost}"
+        else:
+            needed = math.ceil(least * _PARAMETER_BYTES + _other_bytes(module, self.layers))
+            told = f"file_size of {self.file_bytes:,} bytes is below {needed:,}, {cost}"
+        raise UserError(f"RankBudget's {told}; raise the budget, or adapt fewer layers with target_modules")
 
     def _prune(self, trainer: Trainer, budget: float, scores: Tensor) -> None:
         before = [layer.rank for layer in self.layers]

@@ -62,6 +62,9 @@ _HARMLESS = (
 _NO_CAUSES = ("Expected a <class", "Does not validate against any of the Union")
 """Beginnings of those entries in jsonargparse's list of errors that only name a type which the value does not have."""
 
+_HOW_TO_WRITE = ("Not a valid subclass of", "a class path (str)", "a dict with")
+"""Beginnings of those that list the ways to write a class."""
+
 CLI = TypeVar("CLI", bound="LitLoraCLI")
 
 
@@ -366,7 +369,9 @@ def _reasons(message: str) -> str:
     _, found, errors = message.partition("\nErrors:\n")
     reasons = re.split(r"^\s*- ", errors.partition("\nGiven value")[0], flags=re.MULTILINE)[1:] if found else []
     causes = [re.split(r"\n\s*Given value", reason)[0].strip() for reason in reasons]
-    return "\n".join(cause for cause in causes if not cause.startswith(_NO_CAUSES))
+    told = [cause for cause in causes if not cause.startswith(_NO_CAUSES)]
+    # An option that a class refuses is followed by the ways to write a class, as if it were none.
+    return "\n".join([cause for cause in told if not cause.startswith(_HOW_TO_WRITE)] or told)
 
 
 def _redacted(value: Any) -> Any:

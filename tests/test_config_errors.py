@@ -69,6 +69,12 @@ def test_one_sentence(arguments: list[str], sentence: str, capsys: pytest.Captur
     assert len(message.splitlines()) <= 4
 
 
+def test_a_refused_option_of_a_callback_is_its_sentence_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = console(capsys, "--trainer.callbacks+=RankBudget", "--trainer.callbacks.mean_rank", "0.5")
+    assert status == 2
+    assert err.splitlines()[1:] == ["mean_rank=0.5 is too small; it must be at least 1"]
+
+
 def test_what_differs_from_the_defaults_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     """Classes whose default is null, such as the data, and whose default is a string, such as a strategy."""
     options = [

@@ -76,6 +76,10 @@ def open_embedding(path: Path) -> tuple[str, TensorFile]:
 def _open(path: Path) -> TensorFile:
     if path.suffix == ".safetensors":
         return TensorFile.open(path)
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}; name the file of an embedding") from error
     found = _pickled(path)
     if found is None:
         raise UserError(

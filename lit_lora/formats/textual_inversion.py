@@ -17,6 +17,7 @@ from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.embedding_file import DIFFUSERS, ENDINGS, holds_embedding, open_embedding
 from lit_lora.formats.own_metadata import differing_own, file_metadata, foreign_metadata, own_entry, written_family
 from lit_lora.formats.tensor_file import TensorFile, write_tensors
+from lit_lora.visible import visible
 
 TEXTUAL_INVERSION = "textual inversion"
 """Name of the method of an adapter that has new tokens alone."""
@@ -139,10 +140,16 @@ def _family_with(file: TensorFile) -> type[ModelFamily]:
     ]
     if not fitting:
         raise UserError(
-            f"{file.path} is no embedding that this version reads: it holds {', '.join(sorted(keys)) or 'nothing'}, and should "
-            f"hold one tensor, or clip_l and clip_g; export it again"
+            f"{file.path} is no embedding that this version reads: it holds {_shown(file)}, and should hold one tensor, or "
+            f"clip_l and clip_g; export it again"
         )
     return min(fitting, key=lambda kind: len(kind.__mro__))  # a family of this project rather than one derived from it
+
+
+def _shown(file: TensorFile) -> str:
+    names = sorted(file.tensors)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (", ".join(visible(name, 80) for name in names[:3]) or "nothing") + more
 
 
 def _rows(file: TensorFile, token: str, family: type[ModelFamily]) -> dict[str, Tensor]:
@@ -154,8 +161,8 @@ def _rows(file: TensorFile, token: str, family: type[ModelFamily]) -> dict[str, 
         names = {key or token: name for name, key in encoders.items()}
     if names.keys() != file.tensors.keys():
         raise UserError(
-            f"{file.path} should hold {' and '.join(names)} for {family.__name__}, and it holds "
-            f"{', '.join(sorted(file.tensors)) or 'nothing'}; copy or export it again, or name the base that it was trained on"
+            f"{file.path} should hold {' and '.join(names)} for {family.__name__}, and it holds {_shown(file)}; copy or export "
+            f"it again, or name the base that it was trained on"
         )
     # diffusers' older scripts wrote one vector as (D,)
     tensors = {key: value[None] if value.ndim == 1 else value for key, value in file.tensors.items()}

@@ -339,8 +339,16 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("budget", "options", "message"),
     [
-        ({"parameters": 100}, {}, "the budget of 100 is below"),
-        ({"file_size": "1kB"}, {}, "the budget of -"),
+        (
+            {"parameters": 100},
+            {},
+            r"budget of 100 parameters is below [\d,]+, what min_rank=1 in each of the \d+ layers",
+        ),
+        (
+            {"file_size": "1kB"},
+            {},
+            r"file_size of 1,000 bytes is below [\d,]+, what min_rank=1 in each of the \d+ layers",
+        ),
         ({"mean_rank": 4}, {}, "is not below the .* at the start"),
         (
             {"mean_rank": 2},
