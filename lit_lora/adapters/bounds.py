@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -57,6 +59,29 @@ def check_bounds(config: PeftConfig, model: nn.Module) -> None:
         _check_ranks(config, model, rank)
     elif rank > _MAX_RANK:
         raise UserError(f"r={rank} of {type(config).__name__} is too large; it must be at most {_MAX_RANK}")
+
+
+def warn_of_idle_rank(config: PeftConfig, model: nn.Module) -> None:
+    """Warn if the rank of LoRA is above what any of the adapted layers can use, so that it only takes memory.
+
+    Args:
+        config: Config of the adapter.
+        model: Model with the adapter.
+    """
+    if config.peft_type != "LORA":
+        return
+    options: Any = config
+    sizes = {
+        name: dimensions
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer) and (dimensions := _dimensions(layer.get_base_layer())) is not None
+    }
+    most, name = max(((min(dimensions), name) for name, dimensions in sizes.items()), default=(options.r, ""))
+    if options.r > most:
+        rank_zero_warn(
+            f"r={options.r} is above {most}, the highest rank that an adapted layer can have ({name} has {sizes[name][0]} inputs "
+            f"and {sizes[name][1]} outputs); the rest only takes memory: set r to at most {most}"
+        )
 
 
 def _check_ranks(config: PeftConfig, model: nn.Module, default: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from lit_lora.adapters.bounds import check_bounds
+from lit_lora.adapters.bounds import check_bounds, warn_of_idle_rank
 from lit_lora.adapters.methods import is_rebased, method_of
 from lit_lora.adapters.targets import described_presets, is_preset, preset_targets
 from lit_lora.console import out_of_memory
@@ -75,6 +75,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
         ) from error
     _check_pattern_matches(config, adapted)
     _check_layer_numbers(config, adapted)
+    warn_of_idle_rank(config, adapted)
     trained = trainable_parameters(adapted)
     if not trained:
         raise UserError(f"the adapter {type(config).__name__} has no trainable parameter: check its target_modules")

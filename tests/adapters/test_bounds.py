@@ -52,6 +52,30 @@ def test_rank_within_them(model, config):
     inject(model, config, ("0", "1"))
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("config", "most"), [(peft.LoraConfig(r=9), 8), (peft.LoraConfig(r=7, target_modules=["1"]), 6)]
+)
+def test_rank_that_no_layer_can_use(model, config, most):
+    with pytest.warns(
+        UserWarning, match=rf"r={config.r} is above {most}, .*; the rest only takes memory: set r to at most"
+    ):
+        inject(model, config, ("0", "1"))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=8, lora_alpha=8),  # the other layer has 6 outputs
+        peft.LoraConfig(r=6, lora_alpha=8, target_modules=["1"]),
+        peft.VeraConfig(r=256),
+    ],
+)
+def test_rank_that_a_layer_can_use(model, config):
+    inject(model, config, ("0",) if isinstance(config, peft.VeraConfig) else ("0", "1"))
+
+
 @pytest.mark.parametrize(
     "options",
     [
