@@ -92,6 +92,13 @@ def test_another_process_that_gives_no_answer(text: str, capsys: pytest.CaptureF
     assert "unexpected" not in printed
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EBUSY])
+def test_what_cannot_be_written_is_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Busy is a folder on which a disk is mounted, and which cannot be replaced by another one."""
+    assert console.report(OSError(number, os.strerror(number), "adapter")) == 2
+    assert f"cannot write adapter: {os.strerror(number)}; free some space or name another" in capsys.readouterr().err
+
+
 def test_what_a_library_finds_wrong_in_the_config_is_a_mistake() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(ValueError, match="learning rate") as mistake:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lit_lora.datamodules.batches.buckets import Bucketing
@@ -22,6 +22,7 @@ from lit_lora.datamodules.caching.cached_decoder import (
     SIZES,
     SOURCE,
     encode_cached,
+    types_of,
     without_padding,
 )
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
@@ -109,6 +110,7 @@ class CacheWriter:
         self._text = "text" in description.cached
         self._sides = ("", FLIPPED) if description.flipped else ("",)
         mask = cast("MaskSource | None", description.mask)
+        self._checked: set[Path] = set()
         self._decoder = _InputDecoder(captions, self._text, self._sides, mask, description.pairs)
 
     def write(self, shard: int, path: Path, progress: Callable[[int], None]) -> CachedShard:
@@ -122,11 +124,13 @@ class CacheWriter:
             progress: Function that is called with the number of samples that were finished since the last call.
 
         Raises:
-            UserError: If ``path`` exists and was made from another shard or other samples, or the shard changes meanwhile.
+            UserError: If ``path`` exists and was made from another shard or other samples, the shard changes meanwhile, or
+                earlier shards have text embeddings of another dtype.
         """
         first, end = self.table.starts[shard : shard + 2].tolist()
-        if self._text and not (path.parent / EMPTY).exists():
-            self._write_empty(path.parent)
+        begun = path.exists() and (path.parent / EMPTY).exists()
+        if self._text and not begun and path.parent not in self._checked:
+            self._check_empty(path.parent)
         if path.exists():
             return self._resume(range(first, end), path, progress)
         record = SourceRecord.of(self.table, shard, path)
@@ -137,10 +141,22 @@ class CacheWriter:
             record_path(path).unlink()
         return CachedShard(path, 0 if index is None else len(index), bad, resumed=False)
 
-    def _write_empty(self, folder: Path) -> None:
-        [empty] = self._texts([[""]])
-        with atomic_file(folder / EMPTY) as part:
-            part.write_bytes(save({name: value[0].contiguous() for name, value in empty.items()}))
+    def _check_empty(self, folder: Path) -> None:
+        """Write the embeddings of the empty caption, or compare them with those of an earlier run."""
+        [encoded] = self._texts([[""]])
+        empty = {name: value[0].contiguous() for name, value in encoded.items()}
+        path = folder / EMPTY
+        if path.exists():
+            ours, theirs = types_of(empty), types_of(load_file(path))
+            if ours != theirs:
+                raise UserError(
+                    f"{visible(folder)} has text embeddings {theirs}, and this run encodes {ours}; set model.base_dtype as"
+                    " before, name another folder with --out, or remove this one"
+                )
+        else:
+            with atomic_file(path) as part:
+                part.write_bytes(save(empty))
+        self._checked.add(folder)
 
     def _resume(self, samples: range, path: Path, progress: Callable[[int], None]) -> CachedShard:
         """The result for an existing shard; samples that it lacks are encoded again to find out why they were left out."""

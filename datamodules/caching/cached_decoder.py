@@ -214,6 +214,11 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise BadSampleError(f"the cached tensor {name} has values that are not finite")
 
 
+def types_of(tensors: Mapping[str, Tensor]) -> str:
+    """Names, dtypes and shapes of tensors, for messages and comparisons."""
+    return ", ".join(f"{name} {_type(value.dtype, value.shape)}" for name, value in sorted(tensors.items()))
+
+
 def _type(dtype: torch.dtype, shape: Sequence[int]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
 

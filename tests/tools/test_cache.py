@@ -379,6 +379,17 @@ def test_shards_that_are_added_later(sd_folder: Path, shards: Path) -> None:
     assert len(open_table(str(shards / "cache"))) == 18
 
 
+def test_the_rest_of_a_cache_in_another_precision(sd_folder: Path, shards: Path) -> None:
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))
+    other = module_for(StableDiffusion, sd_folder, base_dtype="bfloat16")
+    (shards / "cache" / "shard-000001.tar").unlink()
+    message = failure(other, data_for(shards), dtype="float16")
+    assert re.search(
+        "has text embeddings .*float32 .* and this run encodes .*bfloat16 .*; set model.base_dtype", message
+    )
+    assert cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))[:2] == (3, 2)
+
+
 @pytest.mark.parametrize("later", [-(10**9), 1, 0])
 @pytest.mark.parametrize("out", [False, True])
 def test_shards_that_are_replaced_later(later: int, out: bool, sd_folder: Path, shards: Path, tmp_path: Path) -> None:
