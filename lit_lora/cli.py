@@ -15,7 +15,7 @@ USAGE = """usage: lit-lora COMMAND [options]
 Adapter training for diffusion models.
 
 training
-  train     train an adapter on a folder of images, with settings chosen for them
+  train     train an adapter on a folder of images, with settings that fit them
   fit       train an adapter
   validate  compute the loss on the validation shards
   test      compute the loss on the test shards
@@ -29,7 +29,7 @@ tools
   report    write a page about a run: losses, samples, memory, settings
   cache     encode images and captions once, to train without the encoders
   shards    pack, index, check and describe WebDataset shards
-  adapter   describe, check, diff, convert, resize, merge, extract, push adapters
+  adapter   describe, check, convert, resize, merge, extract and push adapters
 
 examples
   lit-lora train my_images --base sdxl --trigger "sks dog"

@@ -117,10 +117,8 @@ def devices_of(trainer: Any) -> int:
 
 def _share(plan: Plan) -> str:
     number = plan.num_samples - plan.samples_per_round if plan.leftovers == "drop" else plan.padding_per_round
-    what = (
-        "samples that do not fill a batch" if plan.leftovers == "drop" else "samples of weight 0 that fill up batches"
-    )
-    return f"{number:,} {what} ({number / plan.num_samples:.2%}) in one pass over each chunk"
+    what = "samples that fill no batch" if plan.leftovers == "drop" else "samples of weight 0 that fill up batches"
+    return f"{number:,} {what} ({number / plan.num_samples:.2%}) in a pass over each chunk"
 
 
 def _disk(data: WebDatasetDataModule, sizes: Sequence[int]) -> str:
@@ -148,7 +146,7 @@ def _time(data: WebDatasetDataModule, plan: Plan, shown: int, processes: int, im
     who = _count(readers, "loader thread reads", "loader threads read")
     return (
         f"at least {format_duration(shown / rate / readers)} a pass: {who} {rate:.0f} images/s each\n"
-        f"{'':<15} (for an estimate set --images_per_second to the speed of training)"
+        f"{'':<15} (--images_per_second, the speed of training, gives an estimate)"
     )
 
 

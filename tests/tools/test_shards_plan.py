@@ -50,7 +50,7 @@ def test_says_what_a_run_would_do(plan, tmp_path):
     assert f"pass {expected.batches_per_pass} batches, {expected.samples_per_round} samples" in out
     dropped = 42 - expected.samples_per_round
     assert dropped > 0
-    assert f"dropped {dropped} samples that do not fill a batch ({dropped / 42:.2%})" in out
+    assert f"dropped {dropped} samples that fill no batch ({dropped / 42:.2%})" in out
     assert f"steps 100, or {100 / expected.batches_per_pass:.2f} passes" in out
     assert "disk peak none: the shards are read in place" in out
     assert f"time {expected.samples_per_round / 7:.1f} s a pass at 7 images/s" in out
