@@ -17,9 +17,12 @@ from lit_lora.datamodules.batches.buckets import MAX_RESOLUTION
 from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE, MAX_PASSES
 from lit_lora.datamodules.decoding import captions
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
+from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION, SOURCE_EXTENSIONS
+from lit_lora.datamodules.indexing.scan import EXTENSIONS
 from lit_lora.datamodules.indexing.shard_paths import MAX_SHARDS
 from lit_lora.datamodules.packing.input import PackInput
-from lit_lora.formats import AdapterFormat
+from lit_lora.datamodules.remote.remote_source import RETRIED_STATUS
+from lit_lora.formats import FORMATS, AdapterFormat
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.lazy import public_names
 from lit_lora.objectives import NoiseKind, NoisySample, Objective, TimestepDensity, Weighting
@@ -96,6 +99,51 @@ def test_bounds_of_options() -> None:
     }
     table = {row[0]: row[1] for row in rows(read("docs/data.md")) if len(row) == 2}
     assert {name: table[name] for name in bounds} == bounds
+
+
+def test_statuses_that_are_retried() -> None:
+    said = re.search(r"The statuses ([\d, and]+), stalls", read("docs/data.md"))
+    assert said is not None
+    assert {int(status) for status in re.findall(r"\d+", said[1])} == RETRIED_STATUS
+
+
+def test_members_that_shards_index() -> None:
+    """Images, captions and arrays; masks and sources have passages of their own."""
+    said = re.search(r"Shards index the members (.*?);", read("docs/extend/data_source.md"), re.DOTALL)
+    assert said is not None
+    beside = {MASK_EXTENSION, *SOURCE_EXTENSIONS}
+    assert set(re.findall(r"`(\w+)`", said[1])) == set(EXTENSIONS) - beside
+
+
+def test_formats_and_their_files() -> None:
+    table = {names(row[0])[0]: row[1] for row in rows(read("docs/adapters.md")) if len(row) == 4}
+    assert table.keys() == {one.name for one in FORMATS}
+    for one in FORMATS:
+        assert f"`{one.file_name}`" in table[one.name]
+
+
+def test_text_encoders_that_are_trained() -> None:
+    table = {names(row[0])[0]: row[1] for row in rows(section("docs/text_encoders.md", "## Adapters"))}
+    assert len(table) > 10
+    for name, trained in table.items():
+        assert set(names(trained)) == set(getattr(families, name).adaptable_encoders)
+
+
+def test_overlays() -> None:
+    """What the page on memory says of the overlays for GPUs: quantization of base and text encoders, and a limit."""
+    assert (
+        "`8gb` stores the base and the text encoders in `NF4`; `12gb` and `16gb` store the text encoders in `Int8`"
+        in " ".join(read("docs/memory.md").split())
+    )
+    for size, base, encoders in ((8, "NF4", "NF4"), (12, None, "Int8"), (16, None, "Int8"), (24, None, None)):
+        config = yaml.safe_load(CONFIGS[f"{size}gb.yaml"])
+        quantizations = (
+            config["model"].get("quantization"),
+            config["model"]["memory"].get("text_encoder_quantization"),
+        )
+        assert [one and one["class_path"].rpartition(".")[2] for one in quantizations] == [base, encoders]
+        (limit,) = config["trainer"]["callbacks+"]
+        assert limit == {"class_path": "lit_lora.callbacks.MemoryLimit", "init_args": {"limit": f"{size}GB"}}
 
 
 def test_optimizers_that_were_trained() -> None:
