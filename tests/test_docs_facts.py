@@ -34,6 +34,8 @@ from tests.test_optimizers import IN_A_SMALL_MODULE, OPTIMIZERS
 ROOT = Path(__file__).parents[1]
 RESULTS = " ".join(path.read_text() for path in (ROOT / "benchmarks" / "results").glob("*.txt"))
 CONFIGS = {path.name: path.read_text() for path in (ROOT / "configs").rglob("*.yaml")}
+MODELS = sorted({path.name for path in (ROOT / "configs").glob("*.yaml")} - {"demo.yaml"})
+"""The configs for published models."""
 
 
 def read(page: str) -> str:
@@ -72,8 +74,7 @@ def test_families_and_their_objectives(page: str) -> None:
             assert model["objective"]["class_path"].rpartition(".")[2] == names(objective)[0]
             trained.append(config)
     if page == "README.md":
-        overlays = {path.name for path in (ROOT / "configs" / "overlays").iterdir()}
-        assert sorted(trained) == sorted(CONFIGS.keys() - overlays - {"demo.yaml"})
+        assert sorted(trained) == MODELS
 
 
 def test_defaults_of_objectives() -> None:
@@ -144,6 +145,20 @@ def test_overlays() -> None:
         assert [one and one["class_path"].rpartition(".")[2] for one in quantizations] == [base, encoders]
         (limit,) = config["trainer"]["callbacks+"]
         assert limit == {"class_path": "lit_lora.callbacks.MemoryLimit", "init_args": {"limit": f"{size}GB"}}
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_layers_in_comments(config: str) -> None:
+    """The first lines of a config say whether feed-forward networks are adapted; by default all but Stable Diffusion's are."""
+    model = yaml.safe_load(CONFIGS[config])["model"]
+    family = getattr(families, model["family"]["class_path"].rpartition(".")[2])
+    targets = model["adapter"]["init_args"].get("target_modules", family.default_targets)
+    widened = any(re.search(r"\bff\b|feed_forward|mlp", target) for target in targets)
+    said = CONFIGS[config].split("\nseed_everything")[0]
+    assert "except for Stable Diffusion also those of the feed-forward networks" in " ".join(
+        read("docs/layers.md").split()
+    )
+    assert widened == ("feed-forward" in said) == (not family.__name__.startswith("StableDiffusion"))
 
 
 def test_optimizers_that_were_trained() -> None:
