@@ -1,13 +1,15 @@
-"""The documentation names what exists: classes, config keys, commands, and configs that parse."""
+"""The documentation names what exists: classes, config keys, options, commands, paths, and code that parses."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import re
 import shlex
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +20,13 @@ from lit_lora.cli import TOOLS, TRAINER_COMMANDS
 from lit_lora.lazy import public_names
 from lit_lora.lightning_cli import build_cli
 from lit_lora.tools import (
+    adapter_check,
     adapter_convert,
+    adapter_diff,
+    adapter_extract,
+    adapter_info,
     adapter_merge,
+    adapter_push,
     adapter_resize,
     cache,
     demo,
@@ -33,6 +40,8 @@ from lit_lora.tools import (
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
+"""The pages that say what is, and not what was."""
 CONFIG = str(ROOT / "configs" / "sd15.yaml")
 NO_CONFIG = {"BadSampleError", "UserError", "Plan", "ShardIndex"}
 """Public classes that no config names."""
@@ -42,8 +51,13 @@ FUNCTIONS = {
     "prior": prior.PriorOptions,
     "report": report.report,
     "train": train.train,
+    "adapter check": adapter_check.check,
     "adapter convert": adapter_convert.convert,
+    "adapter diff": adapter_diff.diff,
+    "adapter extract": adapter_extract.extract,
+    "adapter info": adapter_info.info,
     "adapter merge": adapter_merge.merge,
+    "adapter push": adapter_push.push,
     "adapter resize": adapter_resize.resize,
     **{f"shards {name}": getattr(shards, name) for name in ("pack", "index", "check", "info")},
 }
@@ -84,7 +98,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def commands() -> list[str]:
     """Every command of the pages and configs."""
     lines = [
-        line.strip() for page in PAGES for language, text in blocks(page) if not language for line in text.split("\n")
+        line.strip().removeprefix("$ ")
+        for page in PAGES
+        for language, text in blocks(page)
+        if not language
+        for line in text.split("\n")
     ]
     configs = [path.read_text() for path in (ROOT / "configs").rglob("*.yaml")]
     lines += [line.removeprefix("#").strip() for text in configs for line in text.split("\n") if line.startswith("#")]
@@ -208,6 +226,33 @@ def test_options_in_the_text_exist(parsers: dict[str, Any]) -> None:
             assert command.split()[0] in (*TRAINER_COMMANDS, *TOOLS), command
             unknown = set(re.findall(r"--(\w+)", options)) - known.get(command, known["fit"])
             assert not unknown, f"{page}: lit-lora {command}{options}"
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_names_in_the_text_exist(page: Path, parsers: dict[str, Any]) -> None:
+    """Options without their command, import paths, and paths of files."""
+    text = page.read_text()
+    known = {name for parser in parsers.values() for name in re.findall(r"--([\w.+]+)", parser.format_help())}
+    known |= {name for function in FUNCTIONS.values() for name in inspect.signature(function).parameters}
+    options = set(re.findall(r"`--([a-z]\w*)(?: [^`]*)?`", text))
+    assert not options - known
+    for path in set(re.findall(r"`(lit_lora(?:\.\w+)+)", text)) - {"lit_lora.quantized_base"}:  # a key of metadata
+        resolve_name(path)
+    paths = set(re.findall(r"`((?:tests|benchmarks|docs|configs|lit_lora|datamodules|callbacks)/[\w/.]+)`", text))
+    assert not [path for path in paths if "NAME" not in path and not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_in_the_pages_calls_what_exists(page: Path) -> None:
+    """Imports are found, and what they import takes the arguments of the calls."""
+    for text in (text for language, text in blocks(page) if language == "python" and "--8<--" not in text):
+        nodes = list(ast.walk(ast.parse(text)))
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        found = {one.name: resolve_name(f"{node.module}:{one.name}") for node in imports for one in node.names}
+        for call in (node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            made = found.get(call.func.id)  # type: ignore[attr-defined]
+            if made is not None and made.__module__ != "functools":
+                inspect.signature(made).bind(*call.args, **{one.arg: one.value for one in call.keywords if one.arg})
 
 
 def test_the_examples_are_included_in_their_pages() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from peft import LoraConfig
-from peft.optimizers import create_lorafa_optimizer
+from peft.optimizers import create_lorafa_optimizer, create_riemannian_optimizer
 from torch import Tensor
 
 from lit_lora.adapters.parameter_groups import ParameterGroup, make_optimizer
@@ -127,3 +127,18 @@ def test_an_optimizer_of_peft_in_a_module_of_its_own(trainer_options: dict[str, 
     resumed = run("first", 3, tmp_path / "first" / "last.ckpt")
     assert same(whole, resumed)
     assert all(torch.equal(value, whole[name]) == ("lora_A" in name) for name, value in first.items()), "A is frozen"
+
+
+class Riemannian(LanguageModel):
+    """A module with PEFT's optimizer that preconditions the gradients of pairs of matrices."""
+
+    def configure_optimizers(self) -> Any:
+        injection = LoraInjection.of(self.trainer)
+        assert injection is not None
+        return create_riemannian_optimizer(injection.model, torch.optim.AdamW, lr=1e-2)
+
+
+def test_an_optimizer_of_peft_that_takes_no_closures(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    injection = LoraInjection(LoraConfig(r=2, lora_alpha=2, target_modules="attention"), "model")
+    with pytest.raises(Exception, match="does not support closures"):
+        fit(tmp_path, trainer_options, Riemannian(), sentences(), 1, callbacks=[injection])

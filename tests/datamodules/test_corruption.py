@@ -202,3 +202,19 @@ def test_what_training_and_the_check_say(tmp_path, write_tar, name):
     strict.setup("fit")
     with pytest.raises(UserError, match=f"1 bad samples, more than max_bad_samples=0.*\n.*{BAD} in .*{case.training}"):
         list(strict.train_dataloader())
+
+
+def test_the_docs_say_what_was_tested() -> None:
+    """Each case has a row in the table of the page on data, with these messages."""
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text().split("## What damage looks like")[1]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ]
+    rows = [row for row in cells if len(row) == 3]
+    for name, case in CASES.items():
+        assert any(
+            row[1].startswith("refused at the start") == case.at_start
+            and (case.training in row[1] if case.training else row[1].startswith("as usual"))
+            and (case.check in row[2] if case.check else row[2] == "nothing")
+            for row in rows
+        ), name

@@ -406,6 +406,13 @@ def test_names_tell_adapters_apart() -> None:
     assert [column.name for column in columns_of(replace(options, scales=None))] == ["a/last", "b/last", "c/x"]
 
 
+def test_of_a_checkpoint_the_folder_beside_it_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "last.adapter").mkdir()
+    paths = [str(tmp_path / name) for name in ("last.ckpt", "alone.ckpt")]
+    columns = columns_of(SampleOptions(paths, prompts="a"))
+    assert [column.adapters[0].path for column in columns] == [str(tmp_path / "last.adapter"), paths[1]]
+
+
 def test_several_values_of_an_option_are_a_list() -> None:
     given = ["--adapter", "a", "b", "--scales", "0", "-0.5", "--combine", "--prompts", "x", "--seed", "3"]
     made = sample_arguments([*given, "--combine", "false"])

@@ -29,6 +29,8 @@ def _encode(image_format, image=None, **options):
         ("ppm", "PPM"),
         ("jp2", "JPEG2000"),
         ("pcx", "PCX"),
+        ("qoi", "QOI"),
+        ("sgi", "SGI"),
     ],
 )
 def test_lossless_formats_become_the_same_pixels(extension, image_format):
