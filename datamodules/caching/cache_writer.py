@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -147,7 +148,10 @@ class CacheWriter:
         empty = {name: value[0].contiguous() for name, value in encoded.items()}
         path = folder / EMPTY
         if path.exists():
-            ours, theirs = types_of(empty), types_of(load_file(path))
+            try:
+                ours, theirs = types_of(empty), types_of(load_file(path))
+            except SafetensorError as error:
+                raise UserError(f"{visible(path)} is damaged ({error}); remove this cache and make it anew") from error
             if ours != theirs:
                 raise UserError(
                     f"{visible(folder)} has text embeddings {theirs}, and this run encodes {ours}; set model.base_dtype as"

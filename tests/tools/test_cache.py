@@ -390,6 +390,14 @@ def test_the_rest_of_a_cache_in_another_precision(sd_folder: Path, shards: Path)
     assert cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))[:2] == (3, 2)
 
 
+def test_the_rest_of_a_cache_whose_empty_caption_is_damaged(sd_folder: Path, shards: Path) -> None:
+    cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))
+    (shards / "cache" / "shard-000001.tar").unlink()
+    (shards / "cache" / "empty.safetensors").write_bytes(b"damaged")
+    message = failure(module_for(StableDiffusion, sd_folder), data_for(shards))
+    assert re.search("empty.safetensors is damaged .*; remove this cache and make it anew", message)
+
+
 @pytest.mark.parametrize("later", [-(10**9), 1, 0])
 @pytest.mark.parametrize("out", [False, True])
 def test_shards_that_are_replaced_later(later: int, out: bool, sd_folder: Path, shards: Path, tmp_path: Path) -> None:

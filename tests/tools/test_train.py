@@ -313,6 +313,12 @@ def test_mistakes_are_one_error(
     assert message in shown.replace("\n", " ")
 
 
+def test_a_link_to_itself_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["train", str(tmp_path / "loop"), "--base", "embedded", "--dry_run"]) == 2
+    assert "loop does not exist" in capsys.readouterr().err
+
+
 def test_another_run_is_not_overwritten(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = {"base": "sdxl"}
     (tmp_path / "out").mkdir()

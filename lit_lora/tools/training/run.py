@@ -72,7 +72,7 @@ def train_adapter(request: Request) -> None:
         )
     base = find_base(request.base)
     folder = request.folders[0]
-    names = [one.stem if one.suffix == ".toml" else one.resolve().name for one in request.folders]
+    names = [one.stem if one.suffix == ".toml" else os.path.basename(os.path.realpath(one)) for one in request.folders]
     out = Path(request.out or Path("runs", f"{'-'.join(names)}-{base.name}"))
     device = find_device(request.device) if request.device else default_device("auto")
     sets = find_sets(request.folders if len(request.folders) > 1 else folder, out)
