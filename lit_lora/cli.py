@@ -47,12 +47,16 @@ def _imports() -> Iterator[None]:
 
     What is imported stays until the process ends, so that later collections leave it out.
     """
+    from lit_lora.console import plain_warnings
+
     if "torch" in sys.modules or not gc.isenabled():
         yield
+        plain_warnings()
         return
     gc.disable()
     try:
         yield
+        plain_warnings()  # Lightning has set its own way to show them
     finally:
         gc.freeze()
         gc.enable()

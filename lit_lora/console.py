@@ -7,10 +7,13 @@ import logging
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
+import textwrap
 import threading
 import traceback
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,6 +37,8 @@ _NO_ANSWER = re.compile(
 
 _NO_MEMORY = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc")
 """What torch and the system say when the host's memory runs out."""
+
+_pythons_format = warnings.formatwarning
 
 _NOISY_LOGGERS = ("torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that warn about each other's libraries, which a user can do nothing about."""
@@ -59,7 +64,37 @@ def _print_unless_told(arguments: threading.ExceptHookArgs) -> None:
 
 def print_error(message: str, title: str = "error") -> None:
     """Print a mistake of the user's to stderr."""
-    print(f"lit-lora: {title}\n{visible_lines(redact_urls(message))}", file=sys.stderr, flush=True)
+    print(_titled(message, title), file=sys.stderr, flush=True)
+
+
+def plain_warnings() -> None:
+    """Show warnings as errors are shown, without the line of code that gave them; call it after the libraries are imported."""
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if issubclass(category, UserWarning):
+        return _titled(str(message), "warning") + "\n"
+    return _pythons_format(message, category, filename, lineno, line)
+
+
+def _titled(message: str, title: str) -> str:
+    """A message under its title, with lines as wide as the terminal; in a file its lines are left whole."""
+    lines = visible_lines(redact_urls(message)).split("\n")
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = [_wrapped(line, width) if len(line) > width else line for line in lines]
+    return "\n".join([f"lit-lora: {title}", *lines])
+
+
+def _wrapped(line: str, width: int) -> str:
+    """A line divided between words; paths stay whole, and an indented line stays indented."""
+    indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(
+        line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, drop_whitespace=True
+    )
 
 
 def print_fault(error: BaseException) -> None:

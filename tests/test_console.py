@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,47 @@ def test_a_reader_that_closes_the_pipe() -> None:
     assert result.stdout.startswith("usage: lit-lora")
     assert "Traceback" not in result.stderr
     assert "BrokenPipe" not in result.stderr
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_lines_are_as_wide_as_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    path = f"/a/{'long-path-' * 5}b"
+    console.print_error(f"three or four words and {path} and more\n  an indented line of some words\nshort")
+    assert shown.getvalue().splitlines() == [
+        "lit-lora: error",
+        "three or four words and",
+        path,
+        "and more",
+        "  an indented line of some",
+        "  words",
+        "short",
+    ]
+
+
+def test_lines_in_a_file_stay_whole(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    console.print_error("word " * 50)
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_warnings_are_shown_as_errors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(arguments: list[str]) -> int:
+        with cli._imports():
+            warnings.formatwarning = lambda *_: "as Lightning shows it"
+        return 0
+
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # is restored
+    monkeypatch.setitem(cli.TOOLS, "demo", command)
+    assert cli.main(["demo"]) == 0
+    message = "read https://me:hunter2@host/a.tar again"
+    shown = warnings.formatwarning(message, UserWarning, "module.py", 3)
+    assert shown == "lit-lora: warning\nread https://host/a.tar again\n"
+    assert "module.py:3: DeprecationWarning: read" in warnings.formatwarning(
+        message, DeprecationWarning, "module.py", 3
+    )
