@@ -94,7 +94,7 @@ def test_another_process_that_gives_no_answer(text: str, capsys: pytest.CaptureF
     assert "unexpected" not in printed
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EBUSY])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EPERM, errno.EBUSY])
 def test_what_cannot_be_written_is_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Busy is a folder on which a disk is mounted, and which cannot be replaced by another one."""
     assert console.report(OSError(number, os.strerror(number), "adapter")) == 2
