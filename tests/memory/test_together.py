@@ -47,8 +47,8 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     made: list[Any] = []
 
     def making(kind: Any, **options: Any) -> Any:
-        def make(*args: Any) -> Any:
-            made.append(partial(kind, **options)(*args))
+        def make(*args: Any, **more: Any) -> Any:
+            made.append(partial(kind, **options)(*args, **more))
             return made[-1]
 
         return make

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -87,7 +87,9 @@ def test_every_change_can_be_pasted_into_a_command_line(sd_folder: Path, tmp_pat
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     cli = build_cli(["fit", "--config", str(path), "--trainer.accelerator", "cpu", *arguments], run=False)
-    assert replace(cli.model.memory, text_encoder_quantization=None) == MemoryOptions(*[True] * 7)
+    switches = {field.name: True for field in fields(MemoryOptions) if field.default is False}
+    assert len(switches) == 7
+    assert replace(cli.model.memory, text_encoder_quantization=None) == MemoryOptions(**switches)  # type: ignore[arg-type]
     assert type(cli.model.quantization) is type(cli.model.memory.text_encoder_quantization) is NF4
     assert cli.datamodule.decoder.center_crop
     assert (cli.model.adapter.r, cli.datamodule.batch_size, cli.trainer.accumulate_grad_batches) == (2, 1, 2)
