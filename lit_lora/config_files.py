@@ -119,21 +119,25 @@ def _check_parts(given: str, values: dict[str, Any]) -> None:
             raise UserError(
                 f"{given} has {part} without options, which drops all those of configs before it; leave out {part}"
             )
-    paths = [path for path in _paths(values) if path]
+    paths = [path for path in value_paths(values) if path]
     if twice := next((path for path in paths if paths.count(path) > 1), None):
         raise UserError(
             f"{given}: {twice} is given twice, as a path and as mappings, and only one would count; give it once"
         )
 
 
-def _paths(values: Any, path: str = "") -> Iterator[str]:
-    """Paths of all values inside mappings. Names of ``init_args`` are left out, as a config may leave them out."""
+def value_paths(values: Any, path: str = "") -> Iterator[str]:
+    """Paths of all values inside mappings, as :func:`plain_path` writes them."""
     if not isinstance(values, dict) or not values:
         yield path
         return
     for key, value in values.items():
-        names = [name for name in [path, *str(key).split(".")] if name not in ("", "init_args")]
-        yield from _paths(value, ".".join(names))
+        yield from value_paths(value, plain_path(f"{path}.{key}"))
+
+
+def plain_path(path: str) -> str:
+    """The path of an option without names of ``init_args``, which may be left out."""
+    return ".".join(name for name in path.split(".") if name not in ("", "init_args"))
 
 
 def _options_of_module() -> set[str]:
