@@ -33,6 +33,7 @@ from lit_lora.callbacks.checkpoint_files import (
     kept_nothing,
     link_with_folders,
     options,
+    own_folders,
     put_in_place,
     warn_of_one_chunk,
 )
@@ -358,14 +359,13 @@ class AdapterCheckpoint(ResumedSaves):
     def _save_adapter_folders(self, trainer: Trainer, filepath: str) -> None:
         if (owner := adapter_writer(trainer)) is None:
             return
-        plain, averaged = adapter_folders(filepath)
-        for folder in (plain, averaged):
-            if trainer.is_global_zero and folder.is_symlink():
-                folder.unlink()  # ``last`` was a link and becomes a checkpoint of its own
+        plain, averaged = own_folders(filepath, trainer.is_global_zero)
         owner.save_adapter(plain, **self._given)
         if ema := AdapterEMA.of(trainer):
             with ema.averaged(trainer.lightning_module):
                 owner.save_adapter(averaged, **self._given)
+        elif trainer.is_global_zero:
+            discard(averaged)  # of an earlier run
         if (samples := SampleImages.of(trainer)) and samples.latest:
             add_sample(averaged if ema else plain, samples.latest, samples.description)
 

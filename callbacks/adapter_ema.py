@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from diffusers.training_utils import EMAModel
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -67,11 +68,8 @@ class AdapterEMA(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # A checkpoint is not known yet, and without one and without a fit before there is no average either.
-        if stage == "predict" or (stage != "fit" and self._average is None):
-            rank_zero_warn(
-                f"AdapterEMA: {getattr(stage, 'value', stage)} uses the weights of the last step, not their average; that is in "
-                f"the .ema.adapter folder beside the checkpoint, for lit-lora sample"
-            )
+        if stage in ("test", "predict") or (stage != "fit" and self._average is None):
+            _warn_of_last_weights(stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         parameters = trainable_parameters(pl_module)
@@ -101,6 +99,10 @@ class AdapterEMA(Callback):
             self._add_trainable(pl_module)
             self._average.step(self._parameters(pl_module))
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._average is not None and _validates_a_checkpoint(trainer):
+            _warn_of_last_weights("validate")
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -110,7 +112,9 @@ class AdapterEMA(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._average is None or trainer.sanity_checking or not hasattr(pl_module, "validation_loss"):
+        if self._average is None or trainer.sanity_checking or _validates_a_checkpoint(trainer):
+            return
+        if not hasattr(pl_module, "validation_loss"):
             return
         with self.averaged(pl_module):
             loss, count = cast(Any, pl_module).validation_loss(batch, batch_idx)
@@ -174,3 +178,15 @@ class AdapterEMA(Callback):
         """The averaged parameters, also those that are frozen again."""
         named = dict(pl_module.named_parameters())
         return [named[name] for name in self._names]
+
+
+def _validates_a_checkpoint(trainer: Trainer) -> bool:
+    """Whether the weights are those of a checkpoint, and the average is that of the training before."""
+    return trainer.state.fn == TrainerFn.VALIDATING and trainer.ckpt_path is not None
+
+
+def _warn_of_last_weights(stage: str) -> None:
+    rank_zero_warn(
+        f"AdapterEMA: {getattr(stage, 'value', stage)} uses the weights of the last step, not their average; that is in the "
+        f".ema.adapter folder beside the checkpoint, for lit-lora sample"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_lora.errors import UserError
 
@@ -35,6 +36,9 @@ class BaseLoss(Callback):
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = trainer.callback_metrics.get(self.monitor)
         if found is None:
+            logged = ", ".join(sorted(trainer.callback_metrics))
+            advice = f"set monitor to one of {logged}" if logged else "there are no validation data"
+            rank_zero_warn(f"BaseLoss measured nothing, since the sanity check logged no {self.monitor}: {advice}")
             return
         self.base = float(found)
         # With those of its parts, as val/loss_q1.

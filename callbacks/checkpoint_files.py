@@ -147,11 +147,23 @@ def adapter_folders(filepath: str) -> tuple[Path, Path]:
     return Path(f"{stem}.adapter"), Path(f"{stem}.ema.adapter")
 
 
+def own_folders(filepath: str, is_first: bool) -> tuple[Path, Path]:
+    """The folders beside a checkpoint; the first process removes links: ``last`` was one and becomes a checkpoint of its own."""
+    folders = adapter_folders(filepath)
+    for folder in folders:
+        if is_first and folder.is_symlink():
+            folder.unlink()
+    return folders
+
+
 def link_with_folders(filepath: str, linkpath: str) -> None:
+    """Point a link and its folders at a checkpoint and its folders."""
     link(Path(filepath), Path(linkpath))
     for folder, folder_link in zip(adapter_folders(filepath), adapter_folders(linkpath), strict=True):
         if folder.exists():
             link(folder, folder_link)
+        else:
+            discard(folder_link)  # of an earlier checkpoint, such as the average of a run that had one
 
 
 def copy_with_folders(filepath: str, copy: str) -> None:
@@ -163,5 +175,7 @@ def copy_with_folders(filepath: str, copy: str) -> None:
             shutil.copytree(folder, part)
             discard(folder_copy)
             part.rename(folder_copy)
+        else:
+            discard(folder_copy)
     with atomic_file(copy) as part:
         shutil.copyfile(filepath, part)

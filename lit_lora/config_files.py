@@ -32,6 +32,7 @@ def check_config_files(arguments: Sequence[str], method: str | None = None) -> N
         path = Path(shipped_config(given))
         values = config_values(path, given)
         known = {"trainer": _options_of_trainer("__init__"), "model": _options_of_module()}
+        _check_parts(given, values)
         if method is not None:
             _check_keys(given, "", values, _EVERYWHERE | _options_of_trainer(method))
         for part, options in known.items():
@@ -109,6 +110,34 @@ def _check_keys(given: str, prefix: str, values: Any, known: set[str]) -> None:
             close = get_close_matches(name, sorted(known), n=1)
             advice = f"did you mean {prefix}{close[0]}?" if close else "lit-lora COMMAND --help lists all options"
             raise UserError(f"{given} has {prefix}{name}, which is no option; {advice}")
+
+
+def _check_parts(given: str, values: dict[str, Any]) -> None:
+    """Refuse parts without options, which would drop those of earlier configs, and keys given as a path and as mappings."""
+    for part in ("trainer", "model", "data"):
+        if part in values and values[part] is None:
+            raise UserError(
+                f"{given} has {part} without options, which drops all those of configs before it; leave out {part}"
+            )
+    paths = [path for path in value_paths(values) if path]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise UserError(
+            f"{given}: {twice} is given twice, as a path and as mappings, and only one would count; give it once"
+        )
+
+
+def value_paths(values: Any, path: str = "") -> Iterator[str]:
+    """Paths of all values inside mappings, as :func:`plain_path` writes them."""
+    if not isinstance(values, dict) or not values:
+        yield path
+        return
+    for key, value in values.items():
+        yield from value_paths(value, plain_path(f"{path}.{key}"))
+
+
+def plain_path(path: str) -> str:
+    """The path of an option without names of ``init_args``, which may be left out."""
+    return ".".join(name for name in path.split(".") if name not in ("", "init_args"))
 
 
 def _options_of_module() -> set[str]:

@@ -1,4 +1,4 @@
-"""Options of a class in one config that are lost where a later config names another class."""
+"""Options that are lost: of a class where a later config names another, or given before a config that sets them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lit_lora.config_files import config_values, given_configs, shipped_config
+from lit_lora.config_files import config_values, given_configs, plain_path, shipped_config, value_paths
 
 
 def dropped_options(arguments: Sequence[str], config: Namespace) -> list[str]:
-    """A line for each option that a config file gives and the parsed config lacks.
+    """A line for each option that a config file gives and the parsed config lacks, or that a later config sets anew.
 
     jsonargparse drops without a word what the class of a later config or of the command line does not take, and keeps the rest:
     of ``LoraConfig(r=4, lora_alpha=4)`` followed by ``LoHaConfig``, r stays 4, and alpha becomes LoHa's default.
@@ -25,7 +25,19 @@ def dropped_options(arguments: Sequence[str], config: Namespace) -> list[str]:
     for given in given_configs(arguments):
         for path, value, kind in _dropped(config_values(Path(shipped_config(given)), given), config, ""):
             found[f"{path}={value!r} of {given} has no effect, since {kind} has no such option"] = None
-    return list(found)
+    return [*found, *_given_before(arguments)]
+
+
+def _given_before(arguments: Sequence[str]) -> Iterator[str]:
+    """A line for each option of the command line that a config after it sets, too: the later one counts."""
+    for place, argument in enumerate(arguments):
+        name = plain_path(argument.partition("=")[0].removeprefix("--").rstrip("+"))
+        if not argument.startswith("--") or name == "config":
+            continue
+        for given in given_configs(arguments[place:]):
+            paths = value_paths(config_values(Path(shipped_config(given)), given))
+            if any(path == name or path.startswith(f"{name}.") for path in paths):
+                yield f"{argument.partition('=')[0]} has no effect, since {given} sets it after it; give it after --config"
 
 
 def _dropped(given: Any, parsed: Any, path: str) -> Iterator[tuple[str, Any, str]]:

@@ -81,7 +81,15 @@ class LossByTime(Callback):
             sums = torch.zeros(2, QUARTERS, device=module.device)
         sums = trainer.strategy.reduce(sums, reduce_op="sum")
         for number, (loss, weight) in enumerate(sums.T.tolist(), 1):
+            name = f"{self._stage}/loss_q{number}"
             if weight > 0:
-                module.log(
-                    f"{self._stage}/loss_q{number}", loss / weight, batch_size=1, sync_dist=self._stage != "train"
-                )
+                module.log(name, loss / weight, batch_size=1, sync_dist=self._stage != "train")
+            else:
+                _forget(trainer, name)
+
+
+def _forget(trainer: Any, name: str) -> None:
+    """Lightning would log the last value of a metric again at each logged step, until the epoch ends."""
+    for metric in trainer._results.values():
+        if metric.meta.name == name:
+            metric.reset()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image, ImageOps
 
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_least, check_most
 from lit_lora.unique_keys import load_json, load_yaml
 from lit_lora.visible import visible
 
@@ -20,6 +22,17 @@ PROMPT_FILES = (".txt", ".yaml", ".yml", ".json")
 
 _OPTIONS = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale", "height": "height", "width": "width"}
 """Settings of a prompt by their names in files, with their names in :func:`lit_lora.sampling.generate`."""
+
+MOST_SEED = 2**63 - 1
+"""Largest seed that a user may give: torch takes 64 bits, and later images have larger ones."""
+
+_OF_OTHER_PROGRAMS = {
+    r"<(?:lora|lyco|hypernet):[^<>]*>": "an adapter; give it with --adapter",
+    r"(?<!\S)--[a-z]+(?!\S)": "an option; a .yaml file of prompts gives each its own settings",
+    r"\{[^{}]*\|[^{}]*\}": "a choice of words; write a prompt for each",
+    r"\([^()]+:\s*\d*\.?\d+\s*\)": "words with a weight; leave out the weight",
+}
+"""What other programs read in a prompt and this one does not, by its pattern, with what to do."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,7 @@ class Prompt:
         if not self.prompt.strip():
             raise UserError("a prompt is empty; write what to draw")
         check_least(0, seed=self.seed, guidance_scale=self.guidance_scale)
+        check_most(MOST_SEED, seed=self.seed)
         check_least(1, width=self.width, height=self.height, steps=self.steps)
 
     def filled(self, **settings: Any) -> Prompt:
@@ -92,6 +106,8 @@ def read_prompts(prompts: str | Sequence[str]) -> list[Prompt]:
     begin with ``#``. YAML and JSON files hold a list, each entry a text, or a mapping with the names of the arguments of
     :class:`Prompt`, of which ``prompt`` is required. The path of an ``image`` is relative to the file's folder.
 
+    What other programs read as options, weights, choices or adapters is part of the text here, with a warning.
+
     Args:
         prompts: A prompt or the path of a file, or several of these.
 
@@ -102,6 +118,8 @@ def read_prompts(prompts: str | Sequence[str]) -> list[Prompt]:
     found = [prompt for one in given for prompt in _of_text(one, is_alone=len(given) == 1)]
     if not found:
         raise UserError("there are no prompts; give at least one")
+    for text in dict.fromkeys(text for one in found for text in (one.prompt, one.negative_prompt) if text):
+        _warn_of_syntax(text)
     return found
 
 
@@ -130,6 +148,12 @@ def images_to_edit(prompts: Sequence[Prompt]) -> dict[str, list[Image.Image]]:
     """
     sources = [_image(prompt.image) for prompt in prompts if prompt.image is not None]
     return {"sources": sources} if sources else {}
+
+
+def _warn_of_syntax(text: str) -> None:
+    for pattern, meaning in _OF_OTHER_PROGRAMS.items():
+        if part := re.search(pattern, text):
+            warnings.warn(f"{visible(part[0])} in a prompt is drawn as text, not read as {meaning}", stacklevel=3)
 
 
 def _image(path: str) -> Image.Image:

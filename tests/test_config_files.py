@@ -41,6 +41,8 @@ def test_unknown_keys_are_refused(text: str, message: str, tmp_path: Path) -> No
         ("trainer: {max_steps: 3}\nmodel: {}\ntrainer: {}\n", "trainer is given twice in lines 1 and 3"),
         ("model:\n  optimizer:\n    init_args: {lr: 1, lr: 2}\n", "lr is given twice in lines 3 and 3"),
         ("trainer:\n  callbacks:\n  - {class_path: A, class_path: B}\n", "class_path is given twice"),
+        ("trainer.max_steps: 3\ntrainer: {max_steps: 4}\n", "trainer.max_steps is given twice, as a path"),
+        ("model:\n  adapter.r: 3\n  adapter: {init_args: {r: 4}}\n", "model.adapter.r is given twice, as a path"),
     ],
 )
 def test_keys_that_are_given_twice_are_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -48,10 +50,18 @@ def test_keys_that_are_given_twice_are_refused(text: str, message: str, tmp_path
         check(tmp_path / "x.yaml", text)
 
 
+@pytest.mark.parametrize("part", ["trainer", "model", "data"])
+def test_a_part_without_options_is_refused(part: str, tmp_path: Path) -> None:
+    # jsonargparse would drop all options that an earlier config gives it.
+    with pytest.raises(UserError, match=f"has {part} without options, which drops all those of configs before it"):
+        check(tmp_path / "x.yaml", f"{part}:\n  # max_steps: 3\n")
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "model.family.class_path: X",
+        "model: {adapter.r: 3, adapter: {rank_pattern: {a: 1, a.b: 2, b.a: 3}}}",
         "trainer: {callbacks+: []}",
         "seed_everything: 1\nckpt_path: last\nmust_resume: true\ndata: {class_path: X, init_args: {any: 1}}",
         "trainer: {",  # whose line the parser names

@@ -36,3 +36,13 @@ def test_what_is_there_or_replaced_is_not_named(tmp_path: Path) -> None:
     named = "data.decoder.gone=1 of {} has no effect, since Decoder has no such option"
     assert dropped_options(["--config", str(config)], parsed) == [named.format(config)]
     assert dropped_options([f"--config={config}"], parsed) == [named.format(config)]
+
+
+def test_options_before_a_config_that_sets_them_are_named(tmp_path: Path) -> None:
+    config = tmp_path / "x.yaml"
+    config.write_text("trainer: {max_steps: 4, callbacks: []}\nmodel: {adapter: {init_args: {r: 4}}}\n")
+    before = ["--trainer.max_steps=5", "--model.adapter.r", "8", "--trainer.callbacks+=A", "--trainer.max_time=1"]
+    names = ["--trainer.max_steps", "--model.adapter.r", "--trainer.callbacks+"]
+    expected = [f"{name} has no effect, since {config} sets it after it; give it after --config" for name in names]
+    assert dropped_options([*before, "--config", str(config)], Namespace()) == expected
+    assert dropped_options(["--config", str(config), *before], Namespace()) == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,24 @@ def test_the_loss_of_each_quarter_is_the_mean_of_its_samples(
     expected = quarters_of(sd_module, val, VALIDATION_SEED)
     assert len(expected) > 1
     assert logged(curves, "val", 0) == logged(curves, "val", 1) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_quarter_without_samples_is_not_logged(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Nor is its last value logged again."""
+    sd_module.optimizer = lambda p: torch.optim.SGD(p, lr=0.0)
+    batches = make_batches(4)
+    logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
+    trainer = Trainer(**trainer_options | {"logger": logger, "log_every_n_steps": 1, "max_steps": 4})
+    trainer.fit(sd_module, loader_of(batches))
+    curves = read_curves(Path(logger.log_dir), [])
+    expected = [quarters_of(sd_module, [batch], sd_module.seed) for batch in batches]
+    assert any(before.keys() - after.keys() for before, after in pairwise(expected))
+    for step, quarters in enumerate(expected):
+        names = {quarter: dict(curves.get(f"train/loss_q{quarter}", [])) for quarter in range(1, 5)}
+        found = {quarter: curve[step] for quarter, curve in names.items() if step in curve}
+        assert found == pytest.approx(quarters, rel=1e-5)
 
 
 def test_sums_of_all_processes_are_divided(

@@ -117,3 +117,31 @@ def test_images_to_edit_are_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "of" / "white.png").write_text("no image")
     with pytest.raises(UserError, match=r"cannot read the image .*white\.png of a prompt"):
         images_to_edit(prompts)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "a cat <lora:style:0.8>",
+            "<lora:style:0.8> in a prompt is drawn as text, not read as an adapter; give it with",
+        ),
+        ("a cat --n blurry --w 512", "--n in a prompt is drawn as text, not read as an option"),
+        ("a {red|blue} cat", r"{red\|blue} in a prompt is drawn as text, not read as a choice of words"),
+        ("a (red:1.3) cat", r"\(red:1.3\) in a prompt is drawn as text, not read as words with a weight"),
+    ],
+)
+def test_what_other_programs_read_is_named(text: str, message: str) -> None:
+    with pytest.warns(UserWarning, match=message):
+        assert read_prompts(text) == [Prompt(text)]
+
+
+def test_plain_punctuation_is_not_the_syntax_of_other_programs() -> None:
+    read_prompts(["a well-known cat -- asleep", "a <cat-toy> (red, 3 legs)", "a poster: {ABC}", "at (10:30 am)"])
+
+
+def test_a_seed_is_at_most_what_torch_takes() -> None:
+    with pytest.raises(
+        UserError, match="seed=9223372036854775808 is too large; it must be at most 9223372036854775807"
+    ):
+        Prompt("a cat", seed=2**63)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -164,9 +165,16 @@ def _check_rank(rank: int | None, sources: Sequence[tuple[NamedAdapter, Mapping[
         )
 
 
-def _all_tokens(adapters: Sequence[AdapterFiles]) -> dict[str, Mapping[str, Tensor]]:
+def _all_tokens(named: Sequence[NamedAdapter]) -> dict[str, Mapping[str, Tensor]]:
     tokens: dict[str, Mapping[str, Tensor]] = {}
-    for one in adapters:
+    for source in named:
+        one = source.adapter
+        if one.new_tokens and source.weight != 1:
+            warnings.warn(
+                f"the new tokens {', '.join(one.new_tokens)} of {source.path} are kept as they are: the weight {source.weight:g} "
+                f"is that of its layers",
+                stacklevel=4,
+            )
         if both := sorted(tokens.keys() & one.new_tokens.keys()):
             raise UserError(
                 f"two of the adapters have a new token {both[0]}, whose embeddings cannot be merged; give the file of layers of "
@@ -186,7 +194,7 @@ def _assembled(named: Sequence[NamedAdapter], made: Mapping[str, Layers], base: 
         family=families[0] if families else None,
         denoiser_config=next((one.denoiser_config for one in adapters if one.denoiser_config), {}),
         metadata=merged_metadata(named),
-        new_tokens=_all_tokens(adapters),
+        new_tokens=_all_tokens(named),
     )
     configs: dict[str, Mapping[str, Any]] = {}
     for part, layers in made.items():

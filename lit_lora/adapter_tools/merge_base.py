@@ -209,7 +209,7 @@ def _merge_loaded(adapter: AdapterFiles, name: str, path: object, base: BaseMode
     adapted = load_adapter(model, adapter.config, adapter.state, path)
     try:
         merged: Any = adapted.merge_and_unload(safe_merge=True)
-    except (NotImplementedError, ValueError, AttributeError) as error:
+    except (RuntimeError, ValueError, AttributeError) as error:
         raise UserError(f"PEFT cannot merge {path} ({adapter.config.get('peft_type')}): {error}") from error
     count = len(getattr(adapted.base_model, "targeted_module_names", []))
     merged.save_pretrained(out, **options)

@@ -95,7 +95,7 @@ def merged_layers(adapter: AdapterFiles, path: str, factor: float) -> dict[str, 
     states: dict[str, dict[str, Tensor]] = {}
     for key, value in adapter.state.items():
         name = adapted_layer(key)
-        if not name:
+        if not name or key.endswith(".lora_B.bias"):
             raise UserError(f"{path} holds {key}, which is more than updates of layers; {advice}")
         states.setdefault(name, {})[f"{PREFIX}layer{key.removeprefix(PREFIX + name)}"] = value
     return {

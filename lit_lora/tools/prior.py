@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_least, check_most
+from lit_lora.prompts import MOST_SEED
 
 # Nothing heavy is imported here, not even for type checking: jsonargparse would import it for --help.
 
@@ -76,3 +77,4 @@ class PriorOptions:
             raise UserError("give --base: the folder, hub id or file of the base that will be trained, or 'embedded'")
         check_least(1, count=self.count, steps=self.steps, batch_size=self.batch_size)
         check_least(0, seed=self.seed)
+        check_most(MOST_SEED, seed=self.seed)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from lit_lora.errors import UserError, check_least, check_most
+from lit_lora.prompts import MOST_SEED
 
 # Nothing heavy is imported here, not even for type checking: jsonargparse would import it for --help.
 
@@ -107,6 +108,7 @@ class SampleOptions:
         check_least(1, count=self.count, steps=self.steps, columns=self.columns)
         check_least(0, seed=self.seed, guidance_rescale=self.guidance_rescale)
         check_most(1, guidance_rescale=self.guidance_rescale)
+        check_most(MOST_SEED, seed=self.seed)
         if not (self.base or self.adapter):
             raise UserError("give --base: a folder, a hub id or 'embedded'")
         if self.scales is not None and not self.adapter:

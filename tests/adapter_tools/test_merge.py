@@ -190,3 +190,12 @@ def test_a_rank_above_the_sum() -> None:
         merged(ONE, TWO, rank=9)
     with pytest.raises(UserError, match="the weight nan of adapter 0 is not finite"):
         merged(ONE, weights=(float("nan"),))
+
+
+def test_the_weight_of_new_tokens_is_told() -> None:
+    rows = {"<cat>": {"text_encoder": torch.ones(1, 4)}}
+    with pytest.warns(
+        UserWarning, match="new tokens <cat> of adapter 0 are kept as they are: the weight 0.7 is that of its"
+    ):
+        done = merged(replace(ONE, new_tokens=rows), TWO)
+    assert torch.equal(done.new_tokens["<cat>"]["text_encoder"], torch.ones(1, 4))

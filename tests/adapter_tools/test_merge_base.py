@@ -87,6 +87,14 @@ def test_the_unet_of_a_pipeline(name: str, sd_folder: Path, tmp_path: Path) -> N
             assert (tmp_path / part / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_a_bias_of_lora_in_a_layer_without_one_is_refused(sd_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
+    adapter = random_adapter(unet, LoraConfig(r=2, target_modules=["to_q"], lora_bias=True))
+    with pytest.raises(UserError, match=r"PEFT cannot merge adapter \(LORA\): .*the base layer has no bias"):
+        merge_base(adapter, "adapter", BaseModel(str(sd_folder)), tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shards_keep_their_tensors_and_dtype(dtype: torch.dtype, flux_folder: Path, tmp_path: Path) -> None:
     model = FluxTransformer2DModel.from_pretrained(flux_folder / "transformer").to(dtype)

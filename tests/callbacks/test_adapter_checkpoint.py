@@ -284,6 +284,24 @@ def test_an_unwritable_folder_is_found_before_training(
         fit(sd_folder, trainer_options, every(1, tmp_path / "file" / "below"), max_steps=1)
 
 
+@pytest.mark.parametrize("save_last", ["link", True])
+def test_the_average_of_an_earlier_run_does_not_stay_beside_a_later_checkpoint(
+    save_last: Any, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    fit(sd_folder, trainer_options, every(2, tmp_path, save_last=save_last), max_steps=2, ema=True)
+    assert (tmp_path / "last.ema.adapter").exists()
+    with pytest.warns(UserWarning, match="AdapterEMA"):  # Lightning's own, of callbacks that are not there
+        fit(
+            sd_folder,
+            trainer_options,
+            every(2, tmp_path, save_last=save_last),
+            max_steps=4,
+            resume=str(tmp_path / "last.ckpt"),
+        )
+    assert (tmp_path / "last.adapter").exists()
+    assert not os.path.lexists(tmp_path / "last.ema.adapter")
+
+
 class Plain(LightningModule):
     """A module with PEFT layers that does not use this package."""
 

@@ -86,6 +86,22 @@ def test_what_does_not_use_the_average_says_so(trainer_options: dict[str, Any], 
         trainer.validate(Drawing(), batches, ckpt_path=tmp_path / "done.ckpt", verbose=False)
 
 
+def test_a_checkpoint_is_not_validated_with_the_average_of_another_step(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    batches = loader_of(make_batches(2))
+    trainer = Trainer(callbacks=[AdapterEMA()], **trainer_options | {"max_steps": 1})
+    trainer.fit(sd_module, batches, batches)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    assert "val/loss_ema" in trainer.validate(sd_module, batches, verbose=False)[0]
+    with pytest.warns(UserWarning, match="AdapterEMA: validate uses the weights of the last step, not their average"):
+        found = trainer.validate(sd_module, batches, ckpt_path=tmp_path / "first.ckpt", verbose=False)[0]
+    assert "val/loss" in found
+    assert "val/loss_ema" not in found
+    with pytest.warns(UserWarning, match="AdapterEMA: test uses the weights of the last step, not their average"):
+        trainer.test(sd_module, batches, verbose=False)
+
+
 def test_schedule_free_weights_are_an_average_already(trainer_options: dict[str, Any]) -> None:
     module = Counting()
     optimizer: Any = schedulefree.SGDScheduleFree(module.parameters(), lr=0.1)

@@ -46,3 +46,11 @@ def test_the_loss_of_the_base_is_measured_before_the_first_step(
 def test_a_part_of_the_validation_data_is_refused(sd_module: LoraDiffusion, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_sanity_val_steps=2 leaves out validation data"):
         BaseLoss().setup(_trainer(tmp_path, BaseLoss(), num_sanity_val_steps=2), sd_module, "fit")
+
+
+def test_a_loss_that_is_not_logged_is_named(sd_module: LoraDiffusion, make_shards: Make, tmp_path: Path) -> None:
+    data = WebDatasetDataModule(
+        str(make_shards(8)[0].parent), val_samples=3, batch_size=2, resolution=16, num_workers=0
+    )
+    with pytest.warns(UserWarning, match="logged no val/los: set monitor to one of val/loss, val/loss_q1"):
+        _trainer(tmp_path, BaseLoss("val/los"), max_steps=1).fit(sd_module, data)

@@ -296,6 +296,10 @@ def test_adapters_that_cannot_be_merged(sd_folder: Path, flux_folder: Path, tmp_
         UserError, match=r"holds base_model\.model\.conv_in\.bias, which is more than updates of layers"
     ):
         module_over(sd_folder, first)
+    bias = key.replace("lora_A.weight", "lora_B.bias")
+    wrong({**adapter.state, bias: torch.ones(16)}, lora_bias=True)
+    with pytest.raises(UserError, match=r"to_q\.lora_B\.bias, which is more than updates of layers"):
+        module_over(sd_folder, first)
     saved(OFTConfig(r=0, oft_block_size=8, target_modules=["to_q"]), sd_folder, tmp_path / "oft")
     with pytest.raises(UserError, match=r"of the method OFT, .*adapter merge --into, and train on the result"):
         module_over(sd_folder, BaseAdapter(str(tmp_path / "oft")))

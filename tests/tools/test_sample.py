@@ -173,6 +173,7 @@ def test_a_bad_adapter_is_one_error(
         (["--count", "0"], "count=0 is too small"),
         (["--columns", "0"], "columns=0 is too small"),
         (["--seed", "-1"], "seed=-1 is too small"),
+        (["--seed", str(2**63)], "seed=9223372036854775808 is too large"),
         (["--height", "17"], "17"),
         (["--device", "cuda"], "device='cuda' cannot be used here"),
         (["--device", "abacus"], "device='abacus' cannot be used here"),
