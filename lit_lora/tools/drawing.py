@@ -110,8 +110,9 @@ class Drawer:
             adapters: The adapters; several ones are merged into the base.
 
         Raises:
-            UserError: If base or adapters cannot be loaded, the adapters name no base or several, do not fit it or have no scale,
-                or the family cannot draw images of these sizes or with this scheduler.
+            UserError: If base or adapters cannot be loaded, the adapters name no base or several, do not fit it, have no scale, or
+                need different schedulers or options of the base; or the family cannot draw images of these sizes or with this
+                scheduler.
         """
         kind = self._kind(self._given) if self.base or self._family else None
         read = [(one, read_adapter(one.path, kind)) for one in adapters]
@@ -122,6 +123,11 @@ class Drawer:
             check_edits(kind)
         used = [(one, files) for one, files in read if one.scale != 0]
         self._used = [(one.path, one.scale) for one, _ in used]
+        schedulers = {one.path: scheduler_changes(files.metadata) for one, files in used}
+        _check_same("changes of the base's scheduler", schedulers, "draw them one by one")
+        recorded = {one.path: recorded_options(files.metadata, self.base) for one, files in used}
+        others = {path: {k: v for k, v in one.items() if k not in self._given} for path, one in recorded.items()}
+        _check_same("options of the base", others, "give those to draw with, such as --vae")
         for one, files in used:
             if quantization := quantized_base(files.metadata):
                 warnings.warn(twice(one.path, quantization), stacklevel=2)
@@ -132,9 +138,7 @@ class Drawer:
         assert self._loaded is not None
         if len(used) == 1:
             self._put_in(*used[0])
-        self._changes = {}
-        for _, files in used:
-            self._changes |= scheduler_changes(files.metadata)
+        self._changes = next(iter(schedulers.values()), {})
         self._loaded.to(self._device)
 
     def draw(self, prompts: Sequence[Prompt], **options: Any) -> list[DrawnImage]:
@@ -226,6 +230,15 @@ class Drawer:
         assert self._loaded is not None
         named = {"_class_name": self.scheduler} if self.scheduler else {}
         return {**self._loaded.scheduler_config, **self._changes, **named}
+
+
+def _check_same(what: str, needs: Mapping[str, Mapping[str, Any]], advice: str) -> None:
+    """Refuse adapters that cannot be drawn together, since one would be drawn otherwise than it was trained."""
+    first, *others = needs.items() or [("", {})]
+    for path, need in others:
+        if need != first[1]:
+            told = " and ".join(f"{dict(one) or 'none'} for {name}" for name, one in (first, (path, need)))
+            raise UserError(f"the adapters need other {what}, {told}; {advice}")
 
 
 def _base_of(adapters: Sequence[AdapterFiles]) -> str:

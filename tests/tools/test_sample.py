@@ -296,6 +296,40 @@ def test_combined_adapters_draw_as_one_of_the_sum(strong: Path, sd_folder: Path,
     assert np.abs(together - pixels(grid_of(sd_folder, tmp_path / "b.png", *single).tobytes())).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"lit_lora.scheduler": '{"prediction_type": "v_prediction"}'},
+            "need other changes of the base's scheduler, none for",
+        ),
+        (
+            {"lit_lora.base": '{"pretrained_model_name_or_path": BASE, "vae": "x"}'},
+            "give those to draw with, such as --vae",
+        ),
+    ],
+)
+def test_adapters_that_need_different_things_are_not_combined(
+    entry: dict[str, str],
+    message: str,
+    strong: Path,
+    sd_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = scaled(strong, tmp_path / "other", 0.5)
+    entry = {name: value.replace("BASE", json.dumps(str(sd_folder))) for name, value in entry.items()}
+    for file in other.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        save_file(load_file(file), file, metadata | entry)
+    both = ["--adapter", str(strong), str(other), "--combine"]
+    command = ["sample", "--base", str(sd_folder), "--out", str(tmp_path / "out"), *DRAWN]
+    assert main([*command, *both]) == 2
+    assert message in capsys.readouterr().err
+    assert not [*(tmp_path / "out").glob("*.png")]
+
+
 def test_files_hold_what_they_were_drawn_with(strong: Path, sd_folder: Path, tmp_path: Path) -> None:
     entries = tmp_path / "prompts.yaml"
     entries.write_text("- {prompt: 'a star, ☆', negative_prompt: blurry, seed: 7, width: 64, steps: 1}\n- a heart\n")
