@@ -110,8 +110,8 @@ class Drawer:
             adapters: The adapters; several ones are merged into the base.
 
         Raises:
-            UserError: If base or adapters cannot be loaded, the adapters name no base or several, do not fit it, have no scale, or
-                need different schedulers or options of the base; or the family cannot draw images of these sizes or with this
+            UserError: If base or adapters cannot be loaded, the adapters name no base or several, do not fit it, have no scale,
+                or need different schedulers or options of the base; or the family cannot draw images of these sizes or with this
                 scheduler.
         """
         kind = self._kind(self._given) if self.base or self._family else None
