@@ -179,9 +179,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault in ("truncate", "stall"):
             data = data[: len(data) // 2]
-        self.wfile.write(data)
-        with self.server.lock:
+        with self.server.lock:  # before a client can have read it
             self.server.sent += len(data)
+        self.wfile.write(data)
         while fault == "endless" and not self.server.released.is_set():
             self.server.sent += self.wfile.write(bytes(1 << 16))
         if fault == "stall":
