@@ -22,21 +22,21 @@ def dropped_options(arguments: Sequence[str], config: Namespace) -> list[str]:
         config: The parsed config of trainer, model and data.
     """
     found: dict[str, None] = {}
-    for given in given_configs(arguments):
-        for path, value, kind in _dropped(config_values(Path(shipped_config(given)), given), config, ""):
+    configs = {given: config_values(Path(shipped_config(given)), given) for given in given_configs(arguments)}
+    for given, values in configs.items():
+        for path, value, kind in _dropped(values, config, ""):
             found[f"{path}={value!r} of {given} has no effect, since {kind} has no such option"] = None
-    return [*found, *_given_before(arguments)]
+    return [*found, *_given_before(arguments, configs)]
 
 
-def _given_before(arguments: Sequence[str]) -> Iterator[str]:
+def _given_before(arguments: Sequence[str], configs: Mapping[str, dict[str, Any]]) -> Iterator[str]:
     """A line for each option of the command line that a config after it sets, too: the later one counts."""
     for place, argument in enumerate(arguments):
         name = plain_path(argument.partition("=")[0].removeprefix("--").rstrip("+"))
         if not argument.startswith("--") or name == "config":
             continue
         for given in given_configs(arguments[place:]):
-            paths = value_paths(config_values(Path(shipped_config(given)), given))
-            if any(path == name or path.startswith(f"{name}.") for path in paths):
+            if any(path == name or path.startswith(f"{name}.") for path in value_paths(configs[given])):
                 yield f"{argument.partition('=')[0]} has no effect, since {given} sets it after it; give it after --config"
 
 

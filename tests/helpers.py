@@ -6,10 +6,11 @@ import os
 import resource
 import shutil
 import sys
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import pytest
 import torch
@@ -171,6 +172,15 @@ def difference_in_plain_libraries(denoiser: nn.Module, base: Path, adapter: Path
         in_peft = PeftModel.from_pretrained(pipeline().unet, adapter)(*inputs).sample
     first, second, third = (float((here - other).abs().max()) for other in (in_diffusers, in_peft, of_base))
     return first, second, third
+
+
+def contents_of_shards(folder: Path) -> dict[str, bytes]:
+    """The members of all tar files in a folder, by name."""
+    contents: dict[str, bytes] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as archive:
+            contents |= {member.name: cast(IO[bytes], archive.extractfile(member)).read() for member in archive}
+    return contents
 
 
 @contextmanager

@@ -116,6 +116,7 @@ def _match(pattern: str) -> tuple[list[Path], list[Path]]:
 
 
 def _is_tar(name: str) -> bool:
+    """Whether a name ends in ``.tar``, as ``os.path.splitext`` tells it, which takes longer."""
     return name[-4:].lower() == ".tar" and name.strip(".").lower() != "tar"
 
 

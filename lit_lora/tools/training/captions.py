@@ -47,12 +47,9 @@ def caption_rule(folder: Path, out: Path, captions: str, trigger: str | None) ->
     Raises:
         UserError: If the folder cannot be packed, or there are no such captions.
     """
-    prefix = f"{trigger}, " if trigger else ""
-    shown = f'each after "{trigger}"' if trigger else "no --trigger"
-    if captions in ("names", "folders"):
-        return _of_words(captions, prefix, shown)
-    if captions == "trigger":
-        return _trigger_alone(trigger, "as given")
+    if captions in ("names", "folders", "trigger"):
+        return _without_files(captions, trigger)
+    prefix, shown = _before_each(trigger)
     found = find_input(folder, out)
     missing = [
         file for file in found.bad if isinstance(found, ImageFolder) and file.reason.startswith("has no caption")
@@ -82,12 +79,9 @@ def rule_of_folders(captions: str, trigger: str | None) -> CaptionRule:
     Raises:
         UserError: If the captions are to be the trigger, and there is none.
     """
-    prefix = f"{trigger}, " if trigger else ""
-    shown = f'each after "{trigger}"' if trigger else "no --trigger"
-    if captions in ("names", "folders"):
-        return _of_words(captions, prefix, shown)
-    if captions == "trigger":
-        return _trigger_alone(trigger, "as given")
+    if captions in ("names", "folders", "trigger"):
+        return _without_files(captions, trigger)
+    prefix, shown = _before_each(trigger)
     if captions == "auto" and trigger:
         why = f"{shown}; alone where there is no file"
         return CaptionRule(None, prefix, Choice("captions", "from files", why, _KEY), fallback="")
@@ -125,8 +119,16 @@ def prompts_for(captions: Sequence[str], prefix: str) -> list[str]:
     return [prefix + caption if caption else prefix.removesuffix(", ") for caption in spread]
 
 
-def _of_words(captions: str, prefix: str, shown: str) -> CaptionRule:
-    """Captions from the names of images or folders."""
+def _before_each(trigger: str | None) -> tuple[str, str]:
+    """The text before each caption, and what is shown of it."""
+    return (f"{trigger}, ", f'each after "{trigger}"') if trigger else ("", "no --trigger")
+
+
+def _without_files(captions: str, trigger: str | None) -> CaptionRule:
+    """Captions from the names of images or folders, or the trigger alone."""
+    if captions == "trigger":
+        return _trigger_alone(trigger, "as given")
+    prefix, shown = _before_each(trigger)
     words = "{name}" if captions == "names" else "{folder}"
     return CaptionRule(CaptionTemplate(words), prefix, Choice("captions", f"from {captions}", shown, _KEY))
 

@@ -24,14 +24,7 @@ from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.datamodules.packing.parquet import ParquetFile
 from lit_lora.datamodules.packing.tar_files import TarFiles
 from lit_lora.errors import UserError
-
-
-def _contents(out):
-    contents = {}
-    for path in sorted(out.glob("*.tar")):
-        with tarfile.open(path) as archive:
-            contents |= {member.name: archive.extractfile(member).read() for member in archive}
-    return contents
+from tests.helpers import contents_of_shards
 
 
 def _shards(out):
@@ -81,7 +74,7 @@ def test_metadata_jsonl(tmp_path, images):
     )
     pack_folder(folder, tmp_path / "out", max_bad=1)
 
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     assert list(contents) == ["b.jpg", "b.txt", "b.json", "sub/a.png", "sub/a.txt"]
     assert (contents["b.txt"], contents["sub/a.txt"]) == (b"a fox", b"a hen")
     assert json.loads(contents["b.json"]) == {"score": 3, "artist": "Ü"}
@@ -98,10 +91,10 @@ def test_metadata_in_subfolders_describes_what_lies_below(tmp_path, images, writ
     write(folder / "train" / f"metadata.{extension}", {"file_name": "x/1.jpg", "text": "train"})
     write(folder / "more" / f"metadata.{extension}", {"file_name": "1.jpg", "text": "more"})
     pack_folder(folder, tmp_path / "out")
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     assert list(contents) == ["more/1.jpg", "more/1.txt", "train/x/1.jpg", "train/x/1.txt"]
     pack_folder(folder, tmp_path / "apart", samples_per_shard=1)
-    assert _contents(tmp_path / "apart") == contents
+    assert contents_of_shards(tmp_path / "apart") == contents
     assert (contents["more/1.txt"], contents["train/x/1.txt"]) == (b"more", b"train")
     assert contents["train/x/1.jpg"] == (folder / "train/x/1.jpg").read_bytes()
 
@@ -152,7 +145,7 @@ def test_table_of_paths(tmp_path, images, extension):
     (_write_lines if extension == "jsonl" else _write_csv)(table, *rows)
     summary = pack_folder(table, tmp_path / "out", max_bad=1)
 
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     assert summary.samples == 3
     assert contents["a/1.txt"] == b'a "red"\nfox, sitting'
     assert contents["a/1-2.txt"] == b"the same fox"
@@ -170,7 +163,7 @@ def test_columns_are_guessed_or_named(tmp_path, images):
     with pytest.raises(UserError, match=r"has no column 'Words' \(caption_column\); its columns are bild, words, text"):
         pack_folder(folder / "x.csv", tmp_path / "out", image_column="bild", caption_column="Words")
     pack_folder(folder / "x.csv", tmp_path / "out", image_column="bild", caption_column="words")
-    assert _contents(tmp_path / "out")["1.txt"] == b"a fox"
+    assert contents_of_shards(tmp_path / "out")["1.txt"] == b"a fox"
 
 
 def test_changed_caption_is_another_plan(tmp_path, images):
@@ -187,7 +180,7 @@ def test_list_of_captions(tmp_path, images):
     folder = images("1.jpg")
     _write_lines(folder / "x.jsonl", {"path": "1.jpg", "captions": ["one", "two"], "id": 1})
     pack_folder(folder / "x.jsonl", tmp_path / "out", caption_key="a.b")
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     assert list(contents) == ["1.jpg", "1.json"]
     assert json.loads(contents["1.json"]) == {"a": {"b": ["one", "two"]}, "id": 1}
 
@@ -209,7 +202,7 @@ def test_parquet_with_images_inside(tmp_path, encode_image, shuffle_seed):
     summary = pack_folder(tmp_path / "x.parquet", tmp_path / "out", samples_per_shard=5, shuffle_seed=shuffle_seed)
 
     assert (summary.samples, summary.shards) == (9, 2)
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     order = [int(name[:9]) for name in contents if name.endswith(".jpg")]
     assert sorted(order) == list(range(9))
     assert (order == sorted(order)) == (shuffle_seed is None)
@@ -225,7 +218,7 @@ def test_parquet_is_read_a_few_rows_at_a_time(tmp_path, encode_image, monkeypatc
     pq.write_table(pa.table({"image": column, "text": ["x"] * 9}), tmp_path / "x.parquet", row_group_size=5)
     for name, seed in (("sorted", None), ("shuffled", 3)):
         pack_folder(tmp_path / "x.parquet", tmp_path / name, samples_per_shard=4, shuffle_seed=seed)
-        contents = _contents(tmp_path / name)
+        contents = contents_of_shards(tmp_path / name)
         assert [contents[f"{number:09}.jpg"] for number in range(9)] == images
 
 
@@ -245,7 +238,7 @@ def test_parquet_is_shuffled_by_blocks_and_within_them(tmp_path, encode_image, m
     table = pa.table({"image": [encode_image()] * 40, "text": ["x"] * 40})
     pq.write_table(table, tmp_path / "x.parquet", row_group_size=8)
     pack_folder(tmp_path / "x.parquet", tmp_path / "out", shuffle_seed=1)
-    rows = np.array([int(name[:9]) for name in _contents(tmp_path / "out") if name.endswith("jpg")])
+    rows = np.array([int(name[:9]) for name in contents_of_shards(tmp_path / "out") if name.endswith("jpg")])
     blocks = rows.reshape(10, 4) // 4
     assert (blocks == blocks[:, :1]).all()
     assert sorted(blocks[:, 0]) == list(range(10)) != blocks[:, 0].tolist()
@@ -271,7 +264,7 @@ def test_damaged_row_group(tmp_path, encode_image, monkeypatch):
     data[place - 16 : place] = b"\xff" * 16  # the page's header
     (tmp_path / "x.parquet").write_bytes(data)
     pack_folder(tmp_path / "x.parquet", tmp_path / "out", max_bad=2)
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     assert {name: contents[name] for name in contents if name.endswith("jpg")} == {
         f"{number:09}.jpg": images[number] for number in (0, 3, 4, 5)
     }
@@ -285,7 +278,12 @@ def test_folder_of_parquet_with_plain_bytes(tmp_path, encode_image):
         path.parent.mkdir(exist_ok=True)
         pq.write_table(pa.table({"jpg": pa.array(images, pa.binary()), "caption": ["x"] * 4}), path)
     pack_folder(tmp_path / "data", tmp_path / "out", max_bad=6)
-    assert list(_contents(tmp_path / "out")) == ["000000000.png", "000000000.txt", "000000004.webp", "000000004.txt"]
+    assert list(contents_of_shards(tmp_path / "out")) == [
+        "000000000.png",
+        "000000000.txt",
+        "000000004.webp",
+        "000000004.txt",
+    ]
     bad = _bad(tmp_path / "out")
     assert bad["train-0.parquet, row 1"].startswith("is not one of the image formats")
     assert bad["train-1.parquet, row 2"] == "the image is empty"
@@ -306,7 +304,7 @@ def test_parquet_with_paths(tmp_path, images, struct):
         pack_folder(folder, tmp_path / "out", image_column="image")
     summary = pack_folder(folder, tmp_path / "out", image_column="image", max_bad=4)
     assert summary.samples == 2
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     assert contents["a/1.txt"] == b"one"
     assert contents["a/1.jpg"] == (folder / "a/1.jpg").read_bytes()
     bad = _bad(tmp_path / "out")
@@ -334,7 +332,7 @@ def test_saved_data_set(tmp_path, encode_image):
     with pytest.raises(UserError, match=r"contains several splits; pack one of them: .*/data/train"):
         pack_folder(tmp_path / "data", tmp_path / "out")
     pack_folder(tmp_path / "data" / "train", tmp_path / "out", samples_per_shard=3, shuffle_seed=1)
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     assert [contents[f"{number:09}.jpg"] for number in range(7)] == images
     assert [contents[f"{number:09}.txt"] for number in range(7)] == [f"p{n}".encode() for n in range(7)]
 
@@ -403,7 +401,7 @@ def test_img2dataset(tmp_path, encode_image, write_tar):
     assert (summary.samples, summary.bad) == (6, [])
     assert [file.file for file in summary.skipped] == ["00001.tar"]
     assert _bad(tmp_path / "out") == {"00001.tar": "00001_stats.json is missing: img2dataset was interrupted"}
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     assert list(contents)[:3] == ["000000000.jpg", "000000000.txt", "000000000.json"]
     assert contents["000020002.jpg"] == encode_image(seed=22)
     assert json.loads(contents["000020002.json"])["caption"] == "c000020002"
@@ -422,7 +420,7 @@ def test_shards_are_repaired_by_repacking(tmp_path, encode_image, write_tar):
     summary = pack_folder(folder, folder / "out", max_bad=3)
 
     assert summary.samples == 3
-    contents = _contents(folder / "out")
+    contents = contents_of_shards(folder / "out")
     assert list(contents) == ["a.jpg", "a.cls", "a-2.jpg", "a-2.txt", "b.png", "b.txt"]
     assert (contents["a.cls"], contents["a-2.txt"], contents["b.txt"]) == (b"3", b"a0", b"b0")
     bad = _bad(folder / "out")
@@ -437,7 +435,7 @@ def test_shards_are_repaired_by_repacking(tmp_path, encode_image, write_tar):
 def test_one_shard_by_its_name(tmp_path, make_shards):
     (shard,) = make_shards(3)
     pack_folder(shard, tmp_path / "out", samples_per_shard=2)
-    assert len(_contents(tmp_path / "out")) == 6
+    assert len(contents_of_shards(tmp_path / "out")) == 6
 
 
 # All of them
@@ -449,7 +447,7 @@ def test_links_are_followed_once(tmp_path, images):
     (folder / "real" / "back").symlink_to(folder, target_is_directory=True)
     (folder / "link").symlink_to(folder / "real", target_is_directory=True)
     pack_folder(folder, tmp_path / "out")
-    assert list(_contents(tmp_path / "out")) == ["link/1.jpg", "link/1.txt", "real/1.jpg", "real/1.txt"]
+    assert list(contents_of_shards(tmp_path / "out")) == ["link/1.jpg", "link/1.txt", "real/1.jpg", "real/1.txt"]
 
 
 def test_file_that_cannot_be_packed(tmp_path, images):

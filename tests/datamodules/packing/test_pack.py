@@ -14,6 +14,7 @@ from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.packing import pack
 from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.errors import UserError
+from tests.helpers import contents_of_shards
 
 
 @pytest.fixture
@@ -32,14 +33,6 @@ def _files(out, pattern="*.tar"):
     return {path.name: path.read_bytes() for path in sorted(out.glob(pattern))}
 
 
-def _contents(out):
-    contents = {}
-    for path in sorted(out.glob("*.tar")):
-        with tarfile.open(path) as archive:
-            contents |= {member.name: archive.extractfile(member).read() for member in archive}
-    return contents
-
-
 def _bad(out):
     return [json.loads(line) for line in (out / "bad.jsonl").read_text().splitlines()]
 
@@ -52,7 +45,7 @@ def test_masks_are_packed_with_their_images(folder, tmp_path, encode_image):
     (folder / "dogs" / "ski.mask.txt").write_text("a ski mask")
     for out, source in ((tmp_path / "out", folder), (tmp_path / "again", tmp_path / "out")):
         assert pack_folder(source, out).samples == 8
-        contents = _contents(out)
+        contents = contents_of_shards(out)
         assert contents["dogs/img_2.mask.png"] == mask
         assert contents["dogs/img_2.txt"] == b"caption 2\n"
         assert contents["dogs/ski_mask.png"] == alone
@@ -67,7 +60,7 @@ def test_sources_are_packed_with_their_targets(folder, tmp_path, encode_image):
     (folder / "cats" / "img.3.source.jpeg").write_bytes(other)
     for out, given in ((tmp_path / "out", folder), (tmp_path / "again", tmp_path / "out")):
         assert pack_folder(given, out).samples == 7
-        contents = _contents(out)
+        contents = contents_of_shards(out)
         assert contents["dogs/img_2.source.webp"] == source
         assert contents["cats/img_3.source.jpg"] == other
         assert len(contents) == 16
@@ -87,7 +80,7 @@ def test_sources_of_other_formats_are_packed_as_shards_hold_them(folder, tmp_pat
         source.write_bytes(jpeg) if extension == "jfif" else image.save(source)
     packed = pack_folder(folder, tmp_path / "out").samples
     name = "cats/img_3.source.jpg" if extension == "jfif" else "cats/img_3.source.png"
-    with Image.open(io.BytesIO(_contents(tmp_path / "out")[name])) as found:
+    with Image.open(io.BytesIO(contents_of_shards(tmp_path / "out")[name])) as found:
         assert np.abs(np.asarray(found).astype(int) - pixels).max() == 0
     source.write_bytes(b"no image")
     assert pack_folder(folder, tmp_path / "bad", max_bad=1).samples == packed - 1
@@ -99,7 +92,7 @@ def test_all_samples_and_their_bytes(folder, tmp_path, encode_image):
     summary = pack_folder(folder, out, samples_per_shard=3)
 
     assert list(_files(out)) == ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
-    contents = _contents(out)
+    contents = contents_of_shards(out)
     assert len(contents) == 14
     assert contents["dogs/img_2.jpg"] == encode_image(seed=2)
     assert contents["cats/img_3.txt"] == b"caption 3\n"
@@ -177,7 +170,7 @@ def test_shuffle(folder, tmp_path):
     pack_folder(folder, tmp_path / "sorted")
     pack_folder(folder, tmp_path / "one", shuffle_seed=1)
     pack_folder(folder, tmp_path / "two", shuffle_seed=2)
-    orders = [list(_contents(tmp_path / name)) for name in ("sorted", "one", "two")]
+    orders = [list(contents_of_shards(tmp_path / name)) for name in ("sorted", "one", "two")]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
     assert orders[0] != orders[1] != orders[2]
 
@@ -251,7 +244,7 @@ def test_bad_files_are_listed(damaged, tmp_path):
     summary = pack_folder(damaged, out, max_bad=4)
 
     assert summary.samples == 3
-    assert sorted(_contents(out)) == [f"dogs/img_{n}.{ext}" for n in (2, 4, 6) for ext in ("jpg", "txt")]
+    assert sorted(contents_of_shards(out)) == [f"dogs/img_{n}.{ext}" for n in (2, 4, 6) for ext in ("jpg", "txt")]
     bad = _bad(out)
     assert [line["file"] for line in bad] == ["cats/img.1.jpg", "cats/img.3.jpg", "cats/img.5.jpg", "dogs/img.0.jpg"]
     for line, reason in zip(bad, ("cannot be decoded", "no caption", "not UTF-8", "empty"), strict=True):
@@ -326,7 +319,7 @@ def test_json_captions(tmp_path, encode_image):
     with pytest.raises(UserError, match=r"a.jpg: there is no text in .txt or under the key 'caption' in .json"):
         pack_folder(root, tmp_path / "first")
     pack_folder(root, tmp_path / "out", caption_key="prompt")
-    assert sorted(_contents(tmp_path / "out")) == ["a.jpg", "a.json", "b.jpg", "b.json"]
+    assert sorted(contents_of_shards(tmp_path / "out")) == ["a.jpg", "a.json", "b.jpg", "b.json"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from PIL import Image
 from lit_lora.cli import main
 from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.errors import UserError
+from tests.helpers import contents_of_shards
 
 
 @pytest.fixture
@@ -37,14 +38,6 @@ def _image(encode_image, ending, seed):
     return encode_image(24, 16, seed=seed, format=formats[ending])
 
 
-def _contents(out):
-    contents = {}
-    for path in sorted(out.glob("*.tar")):
-        with tarfile.open(path) as archive:
-            contents |= {member.name: archive.extractfile(member).read() for member in archive}
-    return contents
-
-
 def _left_out(out):
     lines = [json.loads(line) for line in (out / "bad.jsonl").read_text().splitlines()]
     return {line["file"]: line["reason"] for line in lines}
@@ -61,14 +54,14 @@ def test_two_folders(folders, tmp_path):
         "targets/1.jpg", "targets/a/1.png", "targets/a/x.y.png", "sources/1.png", "sources/a/1.bmp", "sources/a/x.y.jpg"
     )
     assert pack_folder(targets, tmp_path / "out", sources=sources).samples == 3
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     names = ["1.jpg", "1.source.png", "1.txt", "a/1.png", "a/1.source.png", "a/1.txt"]
     assert sorted(contents) == [*names, "a/x_y.png", "a/x_y.source.jpg", "a/x_y.txt"]
     assert contents["1.source.png"] == (sources / "1.png").read_bytes()
     assert _pixels(contents["a/1.source.png"]) == _pixels((sources / "a" / "1.bmp").read_bytes())
     assert contents["a/1.txt"] == b"make 1"
     pack_folder(targets, tmp_path / "apart", sources=sources, samples_per_shard=1, jobs=2, shuffle_seed=1)
-    assert _contents(tmp_path / "apart") == contents
+    assert contents_of_shards(tmp_path / "apart") == contents
 
 
 def test_what_does_not_match_is_named(folders, tmp_path):
@@ -142,7 +135,7 @@ def test_columns_of_metadata(folders, tmp_path, kind, image, source):
     _write_table(data / f"metadata.{kind}", rows)
     summary = pack_folder(data, tmp_path / "out")
     assert [entry.file for entry in summary.skipped] == ["3.jpg"]
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     assert sorted(contents) == ["1.jpg", "1.source.png", "1.txt", "2.jpg", "2.source.png", "2.txt"]
     assert contents["1.source.png"] == (data / "s1.png").read_bytes()
     assert _pixels(contents["2.source.png"]) == _pixels((data / "sub" / "s2.bmp").read_bytes())
@@ -181,7 +174,7 @@ def test_sources_inside_parquet(tmp_path, encode_image):
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table(rows), tmp_path / "data" / "0.parquet")
     pack_folder(tmp_path / "data", tmp_path / "out", max_bad=1)
-    assert _contents(tmp_path / "out") == {
+    assert contents_of_shards(tmp_path / "out") == {
         "000000000.jpg": after,
         "000000000.source.png": before,
         "000000000.txt": b"make it red",
@@ -193,7 +186,7 @@ def test_a_column_with_a_common_name_is_no_source_without_a_target(tmp_path, fol
     folders("data/1.jpg")
     (tmp_path / "rows.jsonl").write_text('{"image": "data/1.jpg", "original_image": "http://a/1.jpg", "text": "x"}\n')
     pack_folder(tmp_path / "rows.jsonl", tmp_path / "out")
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     assert json.loads(contents["data/1.json"]) == {"original_image": "http://a/1.jpg"}
 
 
@@ -210,7 +203,7 @@ def test_sources_inside_tars(tmp_path, encode_image, ending):
             archive.add(folder / name, name)
             (folder / name).unlink()
     assert pack_folder(folder, tmp_path / "out").skipped == []
-    contents = _contents(tmp_path / "out")
+    contents = contents_of_shards(tmp_path / "out")
     name = "1.source.jpg" if ending == "jpeg" else "1.source.png"
     assert _pixels(contents[name]) == _pixels(source)
 
