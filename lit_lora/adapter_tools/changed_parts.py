@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from lit_lora.adapter_tools.base_model import BaseModel
-from lit_lora.adapter_tools.weight_stream import read_tensor, shapes_in
+from lit_lora.adapter_tools.weight_stream import shapes_in
 from lit_lora.errors import UserError
+from lit_lora.tensor_reader import TensorReader
 
 
 def other_changes(tuned: BaseModel | None, base: BaseModel | None) -> dict[str, str]:
@@ -39,11 +40,13 @@ def _difference(name: str, tuned: BaseModel, base: BaseModel) -> str:
         files, others = (shapes_in(one.weight_files(name)) for one in (tuned, base))
     except UserError as error:
         return f"it cannot be compared ({error})"
-    places, theirs = ({key: file for file, keys in one.items() for key in keys} for one in (files, others))
+    places, theirs = (
+        {key: reader for file, keys in one.items() for reader in [TensorReader(file)] for key in keys}
+        for one in (files, others)
+    )
     if places.keys() != theirs.keys():
         return f"{len(places.keys() ^ theirs.keys())} weights are only in one of the models"
     changed = sum(
-        not torch.equal(read_tensor(file, key).double(), read_tensor(theirs[key], key).double())
-        for key, file in places.items()
+        not torch.equal(reader.tensor(key).double(), theirs[key].tensor(key).double()) for key, reader in places.items()
     )
     return f"{changed} of {len(places)} weights are changed" if changed else ""

@@ -17,11 +17,12 @@ from lit_lora.adapter_tools.changed_parts import other_changes
 from lit_lora.adapter_tools.lora_layer import LoraLayer, narrowed
 from lit_lora.adapter_tools.plain_lora import Layers, in_parts, patterns
 from lit_lora.adapter_tools.resize import Measure, resize
-from lit_lora.adapter_tools.weight_stream import Shapes, read_tensor, shapes_in
+from lit_lora.adapter_tools.weight_stream import Shapes, shapes_in
 from lit_lora.adapters import check_finite
 from lit_lora.errors import UserError, check_least
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.lora import lora_config
+from lit_lora.tensor_reader import TensorReader
 from lit_lora.visible import visible
 
 _EXACT = 512
@@ -55,6 +56,7 @@ class ModelWeights:
             self.part = self.model.part("denoiser")
             files = self.model.weight_files(self.part)
         held = shapes_in(files)
+        self._readers = {file: TensorReader(file) for file in files}
         self.files = {name: file for file, names in held.items() for name in names}
         self.shapes: Shapes = {name: shape for names in held.values() for name, shape in names.items()}
 
@@ -64,7 +66,7 @@ class ModelWeights:
         Raises:
             UserError: If a value is NaN or Inf.
         """
-        weight = read_tensor(self.files[name], name)
+        weight = self._readers[self.files[name]].tensor(name)
         check_finite({name: weight}, f"model {self.path}", "a difference from them means nothing: name another model")
         return weight
 

@@ -66,13 +66,6 @@ def widest_dtype(files: Iterable[Path], model: object) -> torch.dtype:
     return reduce(torch.promote_types, [dtype for name, dtype in _DTYPES.items() if name in names])
 
 
-def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor of a checked file, which is opened for it alone: its pages stay in memory until it is closed."""
-    with safe_open(file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(name)
-    return tensor
-
-
 def rewrite(source: Path, target: Path, changed: dict[str, Callable[[Tensor], Tensor]]) -> None:
     """Copy a safetensors file with other values in some tensors; dtypes, names and metadata stay.
 

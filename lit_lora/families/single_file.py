@@ -33,6 +33,7 @@ from lit_lora.families.deferred import Deferred
 from lit_lora.families.gguf_file import open_gguf
 from lit_lora.families.identity import file_digest
 from lit_lora.quantization.weight_files import check_weights
+from lit_lora.tensor_reader import TensorReader
 
 ENDINGS = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth")
 """Endings of files that are taken for models in one file."""
@@ -218,22 +219,12 @@ def open_single_file(path: Path) -> SingleFile:
 
 def _safetensors(path: Path) -> tuple[Callable[[str], Tensor], dict[str, Tensor]]:
     """A function that reads a tensor by its name, and all tensors without their values."""
-
-    def read(name: str) -> Tensor:
-        # Opened for each tensor: pages of a mapped file stay in memory until the file is closed.
-        try:
-            with safe_open(path, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
-        except SafetensorError as error:
-            raise OSError(f"{path} is damaged: {error}") from error
-        return tensor
-
     try:
         with safe_open(path, framework="pt") as opened:
             shown = {name: opened.get_tensor(name).to("meta") for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(f"{path} is no model: it is no safetensors file, or damaged ({error})") from error
-    return read, shown
+    return TensorReader(path).tensor, shown
 
 
 def _fitting(path: Path, model: nn.Module, name: str, read: Callable[[str], Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lit_lora.errors import UserError
 from lit_lora.quantization.saved_quantized import saved_quantized
+from lit_lora.tensor_reader import TensorReader
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 """Start of the names of diffusers' weight files."""
@@ -91,6 +92,7 @@ class StoredTensors:
                 f"with torchao 0.16 or later, or name it in bf16 or fp16"
             )
         self._unpickled = {file: _unpickled(file, "cpu") for file in pickled}
+        self._readers = {file: TensorReader(file) for file in files}
         metadata: dict[str, str] = {}
         self._files = {name: file for file in files for name in self._saved_names(file, metadata)}
         self._quantized = {} if method is None else saved_quantized(self._files, metadata)
@@ -119,13 +121,7 @@ class StoredTensors:
         file = self._files[name]
         if file in self._unpickled:
             return self._unpickled[file][name]
-        # Opened for each tensor: pages of a mapped file stay in memory until the file is closed.
-        try:
-            with safe_open(file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
-        except SafetensorError as error:
-            raise OSError(f"{file} is damaged: {error}") from error
-        return tensor
+        return self._readers[file].tensor(name)
 
     def _saved_names(self, file: Path, metadata: dict[str, str]) -> list[str]:
         """Names of the tensors in a file, whose metadata are added to the others'."""

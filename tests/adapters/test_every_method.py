@@ -92,7 +92,8 @@ def test_a_method_of_layers(
     trained(sd_folder, config, 1, tmp_path / "first", trainer_options)
     resumed = trained(sd_folder, config, 2, tmp_path / "resumed", trainer_options, tmp_path / "first" / "last.ckpt")
     module = trained(sd_folder, config, 2, tmp_path / "run", trainer_options)
-    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in module.state_dict().items())
+    state, expected = resumed.state_dict(), module.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in expected.items())
     adapted = output(module.family.denoiser)
     before = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
     assert (adapted - output(before)).abs().max() > 10 * NEAR
