@@ -79,8 +79,9 @@ def test_buffers_go_on_where_they_were(trainer_options: dict[str, Any], tmp_path
     run(tmp_path / "first", trainer_options, Network(), max_epochs=2)
     resumed = Network()
     run(tmp_path / "first", trainer_options, resumed, max_epochs=4, resume=tmp_path / "first" / "last.ckpt")
+    state = resumed.state_dict()
     for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+        assert torch.equal(value, state[name]), name
     assert whole.seen == 32
     # A checkpoint of the resumed run holds them too, though nothing changed them since they were loaded.
     state = torch.load(tmp_path / "first" / "last.ckpt", weights_only=True)["state_dict"]
@@ -127,8 +128,9 @@ def test_layers_that_are_unfrozen_later(epochs: int, trainer_options: dict[str, 
     assert ("backbone.1.weight" in torch.load(last, weights_only=True)["state_dict"]) == (epochs > 1)
     resumed, ema = Backbone(), AdapterEMA(0.5)
     run(tmp_path / "first", trainer_options, resumed, Thaws(), ema, max_epochs=4, resume=last)
+    state = resumed.state_dict()
     for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+        assert torch.equal(value, state[name]), name
     averages, again = whole_ema.state_dict(), ema.state_dict()
     assert averages["names"] == again["names"] == ["head.weight", "head.bias", "backbone.1.weight", "backbone.1.bias"]
     assert torch.equal(averages["shadow_params"], again["shadow_params"])
@@ -142,8 +144,9 @@ def test_lightnings_own_finetuning_resumes(trainer_options: dict[str, Any], tmp_
     run(tmp_path, trainer_options, trained, unfreezing(), max_epochs=3)
     last = tmp_path / "last.ckpt"
     run(tmp_path, trainer_options, resumed, unfreezing(), max_epochs=3, resume=last)
+    state = resumed.state_dict()
     for name, value in trained.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+        assert torch.equal(value, state[name]), name
 
 
 def test_layers_that_were_trained_for_a_while(trainer_options: dict[str, Any], tmp_path: Path) -> None:
