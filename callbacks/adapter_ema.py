@@ -58,6 +58,7 @@ class AdapterEMA(Callback):
     def averaged(self, pl_module: LightningModule) -> Iterator[None]:
         """Context in which the module has the averaged weights."""
         assert self._average is not None, "the average exists only after training has begun"
+        self._follow(pl_module)
         parameters = self._parameters(pl_module)
         self._average.store(parameters)
         self._average.copy_to(parameters)
@@ -78,7 +79,7 @@ class AdapterEMA(Callback):
                 "AdapterEMA needs full parameters, which DeepSpeed stage 3 shards; use stage 2 or strategy lit_lora_fsdp, or "
                 "remove AdapterEMA from trainer.callbacks"
             )
-        self._average, self._names = EMAModel([], decay=self.decay), []
+        self._average, self._names, self._step = EMAModel([], decay=self.decay), [], trainer.global_step
         self._add_trainable(pl_module)
         self._restore(pl_module)
 
@@ -94,10 +95,7 @@ class AdapterEMA(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._average is not None and trainer.global_step != self._step:
-            self._step = trainer.global_step
-            self._add_trainable(pl_module)
-            self._average.step(self._parameters(pl_module))
+        self._follow(pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._average is not None and _validates_a_checkpoint(trainer):
@@ -164,6 +162,16 @@ class AdapterEMA(Callback):
         parts = [shard_like(value.to(p.device), p) for value, p in zip(shadow, parameters, strict=True)]
         self._average.load_state_dict({**self._restored, "decay": self.decay, "shadow_params": parts})
         self._restored = None
+
+    def _follow(self, pl_module: LightningModule) -> None:
+        """Take the latest optimizer step into the average, which callbacks listed before this one ask for before its own hook."""
+        trainer = pl_module._trainer
+        if trainer is None or trainer.state.fn != TrainerFn.FITTING:  # another trainer has made other steps
+            return
+        if self._average is not None and trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self._add_trainable(pl_module)
+            self._average.step(self._parameters(pl_module))
 
     def _add_trainable(self, pl_module: LightningModule) -> None:
         """Begin to average parameters that have become trainable, as ``BackboneFinetuning`` makes them."""

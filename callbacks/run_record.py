@@ -23,6 +23,8 @@ Record = Mapping[str, Mapping[str, str]]
 
 _OF_THE_MODEL = ("base_dtype", "quantization", "seed")
 """Options of :class:`~lit_lora.LoraDiffusion` that change what is learned, beside those that are compared elsewhere."""
+_OF_THE_MEMORY = ("vae_tiling", "optimizer_in_backward", "text_encoder_quantization")
+"""Those of its :class:`~lit_lora.memory.options.MemoryOptions`; the others change rounding at most."""
 
 
 def run_record(trainer: Trainer, module: LightningModule) -> Record:
@@ -69,8 +71,11 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
     if trainer.gradient_clip_val:
         yield "trainer.gradient_clip_algorithm", str(trainer.gradient_clip_algorithm or "norm")
     datamodule: Any = getattr(trainer, "datamodule", None)
+    batches = trainer.world_size * trainer.accumulate_grad_batches
     if isinstance(size := getattr(datamodule, "batch_size", None), int):
-        yield "samples per optimizer step", str(size * trainer.world_size * trainer.accumulate_grad_batches)
+        yield "samples per optimizer step", str(size * batches)
+    else:  # the size of a loader's batches is not known yet
+        yield "batches per optimizer step (processes x trainer.accumulate_grad_batches)", str(batches)
     if hasattr(datamodule, "resolution"):
         yield "data.resolution", described(datamodule.resolution)
     if hasattr(datamodule, "decoder"):  # the position in the data has checks of its own
@@ -83,6 +88,8 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
     if isinstance(getattr(module, "family", None), ModelFamily):
         for name in _OF_THE_MODEL:
             yield f"model.{name}", described(getattr(module, name))
+        for name in _OF_THE_MEMORY:
+            yield f"model.memory.{name}", described(getattr(module.memory, name))
         yield from learned_settings(module).items()
     for path, config in adapter_configs(module).items():
         for name, value in training_fields(config).items():

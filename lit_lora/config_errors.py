@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterable
 from difflib import get_close_matches
-from inspect import Parameter, signature
+from inspect import Parameter, isabstract, isclass, signature
 from typing import Any
 
+import peft
 from jsonargparse import Namespace
 from jsonargparse._util import import_object
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+import lit_lora
 from lit_lora.lazy import public_names
 
 _ADVICE = {
@@ -20,6 +23,7 @@ _ADVICE = {
     r"'train_sets' is not accepted": "several sets are for WebDatasetDataModule, which plans from indexes how often a pass shows "
     "each of them, also of remote shards; a stream of shards of unknown length has no passes",
     r"lit_lora\.quantization\.base\.Quantization": "quantizations are Int8, FP8, NF4 and Dense",
+    r"path string: PriorPreservation$": "PriorPreservation belongs to an objective, as its prior",
 }
 """Advice to add to errors that match a pattern."""
 
@@ -30,6 +34,7 @@ _AMBIGUOUS = re.compile(
     r"Multiple subclasses with name (\w+)\. Give the full class path to avoid ambiguity: ([\w., ]+)\."
 )
 _NO_MODULE = re.compile(r"No module named '([\w.]+)'")
+_WANTED = re.compile(r"<class '((?:lit_lora|peft)\.[\w.]+)'>")
 _TYPE = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>|\b(list\[\w+\])")
 _CHOICES = re.compile(r"Literal\[([^\]]*)\]")
 _MODULES = ("torch.optim", "torch.optim.lr_scheduler", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
@@ -42,7 +47,7 @@ def explain(message: str) -> str:
     Args:
         message: Message of jsonargparse about one key of the config.
     """
-    advice = "".join(f"\n{advice}" for pattern, advice in _ADVICE.items() if re.search(pattern, message))
+    advice = "".join(f"\n{advice}" for pattern, advice in _ADVICE.items() if re.search(pattern, message, re.MULTILINE))
     key = _KEY.search(message)
     if key is None or message.count("Parser key") > 1:
         return message + advice
@@ -83,6 +88,9 @@ def _missing(message: str) -> str | None:
         return f"there is no module {found[1]}; install it, or correct the path of the class"
     if found := _NO_CLASS.search(message):
         known = {*public_names(), *(config.__name__ for config in PEFT_TYPE_TO_CONFIG_MAPPING.values())}
+        if (wanted := _WANTED.search(_expected(message))) and found[1] in known:
+            fitting = _derived(import_object(wanted[1]), sorted(known))
+            return f"{found[1]} is no {wanted[1].rpartition('.')[2]}; choose from {', '.join(fitting)}"
         return f"there is no class {found[1]}{_suggestion(found[1], known.union(*map(_classes_of, _MODULES)))}"
     return None
 
@@ -111,6 +119,12 @@ def _expected(message: str) -> str:
 def _suggestion(name: str, known: set[str]) -> str:
     close = get_close_matches(name.rpartition(".")[2], sorted(known), n=1, cutoff=0.75)
     return f"; did you mean {close[0]}?" if close else "; write the name of a class, with its module unless it is ours"
+
+
+def _derived(kind: type[Any], names: Iterable[str]) -> list[str]:
+    """Those of our and PEFT's names whose classes are of a kind, and can be made."""
+    found = {name: getattr(lit_lora, name, None) or getattr(peft, name, None) for name in names}
+    return [name for name, one in found.items() if isclass(one) and issubclass(one, kind) and not isabstract(one)]
 
 
 def _classes_of(module: str) -> set[str]:

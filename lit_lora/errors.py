@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lit_lora.visible import visible_lines
 
 
@@ -63,3 +65,21 @@ def check_exclusive(**values: object) -> None:
     given = [f"{name}={value}" for name, value in values.items() if value]
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} exclude each other; drop one of them")
+
+
+def check_texts(option: str, names: Iterable[object]) -> None:
+    """Refuse names that are no texts: YAML reads ``on`` and ``no`` as true and false, ``null`` as nothing and digits as a number.
+
+    Args:
+        option: Option that has the names.
+        names: The names.
+
+    Raises:
+        UserError: If one is no text.
+    """
+    for name in names:
+        if not isinstance(name, str):
+            raise UserError(
+                f"{option} has the key {name!r}, which is no text: YAML reads yes, no, on and off as true and false, and digits "
+                f"as a number; write the key in quotes"
+            )

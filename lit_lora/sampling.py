@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
 from torchvision.utils import make_grid
 
 from lit_lora.errors import UserError, check_least, check_most
+from lit_lora.unknown_tokens import warn_of_unknown_tokens
 
 IMAGES_AT_A_TIME = 16
 """Default number of images in a batch."""
@@ -117,7 +118,7 @@ def generate(
     sources: Sequence[Image.Image] = (),
     pipeline_options: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Image.Image]:
-    """Draw one image for each prompt.
+    """Draw one image for each prompt; a warning tells words such as ``<cat-toy>`` that the pipeline does not know as a token.
 
     Args:
         pipeline: Text-to-image pipeline.
@@ -143,6 +144,7 @@ def generate(
     """
     check_guidance_rescale(type(pipeline), guidance_rescale)
     check_negative_prompts(type(pipeline), negative_prompts, guidance_scale, guided)
+    warn_of_unknown_tokens([*prompts, *negative_prompts], pipeline.components)
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]

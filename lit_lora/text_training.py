@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_least, check_texts
 from lit_lora.families import ModelFamily
 from lit_lora.families.new_tokens import TokenStart, check_placeholders
 from lit_lora.formats.embedding_file import ENDINGS
@@ -149,6 +149,7 @@ class TextTraining:
         self._causes["model.text_adapter"] = None
 
     def _add_tokens(self, family: ModelFamily, new_tokens: Mapping[str, str | int]) -> None:
+        check_texts("model.new_tokens", new_tokens)
         if both := sorted(new_tokens.keys() & self.tokens.keys()):
             raise UserError(
                 f"model.new_tokens has {both[0]}, which the file of model.adapter has already with trained embeddings; leave it "

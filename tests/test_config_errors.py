@@ -43,6 +43,16 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["--model.family", "StableDifusion"], "there is no class StableDifusion; did you mean StableDiffusion?"),
         (["--model.adapter", "LoraConfi"], "there is no class LoraConfi; did you mean LoraConfig?"),
         (["--model.adapter", "peft.LoraConfi"], "peft has no LoraConfi; did you mean LoraConfig?"),
+        (
+            ["--model.objective", "PriorPreservation"],
+            "PriorPreservation is no Objective; choose from DDPM, FlowMatching\nPriorPreservation belongs to an objective",
+        ),
+        (["--model.quantization", "DDPM"], "DDPM is no Quantization; choose from Dense, FP8, Int8, NF4"),
+        (["--model.adapter", "DDPM"], "DDPM is no PeftConfig; choose from AdaLoraConfig, "),
+        (
+            ["--model.new_tokens", "{on: 2}"],
+            "model.new_tokens has the key True, which is no text: YAML reads yes, no, on",
+        ),
         (["--model.optimizer", "torch.optim.AdamX"], "torch.optim has no AdamX; did you mean Adam?"),
         (["--trainer.logger", "Logger"], "trainer.logger: "),
         (["--model.optimizer", "nowhere.AdamW"], "there is no module nowhere; install it, or correct the path"),

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_texts
 
 MATCH_SECONDS = 20.0
 """Time within which the regular expressions of a config must match the names of all layers."""
@@ -47,10 +47,12 @@ def check_bounds(config: PeftConfig, model: nn.Module) -> None:
         model: Model into which the adapter goes.
 
     Raises:
-        UserError: If a regular expression is wrong or does not end, or a rank exceeds both the dimensions of a layer and
-            ``_HARMLESS_RANK``.
+        UserError: If a pattern is no text, a regular expression is wrong or does not end, or a rank exceeds both the dimensions
+            of a layer and ``_HARMLESS_RANK``.
     """
     names = [name for name, _ in model.named_modules()]
+    for option in ("rank_pattern", "alpha_pattern"):
+        check_texts(option, getattr(config, option, None) or ())
     _check_patterns([*_patterns(config)], names)
     rank = getattr(config, "init_r", None) or getattr(config, "r", None)
     if type(rank) is not int or isinstance(config, LoKrConfig):  # LoKr takes a large rank as "no decomposition"

@@ -349,7 +349,7 @@ class ModelFamily(PipelineParts, ABC):
         encoded = tokenizer(texts, max_length=max_length or tokenizer.model_max_length, **options)
         tell_cut_captions(tokenizer, texts, encoded.attention_mask, captions, self.encoders)
         if self.new_tokens and torch.is_grad_enabled() and tokenizer is self.encoders["tokenizer"]:
-            self.token_uses.count(tokenizer, encoded.input_ids, self.new_tokens)
+            self.token_uses.count(tokenizer, captions, encoded.input_ids, self.new_tokens)
         return encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
 
     @contextmanager

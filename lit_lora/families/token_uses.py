@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_lora.distributed.collectives import gather
+from lit_lora.unknown_tokens import similar_token, unknown_tokens
+from lit_lora.visible import visible
 
 
 class TokenUses:
@@ -19,15 +22,28 @@ class TokenUses:
         self._captions = 0
         self._uses: Counter[str] = Counter()
         self._told = False
+        self._misspelt: set[str] = set()
+        """Words like a new token of which a warning has told."""
 
-    def count(self, tokenizer: Any, ids: Tensor, tokens: Iterable[str]) -> None:
-        """Count captions.
+    def count(self, tokenizer: Any, captions: Sequence[str], ids: Tensor, tokens: Iterable[str]) -> None:
+        """Count captions, and warn of words in them that are probably misspelt new tokens, once for each word.
 
         Args:
             tokenizer: Tokenizer with the new tokens.
+            captions: ``B`` captions.
             ids: Token ids of captions as the text encoder gets them, int64 ``(B, n)`` on the CPU.
             tokens: The new tokens.
         """
+        tokens = list(tokens)
+        for caption in captions:
+            for word in unknown_tokens(caption, [tokenizer]):
+                if word not in self._misspelt and (meant := similar_token(word, tokens)) is not None:
+                    self._misspelt.add(word)
+                    warnings.warn(
+                        f"the caption {visible(caption, 80)!r} has {word}, which is trained on as plain text; the new token is "
+                        f"{meant}: correct it in this caption and in others that have it",
+                        stacklevel=2,
+                    )
         self._captions += len(ids)
         for token in tokens:
             self._uses[token] += int((ids == tokenizer.convert_tokens_to_ids(token)).any(1).sum())

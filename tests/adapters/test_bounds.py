@@ -39,6 +39,13 @@ def test_rank_above_the_dimensions(model, config, message):
         inject(model, config, ("0", "1"))
 
 
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("key", [False, 3, None])
+def test_patterns_that_yaml_read_as_something_else(model, option, key):
+    with pytest.raises(UserError, match=f"{option} has the key {key}, which is no text: YAML reads .* in quotes"):
+        inject(model, peft.LoraConfig(r=2, **{option: {key: 2}}), ("0",))
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import schedulefree
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lit_lora.callbacks import AdapterEMA, ScheduleFree
@@ -51,6 +51,34 @@ def test_the_average_follows_the_formula(accumulate: int, trainer_options: dict[
     with ema.averaged(module):
         assert module.weight.item() == pytest.approx(average)
     assert module.weight.item() == 4
+
+
+class Asking(Callback):
+    """Asks for the average after each step, as SampleImages does."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_train_batch_end(trainer, pl_module, None, None, 0)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        ema = AdapterEMA.of(trainer)
+        assert ema is not None
+        with ema.averaged(pl_module):
+            self.seen.append(cast(Counting, pl_module).weight.item())
+
+
+def test_callbacks_before_and_after_get_the_average_of_the_same_step(trainer_options: dict[str, Any]) -> None:
+    before, ema, after = Asking(), AdapterEMA(decay=0.5), Asking()
+    batches = loader_of([torch.zeros(1)] * 4)  # type: ignore[list-item]
+    for _ in range(2):  # the second run begins anew
+        Trainer(callbacks=[before, ema, after], **trainer_options | {"max_steps": 4}).fit(Counting(), batches)
+    assert before.seen == after.seen
+    assert before.seen[5:] == before.seen[:5]
+    assert before.seen[:2] == [0.0, 1.0]
 
 
 def test_the_average_is_restored_when_a_finished_run_continues(trainer_options: dict[str, Any], tmp_path: Path) -> None:

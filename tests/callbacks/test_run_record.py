@@ -16,6 +16,7 @@ from lit_lora.datamodules import ImageDecoder, WebDatasetDataModule
 from lit_lora.described import described
 from lit_lora.families import Flux, StableDiffusion
 from lit_lora.formats.learned_settings import learned_settings
+from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.objectives import DDPM, FlowMatching, MinSNR, PseudoHuber
 from lit_lora.quantization import NF4, Int8
@@ -30,6 +31,14 @@ CHANGES: Mapping[str, tuple[dict[str, Any], str]] = {
     "objective": (
         {"objective": DDPM(weighting=MinSNR(), timestep_range=(0.0, 0.5))},
         r"weighting None in the checkpoint, MinSNR\(gamma=5\) here; .*timestep_range \[0, 1\] in the checkpoint, \[0, 0.5\]",
+    ),
+    "memory": (
+        {"memory": MemoryOptions(vae_tiling=True, text_encoder_quantization=NF4(block_size=32))},
+        r"vae_tiling False in the checkpoint, True here; model\.memory\.text_encoder_quantization None in the checkpoint, NF4",
+    ),
+    "optimizer_in_backward": (
+        {"memory": MemoryOptions(optimizer_in_backward=True)},
+        r"model\.memory\.optimizer_in_backward False in the checkpoint, True here",
     ),
     "caption_dropout": ({"caption_dropout": 0.1}, r"caption_dropout 0 in the checkpoint, 0\.1 here"),
     "adapter": (
@@ -63,6 +72,21 @@ def test_a_resumed_run_tells_what_it_does_otherwise(
         fit(diffusion(sd_folder, **options), trainer_options, tmp_path, 2, resume=tmp_path / "last.ckpt")
 
 
+def test_accumulation_of_a_plain_loader_is_compared(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    fit(diffusion(sd_folder), trainer_options, tmp_path)
+    with pytest.warns(UserWarning, match=r"batches per optimizer step \(.*\) 1 in the checkpoint, 2 here"):
+        fit(
+            diffusion(sd_folder),
+            trainer_options,
+            tmp_path,
+            2,
+            accumulate_grad_batches=2,
+            resume=tmp_path / "last.ckpt",
+        )
+
+
 def test_what_samples_are_is_compared(
     sd_folder: Path, session_shards: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -70,7 +94,8 @@ def test_what_samples_are_is_compared(
         decoder = ImageDecoder(center_crop=True, **options)
         data = WebDatasetDataModule(str(session_shards), decoder=decoder, resolution=16, val_samples=2, num_workers=0)
         saving = AdapterCheckpoint(tmp_path, save_last=True, save_top_k=0, enable_version_counter=False)
-        trainer = Trainer(**trainer_options | {"max_steps": steps, "enable_checkpointing": True, "callbacks": [saving]})
+        options = trainer_options | {"enable_checkpointing": True, "callbacks": [saving], "val_check_interval": 1}
+        trainer = Trainer(**options | {"max_steps": steps})
         trainer.fit(diffusion(sd_folder), data, ckpt_path=resume)
 
     run(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import yaml
 from lit_lora.redact import redact_urls
 from lit_lora.tools.run_page import PLAN
 from lit_lora.tools.run_page.scalars import Curves, read_curves
+from lit_lora.tools.run_page.versions import earlier_versions, first_step, join, resumed_from
 from lit_lora.tools.training.results import best_adapter
 
 
@@ -26,11 +27,11 @@ class RunFacts:
         report: Contents of ``report.json``, which :class:`~lit_lora.callbacks.RunReport` writes.
         memory: Contents of ``memory.json``, which :class:`~lit_lora.callbacks.MemoryProfiler` writes.
         plan: The planned memory: see :meth:`~lit_lora.planning.memory_plan.MemoryPlan.write`.
-        curves: Logged scalars.
+        curves: Logged scalars, with those of the versions that this one was resumed from.
         config: The run's config.
         config_text: The same as text, without passwords in URLs.
-        samples: Grids of samples by step.
-        adapter: Folder of the adapter to use: the best, or the last.
+        samples: Grids of samples by step, likewise.
+        adapter: Folder of the adapter to use: the best of all these versions, or the last.
         card: Text of its model card.
         notes: What could not be read.
     """
@@ -81,21 +82,44 @@ def read_run(folder: Path) -> RunFacts:
     facts.report, facts.memory = _object(facts, folder / "report.json"), _object(facts, folder / "memory.json")
     plans = [folder / PLAN, folder.parent.parent / PLAN]
     facts.plan = next((plan for path in plans if (plan := _object(facts, path))), {})
-    facts.curves = read_curves(folder, facts.notes)
+    versions = [*earlier_versions(folder), folder]
+    curves = [read_curves(one, facts.notes) for one in versions]
+    facts.curves = join(curves)
     facts.config_text = redact_urls(_text(facts, folder / "config.yaml"))
     try:
         config = yaml.safe_load(facts.config_text)
         facts.config = config if isinstance(config, dict) else {}
     except yaml.YAMLError as error:
         facts.notes.append(f"config.yaml cannot be read: {error}")
-    for path in sorted(folder.glob("samples/step-*.png")):
+    facts.notes += _origin(versions, curves)
+    for path in (path for one in versions for path in sorted(one.glob("samples/step-*.png"))):
         if found := re.fullmatch(r"step-(\d+)", path.stem):
             facts.samples[int(found[1])] = path
     last = folder / "checkpoints" / "last.adapter"
-    facts.adapter = best_adapter(folder) or (last if last.is_dir() else None)
+    best = [adapter for one in reversed(versions) if (adapter := best_adapter(one)) is not None]
+    facts.adapter = best[0] if best else last if last.is_dir() else None
     if facts.adapter is not None:
         facts.card = _text(facts, facts.adapter / "README.md")
     return facts
+
+
+def _origin(versions: Sequence[Path], curves: Sequence[Curves]) -> list[str]:
+    """What a resumed run's page shows of the versions before, and what it does not."""
+    resumed = resumed_from(versions[0])
+    notes = []
+    if resumed not in (None, "last") and (start := first_step(curves[0])) < float("inf"):
+        notes.append(
+            f"{versions[0].name} was resumed from {redact_urls(str(resumed))}, of which no logs are beside it: steps before "
+            f"{start:,} are not shown"
+        )
+    if len(versions) > 1:
+        starts = [
+            f"{one.name} from step {first_step(each):,}" for one, each in zip(versions, curves, strict=True) if each
+        ]
+        notes.append(
+            f"curves and samples are those of versions that were resumed one from another: {', '.join(starts)}"
+        )
+    return notes
 
 
 def _object(facts: RunFacts, path: Path) -> Mapping[str, Any]:

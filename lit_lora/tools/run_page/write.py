@@ -9,6 +9,7 @@ from lit_lora.files import atomic_file
 from lit_lora.tools.run_page import PAGE
 from lit_lora.tools.run_page.facts import read_run
 from lit_lora.tools.run_page.page import page_of
+from lit_lora.tools.run_page.versions import number_of
 
 _TRACES = (
     "events.out.tfevents.*",
@@ -60,7 +61,7 @@ def run_of(path: Path) -> Path:
             f"run={str(path)!r} is no run's folder: it has no logs, samples, checkpoints or report.json, nor has a version "
             f"in it; name the folder of lit-lora train, or a version of fit such as runs/NAME/lightning_logs/version_0"
         )
-    return max(versions, key=lambda one: int(number) if (number := one.name.removeprefix("version_")).isdigit() else -1)
+    return max(versions, key=number_of)
 
 
 def _is_run(folder: Path) -> bool:
