@@ -278,17 +278,18 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
         )
 
 
-def run(arguments: Sequence[str]) -> LitLoraCLI:
+def run(arguments: Sequence[str], cli_class: type[LitLoraCLI] = LitLoraCLI) -> LitLoraCLI:
     """Run one of the commands ``fit``, ``validate``, ``test`` and ``predict``.
 
     Args:
         arguments: ``["fit", "--config", …]``.
+        cli_class: See :func:`build_cli`.
 
     Raises:
         UserError: If the config or a file is wrong, or the run itself raises a UserError.
     """
     try:
-        return build_cli(arguments)
+        return build_cli(arguments, cli_class=cli_class)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
