@@ -72,6 +72,8 @@ class RunReport(Callback):
         self.price_per_hour = price_per_hour
         self.price_per_kwh = price_per_kwh
         self.output_dir = output_dir
+        self.lists_files = True
+        """Whether it prints where the file is; ``lit-lora train`` prints that itself."""
         self._trainer: Trainer | None = None
         self._before: Figures = {}
 
@@ -184,10 +186,12 @@ class RunReport(Callback):
         name = "report.json" if trainer.is_global_zero else f"report-rank{trainer.global_rank}.json"
         with atomic_file(self._folder / name) as part:
             part.write_text(json.dumps(report, indent=1) + "\n")
-        shown = f"{_table(report)}\nwritten: {self._folder / name}"
-        if trainer.is_global_zero and self.output_dir is None:
-            shown += f"\nas a page with curves and samples: lit-lora report {shlex.quote(str(self._folder))}"
-        print(shown, flush=True)
+        lines = [_table(report)]
+        if self.lists_files:
+            lines.append(f"written: {self._folder / name}")
+            if trainer.is_global_zero and self.output_dir is None:
+                lines.append(f"as a page: lit-lora report {shlex.quote(str(self._folder))}")
+        print("\n".join(lines), flush=True)
 
     def _finished(self, figures: Figures) -> Figures:
         """The figures with rates and costs derived from them."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from torch.optim import Optimizer
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lit_lora.batch_size import batch_size
 from lit_lora.callbacks.step_metrics import learning_rate
 from lit_lora.errors import UserError
 from lit_lora.parameters import trainable_parameters
+from lit_lora.progress_bar import messages_above_bar
 
 
 class StepProgress(ProgressBar):
@@ -42,6 +39,8 @@ class StepProgress(ProgressBar):
         if refresh_seconds < 0:
             raise UserError(f"refresh_seconds={refresh_seconds} must be at least 0")
         self.refresh_seconds = refresh_seconds
+        self.lists_files = True
+        """Whether it prints where the checkpoints are at the end; ``lit-lora train`` prints that itself."""
         self._enabled = True
         self._bar: tqdm[Any] | None = None
         self._ended = False
@@ -69,8 +68,7 @@ class StepProgress(ProgressBar):
             file=sys.stderr,
             bar_format="step {n_fmt}/{total_fmt} {bar} {desc}, {remaining} left",
         )
-        self._above.enter_context(logging_redirect_tqdm([logging.getLogger("lightning.pytorch")]))
-        self._above.enter_context(_warnings_above())
+        self._above.enter_context(messages_above_bar())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start = time.monotonic()
@@ -103,7 +101,7 @@ class StepProgress(ProgressBar):
         self._close()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._ended:  # here, where the last checkpoint is written
+        if self._ended and self.lists_files:  # here, where the last checkpoint is written
             for line in _files(trainer):
                 self.print(line)
         self._ended = False
@@ -135,23 +133,6 @@ class StepProgress(ProgressBar):
             self._above.close()
 
 
-@contextmanager
-def _warnings_above() -> Iterator[None]:
-    """Have warnings that would go to stderr printed above the bar; those that are recorded stay with their recorder."""
-    show = warnings.showwarning
-
-    def show_above(*args: Any, **kwargs: Any) -> None:
-        with tqdm.external_write_mode(file=sys.stderr):
-            show(*args, **kwargs)
-
-    warnings.showwarning = show_above
-    try:
-        yield
-    finally:
-        if warnings.showwarning is show_above:
-            warnings.showwarning = show
-
-
 def _total_steps(trainer: Trainer) -> int | None:
     """Optimizer steps until the run ends; None if nothing but time or a callback ends it."""
     steps = trainer.estimated_stepping_batches
@@ -174,7 +155,8 @@ def _summary(trainer: Trainer, pl_module: LightningModule, steps: int | None) ->
     if make_plan is not None:
         plan = make_plan()
         batch = plan.global_batch_size * trainer.accumulate_grad_batches
-        passes = "" if steps is None else f", {steps * batch / plan.num_samples:.3g} passes"
+        in_pass = int(plan.batches_per_round.sum())
+        passes = "" if steps is None else f", {steps * trainer.accumulate_grad_batches / in_pass:.3g} passes"
         lines.append(f"data     {plan.num_samples:,} samples, {batch} in a step{passes}")
     if steps is not None:
         first = f" from step {trainer.global_step:,} on" if trainer.global_step else ""

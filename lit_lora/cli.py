@@ -5,10 +5,10 @@ Help and dispatch are static and need no heavy import; each command imports what
 
 from __future__ import annotations
 
-import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+
+from lit_lora.first_imports import first_imports
 
 USAGE = """usage: lit-lora COMMAND [options]
 
@@ -41,27 +41,6 @@ examples
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
-@contextmanager
-def _imports() -> Iterator[None]:
-    """A context for the first imports of the libraries, which takes a fifth less time without collections of garbage.
-
-    What is imported stays until the process ends, so that later collections leave it out.
-    """
-    from lit_lora.console import plain_warnings
-
-    if "torch" in sys.modules or not gc.isenabled():
-        yield
-        plain_warnings()
-        return
-    gc.disable()
-    try:
-        yield
-        plain_warnings()  # Lightning has set its own way to show them
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 def _train_folder(arguments: list[str]) -> None:
     from lit_lora.distributed.processes import end_with_parent
     from lit_lora.tools import train
@@ -77,28 +56,28 @@ def _demo(arguments: list[str]) -> None:
 
 
 def _sample(arguments: list[str]) -> None:
-    with _imports():
+    with first_imports():
         from lit_lora.tools import sample
 
     sample.sample_command(arguments)
 
 
 def _prior(arguments: list[str]) -> None:
-    with _imports():
+    with first_imports():
         from lit_lora.tools import prior
 
     prior.prior_command(arguments)
 
 
 def _report(arguments: list[str]) -> None:
-    with _imports():
+    with first_imports():
         from lit_lora.tools import report, run_tool
 
     run_tool(report.report, arguments, "lit-lora report")
 
 
 def _cache(arguments: list[str]) -> None:
-    with _imports():
+    with first_imports():
         from lit_lora.tools import cache
 
     cache.cache(arguments)
@@ -106,7 +85,7 @@ def _cache(arguments: list[str]) -> None:
 
 def _shards(arguments: list[str]) -> None:
     if arguments[:1] == ["plan"]:
-        with _imports():
+        with first_imports():
             from lit_lora.tools import shards_plan
 
         shards_plan.shards_plan(arguments[1:])
@@ -135,7 +114,7 @@ def _adapter(arguments: list[str]) -> None:
 
 
 def _plan(arguments: list[str]) -> int:
-    with _imports():
+    with first_imports():
         from lit_lora.tools import plan
 
     return plan.plan_command(arguments)
@@ -232,7 +211,7 @@ def _call(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    with _imports():
+    with first_imports():
         from lit_lora.distributed.processes import end_with_parent
 
         end_with_parent()

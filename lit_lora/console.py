@@ -53,7 +53,17 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger(_SEED_LOGGER).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    own = logging.getLogger("lit_lora")
+    if not any(isinstance(one, _OwnMessages) for one in own.handlers):
+        own.addHandler(_OwnMessages())
     threading.excepthook = _print_unless_told
+
+
+class _OwnMessages(logging.Handler):
+    """Shows the package's own log messages as errors are shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_error(record.getMessage(), record.levelname.lower())
 
 
 def _print_unless_told(arguments: threading.ExceptHookArgs) -> None:
@@ -174,9 +184,14 @@ def end_quietly() -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning's is no advertisement, nor about TPUs or what the config says; it is added once."""
+    """Whether a message of Lightning's is no advertisement, nor about TPUs or what config and bar say; it is added once."""
     return not record.getMessage().startswith(
-        ("\N{ELECTRIC LIGHT BULB}", "TPU available", "`Trainer(val_check_interval=1)`")
+        (
+            "\N{ELECTRIC LIGHT BULB}",
+            "TPU available",
+            "`Trainer(val_check_interval=1)`",
+            "`Trainer.fit` stopped: `max_steps=",
+        )
     )
 
 

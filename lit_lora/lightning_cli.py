@@ -40,6 +40,7 @@ from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.dropped_options import dropped_options
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
+from lit_lora.help_screen import HelpScreen
 from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
 from lit_lora.redact import redact
@@ -70,6 +71,9 @@ CLI = TypeVar("CLI", bound="LitLoraCLI")
 
 class Parser(LightningArgumentParser):
     """Reports a config error as one message, without usage or traceback, with exit status 2."""
+
+    def __init__(self, *arguments: Any, formatter_class: Any = HelpScreen, **options: Any) -> None:
+        super().__init__(*arguments, formatter_class=formatter_class, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         print_error(explain(message), "config error")
@@ -131,6 +135,11 @@ class LitLoraCLI(LightningCLI):
             default=False,
             help="Refuse to start from the beginning if --ckpt_path last finds no checkpoint.",
         )
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser._action_groups[-1].title = "Options of the run"
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
@@ -269,17 +278,18 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
         )
 
 
-def run(arguments: Sequence[str]) -> LitLoraCLI:
+def run(arguments: Sequence[str], cli_class: type[LitLoraCLI] = LitLoraCLI) -> LitLoraCLI:
     """Run one of the commands ``fit``, ``validate``, ``test`` and ``predict``.
 
     Args:
         arguments: ``["fit", "--config", …]``.
+        cli_class: See :func:`build_cli`.
 
     Raises:
         UserError: If the config or a file is wrong, or the run itself raises a UserError.
     """
     try:
-        return build_cli(arguments)
+        return build_cli(arguments, cli_class=cli_class)
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:

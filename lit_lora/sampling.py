@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
 from torchvision.utils import make_grid
 
+from lit_lora.cut_prompts import cut_prompts_told
 from lit_lora.errors import UserError, check_least, check_most
 from lit_lora.unknown_tokens import warn_of_unknown_tokens
 
@@ -148,10 +149,11 @@ def generate(
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
-        with warnings.catch_warnings():
+        drawn = prompts[start : start + batch_size]
+        with warnings.catch_warnings(), cut_prompts_told(pipeline, drawn):
             warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)  # NaN as a byte
             try:
-                inputs = prompt_inputs(list(prompts[start : start + batch_size]), guidance_scale)
+                inputs = prompt_inputs(list(drawn), guidance_scale)
                 inputs |= _negative_inputs(negative_prompts[start : start + batch_size], prompt_inputs)
                 inputs |= _source_inputs(sources[start : start + batch_size], height, width)
                 images += pipeline(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import re
 import signal
@@ -24,7 +23,7 @@ from fsspec.registry import _registry
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
-from lit_lora import __version__, cli
+from lit_lora import __version__
 from lit_lora.cli import main
 from lit_lora.datamodules.packing.pack import pack_folder
 from lit_lora.lightning_cli import LitLoraCLI, _claim_version, build_cli
@@ -347,19 +346,6 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lit-lora {__version__}\n"
-
-
-def test_imports_collect_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
-    frozen: list[bool] = []
-    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(gc.isenabled()))
-    with cli._imports():
-        assert gc.isenabled()  # torch is imported already
-    monkeypatch.delitem(sys.modules, "torch")
-    with pytest.raises(ImportError), cli._imports():
-        assert not gc.isenabled()
-        raise ImportError
-    assert gc.isenabled()
-    assert frozen == [False]
 
 
 def test_help_of_a_tool_begins_with_its_own_options(

@@ -13,6 +13,7 @@ import torch
 
 from lit_lora import cli, console
 from lit_lora.errors import UserError
+from lit_lora.first_imports import first_imports
 from lit_lora.redact import redact_urls
 
 
@@ -148,7 +149,7 @@ def test_lines_in_a_file_stay_whole(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 def test_warnings_are_shown_as_errors_are(monkeypatch: pytest.MonkeyPatch) -> None:
     def command(arguments: list[str]) -> int:
-        with cli._imports():
+        with first_imports():
             warnings.formatwarning = lambda *_: "as Lightning shows it"
         return 0
 

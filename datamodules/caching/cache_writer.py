@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -26,16 +25,12 @@ from lit_lora.datamodules.caching.cached_decoder import (
     types_of,
     without_padding,
 )
+from lit_lora.datamodules.caching.input_decoder import SOURCE_PIXELS, InputDecoder
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
 from lit_lora.datamodules.caching.sources import SourceRecord, is_newer, record_path
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError
-from lit_lora.datamodules.decoding.edit_decoder import EditDecoder
-from lit_lora.datamodules.decoding.framing import Framing
-from lit_lora.datamodules.decoding.image_decoder import ImageDecoder, decode_image
-from lit_lora.datamodules.decoding.mask import MaskSource, decode_mask
-from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
-from lit_lora.datamodules.decoding.source_image import decode_source
+from lit_lora.datamodules.decoding.mask import MaskSource
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
 from lit_lora.datamodules.indexing.table import SampleTable
@@ -50,8 +45,6 @@ from lit_lora.files import atomic_file
 from lit_lora.loss_mask import mask_of_latents
 from lit_lora.redact import redact
 from lit_lora.visible import visible
-
-_SOURCE_PIXELS = "source_pixel_values"
 
 _BATCHES_AT_A_TIME = 64
 """Number of batches' worth of consecutive samples that are grouped by size. Shards are written in order, so this many batches
@@ -112,7 +105,7 @@ class CacheWriter:
         self._sides = ("", FLIPPED) if description.flipped else ("",)
         mask = cast("MaskSource | None", description.mask)
         self._checked: set[Path] = set()
-        self._decoder = _InputDecoder(captions, self._text, self._sides, mask, description.pairs)
+        self._decoder = InputDecoder(captions, self._text, self._sides, mask, description.pairs, description.background)
 
     def write(self, shard: int, path: Path, progress: Callable[[int], None]) -> CachedShard:
         """Write the cached shard and its index; an existing one is kept.
@@ -292,7 +285,7 @@ class CacheWriter:
             tensors |= {MASK + side: mask_of_latents(batch[MASK + side], size) for side in self._sides}
         for side in self._sides:
             del batch[f"pixel_values{side}"]
-            batch.pop(_SOURCE_PIXELS + side, None)
+            batch.pop(SOURCE_PIXELS + side, None)
         return tensors
 
     def _batch_members(
@@ -318,7 +311,7 @@ class CacheWriter:
             for name, values in zip(LATENTS, self.family.posterior(pixel_values), strict=True):
                 posteriors[name + side] = values.to(dtype).cpu()
             if self.description.pairs:
-                sources = batch[_SOURCE_PIXELS + side].to(self.family.device, non_blocking=True)
+                sources = batch[SOURCE_PIXELS + side].to(self.family.device, non_blocking=True)
                 posteriors[SOURCE + side] = self.family.posterior(sources)[0].to(dtype).cpu()
         return posteriors
 
@@ -330,74 +323,6 @@ class CacheWriter:
 
     def _location(self, sample: int) -> str:
         return redact(self.table.locations[self.table.shard_of(sample)])
-
-
-@dataclass(frozen=True)
-class _InputDecoder(SampleDecoder):
-    """Decodes the inputs of the encoders: a sample's image, mask and source image, all also flipped, and its caption."""
-
-    captions: Captions
-    text: bool
-    sides: tuple[str, ...]
-    mask: MaskSource | None
-    pairs: bool
-
-    @property
-    def required(self) -> dict[str, tuple[str, ...]]:
-        kind = EditDecoder if self.pairs else ImageDecoder
-        return kind(captions=self.captions, mask=self.mask).required
-
-    def __call__(
-        self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
-    ) -> dict[str, Any]:
-        image = decode_image(members, image_size)
-        mask = None if self.mask is None else decode_mask(members, self.mask, image_size)
-        source = decode_source(members, image_size) if self.pairs else None
-        entries = self._caption(members)
-        for side in reversed(self.sides):  # the sizes are those of the image that is not flipped
-            framing = _FRAMINGS[side]
-            framed = framing(image, slot, size)
-            entries |= {
-                f"pixel_values{side}": framed.pixels,
-                "original_size": framed.original_size,
-                "crop_top_left": framed.crop_top_left,
-                "target_size": size,
-            }
-            if mask is not None:
-                entries[MASK + side] = framing(mask, slot, size).pixels
-            if source is not None:
-                entries[_SOURCE_PIXELS + side] = framing(source, slot, size, like=framed.original_size).pixels
-        return entries
-
-    def blank(self, size: tuple[int, int]) -> dict[str, Any]:
-        pixels = torch.zeros(3, *size, dtype=torch.uint8)
-        entries: dict[str, Any] = {f"pixel_values{side}": pixels for side in self.sides}
-        if self.mask is not None:
-            entries |= {MASK + side: pixels[:1] for side in self.sides}
-        if self.pairs:
-            entries |= {_SOURCE_PIXELS + side: pixels for side in self.sides}
-        return entries | dict.fromkeys(SIZES, size) | {"caption": "", "caption_members": []}
-
-    def _caption(self, members: Mapping[str, bytes]) -> dict[str, Any]:
-        """The caption, and the members that hold it in the cached sample."""
-        if self.text:
-            caption = self.captions.draw_fixed(members)
-            return {"caption": caption, "caption_members": [("txt", caption.encode())]}
-        kept = [(name, data) for name, data in members.items() if name in self.captions.extensions]
-        return {"caption": "", "caption_members": kept}
-
-
-class _FlippedFraming(Framing):
-    """A framing that flips every image."""
-
-    def flips(self, slot: int) -> bool:
-        return True
-
-
-_FRAMINGS = {
-    "": Framing(center_crop=True, random_flip=False, seed=0),
-    FLIPPED: _FlippedFraming(center_crop=True, random_flip=True, seed=0),
-}
 
 
 def _row(tensors: Mapping[str, Tensor], place: int) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ class CacheDescription:
             they are not cached.
         text_quantization: Quantization of the text encoders with its options; None if they were not quantized.
         pairs: Whether samples are editing pairs, so that latents of source images are cached too.
+        background: Color behind transparent parts of images; None for the files' own.
     """
 
     vae: str
@@ -65,6 +66,7 @@ class CacheDescription:
     mask: str | None = None
     text_quantization: str | None = None
     pairs: bool = False
+    background: str | None = None
 
     @property
     def cached(self) -> frozenset[str]:
@@ -130,6 +132,7 @@ class CacheDescription:
         captions: Captions,
         mask: str | None = None,
         pairs: bool = False,
+        background: str | None = None,
     ) -> None:
         """Check that the cache holds what a run would encode itself.
 
@@ -143,6 +146,7 @@ class CacheDescription:
             captions: Captions of the run, which are compared if text is cached.
             mask: Where the masks of the run are; if it has any, the cache must have been made with them. Defaults to None.
             pairs: Whether the run trains on editing pairs, for which the cache must have been made. Defaults to False.
+            background: Color behind transparent parts of the run's images. Defaults to None: the files' own.
 
         Raises:
             UserError: If anything differs; the message lists every difference.
@@ -157,6 +161,7 @@ class CacheDescription:
             flipped=self.flipped or random_flip,
             mask=mask or self.mask,
             pairs=pairs,
+            background=background,
         )
         if self.encoders is not None:
             encoders = identity.get("text", self.encoders)
@@ -182,6 +187,7 @@ class CacheDescription:
             "latent_shapes": self.latent_shapes,
             "mask": self.mask,
             "pairs": self.pairs,
+            "background": self.background,
         }
         text = (
             None

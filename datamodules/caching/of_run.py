@@ -54,6 +54,7 @@ def cache_of_run(
             captions=decoder.captions,
             mask=decoder.mask,
             pairs=decoder.pairs,
+            background=decoder.background,
         )
     return cache
 

@@ -35,8 +35,13 @@ def check_pixels(width: int, height: int) -> None:
         raise BadSampleError(f"the image has {width} x {height} pixels, more than {MAX_PIXELS}")
 
 
-def decode_rgb(data: bytes) -> Tensor:
+def decode_rgb(data: bytes, background: str | None = None) -> Tensor:
     """Decode a JPEG, PNG or WebP image and rotate it as its EXIF data requires.
+
+    Args:
+        data: The image's file.
+        background: Color behind transparent parts, by a name or as ``#rrggbb``. Defaults to None: the colors that the file has
+            there, which nobody sees.
 
     Returns:
         uint8 (3, H, W).
@@ -44,6 +49,17 @@ def decode_rgb(data: bytes) -> Tensor:
     Raises:
         BadSampleError: If the bytes are not such an image.
     """
+    image = _decode_opaque(data)
+    alpha = None if background is None else decode_alpha(data)
+    if background is None or alpha is None:
+        return image
+    front, opacity = (Image.fromarray(one.permute(1, 2, 0).contiguous().squeeze(2).numpy()) for one in (image, alpha))
+    composite = Image.composite(front, Image.new("RGB", front.size, background), opacity)
+    return torch.from_numpy(np.array(composite)).permute(2, 0, 1).contiguous()
+
+
+def _decode_opaque(data: bytes) -> Tensor:
+    """The colors of an image, also of its transparent parts."""
     if not data:
         raise BadSampleError("the image is empty")
     if data.startswith(_PNG):

@@ -30,6 +30,7 @@ class EditDecoder(ImageDecoder):
         random_flip: Whether to flip half of the training pairs horizontally. Defaults to false.
         captions: Sources and augmentation of instructions. Defaults to the text in ``.txt``, or else in ``.json``.
         mask: Where masks of the target images are, as for ``ImageDecoder``. Defaults to null: the whole image counts.
+        background: Color behind transparent parts of both images, as for ``ImageDecoder``. Defaults to null: the files' own.
     """
 
     pairs: ClassVar[bool] = True
@@ -42,7 +43,7 @@ class EditDecoder(ImageDecoder):
         self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
     ) -> dict[str, Any]:
         entries = super().__call__(members, slot, size, image_size)
-        source = decode_source(members, image_size)
+        source = decode_source(members, image_size, self.background)
         framed = self.framing(source, slot, size, like=entries["original_size"])
         return entries | {"source_pixel_values": framed.pixels}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import torch
+from PIL import ImageColor
 from torch import Tensor
 
 from lit_lora.datamodules.decoding.captions import Captions
@@ -16,6 +17,7 @@ from lit_lora.datamodules.decoding.mask import MaskSource, decode_mask
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS, MASK_EXTENSION
 from lit_lora.datamodules.indexing.scan import image_size
+from lit_lora.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class ImageDecoder(SampleDecoder):
         captions: Sources and augmentation of captions. Defaults to the caption in ``.txt``, or else in ``.json``.
         mask: Where masks of the training images are, for losses that count only in a part of the image: ``mask.png``, a member of
             each sample, or ``alpha``, the image's alpha channel. Defaults to null: the whole image counts.
+        background: Color behind transparent parts of images, such as ``white`` or ``#808080``. Defaults to null: the colors that
+            files have there, which nobody sees and which are often black.
+
+    Raises:
+        UserError: If ``background`` is no color.
     """
 
     pairs: ClassVar[bool] = False
@@ -41,7 +48,17 @@ class ImageDecoder(SampleDecoder):
     random_flip: bool = False
     captions: Captions = Captions()  # noqa: RUF009 it is frozen
     mask: MaskSource | None = None
+    background: str | None = None
     _seed: int = 0  # private, since it is not an option: the datamodule sets it
+
+    def __post_init__(self) -> None:
+        if self.background is not None:
+            try:
+                ImageColor.getrgb(self.background)
+            except ValueError as error:
+                raise UserError(
+                    f"background={self.background!r} is no color; give a name such as white, or #rrggbb"
+                ) from error
 
     @property
     def framing(self) -> Framing:
@@ -56,7 +73,7 @@ class ImageDecoder(SampleDecoder):
     def __call__(
         self, members: Mapping[str, bytes], slot: int, size: tuple[int, int], image_size: tuple[int, int]
     ) -> dict[str, Any]:
-        framed = self.framing(decode_image(members, image_size), slot, size)
+        framed = self.framing(decode_image(members, image_size, self.background), slot, size)
         entries = {
             "pixel_values": framed.pixels,
             "caption": self.captions.draw(members, self._seed, slot),
@@ -86,12 +103,13 @@ class ImageDecoder(SampleDecoder):
         return replace(self, center_crop=True, random_flip=False, mask=None)
 
 
-def decode_image(members: Mapping[str, bytes], indexed_size: tuple[int, int]) -> Tensor:
+def decode_image(members: Mapping[str, bytes], indexed_size: tuple[int, int], background: str | None = None) -> Tensor:
     """The image of a sample, uint8 (3, H, W).
 
     Args:
         members: The sample's members by extension; of several images, the first in ``IMAGE_EXTENSIONS`` is used.
         indexed_size: Width and height of the image according to the index, in pixels.
+        background: Color behind transparent parts; see :func:`decode_rgb`.
 
     Raises:
         BadSampleError: If there is no image, or it is too large, of another size, or cannot be decoded.
@@ -107,4 +125,4 @@ def decode_image(members: Mapping[str, bytes], indexed_size: tuple[int, int]) ->
         raise BadSampleError(
             f"the image has {size[0]} x {size[1]} pixels, but {indexed_size[0]} x {indexed_size[1]} in the index"
         )
-    return decode_rgb(data)
+    return decode_rgb(data, background)

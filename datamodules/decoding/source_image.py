@@ -13,12 +13,13 @@ from lit_lora.datamodules.indexing.scan import image_size
 _MOST_STRETCHING = 0.02  # of a source that was rounded to other pixels than its target
 
 
-def decode_source(members: Mapping[str, bytes], size: tuple[int, int]) -> Tensor:
+def decode_source(members: Mapping[str, bytes], size: tuple[int, int], background: str | None = None) -> Tensor:
     """The source image of a sample, uint8 (3, H, W), of any size with the target's aspect ratio.
 
     Args:
         members: The sample's members by extension.
         size: Width and height of the target, the sample's own image, in pixels.
+        background: Color behind transparent parts; see :func:`~lit_lora.datamodules.decoding.decode.decode_rgb`.
 
     Raises:
         BadSampleError: If there is no source or more than one, it cannot be decoded, or its aspect ratio differs from the
@@ -32,7 +33,7 @@ def decode_source(members: Mapping[str, bytes], size: tuple[int, int]) -> Tensor
     width, height = image_size(data)
     try:
         check_pixels(width, height)
-        image = decode_rgb(data)
+        image = decode_rgb(data, background)
     except BadSampleError as error:
         raise BadSampleError(f"source image: {error}") from error
     if abs(width * size[1] / (height * size[0]) - 1) > _MOST_STRETCHING:

@@ -11,7 +11,10 @@ from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.visible import visible
 
 _EMPTY = "with an empty caption, first {}: trained on without words"
-_TRANSPARENT = "with transparent parts, first {}: their hidden colors are trained on, unless decoder.mask is alpha"
+_TRANSPARENT = (
+    "with transparent parts, first {}: decoder.background is put behind them, which lit-lora train sets to white; without it "
+    "their hidden colors are trained on, unless decoder.mask is alpha"
+)
 
 
 def remarks(name: str, members: Mapping[str, bytes], caption_key: str, may_be_empty: bool) -> Iterator[BadFile]:

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, auto_cli
 
 from lit_lora.console import print_error
 from lit_lora.errors import UserError
+from lit_lora.help_screen import HelpScreen
 
 _NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Got value: (.*)""")
 """What jsonargparse says of a list of positional arguments whose last one is missing."""
@@ -18,6 +19,9 @@ _NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Go
 
 class ToolParser(ArgumentParser):
     """Reports an error as one message, without usage, with exit status 2."""
+
+    def __init__(self, *arguments: Any, formatter_class: Any = HelpScreen, **options: Any) -> None:
+        super().__init__(*arguments, formatter_class=formatter_class, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if found := _NO_LIST.search(message):

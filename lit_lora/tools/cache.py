@@ -309,6 +309,7 @@ def _describe(
         text_masks=dict(family.text_masks) if text else {},
         mask=decoder.mask,
         pairs=decoder.pairs,
+        background=decoder.background,
         text_quantization=identity.get("text_quantization") if text else None,
     )
 

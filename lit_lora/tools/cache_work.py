@@ -24,6 +24,7 @@ from lit_lora.distributed.processes import end_with_parent
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.memory.one_on_device import OneOnDevice
+from lit_lora.progress_bar import messages_above_bar
 
 _Shards = Generator[CachedShard, None, None]
 _POLL_S = 0.2
@@ -83,7 +84,7 @@ class CacheWork:
         """
         devices = _devices(device)
         samples = int(np.diff(self.table.starts)[list(targets.values())].sum())
-        with tqdm(total=samples, desc="caching", unit="sample", disable=None) as bar:
+        with tqdm(total=samples, desc="caching", unit="sample", disable=None) as bar, messages_above_bar():
             if jobs == 1:
                 writer = self.writer(devices[0])
                 for path, shard in targets.items():

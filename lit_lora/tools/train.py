@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lit_lora.errors import UserError
+from lit_lora.first_imports import first_imports
 
 if TYPE_CHECKING:
     from lit_lora.tools.training.request import Request
@@ -33,7 +34,8 @@ def train_command(arguments: list[str]) -> None:
 
     own, given = split_arguments(arguments)
     request: Request = run_tool(train, own, "lit-lora train", epilog=_EPILOG, parser_class=Parser)
-    from lit_lora.tools.training.run import train_adapter
+    with first_imports():
+        from lit_lora.tools.training.run import train_adapter
 
     train_adapter(request._replace(given=given))
 

@@ -149,7 +149,10 @@ def _reasons(
     base: Base, images: Images, settings: Settings, counts: Sequence[int], given: dict[str, Any]
 ) -> tuple[Choice, ...]:
     count = len(images) - settings.val_samples
-    passes = settings.steps * settings.batch_size * settings.accumulate / (max(1, count) * images.repeats)
+    # A pass ends with a batch of each bucket that may not be full; which of them lose images to validation is not known here.
+    learned = count * images.repeats / len(images)
+    batches = sum(math.ceil(one * learned / settings.batch_size) for one in counts)
+    passes = settings.steps * settings.accumulate / max(1, batches)
     repeated = "" if images.repeats == 1 else " with the repeats of the sets"
     edge = settings.resolution
 

@@ -12,6 +12,9 @@ import yaml
 from lit_lora.tools.training.base import Base
 from lit_lora.tools.training.choices import Choice, Settings
 
+BACKGROUND = "white"
+"""Color behind transparent parts of images."""
+
 CHECKPOINTS = 10
 """Number of times that a run saves and validates."""
 
@@ -56,8 +59,9 @@ def make_config(
     model["memory"] = {"vae_slicing": True} | {name: getattr(settings, name) for name in names}
     data = config["data"]["init_args"]
     data |= {"train_shards": None, **sources, "val_samples": settings.val_samples, "batch_size": settings.batch_size}
-    data |= {"resolution": settings.resolution, "buckets": _buckets(settings)}
-    decoder = {"center_crop": True, "random_flip": False, **({"captions": {"prefix": prefix}} if prefix else {})}
+    data |= {"resolution": settings.resolution, "buckets": _buckets(settings), "chunks": {"leftovers": "pad"}}
+    decoder = {"center_crop": True, "random_flip": False, "background": BACKGROUND}
+    decoder |= {"captions": {"prefix": prefix}} if prefix else {}
     kind = data["decoder"].get("class_path")  # of editing pairs
     data["decoder"] = {"class_path": kind, "init_args": decoder} if kind else decoder
     for key, value in given.items():
@@ -77,6 +81,7 @@ def comments_of(choices: Sequence[Choice], cached: bool) -> dict[str, str]:
         "trainer.num_sanity_val_steps": "All validation data, before the first step: the loss of the base itself.",
         "trainer.devices": "More devices see more images in a step.",
         "model.parameter_groups": "LoRA+: the matrices B begin at zero, and have to grow before A matters.",
+        "data.init_args.chunks": "Batches that the images of a pass do not fill are trained on too.",
         "data.init_args.train_shards": "Made by lit-lora cache from the folder shards beside it." if cached else "",
     }
     return {text: note for text, note in comments.items() if note} | {

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +23,6 @@ from lit_lora.datamodules.packing.splits import validation_folder
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.folder_lock import only_run_in
-from lit_lora.lightning_cli import ToolCLI, build_cli, run
 from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
@@ -47,6 +44,7 @@ from lit_lora.tools.training.captions import (
 from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
 from lit_lora.tools.training.config import comments_of, make_config, write_yaml
 from lit_lora.tools.training.edit_prompts import write_edit_prompts
+from lit_lora.tools.training.fitting import fit, parts, resuming
 from lit_lora.tools.training.images import Images
 from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import Request, claim
@@ -233,7 +231,8 @@ class _Training:
         settings = choose(self.base, self.images, given_settings(self.given))
         # Over a cache, encoders are there for drawing alone, and may wait in host memory at no cost.
         settings = replace(settings, offload_encoders=self.cached and self.device.is_cuda)
-        print(f"planning for {format_bytes(memory)} on {self.device.name}; a plan of a large base takes half a minute")
+        patience = "" if self.base.is_embedded else "; a plan of a large base takes half a minute"
+        print(f"planning for {format_bytes(memory)} on {self.device.name}{patience}")
         start = first_guess(memory, self.base.is_embedded)
         fit = fit_memory(settings, self._plan, memory, self.device.is_cuda, start, print)
         said = f"{format_bytes(fit.plan.needed)} of {format_bytes(memory)}"
@@ -283,7 +282,7 @@ class _Training:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
             file.write(write_yaml(self._config_of(settings), {}))
             file.flush()
-            cli = _parts(["fit", "--config", file.name])
+            cli = parts(["fit", "--config", file.name])
         cached = ("latents", "text") if self.cached else ()
         described = run_of_config(cli.model, cli.datamodule, cli.config["trainer"], self.device, None, None, cached)
         return plan(replace(described, validation=False))  # it needs less than a step, and time to plan
@@ -298,7 +297,7 @@ class _Training:
         for name, value, folder in encoded:
             others = [f"--data.init_args.{other}=null" for other in sources if other != name]
             text = value if isinstance(value, str) else json.dumps(value)
-            cli = _parts(["fit", "--config", str(self.config), f"--data.init_args.{name}", text, *others])
+            cli = parts(["fit", "--config", str(self.config), f"--data.init_args.{name}", text, *others])
             out = str(folder)
             try:
                 cache_shards(cli.model, cli.datamodule, out=out)
@@ -314,26 +313,12 @@ class _Training:
         if started := newest_run(self.out):
             print(f"resuming from the last checkpoint in {started}")
             arguments += resuming(started, self.out)
-        with _started_as(arguments):
-            trainer = run(arguments).trainer
+        trainer = fit(arguments)
         _write_report(self.out)
         results = results_of(self.out)
         if trainer.global_step >= trainer.max_steps > 0:
             record(self.out, results)
         return results
-
-
-def resuming(run: Path, out: Path) -> list[str]:
-    """Options of ``fit`` by which it goes on with a run.
-
-    Args:
-        run: Folder of the run.
-        out: Folder in which ``lit-lora train`` works.
-    """
-    if run.parent.name == "lightning_logs":
-        return ["--ckpt_path", "last", "--trainer.logger.init_args.version", run.name.removeprefix("version_")]
-    # Without a logger there is one folder; other loggers than TensorBoard and CSV begin another.
-    return ["--ckpt_path", "last" if run == out else str(run / "checkpoints" / "last.ckpt")]
 
 
 def _write_report(out: Path) -> None:
@@ -364,29 +349,3 @@ def packed_lines(name: str, packed: PackSummary, apart: Path | None = None) -> l
     earlier = " by an earlier run" if packed.resumed == packed.shards else ""
     written = f"{name:<8} {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
     return [written, *format_reasons(files), *map(format_note, packed.notes)]
-
-
-def _nothing() -> None:
-    """Build the parts of a run."""
-
-
-class _PartsCLI(ToolCLI):
-    command = "lit-lora train"
-    function = staticmethod(_nothing)
-    parts = frozenset()
-
-
-def _parts(arguments: Sequence[str]) -> _PartsCLI:
-    """Module and datamodule of a config."""
-    return build_cli(arguments, run=False, cli_class=_PartsCLI)
-
-
-@contextmanager
-def _started_as(arguments: Sequence[str]) -> Iterator[None]:
-    """A context in which Lightning's launcher starts further processes with these arguments, not as ``lit-lora train`` again."""
-    given = sys.argv
-    sys.argv = [given[0], *arguments]
-    try:
-        yield
-    finally:
-        sys.argv = given

@@ -28,5 +28,5 @@ def ending(results: Mapping[str, str], prompt: str) -> str:
     folder = results["folder"]
     lines = [f"  {name:7}  {path}" for name, path in results.items() if name != "folder"]
     adapter = shlex.quote(str(Path(folder, results.get("best") or results["adapter"])))
-    command = f"lit-lora sample --prompts {shlex.quote(prompt)} --count 4 \\\n  --adapter {adapter}"
+    command = f"lit-lora sample --prompts {shlex.quote(prompt)} --count 4 --adapter \\\n  {adapter}"
     return "\n".join(["", f"results in {folder}", *lines, "", "Next:", command])

@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_lora.datamodules.packing.pack_sets import PackedSets
 from lit_lora.tools.training.choices import Choice
+from lit_lora.tools.training.config import BACKGROUND
 
 _VARYING = ("dropout", "shuffle_tags", "wildcards")
 """Options of captions that differ from pass to pass."""
@@ -44,6 +45,8 @@ def train_sets(packed: PackedSets, prefix: str, cache: Path | None) -> list[dict
     for number, one in enumerate(sets):
         if cache is not None:
             one["shards"] = str(cache / str(number))
+        if "decoder" in one:
+            one["decoder"]["init_args"]["background"] = BACKGROUND
         if "decoder" in one and not one.get("prior"):
             captions = one["decoder"]["init_args"]["captions"]
             captions["prefix"] = prefix + captions["prefix"]

@@ -63,6 +63,7 @@ def test_the_same_has_no_differences():
             {"buckets": {"divisor": 32, "max_aspect_ratio": 2.0}},
             "latents.buckets.divisor: 64 in the cache, 32 here",
         ),
+        ({"background": "white"}, 'latents.background: null in the cache, "white" here'),
         ({"center_crop": False}, "latents.center_crop: true in the cache, false here"),
         (
             {"captions": Captions([CaptionSource("txt")], prefix="a drawing of ")},

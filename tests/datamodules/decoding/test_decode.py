@@ -29,6 +29,49 @@ def test_same_pixels_as_pillow(encode_image, format_):
     assert torch.equal(image, _by_pillow(data))
 
 
+def transparent(format_: str, mode: str = "RGBA") -> bytes:
+    """A red image, the left half of which is transparent, and its middle columns half so; turned by its EXIF data."""
+    image = Image.new("RGBA", (8, 4), (200, 0, 0, 255))
+    image.paste((0, 0, 40, 0), (0, 0, 4, 4))
+    image.putpixel((4, 0), (100, 0, 0, 51))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.convert(mode).save(
+        buffer, format_, exif=exif, **({"lossless": True, "exact": True} if format_ == "WEBP" else {})
+    )
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("format_", ["PNG", "WEBP"])
+def test_a_background_behind_transparent_parts(format_):
+    data = transparent(format_)
+    plain, image = decode_rgb(data), decode_rgb(data, "#0080ff")
+    assert image.shape == (3, 8, 4)
+    assert image.dtype == torch.uint8
+    assert plain[:, 0, 0].tolist() == [0, 0, 40]
+    assert image[:, 0, 0].tolist() == [0, 128, 255]
+    assert image[:, 7, 0].tolist() == plain[:, 7, 0].tolist() == [200, 0, 0]
+    # 51 / 255 of the color over the background
+    assert image[:, 4, 3].tolist() == [20, 102, 204]
+
+
+def test_gray_images_and_palettes_have_transparent_parts_too():
+    assert decode_rgb(transparent("PNG", "LA"), "white")[:, 0, 0].tolist() == [255] * 3
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 9, 9, 9])
+    image.putpixel((1, 0), 1)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=0)
+    assert decode_rgb(buffer.getvalue(), "white")[0].tolist() == [[255, 9]]
+
+
+def test_opaque_images_have_no_background(encode_image):
+    for format_ in ("JPEG", "PNG", "WEBP"):
+        data = encode_image(24, 16, format_)
+        assert torch.equal(decode_rgb(data, "white"), decode_rgb(data))
+
+
 @pytest.mark.parametrize("format_", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_turned_upright(encode_image, orientation, format_):

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from PIL import Image
 
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.decoding.edit_decoder import EditDecoder
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
+from lit_lora.errors import UserError
 
 
 class TakesDecoder:
@@ -47,6 +52,29 @@ def test_evaluation_crops_the_middle_and_does_not_flip(encode_image):
     entries = [_decode(decoder, encode_image, slot) for slot in range(8)]
     assert all(torch.equal(one["pixel_values"], entries[0]["pixel_values"]) for one in entries)
     assert entries[0]["crop_top_left"] == (0, 2)
+
+
+def _transparent(size=(40, 30)):
+    buffer = io.BytesIO()
+    Image.new("RGBA", size).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("decoder", [ImageDecoder, EditDecoder])
+def test_a_color_is_put_behind_transparent_parts(decoder):
+    members = {"png": _transparent(), "txt": b"a", "source.png": _transparent()}
+    plain, white = (decoder(background=one)(members, 0, (16, 16), (40, 30)) for one in (None, "white"))
+    names = [name for name in plain if name.endswith("pixel_values")]
+    assert len(names) == 1 + decoder.pairs
+    for name in names:
+        assert plain[name].unique().tolist() == [0]
+        assert white[name].unique().tolist() == [255]
+    assert decoder(background="white").for_evaluation().background == "white"
+
+
+def test_a_background_that_is_no_color():
+    with pytest.raises(UserError, match="background='whit' is no color; give a name such as white, or #rrggbb"):
+        ImageDecoder(background="whit")
 
 
 def test_options_are_the_public_ones():

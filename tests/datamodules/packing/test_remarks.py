@@ -30,7 +30,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 TRANSPARENT = (
-    "3 images with transparent parts, first c.png: their hidden colors are trained on, unless decoder.mask is alpha"
+    "3 images with transparent parts, first c.png: decoder.background is put behind them, which lit-lora train sets to white; "
+    "without it their hidden colors are trained on, unless decoder.mask is alpha"
 )
 
 

@@ -77,7 +77,7 @@ def test_what_is_given_is_taken_and_said() -> None:
 
 
 def test_passes_are_those_that_show_repeated_sets_so_often() -> None:
-    images = _images((1024, 1024, 100))
+    images = _images((1024, 1024, 80))
     [once], [repeated] = (
         [choice.why for choice in choose(find_base("sdxl"), one, {}).why if choice.name == "steps"]
         for one in (images, replace(images, repeats=4.0))
@@ -96,3 +96,11 @@ def test_passes_are_those_that_show_repeated_sets_so_often() -> None:
 def test_images_that_cannot_be_used(size: int, count: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         choose(find_base("sdxl"), _images((size, size, count)), {})
+
+
+def test_passes_count_batches_that_are_not_full() -> None:
+    """Each bucket's last batch is padded, so that 184 images in batches of 16 are 12 batches."""
+    found = choose(find_base("embedded"), _images((32, 32, 200)), {"steps": 120})
+    assert [one.why for one in found.why if one.name == "steps"] == ["as given"]
+    [why] = [one.why for one in choose(find_base("embedded"), _images((32, 32, 200)), {}).why if one.name == "steps"]
+    assert why == "28.3 passes: 400 x the root of the images"  # 340 steps / 12

@@ -30,7 +30,9 @@ def test_all_choices_are_in_the_config() -> None:
     assert model["quantization"] == {"class_path": "lit_lora.quantization.Int8"}
     assert (data["batch_size"], data["resolution"], data["val_samples"]) == (2, 768, 2)
     assert data["buckets"]["divisor"] == 64
-    assert data["decoder"] == {"center_crop": True, "random_flip": False, "captions": {"prefix": "sks, "}}
+    decoder = {"center_crop": True, "random_flip": False, "background": "white", "captions": {"prefix": "sks, "}}
+    assert data["decoder"] == decoder
+    assert data["chunks"] == {"leftovers": "pad"}
 
 
 def test_images_are_drawn_at_the_size_that_is_trained() -> None:

@@ -38,6 +38,7 @@ def _packed(**captions: Any) -> PackedSets:
 def test_the_trigger_stands_before_captions_but_not_of_class_images() -> None:
     sets = train_sets(_packed(), "sks, ", Path("cache"))
     assert [one["shards"] for one in sets] == ["cache/0", "cache/1", "cache/2"]
+    assert [one["decoder"]["init_args"]["background"] for one in sets[1:]] == ["white", "white"]
     prefixes = [one["decoder"]["init_args"]["captions"]["prefix"] for one in sets[1:]]
     assert prefixes == ["sks, art ", "art "]
     assert [one["shards"] for one in train_sets(_packed(), "", None)] == ["out/a", "out/b", "out/c"]

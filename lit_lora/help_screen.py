@@ -1,0 +1,68 @@
+"""Help texts that fit the terminal: no line is wider, and no word is divided but names that are wider by themselves."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from argparse import Action
+
+from jsonargparse import DefaultHelpFormatter
+
+_ROLE = re.compile(r":\w+:`(~?)([^`<>]+)`")
+"""A reference in reStructuredText, as :class:`~package.module.Name`, of which the tilde shows the name alone."""
+
+_AT = "./_#=,"
+"""Characters after which a name or an address is divided that is wider than its column."""
+
+_HANGING = " " * 8
+
+
+class HelpScreen(DefaultHelpFormatter):
+    """jsonargparse's formatter, where argparse leaves headings and options wide and divides words at any letter."""
+
+    def start_section(self, heading: str | None) -> None:
+        width = self._width - self._current_indent - len(":")
+        super().start_section(heading and textwrap.fill(_plain(heading), width))
+
+    def _format_usage(self, *arguments: object, **options: object) -> str:
+        usage: str = super()._format_usage(*arguments, **options)
+        usage = usage.replace(" [options] ", " ")  # of the command before a subcommand, which has none
+        if max(map(len, usage.splitlines()), default=0) <= self._width:
+            return usage
+        # The names of the commands before it leave too little room beside them.
+        return "\n".join(_HANGING + line.strip() if line[:1] == " " else line for line in usage.splitlines()) + "\n\n"
+
+    def _format_action_invocation(self, action: Action) -> str:
+        shown = super()._format_action_invocation(action)
+        if len(shown) <= self._width - self._current_indent:
+            return shown
+        return f"\n{' ' * self._current_indent}".join(re.split(r"(?<=,) (?=-)", shown))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return _lines(text, width)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in _lines(text, width - len(indent)))
+
+
+def _lines(text: str, width: int) -> list[str]:
+    words = (part for word in _plain(text).split() for part in _parts(word, width))
+    return textwrap.wrap(" ".join(words), width, break_long_words=False, break_on_hyphens=False)
+
+
+def _plain(text: str) -> str:
+    """A text without the marks of reStructuredText."""
+    text = _ROLE.sub(lambda found: found[2].rpartition(".")[2] if found[1] else found[2], text)
+    return text.replace("``", "")
+
+
+def _parts(word: str, width: int) -> list[str]:
+    """A word, in parts that fit if it is wider."""
+    parts = []
+    while len(word) > width:
+        place = max(word.rfind(one, 0, width) for one in _AT) + 1
+        if place == 0:
+            break
+        parts.append(word[:place])
+        word = word[place:]
+    return [*parts, word]

@@ -1,0 +1,73 @@
+"""``lit-lora fit`` as ``lit-lora train`` runs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from lit_lora.callbacks.run_report import RunReport
+from lit_lora.callbacks.step_progress import StepProgress
+from lit_lora.lightning_cli import LitLoraCLI, ToolCLI, build_cli, run
+
+
+def _nothing() -> None:
+    """Build the parts of a run."""
+
+
+class _PartsCLI(ToolCLI):
+    command = "lit-lora train"
+    function = staticmethod(_nothing)
+    parts = frozenset()
+
+
+class _FitCLI(LitLoraCLI):
+    """``lit-lora fit``, without the lists of files that ``lit-lora train`` has in its last lines."""
+
+    def before_fit(self) -> None:
+        super().before_fit()
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StepProgress | RunReport):
+                callback.lists_files = False
+
+
+def parts(arguments: Sequence[str]) -> LitLoraCLI:
+    """Module and datamodule of a config."""
+    return build_cli(arguments, run=False, cli_class=_PartsCLI)
+
+
+def fit(arguments: Sequence[str]) -> Trainer:
+    """Run ``lit-lora fit``, and return its trainer.
+
+    Args:
+        arguments: ``["fit", "--config", …]``.
+    """
+    with _started_as(arguments):
+        return run(arguments, _FitCLI).trainer
+
+
+@contextmanager
+def _started_as(arguments: Sequence[str]) -> Iterator[None]:
+    """A context in which Lightning's launcher starts further processes with these arguments, not as ``lit-lora train`` again."""
+    given = sys.argv
+    sys.argv = [given[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = given
+
+
+def resuming(run: Path, out: Path) -> list[str]:
+    """Options of ``fit`` by which it goes on with a run.
+
+    Args:
+        run: Folder of the run.
+        out: Folder in which ``lit-lora train`` works.
+    """
+    if run.parent.name == "lightning_logs":
+        return ["--ckpt_path", "last", "--trainer.logger.init_args.version", run.name.removeprefix("version_")]
+    # Without a logger there is one folder; other loggers than TensorBoard and CSV begin another.
+    return ["--ckpt_path", "last" if run == out else str(run / "checkpoints" / "last.ckpt")]

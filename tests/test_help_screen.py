@@ -1,0 +1,68 @@
+"""No line of any command's help is wider than the terminal, and words are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from lit_lora.cli import TOOLS, TRAINER_COMMANDS, main
+from lit_lora.help_screen import HelpScreen
+
+SUBCOMMANDS = {
+    "shards": ("pack", "index", "check", "info", "plan"),
+    "adapter": ("info", "check", "diff", "convert", "resize", "merge", "extract", "push"),
+}
+COMMANDS = [[one] for one in (*TRAINER_COMMANDS, *TOOLS)] + [
+    [command, one] for command, found in SUBCOMMANDS.items() for one in found
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_help_of_each_command_fits(
+    command: list[str], width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", str(width))
+    try:
+        status: object = main([*command, "--help"])
+    except SystemExit as error:
+        status = error.code or 0
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 0
+    assert len(lines) > 10
+    assert [line for line in lines if len(line) > width] == []
+    assert lines[0].startswith(f"usage: lit-lora {' '.join(command)} ")
+
+
+def help_of(parser: ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("COLUMNS", "60")
+    return parser.format_help().splitlines()
+
+
+def test_names_are_divided_at_their_dots_and_text_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = ArgumentParser(formatter_class=HelpScreen, prog="x")
+    name = "some_package.some_module.some_other_module.TheNameOfAClass"
+    parser.add_argument("--one", help=f"Known are: {name}, and well-known-words-with-hyphens.")
+    lines = [line.strip() for line in help_of(parser, monkeypatch)]
+    assert lines[lines.index("some_package.some_module.some_other_module.") + 1] == "TheNameOfAClass, and"
+    assert any("well-known-words-with-hyphens." in line for line in lines)
+
+
+def test_marks_of_restructured_text_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = ArgumentParser(
+        formatter_class=HelpScreen, prog="x", description="Of :class:`~a.b.C`, :class:`d.E` and ``f``."
+    )
+    assert "Of C, d.E and f." in help_of(parser, monkeypatch)
+
+
+def test_wide_headings_and_options_become_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = ArgumentParser(formatter_class=HelpScreen, prog="x", add_help=False)
+    group = parser.add_argument_group("a heading that has more letters than a line of the terminal takes")
+    group.add_argument("--the_name_of_an_option", "--another_name_of_the_option", metavar="VALUE")
+    lines = help_of(parser, monkeypatch)
+    first = lines.index("a heading that has more letters than a line of the")
+    assert lines[first + 1] == "terminal takes:"
+    assert lines[first + 2 : first + 4] == ["  --the_name_of_an_option VALUE,", "  --another_name_of_the_option VALUE"]
