@@ -19,9 +19,9 @@ from lit_lora.adapters import (
     TrainingState,
     adapter_configs,
     adapter_keys,
-    check_adapter_config,
     check_adapter_state,
     check_finite,
+    check_saved_configs,
     keep_only_adapter,
 )
 from lit_lora.callbacks.adapter_ema import AdapterEMA
@@ -168,9 +168,7 @@ class AdapterCheckpoint(ResumedSaves):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         ours = checkpoint.get("lit_lora", {})
-        here = adapter_configs(pl_module)
-        for name, saved in ours.get("adapters", {}).items():
-            check_adapter_config(here.get(name, {}), saved)
+        check_saved_configs(pl_module, ours.get("adapters", {}))
         self._saved_rng = ours.get("rng")
         self._unfrozen = ours.get("unfrozen", [])
         self._saved_metrics = ours.get("metrics", {})

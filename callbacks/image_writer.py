@@ -18,6 +18,8 @@ from lit_lora.folder_lock import FolderLock
 class ImageWriter(BasePredictionWriter):
     """Writes the images of ``predict`` as ``NUMBER-KEY.png``, each with its caption in ``NUMBER-KEY.txt``.
 
+    With several dataloaders the names begin with the dataloader's number.
+
     Args:
         output_dir: Folder for the files; created if missing.
 
@@ -70,6 +72,8 @@ class ImageWriter(BasePredictionWriter):
                 continue
             # The number distinguishes equal keys of different shards. A key may hold any character.
             name = f"{int(slot):06d}-" + re.sub(r"[^\w-]+", "_", key)
+            if len(trainer.num_predict_batches) > 1:  # several loaders may count from 0 each
+                name = f"{dataloader_idx}-{name}"
             with atomic_file(self.output_dir / f"{name}.png") as part:
                 image.save(part, format="png")
             with atomic_file(self.output_dir / f"{name}.txt") as part:

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
-from lit_lora.adapters import check_finite
+from lit_lora.adapters import check_finite, check_loaded, check_saved_configs
 from lit_lora.adapters.input_dtype import keep_input_dtype
 from lit_lora.adapters.parameter_groups import ParameterGroup, check_schedule, make_optimizer
 from lit_lora.caption_dropout import drop_captions
@@ -131,9 +131,8 @@ class LoraDiffusion(LightningModule):
         self.adapter = adapter.config(type(family), over, quantization) if isinstance(adapter, FromFile) else adapter
         self.text_training = TextTraining(family, adapter, text_adapter, new_tokens)
         self.objective: Objective = objective or family.default_objective()
-        self.optimizer = optimizer
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.parameter_groups = tuple(parameter_groups)
-        self.lr_scheduler = lr_scheduler
         self.quantization = quantization or Dense()
         self.base_dtype: torch.dtype = getattr(torch, base_dtype)
         self.caption_dropout, self.memory = caption_dropout, memory
@@ -141,8 +140,9 @@ class LoraDiffusion(LightningModule):
         family.text_quantization = memory.text_encoder_quantization
         self.compile_blocks, self.convolutions, self.fused_lora = compile_blocks, convolutions, fused_lora
         self.sampling, self.seed = sampling, seed
-        # A checkpoint holds only the adapter; AdapterCheckpoint checks that it holds all of the adapter.
+        # A checkpoint need not hold the frozen base.
         self.strict_loading = False
+        self.register_load_state_dict_post_hook(check_loaded)
         self._configured = False
         self._reader: Node | None = None
         self._encoder_offload = EncoderOffload()
@@ -235,21 +235,22 @@ class LoraDiffusion(LightningModule):
         checkpoint.update(new_tokens=self.family.new_tokens, base_adapters=list(self.base_adapters.records))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_saved_configs(self, checkpoint.get("lit_lora", {}).get("adapters", {}), before_loading=True)
         self.base_adapters.check(checkpoint.get("base_adapters", []))
         self.text_training.check_resumed(self.family, checkpoint.get("new_tokens", {}))
         self.family.adapted.restore(checkpoint.get("adapter_methods", {}))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         loss, count = self.validation_loss(batch, batch_idx, self._by_time)
         log_mean(self, "val/loss", loss, count, prog_bar=True)
         return loss
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         loss, count = self.validation_loss(batch, batch_idx, self._by_time)
         log_mean(self, "test/loss", loss, count)
         return loss
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[Image.Image]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[Image.Image]:
         """Draw one image for each caption, in the size of the batch's images, and from the sources of editing pairs."""
         check_batch(self.family, batch, values=False)
         height, width = target_size(batch)[0].tolist()
@@ -300,16 +301,15 @@ class LoraDiffusion(LightningModule):
             UserError: If the folder cannot be written or holds other files, the adapter holds NaN or Inf, there is none yet, or
                 one of the formats cannot hold it.
         """
-        family = self.family
         if not self._configured:
             raise UserError("the module has no adapter yet: call save_adapter after trainer.fit, in the same process")
-        tensors, new_tokens = family.adapted.tensors(), family.new_token_rows()
+        tensors, new_tokens = self.family.adapted.tensors(), self.family.new_token_rows()
         for state in (*tensors.values(), *new_tokens.values()):
             check_finite(state, "adapter", "train with a lower lr or trainer.gradient_clip_val: 1.0")
         if self._trainer is not None and not self.trainer.is_global_zero:
             return
         metadata = training_facts(self) | base_metadata(self.base_adapters.records) | (info or AdapterInfo()).metadata
-        files = files_of(family, tensors, new_tokens, metadata)
+        files = files_of(self.family, tensors, new_tokens, metadata)
         with atomic_folder(folder, marker=marker_of(files)) as part:
             write_adapter(files, part, formats)
 

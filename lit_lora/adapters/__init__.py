@@ -7,12 +7,13 @@ from lit_lora.adapters.keys import (
     adapter_keys,
     check_adapter_state,
     check_finite,
+    check_loaded,
     keep_only_adapter,
     plain_config,
 )
 from lit_lora.adapters.load import load_adapter, set_adapter_state
 from lit_lora.adapters.methods import AdapterMethod, method_of
-from lit_lora.adapters.same_config import check_adapter_config
+from lit_lora.adapters.same_config import check_adapter_config, check_saved_configs
 from lit_lora.adapters.sharded import check_block_by_block, check_sharded_training, complete_adapter, same_adapter
 from lit_lora.adapters.state import adapter_state
 from lit_lora.adapters.training_state import TrainingState
@@ -29,6 +30,8 @@ __all__ = [
     "check_adapter_state",
     "check_block_by_block",
     "check_finite",
+    "check_loaded",
+    "check_saved_configs",
     "check_sharded_training",
     "complete_adapter",
     "inject",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -46,16 +46,44 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
     Raises:
         UserError: If keys are missing or unknown, shapes differ, or values are NaN or Inf.
     """
-    here, own = module.state_dict(keep_vars=True), adapter_keys(module)
-    missing = sorted(own - state_dict.keys())
-    unknown = sorted(state_dict.keys() - here.keys())
+    here = module.state_dict(keep_vars=True)
     shapes = [
         f"{key} {tuple(state_dict[key].shape)} in the checkpoint, {shape} here"
         for key, shape in _shapes(here).items()
         if key in state_dict and tuple(state_dict[key].shape) != shape
     ]
+    check_finite(state_dict)
+    missing, unknown = adapter_keys(module) - state_dict.keys(), state_dict.keys() - here.keys()
+    if missing and unknown and not adapter_configs(module):
+        raise UserError(
+            f"the checkpoint holds {min(unknown)} and others that {type(module).__name__} does not have, which has no adapter; "
+            f"add the callback LoraInjection, or whatever made the checkpoint's adapter, with the same settings"
+        )
+    _check_same(missing, unknown, shapes)
+
+
+def check_loaded(module: nn.Module, incompatible: Any) -> None:
+    """Post-hook of ``load_state_dict`` for a module whose frozen base is not in its checkpoints: the adapter must be there.
+
+    The base's keys are removed from the missing ones, so that nothing warns of them.
+
+    Args:
+        module: Module with the adapter.
+        incompatible: torch's lists of missing and unexpected keys.
+
+    Raises:
+        UserError: If keys of the adapter are missing, or there are others in the models that it adapts.
+    """
+    adapted = tuple(f"{path}." for path, _ in adapted_models(module))
+    unknown = [key for key in incompatible.unexpected_keys if key.startswith(adapted)]
+    _check_same(adapter_keys(module).intersection(incompatible.missing_keys), unknown)
+    base = dict(module.named_parameters()).keys() | dict(module.named_buffers()).keys()
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in base]
+
+
+def _check_same(missing: Collection[str], unknown: Collection[str], shapes: Collection[str] = ()) -> None:
     problems = [
-        f"{len(found)} {what}, the first: {found[0]}"
+        f"{len(found)} {what}, the first: {min(found)}"
         for what, found in (
             ("tensors of this adapter are not in the checkpoint", missing),
             ("tensors of the checkpoint are not in this adapter", unknown),
@@ -63,11 +91,10 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
         )
         if found
     ]
-    check_finite(state_dict)
     if problems:
         raise UserError(
             "the checkpoint holds another adapter:\n  " + "\n  ".join(problems) + "\n"
-            "Resume with the adapter settings that the checkpoint was made with, or start without ckpt_path."
+            "Load it with the adapter settings that it was made with, or start without ckpt_path."
         )
 
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from torch import nn
 
+from lit_lora.adapters.keys import adapter_configs
 from lit_lora.adapters.methods import AdapterMethod, method_of
 from lit_lora.errors import UserError
 
@@ -36,8 +38,28 @@ def check_adapter_config(here: Mapping[str, Any], saved: Mapping[str, Any]) -> N
     if changed:
         raise UserError(
             "the checkpoint holds another adapter: " + "; ".join(changed) + ". "
-            "Resume with the adapter settings that the checkpoint was made with, or start without ckpt_path."
+            "Load it with the adapter settings that it was made with, or start without ckpt_path."
         )
+
+
+def check_saved_configs(
+    module: nn.Module, saved: Mapping[str, Mapping[str, Any]], before_loading: bool = False
+) -> None:
+    """Check a module's adapters by the configs of :func:`adapter_configs` in a checkpoint.
+
+    Args:
+        module: Module with its adapters.
+        saved: Plain configs from the checkpoint, by the same names; empty if it holds none.
+        before_loading: Whether the weights are not loaded yet, which gives layers the ranks that they were pruned to; off by
+            default.
+
+    Raises:
+        UserError: If a setting such as ``lora_alpha`` differs.
+    """
+    here = adapter_configs(module)
+    pruned = {"alpha_pattern", "rank_pattern"} if before_loading else set()
+    for name, config in saved.items():
+        check_adapter_config({field: here[name][field] for field in here.get(name, {}).keys() - pruned}, config)
 
 
 def function_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -186,6 +186,15 @@ def test_another_adapters_state_is_refused(change: dict[str, Any], message: str,
     check_adapter_state(saved, state)
 
 
+def test_an_adapter_for_a_model_without_one_is_refused(unet: UNet2DConditionModel) -> None:
+    saved = inject(UNet2DConditionModel.from_config(unet.config), peft.LoraConfig(r=2), TARGETS)
+    state = {key: value for key, value in saved.state_dict().items() if key in adapter_keys(saved)}
+    with pytest.raises(
+        UserError, match="UNet2DConditionModel does not have, which has no adapter; add the callback LoraInj"
+    ):
+        check_adapter_state(unet, state)
+
+
 def test_another_alpha_is_refused_and_another_dropout_is_not() -> None:
     here = plain_config(peft.LoraConfig(r=4, lora_alpha=8))
     check_adapter_config(here, plain_config(peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.5)))
