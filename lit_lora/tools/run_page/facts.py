@@ -91,7 +91,7 @@ def read_run(folder: Path) -> RunFacts:
         facts.config = config if isinstance(config, dict) else {}
     except yaml.YAMLError as error:
         facts.notes.append(f"config.yaml cannot be read: {error}")
-    facts.notes += _origin(versions, curves)
+    facts.notes += [*_origin(versions, curves), *_stale(facts)]
     for path in (path for one in versions for path in sorted(one.glob("samples/step-*.png"))):
         if found := re.fullmatch(r"step-(\d+)", path.stem):
             facts.samples[int(found[1])] = path
@@ -120,6 +120,18 @@ def _origin(versions: Sequence[Path], curves: Sequence[Curves]) -> list[str]:
             f"curves and samples are those of versions that were resumed one from another: {', '.join(starts)}"
         )
     return notes
+
+
+def _stale(facts: RunFacts) -> list[str]:
+    """That ``report.json`` was written before the logs end: by an earlier start of a run that goes on or was killed."""
+    steps = (facts.report.get("total") or {}).get("optimizer_steps")
+    last = max((points[-1][0] for points in facts.curves.values()), default=0)
+    if not isinstance(steps, int) or last <= steps:  # a step is logged under its number from 0
+        return []
+    return [
+        f"report.json tells of {steps:,} optimizer steps, and the logs go on to step {last:,}: its status and figures are not "
+        f"those of the whole run, which has been started again since, or was resumed without RunReport in its checkpoint"
+    ]
 
 
 def _object(facts: RunFacts, path: Path) -> Mapping[str, Any]:

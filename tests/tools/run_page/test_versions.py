@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,14 @@ def test_a_checkpoint_of_another_folder_is_named(tmp_path: Path) -> None:
     assert facts.notes == [
         "version_0 was resumed from https://host/old.ckpt, of which no logs are beside it: steps before 20 are not shown"
     ]
+
+
+@pytest.mark.parametrize(("steps", "told"), [(4, False), (3, True)])
+def test_a_report_that_was_written_before_the_logs_end_is_told(steps: int, told: bool, tmp_path: Path) -> None:
+    folder = version(tmp_path, 0, None, {1: 0.5, 4: 0.4})
+    (folder / "report.json").write_text(json.dumps({"status": "interrupted", "total": {"optimizer_steps": steps}}))
+    notes = read_run(folder).notes
+    assert len(notes) == told
+    assert not told or notes[0].startswith(
+        "report.json tells of 3 optimizer steps, and the logs go on to step 4: its status"
+    )
