@@ -14,7 +14,7 @@ import yaml
 from lit_lora.redact import redact_urls
 from lit_lora.tools.run_page import PLAN
 from lit_lora.tools.run_page.scalars import Curves, read_curves
-from lit_lora.tools.run_page.versions import earlier_versions, first_step, join, resumed_from
+from lit_lora.tools.run_page.versions import best_of, earlier_versions, first_step, join, resumed_from
 from lit_lora.tools.training.results import best_adapter
 
 
@@ -96,8 +96,9 @@ def read_run(folder: Path) -> RunFacts:
         if found := re.fullmatch(r"step-(\d+)", path.stem):
             facts.samples[int(found[1])] = path
     last = folder / "checkpoints" / "last.adapter"
-    best = [adapter for one in reversed(versions) if (adapter := best_adapter(one)) is not None]
-    facts.adapter = best[0] if best else last if last.is_dir() else None
+    best = [adapter for one in versions if (adapter := best_adapter(one)) is not None]
+    losses = facts.curves.get("val/loss", [])
+    facts.adapter = best_of(best, losses) if best else last if last.is_dir() else None
     if facts.adapter is not None:
         facts.card = _text(facts, facts.adapter / "README.md")
     return facts

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from lit_lora.tools.run_page.facts import read_run
-from lit_lora.tools.run_page.versions import earlier_versions
+from lit_lora.tools.run_page.versions import best_of, earlier_versions
 
 
 def version(logs: Path, number: int, ckpt_path: str | None, losses: dict[int, float], saves: bool = True) -> Path:
@@ -71,3 +71,10 @@ def test_a_report_that_was_written_before_the_logs_end_is_told(steps: int, told:
     assert not told or notes[0].startswith(
         "report.json tells of 3 optimizer steps, and the logs go on to step 4: its status"
     )
+
+
+def test_the_best_adapter_is_that_of_the_least_validation_loss() -> None:
+    first, second = Path("version_0/best-step=20.adapter"), Path("version_1/best-step=40.adapter")
+    assert best_of([first, second], [(10, 0.1), (20, 0.2), (30, 0.9), (40, 0.3)]) == first
+    assert best_of([first, second], [(20, 0.3), (40, 0.2)]) == second
+    assert best_of([first, second], []) == second
