@@ -12,12 +12,13 @@ from lit_lora.callbacks.sample_images import SampleImages
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.changes import cheapest_changes
-from lit_lora.planning.data_options import cacheable, data_option, has_validation, image_size
+from lit_lora.planning.data_options import cacheable, data_option, image_size
 from lit_lora.planning.device import device_of
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.processes import processes_with
 from lit_lora.planning.run import Run, Sampling
 from lit_lora.planning.verdict import verdict
+from lit_lora.run_checks import has_validation
 
 
 class MemoryLimit(Callback):

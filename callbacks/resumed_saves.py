@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_lora.callbacks.checkpoint_files import (
@@ -25,7 +26,8 @@ class ResumedSaves(ModelCheckpoint):
     """A :class:`~lightning.pytorch.callbacks.ModelCheckpoint` that a run can be resumed from wherever it was killed.
 
     ``ckpt_path="last"`` finds the newest checkpoint, also of earlier runs. A run that is resumed from it removes the checkpoint
-    which that one was to replace, and brings ``last`` up to it.
+    which that one was to replace, and brings ``last`` up to it. A run that is resumed in another folder begins to look for the
+    best checkpoint anew; its end tells if that of the folders before is better.
     """
 
     _replaced = ""
@@ -33,6 +35,8 @@ class ResumedSaves(ModelCheckpoint):
     _found: AbstractSet[str] = frozenset()
     """The checkpoints that ``ckpt_path="last"`` has found."""
     _trains = False
+    _earlier_best: tuple[str, Tensor] | None = None
+    """The best checkpoint in the folders of the runs before, and its score."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -41,11 +45,20 @@ class ResumedSaves(ModelCheckpoint):
             warn_if_nothing_is_saved(self)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"replaced": self._replaced}
+        return super().state_dict() | {"replaced": self._replaced, "earlier_best": self._earlier_best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._replaced = state_dict.get("replaced", "") if self.dirpath == state_dict.get("dirpath") else ""
+        is_here = self.dirpath == state_dict.get("dirpath")
+        self._replaced = state_dict.get("replaced", "") if is_here else ""
+        self._earlier_best = state_dict.get("earlier_best")
+        score = state_dict.get("best_model_score")
+        if (
+            not is_here
+            and score is not None
+            and (self._earlier_best is None or self._is_better(score, self._earlier_best[1]))
+        ):
+            self._earlier_best = state_dict["best_model_path"], score
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -56,6 +69,7 @@ class ResumedSaves(ModelCheckpoint):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish the last save of a run that was killed at its end: nothing is left to train, and so nothing is saved."""
         super().on_fit_end(trainer, pl_module)
+        self._tell_earlier_best()
         resumed = str(trainer.ckpt_path)
         if self._trains or resumed not in self._found or not self._is_inside(resumed):
             return
@@ -64,6 +78,21 @@ class ResumedSaves(ModelCheckpoint):
         self._finish_last_save(trainer, resumed)
         if self.save_last and trainer.is_global_zero:
             self._update_last(trainer, os.path.realpath(resumed))
+
+    def _is_better(self, score: Tensor, other: Tensor) -> bool:
+        other = other.to(score.device)
+        return bool(score < other if self.mode == "min" else score > other)
+
+    def _tell_earlier_best(self) -> None:
+        """Warn that the best checkpoint is not among those that this run has saved."""
+        if self._earlier_best is None or self.best_model_score is None:
+            return
+        path, score = self._earlier_best
+        if self._is_better(score, self.best_model_score) and ("://" in path or os.path.exists(path)):
+            rank_zero_warn(
+                f"the best {self.monitor} is {float(score):.4g}, that of {path}, saved before this run was resumed; since "
+                f"then it is {float(self.best_model_score):.4g}, that of {self.best_model_path}"
+            )
 
     def _save_none_monitor_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         self._replaced = self.best_model_path if self.save_top_k == 1 else ""

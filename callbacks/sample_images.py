@@ -47,8 +47,8 @@ class SampleImages(Callback):
         columns: Number of images in a row of the grid. Defaults to 4.
 
     Raises:
-        UserError: If there are no prompts, their file cannot be read, or ``every_n_steps``, ``num_inference_steps`` or
-            ``columns`` is below 1.
+        UserError: If there are no prompts, their file cannot be read, ``every_n_steps``, ``num_inference_steps`` or ``columns``
+            is below 1, or the trainer has another of these callbacks.
     """
 
     def __init__(
@@ -102,6 +102,12 @@ class SampleImages(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if any(prompt.image for prompt in self.prompts) and isinstance(pl_module, LoraDiffusion):
             check_edits(type(pl_module.family))
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, SampleImages) for callback in callbacks) > 1:
+            raise UserError(
+                "several SampleImages would replace each other's samples/step-NNNNNN.png; give all prompts to one of them, in a "
+                "file in which each may have settings of its own"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step, self.latest = trainer.global_step, None

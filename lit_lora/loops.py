@@ -69,6 +69,34 @@ def more_is_due(trainer: Trainer) -> bool:
     return (in_batch and validates) or (in_epoch and loop._num_ready_batches_reached())
 
 
+def never_validates(trainer: Trainer) -> str | None:
+    """Why no validation comes before the end of a training that begins, with what to set; None if one may come.
+
+    A resumed run counts what it was resumed from.
+
+    Args:
+        trainer: Trainer with its loaders, as from ``on_train_start`` on.
+    """
+    if trainer.limit_val_batches == 0:
+        return "trainer.limit_val_batches is 0: set it to 1.0, or give no validation data"
+    fit_loop: Any = trainer.fit_loop
+    batches, every = fit_loop.max_batches, trainer.val_check_batch
+    if every is None or math.inf in (batches, every):  # by the clock, or in an epoch of unknown length
+        return None
+    whole, rest = divmod(trainer.max_steps, math.ceil(batches / trainer.accumulate_grad_batches))
+    of_steps = whole * batches + rest * trainer.accumulate_grad_batches if trainer.max_steps >= 0 else math.inf
+    end = min(of_steps, math.inf if trainer.max_epochs in (None, -1) else trainer.max_epochs * batches)
+    epochs = trainer.check_val_every_n_epoch
+    first = every if epochs is None else (epochs - 1) * batches + every
+    if first <= end:
+        return None
+    return (
+        f"training ends after {end:,} batches, and the first validation would come after {first:,} "
+        f"(val_check_interval={trainer.val_check_interval}, check_val_every_n_epoch={epochs}): set trainer.val_check_interval to "
+        f"at most {min(end, batches):,}" + (", and check_val_every_n_epoch to 1" if epochs not in (None, 1) else "")
+    )
+
+
 def is_over(trainer: Trainer) -> bool:
     """Whether the last step of the training was taken, so that the run ends by itself."""
     return bool(trainer.fit_loop.epoch_loop._is_training_done)

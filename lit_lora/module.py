@@ -45,7 +45,7 @@ from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
 from lit_lora.optimizer_settings import check_clipping
 from lit_lora.quantization import Dense, Quantization
-from lit_lora.run_checks import check_data, check_run
+from lit_lora.run_checks import check_data, check_run, warn_if_never_validated
 from lit_lora.sampling import SamplingOptions
 from lit_lora.text_training import TextTraining
 
@@ -143,11 +143,9 @@ class LoraDiffusion(LightningModule):
         # A checkpoint need not hold the frozen base.
         self.strict_loading = False
         self.register_load_state_dict_post_hook(check_loaded)
-        self._configured = False
+        self._configured, self._encoder_offload, self._by_time = False, EncoderOffload(), LossByTime()
         self._reader: Node | None = None
-        self._encoder_offload = EncoderOffload()
         self._in_backward: OptimizerInBackward | None = None
-        self._by_time = LossByTime()
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
@@ -197,10 +195,15 @@ class LoraDiffusion(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def on_fit_start(self) -> None:
-        self.family.adapted.start(self.trainer)
         if self.memory.optimizer_in_backward:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self._in_backward = OptimizerInBackward(optimizer, float(self.trainer.gradient_clip_val or 0))
+
+    def on_train_start(self) -> None:
+        self.family.adapted.start(
+            self.trainer
+        )  # asks for the loader, which before would not get the checkpoint's position
+        warn_if_never_validated(self.trainer)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         if self._in_backward is None:  # otherwise OptimizerInBackward clips: no gradients are left here

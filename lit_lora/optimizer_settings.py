@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
@@ -77,8 +77,13 @@ def check_clipping(optimizer: Optimizer, trainer: Trainer | None) -> None:
 
 
 def schedule_names(trainer: Trainer) -> list[str]:
-    """Names of the classes of the run's learning rate schedules."""
-    return [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    """Names of the classes of the run's learning rate schedules, such as ``SequentialLR(LinearLR, ConstantLR)``."""
+    return [_schedule_name(config.scheduler) for config in trainer.lr_scheduler_configs]
+
+
+def _schedule_name(schedule: Any) -> str:
+    inner = ", ".join(map(_schedule_name, getattr(schedule, "_schedulers", ())))
+    return f"{type(schedule).__name__}({inner})" if inner else type(schedule).__name__
 
 
 class ResumedOptimizers:
@@ -140,14 +145,18 @@ def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict
             values["lr"] = group.get("initial_lr", group["lr"])
             found |= {Setting(name, number, place): _plain(value) for name, value in values.items()}
     for number, state in enumerate(scheduler_states):
-        found |= {
-            Setting(name, number): value
-            for name, value in state.items()
-            if isinstance(value, int | float | str | list | tuple)
-            and not name.startswith("_")
-            and name not in _PROGRESS
-        }
+        found |= {Setting(name, number): value for name, value in _constants(state)}
     return found
+
+
+def _constants(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of a schedule's constants, those of schedules inside as ``schedulers.1.T_max``."""
+    for place, inner in enumerate(state.get("_schedulers", ())):
+        yield from ((f"schedulers.{place}.{name}", value) for name, value in _constants(inner))
+    for name, value in state.items():
+        told = name.removeprefix("_") if name == "_milestones" else name  # of SequentialLR
+        if isinstance(value, int | float | str | list | tuple) and not told.startswith("_") and told not in _PROGRESS:
+            yield told, value
 
 
 def own_settings(trainer: Trainer) -> Settings:
@@ -167,7 +176,7 @@ def apply_settings(trainer: Trainer, wanted: Settings) -> None:
     """
     for (name, number, place), value in wanted.items():
         if place is None:
-            setattr(trainer.lr_scheduler_configs[number].scheduler, name, value)
+            _set_constant(trainer.lr_scheduler_configs[number].scheduler, name, value)
             continue
         optimizer = _inner(trainer.optimizers[number])
         group = optimizer.param_groups[place]
@@ -180,7 +189,23 @@ def apply_settings(trainer: Trainer, wanted: Settings) -> None:
             group["initial_lr"] = value
             for config in trainer.lr_scheduler_configs:
                 if _inner(config.scheduler.optimizer) is optimizer:
-                    config.scheduler.base_lrs[place] = value
+                    _set_base_rate(config.scheduler, place, value)
+
+
+def _set_constant(schedule: Any, name: str, value: Any) -> None:
+    """Set a constant of a schedule, or of one inside, by its name: see :func:`_constants`."""
+    *path, last = name.split(".")
+    for place in path[1::2]:
+        schedule = schedule._schedulers[int(place)]
+    setattr(schedule, "_milestones" if last == "milestones" and hasattr(schedule, "_milestones") else last, value)
+
+
+def _set_base_rate(schedule: Any, place: int, value: float) -> None:
+    """Set the learning rate that a schedule and those inside multiply."""
+    for inner in getattr(schedule, "_schedulers", ()):
+        _set_base_rate(inner, place, value)
+    if hasattr(schedule, "base_lrs"):
+        schedule.base_lrs[place] = value
 
 
 def _configured(optimizer: Any) -> list[dict[str, Any]]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_lora.adapters import check_sharded_training
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, check_size, editing_families
+from lit_lora.loops import never_validates
 from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import check_optimizer_in_backward
 from lit_lora.objectives.counting import check_counting
@@ -146,3 +150,28 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
     if module.memory.optimizer_in_backward and stage == "fit":
         for config in module.adapter_configs:
             check_optimizer_in_backward(trainer, config)
+
+
+def has_validation(data: Any) -> bool:
+    """Whether a datamodule has validation data."""
+    if hasattr(data, "val_samples"):
+        return bool(data.val_shards or data.val_samples)
+    return hasattr(data, "val_dataloader") and type(data).val_dataloader is not LightningDataModule.val_dataloader
+
+
+def warn_if_never_validated(trainer: Trainer) -> None:
+    """Warn, where training begins, that its validation data will not be used.
+
+    Args:
+        trainer: Trainer with its loaders.
+    """
+    if isinstance(trainer.logger, DummyLogger):  # of fast_dev_run and of the tuner's short runs
+        return
+    datamodule = getattr(trainer, "datamodule", None)
+    given: bool = trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
+    if not given or not (datamodule is None or has_validation(datamodule)):
+        return
+    if (reason := never_validates(trainer)) is not None:
+        held_out = getattr(datamodule, "val_samples", 0)
+        lost = f"; the {held_out} samples that val_samples holds out are not trained on either" if held_out else ""
+        rank_zero_warn(f"this run has validation data and never validates, since {reason}{lost}")

@@ -110,6 +110,68 @@ def test_the_length_of_a_schedule(trainer_options: dict[str, Any], tmp_path: Pat
     assert module.trainer.lr_scheduler_configs[0].scheduler.T_max == 8
 
 
+def warm_up(first: int, then: int) -> Callable[..., Any]:
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        schedules = torch.optim.lr_scheduler
+        parts = [schedules.LinearLR(optimizer, 0.1, total_iters=2), schedules.CosineAnnealingLR(optimizer, then)]
+        return schedules.SequentialLR(optimizer, parts, milestones=[first])
+
+    return make
+
+
+def chain(then: int) -> Callable[..., Any]:
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        schedules = torch.optim.lr_scheduler
+        parts = [schedules.LinearLR(optimizer, 0.1, total_iters=2), schedules.CosineAnnealingLR(optimizer, then)]
+        return schedules.ChainedScheduler(parts, optimizer)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        (
+            warm_up(2, 4),
+            warm_up(2, 8),
+            r"lr_scheduler 0: schedulers\.1\.T_max 4 in the checkpoint, 8 here\. keep_optim",
+        ),
+        (warm_up(6, 4), warm_up(5, 4), r"lr_scheduler 0: milestones \[6\] in the checkpoint, \[5\] here\. keep_optim"),
+        (chain(4), chain(8), r"lr_scheduler 0: schedulers\.1\.T_max 4 in the checkpoint, 8 here\. keep_optim"),
+    ],
+)
+def test_schedules_inside_a_schedule(
+    before: Any, now: Any, told: str, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    run(tmp_path, trainer_options, Line(adamw(0.1), before), 3)
+    last = {"resume": tmp_path / "last.ckpt"}
+    run(tmp_path, trainer_options, Line(adamw(0.1), before), 4, **last)  # a warning would be an error
+    with pytest.warns(UserWarning, match=told):
+        kept = run(tmp_path, trainer_options, Line(adamw(0.1), now), 7, **last)
+    whole = run(tmp_path / "whole", trainer_options, Line(adamw(0.1), before), 7)
+    assert kept.rates == pytest.approx(whole.rates[4:])
+
+
+def test_constants_and_lr_of_schedules_inside_a_schedule_are_applied(
+    trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    run(tmp_path, trainer_options, Line(adamw(0.1), warm_up(4, 4)), 1)
+    options = {"resume": tmp_path / "last.ckpt", "keep_optimizer_settings": False}
+    module = run(tmp_path, trainer_options, Line(adamw(0.2), warm_up(3, 8)), 8, **options)
+    whole = run(tmp_path / "whole", trainer_options, Line(adamw(0.2), warm_up(3, 8)), 8)
+    assert module.rates == pytest.approx(whole.rates[1:])
+
+
+def test_another_schedule_inside_a_schedule_is_refused(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    run(tmp_path, trainer_options, Line(adamw(0.1), warm_up(2, 4)), 2)
+    schedules = torch.optim.lr_scheduler
+    other = Line(adamw(0.1), lambda made: schedules.SequentialLR(made, [schedules.LinearLR(made)] * 2, milestones=[2]))
+    with pytest.raises(
+        UserError, match=r"with SequentialLR\(LinearLR, CosineAnnealingLR\), this run has SequentialLR\("
+    ):
+        run(tmp_path, trainer_options, other, 4, resume=tmp_path / "last.ckpt")
+
+
 def test_the_same_settings_say_nothing(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     run(tmp_path, trainer_options, Line(adamw(0.1), cosine(8)), 2)
     run(tmp_path, trainer_options, Line(adamw(0.1), cosine(8)), 4, resume=tmp_path / "last.ckpt")

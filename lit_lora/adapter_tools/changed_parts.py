@@ -7,7 +7,37 @@ import torch
 from lit_lora.adapter_tools.base_model import BaseModel
 from lit_lora.adapter_tools.weight_stream import shapes_in
 from lit_lora.errors import UserError
+from lit_lora.formats.sampling_scheduler import scheduler_metadata
+from lit_lora.objectives import DDPM
 from lit_lora.tensor_reader import TensorReader
+
+_OF_TRAINING = {
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "beta_schedule": None,
+    "beta_start": None,
+    "beta_end": None,
+    "num_train_timesteps": None,
+}
+"""Entries of a scheduler's config that belong to the weights, with diffusers' values where they are not written."""
+
+
+def trained_scheduler(tuned: BaseModel | None, base: BaseModel | None) -> dict[str, str]:
+    """Metadata of the scheduler that a fine-tuned pipeline needs, where it was trained for another one than its base's.
+
+    Two samplers for the same training are no difference.
+
+    Args:
+        tuned: Fine-tuned pipeline; None for a file of weights.
+        base: Pipeline that it was made of; None for a file of weights.
+    """
+    if tuned is None or base is None or not (tuned.has("scheduler") and base.has("scheduler")):
+        return {}
+    there, here = base.config("scheduler"), tuned.config("scheduler")
+    if all(here.get(name, default) == there.get(name, default) for name, default in _OF_TRAINING.items()):
+        return {}
+    names = [*_OF_TRAINING, "timestep_spacing", *(["_class_name"] if here["_class_name"] in DDPM.schedulers else [])]
+    return scheduler_metadata(there, {name: here.get(name, _OF_TRAINING.get(name)) for name in names})
 
 
 def other_changes(tuned: BaseModel | None, base: BaseModel | None) -> dict[str, str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_lora.adapter_tools.base_model import CONFIG, BaseModel
 from lit_lora.adapter_tools.budget import Budget, Spectrum
-from lit_lora.adapter_tools.changed_parts import other_changes
+from lit_lora.adapter_tools.changed_parts import other_changes, trained_scheduler
 from lit_lora.adapter_tools.lora_layer import LoraLayer, narrowed
 from lit_lora.adapter_tools.plain_lora import Layers, in_parts, patterns
 from lit_lora.adapter_tools.resize import Measure, resize
@@ -95,6 +95,8 @@ class Extracted:
 def extract(tuned: ModelWeights, base: ModelWeights, budget: Budget, max_rank: int, measure: Measure) -> Extracted:
     """Approximate the difference of a fine-tuned model and its base by a LoRA.
 
+    The adapter says which scheduler it needs if the fine-tuned pipeline was trained for another one, as of v-prediction.
+
     Each difference of the weights of a Linear or Conv2d layer is decomposed by itself: exactly if its smaller side is at most
     512, otherwise by randomized subspace iteration (Halko, Martinsson and Tropp, 2011) with a fixed seed.
 
@@ -137,7 +139,7 @@ def extract(tuned: ModelWeights, base: ModelWeights, budget: Budget, max_rank: i
         raise UserError(
             f"{tuned.path} and {base.path} have equal weights in all layers that an adapter can change; name two other models"
         )
-    adapter = _files(layers, shapes_of, base)
+    adapter = _files(layers, shapes_of, base, trained_scheduler(tuned.model, base.model))
     if budget.size:
         resized = resize(adapter, tuned.path, budget, measure)
         adapter = resized.adapter
@@ -228,7 +230,7 @@ def _no_size(components: object) -> int:
     raise AssertionError("only a budget of bytes measures files")
 
 
-def _files(layers: Layers, described: BaseModel, base: ModelWeights) -> AdapterFiles:
+def _files(layers: Layers, described: BaseModel, base: ModelWeights, metadata: dict[str, str]) -> AdapterFiles:
     """The adapter's files."""
     family = described.family
     naming: dict[str, Any] = {}
@@ -245,4 +247,4 @@ def _files(layers: Layers, described: BaseModel, base: ModelWeights) -> AdapterF
         "alpha_pattern": dict(pattern),
         "base_model_name_or_path": base.path,
     }
-    return in_parts(AdapterFiles({}, {}, family=family, denoiser_config=naming), {"denoiser": (layers, config)})
+    return in_parts(AdapterFiles({}, {}, metadata, family, denoiser_config=naming), {"denoiser": (layers, config)})

@@ -16,13 +16,14 @@ _LISTS = ("modelspec.trigger_phrase", "modelspec.tags")
 _STATED = ("modelspec.author", "modelspec.license")
 """Entries that hold for the result, too, if only some of the adapters have them."""
 _ADAPTERS = "lit_lora.base_adapters"
+_SCHEDULER = "lit_lora.scheduler"
 
 
 def merged_metadata(adapters: Sequence[NamedAdapter]) -> dict[str, str]:
     """The metadata of the merged adapter.
 
     Facts about a training, such as ``ss_steps``, stay if all adapters agree. What an adapter needs beside its base stays if the
-    others need the same or nothing.
+    others need the same or nothing, but a scheduler only if all need the same.
 
     Args:
         adapters: The adapters.
@@ -38,7 +39,9 @@ def merged_metadata(adapters: Sequence[NamedAdapter]) -> dict[str, str]:
         merged |= {name: ", ".join(words)} if words else {}
     own = sorted({name for one in entries for name in one if name.startswith(OWN_PREFIX)} - {_ADAPTERS})
     for name in (*own, *_STATED):
-        values = {one.adapter.metadata[name]: one.path for one in adapters if name in one.adapter.metadata}
+        # An adapter that names no scheduler was trained for the base's own.
+        tell = [one for one in adapters if name in one.adapter.metadata or name == _SCHEDULER]
+        values = {one.adapter.metadata.get(name, "the base's own"): one.path for one in tell}
         if len(values) > 1:
             _refuse_or_warn(name, values)
         elif values:
@@ -73,6 +76,6 @@ def needed_adapters(adapters: Sequence[NamedAdapter]) -> Records:
 def _refuse_or_warn(name: str, values: dict[str, str]) -> None:
     """Handle an entry of which adapters have different values, given with an adapter for each."""
     listed = " and ".join(f"{value} in {path}" for value, path in values.items())
-    if name in ("lit_lora.quantized_base", "lit_lora.scheduler"):
+    if name in ("lit_lora.quantized_base", _SCHEDULER):
         raise UserError(f"the adapters need different bases: {name} is {listed}; merge adapters of one kind of base")
     warnings.warn(f"the merged adapter does not say {name}, which is {listed}", stacklevel=4)

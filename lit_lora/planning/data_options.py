@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
-
 from lit_lora.errors import UserError
 
 
@@ -56,10 +54,3 @@ def cacheable(data: Any) -> dict[str, Any]:
     kinds = frozenset(getattr(data, "cacheable", ()))
     crops = kinds and not all(decoder.center_crop for decoder in data.decoders)
     return {"cacheable": kinds, "cache_keys": {"data.init_args.decoder.center_crop": True} if crops else {}}
-
-
-def has_validation(data: Any) -> bool:
-    """Whether a datamodule has validation data."""
-    if hasattr(data, "val_samples"):
-        return bool(data.val_shards or data.val_samples)
-    return hasattr(data, "val_dataloader") and type(data).val_dataloader is not LightningDataModule.val_dataloader

@@ -22,7 +22,7 @@ from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
 from lit_lora.planning.cache_plan import plan_cache
 from lit_lora.planning.changes import ChangedRun, cheapest_changes
-from lit_lora.planning.data_options import cacheable, data_option, has_validation, image_size
+from lit_lora.planning.data_options import cacheable, data_option, image_size
 from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
@@ -31,6 +31,7 @@ from lit_lora.planning.processes import Processes, processes_with
 from lit_lora.planning.run import Run, Sampling
 from lit_lora.planning.verdict import cache_verdict, verdict
 from lit_lora.prompts import read_prompts
+from lit_lora.run_checks import has_validation
 from lit_lora.tools.shards_plan import describe as describe_data
 from lit_lora.tools.shards_plan import devices_of, processes_of
 

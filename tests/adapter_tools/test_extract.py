@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from lit_lora.adapters import load_adapter
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.formats import AdapterFiles, DiffusersFormat
+from lit_lora.formats.sampling_scheduler import scheduler_changes
 from tests.adapter_tools.test_merge_base import predict
 from tests.adapter_tools.unet import unet_adapter
 
@@ -56,6 +58,19 @@ def differences(tuned: Path, base: Path) -> dict[str, Tensor]:
 
 def deltas(files: AdapterFiles) -> dict[str, Tensor]:
     return {name: layer.delta() for name, layer in lora_layers(files, "")["denoiser"].items()}
+
+
+def test_the_scheduler_of_the_training_stays(tuned: Path, sd_folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(sd_folder, own, ignore=shutil.ignore_patterns("unet"))
+    shutil.copytree(tuned, own / "unet")
+    file = own / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}))
+    assert extracted(own, sd_folder, rank=1).adapter.metadata == {}  # another sampler
+    file.write_text(json.dumps(config | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}))
+    metadata = extracted(own, sd_folder, rank=1).adapter.metadata
+    assert scheduler_changes(metadata) == {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 
 
 @pytest.mark.parametrize("exact", [512, 4], ids=["exact", "randomized"])

@@ -37,9 +37,19 @@ def test_words_are_joined_and_statements_stay() -> None:
 
 @pytest.mark.parametrize("name", ["lit_lora.quantized_base", "lit_lora.scheduler"])
 def test_what_the_result_needs(name: str) -> None:
-    assert of({name: "a"}, {}) == of({}, {name: "a"}) == of({name: "a"}, {name: "a"}) == {name: "a"}
+    assert of({name: "a"}, {name: "a"}) == {name: "a"}
     with pytest.raises(UserError, match=f"need different bases: {name} is a in adapter 0 and b in adapter 1"):
         of({name: "a"}, {name: "b"})
+
+
+def test_nothing_told_is_no_need_but_the_own_scheduler_of_the_base() -> None:
+    name = "lit_lora.quantized_base"
+    assert of({name: "a"}, {}) == of({}, {name: "a"}) == {name: "a"}
+    name = "lit_lora.scheduler"
+    with pytest.raises(
+        UserError, match=f"need different bases: {name} is the base's own in adapter 0 and v in adapter 1"
+    ):
+        of({}, {name: "v"})
 
 
 def test_adapters_of_the_training(tmp_path: Path) -> None:

@@ -71,6 +71,15 @@ def test_the_latest_grid_is_in_the_model_card(
                 assert grid.size[0] > 32
 
 
+def test_a_second_one_would_replace_the_files_of_the_first(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any]
+) -> None:
+    with pytest.raises(
+        UserError, match=r"would replace each other's samples/step-NNNNNN\.png; give all prompts to one"
+    ):
+        fit(sd_module, trainer_options, [SampleImages(["a star"]), SampleImages(["a heart"])])
+
+
 def test_sampling_does_not_disturb_training(sd_module: LoraDiffusion, trainer_options: dict[str, Any]) -> None:
     sampler = SampleImages(["a star"], every_n_steps=1, num_inference_steps=2)
     sd_module.adapter.lora_dropout = 0.5  # type: ignore[attr-defined]

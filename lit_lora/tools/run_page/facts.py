@@ -14,7 +14,7 @@ import yaml
 from lit_lora.redact import redact_urls
 from lit_lora.tools.run_page import PLAN
 from lit_lora.tools.run_page.scalars import Curves, read_curves
-from lit_lora.tools.run_page.versions import earlier_versions, first_step, join, resumed_from
+from lit_lora.tools.run_page.versions import best_of, earlier_versions, first_step, join, resumed_from
 from lit_lora.tools.training.results import best_adapter
 
 
@@ -91,13 +91,14 @@ def read_run(folder: Path) -> RunFacts:
         facts.config = config if isinstance(config, dict) else {}
     except yaml.YAMLError as error:
         facts.notes.append(f"config.yaml cannot be read: {error}")
-    facts.notes += _origin(versions, curves)
+    facts.notes += [*_origin(versions, curves), *_stale(facts)]
     for path in (path for one in versions for path in sorted(one.glob("samples/step-*.png"))):
         if found := re.fullmatch(r"step-(\d+)", path.stem):
             facts.samples[int(found[1])] = path
     last = folder / "checkpoints" / "last.adapter"
-    best = [adapter for one in reversed(versions) if (adapter := best_adapter(one)) is not None]
-    facts.adapter = best[0] if best else last if last.is_dir() else None
+    best = [adapter for one in versions if (adapter := best_adapter(one)) is not None]
+    losses = facts.curves.get("val/loss", [])
+    facts.adapter = best_of(best, losses) if best else last if last.is_dir() else None
     if facts.adapter is not None:
         facts.card = _text(facts, facts.adapter / "README.md")
     return facts
@@ -120,6 +121,18 @@ def _origin(versions: Sequence[Path], curves: Sequence[Curves]) -> list[str]:
             f"curves and samples are those of versions that were resumed one from another: {', '.join(starts)}"
         )
     return notes
+
+
+def _stale(facts: RunFacts) -> list[str]:
+    """That ``report.json`` was written before the logs end: by an earlier start of a run that goes on or was killed."""
+    steps = (facts.report.get("total") or {}).get("optimizer_steps")
+    last = max((points[-1][0] for points in facts.curves.values()), default=0)
+    if not isinstance(steps, int) or last <= steps:  # a step is logged under its number from 0
+        return []
+    return [
+        f"report.json tells of {steps:,} optimizer steps, and the logs go on to step {last:,}: its status and figures are not "
+        f"those of the whole run, which has been started again since, or was resumed without RunReport in its checkpoint"
+    ]
 
 
 def _object(facts: RunFacts, path: Path) -> Mapping[str, Any]:

@@ -74,7 +74,8 @@ def _from_csv(path: Path, notes: list[str]) -> Curves:
         return curves
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
+            # The last line of a run that goes on may be written in part, with a number cut off.
+            for row in csv.DictReader(line for line in file if line.endswith("\n")):
                 step = int(float(row["step"]))
                 for name, text in row.items():
                     if name != "step" and text:

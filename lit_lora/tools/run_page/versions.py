@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 
 import yaml
@@ -60,6 +62,21 @@ def join(curves: Sequence[Curves]) -> Curves:
         names = dict.fromkeys([*before, *later])
         joined = {name: before.get(name, []) + later.get(name, []) for name in names}
     return {name: points for name, points in joined.items() if points}
+
+
+def best_of(adapters: Sequence[Path], losses: Sequence[tuple[int, float]]) -> Path:
+    """The best of the versions' best adapters: a version looks for its best checkpoint anew.
+
+    Args:
+        adapters: At least one, with the steps in their names, the first version's first.
+        losses: Validation losses by step; without one at or before an adapter's step, the last adapter counts.
+    """
+    found: list[tuple[float, Path]] = []
+    for adapter in reversed(adapters):
+        step = int((re.findall(r"\d+", adapter.name) or [-1])[-1])
+        measured = [loss for at, loss in losses if at <= step]
+        found.append((measured[-1] if measured else float("inf"), adapter))
+    return min(found, key=itemgetter(0))[1]
 
 
 def first_step(curves: Curves) -> float:

@@ -67,6 +67,8 @@ def resuming(run: Path, out: Path) -> list[str]:
         run: Folder of the run.
         out: Folder in which ``lit-lora train`` works.
     """
+    if run.parent.name == "lightning_logs" and (run / "metrics.csv").exists():
+        return ["--ckpt_path", "last"]  # CSVLogger would delete what is logged in this version
     if run.parent.name == "lightning_logs":
         return ["--ckpt_path", "last", "--trainer.logger.init_args.version", run.name.removeprefix("version_")]
     # Without a logger there is one folder; other loggers than TensorBoard and CSV begin another.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,43 @@ def test_a_layer_that_nobody_reads_loses_its_ranks(
 def test_adalora_resumes_exactly(at: int, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
     whole = fit(sd_folder, tmp_path, trainer_options, STEPS)
     resumed = fit(sd_folder, tmp_path, trainer_options, STEPS, resume_at=at)
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+class Positioned:
+    """Batches that keep their position."""
+
+    def __init__(self) -> None:
+        self.batches, self.taken = make_batches(STEPS), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.taken < len(self.batches):
+            self.taken += 1
+            yield self.batches[self.taken - 1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.taken = state["taken"]
+
+
+def test_asking_for_the_number_of_steps_does_not_lose_the_position_of_the_loader(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    def train(resume: Path | None = None) -> LoraDiffusion:
+        torch.manual_seed(0)
+        module = LoraDiffusion(StableDiffusion(str(sd_folder)), adalora(), base_dtype="float32")
+        saving = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        options = trainer_options | {"enable_checkpointing": True, "max_epochs": 1, "callbacks": [saving]}
+        Trainer(**options).fit(module, Positioned(), ckpt_path=resume)
+        return module
+
+    whole, resumed = train(), train(tmp_path / "step=3.ckpt")
     for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from PIL import Image
 
 from lit_lora.tools.run_page.facts import read_run
-from lit_lora.tools.run_page.versions import earlier_versions
+from lit_lora.tools.run_page.versions import best_of, earlier_versions
 
 
 def version(logs: Path, number: int, ckpt_path: str | None, losses: dict[int, float], saves: bool = True) -> Path:
@@ -59,3 +60,21 @@ def test_a_checkpoint_of_another_folder_is_named(tmp_path: Path) -> None:
     assert facts.notes == [
         "version_0 was resumed from https://host/old.ckpt, of which no logs are beside it: steps before 20 are not shown"
     ]
+
+
+@pytest.mark.parametrize(("steps", "told"), [(4, False), (3, True)])
+def test_a_report_that_was_written_before_the_logs_end_is_told(steps: int, told: bool, tmp_path: Path) -> None:
+    folder = version(tmp_path, 0, None, {1: 0.5, 4: 0.4})
+    (folder / "report.json").write_text(json.dumps({"status": "interrupted", "total": {"optimizer_steps": steps}}))
+    notes = read_run(folder).notes
+    assert len(notes) == told
+    assert not told or notes[0].startswith(
+        "report.json tells of 3 optimizer steps, and the logs go on to step 4: its status"
+    )
+
+
+def test_the_best_adapter_is_that_of_the_least_validation_loss() -> None:
+    first, second = Path("version_0/best-step=20.adapter"), Path("version_1/best-step=40.adapter")
+    assert best_of([first, second], [(10, 0.1), (20, 0.2), (30, 0.9), (40, 0.3)]) == first
+    assert best_of([first, second], [(20, 0.3), (40, 0.2)]) == second
+    assert best_of([first, second], []) == second

@@ -27,6 +27,8 @@ def test_a_clock_that_was_set_back_makes_no_older_run_the_newest(tmp_path: Path)
     save(newest, "best-step=100", 1000)
     assert best_adapter(newest) == newest / "checkpoints" / "best-step=100.adapter"
     assert resuming(newest, tmp_path)[-1] == "10"
+    (newest / "metrics.csv").touch()  # CSVLogger deletes it where it begins, so the run goes on in a version of its own
+    assert resuming(newest, tmp_path) == ["--ckpt_path", "last"]
 
 
 def test_runs_of_other_loggers_are_found(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""A run that is resumed in another folder tells of a better checkpoint in the folder before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lit_lora.callbacks import AdapterCheckpoint
+from tests.helpers import loader_of
+
+BATCHES: Any = [torch.ones(1)] * 8
+
+
+class Scored(LightningModule):
+    """Its validations log the given scores, by the step."""
+
+    def __init__(self, scores: Sequence[float]) -> None:
+        super().__init__()
+        self.weight, self.scores = nn.Parameter(torch.zeros(1)), scores
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return (self.weight * batch).sum()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("score", self.scores[self.global_step - 1], batch_size=1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(folder: Path, options: dict[str, Any], scores: Sequence[float], steps: int, resume: Path | None = None) -> str:
+    """The warnings of a run about its best checkpoint."""
+    saving = AdapterCheckpoint(folder, monitor="score", mode="max", save_last=True, filename="{step}")
+    options = options | {"enable_checkpointing": True, "callbacks": [saving], "num_sanity_val_steps": 0}
+    trainer = Trainer(**options | {"max_steps": steps, "val_check_interval": 1, "limit_val_batches": 1})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(Scored(scores), loader_of(BATCHES), loader_of(BATCHES), ckpt_path=resume)
+    return " ".join(str(one.message) for one in caught if "the best score" in str(one.message))
+
+
+@pytest.mark.parametrize(("third", "told"), [(0.5, True), (0.9, False)])
+def test_the_best_checkpoint_is_in_an_earlier_folder(
+    third: float, told: bool, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    scores = [0.2, 0.7, 0.1, third, 0.3]
+    assert fit(tmp_path / "a", trainer_options, scores, 2) == ""
+    said = fit(tmp_path / "b", trainer_options, scores, 3, tmp_path / "a" / "last.ckpt")
+    assert f"is 0.7, that of {tmp_path / 'a' / 'step=2.ckpt'}, saved before" in said
+    assert f"since then it is 0.1, that of {tmp_path / 'b' / 'step=3.ckpt'}" in said
+    said = fit(tmp_path / "b", trainer_options, scores, 4, tmp_path / "b" / "last.ckpt")
+    assert ("is 0.7" in said) == told
+    said = fit(tmp_path / "c", trainer_options, scores, 5, tmp_path / "b" / "last.ckpt")
+    best = tmp_path / "a" / "step=2.ckpt" if told else tmp_path / "b" / "step=4.ckpt"
+    assert f"is {max(scores[:4]):.4g}, that of {best}, saved before" in said

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_lora.datamodules import WebDatasetDataModule
+from lit_lora.module import LoraDiffusion
+from tests.helpers import loader_of, make_batches
+
+
+class Counting(Callback):
+    """Counts the validations of training."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.count += not trainer.sanity_checking
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_steps": 3},
+        {"max_steps": 4},
+        {"max_steps": 3, "val_check_interval": 3},
+        {"max_steps": 3, "val_check_interval": 0.5},
+        {"max_steps": 1, "val_check_interval": 2},
+        {"max_steps": 6, "check_val_every_n_epoch": 2},
+        {"max_epochs": 1, "max_steps": -1, "check_val_every_n_epoch": 2},
+        {"max_epochs": 2, "max_steps": -1, "check_val_every_n_epoch": 2},
+        {"max_steps": 5, "val_check_interval": 6, "check_val_every_n_epoch": None},
+        {"max_steps": 6, "val_check_interval": 6, "check_val_every_n_epoch": None},
+        {"max_steps": 1, "accumulate_grad_batches": 3},
+        {"max_steps": 2, "accumulate_grad_batches": 3},
+        {"max_steps": 4, "limit_val_batches": 0},
+    ],
+    ids=str,
+)
+def test_a_run_that_never_validates_says_so(
+    options: dict[str, Any], sd_module: LoraDiffusion, trainer_options: dict[str, Any]
+) -> None:
+    counting, batches = Counting(), loader_of(make_batches(4))
+    trainer = Trainer(**trainer_options | {"num_sanity_val_steps": 0, "callbacks": [counting]} | options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(sd_module, batches, batches)
+    told = [str(one.message) for one in caught if "never validates" in str(one.message)]
+    assert bool(told) == (counting.count == 0)
+
+
+def test_the_warning_names_the_setting(sd_module: LoraDiffusion, trainer_options: dict[str, Any]) -> None:
+    batches = loader_of(make_batches(4))
+    with pytest.warns(
+        UserWarning, match=r"first validation would come after 8 .* at most 3, and check_val_every_n_epoch to 1"
+    ):
+        Trainer(**trainer_options | {"max_steps": 3, "check_val_every_n_epoch": 2}).fit(sd_module, batches, batches)
+
+
+def test_held_out_samples_are_named_and_data_without_them_cause_no_warning(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], session_shards: Path
+) -> None:
+    options = trainer_options | {"max_steps": 1, "limit_val_batches": 0}
+    data: dict[str, Any] = {"batch_size": 1, "resolution": 16, "num_workers": 0}
+    with pytest.warns(UserWarning, match="the 2 samples that val_samples holds out are not trained on either"):
+        Trainer(**options).fit(sd_module, WebDatasetDataModule(str(session_shards), val_samples=2, **data))
+    Trainer(**options).fit(sd_module, WebDatasetDataModule(str(session_shards), **data))
