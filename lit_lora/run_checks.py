@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lit_lora.adapters import check_sharded_training
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
@@ -21,6 +23,26 @@ from lit_lora.sampling import check_guidance_rescale
 
 if TYPE_CHECKING:
     from lit_lora.module import LoraDiffusion
+
+
+def check_averages(trainer: Trainer, *kinds: type[Callback]) -> None:
+    """Refuse Lightning's averages of a whole module.
+
+    They copy the module before its adapter is there, or with its frozen base, which would be in all checkpoints.
+
+    Args:
+        trainer: Trainer of the run.
+        *kinds: Classes of callbacks to refuse.
+
+    Raises:
+        UserError: If the trainer has such a callback.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, kinds):
+            raise UserError(
+                f"{type(callback).__name__} copies the whole module, before its adapter is there or with its frozen base; use "
+                f"lit_lora.AdapterEMA, which averages what is trained"
+            )
 
 
 def check_data(module: LoraDiffusion) -> None:
@@ -95,6 +117,7 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
             f"model.base_dtype to 'bfloat16'"
         )
 
+    check_averages(trainer, StochasticWeightAveraging)
     check_lr_finder(trainer, module)
     check_guidance_rescale(module.family.pipeline_class, module.sampling.guidance_rescale)
     strategy = trainer.strategy
