@@ -190,6 +190,7 @@ class LoraInjection(Callback):
             f"to load the adapter without Lightning: peft.PeftModel.from_pretrained({base}, {folder or 'FOLDER'!r}), where "
             f"module is a new {type(pl_module).__name__} with the same base weights"
             + ("" if folder else "; save_adapter(FOLDER) of LoraInjection writes it")
+            + ("; what also_train names is in the checkpoint alone" if self.also_train else "")
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
