@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -32,6 +33,7 @@ from lit_lora.formats import AdapterFiles, PeftFormat
 from lit_lora.loops import number_of_steps
 from lit_lora.parameters import trainable_parameters
 from lit_lora.quantization import Quantization
+from lit_lora.run_checks import check_averages
 
 
 class LoraInjection(Callback):
@@ -188,6 +190,7 @@ class LoraInjection(Callback):
             f"to load the adapter without Lightning: peft.PeftModel.from_pretrained({base}, {folder or 'FOLDER'!r}), where "
             f"module is a new {type(pl_module).__name__} with the same base weights"
             + ("" if folder else "; save_adapter(FOLDER) of LoraInjection writes it")
+            + ("; what also_train names is in the checkpoint alone" if self.also_train else "")
         )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -206,6 +209,7 @@ class LoraInjection(Callback):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot train an adapter, before anything is built."""
+        check_averages(trainer, StochasticWeightAveraging)
         strategy: Any = trainer.strategy
         check_strategy(strategy)
         check_sharded_training(self.adapter, strategy)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lit_lora.callbacks.checkpoint_content import check_hyperparameters
 from lit_lora.callbacks.checkpoint_files import (
     copy_with_folders,
     link_with_folders,
@@ -20,6 +21,7 @@ from lit_lora.callbacks.checkpoint_files import (
     warn_if_nothing_is_saved,
     warn_of_future,
 )
+from lit_lora.run_checks import check_averages
 
 
 class ResumedSaves(ModelCheckpoint):
@@ -43,6 +45,11 @@ class ResumedSaves(ModelCheckpoint):
         self._trains = False
         if stage == "fit":
             warn_if_nothing_is_saved(self)
+            check_averages(trainer, StochasticWeightAveraging, WeightAveraging)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        check_hyperparameters(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"replaced": self._replaced, "earlier_best": self._earlier_best}

@@ -80,7 +80,7 @@ class RunReport(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self._trainer, self._before = trainer, {}
+        self._before = {}
         # Asking for the run's folder is a collective call, in which all processes take part now, but not after an error.
         self._folder = Path(self.output_dir or run_folder(trainer))
         self._start, self._cpu_start = time.monotonic(), _cpu_seconds()
@@ -92,6 +92,7 @@ class RunReport(Callback):
         self._samples: int | None = 0
         # Weighted samples are counted on the device, since reading the number at each step would synchronise.
         self._weighted: Tensor | None = None
+        self._trainer = trainer
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._loaded = time.monotonic()
@@ -121,7 +122,7 @@ class RunReport(Callback):
         except (OSError, UserError) as error:  # the original error must be raised
             rank_zero_warn(f"the run's report could not be written: {error}")
         finally:
-            self._trainer = None
+            self._stop()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._trainer is None:
@@ -131,7 +132,11 @@ class RunReport(Callback):
             if trainer.is_global_zero:
                 self._write("finished", pl_module, everyone)
         finally:
-            self._trainer = None
+            self._stop()
+
+    def _stop(self) -> None:
+        self._trainer = None
+        del self._meter  # nothing that measures can be pickled
 
     def state_dict(self) -> dict[str, Any]:
         """Totals over all processes and runs so far; a collective call during training."""

@@ -47,8 +47,9 @@ class SampleImages(Callback):
         columns: Number of images in a row of the grid. Defaults to 4.
 
     Raises:
-        UserError: If there are no prompts, their file cannot be read, ``every_n_steps``, ``num_inference_steps`` or ``columns``
-            is below 1, or the trainer has another of these callbacks.
+        UserError: If there are no prompts, their file cannot be read, or ``every_n_steps``, ``num_inference_steps`` or
+            ``columns`` is below 1; once the run starts, if the module has no ``generate``, or the trainer has another of these
+            callbacks.
     """
 
     def __init__(
@@ -100,6 +101,11 @@ class SampleImages(Callback):
         return "\n".join([f"Guidance scale {scale}, {steps} steps, row by row:", "", *lines])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not hasattr(pl_module, "generate"):
+            raise UserError(
+                f"SampleImages calls the module's generate(prompts, seeds, **options), which {type(pl_module).__name__} does not "
+                f"have; define it as LoraDiffusion.generate, or remove SampleImages from trainer.callbacks"
+            )
         if any(prompt.image for prompt in self.prompts) and isinstance(pl_module, LoraDiffusion):
             check_edits(type(pl_module.family))
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]

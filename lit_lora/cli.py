@@ -41,7 +41,7 @@ examples
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
-def _train_folder(arguments: list[str]) -> None:
+def _train(arguments: list[str]) -> None:
     from lit_lora.distributed.processes import end_with_parent
     from lit_lora.tools import train
 
@@ -121,7 +121,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 TOOLS: dict[str, Callable[[list[str]], int | None]] = {
-    "train": _train_folder,
+    "train": _train,
     "plan": _plan,
     "demo": _demo,
     "sample": _sample,
@@ -162,11 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lit_lora import console
 
     if command not in (*TRAINER_COMMANDS, *TOOLS):
-        from difflib import get_close_matches
-
-        near = get_close_matches(command, (*TRAINER_COMMANDS, *TOOLS), 1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        console.print_error(f"unknown command {command!r}; {meant}lit-lora --help lists all commands")
+        console.print_error(_unknown(command))
         return 2
     console.quiet_libraries()
     try:
@@ -185,6 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         return console.report(error)
+
+
+def _unknown(command: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(command, (*TRAINER_COMMANDS, *TOOLS), 1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"unknown command {command!r}; {meant}lit-lora --help lists all commands"
 
 
 def _run(arguments: list[str]) -> int:
@@ -206,11 +210,11 @@ def _call(arguments: list[str]) -> int:
     command, *rest = arguments
     if command in TOOLS:
         return TOOLS[command](rest) or 0
-    _train(arguments)
+    _run_trainer(arguments)
     return 0
 
 
-def _train(arguments: list[str]) -> None:
+def _run_trainer(arguments: list[str]) -> None:
     with first_imports():
         from lit_lora.distributed.processes import end_with_parent
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -25,6 +26,26 @@ from lit_lora.sampling import check_guidance_rescale
 
 if TYPE_CHECKING:
     from lit_lora.module import LoraDiffusion
+
+
+def check_averages(trainer: Trainer, *kinds: type[Callback]) -> None:
+    """Refuse Lightning's averages of a whole module.
+
+    They copy the module before its adapter is there, or with its frozen base, which would be in all checkpoints.
+
+    Args:
+        trainer: Trainer of the run.
+        *kinds: Classes of callbacks to refuse.
+
+    Raises:
+        UserError: If the trainer has such a callback.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, kinds):
+            raise UserError(
+                f"{type(callback).__name__} copies the whole module, before its adapter is there or with its frozen base; use "
+                f"lit_lora.AdapterEMA, which averages what is trained"
+            )
 
 
 def check_data(module: LoraDiffusion) -> None:
@@ -99,6 +120,7 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
             f"model.base_dtype to 'bfloat16'"
         )
 
+    check_averages(trainer, StochasticWeightAveraging)
     check_lr_finder(trainer, module)
     check_guidance_rescale(module.family.pipeline_class, module.sampling.guidance_rescale)
     strategy = trainer.strategy

@@ -121,14 +121,14 @@ class ModelFamily(PipelineParts, ABC):
 
     @property
     def in_channels(self) -> int:
-        """Value of ``in_channels`` in the config of a denoiser whose only input beside text and time is latents."""
+        """``in_channels`` that the denoiser's config must have: that of latents alone. Models with more are refused."""
         return int(self.vae_config["latent_channels"])
 
     @property
     def further_inputs(self) -> str | None:
-        """What a base of this pipeline needs that the family does not give it, according to its configs: the rest of "it is …".
+        """Inputs that the base needs by its configs and the family does not give, as words after "it is"; such bases are refused.
 
-        ``in_channels`` is compared by itself. None, the default, is for text-to-image models.
+        Defaults to None: there are none. :attr:`in_channels` is compared without it.
         """
         return None
 

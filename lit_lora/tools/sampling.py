@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from lit_lora.errors import UserError
 from lit_lora.folder_lock import only_run_in
+from lit_lora.formats.find import adapter_files
 from lit_lora.prompts import Prompt, prompt_groups, read_prompts
 from lit_lora.sampling import image_grid
 from lit_lora.tools.drawing import Drawer, ScaledAdapter
@@ -37,6 +38,8 @@ def draw_samples(options: SampleOptions) -> None:
     """
     target = _target(options)
     columns = columns_of(options)
+    for path in {one.path for column in columns for one in column.adapters}:
+        adapter_files(path)  # before anything is drawn
     prompts = _prompts(options)
     if options.guidance_rescale and all((one.guidance_scale or 0) <= 1 for one in prompts):
         raise UserError(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import sys
 import time
 import types
@@ -69,6 +71,12 @@ def test_counted_figures(fit, capsys):
     out = capsys.readouterr().out
     assert "Run report (finished)" in out
     assert "no GPU energy: the run is not on an NVIDIA GPU" in out
+
+
+def test_it_can_be_copied_after_a_run(fit):
+    report = RunReport()
+    fit(report=report)
+    assert pickle.loads(pickle.dumps(report)).state_dict() == copy.deepcopy(report).state_dict() == {}
 
 
 def test_samples_of_weight_zero_are_not_trained(fit):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -117,6 +118,11 @@ def test_the_averaged_weights_are_used_if_there_are_any(
         averaged = np.asarray(original(["a star"], [0], **options)[0])
     assert np.array_equal(drawn[-1], averaged)
     assert not np.array_equal(drawn[-1], raw)
+
+
+def test_a_module_that_cannot_draw_is_refused(trainer_options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"generate\(prompts, seeds, \*\*options\), which BoringModel does not have"):
+        Trainer(**trainer_options, callbacks=[SampleImages(["a star"])]).fit(BoringModel())
 
 
 def test_image_writer(sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path) -> None:

@@ -166,6 +166,16 @@ def test_a_bad_adapter_is_one_error(
     assert not out.exists()
 
 
+def test_nothing_is_drawn_where_a_later_adapter_is_missing(
+    adapter: Path, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--adapter", str(adapter), str(tmp_path / "gone.safetensors")]
+    assert main(["sample", "--base", str(sd_folder), *given, "--out", str(tmp_path / "drawn.png"), *DRAWN]) == 2
+    printed = capsys.readouterr()
+    assert "cannot read" in printed.err
+    assert "drawing" not in printed.out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
