@@ -142,7 +142,8 @@ class DataIndex:
     def _map(cls, file: Path, location: str | None = None, check: bool = True) -> DataIndex:
         """The same; raises one of ``_UNREADABLE`` with the reason. ``check`` is whether to check the values."""
         check_regular(file)
-        with file.open("rb" if location is None else "r+b") as opened:
+        may_write = location is not None and os.access(file, os.W_OK)
+        with file.open("r+b" if may_write else "rb") as opened:
             columns, offsets, metadata = map_tensors(opened)
             copy = None if location is None else SparseCopy(location, file, opened, columns, offsets)
         named, stated = metadata.pop("names"), metadata.pop("crc32", None)

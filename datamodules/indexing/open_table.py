@@ -133,7 +133,6 @@ def _remote_index(folder: str, refresh: bool) -> DataIndex:
         return _load(folder, copy)
     except UserError as error:
         warnings.warn(f"{error}; it is copied again", stacklevel=2)
-        copy.unlink(missing_ok=True)
         _fetch_index(folder, copy)
         return _load(folder, copy)
 

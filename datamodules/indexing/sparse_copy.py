@@ -44,7 +44,7 @@ class SparseCopy:
     Args:
         location: URL of the index.
         file: Path of the copy, for messages.
-        opened: The copy, open for reading and writing; it may be closed afterwards.
+        opened: The copy, open for reading, and for writing unless it is complete; it may be closed afterwards.
         columns: The mapped columns of the copy.
         offsets: Byte at which each column begins in the file.
     """
@@ -137,7 +137,8 @@ class SparseCopy:
                 data, offset = data[written:], offset + written
         except OSError as error:
             raise UserError(
-                f"cannot write the copy of {redact(self.location)} to {self._file}: {error.strerror}; make room"
+                f"cannot write the copy of {redact(self.location)} to {self._file}: {error.strerror}; make room, or let this user"
+                " write the file"
             ) from error
 
     def _changed(self) -> UserError:

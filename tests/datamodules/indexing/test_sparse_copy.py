@@ -276,3 +276,13 @@ def test_disk_without_room(server, monkeypatch):
         UserError, match=r"cannot write the copy of http.*shards.index to .*: No space left on device; make room"
     ):
         table.key(0)
+
+
+def test_copy_of_another_user(server, monkeypatch):
+    table = _opened(server)
+    facts = _facts(table, 0)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    again = open_table(server.url)
+    assert _facts(again, 0) == facts
+    with pytest.raises(UserError, match=r"cannot write the copy of http.*; make room, or let this user write the file"):
+        again.key(8)
