@@ -179,9 +179,11 @@ def copy_table(location: str, size: int, copy: Path) -> None:
     data += read_range(location, len(data), max(header_end - len(data), 0))
     tensors = parse_header(data[8:header_end])
     check_stated_size(header_end + max(high for _, _, high in tensors.values()))
-    if "rows" not in tensors or tensors["rows"][1] > min(_MAX_TABLE_BYTES, size - header_end):
-        raise ValueError("its header does not describe the rows of shards, or states too many shards")
-    end = header_end + tensors["rows"][1]
+    begin = tensors["rows"][1] if "rows" in tensors else size
+    is_first = all(high <= begin for name, (_, _, high) in tensors.items() if name not in ("rows", *SIZES))
+    if not is_first or begin > min(_MAX_TABLE_BYTES, size - header_end):
+        raise ValueError("its header does not describe a table of shards before their rows, or states too many shards")
+    end = header_end + begin
     data = (data + read_range(location, len(data), max(end - len(data), 0)))[:end]
     if copy.exists() and copy.stat().st_size == size:
         with copy.open("rb") as opened:
