@@ -10,8 +10,6 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lit_lora.datamodules.batches.buckets import Bucketing
@@ -22,9 +20,9 @@ from lit_lora.datamodules.caching.cached_decoder import (
     SIZES,
     SOURCE,
     encode_cached,
-    types_of,
     without_padding,
 )
+from lit_lora.datamodules.caching.empty_caption import keep_empty
 from lit_lora.datamodules.caching.input_decoder import SOURCE_PIXELS, InputDecoder
 from lit_lora.datamodules.caching.latent_cache import EMPTY, CacheDescription
 from lit_lora.datamodules.caching.sources import SourceRecord, is_newer, record_path
@@ -41,7 +39,6 @@ from lit_lora.datamodules.loading.threads import LoaderThreads
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file
 from lit_lora.loss_mask import mask_of_latents
 from lit_lora.redact import redact
 from lit_lora.visible import visible
@@ -124,7 +121,9 @@ class CacheWriter:
         first, end = self.table.starts[shard : shard + 2].tolist()
         begun = path.exists() and (path.parent / EMPTY).exists()
         if self._text and not begun and path.parent not in self._checked:
-            self._check_empty(path.parent)
+            [encoded] = self._texts([[""]])
+            keep_empty(path.parent, {name: value[0].contiguous() for name, value in encoded.items()})
+            self._checked.add(path.parent)
         if path.exists():
             return self._resume(range(first, end), path, progress)
         record = SourceRecord.of(self.table, shard, path)
@@ -134,26 +133,6 @@ class CacheWriter:
         if index is None:
             record_path(path).unlink()
         return CachedShard(path, 0 if index is None else len(index), bad, resumed=False)
-
-    def _check_empty(self, folder: Path) -> None:
-        """Write the embeddings of the empty caption, or compare them with those of an earlier run."""
-        [encoded] = self._texts([[""]])
-        empty = {name: value[0].contiguous() for name, value in encoded.items()}
-        path = folder / EMPTY
-        if path.exists():
-            try:
-                ours, theirs = types_of(empty), types_of(load_file(path))
-            except SafetensorError as error:
-                raise UserError(f"{visible(path)} is damaged ({error}); remove this cache and make it anew") from error
-            if ours != theirs:
-                raise UserError(
-                    f"{visible(folder)} has text embeddings {theirs}, and this run encodes {ours}; set model.base_dtype as"
-                    " before, name another folder with --out, or remove this one"
-                )
-        else:
-            with atomic_file(path) as part:
-                part.write_bytes(save(empty))
-        self._checked.add(folder)
 
     def _resume(self, samples: range, path: Path, progress: Callable[[int], None]) -> CachedShard:
         """The result for an existing shard; samples that it lacks are encoded again to find out why they were left out."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
+from lit_lora.datamodules.caching.empty_caption import parse_empty
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription
 from lit_lora.datamodules.caching.sources import warn_of_changed_sources
 from lit_lora.datamodules.indexing.open_table import fetch_small, folder_and_name, inside, remote_copy
@@ -74,10 +73,7 @@ def _open(folder: str) -> OpenCache:
     description = CacheDescription.parse(_read(folder, DESCRIPTION), f"{name}/{DESCRIPTION}")
     if "text" not in description.cached:
         return OpenCache(name, description, {})
-    try:
-        return OpenCache(name, description, load(_read(folder, EMPTY)))
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{name}/{EMPTY} cannot be read ({error}); make the cache anew") from error
+    return OpenCache(name, description, parse_empty(_read(folder, EMPTY), f"{name}/{EMPTY}"))
 
 
 def _read(folder: str, name: str) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from lit_lora.datamodules.indexing.scan import EXTENSIONS
 from lit_lora.datamodules.indexing.tar_headers import BLOCK_BYTES
 
-PER_SAMPLE = ("key_ends", "width", "height")
-PER_MEMBER = ("member_sample", "member_extension", "member_offset", "member_size")
 DTYPES: dict[str, Any] = {
     "key_bytes": np.uint8,
     "key_ends": np.int64,
@@ -25,20 +23,20 @@ DTYPES: dict[str, Any] = {
 }
 """Types of the columns that describe samples and members."""
 
-_OTHER_DTYPES: dict[str, Any] = {
-    "sample_start": np.int64,
-    "member_start": np.int64,
-    "key_start": np.int64,
-    "shard_size": np.int64,
-    "shard_mtime_ns": np.int64,
-    "extensions": np.uint16,
-}
+STARTS = ("sample_start", "member_start", "key_start", "pattern_start")
+"""Columns of an index of a folder with the number of each shard's first row, and the total number of rows."""
+
+PER_SHARD = ("shard_size", "shard_mtime_ns", "keys_crc32", "rows_crc32", "sizes_crc32")
+"""Columns of an index of a folder with one value for each shard."""
+
+PATTERNS = ("patterns", "pattern_counts")
+"""Columns of an index of a folder with the kinds of samples in each shard."""
 
 _MAX_BYTES = 2**62
 """Offsets and sizes below this cannot overflow when they are added."""
 
-_BLOCK_MEMBERS = 1 << 15
-"""Members that are checked at a time, so that the arrays fit into the processor's cache."""
+_MAX_ROWS = 2**40
+"""Numbers of rows up to this cannot overflow when they are multiplied by the sizes of columns."""
 
 _BITS = np.left_shift(1, np.arange(len(EXTENSIONS)))
 _NUM_BITS = np.array([number.bit_count() for number in range(1 << len(EXTENSIONS))] + [0])
@@ -47,15 +45,11 @@ _NUM_BITS = np.array([number.bit_count() for number in range(1 << len(EXTENSIONS
 Columns = Mapping[str, NDArray[Any]]
 
 
-def check_lengths(columns: Columns, names: Sequence[str]) -> None:
-    """Check the types and lengths of the columns of an index, and the names of its shards.
-
-    Args:
-        columns: Columns of a :class:`~lit_lora.datamodules.indexing.data_index.DataIndex`, by name.
-        names: File names of its shards.
+def check_names(names: Sequence[str]) -> None:
+    """Check the names of the shards in an index.
 
     Raises:
-        ValueError: If a column is missing or has another type or length, or a name is not that of a file in a folder.
+        ValueError: If there are none, or a name occurs twice or is not that of a file in a folder.
     """
     if not isinstance(names, list | tuple) or not names:
         raise ValueError("it names no shards")
@@ -64,149 +58,144 @@ def check_lengths(columns: Columns, names: Sequence[str]) -> None:
             raise ValueError(f"{str(name)[:100]!r} is not the name of a shard in its folder")
     if len(set(names)) < len(names):
         raise ValueError("it names a shard twice")
-    for name, dtype in (DTYPES | _OTHER_DTYPES).items():
-        if columns[name].dtype != dtype or columns[name].ndim != 1:
-            raise ValueError(f"its column {name} has another type, {columns[name].dtype}")
-    for start, held in (("sample_start", PER_SAMPLE), ("member_start", PER_MEMBER), ("key_start", ("key_bytes",))):
-        starts = columns[start]
-        right = len(starts) == len(names) + 1 and starts[0] == 0 and bool((np.diff(starts) > 0).all())
-        if not right or any(len(columns[name]) != starts[-1] for name in held):
-            raise ValueError(f"its columns do not match: {start} does not fit {', '.join(held)}")
-    per_shard = [len(columns[name]) for name in ("shard_size", "shard_mtime_ns")]
-    if per_shard != [len(names)] * 2 or len(columns["extensions"]) != len(columns["width"]):
-        raise ValueError("its columns do not match")
 
 
-def check_values(columns: Columns, names: Sequence[str], first: int = 0, end: int | None = None) -> None:
-    """Check each value of an index, or of some of its shards, against its bounds.
+def check_table(columns: Columns, names: Sequence[str]) -> None:
+    """Check the names of the shards in the index of a folder, and the columns that have values for each of them.
 
     Args:
-        columns: Columns that :func:`check_lengths` has accepted; ``extensions`` may be missing.
-        names: File names of the shards.
-        first: First shard to check. Defaults to 0.
-        end: Shard before which the check ends. Defaults to None: the number of shards.
+        columns: Columns of a :class:`~lit_lora.datamodules.indexing.data_index.DataIndex`, by name.
+        names: File names of its shards.
 
     Raises:
-        ValueError: If a value is out of bounds; the message names shard, entry, value and bound.
+        ValueError: If a column is missing, has another type or length, or a number of rows or size is out of bounds.
     """
-    member_start = columns["member_start"]
-    shard, end = first, len(names) if end is None else end
-    while shard < end:
-        last = int(np.searchsorted(member_start, member_start[shard] + _BLOCK_MEMBERS, "right")) - 1
-        last = max(shard + 1, min(last, end))
-        _check_shards(columns, names, shard, last)
-        shard = last
+    check_names(names)
+    for name in (*STARTS, *PER_SHARD, *PATTERNS):
+        _check_type(name, columns[name], np.int64)
+    for start in STARTS:
+        starts = columns[start]
+        is_right = len(starts) == len(names) + 1 and starts[0] == 0 and bool((np.diff(starts) > 0).all())
+        if not is_right or starts[-1] > _MAX_ROWS:
+            raise ValueError(f"its columns do not match: {start} does not fit {len(names)} shards")
+    if any(len(columns[name]) != len(names) for name in PER_SHARD):
+        raise ValueError("its columns do not match")
+    if any(len(columns[name]) != columns["pattern_start"][-1] for name in PATTERNS):
+        raise ValueError("its columns do not match: pattern_start does not fit patterns, pattern_counts")
+    sizes = columns["shard_size"]
+    wrong = np.flatnonzero((sizes < 1) | (sizes > _MAX_BYTES))
+    if len(wrong):
+        raise ValueError(f"shard_size of {names[wrong[0]]} is {sizes[wrong[0]]}, not in [1, {_MAX_BYTES}]")
 
 
-def _check_shards(columns: Columns, names: Sequence[str], first: int, last: int) -> None:
-    """Check the values of the shards ``first`` to ``last`` - 1."""
-    block = _Block(columns, names, first, last)
-    block.check("shard_size", block.shard_size, 1, _MAX_BYTES, of_shards=True)
-    _check_samples(block)
-    _check_members(block)
-    _check_extensions(block)
+def check_shard(columns: Columns, name: str, shard_size: int) -> None:
+    """Check each value of the index of one shard against its bounds.
+
+    Args:
+        columns: Columns of a :class:`~lit_lora.datamodules.indexing.columns.SampleColumns`, by name.
+        name: File name of the shard.
+        shard_size: Size of the shard in bytes.
+
+    Raises:
+        ValueError: If a column has another type or length, or a value is out of bounds; the message names shard, entry, value
+            and bound.
+    """
+    for column, dtype in DTYPES.items():
+        _check_type(column, columns[column], dtype)
+    samples, members = len(columns["key_ends"]), len(columns["member_sample"])
+    if not samples or {len(columns["width"]), len(columns["height"])} != {samples}:
+        raise ValueError("its columns do not match: key_ends does not fit width, height")
+    if not members or any(len(columns[column]) != members for column in DTYPES if column.startswith("member_")):
+        raise ValueError("its columns do not match: those of members have different lengths")
+    shard = _Shard(columns, name)
+    _check_samples(shard)
+    _check_members(shard, shard_size)
+    _check_twice(shard)
 
 
-class _Block:
-    """Some of the shards of an index: their rows of each column, and the number of the first row of each shard."""
+def sample_bits(columns: Columns) -> NDArray[np.int64]:
+    """Members of each sample: the sum of the bits ``1 << i`` of its members with ``scan.EXTENSIONS[i]``, int64 (N,)."""
+    sums = np.cumsum(_BITS[columns["member_extension"]])  # faster than reduceat
+    lasts = np.flatnonzero(np.diff(columns["member_sample"], append=-1) != 0)
+    bits: NDArray[np.int64] = np.diff(sums[lasts], prepend=0)
+    return bits
 
-    def __init__(self, columns: Columns, names: Sequence[str], first: int, last: int) -> None:
-        self.names = names[first:last]
-        self.shard_size = columns["shard_size"][first:last]
-        self.samples, self.members, self.keys = (
-            columns[start][first : last + 1] - columns[start][first]
-            for start in ("sample_start", "member_start", "key_start")
-        )
-        rows = {name: ("sample_start", columns[name]) for name in (*PER_SAMPLE, "extensions") if name in columns}
-        rows |= {name: ("member_start", columns[name]) for name in PER_MEMBER}
-        self.columns = {
-            name: column[int(columns[start][first]) : int(columns[start][last])]
-            for name, (start, column) in rows.items()
-        }
 
-    def check(self, name: str, values: NDArray[Any], least: int, most: int, of_shards: bool = False) -> None:
+class _Shard:
+    """The columns of one shard, and the errors of its values."""
+
+    def __init__(self, columns: Columns, name: str) -> None:
+        self.columns = columns
+        self.name = name
+
+    def check(self, column: str, least: int, most: int) -> None:
         """Refuse values outside of [least, most]."""
-        if len(values) and (int(values.min()) < least or int(values.max()) > most):
-            bad = np.flatnonzero((values < least) | (values > most))[0]
-            self.refuse(name, int(bad), f"is {values[bad]}, not in [{least}, {most}]", of_shards)
+        values = self.columns[column]
+        if int(values.min()) < least or int(values.max()) > most:
+            row = int(np.flatnonzero((values < least) | (values > most))[0])
+            self.refuse(column, row, f"is {values[row]}, not in [{least}, {most}]")
 
-    def refuse(self, name: str, row: int, problem: str, of_shards: bool = False) -> None:
+    def refuse(self, column: str, row: int, problem: str) -> NoReturn:
         """Raise the error for a row of a column.
 
         Raises:
             ValueError: Always.
         """
-        if of_shards:
-            raise ValueError(f"{name} of {self.names[row]} {problem}")
-        starts = self.members if name in PER_MEMBER else self.samples
-        shard = int(np.searchsorted(starts, row, "right")) - 1
-        what = "member" if name in PER_MEMBER else "sample"
-        raise ValueError(f"{name} of {what} {row - starts[shard]} in {self.names[shard]} {problem}")
+        what = "member" if column.startswith("member_") else "sample"
+        raise ValueError(f"{column} of {what} {row} in {self.name} {problem}")
 
 
-def _check_samples(block: _Block) -> None:
+def _check_type(name: str, column: NDArray[Any], dtype: Any) -> None:
+    if column.dtype != dtype or column.ndim != 1:
+        raise ValueError(f"its column {name} has another type, {column.dtype}")
+
+
+def _check_samples(shard: _Shard) -> None:
     most = int(np.iinfo(np.int32).max)
-    block.check("width", block.columns["width"], 0, most)
-    block.check("height", block.columns["height"], 0, most)
-    ends = block.columns["key_ends"]
-    block.check("key_ends", ends, 1, _MAX_BYTES)
+    shard.check("width", 0, most)
+    shard.check("height", 0, most)
+    shard.check("key_ends", 1, _MAX_BYTES)
+    ends, total = shard.columns["key_ends"], len(shard.columns["key_bytes"])
     lengths = np.diff(ends, prepend=0)
-    lengths[block.samples[:-1]] = ends[block.samples[:-1]]
     if lengths.min() < 1:
         row = int(np.argmin(lengths))
-        block.refuse("key_ends", row, f"is {ends[row]}, before the key begins")
-    totals = np.diff(block.keys)
-    wrong = np.flatnonzero(ends[block.samples[1:] - 1] != totals)
-    if len(wrong):
-        row = int(block.samples[1:][wrong[0]]) - 1
-        block.refuse("key_ends", row, f"is {ends[row]}, but its shard has {totals[wrong[0]]} bytes of keys")
+        shard.refuse("key_ends", row, f"is {ends[row]}, before the key begins")
+    if ends[-1] != total:
+        shard.refuse("key_ends", len(ends) - 1, f"is {ends[-1]}, but its shard has {total} bytes of keys")
 
 
-def _check_members(block: _Block) -> None:
-    sample, offset, size = (block.columns[name] for name in ("member_sample", "member_offset", "member_size"))
-    firsts, lasts = block.members[:-1], block.members[1:] - 1
-    block.check("member_extension", block.columns["member_extension"], 0, len(EXTENSIONS) - 1)
-    block.check("member_sample", sample, 0, _MAX_BYTES)
-    block.check("member_size", size, 0, _MAX_BYTES)
-    block.check("member_offset", offset, BLOCK_BYTES, _MAX_BYTES)
-    steps = np.diff(sample, prepend=0)
-    steps[firsts] = -sample[firsts]  # the first member belongs to sample 0
+def _check_members(shard: _Shard, shard_size: int) -> None:
+    sample, offset, size = (shard.columns[name] for name in ("member_sample", "member_offset", "member_size"))
+    shard.check("member_extension", 0, len(EXTENSIONS) - 1)
+    shard.check("member_sample", 0, _MAX_BYTES)
+    shard.check("member_size", 0, _MAX_BYTES)
+    shard.check("member_offset", BLOCK_BYTES, _MAX_BYTES)
+    steps = np.diff(sample, prepend=0)  # the first member belongs to sample 0
     wrong = (steps < 0) | (steps > 1)
-    wrong[lasts] |= sample[lasts] != np.diff(block.samples) - 1
+    wrong[0] |= sample[0] != 0
+    wrong[-1] |= sample[-1] != len(shard.columns["key_ends"]) - 1
     if wrong.any():
         row = int(np.argmax(wrong))
-        block.refuse("member_sample", row, f"is {sample[row]}; each sample has members, in the order of the samples")
+        shard.refuse("member_sample", row, f"is {sample[row]}; each sample has members, in the order of the samples")
     ends = offset + size
     # Members follow each other: a header precedes each, and both fill whole blocks.
     least = np.empty_like(ends)
     least[0] = BLOCK_BYTES
     least[1:] = (ends[:-1] + 2 * BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
-    least[firsts] = BLOCK_BYTES
     wrong = (offset < least) | (offset % BLOCK_BYTES != 0)
     if wrong.any():
         row = int(np.argmax(wrong))
-        block.refuse("member_offset", row, f"is {offset[row]}, not a multiple of {BLOCK_BYTES} from {least[row]} on")
-    beyond = np.flatnonzero(ends[lasts] > block.shard_size)
-    if len(beyond):
-        row, end = int(lasts[beyond[0]]), ends[lasts[beyond[0]]]
-        block.refuse("member_size", row, f"ends at byte {end} of a shard of {block.shard_size[beyond[0]]} bytes")
+        shard.refuse("member_offset", row, f"is {offset[row]}, not a multiple of {BLOCK_BYTES} from {least[row]} on")
+    if ends[-1] > shard_size:
+        shard.refuse("member_size", len(ends) - 1, f"ends at byte {ends[-1]} of a shard of {shard_size} bytes")
 
 
-def _check_extensions(block: _Block) -> None:
-    """Check that no member occurs twice, and that the bits of each sample are those of its members."""
-    sample = block.columns["member_sample"]
-    is_first = np.diff(sample, prepend=-1) != 0
-    is_first[block.members[:-1]] = True
-    starts = np.flatnonzero(is_first)
-    ends = np.append(starts[1:], len(sample))
-    sums = np.cumsum(_BITS[block.columns["member_extension"]])  # faster than reduceat
-    found = np.diff(sums[ends - 1], prepend=0)
+def _check_twice(shard: _Shard) -> None:
+    """Check that no sample has two members of one extension."""
+    bits = sample_bits(shard.columns)
+    counts = np.bincount(shard.columns["member_sample"], minlength=len(bits))
     # The bits of different extensions add up to a number with as many bits as there are members.
-    twice = _NUM_BITS[np.minimum(found, len(_NUM_BITS) - 1)] != ends - starts
+    twice = _NUM_BITS[np.minimum(bits, len(_NUM_BITS) - 1)] != counts
     if twice.any():
-        row = int(starts[np.argmax(twice)])
-        block.refuse("member_extension", row, "is that of a sample with two members of one extension")
-    bits = block.columns.get("extensions", found)
-    if (bits != found).any():
-        row = int(np.argmax(bits != found))
-        block.refuse("extensions", row, f"is {bits[row]}, but its members have {found[row]}")
+        row = int(np.searchsorted(shard.columns["member_sample"], np.argmax(twice)))
+        shard.refuse("member_extension", row, "is that of a sample with two members of one extension")

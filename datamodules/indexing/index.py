@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from lit_lora.datamodules.indexing.bounds import DTYPES, check_lengths, check_values
+from lit_lora.datamodules.indexing.bounds import DTYPES, check_names, check_shard
 from lit_lora.datamodules.indexing.columns import SampleColumns
 from lit_lora.datamodules.indexing.safetensors_map import write_tensors
 from lit_lora.datamodules.indexing.scan import EXTENSIONS, scan_shard
@@ -152,20 +152,13 @@ class ShardIndex(SampleColumns):
         return None
 
     def _check(self) -> None:
-        """Check lengths and values.
+        """Check types, lengths and values.
 
         Raises:
             ValueError: If they are not those of an index.
         """
-        columns: dict[str, Any] = {name: getattr(self, name) for name in DTYPES}
-        lengths = {"sample_start": "key_ends", "member_start": "member_sample", "key_start": "key_bytes"}
-        columns |= {start: np.array([0, len(columns[name])]) for start, name in lengths.items()}
-        columns["shard_size"] = np.array([self.shard_size])
-        columns["shard_mtime_ns"] = np.zeros(1, np.int64)
-        columns["extensions"] = np.zeros(len(self.width), np.uint16)
-        check_lengths(columns, [self.path.name])
-        del columns["extensions"]  # only the index of a folder has them
-        check_values(columns, [self.path.name])
+        check_names([self.path.name])
+        check_shard({name: getattr(self, name) for name in DTYPES}, self.path.name, self.shard_size)
 
 
 def warn_of_damage(file: Path, error: Exception) -> None:

@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,17 +17,15 @@ from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
 from lit_lora.datamodules.indexing.index import index_cache
 from lit_lora.datamodules.indexing.safetensors_map import MAX_HEADER_BYTES, header_length, parse_header
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
+from lit_lora.datamodules.indexing.sparse_copy import check_stated_size, copy_table
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.datamodules.remote.transfer import Limit, RemoteError, fetch_changed, is_remote
+from lit_lora.datamodules.remote.transfer import Limit, RemoteError, fetch_changed, is_remote, ranged_size
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, check_regular, remove_unfinished
 from lit_lora.redact import redact
 
-MAX_INDEX_BYTES = 64 << 30
-"""Maximum size of a remote index, enough for 600 million samples."""
-
 _SMALL_BYTES = 16 << 20
-"""Size below which an index is copied again without asking whether it has changed."""
+"""Size below which an index is copied whole at each start, without asking whether it has changed."""
 
 
 def open_table(specs: str | Iterable[str], refresh: bool = False) -> SampleTable:
@@ -128,21 +126,36 @@ def _remote_index(folder: str, refresh: bool) -> DataIndex:
     known = _known_version(copy)
     if not copy.exists() or (refresh and not known):
         _fetch_index(folder, copy)
-        return DataIndex.load(copy)
+        return _load(folder, copy)
     if refresh:
         _fetch_index(folder, copy, known)
     try:
-        return DataIndex.load(copy)
+        return _load(folder, copy)
     except UserError as error:
         warnings.warn(f"{error}; it is copied again", stacklevel=2)
         _fetch_index(folder, copy)
-        return DataIndex.load(copy)
+        return _load(folder, copy)
+
+
+def _load(folder: str, copy: Path) -> DataIndex:
+    """Map a copy; parts of a large one may not be there yet."""
+    is_large = copy.exists() and copy.stat().st_size >= _SMALL_BYTES
+    return DataIndex.load(copy, inside(folder, INDEX_NAME) if is_large else None)
 
 
 def _fetch_index(folder: str, copy: Path, known: str | None = None) -> None:
-    """Copy an index, unless the copy already is the ``known`` version and the storage still has that."""
+    """Copy an index: of a large one only the table of its shards, if the server lets parts of it be read.
+
+    Otherwise it is copied whole, unless the copy already is the ``known`` version and the storage still has that.
+    """
+    location = inside(folder, INDEX_NAME)
     try:
-        version = fetch_small(inside(folder, INDEX_NAME), copy, _IndexLimit(), known)
+        size = ranged_size(location)
+        if size is not None and size >= _SMALL_BYTES:
+            with _writing_copy(location, copy):
+                copy_table(location, size, copy)
+            return
+        version = fetch_small(location, copy, _IndexLimit(), known)
     except RemoteError as error:
         if not error.missing:
             raise
@@ -193,9 +206,16 @@ def fetch_small(location: str, copy: Path, most: Limit, known: str | None = None
         RemoteError: If the file is missing, forbidden or too large, or if all attempts fail.
         UserError: If the copy cannot be written, or ``most`` refuses what it reads.
     """
+    with _writing_copy(location, copy):
+        return fetch_changed(location, copy, known, most=most)
+
+
+@contextmanager
+def _writing_copy(location: str, copy: Path) -> Iterator[None]:
+    """Remove what killed processes left, and name the file in errors."""
     remove_unfinished(copy.parent, glob.escape(copy.name))
     try:
-        return fetch_changed(location, copy, known, most=most)
+        yield
     except ValueError as error:
         if isinstance(error, UserError):
             raise
@@ -225,6 +245,6 @@ class _IndexLimit:
                 tensors = parse_header(file.read(length))
                 self._size = 8 + length + max(high for _, _, high in tensors.values())
             file.seek(end)
-        if self._size is not None and self._size > MAX_INDEX_BYTES:
-            raise ValueError(f"its header states {self._size} bytes, more than {MAX_INDEX_BYTES}")
+        if self._size is not None:
+            check_stated_size(self._size)
         return MAX_HEADER_BYTES if self._size is None else self._size

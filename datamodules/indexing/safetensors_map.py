@@ -6,7 +6,7 @@ import json
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 MAX_HEADER_BYTES = 100_000_000
 """Maximum size of the header, which is also that of the library safetensors."""
 
-_DTYPES = {"I64": np.int64, "I32": np.int32, "U16": np.uint16, "U8": np.uint8}
+_DTYPES = {"I64": np.int64, "I32": np.int32, "U8": np.uint8}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
@@ -25,12 +25,12 @@ def write_tensors(file: Path, tensors: Mapping[str, NDArray[Any]], metadata: Map
 
     Args:
         file: File to write.
-        tensors: Contiguous arrays of the index's types.
+        tensors: Contiguous arrays of the index's types; the file has those of larger elements first.
         metadata: Texts by name.
     """
     codes = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))  # so that all are aligned
+    names = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that all are aligned
     end = 0
     for name in names:
         array = tensors[name]
@@ -90,29 +90,45 @@ def release_pages(array: NDArray[Any]) -> None:
         base.madvise(mmap.MADV_DONTNEED)
 
 
-def map_tensors(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of a safetensors file, mapped into memory, and its metadata.
+class MappedTensors(NamedTuple):
+    """The tensors of a safetensors file, mapped into memory.
+
+    Attributes:
+        tensors: Arrays by name.
+        offsets: Byte at which each of them begins in the file.
+        metadata: Texts by name.
+    """
+
+    tensors: dict[str, NDArray[Any]]
+    offsets: dict[str, int]
+    metadata: dict[str, str]
+
+
+def map_tensors(opened: BinaryIO) -> MappedTensors:
+    """Map the tensors of a safetensors file into memory.
 
     The library safetensors cannot view part of a tensor as an array without copying it.
+
+    Args:
+        opened: The file, which may be closed afterwards.
 
     Raises:
         OSError: If the file cannot be read.
         ValueError: If the file is damaged.
     """
-    with file.open("rb") as opened:
-        length = header_length(opened.read(8))
-        header = opened.read(length)
+    length = header_length(opened.read(8))
+    header = opened.read(length)
     if len(header) < length:
         raise ValueError("it is truncated within its header")
-    tensors = parse_header(header)
-    data = np.asarray(np.memmap(file, np.uint8, "r", offset=8 + length))
-    end = max(high for _, _, high in tensors.values())
+    found = parse_header(header)
+    data = np.asarray(np.memmap(opened, np.uint8, "r", offset=8 + length))
+    end = max(high for _, _, high in found.values())
     if end < len(data):
         raise ValueError(f"{len(data) - end} bytes follow its columns")
-    metadata, _, _ = tensors.pop("__metadata__")
-    columns = {}
-    for name, (dtype, low, high) in tensors.items():
+    metadata, _, _ = found.pop("__metadata__")
+    tensors = {}
+    for name, (dtype, low, high) in found.items():
         if high > len(data):
             raise ValueError(f"it is truncated: {name[:20]!r} ends at byte {8 + length + high}")
-        columns[name] = data[low:high].view(dtype)
-    return columns, dict(metadata)
+        tensors[name] = data[low:high].view(dtype)
+    return MappedTensors(tensors, {name: 8 + length + low for name, (_, low, _) in found.items()}, dict(metadata))

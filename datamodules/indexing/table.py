@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_lora.datamodules.indexing.bounds import DTYPES
+from lit_lora.datamodules.indexing.bounds import DTYPES, sample_bits
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.scan import EXTENSIONS
@@ -23,7 +23,6 @@ from lit_lora.redact import redact
 from lit_lora.visible import visible
 
 _MOST_VIEWS = 4096
-_BLOCK = 1 << 20
 
 
 class Span(NamedTuple):
@@ -106,8 +105,7 @@ class SampleTable:
         """A number that identifies the keys of all samples in their order."""
         digest = 0
         for index, first, end in self._runs(np.arange(len(self.locations))):
-            digest = zlib.crc32(self._indexes[index].key_bytes(first, end).data, digest)
-        self.release()
+            digest = zlib.crc32(self._indexes[index].keys_crc32(first, end).data, digest)
         return digest
 
     def shard_digest(self, shard: int) -> str:
@@ -150,9 +148,8 @@ class SampleTable:
 
     def image_sizes(self, shards: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Widths and heights of the images in the given shards, concatenated."""
-        width = self._gather("width", shards)
-        self.release()
-        height = self._gather("height", shards)
+        found = [self._indexes[index].image_sizes(first, end) for index, first, end in self._runs(shards)]
+        width, height = (np.concatenate([np.empty(0, np.int32), *(one[side] for one in found)]) for side in (0, 1))
         self.release()
         return width, height
 
@@ -176,25 +173,21 @@ class SampleTable:
         unknown = [extension for extension in extensions if extension not in EXTENSIONS]
         if unknown:
             raise UserError(f".{unknown[0]} ({what}) is not indexed; use one of {', '.join(EXTENSIONS)}")
-        bits = np.uint16(sum(1 << EXTENSIONS.index(extension) for extension in extensions))
-        if all(_all_have(index.extensions, bits) for index in self._indexes):
-            self.release()
-            return
-        lacks = [(index.extensions & bits) == 0 for index in self._indexes]
+        bits = sum(1 << EXTENSIONS.index(extension) for extension in extensions)
         counts = np.zeros(len(self.locations), np.int64)
-        for number, (index, row) in enumerate(zip(self._index_of, self._row_of, strict=True)):
-            low, high = self._indexes[index].sample_start[row : row + 2]
-            counts[number] = np.count_nonzero(lacks[index][low:high])
+        for number, index in enumerate(self._indexes):
+            here = self._index_of == number
+            counts[here] = index.lacking(bits)[self._row_of[here]]
         if not counts.any():
             return
         shard = int(np.flatnonzero(counts)[0])
-        index, row = self._index_of[shard], self._row_of[shard]
-        low, high = self._indexes[index].sample_start[row : row + 2]
-        first = self.starts[shard] + np.flatnonzero(lacks[index][low:high])[:3]
+        columns = self._indexes[self._index_of[shard]].shard(int(self._row_of[shard]))
+        lacks = (sample_bits(vars(columns)) & bits) == 0
+        first = [visible(columns.key(sample)) for sample in np.flatnonzero(lacks)[:3].tolist()]
         raise UserError(
             f"{counts.sum()} of {len(self)} samples have no {what}"
             f" ({' or '.join(f'.{extension}' for extension in extensions)}); in {redact(self.locations[shard])}"
-            f" {counts[shard]} of {high - low}, first {', '.join(visible(self.key(int(number))) for number in first)};"
+            f" {counts[shard]} of {len(columns)}, first {', '.join(first)};"
             " add the missing members or remove these samples"
         )
 
@@ -231,16 +224,3 @@ class SampleTable:
                 self._views.clear()
             view = self._views[shard] = self._indexes[self._index_of[shard]].shard(int(self._row_of[shard]))
         return view, sample - int(self.starts[shard])
-
-    def _gather(self, column: str, shards: NDArray[np.int64]) -> Any:
-        columns = [getattr(index, column) for index in self._indexes]
-        starts = [index.sample_start for index in self._indexes]
-        parts = []
-        for index, first, end in self._runs(shards):
-            parts.append(columns[index][int(starts[index][first]) : int(starts[index][end])])
-        return np.concatenate(parts) if parts else columns[0][:0]
-
-
-def _all_have(extensions: NDArray[np.uint16], bits: np.uint16) -> bool:
-    """Whether each sample has one of the bits."""
-    return all((extensions[start : start + _BLOCK] & bits).all() for start in range(0, len(extensions), _BLOCK))

@@ -83,16 +83,21 @@ def find_input(
         if found is not None:
             found = name_unused(looked, found)
             return found if sources is None else _paired(found, source, sources)
+    raise _nothing_to_pack(looked, source)
+
+
+def _nothing_to_pack(looked: PackSource, source: Path) -> UserError:
+    """The error for a folder or file in which no kind of input finds anything."""
     if looked.metadata or looked.is_file:
         paths = looked.metadata or [source]
         extensions = sorted({f".{path.suffix[1:].lower()}" for path in paths})
-        raise UserError(
+        return UserError(
             f"cannot pack {visible(paths[0])} ({', '.join(extensions)}); name a folder, a"
             f" table ({', '.join(ROW_EXTENSIONS)}, parquet) or a .tar"
         )
     unknown = sorted(looked.unknown.values(), key=lambda file: -file.count)
     also = f"; it holds {list_first(unknown)}" if unknown else ""
-    raise UserError(
+    return UserError(
         f"{visible(source)} holds no images ({', '.join(IMAGE_EXTENSIONS)} and others), no shards and no tables; name another"
         f" folder{also}"
     )

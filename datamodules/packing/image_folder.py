@@ -95,55 +95,17 @@ class ImageFolder(PackInput):
         Raises:
             UserError: If a folder cannot be read.
         """
-        kinds = kinds if template is None else ()
-        bad: list[BadFile] = []
-        skipped: list[BadFile] = []
-        sizes, sides = array("q"), array("Q")
-        unread: list[str] = []
-        bare: list[str] = []
-        digest = hashlib.sha256()
-
-        def good_files() -> Iterator[str]:
-            for file, siblings in walk_files(folder, skip):
-                if is_beside_another(file, siblings):
-                    continue
-                if not image_extension(file):
-                    if kinds and (reason := _why_no_caption(folder, file, siblings, kinds)):
-                        skipped.append(BadFile(file, reason))
-                    unread.extend([file] if not kinds and extension_of(file) in CAPTIONS else [])
-                    continue
-                try:
-                    bits = _find_sides(file, siblings, kinds)
-                    size, stamp = stat_files(_paths(folder, file, bits))
-                    if template is None and not bits & _CAPTION_BITS:
-                        size += packed_size(len(_checked(fallback, kinds, folder / file).encode()))
-                        bare.append(file)
-                    size += 0 if template is None else packed_size(len(template.caption(file, folder)))
-                except BadSampleError as error:
-                    bad.append(BadFile(file, str(error)))
-                    continue
-                sizes.append(size)
-                sides.append(bits)
-                digest.update(f"{file}\t{stamp}\n".encode("utf-8", "surrogateescape"))
-                yield file
-
-        names = SampleNames.of(show_planning(good_files()))
-        if unread:
-            skipped.append(BadFile(unread[0], "is not read: captions are made from names", len(unread)))
-        notes = (
-            [f"{len(bare)} of {len(names)} images have no caption file, first {bare[0]}: they get {_quoted(fallback)}"]
-            if bare
-            else []
-        )
+        scan = _Scan(folder, template, fallback, kinds if template is None else ())
+        names = SampleNames.of(show_planning(scan.good_files(skip)))
         return cls(
             folder=folder,
             names=names,
-            sides=np.array(sides, np.uint64),
-            sizes=np.array(sizes, np.int64),
-            fingerprint=digest.hexdigest(),
-            bad=tuple(bad),
-            skipped=tuple(skipped),
-            notes=tuple(notes),
+            sides=np.array(scan.sides, np.uint64),
+            sizes=np.array(scan.sizes, np.int64),
+            fingerprint=scan.digest.hexdigest(),
+            bad=tuple(scan.bad),
+            skipped=tuple(scan.all_skipped()),
+            notes=tuple(scan.notes(len(names))),
             template=template,
             fallback=fallback,
         )
@@ -174,6 +136,90 @@ class ImageFolder(PackInput):
             bad=(),
             skipped=(),
         )
+
+
+class _Scan:
+    """What is found in a folder.
+
+    Args:
+        folder: Folder to list.
+        template: Makes the captions; None if they are read.
+        fallback: Caption of images without a caption file; None if these are bad.
+        kinds: Endings of the files that hold captions; none if captions are made.
+
+    Attributes:
+        sizes: Size of each good image's sample in a tar, in bytes.
+        sides: Files beside each good image, as bits.
+        digest: Fingerprint of the good images and the files beside them.
+        bad: Images that cannot be packed.
+    """
+
+    def __init__(
+        self, folder: Path, template: CaptionTemplate | None, fallback: str | None, kinds: Sequence[str]
+    ) -> None:
+        self._folder = folder
+        self._template = template
+        self._fallback = fallback
+        self._kinds = kinds
+        self.sizes, self.sides = array("q"), array("Q")
+        self.digest = hashlib.sha256()
+        self.bad: list[BadFile] = []
+        self._skipped: list[BadFile] = []
+        self._unread: list[str] = []
+        self._bare: list[str] = []
+
+    def good_files(self, skip: Path | None) -> Iterator[str]:
+        """Yield the images that can be packed, except those below a folder."""
+        for file, siblings in walk_files(self._folder, skip):
+            if is_beside_another(file, siblings):
+                continue
+            if not image_extension(file):
+                self._skip(file, siblings)
+                continue
+            try:
+                self._add(file, siblings)
+            except BadSampleError as error:
+                self.bad.append(BadFile(file, str(error)))
+            else:
+                yield file
+
+    def all_skipped(self) -> list[BadFile]:
+        """Files that look like captions and are not read."""
+        if not self._unread:
+            return self._skipped
+        unread = BadFile(self._unread[0], "is not read: captions are made from names", len(self._unread))
+        return [*self._skipped, unread]
+
+    def notes(self, count: int) -> list[str]:
+        """Remarks on the folder, of whose images ``count`` are packed."""
+        if not self._bare:
+            return []
+        first = f"{len(self._bare)} of {count} images have no caption file, first {self._bare[0]}"
+        return [f"{first}: they get {_quoted(self._fallback)}"]
+
+    def _skip(self, file: str, siblings: Set[str]) -> None:
+        """Take note of a file that is no image, if it looks like a caption that is not read."""
+        if not self._kinds:
+            self._unread += [file] if extension_of(file) in CAPTIONS else []
+        elif reason := _why_no_caption(self._folder, file, siblings, self._kinds):
+            self._skipped.append(BadFile(file, reason))
+
+    def _add(self, file: str, siblings: Set[str]) -> None:
+        """Add an image.
+
+        Raises:
+            BadSampleError: If it cannot be packed.
+        """
+        bits = _find_sides(file, siblings, self._kinds)
+        size, stamp = stat_files(_paths(self._folder, file, bits))
+        if self._template is not None:
+            size += packed_size(len(self._template.caption(file, self._folder)))
+        elif not bits & _CAPTION_BITS:
+            size += packed_size(len(_checked(self._fallback, self._kinds, self._folder / file).encode()))
+            self._bare.append(file)
+        self.sizes.append(size)
+        self.sides.append(bits)
+        self.digest.update(f"{file}\t{stamp}\n".encode("utf-8", "surrogateescape"))
 
 
 def read_file(path: Path) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
@@ -150,16 +150,19 @@ def pack_folder(
     samples = find_input(source, out, jobs=jobs, template=template, is_set=is_set, **columns, **beside, **pairs)
     order = _order(samples, shuffle_seed)
     shards = _name_shards(out, prefix, _group(samples.sizes, order, samples_per_shard, max_shard_bytes))
+    absolute = {} if sources is None else {"sources": sources.absolute()}
     options = [str(source.absolute()), prefix, samples_per_shard, max_shard_bytes, shuffle_seed, *columns.values()]
-    # Plans of earlier versions have no such entries.
-    options += [] if template is None else [template.text]
-    if sources is not None:
-        pairs["sources"] = sources.absolute()
-    options += [f"{name}={value}" for name, value in (beside | pairs).items() if value is not None]
+    options += _later_options(template, beside | pairs | absolute)
     with only_run_in(out, "pack"):
         if count_files(samples.bad) <= max_bad:
             claim(out, list(shards), samples.fingerprint, options)
         return _pack(out, samples, shards, caption_key, jobs, max_bad)
+
+
+def _later_options(template: CaptionTemplate | None, options: Mapping[str, Any]) -> list[str]:
+    """Entries of a plan for options that plans of earlier versions do not have; without the option there is no entry."""
+    text = [] if template is None else [template.text]
+    return text + [f"{name}={value}" for name, value in options.items() if value is not None]
 
 
 def _name_shards(out: Path, prefix: str, groups: list[NDArray[np.int64]]) -> dict[Path, NDArray[np.int64]]:

@@ -80,6 +80,9 @@ class FilesystemSource(RemoteSource):
             size: int | None = filesystem.info(path).get("size")
         return size
 
+    def ranged_size(self) -> int | None:
+        return self.size()
+
     def current_version(self) -> str | None:
         with self._translated():
             filesystem, path = self._filesystem

@@ -77,6 +77,10 @@ class HttpSource(RemoteSource):
         with self._get({"Range": "bytes=0-0"}) as response:
             return _place(response)[1]
 
+    def ranged_size(self) -> int | None:
+        with self._get({"Range": "bytes=0-0"}) as response:
+            return _place(response)[1] if response.status_code == 206 else None
+
     def current_version(self) -> str | None:
         with self._get({"Range": "bytes=0-0"}) as response:
             return _strong(response.headers.get("ETag"))

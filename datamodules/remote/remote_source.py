@@ -92,6 +92,10 @@ class RemoteSource(ABC):
         """Size of the object in bytes; None if the storage does not state it."""
 
     @abstractmethod
+    def ranged_size(self) -> int | None:
+        """Size of the object in bytes if :meth:`read` transfers no more than it returns; otherwise None."""
+
+    @abstractmethod
     def current_version(self) -> str | None:
         """A text that changes with the object's bytes; None if the storage does not state one."""
 

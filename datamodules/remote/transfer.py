@@ -26,6 +26,7 @@ __all__ = [
     "is_remote",
     "list_tars",
     "object_size",
+    "ranged_size",
     "read_range",
 ]
 
@@ -155,6 +156,16 @@ def object_size(location: str, policy: RetryPolicy = _DEFAULT) -> int | None:
     """
     source = _source(location, policy)
     return _retry(source, policy, source.size)
+
+
+def ranged_size(location: str, policy: RetryPolicy = _DEFAULT) -> int | None:
+    """Size of an object in bytes if ranges of it can be read; None if the server sends whole objects alone.
+
+    Raises:
+        RemoteError: If the object is missing or forbidden, or if all attempts fail.
+    """
+    source = _source(location, policy)
+    return _retry(source, policy, source.ranged_size)
 
 
 def exists(location: str, policy: RetryPolicy = _DEFAULT) -> bool:

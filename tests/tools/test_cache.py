@@ -395,7 +395,7 @@ def test_the_rest_of_a_cache_whose_empty_caption_is_damaged(sd_folder: Path, sha
     (shards / "cache" / "shard-000001.tar").unlink()
     (shards / "cache" / "empty.safetensors").write_bytes(b"damaged")
     message = failure(module_for(StableDiffusion, sd_folder), data_for(shards))
-    assert re.search("empty.safetensors is damaged .*; remove this cache and make it anew", message)
+    assert re.search("empty.safetensors cannot be read .*; remove the cache and make it anew", message)
 
 
 @pytest.mark.parametrize("later", [-(10**9), 1, 0])

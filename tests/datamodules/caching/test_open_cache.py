@@ -98,7 +98,7 @@ def test_unfinished_or_damaged(make_cache):
         open_cache(open_table(str(make_cache("a", None))))
     folder = make_cache("b")
     (folder / "empty.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"empty.safetensors cannot be read .*; make the cache anew"):
+    with pytest.raises(UserError, match=r"empty.safetensors cannot be read .*; remove the cache and make it anew"):
         open_cache(open_table(str(folder)))
     (folder / "empty.safetensors").unlink()
     with pytest.raises(UserError, match=r"cannot read .*empty.safetensors: No such file"):

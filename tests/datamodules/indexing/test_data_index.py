@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import json
 import os
 import pickle
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-from lit_lora.datamodules.indexing import bounds, data_index
+from lit_lora.datamodules.indexing import data_index
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex, index_folders
 from lit_lora.errors import UserError
@@ -28,8 +26,9 @@ def test_equals_the_indexes_of_the_shards(make_shards):
     assert made.sample_start.tolist() == [0, 3, 4, 8]
     for number, path in enumerate(paths):
         assert _facts(made.shard(number)) == _facts(ShardIndex.build(path))
-    assert made.width.tolist() == [24] * 8
-    assert made.extensions.tolist() == [0b10001] * 8
+    assert [column.tolist() for column in made.image_sizes(1, 3)] == [[24] * 5, [16] * 5]
+    assert made.lacking(0b1).tolist() == made.lacking(0b10010).tolist() == [0, 0, 0]
+    assert made.lacking(0b10).tolist() == [3, 1, 4]
 
 
 def test_file_is_used_until_a_shard_changes(make_shards):
@@ -100,7 +99,11 @@ def test_index_may_lie_in_the_users_cache(make_shards, tmp_path, monkeypatch):
         (lambda data: data[:40], "truncated"),
         (lambda data: data[:-300], "truncated"),
         (lambda data: b"", "not a readable index"),
-        (lambda data: data.replace(b'"version":"1"', b'"version":"0"'), "another format or version"),
+        (lambda data: data.replace(b'"version":"2"', b'"version":"1"'), "another format or version"),
+        (
+            lambda data: data.replace(b"shard-000000.tar", b"shard-000007.tar"),
+            "its checksum is not that of its columns",
+        ),
     ],
 )
 def test_damaged_file(make_shards, damage, message):
@@ -115,55 +118,61 @@ def test_damaged_file(make_shards, damage, message):
     assert len(DataIndex.load(file)) == 4
 
 
+def _changed(made, column, shard, row, value):
+    """An index with another value: in a row of a shard, or in the column of all shards if ``shard`` is None."""
+    changed = DataIndex(made.names, {name: np.array(values) for name, values in made._columns.items()})
+    values = changed._columns[column] if shard is None else changed._rows(shard)[column]
+    values[row] = value
+    return changed
+
+
 @pytest.mark.parametrize(
-    ("column", "row", "value", "reason"),
+    ("column", "shard", "row", "value", "reason"),
     [
-        ("width", 3, -5, r"width of sample 1 in shard-000001.tar is -5, not in \[0, 2147483647\]"),
-        ("key_ends", 2, -4, "key_ends of sample 0 in shard-000001.tar is -4"),
-        ("key_ends", 3, 2, "key_ends of sample 1 in shard-000001.tar is 2, before the key begins"),
-        ("member_sample", 4, 1, "member_sample of member 0 in shard-000001.tar is 1"),
-        ("member_sample", 3, 0, "member_sample of member 3 in shard-000000.tar is 0"),
-        ("member_offset", 4, 0, "member_offset of member 0 in shard-000001.tar is 0"),
-        ("member_size", 7, 10**9, "ends at byte .* of a shard of"),
-        ("extensions", 1, 3, "extensions of sample 1 in shard-000000.tar is 3, but its members have 17"),
-        ("shard_size", 1, -1, "shard_size of shard-000001.tar is -1"),
-        ("sample_start", 1, 4, "its columns do not match: sample_start"),
-        ("key_start", 1, -1, "its columns do not match: key_start"),
+        ("width", 1, 1, -5, r"width of sample 1 in shard-000001.tar is -5, not in \[0, 2147483647\]"),
+        ("width", 1, 1, 23, "rows_crc32 of shard-000001.tar is not that of its values"),
+        (
+            "height",
+            None,
+            2,
+            9,
+            "the image sizes of shard-000001.tar for the plan of buckets are not those of its samples",
+        ),
+        ("key_ends", 1, 0, -4, "key_ends of sample 0 in shard-000001.tar is -4"),
+        ("key_ends", 1, 1, 2, "key_ends of sample 1 in shard-000001.tar is 2, before the key begins"),
+        ("key_ends", 1, 1, 7, "key_ends of sample 1 in shard-000001.tar is 7, but its shard has 8 bytes of keys"),
+        ("key_bytes", 0, 3, 57, "keys_crc32 of shard-000000.tar is not that of its values"),
+        ("member_sample", 1, 0, 1, "member_sample of member 0 in shard-000001.tar is 1"),
+        ("member_sample", 0, 3, 0, "member_sample of member 3 in shard-000000.tar is 0"),
+        ("member_offset", 1, 0, 0, "member_offset of member 0 in shard-000001.tar is 0"),
+        ("member_size", 1, 3, 10**9, "ends at byte .* of a shard of"),
+        ("member_size", 1, 3, 1, "rows_crc32 of shard-000001.tar is not that of its values"),
+        ("member_extension", 1, 3, 0, "member_extension of member 2 in .* is that of a sample with two members of one"),
+        ("patterns", None, 0, 3, "patterns of shard-000000.tar are not those of its members"),
+        ("pattern_counts", None, 1, 3, "pattern_counts of shard-000001.tar are not those of its members"),
+        ("shard_size", None, 1, -1, "shard_size of shard-000001.tar is -1"),
+        ("sample_start", None, 1, 4, "its columns do not match: sample_start"),
+        ("sample_start", None, 2, 5, "its columns do not match: rows does not have"),
+        ("key_start", None, 1, -1, "its columns do not match: key_start"),
+        ("key_start", None, 2, 2**41, "its columns do not match: key_start"),
     ],
 )
-def test_value_out_of_bounds(make_shards, column, row, value, reason):
+def test_value_out_of_bounds(make_shards, column, shard, row, value, reason):
     paths = make_shards(2, 2)
-    made = DataIndex.load_or_build(paths)
-    columns = {name: np.array(values) for name, values in made._columns.items()}
-    columns[column][row] = value
     file = paths[0].parent / INDEX_NAME
-    DataIndex(made.names, columns).save(file)
+    _changed(DataIndex.load_or_build(paths), column, shard, row, value).save(file)
     with pytest.raises(UserError, match=f"shards.index is not a readable index .*{reason}"):
         DataIndex.load(file)
     with pytest.warns(UserWarning, match=f"{reason}.* made again from the shards"):
         assert _facts(DataIndex.load_or_build(paths).shard(1)) == _facts(ShardIndex.build(paths[1]))
 
 
-def test_each_value_is_checked_also_in_large_indexes(make_shards, monkeypatch):
-    monkeypatch.setattr(bounds, "_BLOCK_MEMBERS", 5)
-    paths = make_shards(1, 2, 3, 4, 5)
-    made = DataIndex.load_or_build(paths)
-    bounds.check_values(made._columns, made.names)
-    for row in range(15):
-        columns = {name: np.array(values) for name, values in made._columns.items()}
-        columns["height"][row] = -1
-        shard = int(np.searchsorted(made.sample_start, row, "right")) - 1
-        with pytest.raises(ValueError, match=f"height of sample .* in shard-00000{shard}.tar is -1"):
-            bounds.check_values(columns, made.names)
-
-
-def test_shards_of_huge_indexes_are_checked_when_they_are_used(make_shards, monkeypatch):
+@pytest.mark.parametrize("bound", ["_CHECKED_AT_ONCE", "_SHARDS_CHECKED_AT_ONCE"])
+def test_shards_of_huge_indexes_are_checked_when_they_are_used(make_shards, monkeypatch, bound):
     paths = make_shards(2, 3)
     made = DataIndex.load_or_build(paths)
-    columns = {name: column.copy() for name, column in made._columns.items()}
-    columns["member_size"][6] = -1
-    DataIndex(made.names, columns).save(paths[0].parent / INDEX_NAME)
-    monkeypatch.setattr(data_index, "_CHECKED_AT_ONCE", 9)
+    _changed(made, "member_size", 1, 2, -1).save(paths[0].parent / INDEX_NAME)
+    monkeypatch.setattr(data_index, bound, {"_CHECKED_AT_ONCE": 9, "_SHARDS_CHECKED_AT_ONCE": 1}[bound])
 
     index = pickle.loads(pickle.dumps(DataIndex.load_or_build(paths)))
     assert _facts(index.shard(0)) == _facts(made.shard(0))
@@ -179,10 +188,8 @@ def test_names_that_are_no_files_of_the_folder(make_shards, names):
     paths = make_shards(2, 2)
     made = DataIndex.load_or_build(paths)
     file = paths[0].parent / INDEX_NAME
-    DataIndex(made.names, made._columns).save(file)
-    save_file(
-        {k: np.array(v) for k, v in made._columns.items()}, file, data_index._METADATA | {"names": json.dumps(names)}
-    )
+    made.names = names
+    made.save(file)
     with pytest.raises(UserError, match=r"is not the name of a shard|names a shard twice|names no shards"):
         DataIndex.load(file)
 

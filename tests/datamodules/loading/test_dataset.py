@@ -139,7 +139,7 @@ def test_shard_that_changes_in_place_while_it_is_read(make_shards, dataset_of):
 
 def test_size_in_the_index_must_be_that_of_the_image(make_shards, dataset_of):
     dataset = dataset_of(make_shards(2))
-    dataset.reader.table._indexes[0].width[1] = 16
+    dataset.reader.table._indexes[0]._rows(0)["width"][1] = 16
     (report,) = dataset.__getitems__(_requests(0, 1))["bad"]
     assert report.reason == "the image has 24 x 16 pixels, but 16 x 16 in the index"
 

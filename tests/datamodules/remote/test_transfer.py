@@ -28,6 +28,7 @@ from lit_lora.datamodules.remote.transfer import (
     is_remote,
     list_tars,
     object_size,
+    ranged_size,
     read_range,
 )
 from lit_lora.errors import UserError
@@ -329,6 +330,8 @@ def test_size_and_existence(server, ranges):
     (server.folder / "empty.tar").write_bytes(b"")
     assert object_size(f"{server.url}/a.tar", QUICK) == len(DATA)
     assert object_size(f"{server.url}/empty.tar", QUICK) == 0
+    assert ranged_size(f"{server.url}/a.tar", QUICK) == (len(DATA) if ranges else None)
+    assert ranged_size(f"{server.url}/empty.tar", QUICK) is None
     assert exists(f"{server.url}/a.tar", QUICK)
     assert not exists(f"{server.url}/b.tar", QUICK)
     server.fault = 403
@@ -358,6 +361,7 @@ def test_credentials_appear_in_no_message(server, target, fault, caplog, capfd):
         lambda: fetch(location, target, len(DATA) + 1, QUICK),
         lambda: read_range(location, 10, len(DATA), QUICK),
         lambda: object_size(location, QUICK),
+        lambda: ranged_size(location, QUICK),
     ):
         with suppress(UserError):
             try:
@@ -406,7 +410,7 @@ def test_local_files(tmp_path, target, scheme):
     assert fetch(f"{scheme}{path}", target, len(DATA), QUICK) == len(DATA)
     assert target.read_bytes() == DATA
     assert read_range(f"{scheme}{path}", 7, 9, QUICK) == DATA[7:16]
-    assert object_size(f"{scheme}{path}", QUICK) == len(DATA)
+    assert object_size(f"{scheme}{path}", QUICK) == ranged_size(f"{scheme}{path}", QUICK) == len(DATA)
     assert list_tars(f"{scheme}{tmp_path}") == [f"{scheme}{path}"]
     with pytest.raises(RemoteError, match="ends at byte 3000000"):
         read_range(f"{scheme}{path}", len(DATA) - 1, 2, QUICK)
@@ -510,6 +514,7 @@ def test_s3(s3, target):
     assert target.read_bytes() == DATA
     assert read_range("s3://train/shards/a.tar", 1_500_000, 7, QUICK) == DATA[1_500_000:1_500_007]
     assert object_size("s3://train/shards/a.tar", QUICK) == len(DATA)
+    assert ranged_size("s3://train/shards/a.tar", QUICK) == len(DATA)
     version = fetch_changed("s3://train/shards/a.tar", target, None, QUICK)
     assert version
     target.write_bytes(b"not copied again")
