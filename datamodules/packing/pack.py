@@ -195,15 +195,16 @@ def _pack(
         for shard, group in zip(run_jobs(_finish, work(), jobs), shards.values(), strict=True):
             done.append(shard)
             bad += shard.bad
-            if count_files(bad) > max_bad:
-                bar.set_description("checking, since there are too many bad files")
+            if (number := count_files(bad)) > max_bad:
+                bar.set_description("checking the rest")
             bar.update(len(group))
     left_out = [*bad, *samples.skipped]
     write_left_out(out / _BAD, left_out)
-    if count_files(bad) > max_bad:
+    if (number := count_files(bad)) > max_bad:
+        files = "file" if number == 1 else "files"
         raise UserError(
-            f"{count_files(bad)} bad files, more than max_bad={max_bad}; repair them or raise max_bad"
-            f" ({visible(out / _BAD)} lists all):{list_first(bad)}"
+            f"{number} bad {files}, more than max_bad={max_bad}; repair or remove what is bad, or set max_bad to {number} to "
+            f"leave it out ({visible(out / _BAD)} lists all):{list_first(bad)}"
         )
     summary = _conclude(out, done, samples, bad)
     remove_left_overs(out, list(shards))  # once more: the processes of a killed run end a moment after it

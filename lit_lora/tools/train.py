@@ -16,9 +16,19 @@ if TYPE_CHECKING:
 # Nothing heavy is imported here: jsonargparse would import it for --help.
 
 _OF_FIT = ("--trainer.", "--model.", "--data.", "--seed_everything")
+SHORT = {
+    "--steps": "--trainer.max_steps",
+    "--time": "--trainer.max_time",
+    "--rank": "--model.adapter.init_args.r",
+    "--lr": "--model.optimizer.init_args.lr",
+    "--resolution": "--data.init_args.resolution",
+    "--batch_size": "--data.init_args.batch_size",
+}
+"""Options of ``lit-lora fit`` by the names that others give them."""
+
 _EPILOG = (
-    "Options of lit-lora fit may follow and win over what is chosen: --trainer.max_steps 500, --model.adapter.init_args.r 8,"
-    " --data.init_args.batch_size 2."
+    f"Options of lit-lora fit may follow and win over what is chosen, such as --trainer.devices 2; {', '.join(SHORT)} are"
+    " short for those of trainer, adapter, optimizer and data."
 )
 
 
@@ -99,6 +109,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
     remaining = iter(switched)
     for argument in remaining:
         name, equals, value = argument.partition("=")
+        name = SHORT.get(name, name)
         if name in ("--config", "-c"):
             raise UserError(
                 "--config is no option of train, which makes a config itself: write it with --dry_run, change it, and call "

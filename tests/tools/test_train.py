@@ -18,7 +18,7 @@ from lit_lora.cli import main
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 from lit_lora.prompts import read_prompts
-from lit_lora.tools.train import split_arguments, train_command
+from lit_lora.tools.train import SHORT, split_arguments, train_command
 from lit_lora.tools.training.request import Request
 from lit_lora.tools.training.run import train_adapter
 
@@ -68,7 +68,12 @@ def test_a_folder_becomes_an_adapter_and_the_same_command_resumes(
     assert results["folder"] == str(run)
     assert {"adapter", "best", "card", "report", "figures", "samples"} <= results.keys()
     assert all((run / path).exists() for name, path in results.items() if name != "folder")
-    assert f"--adapter {run / results['best']}" in shown.out
+    assert f"--adapter \\\n  {run / results['best']}" in shown.out
+    lines = [*shown.out.splitlines(), *shown.err.replace("\r", "\n").splitlines()]
+    assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
+    assert "written:" not in shown.out, "files are listed once, at the end"
+    assert str(run / "checkpoints") not in shown.err
+    assert "each pass drops" not in shown.err
     assert "--prompts 'sks dog'" in shown.out
 
     (out / "finished.json").unlink()  # as if it had been killed before its end
@@ -287,7 +292,7 @@ def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"--out": "."}, "which is no run of train; name another folder with --out"),
         ({"--trainer.max_steps": "many"}, "trainer.max_steps='many' is not a number"),
         ({"--trainer.max_steps": "0"}, "trainer.max_steps=0 is too small; it must be at least 1"),
-        ({"--steps": "3"}, "steps"),
+        ({"--stepz": "3"}, "stepz"),
         ({"--sources": "."}, "is trained without source images; take a base such as flux_kontext"),
     ],
 )
@@ -323,8 +328,11 @@ def test_another_run_is_not_overwritten(command: list[str], tmp_path: Path, caps
     record = {"base": "sdxl"}
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.json").write_text(json.dumps(record))
+    (tmp_path / "out" / "config.yaml").write_text("")
     assert main(command) == 2
-    assert "holds the run of folder=None, not" in capsys.readouterr().err
+    message = " ".join(capsys.readouterr().err.split())
+    assert "holds the run of folder=None, not" in message
+    assert "give the same options to resume it, or remove it" in message
     assert json.loads((tmp_path / "out" / "train.json").read_text()) == record
 
 
@@ -339,14 +347,44 @@ def test_the_help_has_no_config(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_keys_of_the_config_are_told_from_own_options() -> None:
     arguments = ["a", "--base", "sdxl", "--trainer.max_steps", "5", "--dry_run", "--model.optimizer.init_args.lr=1e-4"]
-    own, given = split_arguments([*arguments, "--data.init_args.buckets", "null", "--seed_everything=3"])
+    own, given = split_arguments([*arguments, "--data.init_args.buckets", "null", "--seed_everything=3", "--rank=7"])
     assert own == ["a", "--base", "sdxl", "--dry_run=true"]
     assert given == {
         "trainer.max_steps": 5,
         "model.optimizer.init_args.lr": 1e-4,
         "data.init_args.buckets": None,
         "seed_everything": 3,
+        "model.adapter.init_args.r": 7,
     }
+
+
+def test_short_names_are_keys_of_the_config() -> None:
+    given = [part for name in SHORT for part in (name, "5")]
+    assert split_arguments(["a", *given]) == (["a"], {key.removeprefix("--"): 5 for key in SHORT.values()})
+
+
+@pytest.mark.slow
+def test_a_run_without_settings_gives_way_to_another_one(
+    command: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too few images, then more of them, then other options: nothing has to be removed by hand."""
+    command = [*command, "--dry_run"]
+    for path in sorted(images.iterdir())[2:]:
+        path.rename(tmp_path / path.name)
+    assert main(command) == 2
+    assert "there are 2 images, fewer than 4; add some" in capsys.readouterr().err
+    for path in tmp_path.glob("*.png"):
+        path.rename(images / path.name)
+    command[command.index("--device_memory") + 1] = "100 B"
+    assert main(command) == 2
+    assert "nothing fits into 100 B" in capsys.readouterr().err
+    command[command.index("--trigger") + 1] = "other words"
+    command[command.index("--device_memory") + 1] = "100"
+    assert main(command) == 0
+    assert "20 images" in capsys.readouterr().out
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    [draws] = [one for one in config["trainer"]["callbacks"] if one["class_path"].endswith("SampleImages")]
+    assert set(draws["init_args"]["prompts"]) == {"other words"}
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,8 @@ def choose(base: Base, images: Images, given: dict[str, Any]) -> Settings:
         UserError: If the images are too few or too small.
     """
     if len(images) < LEAST_IMAGES:
-        raise UserError(f"there are {len(images)} images, fewer than {LEAST_IMAGES}; add some")
+        count = f"are {len(images)} images" if len(images) > 1 else "is 1 image"
+        raise UserError(f"there {count}, fewer than {LEAST_IMAGES}; add some, and give the same command again")
     resolution = given.get("resolution") or _resolution(base, images)
     counts = [len(images)]
     if resolution % _DIVISOR == 0 and not base.is_embedded:
@@ -162,6 +163,8 @@ def _reasons(
     usual = f"usual for {base.name}"
     smaller = f"the median image has the area of {images.edge} x {images.edge} px"
     shapes = "images keep about their aspect ratio" if settings.buckets else "all images are about square"
+    if base.is_embedded:
+        shapes = f"{base.name} draws squares; the rest is cut off"
     data = "data.init_args"
     return (
         Choice(

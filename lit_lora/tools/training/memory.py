@@ -93,7 +93,7 @@ def fit_memory(
         name, last = rungs[-1]
         raise UserError(
             f"nothing fits into {format_bytes(memory)}: the run needs {format_bytes(_without_drawing(known[last]).needed)} even "
-            f"with {name}. Take a smaller base or a lower --data.init_args.resolution"
+            f"with {name}. Free some memory, or take a smaller base or a lower --data.init_args.resolution"
         )
     name, chosen = rungs[found]
     for tiled in (False, True) if settings.draws else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,12 @@ from lit_lora.visible import visible
 
 RECORD = "train.json"
 """File in the run's folder that tells what the run was asked to do."""
+
+CONFIG = "config.yaml"
+"""File in the run's folder with its settings."""
+
+PACKED = ("shards", "shards-validation")
+"""Folders in the run's folder with the packed images."""
 
 
 class Request(NamedTuple):
@@ -52,6 +59,8 @@ class Request(NamedTuple):
 def claim(out: Path, request: Request) -> None:
     """Check that a folder is empty or holds the run that is asked for, and record the run.
 
+    A run that came to no settings, since images were missing or nothing fitted into the memory, gives way to another one.
+
     Raises:
         UserError: If it holds anything else.
     """
@@ -62,16 +71,25 @@ def claim(out: Path, request: Request) -> None:
             raise UserError(
                 f"{visible(out)} holds {visible(others[0])}, which is no run of train; name another folder with --out"
             )
-        with atomic_file(path) as part:
-            part.write_text(json.dumps(request.record, indent=2) + "\n", encoding="utf-8")
+        _write(path, request)
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{visible(path)} is damaged; name another folder with --out") from error
-    for name, value in request.record.items():
-        if found.get(name) != value:
-            raise UserError(
-                f"{visible(out)} holds the run of {name}={found.get(name)!r}, not {value!r}; name another folder with --out, or "
-                "give the same options to resume it"
-            )
+    differing = [name for name, value in request.record.items() if found.get(name) != value]
+    if differing and not (out / CONFIG).exists():
+        for name in PACKED:
+            shutil.rmtree(out / name, ignore_errors=True)
+        _write(path, request)
+    elif differing:
+        name = differing[0]
+        raise UserError(
+            f"{visible(out)} holds the run of {name}={found.get(name)!r}, not {request.record[name]!r}; name another folder with "
+            "--out, give the same options to resume it, or remove it"
+        )
+
+
+def _write(path: Path, request: Request) -> None:
+    with atomic_file(path) as part:
+        part.write_text(json.dumps(request.record, indent=2) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ import torch
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.packing.left_out import count_files, format_reasons
 from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
+from lit_lora.datamodules.packing.pack_plan import MANIFEST
 from lit_lora.datamodules.packing.pack_sets import PackedSets, find_sets, pack_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets
 from lit_lora.datamodules.packing.splits import validation_folder
@@ -47,7 +48,7 @@ from lit_lora.tools.training.edit_prompts import write_edit_prompts
 from lit_lora.tools.training.fitting import fit, parts, resuming
 from lit_lora.tools.training.images import Images
 from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
-from lit_lora.tools.training.request import Request, claim
+from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim
 from lit_lora.tools.training.results import newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
 from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice
@@ -113,11 +114,11 @@ class _Training:
 
     @property
     def config(self) -> Path:
-        return self.out / "config.yaml"
+        return self.out / CONFIG
 
     @property
     def shards(self) -> Path:
-        return self.out / "shards"
+        return self.out / PACKED[0]
 
     @property
     def cache(self) -> Path:
@@ -204,6 +205,8 @@ class _Training:
     def run(self) -> None:
         """Do what is left to do: a run that was stopped goes on."""
         print(f"output   {self.out}")
+        if not self.config.exists():
+            self._unpack()
         if self.packed_sets is None:
             print("\n".join(packed_lines("packed", self._pack(self.folder, self.shards), self.validation)))
             if self.held_out is not None:
@@ -223,6 +226,12 @@ class _Training:
         else:
             print("finished already; name another folder with --out to train again")
         print(ending(results, self.prompts[0]))
+
+    def _unpack(self) -> None:
+        """Have shards count as unfinished: images may still be added or repaired while no settings have been chosen for them."""
+        for name in PACKED:
+            for manifest in (self.out / name).rglob(MANIFEST):
+                manifest.unlink()
 
     def _choose(self) -> None:
         """Choose settings, show them and their plan, and write the config."""
@@ -347,5 +356,6 @@ def packed_lines(name: str, packed: PackSummary, apart: Path | None = None) -> l
     files = [one for one in (*packed.bad, *packed.skipped) if apart is None or one.file != f"{apart.name}/"]
     left_out = f", {count_files(files):,} left out (see {visible(packed.folder / 'bad.jsonl')})" if files else ""
     earlier = " by an earlier run" if packed.resumed == packed.shards else ""
-    written = f"{name:<8} {packed.samples:,} images, {format_bytes(packed.size)}{left_out}{earlier}"
+    count = f"{packed.samples:,} {'image' if packed.samples == 1 else 'images'}"
+    written = f"{name:<8} {count}, {format_bytes(packed.size)}{left_out}{earlier}"
     return [written, *format_reasons(files), *map(format_note, packed.notes)]

@@ -73,7 +73,9 @@ def test_offloading_is_for_gpus() -> None:
 
 
 def test_nothing_fits() -> None:
-    with pytest.raises(UserError, match=r"nothing fits into 6 B: .* Take a smaller base or a lower"):
+    with pytest.raises(
+        UserError, match=r"nothing fits into 6 B: .* Free some memory, or take a smaller base or a lower"
+    ):
         _fit(6)
 
 
