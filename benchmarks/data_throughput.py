@@ -196,9 +196,14 @@ def of_loader(batches: Iterable[Any]) -> Pass:
 def decode(images: list[bytes]) -> int:
     """Decode, resize and crop images; return their number."""
     for encoded in images:
-        image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
-        v2.center_crop(v2.resize(image, [SIDE], InterpolationMode.BICUBIC, antialias=True), [SIDE, SIDE])
+        frame(bytearray(encoded))
     return len(images)
+
+
+def frame(encoded: bytearray) -> Any:
+    """Decode, resize and crop one image."""
+    image = decode_image(torch.frombuffer(encoded, dtype=torch.uint8), ImageReadMode.RGB)
+    return v2.center_crop(v2.resize(image, [SIDE], InterpolationMode.BICUBIC, antialias=True), [SIDE, SIDE])
 
 
 def limit(images: list[bytes], workers: int) -> Pass:
@@ -212,8 +217,36 @@ def limit(images: list[bytes], workers: int) -> Pass:
     return lambda: sum(future.result() for future in [pool.submit(decode_share) for pool in pools])
 
 
-def start(share: list[bytes]) -> None:
-    """Keep a worker's images, so that they are not sent in each pass."""
+def whole_limit(folder: Path, batch_size: int, workers: int) -> Pass:
+    """Passes that also read the bytes from the shards and copy the images into batches, in a process for each worker.
+
+    Nothing else is done: nothing is checked, batches are not ordered, and no worker waits for another.
+    """
+    from lit_lora.datamodules.indexing.open_table import open_table
+
+    table = open_table(str(folder / "shards"))
+    spans = [(table.locations[table.shard_of(sample)], *table.spans(sample)["jpg"]) for sample in range(len(table))]
+    pools = [
+        ProcessPoolExecutor(1, multiprocessing.get_context("fork"), start, (share,))
+        for share in (spans[number::workers] for number in range(workers))
+    ]
+    return lambda: sum(future.result() for future in [pool.submit(read_share, batch_size) for pool in pools])
+
+
+def read_share(batch_size: int) -> int:
+    """Read, decode, resize and crop a worker's images into batches; return their number."""
+    batch = torch.empty(batch_size, SIDE, SIDE, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    for number, (path, offset, size) in enumerate(SHARE):
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            encoded = bytearray(size)
+            file.readinto(encoded)
+        batch[number % batch_size].copy_(frame(encoded))
+    return len(SHARE)
+
+
+def start(share: list[Any]) -> None:
+    """Keep a worker's share, so that it is not sent in each pass."""
     global SHARE
     SHARE = share
     torch.set_num_threads(1)
@@ -223,7 +256,7 @@ def decode_share() -> int:
     return decode(SHARE)
 
 
-SHARE: list[bytes] = []
+SHARE: list[Any] = []
 
 
 class Cost(NamedTuple):

@@ -5,6 +5,8 @@ Each pass of WebDatasetDataModule is measured with two decoders:
 - waiting: sleeps 4 to 12 ms for each sample, so that other programs on the machine hardly matter. The limit is the sleep of all
   samples, shared by as many threads one by one; what is missing is time in which a thread has nothing to do.
 - decoding: reads JPEGs as in ``data_throughput.py``. The limit is decoding, resizing and cropping alone in as many processes.
+- whole work: the same passes. The limit also reads the bytes from the shards and copies the images into batches, which no loader
+  can leave out: what is missing is checks, order, Python's lock and waiting.
 
 Several trees, for example checkouts of two commits, are compared in one run: each has a process of its own, which waits while
 another makes a pass. Ratios are medians over the rounds, each to the limit of its round.
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_throughput import Cost, cpu_seconds, limit, ours, passes_with, processor, write_data
+from data_throughput import Cost, Pass, cpu_seconds, limit, ours, passes_with, processor, whole_limit, write_data
 from environment import versions
 
 from lit_lora.datamodules import SampleDecoder
@@ -97,19 +99,30 @@ class Tree:
         return self._process.stdout.readline().strip()
 
 
-def of_decoding(images: list[bytes], workers: int, rounds: int, trees: dict[str, Tree]) -> list[str]:
-    """Lines of the table for decoding."""
-    at_most = limit(images, workers)
-    shares: dict[str, list[Cost]] = {name: [] for name in trees}
+def of_decoding(
+    images: list[bytes], folder: Path, batch_size: int, workers: int, rounds: int, trees: dict[str, Tree]
+) -> list[str]:
+    """Lines of the table for decoding, one for each limit."""
+    # The processes of the limits end with this function; until then they hold the trees' standard input.
+    limits = {"decoding": limit(images, workers), "whole work": whole_limit(folder, batch_size, workers)}
+    shares: dict[tuple[str, str], list[Cost]] = {(kind, name): [] for kind in limits for name in trees}
     for number in range(rounds + 1):  # the first warms up
-        cpu, wall = cpu_seconds(), time.perf_counter()
-        at_most()
-        bound = Cost(time.perf_counter() - wall, cpu_seconds() - cpu)
+        bounds = {kind: cost_of(at_most) for kind, at_most in limits.items()}
         for name, tree in trees.items():
             cost = tree.go("decoding")
-            if number:
-                shares[name].append(Cost(bound.wall / cost.wall, bound.cpu / cost.cpu))
-    return [f"{'decoding':<12}{name:<20}{middle(costs, 0):>14}{middle(costs, 1):>14}" for name, costs in shares.items()]
+            for kind, bound in bounds.items():
+                if number:
+                    shares[kind, name].append(Cost(bound.wall / cost.wall, bound.cpu / cost.cpu))
+    return [
+        f"{kind:<12}{name:<20}{middle(costs, 0):>14}{middle(costs, 1):>14}" for (kind, name), costs in shares.items()
+    ]
+
+
+def cost_of(at_most: Pass) -> Cost:
+    """Wall and CPU seconds of one pass of a limit."""
+    cpu, wall = cpu_seconds(), time.perf_counter()
+    at_most()
+    return Cost(time.perf_counter() - wall, cpu_seconds() - cpu)
 
 
 def of_waiting(count: int, workers: int, rounds: int, trees: dict[str, Tree]) -> list[str]:
@@ -157,7 +170,7 @@ def main() -> None:
             print(f"\n{count} images\n{'':<12}{'':<20}{'wall':>14}{'CPU':>14}")
             for line in of_waiting(count, options.workers, options.rounds, trees):
                 print(line, flush=True)
-            for line in of_decoding(images, options.workers, options.rounds, trees):
+            for line in of_decoding(images, Path(folder), options.batch_size, options.workers, options.rounds, trees):
                 print(line, flush=True)
             for one in trees.values():
                 one.close()
