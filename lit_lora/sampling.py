@@ -145,7 +145,7 @@ def generate(
     """
     check_guidance_rescale(type(pipeline), guidance_rescale)
     check_negative_prompts(type(pipeline), negative_prompts, guidance_scale, guided)
-    warn_of_unknown_tokens([*prompts, *negative_prompts], pipeline.components)
+    warn_of_unknown_tokens([*prompts, *negative_prompts], getattr(pipeline, "components", {}))
     images: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
