@@ -25,3 +25,11 @@ def test_a_damaged_event_file_is_named_and_an_unfinished_one_is_not(tmp_path: Pa
     found, notes = read(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
     assert found < 8
     assert notes == [f"{file.name} is damaged, and what follows the damage is not shown"]
+
+
+def test_steps_are_counted_from_one_and_the_base_is_at_zero(tmp_path: Path) -> None:
+    """Lightning logs the values of the first step at 0."""
+    with SummaryWriter(str(tmp_path)) as writer:
+        for name, step in (("val/loss", 0), ("val/loss", 4), ("train/loss", 0), ("train/loss", 4)):
+            writer.add_scalar(name, 1.0, step)
+    assert read_curves(tmp_path, []) == {"val/loss": [(0, 1.0), (5, 1.0)], "train/loss": [(1, 1.0), (5, 1.0)]}
