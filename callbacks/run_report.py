@@ -88,7 +88,7 @@ class RunReport(Callback):
         self._meter = meter_of(trainer.strategy.root_device)
         self._meter.reset()
         self._loaded: float | None = None
-        self._first_step = 0
+        self._first_step: int | None = None  # none if a resumed run has nothing left to train
         self._samples: int | None = 0
         # Weighted samples are counted on the device, since reading the number at each step would synchronise.
         self._weighted: Tensor | None = None
@@ -165,7 +165,7 @@ class RunReport(Callback):
             "train_seconds": 0.0 if self._loaded is None else now - self._loaded,
             "cpu_seconds": _cpu_seconds() - self._cpu_start,
             "samples": samples,
-            "optimizer_steps": self._trainer.global_step - self._first_step,
+            "optimizer_steps": 0 if self._first_step is None else self._trainer.global_step - self._first_step,
         }
 
     def _write(self, status: str, pl_module: LightningModule, everyone: list[Figures]) -> None:

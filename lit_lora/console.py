@@ -43,6 +43,15 @@ _pythons_format = warnings.formatwarning
 _NOISY_LOGGERS = ("torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that warn about each other's libraries, which a user can do nothing about."""
 
+_NO_NEWS = (
+    "\N{ELECTRIC LIGHT BULB}",
+    "TPU available",
+    "`Trainer(val_check_interval=1)`",
+    "`Trainer.fit` stopped: `max_steps=",
+    "Restoring states from the checkpoint path",
+)
+"""Beginnings of Lightning's messages that advertise, or tell what config, bar and other messages say."""
+
 _SEED_LOGGER = "lightning.fabric.utilities.seed"
 """Tells the seed, which is in the config, also where nothing is drawn."""
 
@@ -78,8 +87,18 @@ def print_error(message: str, title: str = "error") -> None:
 
 
 def plain_warnings() -> None:
-    """Show warnings as errors are shown, without the line of code that gave them; call it after the libraries are imported."""
+    """Show warnings as errors are shown, without the line of code that gave them, and Lightning's messages in lines that fit.
+
+    Call it after the libraries are imported.
+    """
     warnings.formatwarning = _format_warning
+    for handler in logging.getLogger("lightning.pytorch").handlers:
+        handler.setFormatter(_FittingLines())
+
+
+class _FittingLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(_fitting(super().format(record).split("\n")))
 
 
 def _format_warning(
@@ -91,12 +110,16 @@ def _format_warning(
 
 
 def _titled(message: str, title: str) -> str:
-    """A message under its title, with lines as wide as the terminal; in a file its lines are left whole."""
-    lines = visible_lines(redact_urls(message)).split("\n")
-    if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns
-        lines = [_wrapped(line, width) if len(line) > width else line for line in lines]
-    return "\n".join([f"lit-lora: {title}", *lines])
+    """A message under its title."""
+    return "\n".join([f"lit-lora: {title}", *_fitting(visible_lines(redact_urls(message)).split("\n"))])
+
+
+def _fitting(lines: list[str]) -> list[str]:
+    """Lines as wide as the terminal; in a file they are left whole."""
+    if not sys.stderr.isatty():
+        return lines
+    width = shutil.get_terminal_size().columns
+    return [_wrapped(line, width) if len(line) > width else line for line in lines]
 
 
 def _wrapped(line: str, width: int) -> str:
@@ -184,15 +207,8 @@ def end_quietly() -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning's is no advertisement, nor about TPUs or what config and bar say; it is added once."""
-    return not record.getMessage().startswith(
-        (
-            "\N{ELECTRIC LIGHT BULB}",
-            "TPU available",
-            "`Trainer(val_check_interval=1)`",
-            "`Trainer.fit` stopped: `max_steps=",
-        )
-    )
+    """Whether a message of Lightning's tells something new; it is added once."""
+    return not record.getMessage().startswith(_NO_NEWS)
 
 
 def _version(name: str) -> str:

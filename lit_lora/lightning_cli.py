@@ -40,6 +40,7 @@ from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.dropped_options import dropped_options
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
+from lit_lora.harmless_warnings import harmless_ignored
 from lit_lora.help_screen import HelpScreen
 from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
@@ -48,17 +49,6 @@ from lit_lora.run_folder import run_folder
 
 for _module in dict.fromkeys(public_names().values()):
     import_module(_module)  # the public names are short class paths, which jsonargparse finds among imported classes
-
-_HARMLESS = (
-    r"LightningCLI's args parameter",  # we are the command line
-    r"The dirpath has changed",  # each run has its own log folder
-    r"Found \d+ module\(s\) in eval mode",  # the frozen encoders
-    r".*isinstance.treespec, LeafSpec",  # Lightning's own use of torch
-    r"`loftq_config` specified but will be ignored",  # a default that jsonargparse spells out
-    r"Total length of `list` across ranks is zero",  # no validation data is a choice
-    r"The .*dataloader.* does not have many workers",  # num_workers has a default and a reason
-)
-"""Warnings of Lightning, torch and PEFT that need no action from the user."""
 
 _NO_CAUSES = ("Expected a <class", "Does not validate against any of the Union")
 """Beginnings of those entries in jsonargparse's list of errors that only name a type which the value does not have."""
@@ -262,9 +252,7 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
     disable_progress_bar()  # of transformers, one for each text encoder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
     arguments = [shipped_config(part) for argument in arguments for part in _config_and_path(argument)]
-    with warnings.catch_warnings():
-        for harmless in _HARMLESS:
-            warnings.filterwarnings("ignore", harmless)
+    with harmless_ignored():
         return cli_class(
             LoraDiffusion,
             LightningDataModule,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -162,3 +163,23 @@ def test_warnings_are_shown_as_errors_are(monkeypatch: pytest.MonkeyPatch) -> No
     assert "module.py:3: DeprecationWarning: read" in warnings.formatwarning(
         message, DeprecationWarning, "module.py", 3
     )
+
+
+def test_messages_of_lightning_and_of_the_package_fit_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # is restored
+    for name in ("lightning.pytorch", "lit_lora"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+    stream = logging.StreamHandler(io.StringIO())
+    logging.getLogger("lightning.pytorch").addHandler(stream)
+    console.quiet_libraries()
+    console.quiet_libraries()
+    console.plain_warnings()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logging.getLogger("lightning.pytorch.some.module").warning("word " * 12)
+    logging.getLogger("lit_lora.some.module").warning("word " * 12)
+    wrapped = ["word word word word word word"] * 2
+    assert [line.strip() for line in stream.stream.getvalue().splitlines()] == wrapped
+    assert [line.strip() for line in capsys.readouterr().err.splitlines()] == ["lit-lora: warning", *wrapped]

@@ -37,6 +37,7 @@ from lit_lora.tools import (
     shards,
     train,
 )
+from lit_lora.tools.train import SHORT
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -234,6 +235,7 @@ def test_names_in_the_text_exist(page: Path, parsers: dict[str, Any]) -> None:
     text = page.read_text()
     known = {name for parser in parsers.values() for name in re.findall(r"--([\w.+]+)", parser.format_help())}
     known |= {name for function in FUNCTIONS.values() for name in inspect.signature(function).parameters}
+    known |= {name.removeprefix("--") for name in SHORT}
     options = set(re.findall(r"`--([a-z]\w*)(?: [^`]*)?`", text))
     assert not options - known
     for path in set(re.findall(r"`(lit_lora(?:\.\w+)+)", text)) - {"lit_lora.quantized_base"}:  # a key of metadata

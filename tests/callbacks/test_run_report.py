@@ -141,6 +141,8 @@ def test_resumed_runs_report_the_total_too(fit, tmp_path):
     assert report["total"]["wall_seconds"] == pytest.approx(report["this_run"]["wall_seconds"] + saved["wall_seconds"])
     assert report["total"]["cpu_seconds"] == pytest.approx(report["this_run"]["cpu_seconds"] + saved["cpu_seconds"])
     assert report["runs"] == 2
+    nothing_left = fit(ckpt_path=tmp_path / "step=6.ckpt", loader=data(16), max_steps=6, **options())
+    assert (nothing_left["this_run"]["optimizer_steps"], nothing_left["total"]["optimizer_steps"]) == (0, 6)
 
 
 class Stop(Callback):

@@ -14,7 +14,9 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 def read_curves(folder: Path, notes: list[str]) -> Curves:
-    """All scalars in a run's folder.
+    """All scalars in a run's folder, by the number of optimizer steps after which they were measured.
+
+    Lightning logs the values of the tenth step at 9; what it validates before the first step stays at 0.
 
     Args:
         folder: Folder of the run.
@@ -27,7 +29,7 @@ def read_curves(folder: Path, notes: list[str]) -> Curves:
         finite = [(step, value) for step, value in points if math.isfinite(value)]
         if len(finite) < len(points):
             notes.append(f"{len(points) - len(finite)} of {len(points)} values of {name} are NaN or Inf")
-        curves[name] = sorted(finite)
+        curves[name] = sorted((step + (step > 0 or not name.startswith("val/")), value) for step, value in finite)
     return {name: points for name, points in curves.items() if points}
 
 

@@ -15,7 +15,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid var(--ru
 h3 { font-size: 1rem; margin: 0 0 .25rem; font-weight: 600; }
 p, li, dt, figcaption { color: var(--soft); }
 b, dd { color: var(--ink); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .5rem; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(45%, 16rem), 1fr)); gap: .5rem; margin: 1rem 0; }
 .tiles div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
 .tiles dt { font-size: .8rem; }
 .tiles dd { margin: 0; font-size: 1.15rem; font-weight: 600; }

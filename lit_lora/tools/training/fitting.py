@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 
 from lit_lora.callbacks.run_report import RunReport
 from lit_lora.callbacks.step_progress import StepProgress
@@ -47,6 +48,13 @@ def fit(arguments: Sequence[str]) -> Trainer:
     """
     with _started_as(arguments):
         return run(arguments, _FitCLI).trainer
+
+
+def out_of_time(trainer: Trainer) -> bool:
+    """Whether a trainer has used up the time that it was given."""
+    timers = [one for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
+    remaining = [one.time_remaining() for one in timers]
+    return any(seconds is not None and seconds <= 0 for seconds in remaining)
 
 
 @contextmanager

@@ -14,15 +14,18 @@ _RECORD = "finished.json"
 
 
 def newest_run(out: Path) -> Path | None:
-    """The folder of the newest run with a checkpoint; None if there is none.
+    """The folder of the newest run with a checkpoint; None if there is none."""
+    newest = newest_checkpoint(out)
+    return newest and newest.parent.parent
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint; None if there is none.
 
     Of the folders that loggers number, the highest counts, and otherwise the latest checkpoint: a clock may have been set back.
     """
     checkpoints = list(out.glob("**/checkpoints/*.ckpt"))
-    newest = max(
-        checkpoints, key=lambda path: (_number(path.parent.parent.name), path.stat().st_mtime_ns), default=None
-    )
-    return newest and newest.parent.parent
+    return max(checkpoints, key=lambda path: (_number(path.parent.parent.name), path.stat().st_mtime_ns), default=None)
 
 
 def best_adapter(run: Path) -> Path | None:

@@ -45,11 +45,11 @@ from lit_lora.tools.training.captions import (
 from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
 from lit_lora.tools.training.config import comments_of, make_config, write_yaml
 from lit_lora.tools.training.edit_prompts import write_edit_prompts
-from lit_lora.tools.training.fitting import fit, parts, resuming
+from lit_lora.tools.training.fitting import fit, out_of_time, parts, resuming
 from lit_lora.tools.training.images import Images
 from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim
-from lit_lora.tools.training.results import newest_run, record, recorded, results_of
+from lit_lora.tools.training.results import newest_checkpoint, newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
 from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice
 from lit_lora.visible import visible
@@ -322,10 +322,15 @@ class _Training:
         if started := newest_run(self.out):
             print(f"resuming from the last checkpoint in {started}")
             arguments += resuming(started, self.out)
-        trainer = fit(arguments)
+        try:
+            trainer = fit(arguments)
+        except SystemExit:
+            if kept := newest_checkpoint(self.out):
+                print(f"kept     {kept}")
+            raise
         _write_report(self.out)
         results = results_of(self.out)
-        if trainer.global_step >= trainer.max_steps > 0:
+        if trainer.global_step >= trainer.max_steps > 0 or out_of_time(trainer):
             record(self.out, results)
         return results
 

@@ -32,3 +32,11 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     notes: list[str] = []
     assert read_curves(tmp_path, notes) == {"loss": [(1, 0.25), (2, 0.125)]}
     assert notes == []
+
+
+def test_steps_are_counted_from_one_and_the_base_is_at_zero(tmp_path: Path) -> None:
+    """Lightning logs the values of the first step at 0."""
+    with SummaryWriter(str(tmp_path)) as writer:
+        for name, step in (("val/loss", 0), ("val/loss", 4), ("train/loss", 0), ("train/loss", 4)):
+            writer.add_scalar(name, 1.0, step)
+    assert read_curves(tmp_path, []) == {"val/loss": [(0, 1.0), (5, 1.0)], "train/loss": [(1, 1.0), (5, 1.0)]}
