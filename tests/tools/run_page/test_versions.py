@@ -17,7 +17,7 @@ def version(logs: Path, number: int, ckpt_path: str | None, losses: dict[int, fl
     folder = logs / f"version_{number}"
     (folder / "samples").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"ckpt_path": ckpt_path}))
-    rows = "".join(f"{step},{loss}\n" for step, loss in losses.items())
+    rows = "".join(f"{step - 1},{loss}\n" for step, loss in losses.items())  # Lightning counts them from 0
     (folder / "metrics.csv").write_text("step,train/loss\n" + rows)
     Image.new("RGB", (8, 8)).save(folder / "samples" / f"step-{max(losses):06d}.png")
     if saves:
