@@ -83,11 +83,21 @@ def claim(out: Path, request: Request) -> None:
             shutil.rmtree(out / name, ignore_errors=True)
         _write(path, request)
     elif differing:
-        name = differing[0]
+        there, here = _difference(differing[0], found.get(differing[0]), request.record[differing[0]])
         raise UserError(
-            f"{visible(out)} holds the run of {name}={found.get(name)!r}, not {request.record[name]!r}; name another folder with "
-            "--out, give the same options to resume it, or remove it"
+            f"{visible(out)} holds the run of {there}, not {here}; name another folder with --out, give the same options to "
+            "resume it, or remove it"
         )
+
+
+def _difference(name: str, there: Any, here: Any) -> tuple[str, str]:
+    """Two values of an option that differ, as they are told; of values for keys of the config the first key that differs."""
+    if name != "given":
+        return f"{name}={there!r}", repr(here)
+    there = there if isinstance(there, dict) else {}
+    key = next(key for key in (*here, *there) if here.get(key) != there.get(key) or (key in here) != (key in there))
+    told = [f"{key}={one[key]!r}" if key in one else f"no {key}" for one in (there, here)]
+    return told[0], told[1]
 
 
 def _write(path: Path, request: Request) -> None:
