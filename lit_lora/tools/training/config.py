@@ -49,7 +49,7 @@ def make_config(
     trainer["enable_model_summary"] = False  # StepProgress tells what is trained
     trainer["logger"] = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": str(out)}}
     validates = settings.val_samples > 0 or "val_shards" in sources
-    trainer["callbacks"] = _callbacks(base, settings, prompts, every, validates)
+    trainer["callbacks"] = _callbacks(base, settings, out, prompts, every, validates)
     model["adapter"]["init_args"] |= {"r": settings.rank, "lora_alpha": settings.rank}
     model["optimizer"]["init_args"]["lr"] = settings.lr
     model["parameter_groups"] = [{"pattern": "*.lora_B.*", "lr_ratio": settings.lr_ratio}]
@@ -122,7 +122,7 @@ def write_yaml(config: Mapping[str, Any], comments: Mapping[str, str], depth: in
 
 
 def _callbacks(
-    base: Base, settings: Settings, prompts: Sequence[str], every: int, validates: bool
+    base: Base, settings: Settings, out: Path, prompts: Sequence[str], every: int, validates: bool
 ) -> list[dict[str, Any]]:
     saves: dict[str, Any] = {"save_last": True, "enable_version_counter": False}
     if validates:  # after each validation
@@ -140,6 +140,9 @@ def _callbacks(
         kept.append({"class_path": "lit_lora.callbacks.SampleImages", "init_args": options})
     if validates:
         kept.append({"class_path": "lit_lora.callbacks.BaseLoss"})
+        # lit-lora predict draws the validation captions.
+        writes = {"output_dir": str(out / "predicted")}
+        kept.append({"class_path": "lit_lora.callbacks.ImageWriter", "init_args": writes})
     return [*kept, {"class_path": "lit_lora.callbacks.RunReport"}]
 
 

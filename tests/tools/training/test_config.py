@@ -47,7 +47,7 @@ def test_images_are_drawn_at_the_size_that_is_trained() -> None:
 
 def test_without_validation_and_drawing() -> None:
     names = [one["class_path"].rpartition(".")[2] for one in _config()["trainer"]["callbacks"]]
-    assert names == ["AdapterCheckpoint", "SampleImages", "BaseLoss", "RunReport"]
+    assert names == ["AdapterCheckpoint", "SampleImages", "BaseLoss", "ImageWriter", "RunReport"]
     plain = _config(settings=replace(SETTINGS, val_samples=0, draws=False))["trainer"]["callbacks"]
     assert [one["class_path"].rpartition(".")[2] for one in plain] == ["AdapterCheckpoint", "RunReport"]
     assert "monitor" not in plain[0]["init_args"]
