@@ -204,6 +204,7 @@ def test_training_goes_on_from_the_files(
     module_of(request.getfixturevalue(fixture), FAMILIES[fixture], new_tokens=TOKENS, adapter=dropped)
 
 
+@pytest.mark.filterwarnings("ignore:the prompt .* which is drawn as plain text")  # the base alone has no tokens
 @pytest.mark.parametrize("adapters", [True, False], ids=["with adapters", "alone"])
 def test_samples_are_those_of_the_training_model(adapters: bool, trained: Any, tmp_path: Path) -> None:
     module, folder = trained("sd_folder", adapters)
