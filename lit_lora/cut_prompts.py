@@ -33,9 +33,10 @@ def cut_prompts_told(pipeline: Any, prompts: Sequence[str]) -> Iterator[None]:
     parts: list[Any] = [
         getattr(pipeline, name) for name in getattr(pipeline, "components", ()) if name.startswith("tokenizer")
     ]
-    tokenizer = max((one for one in parts if one is not None), key=lambda one: one.model_max_length, default=None)
-    if tokenizer is not None:
-        _tell(tokenizer, prompts)
+    parts = [one for one in parts if one is not None]
+    # Processors of images and text, as FLUX.2 has, tell no limit, and cut nothing here.
+    if parts and all(hasattr(one, "model_max_length") for one in parts):
+        _tell(max(parts, key=lambda one: one.model_max_length), prompts)
     names = {_TOKENIZERS, *(kind.__module__ for kind in type(pipeline).__mro__)}
     loggers = [logging.getLogger(name) for name in names]
     for one in loggers:
