@@ -67,7 +67,7 @@ def test_a_quarter_without_samples_is_not_logged(
     curves = read_curves(Path(logger.log_dir), [])
     expected = [quarters_of(sd_module, [batch], sd_module.seed) for batch in batches]
     assert any(before.keys() - after.keys() for before, after in pairwise(expected))
-    for step, quarters in enumerate(expected):
+    for step, quarters in enumerate(expected, start=1):
         names = {quarter: dict(curves.get(f"train/loss_q{quarter}", [])) for quarter in range(1, 5)}
         found = {quarter: curve[step] for quarter, curve in names.items() if step in curve}
         assert found == pytest.approx(quarters, rel=1e-5)

@@ -158,8 +158,9 @@ def read_file(path: Path) -> Any:
     with safe_open(path, framework="numpy") as opened:  # not its bytes: safetensors orders metadata by chance
         tensors = {name: opened.get_tensor(name).tobytes() for name in opened.keys()}  # noqa: SIM118
         metadata = opened.metadata() or {}
-    for times in (tensors, metadata):
-        times.pop("shard_mtime_ns", None)  # type: ignore[attr-defined]
+    for values in (tensors, metadata):
+        for of_times in ("shard_mtime_ns", "crc32"):  # the checksum covers the times
+            values.pop(of_times, None)  # type: ignore[attr-defined]
     return tensors, metadata
 
 

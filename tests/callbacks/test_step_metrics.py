@@ -75,8 +75,8 @@ def test_rate_norm_and_throughput_of_steps(
     batches = [{"x": torch.full((5,), float(number))} for number in range(12)]
     trainer.fit(Linear(clock), loader_of(batches), loader_of([{}]))
     curves = read_curves(Path(logger.log_dir), [])
-    assert curves["train/lr"] == [(1, 0.5), (3, 0.125), (5, 0.03125)]
+    assert curves["train/lr"] == [(2, 0.5), (4, 0.125), (6, 0.03125)]
     norms = [5 * (number + number + 1) / 2 for number in (2, 6, 10)]  # of steps 2, 4 and 6
     assert [norm for _, norm in curves["train/gradient_norm"]] == pytest.approx(norms)
     # Two steps of two batches of five samples in four times two seconds; the first batch is not measured.
-    assert curves["train/images_per_second"] == [(step, pytest.approx(2.5)) for step in (1, 3, 5)]
+    assert curves["train/images_per_second"] == [(step, pytest.approx(2.5)) for step in (2, 4, 6)]

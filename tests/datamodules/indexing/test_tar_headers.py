@@ -88,7 +88,7 @@ def test_hostile_headers_are_damage(hostile, tmp_path):
             assert info.offset_data + info.size <= hostile.stat().st_size
     summary = check_shards([hostile], decode=False)
     assert summary.counts["damaged shard"] == 1
-    with pytest.raises(UserError, match=r"1 bad files.*\n  x.tar: is truncated or damaged at byte \d+"):
+    with pytest.raises(UserError, match=r"1 bad file.*\n  x.tar: is truncated or damaged at byte \d+"):
         pack_folder(hostile.parent, tmp_path / "out")
 
 

@@ -554,7 +554,7 @@ def test_pipes_and_devices_are_bad(tmp_path, images, name, kind):
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("/dev/zero") if kind == "device" else os.mkfifo(folder / name)
     what = "a device" if kind == "device" else "a pipe"
-    with pytest.raises(UserError, match=rf"1 bad files.*\n  1.jpg: {folder / name} is {what}, not a regular file"):
+    with pytest.raises(UserError, match=rf"1 bad file.*\n  1.jpg: {folder / name} is {what}, not a regular file"):
         pack_folder(folder, tmp_path / "out")
 
 

@@ -292,7 +292,7 @@ def test_repaired_files_go_on_in_the_same_folder(damaged, tmp_path, encode_image
 def test_shards_of_an_unfinished_run_make_way_for_repaired_files(folder, tmp_path, encode_image):
     out = tmp_path / "out"
     (folder / "dogs" / "img.6.jpg").write_bytes(encode_image()[:-50])
-    with pytest.raises(UserError, match="1 bad files"):
+    with pytest.raises(UserError, match="1 bad file"):
         pack_folder(folder, out, samples_per_shard=2)
     assert list(_files(out))
     (folder / "dogs" / "img.6.jpg").write_bytes(encode_image(seed=6))
