@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -60,13 +61,24 @@ def plan(run: Run) -> MemoryPlan:
     """
     random_state = torch.get_rng_state()
     try:
-        with fake_tensors():
+        with fake_tensors(), rare_collections():
             try:
                 return _Simulation(run).plan()
             except TraceDiffersError:
                 return _Simulation(replace(run, traces=DenoiserTraces())).plan()
     finally:
         torch.set_rng_state(random_state)
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """A context in which garbage is collected rarely: a plan makes many small objects that live long, and few cycles."""
+    thresholds = gc.get_threshold()
+    gc.set_threshold(100_000, *thresholds[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 class _Simulation:
