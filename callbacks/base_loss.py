@@ -14,7 +14,7 @@ class BaseLoss(Callback):
     """Measures the validation loss before the first step, which is the base's own, and prints each later one beside it.
 
     The loss goes to the loggers as step 0 of ``monitor``. It is that of Lightning's sanity check, which has to see all validation
-    data: set the trainer's ``num_sanity_val_steps`` to -1. A resumed run has no sanity check; the loss is in its checkpoint. It
+    data: set the trainer's ``num_sanity_val_steps`` to -1. A run that never falls below it says so at its end. A resumed run has no sanity check; the loss is in its checkpoint. It
     works with any LightningModule that logs a validation loss.
 
     Args:
@@ -25,6 +25,8 @@ class BaseLoss(Callback):
         self.monitor = monitor
         self.base: float | None = None
         """The base's loss; None before it is measured."""
+        self.least: float | None = None
+        """The least validation loss since; None before the first one."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.num_sanity_val_steps not in (-1, float("inf")):
@@ -53,14 +55,20 @@ class BaseLoss(Callback):
         found = trainer.callback_metrics.get(self.monitor)
         if trainer.sanity_checking or found is None or (not trainer.training and trainer.state.fn != "fit"):
             return
-        against = "" if self.base is None else f", {float(found) / self.base - 1:+.1%} against the base"
-        _print(trainer, f"step {trainer.global_step:,}: {self.monitor} {float(found):.4f}{against}")
+        loss = float(found)
+        self.least = loss if self.least is None else min(loss, self.least)
+        against = "" if self.base is None else f", {loss / self.base - 1:+.1%} against the base"
+        _print(trainer, f"step {trainer.global_step:,}: {self.monitor} {loss:.4f}{against}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.base is not None and self.least is not None and self.least >= self.base:
+            _print(trainer, f"{self.monitor} never fell below the base's {self.base:.4f}: {self.least:.4f} at best")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"base": self.base}
+        return {"base": self.base, "least": self.least}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.base = state_dict["base"]
+        self.base, self.least = state_dict["base"], state_dict["least"]
 
 
 def _print(trainer: Trainer, line: str) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 
@@ -54,3 +55,25 @@ def test_a_loss_that_is_not_logged_is_named(sd_module: LoraDiffusion, make_shard
     )
     with pytest.warns(UserWarning, match="logged no val/los: set monitor to one of val/loss, val/loss_q1"):
         _trainer(tmp_path, BaseLoss("val/los"), max_steps=1).fit(sd_module, data)
+
+
+def test_a_run_that_never_falls_below_the_base_says_so(
+    sd_module: LoraDiffusion, make_shards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sd_module.optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
+    data = WebDatasetDataModule(
+        str(make_shards(8)[0].parent), val_samples=3, batch_size=2, resolution=16, num_workers=0
+    )
+    base_loss = BaseLoss()
+    trainer = _trainer(tmp_path, base_loss)
+    trainer.fit(sd_module, data)
+    said = f"val/loss never fell below the base's {base_loss.base:.4f}: {base_loss.base:.4f} at best"
+    assert said in capsys.readouterr().out
+    restored = BaseLoss()
+    restored.load_state_dict(base_loss.state_dict())
+    restored.on_train_end(trainer, sd_module)
+    assert said in capsys.readouterr().out
+    assert base_loss.base is not None
+    restored.least = base_loss.base - 0.01
+    restored.on_train_end(trainer, sd_module)
+    assert not capsys.readouterr().out
