@@ -14,8 +14,8 @@ class BaseLoss(Callback):
     """Measures the validation loss before the first step, which is the base's own, and prints each later one beside it.
 
     The loss goes to the loggers as step 0 of ``monitor``. It is that of Lightning's sanity check, which has to see all validation
-    data: set the trainer's ``num_sanity_val_steps`` to -1. A run that never falls below it says so at its end. A resumed run has no sanity check; the loss is in its checkpoint. It
-    works with any LightningModule that logs a validation loss.
+    data: set the trainer's ``num_sanity_val_steps`` to -1. A run that never falls below it says so at its end. A resumed run has
+    no sanity check; the loss is in its checkpoint. It works with any LightningModule that logs a validation loss.
 
     Args:
         monitor: Name of the validation loss. Defaults to ``val/loss``, that of :class:`~lit_lora.LoraDiffusion`.
