@@ -18,7 +18,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    BasePredictionWriter,
+    ModelCheckpoint,
+    ModelSummary,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -169,6 +175,13 @@ class LitLoraCLI(LightningCLI):
         if not any(path.endswith("ProgressBar") for path in configured):
             bars = (TQDMProgressBar, RichProgressBar)
             callbacks[:] = [StepProgress() if isinstance(callback, bars) else callback for callback in callbacks]
+        asked = self._get(self.config, "trainer.enable_model_summary") or any(
+            "ModelSummary" in one for one in configured
+        )
+        if not asked and any(
+            isinstance(callback, StepProgress) for callback in callbacks
+        ):  # which tells what is trained
+            callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ModelSummary)]
         if self._get(self.config, "must_resume") and self._get(self.config, "ckpt_path") is None:
             raise UserError("must_resume is true, and no ckpt_path is given; set ckpt_path to last or to a checkpoint")
         if self._get(self.config, "ckpt_path") == "last":

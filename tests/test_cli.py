@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from fsspec.registry import _registry
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
@@ -153,6 +154,24 @@ def test_a_schedule_free_optimizer_needs_no_callback_in_the_config(config: Calla
     pytest.importorskip("schedulefree")
     optimizer = {"class_path": "schedulefree.AdamWScheduleFree", "init_args": {"lr": 1e-3}}
     assert main(["fit", "--config", str(config(**{"model.optimizer": optimizer}))]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ([], False),
+        (["--trainer.enable_model_summary", "true"], True),
+        (["--trainer.callbacks+", "ModelSummary"], True),
+        (["--trainer.callbacks+", "TQDMProgressBar"], True),
+    ],
+)
+def test_lightnings_table_of_layers_is_shown_where_nothing_else_tells_what_is_trained(
+    options: list[str], shown: bool, tmp_path: Path
+) -> None:
+    arguments = ["fit", "--config", "configs/demo.yaml", "--trainer.accelerator", "cpu", *options]
+    cli: LitLoraCLI = build_cli([*arguments, "--trainer.default_root_dir", str(tmp_path)], run=False)
+    cli.before_fit()
+    assert any(isinstance(callback, ModelSummary) for callback in cli.trainer.callbacks) == shown  # type: ignore[attr-defined]
 
 
 # Configs have the same keys, and building one takes seconds: each is under one overlay, and each overlay over one at least.
