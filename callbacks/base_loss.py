@@ -68,7 +68,7 @@ class BaseLoss(Callback):
         return {"base": self.base, "least": self.least}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.base, self.least = state_dict["base"], state_dict["least"]
+        self.base, self.least = state_dict["base"], state_dict.get("least")  # older checkpoints have the first alone
 
 
 def _print(trainer: Trainer, line: str) -> None:

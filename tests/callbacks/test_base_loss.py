@@ -77,3 +77,5 @@ def test_a_run_that_never_falls_below_the_base_says_so(
     restored.least = base_loss.base - 0.01
     restored.on_train_end(trainer, sd_module)
     assert not capsys.readouterr().out
+    restored.load_state_dict({"base": 0.5})  # of older checkpoints
+    assert (restored.base, restored.least) == (0.5, None)
