@@ -40,8 +40,13 @@ _NO_MEMORY = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory
 
 _pythons_format = warnings.formatwarning
 
-_NOISY_LOGGERS = ("torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
-"""Loggers that warn about each other's libraries, which a user can do nothing about."""
+_NOISY_LOGGERS = (
+    "torch.utils._pytree",
+    "bitsandbytes",
+    "diffusers.quantizers.torchao.torchao_quantizer",
+    "diffusers.loaders.lora_base",
+)
+"""Loggers that warn about each other's libraries, or that an adapter leaves the text encoder alone."""
 
 _NO_NEWS = (
     "\N{ELECTRIC LIGHT BULB}",

@@ -204,4 +204,4 @@ base model and in {report["accuracy_after"]:.0%} with the adapter. Its accuracy 
 
 Next: generate images with the adapter
   lit-lora sample --adapter {folder / "adapter"} --prompts "a handwritten seven" --count 8 --guidance_scale {GUIDANCE_SCALE}
-or train on your own images: lit-lora shards pack --help"""
+or train on a folder of your own images: lit-lora train FOLDER --base sdxl"""
