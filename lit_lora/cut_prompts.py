@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lit_lora.unknown_tokens import tokenizers_of
 from lit_lora.visible import visible
 
 _TOKENIZERS = "transformers.tokenization_utils_base"
@@ -30,10 +31,7 @@ def cut_prompts_told(pipeline: Any, prompts: Sequence[str]) -> Iterator[None]:
         pipeline: The pipeline.
         prompts: The prompts that it draws.
     """
-    parts: list[Any] = [
-        getattr(pipeline, name) for name in getattr(pipeline, "components", ()) if name.startswith("tokenizer")
-    ]
-    parts = [one for one in parts if one is not None]
+    parts = tokenizers_of(getattr(pipeline, "components", {}))
     # Processors of images and text, as FLUX.2 has, tell no limit, and cut nothing here.
     if parts and all(hasattr(one, "model_max_length") for one in parts):
         _tell(max(parts, key=lambda one: one.model_max_length), prompts)

@@ -178,9 +178,8 @@ class LitLoraCLI(LightningCLI):
         asked = self._get(self.config, "trainer.enable_model_summary") or any(
             "ModelSummary" in one for one in configured
         )
-        if not asked and any(
-            isinstance(callback, StepProgress) for callback in callbacks
-        ):  # which tells what is trained
+        # StepProgress tells what is trained.
+        if not asked and any(isinstance(callback, StepProgress) for callback in callbacks):
             callbacks[:] = [callback for callback in callbacks if not isinstance(callback, ModelSummary)]
         if self._get(self.config, "must_resume") and self._get(self.config, "ckpt_path") is None:
             raise UserError("must_resume is true, and no ckpt_path is given; set ckpt_path to last or to a checkpoint")

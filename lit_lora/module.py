@@ -200,9 +200,8 @@ class LoraDiffusion(LightningModule):
             self._in_backward = OptimizerInBackward(optimizer, float(self.trainer.gradient_clip_val or 0))
 
     def on_train_start(self) -> None:
-        self.family.adapted.start(
-            self.trainer
-        )  # asks for the loader, which before would not get the checkpoint's position
+        # It asks for the loader, which before would not get the checkpoint's position.
+        self.family.adapted.start(self.trainer)
         warn_if_never_validated(self.trainer)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:

@@ -18,6 +18,11 @@ _told: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 """Prompts of which a warning has told, by the first tokenizer that has read them."""
 
 
+def tokenizers_of(parts: Mapping[str, Any]) -> list[Any]:
+    """The tokenizers among the parts of a pipeline."""
+    return [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+
+
 def unknown_tokens(text: str, tokenizers: Iterable[Any]) -> list[str]:
     """The words between ``<`` and ``>`` in a text that are no token of any tokenizer."""
     words = dict.fromkeys(_PLACEHOLDER.findall(text))
@@ -31,7 +36,7 @@ def warn_of_unknown_tokens(prompts: Iterable[str], parts: Mapping[str, Any]) -> 
         prompts: Prompts and negative prompts.
         parts: Parts of a pipeline, of which the tokenizers are asked.
     """
-    tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer") and part is not None]
+    tokenizers = tokenizers_of(parts)
     if not tokenizers:
         return
     told = _told.setdefault(tokenizers[0], set())

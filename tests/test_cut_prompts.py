@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import ClassVar
 
 import pytest
 from diffusers import StableDiffusionPipeline
@@ -64,8 +65,7 @@ def test_the_longest_text_encoder_counts(pipeline: StableDiffusionPipeline) -> N
             return pipeline.tokenizer(text, **options)
 
     class Both:
-        tokenizer, tokenizer_2 = pipeline.tokenizer, Longer()
-        components = ("tokenizer", "tokenizer_2", "vae")
+        components: ClassVar = {"tokenizer": pipeline.tokenizer, "tokenizer_2": Longer(), "vae": None}
 
     with warnings.catch_warnings(), cut_prompts_told(Both(), [LONG]):
         warnings.simplefilter("error")

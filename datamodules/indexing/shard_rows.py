@@ -17,13 +17,8 @@ SIZES = ("width", "height")
 
 _PER_SAMPLE = ("key_ends", *SIZES)
 _PER_MEMBER = ("member_sample", "member_offset", "member_size", "member_extension")
-_ROWS = (
-    "key_ends",
-    *_PER_MEMBER[:3],
-    *SIZES,
-    "member_extension",
-    "key_bytes",
-)  # larger elements first, so that all are aligned
+# Larger elements come first, so that all are aligned.
+_ROWS = ("key_ends", *_PER_MEMBER[:3], *SIZES, "member_extension", "key_bytes")
 _WORD_BYTES = 8
 
 

@@ -10,13 +10,13 @@ from lit_lora.errors import UserError
 from lit_lora.formats.base_adapter import BaseAdapter
 from lit_lora.formats.base_records import Records, base_metadata, base_records, same_adapters, told
 from lit_lora.formats.own_metadata import OWN_PREFIX
+from lit_lora.formats.sampling_scheduler import SCHEDULER_KEY
 
 _LISTS = ("modelspec.trigger_phrase", "modelspec.tags")
 """Entries that list words, of which the result has all."""
 _STATED = ("modelspec.author", "modelspec.license")
 """Entries that hold for the result, too, if only some of the adapters have them."""
 _ADAPTERS = "lit_lora.base_adapters"
-_SCHEDULER = "lit_lora.scheduler"
 
 
 def merged_metadata(adapters: Sequence[NamedAdapter]) -> dict[str, str]:
@@ -40,7 +40,7 @@ def merged_metadata(adapters: Sequence[NamedAdapter]) -> dict[str, str]:
     own = sorted({name for one in entries for name in one if name.startswith(OWN_PREFIX)} - {_ADAPTERS})
     for name in (*own, *_STATED):
         # An adapter that names no scheduler was trained for the base's own.
-        tell = [one for one in adapters if name in one.adapter.metadata or name == _SCHEDULER]
+        tell = [one for one in adapters if name in one.adapter.metadata or name == SCHEDULER_KEY]
         values = {one.adapter.metadata.get(name, "the base's own"): one.path for one in tell}
         if len(values) > 1:
             _refuse_or_warn(name, values)
@@ -76,6 +76,6 @@ def needed_adapters(adapters: Sequence[NamedAdapter]) -> Records:
 def _refuse_or_warn(name: str, values: dict[str, str]) -> None:
     """Handle an entry of which adapters have different values, given with an adapter for each."""
     listed = " and ".join(f"{value} in {path}" for value, path in values.items())
-    if name in ("lit_lora.quantized_base", _SCHEDULER):
+    if name in ("lit_lora.quantized_base", SCHEDULER_KEY):
         raise UserError(f"the adapters need different bases: {name} is {listed}; merge adapters of one kind of base")
     warnings.warn(f"the merged adapter does not say {name}, which is {listed}", stacklevel=4)

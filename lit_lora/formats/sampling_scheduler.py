@@ -9,7 +9,8 @@ from typing import Any
 from lit_lora.errors import UserError
 from lit_lora.objectives import DDPM, FlowMatching
 
-_KEY = "lit_lora.scheduler"
+SCHEDULER_KEY = "lit_lora.scheduler"
+"""Entry of an adapter's metadata with the changes of the base's scheduler."""
 
 
 def scheduler_metadata(base: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, str]:
@@ -20,7 +21,7 @@ def scheduler_metadata(base: Mapping[str, Any], trained: Mapping[str, Any]) -> d
         trained: Config of the scheduler that belongs to the training.
     """
     changes = {name: value for name, value in trained.items() if base.get(name) != value}
-    return {_KEY: json.dumps(changes, sort_keys=True)} if changes else {}
+    return {SCHEDULER_KEY: json.dumps(changes, sort_keys=True)} if changes else {}
 
 
 def scheduler_changes(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -30,10 +31,12 @@ def scheduler_changes(metadata: Mapping[str, str]) -> dict[str, Any]:
         UserError: If the entry is damaged, or names a scheduler that no objective samples with.
     """
     try:
-        changes: dict[str, Any] = dict(json.loads(metadata.get(_KEY, "{}")))
+        changes: dict[str, Any] = dict(json.loads(metadata.get(SCHEDULER_KEY, "{}")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"the metadata entry {_KEY!r} is damaged ({error!r}); export the adapter again") from error
+        raise UserError(
+            f"the metadata entry {SCHEDULER_KEY!r} is damaged ({error!r}); export the adapter again"
+        ) from error
     name = changes.get("_class_name")
     if name is not None and name not in (*DDPM.schedulers, *FlowMatching.schedulers):
-        raise UserError(f"the metadata entry {_KEY!r} names the scheduler {name!r}, which is not supported")
+        raise UserError(f"the metadata entry {SCHEDULER_KEY!r} names the scheduler {name!r}, which is not supported")
     return changes

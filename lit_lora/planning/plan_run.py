@@ -61,7 +61,7 @@ def plan(run: Run) -> MemoryPlan:
     """
     random_state = torch.get_rng_state()
     try:
-        with fake_tensors(), rare_collections():
+        with fake_tensors(), _rare_collections():
             try:
                 return _Simulation(run).plan()
             except TraceDiffersError:
@@ -71,7 +71,7 @@ def plan(run: Run) -> MemoryPlan:
 
 
 @contextmanager
-def rare_collections() -> Iterator[None]:
+def _rare_collections() -> Iterator[None]:
     """A context in which garbage is collected rarely: a plan makes many small objects that live long, and few cycles."""
     thresholds = gc.get_threshold()
     gc.set_threshold(100_000, *thresholds[1:])

@@ -25,7 +25,7 @@ from lit_lora.planning.changes import ChangedRun, cheapest_changes
 from lit_lora.planning.data_options import cacheable, data_option, image_size
 from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
-from lit_lora.planning.plan_run import plan, rare_collections
+from lit_lora.planning.plan_run import plan
 from lit_lora.planning.planned_memory import PlannedMemory
 from lit_lora.planning.processes import Processes, processes_with
 from lit_lora.planning.run import Run, Sampling
@@ -36,7 +36,6 @@ from lit_lora.tools.shards_plan import describe as describe_data
 from lit_lora.tools.shards_plan import devices_of, processes_of
 
 
-@rare_collections()
 def plan_command(arguments: list[str]) -> int:
     """Run ``lit-lora plan`` with the arguments of ``lit-lora fit`` and those of :func:`print_plan`.
 

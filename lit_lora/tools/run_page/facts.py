@@ -127,7 +127,7 @@ def _stale(facts: RunFacts) -> list[str]:
     """That ``report.json`` was written before the logs end: by an earlier start of a run that goes on or was killed."""
     steps = (facts.report.get("total") or {}).get("optimizer_steps")
     last = max((points[-1][0] for points in facts.curves.values()), default=0)
-    if not isinstance(steps, int) or last <= steps:  # a step is logged under its number from 0
+    if not isinstance(steps, int) or last <= steps:
         return []
     return [
         f"report.json tells of {steps:,} optimizer steps, and the logs go on to step {last:,}: its status and figures are not "
