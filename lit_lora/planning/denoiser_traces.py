@@ -1,4 +1,4 @@
-"""What the denoiser's part of a plan needs, kept for the plans of runs that differ only in what comes before it."""
+"""The denoiser of a plan and what its part needs, kept for the plans of runs that differ only in what comes before it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lit_lora.planning.fake_module import make_mode
 from lit_lora.planning.optimizer_memory import tensors_of
 from lit_lora.planning.storage_meter import StorageMeter
 
@@ -50,10 +52,14 @@ class DenoiserTraces:
     Args:
         modules: Modules that may share the traces.
         traces: Traces by the options of a run beside its module.
+        mode: Mode of the tensors of all these plans.
+        denoisers: A built denoiser with its adapter that no plan uses now, by whether it is on a GPU.
     """
 
     modules: list[Any] = field(default_factory=list)
     traces: dict[Any, Trace] = field(default_factory=dict)
+    mode: FakeTensorMode = field(default_factory=make_mode)
+    denoisers: dict[bool, nn.Module] = field(default_factory=dict)
 
 
 class TracedMeter:

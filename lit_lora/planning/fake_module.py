@@ -28,15 +28,24 @@ _MECHANISMS_OFF: dict[str, Any] = {
 """Memory options that the simulation turns off and accounts for itself, since they would move tensors between devices."""
 
 
+def make_mode() -> FakeTensorMode:
+    """A mode for :func:`fake_tensors`."""
+    return _FakeTensors(allow_non_fake_inputs=True)
+
+
 @contextmanager
-def fake_tensors() -> Iterator[None]:
-    """A context in which new tensors have no contents, and modules of such tensors can be moved and cast."""
+def fake_tensors(mode: FakeTensorMode | None = None) -> Iterator[None]:
+    """A context in which new tensors have no contents, and modules of such tensors can be moved and cast.
+
+    Args:
+        mode: Mode of the tensors, since those of two modes cannot be used together; defaults to a new one.
+    """
     original: Any = nn.Module._apply
     nn.Module._apply = _apply_by_replacing  # type: ignore[method-assign]
     # PEFT copies layers for modules_to_save; torch would copy contents, which do not exist.
     FakeTensor.__deepcopy__ = _deepcopy_by_cloning  # type: ignore[method-assign, assignment]
     try:
-        with _FakeTensors(allow_non_fake_inputs=True):
+        with mode or make_mode():
             yield
     finally:
         nn.Module._apply = original  # type: ignore[method-assign]
@@ -72,13 +81,17 @@ def unloaded(module: LoraDiffusion) -> LoraDiffusion:
         return module.unloaded()
 
 
-def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -> LoraDiffusion:
+def build(
+    module: LoraDiffusion, without: Collection[str], cuda: bool = False, denoiser: nn.Module | None = None
+) -> LoraDiffusion:
     """A copy of the module with its parts built from fake tensors; call it inside :func:`fake_tensors`.
 
     Args:
         module: Module to copy; it does not change.
         without: Parts of the family that the run does not need: see :data:`lit_lora.families.parts.PARTS`.
         cuda: Whether the run is on a GPU, where one kernel dequantizes NF4 weights; defaults to False.
+        denoiser: Denoiser with its adapter, of a module that was built from the same options of it and trains no text encoder;
+            by default it is built too.
 
     Raises:
         UserError: If the module cannot be built: see :meth:`~lit_lora.LoraDiffusion.configure_model`.
@@ -93,6 +106,9 @@ def build(module: LoraDiffusion, without: Collection[str], cuda: bool = False) -
         one.dequantize = _restored_at_once  # PEFT often reads weights here, but only their shape and dtype
     own.dispensable_parts = lambda: set(without)
     own.family.load = partial(own.family.load, weights=False)
+    if denoiser is not None:
+        own.family.denoiser = denoiser
+        own._adapt = lambda *_: None
     # The values of the noise schedule are needed.
     own.objective.prepare = _with_real_tensors(own.objective.prepare)
     fake.configure_model()

@@ -61,13 +61,18 @@ def plan(run: Run) -> MemoryPlan:
     """
     random_state = torch.get_rng_state()
     try:
-        with fake_tensors(), _rare_collections():
+        with _rare_collections():
             try:
-                return _Simulation(run).plan()
+                return _simulated(run)
             except TraceDiffersError:
-                return _Simulation(replace(run, traces=DenoiserTraces())).plan()
+                return _simulated(replace(run, traces=DenoiserTraces()))
     finally:
         torch.set_rng_state(random_state)
+
+
+def _simulated(run: Run) -> MemoryPlan:
+    with fake_tensors(run.traces.mode):
+        return _Simulation(run).plan()
 
 
 @contextmanager
@@ -89,7 +94,9 @@ class _Simulation:
         self.cuda = run.device.is_cuda
         run.module.text_training.check_cached(run.cached)
         self.text = self._cached_text() if "text" in run.cached else None
-        self.module = build(run.module, {_PART_OF[cached] for cached in run.cached}, self.cuda)
+        self.shares_denoiser = self._shares_denoiser()
+        known = run.traces.denoisers.pop(self.cuda, None) if self.shares_denoiser else None
+        self.module = build(run.module, {_PART_OF[cached] for cached in run.cached}, self.cuda, known)
         self.family = self.module.family
         check_size(self.family, run.height, run.width)
         self.trained = trainable_parameters(self.module)
@@ -97,12 +104,14 @@ class _Simulation:
         self.meter = make_meter(self.cuda)
         self.traced = self._traced()
 
-    def _traced(self) -> TracedMeter:
-        """The meter with what is known of the denoiser, unless another module's denoiser was recorded or encoders are trained."""
+    def _shares_denoiser(self) -> bool:
+        """Whether what is known of the denoiser holds for this run: it is this module's, and no encoder is trained."""
         traces = self.run.traces
         traces.modules = traces.modules or [self.run.module]
-        ours = any(module is self.run.module for module in traces.modules) and not self.family.trained_encoders
-        known = traces.traces if ours else {}
+        return any(module is self.run.module for module in traces.modules) and not self.run.module.text_training
+
+    def _traced(self) -> TracedMeter:
+        known = self.run.traces.traces if self.shares_denoiser else {}
         return TracedMeter(self.meter, known, self.run.denoiser_options, self.run.sampling_options)
 
     def plan(self) -> MemoryPlan:
@@ -123,6 +132,7 @@ class _Simulation:
                 self._simulate_validation()
             if run.sampling:
                 self._simulate_sampling(run.sampling)
+        self._keep_denoiser()
         flops = sum(flops for flops, _, _ in work) * accumulated
         phases = {name: meter.peaks[name] for name in _ORDER if name in meter.peaks}
         peak = max(sum(kinds.values()) for kinds in phases.values())
@@ -139,6 +149,13 @@ class _Simulation:
             seconds_per_step=run.device.seconds(work) * accumulated,
             processes=run.processes.description,
         )
+
+    def _keep_denoiser(self) -> None:
+        """Keep the denoiser for the next plan, without what this one has left in it."""
+        if self.shares_denoiser and not self.run.leaves_out_start:
+            for parameter in self.trained:
+                parameter.grad = None
+            self.run.traces.denoisers[self.cuda] = self.family.denoiser
 
     def _count_parameters(self) -> None:
         frozen = [parameter for parameter in self.module.parameters() if not parameter.requires_grad]

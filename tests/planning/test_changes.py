@@ -291,16 +291,9 @@ def test_a_change_of_the_encoders_is_planned_with_the_denoiser_that_is_known(
     changed = [one for one in found if one.denoiser_options == run.denoiser_options]
     assert len(changed) >= 3
     expected = [plan(replace(one, traces=DenoiserTraces())) for one in changed]
-    calls: list[object] = []
-    denoise = StableDiffusion.denoise
-
-    def counted(*args: object) -> object:
-        calls.append(None)
-        return denoise(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(StableDiffusion, "denoise", counted)
+    for name in ("denoise", "add_adapter"):
+        monkeypatch.setattr(StableDiffusion, name, None)
     assert [plan(one) for one in changed] == expected
-    assert not calls
     assert len({one.needed for one in expected}) > 1
 
 
