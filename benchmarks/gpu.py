@@ -95,6 +95,7 @@ SLICES = (
     _memory("memory_sdxl_checkpointing", *(f"LoRA, {base} base, checkpointing" for base in ("bf16", "int8", "nf4"))),
     _speed("speed_sdxl", "sdxl", 1024, "cached", "cached, int8", "cached, nf4"),
     _speed("speed_flux", "flux_dev", 512, "nf4, checkpointing", "nf4, least", options=("--steps", "8")),
+    _speed("speed_sdxl_w8a8", "sdxl", 1024, "w8a8"),
     _planner("planner_cached", 512, "from a cache", "base, checkpointing"),
     _speed(
         "speed_sdxl_options",

@@ -39,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "LoRA+, fp32 base": {"base_dtype": "float32"},
     "LoRA+, bf16 base": {},
     "LoRA+, int8 base": {"quantization": "Int8"},
+    "LoRA+, w8a8 base": {"quantization": "W8A8"},
     "LoRA+, fp8 base": {"quantization": "FP8"},
     "LoRA+, nf4 base": {"quantization": "NF4"},
 }

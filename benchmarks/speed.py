@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cached, fused LoRA": {"cached": True, "fused_lora": True},
     "cached, checkpointing": {"cached": True, "gradient_checkpointing": True},
     "cached, int8": {"cached": True, "quantization": "Int8"},
+    "cached, w8a8": {"cached": True, "quantization": "W8A8"},
     "cached, nf4": {"cached": True, "quantization": "NF4"},
     "cached, int8, checkpointing": {"cached": True, "quantization": "Int8", "gradient_checkpointing": True},
     "cached, nf4, checkpointing": {"cached": True, "quantization": "NF4", "gradient_checkpointing": True},
@@ -63,6 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "optimizer": "bitsandbytes.optim.AdamW8bit",
     },
     "cached, compiled": {"cached": True, "compile_blocks": True},
+    "cached, w8a8, compiled": {"cached": True, "quantization": "W8A8", "compile_blocks": True},
     "cached, nf4, compiled": {"cached": True, "quantization": "NF4", "compile_blocks": True},
     "cached, blocks on the host": {"cached": True, "offload_blocks": True, "gradient_checkpointing": True},
     "cached, blocks on the disk": {

@@ -89,6 +89,7 @@ from lit_lora.quantization.dense import Dense as Dense
 from lit_lora.quantization.fp8 import FP8 as FP8
 from lit_lora.quantization.int8 import Int8 as Int8
 from lit_lora.quantization.nf4 import NF4 as NF4
+from lit_lora.quantization.w8a8 import W8A8 as W8A8
 from lit_lora.sampling import SamplingOptions as SamplingOptions
 from lit_lora.trackio_logger import TrackioLogger as TrackioLogger
 

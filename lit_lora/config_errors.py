@@ -22,7 +22,7 @@ _ADVICE = {
     r"No module named 'torchao": 'pip install "lit_lora[torchao]", or use torch.optim.AdamW',
     r"'train_sets' is not accepted": "several sets are for WebDatasetDataModule, which plans from indexes how often a pass shows "
     "each of them, also of remote shards; a stream of shards of unknown length has no passes",
-    r"lit_lora\.quantization\.base\.Quantization": "quantizations are Int8, FP8, NF4 and Dense",
+    r"lit_lora\.quantization\.base\.Quantization": "quantizations are Int8, W8A8, FP8, NF4 and Dense",
     r"path string: PriorPreservation$": "PriorPreservation belongs to an objective, as its prior",
 }
 """Advice to add to errors that match a pattern."""

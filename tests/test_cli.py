@@ -398,7 +398,7 @@ class TestMistakes:
 
     def test_no_such_storage(self, config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
         message = failure(capsys, "fit", "--config", config(), "--model.quantization", "nf4")
-        assert message.endswith("quantizations are Int8, FP8, NF4 and Dense\n")
+        assert message.endswith("quantizations are Int8, W8A8, FP8, NF4 and Dense\n")
         assert "block_size=63 is not possible; it must be an even number" in failure(
             capsys, "fit", "--config", config(), "--model.quantization", "NF4", "--model.quantization.block_size", 63
         )

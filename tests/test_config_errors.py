@@ -47,7 +47,7 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
             ["--model.objective", "PriorPreservation"],
             "PriorPreservation is no Objective; choose from DDPM, FlowMatching\nPriorPreservation belongs to an objective",
         ),
-        (["--model.quantization", "DDPM"], "DDPM is no Quantization; choose from Dense, FP8, Int8, NF4"),
+        (["--model.quantization", "DDPM"], "DDPM is no Quantization; choose from Dense, FP8, Int8, NF4, W8A8"),
         (["--model.adapter", "DDPM"], "DDPM is no PeftConfig; choose from AdaLoraConfig, "),
         (
             ["--model.new_tokens", "{on: 2}"],

@@ -19,7 +19,7 @@ from lit_lora.datamodules import PrefetchToDevice, WebDatasetDataModule
 from lit_lora.families import StableDiffusion
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
-from lit_lora.quantization import FP8, NF4, Int8, Quantization
+from lit_lora.quantization import FP8, NF4, W8A8, Int8, Quantization
 from tests.distributed.scenarios import Seen
 from tests.helpers import loader_of, make_batches
 
@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-QUANTIZATIONS: list[Quantization | None] = [None, Int8(), FP8(), NF4()]
+QUANTIZATIONS: list[Quantization | None] = [None, Int8(), W8A8(), FP8(), NF4()]
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +96,9 @@ def test_every_storage_trains(base: Quantization | None, sd_folder: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "quantization", [Int8(), FP8(), NF4(), NF4(double_quant=False)], ids=["Int8", "FP8", "NF4", "NF4 single"]
+    "quantization",
+    [Int8(), W8A8(), FP8(), NF4(), NF4(double_quant=False)],
+    ids=["Int8", "W8A8", "FP8", "NF4", "NF4 single"],
 )
 def test_stored_weights_come_back_as_on_the_cpu(quantization: Quantization) -> None:
     weight = torch.randn(96, 64, 3, 3)
@@ -179,7 +181,7 @@ def test_deepspeed_with_nccl(stage: str, base: Quantization | None, sd_folder: P
 
 @pytest.mark.usefixtures("one_of_one")
 @pytest.mark.parametrize("strategy", ["auto", "ddp", "lit_lora_fsdp"])
-@pytest.mark.parametrize("base", [None, Int8(), NF4()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("base", [None, Int8(), W8A8(), NF4()], ids=lambda s: type(s).__name__)
 def test_compiled_blocks(strategy: str, base: Quantization | None, sd_folder: Path, tmp_path: Path) -> None:
     torch._dynamo.reset()
     options: dict[str, Any] = {"quantization": base, "base_dtype": "float32" if base is None else "bfloat16"}

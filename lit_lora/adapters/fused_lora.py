@@ -78,7 +78,7 @@ class _Fused(torch.autograd.Function):
         bias = layer.bias if layer.bias is None else layer.bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             hidden = F.linear(rows, a)
-            output = F.linear(rows, _weight(layer, dtype), bias).addmm_(hidden, b.T, alpha=scaling)
+            output = _product(layer, rows, bias).addmm_(hidden, b.T, alpha=scaling)
         ctx.save_for_backward(rows, a, b, hidden)
         ctx.scaling, ctx.layer, ctx.shape = scaling, layer, x.shape
         # A view as output would forbid in-place additions to it.
@@ -94,7 +94,7 @@ class _Fused(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             for_hidden = (grad @ b).mul_(ctx.scaling)
             if ctx.needs_input_grad[0]:
-                for_x = (grad @ _weight(ctx.layer, grad.dtype)).addmm_(for_hidden, a).view(ctx.shape)
+                for_x = _gradient_product(ctx.layer, grad).addmm_(for_hidden, a).view(ctx.shape)
             if ctx.needs_input_grad[1]:
                 for_a = for_hidden.T @ rows
             if ctx.needs_input_grad[2]:
@@ -124,5 +124,11 @@ def fuse(model: nn.Module) -> int:
     return count
 
 
-def _weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
-    return layer.restored(dtype) if isinstance(layer, FrozenLinear) else layer.weight.to(dtype)
+def _product(layer: nn.Linear, rows: Tensor, bias: Tensor | None) -> Tensor:
+    if isinstance(layer, FrozenLinear):
+        return layer.product(rows, bias)
+    return F.linear(rows, layer.weight.to(rows.dtype), bias)
+
+
+def _gradient_product(layer: nn.Linear, grad: Tensor) -> Tensor:
+    return layer.gradient_product(grad) if isinstance(layer, FrozenLinear) else grad @ layer.weight.to(grad.dtype)

@@ -15,6 +15,7 @@ from lit_lora.blocks import found_blocks
 from lit_lora.mapped import is_mapped, keep_in_memory, keep_on_disk
 from lit_lora.memory.host_weights import HostWeights, target_of
 from lit_lora.memory.mapped_weights import FileReader, MappedWeights
+from lit_lora.quantization.base import Stored
 from lit_lora.quantization.frozen_layer import FrozenConv2d, FrozenLayer, FrozenLinear
 
 _SMALLEST = 16 << 10
@@ -181,9 +182,9 @@ class _OffloadedLayer(FrozenLayer):
         self._bring()
         return super().weight
 
-    def restored(self, dtype: torch.dtype) -> Tensor:
+    def stored(self) -> Stored:
         self._bring()
-        return super().restored(dtype)
+        return super().stored()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self.offload is not None:

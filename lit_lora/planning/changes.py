@@ -272,7 +272,7 @@ def _nf4(run: Run) -> tuple[Change, Run] | None:
 
 def _stored(run: Run, kind: Any, price: str) -> tuple[Change, Run] | None:
     stored = type(run.module.quantization).__name__
-    if stored in ("NF4", kind.__name__) or (stored == "FP8" and kind is Int8):
+    if stored in ("NF4", kind.__name__) or (stored in ("FP8", "W8A8") and kind is Int8):
         return None
     change = Change({"model.quantization": f"lit_lora.quantization.{kind.__name__}"}, price)
     return change, _with_options(run, quantization=kind())
@@ -288,7 +288,7 @@ def _nf4_text(run: Run) -> tuple[Change, Run] | None:
 
 def _stored_text(run: Run, kind: Any, price: str) -> tuple[Change, Run] | None:
     stored = type(run.module.memory.text_encoder_quantization).__name__
-    if not _uses_text_encoders(run) or stored in ("NF4", kind.__name__) or (stored == "FP8" and kind is Int8):
+    if not _uses_text_encoders(run) or stored in ("NF4", kind.__name__) or (stored in ("FP8", "W8A8") and kind is Int8):
         return None
     key = "model.memory.text_encoder_quantization"
     changed = _with_options(run, True, memory=replace(run.module.memory, text_encoder_quantization=kind()))

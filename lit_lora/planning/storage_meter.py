@@ -20,6 +20,7 @@ InsideOf = Callable[[Any, tuple[Any, ...], Any], int]
 
 _FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    torch.ops.aten._int_mm: flop_registry[torch.ops.aten.mm],
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }

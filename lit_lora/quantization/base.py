@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_lora.errors import UserError
@@ -44,6 +45,33 @@ class Quantization(ABC):
     @abstractmethod
     def dequantize(self, stored: Stored, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Restore a weight in the given shape and dtype, up to the quantization error; without gradients."""
+
+    def product(self, rows: Tensor, stored: Stored, shape: torch.Size, bias: Tensor | None = None) -> Tensor:
+        """The output of a Linear layer, ``rows W^T + bias``, by default from the restored weight.
+
+        Args:
+            rows: Inputs, ``(n, in)``.
+            stored: Tensors of the weight.
+            shape: Shape of the weight, ``(out, in)``.
+            bias: ``(out,)``; defaults to none.
+
+        Returns:
+            ``(n, out)`` in the dtype of ``rows``.
+        """
+        return F.linear(rows, self.dequantize(stored, shape, rows.dtype), bias)
+
+    def gradient_product(self, grad: Tensor, stored: Stored, shape: torch.Size) -> Tensor:
+        """The gradient with respect to a Linear layer's input, ``grad W``, by default from the restored weight.
+
+        Args:
+            grad: Gradient with respect to the output, ``(n, out)``.
+            stored: Tensors of the weight.
+            shape: Shape of the weight, ``(out, in)``.
+
+        Returns:
+            ``(n, in)`` in the dtype of ``grad``.
+        """
+        return grad @ self.dequantize(stored, shape, grad.dtype)
 
     def takes(self, name: str, always_skipped: Sequence[str] = ()) -> bool:
         """Whether the layer of this name is quantized; otherwise it stays in ``base_dtype``."""

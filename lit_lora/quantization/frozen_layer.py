@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
-from lit_lora.quantization.base import Quantization
+from lit_lora.quantization.base import Quantization, Stored
 
 
 class FrozenLayer(nn.Module):
@@ -41,11 +41,14 @@ class FrozenLayer(nn.Module):
         dense = self._parameters.get("weight")
         return self.restored(self.weight_dtype) if dense is None else dense
 
+    def stored(self) -> Stored:
+        """The tensors that hold the weight."""
+        return {name: self._parameters[name] for name in self.stored_names}  # type: ignore[misc]
+
     def restored(self, dtype: torch.dtype) -> Tensor:
         """The restored weight in the given dtype."""
-        stored = {name: self._parameters[name] for name in self.stored_names}
         with torch.no_grad():
-            return self.quantization.dequantize(stored, self.weight_shape, dtype)  # type: ignore[arg-type]
+            return self.quantization.dequantize(self.stored(), self.weight_shape, dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
         dense: Tensor | None = self._parameters.get("weight")
@@ -59,15 +62,15 @@ class FrozenLayer(nn.Module):
             input = input.to(dtype)  # noqa: A001
             bias = bias if bias is None else bias.to(dtype)
         if torch.compiler.is_compiling():  # the compiler decides what to save for the backward pass
-            return self.apply_weight(input, self.restored(input.dtype), bias)
+            return self.output(input, bias)
         return _Frozen.apply(input, bias, self)
 
-    def apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
-        """The output of the layer with this weight and bias."""
+    def output(self, input: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        """The output of the layer with this bias, in the input's dtype."""
         raise NotImplementedError
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
-        """The gradient with respect to the input, from the gradient with respect to the output."""
+    def input_gradient(self, grad: Tensor, dtype: torch.dtype, input_shape: torch.Size) -> Tensor:
+        """The gradient with respect to the input of a shape and dtype, from the gradient with respect to the output."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -88,25 +91,35 @@ class FrozenLinear(FrozenLayer, nn.Linear):  # type: ignore[override]  # weight 
             return F.linear(input, dense, self.bias)
         return super().forward(input)
 
-    def apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+    def output(self, input: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
         if input.ndim == 2:
-            return F.linear(input, weight, bias)
-        rows = F.linear(input.flatten(0, -2), weight, bias)
+            return self.product(input, bias)
+        rows = self.product(input.flatten(0, -2), bias)
         # A view as output of an autograd function would forbid PEFT's in-place additions.
         output: Tensor = torch.ops.aten._unsafe_view(rows, [*input.shape[:-1], rows.shape[-1]])
         return output
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
-        return grad @ weight
+    def input_gradient(self, grad: Tensor, dtype: torch.dtype, input_shape: torch.Size) -> Tensor:
+        return self.gradient_product(grad.flatten(0, -2)).view(input_shape)
+
+    def product(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """The output for inputs ``(n, in)``, in their dtype: see :meth:`Quantization.product`."""
+        return self.quantization.product(rows, self.stored(), self.weight_shape, bias)
+
+    def gradient_product(self, grad: Tensor) -> Tensor:
+        """The gradient with respect to the input, from that with respect to the output, ``(n, out)``, in its dtype."""
+        return self.quantization.gradient_product(grad, self.stored(), self.weight_shape)
 
 
 class FrozenConv2d(FrozenLayer, nn.Conv2d):  # type: ignore[override]  # weight is a property
     """A frozen Conv2d layer."""
 
-    def apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+    def output(self, input: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        weight = self.restored(input.dtype)
         return F.conv2d(input, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
+    def input_gradient(self, grad: Tensor, dtype: torch.dtype, input_shape: torch.Size) -> Tensor:
+        weight = self.restored(dtype)
         gradient: Tensor = conv2d_input(
             list(input_shape), weight, grad, self.stride, self.padding, self.dilation, self.groups
         )
@@ -117,7 +130,7 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, layer: FrozenLayer) -> Tensor:  # noqa: A002
         ctx.layer, ctx.input_shape, ctx.dtype = layer, input.shape, input.dtype
-        return layer.apply_weight(input, layer.restored(input.dtype), bias)
+        return layer.output(input, bias)
 
     @staticmethod
     @once_differentiable
@@ -125,7 +138,7 @@ class _Frozen(torch.autograd.Function):
         layer: FrozenLayer = ctx.layer
         for_input = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_input = layer.input_gradient(grad, layer.restored(ctx.dtype), ctx.input_shape)
+            for_input = layer.input_gradient(grad, ctx.dtype, ctx.input_shape)
         if ctx.needs_input_grad[1]:
             channels = 1 if isinstance(layer, nn.Conv2d) else grad.ndim - 1
             for_bias = grad.sum([i for i in range(grad.ndim) if i != channels])

@@ -26,18 +26,20 @@ class PackedConv2d(FrozenConv2d):
 
     packed: _Copies
 
-    def apply_weight(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002  torch's name
+    def output(self, input: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002  torch's name
+        weight = self.restored(input.dtype)
         if torch.compiler.is_compiling() or isinstance(
             weight, FakeTensor
         ):  # the compiler packs itself, a plan only counts
-            return super().apply_weight(input, weight, bias)
+            return super().output(input, bias)
         copy = self._copy("forward", weight, input.shape, self.padding, self.stride)
         return _convolve(input, copy, bias, self.padding, self.stride, self.dilation, self.groups)
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, input_shape: torch.Size) -> Tensor:
+    def input_gradient(self, grad: Tensor, dtype: torch.dtype, input_shape: torch.Size) -> Tensor:
+        weight = self.restored(dtype)
         around = self._padding_of_gradient()
         if around is None or isinstance(weight, FakeTensor):
-            return super().input_gradient(grad, weight, input_shape)
+            return super().input_gradient(grad, dtype, input_shape)
         copy = self._copy("backward", weight, grad.shape, around, (1, 1))
         return _convolve(grad, copy, None, around, (1, 1), self.dilation, 1)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.checkpointing import enable_gradient_checkpointing
 from lit_lora.memory.host_weights import HostWeights
-from lit_lora.quantization import NF4, Dense, Int8, Quantization
+from lit_lora.quantization import NF4, W8A8, Dense, Int8, Quantization
 from lit_lora.quantization.frozen_layer import FrozenLayer, freeze_layer
 from tests.helpers import freeze_remaining, tiny_unet
 
@@ -114,7 +114,7 @@ def assert_equal(mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("which", [False, True, ["up_blocks.*"]], ids=["plain", "checkpointed", "partly checkpointed"])
-@pytest.mark.parametrize("quantization", [Dense(), Int8(), NF4()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("quantization", [Dense(), Int8(), W8A8(), NF4()], ids=lambda s: type(s).__name__)
 def test_training_is_the_same(quantization: Quantization, which: bool | list[str], copies: Copies) -> None:
     expected = train(make_model(quantization=quantization))
     model = make_model(quantization=quantization)
@@ -213,12 +213,13 @@ class Uses:
         for number, block in enumerate(chain.blocks):
             layer: Any = block.linear
             layer.input_gradient = self._watch(layer.input_gradient, number, offload)
-            layer.apply_weight = self._watch(layer.apply_weight, number, offload)
+            layer.output = self._watch(layer.output, number, offload)
 
     def _watch(self, function: Any, number: int, offload: BlockOffload) -> Any:
         def watched(*args: Any) -> Any:
+            made = function(*args)
             self.seen.append((number, [i for i, block in enumerate(offload._blocks) if block.is_on_device]))
-            return function(*args)
+            return made
 
         return watched
 

@@ -21,6 +21,7 @@ from peft import (
     VeraConfig,
 )
 
+import lit_lora.quantization
 from benchmarks.allocator import peak_allocated
 from lit_lora.callbacks import CordaInitialization, LoftqInitialization
 from lit_lora.errors import UserError
@@ -33,11 +34,11 @@ from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan_run
 from lit_lora.planning.run import Sampling
 from lit_lora.planning.storage_meter import KINDS
-from lit_lora.quantization import FP8, NF4, Dense, Int8, Quantization
+from lit_lora.quantization import FP8, NF4, W8A8, Dense, Int8, Quantization
 from tests.families.folders import FOLDERS, families_of_the_package
 from tests.helpers import loader_of, make_batches
 
-QUANTIZATIONS: dict[type[Quantization], Callable[[], Quantization]] = {Dense: Dense, Int8: Int8, NF4: NF4, FP8: FP8}
+QUANTIZATIONS: tuple[type[Quantization], ...] = (Dense, Int8, W8A8, NF4, FP8)
 TARGETS = ["to_q", "to_v"]
 ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
     "lora": lambda: LoraConfig(r=2, lora_alpha=2),
@@ -84,10 +85,11 @@ def measured_peak(module: LoraDiffusion, options: dict[str, Any], batch_size: in
     [
         (64, {}),
         (16, {"quantization": NF4(), "base_dtype": "bfloat16", "memory": MemoryOptions(gradient_checkpointing=True)}),
+        (64, {"quantization": W8A8(), "base_dtype": "bfloat16", "memory": MemoryOptions(gradient_checkpointing=True)}),
         (16, {"adapter": LoraConfig(r=256, lora_alpha=256)}),
         (16, {"adapter": LoraConfig(r=256, lora_alpha=256), "optimizer": lambda p: torch.optim.SGD(p, lr=0.1)}),
     ],
-    ids=["float32", "nf4, checkpointing", "large adapter", "large adapter, sgd"],
+    ids=["float32", "nf4, checkpointing", "w8a8, checkpointing", "large adapter", "large adapter, sgd"],
 )
 def test_the_peak_is_what_the_allocator_hands_out(
     size: int, options: dict[str, Any], sd_folder: Path, trainer_options: dict[str, Any]
@@ -99,8 +101,8 @@ def test_the_peak_is_what_the_allocator_hands_out(
 
 def test_every_family_and_storage_is_under_contract() -> None:
     assert set(FOLDERS) == families_of_the_package()
-    known = {kind for kind in _subclasses(Quantization) if kind.__module__.startswith("lit_lora.quantization.")}
-    assert set(QUANTIZATIONS) == {kind for kind in known if not known & set(kind.__subclasses__())}
+    named = {getattr(lit_lora.quantization, name) for name in lit_lora.quantization.__all__}
+    assert {*QUANTIZATIONS, Quantization} == named
 
 
 # Each family and each quantization once: the two know nothing of each other.
@@ -118,7 +120,7 @@ def test_the_weights_of_a_plan_are_those_of_the_run(
     folder = request.getfixturevalue(FOLDERS[family])
 
     def module() -> LoraDiffusion:
-        stored = QUANTIZATIONS[quantization]()
+        stored = quantization()
         memory = MemoryOptions(text_encoder_quantization=stored)
         return module_for(folder, family, quantization=stored, base_dtype="bfloat16", memory=memory)
 
@@ -276,10 +278,6 @@ def test_numbers_out_of_range(sd_folder: Path) -> None:
 
 def _frozen(plan: MemoryPlan) -> int:
     return plan.phases["forward"]["frozen weights"]
-
-
-def _subclasses(kind: type[Any]) -> list[type[Any]]:
-    return [found for child in kind.__subclasses__() for found in (child, *_subclasses(child))]
 
 
 def test_trained_copies_of_layers_are_planned(sd_folder: Path) -> None:

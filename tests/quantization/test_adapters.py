@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion
 from lit_lora.parameters import trainable_parameters
-from lit_lora.quantization import FP8, NF4, Dense, Int8, Quantization, sharded_parts
+from lit_lora.quantization import FP8, NF4, W8A8, Dense, Int8, Quantization, sharded_parts
 from tests.helpers import save_adapter
 
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -32,7 +32,7 @@ ADAPTERS: dict[str, PeftConfig] = {
     "VeRA": peft.VeraConfig(r=4, target_modules=["to_q", "to_out.0"]),
     "FourierFT": peft.FourierFTConfig(n_frequency=8, target_modules=LINEAR),
 }
-QUANTIZATIONS = {"Int8": Int8(), "FP8": FP8(), "NF4": NF4()}
+QUANTIZATIONS = {"Int8": Int8(), "W8A8": W8A8(), "FP8": FP8(), "NF4": NF4()}
 
 
 def _family(folder: Path, quantization: Quantization, adapter: str) -> ModelFamily:

@@ -12,11 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_lora.errors import UserError
-from lit_lora.quantization import FP8, NF4, Dense, Int8, Quantization
+from lit_lora.quantization import FP8, NF4, W8A8, Dense, Int8, Quantization
 from lit_lora.quantization.nf4 import LEVELS
 
 QUANTIZATIONS: list[Quantization] = [
     Int8(),
+    W8A8(),
     FP8(),
     FP8("e5m2"),
     NF4(),

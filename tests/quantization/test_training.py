@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from lit_lora import AdapterCheckpoint, LoraDiffusion, StableDiffusion
 from lit_lora.adapters import adapter_keys
 from lit_lora.memory.options import MemoryOptions
-from lit_lora.quantization import FP8, NF4, Int8, Quantization
+from lit_lora.quantization import FP8, NF4, W8A8, Int8, Quantization
 
-QUANTIZATIONS = [Int8(), FP8(), NF4()]
+QUANTIZATIONS = [Int8(), W8A8(), FP8(), NF4()]
 
 
 def _module(folder: Path, base: Quantization | None, **options: Any) -> LoraDiffusion:
