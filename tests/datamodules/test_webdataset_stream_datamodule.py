@@ -448,7 +448,7 @@ def test_uneven_shards_on_two_processes(tmp_path, make_shards):
     script.write_text(SCRIPT)
     root = Path(__file__).parents[2]
     command = [sys.executable, str(script), str(shards[0].parent), str(tmp_path)]
-    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=120)
+    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=600)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert sorted(ranks[0]["slots"] + ranks[1]["slots"]) == list(range(32))
     assert sorted(ranks[0]["validated"] + ranks[1]["validated"]) == sorted(_samples(8) * 2)

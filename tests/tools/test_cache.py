@@ -852,7 +852,7 @@ class TestCommand:
                 time.sleep(0.05)
             children = children_of(process.pid)
             process.send_signal(signal.SIGKILL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while any(is_running(child) for child in children) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(is_running(child) for child in children)
