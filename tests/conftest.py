@@ -20,7 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from jsonargparse import _signatures
 from peft import LoraConfig
 from PIL import Image
@@ -33,9 +33,9 @@ from tests.families.tiny import MODULES, VARIANTS
 from tests.helpers import tiny_unet
 from tests.tiny_pipelines import tiny_clip_config, tiny_vae, write_flux, write_sd3
 
-# Tests never depend on time.
-settings.register_profile("without deadlines", deadline=None)
-settings.load_profile("without deadlines")
+# Tests never depend on time, nor on how fast a busy machine draws their examples.
+settings.register_profile("without time", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("without time")
 
 Members = Mapping[str, bytes]
 

@@ -123,7 +123,7 @@ class Job:
         status = self._first.wait(timeout)
         return 128 - status if status < 0 else status
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float = 150) -> None:
+    def wait_for(self, condition: Callable[[], bool], timeout: float = 300) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert self._first.poll() is None, f"the job has ended too early:\n{self.console}"

@@ -83,7 +83,7 @@ def same(a: Any, b: Any) -> bool:
 def test_script_is_valid_shell(script: str) -> None:
     checks = [["bash", "-n"], *([["shellcheck"]] if shutil.which("shellcheck") else [])]
     for check in checks:
-        subprocess.run([*check, str(EXAMPLES / script)], check=True, timeout=60)
+        subprocess.run([*check, str(EXAMPLES / script)], check=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -98,13 +98,13 @@ def test_torchrun_on_two_nodes_one_of_which_fails(config: Path, tmp_path: Path) 
     with node(0) as first, node(1) as second:
         first.wait_for(lambda: any((tmp_path / "out").rglob("last.ckpt")))
         os.kill(second.pid, signal.SIGKILL)
-        assert second.ends_within(10)
-        assert first.ends_within(60)
+        assert second.ends_within(120)
+        assert first.ends_within(120)
         assert first.wait(1) == 1
     before = len(diaries(tmp_path))
     port = str(free_port())
     with node(0) as first, node(1) as second:
-        assert first.wait(120) == second.wait(120) == 0, first.console
+        assert first.wait(300) == second.wait(300) == 0, first.console
     assert len(list((tmp_path / "out").rglob(f"*step={STEPS}.ckpt"))) == 1
     assert len(diaries(tmp_path)) - before <= 2 * (STEPS - 2), "it has not gone on from the checkpoint"
 
@@ -124,7 +124,7 @@ def test_a_slurm_job_that_is_stopped_equals_one_that_is_not(config: Path, tmp_pa
         return job(command, tmp_path / "console", **variables, **more)
 
     with submitted(free_port() - 15000, "whole") as whole:
-        assert whole.wait(180) == 0, whole.console
+        assert whole.wait(300) == 0, whole.console
     expected = trained(tmp_path / "whole")
     for diary in tmp_path.glob("*.diary"):
         diary.unlink()
@@ -134,11 +134,11 @@ def test_a_slurm_job_that_is_stopped_equals_one_that_is_not(config: Path, tmp_pa
         stopped.wait_for(lambda: len(diaries(tmp_path)) >= 2)
         for rank in (0, 1):
             os.kill(stopped.pid_of(rank, "SLURM_PROCID"), signal.SIGUSR1)
-        assert stopped.wait(120) == 128 + signal.SIGUSR1
+        assert stopped.wait(300) == 128 + signal.SIGUSR1
         assert f"; job {number} is requeued\n" in stopped.console
     assert asked.read_text() == f"requeue {number}\n"
     with submitted(number, "stopped") as again:
-        assert again.wait(180) == 0, again.console
+        assert again.wait(300) == 0, again.console
     assert same(trained(tmp_path / "stopped"), expected)
     keys = [key for _, *keys in diaries(tmp_path) for key in keys]
     assert sorted(keys) == [f"{i:04}" for i in range(24)]

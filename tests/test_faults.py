@@ -15,7 +15,7 @@ import pytest
 from lit_lora.distributed.processes import LAUNCHER
 from tests.job_run import LIGHTNING, TORCHRUN, Job, diaries, job, write_job
 
-SECONDS = 60
+SECONDS = 120
 
 
 def callback(name: str, **arguments: Any) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def start(tmp_path: Path, sd_folder: Path, make_shards: Callable[..., list[Path]
 )
 def test_a_process_without_its_parent_ends(variables: dict[str, str], status: int) -> None:
     program = "from lit_lora.distributed.processes import end_with_parent; end_with_parent()"
-    assert subprocess.run([sys.executable, "-c", program], env=os.environ | variables, timeout=60).returncode == status
+    assert subprocess.run([sys.executable, "-c", program], env=os.environ | variables, timeout=300).returncode == status
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_one_process_gives_up_under_torchrun(
         samples = [(f"{i:04}", encode_image(seed=i) if i != 18 else b"no image") for i in range(12, 24)]
         members = {f"{key}.{kind}": data for key, image in samples for kind, data in (("jpg", image), ("txt", b"a"))}
         write_tar(tmp_path / "shards" / "shard-000001.tar", members)
-        assert run.ends_within(SECONDS + 60)
+        assert run.ends_within(2 * SECONDS)
         assert run.wait(1) == 1
         assert "of 2 failed: UserError: " in run.console
         assert "bad sample" in run.console
@@ -129,8 +129,8 @@ def test_comes_back_with_fewer_and_with_more_processes(start: Callable[..., Any]
             if signalled is not None:
                 run.wait_for(lambda before=before: len(diaries(tmp_path)) > before)  # type: ignore[misc]
                 os.kill(run.pid_of(signalled), signal.SIGTERM)
-            assert run.wait(120) == (0 if signalled is None else 128 + signal.SIGTERM)
-            assert run.ends_within(1)
+            assert run.wait(300) == (0 if signalled is None else 128 + signal.SIGTERM)
+            assert run.ends_within(SECONDS)
             assert run.console.count("lit-lora: stopped by SIGTERM at step ") == (signalled is not None)
             assert run.console.count(f"processes and this run has {processes}") == bool(resumed)
             assert run.console.count("the global batch has ") == bool(resumed)

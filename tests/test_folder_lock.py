@@ -38,7 +38,7 @@ if command:
 else:
     lock.take()
 print("locked", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 

@@ -20,7 +20,7 @@ from tests.helpers import made_once
 def test_it_is_told_how_a_process_ended(tmp_path: Path, end: str, crashed: bool, told: str) -> None:
     program = f"import os, signal, sys; print('the first words', file=sys.stderr, flush=True); {end}"
     with pytest.raises(ProcessError, match=f"(?s){told}") as caught:
-        run_processes(["-c", program], 1, tmp_path, timeout=60)
+        run_processes(["-c", program], 1, tmp_path, timeout=300)
     assert caught.value.crashed is crashed
 
 

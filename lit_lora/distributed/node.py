@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -16,6 +16,31 @@ from lit_lora import mapped
 from lit_lora.distributed.collectives import time_limit
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
+
+T = TypeVar("T")
+
+_BUNDLE_BYTES = 2**24
+"""Tensors are sent together up to this size: each call takes as long as a context switch, which small tensors are not worth."""
+
+
+def bundles(items: Iterable[T], size_of: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Yield successive items in lists of at most a total size; a larger item is alone.
+
+    Args:
+        items: The items.
+        size_of: Function that returns the size of an item.
+        most: The largest size of a list.
+    """
+    bundle: list[T] = []
+    size = 0
+    for item in items:
+        if bundle and size + size_of(item) > most:
+            yield bundle
+            bundle, size = [], 0
+        bundle.append(item)
+        size += size_of(item)
+    if bundle:
+        yield bundle
 
 
 class Node:
@@ -100,14 +125,24 @@ class Node:
             for one in described:
                 if one.file is not None:
                     values[one.name] = mapped.map_file(one.file, one.shape, one.dtype)
-                elif self._group is not None:
-                    if not self.reads:
-                        values[one.name] = torch.empty(one.shape, dtype=one.dtype)
-                    # As bytes, since gloo does not know all dtypes.
-                    distributed.broadcast(values[one.name].view(-1).view(torch.uint8), self._leader, self._group)
-            if self._group is not None and any(one.file for one in described):
-                distributed.barrier(self._group)  # the files lose their names now
+                elif not self.reads:
+                    values[one.name] = torch.empty(one.shape, dtype=one.dtype)
+            if self._group is not None:
+                self._send([values[one.name] for one in described if one.file is None])
+                if any(one.file for one in described):
+                    distributed.barrier(self._group)  # the files lose their names now
         return values
+
+    def _send(self, tensors: Sequence[Tensor]) -> None:
+        """Fill the tensors with the values that they have in the reading process."""
+        # As bytes, since gloo does not know all dtypes.
+        flat = [tensor.view(-1).view(torch.uint8) for tensor in tensors]
+        for bundle in bundles(flat, lambda tensor: tensor.nbytes, _BUNDLE_BYTES):
+            joined = bundle[0] if len(bundle) == 1 else torch.cat(bundle)
+            distributed.broadcast(joined, self._leader, self._group)
+            if not self.reads and len(bundle) > 1:
+                for tensor, sent in zip(bundle, joined.split([tensor.nbytes for tensor in bundle]), strict=True):
+                    tensor.copy_(sent)
 
 
 class _Described(NamedTuple):

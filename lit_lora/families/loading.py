@@ -167,8 +167,7 @@ class PartLoader:
         check_block_by_block(config)
 
         def read(names: list[str], location: str, subfolder: str, **options: Any) -> None:
-            for weight in names:
-                weights.put(weight)
+            weights.put(names)
 
         weights = self.weight_files(name, kind, self.node)
         parts = weights.in_parts(block_classes)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from lit_lora.distributed.node import Node
+from lit_lora.distributed.node import Node, bundles
 from lit_lora.errors import UserError
 from lit_lora.quantization.base import Quantization
 from lit_lora.quantization.dense import Dense
@@ -19,6 +20,9 @@ from lit_lora.quantization.saved_quantized import saved_method
 from lit_lora.quantization.sharded_parts import sharded_parts
 from lit_lora.quantization.weight_change import Changes, check_changes
 from lit_lora.quantization.weight_files import TRANSFORMERS_STEM, StoredTensors, WeightFiles, weight_files
+
+_BUNDLE_ELEMENTS = 2**22
+"""So many elements of weights are sent to the other processes of a machine together."""
 
 
 class Weights:
@@ -83,20 +87,28 @@ class Weights:
         self._node.read(lambda: self._open(open_file or open_folder))
         _bring_computed_tensors(self.model, kind, config)
 
-    def put(self, name: str) -> None:
-        """Read a weight and put it into the model.
+    def put(self, names: Sequence[str]) -> None:
+        """Read weights and put them into the model.
 
         Args:
-            name: Name of the weight, one of :attr:`names`.
+            names: Names of the weights, of those in :attr:`names`.
 
         Raises:
-            OSError: If its file is damaged.
-            UserError: If its shape differs from the model's.
+            OSError: If a file is damaged.
+            UserError: If a weight's shape differs from the model's.
         """
-        layer, attribute = self._layers[name], name.rpartition(".")[2]
-        form = self._form(name, layer)
-        stored = self._node.read(lambda: self._stored(name, form), may_be_mapped=form.quantization is not None)
-        _assign(layer, attribute, stored, form)
+        forms = {name: self._form(name, self._layers[name]) for name in names}
+        frozen = [name for name, form in forms.items() if form.quantization is not None]
+        others = [name for name, form in forms.items() if form.quantization is None]
+        for chosen, may_be_mapped in ((frozen, True), (others, False)):
+            for bundle in bundles(chosen, lambda name: forms[name].shape.numel(), _BUNDLE_ELEMENTS):
+                stored: dict[str, dict[str, Tensor]] = {name: {} for name in bundle}
+                tensors = self._node.read(partial(self._stored, {name: forms[name] for name in bundle}), may_be_mapped)
+                for path, tensor in tensors.items():
+                    name, _, part = path.rpartition("/")
+                    stored[name][part] = tensor
+                for name in bundle:
+                    _assign(self._layers[name], name.rpartition(".")[2], stored[name], forms[name])
 
     def unquantized(self, name: str) -> Tensor:
         """Read a weight as it is before it is quantized, in the reading process.
@@ -149,8 +161,12 @@ class Weights:
     def _form(self, name: str, layer: nn.Module) -> _Form:
         return _form_of(name, layer, self.model, self._quantization, self._dtype, self._skipped)
 
-    def _stored(self, name: str, form: _Form) -> dict[str, Tensor]:
-        return form.quantize(self.unquantized(name))
+    def _stored(self, forms: Mapping[str, _Form]) -> dict[str, Tensor]:
+        return {
+            f"{name}/{part}": tensor
+            for name, form in forms.items()
+            for part, tensor in form.quantize(self.unquantized(name)).items()
+        }
 
 
 def load_model(*args: Any, **kwargs: Any) -> nn.Module:
@@ -161,8 +177,7 @@ def load_model(*args: Any, **kwargs: Any) -> nn.Module:
         **kwargs: Arguments of :class:`Weights`.
     """
     weights = Weights(*args, **kwargs)
-    for name in weights.names:
-        weights.put(name)
+    weights.put(weights.names)
     return weights.model.requires_grad_(False).eval()
 
 

@@ -18,7 +18,7 @@ class Slow(LightningModule):
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         (Path(self.trainer.default_root_dir) / "in a step").touch()
-        time.sleep(120)
+        time.sleep(600)
         return self.layer(batch).mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

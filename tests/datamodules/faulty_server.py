@@ -113,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "drop":
             self.close_connection = True
         elif fault == "silent":
-            self.server.released.wait(60)
+            self.server.released.wait()
             self.close_connection = True
         elif fault == "slow header":
             self._drip(b"HTTP/1.1 200 OK\r\nX: " + bytes(10_000).replace(b"\0", b"x"))
@@ -186,7 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.sent += self.wfile.write(bytes(1 << 16))
         if fault == "stall":
             self.server.stalling += 1
-            self.server.released.wait(60)
+            self.server.released.wait()
             self.server.stalling -= 1
         if fault in ("truncate", "stall", "long", "short"):
             self.close_connection = True

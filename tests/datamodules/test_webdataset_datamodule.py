@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -23,6 +22,7 @@ from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.staging.staging import Staging
 from lit_lora.errors import UserError
 from tests.datamodules.faulty_server import FaultyServer
+from tests.helpers import processes
 
 pytestmark = [
     # Lightning says the first to everyone whose validation loaders are an empty list, the second to everyone who
@@ -629,9 +629,7 @@ def _run_pair(out, shards, ckpt_path=""):
     out.mkdir()
     script = out / "script.py"
     script.write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    command = [sys.executable, str(script), str(shards), str(out), str(ckpt_path)]
-    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+    processes([script, shards, out, ckpt_path], 2, out)
     ranks = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
     seen = [low + high for low, high in zip(ranks[0]["seen"], ranks[1]["seen"], strict=True)]
     return seen, ranks[0]["val"] + ranks[1]["val"]

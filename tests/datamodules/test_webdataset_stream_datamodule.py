@@ -2,11 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +18,7 @@ from lit_lora.datamodules.decoding.framing import Framing
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.webdataset_stream_datamodule import WebDatasetStreamDataModule
 from lit_lora.errors import UserError
+from tests.helpers import processes
 
 pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 
@@ -446,9 +443,7 @@ def test_uneven_shards_on_two_processes(tmp_path, make_shards):
     shards = make_shards(2, 1, 2, 1, 2)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    command = [sys.executable, str(script), str(shards[0].parent), str(tmp_path)]
-    subprocess.run(command, check=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, timeout=120)
+    processes([script, shards[0].parent, tmp_path], 2, tmp_path)
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert sorted(ranks[0]["slots"] + ranks[1]["slots"]) == list(range(32))
     assert sorted(ranks[0]["validated"] + ranks[1]["validated"]) == sorted(_samples(8) * 2)

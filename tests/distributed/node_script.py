@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed
@@ -35,6 +36,7 @@ def main() -> None:
     if rank == 1:
         read["large"].fill_(3)
     distributed.barrier()
+    found |= sent_together(node, rank)
     found["seen"] = [float(read["large"].float().mean()), float(in_memory["large"].float().mean())]
     try:
         with largest_file(1000):
@@ -43,6 +45,31 @@ def main() -> None:
         found["error"] = error.strerror
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
+
+
+def sent_together(node: Node, rank: int) -> dict[str, Any]:
+    """Whether small tensors of several dtypes arrive, and in how many messages; a large one between them is sent by itself."""
+    generator = torch.Generator().manual_seed(5)
+    dtypes = (torch.float32, torch.bool, torch.bfloat16, torch.int64)
+    values = {f"{i}": torch.randint(2, (i % 5,), generator=generator).to(dtypes[i % 4]) for i in range(40)}
+    values["20"] = torch.rand(5_000_000, generator=generator)
+    values["30"] = torch.tensor(7, dtype=torch.int32)
+    messages: list[int] = []
+    broadcast = distributed.broadcast
+
+    def counted(tensor: torch.Tensor, *arguments: Any) -> None:
+        messages.append(tensor.nbytes)
+        broadcast(tensor, *arguments)
+
+    distributed.broadcast = counted
+    try:
+        read = node.read(lambda: values if rank == 0 else {})
+    finally:
+        distributed.broadcast = broadcast
+    arrived = list(read) == list(values) and all(
+        read[name].dtype == value.dtype and torch.equal(read[name], value) for name, value in values.items()
+    )
+    return {"arrived": arrived, "messages": messages}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from lit_lora.distributed.node import Node
+from lit_lora.distributed.node import Node, bundles
 from lit_lora.errors import UserError
 from lit_lora.mapped import is_mapped
 from lit_lora.quantization import NF4, Dense, Quantization
@@ -81,3 +81,14 @@ def test_two_processes_share_one_file(tmp_path: Path) -> None:
         assert found["seen"][0] == 3, "what one process writes, the other one reads"
         assert found["seen"][1] > 3
         assert found["error"] == "File too large"
+        assert found["arrived"]
+        assert len(found["messages"]) == 3
+        assert found["messages"][1] == 20_000_000
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [([], []), ([1, 2, 3], [[1, 2, 3]]), ([3, 3, 1], [[3, 3], [1]]), ([9, 1, 9, 9], [[9], [1], [9], [9]])],
+)
+def test_bundles_have_at_most_a_size(sizes: list[int], expected: list[list[int]]) -> None:
+    assert list(bundles(sizes, int, 6)) == expected

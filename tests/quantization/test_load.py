@@ -38,8 +38,12 @@ def folder(sd_folder: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("elements", [2**22, 300], ids=["together", "in bundles"])
 @pytest.mark.parametrize("name", ["sd_folder", "sdxl_folder"])
-def test_the_weights_are_those_of_from_pretrained(name: str, request: pytest.FixtureRequest) -> None:
+def test_the_weights_are_those_of_from_pretrained(
+    name: str, elements: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_lora.quantization.load._BUNDLE_ELEMENTS", elements)
     source = request.getfixturevalue(name)
     theirs = UNet2DConditionModel.from_pretrained(source, subfolder="unet").state_dict()
     mine = _load(source).state_dict()

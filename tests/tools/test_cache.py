@@ -7,9 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -62,6 +59,7 @@ from lit_lora.tools.cache import cache_shards
 from tests.datamodules.faulty_server import FaultyServer
 from tests.families.folders import FOLDERS
 from tests.test_module import Losses
+from tests.warm_python import WarmPython
 
 FAMILIES = list(FOLDERS.items())
 BUCKETS = AspectRatioBuckets(divisor=4)
@@ -843,16 +841,17 @@ class TestCommand:
     def test_killed_and_in_two_processes(self, config: Path, shards: Path, sd_folder: Path, tmp_path: Path) -> None:
         """The parent is killed while its processes write; they end too, and the next run has what one process has."""
         write_shard(shards / "shard-000003.tar", range(15, 20))
-        command = [sys.executable, "-m", "lit_lora.cli", "cache", "--config", str(config), "--jobs", "2"]
+        command = ["-m", "lit_lora.cli", "cache", "--config", str(config), "--jobs", "2"]
         command += ["--data.init_args.decoder.center_crop", "true", "--batch_size", "4", "--out"]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         out = tmp_path / "out"
-        with subprocess.Popen([*command, str(out)], env=environment, stderr=subprocess.DEVNULL) as process:
-            while not tars(out) and process.poll() is None:
-                time.sleep(0.05)
-            children = children_of(process.pid)
-            process.send_signal(signal.SIGKILL)
-        deadline = time.monotonic() + 60
+        process = WarmPython([*command, str(out)], environment)
+        while not tars(out) and process.poll() is None:
+            time.sleep(0.05)
+        children = children_of(process.pid)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 120
         while any(is_running(child) for child in children) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(is_running(child) for child in children)

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from functools import partialmethod
@@ -21,6 +19,7 @@ from lit_lora.prompts import read_prompts
 from lit_lora.tools.train import SHORT, split_arguments, train_command
 from lit_lora.tools.training.request import Request
 from lit_lora.tools.training.run import train_adapter
+from tests.warm_python import WarmPython
 
 
 @pytest.fixture
@@ -261,9 +260,9 @@ def test_a_resumed_run_of_one_and_two_processes_shows_sets_as_planned(
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
     of_runs: list[list[list[list[str]]]] = []  # by run, process, step
     for number in range(2):
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert ("resuming" in done.stdout) == (number == 1)
+        process = WarmPython(command, environment, tmp_path / "output", tmp_path / "errors")
+        assert process.wait() == 0, (tmp_path / "errors").read_text()[-3000:]
+        assert ("resuming" in (tmp_path / "output").read_text()) == (number == 1)
         new = sorted(diaries.glob("*.diary"), key=lambda path: path.read_text())
         of_runs.append([[line.split() for line in path.read_text().splitlines()] for path in new])
         for path in new:

@@ -34,7 +34,7 @@ class Together:
 
     def __init__(self, item, errors=()):
         self.item, self.errors, self.done = item, errors, []
-        self.barrier = threading.Barrier(3, timeout=10)
+        self.barrier = threading.Barrier(3, timeout=120)
 
     def __len__(self):
         return 3
@@ -74,7 +74,7 @@ def test_only_a_few_items_are_taken_ahead():
 
 
 def test_work_is_shared():
-    together = threading.Barrier(3, timeout=10)
+    together = threading.Barrier(3, timeout=120)
     threads = _threads(lambda _: together.wait(), 3)
     assert sorted(threads.run(range(3))) == [0, 1, 2]
     threads.close()
@@ -119,7 +119,7 @@ def test_error_while_finishing():
 
 def test_abandoned_items_are_not_loaded():
     loaded, go = [], threading.Event()
-    threads = _threads(lambda item: go.wait(10) and loaded.append(item), 1)
+    threads = _threads(lambda item: go.wait(120) and loaded.append(item), 1)
     results = threads.run(range(10))
     go.set()
     next(results)
@@ -156,5 +156,5 @@ def test_threads_end():
     started = list(threads._threads)
     threads.close()
     for thread in started:
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive()

@@ -25,7 +25,7 @@ def _write(path, rows):
 
 
 @pytest.mark.parametrize("extension", ["jsonl", "csv", "tsv"])
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rows=_ROWS)
 def test_rows_are_found_again_where_they_start(tmp_path, extension, rows):
     path = tmp_path / f"x.{extension}"

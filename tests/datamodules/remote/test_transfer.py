@@ -557,7 +557,7 @@ def test_s3_in_forked_processes(s3):
     with fsspec.asyn.get_lock():  # as another thread of the parent might
         for worker in workers:
             worker.start()
-    got = sorted(queue.get(timeout=60) for _ in workers)
+    got = sorted(queue.get(timeout=300) for _ in workers)
     for worker in workers:
         worker.join()
     queue.close()
@@ -640,7 +640,7 @@ def test_http_in_forked_processes(server):
         target=lambda: queue.put((read_range(location, 7, 5), http_session.http_session() is session))
     )
     worker.start()
-    got = queue.get(timeout=60)
+    got = queue.get(timeout=300)
     worker.join()
     queue.close()
     assert got == (DATA[7:12], False)

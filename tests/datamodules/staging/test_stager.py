@@ -74,8 +74,8 @@ def _job(stager):
     return json.loads(stager._job_path.read_text())
 
 
-def _until(condition, seconds=20):
-    deadline = time.monotonic() + seconds
+def _until(condition):
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.01)
@@ -172,7 +172,7 @@ def test_slower_process_protects_its_chunk(data, stage):
         assert data.is_staged(slow, 1)
         slow.wait(0)
         slow.passed(0)
-        waiting.join(20)
+        waiting.join(120)
         assert not waiting.is_alive()
         assert data.is_staged(fast, 2)
 
@@ -214,11 +214,11 @@ stager = pickle.load(open(sys.argv[1], "rb"))
 stager.start(0)
 worker = os.fork()  # has the pipe to the stager too, as workers of a loader do
 if worker == 0:
-    time.sleep(100)
+    time.sleep(600)
 print(stager._pid, worker, flush=True)
 if sys.argv[2] == "exit":
     sys.exit()
-time.sleep(100)
+time.sleep(600)
 """
 
 
@@ -385,7 +385,7 @@ def test_failure_reaches_every_process(data, stage, fault, reason, capfd):
     stagers = [data.stager(stage, shards=shards, local_rank=rank, local_world_size=2) for rank in range(2)]
     bad = f"/{data.paths[data.chunks[stagers[0]._plan.chunk(1)][0]].name}"
     started = threading.Event()  # a process that starts after the failure is told of it at once
-    data.server.fault = lambda path: fault if path.startswith(bad) and started.wait(20) else None
+    data.server.fault = lambda path: fault if path.startswith(bad) and started.wait(120) else None
     with closing(stagers[0]), closing(stagers[1]):
         for stager in stagers:
             stager.start(0)

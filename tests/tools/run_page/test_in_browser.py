@@ -74,7 +74,7 @@ def show(page: Path, folder: Path, proxy: Proxy) -> tuple[list[str], list[str]]:
         page.as_uri(),
     ]
     environment = os.environ | {"HOME": str(folder)}
-    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
+    told = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True, env=environment)
     console = [line for line in told.stderr.splitlines() if "CONSOLE" in line]
     return console, proxy.asked
 
