@@ -141,6 +141,14 @@ class Drawer:
         self._changes = next(iter(schedulers.values()), {})
         self._loaded.to(self._device)
 
+    def base_identity(self) -> dict[str, str]:
+        """Identities of the parts of the base that was given, which is not loaded for it.
+
+        Raises:
+            UserError: If the base cannot be read.
+        """
+        return self._opened(self._kind(self._given), self._given).identity()
+
     def draw(self, prompts: Sequence[Prompt], **options: Any) -> list[DrawnImage]:
         """Draw one image for each prompt, with what it is drawn with.
 
@@ -189,10 +197,13 @@ class Drawer:
         if wanted == self._loaded_with:
             return
         self._loaded = None  # so that memory holds one base
-        assert self.base is not None
-        self._loaded = FamilyBase(kind, self.base, options) if kind else PipelineBase(self.base, options)
+        self._loaded = self._opened(kind, options)
         self._loaded.load(self._dtype, merged, self._sizes, self.scheduler)
         self._loaded_with = wanted
+
+    def _opened(self, kind: type[ModelFamily] | None, options: Mapping[str, str]) -> DrawingBase:
+        assert self.base is not None
+        return FamilyBase(kind, self.base, options) if kind else PipelineBase(self.base, options)
 
     def _put_in(self, one: ScaledAdapter, adapter: AdapterFiles) -> None:
         """Load an adapter into the parts that it was made for, in place."""
