@@ -24,6 +24,7 @@ from lit_lora.formats.base_adapters import recorded_adapters
 from lit_lora.formats.base_options import recorded_options
 from lit_lora.formats.base_records import base_records
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.known_base import changed_base
 from lit_lora.formats.quantized_base import quantized_base, twice
 from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.formats.text_encoders import for_encoder
@@ -134,6 +135,7 @@ class Drawer:
         merged = [over for one, files in used for over in self._over(one, files, kind)]
         if len(used) > 1:
             merged += [_merged(one, files) for one, files in used]
+        self._warn_of_changed_base(used, kind, options)
         self._load(kind, options, tuple(dict.fromkeys(merged)))
         assert self._loaded is not None
         if len(used) == 1:
@@ -200,6 +202,20 @@ class Drawer:
         self._loaded = self._opened(kind, options)
         self._loaded.load(self._dtype, merged, self._sizes, self.scheduler)
         self._loaded_with = wanted
+
+    def _warn_of_changed_base(
+        self,
+        used: Sequence[tuple[ScaledAdapter, AdapterFiles]],
+        kind: type[ModelFamily] | None,
+        options: Mapping[str, str],
+    ) -> None:
+        for one, files in used:
+            if changed := changed_base(files, str(self.base), self._opened(kind, options).identity):
+                warnings.warn(
+                    f"the base {self.base} is not the one that {one.path} was trained over: another "
+                    f"{' and another '.join(changed)}; name the folder of that one with --base",
+                    stacklevel=3,
+                )
 
     def _opened(self, kind: type[ModelFamily] | None, options: Mapping[str, str]) -> DrawingBase:
         assert self.base is not None
