@@ -25,6 +25,16 @@ _OF_THE_MODEL = ("base_dtype", "quantization", "seed")
 """Options of :class:`~lit_lora.LoraDiffusion` that change what is learned, beside those that are compared elsewhere."""
 _OF_THE_MEMORY = ("vae_tiling", "optimizer_in_backward", "text_encoder_quantization")
 """Those of its :class:`~lit_lora.memory.options.MemoryOptions`; the others change rounding at most."""
+_OF_RESULTS = (
+    "model.objective",
+    "model.family",
+    "model.base_dtype",
+    "model.quantization",
+    "model.memory.vae_tiling",
+    "model.memory.text_encoder_quantization",
+    "quantization of",
+)
+"""Beginnings of settings on which also losses and images of a trained adapter depend."""
 
 
 def run_record(trainer: Trainer, module: LightningModule) -> Record:
@@ -40,6 +50,16 @@ def run_record(trainer: Trainer, module: LightningModule) -> Record:
         with suppress(UserError):  # of parts that are not there, since their outputs are cached
             record |= {"base": family.base_identity(), "location": {"base": str(family.source)}}
     return record
+
+
+def of_results(record: Record) -> Record:
+    """The part of a record that validation, test and prediction have in common with the training of their checkpoint.
+
+    Args:
+        record: Record in the checkpoint; empty if it has none.
+    """
+    settings = {name: text for name, text in record.get("settings", {}).items() if name.startswith(_OF_RESULTS)}
+    return {**record, "settings": settings}
 
 
 def warn_of_changes(saved: Record, here: Record) -> None:

@@ -133,6 +133,20 @@ def test_a_resumed_run_tells_of_another_base(sd_folder: Path, trainer_options: d
         trainer.validate(diffusion(sd_folder), loader_of(make_batches(1)), ckpt_path=last, verbose=False)
 
 
+def test_validation_tells_of_what_changes_its_result(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def validate(**options: Any) -> None:
+        batches = loader_of(make_batches(1))
+        trainer.validate(diffusion(sd_folder, **options), batches, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+    trainer = fit(diffusion(sd_folder), trainer_options, tmp_path)
+    validate(seed=3, caption_dropout=0.5, memory=MemoryOptions(optimizer_in_backward=True))  # of training alone
+    assert not [one for one in recwarn if "is not what" in str(one.message)]
+    with pytest.warns(UserWarning, match=r"prediction_type epsilon in the checkpoint, v_prediction here"):
+        validate(objective=DDPM(prediction_type="v_prediction"))
+
+
 def test_what_callbacks_and_the_trainer_do_otherwise(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     def run(share: float, decay: float, quantized: bool, **more: Any) -> None:
         config = LoraConfig(r=2, lora_alpha=2, target_modules=["3"])
