@@ -40,7 +40,7 @@ from lit_lora.callbacks.checkpoint_files import (
 from lit_lora.callbacks.finite_gradients import FiniteGradients, check_trained
 from lit_lora.callbacks.lora_injection import adapter_writer
 from lit_lora.callbacks.resumed_saves import ResumedSaves
-from lit_lora.callbacks.run_record import Record, of_results, run_record, warn_of_changes
+from lit_lora.callbacks.run_record import Record, of_results, run_record, saved_record, warn_of_changes
 from lit_lora.callbacks.sample_images import SampleImages
 from lit_lora.callbacks.schedule_free import learned_weights
 from lit_lora.distributed import shards_weights
@@ -171,7 +171,7 @@ class AdapterCheckpoint(ResumedSaves):
         self._saved_rng = ours.get("rng")
         self._unfrozen = ours.get("unfrozen", [])
         self._saved_metrics = ours.get("metrics", {})
-        self._saved_record = ours.get("run", {})
+        self._saved_record = saved_record(checkpoint)
         if trainer.state.fn != TrainerFn.FITTING:
             warn_of_changes(of_results(self._saved_record), run_record(trainer, pl_module))
         check_finite(tensors_in(checkpoint.get("optimizer_states", [])))
