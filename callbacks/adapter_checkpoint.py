@@ -40,7 +40,7 @@ from lit_lora.callbacks.checkpoint_files import (
 from lit_lora.callbacks.finite_gradients import FiniteGradients, check_trained
 from lit_lora.callbacks.lora_injection import adapter_writer
 from lit_lora.callbacks.resumed_saves import ResumedSaves
-from lit_lora.callbacks.run_record import Record, run_record, warn_of_changes
+from lit_lora.callbacks.run_record import Record, of_results, run_record, saved_record, warn_of_changes
 from lit_lora.callbacks.sample_images import SampleImages
 from lit_lora.callbacks.schedule_free import learned_weights
 from lit_lora.distributed import shards_weights
@@ -52,6 +52,7 @@ from lit_lora.finite import tensors_in
 from lit_lora.folder_lock import FolderLock
 from lit_lora.formats import add_sample, format_named
 from lit_lora.formats.info import AdapterInfo
+from lit_lora.formats.known_base import base_metadata
 from lit_lora.formats.of_family import check_formats
 from lit_lora.loops import accumulating, begin_pass, more_is_due, resume_epoch, within_epoch
 from lit_lora.optimizer_settings import ResumedOptimizers, optimizer_names, schedule_names
@@ -85,8 +86,7 @@ class AdapterCheckpoint(ResumedSaves):
         keep_optimizer_settings: Whether a resumed run goes on with the checkpoint's lr, weight decay and other settings of
             optimizer and schedule; false applies those of this run. Defaults to true, with a warning if they differ.
         formats: Names of formats to write beside PEFT's and diffusers': ``kohya``, ``comfyui`` or ``lycoris``. Defaults to none.
-        info: What users should know about the adapter, such as its trigger words, for the metadata of its files and the model
-            card; defaults to nothing.
+        info: What users should know about the adapter, such as trigger words, for metadata and model card; defaults to nothing.
         save_on_chunk_end: Also save after the optimizer step that ends a chunk of the training data; off by default.
         **kwargs: Keyword arguments of ``ModelCheckpoint``.
     """
@@ -107,8 +107,7 @@ class AdapterCheckpoint(ResumedSaves):
         self.info = info
         self.keep_optimizer_settings = keep_optimizer_settings
         self.save_on_chunk_end = save_on_chunk_end
-        self._is_due = False
-        """Whether a checkpoint waits for the next optimizer step."""
+        self._is_due = False  # whether a checkpoint waits for the next optimizer step
         self._stop_is_due = False
         self._begins_pass = False  # whether the checkpoint that was loaded had completed an epoch
         self._first_step = 0
@@ -172,11 +171,10 @@ class AdapterCheckpoint(ResumedSaves):
         self._saved_rng = ours.get("rng")
         self._unfrozen = ours.get("unfrozen", [])
         self._saved_metrics = ours.get("metrics", {})
-        self._saved_record = ours.get("run", {})
+        self._saved_record = saved_record(checkpoint)
         if trainer.state.fn != TrainerFn.FITTING:
-            warn_of_changes({**self._saved_record, "settings": {}}, run_record(trainer, pl_module))
-        states = checkpoint.get("optimizer_states", [])
-        check_finite(tensors_in(states))
+            warn_of_changes(of_results(self._saved_record), run_record(trainer, pl_module))
+        check_finite(tensors_in(checkpoint.get("optimizer_states", [])))
         # With optimizers there, this is the tuner, which restores what it has saved itself.
         if trainer.state.fn == TrainerFn.FITTING and not trainer.optimizers:
             self._resumed = ResumedOptimizers(ours, checkpoint, self.keep_optimizer_settings)
@@ -264,6 +262,10 @@ class AdapterCheckpoint(ResumedSaves):
         with options(self, save_last=True, save_weights_only=False):
             self._write_last(trainer, self._monitor_candidates(trainer))
         return self.last_model_path
+
+    def training_facts(self) -> dict[str, str]:
+        """What the adapter's files say about the base's contents."""
+        return base_metadata(self._record.get("base", {}))
 
     @property
     def _given(self) -> dict[str, Any]:

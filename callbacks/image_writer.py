@@ -5,20 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, writable_folder
 from lit_lora.folder_lock import FolderLock
 
 
+class _Image(NamedTuple):
+    name: str
+    inode: int
+    mtime_ns: int
+
+
 class ImageWriter(BasePredictionWriter):
     """Writes the images of ``predict`` as ``NUMBER-KEY.png``, each with its caption in ``NUMBER-KEY.txt``.
 
-    With several dataloaders the names begin with the dataloader's number.
+    With several dataloaders the names begin with the dataloader's number. Files of these names are replaced; the end of a
+    run warns of other images that the folder held before.
 
     Args:
         output_dir: Folder for the files; created if missing.
@@ -31,6 +39,7 @@ class ImageWriter(BasePredictionWriter):
         super().__init__(write_interval="batch")
         self.output_dir = Path(output_dir)
         self._lock: FolderLock | None = None
+        self._before: set[_Image] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -41,12 +50,26 @@ class ImageWriter(BasePredictionWriter):
                     f"{other} writes its images to {self.output_dir} too; wait until it has ended, or name another output_dir"
                 )
             self._lock = lock
+            self._before = self._images() if trainer.is_global_zero else set()
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.strategy.barrier()  # the other processes write too
+        if left := sorted(image.name for image in self._before & self._images()) if self._before else []:
+            rank_zero_warn(
+                f"{self.output_dir} also holds {len(left):,} images from before this run, such as {left[0]}; remove them or name "
+                f"another output_dir, lest they are taken for images of this run"
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
+
+    def _images(self) -> set[_Image]:
+        """The images in the folder; one that is written anew is another."""
+        stats = [(path.name, path.stat()) for path in self.output_dir.glob("*.png")]
+        return {_Image(name, stat.st_ino, stat.st_mtime_ns) for name, stat in stats}
 
     def _release(self) -> None:
         if self._lock is not None:

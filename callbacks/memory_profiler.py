@@ -76,7 +76,8 @@ class MemoryProfiler(Callback):
             ``memory_snapshot.pickle`` (for https://pytorch.org/memory_viz). Defaults to 0, which records none.
 
     Raises:
-        UserError: If ``every_n_steps`` is below 1 or ``snapshot_entries`` below 0.
+        UserError: If ``every_n_steps`` is below 1 or ``snapshot_entries`` below 0; once the run starts, if the trainer has
+            another of these callbacks.
     """
 
     def __init__(self, every_n_steps: int = 50, output_dir: str | None = None, snapshot_entries: int = 0) -> None:
@@ -94,6 +95,12 @@ class MemoryProfiler(Callback):
         return self._record.highest[1].height if self._record.highest else 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, MemoryProfiler) for callback in callbacks) > 1:
+            raise UserError(
+                "several MemoryProfilers would reset each other's peaks and replace each other's memory.json; remove all but one "
+                "from trainer.callbacks"
+            )
         self._trainer, self._module = trainer, pl_module
         self._stage = TrainerFn(stage).value
         # Asking for the run's folder is a collective call, in which all processes take part now, but not after an error.

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lit_lora.callbacks.checkpoint_content import check_hyperparameters
@@ -77,6 +77,8 @@ class ResumedSaves(ModelCheckpoint):
         """Finish the last save of a run that was killed at its end: nothing is left to train, and so nothing is saved."""
         super().on_fit_end(trainer, pl_module)
         self._tell_earlier_best()
+        if not self._trains:
+            rank_zero_info(f"nothing was trained: {_bound(trainer)}")
         resumed = str(trainer.ckpt_path)
         if self._trains or resumed not in self._found or not self._is_inside(resumed):
             return
@@ -173,3 +175,15 @@ class ResumedSaves(ModelCheckpoint):
         self._found = found | {str(path) for folder in folders for path in folder.glob(pattern) if path.exists()}
         warn_of_future(self._found)
         return self._found
+
+
+def _bound(trainer: Trainer) -> str:
+    """Why a run has ended before its first step."""
+    if trainer.limit_train_batches == 0:
+        return "trainer.limit_train_batches is 0"
+    step, epoch = trainer.global_step, trainer.current_epoch
+    if 0 <= trainer.max_steps <= step:
+        return f"the run began at step {step}, and trainer.max_steps={trainer.max_steps} is not above that; raise it"
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
+        return f"the run began after {epoch} epochs, and trainer.max_epochs={trainer.max_epochs} is not above that; raise it"
+    return "there are no training batches"

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_lora.adapters import adapter_configs
 from lit_lora.adapters.same_config import training_fields
 from lit_lora.callbacks.changed_ranks import ChangedRanks
+from lit_lora.callbacks.frozen_weights import changed_weights, frozen_weights, without_compiling
 from lit_lora.callbacks.lora_injection import LoraInjection
 from lit_lora.described import described, described_options, differences
 from lit_lora.errors import UserError
@@ -19,12 +20,23 @@ from lit_lora.families import ModelFamily
 from lit_lora.formats.learned_settings import learned_settings
 
 Record = Mapping[str, Mapping[str, str]]
-"""Texts by name: ``settings``, ``base`` (identities of its parts) and ``location`` (of the base, for messages)."""
+"""Texts by name: ``settings``, ``base`` (identities of its parts) and ``location`` (of the base, for messages); of modules of
+other projects ``frozen`` (:func:`~lit_lora.callbacks.frozen_weights.frozen_weights`)."""
 
 _OF_THE_MODEL = ("base_dtype", "quantization", "seed")
 """Options of :class:`~lit_lora.LoraDiffusion` that change what is learned, beside those that are compared elsewhere."""
 _OF_THE_MEMORY = ("vae_tiling", "optimizer_in_backward", "text_encoder_quantization")
 """Those of its :class:`~lit_lora.memory.options.MemoryOptions`; the others change rounding at most."""
+_OF_RESULTS = (
+    "model.objective",
+    "model.family",
+    "model.base_dtype",
+    "model.quantization",
+    "model.memory.vae_tiling",
+    "model.memory.text_encoder_quantization",
+    "quantization of",
+)
+"""Beginnings of settings on which also losses and images of a trained adapter depend."""
 
 
 def run_record(trainer: Trainer, module: LightningModule) -> Record:
@@ -39,7 +51,29 @@ def run_record(trainer: Trainer, module: LightningModule) -> Record:
     if isinstance(family, ModelFamily) and trainer.is_global_zero:
         with suppress(UserError):  # of parts that are not there, since their outputs are cached
             record |= {"base": family.base_identity(), "location": {"base": str(family.source)}}
+    elif trainer.is_global_zero:
+        record["frozen"] = frozen_weights(module)
     return record
+
+
+def saved_record(checkpoint: Mapping[str, Any]) -> Record:
+    """The record in a checkpoint; empty if it has none.
+
+    Weights that the checkpoint holds itself, such as those of layers that were unfrozen later, are not compared.
+    """
+    record: Record = checkpoint.get("lit_lora", {}).get("run", {})
+    held = {without_compiling(name) for name in checkpoint.get("state_dict", {})}
+    return {**record, "frozen": {name: "" if name in held else text for name, text in record.get("frozen", {}).items()}}
+
+
+def of_results(record: Record) -> Record:
+    """The part of a record that validation, test and prediction have in common with the training of their checkpoint.
+
+    Args:
+        record: Record in the checkpoint; empty if it has none.
+    """
+    settings = {name: text for name, text in record.get("settings", {}).items() if name.startswith(_OF_RESULTS)}
+    return {**record, "settings": settings}
 
 
 def warn_of_changes(saved: Record, here: Record) -> None:
@@ -54,6 +88,7 @@ def warn_of_changes(saved: Record, here: Record) -> None:
         f"the base's {part} {places[0]} ({before}) in the checkpoint, {places[1]} ({now}) here"
         for part, before, now in differences(saved.get("base", {}), here.get("base", {}))
     ]
+    changed += changed_weights(saved.get("frozen", {}), here.get("frozen", {}))
     changed += [
         f"{name} {before} in the checkpoint, {now} here"
         for name, before, now in differences(saved.get("settings", {}), here.get("settings", {}))

@@ -158,7 +158,7 @@ class WebDatasetDataModule(LightningDataModule):
         if stage == "fit" and not self.training_sets:
             raise UserError("there is no data to train on; set train_shards")
         if stage in ("validate", "predict") and not self.val_shards and not self.val_samples:
-            raise UserError(f"there is no data to {stage} on; set val_shards or val_samples")
+            raise UserError(f"there is no data to {TrainerFn(stage).value} on; set val_shards or val_samples")
         if self.training_sets and stage != "test" and (stage == "fit" or self.val_samples):
             self._split_train(self._open(self.training_sets))
         if stage != "test" and self.val_shards:

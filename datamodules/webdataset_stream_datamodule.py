@@ -7,6 +7,7 @@ import shutil
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_lora.datamodules.batches.buckets import check_resolution
 from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE
@@ -125,7 +126,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         if stage == "test":
             raise UserError("WebDatasetStreamDataModule has no data to test on; validate instead")
         if stage != "fit" and not self.val_shards:
-            raise UserError(f"there is no data to {stage} on; set val_shards and val_batches")
+            raise UserError(f"there is no data to {TrainerFn(stage).value} on; set val_shards and val_batches")
         if stage == "fit":
             self._train = _expand(self.train_shards)
         if self.val_shards:

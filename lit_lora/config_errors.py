@@ -27,6 +27,13 @@ _ADVICE = {
 }
 """Advice to add to errors that match a pattern."""
 
+_NO_CAUSES = ("Expected a <class", "Does not validate against any of the Union")
+"""Beginnings of those entries in jsonargparse's list of errors that only name a type which the value does not have."""
+
+_HOW_TO_WRITE = ("Not a valid subclass of", "a class path (str)", "a dict with")
+"""Beginnings of those that list the ways to write a class."""
+
+_TWICE = re.compile(r"more than one stateful callback of type `(\w+)`")
 _KEY = re.compile(r'^Parser key "([^"]+)":')
 _NO_CLASS = re.compile(r"Expected a dot import path string: ([\w.]*\b[A-Z]\w*)\s*$", re.MULTILINE)
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
@@ -53,6 +60,33 @@ def explain(message: str) -> str:
         return message + advice
     reason = _missing(message) or _wrong_value(message)
     return (f"{key[1]}: {reason}" if reason else message) + advice
+
+
+def reasons(message: str) -> str:
+    """The causes in a jsonargparse error, without the types that do not match and without the value.
+
+    jsonargparse nests such lists for nested options. The value is left out because it may hold URLs with credentials.
+    """
+    _, found, errors = message.partition("\nErrors:\n")
+    reasons = re.split(r"^\s*- ", errors.partition("\nGiven value")[0], flags=re.MULTILINE)[1:] if found else []
+    causes = [re.split(r"\n\s*Given value", reason)[0].strip() for reason in reasons]
+    told = [cause for cause in causes if not cause.startswith(_NO_CAUSES)]
+    # An option that a class refuses is followed by the ways to write a class, as if it were none.
+    return "\n".join([cause for cause in told if not cause.startswith(_HOW_TO_WRITE)] or told)
+
+
+def two_of_a_kind(message: str) -> str | None:
+    """Say in one sentence that two callbacks have one entry in checkpoints; None if that is not what the message says.
+
+    Args:
+        message: Message of Lightning's trainer about its callbacks.
+    """
+    if (found := _TWICE.search(message)) is None:
+        return None
+    return (
+        f"trainer.callbacks has two {found[1]} whose states checkpoints could not tell apart; remove one of them from the config "
+        f"or the command line"
+    )
 
 
 def null_options(config: Any, path: str = "") -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -37,7 +36,7 @@ from lit_lora.callbacks.schedule_free import ScheduleFree
 from lit_lora.callbacks.step_metrics import StepMetrics
 from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.checkpoint_io import SafeCheckpointIO, read_checkpoint
-from lit_lora.config_errors import explain, null_options
+from lit_lora.config_errors import explain, null_options, reasons, two_of_a_kind
 from lit_lora.config_files import shipped_config
 from lit_lora.console import print_error
 from lit_lora.datamodules.remote.transfer import is_remote
@@ -55,12 +54,6 @@ from lit_lora.run_folder import run_folder
 
 for _module in dict.fromkeys(public_names().values()):
     import_module(_module)  # the public names are short class paths, which jsonargparse finds among imported classes
-
-_NO_CAUSES = ("Expected a <class", "Does not validate against any of the Union")
-"""Beginnings of those entries in jsonargparse's list of errors that only name a type which the value does not have."""
-
-_HOW_TO_WRITE = ("Not a valid subclass of", "a class path (str)", "a dict with")
-"""Beginnings of those that list the ways to write a class."""
 
 CLI = TypeVar("CLI", bound="LitLoraCLI")
 
@@ -154,7 +147,11 @@ class LitLoraCLI(LightningCLI):
         except (TypeError, ValueError) as error:
             if null := null_options(self.config.get(self.subcommand or "", self.config)):
                 raise UserError(f"{null[0]} is null; leave it out, or give its options") from error
-            raise UserError(_reasons(str(error)) or f"a part of the config cannot be built: {error}") from None
+            raise UserError(reasons(str(error)) or f"a part of the config cannot be built: {error}") from None
+        except RuntimeError as error:
+            if told := two_of_a_kind(str(error)):
+                raise UserError(told) from error
+            raise
 
     def before_fit(self) -> None:
         """Check that outputs can be written and the checkpoint can be read; add the callbacks that end a run in order."""
@@ -369,19 +366,6 @@ _PARSERS = {
     "test": _parser_options("lit-lora test", "Compute the loss on the test shards."),
     "predict": _parser_options("lit-lora predict", "Draw an image for each caption of the validation shards."),
 }
-
-
-def _reasons(message: str) -> str:
-    """The causes in a jsonargparse error, without the types that do not match and without the value.
-
-    jsonargparse nests such lists for nested options. The value is left out because it may hold URLs with credentials.
-    """
-    _, found, errors = message.partition("\nErrors:\n")
-    reasons = re.split(r"^\s*- ", errors.partition("\nGiven value")[0], flags=re.MULTILINE)[1:] if found else []
-    causes = [re.split(r"\n\s*Given value", reason)[0].strip() for reason in reasons]
-    told = [cause for cause in causes if not cause.startswith(_NO_CAUSES)]
-    # An option that a class refuses is followed by the ways to write a class, as if it were none.
-    return "\n".join([cause for cause in told if not cause.startswith(_HOW_TO_WRITE)] or told)
 
 
 def _redacted(value: Any) -> Any:

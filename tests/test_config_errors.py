@@ -103,3 +103,14 @@ def test_what_differs_from_the_defaults_is_printed(capsys: pytest.CaptureFixture
     assert config["data"] == {"class_path": "lit_lora.WebDatasetDataModule", "init_args": {"batch_size": 3}}
     assert config["model"]["adapter"]["init_args"]["r"] == 5
     assert config["model"]["optimizer"]["class_path"] == f"{torch.optim.AdamW.__module__.rpartition('.')[0]}.AdamW"
+
+
+def test_two_callbacks_with_one_entry_in_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
+    twice = [
+        "--trainer.callbacks+=AdapterEMA",
+        "--trainer.callbacks+=AdapterEMA",
+        "--model.optimizer.init_args.lr=1e-4",
+    ]
+    status, _, error = console(capsys, *twice, "--trainer.accelerator=cpu")
+    assert status == 2
+    assert "trainer.callbacks has two AdapterEMA whose states checkpoints could not tell apart; remove one" in error

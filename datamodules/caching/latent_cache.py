@@ -51,6 +51,7 @@ class CacheDescription:
         text_quantization: Quantization of the text encoders with its options; None if they were not quantized.
         pairs: Whether samples are editing pairs, so that latents of source images are cached too.
         background: Color behind transparent parts of images; None for the files' own.
+        vae_tiling: Whether the VAE encoded large images in tiles, which changes their latents slightly.
     """
 
     vae: str
@@ -67,6 +68,7 @@ class CacheDescription:
     text_quantization: str | None = None
     pairs: bool = False
     background: str | None = None
+    vae_tiling: bool = False
 
     @property
     def cached(self) -> frozenset[str]:
@@ -188,6 +190,7 @@ class CacheDescription:
             "mask": self.mask,
             "pairs": self.pairs,
             "background": self.background,
+            "vae_tiling": self.vae_tiling,
         }
         text = (
             None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeGuard
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
 from lit_lora.datamodules.caching.cached_decoder import CachedDecoder
 from lit_lora.datamodules.caching.open_cache import OpenCache, open_cache
@@ -56,6 +58,7 @@ def cache_of_run(
             pairs=decoder.pairs,
             background=decoder.background,
         )
+        _warn_of_tiles(cache, identity)
     return cache
 
 
@@ -73,3 +76,18 @@ def decoder_of_run(decoder: SampleDecoder, cache: OpenCache | None, seed: int) -
     assert isinstance(decoder, ImageDecoder), "only image decoders read a cache"
     masked = decoder.mask is not None
     return CachedDecoder(cache.description, decoder.framing, decoder.captions, cache.empty, masked)
+
+
+def _warn_of_tiles(cache: OpenCache, identity: Mapping[str, str]) -> None:
+    """Tell of a cache whose VAE encoded in tiles where the run's does not, or the other way round.
+
+    The latents differ slightly, and of large images alone; and the run may set the option for the images that it draws. So it is
+    no reason to refuse a cache.
+    """
+    tiles = "vae_tiling" in identity
+    if "vae" in identity and tiles is not cache.description.vae_tiling:
+        rank_zero_warn(
+            f"the cache in {cache.folder} was made {'without' if tiles else 'with'} model.memory.vae_tiling, which is "
+            f"{str(tiles).lower()} here: latents of images larger than the VAE's tiles differ slightly from those that this run "
+            f"would encode; it trains on those of the cache. To train on the others, make the cache anew: lit-lora cache --out …"
+        )

@@ -276,11 +276,11 @@ class ModelFamily(PipelineParts, ABC):
     def identity(self) -> dict[str, str]:
         """Identities of the VAE (``"vae"``) and the text encoders (``"text"``), on which a cache depends.
 
-        Quantized text encoders give other embeddings, so their quantization has an entry too (``"text_quantization"``). The
-        identity of a part in a local folder is a digest of its contents: see :mod:`lit_lora.families.identity`. A part without
-        weights in its folder has no entry.
+        Options that change outputs have entries if they are set: ``"text_quantization"`` and ``"vae_tiling"``. The identity of a
+        part in a local folder is a digest, see :mod:`lit_lora.families.identity`. A part without weights there has no entry.
         """
-        identity = self.source.identity({"vae": ["vae"], "text": list(self.base_encoders)})
+        identity = {"vae_tiling": "true"} if self.vae_tiling else {}
+        identity |= self.source.identity({"vae": ["vae"], "text": list(self.base_encoders)})
         if "text" in identity:
             settings = [f"{name}={value}" for name, value in sorted(self.text_settings.items())]
             identity["text"] = ";".join([identity["text"], *settings])

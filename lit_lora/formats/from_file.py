@@ -19,6 +19,7 @@ from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.base_records import Records, base_records, same_adapters, told
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.known_base import changed_base
 from lit_lora.formats.learned_settings import changed_settings
 from lit_lora.formats.quantized_base import quantization_name, quantized_base, quantized_metadata
 from lit_lora.formats.text_encoders import for_class, for_encoder
@@ -106,7 +107,7 @@ class FromFile(PeftConfig):
         return self._config(files) if files.state else None
 
     def warn_of_changes(self, module: Any) -> None:
-        """Warn of what this training learns otherwise than the adapter's: objective, schedule, options of the family.
+        """Warn of what this training learns otherwise than the adapter's: base, objective, schedule, options of the family.
 
         Args:
             module: :class:`~lit_lora.LoraDiffusion` whose objective is prepared.
@@ -114,7 +115,9 @@ class FromFile(PeftConfig):
         Raises:
             UserError: If the file's metadata are damaged.
         """
-        if changed := changed_settings(self._files.metadata, module):
+        family = module.family
+        changed = changed_base(self._files, family.pretrained_model_name_or_path, family.base_identity)
+        if changed := [f"the base's {one}" for one in changed] + changed_settings(self._files.metadata, module):
             rank_zero_warn(
                 f"the adapter {self.path} was trained otherwise: {'; '.join(changed)}. Those of this training apply; set them as "
                 f"they were to go on as before"

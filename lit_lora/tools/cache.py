@@ -311,6 +311,7 @@ def _describe(
         pairs=decoder.pairs,
         background=decoder.background,
         text_quantization=identity.get("text_quantization") if text else None,
+        vae_tiling=family.vae_tiling,
     )
 
 

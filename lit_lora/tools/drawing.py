@@ -24,6 +24,7 @@ from lit_lora.formats.base_adapters import recorded_adapters
 from lit_lora.formats.base_options import recorded_options
 from lit_lora.formats.base_records import base_records
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.known_base import changed_base
 from lit_lora.formats.quantized_base import quantized_base, twice
 from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.formats.text_encoders import for_encoder
@@ -134,12 +135,21 @@ class Drawer:
         merged = [over for one, files in used for over in self._over(one, files, kind)]
         if len(used) > 1:
             merged += [_merged(one, files) for one, files in used]
+        self._warn_of_changed_base(used, kind, options)
         self._load(kind, options, tuple(dict.fromkeys(merged)))
         assert self._loaded is not None
         if len(used) == 1:
             self._put_in(*used[0])
         self._changes = next(iter(schedulers.values()), {})
         self._loaded.to(self._device)
+
+    def base_identity(self) -> dict[str, str]:
+        """Identities of the parts of the base that was given, which is not loaded for it.
+
+        Raises:
+            UserError: If the base cannot be read.
+        """
+        return self._opened(self._kind(self._given), self._given).identity()
 
     def draw(self, prompts: Sequence[Prompt], **options: Any) -> list[DrawnImage]:
         """Draw one image for each prompt, with what it is drawn with.
@@ -189,10 +199,27 @@ class Drawer:
         if wanted == self._loaded_with:
             return
         self._loaded = None  # so that memory holds one base
-        assert self.base is not None
-        self._loaded = FamilyBase(kind, self.base, options) if kind else PipelineBase(self.base, options)
+        self._loaded = self._opened(kind, options)
         self._loaded.load(self._dtype, merged, self._sizes, self.scheduler)
         self._loaded_with = wanted
+
+    def _warn_of_changed_base(
+        self,
+        used: Sequence[tuple[ScaledAdapter, AdapterFiles]],
+        kind: type[ModelFamily] | None,
+        options: Mapping[str, str],
+    ) -> None:
+        for one, files in used:
+            if changed := changed_base(files, str(self.base), self._opened(kind, options).identity):
+                warnings.warn(
+                    f"the base {self.base} is not the one that {one.path} was trained over: another "
+                    f"{' and another '.join(changed)}; name the folder of that one with --base",
+                    stacklevel=3,
+                )
+
+    def _opened(self, kind: type[ModelFamily] | None, options: Mapping[str, str]) -> DrawingBase:
+        assert self.base is not None
+        return FamilyBase(kind, self.base, options) if kind else PipelineBase(self.base, options)
 
     def _put_in(self, one: ScaledAdapter, adapter: AdapterFiles) -> None:
         """Load an adapter into the parts that it was made for, in place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,6 +45,10 @@ class DrawingBase(ABC):
         Raises:
             UserError: If the base cannot be loaded, or cannot draw such images or with this scheduler.
         """
+
+    @abstractmethod
+    def identity(self) -> dict[str, str]:
+        """Identities of the parts that decide what is drawn, which need not be loaded: see ``ModelFamily.base_identity``."""
 
     @abstractmethod
     def to(self, device: str) -> None:
@@ -96,6 +101,10 @@ class FamilyBase(DrawingBase):
         changes = BaseAdapters(merged, type(self.family)).changes() if merged else {}
         self.family.load(dtype, changes=changes)
 
+    def identity(self) -> dict[str, str]:
+        self.family.read_configs()
+        return self.family.base_identity() | {"scheduler": json.dumps(self.scheduler_config, sort_keys=True)}
+
     def to(self, device: str) -> None:
         self.family.to(device)
 
@@ -140,8 +149,7 @@ class PipelineBase(DrawingBase):
             raise UserError(
                 f"several adapters need a known model family, and {self._base!r} is of none; name it with --family"
             )
-        source = ModelSource(self._base, **self._options)
-        parts = [name for name, kind in source.index().items() if isinstance(kind, list) and kind[0]]
+        source, parts = self._source_and_parts()
         options = source.options(parts)
         try:
             self.pipeline = DiffusionPipeline.from_pretrained(resolve(self._base), dtype=dtype, **options)
@@ -151,6 +159,14 @@ class PipelineBase(DrawingBase):
         self.scheduler_config = {"_class_name": type(own).__name__, **own.config}
         _check_scheduler(self.scheduler_config, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
+
+    def identity(self) -> dict[str, str]:
+        source, parts = self._source_and_parts()
+        return source.identity({name: [name] for name in parts})
+
+    def _source_and_parts(self) -> tuple[ModelSource, list[str]]:
+        source = ModelSource(self._base, **self._options)
+        return source, [name for name, kind in source.index().items() if isinstance(kind, list) and kind[0]]
 
     def to(self, device: str) -> None:
         self.pipeline.to(device)

@@ -234,6 +234,11 @@ def test_a_run_after_another_is_measured_anew(fit):
     assert report["phases"]["optimizer"]["count"] == 1
 
 
+def test_several_profilers_are_refused(fit):
+    with pytest.raises(UserError, match="several MemoryProfilers would reset each other's peaks"):
+        fit(callbacks=[MemoryProfiler()])
+
+
 def test_other_stages_have_reports_of_their_own(trainer_options, tmp_path):
     trainer = Trainer(**trainer_options, callbacks=[MemoryProfiler()])
     module = Heavy()

@@ -60,3 +60,41 @@ def test_the_best_checkpoint_is_in_an_earlier_folder(
     said = fit(tmp_path / "c", trainer_options, scores, 5, tmp_path / "b" / "last.ckpt")
     best = tmp_path / "a" / "step=2.ckpt" if told else tmp_path / "b" / "step=4.ckpt"
     assert f"is {max(scores[:4]):.4g}, that of {best}, saved before" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"max_steps": 2},
+            "the run began at step 2, and trainer.max_steps=2 is not above that; raise it",
+        ),
+        (
+            {"max_steps": 1},
+            "the run began at step 2, and trainer.max_steps=1 is not above that; raise it",
+        ),
+        (
+            {"max_epochs": 0},
+            "the run began after 0 epochs, and trainer.max_epochs=0 is not above that; raise it",
+        ),
+        ({"limit_train_batches": 0, "max_steps": 9}, "trainer.limit_train_batches is 0"),
+        ({"max_steps": 3}, None),
+    ],
+)
+def test_a_run_that_trains_nothing_says_why(
+    options: dict[str, Any],
+    reason: str | None,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fit(tmp_path / "a", trainer_options, [0.1, 0.2], 2)
+    caplog.clear()
+    saving = AdapterCheckpoint(tmp_path / "a", monitor="score", mode="max", save_last=True)
+    options = {"num_sanity_val_steps": 0, "enable_checkpointing": True, "callbacks": [saving]} | options
+    trainer = Trainer(**trainer_options | options)
+    resume = None if "max_epochs" in options else tmp_path / "a" / "last.ckpt"
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
+        trainer.fit(Scored([0.1] * 9), loader_of(BATCHES), loader_of(BATCHES), ckpt_path=resume)
+    told = [record.message for record in caplog.records if "nothing was trained" in record.message]
+    assert told == ([] if reason is None else [f"nothing was trained: {reason}"])

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoraInjection, RankBudget
 from lit_lora.datamodules import ImageDecoder, WebDatasetDataModule
@@ -133,6 +134,20 @@ def test_a_resumed_run_tells_of_another_base(sd_folder: Path, trainer_options: d
         trainer.validate(diffusion(sd_folder), loader_of(make_batches(1)), ckpt_path=last, verbose=False)
 
 
+def test_validation_tells_of_what_changes_its_result(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def validate(**options: Any) -> None:
+        batches = loader_of(make_batches(1))
+        trainer.validate(diffusion(sd_folder, **options), batches, ckpt_path=tmp_path / "last.ckpt", verbose=False)
+
+    trainer = fit(diffusion(sd_folder), trainer_options, tmp_path)
+    validate(seed=3, caption_dropout=0.5, memory=MemoryOptions(optimizer_in_backward=True))  # of training alone
+    assert not [one for one in recwarn if "is not what" in str(one.message)]
+    with pytest.warns(UserWarning, match=r"prediction_type epsilon in the checkpoint, v_prediction here"):
+        validate(objective=DDPM(prediction_type="v_prediction"))
+
+
 def test_what_callbacks_and_the_trainer_do_otherwise(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     def run(share: float, decay: float, quantized: bool, **more: Any) -> None:
         config = LoraConfig(r=2, lora_alpha=2, target_modules=["3"])
@@ -150,6 +165,51 @@ def test_what_callbacks_and_the_trainer_do_otherwise(trainer_options: dict[str, 
         pytest.warns(UserWarning, match=r"decay of AdapterEMA is 0\.9 in the checkpoint and 0\.5 here, which applies"),
     ):
         run(0.75, 0.5, True, steps=3, gradient_clip_val=0.5, resume=tmp_path / "last.ckpt")
+
+
+class Deeper(Classifier):
+    """The classifier with another base: a frozen layer more, or other values."""
+
+    def __init__(self, layers: int = 0, values: float = 0.0) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*self.net, *(nn.Linear(4, 4) for _ in range(layers)))
+        with torch.no_grad():
+            self.net[0].weight += values  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "told"),
+    [
+        (
+            {},
+            {"values": 1e-3},
+            r"made with: 1 weights of the base have other values .* here, such as net\.0\.weight\. Those",
+        ),
+        ({}, {"layers": 1}, r"made with: 2 weights of the base are new here, such as net\.4\.bias\. Those"),
+        ({"layers": 1}, {}, r"made with: 2 weights of the base are not here, such as net\.4\.bias\. Those"),
+        ({}, {}, None),
+    ],
+)
+def test_another_base_of_a_module_of_another_project(
+    saved: dict[str, Any],
+    here: dict[str, Any],
+    told: str | None,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    def run(options: dict[str, Any], steps: int, resume: Path | None = None) -> Trainer:
+        injection = LoraInjection(LoraConfig(r=2, lora_alpha=2, target_modules=["3"]))
+        return fit(Deeper(**options), trainer_options, tmp_path, steps, callbacks=[injection], resume=resume)
+
+    run(saved, 1)
+    last = tmp_path / "last.ckpt"
+    if told is None:
+        run(here, 2, last)
+        assert not [one for one in recwarn if "is not what" in str(one.message)]
+        return
+    with pytest.warns(UserWarning, match=told):
+        run(here, 2, last)
 
 
 def test_equal_settings_have_equal_texts() -> None:

@@ -136,6 +136,24 @@ def test_image_writer(sd_module: LoraDiffusion, trainer_options: dict[str, Any],
     assert (tmp_path / "drawn" / "000000-_x.txt").read_text() == "a red seven on white\n"
 
 
+def test_images_of_an_earlier_run_are_told(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def predict(*keys: str) -> None:
+        batch = {name: entry[: len(keys)] for name, entry in make_batches(1)[0].items()} | {"key": list(keys)}
+        writer = ImageWriter(str(tmp_path / "drawn"))
+        Trainer(**trainer_options, callbacks=[writer]).predict(sd_module, loader_of([batch]), return_predictions=False)
+
+    sd_module.sampling = SamplingOptions(num_inference_steps=1)
+    predict("a", "b")
+    predict("a", "b")  # all are replaced
+    assert not [one for one in recwarn if "from before this run" in str(one.message)]
+    with pytest.warns(
+        UserWarning, match=r"drawn also holds 1 images from before this run, such as 000001-b\.png; remove"
+    ):
+        predict("a")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

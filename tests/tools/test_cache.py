@@ -610,6 +610,23 @@ def test_a_run_with_something_else_is_refused(
     assert str(shards / "cache") in str(caught.value)
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+def test_a_cache_tells_whether_its_vae_worked_in_tiles(
+    tiled: bool, sd_folder: Path, shards: Path, trainer_options: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    def module(tiling: bool) -> LoraDiffusion:
+        return module_for(StableDiffusion, sd_folder, memory=MemoryOptions(vae_tiling=tiling))
+
+    cache_shards(module(tiled), data_for(shards))
+    line = f"latents.vae_tiling: {json.dumps(tiled)} in the cache, {json.dumps(not tiled)} here"
+    assert line in failure(module(not tiled), data_for(shards))
+    Trainer(**trainer_options, max_steps=1).fit(module(tiled), data_for(shards / "cache"))
+    assert not [one for one in recwarn if "vae_tiling" in str(one.message)]
+    message = f"made {'with' if tiled else 'without'} model.memory.vae_tiling, which is {json.dumps(not tiled)} here"
+    with pytest.warns(UserWarning, match=message):
+        Trainer(**trainer_options, max_steps=1).fit(module(not tiled), data_for(shards / "cache"))
+
+
 @pytest.mark.parametrize(
     "family_class", [StableDiffusionXL, StableDiffusion3, Flux, QwenImage], ids=lambda c: c.__name__
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,48 @@ def test_other_options_are_refused(command: list[str], tmp_path: Path, capsys: p
     entries.write_text("- {prompt: a, seed: 3}\n")
     assert main(["prior", str(tmp_path / "new"), "--base", "embedded", "--prompts", str(entries)]) == 2
     assert "have no seed of their own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["of a family", "of no family"])
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_the_base_is_known_by_its_contents(
+    known: bool,
+    part: str,
+    sd_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if not known:
+        monkeypatch.setattr("lit_lora.tools.drawing.family_of_source", lambda source: None)
+    base, moved, out = tmp_path / "base", tmp_path / "moved", tmp_path / "out"
+    shutil.copytree(sd_folder, base)
+    size = ["--height", "16", "--width", "16", "--device", "cpu"]
+    options = ["prior", str(out), "--prompts", "a star", "--count", "1", "--steps", "1", *size]
+    assert main([*options, "--base", str(base)]) == 0
+    base.rename(moved)
+    assert main([*options, "--base", str(moved)]) == 0  # the same model in another place
+    [weights] = (moved / part).glob("*.safetensors")
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    moved.rename(base)
+    capsys.readouterr()
+    assert main([*options, "--base", str(base)]) == 2  # another model in the same place
+    message = capsys.readouterr().err
+    assert "holds images drawn by another base than" in message
+    assert ("text" if part == "text_encoder" and known else "denoiser" if part == "unet" and known else part) in message
+
+
+def test_the_scheduler_of_the_base_is_part_of_it(
+    sd_folder: Path, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(sd_folder, base)
+    options = ["prior", str(tmp_path / "out"), "--base", str(base), *command[2:]]
+    assert main(options) == 0
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"epsilon"', '"v_prediction"'))
+    capsys.readouterr()
+    assert main(options) == 2
+    assert "scheduler is" in capsys.readouterr().err
