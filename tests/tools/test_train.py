@@ -329,6 +329,7 @@ def test_another_run_is_not_overwritten(command: list[str], tmp_path: Path, caps
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.json").write_text(json.dumps(record))
     (tmp_path / "out" / "config.yaml").write_text("")
+    (tmp_path / "out" / "finished.json").write_text("{}")
     assert main(command) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "holds the run of folder=None, not" in message
@@ -385,6 +386,18 @@ def test_a_run_without_settings_gives_way_to_another_one(
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     [draws] = [one for one in config["trainer"]["callbacks"] if one["class_path"].endswith("SampleImages")]
     assert set(draws["init_args"]["prompts"]) == {"other words"}
+    (images / "7.png").unlink()
+    (images / "8.png").write_bytes(b"damaged")
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "18 images" in shown
+    assert "1 left out" in shown
+    assert "8.png" in shown
+    assert "config.earlier.yaml" in shown, "the dry run binds nothing: other images get other settings"
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert config["data"]["init_args"]["val_samples"] == 1
+    assert main(command) == 0
+    assert "config.earlier.yaml" not in capsys.readouterr().out, "the same images keep their settings"
 
 
 @pytest.mark.parametrize(
