@@ -98,12 +98,12 @@ def sets_lines(packed: PackedSets) -> list[str]:
     """Lines that list packed sets, what was left out of them, and the notes."""
     from lit_lora.datamodules.packing.left_out import format_reasons
     from lit_lora.datamodules.packing.pack_sets import set_rows
-    from lit_lora.report_text import format_note, format_table
+    from lit_lora.report_text import format_note, format_reason, format_table
 
     lines = format_table(set_rows(packed))
     done = zip((one.name for one in packed.found.sets), packed.summaries, strict=True)
     for name, summary in (*done, *((f"validation/{name}", found) for name, found in packed.held_out.items())):
-        reasons = format_reasons([*summary.bad, *summary.skipped])
+        reasons = [*map(format_reason, format_reasons([*summary.bad, *summary.skipped]))]
         lines += (
             [f"left out of {visible(name)} (see {visible(summary.folder / 'bad.jsonl')})", *reasons] if reasons else []
         )

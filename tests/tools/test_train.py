@@ -368,12 +368,12 @@ def test_short_names_are_keys_of_the_config() -> None:
 def test_a_run_without_settings_gives_way_to_another_one(
     command: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Too few images, then more of them, then other options: nothing has to be removed by hand."""
+    """Two images, of which none is held out, then more of them, then other options: nothing has to be removed by hand."""
     command = [*command, "--dry_run"]
     for path in sorted(images.iterdir())[2:]:
         path.rename(tmp_path / path.name)
-    assert main(command) == 2
-    assert "there are 2 images, fewer than 4; add some" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "images 2 + 0 none is held out for validation" in " ".join(capsys.readouterr().out.split())
     for path in tmp_path.glob("*.png"):
         path.rename(images / path.name)
     command[command.index("--device_memory") + 1] = "100 B"

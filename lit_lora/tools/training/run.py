@@ -28,7 +28,7 @@ from lit_lora.folder_lock import only_run_in
 from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
-from lit_lora.report_text import format_note
+from lit_lora.report_text import format_note, format_reason
 from lit_lora.tools.cache import cache_shards
 from lit_lora.tools.plan import memory_of, run_of_config
 from lit_lora.tools.run_page import PLAN
@@ -375,4 +375,4 @@ def packed_lines(name: str, packed: PackSummary, apart: Path | None = None) -> l
     earlier = " by an earlier run" if packed.resumed == packed.shards else ""
     count = f"{packed.samples:,} {'image' if packed.samples == 1 else 'images'}"
     written = f"{name:<8} {count}, {format_bytes(packed.size)}{left_out}{earlier}"
-    return [written, *format_reasons(files), *map(format_note, packed.notes)]
+    return [written, *map(format_reason, format_reasons(files)), *map(format_note, packed.notes)]
