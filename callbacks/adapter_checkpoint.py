@@ -50,7 +50,7 @@ from lit_lora.families import ModelFamily
 from lit_lora.files import writable_folder
 from lit_lora.finite import tensors_in
 from lit_lora.folder_lock import FolderLock
-from lit_lora.formats import add_sample, format_named
+from lit_lora.formats import format_named
 from lit_lora.formats.info import AdapterInfo
 from lit_lora.formats.known_base import base_metadata
 from lit_lora.formats.of_family import check_formats
@@ -366,8 +366,8 @@ class AdapterCheckpoint(ResumedSaves):
                 owner.save_adapter(averaged, **self._given)
         elif trainer.is_global_zero:
             discard(averaged)  # of an earlier run
-        if (samples := SampleImages.of(trainer)) and samples.latest:
-            add_sample(averaged if ema else plain, samples.latest, samples.description)
+        if samples := SampleImages.of(trainer):
+            samples.show_in(averaged if ema else plain, trainer.global_step)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         last = self.last_model_path

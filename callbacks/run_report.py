@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from tqdm import tqdm
 
 from lit_lora.adapters.ranked_layer import layer_ranks
 from lit_lora.batch_size import batch_size
@@ -196,7 +197,8 @@ class RunReport(Callback):
             lines.append(f"written: {self._folder / name}")
             if trainer.is_global_zero and self.output_dir is None:
                 lines.append(f"as a page: lit-lora report {shlex.quote(str(self._folder))}")
-        print("\n".join(lines), flush=True)
+        with tqdm.external_write_mode():  # a bar that an exception ends is still there
+            print("\n".join(lines), flush=True)
 
     def _finished(self, figures: Figures) -> Figures:
         """The figures with rates and costs derived from them."""

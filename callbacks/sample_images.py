@@ -20,6 +20,7 @@ from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError
 from lit_lora.families import check_edits
 from lit_lora.files import atomic_file
+from lit_lora.formats import add_sample
 from lit_lora.module import LoraDiffusion
 from lit_lora.profiling.phases import phase
 from lit_lora.prompts import images_to_edit, prompt_groups, read_prompts
@@ -38,7 +39,8 @@ class SampleImages(Callback):
     Args:
         prompts: Prompts, of which one image each is drawn; or a file of them, whose entries may have settings of their own: see
             :func:`lit_lora.prompts.read_prompts`.
-        every_n_steps: Optimizer steps between two grids. Defaults to 500. One grid is also drawn before the first step.
+        every_n_steps: Optimizer steps between two grids. Defaults to 500. One grid is also drawn before the first step, and one
+            at the end of training, whatever ends it but an error or a signal.
         seed: Seed of the first prompt; prompt ``i`` is drawn from ``seed + i``. Defaults to 0.
         num_inference_steps: Number of denoising steps. Defaults to 25.
         guidance_scale: Scale of classifier-free guidance; 1 turns it off. Defaults to 5.0.
@@ -84,8 +86,10 @@ class SampleImages(Callback):
         }
         self.latest: Path | None = None
         """Latest grid that shows what was learned, in the first process."""
-        self._step = -1
+        self._step = -1  # the last one seen
+        self._shown = -1  # the last one drawn
         self._told = False
+        self._saved: tuple[int, list[Path]] = (-1, [])  # the step of the latest adapters, and their folders
 
     @classmethod
     def of(cls, trainer: Trainer) -> SampleImages | None:
@@ -116,7 +120,8 @@ class SampleImages(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self.latest = trainer.global_step, None
+        self._step = self._shown = trainer.global_step
+        self.latest = None
         if trainer.global_step == 0:
             self._draw(trainer, pl_module)
 
@@ -129,13 +134,29 @@ class SampleImages(Callback):
                 self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if 0 < trainer.global_step < self.every_n_steps:
-            rank_zero_info(
-                f"SampleImages has drawn no images of what was learned: training ended at step {trainer.global_step}, before "
-                f"every_n_steps={self.every_n_steps}; lower it, or draw with lit-lora sample"
-            )
+        if trainer.global_step == self._shown:
+            return
+        self._draw(trainer, pl_module)
+        step, folders = self._saved
+        for folder in folders if step == trainer.global_step else []:  # adapters of this step are saved already
+            self._add_to(folder)
+
+    def show_in(self, folder: Path, step: int) -> None:
+        """Show the latest grid in the model card of an adapter that is saved; one that the end of training draws, too.
+
+        Args:
+            folder: Folder of the adapter.
+            step: Optimizer step at which it is saved.
+        """
+        self._saved = step, [*(self._saved[1] if self._saved[0] == step else []), folder]
+        self._add_to(folder)
+
+    def _add_to(self, folder: Path) -> None:
+        if self.latest is not None and folder.exists():
+            add_sample(folder, self.latest, self.description)
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._shown = trainer.global_step
         # Asking for the run's folder is a collective call.
         folder = Path(run_folder(trainer)) / "samples"
         ema = AdapterEMA.of(trainer)

@@ -157,7 +157,8 @@ def _summary(trainer: Trainer, pl_module: LightningModule, steps: int | None) ->
         batch = plan.global_batch_size * trainer.accumulate_grad_batches
         in_pass = int(plan.batches_per_round.sum())
         passes = "" if steps is None else f", {steps * trainer.accumulate_grad_batches / in_pass:.3g} passes"
-        lines.append(f"data     {plan.num_samples:,} samples, {batch} in a step{passes}")
+        samples = "sample" if plan.num_samples == 1 else "samples"
+        lines.append(f"data     {plan.num_samples:,} {samples}, {batch} in a step{passes}")
     if steps is not None:
         first = f" from step {trainer.global_step:,} on" if trainer.global_step else ""
         lines.append(f"length   {steps:,} steps{first}")

@@ -30,6 +30,11 @@ def format_note(note: str) -> str:
     )
 
 
+def format_reason(line: str) -> str:
+    """A line about files that are left out, in lines of at most 80 columns, unless a path is longer."""
+    return textwrap.fill(line, 80, subsequent_indent=" " * 5, break_long_words=False, break_on_hyphens=False)
+
+
 def format_written(shards: int, resumed: int, samples: int, size: int, left_out: int, reports: str) -> str:
     """A summary of written shards, in four lines.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tarfile
 from collections import deque
@@ -85,7 +86,7 @@ def pack_folder(
     max_shard_bytes: int = 1_000_000_000,
     jobs: int = 1,
     shuffle_seed: int | None = None,
-    max_bad: int = 0,
+    max_bad: float = 0,
     caption_key: str = "caption",
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -117,7 +118,8 @@ def pack_folder(
             calls this needs ``if __name__ == "__main__":``.
         shuffle_seed: Seed of a random order of the samples. Parquet files are shuffled by blocks of rows, and within the
             blocks. Defaults to None: sorted by name, or in the order of a table.
-        max_bad: Maximum number of files that are left out because they are damaged or have no caption. Defaults to 0.
+        max_bad: Maximum number of files that are left out because they are damaged or have no caption; below 1, their maximum
+            share of all samples, rounded up to whole files. Defaults to 0.
         caption_key: Key of the caption in ``.json`` files. Defaults to "caption".
         image_column: Column of images, or of their paths, in tables. Defaults to None: a column with a usual name.
         caption_column: Column of captions in tables. Defaults to None: a column with a usual name.
@@ -141,6 +143,8 @@ def pack_folder(
     sources = None if sources is None else Path(sources)
     check_least(1, samples_per_shard=samples_per_shard, max_shard_bytes=max_shard_bytes, jobs=jobs)
     check_least(0, max_bad=max_bad)
+    if max_bad > 1 and not float(max_bad).is_integer():
+        raise UserError(f"max_bad={max_bad} is no number of files; give a whole number, or a share below 1")
     _check_names(source, out, prefix)
     columns: dict[str, Any] = {"image_column": image_column, "caption_column": caption_column}
     columns["caption_key"] = caption_key
@@ -153,10 +157,11 @@ def pack_folder(
     absolute = {} if sources is None else {"sources": sources.absolute()}
     options = [str(source.absolute()), prefix, samples_per_shard, max_shard_bytes, shuffle_seed, *columns.values()]
     options += _later_options(template, beside | pairs | absolute)
+    most = math.ceil(max_bad * (len(samples) + count_files(samples.bad)) if max_bad < 1 else max_bad)
     with only_run_in(out, "pack"):
-        if count_files(samples.bad) <= max_bad:
+        if count_files(samples.bad) <= most:
             claim(out, list(shards), samples.fingerprint, options)
-        return _pack(out, samples, shards, caption_key, jobs, max_bad)
+        return _pack(out, samples, shards, caption_key, jobs, most)
 
 
 def _later_options(template: CaptionTemplate | None, options: Mapping[str, Any]) -> list[str]:

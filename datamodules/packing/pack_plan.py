@@ -16,8 +16,10 @@ from lit_lora.visible import visible
 MANIFEST = "manifest.json"
 """The file that is written when all shards are complete."""
 
-_PLAN = "plan.json"
-_BESIDE = (_PLAN, MANIFEST, INDEX_NAME, "bad.jsonl", "shardindex.json", "sizes.json")
+PLAN = "plan.json"
+"""The file that tells what the shards are made of."""
+
+_BESIDE = (PLAN, MANIFEST, INDEX_NAME, "bad.jsonl", "shardindex.json", "sizes.json")
 """Files beside the shards."""
 
 
@@ -43,7 +45,7 @@ def claim(out: Path, shards: Sequence[Path], fingerprint: str, options: Sequence
         "fingerprint": _digest([fingerprint, *options[1:]]),
         "options": _digest(list(options)),
     }
-    found = _read(out / _PLAN)
+    found = _read(out / PLAN)
     if found is not None and found["fingerprint"] != plan["fingerprint"]:
         is_repaired = found["options"] == plan["options"] and not (out / MANIFEST).exists()
         if not is_repaired and any(out.glob("*.tar")):
@@ -55,7 +57,7 @@ def claim(out: Path, shards: Sequence[Path], fingerprint: str, options: Sequence
     if found is None:
         if any(out.glob("*.tar")):
             raise UserError(f"{visible(out)} holds shards that were not packed here; name another output folder")
-        write_json(out / _PLAN, plan)
+        write_json(out / PLAN, plan)
     remove_left_overs(out, shards)
 
 

@@ -1,5 +1,6 @@
 """File formats of adapters: one module for each."""
 
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ FORMATS: tuple[AdapterFormat, ...] = (PeftFormat(), DiffusersFormat(), KohyaForm
 
 DEFAULT_FORMATS = ("peft", "diffusers")
 """Names of the formats in which an adapter is written unless others are named, as far as they can hold it."""
+
+_SAMPLES = "\n## Samples\n\n"
+"""Beginning of the last part of a model card."""
 
 __all__ = [
     "DEFAULT_FORMATS",
@@ -109,10 +113,10 @@ def write_card(adapter: AdapterFiles, folder: Path) -> None:
 
 
 def add_sample(folder: Path, image: Path, description: str) -> None:
-    """Copy a sample image into an adapter's folder, and show it at the end of the model card if there is one.
+    """Copy a sample image into an adapter's folder, and show it at the end of the model card, in place of an earlier one.
 
     Args:
-        folder: Folder with the adapter's files.
+        folder: Folder with the adapter's files, and a model card if this package wrote them.
         image: PNG file.
         description: Text under the image, such as its prompts.
 
@@ -125,6 +129,8 @@ def add_sample(folder: Path, image: Path, description: str) -> None:
         shutil.copyfile(image, part)
     if not (folder / CARD).exists():  # another project's save_adapter wrote the folder
         return
-    card = (folder / CARD).read_text(encoding="utf-8")
+    card, _, earlier = (folder / CARD).read_text(encoding="utf-8").partition(_SAMPLES)
+    if (before := re.match(r"!\[samples\]\((samples/[^)]+)\)", earlier)) and before[1] != shown.as_posix():
+        (folder / before[1]).unlink(missing_ok=True)
     with atomic_file(folder / CARD) as part:
-        part.write_text(f"{card}\n## Samples\n\n![samples]({shown.as_posix()})\n\n{description}\n", encoding="utf-8")
+        part.write_text(f"{card}{_SAMPLES}![samples]({shown.as_posix()})\n\n{description}\n", encoding="utf-8")

@@ -24,7 +24,7 @@ def pack(
     max_shard_bytes: int = 1_000_000_000,
     jobs: int = 1,
     shuffle_seed: int | None = None,
-    max_bad: int = 0,
+    max_bad: float = 0,
     caption_key: str = "caption",
     image_column: str | None = None,
     caption_column: str | None = None,
@@ -49,7 +49,8 @@ def pack(
         max_shard_bytes: Maximum size of a shard in bytes; only a shard of one sample may exceed it.
         jobs: Number of processes that pack, each one shard at a time.
         shuffle_seed: Seed of a random order; defaults to the order of names, or of a table's rows.
-        max_bad: Maximum number of files that may be left out because they are damaged or have no caption.
+        max_bad: Maximum number of files that may be left out because they are damaged or have no caption; below 1, their share
+            of all files, rounded up.
         caption_key: Key of the caption in .json files.
         image_column: Column of a table that holds images or their paths; defaults to a column with a common name.
         caption_column: Column of a table that holds captions; defaults to a column with a common name.
@@ -97,12 +98,12 @@ def sets_lines(packed: PackedSets) -> list[str]:
     """Lines that list packed sets, what was left out of them, and the notes."""
     from lit_lora.datamodules.packing.left_out import format_reasons
     from lit_lora.datamodules.packing.pack_sets import set_rows
-    from lit_lora.report_text import format_note, format_table
+    from lit_lora.report_text import format_note, format_reason, format_table
 
     lines = format_table(set_rows(packed))
     done = zip((one.name for one in packed.found.sets), packed.summaries, strict=True)
     for name, summary in (*done, *((f"validation/{name}", found) for name, found in packed.held_out.items())):
-        reasons = format_reasons([*summary.bad, *summary.skipped])
+        reasons = [*map(format_reason, format_reasons([*summary.bad, *summary.skipped]))]
         lines += (
             [f"left out of {visible(name)} (see {visible(summary.folder / 'bad.jsonl')})", *reasons] if reasons else []
         )

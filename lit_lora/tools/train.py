@@ -59,7 +59,7 @@ def train(
     device: str | None = None,
     device_memory: str | None = None,
     cache: bool = True,
-    max_bad: int = 0,
+    max_bad: float = 0.1,
     sources: str | None = None,
     dry_run: bool = False,
 ) -> Request:
@@ -79,7 +79,8 @@ def train(
         device: Device to plan for: cpu, or a GPU such as "RTX 3060"; defaults to the device of this machine.
         device_memory: Memory of the device, in GB or with a unit; defaults to what is free on the device.
         cache: Whether to encode images and captions once, before training.
-        max_bad: Maximum number of images that may be left out because they are damaged.
+        max_bad: Maximum number of images that may be left out because they are damaged; below 1, their share of the images,
+            rounded up. What is left out is named.
         sources: Folder of the source images of editing pairs, named like their targets in the folder to train on; for bases
             such as flux_kontext.
         dry_run: Show the choices and write the config, but do not train.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
@@ -34,19 +35,36 @@ def test_grids_go_to_png_and_tensorboard(
     fit(sd_module, trainer_options | {"logger": logger}, [sampler])
     folder = tmp_path / "run" / "version_0"
     names = sorted(p.name for p in (folder / "samples").iterdir())
-    assert names == ["step-000000.png", "step-000002.png", "step-000004.png"]
+    assert names == ["step-000000.png", "step-000002.png", "step-000004.png"], "the last step, once"
     with Image.open(folder / "samples" / "step-000004.png") as grid:
         assert grid.size == (2 * 18 + 2, 2 * 18 + 2)
     events = EventAccumulator(str(folder), {"images": 0}).Reload()
     assert [event.step for event in events.Images("samples")] == [0, 2, 4]
 
 
-def test_a_run_that_ends_before_the_first_grid_says_so(
-    sd_module: LoraDiffusion, trainer_options: dict[str, Any], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    "ending",
+    [
+        {"max_steps": 3},
+        {"max_time": {"milliseconds": 1}},
+        {"callbacks": [EarlyStopping("train/loss", patience=1, min_delta=1e9, check_on_train_epoch_end=True)]},
+    ],
+)
+def test_the_end_of_training_is_drawn(
+    ending: dict[str, Any], sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
-    with caplog.at_level("INFO"):
-        fit(sd_module, trainer_options, [SampleImages(["a star"], every_n_steps=3, num_inference_steps=1)], steps=2)
-    assert "no images of what was learned: training ended at step 2, before every_n_steps=3" in caplog.text
+    """Whatever ends it, and in the card of the last adapter."""
+    sampler = SampleImages(["a star"], every_n_steps=100, num_inference_steps=1)
+    checkpoints = AdapterCheckpoint(tmp_path / "ck", save_last=True)
+    options = trainer_options | {"enable_checkpointing": True, "max_steps": 50} | ending
+    options["callbacks"] = [sampler, checkpoints, *ending.get("callbacks", [])]
+    trainer = Trainer(**options)
+    trainer.fit(sd_module, loader_of(make_batches(5)))
+    assert 0 < trainer.global_step < 50
+    folder = tmp_path / "samples"
+    last = f"step-{trainer.global_step:06d}.png"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000000.png", last]
+    assert f"![samples](samples/{last})" in (tmp_path / "ck" / "last.adapter" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("averaged", [False, True])
@@ -59,7 +77,7 @@ def test_the_latest_grid_is_in_the_model_card(
     options = trainer_options | {"enable_checkpointing": True}
     fit(sd_module, options, [sampler, checkpoints, *([AdapterEMA(0.5)] if averaged else [])], steps=3)
     ending = ".ema.adapter" if averaged else ".adapter"
-    for step, shown in ((1, None), (2, 2), (3, 2)):
+    for step, shown in ((1, None), (2, 2), (3, 3)):
         folders = {ends: tmp_path / "ck" / f"step={step}{ends}" for ends in (".adapter", ".ema.adapter")}
         for ends, folder in folders.items():
             card = (folder / "README.md").read_text() if folder.exists() else ""
@@ -68,6 +86,7 @@ def test_the_latest_grid_is_in_the_model_card(
                 continue
             assert f"![samples](samples/step-{shown:06d}.png)" in card
             assert "- a heart (seed 8)" in card
+            assert card.count("## Samples") == len(list((folder / "samples").iterdir())) == 1, "none of an earlier step"
             with Image.open(folder / "samples" / f"step-{shown:06d}.png") as grid:
                 assert grid.size[0] > 32
 
@@ -210,7 +229,8 @@ def test_a_file_of_prompts_with_sizes_of_their_own(
     sd_module.generate = generate  # type: ignore[method-assign]
     logger = TensorBoardLogger(tmp_path, name="run", version=0)
     fit(sd_module, trainer_options | {"logger": logger}, [sampler], steps=1)
-    assert calls == [(["a star", "a two"], [0, 2], 16, None), (["a heart"], [5], 32, ["a two"])]
+    drawn = [(["a star", "a two"], [0, 2], 16, None), (["a heart"], [5], 32, ["a two"])]
+    assert calls == drawn * 2, "before the first step, and at the end"
     with Image.open(tmp_path / "run" / "version_0" / "samples" / "step-000000.png") as grid:
         black = [grid.getpixel((2 + i * 34 + 4, 10)) == (0, 0, 0) for i in range(3)]
     assert black == [True, False, True]  # the narrow images are centred

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_lora.callbacks import AdapterCheckpoint, StepMetrics, StepProgress
+from lit_lora.callbacks import AdapterCheckpoint, RunReport, StepMetrics, StepProgress
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
@@ -100,6 +100,28 @@ def test_messages_of_others_have_lines_of_their_own(
     lines = re.split("[\r\n]+", capsys.readouterr().err)
     assert lines.count("news of a callback") == 2
     assert lines.count("a warning of one") == 2
+
+
+def test_an_interrupted_run_shows_its_bar_once(
+    sd_module: LoraDiffusion,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is printed while it ends leaves no second bar behind."""
+
+    class Interrupts(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdout", sys.stderr)  # as on a terminal
+    callbacks = {"callbacks": [RunReport(), StepProgress(refresh_seconds=0), Interrupts()]}
+    with pytest.raises(SystemExit):
+        fit(sd_module, loader_of(make_batches(4)), tmp_path, trainer_options | callbacks, max_steps=4)
+    shown = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")]
+    assert "Run report (interrupted)" in shown
+    assert len([line for line in shown if line.startswith("step ")]) == 1
 
 
 def test_seconds_have_a_bound() -> None:

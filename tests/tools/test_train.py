@@ -328,6 +328,7 @@ def test_another_run_is_not_overwritten(command: list[str], tmp_path: Path, caps
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.json").write_text(json.dumps(record))
     (tmp_path / "out" / "config.yaml").write_text("")
+    (tmp_path / "out" / "finished.json").write_text("{}")
     assert main(command) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "holds the run of folder=None, not" in message
@@ -366,12 +367,12 @@ def test_short_names_are_keys_of_the_config() -> None:
 def test_a_run_without_settings_gives_way_to_another_one(
     command: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Too few images, then more of them, then other options: nothing has to be removed by hand."""
+    """Two images, of which none is held out, then more of them, then other options: nothing has to be removed by hand."""
     command = [*command, "--dry_run"]
     for path in sorted(images.iterdir())[2:]:
         path.rename(tmp_path / path.name)
-    assert main(command) == 2
-    assert "there are 2 images, fewer than 4; add some" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "images 2 + 0 none is held out for validation" in " ".join(capsys.readouterr().out.split())
     for path in tmp_path.glob("*.png"):
         path.rename(images / path.name)
     command[command.index("--device_memory") + 1] = "100 B"
@@ -384,6 +385,18 @@ def test_a_run_without_settings_gives_way_to_another_one(
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     [draws] = [one for one in config["trainer"]["callbacks"] if one["class_path"].endswith("SampleImages")]
     assert set(draws["init_args"]["prompts"]) == {"other words"}
+    (images / "7.png").unlink()
+    (images / "8.png").write_bytes(b"damaged")
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "18 images" in shown
+    assert "1 left out" in shown
+    assert "8.png" in shown
+    assert "config.earlier.yaml" in shown, "the dry run binds nothing: other images get other settings"
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert config["data"]["init_args"]["val_samples"] == 1
+    assert main(command) == 0
+    assert "config.earlier.yaml" not in capsys.readouterr().out, "the same images keep their settings"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from lit_lora.errors import UserError, check_least
 from lit_lora.tools.training.base import Base
 from lit_lora.tools.training.images import Images
 
-LEAST_IMAGES = 4
-"""Fewer images give no adapter that is worth its name."""
+_LEAST_HELD_OUT = 4
+"""Of fewer images none is held out for validation: each counts, as DreamBooth's three to five do."""
 
 _DIVISOR = 64
 """Pixels of which heights and widths of buckets are multiples."""
@@ -116,16 +116,14 @@ def choose(base: Base, images: Images, given: dict[str, Any]) -> Settings:
         given: Values of settings that the user gives, by their names; they are taken as they are.
 
     Raises:
-        UserError: If the images are too few or too small.
+        UserError: If the images are too small.
     """
-    if len(images) < LEAST_IMAGES:
-        count = f"are {len(images)} images" if len(images) > 1 else "is 1 image"
-        raise UserError(f"there {count}, fewer than {LEAST_IMAGES}; add some, and give the same command again")
     resolution = given.get("resolution") or _resolution(base, images)
     counts = [len(images)]
     if resolution % _DIVISOR == 0 and not base.is_embedded:
         counts = images.in_buckets(resolution, AspectRatioBuckets(_DIVISOR))
-    held_out = given.get("val_samples", max(1, min(16, len(images) // 10)))
+    usual = max(1, min(16, len(images) // 10)) if len(images) >= _LEAST_HELD_OUT else 0
+    held_out = given.get("val_samples", usual)
     count = max(1, len(images) - held_out)
     together = _together(base, count)
     batch_size = given.get("batch_size") or _batch_size(together, counts)
@@ -170,7 +168,12 @@ def _reasons(
         Choice(
             "images",
             f"{count:,} + {settings.val_samples}",
-            why("val_samples", "a tenth, at most 16, is held out for validation"),
+            why(
+                "val_samples",
+                "a tenth, at most 16, is held out for validation"
+                if settings.val_samples
+                else f"none is held out for validation of fewer than {_LEAST_HELD_OUT}",
+            ),
             f"{data}.val_samples",
         ),
         Choice("size", f"{edge} px", why("resolution", usual if edge == base.size else smaller), f"{data}.resolution"),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
+from lit_lora.tools.training.results import newest_checkpoint, recorded
 from lit_lora.visible import visible
 
 RECORD = "train.json"
@@ -18,8 +19,17 @@ RECORD = "train.json"
 CONFIG = "config.yaml"
 """File in the run's folder with its settings."""
 
+_EARLIER = "config.earlier.yaml"
+"""File with the settings of an earlier request with which nothing was trained."""
+
 PACKED = ("shards", "shards-validation")
 """Folders in the run's folder with the packed images."""
+
+_CHOSEN = ("cache", "cache-validation", "prompts")
+"""Folders in the run's folder with what follows from its settings."""
+
+_OF_PACKING = ("folder", "captions", "trigger", "max_bad", "sources")
+"""Entries of the record on which the packed images depend."""
 
 
 class Request(NamedTuple):
@@ -33,7 +43,7 @@ class Request(NamedTuple):
     device: str | None = None
     device_memory: str | None = None
     cache: bool = True
-    max_bad: int = 0
+    max_bad: float = 0.1
     sources: str | None = None
     dry_run: bool = False
     given: Mapping[str, Any] = {}
@@ -59,7 +69,7 @@ class Request(NamedTuple):
 def claim(out: Path, request: Request) -> None:
     """Check that a folder is empty or holds the run that is asked for, and record the run.
 
-    A run that came to no settings, since images were missing or nothing fitted into the memory, gives way to another one.
+    A run that has trained nothing yet, such as a dry run, gives way to another one.
 
     Raises:
         UserError: If it holds anything else.
@@ -78,9 +88,10 @@ def claim(out: Path, request: Request) -> None:
     except ValueError as error:
         raise UserError(f"{visible(path)} is damaged; name another folder with --out") from error
     differing = [name for name, value in request.record.items() if found.get(name) != value]
-    if differing and not (out / CONFIG).exists():
-        for name in PACKED:
-            shutil.rmtree(out / name, ignore_errors=True)
+    if differing and not has_trained(out):
+        if set(differing) & set(_OF_PACKING):
+            _remove(out, PACKED)
+        forget_settings(out)
         _write(path, request)
     elif differing:
         there, here = _difference(differing[0], found.get(differing[0]), request.record[differing[0]])
@@ -88,6 +99,24 @@ def claim(out: Path, request: Request) -> None:
             f"{visible(out)} holds the run of {there}, not {here}; name another folder with --out, give the same options to "
             "resume it, or remove it"
         )
+
+
+def has_trained(out: Path) -> bool:
+    """Whether the run in a folder has saved a checkpoint, or has ended."""
+    return newest_checkpoint(out) is not None or recorded(out) is not None
+
+
+def forget_settings(out: Path) -> None:
+    """Have settings chosen anew. The config, which may have been edited, is kept beside, and the user is told."""
+    _remove(out, _CHOSEN)
+    if (out / CONFIG).exists():
+        (out / CONFIG).replace(out / _EARLIER)
+        print(f"earlier  settings that nothing was trained with are now in {out / _EARLIER}")
+
+
+def _remove(out: Path, names: Sequence[str]) -> None:
+    for name in names:
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def _difference(name: str, there: Any, here: Any) -> tuple[str, str]:

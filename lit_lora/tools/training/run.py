@@ -18,6 +18,7 @@ from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.packing.left_out import count_files, format_reasons
 from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
 from lit_lora.datamodules.packing.pack_plan import MANIFEST
+from lit_lora.datamodules.packing.pack_plan import PLAN as PLAN_OF_SHARDS
 from lit_lora.datamodules.packing.pack_sets import PackedSets, find_sets, pack_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets
 from lit_lora.datamodules.packing.splits import validation_folder
@@ -27,7 +28,7 @@ from lit_lora.folder_lock import only_run_in
 from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
-from lit_lora.report_text import format_note
+from lit_lora.report_text import format_note, format_reason
 from lit_lora.tools.cache import cache_shards
 from lit_lora.tools.plan import memory_of, run_of_config
 from lit_lora.tools.run_page import PLAN
@@ -48,7 +49,7 @@ from lit_lora.tools.training.edit_prompts import write_edit_prompts
 from lit_lora.tools.training.fitting import fit, out_of_time, parts, resuming
 from lit_lora.tools.training.images import Images
 from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
-from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim
+from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim, forget_settings, has_trained
 from lit_lora.tools.training.results import newest_checkpoint, newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
 from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice
@@ -205,14 +206,10 @@ class _Training:
     def run(self) -> None:
         """Do what is left to do: a run that was stopped goes on."""
         print(f"output   {self.out}")
-        if not self.config.exists():
-            self._unpack()
-        if self.packed_sets is None:
-            print("\n".join(packed_lines("packed", self._pack(self.folder, self.shards), self.validation)))
-            if self.held_out is not None:
-                print("\n".join(packed_lines("validate", self.held_out)))
-        else:
-            print("\n".join(sets_lines(self.packed_sets)))
+        before = None if has_trained(self.out) else self._unpack()
+        self._packed()
+        if before is not None and self.config.exists() and before != self._contents():
+            forget_settings(self.out)  # other images may need others
         if not self.config.exists():
             self._choose()
         print(f"config   {self.config}")
@@ -227,11 +224,26 @@ class _Training:
             print("finished already; name another folder with --out to train again")
         print(ending(results, self.prompts[0]))
 
-    def _unpack(self) -> None:
-        """Have shards count as unfinished: images may still be added or repaired while no settings have been chosen for them."""
+    def _packed(self) -> None:
+        """Pack what is not packed yet, and tell what there is."""
+        if self.packed_sets is None:
+            print("\n".join(packed_lines("packed", self._pack(self.folder, self.shards), self.validation)))
+            if self.held_out is not None:
+                print("\n".join(packed_lines("validate", self.held_out)))
+        else:
+            print("\n".join(sets_lines(self.packed_sets)))
+
+    def _unpack(self) -> dict[Path, str]:
+        """Have shards count as unfinished, since images may change while nothing is trained; returns their plans."""
         for name in PACKED:
             for manifest in (self.out / name).rglob(MANIFEST):
                 manifest.unlink()
+        return self._contents()
+
+    def _contents(self) -> dict[Path, str]:
+        """The plans of the packed shards, which tell of which files they are."""
+        plans = [path for name in PACKED for path in (self.out / name).rglob(PLAN_OF_SHARDS)]
+        return {path: path.read_text() for path in plans}
 
     def _choose(self) -> None:
         """Choose settings, show them and their plan, and write the config."""
@@ -363,4 +375,4 @@ def packed_lines(name: str, packed: PackSummary, apart: Path | None = None) -> l
     earlier = " by an earlier run" if packed.resumed == packed.shards else ""
     count = f"{packed.samples:,} {'image' if packed.samples == 1 else 'images'}"
     written = f"{name:<8} {count}, {format_bytes(packed.size)}{left_out}{earlier}"
-    return [written, *format_reasons(files), *map(format_note, packed.notes)]
+    return [written, *map(format_reason, format_reasons(files)), *map(format_note, packed.notes)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,9 +11,13 @@ from lit_lora.tools.training.choices import Choice
 
 
 def table(choices: Sequence[Choice]) -> str:
-    """A line for each choice: what, its value and why."""
+    """What was chosen, its value and why, in lines of at most 80 columns."""
     widths = [max(len(choice[column]) for choice in choices) for column in (0, 1)]
-    return "\n".join(f"{name:{widths[0]}}  {value:{widths[1]}}  {why}" for name, value, why, _ in choices)
+    rows = [f"{name:{widths[0]}}  {value:{widths[1]}}  {why}" for name, value, why, _ in choices]
+    indent = " " * (sum(widths) + 4)
+    return "\n".join(
+        textwrap.fill(row, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) for row in rows
+    )
 
 
 def ending(results: Mapping[str, str], prompt: str) -> str:

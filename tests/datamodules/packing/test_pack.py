@@ -279,6 +279,13 @@ def test_too_many_bad_files_are_all_named_at_once(damaged, tmp_path):
     assert pack_folder(damaged, out, max_bad=5, samples_per_shard=2).samples == 3
 
 
+def test_a_share_of_bad_files_is_rounded_up(damaged, tmp_path):
+    """Four of seven are bad."""
+    with pytest.raises(UserError, match="4 bad files, more than max_bad=3;"):
+        pack_folder(damaged, tmp_path / "out", max_bad=0.4)  # of 2.8 files
+    assert pack_folder(damaged, tmp_path / "out", max_bad=0.5).samples == 3  # of 3.5 files
+
+
 def test_repaired_files_go_on_in_the_same_folder(damaged, tmp_path, encode_image):
     out = tmp_path / "out"
     with pytest.raises(UserError, match="4 bad files"):
@@ -329,6 +336,7 @@ def test_json_captions(tmp_path, encode_image):
         ({"max_shard_bytes": 0}, "max_shard_bytes=0"),
         ({"jobs": 0}, "jobs=0"),
         ({"max_bad": -1}, "max_bad=-1"),
+        ({"max_bad": 1.5}, "max_bad=1.5 is no number of files; give a whole number, or a share below 1"),
         ({"prefix": "a/b"}, "prefix='a/b' cannot be part of a file name"),
         ({"prefix": ""}, "prefix=''"),
     ],
