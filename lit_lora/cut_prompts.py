@@ -1,4 +1,4 @@
-"""Prompts of more tokens than a pipeline's text encoders read."""
+"""Prompts and captions of more tokens than text encoders read."""
 
 from __future__ import annotations
 
@@ -19,6 +19,25 @@ _SAID_HERE = ("Token indices sequence length is longer", "The following part of 
 
 _told: set[str] = set()
 """The prompts of which a warning has told."""
+
+
+def cut_text(kind: str, text: str, given: str, tokenizer: Any, most: int, lost: str, **options: Any) -> str | None:
+    """A sentence that says that the end of a text is cut off; None if it is not.
+
+    Args:
+        kind: What the text is, such as "prompt".
+        text: The text, of which the message shows the beginning.
+        given: What the tokenizer is given, which may have a template around the text.
+        tokenizer: The tokenizer.
+        most: Number of tokens that the text encoder reads.
+        lost: What comes of it.
+        **options: Options that the tokenizer is given, as far as they change the number of tokens.
+    """
+    count = len(tokenizer(given, truncation=False, verbose=False, **options).input_ids)
+    if count <= most:
+        return None
+    shown = visible(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…")
+    return f"a {kind} has {count} tokens, and the text encoder reads {most}, so that {lost}: {shown!r}"
 
 
 @contextmanager
@@ -51,15 +70,10 @@ def _is_other(record: logging.LogRecord) -> bool:
 
 
 def _tell(tokenizer: Any, prompts: Sequence[str]) -> None:
-    most = tokenizer.model_max_length
     for prompt in prompts:
         if not isinstance(prompt, str) or prompt in _told:
             continue
-        count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        if count > most:
+        cut = cut_text("prompt", prompt, prompt, tokenizer, tokenizer.model_max_length, "its end is not drawn")
+        if cut is not None:
             _told.add(prompt)
-            shown = visible(prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}…")
-            warnings.warn(
-                f"a prompt has {count} tokens, and the text encoder reads {most}, so that its end is not drawn: {shown!r}",
-                stacklevel=2,
-            )
+            warnings.warn(cut, stacklevel=2)

@@ -11,14 +11,14 @@ from typing import Any, Literal, Self
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
 from PIL import Image
 from torch import Tensor
 
 from lit_lora.adapters import check_finite, check_loaded, check_saved_configs
 from lit_lora.adapters.input_dtype import keep_input_dtype
-from lit_lora.adapters.parameter_groups import ParameterGroup, check_schedule, make_optimizer
+from lit_lora.adapters.parameter_groups import ParameterGroup, make_optimizer, make_schedule
 from lit_lora.caption_dropout import drop_captions
 from lit_lora.denoiser_options import apply_options
 from lit_lora.distributed import shards_weights
@@ -185,14 +185,8 @@ class LoraDiffusion(LightningModule):
         make_portable(optimizer, self)
         if self.lr_scheduler is None:
             return optimizer
-        rates = [group["lr"] for group in optimizer.param_groups]
-        scheduler = self.lr_scheduler(optimizer)
-        check_schedule(rates, optimizer, scheduler, -1 if self._trainer is None else self.trainer.max_steps)
-        config: LRSchedulerConfigType = {"scheduler": scheduler, "interval": "step"}
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            monitor = getattr(scheduler, "monitor", "val/loss")
-            config = {"scheduler": scheduler, "interval": "epoch", "monitor": monitor, "strict": False}
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        steps = -1 if self._trainer is None else self.trainer.max_steps
+        return {"optimizer": optimizer, "lr_scheduler": make_schedule(self.lr_scheduler, optimizer, steps)}
 
     def on_fit_start(self) -> None:
         if self.memory.optimizer_in_backward:

@@ -49,23 +49,21 @@ def decode_rgb(data: bytes, background: str | None = None) -> Tensor:
     Raises:
         BadSampleError: If the bytes are not such an image.
     """
-    image = _decode_opaque(data)
-    alpha = None if background is None else decode_alpha(data)
-    if background is None or alpha is None:
-        return image
-    front, opacity = (Image.fromarray(one.permute(1, 2, 0).contiguous().squeeze(2).numpy()) for one in (image, alpha))
-    composite = Image.composite(front, Image.new("RGB", front.size, background), opacity)
+    upright = None if background is None else _read_with_pillow(data, if_transparent=True)
+    if background is None or upright is None:
+        return _decode_colors(data)
+    front = Image.fromarray(_colors(upright).permute(1, 2, 0).contiguous().numpy())
+    composite = Image.composite(front, Image.new("RGB", front.size, background), _opacity(upright))
     return torch.from_numpy(np.array(composite)).permute(2, 0, 1).contiguous()
 
 
-def _decode_opaque(data: bytes) -> Tensor:
+def _decode_colors(data: bytes) -> Tensor:
     """The colors of an image, also of its transparent parts."""
-    if not data:
-        raise BadSampleError("the image is empty")
-    if data.startswith(_PNG):
-        return _decode_with_pillow(data, "PNG")
-    if _has_exif_in_webp(data):
-        return _decode_with_pillow(data, "WEBP")
+    # Torchvision 0.29's PNG decoder kills the process on damaged data.
+    if not data or data.startswith(_PNG) or _has_exif_in_webp(data):
+        upright = _read_with_pillow(data)
+        assert upright is not None
+        return _colors(upright)
     import torchvision.io  # noqa: F401 registers the operator
 
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -89,18 +87,8 @@ def decode_alpha(data: bytes) -> Tensor | None:
     Raises:
         BadSampleError: If the bytes are not an image.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels decides
-            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
-            if not image.has_transparency_data:
-                return None
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            alpha = np.array(upright.convert("RGBA").getchannel("A"))
-    except Exception as error:  # Pillow's readers raise almost any exception on damaged bytes
-        raise BadSampleError(f"the alpha channel cannot be decoded ({error})") from error
-    return torch.from_numpy(alpha)[None]
+    upright = _read_with_pillow(data, if_transparent=True)
+    return None if upright is None else torch.from_numpy(np.array(_opacity(upright)))[None]
 
 
 def has_transparency(data: bytes) -> bool:
@@ -123,20 +111,32 @@ def _has_exif_in_webp(data: bytes) -> bool:
     return data[8:16] == b"WEBPVP8X" and len(data) > _WEBP_FLAGS and bool(data[_WEBP_FLAGS] & _WEBP_HAS_EXIF)
 
 
-def _decode_with_pillow(data: bytes, kind: str) -> Tensor:
-    """Decode an image with Pillow: torchvision 0.29's PNG decoder kills the process on damaged data."""
+def _read_with_pillow(data: bytes, if_transparent: bool = False) -> Image.Image | None:
+    """Decode an image and turn it as its EXIF data requires; ``if_transparent`` gives None for opaque ones, by their header."""
+    if not data:
+        raise BadSampleError("the image is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # check_pixels decides
-            image = Image.open(io.BytesIO(data), formats=(kind,))
-            if kind == "WEBP" and getattr(image, "n_frames", 1) > 1:
+            image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+            if if_transparent and not image.has_transparency_data:
+                return None
+            if image.format == "WEBP" and getattr(image, "n_frames", 1) > 1:
                 raise BadSampleError("the image is an animation")
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            return ImageOps.exif_transpose(image)
     except BadSampleError:
         raise
     except Exception as error:  # Pillow's readers raise almost any exception on damaged bytes
         raise BadSampleError(f"the image cannot be decoded ({error})") from error
+
+
+def _opacity(upright: Image.Image) -> Image.Image:
+    return upright.convert("RGBA").getchannel("A")
+
+
+def _colors(upright: Image.Image) -> Tensor:
+    """The colors of an image that Pillow has decoded, uint8 (3, H, W)."""
     if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip
         grey = torch.from_numpy(np.asarray(upright).astype(np.int64))
         return ((grey * 255 + 32767) // 65535).to(torch.uint8).expand(3, -1, -1).contiguous()

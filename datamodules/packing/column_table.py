@@ -106,14 +106,7 @@ class ColumnTable(PackInput):
             () if metadata else [field.name for field in schema if _has_bytes(field.type)],
             metadata,
         )
-        needed = (columns.image, columns.source, *columns.captions)
-        read = tuple(field.name for field in schema if field.name in needed or _is_packed(field.type))
-        for file in files[1:]:
-            if missing := [name for name in read if name not in file.schema.names]:
-                raise UserError(
-                    f"{visible(file.path)} lacks the column {missing[0]!r} of {visible(files[0].path)}; pack these"
-                    " files separately"
-                )
+        read = _columns_to_read(files, columns)
         sizes = [file.row_sizes(read) for file in files]
         first_row = np.cumsum([0, *(len(rows) for rows in sizes)], dtype=np.int64)
         if not first_row[-1]:
@@ -232,6 +225,18 @@ class ColumnTable(PackInput):
                 for path in paths:
                     yield f"{file.path.name}, row {row}", (prefix / path).as_posix() if path else ""
                     row += 1
+
+
+def _columns_to_read(files: Sequence[BatchFile], columns: TableColumns) -> tuple[str, ...]:
+    """Names of the columns that are packed, which every file must have."""
+    needed = (columns.image, columns.source, *columns.captions)
+    read = tuple(field.name for field in files[0].schema if field.name in needed or _is_packed(field.type))
+    for file in files[1:]:
+        if missing := [name for name in read if name not in file.schema.names]:
+            raise UserError(
+                f"{visible(file.path)} lacks the column {missing[0]!r} of {visible(files[0].path)}; pack these files separately"
+            )
+    return read
 
 
 def _notes(files: Sequence[BatchFile], read: Sequence[str]) -> Iterator[str]:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, PolynomialLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, PolynomialLR, ReduceLROnPlateau
 
 from lit_lora.adapters.inject import ADAPTER_NAME
 from lit_lora.errors import UserError
@@ -99,6 +101,28 @@ def make_optimizer(
                 )
             made["lr"] = made["lr"] * group.lr_ratio
     return optimizer
+
+
+def make_schedule(make: LRSchedulerCallable, optimizer: Optimizer, steps: int = -1) -> LRSchedulerConfigType:
+    """Make a learning rate schedule and say when Lightning steps it: after each optimizer step.
+
+    ``ReduceLROnPlateau`` is stepped after each epoch that has a value of what it monitors, which defaults to ``val/loss``.
+
+    Args:
+        make: Function from the optimizer to its schedule.
+        optimizer: The optimizer.
+        steps: Number of optimizer steps; -1, the default, if it is unknown.
+
+    Raises:
+        UserError: See :func:`check_schedule`.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    schedule = make(optimizer)
+    check_schedule(rates, optimizer, schedule, steps)
+    if isinstance(schedule, ReduceLROnPlateau):
+        monitor = getattr(schedule, "monitor", "val/loss")
+        return {"scheduler": schedule, "interval": "epoch", "monitor": monitor, "strict": False}
+    return {"scheduler": schedule, "interval": "step"}
 
 
 def check_schedule(rates: Sequence[Any], optimizer: Optimizer, schedule: object, steps: int = -1) -> None:

@@ -10,12 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lit_lora.visible import visible
+from lit_lora.cut_prompts import cut_text
 
 _told: WeakSet[Any] = WeakSet()
 """The tokenizers of which a warning has told."""
-
-_SHOWN = 60
 
 
 def tell_cut_captions(
@@ -46,12 +44,9 @@ def tell_cut_captions(
         if not is_full:
             continue
         # Only a text that fills all places can be longer.
-        count = len(tokenizer(text, truncation=False, verbose=False, **options).input_ids)
-        if count > mask.shape[1]:
+        lost = "the end of it and of others as long is not trained on"
+        cut = cut_text("caption", caption, text, tokenizer, mask.shape[1], lost, **options)
+        if cut is not None:
             _told.add(tokenizer)
-            shown = visible(caption if len(caption) <= _SHOWN else f"{caption[:_SHOWN]}…")
-            rank_zero_warn(
-                f"a caption has {count} tokens, and the text encoder reads {mask.shape[1]}, so that the end of it and of others "
-                f"as long is not trained on: {shown!r}; shorten them"
-            )
+            rank_zero_warn(f"{cut}; shorten them")
             return

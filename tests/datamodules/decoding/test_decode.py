@@ -56,6 +56,16 @@ def test_a_background_behind_transparent_parts(format_):
     assert image[:, 4, 3].tolist() == [20, 102, 204]
 
 
+@pytest.mark.parametrize("format_", ["PNG", "WEBP"])
+def test_colors_and_transparency_are_decoded_at_once(format_, monkeypatch):
+    data, read = transparent(format_), []
+    monkeypatch.setattr("lit_lora.datamodules.decoding.decode._decode_colors", None)
+    open_ = Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **options: read.append(args) or open_(*args, **options))
+    decode_rgb(data, "white")
+    assert len(read) == 1
+
+
 def test_gray_images_and_palettes_have_transparent_parts_too():
     assert decode_rgb(transparent("PNG", "LA"), "white")[:, 0, 0].tolist() == [255] * 3
     image = Image.new("P", (2, 1))

@@ -102,7 +102,7 @@ def test_masks_that_cannot_be_used():
     ):
         with pytest.raises(BadSampleError, match=message):
             decode_mask(members, "mask.png", SIZE)
-    with pytest.raises(BadSampleError, match="the alpha channel cannot be decoded"):
+    with pytest.raises(BadSampleError, match="the image cannot be decoded"):
         decode_mask({"png": png(WITH_ALPHA)[:200]}, "alpha", SIZE)
 
 
