@@ -186,4 +186,6 @@ def _bound(trainer: Trainer) -> str:
         return f"the run began at step {step}, and trainer.max_steps={trainer.max_steps} is not above that; raise it"
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epoch:
         return f"the run began after {epoch} epochs, and trainer.max_epochs={trainer.max_epochs} is not above that; raise it"
+    if trainer.should_stop:
+        return "a callback stopped the run before its first step, as trainer.max_time does once its time is used up"
     return "there are no training batches"

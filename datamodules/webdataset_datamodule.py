@@ -255,13 +255,14 @@ class WebDatasetDataModule(LightningDataModule):
             size, earlier = loader.plan.global_batch_size, state["segments"][-2]
             if resumed and size != earlier and self._rank == 0:
                 _log.warning(
-                    "the global batch has %d samples, but %d in the resumed run; change batch_size or "
-                    "trainer.accumulate_grad_batches to keep its size",
+                    "the global batch has %d samples, but %d in the resumed run, so that the rest of the data is divided into "
+                    "others; change batch_size or the number of processes to keep its size",
                     size,
                     earlier,
                 )
         if before is not None:
             loader.bad_samples |= before.bad_samples
+            loader.wordless = before.wordless
         self._train_loader = loader
         return loader
 

@@ -43,7 +43,7 @@ from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.distributed import check_strategy_name
 from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.dropped_options import dropped_options
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 from lit_lora.files import writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
 from lit_lora.help_screen import HelpScreen
@@ -140,6 +140,9 @@ class LitLoraCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         check_strategy_name(self._get(self.config, "trainer.strategy"))
+        # Lightning divides by the first, and takes the second for no clipping.
+        for least, name in ((1, "trainer.accumulate_grad_batches"), (0, "trainer.gradient_clip_val")):
+            check_least(least, **{name: self._get(self.config, name)})
         try:
             super().instantiate_classes()
         except (UserError, MisconfigurationException):

@@ -40,6 +40,11 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
             ],
             "Option 'train_sets' is not accepted\nseveral sets are for WebDatasetDataModule, which plans from indexes",
         ),
+        (
+            ["--trainer.accumulate_grad_batches", "0"],
+            "trainer.accumulate_grad_batches=0 is too small; it must be at least 1",
+        ),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val=-1 is too small; it must be at least 0"),
         (["--model.family", "StableDifusion"], "there is no class StableDifusion; did you mean StableDiffusion?"),
         (["--model.adapter", "LoraConfi"], "there is no class LoraConfi; did you mean LoraConfig?"),
         (["--model.adapter", "peft.LoraConfi"], "peft has no LoraConfi; did you mean LoraConfig?"),

@@ -13,6 +13,7 @@ from lit_lora.datamodules.loading.bad_samples import BadSamples
 from lit_lora.datamodules.loading.dataset import Batch, ShardDataset, SlotRequest
 from lit_lora.datamodules.loading.device_copies import CopiedWork, DeviceCopies
 from lit_lora.datamodules.loading.threads import LoaderThreads, SharedWork
+from lit_lora.datamodules.loading.wordless import WordlessCaptions
 from lit_lora.errors import UserError
 
 LoaderState = dict[str, int | list[int]]
@@ -78,6 +79,7 @@ class PlannedLoader:
         self.bad_samples = BadSamples(
             max_bad_samples, "bad samples", "trained with weight 0", "pack the shards again without them"
         )
+        self.wordless = WordlessCaptions()
 
     def __len__(self) -> int:
         return self.cursor.pass_batches + self.plan.remaining(self.cursor)
@@ -100,6 +102,7 @@ class PlannedLoader:
             before = self.cursor
             for batch in self._fetch():
                 self.bad_samples.count(batch.pop("bad"))
+                self.wordless.count(batch)
                 self._move(self._share.ahead.popleft())
                 yield batch if self.copies is None else self.copies.finish(batch)
             # A decoder that raises StopIteration would end the batches early, and this loop would never end.

@@ -78,6 +78,10 @@ def test_the_best_checkpoint_is_in_an_earlier_folder(
             "the run began after 0 epochs, and trainer.max_epochs=0 is not above that; raise it",
         ),
         ({"limit_train_batches": 0, "max_steps": 9}, "trainer.limit_train_batches is 0"),
+        (
+            {"max_steps": 9, "max_time": "00:00:00:00"},
+            "a callback stopped the run before its first step, as trainer.max_time does once its time is used up",
+        ),
         ({"max_steps": 3}, None),
     ],
 )
