@@ -109,7 +109,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
     own: list[str] = []
     given: dict[str, Any] = {}
     # A switch needs no value, as in the commands of others.
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
     switched = [
         f"{one}=true" if one == "--dry_run" and after.lower() not in ("true", "false") else one for one, after in pairs
     ]

@@ -216,6 +216,21 @@ def test_the_help_has_no_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--config" not in shown
 
 
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [(["train"], "FOLDER"), (["train", "--base", "embedded"], "FOLDER"), (["shards", "pack", "a"], "OUT")],
+)
+def test_an_argument_that_is_missing_is_named(
+    arguments: list[str], missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert f"{missing} is missing; lit-lora {arguments[0]} --help shows all" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_keys_of_the_config_are_told_from_own_options() -> None:
     arguments = ["a", "--base", "sdxl", "--trainer.max_steps", "5", "--dry_run", "--model.optimizer.init_args.lr=1e-4"]
     own, given = split_arguments([*arguments, "--data.init_args.buckets", "null", "--seed_everything=3", "--rank=7"])
