@@ -55,7 +55,7 @@ def _shipped_folder() -> Path:
 
 def given_configs(arguments: Sequence[str]) -> Iterator[str]:
     """The values of ``--config``, in their order."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
         if name in ("-c", "--config") and (equals or following):
             yield value if equals else following

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Trainer
 
-from lit_lora.config_files import check_config_files, shipped_config
+from lit_lora.config_files import check_config_files, given_configs, shipped_config
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 
@@ -118,3 +118,8 @@ def test_a_refusal_imports_no_library(tmp_path: Path) -> None:
     )
     assert done.stdout == "2\n", done.stderr
     assert "--config missing.yaml: there is no such file" in done.stderr
+
+
+def test_a_command_without_arguments_has_no_configs() -> None:
+    check_config_files([], "fit")
+    assert list(given_configs([])) == []

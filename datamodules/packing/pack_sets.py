@@ -81,9 +81,16 @@ def pack_sets(found: SourceSets, out: str | Path, *, validation: bool = True, **
     for one in found.sets:
         of_set: dict[str, Any] = {"caption_extension": one.caption_extension, "is_set": True, **options}
         of_set["fallback"] = one.fallback or options.get("fallback")
-        summary = pack_folder(one.folder, out / one.name, **of_set)
+        if one.prior:
+            of_set["captions"] = None  # a template is for what is to be learned
+        summary = pack_folder(one.folder, out / one.name, **of_set, sources=one.sources)
         if (folder := apart[one.name]) is not None:
-            held_out[one.name] = pack_folder(folder, out / "validation" / one.name, **of_set)
+            held_out[one.name] = pack_folder(
+                folder,
+                out / "validation" / one.name,
+                **of_set,
+                sources=None if one.sources is None else one.sources / folder.name,
+            )
             others = [file for file in summary.skipped if file.file != f"{folder.name}/"]
             summary = replace(summary, skipped=others)
         summaries.append(summary)
@@ -110,7 +117,7 @@ def repeats_of(sets: Sequence[SourceSet], counts: Sequence[int]) -> list[float]:
         sets: The sets.
         counts: Number of images in each of them.
     """
-    shown = {True: 0, False: 0}
+    shown = {True: 0.0, False: 0.0}
     for one, count in zip(sets, counts, strict=True):
         shown[one.prior] += one.repeats * count
     return [one.repeats * shown[False] / shown[True] if one.prior else float(one.repeats) for one in sets]

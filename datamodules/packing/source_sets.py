@@ -30,15 +30,17 @@ class SourceSet:
         caption_extension: Ending of the caption files; None for all that are known.
         prior: Whether the images are class images.
         decoder: Options of their ``ImageDecoder``; None for those of the run.
+        sources: Folder of their source images, if they are targets of editing pairs that are not beside them.
     """
 
     name: str
     folder: Path
-    repeats: int
+    repeats: float
     fallback: str = ""
     caption_extension: str | None = None
     prior: bool = False
     decoder: Mapping[str, Any] | None = None
+    sources: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,47 @@ def sets_of(folders: Sequence[Path], out: Path) -> SourceSets:
             if one is not other and one.folder.resolve() in other.folder.resolve().parents:
                 raise UserError(f"{visible(other.folder)} is inside {visible(one.folder)}; name folders side by side")
     return SourceSets(named_apart(sets))
+
+
+def given_to_each(found: SourceSets, **values: Sequence[Any] | None) -> SourceSets:
+    """The sets, each with its own one of several values.
+
+    Args:
+        found: The sets.
+        **values: Values by the name of the attribute, in the order of the sets; None leaves it as it is.
+
+    Raises:
+        UserError: If there is not one for each set.
+    """
+    sets = list(found.sets)
+    for name, given in values.items():
+        if given is None:
+            continue
+        if len(given) != len(sets):
+            names = ", ".join(visible(one.name) for one in sets)
+            count = f"{len(given)} {'value' if len(given) == 1 else 'values'}"
+            raise UserError(f"{name} has {count} for {len(sets)} sets; give one for each of {names}")
+        sets = [replace(one, **{name: value}) for one, value in zip(sets, given, strict=True)]
+    return replace(found, sets=sets)
+
+
+def with_class_images(found: SourceSets, folder: Path) -> SourceSets:
+    """The sets and, as a further one, a folder of class images, whose caption is the folder's name where there is no file.
+
+    Raises:
+        UserError: If it is no folder, or the sets have class images already or the folder among them.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"class_images={visible(folder)} is no folder; name one of images of the class, as of lit-lora prior"
+        )
+    if any(one.prior for one in found.sets):
+        raise UserError(
+            f"class_images={visible(folder)}, and the sets have class images of their own; leave one of them out"
+        )
+    words = (_REPEATS.fullmatch(folder.resolve().name) or ["", "", folder.resolve().name])[2]
+    one = SourceSet("class images", folder, 1, fallback=re.sub(r"[\s_-]+", " ", words).strip(), prior=True)
+    return replace(found, sets=named_apart([*found.sets, one]))
 
 
 def named_apart(sets: Sequence[SourceSet]) -> list[SourceSet]:

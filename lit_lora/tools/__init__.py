@@ -16,6 +16,9 @@ from lit_lora.help_screen import HelpScreen
 _NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Got value: (.*)""")
 """What jsonargparse says of a list of positional arguments whose last one is missing."""
 
+_MISSING = re.compile(r"Option '(?:\w+\.)*(\w+)' is required")
+"""What jsonargparse says of an argument that is not given."""
+
 
 class ToolParser(ArgumentParser):
     """Reports an error as one message, without usage, with exit status 2."""
@@ -24,13 +27,15 @@ class ToolParser(ArgumentParser):
         super().__init__(*arguments, formatter_class=formatter_class, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if missing := _MISSING.match(message):
+            message = f"{missing[1].upper()} is missing"
         if found := _NO_LIST.search(message):
             message = f"{found[1]}: {found[2]!r} is not a list; an argument before or after it may be missing"
         elif message.startswith("Parser key"):
             from lit_lora.config_errors import explain  # imports PEFT
 
             message = explain(message)
-        if found or message.startswith(("Unrecognized arguments", "ambiguous option")):
+        if missing or found or message.startswith(("Unrecognized arguments", "ambiguous option")):
             message += f"; {self.prog.replace(' [options]', '')} --help shows all arguments"
         print_error(message)
         self.exit(2)

@@ -26,6 +26,9 @@ SHORT = {
 }
 """Options of ``lit-lora fit`` by the names that others give them."""
 
+_FOR_EACH = ("--repeats", "--sources")
+"""Options that take a value for each of several folders."""
+
 _EPILOG = (
     f"Options of lit-lora fit may follow and win over what is chosen, such as --trainer.devices 2; {', '.join(SHORT)} are"
     " short for those of trainer, adapter, optimizer and data."
@@ -60,7 +63,9 @@ def train(
     device_memory: str | None = None,
     cache: bool = True,
     max_bad: float = 0.1,
-    sources: str | None = None,
+    sources: str | list[str] | None = None,
+    repeats: float | list[float] | None = None,
+    class_images: str | None = None,
     dry_run: bool = False,
 ) -> Request:
     """Train an adapter on a folder of images, with settings chosen for the images, the base and the memory of the device.
@@ -82,12 +87,17 @@ def train(
         max_bad: Maximum number of images that may be left out because they are damaged; below 1, their share of the images,
             rounded up. What is left out is named.
         sources: Folder of the source images of editing pairs, named like their targets in the folder to train on; for bases
-            such as flux_kontext.
+            such as flux_kontext. Of several sets, one folder for each.
+        repeats: Number of times that a pass shows the images of each set, such as 3 1 for two folders; defaults to the number
+            in the name of a folder such as 10_name, and to 1.
+        class_images: Folder of images of the class, such as other dogs, so that the base keeps what it knows of it (prior
+            preservation); lit-lora prior draws them.
         dry_run: Show the choices and write the config, but do not train.
     """
     from lit_lora.tools.training.request import Request
 
-    return Request(folder, base, trigger, captions, out, device, device_memory, cache, max_bad, sources, dry_run)
+    sets = (sources, repeats, class_images)
+    return Request(folder, base, trigger, captions, out, device, device_memory, cache, max_bad, *sets, dry_run)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
@@ -99,7 +109,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
     own: list[str] = []
     given: dict[str, Any] = {}
     # A switch needs no value, as in the commands of others.
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = zip(arguments, [*arguments[1:], ""], strict=False)
     switched = [
         f"{one}=true" if one == "--dry_run" and after.lower() not in ("true", "false") else one for one, after in pairs
     ]
@@ -107,6 +117,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
     if len(folders) > 1:
         own.append(json.dumps(folders))
         switched = switched[len(folders) :]
+    for name in _FOR_EACH:
+        switched = _as_list(switched, name, len(folders))
     remaining = iter(switched)
     for argument in remaining:
         name, equals, value = argument.partition("=")
@@ -126,6 +138,16 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
             )
         given[name.removeprefix("--")] = _value(text)
     return own, given
+
+
+def _as_list(arguments: list[str], name: str, most: int) -> list[str]:
+    """The arguments in which up to so many values of an option are one list."""
+    if name not in arguments or most < 2:
+        return arguments
+    start = arguments.index(name) + 1
+    values = list(itertools.takewhile(lambda one: not one.startswith("-"), arguments[start : start + most]))
+    listed = [_value(one) if name == "--repeats" else one for one in values]
+    return [*arguments[:start], json.dumps(listed), *arguments[start + len(values) :]] if len(values) > 1 else arguments
 
 
 def _value(text: str) -> Any:

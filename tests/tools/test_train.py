@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import os
 import tarfile
-from collections import Counter
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from lit_lora.prompts import read_prompts
 from lit_lora.tools.train import SHORT, split_arguments, train_command
 from lit_lora.tools.training.request import Request
 from lit_lora.tools.training.run import train_adapter
-from tests.warm_python import WarmPython
 
 
 @pytest.fixture
@@ -148,132 +145,6 @@ def test_pairs_of_two_folders(
                 assert source.getpixel((0, 0)) == (0, number * 12, 0)
 
 
-@pytest.mark.slow
-def test_several_folders_with_their_own_splits(
-    sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All are trained on as often as their names say, their validation images together give the loss, and both are cached."""
-    for folder, count in (("a/train", 4), ("a/validation", 2), ("b/train", 2), ("b/test", 3), ("3_c", 2)):
-        (tmp_path / folder).mkdir(parents=True)
-        for number in range(count):
-            Image.new("RGB", (20, 20), (number * 50, 0, 99)).save(
-                tmp_path / folder / f"{folder.replace('/', '')}{number}.png"
-            )
-    shown: dict[str, list[str]] = {"training_step": [], "validation_step": []}
-    for name in shown:
-
-        def recording(self: LoraDiffusion, batch: Any, batch_idx: int, name: str = name, step: Any = None) -> Any:
-            pairs = zip(batch["key"], batch["weight"], strict=True)
-            shown[name].extend(Path(key).name for key, weight in pairs if weight)
-            assert "latents_mean" in batch
-            return step(self, batch, batch_idx)
-
-        monkeypatch.setattr(LoraDiffusion, name, partialmethod(recording, step=getattr(LoraDiffusion, name)))
-    folders = [str(tmp_path / name) for name in ("a", "b", "3_c")]
-    given = ["--base", str(sd_folder), "--out", str(tmp_path / "out"), "--device", "cpu", "--device_memory", "100"]
-    short = ["--trigger", "sks", "--trainer.max_steps", "6", "--model.base_dtype=float32"]
-    batches = [
-        "--data.init_args.batch_size",
-        "2",
-        "--trainer.accumulate_grad_batches",
-        "1",
-        "--trainer.val_check_interval",
-        "6",
-    ]
-    assert main(["train", *folders, *given, *short, *batches]) == 0
-    screen = " ".join(capsys.readouterr().out.split())
-    assert "images 8 + 5 those of 2 sets' own folders are for validation" in screen
-    assert 'each after "sks"; alone where there is no file' in screen
-    assert "best checkpoints/best-step=6.adapter" in screen
-    expected = (
-        {f"atrain{n}": 1 for n in range(4)} | {f"btrain{n}": 1 for n in range(2)} | {f"3_c{n}": 3 for n in range(2)}
-    )
-    assert Counter(shown["training_step"]) == expected
-    validation = [*(f"avalidation{n}" for n in range(2)), *(f"btest{n}" for n in range(3))]
-    assert Counter(shown["validation_step"]) == Counter(validation * 2), "before the first step, and after the last"
-
-
-@pytest.mark.slow
-def test_a_pass_over_two_sets_shows_each_image_as_often_as_its_set_says(
-    sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for folder, count in (("3_red", 2), ("1_blue", 4)):
-        (tmp_path / "sets" / folder).mkdir(parents=True)
-        for number in range(count):
-            Image.new("RGB", (20, 20), folder[2:]).save(tmp_path / "sets" / folder / f"{folder[2:]}{number}.png")
-    shown: list[str] = []
-    step = LoraDiffusion.training_step
-
-    def recording(self: LoraDiffusion, batch: Any, batch_idx: int) -> Any:
-        shown.extend(batch["key"])
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(LoraDiffusion, "training_step", recording)
-    given = ["--base", str(sd_folder), "--out", str(tmp_path / "out"), "--device", "cpu", "--device_memory", "100"]
-    step_of_two = ["--data.init_args.batch_size", "2", "--trainer.accumulate_grad_batches", "1"]
-    whole = ["--data.init_args.val_samples", "0", "--trainer.max_steps", "10", "--model.base_dtype=float32"]
-    assert main(["train", str(tmp_path / "sets"), *given, *step_of_two, *whole]) == 0
-    table = capsys.readouterr().out.splitlines()
-    assert ["3_red", "2", "3", "6"] in [line.split() for line in table]
-    for one in (shown[:10], shown[10:]):
-        assert Counter(one) == Counter(["red0", "red1"] * 3 + [f"blue{number}" for number in range(4)])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_resumed_run_of_one_and_two_processes_shows_sets_as_planned(
-    sd_folder: Path, tmp_path: Path, devices: int
-) -> None:
-    """Two passes of ten images, stopped in the middle of the first one: each pass shows each image as often as its set says."""
-    for folder, count in (("3_red", 2), ("1_blue", 4)):
-        (tmp_path / "sets" / folder).mkdir(parents=True)
-        for number in range(count):
-            Image.new("RGB", (20, 20), folder[2:]).save(tmp_path / "sets" / folder / f"{folder[2:]}{number}.png")
-    diaries = tmp_path / "diaries"
-    diaries.mkdir()
-    callbacks = [
-        {"class_path": "tests.job_callbacks.Diary", "init_args": {"folder": str(diaries)}},
-        {"class_path": "tests.job_callbacks.StopOnce", "init_args": {"step": 3}},
-        {"class_path": "AdapterCheckpoint", "init_args": {"every_n_train_steps": 1, "save_last": True}},
-    ]
-    command = [
-        "-m",
-        "lit_lora.cli",
-        "train",
-        str(tmp_path / "sets"),
-        "--base",
-        str(sd_folder),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    command += ["--device", "cpu", "--device_memory", "100", "--data.init_args.batch_size", str(2 // devices)]
-    command += [
-        "--data.init_args.val_samples",
-        "0",
-        "--trainer.max_steps",
-        "10",
-        "--trainer.accumulate_grad_batches",
-        "1",
-    ]
-    command += ["--model.base_dtype=float32", "--trainer.devices", str(devices), "--trainer.strategy", "ddp"]
-    command += ["--trainer.accelerator", "cpu", "--trainer.callbacks", json.dumps(callbacks)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
-    of_runs: list[list[list[list[str]]]] = []  # by run, process, step
-    for number in range(2):
-        process = WarmPython(command, environment, tmp_path / "output", tmp_path / "errors")
-        assert process.wait() == 0, (tmp_path / "errors").read_text()[-3000:]
-        assert ("resuming" in (tmp_path / "output").read_text()) == (number == 1)
-        new = sorted(diaries.glob("*.diary"), key=lambda path: path.read_text())
-        of_runs.append([[line.split() for line in path.read_text().splitlines()] for path in new])
-        for path in new:
-            path.unlink()
-    assert [[len(steps) for steps in run] for run in of_runs] == [[3] * devices, [7] * devices]
-    steps = [[key for line in lines for key in line[1:]] for run in of_runs for lines in zip(*run, strict=True)]
-    expected = Counter(["red0", "red1"] * 3 + [f"blue{number}" for number in range(4)])
-    for one in (steps[:5], steps[5:]):
-        assert Counter(key for step in one for key in step) == expected
-
-
 def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match=r"starts those of --trainer.devices itself"):
@@ -345,6 +216,21 @@ def test_the_help_has_no_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--config" not in shown
 
 
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [(["train"], "FOLDER"), (["train", "--base", "embedded"], "FOLDER"), (["shards", "pack", "a"], "OUT")],
+)
+def test_an_argument_that_is_missing_is_named(
+    arguments: list[str], missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert f"{missing} is missing; lit-lora {arguments[0]} --help shows all" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_keys_of_the_config_are_told_from_own_options() -> None:
     arguments = ["a", "--base", "sdxl", "--trainer.max_steps", "5", "--dry_run", "--model.optimizer.init_args.lr=1e-4"]
     own, given = split_arguments([*arguments, "--data.init_args.buckets", "null", "--seed_everything=3", "--rank=7"])
@@ -356,6 +242,14 @@ def test_keys_of_the_config_are_told_from_own_options() -> None:
         "seed_everything": 3,
         "model.adapter.init_args.r": 7,
     }
+
+
+def test_several_folders_have_several_values() -> None:
+    """As many as there are folders, so that one folder may also stand last."""
+    own, _ = split_arguments(["a", "b", "--repeats", "3", "0.5", "--sources", "x", "y", "--base", "sdxl"])
+    assert own == ['["a", "b"]', "--repeats", "[3, 0.5]", "--sources", '["x", "y"]', "--base", "sdxl"]
+    assert split_arguments(["--sources", "x", "a"])[0] == ["--sources", "x", "a"]
+    assert split_arguments(["a", "b", "--repeats", "3", "--rank", "4"])[0] == ['["a", "b"]', "--repeats", "3"]
 
 
 def test_short_names_are_keys_of_the_config() -> None:

@@ -28,7 +28,7 @@ PACKED = ("shards", "shards-validation")
 _CHOSEN = ("cache", "cache-validation", "prompts")
 """Folders in the run's folder with what follows from its settings."""
 
-_OF_PACKING = ("folder", "captions", "trigger", "max_bad", "sources")
+_OF_PACKING = ("folder", "captions", "trigger", "max_bad", "sources", "class_images")
 """Entries of the record on which the packed images depend."""
 
 
@@ -44,7 +44,9 @@ class Request(NamedTuple):
     device_memory: str | None = None
     cache: bool = True
     max_bad: float = 0.1
-    sources: str | None = None
+    sources: str | list[str] | None = None
+    repeats: float | list[float] | None = None
+    class_images: str | None = None
     dry_run: bool = False
     given: Mapping[str, Any] = {}
 
@@ -55,15 +57,32 @@ class Request(NamedTuple):
         for name in ("out", "dry_run"):
             del own[name]
         folders: Any = [str(folder.absolute()) for folder in self.folders]
-        sources = None if self.sources is None else str(Path(self.sources).expanduser().absolute())
+        sources = None if self.sources is None else [str(folder.absolute()) for folder in self.source_folders]
+        classes = self.class_folder and str(self.class_folder.absolute())
         folders = folders if isinstance(self.folder, list) else folders[0]
-        return own | {"folder": folders, "sources": sources, "given": dict(self.given)}
+        return own | {"folder": folders, "sources": sources, "class_images": classes, "given": dict(self.given)}
 
     @property
     def folders(self) -> list[Path]:
         """The folders, of which there is one for one set."""
         names = self.folder if isinstance(self.folder, list) else [self.folder]
         return [Path(name).expanduser() for name in names]
+
+    @property
+    def source_folders(self) -> list[Path]:
+        """The folders of source images, one for each folder."""
+        names = self.sources if isinstance(self.sources, list) else [self.sources] if self.sources else []
+        return [Path(name).expanduser() for name in names]
+
+    @property
+    def class_folder(self) -> Path | None:
+        """The folder of class images; None if there is none."""
+        return None if self.class_images is None else Path(self.class_images).expanduser()
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether the options make sets of the folders, also of a single one."""
+        return len(self.folders) > 1 or self.repeats is not None or self.class_images is not None
 
 
 def claim(out: Path, request: Request) -> None:

@@ -20,9 +20,9 @@ from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
 from lit_lora.datamodules.packing.pack_plan import MANIFEST
 from lit_lora.datamodules.packing.pack_plan import PLAN as PLAN_OF_SHARDS
 from lit_lora.datamodules.packing.pack_sets import PackedSets, find_sets, pack_sets
-from lit_lora.datamodules.packing.source_sets import SourceSets
+from lit_lora.datamodules.packing.source_sets import SourceSets, given_to_each, with_class_images
 from lit_lora.datamodules.packing.splits import validation_folder
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_above
 from lit_lora.files import atomic_file
 from lit_lora.folder_lock import only_run_in
 from lit_lora.planning.device import Device, default_device, find_device
@@ -75,30 +75,33 @@ def train_adapter(request: Request) -> None:
     names = [one.stem if one.suffix == ".toml" else os.path.basename(os.path.realpath(one)) for one in request.folders]
     out = Path(request.out or Path("runs", f"{'-'.join(names)}-{base.name}"))
     device = find_device(request.device) if request.device else default_device("auto")
-    sets = find_sets(request.folders if len(request.folders) > 1 else folder, out)
-    if request.sources is not None:
-        _check_sources(request.sources, base, sets)
+    sets = find_sets(request.folders if request.has_sets else folder, out)
+    if request.sources is not None and not base.takes_sources:
+        raise UserError(
+            f"sources={visible(request.source_folders[0])}, and {base.name} is trained without source images; take a base such "
+            "as flux_kontext"
+        )
     if sets is None:
         rule = caption_rule(folder, out, request.captions, request.trigger)
-    elif len(request.folders) > 1:
-        rule = rule_of_folders(request.captions, request.trigger)
     else:
-        rule = rule_of_sets(request.captions, request.trigger)
+        of_folders = request.has_sets
+        rule = (rule_of_folders if of_folders else rule_of_sets)(request.captions, request.trigger)
+        sets = _with_options(sets, request)
     with only_run_in(out, "train"):
         claim(out, request)
         _Training(request, base, folder, out, device, rule, sets).run()
 
 
-def _check_sources(sources: str, base: Base, sets: SourceSets | None) -> None:
-    if not base.takes_sources:
-        raise UserError(
-            f"sources={visible(sources)}, and {base.name} is trained without source images; take a base such as flux_kontext"
-        )
-    if sets is not None:
-        raise UserError(
-            f"sources={visible(sources)} is for one folder, and here are several sets; put the source of each image beside "
-            "it, as NAME.source.png"
-        )
+def _with_options(sets: SourceSets, request: Request) -> SourceSets:
+    """The sets with what the command says of each."""
+    repeats = request.repeats if isinstance(request.repeats, list) or request.repeats is None else [request.repeats]
+    check_above(0, **{f"repeats[{number}]": one for number, one in enumerate(repeats or [])})
+    sets = given_to_each(sets, repeats=repeats, sources=request.source_folders or None)
+    if request.class_folder is None:
+        return sets
+    if request.sources is not None:
+        raise UserError("class_images are drawn without a source image, and sources are given; leave one of them out")
+    return with_class_images(sets, request.class_folder)
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class _Training:
     def _pack(self, folder: Path, shards: Path) -> PackSummary:
         options: dict[str, Any] = {"captions": self.rule.template, "fallback": self.rule.fallback}
         if self.request.sources is not None:
-            options["sources"] = Path(self.request.sources).expanduser() / folder.relative_to(self.folder)
+            options["sources"] = self.request.source_folders[0] / folder.relative_to(self.folder)
         return pack_folder(folder, shards, max_bad=self.request.max_bad, **options)
 
     def _sources(self, cached: bool) -> dict[str, Any]:

@@ -45,6 +45,8 @@ def train_sets(packed: PackedSets, prefix: str, cache: Path | None) -> list[dict
     for number, one in enumerate(sets):
         if cache is not None:
             one["shards"] = str(cache / str(number))
+        if one.get("prior") and "decoder" not in one:  # that of the run has the trigger in it
+            one["decoder"] = {"class_path": "lit_lora.datamodules.ImageDecoder", "init_args": {"center_crop": True}}
         if "decoder" in one:
             one["decoder"]["init_args"]["background"] = BACKGROUND
         if "decoder" in one and not one.get("prior"):

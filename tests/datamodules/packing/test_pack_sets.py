@@ -9,6 +9,7 @@ from lit_lora.cli import main
 from lit_lora.datamodules.packing.pack_sets import find_sets, pack_sets, repeats_of
 from lit_lora.datamodules.packing.source_sets import SourceSet, SourceSets
 from lit_lora.errors import UserError
+from tests.helpers import contents_of_shards
 
 TOML = """
 [[datasets]]
@@ -74,6 +75,19 @@ def test_class_images_are_as_many_as_others():
     repeats = repeats_of(sets, [20, 30, 40])
     assert repeats == [10, 4, 2]
     assert repeats[1] * 30 + repeats[2] * 40 == 10 * 20
+
+
+def test_a_template_is_for_what_is_to_be_learned(images):
+    sets = [
+        SourceSet("dog", images / "img" / "3_dog", 1),
+        SourceSet("cat", images / "img" / "1_cat", 1, "a cat", prior=True),
+    ]
+    pack_sets(SourceSets(sets), "out", captions="sks")
+    found = {name: contents_of_shards(images / "out" / name) for name in ("dog", "cat")}
+    assert {name: {text for key, text in one.items() if key.endswith(".txt")} for name, one in found.items()} == {
+        "dog": {b"sks"},
+        "cat": {b"a cat"},
+    }
 
 
 def test_mistakes(images):

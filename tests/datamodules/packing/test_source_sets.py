@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lit_lora.datamodules.packing.source_sets import find_folders, sets_of
+from lit_lora.datamodules.packing.source_sets import find_folders, given_to_each, sets_of, with_class_images
 from lit_lora.errors import UserError
 
 
@@ -68,3 +68,25 @@ def test_folders_that_are_no_sets(make, names, message):
     data = make("a/x.png", "a/in/x.png", "b/x.png", "0_b/x.png")
     with pytest.raises(UserError, match=message):
         sets_of([data / name for name in names], data / "out")
+
+
+def test_each_set_gets_its_own_value(make, tmp_path):
+    data = make("a/1.png", "2_b/1.png")
+    found = sets_of([data / "a", data / "2_b"], tmp_path / "out")
+    assert [one.repeats for one in given_to_each(found, repeats=[0.5, 3], sources=None).sets] == [0.5, 3]
+    with pytest.raises(UserError, match="repeats has 1 value for 2 sets; give one for each of a, 2_b"):
+        given_to_each(found, repeats=[3])
+
+
+def test_class_images_are_a_further_set(make, tmp_path):
+    data = make("a/1.png", "3_brown_dog/1.png")
+    found = sets_of([data / "a"], tmp_path / "out")
+    both = with_class_images(found, data / "3_brown_dog")
+    last = both.sets[-1]
+    assert (last.name, last.repeats, last.fallback, last.prior) == ("class images", 1, "brown dog", True)
+    with pytest.raises(UserError, match="the sets have class images of their own"):
+        with_class_images(both, data / "3_brown_dog")
+    with pytest.raises(UserError, match="named more than once"):
+        with_class_images(found, data / "a")
+    with pytest.raises(UserError, match=r"class_images=.*none is no folder; name one of images of the class"):
+        with_class_images(found, data / "none")
