@@ -86,6 +86,7 @@ def test_trains_validates_samples_and_saves(run: Callable[..., int], folder: Pat
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "samples",
     }
     assert list((tmp_path / "run").rglob("samples/step-000000.png"))
     assert run("validate", "--ckpt_path", next((tmp_path / "ckpt").glob("*.ckpt"))) == 0
