@@ -2,8 +2,8 @@
 
 Both train the same model and adapter on the same batch with the same optimizer, in one process. They take turns step by step, so
 that changes of the machine's speed affect both. The bare loop is plain PyTorch: encode, add noise, denoise, loss, backward, clip,
-step. The Trainer runs with progress bar, TensorBoard logging at every step and the checkpoint callback. Its time is measured
-from the end of one step to the end of the next, without the bare loop's step in between.
+step. The Trainer runs with progress bar, TensorBoard logging at every step (``--log-every``) and the checkpoint callback. Its
+time is measured from the end of one step to the end of the next, without the bare loop's step in between.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=20, help="steps before the measured steps")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 (default) keeps torch's own number")
+    parser.add_argument("--log-every", type=int, default=1, help="steps from one that is logged to the next")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -100,7 +101,7 @@ def main() -> None:
             max_steps=steps,
             max_epochs=-1,
             gradient_clip_val=1.0,
-            log_every_n_steps=1,
+            log_every_n_steps=options.log_every,
             logger=TensorBoardLogger(folder),
             callbacks=[turns, AdapterCheckpoint(every_n_train_steps=steps)],
             enable_model_summary=False,
