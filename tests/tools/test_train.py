@@ -188,6 +188,28 @@ def test_mistakes_are_one_error(
     assert message in shown.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--rank", "0", "model.adapter.init_args.r=0 is too small"),
+        ("--lr", "fast", "lr='fast' is not a number"),
+        ("--trainer.max_stepz", "5", "does not accept option 'max_stepz'"),
+        ("--time", "soon", "trainer.max_time='soon' is no duration; give days, hours, minutes and seconds, such as"),
+        ("--model.base_dtype", "float17", "float17"),
+    ],
+)
+def test_values_of_the_config_are_looked_at_before_images_are_packed(
+    option: str, value: str, message: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main([*command, option, value])
+    except SystemExit as error:
+        status = int(str(error.code))
+    assert status == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_link_to_itself_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "loop").symlink_to("loop")
     assert main(["train", str(tmp_path / "loop"), "--base", "embedded", "--dry_run"]) == 2

@@ -69,6 +69,14 @@ def make_config(
     return config
 
 
+def template_with(base: Base, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The shipped config of a base with values that the user gives, by config key."""
+    config = copy.deepcopy(base.template)
+    for key, value in given.items():
+        set_key(config, key, value)
+    return config
+
+
 def comments_of(choices: Sequence[Choice], cached: bool) -> dict[str, str]:
     """Comments for a config by the keys that they precede: the choices with their reasons, and what is easily mistaken.
 

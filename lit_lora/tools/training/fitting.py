@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -13,6 +15,7 @@ from lightning.pytorch.callbacks import Timer
 from lit_lora.callbacks.run_report import RunReport
 from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.lightning_cli import LitLoraCLI, ToolCLI, build_cli, run
+from lit_lora.tools.training.config import write_yaml
 
 
 def _nothing() -> None:
@@ -38,6 +41,14 @@ class _FitCLI(LitLoraCLI):
 def parts(arguments: Sequence[str]) -> LitLoraCLI:
     """Module and datamodule of a config."""
     return build_cli(arguments, run=False, cli_class=_PartsCLI)
+
+
+def parts_of(config: Mapping[str, Any]) -> LitLoraCLI:
+    """Module and datamodule of a config that is in no file."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
+        file.write(write_yaml(config, {}))
+        file.flush()
+        return parts(["fit", "--config", file.name])
 
 
 def fit(arguments: Sequence[str]) -> Trainer:

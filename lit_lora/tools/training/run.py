@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Timer
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.packing.left_out import count_files, format_reasons
@@ -44,9 +46,9 @@ from lit_lora.tools.training.captions import (
     rule_of_sets,
 )
 from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
-from lit_lora.tools.training.config import comments_of, make_config, write_yaml
+from lit_lora.tools.training.config import comments_of, make_config, template_with, write_yaml
 from lit_lora.tools.training.edit_prompts import write_edit_prompts
-from lit_lora.tools.training.fitting import fit, out_of_time, parts, resuming
+from lit_lora.tools.training.fitting import fit, out_of_time, parts, parts_of, resuming
 from lit_lora.tools.training.images import Images
 from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim, forget_settings, has_trained
@@ -87,9 +89,25 @@ def train_adapter(request: Request) -> None:
         of_folders = request.has_sets
         rule = (rule_of_folders if of_folders else rule_of_sets)(request.captions, request.trigger)
         sets = _with_options(sets, request)
+    if request.given:
+        _check_given(base, request.given)
     with only_run_in(out, "train"):
         claim(out, request)
         _Training(request, base, folder, out, device, rule, sets).run()
+
+
+def _check_given(base: Base, given: Mapping[str, Any]) -> None:
+    """Check names and types of keys of the config before images are packed."""
+    given_settings(given)
+    try:
+        Timer(given.get("trainer.max_time"))
+    except MisconfigurationException as error:
+        raise UserError(
+            f"trainer.max_time={given['trainer.max_time']!r} is no duration; give days, hours, minutes and seconds, such as "
+            "00:01:30:00"
+        ) from error
+    with suppress(UserError):  # what fits together is known when the other settings are chosen
+        parts_of(template_with(base, given))
 
 
 def _with_options(sets: SourceSets, request: Request) -> SourceSets:
@@ -303,10 +321,7 @@ class _Training:
 
     def _plan(self, settings: Settings) -> MemoryPlan:
         """The plan of a run with these settings, as ``lit-lora plan`` makes it."""
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-            file.write(write_yaml(self._config_of(settings), {}))
-            file.flush()
-            cli = parts(["fit", "--config", file.name])
+        cli = parts_of(self._config_of(settings))
         cached = ("latents", "text") if self.cached else ()
         described = run_of_config(cli.model, cli.datamodule, cli.config["trainer"], self.device, None, None, cached)
         return plan(replace(described, validation=False))  # it needs less than a step, and time to plan
