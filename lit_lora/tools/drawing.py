@@ -92,6 +92,7 @@ class Drawer:
         self._loaded_with: Any = None
         self._adapted: list[PeftModel] = []
         self._changes: dict[str, Any] = {}
+        self._identities: dict[Any, dict[str, str]] = {}
 
     @property
     def family(self) -> ModelFamily | None:
@@ -149,7 +150,7 @@ class Drawer:
         Raises:
             UserError: If the base cannot be read.
         """
-        return self._opened(self._kind(self._given), self._given).identity()
+        return self._identity(self._kind(self._given), self._given)
 
     def draw(self, prompts: Sequence[Prompt], **options: Any) -> list[DrawnImage]:
         """Draw one image for each prompt, with what it is drawn with.
@@ -210,12 +211,19 @@ class Drawer:
         options: Mapping[str, str],
     ) -> None:
         for one, files in used:
-            if changed := changed_base(files, str(self.base), self._opened(kind, options).identity):
+            if changed := changed_base(files, str(self.base), lambda: self._identity(kind, options)):
                 warnings.warn(
                     f"the base {self.base} is not the one that {one.path} was trained over: another "
                     f"{' and another '.join(changed)}; name the folder of that one with --base",
                     stacklevel=3,
                 )
+
+    def _identity(self, kind: type[ModelFamily] | None, options: Mapping[str, str]) -> dict[str, str]:
+        """Identities of the base's parts, read from its files once and not for each adapter of a grid."""
+        key = self.base, kind, tuple(options.items())
+        if key not in self._identities:
+            self._identities[key] = self._opened(kind, options).identity()
+        return self._identities[key]
 
     def _opened(self, kind: type[ModelFamily] | None, options: Mapping[str, str]) -> DrawingBase:
         assert self.base is not None

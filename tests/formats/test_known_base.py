@@ -17,6 +17,7 @@ from lit_lora.formats.find import read_adapter
 from lit_lora.formats.from_file import FromFile
 from lit_lora.formats.known_base import changed_base
 from lit_lora.tools.drawing import Drawer, ScaledAdapter
+from lit_lora.tools.drawing_base import FamilyBase
 from tests.helpers import diffusion_module, loader_of, make_batches
 
 OTHER = r"the base .* is not the one that .*adapter was trained over: another denoiser \(blake2b:\w+, now blake2b:\w+\); name"
@@ -64,6 +65,21 @@ def test_drawing_over_another_base_of_the_same_path(
     change(base)
     with pytest.warns(UserWarning, match=OTHER):
         draw(adapter)
+
+
+def test_the_base_is_read_once_for_all_scales(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[object] = []
+    identity = FamilyBase.identity
+
+    def counted(base: FamilyBase) -> dict[str, str]:
+        reads.append(base)
+        return identity(base)
+
+    monkeypatch.setattr(FamilyBase, "identity", counted)
+    drawer = Drawer(None, family=None, dtype="float32", device="cpu", sizes=[(16, 16)])
+    for scale in (0.5, 1.0):
+        drawer.adapt([ScaledAdapter(str(adapter), scale)])
+    assert len(reads) == 1
 
 
 def test_going_on_over_another_base_of_the_same_path(
