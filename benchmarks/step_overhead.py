@@ -2,8 +2,9 @@
 
 Both train the same model and adapter on the same batch with the same optimizer, in one process. They take turns step by step, so
 that changes of the machine's speed affect both. The bare loop is plain PyTorch: encode, add noise, denoise, loss, backward, clip,
-step. The Trainer runs with progress bar, TensorBoard logging at every step (``--log-every``) and the checkpoint callback. Its
-time is measured from the end of one step to the end of the next, without the bare loop's step in between.
+step. The Trainer runs with the callbacks of ``lit-lora fit``, TensorBoard logging (``--log-every``) and the checkpoint callback.
+Its time is measured from the end of one step to the end of the next, without the bare loop's step in between. With ``--plain``
+the Trainer runs the bare loop's computation as a LightningModule, without a progress bar: what Lightning itself takes.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from peft import LoraConfig
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_lora import AdapterCheckpoint, LoraDiffusion, StableDiffusion
+from lit_lora.callbacks import FiniteGradients, StepMetrics, StepProgress
 
 
 class BareLoop:
@@ -37,7 +41,7 @@ class BareLoop:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4)
         self.batch = batch
 
-    def step(self) -> None:
+    def loss(self) -> Tensor:
         vae, encoders = self.family.vae, self.family.encoders
         with torch.no_grad():
             pixels = self.batch["pixel_values"].float() / 127.5 - 1
@@ -49,10 +53,30 @@ class BareLoop:
         noise = torch.randn_like(latents)
         t = torch.randint(1000, (len(latents),))
         prediction = self.family.denoiser(self.scheduler.add_noise(latents, noise, t), t, hidden).sample
-        F.mse_loss(prediction, noise).backward()
+        return F.mse_loss(prediction, noise)
+
+    def step(self) -> None:
+        self.loss().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class PlainModule(LightningModule):
+    """The bare loop's computation as a LightningModule."""
+
+    def __init__(self, bare: BareLoop) -> None:
+        super().__init__()
+        self.bare = bare
+        self.denoiser = bare.family.denoiser
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self.bare.loss()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.bare.optimizer
 
 
 class TakeTurns(Callback):
@@ -83,6 +107,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 (default) keeps torch's own number")
     parser.add_argument("--log-every", type=int, default=1, help="steps from one that is logged to the next")
+    parser.add_argument(
+        "--plain", action="store_true", help="a plain LightningModule in place of this project's module"
+    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -94,7 +121,13 @@ def main() -> None:
     }
     turns = TakeTurns(BareLoop(batch))
     steps = options.steps + options.warm_up
-    module = LoraDiffusion(StableDiffusion("embedded"), LoraConfig(r=16, lora_alpha=16), base_dtype="float32")
+    module: LightningModule
+    callbacks: list[Callback]
+    if options.plain:
+        module, callbacks = PlainModule(BareLoop(batch)), [ModelCheckpoint(every_n_train_steps=steps)]
+    else:
+        module = LoraDiffusion(StableDiffusion("embedded"), LoraConfig(r=16, lora_alpha=16), base_dtype="float32")
+        callbacks = [StepProgress(), StepMetrics(), FiniteGradients(), AdapterCheckpoint(every_n_train_steps=steps)]
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
             accelerator="cpu",
@@ -103,7 +136,8 @@ def main() -> None:
             gradient_clip_val=1.0,
             log_every_n_steps=options.log_every,
             logger=TensorBoardLogger(folder),
-            callbacks=[turns, AdapterCheckpoint(every_n_train_steps=steps)],
+            callbacks=[turns, *callbacks],
+            enable_progress_bar=not options.plain,
             enable_model_summary=False,
         ).fit(module, DataLoader([batch] * steps, batch_size=None))  # type: ignore[arg-type]
     under, bare = turns.trainer_times[options.warm_up :], turns.bare_times[options.warm_up :]
