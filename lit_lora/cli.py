@@ -133,8 +133,8 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
 }
 """Commands that do not run a trainer. They return the exit status; None means 0."""
 
-_WITH_CONFIGS = ("plan", "cache")
-"""Tools that take the options of ``fit``; ``shards plan`` does too."""
+_WITH_CONFIGS = ("plan", "cache", "shards plan")
+"""Tools that take the options of ``fit``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -194,15 +194,16 @@ def _unknown(command: str) -> str:
 def _run(arguments: list[str]) -> int:
     """Run the command after what needs no heavy import: its help if that is kept, and the checks of its config files."""
     from lit_lora import kept_help
-    from lit_lora.config_files import check_config_files
+    from lit_lora.config_files import check_config_files, check_config_given
 
     command, *rest = arguments
     if kept_help.asks_for_help(arguments):
         return kept_help.print_help(arguments, lambda: _call(arguments))
-    if command in TRAINER_COMMANDS:
-        check_config_files(rest, command)
-    elif command in _WITH_CONFIGS or arguments[:2] == ["shards", "plan"]:
-        check_config_files(rest)
+    if arguments[:2] == ["shards", "plan"]:
+        command, rest = "shards plan", rest[1:]
+    if command in (*TRAINER_COMMANDS, *_WITH_CONFIGS):
+        check_config_given(rest, command)
+        check_config_files(rest, command if command in TRAINER_COMMANDS else None)
     return _call(arguments)
 
 

@@ -147,7 +147,7 @@ class LitLoraCLI(LightningCLI):
             super().instantiate_classes()
         except (UserError, MisconfigurationException):
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ImportError) as error:
             if null := null_options(self.config.get(self.subcommand or "", self.config)):
                 raise UserError(f"{null[0]} is null; leave it out, or give its options") from error
             raise UserError(reasons(str(error)) or f"a part of the config cannot be built: {error}") from None
@@ -291,7 +291,7 @@ def run(arguments: Sequence[str], cli_class: type[LitLoraCLI] = LitLoraCLI) -> L
     try:
         return build_cli(arguments, cli_class=cli_class)
     except MisconfigurationException as error:
-        raise UserError(str(error)) from error
+        raise UserError(explain(str(error))) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{error.strerror}: {error.filename}") from error
 

@@ -48,7 +48,7 @@ from lit_lora.tools.training.captions import (
 from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
 from lit_lora.tools.training.config import comments_of, make_config, template_with, write_yaml
 from lit_lora.tools.training.edit_prompts import write_edit_prompts
-from lit_lora.tools.training.fitting import fit, out_of_time, parts, parts_of, resuming
+from lit_lora.tools.training.fitting import check_machine, fit, out_of_time, parts, parts_of, resuming
 from lit_lora.tools.training.images import Images
 from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim, forget_settings, has_trained
@@ -91,6 +91,10 @@ def train_adapter(request: Request) -> None:
         sets = _with_options(sets, request)
     if request.given:
         _check_given(base, request.given)
+    if not request.dry_run:
+        check_machine(
+            template_with(base, request.given)["trainer"] | {"devices": request.given.get("trainer.devices", 1)}
+        )
     with only_run_in(out, "train"):
         claim(out, request)
         _Training(request, base, folder, out, device, rule, sets).run()
