@@ -136,6 +136,9 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
 _WITH_CONFIGS = ("plan", "cache", "shards plan")
 """Tools that take the options of ``fit``."""
 
+_GO_ON = ("train", "cache", "prior", "shards pack", "shards index")
+"""Commands that keep what they have done when they are interrupted."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -170,13 +173,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
         return status
     except KeyboardInterrupt:
-        print("lit-lora: interrupted", file=sys.stderr)
+        goes_on = command in _GO_ON or " ".join(arguments[:2]) in _GO_ON
+        print("lit-lora: interrupted" + "; the same command goes on" * goes_on, file=sys.stderr)
         return 130
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         # Lightning has ended the run and exits; what the last checkpoint has is kept.
-        how = "the same command resumes" if command == "train" else "resume with --ckpt_path last"
+        how = "the same command goes on" if command == "train" else "resume with --ckpt_path last"
         print(f"lit-lora: interrupted; {how}", file=sys.stderr)
         return 130
     except Exception as error:

@@ -43,6 +43,7 @@ from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.distributed import check_strategy_name
 from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.dropped_options import dropped_options
+from lit_lora.early_stopping import ResumedEarlyStopping
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
@@ -167,7 +168,7 @@ class LitLoraCLI(LightningCLI):
         self._read_safely()
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.insert(0, EndOnError())
-        for kind in (StepMetrics, ScheduleFree, FiniteGradients):
+        for kind in (ResumedEarlyStopping, StepMetrics, ScheduleFree, FiniteGradients):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.insert(1, kind())
         configured = [entry.class_path for entry in self._get(self.config, "trainer.callbacks") or []]

@@ -215,6 +215,27 @@ def test_values_of_the_config_are_looked_at_before_images_are_packed(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_a_run_that_stops_early_has_finished(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--dry_run"]) == 0
+    path = tmp_path / "out" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    stops = {"monitor": "val/loss", "stopping_threshold": 1e9}
+    config["trainer"]["callbacks"].append({"class_path": "EarlyStopping", "init_args": stops})
+    path.write_text(yaml.safe_dump(config))
+    assert main(command) == 0
+    page = (tmp_path / "out" / "lightning_logs" / "version_0" / "report.html").read_text()
+    assert "<dd>stopped early</dd>" in page
+    assert "early stopping has ended the run: Stopping threshold reached: val/loss = " in page
+    checkpoint = torch.load(tmp_path / "out/lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
 def test_a_config_for_another_machine_can_be_written(
     command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

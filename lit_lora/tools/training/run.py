@@ -24,6 +24,7 @@ from lit_lora.datamodules.packing.pack_plan import PLAN as PLAN_OF_SHARDS
 from lit_lora.datamodules.packing.pack_sets import PackedSets, find_sets, pack_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets, given_to_each, with_class_images
 from lit_lora.datamodules.packing.splits import validation_folder
+from lit_lora.early_stopping import stopped_early
 from lit_lora.errors import UserError, check_above
 from lit_lora.files import atomic_file
 from lit_lora.folder_lock import only_run_in
@@ -364,7 +365,7 @@ class _Training:
             raise
         _write_report(self.out)
         results = results_of(self.out)
-        if trainer.global_step >= trainer.max_steps > 0 or out_of_time(trainer):
+        if trainer.global_step >= trainer.max_steps > 0 or out_of_time(trainer) or stopped_early(trainer):
             record(self.out, results)
         return results
 
