@@ -23,9 +23,11 @@ from tqdm import tqdm
 from lit_lora.adapters.ranked_layer import layer_ranks
 from lit_lora.batch_size import batch_size
 from lit_lora.distributed.collectives import gather
+from lit_lora.early_stopping import stopped_early
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.profiling.meter import meter_of
+from lit_lora.report_text import format_reason
 from lit_lora.run_folder import run_folder
 
 _JOULES_PER_KWH = 3.6e6
@@ -39,7 +41,8 @@ class RunReport(Callback):
     Interrupted and failed runs are reported too. A resumed run reports its own figures and the total of all runs, since
     checkpoints hold the figures up to them.
 
-    ``report.json`` has ``schema`` (1), ``status`` (finished, interrupted, failed), ``world_size``, ``processes`` (the
+    ``report.json`` has ``schema`` (1), ``status`` (finished, interrupted, failed), ``stopped_early`` (what ``EarlyStopping``
+    found that ended the run, or null), ``world_size``, ``processes`` (the
     number of processes in the figures: after an error each process reports only its own, in ``report-rank1.json`` and so on
     for all but the first), ``this_run``, ``total`` and ``runs`` (number of runs in ``total``), ``peak_memory`` (bytes of the
     process with the highest peak in this run), ``peak_memory_of`` (``allocated`` or ``resident``, see :class:`MemoryProfiler`),
@@ -177,6 +180,7 @@ class RunReport(Callback):
         report = {
             "schema": 1,
             "status": status,
+            "stopped_early": stopped_early(trainer),
             "world_size": trainer.world_size,
             "processes": len(everyone),
             "this_run": self._finished(this_run),
@@ -320,6 +324,8 @@ def _table(report: Mapping[str, Any]) -> str:
     of = "" if report["processes"] == report["world_size"] else f", one process of {report['world_size']}"
     lines = [f"\nRun report ({report['status']}{of})"]
     lines += [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+    if report["stopped_early"]:
+        lines.append(format_reason(f"ended by early stopping: {report['stopped_early']}"))
     if report["gpu_energy_note"]:
         lines.append(f"no GPU energy: {report['gpu_energy_note']}")
     lines.append(f"peak memory {report['peak_memory'] / 2**20:,.1f} MiB ({report['peak_memory_of']})")

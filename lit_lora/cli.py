@@ -133,8 +133,11 @@ TOOLS: dict[str, Callable[[list[str]], int | None]] = {
 }
 """Commands that do not run a trainer. They return the exit status; None means 0."""
 
-_WITH_CONFIGS = ("plan", "cache")
-"""Tools that take the options of ``fit``; ``shards plan`` does too."""
+_WITH_CONFIGS = ("plan", "cache", "shards plan")
+"""Tools that take the options of ``fit``."""
+
+_GO_ON = ("train", "cache", "prior", "shards pack", "shards index")
+"""Commands that keep what they have done when they are interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -170,13 +173,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
         return status
     except KeyboardInterrupt:
-        print("lit-lora: interrupted", file=sys.stderr)
+        goes_on = command in _GO_ON or " ".join(arguments[:2]) in _GO_ON
+        print("lit-lora: interrupted" + "; the same command goes on" * goes_on, file=sys.stderr)
         return 130
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         # Lightning has ended the run and exits; what the last checkpoint has is kept.
-        how = "the same command resumes" if command == "train" else "resume with --ckpt_path last"
+        how = "the same command goes on" if command == "train" else "resume with --ckpt_path last"
         print(f"lit-lora: interrupted; {how}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -194,15 +198,16 @@ def _unknown(command: str) -> str:
 def _run(arguments: list[str]) -> int:
     """Run the command after what needs no heavy import: its help if that is kept, and the checks of its config files."""
     from lit_lora import kept_help
-    from lit_lora.config_files import check_config_files
+    from lit_lora.config_files import check_config_files, check_config_given
 
     command, *rest = arguments
     if kept_help.asks_for_help(arguments):
         return kept_help.print_help(arguments, lambda: _call(arguments))
-    if command in TRAINER_COMMANDS:
-        check_config_files(rest, command)
-    elif command in _WITH_CONFIGS or arguments[:2] == ["shards", "plan"]:
-        check_config_files(rest)
+    if arguments[:2] == ["shards", "plan"]:
+        command, rest = "shards plan", rest[1:]
+    if command in (*TRAINER_COMMANDS, *_WITH_CONFIGS):
+        check_config_given(rest, command)
+        check_config_files(rest, command if command in TRAINER_COMMANDS else None)
     return _call(arguments)
 
 

@@ -15,6 +15,7 @@ from jsonargparse._util import import_object
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import lit_lora
+from lit_lora.config_files import TO_BEGIN
 from lit_lora.lazy import public_names
 
 _ADVICE = {
@@ -23,6 +24,8 @@ _ADVICE = {
     r"'train_sets' is not accepted": "several sets are for WebDatasetDataModule, which plans from indexes how often a pass shows "
     "each of them, also of remote shards; a stream of shards of unknown length has no passes",
     r"lit_lora\.quantization\.base\.Quantization": "quantizations are Int8, W8A8, FP8, NF4 and Dense",
+    r"No supported gpu backend|accelerator is not available": "leave trainer.accelerator out, or set it to auto, which trains on "
+    "the device that this machine has",
     r"path string: PriorPreservation$": "PriorPreservation belongs to an objective, as its prior",
 }
 """Advice to add to errors that match a pattern."""
@@ -33,6 +36,7 @@ _NO_CAUSES = ("Expected a <class", "Does not validate against any of the Union")
 _HOW_TO_WRITE = ("Not a valid subclass of", "a class path (str)", "a dict with")
 """Beginnings of those that list the ways to write a class."""
 
+_REQUIRED = re.compile(r"Option '(?:(?:fit|validate|test|predict)\.)?([\w.]+)' is required but not provided")
 _TWICE = re.compile(r"more than one stateful callback of type `(\w+)`")
 _KEY = re.compile(r'^Parser key "([^"]+)":')
 _NO_CLASS = re.compile(r"Expected a dot import path string: ([\w.]*\b[A-Z]\w*)\s*$", re.MULTILINE)
@@ -54,6 +58,8 @@ def explain(message: str) -> str:
     Args:
         message: Message of jsonargparse about one key of the config.
     """
+    if required := _REQUIRED.match(message):
+        return f"{required[1]} is not given; give it in a config, such as --config configs/sd15.yaml; {TO_BEGIN}"
     advice = "".join(f"\n{advice}" for pattern, advice in _ADVICE.items() if re.search(pattern, message, re.MULTILINE))
     key = _KEY.search(message)
     if key is None or message.count("Parser key") > 1:

@@ -17,6 +17,9 @@ from lit_lora.unique_keys import check_unique_keys
 _EVERYWHERE = {"config", "seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "must_resume"}
 """Keys of a config beside the options of the trainer's method."""
 
+TO_BEGIN = "lit-lora train FOLDER --base sd15 makes a config for a folder of images, and trains"
+"""What to do without a config."""
+
 
 def check_config_files(arguments: Sequence[str], method: str | None = None) -> None:
     """Refuse configs that do not exist or have unknown keys; everything else is left to the parser.
@@ -37,6 +40,22 @@ def check_config_files(arguments: Sequence[str], method: str | None = None) -> N
             _check_keys(given, "", values, _EVERYWHERE | _options_of_trainer(method))
         for part, options in known.items():
             _check_keys(given, f"{part}.", values.get(part), options)
+
+
+def check_config_given(arguments: Sequence[str], command: str) -> None:
+    """Refuse a command that has neither a config nor options of the model or the data, and say what to type.
+
+    Args:
+        arguments: Options of a command that takes the options of ``fit``.
+        command: The command, such as ``fit`` or ``shards plan``.
+
+    Raises:
+        UserError: If there is nothing to run.
+    """
+    if not any(
+        argument.startswith(("-c", "--config", "--model", "--data", "--print_config")) for argument in arguments
+    ):
+        raise UserError(f"--config is missing, such as lit-lora {command} --config configs/sd15.yaml; {TO_BEGIN}")
 
 
 def shipped_config(argument: str) -> str:

@@ -43,6 +43,7 @@ from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.distributed import check_strategy_name
 from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.dropped_options import dropped_options
+from lit_lora.early_stopping import ResumedEarlyStopping
 from lit_lora.errors import UserError, check_least
 from lit_lora.files import writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
@@ -147,7 +148,7 @@ class LitLoraCLI(LightningCLI):
             super().instantiate_classes()
         except (UserError, MisconfigurationException):
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, ImportError) as error:
             if null := null_options(self.config.get(self.subcommand or "", self.config)):
                 raise UserError(f"{null[0]} is null; leave it out, or give its options") from error
             raise UserError(reasons(str(error)) or f"a part of the config cannot be built: {error}") from None
@@ -167,7 +168,7 @@ class LitLoraCLI(LightningCLI):
         self._read_safely()
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         callbacks.insert(0, EndOnError())
-        for kind in (StepMetrics, ScheduleFree, FiniteGradients):
+        for kind in (ResumedEarlyStopping, StepMetrics, ScheduleFree, FiniteGradients):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.insert(1, kind())
         configured = [entry.class_path for entry in self._get(self.config, "trainer.callbacks") or []]
@@ -291,7 +292,7 @@ def run(arguments: Sequence[str], cli_class: type[LitLoraCLI] = LitLoraCLI) -> L
     try:
         return build_cli(arguments, cli_class=cli_class)
     except MisconfigurationException as error:
-        raise UserError(str(error)) from error
+        raise UserError(explain(str(error))) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"{error.strerror}: {error.filename}") from error
 

@@ -30,9 +30,14 @@ def format_note(note: str) -> str:
     )
 
 
-def format_reason(line: str) -> str:
-    """A line about files that are left out, in lines of at most 80 columns, unless a path is longer."""
-    return textwrap.fill(line, 80, subsequent_indent=" " * 5, break_long_words=False, break_on_hyphens=False)
+def format_reason(line: str, indent: int = 5) -> str:
+    """A line about files or a run, in lines of at most 80 columns, unless a path is longer.
+
+    Args:
+        line: The line.
+        indent: Number of spaces before the lines after the first; defaults to 5.
+    """
+    return textwrap.fill(line, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def format_written(shards: int, resumed: int, samples: int, size: int, left_out: int, reports: str) -> str:

@@ -573,6 +573,26 @@ def test_an_error_in_a_worker_is_one_message_in_a_process_of_its_own(
     assert "cannot be decoded" in errors
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["train", "images"], "lit-lora: interrupted; the same command goes on\n"),
+        (["shards", "pack", "a", "b"], "lit-lora: interrupted; the same command goes on\n"),
+        (["shards", "info", "a"], "lit-lora: interrupted\n"),
+        (["sample"], "lit-lora: interrupted\n"),
+    ],
+)
+def test_an_interrupted_command_says_whether_it_goes_on(
+    command: list[str], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_lora.cli._call", interrupted)
+    assert main(command) == 130
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.slow
 def test_interrupted_training_says_how_to_go_on(config: Callable[..., Path], tmp_path: Path) -> None:
     command = ["-m", "lit_lora.cli", "fit", "--config", str(config()), "--trainer.max_steps=100000"]

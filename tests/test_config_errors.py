@@ -45,6 +45,7 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
             "trainer.accumulate_grad_batches=0 is too small; it must be at least 1",
         ),
         (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val=-1 is too small; it must be at least 0"),
+        (["--trainer.accelerator", "tpu"], "a part of the config cannot be built: Requirement 'torch_xla"),
         (["--model.family", "StableDifusion"], "there is no class StableDifusion; did you mean StableDiffusion?"),
         (["--model.adapter", "LoraConfi"], "there is no class LoraConfi; did you mean LoraConfig?"),
         (["--model.adapter", "peft.LoraConfi"], "peft has no LoraConfi; did you mean LoraConfig?"),
@@ -82,6 +83,17 @@ def test_one_sentence(arguments: list[str], sentence: str, capsys: pytest.Captur
     assert sentence in message
     assert not [word for word in ("Parser key", "Union", "<class", "Traceback", "Namespace(") if word in message]
     assert len(message.splitlines()) <= 4
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "plan"])
+def test_a_required_option_is_named_with_what_to_type(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--data", "WebDatasetDataModule"])
+    assert exit_.value.code == 2
+    _, told = capsys.readouterr().err.splitlines()
+    assert told.startswith(
+        "model.family is not given; give it in a config, such as --config configs/sd15.yaml; lit-lora train"
+    )
 
 
 def test_a_refused_option_of_a_callback_is_its_sentence_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Trainer
 
-from lit_lora.config_files import check_config_files, given_configs, shipped_config
+from lit_lora.cli import TRAINER_COMMANDS, main
+from lit_lora.config_files import check_config_files, check_config_given, given_configs, shipped_config
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 
@@ -48,6 +49,20 @@ def test_unknown_keys_are_refused(text: str, message: str, tmp_path: Path) -> No
 def test_keys_that_are_given_twice_are_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         check(tmp_path / "x.yaml", text)
+
+
+@pytest.mark.parametrize("command", [*TRAINER_COMMANDS, "plan", "cache", "shards plan"])
+def test_a_command_without_a_config_says_what_to_type(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ([], ["--trainer.max_steps", "3"]):
+        assert main([*command.split(), *options]) == 2
+        told = capsys.readouterr().err
+        assert f"--config is missing, such as lit-lora {command} --config configs/sd15.yaml;" in told
+        assert "lit-lora train FOLDER --base sd15" in told
+
+
+@pytest.mark.parametrize("options", [["-c", "x"], ["--model.family=A"], ["--data", "B"], ["--print_config"]])
+def test_options_of_model_or_data_are_left_to_the_parser(options: list[str]) -> None:
+    check_config_given(options, "fit")
 
 
 @pytest.mark.parametrize("part", ["trainer", "model", "data"])

@@ -194,7 +194,7 @@ class _Scan:
         """Remarks on the folder, of whose images ``count`` are packed."""
         if not self._bare:
             return []
-        first = f"{len(self._bare)} of {count} images have no caption file, first {self._bare[0]}"
+        first = f"{len(self._bare):,} of {count:,} images have no caption file, first {self._bare[0]}"
         return [f"{first}: they get {_quoted(self._fallback)}"]
 
     def _skip(self, file: str, siblings: Set[str]) -> None:
@@ -288,7 +288,7 @@ def _checked(fallback: str | None, kinds: Sequence[str], image: Path) -> str:
 
 
 def _quoted(fallback: str | None) -> str:
-    return f"{fallback!r}" if fallback else "an empty caption"
+    return f"{fallback!r}" if fallback else "no words of their own"
 
 
 def _why_no_caption(folder: Path, file: str, siblings: Set[str], kinds: Sequence[str]) -> str:

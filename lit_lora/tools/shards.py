@@ -147,6 +147,7 @@ def index(shards: str | list[str], jobs: int = 1) -> None:
     from lit_lora.datamodules.indexing.data_index import DataIndex
     from lit_lora.datamodules.indexing.index import index_folders
     from lit_lora.datamodules.remote.transfer import is_remote
+    from lit_lora.report_text import format_reason
 
     specs = [shards] if isinstance(shards, str) else shards
     if any(map(is_remote, specs)):
@@ -156,8 +157,8 @@ def index(shards: str | list[str], jobs: int = 1) -> None:
     print(f"shards   {len(indexes):,}")
     print(f"samples  {sum(map(len, indexes)):,}")
     unread = _unread_lines(indexes, jobs)
-    if unread:
-        print("unread   " + "\n         ".join(unread))
+    for title, line in zip(["unread   ", *[" " * 9] * len(unread)], unread, strict=False):
+        print(format_reason(f"{title}{line}", indent=9))
     folders: dict[Path, list[Path]] = {}
     for found in indexes:
         folders.setdefault(found.path.parent, []).append(found.path)
@@ -225,7 +226,7 @@ def info(
     """
     from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
     from lit_lora.datamodules.checking.shard_statistics import ShardStatistics
-    from lit_lora.report_text import format_table
+    from lit_lora.report_text import format_reason, format_table
 
     check_least(1, resolution=resolution)
     buckets = AspectRatioBuckets(divisor, max_aspect_ratio)
@@ -238,7 +239,7 @@ def info(
         tables += [] if bucketing is None else [numbers.bucket_rows(bucketing)]
     lines = ["\n".join(format_table(table)) for table in tables]
     unread = _unread_lines(indexes, jobs)
-    print("\n\n".join([*lines, "\n".join(["not read", *unread])] if unread else lines))
+    print("\n\n".join([*lines, "\n".join(["not read", *map(format_reason, unread)])] if unread else lines))
 
 
 def _index_remote(specs: list[str], jobs: int) -> None:
@@ -297,7 +298,7 @@ def _unread_lines(indexes: list[ShardIndex], jobs: int) -> list[str]:
 
 def _check_lines(summary: CheckSummary) -> list[str]:
     from lit_lora.datamodules.checking.check import NOTES
-    from lit_lora.report_text import format_table
+    from lit_lora.report_text import format_reason, format_table
 
     lines = format_table([["shards", f"{summary.shards:,}"], ["samples", f"{summary.samples:,}"]])
     if not summary.counts:
@@ -311,5 +312,6 @@ def _check_lines(summary: CheckSummary) -> list[str]:
         lines.append(row)
         for problem in summary.examples[kind]:
             where = ": ".join(map(visible, filter(None, (problem.shard, problem.key))))
-            lines.append(f"    {where}" + (f" ({visible(problem.detail)})" if problem.detail else ""))
+            detail = f" ({visible(problem.detail)})" if problem.detail else ""
+            lines.append(format_reason(f"    {where}{detail}", indent=8))
     return lines

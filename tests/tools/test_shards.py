@@ -108,22 +108,36 @@ def test_check_of_clean_shards(make_shards, capsys):
     assert capsys.readouterr().out == "shards   2\nsamples  5\n\nno problems found\n"
 
 
-def test_check_with_problems(tmp_path, write_tar, encode_image, capsys):
-    path = write_tar(tmp_path / "x.tar", {"a.jpg": b"", "a.txt": b"x", "b.jpg": b"", "b.txt": b"", "c.pt": b""})
+def test_problems_are_told_within_80_columns(tmp_path, write_tar, capsys, monkeypatch):
+    name = "a_very_long_name_of_an_image_that_somebody_has_given_to_it"
+    write_tar(tmp_path / "a_shard_with_a_long_name.tar", {f"{name}.jpg": b"", f"{name}.txt": b"x", f"{name}1.pt": b""})
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="1"):
-        main(["shards", "check", str(path), "--report", str(tmp_path / "report.jsonl")])
+        main(["shards", "check", "a_shard_with_a_long_name.tar"])
+    for command in ("index", "info"):
+        main(["shards", command, "a_shard_with_a_long_name.tar"])
+    shown = capsys.readouterr().out
+    assert f"a_shard_with_a_long_name.tar: {name} (the .jpg member has 0 bytes)" in " ".join(shown.split())
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+
+
+def test_check_with_problems(tmp_path, write_tar, encode_image, capsys, monkeypatch):
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": b"", "a.txt": b"x", "b.jpg": b"", "b.txt": b"", "c.pt": b""})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="1"):
+        main(["shards", "check", path.name, "--report", "report.jsonl"])
     assert capsys.readouterr().out == (
         "shards   1\n"
         "samples  2\n"
         "\n"
         "problem                 count\n"
         "empty image                 2\n"
-        f"    {path}: a (the .jpg member has 0 bytes)\n"
-        f"    {path}: b (the .jpg member has 0 bytes)\n"
+        "    x.tar: a (the .jpg member has 0 bytes)\n"
+        "    x.tar: b (the .jpg member has 0 bytes)\n"
         "empty caption               1\n"
-        f"    {path}: b\n"
+        "    x.tar: b\n"
         "note: members not read      1\n"
-        f"    {path}: c.pt (1 that end in .pt)\n"
+        "    x.tar: c.pt (1 that end in .pt)\n"
     )
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "report.jsonl").read_text().splitlines()]
     assert sorted(kinds) == ["empty caption", "empty image", "empty image", "members not read"]
@@ -218,7 +232,7 @@ def test_names_in_shards_cannot_control_the_terminal(tmp_path, write_tar, encode
     assert main(["shards", "index", str(tmp_path / "c.tar")]) == 0
     printed = "".join(capsys.readouterr())
     assert "\x1b" not in printed
-    assert "\\x1b[2J\\nlit-lora: done" in printed
+    assert "\\x1b[2J\\nlit-lora: done" in " ".join(printed.split())
     assert "the key '\\x1b[2J\\nlit-lora: done' twice" in printed
     assert not any(line.startswith("lit-lora: done") for line in printed.splitlines())
 
@@ -234,8 +248,8 @@ def test_info_and_index_name_members_that_no_index_contains(tmp_path, write_tar,
         f"2 members of samples that are passed over, first 22.05.jpg in {tmp_path}/a.tar (a key ends at the first dot"
     ]
     expected += [f"1 members that end in .seg.png, first 0.seg.png in {tmp_path}/a.tar"]
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert all(line in printed for line in expected)
     assert main(["shards", "index", str(tmp_path)]) == 0  # from the saved index
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
     assert all(line in printed for line in expected)

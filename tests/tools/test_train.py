@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from lightning.fabric.accelerators import CUDAAccelerator, MPSAccelerator
 from PIL import Image
 
 from lit_lora.cli import main
@@ -196,6 +198,9 @@ def test_mistakes_are_one_error(
         ("--trainer.max_stepz", "5", "does not accept option 'max_stepz'"),
         ("--time", "soon", "trainer.max_time='soon' is no duration; give days, hours, minutes and seconds, such as"),
         ("--model.base_dtype", "float17", "float17"),
+        ("--trainer.accelerator", "tpu", "cannot train with trainer.accelerator='tpu', trainer.devices=1: Requirement"),
+        ("--trainer.devices", "0", "this machine cannot train with trainer.devices=0: "),
+        ("--trainer.num_nodes", "0", "Leave them out to train on the device that it has, or add --dry_run"),
     ],
 )
 def test_values_of_the_config_are_looked_at_before_images_are_packed(
@@ -208,6 +213,40 @@ def test_values_of_the_config_are_looked_at_before_images_are_packed(
     assert status == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_early_has_finished(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--dry_run"]) == 0
+    path = tmp_path / "out" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    stops = {"monitor": "val/loss", "stopping_threshold": 1e9}
+    config["trainer"]["callbacks"].append({"class_path": "EarlyStopping", "init_args": stops})
+    path.write_text(yaml.safe_dump(config))
+    assert main(command) == 0
+    page = (tmp_path / "out" / "lightning_logs" / "version_0" / "report.html").read_text()
+    assert "<dd>stopped early</dd>" in page
+    assert "early stopping has ended the run: Stopping threshold reached: val/loss = " in page
+    checkpoint = torch.load(tmp_path / "out/lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_a_config_for_another_machine_can_be_written(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this machine lacks is told before images are packed, and only if it is to train."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: False)
+    monkeypatch.setattr(MPSAccelerator, "is_available", lambda: False)
+    assert main([*command, "--trainer.accelerator", "gpu"]) == 2
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--trainer.accelerator", "gpu", "--dry_run"]) == 0
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["trainer"]["accelerator"] == "gpu"
 
 
 def test_a_link_to_itself_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

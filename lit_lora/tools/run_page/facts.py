@@ -91,6 +91,8 @@ def read_run(folder: Path) -> RunFacts:
         facts.config = config if isinstance(config, dict) else {}
     except yaml.YAMLError as error:
         facts.notes.append(f"config.yaml cannot be read: {error}")
+    if reason := facts.report.get("stopped_early"):
+        facts.notes.append(f"early stopping has ended the run: {reason}")
     facts.notes += [*_origin(versions, curves), *_stale(facts)]
     for path in (path for one in versions for path in sorted(one.glob("samples/step-*.png"))):
         if found := re.fullmatch(r"step-(\d+)", path.stem):

@@ -76,7 +76,7 @@ def _tiles(facts: RunFacts) -> str:
 def _headlines(facts: RunFacts) -> Iterator[tuple[str, str]]:
     total: Mapping[str, Any] = facts.report.get("total") or {}
     if facts.report:
-        yield "status", str(facts.report.get("status"))
+        yield "status", "stopped early" if facts.report.get("stopped_early") else str(facts.report.get("status"))
     if (steps := total.get("optimizer_steps")) is not None:
         yield "optimizer steps", f"{steps:,}"
     if (seconds := total.get("train_seconds")) is not None:

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
 from lit_lora.callbacks.run_report import RunReport
 from lit_lora.callbacks.step_progress import StepProgress
+from lit_lora.errors import UserError
 from lit_lora.lightning_cli import LitLoraCLI, ToolCLI, build_cli, run
 from lit_lora.tools.training.config import write_yaml
 
@@ -49,6 +51,26 @@ def parts_of(config: Mapping[str, Any]) -> LitLoraCLI:
         file.write(write_yaml(config, {}))
         file.flush()
         return parts(["fit", "--config", file.name])
+
+
+def check_machine(trainer: Mapping[str, Any]) -> None:
+    """Check that this machine has the devices that a trainer is to train on.
+
+    Args:
+        trainer: Options of the trainer.
+
+    Raises:
+        UserError: If it has not.
+    """
+    options = {name: trainer[name] for name in ("accelerator", "devices", "num_nodes") if name in trainer}
+    try:
+        Fabric(**options)  # checks them as a trainer does, and says nothing
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
+        told = ", ".join(f"trainer.{name}={value!r}" for name, value in options.items())
+        raise UserError(
+            f"this machine cannot train with {told}: {str(error).rstrip('.')}. Leave them out to train on the device that it "
+            "has, or add --dry_run to write the config for another machine"
+        ) from error
 
 
 def fit(arguments: Sequence[str]) -> Trainer:

@@ -24,6 +24,7 @@ from lit_lora.datamodules.packing.pack_plan import PLAN as PLAN_OF_SHARDS
 from lit_lora.datamodules.packing.pack_sets import PackedSets, find_sets, pack_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets, given_to_each, with_class_images
 from lit_lora.datamodules.packing.splits import validation_folder
+from lit_lora.early_stopping import stopped_early
 from lit_lora.errors import UserError, check_above
 from lit_lora.files import atomic_file
 from lit_lora.folder_lock import only_run_in
@@ -48,7 +49,7 @@ from lit_lora.tools.training.captions import (
 from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
 from lit_lora.tools.training.config import comments_of, make_config, template_with, write_yaml
 from lit_lora.tools.training.edit_prompts import write_edit_prompts
-from lit_lora.tools.training.fitting import fit, out_of_time, parts, parts_of, resuming
+from lit_lora.tools.training.fitting import check_machine, fit, out_of_time, parts, parts_of, resuming
 from lit_lora.tools.training.images import Images
 from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim, forget_settings, has_trained
@@ -91,6 +92,10 @@ def train_adapter(request: Request) -> None:
         sets = _with_options(sets, request)
     if request.given:
         _check_given(base, request.given)
+    if not request.dry_run:
+        check_machine(
+            template_with(base, request.given)["trainer"] | {"devices": request.given.get("trainer.devices", 1)}
+        )
     with only_run_in(out, "train"):
         claim(out, request)
         _Training(request, base, folder, out, device, rule, sets).run()
@@ -360,7 +365,7 @@ class _Training:
             raise
         _write_report(self.out)
         results = results_of(self.out)
-        if trainer.global_step >= trainer.max_steps > 0 or out_of_time(trainer):
+        if trainer.global_step >= trainer.max_steps > 0 or out_of_time(trainer) or stopped_early(trainer):
             record(self.out, results)
         return results
 
