@@ -77,12 +77,12 @@ def template_with(base: Base, given: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def comments_of(choices: Sequence[Choice], cached: bool) -> dict[str, str]:
+def comments_of(choices: Sequence[Choice], cached: str | None) -> dict[str, str]:
     """Comments for a config by the keys that they precede: the choices with their reasons, and what is easily mistaken.
 
     Args:
         choices: The choices.
-        cached: Whether the run reads from a cache.
+        cached: The datamodule's argument whose shards are caches; None without caches.
     """
     comments = {
         "trainer.val_check_interval": "In batches, not in steps.",
@@ -90,9 +90,10 @@ def comments_of(choices: Sequence[Choice], cached: bool) -> dict[str, str]:
         "trainer.devices": "More devices see more images in a step.",
         "model.parameter_groups": "LoRA+: the matrices B begin at zero, and have to grow before A matters.",
         "data.init_args.chunks": "Batches that the images of a pass do not fill are trained on too.",
-        "data.init_args.train_shards": "Made by lit-lora cache from the folder shards beside it." if cached else "",
     }
-    return {text: note for text, note in comments.items() if note} | {
+    if cached is not None:
+        comments[f"data.init_args.{cached}"] = "Made by lit-lora cache from the folder shards beside it."
+    return comments | {
         choice.key: f"{choice.name}: {choice.value}. {choice.why[:1].upper()}{choice.why[1:]}." for choice in choices
     }
 
