@@ -17,9 +17,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
 from lit_lora.byte_sizes import format_bytes
-from lit_lora.datamodules.packing.left_out import count_files, format_reasons
 from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
-from lit_lora.datamodules.packing.pack_plan import MANIFEST
+from lit_lora.datamodules.packing.pack_plan import MANIFEST, OtherShardsError
 from lit_lora.datamodules.packing.pack_plan import PLAN as PLAN_OF_SHARDS
 from lit_lora.datamodules.packing.pack_sets import PackedSets, find_sets, pack_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets, given_to_each, with_class_images
@@ -31,7 +30,6 @@ from lit_lora.folder_lock import only_run_in
 from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
-from lit_lora.report_text import format_note, format_reason
 from lit_lora.tools.cache import cache_shards
 from lit_lora.tools.plan import memory_of, run_of_config
 from lit_lora.tools.run_page import PLAN
@@ -54,8 +52,8 @@ from lit_lora.tools.training.images import Images
 from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim, forget_settings, has_trained
 from lit_lora.tools.training.results import newest_checkpoint, newest_run, record, recorded, results_of
-from lit_lora.tools.training.screen import ending, table
-from lit_lora.tools.training.sources import can_be_cached, keys_of, train_sets, uncached_choice
+from lit_lora.tools.training.screen import ending, packed_lines, table
+from lit_lora.tools.training.sources import can_be_cached, check_alone, keys_of, train_sets, uncached_choice
 from lit_lora.visible import visible
 
 _HELD_OUT = "data.init_args.val_samples"
@@ -75,6 +73,7 @@ def train_adapter(request: Request) -> None:
         )
     base = find_base(request.base)
     folder = request.folders[0]
+    check_alone(request)
     names = [one.stem if one.suffix == ".toml" else os.path.basename(os.path.realpath(one)) for one in request.folders]
     out = Path(request.out or Path("runs", f"{'-'.join(names)}-{base.name}"))
     device = find_device(request.device) if request.device else default_device("auto")
@@ -233,7 +232,14 @@ class _Training:
         """Do what is left to do: a run that was stopped goes on."""
         print(f"output   {self.out}")
         before = None if has_trained(self.out) else self._unpack()
-        self._packed()
+        try:
+            self._packed()
+        except OtherShardsError as error:
+            images = ", ".join(str(visible(folder)) for folder in self.request.folders)
+            raise UserError(
+                f"the images of {images} are not those that {self.out} was trained on, or their captions are not; name another "
+                "folder with --out to train on what they are now, or put them back as they were to go on with this run"
+            ) from error
         if before is not None and self.config.exists() and before != self._contents():
             forget_settings(self.out)  # other images may need others
         if not self.config.exists():
@@ -383,19 +389,3 @@ def _write_report(out: Path) -> None:
 def _of_validation(folder: Path) -> Path:
     """The folder of the validation data beside that of the training data."""
     return folder.with_name(f"{folder.name}-validation")
-
-
-def packed_lines(name: str, packed: PackSummary, apart: Path | None = None) -> list[str]:
-    """What was packed, what was left out and why, and the notes.
-
-    Args:
-        name: Name of the line.
-        packed: Result of packing.
-        apart: Folder of the images that are packed apart. Defaults to none.
-    """
-    files = [one for one in (*packed.bad, *packed.skipped) if apart is None or one.file != f"{apart.name}/"]
-    left_out = f", {count_files(files):,} left out (see {visible(packed.folder / 'bad.jsonl')})" if files else ""
-    earlier = " by an earlier run" if packed.resumed == packed.shards else ""
-    count = f"{packed.samples:,} {'image' if packed.samples == 1 else 'images'}"
-    written = f"{name:<8} {count}, {format_bytes(packed.size)}{left_out}{earlier}"
-    return [written, *map(format_reason, format_reasons(files)), *map(format_note, packed.notes)]

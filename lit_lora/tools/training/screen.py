@@ -7,7 +7,12 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lit_lora.byte_sizes import format_bytes
+from lit_lora.datamodules.packing.left_out import count_files, format_reasons
+from lit_lora.datamodules.packing.pack import PackSummary
+from lit_lora.report_text import format_note, format_reason
 from lit_lora.tools.training.choices import Choice
+from lit_lora.visible import visible
 
 
 def table(choices: Sequence[Choice]) -> str:
@@ -35,3 +40,19 @@ def ending(results: Mapping[str, str], prompt: str) -> str:
     adapter = shlex.quote(str(Path(folder, results.get("best") or results["adapter"])))
     command = f"lit-lora sample --prompts {shlex.quote(prompt)} --count 4 --adapter \\\n  {adapter}"
     return "\n".join(["", f"results in {folder}", *lines, "", "Next:", command])
+
+
+def packed_lines(name: str, packed: PackSummary, apart: Path | None = None) -> list[str]:
+    """What was packed, what was left out and why, and the notes.
+
+    Args:
+        name: Name of the line.
+        packed: Result of packing.
+        apart: Folder of the images that are packed apart. Defaults to none.
+    """
+    files = [one for one in (*packed.bad, *packed.skipped) if apart is None or one.file != f"{apart.name}/"]
+    left_out = f", {count_files(files):,} left out (see {visible(packed.folder / 'bad.jsonl')})" if files else ""
+    earlier = " by an earlier run" if packed.resumed == packed.shards else ""
+    count = f"{packed.samples:,} {'image' if packed.samples == 1 else 'images'}"
+    written = f"{name:<8} {count}, {format_bytes(packed.size)}{left_out}{earlier}"
+    return [written, *map(format_reason, format_reasons(files)), *map(format_note, packed.notes)]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lit_lora.datamodules.packing.pack import PackSummary, pack_folder
 from lit_lora.errors import UserError
-from lit_lora.tools.training.run import packed_lines
+from lit_lora.tools.training.screen import packed_lines
 
 
 @pytest.fixture
