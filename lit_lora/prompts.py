@@ -178,6 +178,12 @@ def _of_text(text: str, is_alone: bool) -> list[Prompt]:
             f"prompts: {visible(text)} is a file, and its ending is none of {', '.join(PROMPT_FILES)}; rename it, or give the "
             "texts themselves"
         )
+    if is_alone and os.path.isfile(text):
+        warnings.warn(
+            f"{visible(text)} is drawn as a prompt, although a file has this name; to draw the lines of the file, give it the "
+            "ending .txt",
+            stacklevel=3,
+        )
     return [Prompt(text)]
 
 

@@ -80,6 +80,14 @@ def test_files_among_texts_are_read_and_not_drawn(tmp_path: Path) -> None:
         read_prompts(str(other))
 
 
+def test_a_file_without_an_ending_is_told_from_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dogs").write_text("a dog\n")
+    with pytest.warns(UserWarning, match=r"dogs is drawn as a prompt, although a file has this name; .* ending .txt"):
+        assert read_prompts("dogs") == [Prompt("dogs")]
+    assert read_prompts(["dogs", "cats"]) == [Prompt("dogs"), Prompt("cats")]
+
+
 def test_an_empty_negative_prompt_of_an_entry_wins(tmp_path: Path) -> None:
     file = tmp_path / "entries.yaml"
     file.write_text("- {prompt: a, negative_prompt: ''}\n- b\n")

@@ -90,9 +90,10 @@ def _nothing_to_pack(looked: PackSource, source: Path) -> UserError:
     """The error for a folder or file in which no kind of input finds anything."""
     if looked.metadata or looked.is_file:
         paths = looked.metadata or [source]
-        extensions = sorted({f".{path.suffix[1:].lower()}" for path in paths})
+        extensions = sorted({path.suffix.lower() for path in paths} - {""})
+        ending = "".join(f" ({one})" for one in [", ".join(extensions)] if one) or ", whose name has no ending"
         return UserError(
-            f"cannot pack {visible(paths[0])} ({', '.join(extensions)}); name a folder, a"
+            f"cannot pack {visible(paths[0])}{ending}; name a folder, a"
             f" table ({', '.join(ROW_EXTENSIONS)}, parquet) or a .tar"
         )
     unknown = sorted(looked.unknown.values(), key=lambda file: -file.count)

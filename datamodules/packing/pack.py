@@ -196,7 +196,7 @@ def _pack(
         for path, group in shards.items():
             yield path, samples.select(group), caption_key, count_files(bad) <= max_bad
 
-    with tqdm(total=len(samples), desc="packing", unit="sample", disable=None) as bar:
+    with tqdm(total=len(samples), desc="packing", unit="sample", leave=False, disable=None) as bar:
         for shard, group in zip(run_jobs(_finish, work(), jobs), shards.values(), strict=True):
             done.append(shard)
             bad += shard.bad

@@ -23,6 +23,10 @@ _BESIDE = (PLAN, MANIFEST, INDEX_NAME, "bad.jsonl", "shardindex.json", "sizes.js
 """Files beside the shards."""
 
 
+class OtherShardsError(UserError):
+    """A folder holds shards of other files or options than those to pack."""
+
+
 def claim(out: Path, shards: Sequence[Path], fingerprint: str, options: Sequence[object]) -> None:
     """Check that the shards in a folder belong to the same plan, and write the plan.
 
@@ -36,7 +40,8 @@ def claim(out: Path, shards: Sequence[Path], fingerprint: str, options: Sequence
         options: The source and all options that change the shards.
 
     Raises:
-        UserError: If the folder contains other shards.
+        OtherShardsError: If the folder contains shards of other files or options.
+        UserError: If it contains shards that were not packed.
     """
     plan = {
         "format": "lit_lora.pack_plan",
@@ -49,7 +54,7 @@ def claim(out: Path, shards: Sequence[Path], fingerprint: str, options: Sequence
     if found is not None and found["fingerprint"] != plan["fingerprint"]:
         is_repaired = found["options"] == plan["options"] and not (out / MANIFEST).exists()
         if not is_repaired and any(out.glob("*.tar")):
-            raise UserError(
+            raise OtherShardsError(
                 f"{visible(out)} holds shards of other files or options; name another output folder or empty this one"
             )
         _remove(out, found["shards"])

@@ -12,6 +12,9 @@ from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, atomic_folder, writable_folder
 from lit_lora.formats import DEFAULT_FORMATS, AdapterFiles, AdapterFormat, format_named, write_card, write_embeddings
 
+_OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".sft", ".gguf", ".onnx")
+"""Endings of files of weights that are not written."""
+
 
 @dataclass(frozen=True)
 class AdapterOutput:
@@ -86,15 +89,20 @@ def is_file(target: Path) -> bool:
 
 
 def check_target(target: Path, format_name: str | None) -> None:
-    """Check that a format can be written to a target.
+    """Check that a format can be written to a target, and that its name does not promise another kind of file.
 
     Args:
         target: File or folder to write.
         format_name: Name of the format; None if it is open.
 
     Raises:
-        UserError: If the target is a file and the format is a folder.
+        UserError: If the target is a file and the format is a folder, or it has the ending of weights of other kinds.
     """
+    if target.suffix.lower() in _OTHER_WEIGHTS:
+        raise UserError(
+            f"output={str(target)!r} has the ending {target.suffix}, and adapters are written as files with the ending "
+            ".safetensors, or folders; name one of these"
+        )
     if is_file(target) and format_name == "peft":
         raise UserError(f"output={str(target)!r} is a file, and the format peft is a folder of two; name a folder")
 

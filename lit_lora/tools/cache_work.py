@@ -84,7 +84,7 @@ class CacheWork:
         """
         devices = _devices(device)
         samples = int(np.diff(self.table.starts)[list(targets.values())].sum())
-        with tqdm(total=samples, desc="caching", unit="sample", disable=None) as bar, messages_above_bar():
+        with tqdm(total=samples, desc="caching", unit="sample", leave=False, disable=None) as bar, messages_above_bar():
             if jobs == 1:
                 writer = self.writer(devices[0])
                 for path, shard in targets.items():

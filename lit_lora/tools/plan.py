@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pkgutil import resolve_name
@@ -84,6 +85,8 @@ def print_plan(
     """
     check_least(1, batch_size=batch_size, resolution=resolution)
     check_most(MAX_RESOLUTION, resolution=resolution)
+    if json is not None and os.path.isdir(json):
+        raise UserError(f"json={json!r} is a folder; name a file, such as {os.path.join(json, 'memory_plan.json')}")
     found = find_device(device) if device is not None else default_device(trainer["accelerator"])
     memory = memory_of(device_memory, found)
     if search and memory is None:

@@ -13,7 +13,8 @@ def report(run: str, out: str | None = None) -> None:
     Args:
         run: Folder of the run, of lit-lora train or of one version of fit, such as runs/sd15/lightning_logs/version_0; of several
             versions the newest is shown, with the curves and samples of those that it was resumed from.
-        out: File to write, or an existing folder for report.html. Defaults to report.html in the folder of the version.
+        out: File to write, with the ending .html, or an existing folder for report.html. Defaults to report.html in the folder of
+            the version.
     """
     from pathlib import Path
 

@@ -56,6 +56,11 @@ def test_there_and_back(peft_folder: Path, tmp_path: Path, capsys: pytest.Captur
     ("output", "options", "message"),
     [
         ("x.safetensors", ["--format", "peft"], "is a file, and the format peft is a folder"),
+        (
+            "x.bin",
+            [],
+            "has the ending .bin, and adapters are written as files with the ending .safetensors, or folders",
+        ),
         ("x", ["--format", "diffusers", "--family", "Nobody"], "family='Nobody' cannot be imported"),
         (".", ["--format", "diffusers", "--overwrite"], "exists and holds other files"),
     ],

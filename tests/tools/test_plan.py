@@ -144,6 +144,7 @@ def test_without_the_data(plan: Plan, tmp_path: Path) -> None:
         ({"device_memory": "much"}, "device_memory='much' is not a byte size"),
         ({"search": True}, "search=true needs device_memory"),
         ({"batch_size": 0}, "batch_size=0 is too small"),
+        ({"json": "."}, r"json='.' is a folder; name a file, such as ./memory_plan.json"),
     ],
 )
 def test_mistakes(plan: Plan, options: dict[str, Any], message: str) -> None:

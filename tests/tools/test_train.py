@@ -81,6 +81,12 @@ def test_a_folder_becomes_an_adapter_and_the_same_command_resumes(
     assert "finished already" in capsys.readouterr().out
     assert [path.name for path in out.glob("lightning_logs/*")] == ["version_0"]
 
+    (tmp_path / "images" / "7.png").unlink()
+    assert main(command) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"the images of {tmp_path / 'images'} are not those that {out} was trained on" in told
+    assert "name another folder with --out to train on what they are now, or put them back" in told
+
 
 @pytest.mark.slow
 def test_splits_of_a_folder_are_trained_and_validated_on(
@@ -213,6 +219,24 @@ def test_values_of_the_config_are_looked_at_before_images_are_packed(
     assert status == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--repeats", "2"], "has num_repeats of its subsets in place of --repeats: change the file"),
+        (["--class_images", "dogs"], "has a subset with is_reg = true in place of --class_images: change the file"),
+        (None, "names several sets itself; name it alone"),
+    ],
+)
+def test_a_dataset_toml_has_options_of_its_own(
+    more: list[str] | None, message: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "dataset.toml"
+    file.write_text(f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = {str(images)!r}\n")
+    first, *rest = [str(file), str(images)] if more is None else [str(file), *more]
+    assert main(["train", first, *rest, "--base", "embedded", "--dry_run", "--out", str(tmp_path / "out")]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow

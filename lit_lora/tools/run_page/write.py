@@ -33,8 +33,13 @@ def write_page(run: Path, out: Path | None = None) -> Path:
         The file.
 
     Raises:
-        UserError: If there is no run, or the file cannot be written.
+        UserError: If there is no run, the file's name does not end in .html, or it cannot be written.
     """
+    if out is not None and not out.is_dir() and out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(
+            f"out={str(out)!r} is neither a folder nor has it the ending .html; name a file such as report.html, or a folder "
+            "that exists"
+        )
     folder = run_of(run)
     target = folder / PAGE if out is None else out / PAGE if out.is_dir() else out
     page = page_of(read_run(folder))

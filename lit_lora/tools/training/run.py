@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
 from lit_lora.byte_sizes import format_bytes
-from lit_lora.datamodules.packing.pack_plan import MANIFEST
+from lit_lora.datamodules.packing.pack_plan import MANIFEST, OtherShardsError
 from lit_lora.datamodules.packing.pack_plan import PLAN as PLAN_OF_SHARDS
 from lit_lora.datamodules.packing.pack_sets import find_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets, given_to_each, with_class_images
@@ -41,6 +41,7 @@ from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
 from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim, forget_settings, has_trained
 from lit_lora.tools.training.results import newest_checkpoint, newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
+from lit_lora.tools.training.sources import check_alone
 from lit_lora.visible import visible
 
 
@@ -58,6 +59,7 @@ def train_adapter(request: Request) -> None:
         )
     base = find_base(request.base)
     folder = request.folders[0]
+    check_alone(request)
     names = [one.stem if one.suffix == ".toml" else os.path.basename(os.path.realpath(one)) for one in request.folders]
     out = Path(request.out or Path("runs", f"{'-'.join(names)}-{base.name}"))
     device = find_device(request.device) if request.device else default_device("auto")
@@ -134,7 +136,14 @@ class _Training:
         """Do what is left to do: a run that was stopped goes on."""
         print(f"output   {self.out}")
         before = None if has_trained(self.out) else self._unpack()
-        print("\n".join(self.data.pack()))
+        try:
+            print("\n".join(self.data.pack()))
+        except OtherShardsError as error:
+            images = ", ".join(str(visible(folder)) for folder in self.request.folders)
+            raise UserError(
+                f"the images of {images} are not those that {self.out} was trained on, or their captions are not; name another "
+                "folder with --out to train on what they are now, or put them back as they were to go on with this run"
+            ) from error
         if before is not None and self.config.exists() and before != self._contents():
             forget_settings(self.out)  # other images may need others
         if not self.config.exists():

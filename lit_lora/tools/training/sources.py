@@ -8,13 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.datamodules.packing.pack_sets import PackedSets
+from lit_lora.errors import UserError
 from lit_lora.tools.training.choices import Choice
 from lit_lora.tools.training.config import BACKGROUND
+from lit_lora.tools.training.request import Request
+from lit_lora.visible import visible
 
 _VARYING = ("dropout", "shuffle_tags", "wildcards")
 """Options of captions that differ from pass to pass."""
 
 _PRIOR = {"class_path": "lit_lora.objectives.PriorPreservation"}
+
+
+def check_alone(request: Request) -> None:
+    """Check that a ``dataset.toml`` is not given with other folders, or options that it has of its own.
+
+    Raises:
+        UserError: If it is.
+    """
+    file = next((one for one in request.folders if one.suffix.lower() == ".toml"), None)
+    if file is None:
+        return
+    if len(request.folders) > 1:
+        raise UserError(
+            f"{visible(file)} names several sets itself; name it alone, or name the folders of images instead"
+        )
+    for option, instead in (("repeats", "num_repeats of its subsets"), ("class_images", "a subset with is_reg = true")):
+        if getattr(request, option) is not None:
+            raise UserError(
+                f"{visible(file)} has {instead} in place of --{option}: change the file, and leave the option out"
+            )
 
 
 def can_be_cached(packed: PackedSets) -> bool:

@@ -452,6 +452,9 @@ def test_links_are_followed_once(tmp_path, images):
 
 def test_file_that_cannot_be_packed(tmp_path, images):
     folder = images("1.jpg")
+    (tmp_path / "table").write_text("image,text")
+    with pytest.raises(UserError, match=r"cannot pack .*table, whose name has no ending; name a folder, a table"):
+        find_input(tmp_path / "table", tmp_path / "out")
     with pytest.raises(UserError, match=r"cannot pack .*1.jpg \(.jpg\); name a folder, a table"):
         pack_folder(folder / "1.jpg", tmp_path / "out")
 

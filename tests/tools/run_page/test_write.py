@@ -167,3 +167,12 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(UserError, match="is no folder; name the folder of a run"):
         write_page(tmp_path / "missing")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["page", "page.pdf", "missing/folder"])
+def test_a_page_is_html(name: str, run: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"is neither a folder nor has it the ending .html; name a file such as report.html"
+    ):
+        write_page(run, tmp_path / name)
+    assert write_page(run, tmp_path / "page.html") == tmp_path / "page.html"
