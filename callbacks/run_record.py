@@ -21,7 +21,7 @@ from lit_lora.formats.learned_settings import learned_settings
 
 Record = Mapping[str, Mapping[str, str]]
 """Texts by name: ``settings``, ``base`` (identities of its parts) and ``location`` (of the base, for messages); of modules of
-other projects ``frozen`` (:func:`~lit_lora.callbacks.frozen_weights.frozen_weights`)."""
+other projects ``frozen_sums`` (:func:`~lit_lora.callbacks.frozen_weights.frozen_weights`)."""
 
 _OF_THE_MODEL = ("base_dtype", "quantization", "seed")
 """Options of :class:`~lit_lora.LoraDiffusion` that change what is learned, beside those that are compared elsewhere."""
@@ -40,7 +40,7 @@ _OF_RESULTS = (
 
 
 def run_record(trainer: Trainer, module: LightningModule) -> Record:
-    """The record of a run that has begun; in all but the first process of a run without the base.
+    """The record of a run that has begun, in all but the first process without the base; a collective call.
 
     Args:
         trainer: Trainer of the run.
@@ -51,8 +51,8 @@ def run_record(trainer: Trainer, module: LightningModule) -> Record:
     if isinstance(family, ModelFamily) and trainer.is_global_zero:
         with suppress(UserError):  # of parts that are not there, since their outputs are cached
             record |= {"base": family.base_identity(), "location": {"base": str(family.source)}}
-    elif trainer.is_global_zero:
-        record["frozen"] = frozen_weights(module)
+    elif not isinstance(family, ModelFamily):
+        record["frozen_sums"] = frozen_weights(module)
     return record
 
 
@@ -63,7 +63,8 @@ def saved_record(checkpoint: Mapping[str, Any]) -> Record:
     """
     record: Record = checkpoint.get("lit_lora", {}).get("run", {})
     held = {without_compiling(name) for name in checkpoint.get("state_dict", {})}
-    return {**record, "frozen": {name: "" if name in held else text for name, text in record.get("frozen", {}).items()}}
+    frozen = record.get("frozen_sums", {})
+    return {**record, "frozen_sums": {name: "" if name in held else text for name, text in frozen.items()}}
 
 
 def of_results(record: Record) -> Record:
@@ -88,7 +89,7 @@ def warn_of_changes(saved: Record, here: Record) -> None:
         f"the base's {part} {places[0]} ({before}) in the checkpoint, {places[1]} ({now}) here"
         for part, before, now in differences(saved.get("base", {}), here.get("base", {}))
     ]
-    changed += changed_weights(saved.get("frozen", {}), here.get("frozen", {}))
+    changed += changed_weights(saved.get("frozen_sums", {}), here.get("frozen_sums", {}))
     changed += [
         f"{name} {before} in the checkpoint, {now} here"
         for name, before, now in differences(saved.get("settings", {}), here.get("settings", {}))

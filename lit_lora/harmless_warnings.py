@@ -13,6 +13,7 @@ _HARMLESS = (
     r".*isinstance.treespec, LeafSpec",  # Lightning's own use of torch
     r"`loftq_config` specified but will be ignored",  # a default that jsonargparse spells out
     r"Total length of `list` across ranks is zero",  # no validation data is a choice
+    r"Couldn't infer the batch indices fetched from your dataloader",  # batches tell their slots and keys
     r"The .*dataloader.* does not have many workers",  # num_workers has a default and a reason
     r"Checkpoint directory .* exists and is not empty",  # of a run that is resumed
     r"The number of training batches .* is smaller than the logging interval",  # steps are logged across passes

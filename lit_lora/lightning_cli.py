@@ -7,6 +7,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from glob import glob
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -44,7 +45,7 @@ from lit_lora.distributed import check_strategy_name
 from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.dropped_options import dropped_options
 from lit_lora.early_stopping import ResumedEarlyStopping
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
 from lit_lora.help_screen import HelpScreen
@@ -52,6 +53,7 @@ from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
 from lit_lora.redact import redact
 from lit_lora.run_folder import run_folder
+from lit_lora.trainer_options import check_trainer_options
 
 for _module in dict.fromkeys(public_names().values()):
     import_module(_module)  # the public names are short class paths, which jsonargparse finds among imported classes
@@ -141,9 +143,7 @@ class LitLoraCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         check_strategy_name(self._get(self.config, "trainer.strategy"))
-        # Lightning divides by the first, and takes the second for no clipping.
-        for least, name in ((1, "trainer.accumulate_grad_batches"), (0, "trainer.gradient_clip_val")):
-            check_least(least, **{name: self._get(self.config, name)})
+        check_trainer_options(self._get(self.config, "trainer") or {})
         try:
             super().instantiate_classes()
         except (UserError, MisconfigurationException):
@@ -334,12 +334,16 @@ def _what_is_last(trainer: Trainer) -> str:
     """Where no checkpoint was found, and why."""
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     folder = next((str(folder) for folder in folders if folder), None)
-    searched = folder or str(trainer.log_dir or trainer.default_root_dir)
-    dangling = [str(link) for link in Path(searched).glob("*.ckpt") if link.is_symlink() and not link.exists()]
+    searched = Path(folder or trainer.log_dir or trainer.default_root_dir)
+    has_versions = folder is None and isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
+    if has_versions:  # the log folder is this run's own, and new
+        searched = searched.parent / "version_*" / "checkpoints"
+    links = [Path(found) for found in sorted(glob(str(searched / "*.ckpt")), reverse=True)]
+    dangling = [link for link in links if link.is_symlink() and not link.exists()]
     if dangling:
         return f"{dangling[0]} points to {os.readlink(dangling[0])}, which is gone"
     found = f"there is no checkpoint to resume from in {searched}"
-    if folder is None and trainer.logger and not isinstance(trainer.logger, TensorBoardLogger | CSVLogger):
+    if folder is None and trainer.logger and not has_versions:
         found += f", where {type(trainer.logger).__name__} gives each run a folder of its own: set AdapterCheckpoint's dirpath"
     return found
 

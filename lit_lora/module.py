@@ -21,6 +21,7 @@ from lit_lora.adapters.input_dtype import keep_input_dtype
 from lit_lora.adapters.parameter_groups import ParameterGroup, make_optimizer, make_schedule
 from lit_lora.caption_dropout import drop_captions
 from lit_lora.denoiser_options import apply_options
+from lit_lora.described import described
 from lit_lora.distributed import shards_weights
 from lit_lora.distributed.node import Node
 from lit_lora.distributed.optimizer_states import make_portable
@@ -279,8 +280,8 @@ class LoraDiffusion(LightningModule):
             self.train(was_training)
 
     def cache_identity(self) -> dict[str, str]:
-        """Identities of the VAE (``"vae"``) and the text encoders (``"text"``) that a cache must have been made with."""
-        return self.family.identity()
+        """Identities of the VAE (``"vae"``) and the text encoders (``"text"``), and the dtype they compute in, for a cache."""
+        return self.family.identity() | {"base_dtype": described(self.base_dtype)}
 
     def save_adapter(self, folder: str | Path, formats: Sequence[str] = (), info: AdapterInfo | None = None) -> None:
         """Write the adapter to a folder in PEFT's format, and as diffusers' LoRA file if that format can hold it.

@@ -654,6 +654,25 @@ def test_no_last_checkpoint_is_said_or_refused(
     assert (tmp_path / "ck" / "last.adapter").exists() != required
 
 
+def test_a_last_checkpoint_that_is_gone_is_named_where_it_was(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    earlier = tmp_path / "run" / "lightning_logs" / "version_3" / "checkpoints"
+    earlier.mkdir(parents=True)
+    saving = [{"class_path": "AdapterCheckpoint"}]
+    path = config(trainer__callbacks=saving)
+    arguments = ["fit", "--config", str(path), "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir"]
+    resume = [str(tmp_path / "run"), "--ckpt_path", "last", "--must_resume", "true"]
+    assert main([*arguments, *resume]) == 2
+    searched = tmp_path / "run" / "lightning_logs" / "version_*" / "checkpoints"
+    assert f"no checkpoint to resume from in {searched}; name" in " ".join(capsys.readouterr().err.split())
+    (earlier / "last.ckpt").symlink_to("step=2.ckpt")
+    assert main([*arguments, *resume]) == 2
+    assert f"{earlier / 'last.ckpt'} points to step=2.ckpt, which is gone; name" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
 def test_must_resume_needs_a_checkpoint(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", str(config()), "--must_resume", "true"]) == 2
     assert "must_resume is true, and no ckpt_path is given; set ckpt_path to last" in capsys.readouterr().err

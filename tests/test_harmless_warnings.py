@@ -13,6 +13,9 @@ def test_only_what_nobody_can_act_on_is_ignored() -> None:
         with harmless_ignored():
             warnings.warn("Checkpoint directory runs/a/checkpoints exists and is not empty.", stacklevel=1)
             warnings.warn("The number of training batches (9) is smaller than the logging interval", stacklevel=1)
+            warnings.warn(
+                "Couldn't infer the batch indices fetched from your dataloader: `RestartingLoader`", stacklevel=1
+            )
             warnings.warn("something else", stacklevel=1)
         with pytest.raises(KeyError), harmless_ignored():
             raise KeyError

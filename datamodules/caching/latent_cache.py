@@ -52,6 +52,7 @@ class CacheDescription:
         pairs: Whether samples are editing pairs, so that latents of source images are cached too.
         background: Color behind transparent parts of images; None for the files' own.
         vae_tiling: Whether the VAE encoded large images in tiles, which changes their latents slightly.
+        base_dtype: Name of the base's dtype, in which the encoders computed; None if only a VAE with a dtype of its own did.
     """
 
     vae: str
@@ -69,6 +70,7 @@ class CacheDescription:
     pairs: bool = False
     background: str | None = None
     vae_tiling: bool = False
+    base_dtype: str | None = None
 
     @property
     def cached(self) -> frozenset[str]:
@@ -191,6 +193,7 @@ class CacheDescription:
             "pairs": self.pairs,
             "background": self.background,
             "vae_tiling": self.vae_tiling,
+            "base_dtype": self.base_dtype,
         }
         text = (
             None

@@ -59,6 +59,7 @@ def cache_of_run(
             background=decoder.background,
         )
         _warn_of_tiles(cache, identity)
+        _warn_of_dtype(cache, identity)
     return cache
 
 
@@ -90,4 +91,18 @@ def _warn_of_tiles(cache: OpenCache, identity: Mapping[str, str]) -> None:
             f"the cache in {cache.folder} was made {'without' if tiles else 'with'} model.memory.vae_tiling, which is "
             f"{str(tiles).lower()} here: latents of images larger than the VAE's tiles differ slightly from those that this run "
             f"would encode; it trains on those of the cache. To train on the others, make the cache anew: lit-lora cache --out …"
+        )
+
+
+def _warn_of_dtype(cache: OpenCache, identity: Mapping[str, str]) -> None:
+    """Tell of a cache whose encoders computed in another dtype than the run's would.
+
+    The outputs are those of the same encoders, rounded otherwise; so it is no reason to refuse a cache.
+    """
+    made, here = cache.description.base_dtype, identity.get("base_dtype")
+    if made and here and made != here:
+        rank_zero_warn(
+            f"the cache in {cache.folder} was made with model.base_dtype {made}, which is {here} here: its latents and text "
+            f"embeddings are rounded otherwise than those that this run would encode; it trains on those of the cache. To train "
+            f"on the others, make the cache anew: lit-lora cache --out …"
         )

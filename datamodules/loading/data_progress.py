@@ -32,20 +32,13 @@ class DataProgress(Callback):
         loader = _loader(trainer)
         if loader is not None:
             self._remember(loader)
+            # Lightning does not call the start of an epoch that is gone on with.
+            _set_length(trainer, loader, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tell Lightning the length of this epoch. It asks only once, but a changed batch size changes the length."""
         loader = _loader(trainer)
-        if loader is None or isinstance(loader, RestartingLoader):
-            return
-        length = loader.plan.remaining(loader.cursor)
-        limit = trainer.limit_train_batches
-        length = min(length, limit) if isinstance(limit, int) else int(length * limit)
-        fit_loop: Any = trainer.fit_loop
-        fit_loop.max_batches = length
-        fit_loop._combined_loader.limits = [length]
-        if isinstance(trainer.val_check_interval, float) and trainer.check_val_every_n_epoch is not None:
-            trainer.val_check_batch = max(1, int(length * trainer.val_check_interval))
+        if loader is not None:
+            _set_length(trainer, loader, done=0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -92,6 +85,24 @@ def add_data_progress(callbacks: list[Callback]) -> None:
 def _loader(trainer: Trainer) -> PlannedLoader | None:
     loader = trainer.train_dataloader
     return loader if isinstance(loader, PlannedLoader) else None
+
+
+def _set_length(trainer: Trainer, loader: PlannedLoader, done: int) -> None:
+    """Tell Lightning the length of an epoch, of which some batches are done. It asks for the length only once.
+
+    A changed batch size changes it, and an epoch that ``limit_train_batches`` limits may begin in the middle of a pass.
+    """
+    if isinstance(loader, RestartingLoader):
+        return
+    limit = trainer.limit_train_batches
+    # A share is one of the pass: of what is left of it, each epoch would train less, and one in the end nothing.
+    limit = limit if isinstance(limit, int) else max(1, int(len(loader) * limit))
+    length = min(done + loader.plan.remaining(loader.cursor), limit)
+    fit_loop: Any = trainer.fit_loop
+    fit_loop.max_batches = length
+    fit_loop._combined_loader.limits = [length]
+    if isinstance(trainer.val_check_interval, float) and trainer.check_val_every_n_epoch is not None:
+        trainer.val_check_batch = max(1, int(length * trainer.val_check_interval))
 
 
 def _nothing(*args: Any) -> None:

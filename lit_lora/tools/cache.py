@@ -27,6 +27,7 @@ from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport, list_reports
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
+from lit_lora.described import described
 from lit_lora.distributed.jobs import check_workers
 from lit_lora.errors import UserError, check_least
 from lit_lora.families import ModelFamily, check_size, prepare
@@ -295,7 +296,7 @@ def _describe(
     sizes = [(int(height), int(width)) for height, width in Bucketing.of(data.resolution, data.buckets).sizes.tolist()]
     for size in sizes:
         check_size(family, *size)
-    own = str(family.vae_dtype).removeprefix("torch.")
+    own = described(family.vae_dtype)
     return CacheDescription(
         vae=identity["vae"],
         resolution=data.resolution,
@@ -312,6 +313,7 @@ def _describe(
         background=decoder.background,
         text_quantization=identity.get("text_quantization") if text else None,
         vae_tiling=family.vae_tiling,
+        base_dtype=described(family.dtype) if text or family.vae_dtype is family.dtype else None,
     )
 
 

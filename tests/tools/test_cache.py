@@ -382,9 +382,7 @@ def test_the_rest_of_a_cache_in_another_precision(sd_folder: Path, shards: Path)
     other = module_for(StableDiffusion, sd_folder, base_dtype="bfloat16")
     (shards / "cache" / "shard-000001.tar").unlink()
     message = failure(other, data_for(shards), dtype="float16")
-    assert re.search(
-        "has text embeddings .*float32 .* and this run encodes .*bfloat16 .*; set model.base_dtype", message
-    )
+    assert 'latents.base_dtype: "float32" in the cache, "bfloat16" here' in message
     assert cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))[:2] == (3, 2)
 
 
@@ -625,6 +623,32 @@ def test_a_cache_tells_whether_its_vae_worked_in_tiles(
     message = f"made {'with' if tiled else 'without'} model.memory.vae_tiling, which is {json.dumps(not tiled)} here"
     with pytest.warns(UserWarning, match=message):
         Trainer(**trainer_options, max_steps=1).fit(module(not tiled), data_for(shards / "cache"))
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_a_cache_tells_the_dtype_of_its_encoders(
+    text: bool, sd_folder: Path, shards: Path, trainer_options: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    def module(dtype: str) -> LoraDiffusion:
+        return module_for(StableDiffusion, sd_folder, base_dtype=dtype)
+
+    cache_shards(module("bfloat16"), data_for(shards), text=text)
+    assert 'latents.base_dtype: "bfloat16" in the cache, "float32" here' in failure(
+        module("float32"), data_for(shards), text=text
+    )
+    Trainer(**trainer_options, max_steps=1).fit(module("bfloat16"), data_for(shards / "cache"))
+    assert not [one for one in recwarn if "base_dtype" in str(one.message)]
+    with pytest.warns(UserWarning, match="made with model.base_dtype bfloat16, which is float32 here"):
+        Trainer(**trainer_options, max_steps=1).fit(module("float32"), data_for(shards / "cache"))
+
+
+def test_the_dtype_of_a_vae_of_its_own_is_not_the_bases(
+    sdxl_folder: Path, shards: Path, trainer_options: dict[str, Any], recwarn: pytest.WarningsRecorder
+) -> None:
+    cache_shards(module_for(StableDiffusionXL, sdxl_folder, base_dtype="bfloat16"), data_for(shards), text=False)
+    assert CacheDescription.read(shards / "cache").base_dtype is None
+    Trainer(**trainer_options, max_steps=1).fit(module_for(StableDiffusionXL, sdxl_folder), data_for(shards / "cache"))
+    assert not [one for one in recwarn if "base_dtype" in str(one.message)]
 
 
 @pytest.mark.parametrize(

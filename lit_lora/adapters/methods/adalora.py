@@ -42,6 +42,9 @@ class AdaLoraMethod(AdapterMethod):
     def start(self, model: PeftModel, steps: int) -> None:
         allocator = model.base_model.rankallocator
         config = allocator.peft_config
+        if _is_pruned(model):  # in the run of the checkpoint
+            allocator.set_total_step(steps)
+            return
         if config.tinit + config.tfinal >= steps:
             raise UserError(
                 f"AdaLoRA prunes between the first tinit={config.tinit} and the last tfinal={config.tfinal} optimizer steps, and "
@@ -69,6 +72,9 @@ class AdaLoraMethod(AdapterMethod):
 
     def after_step(self, model: PeftModel, step: int) -> None:
         config = model.base_model.rankallocator.peft_config
+        if _is_pruned(model):  # the schedule of a run that was made longer would begin anew, without importances
+            model.base_model.rankallocator.mask_using_rank_pattern(model.base_model.model, config.rank_pattern)
+            return
         # The importance comes from gradients, and a step that was skipped has none; the end of the schedule reads none.
         if step != config.total_step - config.tfinal and not _has_gradients(model):
             return
@@ -115,6 +121,12 @@ class AdaLoraMethod(AdapterMethod):
             rank = min(config["target_r"], len(a))
             factors[name] = (a.detach()[:rank], b.detach()[:, :rank])
         return _as_lora(model, state, config, factors)
+
+
+def _is_pruned(model: PeftModel) -> bool:
+    """Whether the schedule has ended: then PEFT forgets the importances, and the ranks stay."""
+    allocator = model.base_model.rankallocator
+    return bool(allocator.peft_config.rank_pattern) and not allocator.exp_avg_ipt
 
 
 def _has_gradients(model: PeftModel) -> bool:

@@ -184,6 +184,23 @@ def test_a_resumed_run_may_be_longer(sd_folder: Path, trainer_options: dict[str,
     assert ranks(module) == 2 * layers
 
 
+@pytest.mark.parametrize("steps", [7, STEPS])
+def test_a_run_that_has_pruned_may_be_longer(
+    steps: int, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The schedule would end again, at once where it needs importances that are gone."""
+
+    def used(module: LoraDiffusion) -> dict[str, list[bool]]:
+        return {name: (p != 0).flatten().tolist() for name, p in module.named_parameters() if "lora_E" in name}
+
+    first = fit(sd_folder, tmp_path, trainer_options, 4)
+    trained = {name: p.clone() for name, p in first.named_parameters() if "lora_A" in name}
+    module = fit(sd_folder, tmp_path, trainer_options, steps, resume_at=4)
+    assert module.trainer.global_step == steps
+    assert used(module) == used(first)
+    assert not all(torch.equal(p, trained[name]) for name, p in module.named_parameters() if "lora_A" in name)
+
+
 def test_the_files_are_lora_that_draws_the_same_in_plain_diffusers(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:

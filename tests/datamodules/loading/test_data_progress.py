@@ -192,6 +192,24 @@ def test_limited_epochs_are_validated_too(fit):
     assert module.trainer.global_step == 6
 
 
+@pytest.mark.parametrize(
+    ("share", "batches"), [(0.5, [5] * 4), (0.7, [7, 3, 7, 3]), (0.1, [1] * 4), (1.0, [10] * 4), (6, [6, 4, 6, 4])]
+)
+def test_a_share_of_the_batches_is_one_of_the_pass(fit, tmp_path, share, batches):
+    save = AdapterCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    epochs, options = Epochs(), {"data": {"val_samples": 4, "chunks": Chunks()}, "limit_train_batches": share}
+    whole, _ = fit([save, epochs], max_epochs=4, **options)
+    assert epochs.batches == batches
+    assert epochs.validated == [1, 2, 3, 4]
+    for step in range(1, min(sum(batches), 12)):
+        again = Epochs()
+        save = AdapterCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        resumed, _ = fit([save, again], tmp_path / "saved" / f"step={step}.ckpt", max_epochs=4, **options)
+        assert whole.keys[-len(resumed.keys) :] == resumed.keys
+        assert len(resumed.keys) == 2 * (sum(batches) - step)
+        assert len(again.validated) == sum(sum(batches[: number + 1]) > step for number in range(4))
+
+
 def test_chunks_that_end_between_two_steps_are_saved_after_the_step(fit, tmp_path):
     def save():
         return AdapterCheckpoint(tmp_path / "saved", filename="{step}", save_top_k=-1, save_on_chunk_end=True)
