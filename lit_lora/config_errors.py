@@ -26,6 +26,7 @@ _ADVICE = {
     r"lit_lora\.quantization\.base\.Quantization": "quantizations are Int8, W8A8, FP8, NF4 and Dense",
     r"No supported gpu backend|accelerator is not available": "leave trainer.accelerator out, or set it to auto, which trains on "
     "the device that this machine has",
+    r"^Unrecognized arguments": "lit-lora COMMAND --help shows all options",
     r"path string: PriorPreservation$": "PriorPreservation belongs to an objective, as its prior",
 }
 """Advice to add to errors that match a pattern."""

@@ -52,10 +52,13 @@ def check_config_given(arguments: Sequence[str], command: str) -> None:
     Raises:
         UserError: If there is nothing to run.
     """
+    if arguments[-1:] in (["-c"], ["--config"]):
+        raise UserError(f"--config needs the path of a file, such as lit-lora {command} --config configs/sd15.yaml")
     if not any(
         argument.startswith(("-c", "--config", "--model", "--data", "--print_config")) for argument in arguments
     ):
-        raise UserError(f"--config is missing, such as lit-lora {command} --config configs/sd15.yaml; {TO_BEGIN}")
+        file = next((one for one in arguments if one.endswith((".yaml", ".yml"))), "configs/sd15.yaml")
+        raise UserError(f"--config is missing, such as lit-lora {command} --config {file}; {TO_BEGIN}")
 
 
 def shipped_config(argument: str) -> str:
@@ -88,10 +91,12 @@ def config_values(path: Path, given: str) -> dict[str, Any]:
         given: What the user has written, which may be the content itself.
 
     Raises:
-        UserError: If there is no such file, or it gives a key twice.
+        UserError: If there is no such file, it is a folder, or it gives a key twice.
     """
     import yaml
 
+    if path.is_dir():
+        raise UserError(f"--config {given} is a folder; name a YAML file{_similar(str(path / 'config.yaml'))}")
     try:
         # A config may be given as text in place of a file.
         text = path.read_text(encoding="utf-8") if path.exists() else given

@@ -26,7 +26,10 @@ class HelpScreen(DefaultHelpFormatter):
 
     def _format_usage(self, *arguments: object, **options: object) -> str:
         usage: str = super()._format_usage(*arguments, **options)
-        usage = usage.replace(" [options] ", " ")  # of the command before a subcommand, which has none
+        first, *others = usage.split("\n")
+        shorter = first.replace(" [options] ", " ")  # of the command before a subcommand, which has none
+        moved = len(first) - len(shorter)
+        usage = "\n".join([shorter, *(line.removeprefix(" " * moved) for line in others)])
         if max(map(len, usage.splitlines()), default=0) <= self._width:
             return usage
         # The names of the commands before it leave too little room beside them.

@@ -378,6 +378,20 @@ def test_help_of_a_tool_begins_with_its_own_options(
     assert not any("--ckpt_path" in section for section in sections)
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["sample", "--scale", "0.5"], "there is no option --scale; did you mean --scales?"),
+        (["shards"], "one of {pack,index,check,info}, but it was not provided; lit-lora shards --help shows all"),
+        (["adapter", "export", "a"], "invalid choice: 'export' (choose from 'info', 'check', "),
+        (["adapter", "export", "a"], "'push'); lit-lora adapter --help shows all arguments"),
+        (["demo", "--stepz", "3"], "Unrecognized arguments: --stepz 3; lit-lora demo --help shows all arguments"),
+    ],
+)
+def test_arguments_that_a_tool_does_not_have(command: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told in failure(capsys, *command)
+
+
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'fti'; did you mean fit? lit-lora --help lists all commands" in failure(capsys, "fti")
     assert "unknown command 'xyz'; lit-lora --help" in failure(capsys, "xyz")

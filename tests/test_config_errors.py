@@ -74,7 +74,7 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["--trainer.precision", "fp17"], "trainer.precision: 'fp17' is none of 64, 32, 16, transformer-engine,"),
         (["--data.init_args.train_shards", "[1, 2]"], "train_shards: '[1, 2]' is not a str or list[str]"),
         (["--data.init_args.chunks", "null"], "data.init_args.chunks is null; leave it out, or give its options"),
-        (["--model.adaptor.r", "4"], "Unrecognized arguments: --model.adaptor.r 4"),
+        (["--model.adaptor.r", "4"], "Unrecognized arguments: --model.adaptor.r 4\nlit-lora COMMAND --help"),
     ],
 )
 def test_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

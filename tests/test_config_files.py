@@ -88,6 +88,16 @@ def test_the_rest_is_left_to_the_parser(text: str, tmp_path: Path) -> None:
     check(tmp_path / "x.yaml", text)
 
 
+def test_a_config_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match=r"is a folder; name a YAML file; did you mean .*config.yaml\?"):
+        check_config_files(["--config", str(tmp_path)])
+    with pytest.raises(UserError, match="--config needs the path of a file, such as lit-lora plan --config"):
+        check_config_given(["--search", "true", "--config"], "plan")
+    with pytest.raises(UserError, match=r"--config is missing, such as lit-lora fit --config my.yaml;"):
+        check_config_given(["my.yaml"], "fit")
+
+
 def test_options_of_a_tool_are_left_to_the_parser(tmp_path: Path) -> None:
     check(tmp_path / "x.yaml", "device_memory: 12", method=None)
 

@@ -34,7 +34,12 @@ def test_the_help_of_each_command_fits(
     assert status == 0
     assert len(lines) > 10
     assert [line for line in lines if len(line) > width] == []
-    assert lines[0].startswith(f"usage: lit-lora {' '.join(command)} ")
+    assert f"{lines[0]} ".startswith(f"usage: lit-lora {' '.join(command)} ")
+    usage = lines[: lines.index("")]
+    column = len(f"usage: lit-lora {' '.join(command)} ")
+    assert {len(line) - len(line.lstrip()) for line in usage[1:]} <= {column, 8}, "options stand below one another"
+    takes_configs = command[0] in (*TRAINER_COMMANDS, "plan", "cache") or command == ["shards", "plan"]
+    assert any("--print_config" in line for line in lines) == takes_configs
 
 
 def help_of(parser: ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -71,7 +71,8 @@ def check_size(family: ModelFamily, height: int, width: int) -> None:
         nearest = [max(multiple, round(edge / multiple) * multiple) for edge in (height, width)]
         raise UserError(
             f"{type(family).__name__} takes images whose sides are multiples of {multiple} px, not {height} x {width}; "
-            f"set resolution (and buckets.divisor) to such a size, for example {nearest[0]} x {nearest[1]}"
+            f"set resolution (and buckets.divisor) of the data, or height and width of drawn images, to such a size, for example "
+            f"{nearest[0]} x {nearest[1]}"
         )
 
 

@@ -80,7 +80,7 @@ class MemoryPlan(PlannedMemory):
             ["needed", format_bytes(self.needed)],
             ["adapter", f"{self.adapter_parameters:,} parameters in a file of {format_bytes(self.adapter_file_bytes)}"],
             ["step", f"{self.flops_per_step / 1e12:.2f} TFLOP, about {format_duration(self.seconds_per_step)}"],
-            ["", f"(estimated at {share} of {self.device})"],
+            ["", f"(estimated at {share})"],
         ]
         if cache is not None:
             lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -19,12 +20,27 @@ _NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Go
 _MISSING = re.compile(r"Option '(?:\w+\.)*(\w+)' is required")
 """What jsonargparse says of an argument that is not given."""
 
+_PLURAL = re.compile(r"ambiguous option: (\S+) could match (\S+), \2\+$")
+"""What jsonargparse says of the beginning of an option for a list, which it has twice."""
+
+_OF_ARGUMENTS = ("Unrecognized arguments", "ambiguous option", 'expected "subcommand"', "argument subcommand")
+"""Beginnings of messages after which the help is of use."""
+
+_OF_CONFIGS = ("--config", "--print_config")
+"""Options of jsonargparse, which serve the commands that have a config; here they would be half of a help screen."""
+
 
 class ToolParser(ArgumentParser):
     """Reports an error as one message, without usage, with exit status 2."""
 
     def __init__(self, *arguments: Any, formatter_class: Any = HelpScreen, **options: Any) -> None:
         super().__init__(*arguments, formatter_class=formatter_class, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> Any:
+        action = super().add_argument(*names, **options)
+        if action.option_strings[:1] and action.option_strings[0].startswith(_OF_CONFIGS):
+            action.help = SUPPRESS
+        return action
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if missing := _MISSING.match(message):
@@ -35,8 +51,10 @@ class ToolParser(ArgumentParser):
             from lit_lora.config_errors import explain  # imports PEFT
 
             message = explain(message)
-        if missing or found or message.startswith(("Unrecognized arguments", "ambiguous option")):
-            message += f"; {self.prog.replace(' [options]', '')} --help shows all arguments"
+        if same := _PLURAL.match(message):
+            message = f"there is no option {same[1]}; did you mean {same[2]}?"
+        if missing or found or message.startswith(_OF_ARGUMENTS):
+            message = f"{message.rstrip('.')}; {self.prog.replace(' [options]', '')} --help shows all arguments"
         print_error(message)
         self.exit(2)
 

@@ -7,6 +7,7 @@ from importlib import import_module
 import lit_lora
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
+from lit_lora.lazy import public_names
 
 
 def named_family(family: str) -> type[ModelFamily]:
@@ -19,7 +20,12 @@ def named_family(family: str) -> type[ModelFamily]:
     try:
         kind = getattr(import_module(path) if path else lit_lora, name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"family={family!r} cannot be imported: {error}") from error
+        known = ", ".join(
+            one for one, module in public_names().items() if "families" in module and one != "ModelFamily"
+        )
+        raise UserError(
+            f"family={family!r} cannot be imported: {error}; choose from {known}, or give the import path of your own class"
+        ) from error
     if not (isinstance(kind, type) and issubclass(kind, ModelFamily)):
         raise UserError(f"family={family!r} is not a subclass of lit_lora.ModelFamily")
     return kind

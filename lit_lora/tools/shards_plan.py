@@ -23,7 +23,7 @@ from lit_lora.datamodules.staging.make_stager import checked_budget
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError, check_least
 from lit_lora.lightning_cli import ToolCLI, build_cli
-from lit_lora.report_text import format_duration, format_table
+from lit_lora.report_text import format_duration, format_reason, format_table
 
 
 def shards_plan(arguments: list[str]) -> None:
@@ -80,7 +80,7 @@ def describe(
         lines.append(["steps", f"{max_steps:,}, or {max_steps / plan.batches_per_pass:.2f} passes"])
     lines.append(["disk peak", _disk(data, sizes)])
     lines.append(["time", _time(data, plan, shown, processes, images_per_second)])
-    blocks = [[f"{label:<15} {value}" for label, value in lines]]
+    blocks = [[format_reason(f"{label:<15} {value}", indent=16) for label, value in lines]]
     if plan.num_chunks > 1:
         blocks.append(format_table(chunk_rows(plan, chunks)))
     if len(chunks.sizes) > 1:
@@ -145,8 +145,8 @@ def _time(data: WebDatasetDataModule, plan: Plan, shown: int, processes: int, im
     readers = max(1, data.num_workers) * processes
     who = _count(readers, "loader thread reads", "loader threads read")
     return (
-        f"at least {format_duration(shown / rate / readers)} a pass: {who} {rate:.0f} images/s each\n"
-        f"{'':<15} (--images_per_second, the speed of training, gives an estimate)"
+        f"at least {format_duration(shown / rate / readers)} a pass: {who} {rate:.0f} images/s each "
+        "(--images_per_second, the speed of training, gives an estimate)"
     )
 
 

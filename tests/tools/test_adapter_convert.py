@@ -61,7 +61,7 @@ def test_there_and_back(peft_folder: Path, tmp_path: Path, capsys: pytest.Captur
             [],
             "has the ending .bin, and adapters are written as files with the ending .safetensors, or folders",
         ),
-        ("x", ["--format", "diffusers", "--family", "Nobody"], "family='Nobody' cannot be imported"),
+        ("x", ["--format", "diffusers", "--family", "Nobody"], "no attribute 'Nobody'; choose from Chroma, Flux,"),
         (".", ["--format", "diffusers", "--overwrite"], "exists and holds other files"),
     ],
 )

@@ -66,6 +66,7 @@ def line_chart(lines: Sequence[Line], level: tuple[str, float] | None = None) ->
     keys = "".join(
         f'<li><svg viewBox="0 0 20 8" width="20" height="8"><path class="{style}" d="M0 4H20"/></svg> {escape(name)}</li>'
         for name, style in names
+        if len(names) > 1 or name != lines[0].name  # the heading names a line that is alone
     )
     label = escape(", ".join(name for name, _ in names), quote=True)
     svg = f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

@@ -161,7 +161,7 @@ def _samples(facts: RunFacts) -> str:
     left_out = len(facts.samples) - len(steps)
     more = f"<p>{left_out} more grids are in {escape(str(facts.folder / 'samples'))}.</p>" if left_out else ""
     prompts = "".join(f"<li>{escape(str(prompt))}</li>" for prompt in _prompts(facts))
-    listed = f"<p>Row by row:</p><ol>{prompts}</ol>" if prompts else ""
+    listed = f"<p>The images of each grid, row by row from the left:</p><ol>{prompts}</ol>" if prompts else ""
     return f'<div class="samples">{"".join(shown)}</div>{more}{listed}'
 
 

@@ -56,6 +56,8 @@ def run_of(path: Path) -> Path:
     """
     if not path.is_dir():
         raise UserError(f"run={str(path)!r} is no folder; name the folder of a run, such as runs/NAME")
+    if (path / "adapter_config.json").exists():
+        raise UserError(f"run={str(path)!r} is an adapter; name the folder of its run, such as {path.parent.parent}")
     if _is_run(path):
         return path
     versions = [

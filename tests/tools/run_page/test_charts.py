@@ -24,6 +24,13 @@ def test_one_point_and_equal_values_have_an_axis(value: float) -> None:
         assert all(12 <= one <= 226 for one in numbers)
 
 
+def test_a_line_that_is_alone_needs_no_key() -> None:
+    points = [(0, 0.0), (1, 1.0)]
+    assert "<li>" not in line_chart([Line("loss", points, "")])
+    assert line_chart([Line("a", points, ""), Line("b", points, "")]).count("<li>") == 2
+    assert line_chart([Line("a", points, "")], ("level", 0.5)).count("<li>") == 2
+
+
 def test_long_lines_are_means() -> None:
     chart = line_chart([Line("loss", [(i, float(i % 2)) for i in range(1000)], "")])
     assert "each point is the mean of 5 values" in chart

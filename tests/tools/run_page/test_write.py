@@ -169,6 +169,15 @@ def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter_is_no_run(tmp_path: Path) -> None:
+    adapter = tmp_path / "checkpoints" / "last.adapter"
+    (adapter / "samples").mkdir(parents=True)
+    for name in ("adapter_config.json", "samples/step-000001.png"):  # of its card
+        (adapter / name).touch()
+    with pytest.raises(UserError, match=rf"is an adapter; name the folder of its run, such as {tmp_path}$"):
+        run_of(adapter)
+
+
 @pytest.mark.parametrize("name", ["page", "page.pdf", "missing/folder"])
 def test_a_page_is_html(name: str, run: Path, tmp_path: Path) -> None:
     with pytest.raises(
