@@ -7,7 +7,6 @@ import io
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from hypothesis import HealthCheck, settings
-from jsonargparse import _signatures
 from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -31,6 +29,7 @@ from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
 from tests.families.tiny import MODULES, VARIANTS
 from tests.helpers import tiny_unet
+from tests.quick_configs import read_classes_once
 from tests.tiny_pipelines import tiny_clip_config, tiny_vae, write_flux, write_sd3
 
 # Tests never depend on time, nor on how fast a busy machine draws their examples.
@@ -46,14 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Read the source of a class once: jsonargparse does so for each of its parsers, which takes a third of a command's time."""
-    read = _signatures.get_signature_parameters
-
-    @cache
-    def parameters(function_or_class: Any, method: str | None = None) -> tuple[Any, ...]:
-        return tuple(read(function_or_class, method))
-
-    _signatures.get_signature_parameters = lambda kind, method=None, logger=None: list(parameters(kind, method))
+    read_classes_once()
 
 
 def pytest_collection_finish() -> None:
