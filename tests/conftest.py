@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -89,6 +90,21 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shallow_sd_folder(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with fewer layers in its UNet: what a strategy does for each of them takes most of the time of its tests."""
+    folder = tmp_path_factory.mktemp("models") / "shallow-sd"
+    shutil.copytree(sd_folder, folder)
+    torch.manual_seed(1)
+    small = {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+    }
+    UNet2DConditionModel.from_config(tiny_unet().config, **small).save_pretrained(folder / "unet")
     return folder
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from lightning.pytorch.strategies import StrategyRegistry
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
@@ -18,7 +17,7 @@ from lit_lora.planning.plan_run import plan_run
 from lit_lora.planning.processes import processes_with
 from tests.distributed import scenarios
 from tests.distributed.scenarios import FEATURES, GLOBAL_BATCH, OF_FOUR, RESUMED_TO, SAVED_AT, STEPS, STRATEGIES
-from tests.helpers import made_once, processes, tiny_unet
+from tests.helpers import made_once, processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -29,27 +28,12 @@ QUANTISED_NEAR = 5e-3
 
 
 @pytest.fixture(scope="session")
-def base(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny pipeline with a UNet of fewer layers: what a strategy does for each of them takes most of the time."""
-    folder = tmp_path_factory.mktemp("models") / "strategies"
-    shutil.copytree(sd_folder, folder)
-    torch.manual_seed(1)
-    small = {
-        "block_out_channels": (16,),
-        "down_block_types": ("CrossAttnDownBlock2D",),
-        "up_block_types": ("UpBlock2D",),
-    }
-    UNet2DConditionModel.from_config(tiny_unet().config, **small).save_pretrained(folder / "unet")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def runs(base: Path, session_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(shallow_sd_folder: Path, session_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs."""
 
     def make(folder: Path) -> None:
         torch.set_num_threads(1)
-        common = (base, session_shards)
+        common = (shallow_sd_folder, session_shards)
         single = {"train": scenarios.losses_and_checkpoint("auto", *common, folder / "single-train")}
         for feature in FEATURES:
             single[feature] = scenarios.with_feature(feature, "auto", *common, folder / f"single-{feature}")
@@ -58,10 +42,10 @@ def runs(base: Path, session_shards: Path, tmp_path_factory: pytest.TempPathFact
         (folder / "single.json").write_text(json.dumps(single))
         # Only the first process has weights to read: it reads for all.
         without = folder / "without weights"
-        shutil.copytree(base, without, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(shallow_sd_folder, without, ignore=shutil.ignore_patterns("*.safetensors"))
         for count, part, strategies in ((2, folder, STRATEGIES), (4, folder / "four", OF_FOUR)):
             part.mkdir(exist_ok=True)
-            models = ":".join(map(str, [base, *[without] * (count - 1)]))
+            models = ":".join(map(str, [shallow_sd_folder, *[without] * (count - 1)]))
             processes(
                 ["-m", "tests.distributed.cluster_script", part, models, session_shards, *strategies], count, part
             )
@@ -107,12 +91,14 @@ def test_batches_are_those_of_one_process(strategy: str, results: list[dict[str,
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_process_holds_what_is_planned(
-    strategy: str, results: list[dict[str, Any]], single: dict[str, Any], base: Path
+    strategy: str, results: list[dict[str, Any]], single: dict[str, Any], shallow_sd_folder: Path
 ) -> None:
     given: Any = STRATEGIES[strategy]
     processes = processes_with(StrategyRegistry.get(given), len(results), len(results))
     batch = GLOBAL_BATCH // len(results)
-    planned = plan_run(scenarios.module_of(base), batch, 16, 16, gradient_clip_val=0.5, processes=processes)
+    planned = plan_run(
+        scenarios.module_of(shallow_sd_folder), batch, 16, 16, gradient_clip_val=0.5, processes=processes
+    )
     kinds = planned.phases["optimizer"]
     alone = single["train"]["held"]
     for result in results:
@@ -145,10 +131,10 @@ def test_every_group_of_processes_waits_as_long_as_the_strategy_says(strategy: s
 
 @pytest.mark.parametrize("strategy", OF_FOUR)
 def test_one_process_goes_on_from_four(
-    strategy: str, runs: Path, single: dict[str, Any], base: Path, session_shards: Path, tmp_path: Path
+    strategy: str, runs: Path, single: dict[str, Any], shallow_sd_folder: Path, session_shards: Path, tmp_path: Path
 ) -> None:
     checkpoint = runs / "four" / f"{strategy}-train" / f"{SAVED_AT}.ckpt"
-    resumed = scenarios.resumed("auto", base, session_shards, tmp_path, checkpoint)
+    resumed = scenarios.resumed("auto", shallow_sd_folder, session_shards, tmp_path, checkpoint)
     assert resumed["same optimizer"]
     assert resumed["keys"] == single["train"]["keys"][SAVED_AT:RESUMED_TO]
     assert apart(resumed["losses"], single["train"]["losses"][SAVED_AT:RESUMED_TO]) <= NEAR
@@ -169,10 +155,10 @@ def test_a_run_goes_on_from_another_strategys_checkpoint(
 
 @pytest.mark.parametrize("source", STRATEGIES)
 def test_one_process_goes_on_from_any_strategys_checkpoint(
-    source: str, runs: Path, single: dict[str, Any], base: Path, session_shards: Path, tmp_path: Path
+    source: str, runs: Path, single: dict[str, Any], shallow_sd_folder: Path, session_shards: Path, tmp_path: Path
 ) -> None:
     checkpoint = runs / f"{source}-train" / f"{SAVED_AT}.ckpt"
-    resumed = scenarios.resumed("auto", base, session_shards, tmp_path, checkpoint)
+    resumed = scenarios.resumed("auto", shallow_sd_folder, session_shards, tmp_path, checkpoint)
     assert resumed["same adapter"]
     assert resumed["same optimizer"]
     assert apart(resumed["losses"], single["train"]["losses"][SAVED_AT:RESUMED_TO]) <= NEAR
