@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -109,7 +108,8 @@ def run_processes(
         RuntimeError: If all processes together take longer than ``timeout``.
     """
     outputs, errors = ([folder / f"process-{rank}.{kind}" for rank in range(count)] for kind in ("out", "err"))
-    variables = _torchrun_variables(count)
+    store = _meeting_point() if count > 1 else None  # until the processes have ended
+    variables = _torchrun_variables(count, store.port if store else 0)
     started: list[Started] = []
     end = time.monotonic() + timeout
     try:
@@ -134,18 +134,24 @@ def run_processes(
     return [output.read_text() for output in outputs]
 
 
-def _torchrun_variables(count: int) -> list[dict[str, str]]:
+def _meeting_point() -> Any:
+    """A store in this process where others meet, as in torchrun: no other process can take its port before they begin."""
+    from torch.distributed import TCPStore
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _torchrun_variables(count: int, port: int) -> list[dict[str, str]]:
     """Environment variables of each process, with a process group on this machine for more than one."""
     if count == 1:
         return [{"OMP_NUM_THREADS": "1"}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     shared = {
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "fresh-processes",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "GROUP_RANK": "0",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import io
+import shutil
 import tarfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from hypothesis import HealthCheck, settings
-from jsonargparse import _signatures
 from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -31,6 +30,7 @@ from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
 from tests.families.tiny import MODULES, VARIANTS
 from tests.helpers import tiny_unet
+from tests.quick_configs import read_classes_once
 from tests.tiny_pipelines import tiny_clip_config, tiny_vae, write_flux, write_sd3
 
 # Tests never depend on time, nor on how fast a busy machine draws their examples.
@@ -46,14 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Read the source of a class once: jsonargparse does so for each of its parsers, which takes a third of a command's time."""
-    read = _signatures.get_signature_parameters
-
-    @cache
-    def parameters(function_or_class: Any, method: str | None = None) -> tuple[Any, ...]:
-        return tuple(read(function_or_class, method))
-
-    _signatures.get_signature_parameters = lambda kind, method=None, logger=None: list(parameters(kind, method))
+    read_classes_once()
 
 
 def pytest_collection_finish() -> None:
@@ -97,6 +90,21 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shallow_sd_folder(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with fewer layers in its UNet: what a strategy does for each of them takes most of the time of its tests."""
+    folder = tmp_path_factory.mktemp("models") / "shallow-sd"
+    shutil.copytree(sd_folder, folder)
+    torch.manual_seed(1)
+    small = {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+    }
+    UNet2DConditionModel.from_config(tiny_unet().config, **small).save_pretrained(folder / "unet")
     return folder
 
 

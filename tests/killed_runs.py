@@ -125,6 +125,8 @@ def train(folder: Path, rank: int, world_size: int, port: int, data: dict[str, A
             "GROUP_RANK": "0",
             "LOCAL_WORLD_SIZE": str(world_size),
             "TORCHELASTIC_RUN_ID": "test",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0",
         }
     save = AdapterCheckpoint(folder / "saved", every_n_train_steps=4, save_last="link")
     trainer = Trainer(

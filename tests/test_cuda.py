@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,15 +33,14 @@ QUANTIZATIONS: list[Quantization | None] = [None, Int8(), W8A8(), FP8(), NF4()]
 @pytest.fixture(scope="session")
 def one_of_one() -> Iterator[None]:
     """The environment that torchrun gives the only process of a run, and its process group, which no test ends."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     names = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "GROUP_RANK": 0}
-    names |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": 1}
+    names |= {"MASTER_PORT": store.port, "TORCHELASTIC_RUN_ID": 1}
     before = dict(os.environ)
     os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
     torch.cuda.set_device(0)
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
+    of_one: dict[str, Any] = {"store": store, "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl", **of_one, device_id=torch.device("cuda", 0))
     yield
     torch.distributed.destroy_process_group()
     os.environ.clear()

@@ -24,6 +24,11 @@ def test_it_is_told_how_a_process_ended(tmp_path: Path, end: str, crashed: bool,
     assert caught.value.crashed is crashed
 
 
+def test_the_port_where_processes_meet_is_held_before_they_begin(tmp_path: Path) -> None:
+    program = "import os, socket; socket.create_connection(('127.0.0.1', int(os.environ['MASTER_PORT'])), timeout=60)"
+    run_processes(["-c", program], 2, tmp_path, timeout=300)
+
+
 @pytest.mark.parametrize(("crashed", "trials"), [(True, 2), (False, 1)])
 def test_a_folder_is_made_again_after_a_crash(
     crashed: bool, trials: int, tmp_path_factory: pytest.TempPathFactory

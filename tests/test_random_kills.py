@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from torch.distributed import TCPStore
 
 from lit_lora.datamodules import Chunks, ImageDecoder, Staging, WebDatasetDataModule
 from lit_lora.datamodules.indexing.data_index import DataIndex
@@ -313,6 +313,7 @@ def test_training_on_staged_chunks(
     server.fault = lambda path: 500 if path.endswith(".tar") and generator.random() < 0.1 else None
     watches: list[DiskWatch] = []
     lines = [0]
+    stores: list[TCPStore] = []
 
     def prepare(folder: Path) -> None:
         folder.mkdir()
@@ -320,12 +321,10 @@ def test_training_on_staged_chunks(
         watches[-1].start()
 
     def programs(folder: Path) -> list[tuple[Any, ...]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))  # as torchrun's, for the group
         lines.append(_count_lines(folder))
         own = data | {"chunks": Chunks(CHUNKS, staging=Staging(str(folder / "stage"), budget))}
-        return [(killed_runs.train, folder, rank, world_size, port, own) for rank in range(world_size)]
+        return [(killed_runs.train, folder, rank, world_size, stores[-1].port, own) for rank in range(world_size)]
 
     def read(folder: Path) -> dict[str, Any]:
         watch = watches[-1]

@@ -94,26 +94,28 @@ class Quantization(ABC):
                 )
 
     def check(self, device: torch.device) -> None:
-        """Check that the device supports this quantization, by a round trip of a small weight.
+        """Check that the device supports this quantization, by restoring a small weight and by its product with the identity.
 
         Args:
             device: Device that will hold the weights.
 
         Raises:
-            UserError: If the device does not support the format or returns wrong weights.
+            UserError: If the device does not support the format or returns wrong values.
         """
+        instead = f"use lit_lora.quantization.{'Dense' if type(self).__name__ == 'Int8' else 'Int8'}"
         try:
             # Each row gets its own scale.
             weight = torch.ones(64, 64, device=device) * torch.arange(1, 65, device=device)[:, None]
-            restored = self.dequantize(self.quantize(weight), weight.shape, torch.bfloat16)
-            near = bool(((restored.float() / weight - 1).abs() < 0.2).all())
+            stored = self.quantize(weight)
+            product = self.product(torch.eye(64, device=device), stored, weight.shape).T
+            restored = torch.stack([product, self.dequantize(stored, weight.shape, torch.bfloat16).float()])
+            near = bool(((restored / weight - 1).abs() < 0.2).all())
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise UserError(
-                f"quantization={type(self).__name__}: {device} does not support this format ({str(error).splitlines()[0]}); use "
-                f"lit_lora.quantization.{'Dense' if type(self).__name__ == 'Int8' else 'Int8'}"
+                f"quantization={type(self).__name__}: {device} does not support this format ({str(error).splitlines()[0]}); "
+                f"{instead}"
             ) from error
         if not near:
             raise UserError(
-                f"quantization={type(self).__name__}: {device} returns wrong weights in this format; use "
-                f"lit_lora.quantization.Dense"
+                f"quantization={type(self).__name__}: {device} returns wrong values in this format; {instead}"
             )

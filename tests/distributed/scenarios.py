@@ -408,7 +408,7 @@ def held(trainer: Trainer) -> int:
 
 def pruned(strategy: Any, model: Path, folder: Path) -> tuple[LoraDiffusion, list[Callback]]:
     """A module and callbacks for a run that prunes the ranks twice, before and after a checkpoint."""
-    module = module_of(model, LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v", "conv1"]))
+    module = module_of(model, LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v", "conv1", "conv_in"]))
     budget = RankBudget(mean_rank=1.5, start=0.5, stop=0.75, prunings=2)
     average = [] if strategy == STRATEGIES["ZeRO-3"] else [AdapterEMA(decay=0.9)]
     return module, [budget, *average, saving(folder, SAVED_AT)]

@@ -59,12 +59,12 @@ def run_single(folder: Path, model: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(shallow_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     def make(folder: Path) -> None:
-        run_single(folder, str(sd_folder))
-        processes(["-m", "tests.distributed.deepspeed_script", folder, sd_folder], 2, folder)
+        run_single(folder, str(shallow_sd_folder))
+        processes(["-m", "tests.distributed.deepspeed_script", folder, shallow_sd_folder], 2, folder)
 
-    return Runs(made_once(tmp_path_factory, "deepspeed", make), str(sd_folder))
+    return Runs(made_once(tmp_path_factory, "deepspeed", make), str(shallow_sd_folder))
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:

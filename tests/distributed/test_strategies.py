@@ -28,12 +28,12 @@ QUANTISED_NEAR = 5e-3
 
 
 @pytest.fixture(scope="session")
-def runs(sd_folder: Path, session_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(shallow_sd_folder: Path, session_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs."""
 
     def make(folder: Path) -> None:
         torch.set_num_threads(1)
-        common = (sd_folder, session_shards)
+        common = (shallow_sd_folder, session_shards)
         single = {"train": scenarios.losses_and_checkpoint("auto", *common, folder / "single-train")}
         for feature in FEATURES:
             single[feature] = scenarios.with_feature(feature, "auto", *common, folder / f"single-{feature}")
@@ -42,10 +42,10 @@ def runs(sd_folder: Path, session_shards: Path, tmp_path_factory: pytest.TempPat
         (folder / "single.json").write_text(json.dumps(single))
         # Only the first process has weights to read: it reads for all.
         without = folder / "without weights"
-        shutil.copytree(sd_folder, without, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(shallow_sd_folder, without, ignore=shutil.ignore_patterns("*.safetensors"))
         for count, part, strategies in ((2, folder, STRATEGIES), (4, folder / "four", OF_FOUR)):
             part.mkdir(exist_ok=True)
-            models = ":".join(map(str, [sd_folder, *[without] * (count - 1)]))
+            models = ":".join(map(str, [shallow_sd_folder, *[without] * (count - 1)]))
             processes(
                 ["-m", "tests.distributed.cluster_script", part, models, session_shards, *strategies], count, part
             )
@@ -91,12 +91,14 @@ def test_batches_are_those_of_one_process(strategy: str, results: list[dict[str,
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_each_process_holds_what_is_planned(
-    strategy: str, results: list[dict[str, Any]], single: dict[str, Any], sd_folder: Path
+    strategy: str, results: list[dict[str, Any]], single: dict[str, Any], shallow_sd_folder: Path
 ) -> None:
     given: Any = STRATEGIES[strategy]
     processes = processes_with(StrategyRegistry.get(given), len(results), len(results))
     batch = GLOBAL_BATCH // len(results)
-    planned = plan_run(scenarios.module_of(sd_folder), batch, 16, 16, gradient_clip_val=0.5, processes=processes)
+    planned = plan_run(
+        scenarios.module_of(shallow_sd_folder), batch, 16, 16, gradient_clip_val=0.5, processes=processes
+    )
     kinds = planned.phases["optimizer"]
     alone = single["train"]["held"]
     for result in results:
@@ -129,10 +131,10 @@ def test_every_group_of_processes_waits_as_long_as_the_strategy_says(strategy: s
 
 @pytest.mark.parametrize("strategy", OF_FOUR)
 def test_one_process_goes_on_from_four(
-    strategy: str, runs: Path, single: dict[str, Any], sd_folder: Path, session_shards: Path, tmp_path: Path
+    strategy: str, runs: Path, single: dict[str, Any], shallow_sd_folder: Path, session_shards: Path, tmp_path: Path
 ) -> None:
     checkpoint = runs / "four" / f"{strategy}-train" / f"{SAVED_AT}.ckpt"
-    resumed = scenarios.resumed("auto", sd_folder, session_shards, tmp_path, checkpoint)
+    resumed = scenarios.resumed("auto", shallow_sd_folder, session_shards, tmp_path, checkpoint)
     assert resumed["same optimizer"]
     assert resumed["keys"] == single["train"]["keys"][SAVED_AT:RESUMED_TO]
     assert apart(resumed["losses"], single["train"]["losses"][SAVED_AT:RESUMED_TO]) <= NEAR
@@ -153,10 +155,10 @@ def test_a_run_goes_on_from_another_strategys_checkpoint(
 
 @pytest.mark.parametrize("source", STRATEGIES)
 def test_one_process_goes_on_from_any_strategys_checkpoint(
-    source: str, runs: Path, single: dict[str, Any], sd_folder: Path, session_shards: Path, tmp_path: Path
+    source: str, runs: Path, single: dict[str, Any], shallow_sd_folder: Path, session_shards: Path, tmp_path: Path
 ) -> None:
     checkpoint = runs / f"{source}-train" / f"{SAVED_AT}.ckpt"
-    resumed = scenarios.resumed("auto", sd_folder, session_shards, tmp_path, checkpoint)
+    resumed = scenarios.resumed("auto", shallow_sd_folder, session_shards, tmp_path, checkpoint)
     assert resumed["same adapter"]
     assert resumed["same optimizer"]
     assert apart(resumed["losses"], single["train"]["losses"][SAVED_AT:RESUMED_TO]) <= NEAR

@@ -57,17 +57,17 @@ class TestHub:
             ModelSource("nobody/no-such-model").lacks("text_encoder_3")
 
     def test_nobody_answers(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        with socket.socket() as closed:
-            closed.bind(("127.0.0.1", 0))
-            endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-        for family in (StableDiffusion, Flux):
-            check_hub.cache_clear()
-            with pytest.raises(
-                UserError, match=f"the hub {endpoint} cannot be reached .*check the network, or name a local"
-            ):
-                family("nobody/no-such-model").read_configs()
+        with socket.socket() as deaf:  # it has its port, and does not listen
+            deaf.bind(("127.0.0.1", 0))
+            endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+            monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+            for family in (StableDiffusion, Flux):
+                check_hub.cache_clear()
+                with pytest.raises(
+                    UserError, match=f"the hub {endpoint} cannot be reached .*check the network, or name a local"
+                ):
+                    family("nobody/no-such-model").read_configs()
 
     def test_something_that_is_no_repository(self) -> None:
         with pytest.raises(UserError, match="'a/b/c' is neither a folder nor the id of a repository"):

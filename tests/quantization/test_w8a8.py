@@ -132,13 +132,13 @@ def test_a_device_that_cannot_multiply_integers_is_refused(monkeypatch: pytest.M
     W8A8().check(torch.device("cpu"))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "_int_mm", lambda a, b: torch.zeros(len(a), b.shape[1], dtype=torch.int32))
-        with pytest.raises(UserError, match=r"cpu returns wrong products of 8-bit integers; use lit_lora\S+Int8"):
+        with pytest.raises(UserError, match=r"W8A8: cpu returns wrong values in this format; use lit_lora\S+Int8"):
             W8A8().check(torch.device("cpu"))
 
     def refuse(*_: object) -> None:
         raise RuntimeError("no such kernel\nmore")
 
     monkeypatch.setattr(torch, "_int_mm", refuse)
-    with pytest.raises(UserError, match=r"cpu does not multiply 8-bit integers \(no such kernel\); use"):
+    with pytest.raises(UserError, match=r"W8A8: cpu does not support this format \(no such kernel\); use"):
         W8A8().check(torch.device("cpu"))
     Int8().check(torch.device("cpu"))
