@@ -91,7 +91,7 @@ def _nothing_to_pack(looked: PackSource, source: Path) -> UserError:
     if looked.metadata or looked.is_file:
         paths = looked.metadata or [source]
         extensions = sorted({path.suffix.lower() for path in paths} - {""})
-        ending = "".join(f" ({one})" for one in [", ".join(extensions)] if one) or ", whose name has no ending"
+        ending = f" ({', '.join(extensions)})" if extensions else ", whose name has no ending"
         return UserError(
             f"cannot pack {visible(paths[0])}{ending}; name a folder, a"
             f" table ({', '.join(ROW_EXTENSIONS)}, parquet) or a .tar"
