@@ -108,6 +108,8 @@ def _norm(values: Sequence[float | None]) -> str:
 
 
 def _wrapped(label: str, value: str) -> list[str]:
+    if label in ("file", "base"):  # a path is copied whole
+        return [label.ljust(_LABEL) + value]
     if len(label) >= _LABEL:
         return [label, *textwrap.wrap(value, _WIDTH, initial_indent=" " * _LABEL, subsequent_indent=" " * _LABEL)]
     return textwrap.wrap(value, _WIDTH, initial_indent=label.ljust(_LABEL), subsequent_indent=" " * _LABEL) or [label]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -49,10 +50,13 @@ def draw_class_images(options: PriorOptions) -> None:
             _draw(drawer, options.batch_size, images, prompts, missing)
         packed = pack_folder(out / "images", out / "shards")
     print(
-        f"{packed.samples:,} class images, {len(missing):,} of them drawn now: {out / 'shards'}\n"
-        f"Next: train on both, with these keys of the config, whose objective is that of the base (DDPM or FlowMatching):\n"
+        f"{packed.samples:,} class images, {len(missing):,} of them drawn now: {images}\n\n"
+        f"Next:\nlit-lora train FOLDER --base {shlex.quote(str(options.base))} --trigger WORDS \\\n"
+        f"  --class_images {shlex.quote(str(images))}\n\n"
+        f"or, in a config of lit-lora fit, with the objective of the base (DDPM or\nFlowMatching):\n"
         f"  data.init_args.train_shards: [YOUR_SHARDS, {out / 'shards'}]\n"
-        f"  model.objective.init_args.prior: {{class_path: PriorPreservation, init_args: {{class_keys: '{CLASS}/*'}}}}"
+        f"  model.objective.init_args.prior:\n"
+        f"    {{class_path: PriorPreservation, init_args: {{class_keys: '{CLASS}/*'}}}}"
     )
 
 

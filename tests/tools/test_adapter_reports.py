@@ -55,6 +55,13 @@ def test_info(folders: list[str], sd_folder: Path, capsys: pytest.CaptureFixture
     assert len([line for line in shown(capsys) if line.startswith("down_blocks.0")]) == 4
 
 
+def test_a_path_stays_whole(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / ("long" * 20)
+    shutil.copytree(folders[0], folder)
+    assert main(["adapter", "info", str(folder)]) == 0
+    assert f"{'file':12}{folder}/adapter_model.safetensors" in shown(capsys)
+
+
 def test_info_as_json(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["adapter", "info", folders[0], "--json"]) == 0
     told = json.loads(capsys.readouterr().out)

@@ -54,7 +54,10 @@ def test_a_killed_run_goes_on_to_the_same_images(
     (images / "000002.txt").write_text("half")  # as if it had been killed between the two files of a sample
     capsys.readouterr()
     assert main(["prior", str(killed), *command]) == 0
-    assert "5 class images, 3 of them drawn now" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "5 class images, 3 of them drawn now" in shown
+    assert f"Next:\nlit-lora train FOLDER --base {command[1]} --trigger WORDS \\\n  --class_images {images}\n" in shown
+    assert [line for line in shown.splitlines() if len(line) > 80 and str(tmp_path.parent.parent) not in line] == []
     name = "shards/shard-000000.tar"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
     index = ShardIndex.load_or_build(killed / name)
