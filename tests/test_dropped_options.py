@@ -38,6 +38,23 @@ def test_what_is_there_or_replaced_is_not_named(tmp_path: Path) -> None:
     assert dropped_options([f"--config={config}"], parsed) == [named.format(config)]
 
 
+def test_classes_in_a_list_that_a_later_config_replaces_are_named(tmp_path: Path) -> None:
+    first = tmp_path / "first.yaml"
+    first.write_text("trainer:\n  callbacks:\n  - {class_path: AdapterEMA}\n  - {class_path: lit_lora.RunReport}\n")
+    arguments = ["fit", "--config", "configs/demo.yaml", "--config", str(first)]
+    told = (
+        r"^trainer.callbacks of .*demo.yaml: AdapterCheckpoint, SampleImages, ImageWriter are left out, since a later "
+        r"list replaces it; trainer.callbacks\+ adds to it$"
+    )
+    with pytest.warns(UserWarning, match=told):
+        build_cli(arguments, run=False)
+    first.write_text(first.read_text().replace("callbacks", "callbacks+"))
+    build_cli(arguments, run=False)  # a warning is an error
+    lost = pytest.warns(UserWarning, match=r"demo.yaml: AdapterCheckpoint, SampleImages, ImageWriter are left out")
+    with lost, pytest.warns(UserWarning, match=r"first.yaml: AdapterEMA is left out"):
+        build_cli([*arguments, "--trainer.callbacks", "RunReport"], run=False)
+
+
 def test_options_before_a_config_that_sets_them_are_named(tmp_path: Path) -> None:
     config = tmp_path / "x.yaml"
     config.write_text("trainer: {max_steps: 4, callbacks: []}\nmodel: {adapter: {init_args: {r: 4}}}\n")
