@@ -131,7 +131,8 @@ def given_to_each(found: SourceSets, **values: Sequence[Any] | None) -> SourceSe
         if len(given) != len(sets):
             names = ", ".join(visible(one.name) for one in sets)
             count = f"{len(given)} {'value' if len(given) == 1 else 'values'}"
-            raise UserError(f"{name} has {count} for {len(sets)} sets; give one for each of {names}")
+            many = f"{len(sets)} {'set' if len(sets) == 1 else 'sets'}"
+            raise UserError(f"{name} has {count} for {many}; give one for each of {names}")
         sets = [replace(one, **{name: value}) for one, value in zip(sets, given, strict=True)]
     return replace(found, sets=sets)
 

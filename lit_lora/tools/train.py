@@ -117,8 +117,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
     if len(folders) > 1:
         own.append(json.dumps(folders))
         switched = switched[len(folders) :]
-    for name in _FOR_EACH:
-        switched = _as_list(switched, name, len(folders))
+    for name in _FOR_EACH if folders else ():
+        switched = _as_list(switched, name)
     remaining = iter(switched)
     for argument in remaining:
         name, equals, value = argument.partition("=")
@@ -140,12 +140,12 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
     return own, given
 
 
-def _as_list(arguments: list[str], name: str, most: int) -> list[str]:
-    """The arguments in which up to so many values of an option are one list."""
-    if name not in arguments or most < 2:
+def _as_list(arguments: list[str], name: str) -> list[str]:
+    """The arguments in which several values of an option are one list."""
+    if name not in arguments:
         return arguments
     start = arguments.index(name) + 1
-    values = list(itertools.takewhile(lambda one: not one.startswith("-"), arguments[start : start + most]))
+    values = list(itertools.takewhile(lambda one: not one.startswith("-"), arguments[start:]))
     listed = [_value(one) if name == "--repeats" else one for one in values]
     return [*arguments[:start], json.dumps(listed), *arguments[start + len(values) :]] if len(values) > 1 else arguments
 

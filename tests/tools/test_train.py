@@ -330,11 +330,29 @@ def test_keys_of_the_config_are_told_from_own_options() -> None:
 
 
 def test_several_folders_have_several_values() -> None:
-    """As many as there are folders, so that one folder may also stand last."""
+    """All that follow, unless no folder has come yet: it may also stand last."""
     own, _ = split_arguments(["a", "b", "--repeats", "3", "0.5", "--sources", "x", "y", "--base", "sdxl"])
     assert own == ['["a", "b"]', "--repeats", "[3, 0.5]", "--sources", '["x", "y"]', "--base", "sdxl"]
     assert split_arguments(["--sources", "x", "a"])[0] == ["--sources", "x", "a"]
     assert split_arguments(["a", "b", "--repeats", "3", "--rank", "4"])[0] == ['["a", "b"]', "--repeats", "3"]
+    assert split_arguments(["a", "--repeats", "3", "4"])[0] == ["a", "--repeats", "[3, 4]"]
+
+
+@pytest.mark.parametrize(
+    ("base", "more", "message"),
+    [
+        ("embedded", ["--repeats", "2", "3"], "repeats has 2 values for 1 set; give one for each of icons"),
+        ("flux_kontext", ["--sources", ".", "."], "sources has 2 folders for one folder of targets; give one"),
+    ],
+)
+def test_more_values_than_folders(
+    base: str, more: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "icons").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "icons" / "a.png")
+    out = ["--trigger", "sks", "--out", str(tmp_path / "out")]
+    assert main(["train", str(tmp_path / "icons"), *more, "--base", base, *out]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_short_names_are_keys_of_the_config() -> None:

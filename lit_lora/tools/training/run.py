@@ -69,6 +69,8 @@ def train_adapter(request: Request) -> None:
             f"sources={visible(request.source_folders[0])}, and {base.name} is trained without source images; take a base such "
             "as flux_kontext"
         )
+    if sets is None and len(request.source_folders) > 1:
+        raise UserError(f"sources has {len(request.source_folders)} folders for one folder of targets; give one")
     data: TrainingData
     if sets is None:
         data = OneFolder(request, base, out, caption_rule(folder, out, request.captions, request.trigger))
