@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import has_transparency
 from lit_lora.datamodules.indexing.extensions import IMAGE_EXTENSIONS
+from lit_lora.datamodules.packing.color_profile import has_other_colors
 from lit_lora.datamodules.packing.left_out import BadFile
 from lit_lora.visible import visible
 
@@ -14,6 +15,10 @@ _EMPTY = "with an empty caption, first {}: trained on without words"
 _TRANSPARENT = (
     "with transparent parts, first {}: decoder.background is put behind them, which lit-lora train sets to white; without it "
     "their hidden colors are trained on, unless decoder.mask is alpha"
+)
+_OTHER_COLORS = (
+    "with a color profile other than sRGB, first {}: training takes their numbers for sRGB, so that colors differ from those "
+    "that a viewer shows; convert them to sRGB"
 )
 
 
@@ -28,8 +33,11 @@ def remarks(name: str, members: Mapping[str, bytes], caption_key: str, may_be_em
     """
     if not may_be_empty and not Captions.anywhere(caption_key).draw(members, seed=0, slot=0):
         yield BadFile(name, _EMPTY)
-    if has_transparency(next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)):
+    image = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
+    if has_transparency(image):
         yield BadFile(name, _TRANSPARENT)
+    if has_other_colors(image):
+        yield BadFile(name, _OTHER_COLORS)
 
 
 def notes_of(found: Sequence[BadFile]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pkgutil import resolve_name
@@ -194,7 +195,7 @@ def memory_of(device_memory: str | None, device: Device) -> int | None:
     if device_memory is None:
         return device.memory
     plain = device_memory.strip()
-    return parse_bytes("device_memory", f"{plain}GB" if plain.replace(".", "", 1).isdigit() else plain)
+    return parse_bytes("device_memory", f"{plain}GB" if re.fullmatch(r"[\d_.]+", plain) else plain)
 
 
 def _data(data: LightningDataModule, max_steps: int) -> tuple[str, bool]:

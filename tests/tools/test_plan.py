@@ -13,7 +13,8 @@ import yaml
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
-from lit_lora.tools.plan import _leaves_out_start, _progress, plan_command
+from lit_lora.planning.device import find_device
+from lit_lora.tools.plan import _leaves_out_start, _progress, memory_of, plan_command
 
 Plan = Callable[..., tuple[int, str]]
 
@@ -162,3 +163,11 @@ def test_progress_is_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPat
     assert ("planning with batch size 2" in shown.getvalue()) is terminal
     if not terminal:
         assert not shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1000", 10**12), ("1_000", 10**12), ("11.5", 11_500_000_000), ("8GiB", 2**33), ("9 MB", 9 * 10**6)],
+)
+def test_memory_without_a_unit_is_in_gb(text: str, size: int) -> None:
+    assert memory_of(text, find_device("cpu")) == size
