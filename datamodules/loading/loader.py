@@ -132,7 +132,7 @@ class PlannedLoader:
         remedies = {
             "seed": "restore seed",
             "chunks": "restore chunks.count or chunks.samples",
-            "samples": "use the shards of that run",
+            "samples": "use the shards and val_samples of that run",
             "shards": "use the shards of that run in the same order",
             "keys": "the shards hold other samples now: use those of that run",
             "bucketing": "restore resolution and buckets",

@@ -120,7 +120,7 @@ def test_state_works_with_another_number_of_processes(dataset):
     ("seed", "samples", "identity", "message"),
     [
         (1, 13, {}, "the checkpoint has seed 0, this run 1; restore seed"),
-        (0, 12, {}, "the checkpoint has samples 13, this run 12; use the shards"),
+        (0, 12, {}, "the checkpoint has samples 13, this run 12; use the shards and val_samples of that run"),
         (0, 13, {"shards": 8}, "the checkpoint has shards 7, this run 8; use the shards of that run in the same order"),
     ],
 )
