@@ -66,7 +66,7 @@ def test_tells_of_memory_files_and_data(plan: Plan, tmp_path: Path) -> None:
 
 def test_the_last_size_of_ranks_that_are_pruned(plan: Plan, tmp_path: Path) -> None:
     budget = {"class_path": "RankBudget", "init_args": {"share": 0.25}}
-    status, out = plan(trainer__callbacks=json.dumps([budget]), json=tmp_path / "plan.json")
+    status, out = plan(**{"trainer__callbacks+": json.dumps([budget])}, json=tmp_path / "plan.json")
     assert status == 0
     written = json.loads((tmp_path / "plan.json").read_text())
     first, last = written["adapter_parameters"], written["last_adapter_parameters"]
