@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError, check_least
-from lit_lora.finite import any_non_finite, non_finite_names, tensors_in
+from lit_lora.finite import any_non_finite, any_non_finite_gradient, non_finite_names, tensors_in
 from lit_lora.loops import accumulating
 from lit_lora.skipped_step import skip_step_where
 from lit_lora.visible import visible
@@ -80,7 +80,7 @@ class FiniteGradients(Callback):
             return
         step, self._step = self._step or _Step(trainer.global_step + 1), None
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        flags = [any_non_finite(step.losses), any_non_finite(gradients)]
+        flags = [any_non_finite(step.losses), any_non_finite_gradient(gradients)]
         if (backward := getattr(pl_module, "take_non_finite", _nothing)()) is not None:
             flags.append(backward)
         bad = torch.stack([flag.to(pl_module.device) for flag in flags]).any()

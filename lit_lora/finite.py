@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, *_FP8)
+_QUICK = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""dtypes that the kernel of ``GradScaler`` takes."""
+
+_DTYPES = (*_QUICK, *_FP8)
 
 
 def any_non_finite(tensors: Sequence[Tensor]) -> Tensor:
@@ -25,6 +28,22 @@ def any_non_finite(tensors: Sequence[Tensor]) -> Tensor:
     # The largest magnitude of a tensor is NaN or Inf exactly if one of its values is.
     largest = torch._foreach_norm(local, ord=float("inf"))
     return ~torch.stack([value.float() for value in largest]).isfinite().all()
+
+
+def any_non_finite_gradient(gradients: Sequence[Tensor]) -> Tensor:
+    """As :func:`any_non_finite`, in a quarter of the time, for tensors that may be written: they are multiplied by 1."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for gradient in map(_local, gradients):
+        by_dtype.setdefault(gradient.dtype, []).append(gradient)
+    flags = []
+    for dtype, some in by_dtype.items():
+        if dtype not in _QUICK or any(one.layout is not torch.strided for one in some):
+            flags.append(any_non_finite(some))
+            continue
+        found, factor = (torch.full((), value, device=some[0].device) for value in (0.0, 1.0))
+        torch._amp_foreach_non_finite_check_and_unscale_(some, found, factor)  # as torch.amp.GradScaler does
+        flags.append(found > 0)
+    return torch.stack(flags).any() if flags else torch.tensor(False)
 
 
 def fill_where(condition: Tensor, tensors: Sequence[Tensor], value: float) -> None:

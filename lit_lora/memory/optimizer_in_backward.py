@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters import method_of
 from lit_lora.errors import UserError
-from lit_lora.finite import any_non_finite
+from lit_lora.finite import any_non_finite_gradient
 from lit_lora.skipped_step import skip_step_where
 
 
@@ -84,7 +84,7 @@ class OptimizerInBackward:
     def _step(self) -> None:
         """Step the parameters whose gradients are complete; the step is skipped if one of them is not finite."""
         complete = [parameter for parameters in self._complete.values() for parameter in parameters]
-        bad = any_non_finite([parameter.grad for parameter in complete if parameter.grad is not None])
+        bad = any_non_finite_gradient([parameter.grad for parameter in complete if parameter.grad is not None])
         self.non_finite = self.non_finite.to(bad.device) | bad
         groups = self.optimizer.param_groups  # looked up each time, because loading a checkpoint replaces them
         chosen = {number: groups[number] for number in self._complete}
