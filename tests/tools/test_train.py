@@ -261,13 +261,16 @@ def test_a_run_that_stops_early_has_finished(
 
 
 def test_a_config_for_another_machine_can_be_written(
-    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What this machine lacks is told before images are packed, and only if it is to train."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: False)
     monkeypatch.setattr(MPSAccelerator, "is_available", lambda: False)
     assert main([*command, "--trainer.accelerator", "gpu"]) == 2
+    assert "backend found. Leave them out to train on the device that it has" in " ".join(
+        capsys.readouterr().err.split()
+    )
     assert not (tmp_path / "out").exists()
     assert main([*command, "--trainer.accelerator", "gpu", "--dry_run"]) == 0
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["trainer"]["accelerator"] == "gpu"

@@ -68,7 +68,7 @@ def check_machine(trainer: Mapping[str, Any]) -> None:
     except (RuntimeError, TypeError, ValueError, ImportError) as error:
         told = ", ".join(f"trainer.{name}={value!r}" for name, value in options.items())
         raise UserError(
-            f"this machine cannot train with {told}: {str(error).rstrip('.')}. Leave them out to train on the device that it "
+            f"this machine cannot train with {told}: {str(error).rstrip('.!')}. Leave them out to train on the device that it "
             "has, or add --dry_run to write the config for another machine"
         ) from error
 
