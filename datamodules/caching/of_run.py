@@ -58,8 +58,7 @@ def cache_of_run(
             pairs=decoder.pairs,
             background=decoder.background,
         )
-        _warn_of_tiles(cache, identity)
-        _warn_of_dtype(cache, identity)
+        _warn_of_options(cache, identity)
     return cache
 
 
@@ -79,30 +78,30 @@ def decoder_of_run(decoder: SampleDecoder, cache: OpenCache | None, seed: int) -
     return CachedDecoder(cache.description, decoder.framing, decoder.captions, cache.empty, masked)
 
 
-def _warn_of_tiles(cache: OpenCache, identity: Mapping[str, str]) -> None:
-    """Tell of a cache whose VAE encoded in tiles where the run's does not, or the other way round.
+def _warn_of_options(cache: OpenCache, identity: Mapping[str, str]) -> None:
+    """Tell of options with which the run's encoders would compute slightly other values; they are no reason to refuse a cache.
 
-    The latents differ slightly, and of large images alone; and the run may set the option for the images that it draws. So it is
-    no reason to refuse a cache.
+    Tiles change the latents of large images alone, and the run may set them for the images that it draws. In another dtype the
+    outputs of the same encoders are rounded otherwise.
     """
     tiles = "vae_tiling" in identity
     if "vae" in identity and tiles is not cache.description.vae_tiling:
-        rank_zero_warn(
-            f"the cache in {cache.folder} was made {'without' if tiles else 'with'} model.memory.vae_tiling, which is "
-            f"{str(tiles).lower()} here: latents of images larger than the VAE's tiles differ slightly from those that this run "
-            f"would encode; it trains on those of the cache. To train on the others, make the cache anew: lit-lora cache --out …"
+        _warn_of_difference(
+            cache,
+            f"{'without' if tiles else 'with'} model.memory.vae_tiling, which is {str(tiles).lower()} here: latents of images "
+            f"larger than the VAE's tiles differ slightly from those",
         )
-
-
-def _warn_of_dtype(cache: OpenCache, identity: Mapping[str, str]) -> None:
-    """Tell of a cache whose encoders computed in another dtype than the run's would.
-
-    The outputs are those of the same encoders, rounded otherwise; so it is no reason to refuse a cache.
-    """
     made, here = cache.description.base_dtype, identity.get("base_dtype")
     if made and here and made != here:
-        rank_zero_warn(
-            f"the cache in {cache.folder} was made with model.base_dtype {made}, which is {here} here: its latents and text "
-            f"embeddings are rounded otherwise than those that this run would encode; it trains on those of the cache. To train "
-            f"on the others, make the cache anew: lit-lora cache --out …"
+        _warn_of_difference(
+            cache,
+            f"with model.base_dtype {made}, which is {here} here: its latents and text embeddings are rounded otherwise than "
+            f"those",
         )
+
+
+def _warn_of_difference(cache: OpenCache, difference: str) -> None:
+    rank_zero_warn(
+        f"the cache in {cache.folder} was made {difference} that this run would encode; it trains on those of the cache. To "
+        f"train on the others, make the cache anew: lit-lora cache --out …"
+    )
