@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from functools import cache
+from functools import lru_cache
 
 from PIL import Image, ImageCms
 
@@ -25,7 +25,7 @@ def has_other_colors(image: bytes) -> bool:
     return bool(profile) and _is_other(profile)
 
 
-@cache  # images of one camera have the same profile
+@lru_cache(maxsize=64)  # images of one camera have the same profile, of up to a megabyte
 def _is_other(content: bytes) -> bool:
     try:
         found = ImageCms.ImageCmsProfile(io.BytesIO(content)).profile
