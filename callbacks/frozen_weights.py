@@ -17,7 +17,7 @@ _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 """Integers by their bytes. Their sums are exact, so they do not depend on how a weight is sharded."""
 
 
-def frozen_weights(module: nn.Module) -> dict[str, str]:
+def frozen_weights(module: nn.Module, reads_full: bool = True) -> dict[str, str]:
     """Fingerprints of a module's parameters by name; empty ones for those that are trained. A collective call.
 
     Every value counts, and sharded weights have the fingerprints of full ones. Weights under DeepSpeed's ZeRO-3 and tensors of
@@ -25,10 +25,12 @@ def frozen_weights(module: nn.Module) -> dict[str, str]:
 
     Args:
         module: Module with its adapter.
+        reads_full: Whether this process reads the weights that all processes have in full; one has to. Defaults to True.
     """
     trained = adapter_keys(module)
+    frozen = ((name, one) for name, one in module.named_parameters() if name not in trained)
     sums: dict[str, dict[int, tuple[int, int]]] = {}
-    for shards in gather({name: _sums(one) for name, one in module.named_parameters() if name not in trained}):
+    for shards in gather({name: _sums(one) for name, one in frozen if reads_full or isinstance(one, DTensor)}):
         for name, some in shards.items():
             sums.setdefault(name, {}).update(some)  # copies of a shard count once
     found = {name: _text(one, sums.get(name, {})) for name, one in module.named_parameters()}

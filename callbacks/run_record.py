@@ -52,7 +52,7 @@ def run_record(trainer: Trainer, module: LightningModule) -> Record:
         with suppress(UserError):  # of parts that are not there, since their outputs are cached
             record |= {"base": family.base_identity(), "location": {"base": str(family.source)}}
     elif not isinstance(family, ModelFamily):
-        record["frozen_sums"] = frozen_weights(module)
+        record["frozen_sums"] = frozen_weights(module, reads_full=trainer.is_global_zero)
     return record
 
 
