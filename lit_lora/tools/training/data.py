@@ -92,11 +92,12 @@ class TrainingData(ABC):
     def _validation(self) -> tuple[int, str]:
         """Number of validation images of their own folders, and where they are from."""
 
-    def shards(self, cached: bool) -> dict[str, Any]:
+    @property
+    def shards(self) -> dict[str, Any]:
         """Shards of the run, or the caches in their place, by the datamodule's arguments."""
-        validation = [str(cache if cached else shards) for cache, shards in self._held_out.items()]
+        validation = [str(cache if self.cached else shards) for cache, shards in self._held_out.items()]
         beside = {"val_shards": validation if len(validation) > 1 else validation[0]} if validation else {}
-        return {self.argument: self._training(cached), **beside}
+        return {self.argument: self._training(self.cached), **beside}
 
     def to_encode(self) -> list[tuple[str, Any, Path]]:
         """What a cache is made of: the datamodule's argument for its shards, their value, and the folder of the cache."""

@@ -202,8 +202,8 @@ class _Training:
             part.write_text(header + write_yaml(self._config_of(fit.settings), comments), encoding="utf-8")
 
     def _config_of(self, settings: Settings) -> dict[str, Any]:
-        shards, prefix = self.data.shards(self.data.cached), self.data.rule.prefix
-        return make_config(self.base, settings, self.out, shards, prefix, self.data.prompts, self.given)
+        data = self.data
+        return make_config(self.base, settings, self.out, data.shards, data.rule.prefix, data.prompts, self.given)
 
     def _plan(self, settings: Settings) -> MemoryPlan:
         """The plan of a run with these settings, as ``lit-lora plan`` makes it."""
@@ -215,8 +215,9 @@ class _Training:
     def _encode(self) -> None:
         """Encode images and captions once; on the CPU if the GPU is too small for the encoders."""
         print("encoding images and captions once, so that training needs no encoders")
-        names = self.data.shards(cached=False)
-        for name, value, folder in self.data.to_encode():
+        encoded = self.data.to_encode()
+        names = dict.fromkeys(name for name, _, _ in encoded)
+        for name, value, folder in encoded:
             others = [f"--data.init_args.{other}=null" for other in names if other != name]
             text = value if isinstance(value, str) else json.dumps(value)
             cli = parts(["fit", "--config", str(self.config), f"--data.init_args.{name}", text, *others])
