@@ -4,7 +4,8 @@ Both train the same model and adapter on the same batch with the same optimizer,
 that changes of the machine's speed affect both. The bare loop is plain PyTorch: encode, add noise, denoise, loss, backward, clip,
 step. The Trainer runs with the callbacks of ``lit-lora fit``, TensorBoard logging (``--log-every``) and the checkpoint callback.
 Its time is measured from the end of one step to the end of the next, without the bare loop's step in between. With ``--plain``
-the Trainer runs the bare loop's computation as a LightningModule, without a progress bar: what Lightning itself takes.
+the Trainer runs the bare loop's computation as a LightningModule, without a progress bar: what Lightning itself takes. With
+``--fused`` the Trainer's AdamW is fused, as in every file of ``configs``, the bare loop's is torch's default: what users get.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +112,10 @@ def main() -> None:
     parser.add_argument(
         "--plain", action="store_true", help="a plain LightningModule in place of this project's module"
     )
+    parser.add_argument("--fused", action="store_true", help="fused AdamW under the Trainer, as in configs")
     options = parser.parse_args()
+    if options.plain and options.fused:
+        parser.error("--plain uses the bare loop's optimizer: leave --plain or --fused out")
     if options.threads:
         torch.set_num_threads(options.threads)
     seed_everything(0)
@@ -126,7 +131,12 @@ def main() -> None:
     if options.plain:
         module, callbacks = PlainModule(BareLoop(batch)), [ModelCheckpoint(every_n_train_steps=steps)]
     else:
-        module = LoraDiffusion(StableDiffusion("embedded"), LoraConfig(r=16, lora_alpha=16), base_dtype="float32")
+        module = LoraDiffusion(
+            StableDiffusion("embedded"),
+            LoraConfig(r=16, lora_alpha=16),
+            optimizer=partial(torch.optim.AdamW, lr=1e-4, fused=options.fused),
+            base_dtype="float32",
+        )
         callbacks = [StepProgress(), StepMetrics(), FiniteGradients(), AdapterCheckpoint(every_n_train_steps=steps)]
     with tempfile.TemporaryDirectory() as folder:
         Trainer(

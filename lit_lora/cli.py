@@ -198,7 +198,7 @@ def _unknown(command: str) -> str:
 def _run(arguments: list[str]) -> int:
     """Run the command after what needs no heavy import: its help if that is kept, and the checks of its config files."""
     from lit_lora import kept_help
-    from lit_lora.config_files import check_config_files, check_config_given
+    from lit_lora.config_files import check_config_files, check_config_given, check_option_names
 
     command, *rest = arguments
     if kept_help.asks_for_help(arguments):
@@ -206,8 +206,10 @@ def _run(arguments: list[str]) -> int:
     if arguments[:2] == ["shards", "plan"]:
         command, rest = "shards plan", rest[1:]
     if command in (*TRAINER_COMMANDS, *_WITH_CONFIGS):
+        method = command if command in TRAINER_COMMANDS else None
         check_config_given(rest, command)
-        check_config_files(rest, command if command in TRAINER_COMMANDS else None)
+        check_option_names(rest, method)
+        check_config_files(rest, method)
     return _call(arguments)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from inspect import Parameter, isabstract, isclass, signature
 from typing import Any
@@ -15,8 +15,9 @@ from jsonargparse._util import import_object
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 import lit_lora
-from lit_lora.config_files import TO_BEGIN
+from lit_lora.config_files import ALL_OPTIONS, TO_BEGIN
 from lit_lora.lazy import public_names
+from lit_lora.option_names import advice_for
 
 _ADVICE = {
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
@@ -26,10 +27,12 @@ _ADVICE = {
     r"lit_lora\.quantization\.base\.Quantization": "quantizations are Int8, W8A8, FP8, NF4 and Dense",
     r"No supported gpu backend|accelerator is not available": "leave trainer.accelerator out, or set it to auto, which trains on "
     "the device that this machine has",
-    r"^Unrecognized arguments": "lit-lora COMMAND --help shows all options",
     r"path string: PriorPreservation$": "PriorPreservation belongs to an objective, as its prior",
 }
 """Advice to add to errors that match a pattern."""
+
+_FEW = 16
+"""Options of a class that fit into a sentence."""
 
 _NO_CAUSES = ("Expected a <class", "Does not validate against any of the Union")
 """Beginnings of those entries in jsonargparse's list of errors that only name a type which the value does not have."""
@@ -39,6 +42,11 @@ _HOW_TO_WRITE = ("Not a valid subclass of", "a class path (str)", "a dict with")
 
 _REQUIRED = re.compile(r"Option '(?:(?:fit|validate|test|predict)\.)?([\w.]+)' is required but not provided")
 _TWICE = re.compile(r"more than one stateful callback of type `(\w+)`")
+_NO_OPTION = re.compile(
+    r"(?:Unrecognized arguments: --|Subcommand '\w+' does not accept option '|Option '|Group ')([\w.]+)"
+    r"(?:' is not accepted|' does not accept option '([\w.]+))?"
+)
+_NESTED = re.compile(r"""["']*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)["']*$""")
 _KEY = re.compile(r'^Parser key "([^"]+)":')
 _NO_CLASS = re.compile(r"Expected a dot import path string: ([\w.]*\b[A-Z]\w*)\s*$", re.MULTILINE)
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
@@ -53,20 +61,35 @@ _MODULES = ("torch.optim", "torch.optim.lr_scheduler", "lightning.pytorch.callba
 """Modules with classes that configs name, besides those of lit_lora and PEFT."""
 
 
-def explain(message: str) -> str:
+def explain(message: str, options: Iterable[str] = (), owner: str = "") -> str:
     """Say in one sentence what jsonargparse found wrong; messages of other kinds stay as they are.
 
     Args:
         message: Message of jsonargparse about one key of the config.
+        options: Names of the options that there are. Defaults to none.
+        owner: Class that has these options. Defaults to "", for the command itself.
     """
     if required := _REQUIRED.match(message):
         return f"{required[1]} is not given; give it in a config, such as --config configs/sd15.yaml; {TO_BEGIN}"
     advice = "".join(f"\n{advice}" for pattern, advice in _ADVICE.items() if re.search(pattern, message, re.MULTILINE))
+    if absent := _NO_OPTION.match(message):
+        return _no_option(".".join(filter(None, absent.groups())), sorted(options), owner) + advice
     key = _KEY.search(message)
     if key is None or message.count("Parser key") > 1:
         return message + advice
     reason = _missing(message) or _wrong_value(message)
-    return (f"{key[1]}: {reason}" if reason else message) + advice
+    place = f"{key[1]} of {owner}" if owner else key[1]
+    return (f"{place}: {reason}" if reason else message) + advice
+
+
+def _no_option(path: str, options: Sequence[str], owner: str) -> str:
+    """A sentence about an option that is not there."""
+    part = path.rpartition(".")[0]
+    beside = [name for there, _, name in (option.rpartition(".") for option in options) if there == part]
+    listed = f"the options there are {', '.join(beside)}" if 0 < len(beside) <= _FEW else None
+    if not owner:
+        return f"there is no option {path}; {advice_for(path, options) or listed or ALL_OPTIONS}"
+    return f"{owner} has no option {path}; {advice_for(path, options) or listed or 'its documentation lists them'}"
 
 
 def reasons(message: str) -> str:
@@ -139,6 +162,7 @@ def _missing(message: str) -> str | None:
 def _wrong_value(message: str) -> str | None:
     """A value that has none of the types that a key takes."""
     value = message.rpartition("Given value: " if "Given value: " in message else "Got value: ")[2].strip()
+    value = _NESTED.sub(r"\1: \2", value)
     types = sorted(
         {*map("".join, _TYPE.findall(_expected(message)))} - {"NoneType"},
         key=lambda name: ("[" in name, name[0].isupper(), name),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib.machinery import PathFinder
@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.errors import UserError
+from lit_lora.option_names import advice_for
 from lit_lora.unique_keys import check_unique_keys
 
-_EVERYWHERE = {"config", "seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler", "must_resume"}
+_EVERYWHERE = {"config", "seed_everything", "trainer", "model", "data", "must_resume"}
 """Keys of a config beside the options of the trainer's method."""
+
+_OF_COMMAND_LINE = {"help", "print_config"}
+"""Options that a file cannot have."""
+
+ALL_OPTIONS = "lit-lora COMMAND --help lists all options"
 
 TO_BEGIN = "lit-lora train FOLDER --base sd15 makes a config for a folder of images, and trains"
 """What to do without a config."""
@@ -34,12 +40,37 @@ def check_config_files(arguments: Sequence[str], method: str | None = None) -> N
     for given in given_configs(arguments):
         path = Path(shipped_config(given))
         values = config_values(path, given)
-        known = {"trainer": _options_of_trainer("__init__"), "model": _options_of_module()}
         _check_parts(given, values)
-        if method is not None:
-            _check_keys(given, "", values, _EVERYWHERE | _options_of_trainer(method))
-        for part, options in known.items():
-            _check_keys(given, f"{part}.", values.get(part), options)
+        known = _known_options(method)
+        for part in known:
+            _check_keys(given, part, values.get(part) if part else values, known)
+
+
+def check_option_names(arguments: Sequence[str], method: str | None = None) -> None:
+    """Refuse options of the command line that do not exist, as :func:`check_config_files` does for those of files.
+
+    Args:
+        arguments: See :func:`check_config_files`.
+        method: See :func:`check_config_files`.
+
+    Raises:
+        UserError: If neither the command nor its trainer or module has such an option.
+    """
+    known = _known_options(method)
+    if method is not None:
+        known[""] |= _OF_COMMAND_LINE
+    paths = _paths(known)
+    for argument in arguments:
+        given = argument.partition("=")[0].removeprefix("--").rstrip("+")
+        if not argument.startswith("--") or not given:
+            continue
+        first, *following = given.split(".")
+        for part, name in [("", first), *((first, second) for second in following[:1])]:
+            options = known.get(part)
+            # The beginning of a name stands for the whole one.
+            if options and not any(option.startswith(name) for option in options):
+                advice = advice_for(given, paths, "--") or advice_for(f"{part}.{name}".lstrip("."), paths, "--")
+                raise UserError(f"there is no option --{given}; {advice or ALL_OPTIONS}")
 
 
 def check_config_given(arguments: Sequence[str], command: str) -> None:
@@ -123,17 +154,17 @@ def _similar(given: str) -> str:
     )
 
 
-def _check_keys(given: str, prefix: str, values: Any, known: set[str]) -> None:
-    """Refuse keys that are not known; nothing is known of a part that is not a mapping or names a class."""
-    if not isinstance(values, dict) or "class_path" in values or not known:
+def _check_keys(given: str, part: str, values: Any, known: Mapping[str, set[str]]) -> None:
+    """Refuse keys of a part that are not known; nothing is known of one that is not a mapping or names a class."""
+    if not isinstance(values, dict) or "class_path" in values or not known[part]:
         return
     for key in values:
         # A key may be a path, such as model.family, and may end in + to extend a list.
         name = str(key).partition(".")[0].rstrip("+")
-        if name not in known:
-            close = get_close_matches(name, sorted(known), n=1)
-            advice = f"did you mean {prefix}{close[0]}?" if close else "lit-lora COMMAND --help lists all options"
-            raise UserError(f"{given} has {prefix}{name}, which is no option; {advice}")
+        if name not in known[part]:
+            path = f"{part}.{name}".lstrip(".")
+            advice = advice_for(path, _paths(known)) or ALL_OPTIONS
+            raise UserError(f"{given} has {path}, which is no option; {advice}")
 
 
 def _check_parts(given: str, values: dict[str, Any]) -> None:
@@ -162,6 +193,16 @@ def value_paths(values: Any, path: str = "") -> Iterator[str]:
 def plain_path(path: str) -> str:
     """The path of an option without names of ``init_args``, which may be left out."""
     return ".".join(name for name in path.split(".") if name not in ("", "init_args"))
+
+
+def _known_options(method: str | None) -> dict[str, set[str]]:
+    """Options of the trainer and of the module, and without a part those of the trainer's method, if there is one."""
+    parts = {"trainer": _options_of_trainer("__init__"), "model": _options_of_module()}
+    return parts if method is None else {"": _EVERYWHERE | _options_of_trainer(method), **parts}
+
+
+def _paths(known: Mapping[str, set[str]]) -> set[str]:
+    return {f"{part}.{option}".lstrip(".") for part, options in known.items() for option in options}
 
 
 def _options_of_module() -> set[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from glob import glob
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import peft  # noqa: F401  makes its configs available as short class paths
 from jsonargparse import Namespace
@@ -39,6 +39,7 @@ from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.checkpoint_io import SafeCheckpointIO, read_checkpoint
 from lit_lora.config_errors import explain, null_options, reasons, two_of_a_kind
 from lit_lora.config_files import shipped_config
+from lit_lora.config_parser import Parser
 from lit_lora.console import print_error
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.distributed import check_strategy_name
@@ -48,7 +49,6 @@ from lit_lora.early_stopping import ResumedEarlyStopping
 from lit_lora.errors import UserError
 from lit_lora.files import writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
-from lit_lora.help_screen import HelpScreen
 from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
 from lit_lora.redact import redact
@@ -59,32 +59,6 @@ for _module in dict.fromkeys(public_names().values()):
     import_module(_module)  # the public names are short class paths, which jsonargparse finds among imported classes
 
 CLI = TypeVar("CLI", bound="LitLoraCLI")
-
-
-class Parser(LightningArgumentParser):
-    """Reports a config error as one message, without usage or traceback, with exit status 2."""
-
-    def __init__(self, *arguments: Any, formatter_class: Any = HelpScreen, **options: Any) -> None:
-        super().__init__(*arguments, formatter_class=formatter_class, **options)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print_error(explain(message), "config error")
-        self.exit(2)
-
-    def _dump_delete_default_entries(self, subcfg: dict[str, Any], subdefaults: dict[str, Any]) -> None:
-        """Keep classes that replace the default, where jsonargparse 4.47 drops those whose own options are all defaults,
-        and fails if the default is null or a string.
-        """
-        classes = {
-            name: part["class_path"] for name, part in subcfg.items() if isinstance(part, dict) and "class_path" in part
-        }
-        plain: dict[str, Any] = {
-            name: {} for name in classes.keys() & subdefaults.keys() if not isinstance(subdefaults[name], dict)
-        }
-        super()._dump_delete_default_entries(subcfg, subdefaults | plain)
-        for name, path in classes.items():
-            if name not in subcfg and (name in plain or subdefaults[name].get("class_path") != path):
-                subcfg[name] = {"class_path": path}
 
 
 class SaveConfig(SaveConfigCallback):

@@ -38,7 +38,7 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
                 "--data.init_args.batches_per_epoch=1",
                 "--data.init_args.train_sets=[]",
             ],
-            "Option 'train_sets' is not accepted\nseveral sets are for WebDatasetDataModule, which plans from indexes",
+            "WebDatasetStreamDataModule has no option train_sets; did you mean train_shards?\nseveral sets are for WebDataset",
         ),
         (
             ["--trainer.accumulate_grad_batches", "0"],
@@ -62,8 +62,21 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["--model.optimizer", "torch.optim.AdamX"], "torch.optim has no AdamX; did you mean Adam?"),
         (["--trainer.logger", "Logger"], "trainer.logger: "),
         (["--model.optimizer", "nowhere.AdamW"], "there is no module nowhere; install it, or correct the path"),
-        (["--model.optimizer.init_args.lr", "fast"], "lr: 'fast' is not a float or Tensor"),
-        (["--model.adapter.init_args.r", "many"], "r: 'many' is not an int"),
+        (["--model.optimizer.init_args.lr", "fast"], "lr of AdamW: 'fast' is not a float or Tensor"),
+        (["--model.adapter.init_args.r", "many"], "r of LoraConfig: 'many' is not an int"),
+        (["--model.optimizer.init_args.lrr", "1"], "AdamW has no option lrr; did you mean lr?"),
+        (["--model.adapter.init_args.zzzz", "1"], "LoraConfig has no option zzzz; its documentation lists them"),
+        (["--data.buckets.zzzz", "1"], "AspectRatioBuckets has no option zzzz; the options there are divisor, max_"),
+        (
+            ["--data.decoder.init_args.captions.zzzz", "1"],
+            "ImageDecoder has no option captions.zzzz; the options there are dropout, keep_tags,",
+        ),
+        (
+            ["--model.memory", '{"vae_slice": true}'],
+            "no option model.memory.vae_slice; did you mean model.memory.vae_sl",
+        ),
+        (["--model.memory.zzzz", "1"], "there is no option model.memory.zzzz; the options there are gradient_check"),
+        (["--trainer.profiler", "simple", "--trainer.profiler.zzzz", "1"], "profiler: 'zzzz: 1' is not a str or Prof"),
         (["--model.caption_dropout", "some"], "model.caption_dropout: 'some' is not a float"),
         (["--model.quantization", "nf4"], "model.quantization: 'nf4' is not a Quantization\nquantizations are Int8,"),
         (
@@ -72,9 +85,12 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         ),
         (["--trainer.callbacks+=AdapterCheckpiont"], "no class AdapterCheckpiont; did you mean AdapterCheckpoint?"),
         (["--trainer.precision", "fp17"], "trainer.precision: 'fp17' is none of 64, 32, 16, transformer-engine,"),
-        (["--data.init_args.train_shards", "[1, 2]"], "train_shards: '[1, 2]' is not a str or list[str]"),
+        (
+            ["--data.init_args.train_shards", "[1, 2]"],
+            "train_shards of WebDatasetDataModule: '[1, 2]' is not a str or list[str]",
+        ),
         (["--data.init_args.chunks", "null"], "data.init_args.chunks is null; leave it out, or give its options"),
-        (["--model.adaptor.r", "4"], "Unrecognized arguments: --model.adaptor.r 4\nlit-lora COMMAND --help"),
+        (["--model.adaptor.r", "4"], "there is no option --model.adaptor.r; did you mean --model.adapter?"),
     ],
 )
 def test_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

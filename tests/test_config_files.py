@@ -12,7 +12,13 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lit_lora.cli import TRAINER_COMMANDS, main
-from lit_lora.config_files import check_config_files, check_config_given, given_configs, shipped_config
+from lit_lora.config_files import (
+    check_config_files,
+    check_config_given,
+    check_option_names,
+    given_configs,
+    shipped_config,
+)
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
 
@@ -27,6 +33,7 @@ def check(path: Path, text: str, method: str | None = "fit") -> None:
     [
         ("trainer: {max_stepz: 3}", r"has trainer.max_stepz, which is no option; did you mean trainer.max_steps\?"),
         ("model: {familly: {}}", r"has model.familly, which is no option; did you mean model.family\?"),
+        ("optimizer: {lr: 1}", r"has optimizer, which is no option; did you mean model.optimizer\?"),
         ("modell: {}", r"has modell, which is no option; did you mean model\?"),
         ("model: {zzz: 1}", "has model.zzz, which is no option; lit-lora COMMAND --help lists"),
     ],
@@ -34,6 +41,43 @@ def check(path: Path, text: str, method: str | None = "fit") -> None:
 def test_unknown_keys_are_refused(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         check(tmp_path / "x.yaml", text)
+
+
+@pytest.mark.parametrize(
+    ("option", "advice"),
+    [
+        ("--trainer.max_stepz", "did you mean --trainer.max_steps?"),
+        ("--trainr.max_steps=3", "did you mean --trainer.max_steps?"),
+        ("--max_steps", "did you mean --trainer.max_steps?"),
+        ("--lr=3", "did you mean --model.optimizer.init_args.lr?"),
+        ("--model.adaptor.r", "did you mean --model.adapter?"),
+        ("--modell.adapter.r", "did you mean --model?"),
+        ("--model.zzz+=1", "lit-lora COMMAND --help lists all options"),
+        ("--zzz", "lit-lora COMMAND --help lists all options"),
+    ],
+)
+def test_unknown_options_are_refused(option: str, advice: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_option_names([option, "3"], "fit")
+    assert str(refused.value) == f"there is no option {option.partition('=')[0].rstrip('+')}; {advice}"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("--config", "--print_config=skip_default", "--help", "--seed_everything", "--ckpt_path", "--must_resume"),
+        *("--trainer.max_ste", "--trainer.callbacks+=A", "--trainer.callbacks.help", "--model.adapter.init_args.r=3"),
+        *("--model", "--data.zzz", "-c", "--", "zzz"),
+    ],
+)
+def test_options_that_may_exist_are_left_to_the_parser(option: str) -> None:
+    check_option_names([option], "fit")
+
+
+def test_options_of_its_own_are_left_to_a_tool() -> None:
+    check_option_names(["--device_memory", "12"])
+    with pytest.raises(UserError, match=r"--model.sed; did you mean --model.seed\?"):
+        check_option_names(["--device_memory", "12", "--model.sed", "1"])
 
 
 @pytest.mark.parametrize(
@@ -128,9 +172,16 @@ def test_a_missing_file_is_named_with_a_similar_one(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_a_refusal_imports_no_library(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--config", "missing.yaml"], "--config missing.yaml: there is no such file"),
+        (["--config", "configs/demo.yaml", "--max_steps=3"], "there is no option --max_steps"),
+    ],
+)
+def test_a_refusal_imports_no_library(options: list[str], sentence: str, tmp_path: Path) -> None:
     program = (
-        "import sys\nfrom lit_lora.cli import main\nstatus = main(['fit', '--config', 'missing.yaml'])\n"
+        f"import sys\nfrom lit_lora.cli import main\nstatus = main(['fit', *{options!r}])\n"
         "print(status, *sys.modules.keys() & {'torch', 'lightning', 'diffusers', 'peft', 'jsonargparse'})"
     )
     folder = str(Path(__file__).parents[1])
@@ -142,7 +193,7 @@ def test_a_refusal_imports_no_library(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": folder},
     )
     assert done.stdout == "2\n", done.stderr
-    assert "--config missing.yaml: there is no such file" in done.stderr
+    assert sentence in done.stderr
 
 
 def test_a_command_without_arguments_has_no_configs() -> None:

@@ -6,13 +6,14 @@ import re
 from argparse import SUPPRESS
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser, auto_cli
 
 from lit_lora.console import print_error
 from lit_lora.errors import UserError
 from lit_lora.help_screen import HelpScreen
+from lit_lora.option_names import advice_for, option_names
 
 _NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Got value: (.*)""")
 """What jsonargparse says of a list of positional arguments whose last one is missing."""
@@ -23,6 +24,8 @@ _MISSING = re.compile(r"Option '(?:\w+\.)*(\w+)' is required")
 _PLURAL = re.compile(r"ambiguous option: (\S+) could match (\S+), \2\+$")
 """What jsonargparse says of the beginning of an option for a list, which it has twice."""
 
+_ABSENT = re.compile(r"Unrecognized arguments: --([\w.-]+)")
+
 _OF_ARGUMENTS = ("Unrecognized arguments", "ambiguous option", 'expected "subcommand"', "argument subcommand")
 """Beginnings of messages after which the help is of use."""
 
@@ -31,7 +34,13 @@ _OF_CONFIGS = ("--config", "--print_config")
 
 
 class ToolParser(ArgumentParser):
-    """Reports an error as one message, without usage, with exit status 2."""
+    """Reports an error as one message, without usage, with exit status 2.
+
+    Attributes:
+        further: Names of options that the command takes besides those of the parser.
+    """
+
+    further: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, *arguments: Any, formatter_class: Any = HelpScreen, **options: Any) -> None:
         super().__init__(*arguments, formatter_class=formatter_class, **options)
@@ -53,6 +62,10 @@ class ToolParser(ArgumentParser):
             message = explain(message)
         if same := _PLURAL.match(message):
             message = f"there is no option {same[1]}; did you mean {same[2]}?"
+        if (absent := _ABSENT.match(message)) and (
+            near := advice_for(absent[1], option_names(self._actions) | self.further, "--")
+        ):
+            message = f"there is no option --{absent[1]}; {near}"
         if missing or found or message.startswith(_OF_ARGUMENTS):
             message = f"{message.rstrip('.')}; {self.prog.replace(' [options]', '')} --help shows all arguments"
         print_error(message)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from lit_lora.config_files import check_option_names
 from lit_lora.errors import UserError
 from lit_lora.first_imports import first_imports
 
@@ -42,10 +43,13 @@ def train_command(arguments: list[str]) -> None:
     class Parser(ToolParser):
         """Has no ``--config``, which this command writes instead."""
 
+        further = frozenset(option.removeprefix("--").partition(".")[0] for option in (*SHORT, *_OF_FIT))
+
         def add_argument(self, *names: Any, **options: Any) -> Any:
             return None if names[:1] == ("--config",) else super().add_argument(*names, **options)
 
     own, given = split_arguments(arguments)
+    check_option_names([f"--{name}" for name in given])
     request: Request = run_tool(train, own, "lit-lora train", epilog=_EPILOG, parser_class=Parser)
     with first_imports():
         from lit_lora.tools.training.run import train_adapter

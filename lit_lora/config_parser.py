@@ -1,0 +1,48 @@
+"""The parser of the commands that have a config."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_lora.config_errors import explain
+from lit_lora.console import print_error
+from lit_lora.help_screen import HelpScreen
+from lit_lora.option_names import option_names
+
+
+class Parser(LightningArgumentParser):
+    """Reports a config error as one message, without usage or traceback, with exit status 2.
+
+    jsonargparse makes a further one for each class that a config names.
+    """
+
+    _of_class = ""
+
+    def __init__(self, *arguments: Any, formatter_class: Any = HelpScreen, **options: Any) -> None:
+        super().__init__(*arguments, formatter_class=formatter_class, **options)
+
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **options: Any) -> Any:
+        if nested_key is None:
+            self._of_class = theclass.__name__
+        return super().add_class_arguments(theclass, nested_key, *args, **options)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print_error(explain(message, option_names(self._actions), self._of_class), "config error")
+        self.exit(2)
+
+    def _dump_delete_default_entries(self, subcfg: dict[str, Any], subdefaults: dict[str, Any]) -> None:
+        """Keep classes that replace the default, where jsonargparse 4.47 drops those whose own options are all defaults,
+        and fails if the default is null or a string.
+        """
+        classes = {
+            name: part["class_path"] for name, part in subcfg.items() if isinstance(part, dict) and "class_path" in part
+        }
+        plain: dict[str, Any] = {
+            name: {} for name in classes.keys() & subdefaults.keys() if not isinstance(subdefaults[name], dict)
+        }
+        super()._dump_delete_default_entries(subcfg, subdefaults | plain)
+        for name, path in classes.items():
+            if name not in subcfg and (name in plain or subdefaults[name].get("class_path") != path):
+                subcfg[name] = {"class_path": path}

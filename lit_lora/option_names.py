@@ -1,0 +1,69 @@
+"""Names of options that do not exist, and the options that were probably meant."""
+
+from __future__ import annotations
+
+from argparse import Action
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+_OTHER_NAMES = {
+    "batch_size": ("data.init_args.batch_size",),
+    "epochs": ("trainer.max_epochs",),
+    "gradient_accumulation_steps": ("trainer.accumulate_grad_batches",),
+    "gradient_checkpointing": ("model.memory.gradient_checkpointing",),
+    "learning_rate": ("lr", "model.optimizer.init_args.lr"),
+    "lr": ("model.optimizer.init_args.lr",),
+    "max_grad_norm": ("trainer.gradient_clip_val",),
+    "max_steps": ("steps",),
+    "max_train_epochs": ("trainer.max_epochs",),
+    "max_train_steps": ("steps", "trainer.max_steps"),
+    "mixed_precision": ("model.base_dtype",),
+    "network_alpha": ("model.adapter.init_args.lora_alpha",),
+    "network_dim": ("rank", "model.adapter.init_args.r"),
+    "num_train_epochs": ("trainer.max_epochs",),
+    "output_dir": ("out", "trainer.default_root_dir"),
+    "pretrained_model_name_or_path": ("base", "model.family.init_args.pretrained_model_name_or_path"),
+    "rank": ("model.adapter.init_args.r",),
+    "resolution": ("data.init_args.resolution",),
+    "resume_from_checkpoint": ("ckpt_path",),
+    "steps": ("trainer.max_steps",),
+    "time": ("trainer.max_time",),
+    "train_batch_size": ("batch_size", "data.init_args.batch_size"),
+    "train_data_dir": ("data.init_args.train_shards",),
+}
+"""Options by the names that they have in scripts of diffusers and kohya, or in another of our commands."""
+
+
+def option_names(actions: Iterable[Action]) -> set[str]:
+    """Names of a parser's options, those of its subcommands included."""
+    names = set()
+    for action in actions:
+        if not action.dest.endswith("help"):
+            names.add(action.dest)
+        for parser in action.choices.values() if isinstance(action.choices, dict) else ():
+            names |= option_names(parser._actions)
+    return names
+
+
+def advice_for(path: str, options: Iterable[str], dashes: str = "") -> str | None:
+    """What to write in place of an option that does not exist; None if no other is like it.
+
+    Args:
+        path: Name of the option with the parts that it is in, such as ``trainer.max_stepz``.
+        options: The options that exist, written in the same way.
+        dashes: What the command line has before a name, ``--``; defaults to "", as in a config file.
+    """
+    near = _nearest(path, sorted(options))
+    return f"did you mean {dashes}{near}?" if near else None
+
+
+def _nearest(path: str, options: Sequence[str]) -> str | None:
+    """An option beside it with nearly the same name, or one elsewhere with the same or another trainer's name."""
+    part, dot, name = path.rpartition(".")
+    beside = [option.rpartition(".")[2] for option in options if option.rpartition(".")[0] == part]
+    if close := get_close_matches(name, beside, n=1):
+        return f"{part}{dot}{close[0]}"
+    elsewhere = {option.rpartition(".")[2]: option for option in options}
+    parts = {option.partition(".")[0] for option in options}
+    others = (other for other in _OTHER_NAMES.get(name, ()) if other in options or other.partition(".")[0] in parts)
+    return elsewhere.get(name) or next(others, None)
