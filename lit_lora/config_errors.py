@@ -47,6 +47,8 @@ _NO_OPTION = re.compile(
     r"(?:' is not accepted|' does not accept option '([\w.]+))?"
 )
 _NESTED = re.compile(r"""["']*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)["']*$""")
+_STRAY = re.compile(r"Unrecognized arguments: (?!-)(\S+)")
+_PLURAL = re.compile(r"ambiguous option: (\S+) could match (\S+), \2\+$")
 _KEY = re.compile(r'^Parser key "([^"]+)":')
 _NO_CLASS = re.compile(r"Expected a dot import path string: ([\w.]*\b[A-Z]\w*)\s*$", re.MULTILINE)
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
@@ -55,8 +57,11 @@ _AMBIGUOUS = re.compile(
 )
 _NO_MODULE = re.compile(r"No module named '([\w.]+)'")
 _WANTED = re.compile(r"<class '((?:lit_lora|peft)\.[\w.]+)'>")
-_TYPE = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>|\b(list\[\w+\])")
-_CHOICES = re.compile(r"Literal\[([^\]]*)\]")
+_TYPE = re.compile(r"<class '(?:[\w.]+\.)?(\w+)'>|\b((?:list|dict)\[[\w, |]+\])")
+_CHOICES = re.compile(r"Literal\[((?:'[^']*'|[^\]'])*)\]")
+_CHOICE = re.compile(r"[^', ](?:[^',]*[^', ])?")
+_NO_PATH = re.compile(r"Expected a dot import path string: (\S+)\s*$", re.MULTILINE)
+_NO_SUBCLASS = re.compile(r"Not a valid subclass of (\w+)\. Got value: (\S+)")
 _MODULES = ("torch.optim", "torch.optim.lr_scheduler", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
 """Modules with classes that configs name, besides those of lit_lora and PEFT."""
 
@@ -69,17 +74,30 @@ def explain(message: str, options: Iterable[str] = (), owner: str = "") -> str:
         options: Names of the options that there are. Defaults to none.
         owner: Class that has these options. Defaults to "", for the command itself.
     """
-    if required := _REQUIRED.match(message):
-        return f"{required[1]} is not given; give it in a config, such as --config configs/sd15.yaml; {TO_BEGIN}"
     advice = "".join(f"\n{advice}" for pattern, advice in _ADVICE.items() if re.search(pattern, message, re.MULTILINE))
-    if absent := _NO_OPTION.match(message):
-        return _no_option(".".join(filter(None, absent.groups())), sorted(options), owner) + advice
+    if told := _wrong_name(message, sorted(options), owner):
+        return told + advice
     key = _KEY.search(message)
     if key is None or message.count("Parser key") > 1:
         return message + advice
-    reason = _missing(message) or _wrong_value(message)
+    reason = _missing(message) or _wrong_value(message) or _no_class(message)
     place = f"{key[1]} of {owner}" if owner else key[1]
     return (f"{place}: {reason}" if reason else message) + advice
+
+
+def _wrong_name(message: str, options: Sequence[str], owner: str) -> str | None:
+    """An option that is not given, not there, or not written in full."""
+    if required := _REQUIRED.match(message):
+        if owner:
+            return f"{owner} needs {required[1]}, which is not given"
+        return f"{required[1]} is not given; give it in a config, such as --config configs/sd15.yaml; {TO_BEGIN}"
+    if stray := _STRAY.match(message):
+        return f"{stray[1]!r} follows no option; write --NAME {stray[1]}; {ALL_OPTIONS}"
+    if same := _PLURAL.match(message):
+        return f"there is no option {same[1]}; did you mean {same[2]}?"
+    if absent := _NO_OPTION.match(message):
+        return _no_option(".".join(filter(None, absent.groups())), options, owner)
+    return None
 
 
 def _no_option(path: str, options: Sequence[str], owner: str) -> str:
@@ -152,10 +170,11 @@ def _missing(message: str) -> str | None:
         return f"there is no module {found[1]}; install it, or correct the path of the class"
     if found := _NO_CLASS.search(message):
         known = {*public_names(), *(config.__name__ for config in PEFT_TYPE_TO_CONFIG_MAPPING.values())}
-        if (wanted := _WANTED.search(_expected(message))) and found[1] in known:
-            fitting = _derived(import_object(wanted[1]), sorted(known))
-            return f"{found[1]} is no {wanted[1].rpartition('.')[2]}; choose from {', '.join(fitting)}"
-        return f"there is no class {found[1]}{_suggestion(found[1], known.union(*map(_classes_of, _MODULES)))}"
+        wanted = _WANTED.search(_expected(message))
+        fitting = ", ".join(_derived(import_object(wanted[1]), sorted(known))) if wanted else ""
+        if wanted and found[1] in known:
+            return f"{found[1]} is no {wanted[1].rpartition('.')[2]}; choose from {fitting}"
+        return f"there is no class {found[1]}{_suggestion(found[1], known.union(*map(_classes_of, _MODULES)), fitting)}"
     return None
 
 
@@ -164,15 +183,27 @@ def _wrong_value(message: str) -> str | None:
     value = message.rpartition("Given value: " if "Given value: " in message else "Got value: ")[2].strip()
     value = _NESTED.sub(r"\1: \2", value)
     types = sorted(
-        {*map("".join, _TYPE.findall(_expected(message)))} - {"NoneType"},
+        {*("".join(found).replace("Sequence", "list") for found in _TYPE.findall(_expected(message)))} - {"NoneType"},
         key=lambda name: ("[" in name, name[0].isupper(), name),
     )
-    choices = [choice.strip(" '") for listed in _CHOICES.findall(message) for choice in listed.split(",")]
+    choices = [choice for listed in _CHOICES.findall(message) for choice in _CHOICE.findall(listed)]
     if value == message.strip() or not (types or choices):
         return None
     if choices:
         return f"{value!r} is none of {', '.join(dict.fromkeys(choices))}"
     return f"{value!r} is not {'an' if types[0][0] in 'aeiouAEIOU' else 'a'} {' or '.join(types)}"
+
+
+def _no_class(message: str) -> str | None:
+    """A value in place of a class, such as the name of an optimizer in lower case."""
+    if found := _NO_PATH.search(message):
+        known = {name.lower(): name for name in sorted(set[str]().union(*map(_classes_of, _MODULES)))}
+        close = get_close_matches(found[1].lower(), known, n=1, cutoff=0.75)
+        advice = f"did you mean {known[close[0]]}?" if close else "write the name of one, such as torch.optim.AdamW"
+        return f"{found[1]!r} is no class; {advice}"
+    if found := _NO_SUBCLASS.search(message):
+        return f"{found[2].replace('None', 'null')} is no {found[1]}; write the name of a class"
+    return None
 
 
 def _expected(message: str) -> str:
@@ -181,9 +212,10 @@ def _expected(message: str) -> str:
     return types.partition("\n")[0] if listed else message.partition("Got value: ")[0]
 
 
-def _suggestion(name: str, known: set[str]) -> str:
-    close = get_close_matches(name.rpartition(".")[2], sorted(known), n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else "; write the name of a class, with its module unless it is ours"
+def _suggestion(name: str, known: set[str], fitting: str = "") -> str:
+    if close := get_close_matches(name.rpartition(".")[2], sorted(known), n=1, cutoff=0.75):
+        return f"; did you mean {close[0]}?"
+    return f"; choose from {fitting}" if fitting else "; write the name of a class, with its module unless it is ours"
 
 
 def _derived(kind: type[Any], names: Iterable[str]) -> list[str]:

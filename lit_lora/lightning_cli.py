@@ -46,7 +46,7 @@ from lit_lora.distributed import check_strategy_name
 from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.dropped_options import dropped_options
 from lit_lora.early_stopping import ResumedEarlyStopping
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least, check_most
 from lit_lora.files import writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
 from lit_lora.lazy import public_names
@@ -57,6 +57,9 @@ from lit_lora.trainer_options import check_trainer_options
 
 for _module in dict.fromkeys(public_names().values()):
     import_module(_module)  # the public names are short class paths, which jsonargparse finds among imported classes
+
+_MAX_SEED = 2**32 - 1
+"""The highest seed that NumPy takes."""
 
 CLI = TypeVar("CLI", bound="LitLoraCLI")
 
@@ -112,6 +115,13 @@ class LitLoraCLI(LightningCLI):
         for dropped in dropped_options(args or [], self.config.get(self.config.get("subcommand") or "", self.config)):
             rank_zero_warn(dropped)
 
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool):
+            check_least(0, seed_everything=seed)
+            check_most(_MAX_SEED, seed_everything=seed)
+        super()._set_seed()
+
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's hyperparameters override the user's config."""
 
@@ -145,7 +155,8 @@ class LitLoraCLI(LightningCLI):
         for kind in (ResumedEarlyStopping, StepMetrics, ScheduleFree, FiniteGradients):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.insert(1, kind())
-        configured = [entry.class_path for entry in self._get(self.config, "trainer.callbacks") or []]
+        given = self._get(self.config, "trainer.callbacks") or []
+        configured = [entry.class_path for entry in (given if isinstance(given, list) else [given])]
         _save_adapters(self.trainer, configured)
         if not any(path.endswith("ProgressBar") for path in configured):
             bars = (TQDMProgressBar, RichProgressBar)

@@ -173,6 +173,15 @@ def test_lightnings_table_of_layers_is_shown_where_nothing_else_tells_what_is_tr
     assert any(isinstance(callback, ModelSummary) for callback in cli.trainer.callbacks) == shown  # type: ignore[attr-defined]
 
 
+@pytest.mark.filterwarnings("ignore:.*are left out, since a later list replaces it")
+def test_a_callback_may_stand_alone(tmp_path: Path) -> None:
+    one = ["--trainer.callbacks", "LearningRateMonitor", "--trainer.default_root_dir", str(tmp_path)]
+    cli: LitLoraCLI = build_cli(["fit", "--config", "configs/demo.yaml", *one], run=False)
+    cli.before_fit()
+    kinds = {type(callback).__name__ for callback in cli.trainer.callbacks}  # type: ignore[attr-defined]
+    assert {"LearningRateMonitor", "AdapterCheckpoint"} <= kinds, "the default one saves, since no other does"
+
+
 # Configs have the same keys, and building one takes seconds: each is under one overlay, and each overlay over one at least.
 # Not every family's text encoders can be trained.
 FOR_ALL = [overlay for overlay in OVERLAYS if overlay != "text_encoders.yaml"]

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, PolynomialLR, ReduceLROnPlateau
 
 from lit_lora.adapters.inject import ADAPTER_NAME
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 
 _WRAPPERS = re.compile(rf"^family\.|base_model\.model\.|\.{ADAPTER_NAME}(?=\.|$)")
 """What :class:`~lit_lora.LoraDiffusion` and PEFT put into the names of parameters."""
@@ -135,8 +135,11 @@ def check_schedule(rates: Sequence[Any], optimizer: Optimizer, schedule: object,
         steps: Number of optimizer steps; -1, the default, if it is unknown.
 
     Raises:
-        UserError: If the groups had different learning rates and have the same now, as OneCycleLR makes them.
+        UserError: If the groups had different learning rates and have the same now, as OneCycleLR makes them, or the
+            period of ``CosineAnnealingLR`` is no number of steps.
     """
+    if isinstance(schedule, CosineAnnealingLR):
+        check_least(1, **{"lr_scheduler T_max": schedule.T_max})
     now = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
     if len(set(map(float, rates))) > 1 and len(set(map(float, now))) == 1:
         raise UserError(

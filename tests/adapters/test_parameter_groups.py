@@ -160,6 +160,13 @@ def test_schedules_that_end_before_the_training(make: Any, told: str) -> None:
         check_schedule([0.1], optimizer, make(optimizer), 4)
 
 
+def test_a_period_of_no_steps_is_refused() -> None:
+    # CosineAnnealingLR divides by it at its first step.
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    with pytest.raises(UserError, match="lr_scheduler T_max=0 is too small; it must be at least 1"):
+        check_schedule([0.1], optimizer, CosineAnnealingLR(optimizer, T_max=0))
+
+
 def test_resuming_with_groups(sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path) -> None:
     schedule: dict[str, Any] = {"lr_scheduler": partial(LinearLR, start_factor=0.5, total_iters=8)}
     whole, resumed = (module_of(sd_folder, **schedule) for _ in range(2))
