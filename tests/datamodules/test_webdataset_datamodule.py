@@ -199,12 +199,12 @@ def test_second_fit_continues(tmp_path, make_shards):
     data = _data(paths)
     first = _fit(tmp_path, data, max_epochs=1)
     with pytest.warns(
-        UserWarning, match="begins at batch 1 of pass 2 .* where an earlier fit with this datamodule ended"
+        UserWarning, match=r"begins at batch 1 of pass 2 .* where an earlier fit with this datamodule ended"
     ):
         second = _fit(tmp_path, data, max_epochs=1)
     assert first.train_seen + second.train_seen == whole.train_seen
     data.val_samples = 2
-    with pytest.raises(UserError, match="goes on from its earlier fit .* make a new one .* samples 12, this run 10"):
+    with pytest.raises(UserError, match=r"goes on from its earlier fit .* make a new one .* samples 12, this run 10"):
         _fit(tmp_path, data, max_epochs=1)
 
 
