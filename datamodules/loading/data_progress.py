@@ -97,8 +97,8 @@ def _warn_of_earlier_fit(loader: PlannedLoader) -> None:
     if isinstance(loader, RestartingLoader) or cursor == loader.plan.start():
         return
     rank_zero_warn(
-        f"training begins at batch {cursor.pass_batches + 1} of pass {cursor.pass_number + 1} through the data, where an earlier fit "
-        f"with this datamodule ended; for a run from the beginning make a new WebDatasetDataModule"
+        f"training begins at batch {cursor.pass_batches + 1} of pass {cursor.pass_number + 1} through the data, where an earlier "
+        f"fit with this datamodule ended; for a run from the beginning make a new WebDatasetDataModule"
     )
 
 
