@@ -150,8 +150,7 @@ class RankBudget(ChangedRanks):
                 f"RankBudget's budget of {final:,.0f} {self._unit} is not below the {first:,.0f} at the start, so nothing would "
                 f"be pruned; lower the budget, or raise the adapter's r"
             )
-        if not self._total_steps:
-            self._total_steps = number_of_steps(trainer, "RankBudget")
+        self._set_total_steps(trainer)
         begin, end = self.start * self._total_steps, self.stop * self._total_steps
         self._schedule = {}
         for number in range(1, self.prunings + 1):
@@ -252,6 +251,17 @@ class RankBudget(ChangedRanks):
         super().find_layers(module)
         if not self._first_ranks:
             self._first_ranks = {layer.path: layer.rank for layer in self.layers}
+
+    def _set_total_steps(self, trainer: Trainer) -> None:
+        """Take the trainer's steps for the schedule, or the checkpoint's if its schedule has begun."""
+        has_begun = bool(self._axes) or any(layer.rank != self._first_ranks[layer.path] for layer in self.layers)
+        if not (self._total_steps and has_begun):
+            self._total_steps = number_of_steps(trainer, "RankBudget")
+        elif (steps := trainer.estimated_stepping_batches) != self._total_steps:
+            rank_zero_warn(
+                f"RankBudget keeps the schedule of its checkpoint, which is made for {self._total_steps} optimizer steps and "
+                f"has begun; the {steps} of this run do not change when ranks are pruned"
+            )
 
     def _used(self) -> float:
         """What the layers take of the budget now."""

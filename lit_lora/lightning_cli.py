@@ -328,7 +328,9 @@ def _what_is_last(trainer: Trainer) -> str:
     if dangling:
         return f"{dangling[0]} points to {os.readlink(dangling[0])}, which is gone"
     found = f"there is no checkpoint to resume from in {searched}"
-    if folder is None and trainer.logger and not has_versions:
+    if folder is None and getattr(trainer, "fast_dev_run", False):
+        found += "; trainer.fast_dev_run has no logger, in whose folders the checkpoints of runs are: give the checkpoint's path"
+    elif folder is None and trainer.logger and not has_versions:
         found += f", where {type(trainer.logger).__name__} gives each run a folder of its own: set AdapterCheckpoint's dirpath"
     return found
 

@@ -731,3 +731,14 @@ def test_last_where_each_run_has_a_folder_of_its_own(
     path = config(trainer__logger=logger, trainer__callbacks=[{"class_path": "AdapterCheckpoint"}])
     assert main(["fit", "--config", str(path), "--ckpt_path", "last", "--must_resume", "true"]) == 2
     assert "SharedLogger gives each run a folder of its own: set AdapterCheckpoint's dirpath" in capsys.readouterr().err
+
+
+def test_last_in_a_run_that_only_tries(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    path = config(trainer__callbacks=[{"class_path": "AdapterCheckpoint"}])
+    assert main(["fit", "--config", str(path), "--trainer.fast_dev_run", "true", "--ckpt_path", "last"]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert (
+        "trainer.fast_dev_run has no logger, in whose folders the checkpoints of runs are: give the checkpoint's"
+        in told
+    )
+    assert "DummyLogger" not in told

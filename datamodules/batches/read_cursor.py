@@ -69,13 +69,17 @@ def refuse_position(name: str, value: str, bound: str) -> NoReturn:
 
 @contextmanager
 def naming_checkpoint(trainer: Any) -> Iterator[None]:
-    """Put the path of the checkpoint that a trainer resumes, if there is one, before the errors in the block."""
+    """Put the checkpoint that a trainer resumes, or that there is none, before the errors in the block."""
     try:
         yield
     except UserError as error:
         path = getattr(trainer, "ckpt_path", None)
-        if path is None:
+        if trainer is None:
             raise
+        if path is None:
+            raise UserError(
+                f"a datamodule goes on from its earlier fit as from a checkpoint; make a new one to begin anew: {error}"
+            ) from error
         raise UserError(f"{redact(str(path))}: {error}") from error
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_lora.datamodules.loading.loader import PlannedLoader
 from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
@@ -27,10 +27,14 @@ class DataProgress(Callback):
     def __init__(self) -> None:
         self._visit = 0
         self._chunk = 0
+        self._has_started = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = _loader(trainer)
         if loader is not None:
+            if trainer.global_step == 0 and trainer.ckpt_path is None and not self._has_started:
+                _warn_of_earlier_fit(loader)
+            self._has_started = True  # the tuner's short runs start again and again
             self._remember(loader)
             # Lightning does not call the start of an epoch that is gone on with.
             _set_length(trainer, loader, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
@@ -85,6 +89,17 @@ def add_data_progress(callbacks: list[Callback]) -> None:
 def _loader(trainer: Trainer) -> PlannedLoader | None:
     loader = trainer.train_dataloader
     return loader if isinstance(loader, PlannedLoader) else None
+
+
+def _warn_of_earlier_fit(loader: PlannedLoader) -> None:
+    """Warn that a new run does not begin at the beginning of the data."""
+    cursor = loader.cursor
+    if isinstance(loader, RestartingLoader) or cursor == loader.plan.start():
+        return
+    rank_zero_warn(
+        f"training begins at batch {cursor.pass_batches + 1} of pass {cursor.pass_number + 1} through the data, where an earlier "
+        f"fit with this datamodule ended; for a run from the beginning make a new WebDatasetDataModule"
+    )
 
 
 def _set_length(trainer: Trainer, loader: PlannedLoader, done: int) -> None:

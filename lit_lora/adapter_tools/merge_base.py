@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_lora.adapter_tools.base_model import CONFIG, INDEX, BaseModel, comparable
 from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.adapter_tools.plain_lora import Layers, beyond_lora, lora_layers
-from lit_lora.adapter_tools.weight_stream import rewrite, shapes_in, widest_dtype
+from lit_lora.adapter_tools.weight_stream import Rounding, rewrite, shapes_in, widest_dtype
 from lit_lora.adapters import load_adapter
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
@@ -34,6 +34,9 @@ _TEXT_MODEL = "text_model."
 _GROUPED = "PEFT's LoRA of a grouped convolution reaches all inputs, which the weight does not"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.pt", "*.onnx*")
 
+_COARSE = 0.1
+"""Error of the merged change by rounding, as a share of it, from which on it is told."""
+
 
 @dataclass(frozen=True)
 class MergedBase:
@@ -42,10 +45,12 @@ class MergedBase:
     Args:
         layers: Number of changed weights by part.
         files: Number of weight files of the changed parts.
+        rounding: What the dtypes of the files leave of the adapter; empty where PEFT has merged loaded models.
     """
 
     layers: dict[str, int]
     files: int
+    rounding: Rounding
 
 
 def check_base(adapter: AdapterFiles, path: object, base: BaseModel) -> None:
@@ -114,19 +119,25 @@ def merge_base(
     parts = {name: base.part(name) for name in adapter.parts}
     if denoiser_only and (others := [name for name in parts if name != "denoiser"]):
         raise UserError(f"{path} also changes {others[0]}; write the whole pipeline, without denoiser_only")
+    rounding = Rounding()
     targets = {name: out if denoiser_only or not folder else out / folder for name, folder in parts.items()}
     if beyond_lora(adapter):
         counts = {name: _merge_loaded(adapter, name, path, base, targets[name]) for name in parts}
     else:
         layers = lora_layers(adapter, path)
         plans = {name: _plan(layers[name], path, base.weight_files(folder)) for name, folder in parts.items()}
-        counts = {name: _merge_files(plans[name], base.folder / parts[name], targets[name]) for name in parts}
+        counts = {name: _merge_files(plans[name], base.folder / parts[name], targets[name], rounding) for name in parts}
     if base.is_pipeline and not denoiser_only:
         _copy_others(base, set(parts.values()), out)
     _set_scheduler(adapter, path, out / "scheduler" / "scheduler_config.json")
-    return MergedBase(
-        {name: layers for name, (layers, _) in counts.items()}, sum(files for _, files in counts.values())
-    )
+    if rounding.share > _COARSE:
+        warnings.warn(
+            f"the merged weights are off the adapter's change by {rounding.share:.0%} of it, because the files' dtype rounds "
+            f"them; merge into the base in float32, or load the adapter beside the base",
+            stacklevel=2,
+        )
+    files = sum(files for _, files in counts.values())
+    return MergedBase({name: layers for name, (layers, _) in counts.items()}, files, rounding)
 
 
 _Plan = dict[Path, dict[str, LoraLayer]]
@@ -166,14 +177,15 @@ def _plain(name: str) -> str:
     return name.removeprefix(_TEXT_MODEL)
 
 
-def _merge_files(plan: _Plan, folder: Path, out: Path) -> tuple[int, int]:
+def _merge_files(plan: _Plan, folder: Path, out: Path, rounding: Rounding) -> tuple[int, int]:
     """Write a model's folder with merged weights; returns the numbers of changed weights and of files."""
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns(*_WEIGHTS), dirs_exist_ok=True)
     for file, layers in plan.items():
         functions: dict[str, Callable[[Tensor], Tensor]] = {name: partial(_merged, one) for name, one in layers.items()}
-        rewrite(file, out / file.name, functions)
+        rewrite(file, out / file.name, functions, rounding)
+    written = {file.name for file in plan}
     for listed in folder.glob("*.safetensors.index*.json"):
-        if len(plan) > 1:
+        if written.issuperset(json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values()):
             shutil.copyfile(listed, out / listed.name)
     return sum(map(len, plan.values())), len(plan)
 

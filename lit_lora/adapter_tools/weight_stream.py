@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import reduce
 from math import prod
 from pathlib import Path
@@ -66,7 +68,37 @@ def widest_dtype(files: Iterable[Path], model: object) -> torch.dtype:
     return reduce(torch.promote_types, [dtype for name, dtype in _DTYPES.items() if name in names])
 
 
-def rewrite(source: Path, target: Path, changed: dict[str, Callable[[Tensor], Tensor]]) -> None:
+@dataclass
+class Rounding:
+    """What the dtypes of files leave of changes of their weights.
+
+    Args:
+        changes: Sum of the squares of all changes in dtypes narrower than float32.
+        errors: Sum of the squares of what rounding adds to these changes.
+    """
+
+    changes: float = 0.0
+    errors: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Norm of the errors by that of the changes."""
+        return math.sqrt(self.errors / self.changes) if self.changes else 0.0
+
+    def add(self, old: Tensor, new: Tensor, written: Tensor) -> None:
+        """Count a tensor whose old value was rounded already.
+
+        Args:
+            old: Its value before.
+            new: Its changed value, float32.
+            written: The changed value as it is written.
+        """
+        if old.dtype.itemsize < new.dtype.itemsize:
+            self.changes += float(torch.linalg.vector_norm(new - old).double() ** 2)
+            self.errors += float(torch.linalg.vector_norm(new - written).double() ** 2)
+
+
+def rewrite(source: Path, target: Path, changed: dict[str, Callable[[Tensor], Tensor]], rounding: Rounding) -> None:
     """Copy a safetensors file with other values in some tensors; dtypes, names and metadata stay.
 
     The memory needed is that of the largest changed tensor, three times in float32.
@@ -75,6 +107,7 @@ def rewrite(source: Path, target: Path, changed: dict[str, Callable[[Tensor], Te
         source: Checked file.
         target: File to write.
         changed: Functions that return the new value of a tensor, float32, from the old one, by the tensor's name.
+        rounding: Where the rounding of the new values is counted.
 
     Raises:
         OSError: If the target cannot be written.
@@ -97,4 +130,7 @@ def rewrite(source: Path, target: Path, changed: dict[str, Callable[[Tensor], Te
             data = bytearray(read.read(end - begin))
             assert len(data) == prod(entry["shape"]) * dtype.itemsize, "safe_open has checked the file"
             old = torch.frombuffer(data, dtype=dtype).view(entry["shape"])
-            write.write(to_bytes(narrowed(changed[name](old.float()), dtype, f"{name} in {source.name}")))
+            new = changed[name](old.float())
+            written = narrowed(new, dtype, f"{name} in {source.name}")
+            rounding.add(old, new, written)
+            write.write(to_bytes(written))

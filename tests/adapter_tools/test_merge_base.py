@@ -18,6 +18,7 @@ from torch import nn
 from lit_lora.adapter_tools import merge_base as merging
 from lit_lora.adapter_tools.base_model import BaseModel, find_weights
 from lit_lora.adapter_tools.merge_base import merge_base
+from lit_lora.adapter_tools.plain_lora import lora_layers
 from lit_lora.adapters import adapter_state, inject, load_adapter, plain_config
 from lit_lora.errors import UserError
 from lit_lora.families import Flux, StableDiffusion
@@ -115,6 +116,58 @@ def test_shards_keep_their_tensors_and_dtype(dtype: torch.dtype, flux_folder: Pa
     if dtype == torch.float32:
         found = FluxTransformer2DModel.from_pretrained(out)
         torch.testing.assert_close(predict_flux(found), predict_flux(model), rtol=0, atol=1e-5)
+
+
+def test_only_the_index_of_the_written_files_is_copied(sd_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet")
+    unet.save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    adapter = random_adapter(UNet2DConditionModel.from_pretrained(sd_folder / "unet"), CONFIGS["LoRA"])
+    unet.half().save_pretrained(tmp_path / "base", variant="fp16", max_shard_size="100KB")
+    for variant in (None, "fp16"):
+        out = tmp_path / f"out-{variant}"
+        out.mkdir()
+        merge_base(adapter, "adapter", BaseModel(str(tmp_path / "base"), variant=variant), out)
+        infix = f".{variant}" if variant else ""
+        assert [file.name for file in out.glob("*.index*")] == [
+            f"diffusion_pytorch_model.safetensors.index{infix}.json"
+        ]
+
+
+def test_an_index_that_lists_one_file(sd_folder: Path, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(sd_folder / "unet", base)
+    out.mkdir()
+    name = "diffusion_pytorch_model-00001-of-00001.safetensors"
+    file = (base / "diffusion_pytorch_model.safetensors").rename(base / name)
+    listed = {"metadata": {}, "weight_map": dict.fromkeys(load_file(file), name)}
+    (base / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(listed))
+    unet = UNet2DConditionModel.from_pretrained(base)
+    adapter = random_adapter(unet, CONFIGS["LoRA"])
+    merge_base(adapter, "adapter", BaseModel(str(base)), out)
+    found = UNet2DConditionModel.from_pretrained(out)
+    torch.testing.assert_close(predict(found), predict(unet), rtol=0, atol=1e-5)
+
+
+def test_what_rounding_leaves_of_the_change(sd_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet").bfloat16()
+    unet.save_pretrained(tmp_path / "base")
+    adapter = random_adapter(unet.float(), CONFIGS["LoRA"])
+    small = {key: value * 0.02 if "lora_B" in key else value for key, value in adapter.state.items()}
+    (tmp_path / "large").mkdir()
+    (tmp_path / "small").mkdir()
+    assert merge_base(adapter, "adapter", BaseModel(str(tmp_path / "base")), tmp_path / "large").rounding.share < 0.1
+    with pytest.warns(UserWarning, match=r"off the adapter's change by (\d+)% of it, because the files' dtype") as told:
+        merged = merge_base(
+            replace(adapter, state=small), "adapter", BaseModel(str(tmp_path / "base")), tmp_path / "small"
+        )
+    before, after = (load_file(find_weights(tmp_path / name)[0]) for name in ("base", "small"))
+    errors = changes = 0.0
+    for name, one in lora_layers(replace(adapter, state=small), "adapter")["denoiser"].items():
+        delta = one.delta()
+        errors += float((after[f"{name}.weight"].float() - before[f"{name}.weight"].float() - delta).square().sum())
+        changes += float(delta.square().sum())
+    assert merged.rounding.share == pytest.approx((errors / changes) ** 0.5, rel=1e-3)
+    assert f"{merged.rounding.share:.0%}" in str(told[0].message)
 
 
 @pytest.mark.parametrize("denoiser_only", [False, True])

@@ -227,9 +227,27 @@ def test_a_longer_run_keeps_the_schedule_of_its_checkpoint(
     budget = {"mean_rank": 2, "start": 0.25, "stop": 0.5, "prunings": 2}
     fit(module_of(sd_folder), trainer_options, RankBudget(**budget), checkpoints)  # type: ignore[arg-type]
     module, again = module_of(sd_folder), RankBudget(**budget)  # type: ignore[arg-type]
-    fit(module, trainer_options | {"max_steps": 5}, again, resume=tmp_path / "step=2.ckpt", at=2)
+    with pytest.warns(UserWarning, match=r"made for 8 optimizer steps and has begun; the 5 of this run do not change"):
+        fit(module, trainer_options | {"max_steps": 5}, again, resume=tmp_path / "step=2.ckpt", at=2)
     ranks = layer_ranks(module)
     assert sum(ranks.values()) == 2 * len(ranks)  # at step 4 of 8, not at half of 5
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_schedule_that_has_not_begun_is_that_of_the_longer_run(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    def budget() -> RankBudget:
+        return RankBudget(mean_rank=2, start=0.5, stop=0.75, prunings=2)
+
+    checkpoints = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(module_of(sd_folder), trainer_options | {"max_steps": 4}, budget(), checkpoints)  # would prune at 2 and 3
+    whole, resumed = module_of(sd_folder), module_of(sd_folder)
+    fit(whole, trainer_options, budget())
+    fit(resumed, trainer_options, budget(), resume=tmp_path / "step=1.ckpt", at=1)
+    assert layer_ranks(whole) == layer_ranks(resumed)
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_the_files_draw_the_same_images_in_plain_diffusers(

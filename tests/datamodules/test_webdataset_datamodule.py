@@ -197,8 +197,24 @@ def test_second_fit_continues(tmp_path, make_shards):
     paths = make_shards(12)
     whole = _fit(tmp_path, _data(paths), max_epochs=2)
     data = _data(paths)
-    parts = [_fit(tmp_path, data, max_epochs=1).train_seen for _ in range(2)]
-    assert parts[0] + parts[1] == whole.train_seen
+    first = _fit(tmp_path, data, max_epochs=1)
+    with pytest.warns(
+        UserWarning, match=r"begins at batch 1 of pass 2 .* where an earlier fit with this datamodule ended"
+    ):
+        second = _fit(tmp_path, data, max_epochs=1)
+    assert first.train_seen + second.train_seen == whole.train_seen
+    data.val_samples = 2
+    with pytest.raises(UserError, match=r"goes on from its earlier fit .* make a new one .* samples 12, this run 10"):
+        _fit(tmp_path, data, max_epochs=1)
+
+
+def test_a_trainer_that_fits_again_continues_without_a_word(make_shards, trainer_options, recwarn):
+    data = _data(make_shards(12))
+    trainer = Trainer(**trainer_options | {"max_epochs": 1, "max_steps": -1})
+    for epochs in (1, 2):
+        trainer.fit_loop.max_epochs = epochs
+        trainer.fit(Recorder(), data)
+    assert not [warning for warning in recwarn if "earlier fit" in str(warning.message)]
 
 
 def test_overfit_batches_repeats_the_same_batches(tmp_path, make_shards):

@@ -52,6 +52,19 @@ def test_every_file_says_it(trained: tuple[LoraDiffusion, Path]) -> None:
     assert line in (folder / "README.md").read_text()
 
 
+def test_files_that_a_loop_without_a_trainer_saves_say_it_too(
+    trained: tuple[LoraDiffusion, Path], sd_folder: Path, tmp_path: Path
+) -> None:
+    objective = DDPM("v_prediction", zero_terminal_snr=True)
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), LoraConfig(r=2, target_modules=["to_q"]), objective)
+    module.configure_model()
+    module.save_adapter(tmp_path / "adapter")
+    metadata = read_adapter(tmp_path / "adapter").metadata
+    assert scheduler_changes(metadata) == CHANGES
+    assert changed_settings(metadata, trained[0]) == []
+    assert not metadata.keys() & {"ss_steps", "ss_optimizer"}
+
+
 def test_images_are_those_of_diffusers_with_that_schedule(
     trained: tuple[LoraDiffusion, Path], sd_folder: Path, tmp_path: Path
 ) -> None:
