@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from lit_lora.first_imports import first_imports
 
@@ -140,6 +141,10 @@ _GO_ON = ("train", "cache", "prior", "shards pack", "shards index")
 """Commands that keep what they have done when they are interrupted."""
 
 
+_MAY_BE_EMPTY = ("--prompts", "--negative_prompt", "--trigger")
+"""Options of tools for texts; others name a file, a folder or a choice."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -214,9 +219,22 @@ def _run(arguments: list[str]) -> int:
 def _call(arguments: list[str]) -> int:
     command, *rest = arguments
     if command in TOOLS:
+        _check_none_empty(rest)
         return TOOLS[command](rest) or 0
     _run_trainer(arguments)
     return 0
+
+
+def _check_none_empty(arguments: list[str]) -> None:
+    """Refuse empty paths, which would stand for the working folder."""
+    from lit_lora.errors import UserError
+
+    for before, argument in pairwise(["", *arguments]):
+        name, equals, value = argument.partition("=")
+        option = name if equals else before
+        if not value and (equals or not argument) and option not in _MAY_BE_EMPTY and "." not in option:
+            named = option if option.startswith("--") else "an argument"
+            raise UserError(f"{named} is empty, as a variable of the shell may be; give it a value or leave it out")
 
 
 def _run_trainer(arguments: list[str]) -> None:

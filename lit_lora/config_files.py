@@ -96,7 +96,9 @@ def config_values(path: Path, given: str) -> dict[str, Any]:
     import yaml
 
     if path.is_dir():
-        raise UserError(f"--config {given} is a folder; name a YAML file{_similar(str(path / 'config.yaml'))}")
+        inside = sorted(path.glob("*.y*ml"), key=lambda file: (file.name != "config.yaml", file.name))
+        example = inside[0] if inside else "configs/sd15.yaml"
+        raise UserError(f"--config {given} is a folder; name a YAML file, such as {example}")
     try:
         # A config may be given as text in place of a file.
         text = path.read_text(encoding="utf-8") if path.exists() else given
