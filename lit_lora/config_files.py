@@ -54,6 +54,8 @@ def check_config_given(arguments: Sequence[str], command: str) -> None:
     """
     if arguments[-1:] in (["-c"], ["--config"]):
         raise UserError(f"--config needs the path of a file, such as lit-lora {command} --config configs/sd15.yaml")
+    if any(argument.partition("=")[0].endswith(".help") for argument in arguments):
+        return
     if not any(
         argument.startswith(("-c", "--config", "--model", "--data", "--print_config")) for argument in arguments
     ):
