@@ -24,8 +24,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
 from lit_lora import __version__
-from lit_lora.cli import main
+from lit_lora.cli import TOOLS, main
 from lit_lora.datamodules.packing.pack import pack_folder
+from lit_lora.files import atomic_folder
 from lit_lora.lightning_cli import LitLoraCLI, _claim_version, build_cli
 from lit_lora.module import LoraDiffusion
 from tests.datamodules.faulty_server import FaultyServer
@@ -651,6 +652,31 @@ def test_an_interrupted_command_says_whether_it_goes_on(
     monkeypatch.setattr("lit_lora.cli._call", interrupted)
     assert main(command) == 130
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["train", "images"], "lit-lora: terminated; the same command goes on\n"),
+        (["adapter", "merge", "a", "b"], "lit-lora: terminated\n"),
+    ],
+)
+def test_sigterm_ends_a_tool_as_ctrl_c_does(
+    command: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing half-written left; the next SIGTERM ends the process at once, and the caller gets its handler back."""
+
+    def writing(arguments: list[str]) -> None:
+        with atomic_folder(tmp_path / "out", marker="x"):
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("not reached")
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(TOOLS, command[0], writing)
+    assert main(command) == 143
+    assert capsys.readouterr().err == told
+    assert [*tmp_path.iterdir()] == []
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 @pytest.mark.slow
