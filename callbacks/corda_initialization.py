@@ -32,7 +32,8 @@ class CordaInitialization(RebasedInitialization):
     memory until it is initialized.
 
     Args:
-        steps: Number of optimizer steps whose inputs are looked at, in which the LoRA layers do not learn; defaults to 4.
+        steps: Number of optimizer steps whose inputs are collected, and in which the LoRA layers do not learn; defaults to
+            4.
         mode: ``ipm`` trains the components with the largest singular values, which adapts fastest; ``kpm`` those with the
             smallest, which keeps what the base can do with such inputs. Defaults to ``ipm``.
 

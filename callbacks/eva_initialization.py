@@ -38,7 +38,7 @@ class EvaInitialization(FirstSteps):
     layer.
 
     Args:
-        steps: Number of optimizer steps whose inputs are looked at; defaults to 4.
+        steps: Number of optimizer steps whose inputs are collected; defaults to 4.
         rho: Largest rank of a layer, as a multiple of its rank in the config; 1 keeps all ranks as they are. Defaults to 2.
 
     Raises:

@@ -39,8 +39,8 @@ class FiniteGradients(Callback):
     callback by default.
 
     Args:
-        patience: Number of skipped steps in a row that ends the run; defaults to 5. With ``precision: 16-mixed``, which skips
-            steps to find the scale of the loss, 16 more.
+        patience: Number of skipped steps in a row that ends the run; defaults to 5. With ``precision: 16-mixed`` 16 are
+            added, since it skips steps to find the scale of the loss.
 
     Raises:
         UserError: If ``patience`` is below 1; during training, if that many steps in a row are skipped, or the last step is.

@@ -32,10 +32,10 @@ class LoftqInitialization(ChangedRanks):
     with LoRA and rsLoRA, with any quantization, and under ``ddp`` and ``lit_lora_fsdp``.
 
     Args:
-        files_for: Base that the files are made for. ``quantized``: LoRA for ``Q(W)``, which computes what the training does; it
-            contains the first values beside what was learned, and its metadata and model card name the quantization.
-            ``original``: LoRA of twice the rank for ``W``, without the first values, which on ``W`` would come twice; it differs
-            from the training by what the first values could not hold of ``W - Q(W)``. Defaults to ``quantized``.
+        files_for: Base for which the adapter's files are written. ``quantized``: for the quantized base ``Q(W)``, with which
+            they compute what was trained; metadata and model card name the quantization. ``original``: for the published
+            base ``W``; the initial values are subtracted, which doubles the rank, and outputs differ from the training's by
+            the part of ``W - Q(W)`` that the initial values do not hold. Defaults to ``quantized``.
 
     Raises:
         UserError: When training starts, if the adapter is not LoRA, is DoRA or has values already, the base is not quantized, the

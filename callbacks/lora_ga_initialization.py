@@ -34,7 +34,8 @@ class LoraGaInitialization(RebasedInitialization):
     checkpointing keeps the inputs of the LoRA layers.
 
     Args:
-        steps: Number of optimizer steps whose gradients are looked at, in which the LoRA layers do not learn; defaults to 4.
+        steps: Number of optimizer steps whose gradients are averaged, and in which the LoRA layers do not learn; defaults to
+            4.
         direction: Which of the largest ``2 r`` singular vectors become rows of ``A`` and columns of ``B``: ``ArB2r`` the first
             ``r`` and the last ``r``, ``A2rBr`` the other way around, ``ArBr`` every second. Defaults to ``ArB2r``.
         scale: Scale of the first values: ``stable`` (``out^(1/4) / sqrt(stable_gamma)``), ``weight_svd`` (the weight's largest

@@ -9,7 +9,6 @@ import shlex
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from lit_lora.early_stopping import stopped_early
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file
 from lit_lora.profiling.meter import meter_of
-from lit_lora.report_text import format_reason
+from lit_lora.report_text import format_duration, format_reason
 from lit_lora.run_folder import run_folder
 
 _JOULES_PER_KWH = 3.6e6
@@ -307,9 +306,9 @@ def _product(price: float | None, amount: float | None) -> float | None:
 def _table(report: Mapping[str, Any]) -> str:
     rows = [("", "this run", "total")]
     for label, name, show in (
-        ("wall time", "wall_seconds", _duration),
-        ("training", "train_seconds", _duration),
-        ("CPU time", "cpu_seconds", _duration),
+        ("wall time", "wall_seconds", format_duration),
+        ("training", "train_seconds", format_duration),
+        ("CPU time", "cpu_seconds", format_duration),
         ("GPU energy, kWh", "gpu_energy_kwh", _number),
         ("samples", "samples", _number),
         ("optimizer steps", "optimizer_steps", _number),
@@ -334,10 +333,6 @@ def _table(report: Mapping[str, Any]) -> str:
         span = f"{min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.4g} on average"
         lines.append(f"ranks of {len(ranks)} layers {span if min(ranks) < max(ranks) else max(ranks)}")
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
 def _number(value: float | None) -> str:

@@ -29,7 +29,7 @@ from lit_lora.sampling import NonFiniteImageError, image_grid
 
 
 class SampleImages(Callback):
-    """Draws images of fixed prompts from fixed seeds every ``every_n_steps`` optimizer steps.
+    """Draws images of fixed prompts from fixed seeds while a run trains.
 
     A grid of the images goes to ``samples/step-NNNNNN.png`` in the run's folder and to TensorBoard, Weights & Biases or MLflow as
     ``samples``, and the latest one into the model cards of :class:`AdapterCheckpoint`. With :class:`AdapterEMA` the averaged
@@ -37,8 +37,8 @@ class SampleImages(Callback):
     of training. The module needs a ``generate`` method like that of :class:`~lit_lora.LoraDiffusion`.
 
     Args:
-        prompts: Prompts, of which one image each is drawn; or a file of them, whose entries may have settings of their own: see
-            :func:`lit_lora.prompts.read_prompts`.
+        prompts: Prompts, with one image for each; or a file of prompts, as for ``lit-lora sample --prompts``, whose entries
+            may have a seed, size and negative prompt of their own.
         every_n_steps: Optimizer steps between two grids. Defaults to 500. One grid is also drawn before the first step, and one
             at the end of training, whatever ends it but an error or a signal.
         seed: Seed of the first prompt; prompt ``i`` is drawn from ``seed + i``. Defaults to 0.

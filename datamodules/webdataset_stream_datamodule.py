@@ -53,7 +53,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         val_shards: Shards to validate on.
         val_batches: Maximum number of validation batches of one process.
         batch_size: Samples in a batch of one process. Defaults to 1.
-        resolution: Side R of the square images in pixels. Defaults to 512. Images are resized to cover the square and then
+        resolution: Side of the square images in pixels. Defaults to 512. Images are resized to cover the square and then
             cropped.
         decoder: Conversion of a sample's members to its entries in a batch. Defaults (also for null) to ``ImageDecoder``,
             which has the options for crops, flips and captions.

@@ -5,8 +5,12 @@ Help and dispatch are static and need no heavy import; each command imports what
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 
 from lit_lora.first_imports import first_imports
 
@@ -140,6 +144,10 @@ _GO_ON = ("train", "cache", "prior", "shards pack", "shards index")
 """Commands that keep what they have done when they are interrupted."""
 
 
+_MAY_BE_EMPTY = ("--prompts", "--negative_prompt", "--trigger")
+"""Options of tools for texts; others name a file, a folder or a choice."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
@@ -147,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Command and its options; defaults to the arguments of the process.
 
     Returns:
-        Exit status: 2 for a user error, 1 if a plan does not fit, 130 after Ctrl-C.
+        Exit status: 2 for a user error, 1 if a plan does not fit, 130 after Ctrl-C, 143 after SIGTERM.
 
     Raises:
         SystemExit: If a signal stops ``fit``, with 128 plus the signal's number (143 for SIGTERM).
@@ -172,19 +180,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = _run(arguments)
         sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
         return status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         goes_on = command in _GO_ON or " ".join(arguments[:2]) in _GO_ON
-        print("lit-lora: interrupted" + "; the same command goes on" * goes_on, file=sys.stderr)
-        return 130
+        return _interrupted(error, "the same command goes on" if goes_on else "")
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         # Lightning has ended the run and exits; what the last checkpoint has is kept.
         how = "the same command goes on" if command == "train" else "resume with --ckpt_path last"
-        print(f"lit-lora: interrupted; {how}", file=sys.stderr)
-        return 130
+        return _interrupted(error.__context__, how)
     except Exception as error:
         return console.report(error)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a tool as Ctrl-C does, so that nothing half-written is left."""
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # which alone can handle signals
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupted(error: KeyboardInterrupt, how: str) -> int:
+    """Tell that a signal has ended a command and how it goes on, and return the exit status."""
+    terminated = isinstance(error, _Terminated)
+    told = "terminated" if terminated else "interrupted"
+    print("; ".join(filter(None, [f"lit-lora: {told}", how])), file=sys.stderr)
+    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
 
 
 def _unknown(command: str) -> str:
@@ -216,9 +251,23 @@ def _run(arguments: list[str]) -> int:
 def _call(arguments: list[str]) -> int:
     command, *rest = arguments
     if command in TOOLS:
-        return TOOLS[command](rest) or 0
+        _check_none_empty(rest)
+        with _ending_on_sigterm():
+            return TOOLS[command](rest) or 0
     _run_trainer(arguments)
     return 0
+
+
+def _check_none_empty(arguments: list[str]) -> None:
+    """Refuse empty paths, which would stand for the working folder."""
+    from lit_lora.errors import UserError
+
+    for before, argument in pairwise(["", *arguments]):
+        name, equals, value = argument.partition("=")
+        option = name if equals else before
+        if not value and (equals or not argument) and option not in _MAY_BE_EMPTY and "." not in option:
+            named = option if option.startswith("--") else "an argument"
+            raise UserError(f"{named} is empty, as a variable of the shell may be; give it a value or leave it out")
 
 
 def _run_trainer(arguments: list[str]) -> None:

@@ -85,6 +85,8 @@ def check_config_given(arguments: Sequence[str], command: str) -> None:
     """
     if arguments[-1:] in (["-c"], ["--config"]):
         raise UserError(f"--config needs the path of a file, such as lit-lora {command} --config configs/sd15.yaml")
+    if any(argument.partition("=")[0].endswith(".help") for argument in arguments):
+        return
     if not any(
         argument.startswith(("-c", "--config", "--model", "--data", "--print_config")) for argument in arguments
     ):
@@ -127,7 +129,9 @@ def config_values(path: Path, given: str) -> dict[str, Any]:
     import yaml
 
     if path.is_dir():
-        raise UserError(f"--config {given} is a folder; name a YAML file{_similar(str(path / 'config.yaml'))}")
+        inside = sorted(path.glob("*.y*ml"), key=lambda file: (file.name != "config.yaml", file.name))
+        example = inside[0] if inside else "configs/sd15.yaml"
+        raise UserError(f"--config {given} is a folder; name a YAML file, such as {example}")
     try:
         # A config may be given as text in place of a file.
         text = path.read_text(encoding="utf-8") if path.exists() else given

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +21,8 @@ from lit_lora.machine import is_alive, process_space
 _PART = re.compile(r"(?P<name>.+)\.(?P<space>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.part")
 
 _ABANDONED_S = 86_400.0
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -156,10 +160,18 @@ def writable_folder(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{path} is a file, not a folder; name another folder") from error
     except OSError as error:
         raise UserError(f"cannot create the folder {path}: {error.strerror}; name another folder") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"the folder {path} is not writable; name another folder or change its permissions")
+    try:
+        # Permissions do not tell: nobody can make files in /proc, though root may write there.
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        if error.errno not in _FULL:  # a full disk is told by the write itself, which names its file
+            raise UserError(
+                f"the folder {path} is not writable; name another folder or change its permissions"
+            ) from error
     return path
 
 

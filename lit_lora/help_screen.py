@@ -11,6 +11,18 @@ from jsonargparse import DefaultHelpFormatter
 _ROLE = re.compile(r":\w+:`(~?)([^`<>]+)`")
 """A reference in reStructuredText, as :class:`~package.module.Name`, of which the tilde shows the name alone."""
 
+_MATH = re.compile(r":math:`([^`]+)`")
+
+_AS_TEXT = str.maketrans({"\\": "", "{": "(", "}": ")"})
+"""From LaTeX to what a terminal can show: ``sigma^(-2)``."""
+
+_LINK = re.compile(r"`([^`<>]+) <([^`<>]+)>`_")
+
+_DIRECTIVE = re.compile(r"\.\. (\w+)::")
+
+_INTERNAL = re.compile(r"(?:lit_lora|peft)\.[a-z]\w*\.[\w.]+(?:, )?")
+"""The path of a class that has no public name, in the list of those that an option takes."""
+
 _AT = "./_#=,"
 """Characters after which a name or an address is divided that is wider than its column."""
 
@@ -44,6 +56,10 @@ class HelpScreen(DefaultHelpFormatter):
     def _split_lines(self, text: str, width: int) -> list[str]:
         return _lines(text, width)
 
+    def _expand_help(self, action: Action) -> str:
+        text, listed, classes = str(super()._expand_help(action)).partition("known subclasses: ")
+        return text + listed + re.sub(r", (?=\)|$)", "", _INTERNAL.sub("", classes))
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in _lines(text, width - len(indent)))
 
@@ -55,8 +71,11 @@ def _lines(text: str, width: int) -> list[str]:
 
 def _plain(text: str) -> str:
     """A text without the marks of reStructuredText."""
+    text = _MATH.sub(lambda found: found[1].translate(_AS_TEXT), text)
+    text = _LINK.sub(r"\1 (\2)", text)
     text = _ROLE.sub(lambda found: found[2].rpartition(".")[2] if found[1] else found[2], text)
-    return text.replace("``", "")
+    text = _DIRECTIVE.sub(lambda found: f"{found[1].capitalize()}:", text)
+    return re.sub(r"::(?=\s|$)", ":", text).replace("`", "")
 
 
 def _parts(word: str, width: int) -> list[str]:

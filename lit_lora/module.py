@@ -90,11 +90,13 @@ class LoraDiffusion(LightningModule):
         seed: Seed of timesteps, noise and caption dropout, and of the images that ``predict`` draws; defaults to 0.
         text_adapter: PEFT config from which each of the family's CLIP text encoders gets an adapter of its own; they are then
             trained with the denoiser. Defaults to none, or to those that a :class:`FromFile` brings along.
-        new_tokens: New tokens such as ``<cat-toy>`` whose embeddings are trained (textual inversion), each with the words that
-            it begins as, with a number of random vectors, or with the file of an embedding. Defaults to none.
+        new_tokens: New tokens such as ``<cat-toy>`` whose embeddings are trained (textual inversion), each with what it
+            starts from: words, a number of random vectors, or the file of an embedding. Defaults to none.
         base_adapters: Adapters to merge into the base, so that this one is trained over them; defaults to none.
-        convolutions: How convolutions keep their weights: ``plain`` (default), ``channels_last``, or ``packed``, on CPUs.
-        fused_lora: Compute LoRA and its frozen Linear layer with fewer operations, rounded otherwise; off by default.
+        convolutions: Memory layout of the convolutions' weights: ``plain`` (default), ``channels_last``, or ``packed``, on
+            CPUs.
+        fused_lora: Compute LoRA and its frozen Linear layer with fewer operations, which round slightly differently; off by
+            default.
 
     Raises:
         UserError: If ``caption_dropout`` is outside [0, 1], an adapter's file cannot be used, the family's text encoders cannot

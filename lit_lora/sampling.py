@@ -43,9 +43,9 @@ class SamplingOptions:
     Args:
         num_inference_steps: Number of denoising steps; defaults to 25.
         guidance_scale: Scale of classifier-free guidance; 1 turns it off. Defaults to 5.
-        guidance_rescale: Share in which guided predictions get back the standard deviation of unguided ones, in [0, 1] (Lin et
-            al., 2023, arXiv 2305.08891): against overexposed images of bases whose schedule ends in pure noise, for which the
-            paper uses 0.7. For Stable Diffusion 1.x, 2.x and XL. Defaults to 0.
+        guidance_rescale: Fraction by which guided predictions are rescaled to the standard deviation of unguided ones, in
+            [0, 1] (Lin et al., 2023, arXiv 2305.08891): against overexposed images of bases whose schedule ends in pure
+            noise, for which the paper uses 0.7. For Stable Diffusion 1.x, 2.x and XL. Defaults to 0.
 
     Raises:
         UserError: If ``num_inference_steps`` is below 1, or ``guidance_rescale`` outside [0, 1].

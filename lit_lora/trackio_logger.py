@@ -23,7 +23,7 @@ class TrackioLogger(Logger):
 
     Args:
         project: Name of the project.
-        name: Name of the run, which a resumed run with the same name goes on with. Defaults to a new name that trackio makes.
+        name: Name of the run; a resumed run of the same name continues it. Defaults to a new name by trackio.
         space_id: Space that shows the project, as ``user/space``. Defaults to null: this machine.
 
     Raises:

@@ -24,8 +24,9 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
 from lit_lora import __version__
-from lit_lora.cli import main
+from lit_lora.cli import TOOLS, main
 from lit_lora.datamodules.packing.pack import pack_folder
+from lit_lora.files import atomic_folder
 from lit_lora.lightning_cli import LitLoraCLI, _claim_version, build_cli
 from lit_lora.module import LoraDiffusion
 from tests.datamodules.faulty_server import FaultyServer
@@ -375,6 +376,52 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"lit-lora {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["demo", "--out", ""], "--out"),
+        (["sample", "--prompts", "a", "--out="], "--out"),
+        (["plan", "--config", "configs/sd15.yaml", "--json", ""], "--json"),
+        (["report", ""], "an argument"),
+        (["shards", "pack", "images", ""], "an argument"),
+    ],
+)
+def test_an_empty_path_is_not_the_working_folder(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert f"{named} is empty, as a variable of the shell may be" in capsys.readouterr().err
+
+
+def test_a_text_may_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--prompts", "", "--negative_prompt="]) == 2
+    assert "is empty" not in capsys.readouterr().err
+
+
+def test_a_config_of_a_tool_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["sample", "--config", "nothing.yaml"])
+    assert ended.value.code == 2
+    assert "nothing.yaml: there is no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "--base", "nowhere", "--prompts", "a", "--out", "/proc/x.png"],
+        ["adapter", "convert", "ADAPTER", "/proc/x"],
+        ["adapter", "merge", "ADAPTER", "/proc/x", "--into", "nowhere"],
+        ["adapter", "resize", "ADAPTER", "/proc/x", "--rank", "2"],
+        ["adapter", "extract", "nowhere", "elsewhere", "/proc/x", "--rank", "2"],
+    ],
+)
+def test_where_nothing_can_be_written_is_told_before_the_work(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert "the folder /proc is not writable; name another folder" in capsys.readouterr().err
+
+
 def test_help_of_a_tool_begins_with_its_own_options(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -614,6 +661,31 @@ def test_an_interrupted_command_says_whether_it_goes_on(
     monkeypatch.setattr("lit_lora.cli._call", interrupted)
     assert main(command) == 130
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["train", "images"], "lit-lora: terminated; the same command goes on\n"),
+        (["adapter", "merge", "a", "b"], "lit-lora: terminated\n"),
+    ],
+)
+def test_sigterm_ends_a_tool_as_ctrl_c_does(
+    command: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nothing half-written left; the next SIGTERM ends the process at once, and the caller gets its handler back."""
+
+    def writing(arguments: list[str]) -> None:
+        with atomic_folder(tmp_path / "out", marker="x"):
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("not reached")
+
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(TOOLS, command[0], writing)
+    assert main(command) == 143
+    assert capsys.readouterr().err == told
+    assert [*tmp_path.iterdir()] == []
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 @pytest.mark.slow

@@ -134,7 +134,7 @@ def test_the_rest_is_left_to_the_parser(text: str, tmp_path: Path) -> None:
 
 def test_a_config_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(UserError, match=r"is a folder; name a YAML file; did you mean .*config.yaml\?"):
+    with pytest.raises(UserError, match=r"is a folder; name a YAML file, such as .*config.yaml"):
         check_config_files(["--config", str(tmp_path)])
     with pytest.raises(UserError, match="--config needs the path of a file, such as lit-lora plan --config"):
         check_config_given(["--search", "true", "--config"], "plan")

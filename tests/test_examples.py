@@ -247,7 +247,9 @@ def test_shards_in_a_bucket(
 
 
 @pytest.mark.slow
-def test_notebook_learns_and_diffusers_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notebook_learns_and_diffusers_draws_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its cells in turn, as a kernel runs them; they are plain Python."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # the notebook sets it for good
@@ -256,6 +258,10 @@ def test_notebook_learns_and_diffusers_draws_it(tmp_path: Path, monkeypatch: pyt
     names: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate(cell for cell in notebook["cells"] if cell["cell_type"] == "code"):
         exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    # The same steps as BaseLoss prints.
+    assert [line.split(":")[0].split() for line in capsys.readouterr().out.splitlines() if line.startswith("step")] == [
+        ["step", number] for number in ("0", "20", "40", "60") * 2
+    ]
     assert float(names["rows"][-1]["val/loss"]) < 0.6 * names["base_loss"].base
     drawn = [np.asarray(image, np.float32) for image in [*names["without"], *names["draw_prompts"]()]]
     assert np.abs(drawn[0] - drawn[3]).mean() > 10  # of 255

@@ -1,5 +1,7 @@
+import errno
 import os
 import socket
+import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -81,6 +83,31 @@ def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot create the folder .*file/below.*name another folder"):
         writable_folder(tmp_path / "file" / "below")
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file is a file, not a folder; name another folder"):
+        writable_folder(tmp_path / "file")
+
+
+def test_a_folder_that_takes_no_files_is_refused_before_the_work(tmp_path: Path) -> None:
+    """Root may write to /proc by its permissions."""
+    with (
+        pytest.raises(UserError, match=r"the folder /proc is not writable; name another folder"),
+        atomic_file("/proc/x"),
+    ):
+        raise AssertionError("not reached")
+    assert writable_folder(tmp_path) == tmp_path
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_full_disk_is_told_by_the_write_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert writable_folder(tmp_path) == tmp_path
 
 
 def test_a_folder_of_somebody_elses_is_kept(tmp_path: Path) -> None:

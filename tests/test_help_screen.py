@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 
+import docstring_parser
 import pytest
 from jsonargparse import ArgumentParser
 
+import lit_lora
 from lit_lora.cli import TOOLS, TRAINER_COMMANDS, main
 from lit_lora.help_screen import HelpScreen
+from lit_lora.lazy import public_names
 
 SUBCOMMANDS = {
     "shards": ("pack", "index", "check", "info", "plan"),
@@ -58,9 +63,55 @@ def test_names_are_divided_at_their_dots_and_text_between_words(monkeypatch: pyt
 
 def test_marks_of_restructured_text_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     parser = ArgumentParser(
-        formatter_class=HelpScreen, prog="x", description="Of :class:`~a.b.C`, :class:`d.E` and ``f``."
+        formatter_class=HelpScreen,
+        prog="x",
+        description="Of :class:`~a.b.C`, :class:`d.E` and ``f``. .. note:: As `g`::",
     )
-    assert "Of C, d.E and f." in help_of(parser, monkeypatch)
+    assert "Of C, d.E and f. Note: As g:" in help_of(parser, monkeypatch)
+
+
+def test_what_a_terminal_cannot_show_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = ArgumentParser(
+        formatter_class=HelpScreen, prog="x", description=r"The weight :math:`\sigma^{-2}` of `it <https://a.b>`_."
+    )
+    assert "The weight sigma^(-2) of it (https://a.b)." in help_of(parser, monkeypatch)
+
+
+def test_classes_without_a_public_name_are_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = ArgumentParser(formatter_class=HelpScreen, prog="x")
+    parser.add_argument(
+        "--one", help="(known subclasses: lit_lora.b.c.D, lit_lora.A, lit_lora.b.F, lit_lora.E, f.g.H, peft.a.B)"
+    )
+    assert "(known subclasses: lit_lora.A, lit_lora.E, f.g.H)" in " ".join(
+        " ".join(help_of(parser, monkeypatch)).split()
+    )
+
+
+@pytest.mark.parametrize("name", sorted(public_names().keys() - {"ShardIndex"}))  # is read from files, not configured
+def test_each_class_and_option_is_described_in_plain_text(name: str) -> None:
+    """As jsonargparse reads docstrings, which takes one that begins with a role for another format."""
+    found = getattr(lit_lora, name)
+    docstring = docstring_parser.parse(inspect.getdoc(found) or "")
+    assert docstring.short_description
+    described = {one: each.description or "" for each in docstring.params for one in each.arg_name.split(", ")}
+    options = {one for one in inspect.signature(found).parameters if not one.startswith("_")} if described else set()
+    assert options - set(described) <= {"options", "args", "kwargs"}
+    shown = HelpScreen("x", width=10_000)._fill_text(
+        "\n".join([docstring.short_description, *described.values()]), 10_000, ""
+    )
+    assert not re.search(r"`|\\|:[a-z]+:", shown)
+
+
+@pytest.mark.parametrize("option", ["--trainer.callbacks.help", "--trainer.strategy.help"])
+def test_the_help_of_a_class_needs_no_config(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = {"--trainer.callbacks.help": "SampleImages", "--trainer.strategy.help": "LitLoraFSDP"}[option]
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", option, name])
+    assert not ended.value.code
+    assert f"Help for {option}=lit_lora.{name}" in capsys.readouterr().out
 
 
 def test_wide_headings_and_options_become_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,8 +37,8 @@ class AspectRatioBuckets:
     square, for each width the tallest and for each height the widest (Podell et al. 2023, appendix I).
 
     Args:
-        divisor: Number of pixels of which widths and heights are multiples. Defaults to 64, for Stable Diffusion, whose VAE
-            needs multiples of 8.
+        divisor: Number of pixels that divides widths and heights. Defaults to 64, for Stable Diffusion, whose VAE needs
+            multiples of 8.
         max_aspect_ratio: Maximum ratio of the long side to the short side; 1 trains only squares. Defaults to 2.0.
         max_upscaling: Maximum factor by which a training image may be enlarged; images that need more are excluded. Defaults
             to null: no limit. Validation and test images are never excluded.

@@ -123,8 +123,8 @@ def _default_sources() -> list[CaptionSource]:
 class Captions:
     """Sources of captions, and their augmentation at each occurrence of a sample.
 
-    Each random choice is a function of the seed and the slot, so captions vary between the occurrences of a sample and are the
-    same after a resume.
+    Each random choice is a function of the seed and of the number of the sample's occurrence, so captions vary between the
+    occurrences of a sample and are the same after a resume.
 
     Args:
         sources: Sources of captions. Without weights, the first source that a sample has is used; with weights, one of its

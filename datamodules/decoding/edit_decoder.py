@@ -29,7 +29,7 @@ class EditDecoder(ImageDecoder):
             Validation and test images are always cropped at the center.
         random_flip: Whether to flip half of the training pairs horizontally. Defaults to false.
         captions: Sources and augmentation of instructions. Defaults to the text in ``.txt``, or else in ``.json``.
-        mask: Where masks of the target images are, as for ``ImageDecoder``. Defaults to null: the whole image counts.
+        mask: Masks of the target images, as for ``ImageDecoder``. Defaults to null: the whole image counts.
         background: Color behind transparent parts of both images, as for ``ImageDecoder``. Defaults to null: the files' own.
     """
 

@@ -32,8 +32,8 @@ class ImageDecoder(SampleDecoder):
             Validation and test images are always cropped at the center.
         random_flip: Whether to flip half of the training images horizontally. Defaults to false.
         captions: Sources and augmentation of captions. Defaults to the caption in ``.txt``, or else in ``.json``.
-        mask: Where masks of the training images are, for losses that count only in a part of the image: ``mask.png``, a member of
-            each sample, or ``alpha``, the image's alpha channel. Defaults to null: the whole image counts.
+        mask: Masks of the training images, for losses that count only in a part of the image: ``mask.png`` for the member of
+            this name in each sample, or ``alpha`` for the image's alpha channel. Defaults to null: the whole image counts.
         background: Color behind transparent parts of images, such as ``white`` or ``#808080``. Defaults to null: the colors that
             files have there, which nobody sees and which are often black.
 

@@ -14,9 +14,9 @@ class AdapterInfo:
 
     Args:
         title: Name of the adapter; defaults to one made of the base's name and the method.
-        trigger_words: Words that captions of the training data hold, to be used in prompts. Defaults to none.
+        trigger_words: Words of the training captions that prompts should contain. Defaults to none.
         description: What the adapter does; defaults to nothing.
-        author: Name of the maker; defaults to none.
+        author: Name of the author; defaults to none.
         license: Identifier of the license, such as ``openrail``; defaults to none.
         tags: Keywords; defaults to none.
 

@@ -17,7 +17,7 @@ class Contrast:
     another sample of the batch: predictions for different captions are driven apart.
 
     Args:
-        weight: Factor :math:`\lambda`, above 0 and below 1, from where on the loss has no minimum; defaults to 0.05, as in the
+        weight: Factor :math:`\lambda`, above 0 and below 1: from 1 on the loss has no minimum. Defaults to 0.05, as in the
             paper.
 
     Raises:

@@ -39,17 +39,19 @@ class DDPM(Objective):
         prediction_type: Target of the prediction: ``epsilon``, ``v_prediction`` or ``sample``; defaults to that of the base's
             scheduler.
         weighting: Weight of each sample's loss: ``MinSNR``, ``SoftMinSNR``, ``DebiasedEstimation`` or ``P2``; defaults to none.
-        criterion: How much an error counts: ``SquaredError``, ``PseudoHuber``, ``SNRPseudoHuber`` or
-            ``ExponentialPseudoHuber``; defaults to ``SquaredError``.
-        noise: Changes of the noise, one after the other: ``OffsetNoise``, ``PyramidNoise``; defaults to none.
+        criterion: Loss function: ``SquaredError``, ``PseudoHuber``, ``SNRPseudoHuber`` or ``ExponentialPseudoHuber``;
+            defaults to ``SquaredError``.
+        noise: Changes of the noise, applied in order: ``OffsetNoise``, ``PyramidNoise``; defaults to none.
         input_perturbation: Factor of further noise that is added to the denoiser's input but not to its target (Ning et al.,
             2023, arXiv 2301.11706); defaults to 0.
-        timestep_range: Part of the timesteps to train, as fractions of their number, for an expert or for style or composition
-            alone: the higher, the more noise. Defaults to all, (0, 1).
+        timestep_range: First and last timestep to train, as fractions of the schedule: 0 is no noise, 1 pure noise. For an
+            expert, or to train details (low) or composition (high) alone. Defaults to all, (0, 1).
         zero_terminal_snr: Change the noise schedule so that it ends in pure noise (Lin et al., 2023, arXiv 2305.08891), for very
             dark and very bright images. Training, and sampling here, then use diffusers' ``rescale_betas_zero_snr`` and
-            trailing timesteps; ``sampling.guidance_rescale`` 0.7 belongs to it. Epsilon cannot be learned so. Off by default.
-        prior: Which samples are class images, and the weight of their loss, :class:`PriorPreservation`; defaults to none.
+            trailing timesteps; set ``sampling.guidance_rescale`` to 0.7 with it. It excludes the prediction type
+            ``epsilon``, which cannot be learned from pure noise. Off by default.
+        prior: Prior preservation (:class:`PriorPreservation`): which samples are class images, and the weight of their loss.
+            Defaults to none.
 
     Raises:
         UserError: If ``input_perturbation`` is below 0, the weighting has no meaning for the prediction, ``timestep_range`` is

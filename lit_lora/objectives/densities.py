@@ -35,7 +35,7 @@ class Uniform(TimestepDensity):
 
 @dataclass(frozen=True)
 class LogitNormal(TimestepDensity):
-    """The logit-normal density, which the paper prefers: ``t = sigmoid(mean + std * n)`` for standard normal ``n``.
+    """The logit-normal density, which Esser et al., 2024, prefer: ``t = sigmoid(mean + std * n)`` for standard normal ``n``.
 
     diffusers' training scripts measure time from the noise, so their ``logit_mean`` has the opposite sign.
 

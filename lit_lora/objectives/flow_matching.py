@@ -44,17 +44,18 @@ class FlowMatching(Objective):
         shift: Constant shift, above 0; 1 is no shift. Defaults to the shift of the base's scheduler.
         weighting: Weight of each sample's loss: ``SigmaSqrt`` or ``CosMapWeighting``; defaults to none.
         precondition_outputs: Measure the error of the latents that follow from the predicted velocity,
-            :math:`x_\sigma - \sigma v`, instead of the velocity's error, which multiplies the loss by :math:`\sigma^2`. Off by
-            default; on in some of diffusers' scripts.
-        criterion: How much an error counts: ``SquaredError``, ``PseudoHuber``, ``SNRPseudoHuber`` or
-            ``ExponentialPseudoHuber``; defaults to ``SquaredError``.
-        noise: Changes of the noise, one after the other: ``OffsetNoise``, ``PyramidNoise``; defaults to none. Flow matching
+            :math:`x_\sigma - \sigma v`, instead of the error of the velocity: the loss is multiplied by :math:`\sigma^2`.
+            Off by default; on in some of diffusers' scripts.
+        criterion: Loss function: ``SquaredError``, ``PseudoHuber``, ``SNRPseudoHuber`` or ``ExponentialPseudoHuber``;
+            defaults to ``SquaredError``.
+        noise: Changes of the noise, applied in order: ``OffsetNoise``, ``PyramidNoise``; defaults to none. Flow matching
             learns to start from plain noise and needs them less than denoising diffusion.
-        timestep_range: Lowest and highest noise level :math:`\sigma` to train, for an expert or for style or composition alone;
-            the shifted levels are scaled to this range. Defaults to all, (0, 1).
-        contrast: Term that drives the predictions for different samples apart, :class:`Contrast`; needs batches of at least two
-            samples. Defaults to none.
-        prior: Which samples are class images, and the weight of their loss, :class:`PriorPreservation`; defaults to none.
+        timestep_range: Lowest and highest noise level :math:`\sigma` to train, to which the shifted levels are scaled. For
+            an expert, or to train details (low) or composition (high) alone. Defaults to all, (0, 1).
+        contrast: Contrastive term (:class:`Contrast`), which drives the predictions for different samples apart and needs
+            batches of at least two samples. Defaults to none.
+        prior: Prior preservation (:class:`PriorPreservation`): which samples are class images, and the weight of their loss.
+            Defaults to none.
 
     Raises:
         UserError: If ``shift`` is not above 0, the weighting has no meaning for flow matching, or ``timestep_range`` is not a

@@ -29,7 +29,7 @@ class PriorPreservation:
 
     Args:
         class_keys: Glob pattern of the keys of class images. A packed folder's keys begin with the subfolder: ``class/*``.
-            Defaults to null: the batch tells under ``prior``, as that of a ``ShardSet`` with ``prior`` does.
+            Defaults to null: the batch marks them in ``prior``, as it does for a ``ShardSet`` with ``prior: true``.
         weight: Weight :math:`\lambda` of their loss, above 0; defaults to 1.
 
     Raises:

@@ -13,7 +13,7 @@ from lit_lora.quantization.int8 import Int8
 
 
 class W8A8(Int8):
-    """:class:`Int8`'s weights, with which Linear layers multiply in 8-bit integers instead of restoring the weight.
+    """Weights of :class:`Int8` that Linear layers multiply in 8-bit integers instead of restoring them.
 
     In the forward pass each row of the input, one per token, is rounded to 8 bits with a scale of its own. The sums of the
     products are exact, and are scaled back: ``Y = scale_x * scale_w * (X8 W8^T)``. In the backward pass the rows of the gradient,

@@ -18,8 +18,11 @@ from lit_lora.option_names import advice_for, option_names
 _NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Got value: (.*)""")
 """What jsonargparse says of a list of positional arguments whose last one is missing."""
 
-_MISSING = re.compile(r"Option '(?:\w+\.)*(\w+)' is required")
+_MISSING = re.compile(r"Option '((?:\w+\.)*)(\w+)' is required")
 """What jsonargparse says of an argument that is not given."""
+
+_NO_CONFIG = re.compile(r"""Parser key "config":\s+File does not exist: '(.*)'""")
+"""What jsonargparse says of a config that is not there."""
 
 _PLURAL = re.compile(r"ambiguous option: (\S+) could match (\S+), \2\+$")
 """What jsonargparse says of the beginning of an option for a list, which it has twice."""
@@ -52,10 +55,16 @@ class ToolParser(ArgumentParser):
         return action
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        command = self.prog.replace(" [options]", "")
         if missing := _MISSING.match(message):
-            message = f"{missing[1].upper()} is missing"
+            command = " ".join(
+                [command, *filter(None, missing[1].split("."))]
+            )  # jsonargparse asks the parser of all commands
+            message = f"{missing[2].upper()} is missing"
         if found := _NO_LIST.search(message):
             message = f"{found[1]}: {found[2]!r} is not a list; an argument before or after it may be missing"
+        elif absent := _NO_CONFIG.match(message):
+            message = f"--config {absent[1]}: there is no such file; give the path of a YAML file"
         elif message.startswith("Parser key"):
             from lit_lora.config_errors import explain  # imports PEFT
 
@@ -67,7 +76,7 @@ class ToolParser(ArgumentParser):
         ):
             message = f"there is no option --{absent[1]}; {near}"
         if missing or found or message.startswith(_OF_ARGUMENTS):
-            message = f"{message.rstrip('.')}; {self.prog.replace(' [options]', '')} --help shows all arguments"
+            message = f"{message.rstrip('.')}; {command} --help shows all arguments"
         print_error(message)
         self.exit(2)
 

@@ -51,6 +51,7 @@ def merge(
     """
     from lit_lora.adapter_tools.named_adapter import NamedAdapter
     from lit_lora.tools.adapter_input import read_input
+    from lit_lora.tools.adapter_output import AdapterOutput
 
     weights = weights or [1.0] * len(adapters)
     if len(weights) != len(adapters) or not adapters:
@@ -59,16 +60,12 @@ def merge(
         )
     for name, value in (("rank", rank), ("format", format), ("dtype", dtype)):
         check_exclusive(**{"into": into, name: value})
-    target = Path(output)
-    if into is None:
-        from lit_lora.tools.adapter_output import AdapterOutput
-
-        written = AdapterOutput(target, format, overwrite)
+    written = AdapterOutput(Path(output), format, overwrite)  # checks it before any work
     named = [NamedAdapter(path, read_input(path, family), one) for path, one in zip(adapters, weights, strict=True)]
     if into is None:
         _into_one(named, written, rank, base, dtype)
     else:
-        _into_base(named, into, target, base, denoiser_only, variant, overwrite)
+        _into_base(named, into, written.target, base, denoiser_only, variant)
 
 
 def _into_one(named: list[Any], written: Any, rank: int | None, base: str | None, dtype: str | None) -> None:
@@ -92,7 +89,6 @@ def _into_base(
     base_name: str | None,
     denoiser_only: bool,
     variant: str | None,
-    overwrite: bool,
 ) -> None:
     """Merge adapters into their base and write it."""
     from lit_lora.adapter_tools.base_model import BaseModel
@@ -100,10 +96,8 @@ def _into_base(
     from lit_lora.adapter_tools.merge_base import check_base, marker, merge_base
     from lit_lora.files import atomic_folder
     from lit_lora.mapped import keep_on_disk
-    from lit_lora.tools.adapter_output import refuse_existing
     from lit_lora.visible import visible
 
-    refuse_existing(target, overwrite)
     base = BaseModel(into, weights=True, variant=variant)
     for one in named:
         check_base(one.adapter, one.path, base)

@@ -35,7 +35,7 @@ class AdapterOutput:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        refuse_existing(self.target, self.overwrite)
+        check_place(self.target, self.overwrite)
         check_target(self.target, self.format)
 
     def formats(self, adapter: AdapterFiles) -> list[AdapterFormat]:
@@ -136,15 +136,16 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Refuse to write where something is.
+def check_place(target: Path, overwrite: bool) -> None:
+    """Check, before any work, that a target can be written.
 
     Args:
         target: File or folder to write.
-        overwrite: Whether the user allows it.
+        overwrite: Whether an existing target may be replaced.
 
     Raises:
-        UserError: If the target exists and may not be overwritten.
+        UserError: If the target exists and may not be replaced, or its folder cannot be created or written.
     """
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} exists; name another output, or set --overwrite")
+    writable_folder(target.parent)

@@ -55,8 +55,8 @@ class SampleOptions:
         steps: Number of denoising steps.
         scheduler: Class of the scheduler in diffusers, such as DPMSolverMultistepScheduler; defaults to the base's own.
         guidance_scale: Scale of classifier-free guidance; 1 turns it off.
-        guidance_rescale: Share in which guided predictions get back the standard deviation of unguided ones, in [0, 1]; 0.7 for
-            adapters that were trained with zero_terminal_snr.
+        guidance_rescale: Fraction by which guided predictions are rescaled to the standard deviation of unguided ones, in
+            [0, 1]; 0.7 for adapters that were trained with zero_terminal_snr.
         height: Height of the images in pixels; defaults to the model's own.
         width: Width of the images in pixels; defaults to the model's own.
         columns: Number of images in a row of the grid of one adapter.

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from lit_lora.errors import UserError
+from lit_lora.files import writable_folder
 from lit_lora.folder_lock import only_run_in
 from lit_lora.formats.find import adapter_files
 from lit_lora.prompts import Prompt, prompt_groups, read_prompts
@@ -46,6 +47,8 @@ def draw_samples(options: SampleOptions) -> None:
             f"guidance_rescale={options.guidance_rescale:g} has no effect without guidance; set guidance_scale above 1, or leave "
             "it out"
         )
+    if target.suffix:
+        writable_folder(target.parent)  # before anything is drawn
     with nullcontext() if target.suffix else only_run_in(target, "sample"):
         own = {"revision": options.revision, "variant": options.variant, "vae": options.vae}
         drawer = Drawer(
