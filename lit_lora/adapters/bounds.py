@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from lit_lora.errors import UserError, check_texts
+from lit_lora.errors import UserError, check_least, check_texts
 
 MATCH_SECONDS = 20.0
 """Time within which the regular expressions of a config must match the names of all layers."""
@@ -47,8 +47,8 @@ def check_bounds(config: PeftConfig, model: nn.Module) -> None:
         model: Model into which the adapter goes.
 
     Raises:
-        UserError: If a pattern is no text, a regular expression is wrong or does not end, or a rank exceeds both the dimensions
-            of a layer and ``_HARMLESS_RANK``.
+        UserError: If a pattern is no text, a regular expression is wrong or does not end, or a rank is below 1 or exceeds both
+            the dimensions of a layer and ``_HARMLESS_RANK``.
     """
     names = [name for name, _ in model.named_modules()]
     for option in ("rank_pattern", "alpha_pattern"):
@@ -89,6 +89,8 @@ def warn_of_idle_rank(config: PeftConfig, model: nn.Module) -> None:
 def _check_ranks(config: PeftConfig, model: nn.Module, default: int) -> None:
     options: Any = config
     ranks = getattr(options, "rank_pattern", None) or {}
+    for name, rank in (("r", default), *((f"rank_pattern[{key!r}]", rank) for key, rank in ranks.items())):
+        check_least(1, **{name: rank if type(rank) is int else None})
     for name, layer in model.named_modules():
         dimensions = _dimensions(layer)
         if dimensions is None:

@@ -31,6 +31,12 @@ def model():
         (peft.LoraConfig(r=10**6, target_modules="[0]"), "r=1000000 is too large for 0"),
         (peft.AdaLoraConfig(init_r=10**6, target_r=2, total_step=10), "r=1000000 is too large for 0"),
         (peft.LoHaConfig(r=10**6), "r=1000000 is too large for 0"),
+        (peft.LoraConfig(r=0, target_modules=["0"]), "r=0 is too small; it must be at least 1"),
+        (peft.LoHaConfig(r=-4, target_modules=["0"]), "r=-4 is too small; it must be at least 1"),
+        (
+            peft.LoraConfig(target_modules=["0"], rank_pattern={"0": 0}),
+            r"rank_pattern\['0'\]=0 is too small; it must be at least 1",
+        ),
         (peft.VeraConfig(r=10**6), "r=1000000 of VeraConfig is too large; it must be at most 65536"),
     ],
 )
