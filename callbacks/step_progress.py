@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lit_lora.batch_size import batch_size
 from lit_lora.callbacks.step_metrics import learning_rate
-from lit_lora.errors import UserError
+from lit_lora.errors import check_least
 from lit_lora.parameters import trainable_parameters
 from lit_lora.progress_bar import messages_above_bar
 
@@ -24,25 +24,30 @@ from lit_lora.progress_bar import messages_above_bar
 class StepProgress(ProgressBar):
     """One progress bar over all optimizer steps of a fit, with loss, gradient norm, lr, images per second and the time left.
 
-    At the start it prints what is trained on what, and at the end where the checkpoints are. It works with any LightningModule.
-    ``lit-lora fit`` uses it in place of Lightning's bars, unless the config has a progress bar.
+    Where the output is not a terminal, as in the log of a batch job, a line comes now and then in place of the bar. At the start
+    it prints what is trained on what, and at the end where the checkpoints are. It works with any LightningModule.
+    ``lit-lora fit`` uses it in place of Lightning's bars, unless the config has a progress bar; with
+    ``trainer.enable_progress_bar: false`` it prints neither bar nor lines about steps.
 
     Args:
         refresh_seconds: Seconds between two updates of the bar; reading the loss waits for the GPU. Defaults to 1.
+        line_seconds: Seconds between two lines where the output is not a terminal. Defaults to 30. The last step has a line, too.
 
     Raises:
-        UserError: If ``refresh_seconds`` is negative.
+        UserError: If one of them is negative.
     """
 
-    def __init__(self, refresh_seconds: float = 1.0) -> None:
+    def __init__(self, refresh_seconds: float = 1.0, line_seconds: float = 30.0) -> None:
         super().__init__()
-        if refresh_seconds < 0:
-            raise UserError(f"refresh_seconds={refresh_seconds} must be at least 0")
-        self.refresh_seconds = refresh_seconds
+        check_least(0, refresh_seconds=refresh_seconds, line_seconds=line_seconds)
+        self.refresh_seconds, self.line_seconds = refresh_seconds, line_seconds
+        self.shows_steps = True
+        """Whether it shows a bar or lines about the steps, and not the beginning and the end alone."""
         self.lists_files = True
         """Whether it prints where the checkpoints are at the end; ``lit-lora train`` prints that itself."""
         self._enabled = True
         self._bar: tqdm[Any] | None = None
+        self._training = False
         self._ended = False
         self._above = ExitStack()
         """Has messages of others printed above the bar while there is one."""
@@ -59,16 +64,19 @@ class StepProgress(ProgressBar):
         steps = _total_steps(trainer)
         for line in _summary(trainer, pl_module, steps):
             self.print(line)
-        self._samples, self._seconds, self._refreshed = 0, 0.0, 0.0
+        self._training, self._total, self._shown = True, steps, trainer.global_step
+        self._samples, self._seconds, self._refreshed, self._first_step = 0, 0.0, time.monotonic(), trainer.global_step
         self._lr: float | None = None
-        self._bar = tqdm(
-            total=steps,
-            initial=trainer.global_step,
-            dynamic_ncols=True,
-            file=sys.stderr,
-            bar_format="step {n_fmt}/{total_fmt} {bar} {desc}, {remaining} left",
-        )
-        self._above.enter_context(messages_above_bar())
+        if self.shows_steps and sys.stderr.isatty():
+            self._refreshed = 0.0
+            self._bar = tqdm(
+                total=steps,
+                initial=trainer.global_step,
+                dynamic_ncols=True,
+                file=sys.stderr,
+                bar_format="step {n_fmt}/{total_fmt} {bar} {desc}, {remaining} left",
+            )
+            self._above.enter_context(messages_above_bar())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start = time.monotonic()
@@ -79,21 +87,19 @@ class StepProgress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._bar is None:
+        if not self._training:
             return
         now = time.monotonic()
         self._seconds += now - self._start
         self._samples += (batch_size(batch) or 0) * trainer.world_size
-        if now - self._refreshed >= self.refresh_seconds or trainer.global_step == self._bar.total:
+        between = self.line_seconds if self._bar is None else self.refresh_seconds
+        if now - self._refreshed >= between or trainer.global_step == self._total:
             self._refreshed = now
-            self._bar.set_description_str(self._figures(trainer, pl_module), refresh=False)
-            self._bar.n = trainer.global_step
-            self._bar.refresh()
+            self._show(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._bar is not None:
-            self._bar.n = trainer.global_step
-            self._bar.refresh()
+        if self._training:
+            self._show(trainer, pl_module)
             self._close()
             self._ended = True
 
@@ -113,6 +119,24 @@ class StepProgress(ProgressBar):
         else:
             self._bar.write(" ".join(map(str, args)), file=sys.stderr)
 
+    def _show(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Update the bar, or print a line about a step that has none yet."""
+        step = trainer.global_step
+        if self._bar is not None:
+            self._bar.set_description_str(self._figures(trainer, pl_module), refresh=False)
+            self._bar.n = step
+            self._bar.refresh()
+        elif self.shows_steps and step > self._shown:
+            self._shown = step
+            done = f"step {step}" if self._total is None else f"step {step}/{self._total}"
+            self.print(", ".join([done, *filter(None, [self._figures(trainer, pl_module)]), *self._time_left(step)]))
+
+    def _time_left(self, step: int) -> list[str]:
+        if self._total is None or step == self._first_step:
+            return []
+        seconds = self._seconds / (step - self._first_step) * (self._total - step)
+        return [f"{tqdm.format_interval(seconds)} left"]
+
     def _figures(self, trainer: Trainer, pl_module: LightningModule) -> str:
         metrics: dict[str, Any] = self.get_metrics(trainer, pl_module)
         loss = next((float(metrics[name]) for name in ("train/loss", "train_loss", "loss") if name in metrics), None)
@@ -127,6 +151,7 @@ class StepProgress(ProgressBar):
         return ", ".join(figures)
 
     def _close(self) -> None:
+        self._training = False
         if self._bar is not None:
             self._bar.close()
             self._bar = None

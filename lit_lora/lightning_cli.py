@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BasePredictionWriter,
+    Checkpoint,
     ModelCheckpoint,
     ModelSummary,
     RichProgressBar,
@@ -159,8 +160,7 @@ class LitLoraCLI(LightningCLI):
         configured = [entry.class_path for entry in (given if isinstance(given, list) else [given])]
         _save_adapters(self.trainer, configured)
         if not any(path.endswith("ProgressBar") for path in configured):
-            bars = (TQDMProgressBar, RichProgressBar)
-            callbacks[:] = [StepProgress() if isinstance(callback, bars) else callback for callback in callbacks]
+            _show_progress(callbacks)
         asked = self._get(self.config, "trainer.enable_model_summary") or any(
             "ModelSummary" in one for one in configured
         )
@@ -300,6 +300,15 @@ def _say_if_none_is_last(trainer: Trainer, required: bool) -> None:
         return path
 
     connector._select_ckpt_path = select_loudly
+
+
+def _show_progress(callbacks: list[Callback]) -> None:
+    """Tell what is trained and where the files are, and show our progress bar in place of Lightning's, if there is one."""
+    others = [callback for callback in callbacks if not isinstance(callback, TQDMProgressBar | RichProgressBar)]
+    progress = StepProgress()
+    progress.shows_steps = len(others) < len(callbacks)
+    place = next((place for place, one in enumerate(others) if isinstance(one, Checkpoint)), len(others))
+    callbacks[:] = [*others[:place], progress, *others[place:]]
 
 
 def _save_adapters(trainer: Trainer, configured: Sequence[str]) -> None:

@@ -161,6 +161,7 @@ def test_a_schedule_free_optimizer_needs_no_callback_in_the_config(config: Calla
     [
         ([], False),
         (["--trainer.enable_model_summary", "true"], True),
+        (["--trainer.enable_progress_bar", "false"], False),
         (["--trainer.callbacks+", "ModelSummary"], True),
         (["--trainer.callbacks+", "TQDMProgressBar"], True),
     ],

@@ -4,6 +4,7 @@ import logging
 import re
 import sys
 import warnings
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ from tests.helpers import loader_of, make_batches
 pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
 
 
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """What is printed from now on, as on a terminal."""
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    return shown
+
+
 def fit(module: LightningModule, data: Any, folder: Path, options: dict[str, Any], **more: Any) -> None:
     checkpoints = AdapterCheckpoint(folder, save_last=True, enable_version_counter=False)
     options = options | {"enable_progress_bar": True, "enable_checkpointing": True, "max_epochs": -1} | more
@@ -34,14 +47,14 @@ def test_the_screen_of_a_run(
     session_shards: Path,
     trainer_options: dict[str, Any],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    terminal = on_terminal(monkeypatch)
     monkeypatch.setenv("COLUMNS", str(columns))
     data = WebDatasetDataModule(str(session_shards), batch_size=4, resolution=16, num_workers=0)
     monkeypatch.chdir(tmp_path)
     fit(sd_module, data, Path("ck"), trainer_options, max_steps=4, accumulate_grad_batches=2, log_every_n_steps=2)
-    lines = [line.rstrip() for line in re.split("[\r\n]+", capsys.readouterr().err) if line.strip()]
+    lines = [line.rstrip() for line in re.split("[\r\n]+", terminal.getvalue()) if line.strip()]
     summary = [line for line in lines if re.match("(trains|data|length|last|adapter) ", line)]
     trained = sum(p.numel() for p in sd_module.parameters() if p.requires_grad)
     assert summary == [
@@ -73,16 +86,60 @@ def test_a_module_that_knows_nothing_of_images(
     fit(Number(), loader_of([{"x": torch.zeros(2)}] * 3), tmp_path, trainer_options, max_steps=3)
     printed = capsys.readouterr().err
     assert "trains   Number: 3 parameters\nlength   3 steps\n" in printed
-    assert re.search(r"step 3/3 .*lr 0.5", printed)
+    assert re.search(r"step 3/3, lr 0.5", printed)
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0, [1, 2, 3, 4]), (1e9, [4])])
+def test_a_log_has_lines_in_place_of_a_bar(
+    seconds: float,
+    steps: list[int],
+    sd_module: LoraDiffusion,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    callbacks = {"callbacks": [StepProgress(line_seconds=seconds)]}
+    options = trainer_options | {"accumulate_grad_batches": 2} | callbacks
+    fit(sd_module, loader_of(make_batches(8)), tmp_path, options, max_steps=4)
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == steps
+    assert "\r" not in printed[printed.index("trains ") :]
+    assert re.fullmatch(r"step 4/4, loss \d\S*, lr \S+, [\d.]+ img/s, 00:00 left", lines[-1])
+
+
+def test_a_run_without_a_known_end_has_lines_too(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Ends(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 2
+
+    callbacks = {"callbacks": [StepProgress(), Ends()]}
+    fit(sd_module, loader_of(make_batches(8)), tmp_path, trainer_options | callbacks, max_steps=-1)
+    assert re.search(r"^step 2, loss \S+, lr \S+, [\d.]+ img/s$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_without_steps_the_beginning_and_the_end_are_told(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = StepProgress(line_seconds=0)
+    progress.shows_steps = False
+    checkpoints = AdapterCheckpoint(tmp_path, save_last=True, enable_version_counter=False)
+    callbacks = {"callbacks": [progress, checkpoints]}
+    fit(sd_module, loader_of(make_batches(2)), tmp_path, trainer_options | callbacks, max_steps=2)
+    shown = [line.split()[0] for line in capsys.readouterr().err.splitlines() if line]
+    assert [word for word in shown if word in ("trains", "length", "step", "last")] == ["trains", "length", "last"]
 
 
 def test_messages_of_others_have_lines_of_their_own(
     sd_module: LoraDiffusion,
     trainer_options: dict[str, Any],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    terminal = on_terminal(monkeypatch)
+
     class Talks(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             rank_zero_info("news of a callback")
@@ -97,7 +154,7 @@ def test_messages_of_others_have_lines_of_their_own(
     callbacks = {"callbacks": [StepProgress(refresh_seconds=0), Talks()]}
     fit(sd_module, loader_of(make_batches(2)), tmp_path, trainer_options | callbacks, max_steps=2)
     assert (logger.handlers, warnings.showwarning) == (before, show)
-    lines = re.split("[\r\n]+", capsys.readouterr().err)
+    lines = re.split("[\r\n]+", terminal.getvalue())
     assert lines.count("news of a callback") == 2
     assert lines.count("a warning of one") == 2
 
@@ -106,10 +163,10 @@ def test_an_interrupted_run_shows_its_bar_once(
     sd_module: LoraDiffusion,
     trainer_options: dict[str, Any],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is printed while it ends leaves no second bar behind."""
+    terminal = on_terminal(monkeypatch)
 
     class Interrupts(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -119,11 +176,13 @@ def test_an_interrupted_run_shows_its_bar_once(
     callbacks = {"callbacks": [RunReport(), StepProgress(refresh_seconds=0), Interrupts()]}
     with pytest.raises(SystemExit):
         fit(sd_module, loader_of(make_batches(4)), tmp_path, trainer_options | callbacks, max_steps=4)
-    shown = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")]
+    shown = [line.rpartition("\r")[2] for line in terminal.getvalue().split("\n")]
     assert "Run report (interrupted)" in shown
     assert len([line for line in shown if line.startswith("step ")]) == 1
 
 
 def test_seconds_have_a_bound() -> None:
-    with pytest.raises(UserError, match="refresh_seconds=-1 must be at least 0"):
+    with pytest.raises(UserError, match="refresh_seconds=-1 is too small; it must be at least 0"):
         StepProgress(refresh_seconds=-1)
+    with pytest.raises(UserError, match="line_seconds=-1 is too small; it must be at least 0"):
+        StepProgress(line_seconds=-1)
