@@ -122,7 +122,6 @@ class WebDatasetDataModule(LightningDataModule):
         self.train_sets = train_sets
         self.cached: frozenset[str] = frozenset()
         """Parts of a batch that come from a cache, ``"latents"`` and ``"text"``; known after setup."""
-        self._bucketing = Bucketing.of(resolution, buckets, None if buckets is None else buckets.max_upscaling)
         self._opened: dict[SampleTable, OpenSets] = {}
         self._train: ChunkedSamples | None = None
         self._val: ListedSamples | None = None
@@ -130,6 +129,7 @@ class WebDatasetDataModule(LightningDataModule):
         self._train_loader: PlannedLoader | None = None
         self._loaded_state: dict[str, Any] | None = None
         self._restored_cursor: Cursor | None = None
+        self.image_sizes()  # refuses values out of their bounds
 
     def prepare_data(self) -> None:
         """Index local shards that have no index yet, and copy the indexes of remote shards; called once per node.
@@ -370,6 +370,10 @@ class WebDatasetDataModule(LightningDataModule):
     def _evaluation_data(self, shards: str | list[str]) -> ListedSamples:
         table = self._open([ShardSet(shards)], evaluation=True).table
         return ListedSamples(table, np.arange(len(table)), self._evaluation_bucketing)
+
+    @property
+    def _bucketing(self) -> Bucketing:
+        return Bucketing.of(self.resolution, self.buckets, None if self.buckets is None else self.buckets.max_upscaling)
 
     @property
     def _evaluation_bucketing(self) -> Bucketing:

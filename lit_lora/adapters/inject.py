@@ -212,11 +212,17 @@ def _check_alpha(config: PeftConfig) -> None:
     for name in ("lora_alpha", "alpha"):
         if getattr(config, name, None) == 0:
             raise UserError(f"{name}=0 scales the updates to zero, so that nothing would be trained; set it to r")
+    if zeros := [key for key, alpha in (getattr(config, "alpha_pattern", None) or {}).items() if alpha == 0]:
+        raise UserError(
+            f"alpha_pattern[{zeros[0]!r}]=0 scales the updates of its layers to zero, so that they would not be trained; set it "
+            f"to their rank, or adapt other layers"
+        )
     rank, alpha = getattr(config, "r", None), getattr(config, "lora_alpha", None)
-    if isinstance(rank, int) and isinstance(alpha, int | float) and alpha * 4 <= rank:
+    if isinstance(rank, int) and isinstance(alpha, int | float) and abs(alpha) * 4 <= rank:
         warnings.warn(
             f"lora_alpha={alpha} is far below r={rank}: the update is scaled by {alpha / rank:.3g}, so the usual learning "
-            f"rates train it very slowly. Set lora_alpha={rank}, or raise the learning rate by about {rank / alpha:.0f}.",
+            f"rates train it very slowly. Set lora_alpha={rank}, or raise the learning rate by about "
+            f"{rank / abs(alpha):.0f}.",
             stacklevel=2,
         )
 

@@ -111,10 +111,22 @@ def test_an_alpha_far_below_the_rank_warns(unet: UNet2DConditionModel) -> None:
         inject(unet, peft.LoraConfig(r=16, lora_alpha=1), TARGETS)
 
 
+def test_a_large_negative_alpha_is_not_far_below_the_rank(
+    unet: UNet2DConditionModel, recwarn: pytest.WarningsRecorder
+) -> None:
+    inject(unet, peft.LoraConfig(r=2, lora_alpha=-4), TARGETS)
+    assert not [warning for warning in recwarn if "far below" in str(warning.message)]
+
+
 @pytest.mark.parametrize("config", [peft.LoraConfig(lora_alpha=0), peft.LoHaConfig(alpha=0)])
 def test_an_alpha_of_zero(config: peft.PeftConfig, unet: UNet2DConditionModel) -> None:
     with pytest.raises(UserError, match="alpha=0 scales the updates to zero"):
         inject(unet, config, TARGETS)
+
+
+def test_an_alpha_of_zero_in_single_layers(unet: UNet2DConditionModel) -> None:
+    with pytest.raises(UserError, match=r"alpha_pattern\['to_v'\]=0 scales the updates of its layers to zero"):
+        inject(unet, peft.LoraConfig(alpha_pattern={"to_q": 2, "to_v": 0}), TARGETS)
 
 
 def test_initialisations_that_need_more_than_a_config(unet: UNet2DConditionModel) -> None:

@@ -193,6 +193,15 @@ def test_reloading_the_loader_continues(tmp_path, make_shards):
     assert reloaded.train_seen == whole.train_seen
 
 
+def test_a_resolution_that_is_set_later_is_that_of_the_batches(make_shards):
+    data = _data(make_shards(4))
+    data.resolution = 16
+    data.prepare_data()
+    data.setup("fit")
+    assert data.image_sizes() == [(16, 16)]
+    assert next(iter(data.train_dataloader()))["pixel_values"].shape == (2, 3, 16, 16)
+
+
 def test_second_fit_continues(tmp_path, make_shards):
     paths = make_shards(12)
     whole = _fit(tmp_path, _data(paths), max_epochs=2)
