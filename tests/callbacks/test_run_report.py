@@ -73,6 +73,13 @@ def test_counted_figures(fit, capsys):
     assert "no GPU energy: the run is not on an NVIDIA GPU" in out
 
 
+def test_durations_have_one_form(fit):
+    report = fit()
+    report["this_run"]["wall_seconds"], report["total"]["wall_seconds"] = 48.71, 65.2
+    row = next(line for line in run_report._table(report).splitlines() if line.startswith("wall time"))
+    assert row.split() == ["wall", "time", "49", "s", "1", "min", "5", "s"]
+
+
 def test_it_can_be_copied_after_a_run(fit):
     report = RunReport()
     fit(report=report)
