@@ -32,6 +32,12 @@ class Parser(LightningArgumentParser):
         print_error(explain(message, option_names(self._actions), self._of_class), "config error")
         self.exit(2)
 
+    def dump(self, cfg: Any, *arguments: Any, **options: Any) -> str:
+        """Give a config as text; its values were checked when it was parsed, and checking them again takes time."""
+        options.setdefault("skip_validation", True)
+        text: str = super().dump(cfg, *arguments, **options)
+        return text
+
     def _dump_delete_default_entries(self, subcfg: dict[str, Any], subdefaults: dict[str, Any]) -> None:
         """Keep classes that replace the default, where jsonargparse 4.47 drops those whose own options are all defaults,
         and fails if the default is null or a string.

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import peft  # noqa: F401  makes its configs available as short class paths
-from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import (
     BasePredictionWriter,
     Checkpoint,
@@ -26,7 +24,7 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
     TQDMProgressBar,
 )
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers.utils.logging import disable_progress_bar
@@ -52,8 +50,7 @@ from lit_lora.files import writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
 from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
-from lit_lora.redact import redact
-from lit_lora.run_folder import run_folder
+from lit_lora.save_config import SaveConfig
 from lit_lora.trainer_options import check_trainer_options
 
 for _module in dict.fromkeys(public_names().values()):
@@ -65,24 +62,20 @@ _MAX_SEED = 2**32 - 1
 CLI = TypeVar("CLI", bound="LitLoraCLI")
 
 
-class SaveConfig(SaveConfigCallback):
-    """Saves the run's config in the run's folder, without the user names, passwords and queries of URLs."""
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, **options: Any) -> None:
-        super().__init__(parser, _redacted(config.clone()), **options, save_to_log_dir=False)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._folder = run_folder(trainer)  # a collective call
-        super().setup(trainer, pl_module, stage)
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        get_filesystem(self._folder).makedirs(self._folder, exist_ok=True)
-        path = os.path.join(self._folder, self.config_filename)
-        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=self.multifile)
-
-
 class LitLoraCLI(LightningCLI):
-    """The commands that run a trainer; checks outputs and checkpoint before a run starts, and reports errors in short."""
+    """The commands that run a trainer; checks outputs and checkpoint before a run starts, and reports errors in short.
+
+    Args:
+        *classes: Classes of module and datamodule.
+        args: The command's arguments, with its name first if ``run`` is set.
+        run: Whether to call the trainer.
+        **options: Further arguments of :class:`~lightning.pytorch.cli.LightningCLI`.
+    """
+
+    def __init__(self, *classes: Any, args: list[str], run: bool, **options: Any) -> None:
+        self._command = args[0] if run else None
+        options |= {"args": args, "run": run}
+        super().__init__(*classes, **options)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         kwargs.setdefault("dump_header", ["lit_lora config"])
@@ -107,6 +100,8 @@ class LitLoraCLI(LightningCLI):
         )
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != self._command:  # it parses nothing, and its options take time
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser._action_groups[-1].title = "Options of the run"
         return parser
@@ -370,17 +365,6 @@ _PARSERS = {
     "test": _parser_options("lit-lora test", "Compute the loss on the test shards."),
     "predict": _parser_options("lit-lora predict", "Draw an image for each caption of the validation shards."),
 }
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, Namespace | dict):
-        for name in list(value.keys()):
-            value[name] = _redacted(value[name])
-    elif isinstance(value, list):
-        return [_redacted(entry) for entry in value]
-    elif isinstance(value, str) and is_remote(value):
-        return redact(value)
-    return value
 
 
 def _config_and_path(argument: str) -> list[str]:
