@@ -36,6 +36,7 @@ class BaseAdapters:
         self.family = family
         read = [one.read(family) for one in adapters]
         self.records: Records = [one.record_of(adapter) for one, adapter in zip(adapters, read, strict=True)]
+        self._warn_of_doubles(adapters)
         updates: dict[str, dict[str, list[MergedLayer]]] = {}
         for one, adapter in zip(adapters, read, strict=True):
             self._check_trained_over(one, base_records(adapter.metadata))
@@ -46,6 +47,18 @@ class BaseAdapters:
             part: {name: WeightChange(layers[0].path, _Sum(tuple(layers))) for name, layers in weights.items()}
             for part, weights in updates.items()
         }
+
+    def _warn_of_doubles(self, adapters: Sequence[BaseAdapter]) -> None:
+        """Warn of an adapter that comes twice, such as under two spellings of its path."""
+        first: dict[str, BaseAdapter] = {}
+        for one, record in zip(adapters, self.records, strict=True):
+            other = first.setdefault(record["sha256"], one)
+            if other is not one:
+                warnings.warn(
+                    f"base_adapters: {other.path} and {one.path} are the same adapter, whose weights {other.weight:g} and "
+                    f"{one.weight:g} add up; name it once, unless that is meant",
+                    stacklevel=3,
+                )
 
     def _check_trained_over(self, one: BaseAdapter, over: Records) -> None:
         """Warn of an adapter that was trained over others than those beside it."""

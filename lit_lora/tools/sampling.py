@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -78,9 +79,11 @@ def columns_of(options: SampleOptions) -> list[Column]:
         UserError: If an adapter is given twice, or the number of scales is not that of the combined adapters.
     """
     paths, scales = [_adapter_of(path) for path in options.adapters], options.factors
-    if twice := [path for path in paths if paths.count(path) > 1]:
+    # A comparison may show a link beside what it leads to, such as the last checkpoint's adapter.
+    places = list(map(os.path.realpath if options.combine else os.path.abspath, paths))
+    if twice := [path for path, place in zip(paths, places, strict=True) if places.count(place) > 1]:
         raise UserError(
-            f"the adapter {twice[0]} is given more than once; give it once, with --scales for several scales"
+            f"the adapter {twice[-1]} is given more than once; give it once, with --scales for several scales"
         )
     names = _names(paths)
     if not options.combine:

@@ -137,6 +137,14 @@ def test_several_adapters_do_not_depend_on_their_order(sd_folder: Path, tmp_path
     assert (found[0] - found[2]).abs().max() > 1e-3
 
 
+def test_an_adapter_that_comes_twice_is_told(sd_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "first"
+    saved(LORA, sd_folder, folder)
+    one, two = BaseAdapter(str(folder), 0.8), BaseAdapter(f"{folder}/../first/pytorch_lora_weights.safetensors", 0.5)
+    with pytest.warns(UserWarning, match=r"are the same adapter, whose weights 0.8 and 0.5 add up; name it once"):
+        BaseAdapters([one, two], StableDiffusion)
+
+
 def test_weights_are_merged_before_they_are_quantized(sd_folder: Path, tmp_path: Path) -> None:
     saved(LORA, sd_folder, tmp_path / "first")
     first = BaseAdapter(str(tmp_path / "first"), 0.8)
@@ -364,6 +372,7 @@ def test_another_alpha_is_another_base(file: str, sd_folder: Path, tmp_path: Pat
     assert same_adapters([before], records[:1])
 
 
+@pytest.mark.filterwarnings("ignore:base_adapters. .*are the same adapter:UserWarning")
 def test_adapters_for_other_bases(sd_folder: Path, tmp_path: Path) -> None:
     adapter = saved(LORA, sd_folder, tmp_path / "first")
     first = BaseAdapter(str(tmp_path / "first"), 0.8)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from lit_lora import __version__
 from lit_lora.cli import main
+from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.formats import write_adapter
 from lit_lora.formats.find import read_adapter
@@ -419,6 +420,7 @@ def test_the_variant_of_a_base_of_no_known_family_is_found(sd_folder: Path, tmp_
     ("options", "message"),
     [
         (["--adapter", "one", "one"], "the adapter one is given more than once"),
+        (["--adapter", "one", "./one"], "the adapter ./one is given more than once"),
         (["--adapter", "one", "--combine"], "--combine needs several adapters, and there is 1"),
         (["--adapter", "one", "two", "--combine", "--scales", "1", "2", "3"], "2 are given, and 3 scales"),
         (["--scales", "0.5"], "scales are factors of adapters, and there is none"),
@@ -435,6 +437,15 @@ def test_a_wrong_choice_is_one_error(
     assert main(["sample", "--base", str(sd_folder), "--out", str(out), *DRAWN, *options]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_link_is_compared_and_not_combined_with_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "step=2.adapter").mkdir()
+    (tmp_path / "last.adapter").symlink_to("step=2.adapter")
+    options = SampleOptions([str(tmp_path / name) for name in ("step=2.adapter", "last.adapter")], prompts="a")
+    assert len(columns_of(options)) == 2
+    with pytest.raises(UserError, match=r"last.adapter is given more than once"):
+        columns_of(replace(options, combine=True))
 
 
 def test_names_tell_adapters_apart() -> None:
