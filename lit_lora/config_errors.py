@@ -19,6 +19,10 @@ from lit_lora.config_files import TO_BEGIN
 from lit_lora.lazy import public_names
 
 _ADVICE = {
+    r"^argument --data: expected one argument": "write a class, as in --data WebDatasetDataModule; its options are in the help of "
+    "lit-lora fit --data.help CLASS and in docs/config.md",
+    r"^Unrecognized arguments: --\w+\.help": "for the help of a class within another one, name the other one first, as in --data "
+    "WebDatasetDataModule --data.decoder.help ImageDecoder",
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
     r"No module named 'torchao": 'pip install "lit_lora[torchao]", or use torch.optim.AdamW',
     r"'train_sets' is not accepted": "several sets are for WebDatasetDataModule, which plans from indexes how often a pass shows "
@@ -39,7 +43,7 @@ _HOW_TO_WRITE = ("Not a valid subclass of", "a class path (str)", "a dict with")
 
 _REQUIRED = re.compile(r"Option '(?:(?:fit|validate|test|predict)\.)?([\w.]+)' is required but not provided")
 _TWICE = re.compile(r"more than one stateful callback of type `(\w+)`")
-_KEY = re.compile(r'^Parser key "([^"]+)":')
+_KEY = re.compile(r'^(?:Parser key "([^"]+)"|(--[\w.]+\.help)):')
 _NO_CLASS = re.compile(r"Expected a dot import path string: ([\w.]*\b[A-Z]\w*)\s*$", re.MULTILINE)
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _AMBIGUOUS = re.compile(
@@ -66,7 +70,7 @@ def explain(message: str) -> str:
     if key is None or message.count("Parser key") > 1:
         return message + advice
     reason = _missing(message) or _wrong_value(message)
-    return (f"{key[1]}: {reason}" if reason else message) + advice
+    return (f"{key[1] or key[2]}: {reason}" if reason else message) + advice
 
 
 def reasons(message: str) -> str:
