@@ -19,8 +19,8 @@ from lit_lora.config_files import TO_BEGIN
 from lit_lora.lazy import public_names
 
 _ADVICE = {
-    r"^argument --data: expected one argument": "write a class, as in --data WebDatasetDataModule; its options are in the help of "
-    "lit-lora fit --data.help CLASS and in docs/config.md",
+    r"^argument --data: expected one argument": "write a class, as in --data WebDatasetDataModule; its options are in the help "
+    "of lit-lora fit --data.help CLASS and in docs/config.md",
     r"^Unrecognized arguments: --\w+\.help": "for the help of a class within another one, name the other one first, as in --data "
     "WebDatasetDataModule --data.decoder.help ImageDecoder",
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
