@@ -20,6 +20,10 @@ from lit_lora.lazy import public_names
 from lit_lora.option_names import advice_for
 
 _ADVICE = {
+    r"^argument --data: expected one argument": "write a class, as in --data WebDatasetDataModule; its options are in the help "
+    "of lit-lora fit --data.help CLASS and in docs/config.md",
+    r"^Unrecognized arguments: --\w+\.help": "for the help of a class within another one, name the other one first, as in --data "
+    "WebDatasetDataModule --data.decoder.help ImageDecoder",
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
     r"No module named 'torchao": 'pip install "lit_lora[torchao]", or use torch.optim.AdamW',
     r"'train_sets' is not accepted": "several sets are for WebDatasetDataModule, which plans from indexes how often a pass shows "
@@ -49,7 +53,7 @@ _NO_OPTION = re.compile(
 _NESTED = re.compile(r"""["']*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)["']*$""")
 _STRAY = re.compile(r"Unrecognized arguments: (?!-)(\S+)")
 _PLURAL = re.compile(r"ambiguous option: (\S+) could match (\S+), \2\+$")
-_KEY = re.compile(r'^Parser key "([^"]+)":')
+_KEY = re.compile(r'^(?:Parser key "([^"]+)"|(--[\w.]+\.help)):')
 _NO_CLASS = re.compile(r"Expected a dot import path string: ([\w.]*\b[A-Z]\w*)\s*$", re.MULTILINE)
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
 _AMBIGUOUS = re.compile(
@@ -81,7 +85,8 @@ def explain(message: str, options: Iterable[str] = (), owner: str = "") -> str:
     if key is None or message.count("Parser key") > 1:
         return message + advice
     reason = _missing(message) or _wrong_value(message) or _no_class(message)
-    place = f"{key[1]} of {owner}" if owner else key[1]
+    name = key[1] or key[2]
+    place = f"{name} of {owner}" if owner else name
     return (f"{place}: {reason}" if reason else message) + advice
 
 

@@ -164,15 +164,18 @@ def writable_folder(path: str | Path) -> Path:
         raise UserError(f"{path} is a file, not a folder; name another folder") from error
     except OSError as error:
         raise UserError(f"cannot create the folder {path}: {error.strerror}; name another folder") from error
-    try:
-        # Permissions do not tell: nobody can make files in /proc, though root may write there.
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        if error.errno not in _FULL:  # a full disk is told by the write itself, which names its file
-            raise UserError(
-                f"the folder {path} is not writable; name another folder or change its permissions"
-            ) from error
+    if not os.access(path, os.W_OK | os.X_OK) or not _takes_files(path):
+        raise UserError(f"the folder {path} is not writable; name another folder or change its permissions")
     return path
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a file can be made; permissions alone do not tell, as of /proc, where root may write but nobody can."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return error.errno in _FULL  # a full disk is told by the write itself, which names its file
+    return True
 
 
 def check_regular(path: str | Path) -> os.stat_result:

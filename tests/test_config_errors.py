@@ -169,3 +169,27 @@ def test_two_callbacks_with_one_entry_in_checkpoints(capsys: pytest.CaptureFixtu
     status, _, error = console(capsys, *twice, "--trainer.accelerator=cpu")
     assert status == 2
     assert "trainer.callbacks has two AdapterEMA whose states checkpoints could not tell apart; remove one" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--trainer.callbacks.help", "AdapterChekpoint"],
+            "--trainer.callbacks.help: there is no class AdapterChekpoint; did you mean",
+        ),
+        (["--data.help", "WebDataset"], "--data.help: there is no class WebDataset"),
+        (
+            ["--data.decoder.help", "ImageDecoder"],
+            "name the other one first, as in --data WebDatasetDataModule --data.decoder.help",
+        ),
+        (["--data.buckets.help"], "write a class, as in --data WebDatasetDataModule"),
+    ],
+)
+def test_a_help_that_is_not_found_says_what_to_type(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *arguments])
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
