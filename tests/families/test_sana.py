@@ -31,7 +31,7 @@ def loaded(folder: Path, **options: Any) -> Sana:
 
 @pytest.fixture
 def family(sana_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Sana:
-    """With a short instruction: the pipeline's has more than a thousand of the tiny tokenizer's tokens."""
+    """With a short instruction of many tokens: the tiny tokenizer knows each line of the pipeline's as one."""
     monkeypatch.setattr("lit_lora.families.sana._INSTRUCTION", INSTRUCTION)
     return loaded(sana_folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ _PIECES = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *string.ascii
 
 def write(folder: Path, **options: Any) -> Path:
     """Two blocks, an autoencoder that halves the edge of an image, and a tokenizer that knows small letters.
+
+    It also knows the lines of the pipeline's instruction: letter by letter they are a thousand tokens of each caption.
 
     Args:
         folder: Folder to write.
@@ -50,8 +53,10 @@ def write(folder: Path, **options: Any) -> Path:
         decoder_qkv_multiscales=((), (5,)),
         scaling_factor=0.5,
     )
+    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(_PIECES)})
+    tokenizer.add_tokens(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
     config = Gemma2Config(
-        vocab_size=len(_PIECES),
+        vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -65,6 +70,6 @@ def write(folder: Path, **options: Any) -> Path:
         scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
         vae=vae,
         text_encoder=Gemma2Model(config),
-        tokenizer=GemmaTokenizer(vocab={piece: i for i, piece in enumerate(_PIECES)}),
+        tokenizer=tokenizer,
     ).save_pretrained(folder)
     return folder
