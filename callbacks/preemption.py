@@ -22,7 +22,7 @@ from torch import distributed
 from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lit_lora.callbacks.checkpoint_files import options
 from lit_lora.distributed.collectives import time_limit
-from lit_lora.loops import accumulating, is_over, more_is_due
+from lit_lora.loops import accumulating, is_over, more_is_due, validated_in_epoch
 
 _ONE_SIGNAL_SECONDS = 3.0
 """Signals of one kind within this time count once: SLURM signals all processes, and torchrun forwards its own to them."""
@@ -34,9 +34,9 @@ class Preemption(Callback):
     The resumed run equals one that was not stopped as far as :class:`AdapterCheckpoint` says, which depends on the loader.
 
     A signal to any process stops all processes after the next optimizer step, once the other callbacks have handled that step.
-    The end of an epoch is completed first; so are validation and sampling, and then one more step is taken. The checkpoint is
-    the ``last`` of the trainer's :class:`AdapterCheckpoint`, or of its first ``ModelCheckpoint``, regardless of its ``save_last``
-    and ``save_weights_only``; without such a callback nothing is saved. One line on the console says where the checkpoint is.
+    The end of an epoch is completed first; so are validation and sampling. The checkpoint is the ``last`` of the trainer's
+    :class:`AdapterCheckpoint`, or of its first ``ModelCheckpoint``, regardless of its ``save_last`` and ``save_weights_only``;
+    without such a callback nothing is saved. One line on the console says where the checkpoint is.
     The exit status is 128 plus the number of the signal, so 143 for SIGTERM. A second signal of the same kind, three seconds or
     more after the first, ends the process at once.
 
@@ -49,6 +49,8 @@ class Preemption(Callback):
     """
 
     def __init__(self) -> None:
+        self.advice = "resume with --ckpt_path last"
+        """How the run is gone on with; ``lit-lora train`` has no option for it."""
         self._received: dict[int, float] = {}
         self._previous: dict[int, Any] = {}
         self._group: Any = None
@@ -78,6 +80,11 @@ class Preemption(Callback):
         if not accumulating(trainer) and not more_is_due(trainer) and not is_over(trainer):
             self._stop_if_asked(trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Where each step is followed by validation, no end of a batch can stop the run.
+        if validated_in_epoch(trainer) and not accumulating(trainer) and not is_over(trainer):
+            self._stop_if_asked(trainer)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop_listening(trainer)
 
@@ -91,7 +98,7 @@ class Preemption(Callback):
             return
         done = [f"stopped by {signal.Signals(number).name} at step {trainer.global_step}"]
         if path := _save_last(trainer):
-            done.append(f"saved {path}; resume with --ckpt_path last")
+            done.append(f"saved {path}; {self.advice}")
         else:
             done.append("nothing was saved, since the trainer has no checkpoint callback")
         if trainer.is_global_zero:

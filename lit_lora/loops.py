@@ -62,11 +62,19 @@ def more_is_due(trainer: Trainer) -> bool:
     loop = fit_loop.epoch_loop
     in_batch = loop.batch_progress.current.completed < loop.batch_progress.current.processed
     in_epoch = fit_loop.epoch_progress.current.processed < fit_loop.epoch_progress.current.started
-    # Processes may differ about validation that is due by the clock.
-    validates = getattr(trainer, "_val_check_time_interval", None) is None and loop._should_check_val_fx(
-        fit_loop._data_fetcher
-    )
+    validates = not _validates_by_clock(trainer) and loop._should_check_val_fx(fit_loop._data_fetcher)
     return (in_batch and validates) or (in_epoch and loop._num_ready_batches_reached())
+
+
+def validated_in_epoch(trainer: Trainer) -> bool:
+    """Whether the validation that ends came between two steps of an epoch, at the same step in all processes."""
+    in_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+    return in_fit and not _validates_by_clock(trainer) and not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+def _validates_by_clock(trainer: Trainer) -> bool:
+    """Whether validation is due by the clock, about which processes may differ."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
 
 
 def never_validates(trainer: Trainer) -> str | None:

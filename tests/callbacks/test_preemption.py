@@ -119,16 +119,30 @@ class Validations(Callback):
             self.steps.append(trainer.global_step)
 
 
-def test_a_signal_when_validation_is_due_takes_effect_after_the_next_step(
-    trainer_options: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("kind", [AdapterCheckpoint, ModelCheckpoint])
+@pytest.mark.parametrize(
+    ("interval", "accumulated", "batch", "stopped_at"),
+    [(2, 1, 1, 2), (1, 1, 1, 2), (1, 2, 1, 1), (3, 2, 2, 2)],
+    ids=["after-some-steps", "after-each-step", "after-each-batch", "within-a-step"],
+)
+def test_a_signal_when_validation_is_due_takes_effect_after_it(
+    interval: int,
+    accumulated: int,
+    batch: int,
+    stopped_at: int,
+    kind: type[ModelCheckpoint],
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    more = {"val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
-    validations = Validations()
+    more: dict[str, Any] = {"val_check_interval": interval, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    more |= {"accumulate_grad_batches": accumulated, "max_steps": 6 // accumulated}
+    alone, stopped = Validations(), Validations()
+    fit_line(trainer_options, alone, **more)
     with pytest.raises(SIGTERMException):
-        fit_line(trainer_options, Preemption(), Signal(1), validations, AdapterCheckpoint(tmp_path), **more)
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
-    fit_line(trainer_options, Preemption(), validations, AdapterCheckpoint(tmp_path), resume="last", **more)
-    assert validations.steps == [2, 4, 6]
+        fit_line(trainer_options, Preemption(), Signal(batch), stopped, kind(tmp_path), **more)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == stopped_at
+    fit_line(trainer_options, Preemption(), stopped, kind(tmp_path), resume="last", **more)
+    assert stopped.steps == alone.steps
 
 
 def test_the_newest_checkpoint_is_used_after_a_preemption(trainer_options: dict[str, Any], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
+from lit_lora.callbacks.preemption import Preemption
 from lit_lora.callbacks.run_report import RunReport
 from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.errors import UserError
@@ -31,13 +32,15 @@ class _PartsCLI(ToolCLI):
 
 
 class _FitCLI(LitLoraCLI):
-    """``lit-lora fit``, without the lists of files that ``lit-lora train`` has in its last lines."""
+    """``lit-lora fit`` with the last lines of ``lit-lora train``: other lists of files, another way to go on."""
 
     def before_fit(self) -> None:
         super().before_fit()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StepProgress | RunReport):
                 callback.lists_files = False
+            if isinstance(callback, Preemption):
+                callback.advice = "the same command goes on"
 
 
 def parts(arguments: Sequence[str]) -> LitLoraCLI:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
+import signal
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_lora.tools.training.fitting import out_of_time, resuming
+from lit_lora.tools.training.fitting import fit, out_of_time, resuming
 
 
 @pytest.mark.parametrize(("seconds", "over"), [(None, False), (60, False), (0, True)])
@@ -24,3 +28,20 @@ def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     assert resuming(tmp_path, tmp_path) == ["--ckpt_path", "last"]
     other = tmp_path / "project" / "run"
     assert resuming(other, tmp_path) == ["--ckpt_path", str(other / "checkpoints" / "last.ckpt")]
+
+
+class Terminated(Callback):
+    def on_train_batch_start(self, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_that_a_signal_stops_says_how_to_go_on(
+    session_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [f"--data.init_args.train_shards={session_shards}", "--data.init_args.val_samples=0"]
+    stop = ["--trainer.callbacks=AdapterCheckpoint", f"--trainer.callbacks+={__name__}.Terminated"]
+    options = [*data, *stop, "--trainer.default_root_dir", str(tmp_path)]
+    with pytest.raises(SIGTERMException):
+        fit(["fit", "--config", "configs/demo.yaml", "--data.init_args.batch_size=2", *options])
+    assert "last.ckpt; the same command goes on\n" in capsys.readouterr().err
