@@ -28,7 +28,8 @@ class MemoryPlan(PlannedMemory):
         height: Height of the images in pixels.
         width: Width of the images in pixels.
         adapter_parameters: Number of trained parameters.
-        adapter_file_bytes: Size of ``adapter_model.safetensors``, with those of the text encoders if they are trained.
+        adapter_file_bytes: Size of ``adapter_model.safetensors``, with those of the text encoders if they are trained, without
+            the metadata, which take a kilobyte or two.
         flops_per_step: Floating point operations of an optimizer step, including all its batches and the encoders.
         seconds_per_step: Estimated seconds per optimizer step: :meth:`Device.seconds <lit_lora.planning.device.Device.seconds>`.
         processes: Which process is planned and what it holds, in two lines; defaults to nothing, for a single process.

@@ -163,6 +163,9 @@ def test_what_callbacks_and_the_trainer_do_otherwise(trainer_options: dict[str, 
     with (
         pytest.warns(UserWarning, match=told),
         pytest.warns(UserWarning, match=r"decay of AdapterEMA is 0\.9 in the checkpoint and 0\.5 here, which applies"),
+        pytest.warns(
+            UserWarning, match=r"RankBudget keeps the schedule of its checkpoint, which is made for 2 optimizer"
+        ),
     ):
         run(0.75, 0.5, True, steps=3, gradient_clip_val=0.5, resume=tmp_path / "last.ckpt")
 

@@ -428,7 +428,7 @@ def test_local_file_that_is_missing(tmp_path, target):
 
 def test_unwritable_target_is_not_the_source_s_fault(server, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot create the folder"):
+    with pytest.raises(UserError, match="file is a file, not a folder; name another folder"):
         fetch(f"{server.url}/a.tar", tmp_path / "file" / "a.tar", None, QUICK)
     assert server.requests == []
 
