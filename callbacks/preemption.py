@@ -23,9 +23,7 @@ from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lit_lora.callbacks.checkpoint_files import options
 from lit_lora.distributed.collectives import time_limit
 from lit_lora.loops import accumulating, is_over, more_is_due, validated_in_epoch
-
-_ONE_SIGNAL_SECONDS = 3.0
-"""Signals of one kind within this time count once: SLURM signals all processes, and torchrun forwards its own to them."""
+from lit_lora.signals import ONE_SIGNAL_SECONDS
 
 
 class Preemption(Callback):
@@ -127,7 +125,7 @@ class Preemption(Callback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if now - self._received.setdefault(number, now) > _ONE_SIGNAL_SECONDS:
+        if now - self._received.setdefault(number, now) > ONE_SIGNAL_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

@@ -255,9 +255,12 @@ class RankBudget(ChangedRanks):
     def _set_total_steps(self, trainer: Trainer) -> None:
         """Take the trainer's steps for the schedule, or the checkpoint's if its schedule has begun."""
         has_begun = bool(self._axes) or any(layer.rank != self._first_ranks[layer.path] for layer in self.layers)
+        steps = trainer.estimated_stepping_batches
+        if self._total_steps and not math.isfinite(steps):
+            return  # nothing but time ends this run
         if not (self._total_steps and has_begun):
             self._total_steps = number_of_steps(trainer, "RankBudget")
-        elif (steps := trainer.estimated_stepping_batches) != self._total_steps:
+        elif steps != self._total_steps:
             rank_zero_warn(
                 f"RankBudget keeps the schedule of its checkpoint, which is made for {self._total_steps} optimizer steps and "
                 f"has begun; the {steps} of this run do not change when ranks are pruned"

@@ -24,9 +24,9 @@ from lit_lora.progress_bar import messages_above_bar
 class StepProgress(ProgressBar):
     """One progress bar over all optimizer steps of a fit, with loss, gradient norm, lr, images per second and the time left.
 
-    Where the output is not a terminal, as in the log of a batch job, a line comes now and then in place of the bar. At the start
-    it prints what is trained on what, and at the end where the checkpoints are. It works with any LightningModule.
-    ``lit-lora fit`` uses it in place of Lightning's bars, unless the config has a progress bar; with
+    Where the output is not a terminal, as in the log of a batch job or in a notebook, a line comes now and then in place of the
+    bar. At the start it prints what is trained on what, and at the end where the checkpoints are. It works with any
+    LightningModule. ``lit-lora fit`` uses it in place of Lightning's bars, unless the config has a progress bar; with
     ``trainer.enable_progress_bar: false`` it prints neither bar nor lines about steps.
 
     Args:
@@ -65,7 +65,8 @@ class StepProgress(ProgressBar):
         for line in _summary(trainer, pl_module, steps):
             self.print(line)
         self._training, self._total, self._shown = True, steps, trainer.global_step
-        self._samples, self._seconds, self._refreshed, self._first_step = 0, 0.0, time.monotonic(), trainer.global_step
+        self._samples, self._seconds, self._first_step = 0, 0.0, trainer.global_step
+        self._began = self._refreshed = time.monotonic()
         self._lr: float | None = None
         if self.shows_steps and sys.stderr.isatty():
             self._refreshed = 0.0
@@ -134,7 +135,7 @@ class StepProgress(ProgressBar):
     def _time_left(self, step: int) -> list[str]:
         if self._total is None or step == self._first_step:
             return []
-        seconds = self._seconds / (step - self._first_step) * (self._total - step)
+        seconds = (time.monotonic() - self._began) / (step - self._first_step) * (self._total - step)
         return [f"{tqdm.format_interval(seconds)} left"]
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule) -> str:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from lit_lora.first_imports import first_imports
+from lit_lora.signals import Terminated, ending_on_sigterm
 
 USAGE = """usage: lit-lora COMMAND [options]
 
@@ -143,6 +142,8 @@ _WITH_CONFIGS = ("plan", "cache", "shards plan")
 _GO_ON = ("train", "cache", "prior", "shards pack", "shards index")
 """Commands that keep what they have done when they are interrupted."""
 
+_AFTER_TRAINING = {"train": "the same command goes on", "demo": "start it again"}
+"""How tools go on that were interrupted while they trained."""
 
 _MAY_BE_EMPTY = ("--prompts", "--negative_prompt", "--trigger")
 """Options of tools for texts; others name a file, a folder or a choice."""
@@ -187,36 +188,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         # Lightning has ended the run and exits; what the last checkpoint has is kept.
-        how = "the same command goes on" if command == "train" else "resume with --ckpt_path last"
-        return _interrupted(error.__context__, how)
+        return _interrupted(error.__context__, _AFTER_TRAINING.get(command, "resume with --ckpt_path last"))
     except Exception as error:
         return console.report(error)
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a tool as Ctrl-C does, so that nothing half-written is left."""
-
-
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # which alone can handle signals
-        yield
-        return
-
-    def terminate(*_: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _interrupted(error: KeyboardInterrupt, how: str) -> int:
     """Tell that a signal has ended a command and how it goes on, and return the exit status."""
-    terminated = isinstance(error, _Terminated)
+    terminated = isinstance(error, Terminated)
     told = "terminated" if terminated else "interrupted"
     print("; ".join(filter(None, [f"lit-lora: {told}", how])), file=sys.stderr)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
@@ -252,7 +231,7 @@ def _call(arguments: list[str]) -> int:
     command, *rest = arguments
     if command in TOOLS:
         _check_none_empty(rest)
-        with _ending_on_sigterm():
+        with ending_on_sigterm():
             return TOOLS[command](rest) or 0
     _run_trainer(arguments)
     return 0
@@ -264,8 +243,10 @@ def _check_none_empty(arguments: list[str]) -> None:
 
     for before, argument in pairwise(["", *arguments]):
         name, equals, value = argument.partition("=")
-        option = name if equals else before
-        if not value and (equals or not argument) and option not in _MAY_BE_EMPTY and "." not in option:
+        is_option = bool(equals) and name.startswith("--")
+        option = name if is_option else before
+        is_text = option.startswith("--") and any(text.startswith(option) for text in _MAY_BE_EMPTY)
+        if not (value if is_option else argument) and not is_text and "." not in option:
             named = option if option.startswith("--") else "an argument"
             raise UserError(f"{named} is empty, as a variable of the shell may be; give it a value or leave it out")
 

@@ -17,11 +17,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 import lit_lora
 from lit_lora.config_files import ALL_OPTIONS, TO_BEGIN
 from lit_lora.lazy import public_names
-from lit_lora.option_names import advice_for
+from lit_lora.option_names import advice_for, in_full
 
 _ADVICE = {
-    r"^argument --data: expected one argument": "write a class, as in --data WebDatasetDataModule; its options are in the help "
-    "of lit-lora fit --data.help CLASS and in docs/config.md",
+    r"^argument --data: expected one argument": "--data has no class, as in --data WebDatasetDataModule, or an option of it has "
+    "no value; lit-lora fit --data.help CLASS and docs/config.md list its options",
     r"^Unrecognized arguments: --\w+\.help": "for the help of a class within another one, name the other one first, as in --data "
     "WebDatasetDataModule --data.decoder.help ImageDecoder",
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
@@ -51,8 +51,7 @@ _NO_OPTION = re.compile(
     r"(?:' is not accepted|' does not accept option '([\w.]+))?"
 )
 _NESTED = re.compile(r"""["']*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)["']*$""")
-_STRAY = re.compile(r"Unrecognized arguments: (?!-)(\S+)")
-_PLURAL = re.compile(r"ambiguous option: (\S+) could match (\S+), \2\+$")
+_STRAY = re.compile(r"Unrecognized arguments: (?!--)(\S+)")
 _KEY = re.compile(r'^(?:Parser key "([^"]+)"|(--[\w.]+\.help)):')
 _NO_CLASS = re.compile(r"Expected a dot import path string: ([\w.]*\b[A-Z]\w*)\s*$", re.MULTILINE)
 _NO_ATTRIBUTE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'")
@@ -97,9 +96,9 @@ def _wrong_name(message: str, options: Sequence[str], owner: str) -> str | None:
             return f"{owner} needs {required[1]}, which is not given"
         return f"{required[1]} is not given; give it in a config, such as --config configs/sd15.yaml; {TO_BEGIN}"
     if stray := _STRAY.match(message):
-        return f"{stray[1]!r} follows no option; write --NAME {stray[1]}; {ALL_OPTIONS}"
-    if same := _PLURAL.match(message):
-        return f"there is no option {same[1]}; did you mean {same[2]}?"
+        return f"{stray[1]!r} is neither an option nor follows one; {ALL_OPTIONS}"
+    if told := in_full(message):
+        return told
     if absent := _NO_OPTION.match(message):
         return _no_option(".".join(filter(None, absent.groups())), options, owner)
     return None

@@ -57,7 +57,7 @@ def check_option_names(arguments: Sequence[str], method: str | None = None) -> N
         UserError: If neither the command nor its trainer or module has such an option.
     """
     known = _known_options(method)
-    if method is not None:
+    if "" in known:
         known[""] |= _OF_COMMAND_LINE
     paths = _paths(known)
     for argument in arguments:
@@ -85,7 +85,7 @@ def check_config_given(arguments: Sequence[str], command: str) -> None:
     """
     if arguments[-1:] in (["-c"], ["--config"]):
         raise UserError(f"--config needs the path of a file, such as lit-lora {command} --config configs/sd15.yaml")
-    if any(argument.partition("=")[0].endswith(".help") for argument in arguments):
+    if any(argument.partition("=")[0].endswith((".help", "--help")) or argument == "-h" for argument in arguments):
         return
     if not any(
         argument.startswith(("-c", "--config", "--model", "--data", "--print_config")) for argument in arguments
@@ -202,7 +202,9 @@ def plain_path(path: str) -> str:
 def _known_options(method: str | None) -> dict[str, set[str]]:
     """Options of the trainer and of the module, and without a part those of the trainer's method, if there is one."""
     parts = {"trainer": _options_of_trainer("__init__"), "model": _options_of_module()}
-    return parts if method is None else {"": _EVERYWHERE | _options_of_trainer(method), **parts}
+    if method is None or not (own := _options_of_trainer(method)):
+        return parts
+    return {"": _EVERYWHERE | own, **parts}
 
 
 def _paths(known: Mapping[str, set[str]]) -> set[str]:

@@ -23,6 +23,7 @@ _PART = re.compile(r"(?P<name>.+)\.(?P<space>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{
 _ABANDONED_S = 86_400.0
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
 
 
 @contextmanager
@@ -174,7 +175,10 @@ def _takes_files(folder: Path) -> bool:
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        return error.errno in _FULL  # a full disk is told by the write itself, which names its file
+        if error.errno in _NOT_WRITABLE:
+            return False
+        if error.errno not in _FULL:  # a full disk is told by the write itself, which names its file
+            raise
     return True
 
 

@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     Checkpoint,
     ModelCheckpoint,
     ModelSummary,
+    ProgressBar,
     RichProgressBar,
     TQDMProgressBar,
 )
@@ -70,7 +71,12 @@ class LitLoraCLI(LightningCLI):
         args: The command's arguments, with its name first if ``run`` is set.
         run: Whether to call the trainer.
         **options: Further arguments of :class:`~lightning.pytorch.cli.LightningCLI`.
+
+    Attributes:
+        goes_on: How a run that a signal stops is gone on with.
     """
+
+    goes_on: ClassVar[str] = "resume with --ckpt_path last"
 
     def __init__(self, *classes: Any, args: list[str], run: bool, **options: Any) -> None:
         self._command = args[0] if run else None
@@ -167,7 +173,8 @@ class LitLoraCLI(LightningCLI):
         if self._get(self.config, "ckpt_path") == "last":
             _say_if_none_is_last(self.trainer, self._get(self.config, "must_resume"))
         if not any(isinstance(callback, Preemption) for callback in callbacks):
-            callbacks.append(Preemption())
+            callbacks.append(preemption := Preemption())
+            preemption.advice = self.goes_on
 
     def _read_safely(self) -> None:
         """Look at the checkpoint before anything is loaded, and have it read without unpickling, wherever it is."""
@@ -300,6 +307,8 @@ def _say_if_none_is_last(trainer: Trainer, required: bool) -> None:
 def _show_progress(callbacks: list[Callback]) -> None:
     """Tell what is trained and where the files are, and show our progress bar in place of Lightning's, if there is one."""
     others = [callback for callback in callbacks if not isinstance(callback, TQDMProgressBar | RichProgressBar)]
+    if any(isinstance(callback, ProgressBar) for callback in others):  # of the user's own project
+        return
     progress = StepProgress()
     progress.shows_steps = len(others) < len(callbacks)
     place = next((place for place, one in enumerate(others) if isinstance(one, Checkpoint)), len(others))

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 from fsspec.registry import _registry
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
@@ -182,6 +182,15 @@ def test_a_callback_may_stand_alone(tmp_path: Path) -> None:
     cli.before_fit()
     kinds = {type(callback).__name__ for callback in cli.trainer.callbacks}  # type: ignore[attr-defined]
     assert {"LearningRateMonitor", "AdapterCheckpoint"} <= kinds, "the default one saves, since no other does"
+
+
+def test_a_config_may_have_a_progress_bar_of_its_own(tmp_path: Path) -> None:
+    own = ["--trainer.callbacks+=StepProgress", "--trainer.callbacks.line_seconds=5"]
+    own += ["--trainer.default_root_dir", str(tmp_path)]
+    cli: LitLoraCLI = build_cli(["fit", "--config", "configs/demo.yaml", *own], run=False)
+    cli.before_fit()
+    found = [one for one in cli.trainer.callbacks if isinstance(one, ProgressBar)]  # type: ignore[attr-defined]
+    assert [one.line_seconds for one in found] == [5]  # type: ignore[attr-defined]
 
 
 # Configs have the same keys, and building one takes seconds: each is under one overlay, and each overlay over one at least.
@@ -395,15 +404,22 @@ def test_an_empty_path_is_not_the_working_folder(
 
 
 def test_a_text_may_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", "--prompts", "", "--negative_prompt="]) == 2
-    assert "is empty" not in capsys.readouterr().err
+    for texts in (["--prompts", "", "--negative_prompt="], ["--prompts", "1+1="], ["--negative", ""]):
+        assert main(["sample", *texts]) == 2, "there is no adapter"
+        assert "is empty" not in capsys.readouterr().err
 
 
-def test_a_config_of_a_tool_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("given", ["nothing.yaml", "/tmp"])
+def test_a_config_of_a_tool_that_is_no_file(given: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["sample", "--config", "nothing.yaml"])
+        main(["sample", "--config", given])
     assert ended.value.code == 2
-    assert "nothing.yaml: there is no such file" in capsys.readouterr().err
+    assert f"{given} is no file; give the path of a YAML file" in capsys.readouterr().err
+
+
+def test_a_refused_input_leaves_no_folder_for_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapter", "convert", str(tmp_path / "nothing"), str(tmp_path / "new" / "deep" / "x")]) == 2
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(
@@ -674,12 +690,15 @@ def test_an_interrupted_command_says_whether_it_goes_on(
 def test_sigterm_ends_a_tool_as_ctrl_c_does(
     command: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With nothing half-written left; the next SIGTERM ends the process at once, and the caller gets its handler back."""
+    """With nothing half-written left, also if the signal comes twice; the caller gets its handler back."""
 
     def writing(arguments: list[str]) -> None:
         with atomic_folder(tmp_path / "out", marker="x"):
-            signal.raise_signal(signal.SIGTERM)
-            raise AssertionError("not reached")
+            try:
+                signal.raise_signal(signal.SIGTERM)
+                raise AssertionError("not reached")
+            finally:
+                signal.raise_signal(signal.SIGTERM)  # as SLURM and torchrun send it twice
 
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setitem(TOOLS, command[0], writing)

@@ -65,7 +65,8 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
             "there is no option --model.memory.gradient; did you mean --model.memory.gradi",
         ),
         (["--trainer.callbacks+=SampleImages"], "SampleImages needs prompts, which is not given"),
-        (["stray"], "'stray' follows no option; write --NAME stray; lit-lora COMMAND --help lists all options"),
+        (["stray"], "'stray' is neither an option nor follows one; lit-lora COMMAND --help lists all"),
+        (["-x", "3"], "'-x' is neither an option nor follows one; lit-lora COMMAND --help lists all options"),
         (["--model.optimizer", "adamw"], "model.optimizer: 'adamw' is no class; did you mean AdamW?"),
         (
             ["--model.lr_scheduler", "cosine"],
@@ -183,7 +184,7 @@ def test_two_callbacks_with_one_entry_in_checkpoints(capsys: pytest.CaptureFixtu
             ["--data.decoder.help", "ImageDecoder"],
             "name the other one first, as in --data WebDatasetDataModule --data.decoder.help",
         ),
-        (["--data.buckets.help"], "write a class, as in --data WebDatasetDataModule"),
+        (["--data.buckets.help"], "--data has no class, as in --data WebDatasetDataModule"),
     ],
 )
 def test_a_help_that_is_not_found_says_what_to_type(

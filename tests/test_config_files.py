@@ -104,7 +104,17 @@ def test_a_command_without_a_config_says_what_to_type(command: str, capsys: pyte
         assert "lit-lora train FOLDER --base sd15" in told
 
 
-@pytest.mark.parametrize("options", [["-c", "x"], ["--model.family=A"], ["--data", "B"], ["--print_config"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.max_steps", "3", "--help"],
+        ["-h"],
+        ["-c", "x"],
+        ["--model.family=A"],
+        ["--data", "B"],
+        ["--print_config"],
+    ],
+)
 def test_options_of_model_or_data_are_left_to_the_parser(options: list[str]) -> None:
     check_config_given(options, "fit")
 

@@ -19,6 +19,7 @@ import yaml
 from lit_lora.cli import TOOLS, TRAINER_COMMANDS
 from lit_lora.lazy import public_names
 from lit_lora.lightning_cli import build_cli
+from lit_lora.option_names import SHORT
 from lit_lora.tools import (
     adapter_check,
     adapter_convert,
@@ -37,7 +38,6 @@ from lit_lora.tools import (
     shards,
     train,
 )
-from lit_lora.tools.train import SHORT
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -235,7 +235,7 @@ def test_names_in_the_text_exist(page: Path, parsers: dict[str, Any]) -> None:
     text = page.read_text()
     known = {name for parser in parsers.values() for name in re.findall(r"--([\w.+]+)", parser.format_help())}
     known |= {name for function in FUNCTIONS.values() for name in inspect.signature(function).parameters}
-    known |= {name.removeprefix("--") for name in SHORT}
+    known |= set(SHORT)
     options = set(re.findall(r"`--([a-z]\w*)(?: [^`]*)?`", text))
     assert not options - known
     for path in set(re.findall(r"`(lit_lora(?:\.\w+)+)", text)) - {"lit_lora.quantized_base"}:  # a key of metadata

@@ -132,8 +132,8 @@ def merge_base(
     _set_scheduler(adapter, path, out / "scheduler" / "scheduler_config.json")
     if rounding.share > _COARSE:
         warnings.warn(
-            f"the merged weights are off the adapter's change by {rounding.share:.0%} of it, because the files' dtype rounds "
-            f"them; merge into the base in float32, or load the adapter beside the base",
+            f"{out}: rounding to the dtype of the base's files adds an error of {rounding.share:.0%} to the adapter's change; "
+            f"merge into the base in float32, or load the adapter beside the base",
             stacklevel=2,
         )
     files = sum(files for _, files in counts.values())

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, auto_cli
 from lit_lora.console import print_error
 from lit_lora.errors import UserError
 from lit_lora.help_screen import HelpScreen
-from lit_lora.option_names import advice_for, option_names
+from lit_lora.option_names import advice_for, in_full, option_names
 
 _NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Got value: (.*)""")
 """What jsonargparse says of a list of positional arguments whose last one is missing."""
@@ -21,11 +21,8 @@ _NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Go
 _MISSING = re.compile(r"Option '((?:\w+\.)*)(\w+)' is required")
 """What jsonargparse says of an argument that is not given."""
 
-_NO_CONFIG = re.compile(r"""Parser key "config":\s+File does not exist: '(.*)'""")
-"""What jsonargparse says of a config that is not there."""
-
-_PLURAL = re.compile(r"ambiguous option: (\S+) could match (\S+), \2\+$")
-"""What jsonargparse says of the beginning of an option for a list, which it has twice."""
+_NO_CONFIG = re.compile(r"""Parser key "config":\s+(?:File does not exist|Path is not a file): '(.*)'""")
+"""What jsonargparse says of a config that is no file."""
 
 _ABSENT = re.compile(r"Unrecognized arguments: --([\w.-]+)")
 
@@ -64,13 +61,12 @@ class ToolParser(ArgumentParser):
         if found := _NO_LIST.search(message):
             message = f"{found[1]}: {found[2]!r} is not a list; an argument before or after it may be missing"
         elif absent := _NO_CONFIG.match(message):
-            message = f"--config {absent[1]}: there is no such file; give the path of a YAML file"
+            message = f"--config {absent[1]} is no file; give the path of a YAML file"
         elif message.startswith("Parser key"):
             from lit_lora.config_errors import explain  # imports PEFT
 
             message = explain(message)
-        if same := _PLURAL.match(message):
-            message = f"there is no option {same[1]}; did you mean {same[2]}?"
+        message = in_full(message) or message
         if (absent := _ABSENT.match(message)) and (
             near := advice_for(absent[1], option_names(self._actions) | self.further, "--")
         ):

@@ -144,8 +144,8 @@ def check_place(target: Path, overwrite: bool) -> None:
         overwrite: Whether an existing target may be replaced.
 
     Raises:
-        UserError: If the target exists and may not be replaced, or its folder cannot be created or written.
+        UserError: If the target exists and may not be replaced, or the nearest folder that exists cannot be written.
     """
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} exists; name another output, or set --overwrite")
-    writable_folder(target.parent)
+    writable_folder(next(folder for folder in target.absolute().parents if folder.exists()))

@@ -152,7 +152,10 @@ def _accuracy(classifier: SVC, images: list[Image.Image]) -> float:
 
 def _fit(folder: Path, steps: int) -> Any:
     """Train as ``lit-lora fit --config configs/demo.yaml`` does, and write the adapter's files to ``adapter``."""
-    from lit_lora.lightning_cli import run
+    from lit_lora.lightning_cli import LitLoraCLI, run
+
+    class DemoCLI(LitLoraCLI):
+        goes_on = "start lit-lora demo again"
 
     with as_file(files("lit_lora.configs") / "demo.yaml") as config:
         cli = run(
@@ -164,7 +167,8 @@ def _fit(folder: Path, steps: int) -> Any:
                 f"--trainer.max_steps={steps}",
                 f"--trainer.val_check_interval={max(1, steps // 2)}",
                 f"--model.lr_scheduler.init_args.T_max={steps}",
-            ]
+            ],
+            DemoCLI,
         )
     cli.model.save_adapter(folder / "adapter")
     return cli.model

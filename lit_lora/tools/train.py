@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lit_lora.config_files import check_option_names
 from lit_lora.errors import UserError
 from lit_lora.first_imports import first_imports
+from lit_lora.option_names import SHORT
 
 if TYPE_CHECKING:
     from lit_lora.tools.training.request import Request
@@ -17,21 +18,14 @@ if TYPE_CHECKING:
 # Nothing heavy is imported here: jsonargparse would import it for --help.
 
 _OF_FIT = ("--trainer.", "--model.", "--data.", "--seed_everything")
-SHORT = {
-    "--steps": "--trainer.max_steps",
-    "--time": "--trainer.max_time",
-    "--rank": "--model.adapter.init_args.r",
-    "--lr": "--model.optimizer.init_args.lr",
-    "--resolution": "--data.init_args.resolution",
-    "--batch_size": "--data.init_args.batch_size",
-}
-"""Options of ``lit-lora fit`` by the names that others give them."""
+
+_LONG = {f"--{name}": f"--{path}" for name, path in SHORT.items()}
 
 _FOR_EACH = ("--repeats", "--sources")
 """Options that take a value for each of several folders."""
 
 _EPILOG = (
-    f"Options of lit-lora fit may follow and win over what is chosen, such as --trainer.devices 2; {', '.join(SHORT)} are"
+    f"Options of lit-lora fit may follow and win over what is chosen, such as --trainer.devices 2; {', '.join(_LONG)} are"
     " short for those of trainer, adapter, optimizer and data."
 )
 
@@ -43,7 +37,7 @@ def train_command(arguments: list[str]) -> None:
     class Parser(ToolParser):
         """Has no ``--config``, which this command writes instead."""
 
-        further = frozenset(option.removeprefix("--").partition(".")[0] for option in (*SHORT, *_OF_FIT))
+        further = frozenset(option.removeprefix("--").partition(".")[0] for option in (*_LONG, *_OF_FIT))
 
         def add_argument(self, *names: Any, **options: Any) -> Any:
             return None if names[:1] == ("--config",) else super().add_argument(*names, **options)
@@ -126,7 +120,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
     remaining = iter(switched)
     for argument in remaining:
         name, equals, value = argument.partition("=")
-        name = SHORT.get(name, name)
+        name = _LONG.get(name, name)
         if name in ("--config", "-c"):
             raise UserError(
                 "--config is no option of train, which makes a config itself: write it with --dry_run, change it, and call "

@@ -13,7 +13,6 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 
-from lit_lora.callbacks.preemption import Preemption
 from lit_lora.callbacks.run_report import RunReport
 from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.errors import UserError
@@ -34,13 +33,13 @@ class _PartsCLI(ToolCLI):
 class _FitCLI(LitLoraCLI):
     """``lit-lora fit`` with the last lines of ``lit-lora train``: other lists of files, another way to go on."""
 
+    goes_on = "the same command goes on"
+
     def before_fit(self) -> None:
         super().before_fit()
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StepProgress | RunReport):
                 callback.lists_files = False
-            if isinstance(callback, Preemption):
-                callback.advice = "the same command goes on"
 
 
 def parts(arguments: Sequence[str]) -> LitLoraCLI:
