@@ -15,8 +15,9 @@ from PIL import Image
 from lit_lora.cli import main
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
+from lit_lora.option_names import SHORT
 from lit_lora.prompts import read_prompts
-from lit_lora.tools.train import SHORT, split_arguments, train_command
+from lit_lora.tools.train import split_arguments, train_command
 from lit_lora.tools.training.request import Request
 from lit_lora.tools.training.run import train_adapter
 
@@ -363,8 +364,9 @@ def test_more_values_than_folders(
 
 
 def test_short_names_are_keys_of_the_config() -> None:
-    given = [part for name in SHORT for part in (name, "5")]
-    assert split_arguments(["a", *given]) == (["a"], {key.removeprefix("--"): 5 for key in SHORT.values()})
+    assert split_arguments(["steps"]) == (["steps"], {}), "a folder of this name"
+    given = [part for name in SHORT for part in (f"--{name}", "5")]
+    assert split_arguments(["a", *given]) == (["a"], dict.fromkeys(SHORT.values(), 5))
 
 
 @pytest.mark.slow
