@@ -23,7 +23,7 @@ from lit_lora.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lit_lora.callbacks.checkpoint_files import options
 from lit_lora.distributed.collectives import time_limit
 from lit_lora.loops import accumulating, is_over, more_is_due, validated_in_epoch
-from lit_lora.signals import ONE_SIGNAL_SECONDS
+from lit_lora.signals import ONE_SIGNAL_SECONDS, end_at_once
 
 
 class Preemption(Callback):
@@ -126,8 +126,7 @@ class Preemption(Callback):
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if now - self._received.setdefault(number, now) > ONE_SIGNAL_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            end_at_once(number)
 
     def _agree(self) -> int:
         """Number of a signal that any process has received, equal on all processes; 0 for none."""

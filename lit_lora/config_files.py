@@ -37,11 +37,11 @@ def check_config_files(arguments: Sequence[str], method: str | None = None) -> N
     Raises:
         UserError: If a file does not exist or gives a key twice, or the trainer or the module has no such option.
     """
+    known = _known_options(method)
     for given in given_configs(arguments):
         path = Path(shipped_config(given))
         values = config_values(path, given)
         _check_parts(given, values)
-        known = _known_options(method)
         for part in known:
             _check_keys(given, part, values.get(part) if part else values, known)
 

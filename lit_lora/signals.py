@@ -16,6 +16,12 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM. It is raised where the signal arrives, so that files that are being written are removed."""
 
 
+def end_at_once(number: int) -> None:
+    """End the process by a signal, as one without a handler ends."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
 @contextmanager
 def ending_on_sigterm() -> Iterator[None]:
     """A context in which SIGTERM raises :class:`Terminated`.
@@ -35,8 +41,7 @@ def ending_on_sigterm() -> Iterator[None]:
             first.append(now)
             raise Terminated
         if now - first[0] > ONE_SIGNAL_SECONDS:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.raise_signal(signal.SIGTERM)
+            end_at_once(signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, terminate)
     try:

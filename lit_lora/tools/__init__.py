@@ -54,9 +54,8 @@ class ToolParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         command = self.prog.replace(" [options]", "")
         if missing := _MISSING.match(message):
-            command = " ".join(
-                [command, *filter(None, missing[1].split("."))]
-            )  # jsonargparse asks the parser of all commands
+            # jsonargparse asks the parser of all commands, whose name lacks that of the subcommand.
+            command = " ".join([command, *filter(None, missing[1].split("."))])
             message = f"{missing[2].upper()} is missing"
         if found := _NO_LIST.search(message):
             message = f"{found[1]}: {found[2]!r} is not a list; an argument before or after it may be missing"
