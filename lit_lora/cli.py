@@ -212,7 +212,7 @@ def _unknown(command: str) -> str:
 def _run(arguments: list[str]) -> int:
     """Run the command after what needs no heavy import: its help if that is kept, and the checks of its config files."""
     from lit_lora import kept_help
-    from lit_lora.config_files import check_config_files, check_config_given, check_option_names
+    from lit_lora.config_files import check_config_files, check_config_given, check_options
 
     command, *rest = arguments
     if kept_help.asks_for_help(arguments):
@@ -222,7 +222,7 @@ def _run(arguments: list[str]) -> int:
     if command in (*TRAINER_COMMANDS, *_WITH_CONFIGS):
         method = command if command in TRAINER_COMMANDS else None
         check_config_given(rest, command)
-        check_option_names(rest, method)
+        check_options(rest, method)
         check_config_files(rest, method)
     return _call(arguments)
 

@@ -18,6 +18,7 @@ import lit_lora
 from lit_lora.config_files import ALL_OPTIONS, TO_BEGIN
 from lit_lora.lazy import public_names
 from lit_lora.option_names import advice_for, in_full
+from lit_lora.source_options import not_possible
 
 _ADVICE = {
     r"^argument --data: expected one argument": "--data has no class, as in --data WebDatasetDataModule, or an option of it has "
@@ -193,9 +194,7 @@ def _wrong_value(message: str) -> str | None:
     choices = [choice for listed in _CHOICES.findall(message) for choice in _CHOICE.findall(listed)]
     if value == message.strip() or not (types or choices):
         return None
-    if choices:
-        return f"{value!r} is none of {', '.join(dict.fromkeys(choices))}"
-    return f"{value!r} is not {'an' if types[0][0] in 'aeiouAEIOU' else 'a'} {' or '.join(types)}"
+    return not_possible(value, types, choices)
 
 
 def _no_class(message: str) -> str | None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
-from importlib.machinery import PathFinder
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from lit_lora.errors import UserError
 from lit_lora.option_names import advice_for
+from lit_lora.source_options import Values, options_of, source_of
 from lit_lora.unique_keys import check_unique_keys
 
 _EVERYWHERE = {"config", "seed_everything", "trainer", "model", "data", "must_resume"}
@@ -28,14 +26,15 @@ TO_BEGIN = "lit-lora train FOLDER --base sd15 makes a config for a folder of ima
 
 
 def check_config_files(arguments: Sequence[str], method: str | None = None) -> None:
-    """Refuse configs that do not exist or have unknown keys; everything else is left to the parser.
+    """Refuse configs that do not exist, have unknown keys or words for numbers; everything else is left to the parser.
 
     Args:
         arguments: Options of a command that takes the options of ``fit``.
         method: Method of the trainer that the command runs; defaults to None, for a command with options of its own.
 
     Raises:
-        UserError: If a file does not exist or gives a key twice, or the trainer or the module has no such option.
+        UserError: If a file does not exist or gives a key twice, or the trainer or the module has no such option, or none
+            that can have such a value.
     """
     known = _known_options(method)
     for given in given_configs(arguments):
@@ -46,31 +45,47 @@ def check_config_files(arguments: Sequence[str], method: str | None = None) -> N
             _check_keys(given, part, values.get(part) if part else values, known)
 
 
-def check_option_names(arguments: Sequence[str], method: str | None = None) -> None:
-    """Refuse options of the command line that do not exist, as :func:`check_config_files` does for those of files.
+def check_options(arguments: Sequence[str], method: str | None = None) -> None:
+    """Refuse options of the command line that do not exist, and values, as :func:`check_config_files` does for those of files.
 
     Args:
         arguments: See :func:`check_config_files`.
         method: See :func:`check_config_files`.
 
     Raises:
-        UserError: If neither the command nor its trainer or module has such an option.
+        UserError: If neither the command nor its trainer or module has such an option, or it cannot have such a value.
     """
     known = _known_options(method)
     if "" in known:
-        known[""] |= _OF_COMMAND_LINE
+        known[""] |= dict.fromkeys(_OF_COMMAND_LINE)
     paths = _paths(known)
-    for argument in arguments:
-        given = argument.partition("=")[0].removeprefix("--").rstrip("+")
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        name, equals, value = argument.partition("=")
+        given = name.removeprefix("--").rstrip("+")
         if not argument.startswith("--") or not given:
             continue
-        first, *following = given.split(".")
-        for part, name in [("", first), *((first, second) for second in following[:1])]:
+        first, *inside = given.split(".")
+        for part, name in [("", first), *((first, second) for second in inside[:1])]:
             options = known.get(part)
             # The beginning of a name stands for the whole one.
             if options and not any(option.startswith(name) for option in options):
                 advice = advice_for(given, paths, "--") or advice_for(f"{part}.{name}".lstrip("."), paths, "--")
                 raise UserError(f"there is no option --{given}; {advice or ALL_OPTIONS}")
+        part, _, option = given.rpartition(".")
+        possible = known.get(part, {}).get(option)
+        word = value if equals else following
+        if possible and not word.startswith("--") and (why := possible.refuse(_read(word))):
+            raise UserError(f"--{given}: {why}")
+
+
+def _read(text: str) -> Any:
+    """A value of the command line, as a config file would have it."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return None
 
 
 def check_config_given(arguments: Sequence[str], command: str) -> None:
@@ -158,7 +173,7 @@ def _similar(given: str) -> str:
     )
 
 
-def _check_keys(given: str, part: str, values: Any, known: Mapping[str, set[str]]) -> None:
+def _check_keys(given: str, part: str, values: Any, known: Known) -> None:
     """Refuse keys of a part that are not known; nothing is known of one that is not a mapping or names a class."""
     if not isinstance(values, dict) or "class_path" in values or not known[part]:
         return
@@ -169,6 +184,9 @@ def _check_keys(given: str, part: str, values: Any, known: Mapping[str, set[str]
             path = f"{part}.{name}".lstrip(".")
             advice = advice_for(path, _paths(known)) or ALL_OPTIONS
             raise UserError(f"{given} has {path}, which is no option; {advice}")
+        possible = known[part].get(str(key))
+        if possible and (why := possible.refuse(values[key])):
+            raise UserError(f"{given}: {f'{part}.{key}'.lstrip('.')}: {why}")
 
 
 def _check_parts(given: str, values: dict[str, Any]) -> None:
@@ -199,43 +217,23 @@ def plain_path(path: str) -> str:
     return ".".join(name for name in path.split(".") if name not in ("", "init_args"))
 
 
-def _known_options(method: str | None) -> dict[str, set[str]]:
+Known = Mapping[str, Mapping[str, Values | None]]
+"""Options by the part of the config that they are in, with the values that each can have."""
+
+
+def _known_options(method: str | None) -> dict[str, dict[str, Values | None]]:
     """Options of the trainer and of the module, and without a part those of the trainer's method, if there is one."""
-    parts = {"trainer": _options_of_trainer("__init__"), "model": _options_of_module()}
+    module = options_of(Path(__file__).with_name("module.py"), "LoraDiffusion")
+    parts = {"trainer": _options_of_trainer("__init__"), "model": module}
     if method is None or not (own := _options_of_trainer(method)):
         return parts
-    return {"": _EVERYWHERE | own, **parts}
+    return {"": dict.fromkeys(_EVERYWHERE) | own, **parts}
 
 
-def _paths(known: Mapping[str, set[str]]) -> set[str]:
+def _paths(known: Known) -> set[str]:
     return {f"{part}.{option}".lstrip(".") for part, options in known.items() for option in options}
 
 
-def _options_of_module() -> set[str]:
-    return _parameters(Path(__file__).with_name("module.py"), "LoraDiffusion", "__init__")
-
-
-def _options_of_trainer(method: str) -> set[str]:
-    """Options of a method of Lightning's trainer, read from its source: importing it takes seconds."""
-    found = PathFinder.find_spec("lightning")
-    places = list(found.submodule_search_locations or ()) if found else []
-    return _parameters(Path(places[0], "pytorch", "trainer", "trainer.py"), "Trainer", method) if places else set()
-
-
-def _parameters(source: Path, class_name: str, method: str) -> set[str]:
-    """Names of a method's parameters; none if the source is not there or takes any name."""
-    classes = [one for one in _statements(source) if isinstance(one, ast.ClassDef) and one.name == class_name]
-    for statement in (statement for found in classes for statement in found.body):
-        if isinstance(statement, ast.FunctionDef) and statement.name == method:
-            own = statement.args
-            return set() if own.kwarg else {each.arg for each in (*own.posonlyargs, *own.args, *own.kwonlyargs)}
-    return set()
-
-
-@cache  # each config asks for several methods
-def _statements(source: Path) -> Sequence[ast.stmt]:
-    """Statements of a source file; none if it is not there."""
-    try:
-        return ast.parse(source.read_text(encoding="utf-8")).body
-    except (OSError, SyntaxError, ValueError):
-        return ()
+def _options_of_trainer(method: str) -> dict[str, Values | None]:
+    source = source_of("lightning.pytorch.trainer.trainer")
+    return options_of(source, "Trainer", method) if source else {}

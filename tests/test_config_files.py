@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT
 from lightning.pytorch import Trainer
 
 from lit_lora.cli import TRAINER_COMMANDS, main
 from lit_lora.config_files import (
     check_config_files,
     check_config_given,
-    check_option_names,
+    check_options,
     given_configs,
     shipped_config,
 )
@@ -58,7 +60,7 @@ def test_unknown_keys_are_refused(text: str, message: str, tmp_path: Path) -> No
 )
 def test_unknown_options_are_refused(option: str, advice: str) -> None:
     with pytest.raises(UserError) as refused:
-        check_option_names([option, "3"], "fit")
+        check_options([option, "3"], "fit")
     assert str(refused.value) == f"there is no option {option.partition('=')[0].rstrip('+')}; {advice}"
 
 
@@ -71,13 +73,56 @@ def test_unknown_options_are_refused(option: str, advice: str) -> None:
     ],
 )
 def test_options_that_may_exist_are_left_to_the_parser(option: str) -> None:
-    check_option_names([option], "fit")
+    check_options([option], "fit")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("trainer.max_steps", "many", "'many' is not an int"),
+        ("trainer.max_steps", "3.5", "'3.5' is not an int"),
+        ("trainer.limit_val_batches", "all", "'all' is not a float or int"),
+        ("trainer.deterministic", "wran", "'wran' is neither a bool nor one of warn"),
+        ("model.compile_blocks", "maybe", "'maybe' is not a bool"),
+        ("model.base_dtype", "bf16", "'bf16' is none of float32, bfloat16, float16"),
+    ],
+)
+def test_impossible_values_are_refused(option: str, value: str, message: str, tmp_path: Path) -> None:
+    for arguments in ([f"--{option}", value], [f"--{option}={value}"]):
+        with pytest.raises(UserError) as refused:
+            check_options(arguments, "fit")
+        assert str(refused.value) == f"--{option}: {message}"
+    part, _, name = option.partition(".")
+    with pytest.raises(UserError) as refused:
+        check(tmp_path / "x.yaml", f"{part}: {{{name}: {value}}}")
+    assert str(refused.value) == f"{tmp_path / 'x.yaml'}: {option}: {message}"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("trainer.max_steps=1e3", "trainer.max_steps=null", "trainer.max_steps=[1]", "trainer.limit_val_batches=0.5"),
+        *("trainer.deterministic=warn", "trainer.deterministic=yes", "trainer.val_check_interval=00:01:00:00"),
+        *("trainer.accelerator=any", "trainer.callbacks=any", "model.adapter=any", "model.seed={", "model.seed=--zzz"),
+    ],
+)
+def test_values_that_may_be_possible_are_left_to_the_parser(option: str) -> None:
+    check_options([f"--{option}"], "fit")
+
+
+def test_every_precision_of_lightning_is_possible() -> None:
+    values = [value for literal in get_args(_PRECISION_INPUT) for value in get_args(literal)]
+    assert len(values) > 10
+    for value in values:
+        check_options(["--trainer.precision", str(value)], "fit")
+    with pytest.raises(UserError, match=r"'fp17' is none of 64, 32, 16, .*16-mixed"):
+        check_options(["--trainer.precision", "fp17"], "fit")
 
 
 def test_options_of_its_own_are_left_to_a_tool() -> None:
-    check_option_names(["--device_memory", "12"])
+    check_options(["--device_memory", "12"])
     with pytest.raises(UserError, match=r"--model.sed; did you mean --model.seed\?"):
-        check_option_names(["--device_memory", "12", "--model.sed", "1"])
+        check_options(["--device_memory", "12", "--model.sed", "1"])
 
 
 @pytest.mark.parametrize(
@@ -187,6 +232,7 @@ def test_a_missing_file_is_named_with_a_similar_one(tmp_path: Path, monkeypatch:
     [
         (["--config", "missing.yaml"], "--config missing.yaml: there is no such file"),
         (["--config", "configs/demo.yaml", "--max_steps=3"], "there is no option --max_steps"),
+        (["--config", "configs/demo.yaml", "--trainer.precision", "fp17"], "--trainer.precision: 'fp17' is none of"),
     ],
 )
 def test_a_refusal_imports_no_library(options: list[str], sentence: str, tmp_path: Path) -> None:

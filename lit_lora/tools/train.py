@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_lora.config_files import check_option_names
+from lit_lora.config_files import check_options
 from lit_lora.errors import UserError
 from lit_lora.first_imports import first_imports
 from lit_lora.option_names import SHORT
@@ -43,7 +43,7 @@ def train_command(arguments: list[str]) -> None:
             return None if names[:1] == ("--config",) else super().add_argument(*names, **options)
 
     own, given = split_arguments(arguments)
-    check_option_names([f"--{name}" for name in given])
+    check_options([f"--{name}={json.dumps(value)}" for name, value in given.items()])
     request: Request = run_tool(train, own, "lit-lora train", epilog=_EPILOG, parser_class=Parser)
     with first_imports():
         from lit_lora.tools.training.run import train_adapter

@@ -169,7 +169,7 @@ def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"--device": "abacus"}, "device='abacus' is not known"),
         ({"--captions": "words"}, "captions"),
         ({"--out": "."}, "which is no run of train; name another folder with --out"),
-        ({"--trainer.max_steps": "many"}, "trainer.max_steps='many' is not a number"),
+        ({"--trainer.max_steps": "many"}, "trainer.max_steps: 'many' is not an int"),
         ({"--trainer.max_steps": "0"}, "trainer.max_steps=0 is too small; it must be at least 1"),
         ({"--stepz": "3"}, "stepz"),
         ({"--sources": "."}, "is trained without source images; take a base such as flux_kontext"),
