@@ -16,6 +16,7 @@ from peft import LoraConfig
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, MemoryProfiler
 from lit_lora.datamodules import PrefetchToDevice, WebDatasetDataModule
 from lit_lora.families import StableDiffusion
+from lit_lora.memory.host_weights import HostWeights
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import FP8, NF4, W8A8, Int8, Quantization
@@ -121,6 +122,21 @@ def test_memory_keys_change_no_loss(
     plain = train(sd_folder, tmp_path, memory=memory, **options)
     kept = train(sd_folder, tmp_path, memory=replace(memory, **{key: True}), **options)  # type: ignore[arg-type]
     assert near(plain[0], kept[0], 1e-5 if base is None else 5e-3)
+
+
+def test_page_locked_weights_are_not_rounded_up() -> None:
+    before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
+    tensors = [torch.randn(3 << 18) for _ in range(24)]  # 3 MiB, of which torch makes 4
+    expected = [tensor.clone() for tensor in tensors]
+    weights = HostWeights(tensors)
+    weights.pin()
+    assert all(tensor.is_pinned() for tensor in tensors)
+    assert all(torch.equal(tensor, other) for tensor, other in zip(tensors, expected, strict=True))
+    taken = torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
+    assert taken < 1.1 * weights.nbytes
+    weights.fetch(torch.device("cuda"), torch.cuda.Stream())
+    weights.wait()
+    assert all(torch.equal(tensor.cpu(), other) for tensor, other in zip(tensors, expected, strict=True))
 
 
 def test_eight_bit_optimizers(sd_folder: Path, tmp_path: Path) -> None:

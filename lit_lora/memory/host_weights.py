@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.errors import UserError
+from lit_lora.memory.page_locked import page_locked
 
 
 class HostWeights:
@@ -48,18 +49,18 @@ class HostWeights:
             UserError: If the system cannot lock that much memory.
         """
         assert not self._copies, "tensors were pinned while copies are on the device"
-        for index, tensor in enumerate(self._tensors):
-            if self._host[index].is_pinned():
-                continue
-            try:
-                self._host[index] = self._host[index].pin_memory()
-            except RuntimeError as error:
-                raise UserError(
-                    f"no more host memory can be page-locked for offloaded weights ({str(error).splitlines()[0]}); "
-                    f"turn off memory.offload_encoders and memory.offload_blocks, or store the base in fewer bits with "
-                    f"model.quantization"
-                ) from error
-            tensor.data = self._host[index]
+        waiting = [index for index, value in enumerate(self._host) if not value.is_pinned()]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                for number, copy in page_locked([self._host[index] for index in waiting]):
+                    index = waiting[number]
+                    self._host[index] = self._tensors[index].data = copy
+        except RuntimeError as error:
+            raise UserError(
+                f"no more host memory can be page-locked for offloaded weights ({str(error).splitlines()[0]}); "
+                f"turn off memory.offload_encoders and memory.offload_blocks, or store the base in fewer bits with "
+                f"model.quantization"
+            ) from error
 
     def fetch(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         """Begin to copy the tensors to the device; this has no effect if the copies exist already.

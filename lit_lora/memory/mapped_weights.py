@@ -10,8 +10,7 @@ from torch import Tensor
 
 from lit_lora.mapped import read_ahead
 from lit_lora.memory.host_weights import HostWeights
-
-_ALIGNMENT = 256
+from lit_lora.memory.page_locked import aligned_bytes
 
 
 class FileReader:
@@ -60,7 +59,7 @@ class FileReader:
             staged.copy_(source)
             with torch.cuda.stream(self._stream):
                 target.copy_(staged, non_blocking=True)
-            start += staged_bytes(source)
+            start += aligned_bytes(source)
         copied = self._stream.record_event()
         self._buffers.reverse()
         self._taken = [self._taken[1], copied]
@@ -84,7 +83,7 @@ class MappedWeights(HostWeights):
     @property
     def staged_bytes(self) -> int:
         """Bytes that the tensors take in a buffer of :class:`FileReader`."""
-        return sum(staged_bytes(tensor) for tensor in self._host)
+        return sum(aligned_bytes(tensor) for tensor in self._host)
 
     def pin(self) -> None:
         """Leave the tensors where they are: they are copied through page-locked buffers."""
@@ -103,8 +102,3 @@ class MappedWeights(HostWeights):
     def _finish_reading(self) -> None:
         if self._reading is not None:
             self._copied, self._reading = self._reading.result(), None
-
-
-def staged_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor takes in a buffer, in which the next one begins at an aligned address."""
-    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -10,7 +10,8 @@ from torch import nn
 
 from lit_lora.mapped import is_mapped, keep_on_disk
 from lit_lora.memory.block_offload import BlockOffload
-from lit_lora.memory.mapped_weights import FileReader, MappedWeights, staged_bytes
+from lit_lora.memory.mapped_weights import FileReader, MappedWeights
+from lit_lora.memory.page_locked import aligned_bytes
 from lit_lora.quantization import NF4, Dense, Quantization
 from lit_lora.quantization.frozen_layer import frozen_layers
 from tests.memory.test_block_offload import BLOCKS, assert_equal, make_model, train
@@ -73,6 +74,6 @@ def test_an_error_of_the_thread_is_raised_where_the_weights_are_used(tmp_path: P
 
 
 def test_tensors_begin_at_aligned_addresses_of_a_buffer() -> None:
-    sizes = [staged_bytes(torch.zeros(size, dtype=torch.uint8)) for size in (0, 1, 256, 257)]
+    sizes = [aligned_bytes(torch.zeros(size, dtype=torch.uint8)) for size in (0, 1, 256, 257)]
     assert sizes == [0, 256, 256, 512]
     assert MappedWeights([torch.zeros(1), torch.zeros(65)]).staged_bytes == 256 + 512
