@@ -58,8 +58,8 @@ class HostWeights:
         except RuntimeError as error:
             raise UserError(
                 f"no more host memory can be page-locked for offloaded weights ({str(error).splitlines()[0]}); "
-                f"turn off memory.offload_encoders and memory.offload_blocks, or store the base in fewer bits with "
-                f"model.quantization"
+                f"set memory.offload_folder, turn off memory.offload_encoders and memory.offload_blocks, or store the base in "
+                f"fewer bits with model.quantization"
             ) from error
 
     def fetch(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:

@@ -33,6 +33,7 @@ class MemoryPlan(PlannedMemory):
         flops_per_step: Floating point operations of an optimizer step, including all its batches and the encoders.
         seconds_per_step: Estimated seconds per optimizer step: :meth:`Device.seconds <lit_lora.planning.device.Device.seconds>`.
         processes: Which process is planned and what it holds, in two lines; defaults to nothing, for a single process.
+        host_bytes: Bytes of frozen weights that a process keeps in host memory, page-locked, for a GPU; defaults to none.
     """
 
     height: int
@@ -42,6 +43,7 @@ class MemoryPlan(PlannedMemory):
     flops_per_step: int
     seconds_per_step: float
     processes: str = ""
+    host_bytes: int = 0
 
     def write(self, path: str | Path, **more: Any) -> None:
         """Write the plan as JSON.
@@ -79,6 +81,7 @@ class MemoryPlan(PlannedMemory):
             ["beside", "allowances for what is not a tensor:"],
             *(["", f"{format_bytes(size)} {name}"] for name, size in self.beside.items()),
             ["needed", format_bytes(self.needed)],
+            *([["host", f"{format_bytes(self.host_bytes)} of weights wait in host memory"]] if self.host_bytes else []),
             ["adapter", f"{self.adapter_parameters:,} parameters in a file of {format_bytes(self.adapter_file_bytes)}"],
             ["step", f"{self.flops_per_step / 1e12:.2f} TFLOP, about {format_duration(self.seconds_per_step)}"],
             ["", f"(estimated at {share})"],

@@ -148,6 +148,7 @@ class _Simulation:
             flops_per_step=flops,
             seconds_per_step=run.device.seconds(work) * accumulated,
             processes=run.processes.description,
+            host_bytes=self.host_bytes,
         )
 
     def _keep_denoiser(self) -> None:
@@ -165,16 +166,19 @@ class _Simulation:
         self.meter.adjust("frozen weights", packed)
         self.meter.adjust_all(self.share.held)
         self._gather_while_denoising()
-        self.encoder_bytes = self.share.encoding
+        self.encoder_bytes, self.host_bytes = self.share.encoding, 0
         if self.run.module.memory.offload_encoders:
-            self.encoder_bytes = sum(map(module_bytes, self.family.frozen_encoding_models()))
+            self.encoder_bytes = self.host_bytes = sum(map(module_bytes, self.family.frozen_encoding_models()))
             self.meter.adjust("frozen weights", -self.encoder_bytes)
         if self.encoder_bytes:
             self._encoders_come_and_go()
         own: Any = self.family
         own.encode = self.traced.watch(own.encode)
         if self.run.module.memory.offload_blocks:
-            self.meter.adjust("frozen weights", -_waiting_block_bytes(self.family.denoiser, self.family.block_classes))
+            sizes = _block_sizes(self.family.denoiser, self.family.block_classes)
+            together = [first + second for first, second in pairwise(sizes)]
+            self.meter.adjust("frozen weights", max(together, default=sum(sizes)) - sum(sizes))
+            self.host_bytes += 0 if self.run.module.memory.offload_folder else sum(sizes)
 
     def _load_phase(self) -> None:
         """Record the load phase; on the CPU the largest weight is in memory in float32, twice while it is quantized."""
@@ -342,14 +346,12 @@ class _Simulation:
         return nullcontext() if dtype is None else torch.autocast("cpu", dtype)
 
 
-def _waiting_block_bytes(denoiser: nn.Module, block_classes: Sequence[str]) -> int:
-    """Bytes of the frozen weights that stay in host memory while those of two blocks are on the device."""
-    sizes = [
+def _block_sizes(denoiser: nn.Module, block_classes: Sequence[str]) -> list[int]:
+    """Bytes of the frozen weights in each block."""
+    return [
         sum(layer.get_parameter(name).nbytes for layer in frozen_layers(block) for name in layer.stored_names)
         for block in outermost_blocks(denoiser, block_classes)
     ]
-    together = [first + second for first, second in pairwise(sizes)]
-    return sum(sizes) - max(together, default=sum(sizes))
 
 
 def _leave_out_start(module: nn.Module) -> None:

@@ -114,5 +114,8 @@ def test_memory_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     monkeypatch.setattr(module, "_allocate", refuse)
-    with pytest.raises(UserError, match=r"page-locked for offloaded weights \(CUDA error: out of memory\); turn off"):
+    with pytest.raises(
+        UserError,
+        match=r"page-locked for offloaded weights \(CUDA error: out of memory\); set memory.offload_folder, turn off",
+    ):
         HostWeights([torch.ones(3)]).pin()

@@ -25,12 +25,15 @@ from safetensors import safe_open
 
 import lit_lora.quantization
 from benchmarks.allocator import peak_allocated
+from lit_lora.byte_sizes import format_bytes
 from lit_lora.callbacks import CordaInitialization, LoftqInitialization
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion
+from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from lit_lora.objectives import DDPM, PriorPreservation
+from lit_lora.parameters import module_bytes
 from lit_lora.planning.device import find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan_run
@@ -296,3 +299,22 @@ def test_trained_copies_of_layers_are_planned(sd_folder: Path) -> None:
         needed.append(planned[0])
     assert needed[1].adapter_parameters > needed[0].adapter_parameters
     assert needed[1].peak > needed[0].peak
+
+
+def test_weights_that_wait_in_host_memory(sd_folder: Path) -> None:
+    gpu = find_device("rtx3060")
+
+    def host_bytes(**memory: Any) -> int:
+        return plan_of(module_for(sd_folder, memory=MemoryOptions(**memory)), device=gpu).host_bytes
+
+    real = module_for(sd_folder)
+    real.configure_model()
+    encoders = sum(module_bytes(model) for model in real.family.frozen_encoding_models())
+    blocks = BlockOffload(real.family.denoiser, real.family.block_classes, smallest_bytes=0).host_bytes
+    assert host_bytes() == 0
+    assert host_bytes(offload_encoders=True) == encoders
+    assert host_bytes(offload_blocks=True) == blocks
+    assert host_bytes(offload_blocks=True, offload_encoders=True) == blocks + encoders
+    assert host_bytes(offload_blocks=True, offload_encoders=True, offload_folder="anywhere") == encoders
+    planned = plan_of(module_for(sd_folder, memory=MemoryOptions(offload_blocks=True)), device=gpu)
+    assert f"host     {format_bytes(blocks)} of weights wait in host memory" in planned.describe()

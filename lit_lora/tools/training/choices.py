@@ -49,6 +49,7 @@ class Settings:
         gradient_checkpointing: Whether activations are recomputed.
         offload_encoders: Whether VAE and text encoders wait in host memory.
         offload_blocks: Whether the denoiser's blocks wait in host memory.
+        offload_folder: Folder for them if host memory cannot hold them.
         draws: Whether images are drawn while training.
         vae_tiling: Whether the VAE decodes large images in tiles.
         why: The choices with their reasons.
@@ -67,6 +68,7 @@ class Settings:
     gradient_checkpointing: bool = False
     offload_encoders: bool = False
     offload_blocks: bool = False
+    offload_folder: str | None = None
     draws: bool = True
     vae_tiling: bool = False
     why: Sequence[Choice] = field(default=())

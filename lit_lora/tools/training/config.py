@@ -57,6 +57,7 @@ def make_config(
     model["quantization"] = settings.quantization and {"class_path": f"lit_lora.quantization.{settings.quantization}"}
     names = ("gradient_checkpointing", "offload_encoders", "offload_blocks", "vae_tiling")
     model["memory"] = {"vae_slicing": True} | {name: getattr(settings, name) for name in names}
+    model["memory"] |= {"offload_folder": settings.offload_folder} if settings.offload_folder else {}
     data = config["data"]["init_args"]
     data |= {"train_shards": None, **sources, "val_samples": settings.val_samples, "batch_size": settings.batch_size}
     data |= {"resolution": settings.resolution, "buckets": _buckets(settings), "chunks": {"leftovers": "pad"}}

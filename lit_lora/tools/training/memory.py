@@ -104,6 +104,22 @@ def fit_memory(
     return Fit(replace(chosen, draws=False), _without_drawing(known[chosen]), name)
 
 
+def fit_host(fit: Fit, plan: Callable[[Settings], MemoryPlan], folder: str, free: int) -> Fit:
+    """What fits, with offloaded blocks in files if host memory cannot hold them.
+
+    Args:
+        fit: Settings that fit into the device's memory.
+        plan: Makes the plan of settings.
+        folder: Folder for the files.
+        free: Bytes of host memory that are free.
+    """
+    if not fit.settings.offload_blocks or fit.plan.host_bytes <= free:
+        return fit
+    settings = replace(fit.settings, offload_folder=folder)
+    planned = plan(settings)
+    return fit._replace(settings=settings, plan=planned if settings.draws else _without_drawing(planned))
+
+
 def _without_drawing(planned: MemoryPlan) -> MemoryPlan:
     """The plan of the same run if it draws no images."""
     return replace(planned, phases={name: kinds for name, kinds in planned.phases.items() if name != "sampling"})
@@ -124,9 +140,16 @@ def first_true(holds: Callable[[int], bool], count: int, start: int) -> int | No
     return low if low < count else None
 
 
+def is_here(device: Device) -> bool:
+    """Whether a device is this machine's: its CPU, or the GPU that a run takes."""
+    if not device.is_cuda:
+        return True
+    return torch.cuda.is_available() and torch.cuda.get_device_name() == device.name
+
+
 def free_memory(device: Device) -> int:
     """Memory in bytes that is free on a device of this machine, or that a device of another machine has."""
-    if device.is_cuda and torch.cuda.is_available():
+    if device.is_cuda and is_here(device):
         return int(torch.cuda.mem_get_info()[0])
     return device.memory or available_memory()
 

@@ -24,6 +24,7 @@ from lit_lora.early_stopping import stopped_early
 from lit_lora.errors import UserError, check_above
 from lit_lora.files import atomic_file
 from lit_lora.folder_lock import only_run_in
+from lit_lora.machine import available_memory
 from lit_lora.planning.device import Device, default_device, find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
@@ -37,7 +38,7 @@ from lit_lora.tools.training.choices import Choice, Settings, choose, given_sett
 from lit_lora.tools.training.config import comments_of, make_config, template_with, write_yaml
 from lit_lora.tools.training.data import OneFolder, SeveralSets, TrainingData
 from lit_lora.tools.training.fitting import check_machine, fit, out_of_time, parts, parts_of, resuming
-from lit_lora.tools.training.memory import first_guess, fit_memory, free_memory
+from lit_lora.tools.training.memory import first_guess, fit_host, fit_memory, free_memory, is_here
 from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim, forget_settings, has_trained
 from lit_lora.tools.training.results import newest_checkpoint, newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
@@ -185,12 +186,17 @@ class _Training:
         print(f"planning for {format_bytes(memory)} on {self.device.name}{patience}")
         start = first_guess(memory, self.base.is_embedded)
         fit = fit_memory(settings, self._plan, memory, self.device.is_cuda, start, print)
+        if is_here(self.device):
+            fit = fit_host(fit, self._plan, str(self.out), available_memory())
         said = f"{format_bytes(fit.plan.needed)} of {format_bytes(memory)}"
         choices = [*self.data.choices(fit.settings.why), Choice("memory", said, fit.names, "model.memory")]
         if not fit.settings.draws:
             choices.append(
                 Choice("drawing", "none", "they do not fit beside training; see lit-lora sample", "trainer.callbacks")
             )
+        if fit.settings.offload_folder is not None:
+            why = f"{format_bytes(available_memory())} of host memory are free, and they need more"
+            choices.append(Choice("blocks", "in files", why, "model.memory.offload_folder"))
         if (uncached := self.data.uncached) is not None:
             choices.append(uncached)
         print(f"\n{table(choices)}\n\n{fit.plan.describe()}\n")

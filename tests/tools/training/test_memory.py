@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from lit_lora.errors import UserError
+from lit_lora.planning.device import find_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.tools.training.choices import Settings
-from lit_lora.tools.training.memory import Fit, first_guess, first_true, fit_memory
+from lit_lora.tools.training.memory import (
+    Fit,
+    first_guess,
+    first_true,
+    fit_host,
+    fit_memory,
+    free_memory,
+    is_here,
+)
 
 SETTINGS = Settings(1024, False, 2, batch_size=4, accumulate=1, steps=100, rank=16, lr=1e-4)
 
@@ -16,25 +28,27 @@ def _needed(settings: Settings) -> int:
     return base + settings.batch_size * (2 if settings.gradient_checkpointing else 10)
 
 
+def _plan(settings: Settings) -> MemoryPlan:
+    phases = {"forward": {"adapter": _needed(settings)}, "sampling": {"adapter": _needed(settings) + 9}}
+    return MemoryPlan(
+        "H100",
+        settings.batch_size,
+        phases,
+        beside={},
+        height=1024,
+        width=1024,
+        adapter_parameters=1,
+        adapter_file_bytes=1,
+        flops_per_step=1,
+        seconds_per_step=1.0,
+        host_bytes=25 * settings.offload_blocks * (settings.offload_folder is None),
+    )
+
+
 def _fit(memory: int, on_gpu: bool = True, start: int = 1) -> tuple[Fit, list[str]]:
     said: list[str] = []
 
-    def plan(settings: Settings) -> MemoryPlan:
-        phases = {"forward": {"adapter": _needed(settings)}, "sampling": {"adapter": _needed(settings) + 9}}
-        return MemoryPlan(
-            "H100",
-            settings.batch_size,
-            phases,
-            beside={},
-            height=1024,
-            width=1024,
-            adapter_parameters=1,
-            adapter_file_bytes=1,
-            flops_per_step=1,
-            seconds_per_step=1.0,
-        )
-
-    return fit_memory(SETTINGS, plan, memory, on_gpu, start, said.append), said
+    return fit_memory(SETTINGS, _plan, memory, on_gpu, start, said.append), said
 
 
 @pytest.mark.parametrize("start", range(8))
@@ -70,6 +84,26 @@ def test_offloading_is_for_gpus() -> None:
     assert not _fit(61, on_gpu=False)[0].settings.offload_encoders
     with pytest.raises(UserError, match=r"nothing fits into 7 B: the run needs 22 B even with .*NF4 base"):
         _fit(7, on_gpu=False)
+
+
+@pytest.mark.parametrize(("memory", "free", "folder"), [(22, 0, None), (21, 25, None), (21, 24, "runs/a")])
+def test_blocks_are_in_files_if_host_memory_is_short(memory: int, free: int, folder: str | None) -> None:
+    fit, _ = _fit(memory)
+    changed = fit_host(fit, _plan, "runs/a", free)
+    assert changed.settings == replace(fit.settings, offload_folder=folder)
+    assert changed.plan.needed == fit.plan.needed
+    assert changed.plan.host_bytes <= free
+
+
+def test_the_memory_of_another_gpu_is_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5, 80))
+    here = replace(find_device("H100"), name="NVIDIA H100 80GB HBM3")
+    assert (is_here(here), free_memory(here)) == (True, 5)
+    assert (is_here(find_device("RTX 3060")), free_memory(find_device("RTX 3060"))) == (False, 12_000_000_000)
+    assert is_here(find_device("cpu"))
+    assert free_memory(find_device("cpu")) > 1_000_000
 
 
 def test_nothing_fits() -> None:
