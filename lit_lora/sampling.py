@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -118,6 +119,7 @@ def generate(
     guided: bool | None = None,
     sources: Sequence[Image.Image] = (),
     pipeline_options: Mapping[str, Any] = MappingProxyType({}),
+    offload_from: torch.device | None = None,
 ) -> list[Image.Image]:
     """Draw one image for each prompt; a warning tells words such as ``<cat-toy>`` that the pipeline does not know as a token.
 
@@ -139,6 +141,8 @@ def generate(
         sources: Images to edit, one for each prompt, which are resized to cover the size that is drawn and cropped at the
             center. Defaults to none. They need ``height`` and ``width``.
         pipeline_options: Further arguments of the pipeline; defaults to none.
+        offload_from: GPU on which the pipeline's models, all of which are in host memory, take turns. Defaults to None: they
+            compute where they are.
 
     Raises:
         UserError: If the pipeline cannot rescale its guided predictions or takes no negative prompts, or an image holds NaN.
@@ -150,7 +154,7 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
         drawn = prompts[start : start + batch_size]
-        with warnings.catch_warnings(), cut_prompts_told(pipeline, drawn):
+        with warnings.catch_warnings(), cut_prompts_told(pipeline, drawn), _taking_turns(pipeline, offload_from):
             warnings.filterwarnings("error", "invalid value encountered in cast", RuntimeWarning)  # NaN as a byte
             try:
                 inputs = prompt_inputs(list(drawn), guidance_scale)
@@ -171,6 +175,20 @@ def generate(
                     f"overflow in {pipeline.dtype}; use another checkpoint, or bfloat16 or float32"
                 ) from warning
     return images
+
+
+@contextmanager
+def _taking_turns(pipeline: DiffusionPipeline, device: torch.device | None) -> Iterator[None]:
+    """A context in which a pipeline's models go to a device one after another; None leaves them where they are."""
+    if device is None:
+        yield
+        return
+    pipeline.enable_model_cpu_offload(device=device)
+    try:
+        yield
+    finally:
+        pipeline.remove_all_hooks()
+        pipeline.to("cpu", silence_dtype_warnings=True)
 
 
 def _negative_inputs(negatives: Sequence[str], prompt_inputs: PromptInputs) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,7 +20,9 @@ from lit_lora.families import StableDiffusion
 from lit_lora.memory.host_weights import HostWeights
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
+from lit_lora.prompts import Prompt
 from lit_lora.quantization import FP8, NF4, W8A8, Int8, Quantization
+from lit_lora.tools.drawing import Drawer
 from tests.distributed.scenarios import Seen
 from tests.helpers import loader_of, make_batches
 
@@ -137,6 +140,20 @@ def test_page_locked_weights_are_not_rounded_up() -> None:
     weights.fetch(torch.device("cuda"), torch.cuda.Stream())
     weights.wait()
     assert all(torch.equal(tensor.cpu(), other) for tensor, other in zip(tensors, expected, strict=True))
+
+
+@pytest.mark.parametrize("waiting", ["models", "blocks"])
+def test_what_waits_in_host_memory_changes_no_image(waiting: Any, sd_folder: Path) -> None:
+    drawn = []
+    for waits in (None, waiting):
+        options: dict[str, Any] = {"family": None, "dtype": "float32", "device": "cuda", "sizes": [(32, 32)]}
+        drawer = Drawer(str(sd_folder), **options)
+        drawer._waiting = waits
+        drawer.adapt([])
+        prompts = [Prompt("a star", seed=3), Prompt("a moon", seed=4)]
+        images = drawer.draw(prompts, num_inference_steps=2, guidance_scale=3.0, height=32, width=32)
+        drawn.append(np.stack([np.asarray(one.image) for one in images]).astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
 
 
 def test_eight_bit_optimizers(sd_folder: Path, tmp_path: Path) -> None:

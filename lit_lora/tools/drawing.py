@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from diffusers.utils.torch_utils import empty_device_cache
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
 from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
@@ -87,6 +89,8 @@ class Drawer:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._sizes, self._base_adapters, self._edits = sizes, base_adapters, edits
         self._given = {name: value for name, value in (base_options or {}).items() if value is not None}
+        self._waiting: Literal["models", "blocks"] | None = None
+        """What of the base waits in host memory, since the GPU's does not hold all of it."""
         self._used: list[tuple[str, float]] = []
         self._loaded: DrawingBase | None = None
         self._loaded_with: Any = None
@@ -142,7 +146,10 @@ class Drawer:
         if len(used) == 1:
             self._put_in(*used[0])
         self._changes = next(iter(schedulers.values()), {})
-        self._loaded.to(self._device)
+        if self._waiting is None:
+            self._tried(lambda loaded: loaded.to(self._device))
+        elif self._waiting == "blocks":
+            self._offload_blocks()
 
     def base_identity(self) -> dict[str, str]:
         """Identities of the parts of the base that was given, which is not loaded for it.
@@ -160,17 +167,50 @@ class Drawer:
                 :func:`~lit_lora.prompts.prompt_groups`.
             **options: Options of :func:`lit_lora.sampling.generate`.
         """
-        assert self._loaded is not None, "adapt comes first"
-        images = self._loaded.generate(
-            [one.prompt for one in prompts],
-            [one.seed or 0 for one in prompts],
-            self._scheduler_config() if self._changes or self.scheduler else None,
-            negative_prompts=[one.negative_prompt or "" for one in prompts],
-            **images_to_edit(prompts),
-            **options,
-        )
+        scheduler = self._scheduler_config() if self._changes or self.scheduler else None
+        options |= images_to_edit(prompts)
+        options["negative_prompts"] = [one.negative_prompt or "" for one in prompts]
+        texts, seeds = [one.prompt for one in prompts], [one.seed or 0 for one in prompts]
+        images: list[Image.Image] = []
+
+        def generate(loaded: DrawingBase) -> None:
+            saving = {"offload_from": torch.device(self._device), "batch_size": 1} if self._waiting else {}
+            images.extend(loaded.generate(texts, seeds, scheduler, **options | saving))
+
+        while not self._tried(generate):
+            pass
         facts = (self.scheduler_name, str(self.base), self._used, lit_lora.__version__)
         return [DrawnImage(image, prompt, *facts) for image, prompt in zip(images, prompts, strict=True)]
+
+    def _tried(self, use: Callable[[DrawingBase], object]) -> bool:
+        """Use the base; false if the GPU's memory was not enough, and less of the base is to be there next time."""
+        assert self._loaded is not None, "adapt comes first"
+        try:
+            use(self._loaded)
+            return True
+        except torch.OutOfMemoryError as error:
+            if self._waiting == "blocks" or (self._waiting == "models" and not self._loaded.has_blocks):
+                raise UserError(
+                    f"{str(error).splitlines()[0]} All that can wait in host memory does; draw smaller images with --height and "
+                    f"--width, or on the CPU with --device cpu"
+                ) from error
+        # Outside of the handler, whose error keeps what was on the GPU.
+        self._loaded.to("cpu")
+        empty_device_cache()
+        if self._waiting is None:
+            self._waiting, told = "models", "its models take turns there"
+        else:
+            self._waiting, told = "blocks", "nor the denoiser, whose blocks are copied there in each step"
+            self._offload_blocks()
+        warnings.warn(
+            f"the GPU's memory does not hold the whole base, {told}; images are drawn one at a time", stacklevel=3
+        )
+        return False
+
+    def _offload_blocks(self) -> None:
+        assert self._loaded is not None
+        self._loaded.offload_blocks()
+        self._loaded_with = None  # other adapters are put into a base whose blocks are where they were loaded
 
     def _kind(self, options: Mapping[str, str]) -> type[ModelFamily] | None:
         """The family that is asked for, or the one for the base's pipeline; None if there is none."""

@@ -18,6 +18,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource, check_single_file, check_size
 from lit_lora.formats.base_adapter import BaseAdapter
 from lit_lora.formats.base_adapters import BaseAdapters
+from lit_lora.memory.block_offload import BlockOffload
 from lit_lora.sampling import generate
 
 Size = tuple[int | None, int | None]
@@ -54,6 +55,13 @@ class DrawingBase(ABC):
     def to(self, device: str) -> None:
         """Move all parts to a device."""
 
+    has_blocks = False
+    """Whether :meth:`offload_blocks` can be called."""
+
+    def offload_blocks(self) -> None:
+        """Have the blocks of the denoiser, which has its adapter, wait in host memory while others compute."""
+        raise NotImplementedError
+
     @abstractmethod
     def denoiser(self, config: Mapping[str, Any]) -> nn.Module:
         """The denoiser that an adapter with this PEFT config was made for."""
@@ -83,6 +91,8 @@ class FamilyBase(DrawingBase):
         options: Further arguments of the family's constructor.
     """
 
+    has_blocks = True
+
     def __init__(self, kind: type[ModelFamily], base: str, options: Mapping[str, str]) -> None:
         self.family = kind(base, **options)
 
@@ -108,6 +118,9 @@ class FamilyBase(DrawingBase):
     def to(self, device: str) -> None:
         self.family.to(device)
 
+    def offload_blocks(self) -> None:
+        BlockOffload(self.family.denoiser, self.family.block_classes)
+
     def denoiser(self, config: Mapping[str, Any]) -> nn.Module:
         model: nn.Module = self.family.denoiser
         return model
@@ -122,6 +135,7 @@ class FamilyBase(DrawingBase):
     def generate(
         self, prompts: Sequence[str], seeds: Sequence[int], scheduler_config: Mapping[str, Any] | None, **options: Any
     ) -> list[Image.Image]:
+        self.family.computes_on = options.get("offload_from")
         return self.family.generate(prompts, seeds, scheduler_config, **options)
 
 
