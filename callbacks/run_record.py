@@ -114,6 +114,8 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
         yield "batches per optimizer step (processes x trainer.accumulate_grad_batches)", str(batches)
     if hasattr(datamodule, "resolution"):
         yield "data.resolution", described(datamodule.resolution)
+    if isinstance(digest := getattr(datamodule, "validation_digest", None), str) and digest:
+        yield "validation samples, on which best scores and early stopping depend,", digest
     if hasattr(datamodule, "decoder"):  # the position in the data has checks of its own
         yield "data.decoder", type(datamodule.decoder).__name__
         for name, text in described_options(datamodule.decoder):

@@ -165,6 +165,7 @@ class WebDatasetDataModule(LightningDataModule):
             self._val = self._evaluation_data(self.val_shards)
         if stage == "fit":
             self._prepare_training()
+        self.validation_digest = "" if self._val is None else str(self._val)  # a resumed run compares it
         tables = {samples.table for samples in (self._train, self._val, self._test) if samples is not None}
         self._opened = {table: self._opened[table] for table in tables}
         self.cached = frozenset.intersection(*(opened.cached for opened in self._opened.values()))

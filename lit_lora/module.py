@@ -392,6 +392,7 @@ class LoraDiffusion(LightningModule):
         keep_input_dtype(family.denoiser)
         apply_options(self)
         family.train()
+        self.base_adapters.warn_of_rounding(self.base_dtype, "set model.base_dtype to float32 if that matters")
 
     def _node(self) -> Node:
         """The processes of this machine, of which one reads the base's files."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +35,10 @@ class ListedSamples:
     def total(self) -> int:
         """Number of samples in the table."""
         return len(self.table)
+
+    def __str__(self) -> str:
+        """Number of the samples, and a checksum of their keys, which does not depend on where the shards are."""
+        return f"{len(self._samples)} ({zlib.crc32(self._samples.tobytes(), self.table.key_digest):08x})"
 
     def samples(self, chunk: int, turn: int = 0) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
         """Sample numbers, int64 (n,), and buckets (n,)."""

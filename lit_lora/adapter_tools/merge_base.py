@@ -13,13 +13,16 @@ from typing import Any
 
 import diffusers
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from lit_lora.adapter_tools.base_model import CONFIG, INDEX, BaseModel, comparable
-from lit_lora.adapter_tools.lora_layer import LoraLayer
+from lit_lora.adapter_tools.lora_layer import LoraLayer, narrowed
 from lit_lora.adapter_tools.plain_lora import Layers, beyond_lora, lora_layers
-from lit_lora.adapter_tools.weight_stream import Rounding, rewrite, shapes_in, widest_dtype
+from lit_lora.adapter_tools.weight_stream import rewrite, shapes_in, widest_dtype
 from lit_lora.adapters import load_adapter
+from lit_lora.adapters.names import tuner_layers
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
@@ -28,14 +31,12 @@ from lit_lora.formats.quantized_base import quantized_base, twice
 from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.machine import available_memory
 from lit_lora.mapped import release
+from lit_lora.quantization.weight_change import COARSE, Rounding
 from lit_lora.visible import visible
 
 _TEXT_MODEL = "text_model."
 _GROUPED = "PEFT's LoRA of a grouped convolution reaches all inputs, which the weight does not"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index*.json", "*.bin", "*.msgpack", "*.h5", "*.ckpt", "*.pt", "*.onnx*")
-
-_COARSE = 0.1
-"""Error of the merged change by rounding, as a share of it, from which on it is told."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class MergedBase:
     Args:
         layers: Number of changed weights by part.
         files: Number of weight files of the changed parts.
-        rounding: What the dtypes of the files leave of the adapter; empty where PEFT has merged loaded models.
+        rounding: What the dtypes of the files leave of the adapter.
     """
 
     layers: dict[str, int]
@@ -122,7 +123,7 @@ def merge_base(
     rounding = Rounding()
     targets = {name: out if denoiser_only or not folder else out / folder for name, folder in parts.items()}
     if beyond_lora(adapter):
-        counts = {name: _merge_loaded(adapter, name, path, base, targets[name]) for name in parts}
+        counts = {name: _merge_loaded(adapter, name, path, base, targets[name], rounding) for name in parts}
     else:
         layers = lora_layers(adapter, path)
         plans = {name: _plan(layers[name], path, base.weight_files(folder)) for name, folder in parts.items()}
@@ -130,7 +131,7 @@ def merge_base(
     if base.is_pipeline and not denoiser_only:
         _copy_others(base, set(parts.values()), out)
     _set_scheduler(adapter, path, out / "scheduler" / "scheduler_config.json")
-    if rounding.share > _COARSE:
+    if rounding.share > COARSE:
         warnings.warn(
             f"{out}: rounding to the dtype of the base's files adds an error of {rounding.share:.0%} to the adapter's change; "
             f"merge into the base in float32, or load the adapter beside the base",
@@ -201,7 +202,9 @@ def _merged(layer: LoraLayer, weight: Tensor) -> Tensor:
     return weight
 
 
-def _merge_loaded(adapter: AdapterFiles, name: str, path: object, base: BaseModel, out: Path) -> tuple[int, int]:
+def _merge_loaded(
+    adapter: AdapterFiles, name: str, path: object, base: BaseModel, out: Path, rounding: Rounding
+) -> tuple[int, int]:
     """Have PEFT merge a loaded model; returns the numbers of adapted layers and of files."""
     if name != "denoiser":
         raise UserError(
@@ -220,12 +223,26 @@ def _merge_loaded(adapter: AdapterFiles, name: str, path: object, base: BaseMode
     model = diffusers.AutoModel.from_pretrained(str(folder), dtype=widest_dtype(files, folder), **options)
     adapted = load_adapter(model, adapter.config, adapter.state, path)
     try:
-        merged: Any = adapted.merge_and_unload(safe_merge=True)
+        _merge_layers(adapted, rounding)
+        merged: Any = adapted.unload()
     except (RuntimeError, ValueError, AttributeError) as error:
         raise UserError(f"PEFT cannot merge {path} ({adapter.config.get('peft_type')}): {error}") from error
     count = len(getattr(adapted.base_model, "targeted_module_names", []))
     merged.save_pretrained(out, **options)
     return count, len(list(out.glob("*.safetensors")))
+
+
+def _merge_layers(adapted: PeftModel, rounding: Rounding) -> None:
+    """Have PEFT merge each layer in float32, round it to the dtype that it had, and count what that loses."""
+    adapted.base_model._check_merge_allowed()
+    for name, layer in tuner_layers(adapted, BaseTunerLayer):
+        old = {key: value.data for key, value in layer.get_base_layer().named_parameters()}
+        layer.get_base_layer().float()
+        layer.merge(safe_merge=True)
+        for key, value in layer.get_base_layer().named_parameters():  # LNTuning puts another layer there
+            new = value.data.float()
+            value.data = narrowed(new, old[key].dtype, f"{name}.{key}")
+            rounding.add(old[key], new, value.data)
 
 
 def _copy_others(base: BaseModel, merged: set[str], out: Path) -> None:

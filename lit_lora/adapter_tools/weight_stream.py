@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import reduce
 from math import prod
 from pathlib import Path
@@ -18,6 +16,7 @@ from lit_lora.adapter_tools.lora_layer import narrowed
 from lit_lora.errors import UserError
 from lit_lora.files import check_regular
 from lit_lora.mapped import to_bytes
+from lit_lora.quantization.weight_change import Rounding
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _STORED = {"F8_E4M3", "F8_E5M2", "I8", "U8"}
@@ -66,36 +65,6 @@ def widest_dtype(files: Iterable[Path], model: object) -> torch.dtype:
     if stored := sorted(names & _STORED):
         raise UserError(f"{model} has tensors of {stored[0]}, {_NO_FLOATS}")
     return reduce(torch.promote_types, [dtype for name, dtype in _DTYPES.items() if name in names])
-
-
-@dataclass
-class Rounding:
-    """What the dtypes of files leave of changes of their weights.
-
-    Args:
-        changes: Sum of the squares of all changes in dtypes narrower than float32.
-        errors: Sum of the squares of what rounding adds to these changes.
-    """
-
-    changes: float = 0.0
-    errors: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """Norm of the errors by that of the changes."""
-        return math.sqrt(self.errors / self.changes) if self.changes else 0.0
-
-    def add(self, old: Tensor, new: Tensor, written: Tensor) -> None:
-        """Count a tensor whose old value was rounded already.
-
-        Args:
-            old: Its value before.
-            new: Its changed value, float32.
-            written: The changed value as it is written.
-        """
-        if old.dtype.itemsize < new.dtype.itemsize:
-            self.changes += float(torch.linalg.vector_norm(new - old).double() ** 2)
-            self.errors += float(torch.linalg.vector_norm(new - written).double() ** 2)
 
 
 def rewrite(source: Path, target: Path, changed: dict[str, Callable[[Tensor], Tensor]], rounding: Rounding) -> None:

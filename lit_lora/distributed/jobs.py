@@ -15,8 +15,15 @@ from typing import Any, TypeVar
 
 from lit_lora.distributed.processes import end_with_parent
 from lit_lora.errors import UserError, check_most
+from lit_lora.signals import Terminated
 
 Result = TypeVar("Result")
+
+_ENDED = 128 + signal.SIGTERM
+"""Exit status of a process that SIGTERM has ended."""
+
+_calls: list[Callable[..., Any]] = []
+"""The call that this process of a pool is in."""
 
 _AHEAD = 4
 """Number of submitted calls per process, so that a slow call does not keep the other processes idle."""
@@ -38,11 +45,11 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
         yield from (function(*each) for each in arguments)
         return
     pending: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start_worker) as pool:
         try:
             for each in arguments:
                 with interrupts_ignored():
-                    pending.append(pool.submit(function, *each))
+                    pending.append(pool.submit(call_in_worker, function, *each))
                 if len(pending) >= _AHEAD * jobs:
                     yield pending.popleft().result()
             while pending:
@@ -53,6 +60,34 @@ def run_jobs(function: Callable[..., Result], arguments: Iterable[tuple[Any, ...
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def start_worker() -> None:
+    """Set up a process of a pool, whose calls go through :func:`call_in_worker`.
+
+    It ends with its parent, and at SIGTERM, as SLURM and container runtimes send it to all processes, after the files that a call
+    is writing were removed.
+    """
+    end_with_parent()
+    signal.signal(signal.SIGTERM, _end_worker)
+
+
+def call_in_worker(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in a process of a pool; SIGTERM ends the process where the function is, and not the call alone."""
+    _calls.append(function)
+    try:
+        return function(*arguments)
+    except Terminated:
+        os._exit(_ENDED)
+    finally:
+        _calls.clear()
+
+
+def _end_worker(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the removal
+    if _calls:
+        raise Terminated
+    os._exit(_ENDED)
 
 
 def check_workers(**values: int) -> None:

@@ -207,13 +207,21 @@ class SingleFile:
             )
 
 
-@lru_cache
 def open_single_file(path: Path) -> SingleFile:
-    """The file at a path, opened once.
+    """The file at a path, opened once, and anew after another has taken its place.
 
     Raises:
         UserError: See :class:`SingleFile`.
     """
+    try:
+        stat = path.stat()
+    except OSError:
+        return SingleFile(path)
+    return _opened(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache
+def _opened(path: Path, *version: int) -> SingleFile:
     return SingleFile(path)
 
 

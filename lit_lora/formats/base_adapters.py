@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lit_lora.errors import UserError
@@ -15,7 +16,7 @@ from lit_lora.formats.base_adapter import BaseAdapter
 from lit_lora.formats.base_records import Records, base_records, same_adapters, told
 from lit_lora.formats.find import read_adapter
 from lit_lora.formats.merged_layers import MergedLayer, merged_layers
-from lit_lora.quantization.weight_change import Changes, WeightChange
+from lit_lora.quantization.weight_change import COARSE, Changes, Rounding, WeightChange
 
 
 class BaseAdapters:
@@ -37,6 +38,7 @@ class BaseAdapters:
         read = [one.read(family) for one in adapters]
         self.records: Records = [one.record_of(adapter) for one, adapter in zip(adapters, read, strict=True)]
         self._warn_of_doubles(adapters)
+        self._rounding = Rounding()
         updates: dict[str, dict[str, list[MergedLayer]]] = {}
         for one, adapter in zip(adapters, read, strict=True):
             self._check_trained_over(one, base_records(adapter.metadata))
@@ -44,7 +46,10 @@ class BaseAdapters:
                 for name, layer in merged_layers(files, one.path, one.weight).items():
                     updates.setdefault(part, {}).setdefault(f"{name}.weight", []).append(layer)
         self._changes: dict[str, Changes] = {
-            part: {name: WeightChange(layers[0].path, _Sum(tuple(layers))) for name, layers in weights.items()}
+            part: {
+                name: WeightChange(layers[0].path, _Sum(tuple(layers)), self._rounding)
+                for name, layers in weights.items()
+            }
             for part, weights in updates.items()
         }
 
@@ -87,6 +92,21 @@ class BaseAdapters:
                 f"train without cached text, or set drop_text_encoders of the adapter to true"
             )
         return self._changes
+
+    def warn_of_rounding(self, dtype: torch.dtype, advice: str) -> None:
+        """Warn if the dtype of the loaded weights has rounded much of the changes away.
+
+        Args:
+            dtype: dtype of the weights.
+            advice: What to do.
+        """
+        if self._rounding.share > COARSE:
+            names = " and ".join(one["name"] for one in self.records)
+            warnings.warn(
+                f"rounding the base to {str(dtype).removeprefix('torch.')} adds an error of {self._rounding.share:.0%} to the "
+                f"change by {names}; {advice}",
+                stacklevel=3,
+            )
 
     def check(self, saved: Records) -> None:
         """Check that a checkpoint was trained over the same adapters.

@@ -23,6 +23,7 @@ from lit_lora.formats.tensor_file import TensorFile, write_tensors
 from lit_lora.formats.text_encoders import normalized
 
 _DENOISERS = ("unet", "transformer")
+_MAGNITUDE = ".lora_magnitude_vector"
 _ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -52,7 +53,12 @@ class DiffusersFormat(AdapterFormat):
             name = adapter.family.denoiser_name if part == "denoiser" else part
             if part != "denoiser":
                 contents = normalized(contents)  # diffusers knows the names of older transformers
-            layers[f"{name}_lora_layers"] = {key.removeprefix(PREFIX): value for key, value in contents.state.items()}
+            state = {key.removeprefix(PREFIX): value for key, value in contents.state.items()}
+            if (
+                part != "denoiser"
+            ):  # transformers, which reads these for diffusers, passes over PEFT's name without a word
+                state = {f"{key}.weight" if key.endswith(_MAGNITUDE) else key: value for key, value in state.items()}
+            layers[f"{name}_lora_layers"] = state
             configs |= {f"{name}.{key}": value for key, value in contents.config.items()}
         metadata = file_metadata(adapter)
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(configs, indent=2, sort_keys=True)
@@ -109,18 +115,23 @@ def _configs(file: TensorFile) -> dict[str, dict[str, Any]]:
     return configs
 
 
+def _without_weight(key: str) -> str:
+    """PEFT's name of a tensor; in files, magnitudes of text encoders end in ``.weight``, too."""
+    return key.removesuffix(".weight") if key.endswith(f"{_MAGNITUDE}.weight") else key
+
+
 def _read_part(tensors: Mapping[str, Tensor], config: dict[str, Any] | None, path: Path) -> AdapterFiles:
     """One part's adapter, from the names that any version of diffusers writes."""
     alphas = {key.removesuffix(".alpha"): float(value) for key, value in tensors.items() if key.endswith(".alpha")}
     weights = {key: value for key, value in tensors.items() if not key.endswith(".alpha")}
-    if any(".lora_A." not in key and ".lora_B." not in key and "lora_magnitude_vector" not in key for key in weights):
+    if any(".lora_A." not in key and ".lora_B." not in key and _MAGNITUDE not in key for key in weights):
         try:
             weights = convert_unet_state_dict_to_peft(convert_state_dict_to_peft(weights))
         except ValueError:  # names of diffusers' older versions alone
             weights = convert_unet_state_dict_to_peft(weights)
     if len(weights) + len(alphas) < len(tensors):
         raise UserError(f"{path} holds tensors of one layer under two names; copy or export it again")
-    state = {PREFIX + key: value for key, value in weights.items()}
+    state = {PREFIX + _without_weight(key): value for key, value in weights.items()}
     layers = layers_of(state, path)
     if unknown := sorted(alphas.keys() - layers.keys()):
         raise UserError(f"{path} has an alpha of {unknown[0]}, of which it holds no layer; copy or export it again")

@@ -198,7 +198,7 @@ class _Quantize(ConversionOps):  # type: ignore[misc, unused-ignore]
             return {full_layer_name: weight}  # transformers reports it
         change = self.config.changes.pop(full_layer_name, None)
         dtype = weight.dtype
-        freeze_layer(layer, self.config.quantization, weight if change is None else change.apply(weight.float()), dtype)
+        freeze_layer(layer, self.config.quantization, weight if change is None else change.applied(weight), dtype)
         for stored in layer.stored_names:
             layer._parameters[stored]._is_hf_initialized = True
         missing_keys.discard(full_layer_name)

@@ -110,11 +110,13 @@ class Weights:
                 for name in bundle:
                     _assign(self._layers[name], name.rpartition(".")[2], stored[name], forms[name])
 
-    def unquantized(self, name: str) -> Tensor:
+    def unquantized(self, name: str, stored_in: torch.dtype | None = None) -> Tensor:
         """Read a weight as it is before it is quantized, in the reading process.
 
         Args:
             name: Name of the weight, one of :attr:`names`.
+            stored_in: dtype in which it is kept without quantization, to count what that rounds away of a change; defaults to
+                None, which counts nothing.
 
         Raises:
             OSError: If its file is damaged.
@@ -125,7 +127,7 @@ class Weights:
         if expected != tensor.shape:
             raise UserError(f"{name} is {tuple(tensor.shape)} in the file and {tuple(expected)} in the model")
         change = self._changes.get(name)
-        return tensor if change is None else change.apply(tensor.float())
+        return tensor if change is None else change.applied(tensor, stored_in)
 
     def in_parts(self, block_classes: Collection[str]) -> list[tuple[nn.Module, list[str]]]:
         """Parts of the model to load and shard one by one: large layers, blocks, modules around blocks, finally the model.
@@ -165,7 +167,7 @@ class Weights:
         return {
             f"{name}/{part}": tensor
             for name, form in forms.items()
-            for part, tensor in form.quantize(self.unquantized(name)).items()
+            for part, tensor in form.quantize(self.unquantized(name, form.kept_dtype)).items()
         }
 
 
@@ -334,6 +336,11 @@ class _Form(NamedTuple):
     """None for tensors that are not the weight of a Linear or Conv2d layer; they are stored without quantization."""
     dtype: torch.dtype
     shape: torch.Size
+
+    @property
+    def kept_dtype(self) -> torch.dtype | None:
+        """Dtype of a weight that is not quantized; None for one that is."""
+        return self.dtype if self.quantization is None or isinstance(self.quantization, Dense) else None
 
     def quantize(self, tensor: Tensor) -> dict[str, Tensor]:
         """The tensors to store; none of them shares memory with the file."""

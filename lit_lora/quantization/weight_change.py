@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lit_lora.errors import UserError
+
+COARSE = 0.1
+"""Error of a change by rounding, as a share of it, from which on it is told."""
+
+
+@dataclass
+class Rounding:
+    """What narrow dtypes leave of changes of weights.
+
+    Args:
+        changes: Sum of the squares of all changes in dtypes narrower than float32.
+        errors: Sum of the squares of what rounding adds to these changes.
+    """
+
+    changes: float = 0.0
+    errors: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Norm of the errors by that of the changes."""
+        return math.sqrt(self.errors / self.changes) if self.changes else 0.0
+
+    def add(self, old: Tensor, new: Tensor, stored: Tensor) -> None:
+        """Count a tensor, unless it is stored as exactly as it is computed.
+
+        Args:
+            old: Its value before.
+            new: Its changed value, float32.
+            stored: The changed value in the dtype in which it is kept.
+        """
+        if stored.dtype.itemsize < new.dtype.itemsize:
+            self.changes += float(torch.linalg.vector_norm(new - old).double() ** 2)
+            self.errors += float(torch.linalg.vector_norm(new - stored).double() ** 2)
 
 
 @dataclass(frozen=True)
@@ -18,10 +52,24 @@ class WeightChange:
     Args:
         source: What makes the change, such as the path of an adapter, for errors.
         apply: Function from the weight in float32 to the changed weight, float32 of the same shape.
+        rounding: Where the rounding of changed weights is counted; defaults to an own one.
     """
 
     source: str
     apply: Callable[[Tensor], Tensor]
+    rounding: Rounding = field(default_factory=Rounding)
+
+    def applied(self, weight: Tensor, stored_in: torch.dtype | None = None) -> Tensor:
+        """The changed weight, float32.
+
+        Args:
+            weight: The weight in any dtype.
+            stored_in: dtype in which the changed weight is kept, whose rounding is counted; None counts nothing.
+        """
+        new = self.apply(weight.float())
+        if stored_in is not None:
+            self.rounding.add(weight, new, new.to(stored_in))
+        return new
 
 
 Changes = Mapping[str, WeightChange]
@@ -62,4 +110,4 @@ def apply_changes(model: nn.Module, changes: Changes) -> None:
     check_changes(changes, set(parameters), model)
     for name, change in changes.items():
         parameter = parameters[name]
-        parameter.copy_(change.apply(parameter.float()))
+        parameter.copy_(change.applied(parameter, parameter.dtype))

@@ -19,8 +19,7 @@ from lit_lora.datamodules.caching.cache_writer import CachedShard, CacheWriter
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.indexing.table import SampleTable
-from lit_lora.distributed.jobs import interrupts_ignored
-from lit_lora.distributed.processes import end_with_parent
+from lit_lora.distributed.jobs import call_in_worker, interrupts_ignored, start_worker
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.memory.one_on_device import OneOnDevice
@@ -125,7 +124,7 @@ class _Worker:
     @classmethod
     def start(cls, work: CacheWork, devices: Any, done: Any, stop: Any, jobs: int) -> None:
         """Set up a process of the pool."""
-        end_with_parent()
+        start_worker()
         torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
         cls.current = cls(work, devices.get(), done, stop)
 
@@ -161,7 +160,7 @@ def _write_in_parallel(
     with ProcessPoolExecutor(jobs, context, _Worker.start, (work, queue, done, stop, jobs)) as pool:
         with interrupts_ignored():
             pending: set[Future[CachedShard]] = {
-                pool.submit(_Worker.write, shard, path) for path, shard in targets.items()
+                pool.submit(call_in_worker, _Worker.write, shard, path) for path, shard in targets.items()
             }
         try:
             while pending:

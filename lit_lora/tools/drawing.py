@@ -292,14 +292,12 @@ class Drawer:
         self._adapted.append(adapted)
         if one.scale == 1:
             return
-        layers: list[Any] = [layer for _, layer in tuner_layers(adapted, BaseTunerLayer)]
-        if part.config.get("modules_to_save") or not all(hasattr(layer, "scale_layer") for layer in layers):
+        layers = [layer for _, layer in tuner_layers(adapted, BaseTunerLayer)]
+        if _trains_base(part.config) or not all(_scaled(layer, one.scale) for layer in layers):
             method = part.config.get("peft_type")
             raise UserError(
                 f"the update of {one.path} ({method}) has no scale; draw it with the scale 1, or with 0 for the base alone"
             )
-        for layer in layers:
-            layer.scale_layer(one.scale)
 
     def _scheduler_config(self) -> dict[str, Any]:
         assert self._loaded is not None
@@ -340,14 +338,30 @@ def _merged(one: ScaledAdapter, files: AdapterFiles) -> BaseAdapter:
     return BaseAdapter(one.path, one.scale)
 
 
-def _leaves_base(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter's layers keep the base's weights as they are, so that without them the base is as before."""
-    whole = (
+def _scaled(layer: Any, scale: float) -> bool:
+    """Scale the update of an adapter's layer; returns whether it has a scale: PEFT's layers of some methods only warn."""
+    before = dict(getattr(layer, "scaling", {}))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Scaling operation for .* not supported")
+        if before and hasattr(layer, "scale_layer"):
+            layer.scale_layer(scale)
+    return bool(before) and layer.scaling != before
+
+
+def _trains_base(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter also holds weights of the base."""
+    return bool(
         config.get("modules_to_save") or config.get("trainable_token_indices") or config.get("bias", "none") != "none"
     )
+
+
+def _leaves_base(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter's layers keep the base's weights as they are, so that without them the base is as before."""
     start = config.get("init_lora_weights", True)  # some first values are taken out of the base's weights
     return (
-        config.get("peft_type") in ("LORA", "LOHA", "LOKR") and not whole and start in (True, False, None, "gaussian")
+        config.get("peft_type") in ("LORA", "LOHA", "LOKR")
+        and not _trains_base(config)
+        and start in (True, False, None, "gaussian")
     )
 
 

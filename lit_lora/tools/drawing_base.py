@@ -108,8 +108,9 @@ class FamilyBase(DrawingBase):
         for size in sizes:
             check_size(self.family, *(edge or self.family.default_size for edge in size))
         _check_scheduler(self.scheduler_config, scheduler)
-        changes = BaseAdapters(merged, type(self.family)).changes() if merged else {}
-        self.family.load(dtype, changes=changes)
+        adapters = BaseAdapters(merged, type(self.family))
+        self.family.load(dtype, changes=adapters.changes())
+        adapters.warn_of_rounding(dtype, "draw with --dtype float32 if that matters")
 
     def identity(self) -> dict[str, str]:
         self.family.read_configs()

@@ -170,6 +170,27 @@ def test_what_rounding_leaves_of_the_change(sd_folder: Path, tmp_path: Path) -> 
     assert f"{merged.rounding.share:.0%}" in str(told[0].message)
 
 
+def test_rounding_is_counted_and_added_once_where_peft_merges(sd_folder: Path, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet").bfloat16()
+    unet.save_pretrained(tmp_path / "base")
+    adapter = random_adapter(unet.float(), CONFIGS["LoHa"])
+    small = {key: value * 0.02 if "hada_w1_b" in key else value for key, value in adapter.state.items()}
+    adapter = replace(adapter, state=small)
+    (tmp_path / "out").mkdir()
+    with pytest.warns(UserWarning, match=r"adds an error of (\d+)% to the adapter's change"):
+        merged = merge_base(adapter, "adapter", BaseModel(str(tmp_path / "base")), tmp_path / "out")
+    before, after = (load_file(find_weights(tmp_path / name)[0]) for name in ("base", "out"))
+    errors = changes = 0.0
+    for path, layer in unet.named_modules():
+        if hasattr(layer, "hada_w1_a"):
+            name, old = f"{path.removeprefix('base_model.model.')}.weight", layer.get_base_layer().weight.float()
+            delta = layer.get_delta_weight("default").detach() * 0.02
+            torch.testing.assert_close(after[name].float(), old + delta, rtol=2**-8, atol=1e-6)
+            errors += float((after[name].float() - before[name].float() - delta).square().sum())
+            changes += float(delta.square().sum())
+    assert merged.rounding.share == pytest.approx((errors / changes) ** 0.5, rel=1e-3)
+
+
 @pytest.mark.parametrize("denoiser_only", [False, True])
 def test_the_scheduler_of_the_training(denoiser_only: bool, sd_folder: Path, tmp_path: Path) -> None:
     unet = UNet2DConditionModel.from_pretrained(sd_folder / "unet")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +227,30 @@ def test_equal_settings_have_equal_texts() -> None:
     assert described(Own(2.5, 1)) == "Own(scale=2.5)"
     assert described(object()) == "object"
     assert described(described) == "function"
+
+
+class Validated(Classifier):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx), batch_size=2)
+
+
+def test_other_validation_samples_are_told(
+    make_shards: Callable[..., list[Path]], trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The checkpoint's best score and early stopping are those of the samples before."""
+
+    def fit_over(validation: str, steps: int, resume: Path | None = None) -> None:
+        data = WebDatasetDataModule(str(tmp_path / "shards"), validation, batch_size=2, resolution=16, num_workers=0)
+        saving = AdapterCheckpoint(tmp_path / "saved", save_last=True, enable_version_counter=False)
+        options = trainer_options | {"max_steps": steps, "enable_checkpointing": True, "callbacks": [saving]}
+        Trainer(**options).fit(Validated(), data, ckpt_path=resume)
+
+    make_shards(6)
+    for folder, count in (("four", 4), ("five", 5)):
+        make_shards(count, folder=folder)
+    shutil.copytree(tmp_path / "four", tmp_path / "moved")
+    fit_over(str(tmp_path / "four"), 1)
+    fit_over(str(tmp_path / "moved"), 2, tmp_path / "saved" / "last.ckpt")  # warnings are errors
+    told = r"validation samples, on which best scores and early stopping depend, 4 \(\w{8}\) in the checkpoint, 5 \(\w{8}\) here"
+    with pytest.warns(UserWarning, match=told):
+        fit_over(str(tmp_path / "five"), 3, tmp_path / "saved" / "last.ckpt")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import operator
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from lit_lora.distributed.jobs import check_workers, run_jobs
 from lit_lora.errors import UserError
+from lit_lora.files import atomic_file
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -78,6 +80,19 @@ def _is_running(pid):
 def test_dead_process():
     with pytest.raises(UserError, match="one of 2 processes died"):
         list(run_jobs(os._exit, [(1,), (1,)], 2))
+
+
+def _write(path):
+    with atomic_file(path) as part:
+        part.write_text("")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+
+def test_sigterm_leaves_no_unfinished_file(tmp_path):
+    with pytest.raises(UserError, match="one of 2 processes died"):
+        list(run_jobs(_write, [(tmp_path / "file",)], 2))
+    assert not list(tmp_path.iterdir())
 
 
 def test_more_processes_than_the_machine_can_use():

@@ -32,7 +32,7 @@ from lit_lora.families import (
 )
 from lit_lora.families.deferred import Deferred
 from lit_lora.families.hub import check_hub
-from lit_lora.families.single_file import SingleFile
+from lit_lora.families.single_file import SingleFile, open_single_file
 from lit_lora.module import LoraDiffusion
 from lit_lora.objectives import DDPM
 from lit_lora.planning.plan_run import plan_run
@@ -112,6 +112,19 @@ def test_the_same_weights_as_in_the_folder(
 @pytest.fixture
 def sd(case: Callable[..., Case], sd_folder: Path) -> Case:
     return case(StableDiffusion, sd_folder)
+
+
+def test_a_file_that_another_has_replaced_is_read_anew(sd: Case, tmp_path: Path) -> None:
+    """As in a notebook that merges other adapters into the same file."""
+    file, name = tmp_path / "model.safetensors", "model.diffusion_model.input_blocks.0.0.weight"
+    tensors = load_file(sd.file)
+    for factor in (1, 2):
+        save_file({key: value * factor if key == name else value for key, value in tensors.items()}, tmp_path / "new")
+        (tmp_path / "new").rename(file)
+        family = StableDiffusion(str(file), config=str(sd.config))
+        family.load(torch.float32, without={"text", "vae"})
+        assert torch.equal(family.denoiser.conv_in.weight, tensors[name] * factor)
+    assert open_single_file(file) is open_single_file(file)
 
 
 def test_weights_are_read_one_by_one(sd: Case) -> None:

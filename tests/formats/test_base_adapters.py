@@ -127,6 +127,23 @@ def test_updates_are_pefts(config: PeftConfig, sd_folder: Path, tmp_path: Path) 
     assert (output(family.denoiser) - unscaled).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("quantization", [None, NF4()])
+def test_rounding_of_the_update_is_told(
+    quantization: NF4 | None, sd_folder: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A quantized base differs from its files by much more, which its user has chosen."""
+    saved(SECOND, sd_folder, tmp_path / "first")
+    for weight, dtype, is_coarse in ((1.0, "bfloat16", False), (1e-3, "float32", False), (1e-3, "bfloat16", True)):
+        module_over(
+            sd_folder, BaseAdapter(str(tmp_path / "first"), weight), base_dtype=dtype, quantization=quantization
+        )
+        messages = [str(one.message) for one in recwarn if "rounding the base to" in str(one.message)]
+        assert bool(messages) == (is_coarse and quantization is None), (weight, dtype)
+    assert all(
+        " of first" not in one and "the change by first; set model.base_dtype to float32" in one for one in messages
+    )
+
+
 def test_several_adapters_do_not_depend_on_their_order(sd_folder: Path, tmp_path: Path) -> None:
     """DoRA's update depends on the weight, which is the base's own for each."""
     saved(LORA, sd_folder, tmp_path / "lora")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
@@ -79,6 +80,28 @@ def test_diffusers_loads_them(fixture: str, name: str, tmp_path: Path, request: 
         pipeline.fuse_lora(components=list(adapter.text_encoders))
         for part, contents in adapter.text_encoders.items():
             assert torch.allclose(out_proj(getattr(pipeline, part)) - before[part], delta(contents), atol=1e-5)
+
+
+def test_diffusers_loads_magnitudes_of_an_encoder(sd_folder: Path, tmp_path: Path) -> None:
+    """Transformers leaves those under PEFT's own name as they are in the base."""
+    adapter = with_encoders("sd_folder", sd_folder)
+    lora = adapter.text_encoders["text_encoder"]
+    (layer,) = {key.partition(".lora_")[0] for key in lora.state}
+    magnitude = {f"{layer}.lora_magnitude_vector": torch.linspace(1, 3, WIDTHS["text_encoder"])}
+    dora = replace(lora, state=lora.state | magnitude, config=lora.config | {"use_dora": True})
+    written = replace(adapter, text_encoders={"text_encoder": dora})
+    format_named("diffusers").write(written, tmp_path)
+    read = read_adapter(tmp_path / "pytorch_lora_weights.safetensors").text_encoders["text_encoder"]
+    assert read.state.keys() == dora.state.keys()
+    ids = torch.arange(3, 10)[None]
+    pipeline, plain = (StableDiffusionPipeline.from_pretrained(sd_folder) for _ in range(2))
+    pipeline.load_lora_weights(tmp_path)
+    fitting = for_encoder(dora, plain.text_encoder)
+    with torch.no_grad():
+        found, base = pipeline.text_encoder(ids)[0], plain.text_encoder(ids)[0]
+        expected = load_adapter(plain.text_encoder, fitting.config, fitting.state, "adapter")(ids)[0]
+    torch.testing.assert_close(found, expected)
+    assert (expected - base).abs().max() > 0.1
 
 
 def test_samples_are_drawn_with_adapted_encoders(sd_folder: Path, tmp_path: Path) -> None:

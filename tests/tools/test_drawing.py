@@ -1,138 +1,65 @@
-"""Drawing with a base that the GPU's memory does not hold; the CPU stands for the GPU."""
+"""What adapters are drawn with a scale, and in which dtype they are merged."""
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from peft import LoraConfig
-from PIL import Image
+from peft import LoraConfig, OFTConfig, PeftConfig
 
 from lit_lora.errors import UserError
-from lit_lora.families import FluxKontext, StableDiffusion
-from lit_lora.prompts import Prompt
+from lit_lora.families import StableDiffusion
+from lit_lora.formats import write_adapter
 from lit_lora.tools.drawing import Drawer, ScaledAdapter
-from lit_lora.tools.drawing_base import FamilyBase, PipelineBase
-from tests.families.folders import FOLDERS
-from tests.helpers import save_adapter
+from tests.formats.adapters import loaded, trained
 
-OPTIONS: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 32, "width": 32}
-PROMPTS = [Prompt("a star", seed=3), Prompt("a moon", seed=4)]
+LORA = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"])
 
 
-def drawer_of(folder: Path, **options: Any) -> Drawer:
-    given: dict[str, Any] = {"family": None, "dtype": "float32", "device": "cpu", "sizes": [(32, 32)], **options}
-    return Drawer(str(folder), **given)
+def written(config: PeftConfig, sd_folder: Path, folder: Path) -> str:
+    folder.mkdir()
+    write_adapter(trained(loaded(StableDiffusion, sd_folder), config), folder)
+    return str(folder)
 
 
-def images_of(drawer: Drawer, prompts: list[Prompt] = PROMPTS) -> NDArray[np.int64]:
-    return np.stack([np.asarray(one.image) for one in drawer.draw(prompts, **OPTIONS)]).astype(int)
+def drawer(dtype: str = "float32") -> Drawer:
+    return Drawer(None, family=None, dtype=dtype, device="cpu", sizes=[(16, 16)])
 
 
-class Small:
-    """A GPU whose memory is not enough for the first uses of a base."""
-
-    def __init__(self, refused: int) -> None:
-        self.refused = refused
-        self.used: list[Any] = []
-
-    def use(self, what: Any) -> None:
-        self.used.append(what)
-        if len(self.used) <= self.refused:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
-
-
-def make_small(kind: type[Any], refused: int, monkeypatch: pytest.MonkeyPatch) -> Small:
-    gpu, to, generate = Small(refused), kind.to, kind.generate
-
-    def move(self: Any, device: str) -> None:
-        if device != "cpu":
-            gpu.use(device)
-        to(self, device)
-
-    def draw(self: Any, *args: Any, **options: Any) -> Any:
-        gpu.use((options.get("batch_size"), options.get("offload_from")))
-        return generate(self, *args, **options)
-
-    monkeypatch.setattr(kind, "to", move)
-    monkeypatch.setattr(kind, "generate", draw)
-    return gpu
-
-
-@pytest.mark.parametrize("kind", FOLDERS, ids=lambda kind: kind.__name__)
-def test_what_waits_in_host_memory_changes_no_image(
-    kind: type[Any], tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["to_out.0"], bias="all"),
+        LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv_out"]),
+        OFTConfig(r=0, oft_block_size=4, target_modules=["to_q"]),
+    ],
+)
+def test_an_update_without_a_scale_is_not_drawn_as_if_it_had_one(
+    config: PeftConfig, sd_folder: Path, tmp_path: Path
 ) -> None:
-    folder = request.getfixturevalue(FOLDERS[kind])
-    edits = kind is FluxKontext
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
-    prompts = [replace(one, image=str(tmp_path / "red.png")) for one in PROMPTS] if edits else PROMPTS
-    drawer = drawer_of(folder, edits=edits, family=kind.__name__)
-    drawer.adapt([])
-    expected = images_of(drawer, prompts)
-    gpu = make_small(FamilyBase, 2, monkeypatch)
-    with pytest.warns(UserWarning, match="does not hold the whole base") as told:
-        assert np.abs(images_of(drawer, prompts) - expected).max() <= 1
-    assert ["its models take turns" in str(one.message) for one in told if "whole base" in str(one.message)] == [
-        True,
-        False,
-    ]
-    assert [size for size, _ in gpu.used] == [None, 1, 1]
-    assert [device for _, device in gpu.used] == [None, torch.device("cpu"), torch.device("cpu")]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*whole base")
-        drawer.adapt([])
-        assert np.abs(images_of(drawer, prompts) - expected).max() <= 1
+    path = written(config, sd_folder, tmp_path / "adapter")
+    drawer().adapt([ScaledAdapter(path, 1)])
+    with pytest.raises(UserError, match=r"has no scale; draw it with the scale 1, or with 0 for the base alone"):
+        drawer().adapt([ScaledAdapter(path, 0.5)])
 
 
-def test_adapters_over_a_base_whose_blocks_wait(
-    sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for rank in (2, 3):
-        family = StableDiffusion(str(sd_folder))
-        family.load(torch.float32)
-        family.add_adapter(LoraConfig(r=rank, init_lora_weights=False, target_modules=["to_q", "to_v"]))
-        (tmp_path / str(rank)).mkdir()
-        save_adapter(family, tmp_path / str(rank))
-    chosen = [[ScaledAdapter(str(tmp_path / "2"))], [ScaledAdapter(str(tmp_path / "3"), 0.5)], []]
-
-    def draw_each(drawer: Drawer) -> list[NDArray[np.int64]]:
-        drawn = []
-        for used in chosen:
-            drawer.adapt(used)
-            drawn.append(images_of(drawer))
-        return drawn
-
-    expected = draw_each(drawer_of(sd_folder))
-    assert not any(np.array_equal(one, other) for one, other in pairwise(expected))
-    gpu = make_small(FamilyBase, 2, monkeypatch)
-    with pytest.warns(UserWarning, match="whole base") as told:
-        drawn = draw_each(drawer_of(sd_folder, device="cpu:0"))
-    assert "blocks are copied there in each step" in str(told[1].message)
-    assert [what for what in gpu.used if isinstance(what, str)] == ["cpu:0"]
-    assert all(np.abs(one - other).max() <= 1 for one, other in zip(drawn, expected, strict=True))
+def test_rounding_of_merged_adapters_is_told(sd_folder: Path, tmp_path: Path) -> None:
+    path = written(LORA, sd_folder, tmp_path / "adapter")
+    other = written(LoraConfig(r=1, target_modules=["to_v"]), sd_folder, tmp_path / "other")
+    with pytest.warns(
+        UserWarning, match=r"rounding the base to bfloat16 adds an error of \d+% to the change by adapter"
+    ):
+        drawer("bfloat16").adapt([ScaledAdapter(path, 1e-3), ScaledAdapter(other, 1e-3)])
+    for dtype, scale in (("bfloat16", 1), ("float32", 1e-3)):  # warnings are errors
+        drawer(dtype).adapt([ScaledAdapter(path, scale), ScaledAdapter(other, scale)])
 
 
-@pytest.mark.parametrize(("kind", "tries"), [(FamilyBase, 3), (PipelineBase, 2)])
-def test_a_gpu_that_is_too_small_for_all(
-    kind: type[Any], tries: int, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpu = make_small(kind, 99, monkeypatch)
-    if kind is PipelineBase:
-        monkeypatch.setattr("lit_lora.tools.drawing.family_of_source", lambda source: None)
-    drawer = drawer_of(sd_folder, device="cpu:0")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*whole base")
-        drawer.adapt([])
-        with pytest.raises(
-            UserError, match=r"^CUDA out of memory. Tried to allocate 2 GiB. All that can wait .* --device cpu$"
-        ):
-            images_of(drawer)
-    assert len(gpu.used) == tries
+def test_one_adapter_is_not_merged(sd_folder: Path, tmp_path: Path) -> None:
+    used = drawer("bfloat16")
+    used.adapt([ScaledAdapter(written(LORA, sd_folder, tmp_path / "adapter"), 1e-3)])
+    assert used.family is not None
+    weight = used.family.denoiser.get_parameter(
+        next(n for n, _ in used.family.denoiser.named_parameters() if "lora_B" in n)
+    )
+    assert weight.dtype == torch.float32
