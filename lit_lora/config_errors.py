@@ -21,9 +21,10 @@ from lit_lora.option_names import advice_for, in_full
 
 _ADVICE = {
     r"^argument --data: expected one argument": "--data has no class, as in --data WebDatasetDataModule, or an option of it has "
-    "no value; lit-lora fit --data.help CLASS and docs/config.md list its options",
-    r"^Unrecognized arguments: --\w+\.help": "for the help of a class within another one, name the other one first, as in --data "
-    "WebDatasetDataModule --data.decoder.help ImageDecoder",
+    "no value; lit-lora fit --data.help and docs/config.md list its options",
+    r"^argument --(?:model|data)\.[\w.]+(?<!\.help): expected one argument": "it has no value; an option of a class needs the "
+    "class first, as in --model.objective DDPM --model.objective.prior.weight 1",
+    r"^argument --[\w.]+\.help: expected one argument": "write the name of a class after it; docs/config.md lists them",
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
     r"No module named 'torchao": 'pip install "lit_lora[torchao]", or use torch.optim.AdamW',
     r"'train_sets' is not accepted": "several sets are for WebDatasetDataModule, which plans from indexes how often a pass shows "
@@ -67,6 +68,9 @@ _NO_PATH = re.compile(r"Expected a dot import path string: (\S+)\s*$", re.MULTIL
 _NO_SUBCLASS = re.compile(r"Not a valid subclass of (\w+)\. Got value: (\S+)")
 _MODULES = ("torch.optim", "torch.optim.lr_scheduler", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
 """Modules with classes that configs name, besides those of lit_lora and PEFT."""
+
+CLASS_MODULES = ("lit_lora", "peft", *_MODULES)
+"""Modules whose classes a config can name without the module."""
 
 
 def explain(message: str, options: Iterable[str] = (), owner: str = "") -> str:
@@ -175,7 +179,7 @@ def _missing(message: str) -> str | None:
     if found := _NO_CLASS.search(message):
         known = {*public_names(), *(config.__name__ for config in PEFT_TYPE_TO_CONFIG_MAPPING.values())}
         wanted = _WANTED.search(_expected(message))
-        fitting = ", ".join(_derived(import_object(wanted[1]), sorted(known))) if wanted else ""
+        fitting = ", ".join(derived(import_object(wanted[1]), sorted(known))) if wanted else ""
         if wanted and found[1] in known:
             return f"{found[1]} is no {wanted[1].rpartition('.')[2]}; choose from {fitting}"
         return f"there is no class {found[1]}{_suggestion(found[1], known.union(*map(_classes_of, _MODULES)), fitting)}"
@@ -222,7 +226,7 @@ def _suggestion(name: str, known: set[str], fitting: str = "") -> str:
     return f"; choose from {fitting}" if fitting else "; write the name of a class, with its module unless it is ours"
 
 
-def _derived(kind: type[Any], names: Iterable[str]) -> list[str]:
+def derived(kind: type[Any], names: Iterable[str]) -> list[str]:
     """Those of our and PEFT's names whose classes are of a kind, and can be made."""
     found = {name: getattr(lit_lora, name, None) or getattr(peft, name, None) for name in names}
     return [name for name, one in found.items() if isclass(one) and issubclass(one, kind) and not isabstract(one)]
