@@ -17,7 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 import lit_lora
 from lit_lora.config_files import ALL_OPTIONS, TO_BEGIN
 from lit_lora.lazy import public_names
-from lit_lora.option_names import advice_for, in_full
+from lit_lora.option_names import advice_for, in_full, no_option
 
 _ADVICE = {
     r"^argument --data: expected one argument": "--data has no class, as in --data WebDatasetDataModule, or an option of it has "
@@ -31,7 +31,7 @@ _ADVICE = {
     "each of them, also of remote shards; a stream of shards of unknown length has no passes",
     r"lit_lora\.quantization\.base\.Quantization": "quantizations are Int8, W8A8, FP8, NF4 and Dense",
     r"No supported gpu backend|accelerator is not available": "leave trainer.accelerator out, or set it to auto, which trains on "
-    "the device that this machine has",
+    "the device that this machine has, or to cpu",
     r"path string: PriorPreservation$": "PriorPreservation belongs to an objective, as its prior",
 }
 """Advice to add to errors that match a pattern."""
@@ -104,17 +104,18 @@ def _wrong_name(message: str, options: Sequence[str], owner: str) -> str | None:
     if told := in_full(message):
         return told
     if absent := _NO_OPTION.match(message):
-        return _no_option(".".join(filter(None, absent.groups())), options, owner)
+        dashes = "--" if message.startswith("Unrecognized arguments: --") else ""
+        return _no_option(".".join(filter(None, absent.groups())), options, owner, dashes)
     return None
 
 
-def _no_option(path: str, options: Sequence[str], owner: str) -> str:
+def _no_option(path: str, options: Sequence[str], owner: str, dashes: str) -> str:
     """A sentence about an option that is not there."""
     part = path.rpartition(".")[0]
     beside = [name for there, _, name in (option.rpartition(".") for option in options) if there == part]
     listed = f"the options there are {', '.join(beside)}" if 0 < len(beside) <= _FEW else None
     if not owner:
-        return f"there is no option {path}; {advice_for(path, options) or listed or ALL_OPTIONS}"
+        return no_option(path, options, listed or ALL_OPTIONS, dashes)
     return f"{owner} has no option {path}; {advice_for(path, options) or listed or 'its documentation lists them'}"
 
 

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from lit_lora.cli import main
+from lit_lora.config_errors import explain
 
 BASE = [
     "fit",
@@ -98,7 +99,7 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
             ["--model.memory", '{"vae_slice": true}'],
             "no option model.memory.vae_slice; did you mean model.memory.vae_sl",
         ),
-        (["--model.memory.zzzz", "1"], "there is no option model.memory.zzzz; the options there are gradient_check"),
+        (["--model.memory.zzzz", "1"], "there is no option --model.memory.zzzz; the options there are gradient_check"),
         (["--trainer.profiler", "simple", "--trainer.profiler.zzzz", "1"], "profiler: 'zzzz: 1' is not a str or Prof"),
         (["--model.caption_dropout", "some"], "model.caption_dropout: 'some' is not a float"),
         (["--model.quantization", "nf4"], "model.quantization: 'nf4' is not a Quantization\nquantizations are Int8,"),
@@ -216,3 +217,17 @@ def test_help_is_of_the_class_that_is_named(
     told = capsys.readouterr().out
     assert told.startswith("Help for --")
     assert shown in told.partition("\n\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (
+            "Unrecognized arguments: --device_memry 12",
+            "there is no option --device_memry; did you mean --device_memory?",
+        ),
+        ("Option 'device_memry' is not accepted", "there is no option device_memry; did you mean device_memory?"),
+    ],
+)
+def test_options_of_the_command_line_have_dashes(message: str, told: str) -> None:
+    assert explain(message, ["device_memory"]) == told
