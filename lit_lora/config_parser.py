@@ -34,7 +34,9 @@ class Parser(LightningArgumentParser):
         if nested_key is None:
             self._of_class = theclass.__name__
         elif self._shows_class and isabstract(theclass) and theclass.__module__.startswith("lit_lora."):
-            self.description = f"{self.description}, whose classes are {', '.join(derived(theclass, sorted(public_names())))}"
+            self.description = (
+                f"{self.description}, whose classes are {', '.join(derived(theclass, sorted(public_names())))}"
+            )
         return super().add_class_arguments(theclass, nested_key, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
