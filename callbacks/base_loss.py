@@ -13,6 +13,8 @@ from lit_lora.errors import UserError
 class BaseLoss(Callback):
     """Measures the validation loss before the first step, which is the base's own, and prints each later one beside it.
 
+    With :class:`FromFile` it is that of the adapter which training goes on with.
+
     The loss goes to the loggers as step 0 of ``monitor``. It is that of Lightning's sanity check, which has to see all validation
     data: set the trainer's ``num_sanity_val_steps`` to -1. A run that never falls below it says so at its end. A resumed run has
     no sanity check; the loss is in its checkpoint. It works with any LightningModule that logs a validation loss.
@@ -49,7 +51,7 @@ class BaseLoss(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(found_all, step=0)
-        _print(trainer, f"step 0: {self.monitor} {self.base:.4f}, that of the base")
+        _print(trainer, f"step 0: {self.monitor} {self.base:.4f}, that of {_start(pl_module)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = trainer.callback_metrics.get(self.monitor)
@@ -57,18 +59,26 @@ class BaseLoss(Callback):
             return
         loss = float(found)
         self.least = loss if self.least is None else min(loss, self.least)
-        against = "" if self.base is None else f", {loss / self.base - 1:+.1%} against the base"
+        against = "" if self.base is None else f", {loss / self.base - 1:+.1%} against {_start(pl_module)}"
         _print(trainer, f"step {trainer.global_step:,}: {self.monitor} {loss:.4f}{against}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.base is not None and self.least is not None and self.least >= self.base:
-            _print(trainer, f"{self.monitor} never fell below the base's {self.base:.4f}: {self.least:.4f} at best")
+            _print(
+                trainer,
+                f"{self.monitor} never fell below that of {_start(pl_module)}, {self.base:.4f}: {self.least:.4f} at best",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"base": self.base, "least": self.least}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.base, self.least = state_dict["base"], state_dict.get("least")  # older checkpoints have the first alone
+
+
+def _start(module: LightningModule) -> str:
+    """What the first loss is that of: an adapter that goes on from files has changed the base before the first step."""
+    return "the base" if getattr(module, "saved", None) is None else "the adapter at the start"
 
 
 def _print(trainer: Trainer, line: str) -> None:

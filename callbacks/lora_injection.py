@@ -27,7 +27,7 @@ from lit_lora.callbacks.checkpoint_files import adapter_folders
 from lit_lora.callbacks.injected_optimizers import check_optimizers
 from lit_lora.distributed import check_strategy, shards_weights
 from lit_lora.distributed.collectives import gather
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_kind
 from lit_lora.files import atomic_folder
 from lit_lora.formats import AdapterFiles, PeftFormat
 from lit_lora.loops import number_of_steps
@@ -72,6 +72,8 @@ class LoraInjection(Callback):
         quantization: Quantization | None = None,
         update_statistics: bool = False,
     ) -> None:
+        check_kind(PeftConfig, 'peft.LoraConfig(target_modules="attention")', adapter=adapter)
+        check_kind(Quantization, "NF4()", quantization=quantization)
         if not any(getattr(adapter, name, None) for name in ("target_modules", "target_parameters")):
             raise UserError(f"adapter: {type(adapter).__name__} needs target_modules; {described_presets()}")
         self.adapter = adapter
@@ -126,6 +128,12 @@ class LoraInjection(Callback):
             PeftFormat().write(AdapterFiles(state, config), part)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, LoraInjection) for callback in callbacks) > 1:
+            raise UserError(
+                "trainer.callbacks has two LoraInjection, and a module takes one adapter; give one with the target_modules of "
+                "both"
+            )
         self._restore()
         self._check(trainer, pl_module)
         self._undo = [

@@ -41,13 +41,13 @@ class RankBudget(ChangedRanks):
     """Starts LoRA with a larger rank and prunes it to a budget while it trains, so that each layer keeps the ranks it needs.
 
     LoRA adds ``scaling * B A`` to a frozen weight. What it has learned is spread over all ``r`` components ``B[:, i] A[i]``, so
-    that none can go without a loss. Therefore, the components are first turned so that the columns of ``B`` are orthogonal,
+    that none can go without a loss. Therefore, the components are first rotated so that the columns of ``B`` are orthogonal,
     which does not change ``B A``: a few of these hold most of what was learned, and in some layers fewer than in others. At each
     optimizer step, each is scored by how much the loss depends on it. To second order, the loss rises by about half the mean of
     ``<B[:, i], dL/dB[:, i]>^2`` without it (Fisher pruning, Theis et al., 2018; Molchanov et al., 2019). At each pruning,
-    components of all layers compete by their score since the last one for each parameter that they cost. The worst are removed
-    from the weights, the gradients and the optimizer's state, whose memory becomes free. The budget falls cubically, as in
-    AdaLoRA (Zhang et al., 2023): quickly at first, slowly at the end.
+    components of all layers compete by their score since the last one for each parameter that they cost. Those with the lowest
+    scores are removed from the weights, the gradients and the optimizer's state, whose memory becomes free. The budget falls
+    cubically, as in AdaLoRA (Zhang et al., 2023): quickly at first, slowly at the end.
 
     The result is an ordinary LoRA with a rank for each layer (``rank_pattern``, ``alpha_pattern``), which PEFT and diffusers
     load. It works with LoRA, rsLoRA and DoRA in any LightningModule, with :class:`AdapterCheckpoint`, :class:`AdapterEMA`, and

@@ -24,14 +24,14 @@ from lit_lora.progress_bar import messages_above_bar
 class StepProgress(ProgressBar):
     """One progress bar over all optimizer steps of a fit, with loss, gradient norm, lr, images per second and the time left.
 
-    Where the output is not a terminal, as in the log of a batch job or in a notebook, a line comes now and then in place of the
+    Where the output is neither a terminal nor a notebook, as in the log of a batch job, a line comes now and then in place of the
     bar. At the start it prints what is trained on what, and at the end where the checkpoints are. It works with any
     LightningModule. ``lit-lora fit`` uses it in place of Lightning's bars, unless the config has a progress bar; with
     ``trainer.enable_progress_bar: false`` it prints neither bar nor lines about steps.
 
     Args:
         refresh_seconds: Seconds between two updates of the bar; reading the loss waits for the GPU. Defaults to 1.
-        line_seconds: Seconds between two lines where the output is not a terminal. Defaults to 30. The last step has a line, too.
+        line_seconds: Seconds between two lines where there is no bar. Defaults to 30. The last step has a line, too.
 
     Raises:
         UserError: If one of them is negative.
@@ -68,7 +68,7 @@ class StepProgress(ProgressBar):
         self._samples, self._seconds, self._first_step = 0, 0.0, trainer.global_step
         self._began = self._refreshed = time.monotonic()
         self._lr: float | None = None
-        if self.shows_steps and sys.stderr.isatty():
+        if self.shows_steps and (sys.stderr.isatty() or _in_notebook()):
             self._refreshed = 0.0
             self._bar = tqdm(
                 total=steps,
@@ -77,6 +77,7 @@ class StepProgress(ProgressBar):
                 file=sys.stderr,
                 bar_format="step {n_fmt}/{total_fmt} {bar} {desc}, {remaining} left",
             )
+            self._bar.set_description_str("starting")
             self._above.enter_context(messages_above_bar())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -157,6 +158,13 @@ class StepProgress(ProgressBar):
             self._bar.close()
             self._bar = None
             self._above.close()
+
+
+def _in_notebook() -> bool:
+    """Whether the output is that of a notebook's cell, which is no terminal but updates a line; found as ``tqdm.auto`` does."""
+    get_shell = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    shell = get_shell() if get_shell else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 def _total_steps(trainer: Trainer) -> int | None:

@@ -33,7 +33,7 @@ from lit_lora.datamodules.shard_set import ShardSet
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
 from lit_lora.distributed.jobs import check_workers
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError, check_exclusive, check_least, check_most
+from lit_lora.errors import UserError, check_exclusive, check_kind, check_least, check_most
 from lit_lora.redact import redact
 
 Shards = str | list[str] | None
@@ -101,24 +101,23 @@ class WebDatasetDataModule(LightningDataModule):
         train_sets: list[ShardSet] | None = None,
     ) -> None:
         super().__init__()
+        check_kind(AspectRatioBuckets, "AspectRatioBuckets(divisor=64)", buckets=buckets)
+        check_kind(SampleDecoder, "ImageDecoder()", decoder=decoder)
+        check_kind(Chunks, "Chunks(count=10)", chunks=chunks)
         check_least(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
         check_least(1, batch_size=batch_size)
         check_most(MAX_BATCH_SIZE, batch_size=batch_size)
         check_workers(num_workers=num_workers)
         check_exclusive(val_shards=val_shards, val_samples=val_samples)
         check_exclusive(train_shards=train_shards, train_sets=train_sets)
-        self.train_shards = train_shards
-        self.val_shards = val_shards
-        self.test_shards = test_shards
+        self.train_shards, self.val_shards, self.test_shards = train_shards, val_shards, test_shards
         self.val_samples = val_samples
         self.batch_size = batch_size
         self.resolution = resolution
         self.buckets = buckets
         self.decoder: SampleDecoder = ImageDecoder() if decoder is None else decoder
         self.chunks = chunks
-        self.num_workers = num_workers
-        self.max_bad_samples = max_bad_samples
-        self.seed = seed
+        self.num_workers, self.max_bad_samples, self.seed = num_workers, max_bad_samples, seed
         self.train_sets = train_sets
         self.cached: frozenset[str] = frozenset()
         """Parts of a batch that come from a cache, ``"latents"`` and ``"text"``; known after setup."""
@@ -278,6 +277,7 @@ class WebDatasetDataModule(LightningDataModule):
 
     def val_dataloader(self) -> PlannedLoader | list[PlannedLoader]:
         """The loader for validation, each sample once over all processes; an empty list if there is no data."""
+        assert self._val is not None or not (self.val_shards or self.val_samples), "call setup('fit') first"
         return [] if self._val is None else self._evaluation_loader(self._val)
 
     def test_dataloader(self) -> PlannedLoader:

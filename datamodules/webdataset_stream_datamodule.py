@@ -20,7 +20,7 @@ from lit_lora.datamodules.streaming.restarting_stream_loader import RestartingSt
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
 from lit_lora.datamodules.streaming.stream_loader import StreamLoader
 from lit_lora.distributed.jobs import check_workers
-from lit_lora.errors import UserError, check_least, check_most
+from lit_lora.errors import UserError, check_kind, check_least, check_most
 from lit_lora.redact import redact
 
 _PIPE = "pipe:"
@@ -85,6 +85,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_kind(SampleDecoder, "ImageDecoder()", decoder=decoder)
         check_least(1, batches_per_epoch=batches_per_epoch, batch_size=batch_size)
         check_resolution(resolution)
         check_most(MAX_BATCH_SIZE, batch_size=batch_size)

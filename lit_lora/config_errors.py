@@ -17,21 +17,22 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 import lit_lora
 from lit_lora.config_files import ALL_OPTIONS, TO_BEGIN
 from lit_lora.lazy import public_names
-from lit_lora.option_names import advice_for, in_full
+from lit_lora.option_names import advice_for, in_full, no_option
 from lit_lora.source_options import not_possible
 
 _ADVICE = {
     r"^argument --data: expected one argument": "--data has no class, as in --data WebDatasetDataModule, or an option of it has "
-    "no value; lit-lora fit --data.help CLASS and docs/config.md list its options",
-    r"^Unrecognized arguments: --\w+\.help": "for the help of a class within another one, name the other one first, as in --data "
-    "WebDatasetDataModule --data.decoder.help ImageDecoder",
+    "no value; lit-lora fit --data.help and docs/config.md list its options",
+    r"^argument --(?:model|data)\.[\w.]+(?<!\.help): expected one argument": "it has no value; an option of a class needs the "
+    "class first, as in --model.objective DDPM --model.objective.prior.weight 1",
+    r"^argument --[\w.]+\.help: expected one argument": "write the name of a class after it; docs/config.md lists them",
     r"No module named 'bitsandbytes": 'pip install "lit_lora[quant]", or use torch.optim.AdamW',
     r"No module named 'torchao": 'pip install "lit_lora[torchao]", or use torch.optim.AdamW',
     r"'train_sets' is not accepted": "several sets are for WebDatasetDataModule, which plans from indexes how often a pass shows "
     "each of them, also of remote shards; a stream of shards of unknown length has no passes",
     r"lit_lora\.quantization\.base\.Quantization": "quantizations are Int8, W8A8, FP8, NF4 and Dense",
     r"No supported gpu backend|accelerator is not available": "leave trainer.accelerator out, or set it to auto, which trains on "
-    "the device that this machine has",
+    "the device that this machine has, or to cpu",
     r"path string: PriorPreservation$": "PriorPreservation belongs to an objective, as its prior",
 }
 """Advice to add to errors that match a pattern."""
@@ -69,6 +70,9 @@ _NO_SUBCLASS = re.compile(r"Not a valid subclass of (\w+)\. Got value: (\S+)")
 _MODULES = ("torch.optim", "torch.optim.lr_scheduler", "lightning.pytorch.callbacks", "lightning.pytorch.loggers")
 """Modules with classes that configs name, besides those of lit_lora and PEFT."""
 
+CLASS_MODULES = ("lit_lora", "peft", *_MODULES)
+"""Modules whose classes a config can name without the module."""
+
 
 def explain(message: str, options: Iterable[str] = (), owner: str = "") -> str:
     """Say in one sentence what jsonargparse found wrong; messages of other kinds stay as they are.
@@ -101,17 +105,18 @@ def _wrong_name(message: str, options: Sequence[str], owner: str) -> str | None:
     if told := in_full(message):
         return told
     if absent := _NO_OPTION.match(message):
-        return _no_option(".".join(filter(None, absent.groups())), options, owner)
+        dashes = "--" if message.startswith("Unrecognized arguments: --") else ""
+        return _no_option(".".join(filter(None, absent.groups())), options, owner, dashes)
     return None
 
 
-def _no_option(path: str, options: Sequence[str], owner: str) -> str:
+def _no_option(path: str, options: Sequence[str], owner: str, dashes: str) -> str:
     """A sentence about an option that is not there."""
     part = path.rpartition(".")[0]
     beside = [name for there, _, name in (option.rpartition(".") for option in options) if there == part]
     listed = f"the options there are {', '.join(beside)}" if 0 < len(beside) <= _FEW else None
     if not owner:
-        return f"there is no option {path}; {advice_for(path, options) or listed or ALL_OPTIONS}"
+        return no_option(path, options, listed or ALL_OPTIONS, dashes)
     return f"{owner} has no option {path}; {advice_for(path, options) or listed or 'its documentation lists them'}"
 
 
@@ -176,7 +181,7 @@ def _missing(message: str) -> str | None:
     if found := _NO_CLASS.search(message):
         known = {*public_names(), *(config.__name__ for config in PEFT_TYPE_TO_CONFIG_MAPPING.values())}
         wanted = _WANTED.search(_expected(message))
-        fitting = ", ".join(_derived(import_object(wanted[1]), sorted(known))) if wanted else ""
+        fitting = ", ".join(derived(import_object(wanted[1]), sorted(known))) if wanted else ""
         if wanted and found[1] in known:
             return f"{found[1]} is no {wanted[1].rpartition('.')[2]}; choose from {fitting}"
         return f"there is no class {found[1]}{_suggestion(found[1], known.union(*map(_classes_of, _MODULES)), fitting)}"
@@ -221,7 +226,7 @@ def _suggestion(name: str, known: set[str], fitting: str = "") -> str:
     return f"; choose from {fitting}" if fitting else "; write the name of a class, with its module unless it is ours"
 
 
-def _derived(kind: type[Any], names: Iterable[str]) -> list[str]:
+def derived(kind: type[Any], names: Iterable[str]) -> list[str]:
     """Those of our and PEFT's names whose classes are of a kind, and can be made."""
     found = {name: getattr(lit_lora, name, None) or getattr(peft, name, None) for name in names}
     return [name for name, one in found.items() if isclass(one) and issubclass(one, kind) and not isabstract(one)]

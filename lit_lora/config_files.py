@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.errors import UserError
-from lit_lora.option_names import advice_for
+from lit_lora.option_names import advice_for, no_option
 from lit_lora.source_options import Values, options_of, source_of
 from lit_lora.unique_keys import check_unique_keys
 
@@ -69,8 +69,8 @@ def check_options(arguments: Sequence[str], method: str | None = None) -> None:
             options = known.get(part)
             # The beginning of a name stands for the whole one.
             if options and not any(option.startswith(name) for option in options):
-                advice = advice_for(given, paths, "--") or advice_for(f"{part}.{name}".lstrip("."), paths, "--")
-                raise UserError(f"there is no option --{given}; {advice or ALL_OPTIONS}")
+                otherwise = advice_for(f"{part}.{name}".lstrip("."), paths, "--") or ALL_OPTIONS
+                raise UserError(no_option(given, paths, otherwise, "--"))
         part, _, option = given.rpartition(".")
         possible = known.get(part, {}).get(option)
         word = value if equals else following

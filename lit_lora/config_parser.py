@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import SUPPRESS
+from inspect import isabstract
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_lora.config_errors import explain
+from lit_lora.config_errors import derived, explain
 from lit_lora.console import print_error
 from lit_lora.help_screen import HelpScreen
+from lit_lora.lazy import public_names
 from lit_lora.option_names import option_names
 
 
@@ -21,11 +24,19 @@ class Parser(LightningArgumentParser):
     _of_class = ""
 
     def __init__(self, *arguments: Any, formatter_class: Any = HelpScreen, **options: Any) -> None:
+        shows_class = str(options.get("description")).startswith("Help for --")
+        if shows_class:
+            options.setdefault("usage", SUPPRESS)  # it would repeat the list of options
         super().__init__(*arguments, formatter_class=formatter_class, **options)
+        self._shows_class = shows_class
 
     def add_class_arguments(self, theclass: type, nested_key: str | None = None, *args: Any, **options: Any) -> Any:
         if nested_key is None:
             self._of_class = theclass.__name__
+        elif self._shows_class and isabstract(theclass) and theclass.__module__.startswith("lit_lora."):
+            self.description = (
+                f"{self.description}, whose classes are {', '.join(derived(theclass, sorted(public_names())))}"
+            )
         return super().add_class_arguments(theclass, nested_key, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

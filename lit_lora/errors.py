@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from lit_lora.visible import visible_lines
 
@@ -18,15 +19,25 @@ class UserError(ValueError):
         super().__init__(visible_lines(message))
 
 
+def _wrong_numbers(
+    values: Mapping[str, float | None], is_wrong: Callable[[float], bool]
+) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        try:
+            if value is not None and is_wrong(value):
+                yield name, value
+        except TypeError as error:
+            raise UserError(f"{name}={value!r} is not a number") from error
+
+
 def check_least(least: float, **values: float | None) -> None:
     """Refuse values below a bound; None means that an option is not set.
 
     Raises:
         UserError: If a value is below the bound.
     """
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UserError(f"{name}={value} is too small; it must be at least {least}")
+    for name, value in _wrong_numbers(values, lambda value: value < least):
+        raise UserError(f"{name}={value} is too small; it must be at least {least}")
 
 
 def check_above(bound: float, **values: float | None) -> None:
@@ -35,9 +46,8 @@ def check_above(bound: float, **values: float | None) -> None:
     Raises:
         UserError: If a value is not above the bound.
     """
-    for name, value in values.items():
-        if value is not None and not value > bound:
-            raise UserError(f"{name}={value} is too small; it must be above {bound}")
+    for name, value in _wrong_numbers(values, lambda value: not value > bound):
+        raise UserError(f"{name}={value} is too small; it must be above {bound}")
 
 
 def check_most(most: float, because: str = "", /, **values: float | None) -> None:
@@ -51,9 +61,27 @@ def check_most(most: float, because: str = "", /, **values: float | None) -> Non
     Raises:
         UserError: If a value is above the bound.
     """
+    for name, value in _wrong_numbers(values, lambda value: value > most):
+        raise UserError(f"{name}={value} is too large; it must be at most {most}{because}")
+
+
+def check_kind(kind: type[Any], example: str, /, **values: object) -> None:
+    """Refuse values of another class than an option takes, such as a name or a class in place of an object.
+
+    Args:
+        kind: Class of the option's values; None means that it is not set.
+        example: A value of the option, as Python has it.
+        values: Values by the names of their options.
+
+    Raises:
+        UserError: If a value is of another class.
+    """
     for name, value in values.items():
-        if value is not None and value > most:
-            raise UserError(f"{name}={value} is too large; it must be at most {most}{because}")
+        if value is None or isinstance(value, kind):
+            continue
+        told = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        told = repr(value) if isinstance(value, str | bool | int | float) else told
+        raise UserError(f"{name} is {told}, and takes an object of {kind.__name__}, such as {example}")
 
 
 def check_exclusive(**values: object) -> None:

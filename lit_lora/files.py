@@ -170,6 +170,18 @@ def writable_folder(path: str | Path) -> Path:
     return path
 
 
+def check_place(path: str | Path) -> None:
+    """Check, before any work, that a file or folder can be made; no folder is created.
+
+    Args:
+        path: File or folder that will be written.
+
+    Raises:
+        UserError: If the nearest folder that exists is not a folder, or is not writable.
+    """
+    writable_folder(next(folder for folder in Path(path).absolute().parents if folder.exists()))
+
+
 def _takes_files(folder: Path) -> bool:
     """Whether a file can be made; permissions alone do not tell, as of /proc, where root may write but nobody can."""
     try:

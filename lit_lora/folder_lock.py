@@ -65,7 +65,7 @@ class FolderLock:
 
 @contextmanager
 def only_run_in(folder: Path, command: str) -> Iterator[None]:
-    """Keep other runs of a command from writing into a folder.
+    """Keep other runs of a command from writing into a folder; a folder that stays empty, as after a mistake, is removed.
 
     The kernel frees the lock when the process ends, however it ends. On a file system without locks there is none.
 
@@ -76,7 +76,8 @@ def only_run_in(folder: Path, command: str) -> Iterator[None]:
     Raises:
         UserError: If another run of the command writes into the folder, or it cannot be written to.
     """
-    path = writable_folder(folder) / f"{command}.lock"
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    path = folder / f"{command}.lock"
     lock = _open_locked(path, command)
     try:
         _write_owner(lock)
@@ -84,11 +85,18 @@ def only_run_in(folder: Path, command: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # while it is locked, so that nobody else's file is removed
         os.close(lock)
+        with suppress(OSError):  # it is not empty
+            for one in made:
+                one.rmdir()
 
 
 def _open_locked(path: Path, command: str) -> int:
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        writable_folder(path.parent)
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:
+            continue  # another run removed its empty folder
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import textwrap
 from argparse import Action
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import DefaultHelpFormatter
 
@@ -25,6 +27,8 @@ _INTERNAL = re.compile(r"(?:lit_lora|peft)\.[a-z]\w*\.[\w.]+(?:, )?")
 
 _AT = "./_#=,"
 """Characters after which a name or an address is divided that is wider than its column."""
+
+_LITERAL = re.compile(r"Literal\[[^\]]*\]")
 
 _HANGING = " " * 8
 
@@ -58,10 +62,23 @@ class HelpScreen(DefaultHelpFormatter):
 
     def _expand_help(self, action: Action) -> str:
         text, listed, classes = str(super()._expand_help(action)).partition("known subclasses: ")
+        text = text.replace("default: )", 'default: "")')
+        choices = _literals(getattr(action, "_typehint", None))
+        # jsonargparse takes the beginning of mask.png for a module, and leaves it out.
+        text = _LITERAL.sub(lambda found: next(choices, found[0]), text)
         return text + listed + re.sub(r", (?=\)|$)", "", _INTERNAL.sub("", classes))
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in _lines(text, width - len(indent)))
+
+
+def _literals(hint: Any) -> Iterator[str]:
+    """The literals in a type, as Python writes them."""
+    if get_origin(hint) is Literal:
+        yield f"Literal[{', '.join(map(repr, get_args(hint)))}]"
+        return
+    for part in get_args(hint):
+        yield from _literals(part)
 
 
 def _lines(text: str, width: int) -> list[str]:

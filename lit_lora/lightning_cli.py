@@ -37,6 +37,7 @@ from lit_lora.callbacks.schedule_free import ScheduleFree
 from lit_lora.callbacks.step_metrics import StepMetrics
 from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.checkpoint_io import SafeCheckpointIO, read_checkpoint
+from lit_lora.class_help import with_named_class
 from lit_lora.config_errors import explain, null_options, reasons, two_of_a_kind
 from lit_lora.config_files import shipped_config
 from lit_lora.config_parser import Parser
@@ -251,7 +252,9 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
     """
     disable_progress_bar()  # of transformers, one for each text encoder
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader workers are forked
-    arguments = [shipped_config(part) for argument in arguments for part in _config_and_path(argument)]
+    arguments = with_named_class(
+        [shipped_config(part) for argument in arguments for part in _config_and_path(argument)]
+    )
     with harmless_ignored():
         return cli_class(
             LoraDiffusion,

@@ -46,7 +46,7 @@ from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
 from lit_lora.optimizer_settings import check_clipping
 from lit_lora.quantization import Dense, Quantization
-from lit_lora.run_checks import check_data, check_run, warn_if_never_validated
+from lit_lora.run_checks import check_arguments, check_data, check_run, warn_if_never_validated
 from lit_lora.sampling import SamplingOptions
 from lit_lora.text_training import TextTraining
 
@@ -125,6 +125,7 @@ class LoraDiffusion(LightningModule):
         fused_lora: bool = False,
     ) -> None:
         super().__init__()
+        check_arguments(family, adapter, text_adapter, objective, optimizer, quantization, base_dtype)
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout={caption_dropout} is not a probability; it must lie in [0, 1]")
         self.family = family

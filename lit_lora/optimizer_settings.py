@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
 from typing import Any, NamedTuple
@@ -168,7 +169,8 @@ def own_settings(trainer: Trainer) -> Settings:
 def apply_settings(trainer: Trainer, wanted: Settings) -> None:
     """Give optimizers and schedules other settings in the middle of a run; their progress stays.
 
-    A learning rate that the schedule has reduced to a fraction becomes the same fraction of the new one.
+    A learning rate that the schedule has reduced to a fraction becomes the same fraction of the new one. After another constant,
+    such as ``T_max``, it is what the schedule's formula gives at this step.
 
     Args:
         trainer: Trainer whose state is restored.
@@ -190,6 +192,8 @@ def apply_settings(trainer: Trainer, wanted: Settings) -> None:
             for config in trainer.lr_scheduler_configs:
                 if _inner(config.scheduler.optimizer) is optimizer:
                     _set_base_rate(config.scheduler, place, value)
+    for number in {setting.number for setting in wanted if setting.group is None}:
+        _follow_formula(trainer.lr_scheduler_configs[number].scheduler)
 
 
 def _set_constant(schedule: Any, name: str, value: Any) -> None:
@@ -198,6 +202,19 @@ def _set_constant(schedule: Any, name: str, value: Any) -> None:
     for place in path[1::2]:
         schedule = schedule._schedulers[int(place)]
     setattr(schedule, "_milestones" if last == "milestones" and hasattr(schedule, "_milestones") else last, value)
+
+
+def _follow_formula(schedule: Any) -> None:
+    """Set the learning rates to those of a schedule's formula, as torch computes each from the one before: one that an ended
+    schedule has left at 0 would stay there.
+    """
+    if (inner := getattr(schedule, "_schedulers", None)) and hasattr(schedule, "_milestones"):
+        return _follow_formula(inner[bisect_right(schedule._milestones, schedule.last_epoch)])
+    if hasattr(schedule, "_get_closed_form_lr"):
+        schedule._last_lr = schedule._get_closed_form_lr()
+        for group, rate in zip(_inner(schedule.optimizer).param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
+    return None
 
 
 def _set_base_rate(schedule: Any, place: int, value: float) -> None:

@@ -69,6 +69,18 @@ def option_names(actions: Iterable[Action]) -> set[str]:
     return names
 
 
+def no_option(path: str, options: Iterable[str], otherwise: str, dashes: str = "") -> str:
+    """A sentence about an option that does not exist.
+
+    Args:
+        path: See :func:`advice_for`.
+        options: See :func:`advice_for`.
+        otherwise: Advice if no option is like it.
+        dashes: See :func:`advice_for`.
+    """
+    return f"there is no option {dashes}{path}; {advice_for(path, options, dashes) or otherwise}"
+
+
 def advice_for(path: str, options: Iterable[str], dashes: str = "") -> str | None:
     """What to write in place of an option that does not exist; None if no other is like it.
 

@@ -11,21 +11,54 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from peft import PeftConfig
 
 from lit_lora.adapters import check_sharded_training
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_kind
 from lit_lora.families import ModelFamily, check_size, editing_families
 from lit_lora.loops import never_validates
 from lit_lora.memory.host_weights import check_offload
 from lit_lora.memory.optimizer_in_backward import check_optimizer_in_backward
+from lit_lora.objectives import Objective
 from lit_lora.objectives.counting import check_counting
 from lit_lora.optimizer_settings import check_lr_finder
+from lit_lora.quantization import Quantization
 from lit_lora.redact import redact
 from lit_lora.sampling import check_guidance_rescale
 
 if TYPE_CHECKING:
     from lit_lora.module import LoraDiffusion
+
+_BASE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_arguments(
+    family: object,
+    adapter: object,
+    text_adapter: object,
+    objective: object,
+    optimizer: object,
+    quantization: object,
+    base_dtype: object,
+) -> None:
+    """Refuse arguments of a module that are of other classes than it takes: names, classes in place of objects, dicts.
+
+    Raises:
+        UserError: If there is one.
+    """
+    check_kind(ModelFamily, 'StableDiffusion("embedded")', family=family)
+    check_kind(PeftConfig, "peft.LoraConfig(r=16, lora_alpha=16)", adapter=adapter, text_adapter=text_adapter)
+    check_kind(Objective, "DDPM()", objective=objective)
+    check_kind(Quantization, "NF4()", quantization=quantization)
+    if not callable(optimizer):
+        told = repr(optimizer) if isinstance(optimizer, str) else f"an object of {type(optimizer).__name__}"
+        raise UserError(
+            f"optimizer is {told}; give a function that makes one for the parameters, such as "
+            "functools.partial(torch.optim.AdamW, lr=1e-4)"
+        )
+    if base_dtype not in _BASE_DTYPES:
+        raise UserError(f"base_dtype={base_dtype!r} is none of {', '.join(_BASE_DTYPES)}")
 
 
 def check_averages(trainer: Trainer, *kinds: type[Callback]) -> None:

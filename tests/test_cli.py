@@ -459,6 +459,7 @@ def test_help_of_a_tool_begins_with_its_own_options(
         (["adapter", "export", "a"], "invalid choice: 'export' (choose from 'info', 'check', "),
         (["adapter", "export", "a"], "'push'); lit-lora adapter --help shows all arguments"),
         (["demo", "--stepz", "3"], "there is no option --stepz; did you mean --steps?"),
+        (["demo", "--zzzz", "3"], "there is no option --zzzz; lit-lora demo --help shows all arguments"),
     ],
 )
 def test_arguments_that_a_tool_does_not_have(command: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

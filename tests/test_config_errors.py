@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from lit_lora.cli import main
+from lit_lora.config_errors import explain
 
 BASE = [
     "fit",
@@ -98,7 +99,7 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
             ["--model.memory", '{"vae_slice": true}'],
             "no option model.memory.vae_slice; did you mean model.memory.vae_sl",
         ),
-        (["--model.memory.zzzz", "1"], "there is no option model.memory.zzzz; the options there are gradient_check"),
+        (["--model.memory.zzzz", "1"], "there is no option --model.memory.zzzz; the options there are gradient_check"),
         (["--trainer.profiler", "simple", "--trainer.profiler.zzzz", "1"], "profiler: 'zzzz: 1' is not a str or Prof"),
         (["--model.caption_dropout", "some"], "model.caption_dropout: 'some' is not a float"),
         (["--model.quantization", "nf4"], "model.quantization: 'nf4' is not a Quantization\nquantizations are Int8,"),
@@ -180,11 +181,9 @@ def test_two_callbacks_with_one_entry_in_checkpoints(capsys: pytest.CaptureFixtu
             "--trainer.callbacks.help: there is no class AdapterChekpoint; did you mean",
         ),
         (["--data.help", "WebDataset"], "--data.help: there is no class WebDataset"),
-        (
-            ["--data.decoder.help", "ImageDecoder"],
-            "name the other one first, as in --data WebDatasetDataModule --data.decoder.help",
-        ),
-        (["--data.buckets.help"], "--data has no class, as in --data WebDatasetDataModule"),
+        (["--data", "Zzz", "--data.buckets.help"], "data: there is no class Zzz"),
+        (["--trainer.callbacks.help"], "expected one argument\nwrite the name of a class after it"),
+        (["--model.objective.prior.help"], "an option of a class needs the class first, as in --model.objective DDPM"),
     ],
 )
 def test_a_help_that_is_not_found_says_what_to_type(
@@ -194,3 +193,41 @@ def test_a_help_that_is_not_found_says_what_to_type(
         main(["fit", *arguments])
     assert ended.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--data.help"], "lit_lora.WebDatasetDataModule"),
+        (["--config", "configs/demo.yaml", "--model.adapter.help"], "peft.LoraConfig"),
+        (["--config", "configs/demo.yaml", "--data.buckets.help"], "lit_lora.AspectRatioBuckets"),
+        (["--data.buckets.help", "AspectRatioBuckets"], "lit_lora.AspectRatioBuckets"),
+        (["--data.decoder.help"], "lit_lora.ImageDecoder"),
+        (["--data.decoder.help=EditDecoder"], "lit_lora.EditDecoder"),
+        (["--model.objective=DDPM", "--model.objective.prior.help"], "lit_lora.PriorPreservation"),
+        (["--model.objective.help"], "lit_lora.Objective, whose classes are DDPM,"),
+    ],
+)
+def test_help_is_of_the_class_that_is_named(
+    arguments: list[str], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *arguments])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith("Help for --")
+    assert shown in told.partition("\n\n")[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "told"),
+    [
+        (
+            "Unrecognized arguments: --device_memry 12",
+            "there is no option --device_memry; did you mean --device_memory?",
+        ),
+        ("Option 'device_memry' is not accepted", "there is no option device_memry; did you mean device_memory?"),
+    ],
+)
+def test_options_of_the_command_line_have_dashes(message: str, told: str) -> None:
+    assert explain(message, ["device_memory"]) == told

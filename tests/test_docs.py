@@ -257,6 +257,12 @@ def test_python_in_the_pages_calls_what_exists(page: Path) -> None:
                 inspect.signature(made).bind(*call.args, **{one.arg: one.value for one in call.keywords if one.arg})
 
 
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_lines_of_text_are_not_wide(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in text.splitlines() if len(line) > 130 and not line.startswith(("|", "    "))] == []
+
+
 def test_the_examples_are_included_in_their_pages() -> None:
     """The formatter would take ``--8<-- "FILE"`` in a Python block for an expression; the form of blocks stays."""
     for name, example in (

@@ -123,6 +123,18 @@ def test_a_second_sample_or_demo_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_refused_command_leaves_no_folder_behind(tmp_path: Path) -> None:
+    for out in ("new/of/images", "new/grid.png"):
+        options = SampleOptions(base="embedded", prompts="a seven", out=str(tmp_path / out), width=3)
+        with pytest.raises(UserError, match="multiples of 4 px"):
+            draw_samples(options)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt), only_run_in(tmp_path / "new", "pack"):
+        (tmp_path / "new" / "kept").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["kept"]
+
+
 def test_a_second_predict_is_refused(sd_module: LoraDiffusion, tmp_path: Path, hold: Hold) -> None:
     out = tmp_path / "out"
     holder = hold(out, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
+from typing import Literal
 
 import docstring_parser
 import pytest
@@ -85,6 +86,15 @@ def test_classes_without_a_public_name_are_not_offered(monkeypatch: pytest.Monke
     assert "(known subclasses: lit_lora.A, lit_lora.E, f.g.H)" in " ".join(
         " ".join(help_of(parser, monkeypatch)).split()
     )
+
+
+def test_choices_and_empty_defaults_are_shown_as_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = ArgumentParser(formatter_class=HelpScreen, prog="x")
+    parser.add_argument("--mask", type=Literal["mask.png", "alpha"] | None, help="Mask.")
+    parser.add_argument("--suffix", default="", type=str, help="Suffix.")
+    shown = " ".join(" ".join(help_of(parser, monkeypatch)).split())
+    assert "Literal['mask.png', 'alpha']" in shown
+    assert 'Suffix. (type: str, default: "")' in shown
 
 
 @pytest.mark.parametrize("name", sorted(public_names().keys() - {"ShardIndex"}))  # is read from files, not configured

@@ -110,6 +110,26 @@ def test_the_length_of_a_schedule(trainer_options: dict[str, Any], tmp_path: Pat
     assert module.trainer.lr_scheduler_configs[0].scheduler.T_max == 8
 
 
+def after_warmup(steps: int) -> Callable[..., Any]:
+    schedules = torch.optim.lr_scheduler
+    return lambda optimizer: schedules.SequentialLR(
+        optimizer, [schedules.LinearLR(optimizer, 0.1, total_iters=2), cosine(steps)(optimizer)], [2]
+    )
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), [(cosine, 0), (after_warmup, 2)])
+def test_a_run_that_has_ended_trains_longer(
+    schedule: Callable[[int], Any], warmup: int, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its last learning rate is 0, from which torch's next ones would be computed."""
+    run(tmp_path, trainer_options, Line(adamw(0.1), schedule(4)), 4 + warmup)
+    options = {"resume": tmp_path / "last.ckpt", "keep_optimizer_settings": False}
+    longer = run(tmp_path, trainer_options, Line(adamw(0.2), schedule(6)), 6 + warmup, **options)
+    whole = run(tmp_path / "whole", trainer_options, Line(adamw(0.2), schedule(6)), 6 + warmup)
+    assert longer.rates == pytest.approx(whole.rates[4 + warmup :])
+    assert min(longer.rates) > 0
+
+
 def warm_up(first: int, then: int) -> Callable[..., Any]:
     def make(optimizer: torch.optim.Optimizer) -> Any:
         schedules = torch.optim.lr_scheduler

@@ -144,6 +144,10 @@ def _non_finite(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+_OF_RUNS = ("*.adapter", "checkpoints/*.adapter", "lightning_logs/version_*/checkpoints/*.adapter")
+"""Places of adapters in a run's folder, from the innermost folder on."""
+
+
 def _file(path: Path) -> Path:
     """The file of tensors at a path."""
     if path.suffix in _PICKLES:
@@ -160,6 +164,9 @@ def _file(path: Path) -> Path:
         return known[0]
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
+        below = next((one for pattern in _OF_RUNS for one in sorted(path.glob(pattern), reverse=True)), None)
+        if below and not found:
+            raise UserError(f"{path} is not an adapter's folder but has one; name it: {visible(below)}")
         names = ", ".join(visible(entry.name, 80) for entry in found[:5]) or "none"
         raise UserError(
             f"{path} is not an adapter folder: it should hold {WEIGHTS} or one other safetensors file, and it holds "

@@ -43,7 +43,7 @@ class FromFile(PeftConfig):
 
     Args:
         path: File or folder of the adapter, as this project, PEFT, diffusers, kohya's scripts, ComfyUI or LyCORIS write it, or
-            the file of a new token's embedding.
+            the file of a new token's embedding. It must be given.
         drop_text_encoders: Leave out those parts of the adapter that change text encoders, and its new tokens, so that it is
             saved without them. Defaults to False: they are trained too.
 

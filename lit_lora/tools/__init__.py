@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, auto_cli
 from lit_lora.console import print_error
 from lit_lora.errors import UserError
 from lit_lora.help_screen import HelpScreen
-from lit_lora.option_names import advice_for, in_full, option_names
+from lit_lora.option_names import in_full, no_option, option_names
 
 _NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Got value: (.*)""")
 """What jsonargparse says of a list of positional arguments whose last one is missing."""
@@ -66,10 +66,13 @@ class ToolParser(ArgumentParser):
 
             message = explain(message)
         message = in_full(message) or message
-        if (absent := _ABSENT.match(message)) and (
-            near := advice_for(absent[1], option_names(self._actions) | self.further, "--")
-        ):
-            message = f"there is no option --{absent[1]}; {near}"
+        if unknown := _ABSENT.match(message):
+            message = no_option(
+                unknown[1],
+                option_names(self._actions) | self.further,
+                f"{command} --help shows all arguments",
+                "--",
+            )
         if missing or found or message.startswith(_OF_ARGUMENTS):
             message = f"{message.rstrip('.')}; {command} --help shows all arguments"
         print_error(message)

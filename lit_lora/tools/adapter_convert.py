@@ -37,10 +37,10 @@ def convert(
     from lit_lora.files import atomic_folder
     from lit_lora.formats import format_named, write_embeddings
     from lit_lora.tools.adapter_input import read_input
-    from lit_lora.tools.adapter_output import check_place, check_target, is_file, write_file
+    from lit_lora.tools.adapter_output import check_free, check_target, is_file, write_file
 
     target, written = Path(output), format_named(format)
-    check_place(target, overwrite)
+    check_free(target, overwrite)
     check_target(target, format)
     adapter = read_input(input, family)
     if reason := written.why_not(adapter):

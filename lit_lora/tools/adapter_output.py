@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file, atomic_folder, writable_folder
+from lit_lora.files import atomic_file, atomic_folder, check_place, writable_folder
 from lit_lora.formats import DEFAULT_FORMATS, AdapterFiles, AdapterFormat, format_named, write_card, write_embeddings
 
 _OTHER_WEIGHTS = (".bin", ".ckpt", ".pt", ".pth", ".sft", ".gguf", ".onnx")
@@ -35,7 +35,7 @@ class AdapterOutput:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check_place(self.target, self.overwrite)
+        check_free(self.target, self.overwrite)
         check_target(self.target, self.format)
 
     def formats(self, adapter: AdapterFiles) -> list[AdapterFormat]:
@@ -104,7 +104,9 @@ def check_target(target: Path, format_name: str | None) -> None:
             ".safetensors, or folders; name one of these"
         )
     if is_file(target) and format_name == "peft":
-        raise UserError(f"output={str(target)!r} is a file, and the format peft is a folder of two; name a folder")
+        raise UserError(
+            f"output={str(target)!r} is a file, and the format peft is a folder of two; name a folder, or another --format"
+        )
 
 
 def write_file(adapter: AdapterFiles, one: AdapterFormat, target: Path) -> None:
@@ -136,7 +138,7 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def check_place(target: Path, overwrite: bool) -> None:
+def check_free(target: Path, overwrite: bool) -> None:
     """Check, before any work, that a target can be written.
 
     Args:
@@ -148,4 +150,4 @@ def check_place(target: Path, overwrite: bool) -> None:
     """
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} exists; name another output, or set --overwrite")
-    writable_folder(next(folder for folder in target.absolute().parents if folder.exists()))
+    check_place(target)

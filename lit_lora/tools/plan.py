@@ -19,7 +19,7 @@ from lit_lora.callbacks.rank_budget import RankBudget
 from lit_lora.datamodules.batches.buckets import MAX_RESOLUTION
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError, check_least, check_most
-from lit_lora.files import writable_folder
+from lit_lora.files import check_place
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.module import LoraDiffusion
 from lit_lora.planning.batch_search import largest_batch
@@ -90,7 +90,7 @@ def print_plan(
     if json is not None and os.path.isdir(json):
         raise UserError(f"json={json!r} is a folder; name a file, such as {os.path.join(json, 'memory_plan.json')}")
     if json is not None:
-        writable_folder(os.path.dirname(json) or ".")
+        check_place(json)
     found = find_device(device) if device is not None else default_device(trainer["accelerator"])
     memory = memory_of(device_memory, found)
     if search and memory is None:

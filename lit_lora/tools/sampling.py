@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import to_pil_image
 
 from lit_lora.errors import UserError
-from lit_lora.files import writable_folder
+from lit_lora.files import check_place
 from lit_lora.folder_lock import only_run_in
 from lit_lora.formats.find import adapter_files
 from lit_lora.prompts import Prompt, prompt_groups, read_prompts
@@ -49,7 +49,7 @@ def draw_samples(options: SampleOptions) -> None:
             "it out"
         )
     if target.suffix:
-        writable_folder(target.parent)  # before anything is drawn
+        check_place(target)  # before anything is drawn
     with nullcontext() if target.suffix else only_run_in(target, "sample"):
         own = {"revision": options.revision, "variant": options.variant, "vae": options.vae}
         drawer = Drawer(

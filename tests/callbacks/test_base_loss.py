@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lit_lora import BaseLoss, LoraDiffusion, WebDatasetDataModule
 from lit_lora.errors import UserError
+from lit_lora.formats.from_file import FromFile
 
 Make = Any
 
@@ -67,7 +68,7 @@ def test_a_run_that_never_falls_below_the_base_says_so(
     base_loss = BaseLoss()
     trainer = _trainer(tmp_path, base_loss)
     trainer.fit(sd_module, data)
-    said = f"val/loss never fell below the base's {base_loss.base:.4f}: {base_loss.base:.4f} at best"
+    said = f"val/loss never fell below that of the base, {base_loss.base:.4f}: {base_loss.base:.4f} at best"
     assert said in capsys.readouterr().out
     restored = BaseLoss()
     restored.load_state_dict(base_loss.state_dict())
@@ -79,3 +80,6 @@ def test_a_run_that_never_falls_below_the_base_says_so(
     assert not capsys.readouterr().out
     restored.load_state_dict({"base": 0.5})  # of older checkpoints
     assert (restored.base, restored.least) == (0.5, None)
+    sd_module.saved, restored.least = FromFile("an.adapter"), 0.5
+    restored.on_train_end(trainer, sd_module)
+    assert "never fell below that of the adapter at the start" in capsys.readouterr().out

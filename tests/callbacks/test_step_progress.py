@@ -6,6 +6,7 @@ import sys
 import warnings
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,18 @@ from lit_lora.module import LoraDiffusion
 from tests.helpers import loader_of, make_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+
+
+class Number(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
 class Terminal(StringIO):
@@ -72,17 +85,6 @@ def test_the_screen_of_a_run(
 def test_a_module_that_knows_nothing_of_images(
     trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Number(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(3))
-
-        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return self.weight.sum()
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), lr=0.5)
-
     fit(Number(), loader_of([{"x": torch.zeros(2)}] * 3), tmp_path, trainer_options, max_steps=3)
     printed = capsys.readouterr().err
     assert "trains   Number: 3 parameters\nlength   3 steps\n" in printed
@@ -106,6 +108,23 @@ def test_a_log_has_lines_in_place_of_a_bar(
     assert [int(line.split("/")[0].removeprefix("step ")) for line in lines] == steps
     assert "\r" not in printed[printed.index("trains ") :]
     assert re.fullmatch(r"step 4/4, loss \d\S*, lr \S+, [\d.]+ img/s, 00:00 left", lines[-1])
+
+
+@pytest.mark.parametrize(("application", "is_bar"), [("IPKernelApp", True), ("TerminalIPythonApp", False)])
+def test_a_notebook_has_a_bar(
+    application: str,
+    is_bar: bool,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shell = SimpleNamespace(config={application: {}})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    fit(Number(), loader_of([{"x": torch.zeros(2)}] * 3), tmp_path, trainer_options, max_steps=3)
+    printed = capsys.readouterr().err
+    assert ("\rstep 3/3" in printed) == is_bar
+    assert ("\nstep 3/3" in printed) != is_bar
 
 
 def test_a_run_without_a_known_end_has_lines_too(

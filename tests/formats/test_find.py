@@ -102,7 +102,7 @@ def test_what_is_no_adapter_is_one_error(kind: str, folder: Path, tmp_path: Path
     path = tmp_path / "adapter.safetensors"
     tensors = load_file(folder / "pytorch_lora_weights.safetensors")
     first = min(tensors)
-    expected = "cannot read"
+    expected = "does not exist; name a" if kind == "missing" else "cannot read"
     if kind == "nan":
         tensors[first][0] = torch.nan
         expected = "1 tensors of the adapter .* hold NaN or Inf"

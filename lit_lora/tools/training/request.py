@@ -115,8 +115,8 @@ def claim(out: Path, request: Request) -> None:
     elif differing:
         there, here = _difference(differing[0], found.get(differing[0]), request.record[differing[0]])
         raise UserError(
-            f"{visible(out)} holds the run of {there}, not {here}; name another folder with --out, give the same options to "
-            "resume it, or remove it"
+            f"{visible(out)} holds a run with {there}, not {here}; give the same options to resume it, or name another folder "
+            f"with --out; lit-lora fit --config {visible(out / CONFIG)} --ckpt_path last trains it further with other settings"
         )
 
 
@@ -144,8 +144,9 @@ def _difference(name: str, there: Any, here: Any) -> tuple[str, str]:
         return f"{name}={there!r}", repr(here)
     there = there if isinstance(there, dict) else {}
     key = next(key for key in (*here, *there) if here.get(key) != there.get(key) or (key in here) != (key in there))
-    told = [f"{key}={one[key]!r}" if key in one else f"no {key}" for one in (there, here)]
-    return told[0], told[1]
+    if key not in there:
+        return f"no {key}", repr(here[key])
+    return f"{key}={there[key]!r}", repr(here[key]) if key in here else "without it"
 
 
 def _write(path: Path, request: Request) -> None:

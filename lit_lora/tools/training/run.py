@@ -160,7 +160,8 @@ class _Training:
                 self._encode()
             results = self._fit()
         else:
-            print("finished already; name another folder with --out to train again")
+            print("finished already; name another folder with --out to train again, or train longer with")
+            print(f"lit-lora fit --config {self.config} --ckpt_path last --trainer.max_steps N")
         print(ending(results, self.data.prompts[0]))
 
     def _unpack(self) -> dict[Path, str]:

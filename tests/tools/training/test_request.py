@@ -38,13 +38,13 @@ def test_the_same_options_go_on(tmp_path: Path) -> None:
     ("changed", "said"),
     [
         ({"base": "sdxl"}, "base='embedded', not 'sdxl'"),
-        ({"given": {"trainer.max_steps": 30, "seed_everything": 1}}, "trainer.max_steps=20, not trainer.max_steps=30"),
-        ({"given": {"trainer.max_steps": 20}}, "seed_everything=1, not no seed_everything"),
-        ({"given": {**FIRST.given, "model.seed": None}}, "no model.seed, not model.seed=None"),
+        ({"given": {"trainer.max_steps": 30, "seed_everything": 1}}, "trainer.max_steps=20, not 30"),
+        ({"given": {"trainer.max_steps": 20}}, "seed_everything=1, not without it"),
+        ({"given": {**FIRST.given, "model.seed": None}}, "no model.seed, not None"),
     ],
 )
 def test_others_are_named(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=re.escape(f"holds the run of {said}; name another folder with --out")):
+    with pytest.raises(UserError, match=re.escape(f"holds a run with {said}; give the same options to resume")):
         claim(trained(tmp_path), FIRST._replace(**changed))
 
 
@@ -70,7 +70,7 @@ def test_a_run_that_has_trained_nothing_gives_way(
 def test_a_finished_run_stays(tmp_path: Path) -> None:
     """Also if its options had it save its checkpoints elsewhere."""
     (chosen(tmp_path) / "finished.json").write_text("{}")
-    with pytest.raises(UserError, match="holds the run of"):
+    with pytest.raises(UserError, match="holds a run with"):
         claim(tmp_path, FIRST._replace(base="sdxl"))
 
 
