@@ -75,8 +75,14 @@ def tokenizer() -> CLIPTokenizer:
 
 
 @pytest.fixture(scope="session")
-def sd_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
+def sd_folder(deep_sd_folder: Path) -> Path:
     """A Stable Diffusion pipeline with random weights for images of 16 px."""
+    return deep_sd_folder
+
+
+@pytest.fixture(scope="session")
+def deep_sd_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
+    """The same also where ``sd_folder`` is the pipeline with fewer layers: its UNet halves and doubles the resolution."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("models") / "sd"
     unet = tiny_unet()
@@ -94,10 +100,10 @@ def sd_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer
 
 
 @pytest.fixture(scope="session")
-def shallow_sd_folder(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with fewer layers in its UNet: what a strategy does for each of them takes most of the time of its tests."""
+def shallow_sd_folder(deep_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with fewer layers in its UNet: what is done for each of them takes most of the time of many tests."""
     folder = tmp_path_factory.mktemp("models") / "shallow-sd"
-    shutil.copytree(sd_folder, folder)
+    shutil.copytree(deep_sd_folder, folder)
     torch.manual_seed(1)
     small = {
         "block_out_channels": (16,),

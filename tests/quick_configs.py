@@ -1,5 +1,6 @@
-"""Saves most of the time of a command's config: jsonargparse reads the source of a class for each of its parsers, makes a parser
-for each value of the class, and reads the source of all callers at each parsing.
+"""Saves what libraries do again and again: for a command's config jsonargparse reads the source of a class for each of its
+parsers, makes a parser for each value of the class, and reads the source of all callers at each parsing; for each trainer
+Lightning reads what all installed packages say of themselves.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from typing import Any
 
 from jsonargparse import _common, _core, _signatures
 from jsonargparse._typehints import ActionTypeHint
+from lightning.fabric.utilities import registry
 
 
 def read_classes_once() -> None:
-    """Keep what jsonargparse reads and makes of a class for the rest of the process."""
+    """Keep for the rest of the process what jsonargparse reads and makes of a class, and what packages register for trainers."""
     read, make_parser = _signatures.get_signature_parameters, ActionTypeHint.get_class_parser
     parsers: dict[Any, Any] = {}
 
@@ -43,3 +45,4 @@ def read_classes_once() -> None:
     _signatures.get_signature_parameters = lambda kind, method=None, logger=None: list(parameters(kind, method))
     ActionTypeHint.get_class_parser = staticmethod(parser_of)
     _core.inspect = SimpleNamespace(**vars(inspect) | {"stack": callers})
+    registry.entry_points = cache(registry.entry_points)

@@ -35,6 +35,12 @@ TOKENS: dict[str, int | str] = {"<cat-toy>": "a cat", "<style>": 1}
 PROMPTS = ["a <cat-toy> in <style>", "a cat", ""]
 
 
+@pytest.fixture(scope="session")
+def sd_folder(shallow_sd_folder: Path) -> Path:
+    """Only text encoders and new tokens matter here, and each layer of the UNet takes time."""
+    return shallow_sd_folder
+
+
 def with_placeholders(count: int) -> list[dict[str, Any]]:
     captions = ["a <cat-toy> on white", "a seven in <style>"]
     return [{**batch, "caption": captions} for batch in make_batches(count)]

@@ -51,6 +51,12 @@ TEXT = LoraConfig(r=4, lora_alpha=6)
 NEAR = 1e-5
 
 
+@pytest.fixture(scope="session")
+def sd_folder(shallow_sd_folder: Path) -> Path:
+    """Only text encoders and new tokens matter here, and each layer of the UNet takes time."""
+    return shallow_sd_folder
+
+
 def module_of(folder: Path, family: type[ModelFamily] = StableDiffusion, **options: Any) -> LoraDiffusion:
     torch.manual_seed(0)
     options = {"adapter": DENOISER, "text_adapter": TEXT, "base_dtype": "float32"} | options

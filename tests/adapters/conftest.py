@@ -2,11 +2,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from peft import LoraConfig, PeftConfig
 
 from lit_lora.adapters.methods import AdapterMethod, method_of
+
+
+@pytest.fixture(scope="session")
+def sd_folder(shallow_sd_folder: Path) -> Path:
+    """A Stable Diffusion pipeline with a shallow UNet: what is asserted holds layer by layer, and each layer takes time."""
+    return shallow_sd_folder
 
 
 @pytest.fixture

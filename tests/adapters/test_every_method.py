@@ -66,7 +66,7 @@ def trained(
     base: Path, config: PeftConfig, steps: int, folder: Path, options: dict[str, Any], resume: Path | None = None
 ) -> LoraDiffusion:
     module = diffusion_module(base, copy.deepcopy(config))
-    saving = AdapterCheckpoint(folder, save_last=True, save_top_k=0)
+    saving = AdapterCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last=True)
     trainer = Trainer(
         **options | {"max_steps": steps, "max_epochs": -1, "enable_checkpointing": True}, callbacks=[saving]
     )
@@ -89,9 +89,8 @@ def test_a_method_of_layers(
     name: str, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_of(name)
-    trained(sd_folder, config, 1, tmp_path / "first", trainer_options)
-    resumed = trained(sd_folder, config, 2, tmp_path / "resumed", trainer_options, tmp_path / "first" / "last.ckpt")
     module = trained(sd_folder, config, 2, tmp_path / "run", trainer_options)
+    resumed = trained(sd_folder, config, 2, tmp_path / "resumed", trainer_options, tmp_path / "run" / "step=1.ckpt")
     state, expected = resumed.state_dict(), module.state_dict()
     assert all(torch.equal(value, state[key]) for key, value in expected.items())
     adapted = output(module.family.denoiser)

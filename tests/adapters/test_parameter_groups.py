@@ -195,12 +195,16 @@ def test_resuming_with_groups(sd_folder: Path, trainer_options: dict[str, Any], 
     ],
 )
 def test_resuming_with_other_groups(
-    groups: tuple[ParameterGroup, ...], message: str, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+    groups: tuple[ParameterGroup, ...],
+    message: str,
+    deep_sd_folder: Path,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
-    fit(module_of(sd_folder), trainer_options, 1, **saving(tmp_path))
+    fit(module_of(deep_sd_folder), trainer_options, 1, **saving(tmp_path))
     with pytest.raises(UserError, match=message):
         fit(
-            module_of(sd_folder, parameter_groups=groups),
+            module_of(deep_sd_folder, parameter_groups=groups),
             trainer_options,
             resume=tmp_path / "last.ckpt",
             **saving(tmp_path),
@@ -216,10 +220,13 @@ def test_steps_in_the_backward_pass_keep_the_groups(sd_folder: Path, trainer_opt
         torch.testing.assert_close(found[name], value)
 
 
-def test_a_config_has_groups(sd_folder: Path, tmp_path: Path) -> None:
+def test_a_config_has_groups(deep_sd_folder: Path, tmp_path: Path) -> None:
     groups = [{"pattern": "*.lora_B.*", "lr_ratio": 4}, {"pattern": "denoiser.up_blocks.*", "lr": 0, "weight_decay": 0}]
     model = {
-        "family": {"class_path": "StableDiffusion", "init_args": {"pretrained_model_name_or_path": str(sd_folder)}},
+        "family": {
+            "class_path": "StableDiffusion",
+            "init_args": {"pretrained_model_name_or_path": str(deep_sd_folder)},
+        },
         "adapter": {"class_path": "LoraConfig", "init_args": {"r": 2, "lora_alpha": 2}},
         "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5, "weight_decay": 0.1}},
         "parameter_groups": groups,

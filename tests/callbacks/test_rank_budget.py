@@ -27,6 +27,12 @@ LARGEST = 304
 """Parameters of the largest component, of a convolution from 32 channels to 16."""
 
 
+@pytest.fixture(scope="session")
+def sd_folder(deep_sd_folder: Path) -> Path:
+    """Budgets here are numbers of this pipeline's layers and parameters."""
+    return deep_sd_folder
+
+
 def module_of(base: Path, **options: Any) -> LoraDiffusion:
     torch.manual_seed(0)
     adapter = options.pop("adapter", None) or LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v", "conv1"])

@@ -148,7 +148,7 @@ def test_in_a_module_of_another_project(kind: str, trainer_options: dict[str, An
 
 @pytest.mark.parametrize("kind", ["corda", "lora_ga"])
 def test_accumulated_batches_and_checkpointed_blocks_give_the_same(
-    kind: str, sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+    kind: str, deep_sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
     """Gradients of blocks that are computed again in the backward pass count once, and inputs twice like all others."""
 
@@ -163,7 +163,7 @@ def test_accumulated_batches_and_checkpointed_blocks_give_the_same(
     found = []
     for memory in (MemoryOptions(), MemoryOptions(gradient_checkpointing=True)):
         end = AtTheEnd()
-        module = diffusion(sd_folder, adapter=config, memory=memory)
+        module = diffusion(deep_sd_folder, adapter=config, memory=memory)
         fit(module, trainer_options, tmp_path, initialization(kind), end, accumulate_grad_batches=2, max_steps=3)
         found.append(end.values)
     for name, value in found[0].items():

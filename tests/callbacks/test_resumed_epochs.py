@@ -126,13 +126,14 @@ def assert_goes_on(fit: Callable[..., tuple[Line, KeepAll]], folder: Path, data:
     whole, checkpoints = fit(folder / "whole", data=make(), **options)
     saved = checkpoints.saved()
     assert len(saved) > 1
+    states = {path.name[:2]: state_of(path) for path in saved}  # of the last save at each step
     for number, path in enumerate(saved):
         resumed, later = fit(folder / path.stem, resume=path, data=make(), **options)
-        expected = {later.name[:2]: later for later in saved if later.name[:2] > path.name[:2]}
+        expected = {step: state for step, state in states.items() if step > path.name[:2]}
         got = {path.name[:2]: path for path in later.saved()}
         assert got.keys() == expected.keys(), f"resumed from save {number}"
         for step in expected:
-            assert state_of(got[step]) == state_of(expected[step]), f"resumed from {path.name}, at step {step}"
+            assert state_of(got[step]) == expected[step], f"resumed from {path.name}, at step {step}"
         assert resumed.events == whole.events[len(whole.events) - len(resumed.events) :], f"resumed from {path.name}"
 
 

@@ -129,8 +129,8 @@ def test_bytes_between_steps_are_those_of_the_averages(sd_folder: Path, trainer_
     assert 0 < expected == held
 
 
-def test_the_penalty_is_the_distance_from_orthogonality(sd_folder: Path) -> None:
-    family = StableDiffusion(str(sd_folder))
+def test_the_penalty_is_the_distance_from_orthogonality(deep_sd_folder: Path) -> None:
+    family = StableDiffusion(str(deep_sd_folder))
     family.load(torch.float32)
     config = adalora(target_modules=["to_q", "conv1"], orth_reg_weight=0.25)
     family.add_adapter(config)
