@@ -140,7 +140,7 @@ def spoil(kind: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("no weights", "cannot read"),
+        ("no weights", "does not exist; name a safetensors file"),
         ("truncated", "cannot read"),
         ("empty", "cannot read"),
         ("no config", "is not an adapter folder|is no adapter folder"),
@@ -173,7 +173,7 @@ def test_nothing_is_drawn_where_a_later_adapter_is_missing(
     given = ["--adapter", str(adapter), str(tmp_path / "gone.safetensors")]
     assert main(["sample", "--base", str(sd_folder), *given, "--out", str(tmp_path / "drawn.png"), *DRAWN]) == 2
     printed = capsys.readouterr()
-    assert "cannot read" in printed.err
+    assert "gone.safetensors does not exist" in printed.err
     assert "drawing" not in printed.out
 
 
