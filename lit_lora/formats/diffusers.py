@@ -51,14 +51,14 @@ class DiffusersFormat(AdapterFormat):
         configs: dict[str, Any] = {}
         for part, contents in adapter.parts.items():
             name = adapter.family.denoiser_name if part == "denoiser" else part
+            ending = ""
             if part != "denoiser":
                 contents = normalized(contents)  # diffusers knows the names of older transformers
-            state = {key.removeprefix(PREFIX): value for key, value in contents.state.items()}
-            if (
-                part != "denoiser"
-            ):  # transformers, which reads these for diffusers, passes over PEFT's name without a word
-                state = {f"{key}.weight" if key.endswith(_MAGNITUDE) else key: value for key, value in state.items()}
-            layers[f"{name}_lora_layers"] = state
+                ending = ".weight"  # transformers reads these for diffusers, and passes over PEFT's name without a word
+            layers[f"{name}_lora_layers"] = {
+                f"{key.removeprefix(PREFIX)}{ending if key.endswith(_MAGNITUDE) else ''}": value
+                for key, value in contents.state.items()
+            }
             configs |= {f"{name}.{key}": value for key, value in contents.config.items()}
         metadata = file_metadata(adapter)
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(configs, indent=2, sort_keys=True)
