@@ -23,6 +23,7 @@ from lit_lora.adapters import (
     check_finite,
     check_saved_configs,
     keep_only_adapter,
+    unfreeze,
 )
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.callbacks.checkpoint_files import (
@@ -187,9 +188,7 @@ class AdapterCheckpoint(ResumedSaves):
             self._resumed.apply(trainer)
             self._resumed = None
         # Lightning's finetuning callbacks freeze all layers at the start and restore the optimizer's parameters alone.
-        named = dict(pl_module.named_parameters())
-        for name in self._unfrozen:
-            named[name].requires_grad_(True)
+        unfreeze(pl_module, self._unfrozen)
         self._unfrozen = []
         connector: Any = trainer._logger_connector
         connector._callback_metrics.update(self._saved_metrics)

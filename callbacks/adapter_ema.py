@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from lit_lora.adapters import without_compiling
 from lit_lora.adapters.ranked_layer import ProjectedParameter
 from lit_lora.callbacks.schedule_free import schedule_free_optimizers
 from lit_lora.distributed.collectives import full_tensor, shard_like
@@ -126,7 +127,7 @@ class AdapterEMA(Callback):
             return
         shadows = dict(zip(self._names, self._average.shadow_params, strict=True))
         changed = {id(change.parameter): change for change in changes}
-        for name, parameter in pl_module.named_parameters():
+        for name, parameter in _named(pl_module).items():
             if name in shadows and id(parameter) in changed:
                 shadows[name] = changed[id(parameter)].of(shadows[name])
         self._average.shadow_params = list(shadows.values())
@@ -155,7 +156,7 @@ class AdapterEMA(Callback):
             rank_zero_warn(
                 f"decay of AdapterEMA is {saved} in the checkpoint and {self.decay} here, which applies from now on"
             )
-        self._names = self._restored.pop("names")
+        self._names = [without_compiling(name) for name in self._restored.pop("names")]
         parameters = self._parameters(pl_module)
         shadow = [torch.empty(parameter.shape) for parameter in parameters]
         vector_to_parameters(self._restored["shadow_params"].cpu(), shadow)
@@ -177,15 +178,20 @@ class AdapterEMA(Callback):
         """Begin to average parameters that have become trainable, as ``BackboneFinetuning`` makes them."""
         assert self._average is not None
         known = set(self._names)
-        for name, parameter in pl_module.named_parameters():
+        for name, parameter in _named(pl_module).items():
             if parameter.requires_grad and name not in known:
                 self._names.append(name)
                 self._average.shadow_params.append(parameter.clone().detach())
 
     def _parameters(self, pl_module: LightningModule) -> list[nn.Parameter]:
         """The averaged parameters, also those that are frozen again."""
-        named = dict(pl_module.named_parameters())
+        named = _named(pl_module)
         return [named[name] for name in self._names]
+
+
+def _named(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by their names before compiling, which a module may do after training has begun."""
+    return {without_compiling(name): parameter for name, parameter in module.named_parameters()}
 
 
 def _validates_a_checkpoint(trainer: Trainer) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lit_lora.adapters import adapter_keys
+from lit_lora.adapters import adapter_keys, without_compiling
 from lit_lora.distributed.collectives import gather
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -35,11 +35,6 @@ def frozen_weights(module: nn.Module, reads_full: bool = True) -> dict[str, str]
             sums.setdefault(name, {}).update(some)  # copies of a shard count once
     found = {name: _text(one, sums.get(name, {})) for name, one in module.named_parameters()}
     return {without_compiling(name): text for name, text in found.items()}
-
-
-def without_compiling(name: str) -> str:
-    """Name of a parameter without what torch.compile adds to it."""
-    return name.replace("_orig_mod.", "")
 
 
 def changed_weights(saved: Mapping[str, str], here: Mapping[str, str]) -> list[str]:

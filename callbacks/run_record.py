@@ -9,10 +9,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_lora.adapters import adapter_configs
+from lit_lora.adapters import adapter_configs, without_compiling
 from lit_lora.adapters.same_config import training_fields
 from lit_lora.callbacks.changed_ranks import ChangedRanks
-from lit_lora.callbacks.frozen_weights import changed_weights, frozen_weights, without_compiling
+from lit_lora.callbacks.frozen_weights import changed_weights, frozen_weights
 from lit_lora.callbacks.lora_injection import LoraInjection
 from lit_lora.described import described, described_options, differences
 from lit_lora.errors import UserError

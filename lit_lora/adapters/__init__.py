@@ -10,13 +10,14 @@ from lit_lora.adapters.keys import (
     check_loaded,
     keep_only_adapter,
     plain_config,
+    without_compiling,
 )
 from lit_lora.adapters.load import load_adapter, set_adapter_state
 from lit_lora.adapters.methods import AdapterMethod, method_of
 from lit_lora.adapters.same_config import check_adapter_config, check_saved_configs
 from lit_lora.adapters.sharded import check_block_by_block, check_sharded_training, complete_adapter, same_adapter
 from lit_lora.adapters.state import adapter_state
-from lit_lora.adapters.training_state import TrainingState
+from lit_lora.adapters.training_state import TrainingState, unfreeze
 
 __all__ = [
     "ADAPTER_NAME",
@@ -41,4 +42,6 @@ __all__ = [
     "plain_config",
     "same_adapter",
     "set_adapter_state",
+    "unfreeze",
+    "without_compiling",
 ]

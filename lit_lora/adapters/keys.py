@@ -36,8 +36,13 @@ def keep_only_adapter(state_dict: dict[str, Any], keys: set[str]) -> None:
         del state_dict[key]
 
 
-def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Check that a checkpoint's weights are those of this module's adapter.
+def without_compiling(name: str) -> str:
+    """Name of a parameter without what torch.compile adds to it."""
+    return name.replace("_orig_mod.", "")
+
+
+def check_adapter_state(module: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Check that a checkpoint's weights are those of this module's adapter; they get the names of layers that are compiled here.
 
     Args:
         module: Module with the adapter.
@@ -46,6 +51,7 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
     Raises:
         UserError: If keys are missing or unknown, shapes differ, or values are NaN or Inf.
     """
+    _follow_compiling(module, state_dict)
     here = module.state_dict(keep_vars=True)
     shapes = [
         f"{key} {tuple(state_dict[key].shape)} in the checkpoint, {shape} here"
@@ -60,6 +66,18 @@ def check_adapter_state(module: nn.Module, state_dict: Mapping[str, Tensor]) -> 
             f"add the callback LoraInjection, or whatever made the checkpoint's adapter, with the same settings"
         )
     _check_same(missing, unknown, shapes)
+
+
+def _follow_compiling(module: nn.Module, state_dict: dict[str, Any]) -> None:
+    """Give the entries of a state dict the names that they have in a module, of which other layers are compiled, in place.
+
+    A module that compiles itself in ``on_fit_start`` is not compiled yet when its checkpoint is read.
+    """
+    here = {without_compiling(name): name for name in module.state_dict(keep_vars=True)}
+    for name in list(state_dict):
+        own = here.get(without_compiling(name), name)
+        if own != name:
+            state_dict[own] = state_dict.pop(name)
 
 
 def check_loaded(module: nn.Module, incompatible: Any) -> None:

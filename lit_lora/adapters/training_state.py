@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
-from lit_lora.adapters.keys import adapted_models, adapter_keys
+from lit_lora.adapters.keys import adapted_models, adapter_keys, without_compiling
 
 _COPIED_BYTES = 1 << 24
 """Larger buffers of a frozen base, such as weights that another library has quantized, are compared by a hash."""
@@ -53,8 +55,20 @@ class TrainingState:
         return self._seen | outside.keys() | changed
 
 
+def unfreeze(module: nn.Module, names: Iterable[str]) -> None:
+    """Make parameters trainable.
+
+    Args:
+        module: The module.
+        names: Result of :meth:`TrainingState.unfrozen` in an earlier run, in which other layers may have been compiled.
+    """
+    named = {without_compiling(name): parameter for name, parameter in module.named_parameters()}
+    for name in names:
+        named[without_compiling(name)].requires_grad_(True)
+
+
 def _trainable(module: nn.Module) -> set[str]:
-    return {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {without_compiling(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _persistent_buffers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

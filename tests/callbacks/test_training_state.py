@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA
 from lit_lora.errors import UserError
+from tests.helpers import Classifier, loader_of, make_batches
 
 
 def images(count: int) -> DataLoader[Any]:
@@ -195,3 +196,29 @@ def test_a_checkpoint_that_is_not_finite_is_refused(trainer_options: dict[str, A
         torch.save(checkpoint, tmp_path / f"{place}.ckpt")
         with pytest.raises(UserError, match=r"hold NaN or Inf.*; resume from an earlier checkpoint"):
             run(tmp_path, trainer_options, Backbone(), max_epochs=2, resume=tmp_path / f"{place}.ckpt")
+
+
+class CompilesItself(Classifier):
+    def on_fit_start(self) -> None:
+        self.net: Any = torch.compile(self.net, backend="eager")
+
+
+@pytest.mark.parametrize("resumed", [CompilesItself, Classifier])
+def test_a_module_that_compiles_itself_resumes(
+    resumed: type[Classifier], trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """In its checkpoints the layers have other names than when they are read."""
+
+    def fit(module: Classifier, steps: int, folder: str, checkpoint: Path | None = None) -> tuple[list[Tensor], Any]:
+        saving = AdapterCheckpoint(tmp_path / folder, save_last=True, save_top_k=0, enable_version_counter=False)
+        ema = AdapterEMA(0.5)
+        options = trainer_options | {"enable_checkpointing": True, "max_steps": steps, "callbacks": [saving, ema]}
+        Trainer(**options).fit(module, loader_of(make_batches(1)), ckpt_path=checkpoint)
+        saved = torch.load(tmp_path / folder / "last.ckpt", weights_only=True)
+        return [parameter.detach() for parameter in module.parameters()], saved["callbacks"]["AdapterEMA"]
+
+    expected, average = fit(CompilesItself(), 3, "whole")
+    fit(CompilesItself(), 2, "parts")
+    found, again = fit(resumed(), 3, "parts", tmp_path / "parts" / "last.ckpt")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(again["shadow_params"], average["shadow_params"], rtol=0, atol=0)
