@@ -500,10 +500,10 @@ def test_adalora_prunes_and_resumes(trainer_options: dict[str, Any], tmp_path: P
 
 
 def test_another_method(trainer_options: dict[str, Any], tmp_path: Path) -> None:
-    module = Classifier(lr=0.1)
+    module = Classifier(lr=0.03)
     adapter = LoHaConfig(r=2, alpha=2, target_modules="conv")
-    trainer = fit(tmp_path, trainer_options, module, LoraInjection(adapter), images(), epochs=3)
-    assert trainer.callback_metrics["train/loss"] < 1.2
+    trainer = fit(tmp_path, trainer_options, module, LoraInjection(adapter), images(), epochs=6)
+    assert trainer.callback_metrics["train/loss"] < 1.0  # 1.4 before
     assert {name.split(".")[-2] for name in trained(module)} == {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 
