@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
 from torchvision.utils import make_grid
 
@@ -183,11 +183,18 @@ def _taking_turns(pipeline: DiffusionPipeline, device: torch.device | None) -> I
     if device is None:
         yield
         return
+    models = [
+        vars(one) for one in pipeline.components.values() if isinstance(one, nn.Module) and "forward" not in vars(one)
+    ]
     pipeline.enable_model_cpu_offload(device=device)
     try:
         yield
     finally:
         pipeline.remove_all_hooks()
+        for attributes in models:
+            attributes.pop(
+                "forward", None
+            )  # accelerate leaves a cycle, which would keep a base that another one replaces
         pipeline.to("cpu", silence_dtype_warnings=True)
 
 

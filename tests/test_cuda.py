@@ -148,7 +148,7 @@ def test_what_waits_in_host_memory_changes_no_image(waiting: Any, sd_folder: Pat
     for waits in (None, waiting):
         options: dict[str, Any] = {"family": None, "dtype": "float32", "device": "cuda", "sizes": [(32, 32)]}
         drawer = Drawer(str(sd_folder), **options)
-        drawer._waiting = waits
+        drawer._saving = waits
         drawer.adapt([])
         prompts = [Prompt("a star", seed=3), Prompt("a moon", seed=4)]
         images = drawer.draw(prompts, num_inference_steps=2, guidance_scale=3.0, height=32, width=32)

@@ -127,11 +127,25 @@ def device_of(root_device: torch.device) -> Device:
     return _this_gpu(root_device) if root_device.type == "cuda" else _this_cpu()
 
 
+def is_here(device: Device) -> bool:
+    """Whether a device is this machine's: its CPU, or a GPU of the kind that it has."""
+    if not device.is_cuda:
+        return True
+    if not torch.cuda.is_available():
+        return False
+    name = torch.cuda.get_device_name()
+    return device.name == name or device == _known(name)
+
+
+def _known(name: str) -> Device | None:
+    """The known GPU that a driver's name, such as ``NVIDIA H100 80GB HBM3``, is of; None if there is none."""
+    alike = [device for device in _GPUS if _plain(device.name) in _plain(name)]
+    return max(alike, key=lambda device: len(device.name), default=None)
+
+
 def _this_gpu(device: torch.device | int = 0) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    name = _plain(properties.name)
-    alike = [device for device in _GPUS if _plain(device.name) in name]
-    like = max(alike, key=lambda device: len(device.name), default=find_device("A100"))
+    like = _known(properties.name) or find_device("A100")
     return Device(properties.name, int(properties.total_memory), like.half_flops, like.float_flops, like.bandwidth)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import empty_device_cache
@@ -31,9 +31,15 @@ from lit_lora.formats.quantized_base import quantized_base, twice
 from lit_lora.formats.sampling_scheduler import scheduler_changes
 from lit_lora.formats.text_encoders import for_encoder
 from lit_lora.prompts import Prompt, images_to_edit
-from lit_lora.tools.drawing_base import DrawingBase, FamilyBase, PipelineBase, Size
+from lit_lora.tools.drawing_base import SAVINGS, DrawingBase, FamilyBase, PipelineBase, Saving, Size
 from lit_lora.tools.drawn_image import DrawnImage
 from lit_lora.tools.named_family import named_family
+
+_TOLD: dict[Saving, str] = {
+    "batches": "a batch of images: they are drawn one at a time",
+    "models": "the whole base: its models wait in host memory and take turns there, and images are drawn one at a time",
+    "blocks": "the denoiser: its blocks wait in host memory and are copied there in each step, which takes much longer",
+}
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,7 @@ class Drawer:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._sizes, self._base_adapters, self._edits = sizes, base_adapters, edits
         self._given = {name: value for name, value in (base_options or {}).items() if value is not None}
-        self._waiting: Literal["models", "blocks"] | None = None
-        """What of the base waits in host memory, since the GPU's does not hold all of it."""
+        self._saving: Saving | None = None
         self._used: list[tuple[str, float]] = []
         self._loaded: DrawingBase | None = None
         self._loaded_with: Any = None
@@ -146,9 +151,9 @@ class Drawer:
         if len(used) == 1:
             self._put_in(*used[0])
         self._changes = next(iter(schedulers.values()), {})
-        if self._waiting is None:
-            self._tried(lambda loaded: loaded.to(self._device))
-        elif self._waiting == "blocks":
+        if self._saving in (None, "batches"):
+            self._tried(lambda loaded: loaded.to(self._device), self._loaded.savings[1:])
+        elif self._saving == "blocks":
             self._offload_blocks()
 
     def base_identity(self) -> dict[str, str]:
@@ -174,37 +179,42 @@ class Drawer:
         images: list[Image.Image] = []
 
         def generate(loaded: DrawingBase) -> None:
-            saving = {"offload_from": torch.device(self._device), "batch_size": 1} if self._waiting else {}
+            saving: dict[str, Any] = {} if self._saving is None else {"batch_size": 1}
+            saving |= {"offload_from": torch.device(self._device)} if self._saving in ("models", "blocks") else {}
             images.extend(loaded.generate(texts, seeds, scheduler, **options | saving))
 
-        while not self._tried(generate):
+        assert self._loaded is not None, "adapt comes first"
+        while not self._tried(generate, self._loaded.savings[len(prompts) == 1 :]):
             pass
         facts = (self.scheduler_name, str(self.base), self._used, lit_lora.__version__)
         return [DrawnImage(image, prompt, *facts) for image, prompt in zip(images, prompts, strict=True)]
 
-    def _tried(self, use: Callable[[DrawingBase], object]) -> bool:
-        """Use the base; false if the GPU's memory was not enough, and less of the base is to be there next time."""
+    def _tried(self, use: Callable[[DrawingBase], object], savings: Sequence[Saving]) -> bool:
+        """Use the base; false if the GPU's memory was not enough, and the next of the savings has been made.
+
+        Args:
+            use: The use.
+            savings: Savings that help it, from the cheapest one on.
+        """
         assert self._loaded is not None, "adapt comes first"
+        further = [one for one in savings if self._saving is None or SAVINGS.index(one) > SAVINGS.index(self._saving)]
         try:
             use(self._loaded)
             return True
         except torch.OutOfMemoryError as error:
-            if self._waiting == "blocks" or (self._waiting == "models" and not self._loaded.has_blocks):
+            if not further:
                 raise UserError(
                     f"{str(error).splitlines()[0]} All that can wait in host memory does; draw smaller images with --height and "
                     f"--width, or on the CPU with --device cpu"
                 ) from error
         # Outside of the handler, whose error keeps what was on the GPU.
-        self._loaded.to("cpu")
-        empty_device_cache()
-        if self._waiting is None:
-            self._waiting, told = "models", "its models take turns there"
-        else:
-            self._waiting, told = "blocks", "nor the denoiser, whose blocks are copied there in each step"
+        self._saving = further[0]
+        if self._saving != "batches":
+            self._loaded.to("cpu")
+        if self._saving == "blocks":
             self._offload_blocks()
-        warnings.warn(
-            f"the GPU's memory does not hold the whole base, {told}; images are drawn one at a time", stacklevel=3
-        )
+        empty_device_cache()
+        warnings.warn(f"the GPU's memory does not hold {_TOLD[self._saving]}", stacklevel=3)
         return False
 
     def _offload_blocks(self) -> None:
@@ -345,7 +355,7 @@ def _scaled(layer: Any, scale: float) -> bool:
         warnings.filterwarnings("ignore", "Scaling operation for .* not supported")
         if before and hasattr(layer, "scale_layer"):
             layer.scale_layer(scale)
-    return bool(before) and layer.scaling != before
+    return bool(before) and (layer.scaling != before or not any(before.values()))
 
 
 def _trains_base(config: Mapping[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -23,6 +23,13 @@ from lit_lora.sampling import generate
 
 Size = tuple[int | None, int | None]
 """Height and width of images in pixels; None for the model's own."""
+
+
+Saving = Literal["batches", "models", "blocks"]
+"""What the GPU's memory does not hold at once, so that one is there at a time: images, models, or blocks of the denoiser."""
+
+SAVINGS: tuple[Saving, ...] = ("batches", "models", "blocks")
+"""The savings, from the cheapest one on; each includes those before it."""
 
 
 class DrawingBase(ABC):
@@ -55,8 +62,10 @@ class DrawingBase(ABC):
     def to(self, device: str) -> None:
         """Move all parts to a device."""
 
-    has_blocks = False
-    """Whether :meth:`offload_blocks` can be called."""
+    @property
+    @abstractmethod
+    def savings(self) -> Sequence[Saving]:
+        """The savings of :data:`SAVINGS` that can be made, once the base is loaded."""
 
     def offload_blocks(self) -> None:
         """Have the blocks of the denoiser, which has its adapter, wait in host memory while others compute."""
@@ -91,7 +100,7 @@ class FamilyBase(DrawingBase):
         options: Further arguments of the family's constructor.
     """
 
-    has_blocks = True
+    savings = SAVINGS
 
     def __init__(self, kind: type[ModelFamily], base: str, options: Mapping[str, str]) -> None:
         self.family = kind(base, **options)
@@ -178,6 +187,10 @@ class PipelineBase(DrawingBase):
     def identity(self) -> dict[str, str]:
         source, parts = self._source_and_parts()
         return source.identity({name: [name] for name in parts})
+
+    @property
+    def savings(self) -> Sequence[Saving]:
+        return SAVINGS[: 1 if self.pipeline.model_cpu_offload_seq is None else 2]
 
     def _source_and_parts(self) -> tuple[ModelSource, list[str]]:
         source = ModelSource(self._base, **self._options)

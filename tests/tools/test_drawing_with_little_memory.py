@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from numpy.typing import NDArray
 from peft import LoraConfig
 from PIL import Image
 
 from lit_lora.errors import UserError
 from lit_lora.families import FluxKontext, StableDiffusion
+from lit_lora.families.parts import base_model
 from lit_lora.prompts import Prompt
 from lit_lora.tools.drawing import Drawer, ScaledAdapter
 from lit_lora.tools.drawing_base import FamilyBase, PipelineBase
@@ -66,6 +70,18 @@ def make_small(kind: type[Any], refused: int, monkeypatch: pytest.MonkeyPatch) -
     return gpu
 
 
+def hooked(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Ids of the models that a hook brings to the device from now on."""
+    found, bring = set(), CpuOffload.pre_forward
+
+    def pre_forward(self: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        found.add(id(module))
+        return bring(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", pre_forward)
+    return found
+
+
 @pytest.mark.parametrize("kind", FOLDERS, ids=lambda kind: kind.__name__)
 def test_what_waits_in_host_memory_changes_no_image(
     kind: type[Any], tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -77,19 +93,49 @@ def test_what_waits_in_host_memory_changes_no_image(
     drawer = drawer_of(folder, edits=edits, family=kind.__name__)
     drawer.adapt([])
     expected = images_of(drawer, prompts)
-    gpu = make_small(FamilyBase, 2, monkeypatch)
-    with pytest.warns(UserWarning, match="does not hold the whole base") as told:
+    gpu, cpu = make_small(FamilyBase, 3, monkeypatch), torch.device("cpu")
+    computed = hooked(monkeypatch)
+    with pytest.warns(UserWarning, match="the GPU's memory does not hold") as told:
         assert np.abs(images_of(drawer, prompts) - expected).max() <= 1
-    assert ["its models take turns" in str(one.message) for one in told if "whole base" in str(one.message)] == [
-        True,
-        False,
-    ]
-    assert [size for size, _ in gpu.used] == [None, 1, 1]
-    assert [device for _, device in gpu.used] == [None, torch.device("cpu"), torch.device("cpu")]
+    whats = [str(one.message).partition("hold ")[2].partition(":")[0] for one in told if "GPU" in str(one.message)]
+    assert whats == ["a batch of images", "the whole base", "the denoiser"]
+    assert gpu.used == [(None, None), (1, None), (1, cpu), (1, cpu)]
+    assert drawer.family is not None
+    assert {id(base_model(one)) for one in drawer.family.children()} <= computed
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*whole base")
+        warnings.filterwarnings("error", ".*GPU's memory")
         drawer.adapt([])
         assert np.abs(images_of(drawer, prompts) - expected).max() <= 1
+
+
+def test_a_batch_that_is_too_large_leaves_the_base_on_the_gpu(sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawer = drawer_of(sd_folder)
+    drawer.adapt([])
+    expected = images_of(drawer)
+    gpu = make_small(FamilyBase, 1, monkeypatch)
+    with pytest.warns(UserWarning, match="a batch of images: they are drawn one at a time$"):
+        assert np.abs(images_of(drawer) - expected).max() <= 1
+    images_of(drawer)
+    assert gpu.used == [(None, None), (1, None), (1, None)]
+    gpu.refused = 4
+    with pytest.warns(UserWarning, match="the whole base"):
+        images_of(drawer, PROMPTS[:1])
+
+
+def test_a_base_that_another_one_replaces_is_freed(sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawer = drawer_of(sd_folder)
+    drawer._saving = "models"
+    drawer.adapt([])
+    images_of(drawer)
+    denoiser = weakref.ref(drawer.family.denoiser)  # type: ignore[union-attr]
+    drawer._loaded_with = None
+    gc.collect()
+    gc.disable()
+    try:
+        drawer._loaded = None
+        assert denoiser() is None
+    finally:
+        gc.enable()
 
 
 def test_adapters_over_a_base_whose_blocks_wait(
@@ -113,9 +159,10 @@ def test_adapters_over_a_base_whose_blocks_wait(
     expected = draw_each(drawer_of(sd_folder))
     assert not any(np.array_equal(one, other) for one, other in pairwise(expected))
     gpu = make_small(FamilyBase, 2, monkeypatch)
-    with pytest.warns(UserWarning, match="whole base") as told:
+    with pytest.warns(UserWarning, match="GPU's memory") as told:
         drawn = draw_each(drawer_of(sd_folder, device="cpu:0"))
-    assert "blocks are copied there in each step" in str(told[1].message)
+    # Smaller batches would not help to move the base to the GPU.
+    assert [str(one.message).partition("hold ")[2].partition(":")[0] for one in told] == ["the whole base", "the denoiser"]
     assert [what for what in gpu.used if isinstance(what, str)] == ["cpu:0"]
     assert all(np.abs(one - other).max() <= 1 for one, other in zip(drawn, expected, strict=True))
 
@@ -129,7 +176,7 @@ def test_a_gpu_that_is_too_small_for_all(
         monkeypatch.setattr("lit_lora.tools.drawing.family_of_source", lambda source: None)
     drawer = drawer_of(sd_folder, device="cpu:0")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*whole base")
+        warnings.filterwarnings("ignore", ".*GPU's memory")
         drawer.adapt([])
         with pytest.raises(
             UserError, match=r"^CUDA out of memory. Tried to allocate 2 GiB. All that can wait .* --device cpu$"

@@ -11,7 +11,7 @@ import torch
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
 from lit_lora.machine import available_memory
-from lit_lora.planning.device import Device
+from lit_lora.planning.device import Device, is_here
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.tools.training.choices import Settings
 
@@ -104,17 +104,18 @@ def fit_memory(
     return Fit(replace(chosen, draws=False), _without_drawing(known[chosen]), name)
 
 
-def fit_host(fit: Fit, plan: Callable[[Settings], MemoryPlan], folder: str, free: int) -> Fit:
-    """What fits, with offloaded blocks in files if host memory cannot hold them.
+HOST_MARGIN = 1.2
+"""Host memory that is free for weights that wait there, in multiples of them: page-locked memory is never swapped out."""
+
+
+def in_files(fit: Fit, plan: Callable[[Settings], MemoryPlan], folder: str) -> Fit:
+    """What fits, with the offloaded blocks in files instead of host memory.
 
     Args:
         fit: Settings that fit into the device's memory.
         plan: Makes the plan of settings.
         folder: Folder for the files.
-        free: Bytes of host memory that are free.
     """
-    if not fit.settings.offload_blocks or fit.plan.host_bytes <= free:
-        return fit
     settings = replace(fit.settings, offload_folder=folder)
     planned = plan(settings)
     return fit._replace(settings=settings, plan=planned if settings.draws else _without_drawing(planned))
@@ -138,13 +139,6 @@ def first_true(holds: Callable[[int], bool], count: int, start: int) -> int | No
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
         middle = (low + high) // 2
     return low if low < count else None
-
-
-def is_here(device: Device) -> bool:
-    """Whether a device is this machine's: its CPU, or the GPU that a run takes."""
-    if not device.is_cuda:
-        return True
-    return torch.cuda.is_available() and torch.cuda.get_device_name() == device.name
 
 
 def free_memory(device: Device) -> int:

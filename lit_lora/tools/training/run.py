@@ -25,7 +25,7 @@ from lit_lora.errors import UserError, check_above
 from lit_lora.files import atomic_file
 from lit_lora.folder_lock import only_run_in
 from lit_lora.machine import available_memory
-from lit_lora.planning.device import Device, default_device, find_device
+from lit_lora.planning.device import Device, default_device, find_device, is_here
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.tools.cache import cache_shards
@@ -38,7 +38,7 @@ from lit_lora.tools.training.choices import Choice, Settings, choose, given_sett
 from lit_lora.tools.training.config import comments_of, make_config, template_with, write_yaml
 from lit_lora.tools.training.data import OneFolder, SeveralSets, TrainingData
 from lit_lora.tools.training.fitting import check_machine, fit, out_of_time, parts, parts_of, resuming
-from lit_lora.tools.training.memory import first_guess, fit_host, fit_memory, free_memory, is_here
+from lit_lora.tools.training.memory import HOST_MARGIN, Fit, first_guess, fit_memory, free_memory, in_files
 from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim, forget_settings, has_trained
 from lit_lora.tools.training.results import newest_checkpoint, newest_run, record, recorded, results_of
 from lit_lora.tools.training.screen import ending, table
@@ -161,7 +161,7 @@ class _Training:
             results = self._fit()
         else:
             print("finished already; name another folder with --out to train again, or train longer with")
-            print(f"lit-lora fit --config {self.config} --ckpt_path last --trainer.max_steps N")
+            print(f"lit-lora fit --config {shlex.quote(str(self.config))} --ckpt_path last --trainer.max_steps N")
         print(ending(results, self.data.prompts[0]))
 
     def _unpack(self) -> dict[Path, str]:
@@ -187,17 +187,14 @@ class _Training:
         print(f"planning for {format_bytes(memory)} on {self.device.name}{patience}")
         start = first_guess(memory, self.base.is_embedded)
         fit = fit_memory(settings, self._plan, memory, self.device.is_cuda, start, print)
-        if is_here(self.device):
-            fit = fit_host(fit, self._plan, str(self.out), available_memory())
+        fit, on_disk = self._with_room_on_host(fit)
         said = f"{format_bytes(fit.plan.needed)} of {format_bytes(memory)}"
         choices = [*self.data.choices(fit.settings.why), Choice("memory", said, fit.names, "model.memory")]
         if not fit.settings.draws:
             choices.append(
                 Choice("drawing", "none", "they do not fit beside training; see lit-lora sample", "trainer.callbacks")
             )
-        if fit.settings.offload_folder is not None:
-            why = f"{format_bytes(available_memory())} of host memory are free, and they need more"
-            choices.append(Choice("blocks", "in files", why, "model.memory.offload_folder"))
+        choices += on_disk
         if (uncached := self.data.uncached) is not None:
             choices.append(uncached)
         print(f"\n{table(choices)}\n\n{fit.plan.describe()}\n")
@@ -207,6 +204,20 @@ class _Training:
         comments = comments_of(choices, self.data.argument if self.data.cached else None)
         with atomic_file(self.config) as part:
             part.write_text(header + write_yaml(self._config_of(fit.settings), comments), encoding="utf-8")
+
+    def _with_room_on_host(self, fit: Fit) -> tuple[Fit, list[Choice]]:
+        """What fits, with offloaded blocks in files if this machine's host memory is short, and the choice of that."""
+        blocks = fit.settings.offload_blocks or self.given.get("model.memory.offload_blocks") is True
+        if not blocks or not is_here(self.device) or self.given.get("model.convolutions") == "channels_last":
+            return fit, []
+        devices = self.given.get("trainer.devices", 1)
+        processes = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+        needed, free = int(HOST_MARGIN * max(processes, 1) * fit.plan.host_bytes), available_memory()
+        if needed <= free:
+            return fit, []
+        why = f"they take up to {format_bytes(needed)} of host memory, and {format_bytes(free)} are free"
+        choice = Choice("blocks", "in files", why, "model.memory.offload_folder")
+        return in_files(fit, self._plan, str(self.out)), [choice]
 
     def _config_of(self, settings: Settings) -> dict[str, Any]:
         data = self.data
