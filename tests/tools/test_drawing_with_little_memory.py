@@ -162,7 +162,10 @@ def test_adapters_over_a_base_whose_blocks_wait(
     with pytest.warns(UserWarning, match="GPU's memory") as told:
         drawn = draw_each(drawer_of(sd_folder, device="cpu:0"))
     # Smaller batches would not help to move the base to the GPU.
-    assert [str(one.message).partition("hold ")[2].partition(":")[0] for one in told] == ["the whole base", "the denoiser"]
+    assert [str(one.message).partition("hold ")[2].partition(":")[0] for one in told] == [
+        "the whole base",
+        "the denoiser",
+    ]
     assert [what for what in gpu.used if isinstance(what, str)] == ["cpu:0"]
     assert all(np.abs(one - other).max() <= 1 for one, other in zip(drawn, expected, strict=True))
 

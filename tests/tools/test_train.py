@@ -416,3 +416,26 @@ def test_a_run_without_settings_gives_way_to_another_one(
 def test_options_that_cannot_be_given(arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         split_arguments(arguments)
+
+
+@pytest.mark.parametrize(("free", "in_files"), [(10**12, False), (1000, True)])
+def test_offloaded_blocks_are_in_files_where_host_memory_is_short(
+    free: int,
+    in_files: bool,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("lit_lora.tools.training.run.is_here", lambda device: True)
+    monkeypatch.setattr("lit_lora.tools.training.run.available_memory", lambda: free)
+    out, given = (
+        tmp_path / "out",
+        ["--model.memory.offload_blocks", "true", "--device", "RTX 3060", "--dry_run", "--trigger", "sks"],
+    )
+    assert main(["train", str(images), "--base", "embedded", "--out", str(out), *given]) == 0
+    memory = yaml.safe_load((out / "config.yaml").read_text())["model"]["memory"]
+    assert memory["offload_blocks"]
+    assert memory.get("offload_folder") == (str(out) if in_files else None)
+    screen = " ".join(capsys.readouterr().out.split())
+    assert ("blocks in files they take up to" in screen) == ("1.0 kB are free" in screen) == in_files
