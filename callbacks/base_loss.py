@@ -8,6 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_lora.errors import UserError
+from lit_lora.formats.from_file import FromFile
 
 
 class BaseLoss(Callback):
@@ -78,7 +79,7 @@ class BaseLoss(Callback):
 
 def _start(module: LightningModule) -> str:
     """What the first loss is that of: an adapter that goes on from files has changed the base before the first step."""
-    return "the base" if getattr(module, "saved", None) is None else "the adapter at the start"
+    return "the adapter at the start" if isinstance(getattr(module, "saved", None), FromFile) else "the base"
 
 
 def _print(trainer: Trainer, line: str) -> None:

@@ -29,6 +29,7 @@ from lit_lora.datamodules.loading.loader import PlannedLoader
 from lit_lora.datamodules.loading.open_sets import OpenSets
 from lit_lora.datamodules.loading.restarting_loader import RestartingLoader
 from lit_lora.datamodules.remote.transfer import is_remote
+from lit_lora.datamodules.set_up import set_up
 from lit_lora.datamodules.shard_set import ShardSet
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
 from lit_lora.distributed.jobs import check_workers
@@ -199,8 +200,7 @@ class WebDatasetDataModule(LightningDataModule):
     @property
     def train_samples(self) -> ChunkedSamples:
         """The training samples, after ``setup("fit")``."""
-        assert self._train is not None, "call setup('fit') first"
-        return self._train
+        return set_up(self._train, "training samples", "fit")
 
     def plan(self, world_size: int | None = None) -> Plan:
         """The plan of all training batches.
@@ -277,18 +277,17 @@ class WebDatasetDataModule(LightningDataModule):
 
     def val_dataloader(self) -> PlannedLoader | list[PlannedLoader]:
         """The loader for validation, each sample once over all processes; an empty list if there is no data."""
-        assert self._val is not None or not (self.val_shards or self.val_samples), "call setup('fit') first"
-        return [] if self._val is None else self._evaluation_loader(self._val)
+        if self._val is None and not (self.val_shards or self.val_samples):
+            return []
+        return self._evaluation_loader(set_up(self._val, "validation samples", "fit"))
 
     def test_dataloader(self) -> PlannedLoader:
         """The loader for testing, each sample once over all processes."""
-        assert self._test is not None, "call setup('test') first"
-        return self._evaluation_loader(self._test)
+        return self._evaluation_loader(set_up(self._test, "test samples", "test"))
 
     def predict_dataloader(self) -> PlannedLoader:
         """The loader for prediction: the validation samples, each once over all processes."""
-        assert self._val is not None, "call setup('predict') first"
-        return self._evaluation_loader(self._val)
+        return self._evaluation_loader(set_up(self._val, "validation samples", "predict"))
 
     def teardown(self, stage: str) -> None:
         """End the loader threads and the staging of shards."""

@@ -16,6 +16,7 @@ from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.datamodules.remote.transfer import is_remote
+from lit_lora.datamodules.set_up import set_up
 from lit_lora.datamodules.streaming.restarting_stream_loader import RestartingStreamLoader
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
 from lit_lora.datamodules.streaming.stream_loader import StreamLoader
@@ -145,9 +146,9 @@ class WebDatasetStreamDataModule(LightningDataModule):
         Raises:
             UserError: If the checkpoint was made with another datamodule.
         """
-        assert self._train, "call setup('fit') first"
+        shards = set_up(self._train or None, "training shards", "fit")
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
-        stream = self._stream(self._train, self.decoder, resampled=True)
+        stream = self._stream(shards, self.decoder, resampled=True)
         loader = (RestartingStreamLoader if overfit else StreamLoader)(
             stream, self.batches_per_epoch, self.num_workers, self.max_bad_samples
         )

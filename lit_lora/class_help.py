@@ -44,7 +44,8 @@ def with_named_class(arguments: Sequence[str]) -> list[str]:
         path = option.removeprefix("--").removesuffix(".help")
         if not value and (own := _class_of(path, arguments)):
             value = get_import_path(own) or ""
-            arguments[place] = f"{option}={value}"
+            # Last, since it prints the help at once, and the options after it may be those that make the class known.
+            arguments = [*arguments[:place], *arguments[place + 1 :], f"{option}={value}"]
         _print_help_of_option(option, value, arguments)
     return arguments
 

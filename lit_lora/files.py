@@ -179,7 +179,9 @@ def check_place(path: str | Path) -> None:
     Raises:
         UserError: If the nearest folder that exists is not a folder, or is not writable.
     """
-    writable_folder(next(folder for folder in Path(path).absolute().parents if folder.exists()))
+    path = Path(path).absolute()
+    # The root has no folder above it.
+    writable_folder(next((folder for folder in path.parents if folder.exists()), path))
 
 
 def _takes_files(folder: Path) -> bool:

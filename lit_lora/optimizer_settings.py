@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
+from math import prod
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -170,7 +171,8 @@ def apply_settings(trainer: Trainer, wanted: Settings) -> None:
     """Give optimizers and schedules other settings in the middle of a run; their progress stays.
 
     A learning rate that the schedule has reduced to a fraction becomes the same fraction of the new one. After another constant,
-    such as ``T_max``, it is what the schedule's formula gives at this step.
+    such as ``T_max``, it is what the schedule's formula gives at this step; a schedule without a closed formula, such as
+    ``LambdaLR``, and a chain that has one inside, or an ``eta_min``, go on from the learning rate that they have.
 
     Args:
         trainer: Trainer whose state is restored.
@@ -206,15 +208,54 @@ def _set_constant(schedule: Any, name: str, value: Any) -> None:
 
 def _follow_formula(schedule: Any) -> None:
     """Set the learning rates to those of a schedule's formula, as torch computes each from the one before: one that an ended
-    schedule has left at 0 would stay there.
+    schedule has left at 0 would stay there. Without a formula, they stay.
     """
-    if (inner := getattr(schedule, "_schedulers", None)) and hasattr(schedule, "_milestones"):
-        return _follow_formula(inner[bisect_right(schedule._milestones, schedule.last_epoch)])
-    if hasattr(schedule, "_get_closed_form_lr"):
-        schedule._last_lr = schedule._get_closed_form_lr()
-        for group, rate in zip(_inner(schedule.optimizer).param_groups, schedule._last_lr, strict=True):
-            group["lr"] = rate
-    return None
+    groups = _inner(schedule.optimizer).param_groups
+    # Groups that were added later, as by BackboneFinetuning, come last and have none.
+    for group, rate in zip(groups, _formula(schedule) or (), strict=False):
+        group["lr"] = rate
+    _tell_rates(schedule, [group["lr"] for group in groups])
+
+
+def _formula(schedule: Any) -> list[float] | None:
+    """The learning rates of a schedule at its step by its closed formula; None if it has none.
+
+    The schedule inside a sequence gets the step that the sequence's milestones give it. A chain multiplies the learning rate by
+    the factors of its schedules; with an ``eta_min`` there are none.
+    """
+    inner = getattr(schedule, "_schedulers", ())
+    if inner and hasattr(schedule, "_milestones"):
+        number = bisect_right(schedule._milestones, schedule.last_epoch)
+        _set_step(inner[number], schedule.last_epoch - [0, *schedule._milestones][number])
+        return _formula(inner[number])
+    if inner:
+        parts = [None if getattr(part, "eta_min", 0) else _formula(part) for part in inner]
+        bases = [group["initial_lr"] for group in _inner(schedule.optimizer).param_groups if "initial_lr" in group]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            return None
+        return [
+            base * prod(rate / base for rate in rates) if base else base
+            for base, *rates in zip(bases, *known, strict=False)
+        ]
+    return list(schedule._get_closed_form_lr()) if hasattr(schedule, "_get_closed_form_lr") else None
+
+
+def _set_step(schedule: Any, step: int) -> None:
+    """Set the step of a schedule, or of those in a chain. A sequence within a sequence keeps its own, which torch counts anew."""
+    if hasattr(schedule, "_milestones"):
+        return
+    if hasattr(schedule, "last_epoch"):
+        schedule.last_epoch = step
+    for inner in getattr(schedule, "_schedulers", ()):
+        _set_step(inner, step)
+
+
+def _tell_rates(schedule: Any, rates: list[float]) -> None:
+    """Give a schedule and those inside the learning rates that they tell loggers."""
+    schedule._last_lr = rates
+    for inner in getattr(schedule, "_schedulers", ()):
+        _tell_rates(inner, rates)
 
 
 def _set_base_rate(schedule: Any, place: int, value: float) -> None:

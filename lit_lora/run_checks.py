@@ -24,6 +24,7 @@ from lit_lora.objectives import Objective
 from lit_lora.objectives.counting import check_counting
 from lit_lora.optimizer_settings import check_lr_finder
 from lit_lora.quantization import Quantization
+from lit_lora.quantization.packed_convolution import can_pack
 from lit_lora.redact import redact
 from lit_lora.sampling import check_guidance_rescale
 
@@ -179,6 +180,12 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
         raise UserError(
             f"model.convolutions='packed' is for CPUs, and this run computes on {strategy.root_device}; use 'plain' or "
             f"'channels_last'"
+        )
+    if module.convolutions == "packed" and not can_pack(module.base_dtype):
+        name = str(module.base_dtype).removeprefix("torch.")
+        raise UserError(
+            f"convolutions='packed' needs a CPU that computes in {name}, as those with AVX-512 do, and this one does not; use "
+            f"'plain', or base_dtype float32"
         )
     if module.compile_blocks and getattr(strategy, "zero_stage_3", False):
         raise UserError(

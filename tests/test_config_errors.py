@@ -199,6 +199,7 @@ def test_a_help_that_is_not_found_says_what_to_type(
     ("arguments", "shown"),
     [
         (["--data.help"], "lit_lora.WebDatasetDataModule"),
+        (["--data.help", "--data", "WebDatasetStreamDataModule"], "lit_lora.WebDatasetStreamDataModule"),
         (["--config", "configs/demo.yaml", "--model.adapter.help"], "peft.LoraConfig"),
         (["--config", "configs/demo.yaml", "--data.buckets.help"], "lit_lora.AspectRatioBuckets"),
         (["--data.buckets.help", "AspectRatioBuckets"], "lit_lora.AspectRatioBuckets"),

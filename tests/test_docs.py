@@ -43,6 +43,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 GUIDES = [page for page in PAGES if page.name != "CHANGELOG.md"]
 """The pages that say what is, and not what was."""
+LINK_DEFINITION = re.compile(r"^\[([^\]]+)\]: ")
 CONFIG = str(ROOT / "configs" / "sd15.yaml")
 NO_CONFIG = {"BadSampleError", "UserError", "Plan", "ShardIndex"}
 """Public classes that no config names."""
@@ -259,8 +260,21 @@ def test_python_in_the_pages_calls_what_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_lines_of_text_are_not_wide(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert [line for line in text.splitlines() if len(line) > 130 and not line.startswith(("|", "    "))] == []
+    wide = [line for line in without_blocks(page).splitlines() if len(line) > 130]
+    assert [line for line in wide if not line.startswith(("|", "    ")) and not LINK_DEFINITION.match(line)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_by_name_have_a_definition(page: Path) -> None:
+    """Without one, the page shows the brackets."""
+    text = re.sub(r"`[^`]*`", "", without_blocks(page))
+    defined = {name for line in text.splitlines() for name in LINK_DEFINITION.findall(line)}
+    assert sorted(set(re.findall(r"\]\[([^\]]+)\]", text)) - defined) == []
+    assert [line for line in text.splitlines() if LINK_DEFINITION.match(line) and len(line.split()) != 2] == []
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def test_the_examples_are_included_in_their_pages() -> None:

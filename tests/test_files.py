@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from lit_lora import files
 from lit_lora.errors import UserError
 from lit_lora.files import (
     atomic_file,
     atomic_folder,
+    check_place,
     check_regular,
     remove_unfinished,
     restore_replaced,
@@ -100,6 +102,14 @@ def test_a_folder_that_takes_no_files_is_refused_before_the_work(tmp_path: Path)
         raise AssertionError("not reached")
     assert writable_folder(tmp_path) == tmp_path
     assert [*tmp_path.iterdir()] == []
+
+
+def test_the_place_of_the_root_is_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(files, "writable_folder", asked.append)
+    check_place("/")
+    check_place("/nowhere/below/file")
+    assert asked == [Path("/"), Path("/")]
 
 
 def test_a_full_disk_is_told_by_the_write_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

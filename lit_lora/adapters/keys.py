@@ -51,8 +51,8 @@ def check_adapter_state(module: nn.Module, state_dict: dict[str, Tensor]) -> Non
     Raises:
         UserError: If keys are missing or unknown, shapes differ, or values are NaN or Inf.
     """
-    _follow_compiling(module, state_dict)
     here = module.state_dict(keep_vars=True)
+    _follow_compiling(here, state_dict)
     shapes = [
         f"{key} {tuple(state_dict[key].shape)} in the checkpoint, {shape} here"
         for key, shape in _shapes(here).items()
@@ -68,12 +68,12 @@ def check_adapter_state(module: nn.Module, state_dict: dict[str, Tensor]) -> Non
     _check_same(missing, unknown, shapes)
 
 
-def _follow_compiling(module: nn.Module, state_dict: dict[str, Any]) -> None:
-    """Give the entries of a state dict the names that they have in a module, of which other layers are compiled, in place.
+def _follow_compiling(module: Mapping[str, Any], state_dict: dict[str, Any]) -> None:
+    """Give the entries of a state dict the names that they have in a module's, of which other layers are compiled, in place.
 
     A module that compiles itself in ``on_fit_start`` is not compiled yet when its checkpoint is read.
     """
-    here = {without_compiling(name): name for name in module.state_dict(keep_vars=True)}
+    here = {without_compiling(name): name for name in module}
     for name in list(state_dict):
         own = here.get(without_compiling(name), name)
         if own != name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -164,7 +165,9 @@ def _file(path: Path) -> Path:
         return known[0]
     found = sorted(path.glob("*.safetensors"))
     if len(found) != 1:
-        below = next((one for pattern in _OF_RUNS for one in sorted(path.glob(pattern), reverse=True)), None)
+        below = next(
+            (one for pattern in _OF_RUNS for one in sorted(path.glob(pattern), key=_by_numbers, reverse=True)), None
+        )
         if below and not found:
             raise UserError(f"{path} is not an adapter's folder but has one; name it: {visible(below)}")
         names = ", ".join(visible(entry.name, 80) for entry in found[:5]) or "none"
@@ -173,6 +176,11 @@ def _file(path: Path) -> Path:
             f"{names}; name a file"
         )
     return found[0]
+
+
+def _by_numbers(path: Path) -> list[str | int]:
+    """Key that sorts version_10 after version_9; text and numbers take turns, so that like is compared with like."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", path.as_posix()))]
 
 
 def _holds_layers(path: Path) -> bool:

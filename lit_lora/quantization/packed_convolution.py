@@ -28,9 +28,8 @@ class PackedConv2d(FrozenConv2d):
 
     def output(self, input: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002  torch's name
         weight = self.restored(input.dtype)
-        if torch.compiler.is_compiling() or isinstance(
-            weight, FakeTensor
-        ):  # the compiler packs itself, a plan only counts
+        # The compiler packs by itself, and a plan only counts.
+        if torch.compiler.is_compiling() or isinstance(weight, FakeTensor) or not can_pack(weight.dtype):
             return super().output(input, bias)
         copy = self._copy("forward", weight, input.shape, self.padding, self.stride)
         return _convolve(input, copy, bias, self.padding, self.stride, self.dilation, self.groups)
@@ -38,7 +37,7 @@ class PackedConv2d(FrozenConv2d):
     def input_gradient(self, grad: Tensor, dtype: torch.dtype, input_shape: torch.Size) -> Tensor:
         weight = self.restored(dtype)
         around = self._padding_of_gradient()
-        if around is None or isinstance(weight, FakeTensor):
+        if around is None or isinstance(weight, FakeTensor) or not can_pack(weight.dtype):
             return super().input_gradient(grad, dtype, input_shape)
         copy = self._copy("backward", weight, grad.shape, around, (1, 1))
         return _convolve(grad, copy, None, around, (1, 1), self.dilation, 1)
@@ -74,6 +73,12 @@ class _Copies(dict[tuple[str, torch.dtype], tuple[tuple[int, int], Tensor]]):
 
     def __reduce__(self) -> Any:
         return _Copies, ()
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in a dtype on this CPU: in bfloat16 and float16 it needs instructions such as AVX-512."""
+    needs = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in needs or bool(getattr(torch.ops.mkldnn, needs[dtype])())
 
 
 def pack_convolutions(model: nn.Module) -> None:

@@ -149,13 +149,18 @@ def _as_list(arguments: list[str], name: str) -> list[str]:
 
 
 def _value(text: str) -> Any:
-    """A value as YAML has it; a number such as 1e-4 is a number, which PyYAML would take for a text."""
+    """A value as YAML has it; a number such as 1e-4 is a number, which PyYAML would take for a text.
+
+    What JSON does not have, such as a date, stays text: the record of the run is JSON, and no option is a date.
+    """
     import yaml
 
     try:
         value = yaml.safe_load(text)
+        json.dumps(value)
+    except (yaml.YAMLError, ValueError, TypeError):
+        return text
+    try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
-    except yaml.YAMLError:
-        return text

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -196,6 +197,15 @@ def test_another_adapters_state_is_refused(change: dict[str, Any], message: str,
     with pytest.raises(UserError, match=message):
         check_adapter_state(adapted(), state)
     check_adapter_state(saved, state)
+
+
+def test_the_state_of_the_module_is_gathered_once(unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = inject(unet, peft.LoraConfig(r=2), TARGETS)
+    state = {key: value for key, value in model.state_dict().items() if key in adapter_keys(model)}
+    gathered = Mock(side_effect=model.state_dict)
+    monkeypatch.setattr(model, "state_dict", gathered)
+    check_adapter_state(model, state)
+    assert gathered.call_count == 1
 
 
 def test_an_adapter_for_a_model_without_one_is_refused(unet: UNet2DConditionModel) -> None:

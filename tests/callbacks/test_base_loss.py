@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from lit_lora import BaseLoss, LoraDiffusion, WebDatasetDataModule
@@ -83,3 +83,7 @@ def test_a_run_that_never_falls_below_the_base_says_so(
     sd_module.saved, restored.least = FromFile("an.adapter"), 0.5
     restored.on_train_end(trainer, sd_module)
     assert "never fell below that of the adapter at the start" in capsys.readouterr().out
+    other = LightningModule()
+    other.saved = 3  # type: ignore[assignment]  # another project's, of which the callback knows nothing
+    restored.on_train_end(trainer, other)
+    assert "never fell below that of the base" in capsys.readouterr().out

@@ -313,6 +313,21 @@ def test_missing_data_is_reported_by_stage(make_shards):
         data.setup("test")
 
 
+def test_loaders_before_setup_say_what_to_call(make_shards):
+    data = _data(make_shards(4), val_samples=2, test_shards="test.tar")
+    for make, stage in (
+        (data.plan, "fit"),
+        (data.train_dataloader, "fit"),
+        (data.val_dataloader, "fit"),
+        (data.test_dataloader, "test"),
+        (data.predict_dataloader, "predict"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"samples are not read yet; call setup\('{stage}'\) of the datamodule first"
+        ):
+            make()
+
+
 def test_too_few_samples_are_reported_in_setup(make_shards):
     paths = make_shards(3)
     with pytest.raises(UserError, match="3 samples do not fill one batch of 4"):

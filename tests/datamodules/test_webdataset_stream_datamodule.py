@@ -99,6 +99,13 @@ def test_epochs_have_fixed_length_and_continue_the_stream(make_shards, num_worke
     assert data.state_dict() == {"train_loader": {"batches": 18, "slots": 36}}
 
 
+def test_the_loader_before_setup_says_what_to_call(make_shards):
+    with pytest.raises(
+        UserError, match=r"training shards are not read yet; call setup\('fit'\) of the datamodule first"
+    ):
+        _data(make_shards(2)).train_dataloader()
+
+
 def test_the_rest_of_an_epoch(make_shards):
     data = _data(make_shards(6))
     data.setup("fit")

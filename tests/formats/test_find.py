@@ -189,6 +189,13 @@ def test_methods_that_peft_computes_otherwise(tensor: str, what: str, tmp_path: 
         read_adapter(path)
 
 
+def test_the_newest_adapter_of_a_runs_folder_is_named(tmp_path: Path) -> None:
+    for version, step in ((9, 9), (10, 9), (10, 10)):
+        (tmp_path / f"lightning_logs/version_{version}/checkpoints/step={step}.adapter").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"has one; name it: .*version_10/checkpoints/step=10\.adapter"):
+        read_adapter(tmp_path)
+
+
 def test_embeddings_inside_a_lora(folder: Path, tmp_path: Path) -> None:
     tensors = load_file(folder / "pytorch_lora_weights.safetensors")
     path = tmp_path / "bundle.safetensors"

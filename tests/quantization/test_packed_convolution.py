@@ -67,6 +67,23 @@ def test_output_and_gradient_differ_by_rounding(options: dict[str, Any], dtype: 
             torch.testing.assert_close(ours, expected, rtol=near, atol=near)
 
 
+def test_a_cpu_that_does_not_compute_in_bfloat16(
+    sd_folder: Path, trainer_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_lora.quantization.packed_convolution.can_pack", lambda dtype: dtype == torch.float32)
+    layer, packed = both(KINDS[0], torch.bfloat16)
+    for ours, expected in zip(
+        output_and_gradient(packed, torch.bfloat16), output_and_gradient(layer, torch.bfloat16), strict=True
+    ):
+        assert torch.equal(ours, expected)
+    assert packed.packed == {}
+    monkeypatch.setattr("lit_lora.run_checks.can_pack", lambda dtype: dtype == torch.float32)
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), LoraConfig(r=2), convolutions="packed")
+    module.trainer = Trainer(**trainer_options)
+    with pytest.raises(UserError, match="'packed' needs a CPU that computes in bfloat16, .* or base_dtype float32"):
+        check_run(module, "fit")
+
+
 def test_a_changed_weight_is_packed_anew() -> None:
     layer, packed = both(KINDS[0], torch.float32)
     output_and_gradient(packed, torch.float32)

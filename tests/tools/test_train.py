@@ -18,7 +18,7 @@ from lit_lora.module import LoraDiffusion
 from lit_lora.option_names import SHORT
 from lit_lora.prompts import read_prompts
 from lit_lora.tools.train import split_arguments, train_command
-from lit_lora.tools.training.request import Request
+from lit_lora.tools.training.request import RECORD, Request, claim
 from lit_lora.tools.training.run import train_adapter
 
 
@@ -335,6 +335,16 @@ def test_keys_of_the_config_are_told_from_own_options() -> None:
         "seed_everything": 3,
         "model.adapter.init_args.r": 7,
     }
+
+
+@pytest.mark.parametrize("text", ["2024-01-01", "[2024-01-01]"])
+def test_a_date_stays_text(text: str, tmp_path: Path) -> None:
+    """The record of the run is JSON, which has no dates."""
+    own, given = split_arguments(["a", "--data.init_args.x", text])
+    assert own == ["a"]
+    assert given == {"data.init_args.x": text}
+    claim(tmp_path, Request("a", given=given))
+    assert json.loads((tmp_path / RECORD).read_text())["given"] == given
 
 
 def test_several_folders_have_several_values() -> None:
