@@ -78,6 +78,8 @@ def _open(path: Path) -> TensorFile:
         return TensorFile.open(path)
     try:
         check_regular(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; name the file of an embedding") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}; name the file of an embedding") from error
     found = _pickled(path)

@@ -63,7 +63,9 @@ class TensorFile:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
                 return cls(path, tensors, opened.metadata() or {})
         except FileNotFoundError as error:
-            raise UserError(f"{path} does not exist; name a safetensors file, or a folder with one") from error
+            raise UserError(
+                f"{path} does not exist; name a safetensors file or a folder with one, or copy it again"
+            ) from error
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot read {path}: {error}; an adapter is a safetensors file, or a folder with one: copy or export it again"

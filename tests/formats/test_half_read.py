@@ -39,7 +39,7 @@ def test_a_text_encoder_without_one_of_its_files(lost: str, adapter: AdapterFile
     format_named("peft").write(adapter, tmp_path)
     assert read_adapter(tmp_path).text_encoders.keys() == {"text_encoder"}
     (tmp_path / "text_encoder" / lost).unlink()
-    with pytest.raises(UserError, match=f"cannot read .*{lost}"):
+    with pytest.raises(UserError, match=rf"cannot read .*{lost}|{lost} does not exist; .* or copy it again$"):
         read_adapter(tmp_path)
 
 

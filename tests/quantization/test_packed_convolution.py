@@ -80,7 +80,7 @@ def test_a_cpu_that_does_not_compute_in_bfloat16(
     monkeypatch.setattr("lit_lora.run_checks.can_pack", lambda dtype: dtype == torch.float32)
     module = LoraDiffusion(StableDiffusion(str(sd_folder)), LoraConfig(r=2), convolutions="packed")
     module.trainer = Trainer(**trainer_options)
-    with pytest.raises(UserError, match="'packed' needs a CPU that computes in bfloat16, .* or base_dtype float32"):
+    with pytest.raises(UserError, match=r"'packed' needs a CPU that computes in bfloat16, .* or base_dtype float32"):
         check_run(module, "fit")
 
 
