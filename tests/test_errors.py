@@ -82,7 +82,7 @@ def test_one_module_has_one_injection(trainer_options: dict[str, Any]) -> None:
 
 def test_loaders_before_setup_are_refused() -> None:
     data = WebDatasetDataModule("shards", val_samples=2)
-    with pytest.raises(AssertionError, match=r"call setup\('fit'\) first"):
+    with pytest.raises(UserError, match=r"call setup\('fit'\) of the datamodule first"):
         data.val_dataloader()
     assert WebDatasetDataModule("shards").val_dataloader() == []
 

@@ -101,7 +101,8 @@ def test_the_peak_is_what_the_allocator_hands_out(
 ) -> None:
     planned = training_peak(plan_of(module_for(sd_folder, **options), size=size))
     measured = measured_peak(module_for(sd_folder, **options), trainer_options, size=size)
-    assert 0.97 * measured < planned < 1.1 * measured
+    # Kernels for bfloat16 take less where the CPU has no AVX-512.
+    assert 0.97 * measured < planned < 1.12 * measured
 
 
 def test_every_family_and_storage_is_under_contract() -> None:
