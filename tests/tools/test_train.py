@@ -292,7 +292,7 @@ def test_another_run_is_not_overwritten(command: list[str], tmp_path: Path, caps
     assert main(command) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert "holds a run with folder=None, not" in message
-    assert "give the same options to resume it, or remove it" in message
+    assert "give the same options to resume it, or name another folder with --out" in message
     assert json.loads((tmp_path / "out" / "train.json").read_text()) == record
 
 
