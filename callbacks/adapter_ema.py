@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from lit_lora.adapters import without_compiling
+from lit_lora.adapters import parameters_without_compiling, without_compiling
 from lit_lora.adapters.ranked_layer import ProjectedParameter
 from lit_lora.callbacks.schedule_free import schedule_free_optimizers
 from lit_lora.distributed.collectives import full_tensor, shard_like
@@ -127,7 +127,7 @@ class AdapterEMA(Callback):
             return
         shadows = dict(zip(self._names, self._average.shadow_params, strict=True))
         changed = {id(change.parameter): change for change in changes}
-        for name, parameter in _named(pl_module).items():
+        for name, parameter in parameters_without_compiling(pl_module).items():
             if name in shadows and id(parameter) in changed:
                 shadows[name] = changed[id(parameter)].of(shadows[name])
         self._average.shadow_params = list(shadows.values())
@@ -178,20 +178,15 @@ class AdapterEMA(Callback):
         """Begin to average parameters that have become trainable, as ``BackboneFinetuning`` makes them."""
         assert self._average is not None
         known = set(self._names)
-        for name, parameter in _named(pl_module).items():
+        for name, parameter in parameters_without_compiling(pl_module).items():
             if parameter.requires_grad and name not in known:
                 self._names.append(name)
                 self._average.shadow_params.append(parameter.clone().detach())
 
     def _parameters(self, pl_module: LightningModule) -> list[nn.Parameter]:
         """The averaged parameters, also those that are frozen again."""
-        named = _named(pl_module)
+        named = parameters_without_compiling(pl_module)
         return [named[name] for name in self._names]
-
-
-def _named(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their names before compiling, which a module may do after training has begun."""
-    return {without_compiling(name): parameter for name, parameter in module.named_parameters()}
 
 
 def _validates_a_checkpoint(trainer: Trainer) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_lora.errors import UserError
 from lit_lora.option_names import advice_for, no_option
-from lit_lora.source_options import Values, options_of, source_of
+from lit_lora.source_options import Option, options_of, source_of
 from lit_lora.unique_keys import check_unique_keys
 
 _EVERYWHERE = {"config", "seed_everything", "trainer", "model", "data", "must_resume"}
@@ -217,14 +217,14 @@ def plain_path(path: str) -> str:
     return ".".join(name for name in path.split(".") if name not in ("", "init_args"))
 
 
-Known = Mapping[str, Mapping[str, Values | None]]
-"""Options by the part of the config that they are in, with the values that each can have."""
+Known = Mapping[str, Mapping[str, Option | None]]
+"""Options by the part of the config that they are in; None for those of the command, whose types are not known."""
 
 
-def _known_options(method: str | None) -> dict[str, dict[str, Values | None]]:
+def _known_options(method: str | None) -> dict[str, dict[str, Option | None]]:
     """Options of the trainer and of the module, and without a part those of the trainer's method, if there is one."""
     module = options_of(Path(__file__).with_name("module.py"), "LoraDiffusion")
-    parts = {"trainer": _options_of_trainer("__init__"), "model": module}
+    parts: dict[str, dict[str, Option | None]] = {"trainer": {**_options_of_trainer("__init__")}, "model": {**module}}
     if method is None or not (own := _options_of_trainer(method)):
         return parts
     return {"": dict.fromkeys(_EVERYWHERE) | own, **parts}
@@ -234,6 +234,6 @@ def _paths(known: Known) -> set[str]:
     return {f"{part}.{option}".lstrip(".") for part, options in known.items() for option in options}
 
 
-def _options_of_trainer(method: str) -> dict[str, Values | None]:
+def _options_of_trainer(method: str) -> dict[str, Option]:
     source = source_of("lightning.pytorch.trainer.trainer")
     return options_of(source, "Trainer", method) if source else {}

@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 _SCALARS = ("bool", "float", "int")
 
 
-class Values(NamedTuple):
-    """Values that an option can have, if these are all: those of some scalar types, and some words or numbers."""
+class Option(NamedTuple):
+    """An option, whose type is read only for a value that may not be possible: that can take the sources of several modules.
 
-    types: frozenset[str] = frozenset()
-    choices: tuple[object, ...] = ()
+    Args:
+        annotation: Its type; None if it has none.
+        source: File that has the annotation.
+    """
+
+    annotation: ast.expr | None
+    source: Path
 
     def refuse(self, value: Any) -> str | None:
         """Why the option cannot have a value; None if it may.
@@ -26,11 +31,13 @@ class Values(NamedTuple):
         Args:
             value: Value as YAML reads it.
         """
-        word = isinstance(value, str) and not _is_number(value) and value not in map(str, self.choices)
-        fraction = isinstance(value, float) and not value.is_integer() and self.types == {"int"} and not self.choices
-        if not word and not fraction:
+        is_word = isinstance(value, str) and not _is_number(value)
+        is_fraction = isinstance(value, float) and not value.is_integer()
+        if not (is_word or is_fraction) or (found := _values(self.annotation, self.source)) is None:
             return None
-        return not_possible(str(value), sorted(self.types), [str(choice) for choice in self.choices])
+        types, choices = found
+        possible = value in choices if is_word else bool(choices) or types != ["int"]
+        return None if possible else not_possible(str(value), types, choices)
 
 
 def not_possible(value: str, types: Sequence[str], choices: Sequence[str]) -> str:
@@ -42,8 +49,8 @@ def not_possible(value: str, types: Sequence[str], choices: Sequence[str]) -> st
     return f"{value!r} is none of {listed}" if listed else f"{value!r} is not {named}"
 
 
-def options_of(source: Path, class_name: str, method: str = "__init__") -> dict[str, Values | None]:
-    """Options that a method of a class takes, with the values that each can have, or None if these are not known.
+def options_of(source: Path, class_name: str, method: str = "__init__") -> dict[str, Option]:
+    """Options that a method of a class takes.
 
     Args:
         source: File of the class.
@@ -58,22 +65,22 @@ def options_of(source: Path, class_name: str, method: str = "__init__") -> dict[
         if isinstance(statement, ast.FunctionDef) and statement.name == method:
             own = statement.args
             found = () if own.kwarg else (*own.posonlyargs, *own.args, *own.kwonlyargs)
-            return {each.arg: _values(each.annotation, source) for each in found}
+            return {each.arg: Option(each.annotation, source) for each in found}
     return {}
 
 
-def _values(annotation: ast.expr | None, source: Path) -> Values | None:
-    """Values of an annotation such as ``int | Literal["a"] | None``; None if it has any other part."""
+def _values(annotation: ast.expr | None, source: Path) -> tuple[list[str], list[str]] | None:
+    """Types and choices of an annotation such as ``int | Literal["a"] | None``; None if it has any other part."""
     types: set[str] = set()
-    choices: list[object] = []
+    choices: list[str] = []
     for part in _parts(annotation, source):
         if isinstance(part, ast.Name) and part.id in _SCALARS:
             types.add(part.id)
         elif isinstance(part, ast.Subscript) and _name(part.value) == "Literal":
-            choices += [one.value for one in _elements(part.slice) if isinstance(one, ast.Constant)]
+            choices += [str(one.value) for one in _elements(part.slice) if isinstance(one, ast.Constant)]
         elif not isinstance(part, ast.Constant) or part.value is not None:
             return None
-    return Values(frozenset(types), tuple(choices)) if types or choices else None
+    return (sorted(types), choices) if types or choices else None
 
 
 def _parts(annotation: ast.expr | None, source: Path) -> Iterator[ast.expr | None]:

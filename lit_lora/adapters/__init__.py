@@ -9,6 +9,7 @@ from lit_lora.adapters.keys import (
     check_finite,
     check_loaded,
     keep_only_adapter,
+    parameters_without_compiling,
     plain_config,
     without_compiling,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "keep_only_adapter",
     "load_adapter",
     "method_of",
+    "parameters_without_compiling",
     "plain_config",
     "same_adapter",
     "set_adapter_state",

@@ -41,6 +41,11 @@ def without_compiling(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def parameters_without_compiling(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's parameters by their names before compiling, which a module may do after training has begun."""
+    return {without_compiling(name): parameter for name, parameter in module.named_parameters()}
+
+
 def check_adapter_state(module: nn.Module, state_dict: dict[str, Tensor]) -> None:
     """Check that a checkpoint's weights are those of this module's adapter; they get the names of layers that are compiled here.
 

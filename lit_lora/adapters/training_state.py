@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lit_lora.adapters.keys import adapted_models, adapter_keys, without_compiling
+from lit_lora.adapters.keys import adapted_models, adapter_keys, parameters_without_compiling, without_compiling
 
 _COPIED_BYTES = 1 << 24
 """Larger buffers of a frozen base, such as weights that another library has quantized, are compared by a hash."""
@@ -62,13 +62,13 @@ def unfreeze(module: nn.Module, names: Iterable[str]) -> None:
         module: The module.
         names: Result of :meth:`TrainingState.unfrozen` in an earlier run, in which other layers may have been compiled.
     """
-    named = {without_compiling(name): parameter for name, parameter in module.named_parameters()}
+    named = parameters_without_compiling(module)
     for name in names:
         named[without_compiling(name)].requires_grad_(True)
 
 
 def _trainable(module: nn.Module) -> set[str]:
-    return {without_compiling(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
+    return {name for name, parameter in parameters_without_compiling(module).items() if parameter.requires_grad}
 
 
 def _persistent_buffers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
