@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Mapping
@@ -113,6 +114,7 @@ class MemoryProfiler(Callback):
         self._failed_in: str | None = None
         self._sampled = False
         self._hooks: list[Any] = []
+        gc.collect()  # what an earlier run left in cycles would be freed at any time, and be missing from a phase
         self._look()
         self._other = self._baseline = self._used(self._meter) - sum(self._kinds.count().values())
         if self.snapshot_entries and isinstance(self._meter, CudaMeter):

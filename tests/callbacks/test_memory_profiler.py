@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -140,6 +141,23 @@ def test_phases_and_kinds(fit):
 def test_gradients_of_the_last_step_count_in_forward(fit):
     kinds = fit()["phases"]["forward"]["kinds"]
     assert kinds["gradients"] == Heavy.trained
+
+
+def test_what_an_earlier_run_left_does_not_count(fit):
+    class Collecting(Heavy):
+        def on_before_backward(self, loss):
+            gc.collect()
+
+    gc.disable()  # else it may be freed before the run
+    try:
+        earlier: dict[str, Any] = {"weights": torch.ones(48 * MIB // 4)}
+        earlier["itself"] = earlier
+        del earlier
+        kinds = fit(Collecting())["phases"]["forward"]["kinds"]
+    finally:
+        gc.enable()
+    assert kinds["gradients"] == Heavy.trained  # the peak is in the second step, not in the first
+    assert kinds["activations"] == near(Heavy.activations)
 
 
 def test_the_first_steps_and_every_nth_are_measured(fit):
