@@ -131,4 +131,6 @@ def test_wide_headings_and_options_become_several_lines(monkeypatch: pytest.Monk
     lines = help_of(parser, monkeypatch)
     first = lines.index("a heading that has more letters than a line of the")
     assert lines[first + 1] == "terminal takes:"
-    assert lines[first + 2 : first + 4] == ["  --the_name_of_an_option VALUE,", "  --another_name_of_the_option VALUE"]
+    option, other = lines[first + 2 : first + 4]
+    assert option.replace(" VALUE", "") == "  --the_name_of_an_option,"  # Python 3.13 shows what it takes once
+    assert other == "  --another_name_of_the_option VALUE"
