@@ -211,7 +211,8 @@ class AdapterCheckpoint(ResumedSaves):
         self._is_due |= self.save_on_chunk_end
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        super().on_train_batch_end(trainer, *args, **kwargs)
+        if trainer.global_step > self._first_step:  # else there is nothing to save but what the run was resumed from
+            super().on_train_batch_end(trainer, *args, **kwargs)
         self._stop_at_step(trainer)
         self._save_what_is_due(trainer)
 

@@ -102,3 +102,18 @@ def test_a_run_that_trains_nothing_says_why(
         trainer.fit(Scored([0.1] * 9), loader_of(BATCHES), loader_of(BATCHES), ckpt_path=resume)
     told = [record.message for record in caplog.records if "nothing was trained" in record.message]
     assert told == ([] if reason is None else [f"nothing was trained: {reason}"])
+
+
+def test_a_resumed_run_saves_at_the_steps_of_one_that_was_not(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    def run(folder: Path, steps: int) -> None:
+        saving = AdapterCheckpoint(folder, save_top_k=-1, save_last="link", every_n_train_steps=2, filename="{step}")
+        options = trainer_options | {"enable_checkpointing": True, "callbacks": [saving], "accumulate_grad_batches": 2}
+        trainer = Trainer(**options | {"max_steps": steps})
+        last = str(folder / "last.ckpt") if folder.exists() else None
+        trainer.fit(Scored([0.0]), loader_of(BATCHES), ckpt_path=last)
+
+    run(tmp_path / "whole", 8)
+    run(tmp_path / "parts", 4)
+    run(tmp_path / "parts", 8)
+    found = [sorted(path.name for path in (tmp_path / name).glob("*.ckpt")) for name in ("whole", "parts")]
+    assert found[0] == found[1] == ["last.ckpt", *(f"step={step}.ckpt" for step in (2, 4, 6, 8))]
