@@ -194,6 +194,23 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def differences(got: Any, expected: Any, place: str = "") -> Iterator[str]:
+    """Places at which nested containers differ, with tensors compared bit for bit."""
+    if isinstance(expected, dict) and isinstance(got, dict):
+        yield from (f"{place}/{name} is lost" for name in expected.keys() - got.keys())
+        yield from (f"{place}/{name} is left over" for name in got.keys() - expected.keys())
+        for name in expected.keys() & got.keys():
+            yield from differences(got[name], expected[name], f"{place}/{name}")
+    elif isinstance(expected, list | tuple) and isinstance(got, list | tuple) and len(got) == len(expected):
+        for number, pair in enumerate(zip(got, expected, strict=True)):
+            yield from differences(*pair, f"{place}/{number}")
+    elif isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor):
+        if not torch.equal(got, expected):
+            yield f"{place} differs"
+    elif got != expected:
+        yield f"{place} is {got!r:.200} and should be {expected!r:.200}"
+
+
 class ImageLogger(CSVLogger):
     """A logger with ``log_image``, as that of Weights & Biases."""
 
