@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftConfig
 
@@ -161,6 +162,8 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
     check_strategy(strategy)
     for config in module.adapter_configs:
         check_sharded_training(config, strategy)
+        if stage == "fit":
+            _check_module_dropout(config, strategy)
     if module.adapter is None and shards_weights(strategy):
         raise UserError(
             f"model.adapter is null, and {type(strategy).__name__} loads the denoiser block by block with its adapter; use "
@@ -212,6 +215,15 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
     if module.memory.optimizer_in_backward and stage == "fit":
         for config in module.adapter_configs:
             check_optimizer_in_backward(trainer, config)
+
+
+def _check_module_dropout(config: PeftConfig, strategy: Strategy) -> None:
+    dropout = getattr(config, "module_dropout", 0)
+    if dropout and isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+        raise UserError(
+            f"module_dropout={dropout} leaves layers out of a step, and ddp waits for the gradients of all layers; set "
+            "trainer.strategy to ddp_find_unused_parameters_true, or module_dropout to 0"
+        )
 
 
 def has_validation(data: Any) -> bool:

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
+from peft import LoHaConfig
 
 from lit_lora.datamodules import WebDatasetDataModule
+from lit_lora.errors import UserError
+from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
+from lit_lora.run_checks import check_run
 from tests.helpers import loader_of, make_batches
 
 
@@ -69,3 +74,21 @@ def test_held_out_samples_are_named_and_data_without_them_cause_no_warning(
     with pytest.warns(UserWarning, match="the 2 samples that val_samples holds out are not trained on either"):
         Trainer(**options).fit(sd_module, WebDatasetDataModule(str(session_shards), val_samples=2, **data))
     Trainer(**options).fit(sd_module, WebDatasetDataModule(str(session_shards), **data))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "stage", "refused"),
+    [("ddp", "fit", True), ("ddp", "test", False), ("ddp_find_unused_parameters_true", "fit", False)],
+)
+def test_ddp_needs_a_gradient_of_each_layer(
+    strategy: str, stage: str, refused: bool, sd_folder: Path, trainer_options: dict[str, Any]
+) -> None:
+    adapter = LoHaConfig(target_modules=["to_q"], module_dropout=0.2)
+    module = LoraDiffusion(StableDiffusion(str(sd_folder)), adapter, base_dtype="float32")
+    module.trainer = Trainer(**trainer_options | {"strategy": strategy, "devices": 2})
+    with (
+        pytest.raises(UserError, match="ddp_find_unused_parameters_true, or module_dropout")
+        if refused
+        else nullcontext()
+    ):
+        check_run(module, stage)
