@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError, check_least
-from lit_lora.finite import any_non_finite, any_non_finite_gradient, non_finite_names, tensors_in
+from lit_lora.finite import any_non_finite, any_non_finite_gradient, damaged_base, non_finite_names, tensors_in
 from lit_lora.loops import accumulating
 from lit_lora.skipped_step import skip_step_where
 from lit_lora.visible import visible
@@ -140,20 +140,16 @@ class FiniteGradients(Callback):
         rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
         rate = ", ".join(f"{float(lr):g}" for lr in sorted(rates))
         # The weights of the base are looked at here alone: reading all of them at each start would take seconds.
-        named = {**dict(pl_module.named_parameters()), **dict(pl_module.named_buffers())}
-        frozen = {name: value for name, value in named.items() if not value.requires_grad}
-        trained = {name: value for name, value in named.items() if value.requires_grad}
-        if names := non_finite_names(frozen):
-            advice = f"replace the base's files: {len(names)} frozen tensors hold NaN or Inf, the first is {names[0]}"
-        elif names := non_finite_names(trained):
-            advice = (
+        trained = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
+        other = "remove samples that cause it"
+        if names := non_finite_names(trained):
+            other = (
                 f"resume from an earlier checkpoint: {len(names)} trained tensors hold NaN or Inf, such as {names[0]}"
             )
-        else:
-            advice = "remove samples that cause it"
+        advice = damaged_base(pl_module) or f"lower lr, set trainer.gradient_clip_val to 1.0, or {other}"
         return UserError(
             f"training has diverged: loss or gradients were not finite {where}, up to step {self._last.number}, at lr {rate}; "
-            f"{self._last.found()}. Lower lr, set trainer.gradient_clip_val to 1.0, or {advice}. Checkpoints saved before step "
+            f"{self._last.found()}; {advice}. Checkpoints saved before step "
             f"{self._last.number - self.streak + 1} are kept"
         )
 
@@ -212,9 +208,10 @@ def check_trained(trainer: Trainer) -> None:
     states = tensors_in([list(optimizer.state.values()) for optimizer in trainer.optimizers])
     found = [name for names in gather(non_finite_names(named) or non_finite_names(states)) for name in names]
     if found:
+        advice = "resume from an earlier checkpoint with a lower lr or trainer.gradient_clip_val: 1.0"
         raise UserError(
             f"nothing is saved at step {trainer.global_step}: {len(found)} tensors of weights or optimizer state hold NaN or "
-            f"Inf, the first is {found[0]}. Resume from an earlier checkpoint with a lower lr or trainer.gradient_clip_val: 1.0"
+            f"Inf, the first is {found[0]}; {damaged_base(trainer.lightning_module) or advice}"
         )
 
 

@@ -121,7 +121,7 @@ class LoraInjection(Callback):
         state, config = self._in_place.files()
         if self.update_statistics:
             state = dict(state) | {f"{PREFIX}{name}": value for name, value in _statistics(self._in_place.root)}
-        check_finite(state, "adapter", "train with a lower lr or trainer.gradient_clip_val: 1.0")
+        check_finite(state, "adapter", "train with a lower lr or trainer.gradient_clip_val: 1.0", self._in_place.root)
         if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             return
         with atomic_folder(folder, marker="adapter_config.json") as part:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import zlib
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -30,6 +32,10 @@ _UNSAFE = re.compile(r"""[\s"'`$;|]""")
 
 _PROGRAMS = {"gs": "gsutil", "ais": "ais"}
 """Program with which webdataset reads the URLs of a scheme; ``curl`` for all others."""
+
+
+_BEGINNING = 1 << 16
+"""Bytes at the beginning of a shard that tell it from another one of the same size."""
 
 
 class WebDatasetStreamDataModule(LightningDataModule):
@@ -133,6 +139,16 @@ class WebDatasetStreamDataModule(LightningDataModule):
             self._train = _expand(self.train_shards)
         if self.val_shards:
             self._val = _expand(self.val_shards)
+        self.validation_digest = self._validation_digest()  # a resumed run compares it
+
+    def _validation_digest(self) -> str:
+        """Most samples that are validated on, number of their shards, and a checksum of these."""
+        if not self._val or self.val_batches is None:
+            return ""
+        named = map(_identity, self._val)
+        world_size = 1 if self.trainer is None else self.trainer.world_size
+        most = self.val_batches * self.batch_size * world_size
+        return f"up to {most} of {len(self._val)} shards ({zlib.crc32(chr(10).join(named).encode()):08x})"
 
     def image_sizes(self) -> list[tuple[int, int]]:
         """Height and width in pixels of every size that a batch may have: the square of ``resolution``."""
@@ -249,6 +265,15 @@ def _expand(shards: str | list[str]) -> list[str]:
         else:
             found += [str(path.absolute()) for path in find_shards(spec.removeprefix("file://"))]
     return found
+
+
+def _identity(shard: str) -> str:
+    """A text that tells a shard from others: name, size and beginning of a local one, which may be moved; URL of another."""
+    if _is_url(shard):
+        return redact(shard)
+    path = Path(shard)
+    with path.open("rb") as file:
+        return f"{path.name} {path.stat().st_size} {zlib.crc32(file.read(_BEGINNING)):08x}"
 
 
 def _check_program(url: str) -> None:

@@ -28,6 +28,8 @@ def described(value: Any) -> str:
 def described_options(value: Any, without: type[Any] = object) -> Iterator[tuple[str, str]]:
     """Names and texts of the options of an object's constructor that it keeps under their names.
 
+    An object whose options name files may have a method ``described_contents``, which gives names and texts of what they hold.
+
     Args:
         value: Object.
         without: Class whose options are left out.
@@ -36,6 +38,7 @@ def described_options(value: Any, without: type[Any] = object) -> Iterator[tuple
     for name in signature(type(value).__init__).parameters:
         if hasattr(value, name) and name not in left_out:
             yield name, described(getattr(value, name))
+    yield from getattr(value, "described_contents", dict)().items()
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:

@@ -71,6 +71,15 @@ def non_finite_names(tensors: Mapping[str, Any]) -> list[str]:
     return [name for name, value in floats.items() if bool(any_non_finite([value]))]
 
 
+def damaged_base(module: nn.Module) -> str:
+    """What to do about frozen tensors of a module that hold NaN or Inf; empty if none does. It reads all of them."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    names = non_finite_names({name: value for name, value in named.items() if not value.requires_grad})
+    if not names:
+        return ""
+    return f"replace the base's files: {len(names)} frozen tensors hold NaN or Inf, the first is {names[0]}"
+
+
 def tensors_in(state: Any, prefix: str = "") -> dict[str, Tensor]:
     """All tensors in nested dicts, lists and tuples, by their place such as ``"0.state.3.exp_avg"``."""
     if isinstance(state, Tensor):

@@ -30,7 +30,7 @@ def available_memory(system: Path = Path("/")) -> int:
     Args:
         system: Folder in which ``proc`` and ``sys`` are.
     """
-    import psutil  # type: ignore[import-untyped]  # comes with accelerate
+    import psutil  # type: ignore[import-untyped]
 
     return min([psutil.virtual_memory().available, *_allowed_by_groups(system)])
 

@@ -305,7 +305,7 @@ class LoraDiffusion(LightningModule):
             raise UserError("the module has no adapter yet: call save_adapter after trainer.fit, in the same process")
         tensors, new_tokens = self.family.adapted.tensors(), self.family.new_token_rows()
         for state in (*tensors.values(), *new_tokens.values()):
-            check_finite(state, "adapter", "train with a lower lr or trainer.gradient_clip_val: 1.0")
+            check_finite(state, "adapter", "train with a lower lr or trainer.gradient_clip_val: 1.0", self)
         if self._trainer is not None and not self.trainer.is_global_zero:
             return
         metadata = training_facts(self) | base_metadata(self.base_adapters.records) | (info or AdapterInfo()).metadata

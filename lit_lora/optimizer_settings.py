@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from inspect import Parameter, signature
-from math import prod
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_lora.errors import UserError
+from lit_lora.replayed_schedule import OF_THE_SCHEDULE, ReplayedSchedule, can_replay, cycled
 
-_OF_THE_SCHEDULE = (
-    "initial_lr",
-    "params",
-    "param_names",
-    "initial_momentum",
-    "max_lr",
-    "min_lr",
-    "max_momentum",
-    "base_momentum",
+_PROGRESS = (
+    "last_epoch",
+    "base_lrs",
+    "best",
+    "num_bad_epochs",
+    "cooldown_counter",
+    "mode_worse",
+    "last_value",
+    "T_cur",
+    "T_i",
 )
-"""Entries of a parameter group that are no settings of the optimizer, or that the schedule sets."""
-
-_PROGRESS = ("last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "mode_worse", "last_value")
 """Entries of a schedule's state that are no constants, beside those that begin with an underscore."""
 
 
@@ -102,6 +101,7 @@ class ResumedOptimizers:
         self._saved = settings(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []))
         self._keep = keep
         self._wanted: Settings = {}
+        self._replayed: list[ReplayedSchedule | None] = []
 
     def compare(self, trainer: Trainer) -> None:
         """Warn of settings that differ, once the trainer has its optimizers and before their state is restored.
@@ -117,6 +117,11 @@ class ResumedOptimizers:
                     f"the checkpoint was trained with {before}, this run has {now}: resume with the same "
                     f"{'optimizer' if what == 'optimizers' else 'lr_scheduler'}, or start without ckpt_path"
                 )
+        if not self._keep:
+            # A module that steps its schedules itself may do it by other rules.
+            plain = not is_overridden("lr_scheduler_step", trainer.lightning_module)
+            schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+            self._replayed = [ReplayedSchedule(one) if plain and can_replay(one) else None for one in schedules]
         own = own_settings(trainer)
         changed = {key: value for key, value in own.items() if key in self._saved and self._saved[key] != value}
         if not changed:
@@ -136,6 +141,16 @@ class ResumedOptimizers:
     def apply(self, trainer: Trainer) -> None:
         """Apply the run's settings, if they are wanted, once the checkpoint is restored."""
         apply_settings(trainer, self._wanted)
+        for number, replayed in enumerate(self._replayed):
+            schedule = trainer.lr_scheduler_configs[number].scheduler
+            constants = [key for key in self._wanted if key.group is None and key.number == number]
+            if replayed is not None:
+                replayed.hand_over(schedule)
+            elif constants and not isinstance(schedule, ReduceLROnPlateau):
+                rank_zero_warn(
+                    f"{constants[0]} applies from the next step on, which {type(schedule).__name__} computes from the learning "
+                    f"rate that the checkpoint has"
+                )
 
 
 def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict[str, Any]]) -> Settings:
@@ -143,7 +158,8 @@ def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict
     found: Settings = {}
     for number, state in enumerate(optimizer_states):
         for place, group in enumerate(state["param_groups"]):
-            values = {name: value for name, value in group.items() if name not in _OF_THE_SCHEDULE}
+            others = {"params", "param_names", *OF_THE_SCHEDULE, *cycled(group)}
+            values = {name: value for name, value in group.items() if name not in others}
             values["lr"] = group.get("initial_lr", group["lr"])
             found |= {Setting(name, number, place): _plain(value) for name, value in values.items()}
     for number, state in enumerate(scheduler_states):
@@ -156,6 +172,8 @@ def _constants(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for place, inner in enumerate(state.get("_schedulers", ())):
         yield from ((f"schedulers.{place}.{name}", value) for name, value in _constants(inner))
     for name, value in state.items():
+        if name == "_schedule_phases":  # of OneCycleLR
+            yield "ends of phases", [phase["end_step"] for phase in value]
         told = name.removeprefix("_") if name == "_milestones" else name  # of SequentialLR
         if isinstance(value, int | float | str | list | tuple) and not told.startswith("_") and told not in _PROGRESS:
             yield told, value
@@ -170,9 +188,7 @@ def own_settings(trainer: Trainer) -> Settings:
 def apply_settings(trainer: Trainer, wanted: Settings) -> None:
     """Give optimizers and schedules other settings in the middle of a run; their progress stays.
 
-    A learning rate that the schedule has reduced to a fraction becomes the same fraction of the new one. After another constant,
-    such as ``T_max``, it is what the schedule's formula gives at this step; a schedule without a closed formula, such as
-    ``LambdaLR``, and a chain that has one inside, or an ``eta_min``, go on from the learning rate that they have.
+    A learning rate that the schedule has reduced to a fraction becomes the same fraction of the new one.
 
     Args:
         trainer: Trainer whose state is restored.
@@ -194,68 +210,16 @@ def apply_settings(trainer: Trainer, wanted: Settings) -> None:
             for config in trainer.lr_scheduler_configs:
                 if _inner(config.scheduler.optimizer) is optimizer:
                     _set_base_rate(config.scheduler, place, value)
-    for number in {setting.number for setting in wanted if setting.group is None}:
-        _follow_formula(trainer.lr_scheduler_configs[number].scheduler)
 
 
 def _set_constant(schedule: Any, name: str, value: Any) -> None:
     """Set a constant of a schedule, or of one inside, by its name: see :func:`_constants`."""
+    if name.endswith(("ends of phases", "lr_lambdas")):  # schedules of torch, which are replayed
+        return
     *path, last = name.split(".")
     for place in path[1::2]:
         schedule = schedule._schedulers[int(place)]
     setattr(schedule, "_milestones" if last == "milestones" and hasattr(schedule, "_milestones") else last, value)
-
-
-def _follow_formula(schedule: Any) -> None:
-    """Set the learning rates to those of a schedule's formula, as torch computes each from the one before: one that an ended
-    schedule has left at 0 would stay there. Without a formula, they stay.
-    """
-    groups = _inner(schedule.optimizer).param_groups
-    # Groups that were added later, as by BackboneFinetuning, come last and have none.
-    for group, rate in zip(groups, _formula(schedule) or (), strict=False):
-        group["lr"] = rate
-    _tell_rates(schedule, [group["lr"] for group in groups])
-
-
-def _formula(schedule: Any) -> list[float] | None:
-    """The learning rates of a schedule at its step by its closed formula; None if it has none.
-
-    The schedule inside a sequence gets the step that the sequence's milestones give it. A chain multiplies the learning rate by
-    the factors of its schedules; with an ``eta_min`` there are none.
-    """
-    inner = getattr(schedule, "_schedulers", ())
-    if inner and hasattr(schedule, "_milestones"):
-        number = bisect_right(schedule._milestones, schedule.last_epoch)
-        _set_step(inner[number], schedule.last_epoch - [0, *schedule._milestones][number])
-        return _formula(inner[number])
-    if inner:
-        parts = [None if getattr(part, "eta_min", 0) else _formula(part) for part in inner]
-        bases = [group["initial_lr"] for group in _inner(schedule.optimizer).param_groups if "initial_lr" in group]
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts):
-            return None
-        return [
-            base * prod(rate / base for rate in rates) if base else base
-            for base, *rates in zip(bases, *known, strict=False)
-        ]
-    return list(schedule._get_closed_form_lr()) if hasattr(schedule, "_get_closed_form_lr") else None
-
-
-def _set_step(schedule: Any, step: int) -> None:
-    """Set the step of a schedule, or of those in a chain. A sequence within a sequence keeps its own, which torch counts anew."""
-    if hasattr(schedule, "_milestones"):
-        return
-    if hasattr(schedule, "last_epoch"):
-        schedule.last_epoch = step
-    for inner in getattr(schedule, "_schedulers", ()):
-        _set_step(inner, step)
-
-
-def _tell_rates(schedule: Any, rates: list[float]) -> None:
-    """Give a schedule and those inside the learning rates that they tell loggers."""
-    schedule._last_lr = rates
-    for inner in getattr(schedule, "_schedulers", ()):
-        _tell_rates(inner, rates)
 
 
 def _set_base_rate(schedule: Any, place: int, value: float) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -431,6 +432,35 @@ def test_saving_replaces_the_folder_as_a_whole(
     sd_module.save_adapter(str(tmp_path / "adapter"))
     names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"]
     assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == names
+
+
+class AddsAdapter(Callback):
+    """Adds a second adapter, which trains too or is frozen."""
+
+    def __init__(self, trains: bool) -> None:
+        self.trains = trains
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LoraDiffusion)
+        denoiser = pl_module.family.denoiser
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of a second adapter
+            denoiser.add_adapter("style", LoraConfig(r=2, target_modules=["to_k"]))
+        denoiser.base_model.set_adapter(["default", "style"])
+        for name, parameter in denoiser.named_parameters():
+            parameter.requires_grad = ".default." in name or (self.trains and ".style." in name)
+
+
+@pytest.mark.parametrize(
+    ("trains", "found"),
+    [(True, r"without \d+ other trained tensors, the first is \S+\.style\."), (False, "without the adapter style")],
+)
+def test_files_tell_that_they_lack_a_second_adapter(
+    trains: bool, found: str, sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    fit(sd_module, make_batches(1), trainer_options, callbacks=[AddsAdapter(trains)])
+    with pytest.warns(UserWarning, match=found):
+        sd_module.save_adapter(tmp_path / "adapter")
 
 
 class TestMemoryKeys:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,7 +18,6 @@ from lit_lora.callbacks import AdapterCheckpoint
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
-from lit_lora.optimizer_settings import Setting, apply_settings
 from tests.helpers import loader_of, make_batches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ended before the epoch ended")
@@ -182,45 +180,6 @@ def test_constants_and_lr_of_schedules_inside_a_schedule_are_applied(
     module = run(tmp_path, trainer_options, Line(adamw(0.2), warm_up(3, 8)), 8, **options)
     whole = run(tmp_path / "whole", trainer_options, Line(adamw(0.2), warm_up(3, 8)), 8)
     assert module.rates == pytest.approx(whole.rates[1:])
-
-
-def longer_warm_up(steps: int) -> Callable[..., Any]:
-    def make(optimizer: torch.optim.Optimizer) -> Any:
-        schedules = torch.optim.lr_scheduler
-        parts = [schedules.LinearLR(optimizer, 0.1, total_iters=steps), schedules.CosineAnnealingLR(optimizer, 12)]
-        return schedules.SequentialLR(optimizer, parts, milestones=[steps])
-
-    return make
-
-
-@pytest.mark.parametrize(("before", "now"), [(2, 8), (8, 2)])
-def test_other_milestones_give_the_steps_of_the_schedules_inside(before: int, now: int) -> None:
-    trainers = [Mock(), Mock()]
-    for trainer, length in zip(trainers, (before, now), strict=True):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
-        schedule = longer_warm_up(length)(optimizer)
-        trainer.optimizers, trainer.lr_scheduler_configs = [optimizer], [Mock(scheduler=schedule)]
-        for _ in range(5):
-            optimizer.step()
-            schedule.step()
-    changed, whole = (trainer.lr_scheduler_configs[0].scheduler for trainer in trainers)
-    apply_settings(trainers[0], {Setting("milestones", 0): [now], Setting("schedulers.0.total_iters", 0): now})
-    for _ in range(6):
-        assert changed.optimizer.param_groups[0]["lr"] == pytest.approx(whole.optimizer.param_groups[0]["lr"])
-        assert changed.get_last_lr() == pytest.approx(whole.get_last_lr())
-        for schedule in (changed, whole):
-            schedule.optimizer.step()
-            schedule.step()
-
-
-def test_a_group_that_was_added_after_the_schedule_keeps_its_lr() -> None:
-    """As Lightning's BackboneFinetuning adds them."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": 0.3})
-    trainer = Mock(optimizers=[optimizer], lr_scheduler_configs=[Mock(scheduler=schedule)])
-    apply_settings(trainer, {Setting("step_size", 0): 4})
-    assert [group["lr"] for group in optimizer.param_groups] == schedule.get_last_lr() == [1.0, 0.3]
 
 
 def test_another_schedule_inside_a_schedule_is_refused(trainer_options: dict[str, Any], tmp_path: Path) -> None:

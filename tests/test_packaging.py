@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import tomllib
 from importlib import import_module
+from importlib.metadata import packages_distributions
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from tests.unrelated_project import make_project
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAPPED = ("callbacks", "datamodules", "configs")
+_OPTIONAL = {"pynvml": "nvidia-ml-py"}
+"""Imported packages that need not be installed where tests run, with what installs them."""
 
 
 def test_the_list_of_packages_is_complete() -> None:
@@ -67,6 +71,21 @@ def test_constraints_name_every_dependency_in_its_range() -> None:
         assert requirement.specifier.contains(version), (
             f"{requirement} excludes {version}, which constraints/ci.txt names"
         )
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """One that only another dependency asks for is gone once that one does without it."""
+    code = [path for top in ("lit_lora", *MAPPED) for path in (ROOT / top).rglob("*.py")]
+    nodes = [node for path in code for node in ast.walk(ast.parse(path.read_text()))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    imported = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"lit_lora"}
+    distributions = packages_distributions()
+    declared = {canonicalize_name(one.name) for one in requirements(*PROJECT["project"]["optional-dependencies"])}
+    assert "psutil" in imported
+    for name in sorted(imported):
+        installing = distributions.get(name, [_OPTIONAL.get(name, name)])
+        assert declared.intersection(map(canonicalize_name, installing)), f"pyproject.toml does not declare {name}"
 
 
 def test_messages_name_extras_that_exist() -> None:

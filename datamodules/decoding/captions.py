@@ -72,6 +72,7 @@ class CaptionSource:
             raise UserError(
                 f"class_names needs extension: cls, not {self.extension}; change the extension or remove class_names"
             )
+        _read_lines.cache_clear()  # the file may have changed since another source has read it
         names = self._names
         if names is not None and not names:
             raise UserError(f"class_names={self.class_names!r} contains no names; write one for each class")
@@ -102,13 +103,21 @@ class CaptionSource:
         """The options that determine the captions, as JSON values; class names as a digest."""
         values = asdict(self)
         if self._names is not None:
-            values["class_names"] = hashlib.blake2b("\n".join(self._names).encode(), digest_size=16).hexdigest()
+            values["class_names"] = self._names_digest
         return values
+
+    def described_contents(self) -> dict[str, str]:
+        """What a resumed run compares beside the options: the names in the file."""
+        return {"names": self._names_digest} if isinstance(self.class_names, str) else {}
 
     @property
     def place(self) -> str:
         """Location of the caption, for messages."""
         return f"under the key {self.key!r} in .json" if self.extension == "json" else f"in .{self.extension}"
+
+    @property
+    def _names_digest(self) -> str:
+        return hashlib.blake2b("\n".join(self._names or ()).encode(), digest_size=16).hexdigest()
 
     @property
     def _names(self) -> list[str] | None:

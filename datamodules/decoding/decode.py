@@ -121,7 +121,8 @@ def _read_with_pillow(data: bytes, if_transparent: bool = False) -> Image.Image 
             image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
             if if_transparent and not image.has_transparency_data:
                 return None
-            if image.format == "WEBP" and getattr(image, "n_frames", 1) > 1:
+            # Not those of JPEG: cameras put previews and depth maps behind the photo.
+            if image.format in ("PNG", "WEBP") and getattr(image, "n_frames", 1) > 1:
                 raise BadSampleError("the image is an animation")
             image.load()
             return ImageOps.exif_transpose(image)

@@ -22,7 +22,7 @@ from lit_lora.adapter_tools.lora_layer import LoraLayer, narrowed
 from lit_lora.adapter_tools.plain_lora import Layers, beyond_lora, lora_layers
 from lit_lora.adapter_tools.weight_stream import rewrite, shapes_in, widest_dtype
 from lit_lora.adapters import load_adapter
-from lit_lora.adapters.names import tuner_layers
+from lit_lora.adapters.names import PREFIX, tuner_layers
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
@@ -221,6 +221,7 @@ def _merge_loaded(
     variant = base.source.variant_of(base.part(name))
     options: dict[str, Any] = {"variant": variant} if variant else {}
     model = diffusers.AutoModel.from_pretrained(str(folder), dtype=widest_dtype(files, folder), **options)
+    _count_whole(adapter, model, rounding)
     adapted = load_adapter(model, adapter.config, adapter.state, path)
     try:
         _merge_layers(adapted, rounding)
@@ -230,6 +231,21 @@ def _merge_loaded(
     count = len(getattr(adapted.base_model, "targeted_module_names", []))
     merged.save_pretrained(out, **options)
     return count, len(list(out.glob("*.safetensors")))
+
+
+def _count_whole(adapter: AdapterFiles, model: Any, rounding: Rounding) -> None:
+    """Count what rounding leaves of weights that the adapter replaces (``modules_to_save``, biases): PEFT loads them in the
+    dtypes of the model's own.
+
+    Raises:
+        UserError: If a value is beyond the dtype's range.
+    """
+    parameters = dict(model.named_parameters())
+    for key, value in adapter.state.items():
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if name in parameters and parameters[name].shape == value.shape:  # loading tells other shapes
+            old = parameters[name].data
+            rounding.add(old, value.float(), narrowed(value.float(), old.dtype, name))
 
 
 def _merge_layers(adapted: PeftModel, rounding: Rounding) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_lora.adapters.inject import ADAPTER_NAME
 from lit_lora.adapters.methods import AdapterMethod, method_of
-from lit_lora.adapters.state import adapter_state
+from lit_lora.adapters.state import adapter_state, warn_of_left_out
 from lit_lora.loops import number_of_steps
 
 
@@ -66,7 +66,12 @@ class AdaptedParts:
         return sum(method.state_bytes(model) for _, model, _, method in self._all())
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The adapters' full tensors on the CPU by part; a collective call where the strategy shards weights."""
+        """The adapters' full tensors on the CPU by part; a collective call where the strategy shards weights.
+
+        A warning names what was trained in the models beside their adapters.
+        """
+        for model in self.models.values():
+            warn_of_left_out(model)
         return {name: adapter_state(model) for name, model in self.models.items()}
 
     def _all(self) -> Iterator[tuple[str, PeftModel, PeftConfig, AdapterMethod]]:

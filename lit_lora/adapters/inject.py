@@ -16,6 +16,7 @@ from lit_lora.adapters.methods import is_rebased, method_of
 from lit_lora.adapters.targets import described_presets, is_preset, preset_targets
 from lit_lora.console import out_of_memory
 from lit_lora.errors import UserError
+from lit_lora.finite import damaged_base
 from lit_lora.parameters import trainable_parameters
 from lit_lora.quantization.frozen_layer import quantized_layers
 
@@ -68,6 +69,8 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
         if out_of_memory(error):
             raise
+        if advice := damaged_base(model):  # which PiSSA, for one, cannot decompose
+            raise UserError(f"{type(model).__name__} cannot be adapted: {advice}") from error
         raise UserError(
             f"the adapter {type(config).__name__} does not fit {type(model).__name__}: {error}\n"
             f"target_modules is {_shown(getattr(config, 'target_modules', None))}; names that occur in this model are "

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lit_lora.errors import UserError
-from lit_lora.finite import non_finite_names
+from lit_lora.finite import damaged_base, non_finite_names
 
 
 def adapter_keys(module: nn.Module) -> set[str]:
@@ -122,7 +122,10 @@ def _check_same(missing: Collection[str], unknown: Collection[str], shapes: Coll
 
 
 def check_finite(
-    tensors: Mapping[str, Tensor], what: str = "checkpoint", advice: str = "resume from an earlier checkpoint"
+    tensors: Mapping[str, Tensor],
+    what: str = "checkpoint",
+    advice: str = "resume from an earlier checkpoint",
+    base: nn.Module | None = None,
 ) -> None:
     """Check that tensors hold no NaN or Inf.
 
@@ -130,11 +133,13 @@ def check_finite(
         tensors: Tensors by name.
         what: What they are in, for the error.
         advice: What to do, for the error.
+        base: Module that may be damaged itself, which the error then tells. Defaults to none.
 
     Raises:
         UserError: If some values are NaN or Inf.
     """
     if bad := non_finite_names(tensors):
+        advice = (base is not None and damaged_base(base)) or advice
         raise UserError(f"{len(bad)} tensors of the {what} hold NaN or Inf, the first is {bad[0]}; {advice}")
 
 

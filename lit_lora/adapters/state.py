@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning.pytorch.utilities import rank_zero_warn
 from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor
@@ -24,3 +25,31 @@ def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     A collective call where the strategy shards weights: every process has to make it.
     """
     return {key: full_tensor(value).detach().cpu().contiguous() for key, value in adapter_tensors(model).items()}
+
+
+def warn_of_left_out(model: PeftModel) -> None:
+    """Warn of what was trained or computes in a model beside its adapter, as a callback may add it: its files do not hold that.
+
+    Args:
+        model: Adapted model, whose embeddings of new tokens have files of their own.
+    """
+    # AdaLoRA's files hold parts of its tensors; biases have no adapter's name.
+    written = {id(value) for value in adapter_tensors(model).values()}
+    trained = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and id(parameter) not in written
+        and not {ADAPTER_NAME, "new_tokens"}.intersection(name.split("."))
+    ]
+    others = [name for name in model.active_adapters if name != ADAPTER_NAME]
+    if trained:
+        found = f"{len(trained)} other trained tensors, the first is {trained[0]}"
+    elif others:
+        found = f"the adapter {others[0]}, which is active too"
+    else:
+        return
+    rank_zero_warn(
+        f"the adapter's files hold the adapter {ADAPTER_NAME!r} alone, without {found}; checkpoints hold all that is trained. "
+        f"Write another adapter with save_pretrained(folder, selected_adapters=[name]) of the adapted model"
+    )

@@ -167,7 +167,7 @@ def _resident() -> int:
     """Resident bytes of this process."""
     size = _from_status("VmRSS:")
     if size is None:
-        import psutil  # type: ignore[import-untyped]  # comes with accelerate
+        import psutil  # type: ignore[import-untyped]
 
         size = int(psutil.Process().memory_info().rss)
     return size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -28,6 +29,7 @@ from lit_lora.formats.text_encoders import for_encoder
 from tests.adapter_tools.layers import adapter as adapter_of_layers
 from tests.adapter_tools.layers import base, config
 from tests.formats.adapters import encoder_adapter
+from tests.helpers import tiny_unet
 
 UNET_LAYERS = ["to_q", "to_v", "conv1", "proj_in", "conv_in"]
 FLUX_LAYERS = ["attn.to_q", "ff.net.2", "proj_mlp", "proj_out"]
@@ -189,6 +191,34 @@ def test_rounding_is_counted_and_added_once_where_peft_merges(sd_folder: Path, t
             errors += float((after[name].float() - before[name].float() - delta).square().sum())
             changes += float(delta.square().sum())
     assert merged.rounding.share == pytest.approx((errors / changes) ** 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("config", [CONFIGS["modules_to_save"], LoraConfig(r=2, target_modules=["to_q"], bias="all")])
+def test_rounding_of_weights_that_the_adapter_replaces(config: PeftConfig, tmp_path: Path) -> None:
+    unet = tiny_unet().bfloat16()
+    unet.save_pretrained(tmp_path / "base")
+    before = {name: value.float().clone() for name, value in unet.state_dict().items()}
+    files = random_adapter(unet.float(), copy.deepcopy(config))
+    # Of the adapter, only what it replaces changes something.
+    small = {key: value * ("lora_B" not in key) for key, value in files.state.items()}
+    for key, value in small.items():
+        if (name := key.removeprefix("base_model.model.").replace(".base_layer.", ".")) in before:
+            small[key] = before[name] + (value - before[name]) * 0.002
+    (tmp_path / "out").mkdir()
+    base = BaseModel(str(tmp_path / "base"))
+    with pytest.warns(UserWarning, match=r"adds an error of (\d+)% to the adapter's change"):
+        merged = merge_base(replace(files, state=small), "adapter", base, tmp_path / "out")
+    after = load_file(find_weights(tmp_path / "out")[0])
+    wanted = {key.removeprefix("base_model.model.").replace(".base_layer.", "."): one for key, one in small.items()}
+    names = wanted.keys() & before.keys()
+    errors = sum(float((after[name].float() - wanted[name]).square().sum()) for name in names)
+    changes = sum(float((wanted[name] - before[name]).square().sum()) for name in names)
+    assert merged.rounding.share == pytest.approx((errors / changes) ** 0.5, rel=1e-3)
+
+    tiny_unet().half().save_pretrained(tmp_path / "half")
+    large = {key: value if "lora" in key else value + 1e5 for key, value in small.items()}
+    with pytest.raises(UserError, match=r"conv_\w+\.\w+ would reach 1\d+.*, and float16 holds at most 65504"):
+        merge_base(replace(files, state=large), "adapter", BaseModel(str(tmp_path / "half")), tmp_path / "out")
 
 
 @pytest.mark.parametrize("denoiser_only", [False, True])

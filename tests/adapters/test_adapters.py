@@ -13,7 +13,8 @@ from safetensors import safe_open
 from lit_lora.adapters import adapter_keys, check_adapter_config, check_adapter_state, inject, plain_config
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
-from tests.helpers import save_adapter
+from lit_lora.module import LoraDiffusion
+from tests.helpers import diffusion_module, save_adapter
 
 TARGETS = ("to_q", "to_k")
 
@@ -259,6 +260,24 @@ def test_a_method_that_cannot_adapt_the_layers_is_one_error(unet: UNet2DConditio
         UserError, match=r"C3AConfig does not fit UNet2DConditionModel: .*block size(.|\n)*target_modules is"
     ):
         inject(unet, peft.C3AConfig(block_size=256), TARGETS)
+
+
+def test_a_base_with_nan_is_told_as_the_base(sd_folder: Path, tmp_path: Path) -> None:
+    """DoRA takes its magnitudes from the base, PiSSA its factors."""
+    bad = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+
+    def damaged(config: peft.PeftConfig) -> LoraDiffusion:
+        module = diffusion_module(sd_folder, config)
+        module.family.load(torch.float32)
+        module.family.denoiser.get_submodule(bad).weight.data[0, 0] = float("nan")
+        module.configure_model()
+        return module
+
+    found = rf"replace the base's files: 1 frozen tensors hold NaN or Inf, the first is \S*{bad}"
+    with pytest.raises(UserError, match=f"tensors of the adapter hold NaN or Inf.*; {found}"):
+        damaged(peft.LoraConfig(r=2, use_dora=True, target_modules=["to_q"])).save_adapter(tmp_path / "adapter")
+    with pytest.raises(UserError, match=f"UNet2DConditionModel cannot be adapted: {found}"):
+        damaged(peft.LoraConfig(r=2, init_lora_weights="pissa", target_modules=["to_q"]))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

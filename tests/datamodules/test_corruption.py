@@ -91,7 +91,7 @@ CASES = {
         members=lambda: {"png": _bomb(), "txt": b"x"},
     ),
     "animated WebP": Case("nimat", "undecodable image", members={"webp": _animation("WEBP"), "txt": b"x"}),
-    "animated PNG": Case("", "", members={"png": _animation("PNG"), "txt": b"x"}),
+    "animated PNG": Case("nimat", "undecodable image", members={"png": _animation("PNG"), "txt": b"x"}),
     "no image": Case("1 of 4 samples have no image", "no image", at_start=True, members={"txt": b"x"}),
     # The caption
     "caption in Latin-1": Case("not UTF-8", "caption not UTF-8", members={"jpg": JPEG, "txt": b"caf\xe9"}),

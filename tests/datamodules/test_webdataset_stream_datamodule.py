@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -454,3 +456,25 @@ def test_uneven_shards_on_two_processes(tmp_path, make_shards):
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert sorted(ranks[0]["slots"] + ranks[1]["slots"]) == list(range(32))
     assert sorted(ranks[0]["validated"] + ranks[1]["validated"]) == sorted(_samples(8) * 2)
+
+
+def test_other_validation_samples_have_another_digest(make_shards, tmp_path):
+    """The record of the run compares it when it is resumed."""
+
+    def digest(validation, **options):
+        options = {"val_shards": validation, "val_batches": 2} | options if validation else {}
+        data = _process(_data(trained, **options), 0, 2)
+        data.setup("fit")
+        return data.validation_digest
+
+    trained = make_shards(6)
+    (four,), (five,) = (make_shards(count, folder=str(count)) for count in (4, 5))
+    moved = shutil.copytree(four.parent, tmp_path / "moved")
+    told = digest(str(four))
+    assert re.fullmatch(r"up to 8 of 1 shards \(\w{8}\)", told)
+    assert digest(str(moved)) == told != digest(str(five))
+    assert digest(str(four), val_batches=3).startswith("up to 12 of 1 shards")
+    assert digest(None) == ""
+    one, two = (digest(f"https://example.com/{name}.tar?token=x") for name in "ab")
+    assert one != two
+    assert one == digest("https://example.com/a.tar?token=y")

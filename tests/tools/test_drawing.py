@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, OFTConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
 
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
@@ -42,6 +44,20 @@ def test_an_update_without_a_scale_is_not_drawn_as_if_it_had_one(
     drawer().adapt([ScaledAdapter(path, 1)])
     with pytest.raises(UserError, match=r"has no scale; draw it with the scale 1, or with 0 for the base alone"):
         drawer().adapt([ScaledAdapter(path, 0.5)])
+
+
+def test_layers_with_an_alpha_of_zero_have_a_scale(sd_folder: Path, tmp_path: Path) -> None:
+    """Other programs write such files; half of no update is none."""
+    path = tmp_path / "adapter"
+    written(LORA, sd_folder, path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"attn1.to_q": 0}}))
+    used = drawer()
+    used.adapt([ScaledAdapter(str(path), 0.5)])
+    assert used.family is not None
+    layers = [layer for layer in used.family.denoiser.modules() if isinstance(layer, LoraLayer)]
+    scales = {layer.scaling["default"] for layer in layers}
+    assert scales == {0, 0.5 * LORA.lora_alpha / LORA.r}
 
 
 def test_rounding_of_merged_adapters_is_told(sd_folder: Path, tmp_path: Path) -> None:

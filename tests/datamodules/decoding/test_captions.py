@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from lit_lora.datamodules.decoding.captions import MAX_JSON_BYTES, MAX_TEXT_BYTES, Captions, CaptionSource
 from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.described import described
 from lit_lora.errors import UserError
 
 SLOTS = range(2000)
@@ -194,6 +195,18 @@ def test_fixed():
     assert not Captions([CaptionSource("txt", weight=1), CaptionSource("json", weight=1)]).fixed
     with pytest.raises(BadSampleError, match=r"2 captions under the key 'a' in \.json; select one, as a\.0"):
         Captions([CaptionSource("json", key="a")]).draw_fixed(_json({"a": ["x", "y"]}))
+
+
+def test_class_names_of_a_changed_file_count(tmp_path):
+    names = tmp_path / "names.txt"
+    found = []
+    for text in ("hen\nfox\n", "hen\nowl\n"):
+        names.write_text(text)
+        source = CaptionSource("cls", class_names=str(names))
+        found.append((source.texts({"cls": b"1"}), str(source.description()), described(Captions([source]))))
+    assert [texts for texts, *_ in found] == [["fox"], ["owl"]]
+    assert found[0][1] != found[1][1]  # of a cache
+    assert found[0][2] != found[1][2]  # which a resumed run compares
 
 
 def test_description_identifies_the_captions(tmp_path):
