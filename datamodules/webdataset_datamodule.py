@@ -252,14 +252,6 @@ class WebDatasetDataModule(LightningDataModule):
         if state is not None:
             with naming_checkpoint(self.trainer):
                 loader.load_state_dict(state)
-            size, earlier = loader.plan.global_batch_size, state["segments"][-2]
-            if resumed and size != earlier and self._rank == 0:
-                _log.warning(
-                    "the global batch has %d samples, but %d in the resumed run, so that the rest of the data is divided into "
-                    "others; change batch_size or the number of processes to keep its size",
-                    size,
-                    earlier,
-                )
         if before is not None:
             loader.bad_samples |= before.bad_samples
             loader.wordless = before.wordless
