@@ -273,15 +273,9 @@ class AdapterCheckpoint(ResumedSaves):
         return {name: value for name in ("formats", "info") if (value := getattr(self, name))}
 
     def _restore_random_state(self, trainer: Trainer) -> None:
-        if self._saved_rng is None:
-            return
-        if len(self._saved_rng) == trainer.world_size:
+        # Of other processes there is no state to continue; the run's record tells their number.
+        if self._saved_rng is not None and len(self._saved_rng) == trainer.world_size:
             set_random_state(self._saved_rng[trainer.global_rank])
-        else:
-            rank_zero_warn(
-                f"the checkpoint was saved by {len(self._saved_rng)} processes and this run has {trainer.world_size}, so dropout "
-                f"does not continue the random numbers of that run"
-            )
         self._saved_rng = None
 
     def _stop_at_step(self, trainer: Trainer) -> None:

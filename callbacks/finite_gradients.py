@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from lit_lora.distributed.collectives import gather
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_whole
 from lit_lora.finite import any_non_finite, any_non_finite_gradient, damaged_base, non_finite_names, tensors_in
 from lit_lora.loops import accumulating
 from lit_lora.skipped_step import skip_step_where
@@ -47,7 +47,7 @@ class FiniteGradients(Callback):
     """
 
     def __init__(self, patience: int = 5) -> None:
-        check_least(1, patience=patience)
+        check_whole(1, patience=patience)
         self.patience = patience
         self.skipped = 0
         """Number of steps that were skipped in the whole run, also before it was resumed."""

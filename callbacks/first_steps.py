@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from lit_lora.callbacks.changed_ranks import ChangedRanks
 from lit_lora.callbacks.first_values import check_no_start, check_untrained
 from lit_lora.distributed.resized import resizing
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_whole
 
 
 class FirstSteps(ChangedRanks, ABC):
@@ -32,7 +32,7 @@ class FirstSteps(ChangedRanks, ABC):
 
     def __init__(self, steps: int) -> None:
         super().__init__()
-        check_least(1, steps=steps)
+        check_whole(1, steps=steps)
         self.steps = steps
         self.seen: dict[str, Any] = {}
         """What was seen of each layer, by its path; its ``state()`` is what a checkpoint holds."""

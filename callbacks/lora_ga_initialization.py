@@ -18,7 +18,7 @@ from lit_lora.callbacks.rebased_initialization import (
     linear_of,
     values_from_peft,
 )
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_whole
 
 
 class LoraGaInitialization(RebasedInitialization):
@@ -57,7 +57,7 @@ class LoraGaInitialization(RebasedInitialization):
         stable_gamma: int = 16,
     ) -> None:
         super().__init__(steps)
-        check_least(1, stable_gamma=stable_gamma)
+        check_whole(1, stable_gamma=stable_gamma)
         self.config = LoraGAConfig(direction=direction, scale=scale, stable_gamma=stable_gamma)
         self._trainer: Trainer | None = None
 

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_lora.callbacks.logged_image import log_image
 from lit_lora.callbacks.planned_advice import planned_advice
 from lit_lora.distributed.collectives import gather
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_whole
 from lit_lora.files import atomic_file
 from lit_lora.profiling.advice import general_advice, sorted_advice
 from lit_lora.profiling.chart import memory_chart
@@ -82,8 +82,8 @@ class MemoryProfiler(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50, output_dir: str | None = None, snapshot_entries: int = 0) -> None:
-        check_least(1, every_n_steps=every_n_steps)
-        check_least(0, snapshot_entries=snapshot_entries)
+        check_whole(1, every_n_steps=every_n_steps)
+        check_whole(0, snapshot_entries=snapshot_entries)
         self.every_n_steps = every_n_steps
         self.output_dir = output_dir
         self.snapshot_entries = snapshot_entries

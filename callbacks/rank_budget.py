@@ -25,7 +25,7 @@ from lit_lora.callbacks.changed_ranks import ChangedRanks
 from lit_lora.callbacks.logged_image import log_image
 from lit_lora.distributed.collectives import broadcast, sum_of_shards
 from lit_lora.distributed.resized import resizing
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_least, check_whole
 from lit_lora.formats.peft import safetensors_bytes
 from lit_lora.loops import number_of_steps
 from lit_lora.profiling.rank_chart import rank_chart
@@ -86,12 +86,13 @@ class RankBudget(ChangedRanks):
         min_rank: int = 1,
     ) -> None:
         super().__init__()
+        check_whole(1, prunings=prunings, min_rank=min_rank, parameters=parameters)
         given = {"mean_rank": mean_rank, "parameters": parameters, "share": share, "file_size": file_size}
         if len(set_ones := [f"{name}={value}" for name, value in given.items() if value is not None]) != 1:
             raise UserError(
                 f"RankBudget needs exactly one of {', '.join(given)}, not {' and '.join(set_ones) or 'none of them'}"
             )
-        check_least(1, prunings=prunings, min_rank=min_rank, parameters=parameters, mean_rank=mean_rank)
+        check_least(1, mean_rank=mean_rank)
         if share is not None and not 0 < share < 1:
             raise UserError(f"share={share} must lie between 0 and 1: it is the part of the parameters that remains")
         if not 0 <= start < stop <= 1:

@@ -107,11 +107,13 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
     if trainer.gradient_clip_val:
         yield "trainer.gradient_clip_algorithm", str(trainer.gradient_clip_algorithm or "norm")
     datamodule: Any = getattr(trainer, "datamodule", None)
-    batches = trainer.world_size * trainer.accumulate_grad_batches
+    batches, processes = trainer.accumulate_grad_batches, trainer.world_size
+    # With its factors: the division of the data into batches and dropout's random numbers depend on them, too.
+    factors = f"{processes} process{'es' * (processes > 1)} x {batches} batch{'es' * (batches > 1)}"
     if isinstance(size := getattr(datamodule, "batch_size", None), int):
-        yield "samples per optimizer step", str(size * batches)
+        yield "samples in an optimizer step", f"{size * batches * processes} ({factors} of {size})"
     else:  # the size of a loader's batches is not known yet
-        yield "batches per optimizer step (processes x trainer.accumulate_grad_batches)", str(batches)
+        yield "batches in an optimizer step", f"{batches * processes} ({factors})"
     if hasattr(datamodule, "resolution"):
         yield "data.resolution", described(datamodule.resolution)
     if isinstance(digest := getattr(datamodule, "validation_digest", None), str) and digest:

@@ -17,7 +17,7 @@ from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.callbacks.logged_image import log_image
 from lit_lora.callbacks.schedule_free import learned_weights
 from lit_lora.distributed.collectives import gather
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_whole
 from lit_lora.families import check_edits
 from lit_lora.files import atomic_file
 from lit_lora.formats import add_sample
@@ -67,13 +67,9 @@ class SampleImages(Callback):
     ) -> None:
         if not prompts:
             raise UserError("SampleImages needs at least one prompt")
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("num_inference_steps", num_inference_steps),
-            ("columns", columns),
-        ):
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
+        check_whole(1, every_n_steps=every_n_steps, num_inference_steps=num_inference_steps, columns=columns)
+        check_whole(1, height=height, width=width)
+        check_whole(0, seed=seed)
         self.prompts = [prompt.filled(seed=seed + i) for i, prompt in enumerate(read_prompts(prompts))]
         self.every_n_steps = every_n_steps
         self.seed = seed

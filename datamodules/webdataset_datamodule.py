@@ -34,7 +34,7 @@ from lit_lora.datamodules.shard_set import ShardSet
 from lit_lora.datamodules.staging.make_stager import checked_budget, make_stager
 from lit_lora.distributed.jobs import check_workers
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError, check_exclusive, check_kind, check_least, check_most
+from lit_lora.errors import UserError, check_exclusive, check_kind, check_most, check_whole
 from lit_lora.redact import redact
 
 Shards = str | list[str] | None
@@ -105,8 +105,8 @@ class WebDatasetDataModule(LightningDataModule):
         check_kind(AspectRatioBuckets, "AspectRatioBuckets(divisor=64)", buckets=buckets)
         check_kind(SampleDecoder, "ImageDecoder()", decoder=decoder)
         check_kind(Chunks, "Chunks(count=10)", chunks=chunks)
-        check_least(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
-        check_least(1, batch_size=batch_size)
+        check_whole(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
+        check_whole(1, batch_size=batch_size)
         check_most(MAX_BATCH_SIZE, batch_size=batch_size)
         check_workers(num_workers=num_workers)
         check_exclusive(val_shards=val_shards, val_samples=val_samples)
@@ -252,14 +252,6 @@ class WebDatasetDataModule(LightningDataModule):
         if state is not None:
             with naming_checkpoint(self.trainer):
                 loader.load_state_dict(state)
-            size, earlier = loader.plan.global_batch_size, state["segments"][-2]
-            if resumed and size != earlier and self._rank == 0:
-                _log.warning(
-                    "the global batch has %d samples, but %d in the resumed run, so that the rest of the data is divided into "
-                    "others; change batch_size or the number of processes to keep its size",
-                    size,
-                    earlier,
-                )
         if before is not None:
             loader.bad_samples |= before.bad_samples
             loader.wordless = before.wordless

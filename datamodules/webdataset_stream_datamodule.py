@@ -23,7 +23,7 @@ from lit_lora.datamodules.streaming.restarting_stream_loader import RestartingSt
 from lit_lora.datamodules.streaming.shard_stream import ShardStream
 from lit_lora.datamodules.streaming.stream_loader import StreamLoader
 from lit_lora.distributed.jobs import check_workers
-from lit_lora.errors import UserError, check_kind, check_least, check_most
+from lit_lora.errors import UserError, check_kind, check_most, check_whole
 from lit_lora.redact import redact
 
 _PIPE = "pipe:"
@@ -93,13 +93,13 @@ class WebDatasetStreamDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_kind(SampleDecoder, "ImageDecoder()", decoder=decoder)
-        check_least(1, batches_per_epoch=batches_per_epoch, batch_size=batch_size)
+        check_whole(1, batches_per_epoch=batches_per_epoch, batch_size=batch_size)
         check_resolution(resolution)
         check_most(MAX_BATCH_SIZE, batch_size=batch_size)
+        check_whole(1, val_batches=val_batches)
+        check_whole(0, num_workers=num_workers, shuffle_buffer=shuffle_buffer, max_bad_samples=max_bad_samples)
+        check_whole(0, seed=seed)
         check_workers(num_workers=num_workers)
-        check_least(1, val_batches=val_batches)
-        check_least(0, num_workers=num_workers, shuffle_buffer=shuffle_buffer, max_bad_samples=max_bad_samples)
-        check_least(0, seed=seed)
         if bool(val_shards) != (val_batches is not None):
             raise UserError(f"val_shards and val_batches={val_batches} need each other; set both or neither")
         self.train_shards = train_shards

@@ -17,7 +17,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 import lit_lora
 from lit_lora.config_files import ALL_OPTIONS, TO_BEGIN
 from lit_lora.lazy import public_names
-from lit_lora.option_names import advice_for, in_full, no_option
+from lit_lora.option_names import in_full, no_option
 from lit_lora.source_options import not_possible
 
 _ADVICE = {
@@ -115,9 +115,8 @@ def _no_option(path: str, options: Sequence[str], owner: str, dashes: str) -> st
     part = path.rpartition(".")[0]
     beside = [name for there, _, name in (option.rpartition(".") for option in options) if there == part]
     listed = f"the options there are {', '.join(beside)}" if 0 < len(beside) <= _FEW else None
-    if not owner:
-        return no_option(path, options, listed or ALL_OPTIONS, dashes)
-    return f"{owner} has no option {path}; {advice_for(path, options) or listed or 'its documentation lists them'}"
+    otherwise = "its documentation lists them" if owner else ALL_OPTIONS
+    return no_option(path, options, listed or otherwise, "" if owner else dashes, owner)
 
 
 def reasons(message: str) -> str:

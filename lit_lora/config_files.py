@@ -182,8 +182,7 @@ def _check_keys(given: str, part: str, values: Any, known: Known) -> None:
         name = str(key).partition(".")[0].rstrip("+")
         if name not in known[part]:
             path = f"{part}.{name}".lstrip(".")
-            advice = advice_for(path, _paths(known)) or ALL_OPTIONS
-            raise UserError(f"{given} has {path}, which is no option; {advice}")
+            raise UserError(f"{given}: {no_option(path, _paths(known), ALL_OPTIONS)}")
         possible = known[part].get(str(key))
         if possible and (why := possible.refuse(values[key])):
             raise UserError(f"{given}: {f'{part}.{key}'.lstrip('.')}: {why}")

@@ -157,7 +157,8 @@ def report(error: Exception) -> int:
     if isinstance(error, BrokenPipeError):
         return end_quietly()
     if isinstance(error, UserError) or is_config_mistake(error):
-        print_error(str(error))
+        if not _is_told(error):
+            print_error(str(error))
         return 2
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         where = error.filename or ("the logs of TensorBoard" if _raised_in(error, "tensorboard") else "a file")
@@ -170,6 +171,15 @@ def report(error: Exception) -> int:
     else:
         print_fault(error)
     return 1
+
+
+def mark_told(error: BaseException) -> None:
+    """Note that a mistake of the user's is on the screen already, perhaps of another process, so that no one prints it again."""
+    error.lit_lora_told = True  # type: ignore[attr-defined]
+
+
+def _is_told(error: BaseException) -> bool:
+    return any(hasattr(one, "lit_lora_told") for one in (error, error.__cause__))
 
 
 def _raised_in(error: BaseException, library: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 from lit_lora.visible import visible_lines
@@ -38,6 +39,18 @@ def check_least(least: float, **values: float | None) -> None:
     """
     for name, value in _wrong_numbers(values, lambda value: value < least):
         raise UserError(f"{name}={value} is too small; it must be at least {least}")
+
+
+def check_whole(least: int, **values: int | None) -> None:
+    """Refuse values that are no whole numbers or below a bound; None means that an option is not set.
+
+    Raises:
+        UserError: If a value is not a whole number, which true and false are not, or below the bound.
+    """
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise UserError(f"{name}={value!r} is not a whole number; write one of at least {least}")
+    check_least(least, **values)
 
 
 def check_above(bound: float, **values: float | None) -> None:

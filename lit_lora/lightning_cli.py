@@ -186,8 +186,9 @@ class LitLoraCLI(LightningCLI):
             read_checkpoint(path, "meta")
 
     def before_validate(self) -> None:
-        """Check the checkpoint; tell what runs without one."""
+        """Check the checkpoint; tell what runs without one; add the callback that ends a failed process."""
         self._read_safely()
+        self.trainer.callbacks.insert(0, EndOnError())  # type: ignore[attr-defined]
         if not self._get(self.config, "ckpt_path") and self.model.saved is None:
             rank_zero_warn(
                 f"no ckpt_path is given, so {self.subcommand} runs with an adapter that is not trained, as the base alone"

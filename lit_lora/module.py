@@ -26,7 +26,7 @@ from lit_lora.distributed import shards_weights
 from lit_lora.distributed.node import Node
 from lit_lora.distributed.optimizer_states import make_portable
 from lit_lora.draws import Draws, slots_of
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_whole
 from lit_lora.families import Batch, ModelFamily, check_batch, check_size, prepare, source_images, target_size
 from lit_lora.files import atomic_folder
 from lit_lora.formats import marker_of, write_adapter
@@ -126,6 +126,7 @@ class LoraDiffusion(LightningModule):
     ) -> None:
         super().__init__()
         check_arguments(family, adapter, text_adapter, objective, optimizer, quantization, base_dtype)
+        check_whole(0, seed=seed)
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout={caption_dropout} is not a probability; it must lie in [0, 1]")
         self.family = family

@@ -69,7 +69,7 @@ def option_names(actions: Iterable[Action]) -> set[str]:
     return names
 
 
-def no_option(path: str, options: Iterable[str], otherwise: str, dashes: str = "") -> str:
+def no_option(path: str, options: Iterable[str], otherwise: str, dashes: str = "", owner: str = "") -> str:
     """A sentence about an option that does not exist.
 
     Args:
@@ -77,8 +77,10 @@ def no_option(path: str, options: Iterable[str], otherwise: str, dashes: str = "
         options: See :func:`advice_for`.
         otherwise: Advice if no option is like it.
         dashes: See :func:`advice_for`.
+        owner: Class that has the options; defaults to "", the command itself.
     """
-    return f"there is no option {dashes}{path}; {advice_for(path, options, dashes) or otherwise}"
+    of = f" of {owner}" if owner else ""
+    return f"there is no option {dashes}{path}{of}; {advice_for(path, options, dashes) or otherwise}"
 
 
 def advice_for(path: str, options: Iterable[str], dashes: str = "") -> str | None:

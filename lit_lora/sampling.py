@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
 from torchvision.utils import make_grid
 
 from lit_lora.cut_prompts import cut_prompts_told
-from lit_lora.errors import UserError, check_least, check_most
+from lit_lora.errors import UserError, check_least, check_most, check_whole
 from lit_lora.unknown_tokens import warn_of_unknown_tokens
 
 IMAGES_AT_A_TIME = 16
@@ -57,7 +57,7 @@ class SamplingOptions:
     guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        check_least(1, num_inference_steps=self.num_inference_steps)
+        check_whole(1, num_inference_steps=self.num_inference_steps)
         check_least(0, guidance_rescale=self.guidance_rescale)
         check_most(1, guidance_rescale=self.guidance_rescale)
 

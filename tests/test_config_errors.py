@@ -39,7 +39,7 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
                 "--data.init_args.batches_per_epoch=1",
                 "--data.init_args.train_sets=[]",
             ],
-            "WebDatasetStreamDataModule has no option train_sets; did you mean train_shards?\nseveral sets are for WebDataset",
+            "there is no option train_sets of WebDatasetStreamDataModule; did you mean train_shards?\nseveral sets are for ",
         ),
         (
             ["--trainer.accumulate_grad_batches", "0"],
@@ -88,12 +88,18 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["--model.optimizer", "nowhere.AdamW"], "there is no module nowhere; install it, or correct the path"),
         (["--model.optimizer.init_args.lr", "fast"], "lr of AdamW: 'fast' is not a float or Tensor"),
         (["--model.adapter.init_args.r", "many"], "r of LoraConfig: 'many' is not an int"),
-        (["--model.optimizer.init_args.lrr", "1"], "AdamW has no option lrr; did you mean lr?"),
-        (["--model.adapter.init_args.zzzz", "1"], "LoraConfig has no option zzzz; its documentation lists them"),
-        (["--data.buckets.zzzz", "1"], "AspectRatioBuckets has no option zzzz; the options there are divisor, max_"),
+        (["--model.optimizer.init_args.lrr", "1"], "there is no option lrr of AdamW; did you mean lr?"),
+        (
+            ["--model.adapter.init_args.zzzz", "1"],
+            "there is no option zzzz of LoraConfig; its documentation lists them",
+        ),
+        (
+            ["--data.buckets.zzzz", "1"],
+            "there is no option zzzz of AspectRatioBuckets; the options there are divisor, max_",
+        ),
         (
             ["--data.decoder.init_args.captions.zzzz", "1"],
-            "ImageDecoder has no option captions.zzzz; the options there are dropout, keep_tags,",
+            "there is no option captions.zzzz of ImageDecoder; the options there are dropout, keep_tags,",
         ),
         (
             ["--model.memory", '{"vae_slice": true}'],

@@ -33,11 +33,11 @@ def check(path: Path, text: str, method: str | None = "fit") -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("trainer: {max_stepz: 3}", r"has trainer.max_stepz, which is no option; did you mean trainer.max_steps\?"),
-        ("model: {familly: {}}", r"has model.familly, which is no option; did you mean model.family\?"),
-        ("optimizer: {lr: 1}", r"has optimizer, which is no option; did you mean model.optimizer\?"),
-        ("modell: {}", r"has modell, which is no option; did you mean model\?"),
-        ("model: {zzz: 1}", "has model.zzz, which is no option; lit-lora COMMAND --help lists"),
+        ("trainer: {max_stepz: 3}", r": there is no option trainer.max_stepz; did you mean trainer.max_steps\?"),
+        ("model: {familly: {}}", r": there is no option model.familly; did you mean model.family\?"),
+        ("optimizer: {lr: 1}", r": there is no option optimizer; did you mean model.optimizer\?"),
+        ("modell: {}", r": there is no option modell; did you mean model\?"),
+        ("model: {zzz: 1}", ": there is no option model.zzz; lit-lora COMMAND --help lists"),
     ],
 )
 def test_unknown_keys_are_refused(text: str, message: str, tmp_path: Path) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from inspect import isabstract, isclass, signature
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from peft import LoraConfig
 
 import lit_lora
 from lit_lora.callbacks import LoraInjection
-from lit_lora.datamodules import WebDatasetDataModule, WebDatasetStreamDataModule
+from lit_lora.datamodules import AspectRatioBuckets, Captions, Chunks, WebDatasetDataModule, WebDatasetStreamDataModule
 from lit_lora.errors import UserError
-from lit_lora.families import StableDiffusion
+from lit_lora.families import ModelFamily, StableDiffusion
+from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
 from lit_lora.quantization import NF4
+
+CONFIGURED = (Callback, LightningDataModule, LightningModule, ModelFamily, Chunks, AspectRatioBuckets, Captions)
+"""Kinds of parts that a config makes."""
 
 ADAPTER = LoraConfig(r=2, target_modules=["to_q"])
 
@@ -55,7 +60,7 @@ ADAPTER = LoraConfig(r=2, target_modules=["to_q"])
             {"decoder": "ImageDecoder"},
             "decoder is 'ImageDecoder', and takes an object of SampleDeco",
         ),
-        (WebDatasetDataModule, {"batch_size": "2"}, "batch_size='2' is not a number"),
+        (WebDatasetDataModule, {"batch_size": "2"}, "batch_size='2' is not a whole number"),
         (
             WebDatasetStreamDataModule,
             {"train_shards": "x", "batches_per_epoch": 1, "decoder": {}},
@@ -71,6 +76,33 @@ def test_arguments_of_another_class_are_refused_by_the_constructor(
     with pytest.raises(UserError) as refused:
         made(**arguments)
     assert str(refused.value).startswith(told)
+
+
+GIVEN: dict[str, dict[str, Any]] = {
+    "LoraDiffusion": {"family": StableDiffusion("embedded"), "adapter": ADAPTER},
+    "RankBudget": {"mean_rank": 4},
+    "WebDatasetStreamDataModule": {"train_shards": "x", "batches_per_epoch": 1, "val_shards": "x", "val_batches": 1},
+    "SampleImages": {"prompts": ["a star"]},
+}
+"""Arguments beside which an option can be tried."""
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        (name, option)
+        for name in sorted(public_names())
+        if isclass(made := getattr(lit_lora, name)) and not isabstract(made) and issubclass(made, CONFIGURED)
+        for option, parameter in signature(made.__init__).parameters.items()
+        if {"int", "int | None"} & {str(parameter.annotation)} and not option.startswith("_")
+    ],
+)
+def test_an_option_that_takes_a_whole_number_refuses_others(name: str, option: str) -> None:
+    made = getattr(lit_lora, name)
+    given = {"pretrained_model_name_or_path": "x"} if issubclass(made, ModelFamily) else GIVEN.get(name, {})
+    for value in (16.5, True, "3"):
+        with pytest.raises(UserError, match=f"{option}={value!r} is not a whole number"):
+            made(**given | {option: value})
 
 
 def test_one_module_has_one_injection(trainer_options: dict[str, Any]) -> None:

@@ -113,7 +113,7 @@ def test_one_process_gives_up_under_torchrun(
         write_tar(tmp_path / "shards" / "shard-000001.tar", members)
         assert run.ends_within(2 * SECONDS)
         assert run.wait(1) == 1
-        assert "of 2 failed: UserError: " in run.console
+        assert run.console.count("lit-lora: error in process ") == 1
         assert "bad sample" in run.console
 
 
@@ -132,8 +132,8 @@ def test_comes_back_with_fewer_and_with_more_processes(start: Callable[..., Any]
             assert run.wait(300) == (0 if signalled is None else 128 + signal.SIGTERM)
             assert run.ends_within(SECONDS)
             assert run.console.count("lit-lora: stopped by SIGTERM at step ") == (signalled is not None)
-            assert run.console.count(f"processes and this run has {processes}") == bool(resumed)
-            assert run.console.count("the global batch has ") == bool(resumed)
+            assert run.console.count("this run is not what the checkpoint was made with") == bool(resumed)
+            assert run.console.count(f", {2 * processes} ({processes} process") == bool(resumed)
         resumed = ["--ckpt_path", "last"]
     keys = [key for _, *keys in diaries(tmp_path) for key in keys]
     assert sorted(keys) == [f"{i:04}" for i in range(24)]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError, check_least, check_most
+from lit_lora.errors import UserError, check_most, check_whole
 
 LEFT_OUT = -1
 """Bucket number of an image that is too small for any bucket."""
@@ -25,7 +25,7 @@ def check_resolution(resolution: int) -> None:
     Raises:
         UserError: If it is not between 1 and ``MAX_RESOLUTION``.
     """
-    check_least(1, resolution=resolution)
+    check_whole(1, resolution=resolution)
     check_most(MAX_RESOLUTION, resolution=resolution)
 
 
@@ -52,8 +52,7 @@ class AspectRatioBuckets:
     max_upscaling: float | None = None
 
     def __post_init__(self) -> None:
-        if self.divisor < 1:
-            raise UserError(f"buckets.divisor={self.divisor} is too small; it must be at least 1")
+        check_whole(1, **{"buckets.divisor": self.divisor})
         if not 1 <= self.max_aspect_ratio <= 16:
             raise UserError(f"buckets.max_aspect_ratio={self.max_aspect_ratio} must be in [1, 16]")
         if self.max_upscaling is not None and self.max_upscaling < 1:

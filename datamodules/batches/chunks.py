@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lit_lora.datamodules.batches.plan import MAX_PASSES, Leftovers
 from lit_lora.datamodules.staging.staging import Staging
-from lit_lora.errors import UserError, check_exclusive, check_least, check_most
+from lit_lora.errors import UserError, check_exclusive, check_most, check_whole
 
 _MAX_STEPS = 1 << 31
 
@@ -40,8 +40,8 @@ class Chunks:
     staging: Staging | None = None
 
     def __post_init__(self) -> None:
-        check_least(1, **{"chunks.count": self.count, "chunks.samples": self.samples})
-        check_least(1, **{"chunks.passes": self.passes, "chunks.steps": self.steps})
+        check_whole(1, **{"chunks.count": self.count, "chunks.samples": self.samples})
+        check_whole(1, **{"chunks.passes": self.passes, "chunks.steps": self.steps})
         check_most(MAX_PASSES, **{"chunks.passes": self.passes})
         check_most(_MAX_STEPS, **{"chunks.steps": self.steps})
         check_exclusive(**{"chunks.count": self.count if self.count > 1 else None, "chunks.samples": self.samples})

@@ -21,7 +21,7 @@ from lit_lora.datamodules.indexing.scan import EXTENSIONS, walk_members
 from lit_lora.datamodules.indexing.unread_members import UnreadMembers
 from lit_lora.datamodules.packing.sample_names import key_digest
 from lit_lora.distributed.jobs import run_jobs
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_whole
 from lit_lora.files import atomic_file, check_regular
 from lit_lora.visible import visible
 
@@ -111,7 +111,7 @@ def check_shards(
     Raises:
         UserError: If ``jobs`` is below 1, or ``report`` cannot be written.
     """
-    check_least(1, jobs=jobs)
+    check_whole(1, jobs=jobs)
     summary = CheckSummary(shards=len(paths))
     with ExitStack() as stack:
         lines = None

@@ -15,7 +15,7 @@ import numpy as np
 from lit_lora.datamodules.decoding.decode import BadSampleError, decode_text
 from lit_lora.datamodules.decoding.wildcards import drawn_alternatives
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_whole
 from lit_lora.files import check_regular
 from lit_lora.unique_keys import load_json
 
@@ -172,7 +172,7 @@ class Captions:
             )
         if not 0 <= self.dropout <= 1:
             raise UserError(f"dropout={self.dropout} is not a probability; it must be in [0, 1]")
-        check_least(0, keep_tags=self.keep_tags)
+        check_whole(0, keep_tags=self.keep_tags)
         if self.keep_tags and not self.shuffle_tags:
             warnings.warn(
                 f"keep_tags={self.keep_tags} has no effect without shuffle_tags: true; set it, or leave keep_tags out",

@@ -34,7 +34,7 @@ from lit_lora.datamodules.packing.remarks import notes_of, remarks
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.distributed.jobs import run_jobs
 from lit_lora.draws import seed_of
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_least, check_whole
 from lit_lora.folder_lock import only_run_in
 from lit_lora.visible import visible
 
@@ -141,7 +141,7 @@ def pack_folder(
     """
     source, out = Path(source), Path(out)
     sources = None if sources is None else Path(sources)
-    check_least(1, samples_per_shard=samples_per_shard, max_shard_bytes=max_shard_bytes, jobs=jobs)
+    check_whole(1, samples_per_shard=samples_per_shard, max_shard_bytes=max_shard_bytes, jobs=jobs)
     check_least(0, max_bad=max_bad)
     if max_bad > 1 and not float(max_bad).is_integer():
         raise UserError(f"max_bad={max_bad} is no number of files; give a whole number, or a share below 1")

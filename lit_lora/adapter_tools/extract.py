@@ -19,7 +19,7 @@ from lit_lora.adapter_tools.plain_lora import Layers, in_parts, patterns
 from lit_lora.adapter_tools.resize import Measure, resize
 from lit_lora.adapter_tools.weight_stream import Shapes, shapes_in
 from lit_lora.adapters import check_finite
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_whole
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.lora import lora_config
 from lit_lora.tensor_reader import TensorReader
@@ -111,7 +111,7 @@ def extract(tuned: ModelWeights, base: ModelWeights, budget: Budget, max_rank: i
         UserError: If the models differ in more than their values, or in nothing, or hold NaN or Inf; or the budget is too
             small, or a rank above the size of every layer.
     """
-    check_least(1, max_rank=max_rank)
+    check_whole(1, max_rank=max_rank)
     most = budget.rank or max_rank
     model, shapes_of = _described(tuned, base)
     _check_names(tuned, base, model.state_dict())

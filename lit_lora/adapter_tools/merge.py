@@ -18,7 +18,7 @@ from lit_lora.adapter_tools.low_rank import LowRank, one_thread
 from lit_lora.adapter_tools.merged_metadata import merged_metadata
 from lit_lora.adapter_tools.named_adapter import NamedAdapter
 from lit_lora.adapter_tools.plain_lora import Layers, in_parts, lora_layers, patterns
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_whole
 from lit_lora.families import ModelFamily
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.find import check_family, families_of_layers
@@ -54,7 +54,7 @@ def merge(
         UserError: If an adapter is not LoRA, the adapters have different bases or families or were trained over different
             adapters, layers differ in shape, or the rank is above every sum of ranks.
     """
-    check_least(1, rank=rank)
+    check_whole(1, rank=rank)
     for one in adapters:
         if not math.isfinite(one.weight):
             raise UserError(f"the weight {one.weight} of {one.path} is not finite; give a number such as 0.7")

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+from contextlib import suppress
+from datetime import timedelta
+from threading import Thread
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import distributed
+from torch.distributed.distributed_c10d import _get_default_store
 
+from lit_lora.console import is_config_mistake, mark_told, print_error
+from lit_lora.errors import UserError
 from lit_lora.redact import redact_urls
 
 _SECONDS_TO_END = 30
+_SECONDS_TO_ASK = 5
+"""How long a process waits for another that may have told the same mistake."""
 
 
 class EndOnError(Callback):
     """Prints the error of one of several processes at once, and ends that process within 30 seconds.
+
+    A user's mistake that all processes find alike is printed by one of them.
 
     The other processes may wait for the failed one in a collective call, and its own cleanup (moving the model to the CPU, a
     checkpoint callback's ``save_on_exception``, closing NCCL) may wait for them. Then no process ends, and the launcher, which
@@ -25,10 +37,37 @@ class EndOnError(Callback):
             exception, Exception
         ):  # Ctrl-C and an orderly stop are not failures
             return
-        error = redact_urls(f"{type(exception).__name__}: {exception}")
-        print(
-            f"lit-lora: process {trainer.global_rank} of {trainer.world_size} failed: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
         faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True)
+        process = f"process {trainer.global_rank} of {trainer.world_size}"
+        if isinstance(exception, UserError | MisconfigurationException) or is_config_mistake(exception):
+            _tell_once(str(exception), f"error in {process}")
+            mark_told(exception)
+            return
+        error = redact_urls(f"{type(exception).__name__}: {exception}")
+        print(f"lit-lora: {process} failed: {error}", file=sys.stderr, flush=True)
+
+
+def _tell_once(message: str, title: str) -> None:
+    """Print a message unless another process has printed the same."""
+    told: list[str] = []
+    if distributed.is_initialized():
+        # The store of a machine that is gone may not answer.
+        asks = Thread(target=_ask, args=(message, title, told), daemon=True)
+        asks.start()
+        asks.join(2 * _SECONDS_TO_ASK)
+    if not told:
+        print_error(message, title)
+
+
+def _ask(message: str, title: str, told: list[str]) -> None:
+    """Print a message for all processes, or wait until another has done so, and note that it is told."""
+    key = f"lit_lora: {message}"
+    with suppress(RuntimeError):  # the store is gone, or the other process ended before it printed
+        store = _get_default_store()
+        if store.add(f"{key} begun", 1) == 1:
+            print_error(message, title)
+            told.append(title)
+            store.set(f"{key} done", title)
+        else:
+            store.wait([f"{key} done"], timedelta(seconds=_SECONDS_TO_ASK))
+            told.append(title)

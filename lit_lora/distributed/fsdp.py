@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lit_lora.distributed.check import check_elementwise
 from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.distributed.optimizer_states import map_states
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_whole
 
 
 class LitLoraFSDP(ModelParallelStrategy):
@@ -61,8 +61,8 @@ class LitLoraFSDP(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        if isinstance(shard_size, int) and shard_size < 1:
-            raise UserError(f"shard_size must be at least 1, not {shard_size}")
+        if shard_size != "node":
+            check_whole(1, shard_size=shard_size)
         self.shard_size = shard_size
         self.cpu_offload = cpu_offload
         self._shard_mesh: DeviceMesh | None = None

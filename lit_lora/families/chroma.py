@@ -13,7 +13,7 @@ from diffusers import ChromaPipeline, ChromaTransformer2DModel, DiffusionPipelin
 from torch import Tensor, nn
 from transformers import T5EncoderModel, T5TokenizerFast
 
-from lit_lora.errors import UserError
+from lit_lora.errors import check_most, check_whole
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.families.packed import PackedFamily
@@ -88,10 +88,8 @@ class Chroma(PackedFamily):
         **options: Any,
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **options)
-        if not 1 <= max_sequence_length <= _MOST_TOKENS:
-            raise UserError(
-                f"max_sequence_length={max_sequence_length} is out of range; it must lie in [1, {_MOST_TOKENS}]"
-            )
+        check_whole(1, max_sequence_length=max_sequence_length)
+        check_most(_MOST_TOKENS, max_sequence_length=max_sequence_length)
         self.max_sequence_length = max_sequence_length
 
     @property

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_least, check_most, check_whole
 from lit_lora.families.base import EncodingSteps, encoded
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer, single_layers
@@ -105,10 +105,8 @@ class Flux(PackedFamily):
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **options)
         check_least(0, train_guidance_scale=train_guidance_scale)
-        if not 1 <= max_sequence_length <= _MOST_TOKENS:
-            raise UserError(
-                f"max_sequence_length={max_sequence_length} is out of range; it must lie in [1, {_MOST_TOKENS}]"
-            )
+        check_whole(1, max_sequence_length=max_sequence_length)
+        check_most(_MOST_TOKENS, max_sequence_length=max_sequence_length)
         self.train_guidance_scale = train_guidance_scale
         self.max_sequence_length = max_sequence_length
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3VLModel
 
-from lit_lora.errors import check_least
+from lit_lora.errors import check_whole
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.cut_captions import tell_cut_captions
 from lit_lora.families.masks import unpadded
@@ -88,7 +88,7 @@ class Krea2(QwenVAEFamily):
         **options: Any,
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **options)
-        check_least(_SUFFIX_TOKENS + 1, max_sequence_length=max_sequence_length)
+        check_whole(_SUFFIX_TOKENS + 1, max_sequence_length=max_sequence_length)
         self.max_sequence_length = max_sequence_length
 
     @property

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipelin
 from torch import Tensor, nn
 from transformers import T5EncoderModel, T5TokenizerFast
 
-from lit_lora.errors import check_least
+from lit_lora.errors import check_whole
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
 from lit_lora.families.native_layers import NativeLayer, single_layers
@@ -77,7 +77,7 @@ class PixArtSigma(ModelFamily):
         **options: Any,
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **options)
-        check_least(1, max_sequence_length=max_sequence_length)
+        check_whole(1, max_sequence_length=max_sequence_length)
         self.max_sequence_length = max_sequence_length
 
     @property

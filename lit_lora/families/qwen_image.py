@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from lit_lora.errors import UserError
+from lit_lora.errors import check_most, check_whole
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.cut_captions import tell_cut_captions
 from lit_lora.families.masks import unpadded
@@ -76,10 +76,8 @@ class QwenImage(QwenVAEFamily):
         **options: Any,
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **options)
-        if not 1 <= max_sequence_length <= _MOST_TOKENS:
-            raise UserError(
-                f"max_sequence_length={max_sequence_length} is out of range; it must lie in [1, {_MOST_TOKENS}]"
-            )
+        check_whole(1, max_sequence_length=max_sequence_length)
+        check_most(_MOST_TOKENS, max_sequence_length=max_sequence_length)
         self.max_sequence_length = max_sequence_length
 
     @property

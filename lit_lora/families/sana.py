@@ -11,7 +11,7 @@ from diffusers import AutoencoderDC, DiffusionPipeline, SanaPipeline, SanaTransf
 from torch import Tensor, nn
 from transformers import Gemma2Model, GemmaTokenizerFast
 
-from lit_lora.errors import check_least
+from lit_lora.errors import check_whole
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.objectives import FlowMatching, Objective
@@ -61,7 +61,7 @@ class Sana(ModelFamily):
         **options: Any,
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **options)
-        check_least(2, max_sequence_length=max_sequence_length)
+        check_whole(2, max_sequence_length=max_sequence_length)
         self.complex_human_instruction = complex_human_instruction
         self.max_sequence_length = max_sequence_length
 

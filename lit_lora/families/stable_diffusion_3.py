@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from lit_lora.errors import check_least
+from lit_lora.errors import check_whole
 from lit_lora.families.base import EncodingSteps, ModelFamily, encoded
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.clip import clip_outputs
@@ -100,7 +100,7 @@ class StableDiffusion3(ModelFamily):
         **options: Any,
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **options)
-        check_least(1, max_sequence_length=max_sequence_length)
+        check_whole(1, max_sequence_length=max_sequence_length)
         self.t5 = t5
         self.max_sequence_length = max_sequence_length
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, ZImagePipeline, ZImageTransformer2DMode
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Model
 
-from lit_lora.errors import check_least
+from lit_lora.errors import check_whole
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.masks import token_counts
@@ -78,7 +78,7 @@ class ZImage(ModelFamily):
         **options: Any,
     ) -> None:
         super().__init__(pretrained_model_name_or_path, **options)
-        check_least(1, max_sequence_length=max_sequence_length)
+        check_whole(1, max_sequence_length=max_sequence_length)
         self.max_sequence_length = max_sequence_length
 
     @property

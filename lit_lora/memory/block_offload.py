@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_lora.blocks import found_blocks
 from lit_lora.mapped import is_mapped, keep_in_memory, keep_on_disk
-from lit_lora.memory.host_weights import HostWeights, target_of
+from lit_lora.memory.host_weights import TRAINING_ADVICE, HostWeights, target_of
 from lit_lora.memory.mapped_weights import FileReader, MappedWeights
 from lit_lora.quantization.base import Stored
 from lit_lora.quantization.frozen_layer import FrozenConv2d, FrozenLayer, FrozenLinear
@@ -40,6 +40,7 @@ class BlockOffload:
             rest of the model.
         folder: Folder for files in which large weights are kept instead of host memory; those that are mapped from files
             already stay there. Defaults to none.
+        advice: What the user can do if the system cannot lock enough host memory. Defaults to options of training.
 
     Raises:
         UserError: If the model has no such block, or the folder cannot be written.
@@ -51,7 +52,9 @@ class BlockOffload:
         block_classes: Sequence[str],
         smallest_bytes: int = _SMALLEST,
         folder: str | Path | None = None,
+        advice: str = TRAINING_ADVICE,
     ) -> None:
+        self._advice = advice
         self._keep = keep_in_memory if folder is None else keep_on_disk(Path(folder))
         self.device = torch.device("cpu")
         self._stream: torch.cuda.Stream | None = None
@@ -90,7 +93,7 @@ class BlockOffload:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             for block in self._blocks:
-                block.pin()
+                block.pin(self._advice)
         self._make_reader()
 
     def use(self, block: HostWeights, kind: str) -> None:

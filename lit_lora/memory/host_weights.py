@@ -11,6 +11,12 @@ from torch import Tensor
 from lit_lora.errors import UserError
 from lit_lora.memory.page_locked import page_locked
 
+TRAINING_ADVICE = (
+    "set memory.offload_folder, turn off memory.offload_encoders and memory.offload_blocks, or store the base in fewer bits with "
+    "model.quantization"
+)
+"""What a run of training can do without so much page-locked memory."""
+
 
 class HostWeights:
     """Frozen tensors that stay in host memory and have copies on a device while they are in use.
@@ -42,8 +48,11 @@ class HostWeights:
         """Whether copies on the device exist or are being made."""
         return bool(self._copies)
 
-    def pin(self) -> None:
+    def pin(self, advice: str = TRAINING_ADVICE) -> None:
         """Move the tensors to page-locked memory, from which copies to a GPU are asynchronous.
+
+        Args:
+            advice: What the user can do if the system cannot lock that much. Defaults to options of training.
 
         Raises:
             UserError: If the system cannot lock that much memory.
@@ -57,9 +66,7 @@ class HostWeights:
                     self._host[index] = self._tensors[index].data = copy
         except RuntimeError as error:
             raise UserError(
-                f"no more host memory can be page-locked for offloaded weights ({str(error).splitlines()[0]}); "
-                f"set memory.offload_folder, turn off memory.offload_encoders and memory.offload_blocks, or store the base in "
-                f"fewer bits with model.quantization"
+                f"no more host memory can be page-locked for offloaded weights ({str(error).splitlines()[0]}); {advice}"
             ) from error
 
     def fetch(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:

@@ -85,7 +85,7 @@ class MappedWeights(HostWeights):
         """Bytes that the tensors take in a buffer of :class:`FileReader`."""
         return sum(aligned_bytes(tensor) for tensor in self._host)
 
-    def pin(self) -> None:
+    def pin(self, advice: str = "") -> None:
         """Leave the tensors where they are: they are copied through page-locked buffers."""
 
     def wait(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_whole
 from lit_lora.quantization.base import Quantization, Stored
 
 LEVELS = (
@@ -46,7 +46,8 @@ class NF4(Quantization):
 
     def __init__(self, block_size: int = 64, double_quant: bool = True, skip: Sequence[str] = ()) -> None:
         super().__init__(skip)
-        if block_size < 2 or block_size % 2:
+        check_whole(2, block_size=block_size)
+        if block_size % 2:
             raise UserError(
                 f"block_size={block_size} is not possible; it must be an even number of at least 2, usually 64"
             )

@@ -129,7 +129,8 @@ class FamilyBase(DrawingBase):
         self.family.to(device)
 
     def offload_blocks(self) -> None:
-        BlockOffload(self.family.denoiser, self.family.block_classes)
+        advice = "free host memory, or draw on another device with --device"
+        BlockOffload(self.family.denoiser, self.family.block_classes, advice=advice)
 
     def denoiser(self, config: Mapping[str, Any]) -> nn.Module:
         model: nn.Module = self.family.denoiser

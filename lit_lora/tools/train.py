@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 _OF_FIT = ("--trainer.", "--model.", "--data.", "--seed_everything")
 
 _LONG = {f"--{name}": f"--{path}" for name, path in SHORT.items()}
+
+_CLASSES = re.compile(
+    r"(--(?:data|model\.(?:family|adapter|text_adapter|optimizer|lr_scheduler|objective|quantization)))\.(?!init_args\.|class_path$)"
+)
+"""Keys whose values are classes; before the names of their options, ``init_args`` may be left out."""
 
 _FOR_EACH = ("--repeats", "--sources")
 """Options that take a value for each of several folders."""
@@ -120,7 +126,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
     remaining = iter(switched)
     for argument in remaining:
         name, equals, value = argument.partition("=")
-        name = _LONG.get(name, name)
+        name = _CLASSES.sub(r"\1.init_args.", _LONG.get(name, name))
         if name in ("--config", "-c"):
             raise UserError(
                 "--config is no option of train, which makes a config itself: write it with --dry_run, change it, and call "

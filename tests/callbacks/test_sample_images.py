@@ -177,7 +177,7 @@ def test_images_of_an_earlier_run_are_told(
     ("arguments", "message"),
     [
         ({"prompts": []}, "at least one prompt"),
-        ({"prompts": ["x"], "every_n_steps": 0}, "every_n_steps must be at least 1, not 0"),
+        ({"prompts": ["x"], "every_n_steps": 0}, "every_n_steps=0 is too small; it must be at least 1"),
     ],
 )
 def test_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:

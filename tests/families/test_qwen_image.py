@@ -133,7 +133,9 @@ def test_sizes(family: QwenImage) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1025])
 def test_too_few_or_many_tokens(tokens: int) -> None:
-    with pytest.raises(UserError, match=rf"max_sequence_length={tokens} is out of range; it must lie in \[1, 1024\]"):
+    with pytest.raises(
+        UserError, match=f"max_sequence_length={tokens} is too (small|large); it must be at (least 1|most 1024)"
+    ):
         QwenImage("base", max_sequence_length=tokens)
 
 

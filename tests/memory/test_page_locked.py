@@ -119,3 +119,5 @@ def test_memory_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
         match=r"page-locked for offloaded weights \(CUDA error: out of memory\); set memory.offload_folder, turn off",
     ):
         HostWeights([torch.ones(3)]).pin()
+    with pytest.raises(UserError, match=r"out of memory\); draw on another device$"):
+        HostWeights([torch.ones(3)]).pin("draw on another device")

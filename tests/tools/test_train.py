@@ -337,6 +337,22 @@ def test_keys_of_the_config_are_told_from_own_options() -> None:
     }
 
 
+def test_options_of_a_class_are_given_with_or_without_init_args() -> None:
+    short = [
+        "--data.batch_size=3",
+        "--model.adapter.path",
+        "x",
+        "--model.adapter.class_path=FromFile",
+        "--data.buckets.divisor=8",
+    ]
+    assert split_arguments(["a", *short])[1] == {
+        "data.init_args.batch_size": 3,
+        "model.adapter.init_args.path": "x",
+        "model.adapter.class_path": "FromFile",
+        "data.init_args.buckets.divisor": 8,
+    }
+
+
 @pytest.mark.parametrize("text", ["2024-01-01", "[2024-01-01]"])
 def test_a_date_stays_text(text: str, tmp_path: Path) -> None:
     """The record of the run is JSON, which has no dates."""

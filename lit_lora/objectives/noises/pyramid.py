@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_lora.draws import Draws, seed_of
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_whole
 from lit_lora.objectives.noises.base import NoiseKind
 
 
@@ -39,7 +39,7 @@ class PyramidNoise(NoiseKind):
     def __post_init__(self) -> None:
         if not 0 < self.discount <= 1:
             raise UserError(f"PyramidNoise: discount={self.discount} is out of range; it must lie in (0, 1]")
-        check_least(1, levels=self.levels)
+        check_whole(1, levels=self.levels)
 
     def apply(self, noise: Tensor, draws: Draws) -> Tensor:
         each = [

@@ -88,7 +88,7 @@ def _headlines(facts: RunFacts) -> Iterator[tuple[str, str]]:
         least = min(value for _, value in points)
         yield "least validation loss", f"{least:.4g}"
         if base:
-            yield "against the base", f"{least / base - 1:+.0%}"
+            yield f"against {_start(facts)}", f"{least / base - 1:+.0%}"
     if parameters := facts.report.get("adapter_parameters"):
         yield "trained parameters", f"{parameters:,}"
     if peak := facts.report.get("peak_memory"):
@@ -102,8 +102,14 @@ def _headlines(facts: RunFacts) -> Iterator[tuple[str, str]]:
             yield what, f"{total[name]:.3g}"
 
 
+def _start(facts: RunFacts) -> str:
+    """What loss and samples of step 0 are those of; an adapter that goes on from files has changed the base before."""
+    method = str(facts.setting("model.adapter.class_path") or "")
+    return "the adapter at the start" if method.rpartition(".")[2] == "FromFile" else "the base"
+
+
 def _validation(facts: RunFacts) -> tuple[float | None, Sequence[tuple[int, float]]]:
-    """The base's own validation loss, which stands at step 0, and later ones."""
+    """The validation loss at step 0, of the base or the adapter at the start, and later ones."""
     points = facts.curves.get("val/loss", [])
     if points and points[0][0] == 0:
         return points[0][1], points[1:]
@@ -117,7 +123,7 @@ def _loss(facts: RunFacts) -> str:
         return _absent("losses", "no logger wrote train/loss or val/loss into this folder")
     charts = []
     if validation:
-        level = None if base is None else ("the base's own", base)
+        level = None if base is None else (_start(facts), base)
         charts.append(("Validation", line_chart([Line("validation loss", validation, "")], level)))
     if train:
         charts.append(("Training", line_chart([Line("training loss", train, "second")])))
@@ -152,7 +158,7 @@ def _samples(facts: RunFacts) -> str:
         steps = [steps[i * (len(steps) - 1) // (_MOST_SAMPLES - 1)] for i in range(_MOST_SAMPLES)]
     shown = []
     for step in steps:
-        what = f"step {step:,}" + (", the base" if step == 0 else "")
+        what = f"step {step:,}" + (f", {_start(facts)}" if step == 0 else "")
         try:
             tag = image_tag(facts.samples[step], escape(f"samples of {what}", quote=True))
         except (OSError, SyntaxError, ValueError) as error:

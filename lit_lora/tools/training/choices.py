@@ -81,6 +81,9 @@ class Settings:
         return replace(self, **changes)
 
 
+AS_GIVEN = "as given"
+"""Reason for a value that the user gives."""
+
 KEYS = {
     "data.init_args.resolution": "resolution",
     "data.init_args.val_samples": "val_samples",
@@ -158,7 +161,7 @@ def _reasons(
     edge = settings.resolution
 
     def why(name: str, reason: str) -> str:
-        return "as given" if name in given else reason
+        return AS_GIVEN if name in given else reason
 
     usual = f"usual for {base.name}"
     smaller = f"the median image has the area of {images.edge} x {images.edge} px"

@@ -100,12 +100,14 @@ def comments_of(choices: Sequence[Choice], cached: str | None) -> dict[str, str]
 
 
 def set_key(config: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value at a dotted path of a config."""
+    """Set a value at a dotted path of a config; another class does not keep the options of the one before."""
     *parents, last = key.split(".")
     for name in parents:
         if not isinstance(config.get(name), dict):
-            config[name] = {}
+            config[name] = {"class_path": config[name]} if isinstance(config.get(name), str) else {}
         config = config[name]
+    if last == "class_path" and config.get(last) != value:
+        config.pop("init_args", None)
     config[last] = value
 
 

@@ -34,7 +34,7 @@ from lit_lora.tools.run_page import PLAN
 from lit_lora.tools.run_page.write import write_page
 from lit_lora.tools.training.base import Base, find_base
 from lit_lora.tools.training.captions import caption_rule, rule_of_folders, rule_of_sets
-from lit_lora.tools.training.choices import Choice, Settings, choose, given_settings
+from lit_lora.tools.training.choices import AS_GIVEN, Choice, Settings, choose, given_settings
 from lit_lora.tools.training.config import comments_of, make_config, template_with, write_yaml
 from lit_lora.tools.training.data import OneFolder, SeveralSets, TrainingData
 from lit_lora.tools.training.fitting import check_machine, fit, out_of_time, parts, parts_of, resuming
@@ -88,6 +88,10 @@ def train_adapter(request: Request) -> None:
     with only_run_in(out, "train"):
         claim(out, request)
         _Training(request, base, out, device, data).run()
+
+
+def _is_replaced(key: str, given: Mapping[str, Any]) -> bool:
+    return not {key, f"{key}.class_path"}.isdisjoint(given)
 
 
 def _check_given(base: Base, given: Mapping[str, Any]) -> None:
@@ -189,7 +193,9 @@ class _Training:
         fit = fit_memory(settings, self._plan, memory, self.device.is_cuda, start, print)
         fit, on_disk = self._with_room_on_host(fit)
         said = f"{format_bytes(fit.plan.needed)} of {format_bytes(memory)}"
-        choices = [*self.data.choices(fit.settings.why), Choice("memory", said, fit.names, "model.memory")]
+        # What the user gives in another way, such as another adapter or buckets, was not chosen here.
+        chosen = [one for one in fit.settings.why if one.why == AS_GIVEN or not _is_replaced(one.key, self.given)]
+        choices = [*self.data.choices(chosen), Choice("memory", said, fit.names, "model.memory")]
         if not fit.settings.draws:
             choices.append(
                 Choice("drawing", "none", "they do not fit beside training; see lit-lora sample", "trainer.callbacks")

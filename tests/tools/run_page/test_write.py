@@ -78,11 +78,26 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def test_a_run_from_an_adapter_is_held_against_that_adapter(run: Path) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {
+        "model": {"adapter": {"class_path": "lit_lora.FromFile"}}
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    text = parsed(write_page(run, run / "page.html")).text
+    for told in (
+        "against the adapter at the start",
+        "the adapter at the start: 0.5",
+        "step 0, the adapter at the start",
+    ):
+        assert told in text
+    assert "the base: " not in text
+
+
 def test_all_that_a_run_left_is_on_the_page(run: Path, tmp_path: Path) -> None:
     assert main(["report", str(tmp_path / "digits")]) == 0
     page = parsed(run / "report.html")
     assert "digits, version 1" in page.text
-    for told in ("1 min 5 s", "7.25", "0.25", "-50%", "5,855", "3.0 GB", "2.0 GB", "the base's own: 0.5", "step 30"):
+    for told in ("1 min 5 s", "7.25", "0.25", "-50%", "5,855", "3.0 GB", "2.0 GB", "the base: 0.5", "step 30"):
         assert told in page.text, told
     for told in (
         "forward, planned",

@@ -65,6 +65,13 @@ def test_what_is_given_wins() -> None:
     assert config["model"]["sampling"] == {"guidance_scale": 2}
 
 
+def test_another_class_comes_without_the_options_of_the_one_before() -> None:
+    expected = {"class_path": "FromFile", "init_args": {"path": "x"}}
+    for key in ("model.adapter", "model.adapter.class_path"):
+        given: dict[str, Any] = {key: "FromFile", "model.adapter.init_args.path": "x"}
+        assert _config(**given)["model"]["adapter"] == expected
+
+
 @pytest.mark.parametrize("base", base_names())
 def test_the_schedule_is_as_long_as_the_run(base: str) -> None:
     options = _config(base)["model"]["lr_scheduler"]["init_args"]

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import distributed
+
+from lit_lora.console import report
+from lit_lora.distributed import end_on_error
+from lit_lora.distributed.end_on_error import EndOnError
+from lit_lora.errors import UserError
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> distributed.Store:
+    store = distributed.HashStore()
+    monkeypatch.setattr(end_on_error, "_get_default_store", lambda: store)
+    monkeypatch.setattr(end_on_error, "_SECONDS_TO_ASK", 0.01)
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(end_on_error.faulthandler, "dump_traceback_later", lambda *_args, **_options: None)
+    return store
+
+
+def fail(rank: int, error: Exception) -> int:
+    trainer: Any = SimpleNamespace(world_size=2, global_rank=rank)
+    EndOnError().on_exception(trainer, trainer, error)
+    return report(error)
+
+
+def test_a_mistake_of_all_processes_is_printed_once_and_others_with_their_process(
+    store: distributed.Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fail(1, UserError("too small")) == fail(0, UserError("too small")) == 2
+    assert capsys.readouterr().err == "lit-lora: error in process 1 of 2\ntoo small\n"
+    fail(0, UserError("bad sample"))
+    assert capsys.readouterr().err == "lit-lora: error in process 0 of 2\nbad sample\n"
+
+
+def test_a_mistake_is_printed_if_the_process_that_was_to_print_it_has_ended(
+    store: distributed.Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.add("lit_lora: too small begun", 1)
+    fail(1, UserError("too small"))
+    assert capsys.readouterr().err == "lit-lora: error in process 1 of 2\ntoo small\n"
+
+
+def test_a_mistake_is_printed_if_no_store_answers(
+    store: distributed.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost() -> distributed.Store:
+        raise distributed.DistNetworkError("connection reset")
+
+    monkeypatch.setattr(end_on_error, "_get_default_store", lost)
+    fail(1, UserError("too small"))
+    assert capsys.readouterr().err == "lit-lora: error in process 1 of 2\ntoo small\n"
