@@ -63,16 +63,22 @@ def check_strategy(strategy: object) -> None:
         raise UserError(_NO_DEEPSPEED)
 
 
-def check_elementwise(optimizer: Optimizer) -> None:
+def check_elementwise(optimizer: Optimizer, tensors: bool = False) -> None:
     """Check that an optimizer can step shards of the parameters, because its steps do not depend on their shapes.
 
     Args:
         optimizer: Optimizer of a strategy that gives each process shards of the parameters.
+        tensors: Whether the shards are ``DTensor``, which take fewer operations. Defaults to false.
 
     Raises:
         UserError: If the optimizer is not known to update each element by itself; 8-bit optimizers do not.
     """
     kind = type(optimizer)
+    if tensors and isinstance(optimizer, Rprop):
+        raise UserError(
+            "torch.optim.Rprop uses an operation that torch does not have for sharded tensors; use torch.optim.AdamW, or "
+            "strategy ddp"
+        )
     if not isinstance(optimizer, _ELEMENTWISE) and kind.__name__ not in _ELEMENTWISE_OF_DEEPSPEED:
         raise UserError(
             f"{kind.__module__}.{kind.__name__} is not known to update each element by itself, and this strategy gives each "

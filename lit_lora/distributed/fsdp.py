@@ -91,7 +91,7 @@ class LitLoraFSDP(ModelParallelStrategy):
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            check_elementwise(optimizer)
+            check_elementwise(optimizer, tensors=True)
 
     def shard(self, module: nn.Module) -> None:
         """Shard the weights of a module that are not sharded yet; every process must have the same values."""

@@ -28,6 +28,10 @@ def test_optimizers_that_cannot_step_shards_are_refused() -> None:
     check_elementwise(torch.optim.AdamW(weights))
     with pytest.raises(UserError, match=r"Muon is not known to update each element by itself, .* or strategy ddp"):
         check_elementwise(torch.optim.Muon(weights))
+    rprop = torch.optim.Rprop(weights)
+    check_elementwise(rprop)
+    with pytest.raises(UserError, match="Rprop uses an operation that torch does not have for sharded tensors"):
+        check_elementwise(rprop, tensors=True)
 
 
 def test_names_are_known_to_lightning() -> None:
@@ -43,7 +47,7 @@ def test_the_time_limit_is_that_of_other_strategies(made: Any) -> None:
 
 
 def test_sizes_of_shards() -> None:
-    with pytest.raises(UserError, match="at least 1, not 0"):
+    with pytest.raises(UserError, match="shard_size=0 is too small"):
         LitLoraFSDP(shard_size=0)
     assert shards_weights(LitLoraFSDP())
     assert not shards_weights(ModelParallelStrategy())
