@@ -75,6 +75,9 @@ CHANGED = {
     ),
     "OneCycleLR longer": (one_cycle(8), one_cycle(12)),
     "OneCycleLR higher": (one_cycle(12), one_cycle(12, 0.8)),
+    "CyclicLR": tuple(
+        of_torch("CyclicLR", base_lr=0.1, max_lr=0.4, step_size_up=size, cycle_momentum=False) for size in (2, 3)
+    ),
     "warm restarts": (restarts(2), restarts(3)),
     "warm restarts in a sequence": (sequence(FLAT, restarts(2)), sequence(FLAT, restarts(3))),
     "a chain with eta_min": (

@@ -42,8 +42,8 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
         family: Model family of the base; defaults to the one that the file tells, if it tells one.
 
     Raises:
-        UserError: If the path holds no adapter, or an incomplete one, values that are NaN or Inf, or an adapter for another
-            family.
+        UserError: If the path holds no adapter, or an incomplete one, values that are NaN, Inf or no floats, or an adapter
+            for another family.
     """
     path = Path(path)
     tokens = read_embeddings(path, family)
@@ -56,6 +56,7 @@ def read_adapter(path: str | Path, family: type[ModelFamily] | None = None) -> A
         check_finite(rows, f"new token {token} in {path}", "use the adapter of an earlier checkpoint")
     for part in adapter.parts.values():
         _check_scales(part.config, path)
+        _check_floats(part, path)
         check_finite(_non_finite(part.state), f"adapter {path}", "use the adapter of an earlier checkpoint")
     if adapter.family is None:
         adapter = _with_family(adapter)
@@ -132,6 +133,19 @@ def _check_scales(config: Mapping[str, Any], path: Path) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(
                 f"the adapter {path} has {name}={value}, which is no scale; use the adapter of an earlier checkpoint"
+            )
+
+
+def _check_floats(part: AdapterFiles, path: Path) -> None:
+    """Refuse matrices of integers, whose values mean nothing without the scales that they were quantized with."""
+    if part.config.get("peft_type") not in ("LORA", "LOHA", "LOKR"):
+        return  # others save indices
+    for name, tensor in part.state.items():
+        if not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"the adapter {path} holds {visible(name, 120)} as {dtype}, and adapters are read from floats alone; "
+                f"convert it to float16 with the program that quantized it"
             )
 
 

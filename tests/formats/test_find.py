@@ -96,7 +96,8 @@ def test_a_file_that_has_been_read_takes_no_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["missing", "truncated", "nan", "half", "nothing", "foreign", "several", "pickle", "folder"]
+    "kind",
+    ["missing", "truncated", "nan", "int8", "complex64", "half", "nothing", "foreign", "several", "pickle", "folder"],
 )
 def test_what_is_no_adapter_is_one_error(kind: str, folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
@@ -106,6 +107,9 @@ def test_what_is_no_adapter_is_one_error(kind: str, folder: Path, tmp_path: Path
     if kind == "nan":
         tensors[first][0] = torch.nan
         expected = "1 tensors of the adapter .* hold NaN or Inf"
+    elif kind in ("int8", "complex64"):
+        tensors[first] = tensors[first].to(getattr(torch, kind))
+        expected = f"holds .*lora_A.weight as {kind}, and adapters are read from floats alone"
     elif kind == "half":
         del tensors[first]
         expected = "is incomplete: it has no lora_A of "
