@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import is_dataclass
 from importlib import import_module
 from inspect import isclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse._util import get_import_path, import_object
 
@@ -57,7 +58,24 @@ def _print_help_of_option(option: str, value: str, arguments: Sequence[str]) -> 
         if owner := _class_of(outer, arguments):
             parser = Parser()
             parser.add_class_arguments(owner, outer)
+            if option not in parser._option_string_actions:
+                _print_help_of_part(owner, outer, names[end:])
             parser.parse_args([option, *filter(None, [value])])
+
+
+def _print_help_of_part(owner: type[Any], path: str, names: Sequence[str]) -> None:
+    """Print the help of a dataclass within a class, whose options the parser has one by one; others are left to it."""
+    part: Any = owner
+    for name in names:
+        with suppress(NameError):  # a type that is imported for type checkers alone
+            part = get_type_hints(part.__init__).get(name)
+        part = next((one for one in get_args(part) if isclass(one) and one is not type(None)), part)
+        path = f"{path}.{name}"
+    if isclass(part) and is_dataclass(part):
+        parser = Parser(add_help=False, description=f"Help for --{path}.help={get_import_path(part)}")
+        parser.add_class_arguments(part, path)
+        parser.print_help()
+        parser.exit()
 
 
 def _class_of(path: str, arguments: Sequence[str]) -> type[Any] | None:

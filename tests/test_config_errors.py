@@ -209,6 +209,8 @@ def test_a_help_that_is_not_found_says_what_to_type(
         (["--config", "configs/demo.yaml", "--model.adapter.help"], "peft.LoraConfig"),
         (["--config", "configs/demo.yaml", "--data.buckets.help"], "lit_lora.AspectRatioBuckets"),
         (["--data.buckets.help", "AspectRatioBuckets"], "lit_lora.AspectRatioBuckets"),
+        (["--data", "WebDatasetDataModule", "--data.chunks.help"], "lit_lora.Chunks"),
+        (["--config", "configs/demo.yaml", "--data.decoder.captions.help"], "lit_lora.Captions"),
         (["--data.decoder.help"], "lit_lora.ImageDecoder"),
         (["--data.decoder.help=EditDecoder"], "lit_lora.EditDecoder"),
         (["--model.objective=DDPM", "--model.objective.prior.help"], "lit_lora.PriorPreservation"),

@@ -176,7 +176,11 @@ def test_nested_keys_are_where_the_page_says(config_keys: ModuleType, parsers: d
 
 
 def test_the_reference_has_every_public_name() -> None:
-    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    text = (ROOT / "docs" / "reference.md").read_text()
+    listed = re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+    assert len(re.findall(r"\n\n:::", text)) == len(listed), (
+        "a line above each, or mkdocstrings reads it as options of the last"
+    )
     assert {name.rpartition(".")[2] for name in listed} >= set(public_names())
 
 
