@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +71,12 @@ def write_job(
 class Job:
     """A command with all processes that come of it, wherever they go; they are known by their environment.
 
+    Where the command is Python, it and up to two Python processes that it starts are forked from one that has imported the
+    libraries.
+
+    Where the command is Python, it and two processes that it starts with Python are forked from one that has imported the
+    libraries.
+
     Args:
         command: Starts the run.
         log: The console.
@@ -79,13 +86,16 @@ class Job:
     def __init__(self, command: Sequence[str], log: Path, **environment: str) -> None:
         self._mark = f"JOB_OF_A_TEST={uuid.uuid4().hex}"
         self._log = log
+        self._forked = Path(
+            tempfile.mkdtemp(dir=log.parent)
+        )  # a file for each process that has not been given a new environment
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "LIT_LORA"))}
         name, mark = self._mark.split("=")
         own = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), name: mark}
         variables = {**inherited, **own, **environment}
         self._first: WarmPython | subprocess.Popen[bytes]
         if command[0] == sys.executable:
-            self._first = WarmPython(command[1:], variables, log, log)
+            self._first = WarmPython(command[1:], variables, log, log, spares=2, started=self._forked)
         else:
             with log.open("wb") as console:
                 self._first = subprocess.Popen(
@@ -104,8 +114,10 @@ class Job:
         """Those that run, with the environment that they were started with, which is another one for the first."""
         found: dict[int, dict[str, str]] = {} if self._first.poll() is not None else {self.pid: {}}
         for entry in Path("/proc").glob("[0-9]*"):
+            forked = self._forked / entry.name
             try:
-                environment = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                variables = (forked if forked.exists() else entry / "environ").read_bytes()
+                environment = variables.decode(errors="replace").split("\0")
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:  # it has ended, or is not ours
                 continue

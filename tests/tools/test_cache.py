@@ -10,6 +10,7 @@ import shutil
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,7 @@ from lit_lora.tools.cache import cache_shards
 from tests.datamodules.faulty_server import FaultyServer
 from tests.families.folders import FOLDERS
 from tests.test_module import Losses
-from tests.warm_python import WarmPython
+from tests.warm_python import WarmPython, warm_context
 
 FAMILIES = list(FOLDERS.items())
 BUCKETS = AspectRatioBuckets(divisor=4)
@@ -879,7 +880,9 @@ class TestCommand:
         assert "Traceback" not in error
 
     @pytest.mark.slow
-    def test_killed_and_in_two_processes(self, config: Path, shards: Path, sd_folder: Path, tmp_path: Path) -> None:
+    def test_killed_and_in_two_processes(
+        self, config: Path, shards: Path, sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """The parent is killed while its processes write; they end too, and the next run has what one process has."""
         write_shard(shards / "shard-000003.tar", range(15, 20))
         command = ["-m", "lit_lora.cli", "cache", "--config", str(config), "--jobs", "2"]
@@ -897,7 +900,9 @@ class TestCommand:
             time.sleep(0.05)
         assert not any(is_running(child) for child in children)
         module = module_for(StableDiffusion, sd_folder, base_dtype="bfloat16")
-        summary = cache_shards(module, data_for(shards), str(out), jobs=2, batch_size=4)
+        with monkeypatch.context() as patch:  # the first run has shown that they can be spawned
+            patch.setattr(cache_work, "multiprocessing", SimpleNamespace(get_context=lambda _: warm_context()))
+            summary = cache_shards(module, data_for(shards), str(out), jobs=2, batch_size=4)
         assert summary.samples == 20
         assert not list(out.glob("*.part"))
         cache_shards(module, data_for(shards), str(tmp_path / "alone"), batch_size=4)

@@ -131,7 +131,7 @@ def test_a_resumed_run_of_one_and_two_processes_shows_sets_as_planned(
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
     of_runs: list[list[list[list[str]]]] = []  # by run, process, step
     for number in range(2):
-        process = WarmPython(command, environment, tmp_path / "output", tmp_path / "errors")
+        process = WarmPython(command, environment, tmp_path / "output", tmp_path / "errors", spares=devices - 1)
         assert process.wait() == 0, (tmp_path / "errors").read_text()[-3000:]
         assert ("resuming" in (tmp_path / "output").read_text()) == (number == 1)
         new = sorted(diaries.glob("*.diary"), key=lambda path: path.read_text())
