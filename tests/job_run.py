@@ -74,9 +74,6 @@ class Job:
     Where the command is Python, it and up to two Python processes that it starts are forked from one that has imported the
     libraries.
 
-    Where the command is Python, it and two processes that it starts with Python are forked from one that has imported the
-    libraries.
-
     Args:
         command: Starts the run.
         log: The console.
@@ -86,9 +83,8 @@ class Job:
     def __init__(self, command: Sequence[str], log: Path, **environment: str) -> None:
         self._mark = f"JOB_OF_A_TEST={uuid.uuid4().hex}"
         self._log = log
-        self._forked = Path(
-            tempfile.mkdtemp(dir=log.parent)
-        )  # a file for each process that has not been given a new environment
+        # A file for each process that is forked: the system tells the environment of the one it was forked from.
+        self._forked = Path(tempfile.mkdtemp(dir=log.parent))
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "LIT_LORA"))}
         name, mark = self._mark.split("=")
         own = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), name: mark}
