@@ -6,7 +6,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lit_lora.visible import visible
 _WIDTH = 80
 _LABEL = 12
 _MOST_CHARACTERS = 400
+_MOST_VALUES, _WIDEST_NAME = 20, 60
 
 
 def as_json(facts: AdapterFacts, path: Path, format_name: str, size: int) -> str:
@@ -34,7 +35,7 @@ def as_json(facts: AdapterFacts, path: Path, format_name: str, size: int) -> str
 
 
 def as_lines(facts: AdapterFacts, path: Path, format_name: str, size: int, each_layer: bool) -> list[str]:
-    """The facts as text of 80 columns.
+    """The facts as text of 80 columns, and of more where the terminal has room for longer names of layers.
 
     Args:
         facts: The facts.
@@ -58,9 +59,7 @@ def as_lines(facts: AdapterFacts, path: Path, format_name: str, size: int, each_
     if facts.layers:
         lines += ["", *format_table([_HEAD, *_rows(facts.layers, each_layer)])]
     if facts.metadata:
-        lines += ["", "metadata"]
-        for key, value in sorted(facts.metadata.items()):
-            lines += _wrapped(f"  {visible(key, 60)}", visible(value, _MOST_CHARACTERS))
+        lines += ["", "metadata", *_metadata(dict(sorted(facts.metadata.items())))]
     return lines
 
 
@@ -87,6 +86,41 @@ def _rows(layers: Sequence[LayerFacts], each_layer: bool) -> Iterator[tuple[str,
         yield ("all", str(len(layers)), _span(ranks), _span(alphas), _norm([one.norm for one in layers]))
 
 
+def _metadata(metadata: Mapping[str, str]) -> Iterator[str]:
+    """The entries of the metadata; one that is a JSON object, as of settings or tags, has a line for each of its values."""
+    parts = {key: _object(value) for key, value in metadata.items()}
+    yield from _aligned({key: value for key, value in metadata.items() if not parts[key]}, "  ")
+    for key, values in parts.items():
+        if values:
+            yield f"  {visible(key, 60)}"
+            yield from _aligned(dict(list(values.items())[:_MOST_VALUES]), "    ")
+            if len(values) > _MOST_VALUES:
+                yield f"    and {len(values) - _MOST_VALUES} more"
+
+
+def _object(text: str) -> dict[str, str]:
+    """The values of a JSON object as texts; empty if the text is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
+
+
+def _aligned(values: Mapping[str, str], indent: str) -> Iterator[str]:
+    """Names and values in two columns; a value that is too wide for its column begins on a line of its own."""
+    width = max((len(visible(name, _WIDEST_NAME)) for name in values), default=0) + len(indent) + 2
+    for name, value in values.items():
+        label, shown = indent + visible(name, _WIDEST_NAME), visible(value, _MOST_CHARACTERS)
+        if width + len(shown) <= _WIDTH:
+            yield (label.ljust(width) + shown).rstrip()
+        else:
+            yield label
+            yield from textwrap.wrap(shown, _WIDTH, initial_indent=" " * _LABEL, subsequent_indent=" " * _LABEL)
+
+
 def _tokens(facts: AdapterFacts) -> str:
     """The new tokens, with their numbers of vectors where these are several."""
     names = (visible(name) + (f" ({count} vectors)" if count > 1 else "") for name, count in facts.new_tokens.items())
@@ -110,6 +144,4 @@ def _norm(values: Sequence[float | None]) -> str:
 def _wrapped(label: str, value: str) -> list[str]:
     if label in ("file", "base"):  # a path is copied whole
         return [label.ljust(_LABEL) + value]
-    if len(label) >= _LABEL:
-        return [label, *textwrap.wrap(value, _WIDTH, initial_indent=" " * _LABEL, subsequent_indent=" " * _LABEL)]
     return textwrap.wrap(value, _WIDTH, initial_indent=label.ljust(_LABEL), subsequent_indent=" " * _LABEL) or [label]

@@ -1,7 +1,8 @@
-"""What the commands of ``lit-lora adapter`` show on a screen of 80 columns."""
+"""What the commands of ``lit-lora adapter`` show on a screen of 80 columns or more."""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from lit_lora.report_text import format_table
 from lit_lora.visible import visible
 
 _NAME_WIDTH = 48
+_NUMBERS_WIDTH = 32
 _MOST_LISTED = 10
 _START = 16
 """Characters of a shortened name before the gap: they tell the blocks of a UNet, and its end tells the layer."""
@@ -23,7 +25,8 @@ _START = 16
 def layer_name(name: str) -> str:
     """The name of a layer, shortened in the middle so that a table has room for numbers."""
     shown = visible(name)
-    return shown if len(shown) <= _NAME_WIDTH else f"{shown[:_START]}…{shown[_START + 1 - _NAME_WIDTH :]}"
+    width = max(_NAME_WIDTH, shutil.get_terminal_size().columns - _NUMBERS_WIDTH)
+    return shown if len(shown) <= width else f"{shown[:_START]}…{shown[_START + 1 - width :]}"
 
 
 def share(value: float) -> str:

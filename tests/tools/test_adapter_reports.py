@@ -55,6 +55,40 @@ def test_info(folders: list[str], sd_folder: Path, capsys: pytest.CaptureFixture
     assert len([line for line in shown(capsys) if line.startswith("down_blocks.0")]) == 4
 
 
+def test_metadata_on_the_screen(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tags = {f"tag {number}": number for number in range(22)}
+    told = {
+        "ss_tag_frequency": json.dumps({"10_dog": tags} | tags),
+        "ss_steps": "12",
+        "ss_comment": "[1",
+        "long": "word " * 30,
+    }
+    (tmp_path / "told").mkdir()
+    write_adapter(replace(read_adapter(folders[0]), metadata=told), tmp_path / "told")
+    assert main(["adapter", "info", str(tmp_path / "told")]) == 0
+    lines = shown(capsys)
+    lines = lines[lines.index("metadata") + 1 :]
+    assert [line for line in lines if line.startswith("  ss_")] == [
+        "  ss_comment  [1",
+        "  ss_steps    12",
+        "  ss_tag_frequency",
+    ]
+    assert [" ".join(["word"] * 13) in line for line in lines[lines.index("  long") :][1:3]] == [True, True]
+    after = lines[lines.index("  ss_tag_frequency") + 1 :]
+    assert after[0] == "    10_dog"
+    assert after[1].startswith('            {"tag 0": 0, "tag 1": 1')
+    assert after[-2:] == ["    tag 18  18", "    and 3 more"]
+
+
+def test_names_of_layers_are_whole_where_they_fit(
+    folders: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for columns, whole in ((80, False), (120, True)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert main(["adapter", "info", folders[0]]) == 0
+        assert any("…" in line for line in shown(capsys) if line.startswith("up_blocks")) != whole
+
+
 def test_a_path_stays_whole(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / ("long" * 20)
     shutil.copytree(folders[0], folder)
