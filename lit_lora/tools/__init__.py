@@ -12,8 +12,8 @@ from jsonargparse import ArgumentParser, auto_cli
 
 from lit_lora.console import print_error
 from lit_lora.errors import UserError
-from lit_lora.help_screen import HelpScreen
 from lit_lora.option_names import in_full, no_option, option_names
+from lit_lora.tools.tool_help import ToolHelp
 
 _NO_LIST = re.compile(r"""Parser key "([^"]+)":\s+Expected a <class 'list'>\. Got value: (.*)""")
 """What jsonargparse says of a list of positional arguments whose last one is missing."""
@@ -33,6 +33,10 @@ _OF_CONFIGS = ("--config", "--print_config")
 """Options of jsonargparse, which serve the commands that have a config; here they would be half of a help screen."""
 
 
+_LIST = "[ITEM,...]"
+"""How jsonargparse shows a list of positional arguments."""
+
+
 class ToolParser(ArgumentParser):
     """Reports an error as one message, without usage, with exit status 2.
 
@@ -42,13 +46,15 @@ class ToolParser(ArgumentParser):
 
     further: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, *arguments: Any, formatter_class: Any = HelpScreen, **options: Any) -> None:
+    def __init__(self, *arguments: Any, formatter_class: Any = ToolHelp, **options: Any) -> None:
         super().__init__(*arguments, formatter_class=formatter_class, **options)
 
     def add_argument(self, *names: Any, **options: Any) -> Any:
         action = super().add_argument(*names, **options)
         if action.option_strings[:1] and action.option_strings[0].startswith(_OF_CONFIGS):
             action.help = SUPPRESS
+        if not action.option_strings and action.metavar == _LIST:
+            action.metavar = f"{action.dest} ..."
         return action
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
