@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from argparse import Action
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
@@ -22,8 +23,11 @@ _LINK = re.compile(r"`([^`<>]+) <([^`<>]+)>`_")
 
 _DIRECTIVE = re.compile(r"\.\. (\w+)::")
 
-_INTERNAL = re.compile(r"(?:lit_lora|peft)\.[a-z]\w*\.[\w.]+(?:, )?")
-"""The path of a class that has no public name, in the list of those that an option takes."""
+_CLASSES = re.compile(r"[\w.]+(?:, [\w.]+)*")
+"""The list of the classes that an option takes."""
+
+_INTERNAL = re.compile(r"(?:lit_lora|peft)\.[a-z]\w*\.[\w.]+")
+"""The path of a class that has no public name."""
 
 _AT = "./_#=,"
 """Characters after which a name or an address is divided that is wider than its column."""
@@ -66,10 +70,19 @@ class HelpScreen(DefaultHelpFormatter):
         choices = _literals(getattr(action, "_typehint", None))
         # jsonargparse takes the beginning of mask.png for a module, and leaves it out.
         text = _LITERAL.sub(lambda found: next(choices, found[0]), text)
-        return text + listed + re.sub(r", (?=\)|$)", "", _INTERNAL.sub("", classes))
+        return text + listed + _CLASSES.sub(lambda found: ", ".join(_names(found[0])), classes, count=1)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in _lines(text, width - len(indent)))
+
+
+def _names(classes: str) -> Iterator[str]:
+    """The names of classes, which are enough to choose one; of those with the same name the paths."""
+    paths = [path for path in classes.split(", ") if not _INTERNAL.fullmatch(path)]
+    names = Counter(path.rpartition(".")[2] for path in paths)
+    for path in paths:
+        name = path.rpartition(".")[2]
+        yield name if names[name] == 1 else path
 
 
 def _literals(hint: Any) -> Iterator[str]:
