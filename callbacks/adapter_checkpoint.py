@@ -92,6 +92,9 @@ class AdapterCheckpoint(ResumedSaves):
         **kwargs: Keyword arguments of ``ModelCheckpoint``.
     """
 
+    tells_changes = True
+    """That a resumed run tells what it changes; a datamodule without such a callback tells of its batches itself."""
+
     def __init__(
         self,
         *args: Any,

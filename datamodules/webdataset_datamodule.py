@@ -252,6 +252,14 @@ class WebDatasetDataModule(LightningDataModule):
         if state is not None:
             with naming_checkpoint(self.trainer):
                 loader.load_state_dict(state)
+            size, earlier = loader.plan.global_batch_size, state["segments"][-2]
+            if resumed and size != earlier and self._rank == 0 and not self._changes_are_told:
+                _log.warning(
+                    "the global batch has %d samples, and had %d before this run was resumed, so that the rest of the data is "
+                    "divided into other batches; change batch_size or the number of processes to keep its size",
+                    size,
+                    earlier,
+                )
         if before is not None:
             loader.bad_samples |= before.bad_samples
             loader.wordless = before.wordless
@@ -385,6 +393,12 @@ class WebDatasetDataModule(LightningDataModule):
     @property
     def _rank(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_rank
+
+    @property
+    def _changes_are_told(self) -> bool:
+        """Whether a callback such as ``AdapterCheckpoint`` tells what a resumed run changes, the samples in a step among it."""
+        callbacks: list[Any] = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(getattr(callback, "tells_changes", False) for callback in callbacks)
 
     @property
     def _world_size(self) -> int:

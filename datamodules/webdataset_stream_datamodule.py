@@ -33,7 +33,6 @@ _UNSAFE = re.compile(r"""[\s"'`$;|]""")
 _PROGRAMS = {"gs": "gsutil", "ais": "ais"}
 """Program with which webdataset reads the URLs of a scheme; ``curl`` for all others."""
 
-
 _BEGINNING = 1 << 16
 """Bytes at the beginning of a shard that tell it from another one of the same size."""
 

@@ -67,8 +67,9 @@ def _print_help_of_part(owner: type[Any], path: str, names: Sequence[str]) -> No
     """Print the help of a dataclass within a class, whose options the parser has one by one; others are left to it."""
     part: Any = owner
     for name in names:
+        outer, part = part, None
         with suppress(NameError):  # a type that is imported for type checkers alone
-            part = get_type_hints(part.__init__).get(name)
+            part = get_type_hints(outer.__init__).get(name)
         part = next((one for one in get_args(part) if isclass(one) and one is not type(None)), part)
         path = f"{path}.{name}"
     if isclass(part) and is_dataclass(part):

@@ -49,7 +49,7 @@ def check_whole(least: int, **values: int | None) -> None:
     """
     for name, value in values.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
-            raise UserError(f"{name}={value!r} is not a whole number; write one of at least {least}")
+            raise UserError(f"{name}={value!r} is a {type(value).__name__}; write a whole number of at least {least}")
     check_least(least, **values)
 
 

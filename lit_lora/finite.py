@@ -60,7 +60,7 @@ def non_finite_names(tensors: Mapping[str, Any]) -> list[str]:
     floats = {
         name: value.detach()
         for name, value in tensors.items()
-        if type(value) in (Tensor, nn.Parameter, DTensor) and value.dtype in _DTYPES
+        if type(value) in (Tensor, nn.Parameter, DTensor) and value.dtype in _DTYPES and not value.is_meta
     }
     by_device: dict[torch.device, list[Tensor]] = {}
     for value in floats.values():

@@ -154,7 +154,7 @@ class LitLoraCLI(LightningCLI):
                 _claim_version(logger)
         self._read_safely()
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.insert(0, EndOnError())
+        callbacks.insert(0, EndOnError(explain))
         for kind in (ResumedEarlyStopping, StepMetrics, ScheduleFree, FiniteGradients):
             if not any(isinstance(callback, kind) for callback in callbacks):
                 callbacks.insert(1, kind())
@@ -188,7 +188,7 @@ class LitLoraCLI(LightningCLI):
     def before_validate(self) -> None:
         """Check the checkpoint; tell what runs without one; add the callback that ends a failed process."""
         self._read_safely()
-        self.trainer.callbacks.insert(0, EndOnError())  # type: ignore[attr-defined]
+        self.trainer.callbacks.insert(0, EndOnError(explain))  # type: ignore[attr-defined]
         if not self._get(self.config, "ckpt_path") and self.model.saved is None:
             rank_zero_warn(
                 f"no ckpt_path is given, so {self.subcommand} runs with an adapter that is not trained, as the base alone"

@@ -15,7 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_lora.errors import UserError
-from lit_lora.replayed_schedule import OF_THE_SCHEDULE, ReplayedSchedule, can_replay, cycled
+from lit_lora.replayed_schedule import OF_THE_SCHEDULE, ReplayedSchedule, cycled
+
+_BETA2 = "betas[1]"
+"""Of the betas, the one that no schedule changes."""
+
+_REPLAYED = ("ends of phases", "lr_lambdas")
+"""Ends of the names of constants that a schedule takes from a checkpoint unless it is replayed."""
 
 _PROGRESS = (
     "last_epoch",
@@ -121,7 +127,7 @@ class ResumedOptimizers:
             # A module that steps its schedules itself may do it by other rules.
             plain = not is_overridden("lr_scheduler_step", trainer.lightning_module)
             schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-            self._replayed = [ReplayedSchedule(one) if plain and can_replay(one) else None for one in schedules]
+            self._replayed = [ReplayedSchedule.of(one) if plain else None for one in schedules]
         own = own_settings(trainer)
         changed = {key: value for key, value in own.items() if key in self._saved and self._saved[key] != value}
         if not changed:
@@ -146,11 +152,15 @@ class ResumedOptimizers:
             constants = [key for key in self._wanted if key.group is None and key.number == number]
             if replayed is not None:
                 replayed.hand_over(schedule)
-            elif constants and not isinstance(schedule, ReduceLROnPlateau):
-                rank_zero_warn(
-                    f"{constants[0]} applies from the next step on, which {type(schedule).__name__} computes from the learning "
-                    f"rate that the checkpoint has"
+                continue
+            for key in [] if isinstance(schedule, ReduceLROnPlateau) else constants:
+                told = (
+                    "stays as in the checkpoint"
+                    if key.name.endswith(_REPLAYED)
+                    else f"applies from the next step on, which {type(schedule).__name__} computes from the learning rate that "
+                    f"the checkpoint has"
                 )
+                rank_zero_warn(f"{key} {told}")
 
 
 def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict[str, Any]]) -> Settings:
@@ -161,6 +171,8 @@ def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict
             others = {"params", "param_names", *OF_THE_SCHEDULE, *cycled(group)}
             values = {name: value for name, value in group.items() if name not in others}
             values["lr"] = group.get("initial_lr", group["lr"])
+            if "betas" in cycled(group):
+                values[_BETA2] = group["betas"][1]
             found |= {Setting(name, number, place): _plain(value) for name, value in values.items()}
     for number, state in enumerate(scheduler_states):
         found |= {Setting(name, number): value for name, value in _constants(state)}
@@ -200,6 +212,9 @@ def apply_settings(trainer: Trainer, wanted: Settings) -> None:
             continue
         optimizer = _inner(trainer.optimizers[number])
         group = optimizer.param_groups[place]
+        if name == _BETA2:
+            group["betas"] = (group["betas"][0], value)
+            continue
         if name != "lr":
             group[name] = value
             continue
@@ -214,7 +229,7 @@ def apply_settings(trainer: Trainer, wanted: Settings) -> None:
 
 def _set_constant(schedule: Any, name: str, value: Any) -> None:
     """Set a constant of a schedule, or of one inside, by its name: see :func:`_constants`."""
-    if name.endswith(("ends of phases", "lr_lambdas")):  # schedules of torch, which are replayed
+    if name.endswith(_REPLAYED):
         return
     *path, last = name.split(".")
     for place in path[1::2]:
@@ -235,7 +250,7 @@ def _configured(optimizer: Any) -> list[dict[str, Any]]:
     parameters = signature(type(optimizer).__init__).parameters
     if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values()):
         return list(optimizer.param_groups)
-    known = {*parameters, "lr", "initial_lr"}
+    known = {*parameters, "lr", "initial_lr", "max_momentum"}
     return [{name: value for name, value in group.items() if name in known} for group in optimizer.param_groups]
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 from PIL import Image, ImageOps
 
-from lit_lora.errors import UserError, check_least, check_most, check_whole
+from lit_lora.errors import UserError, check_least, check_most
 from lit_lora.unique_keys import load_json, load_yaml
 from lit_lora.visible import visible
 
@@ -72,7 +72,7 @@ class Prompt:
             raise UserError("a prompt is empty; write what to draw")
         check_least(0, seed=self.seed, guidance_scale=self.guidance_scale)
         check_most(MOST_SEED, seed=self.seed)
-        check_whole(1, width=self.width, height=self.height, steps=self.steps)
+        check_least(1, width=self.width, height=self.height, steps=self.steps)
 
     def filled(self, **settings: Any) -> Prompt:
         """The prompt with these settings where it has none of its own."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -22,8 +23,18 @@ class ReplayedSchedule:
     """A copy of a schedule before its first step, over an optimizer of the same settings that trains nothing.
 
     Args:
-        schedule: Schedule as a run's config makes it, of which :func:`can_replay` is true.
+        schedule: Schedule as a run's config makes it, which depends on nothing but its settings and its steps.
     """
+
+    @classmethod
+    def of(cls, schedule: Any) -> ReplayedSchedule | None:
+        """The copy of a schedule; None if it cannot be copied, or its rates depend on more than its settings and its steps."""
+        if not _depends_on_steps_alone(schedule):
+            return None
+        try:
+            return cls(schedule)
+        except Exception:  # what a schedule of one's own holds may be anything
+            return None
 
     def __init__(self, schedule: Any) -> None:
         groups = [
@@ -35,7 +46,7 @@ class ReplayedSchedule:
         shared: dict[int, Any] = {id(schedule.optimizer): self._optimizer}
         # A copy of a module's method would copy the module.
         functions = [function for one in _parts(schedule) for function in getattr(one, "lr_lambdas", ())]
-        shared |= {id(function): function for function in functions if isinstance(function, MethodType)}
+        shared |= {id(function): function for function in functions if isinstance(function, MethodType | partial)}
         self._schedule = copy.deepcopy(schedule, shared)
 
     def hand_over(self, schedule: Any) -> None:
@@ -72,8 +83,7 @@ class ReplayedSchedule:
             one._last_lr = [group["lr"] for group in groups]
 
 
-def can_replay(schedule: Any) -> bool:
-    """Whether a schedule depends on nothing but its settings and its steps."""
+def _depends_on_steps_alone(schedule: Any) -> bool:
     return all(
         isinstance(one, LRScheduler)
         and not isinstance(one, ReduceLROnPlateau)

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 
 from lit_lora.adapters import check_sharded_training
 from lit_lora.distributed import check_strategy, is_ours, shards_weights
@@ -218,8 +218,12 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
 
 
 def _check_module_dropout(config: PeftConfig, strategy: Strategy) -> None:
+    if config.peft_type not in (PeftType.LOHA, PeftType.LOKR):  # others leave out parts of a layer
+        return
+    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, DDPStrategy):
+        return
     dropout = getattr(config, "module_dropout", 0)
-    if dropout and isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+    if dropout and not strategy._ddp_kwargs.get("find_unused_parameters"):
         raise UserError(
             f"module_dropout={dropout} leaves layers out of a step, and ddp waits for the gradients of all layers; set "
             "trainer.strategy to ddp_find_unused_parameters_true, or module_dropout to 0"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,40 @@ def test_another_shape_of_one_cycle_is_said(trainer_options: dict[str, Any], tmp
 def test_a_schedule_that_ends_before_the_checkpoint_is_refused(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"OneCycleLR of this run ends before step 5 of the checkpoint: .*give it more"):
         resumed(tmp_path, trainer_options, one_cycle(8), one_cycle(3), 5)
+
+
+class Factors(nn.Module):
+    """A module whose method is a function of LambdaLR; a copy of it would be one of the base."""
+
+    def factor(self, step: int, base: float) -> float:
+        return base**step
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("the module was copied")
+
+
+def test_the_module_of_a_method_is_not_copied() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    replayed = ReplayedSchedule.of(torch.optim.lr_scheduler.LambdaLR(optimizer, partial(Factors().factor, base=0.5)))
+    assert replayed is not None
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    schedule.last_epoch = 3
+    replayed.hand_over(schedule)
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_a_schedule_that_cannot_be_copied_is_not_replayed() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule: Any = torch.optim.lr_scheduler.StepLR(optimizer, 4)
+    schedule.lock = threading.Lock()
+    assert ReplayedSchedule.of(schedule) is None
+
+
+def test_the_beta_that_no_schedule_changes_is_said(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    optimizers = [adamw(0.1, betas=(0.9, beta)) for beta in (0.999, 0.9)]
+    run(tmp_path, trainer_options, Line(optimizers[0], one_cycle(8)), 2)
+    with pytest.warns(UserWarning, match=r"betas\[1\] 0.999 in the checkpoint, 0.9 here"):
+        run(tmp_path, trainer_options, Line(optimizers[1], one_cycle(8)), 4, resume=tmp_path / "last.ckpt")
 
 
 class OfModule(torch.optim.lr_scheduler.ExponentialLR):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
-from peft import LoHaConfig
+from peft import LoHaConfig, OFTConfig
 
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.errors import UserError
@@ -77,13 +77,18 @@ def test_held_out_samples_are_named_and_data_without_them_cause_no_warning(
 
 
 @pytest.mark.parametrize(
-    ("strategy", "stage", "refused"),
-    [("ddp", "fit", True), ("ddp", "test", False), ("ddp_find_unused_parameters_true", "fit", False)],
+    ("method", "strategy", "stage", "refused"),
+    [
+        (LoHaConfig, "ddp", "fit", True),
+        (LoHaConfig, "ddp", "test", False),
+        (LoHaConfig, "ddp_find_unused_parameters_true", "fit", False),
+        (OFTConfig, "ddp", "fit", False),
+    ],
 )
 def test_ddp_needs_a_gradient_of_each_layer(
-    strategy: str, stage: str, refused: bool, sd_folder: Path, trainer_options: dict[str, Any]
+    method: Any, strategy: str, stage: str, refused: bool, sd_folder: Path, trainer_options: dict[str, Any]
 ) -> None:
-    adapter = LoHaConfig(target_modules=["to_q"], module_dropout=0.2)
+    adapter = method(target_modules=["to_q"], module_dropout=0.2)
     module = LoraDiffusion(StableDiffusion(str(sd_folder)), adapter, base_dtype="float32")
     module.trainer = Trainer(**trainer_options | {"strategy": strategy, "devices": 2})
     with (

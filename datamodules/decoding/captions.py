@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,9 @@ MAX_JSON_BYTES = 16 << 20
 
 _MAX_NAMES_BYTES = 64 << 20
 _EXTENSIONS = ("txt", "json", "cls")
+
+_LINES: dict[int, list[str]] = {}
+"""Class names from files, by the id of their source; jsonargparse would take an attribute of the source for an option."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,6 @@ class CaptionSource:
             raise UserError(
                 f"class_names needs extension: cls, not {self.extension}; change the extension or remove class_names"
             )
-        _read_lines.cache_clear()  # the file may have changed since another source has read it
         names = self._names
         if names is not None and not names:
             raise UserError(f"class_names={self.class_names!r} contains no names; write one for each class")
@@ -121,7 +123,12 @@ class CaptionSource:
 
     @property
     def _names(self) -> list[str] | None:
-        return _read_lines(self.class_names) if isinstance(self.class_names, str) else self.class_names
+        if not isinstance(self.class_names, str):
+            return self.class_names
+        if id(self) not in _LINES:  # read when the source is made, whatever becomes of the file
+            _LINES[id(self)] = _read_lines(self.class_names)
+            weakref.finalize(self, _LINES.pop, id(self))
+        return _LINES[id(self)]
 
 
 def _default_sources() -> list[CaptionSource]:
@@ -319,7 +326,6 @@ def _class_name(text: str, names: Sequence[str]) -> str:
     return names[int(text)]
 
 
-@lru_cache  # not an attribute of the dataclass, since jsonargparse would take it for an option
 def _read_lines(path: str) -> list[str]:
     try:
         file = Path(path).expanduser()

@@ -69,7 +69,8 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, NotImplementedError) as error:
         if out_of_memory(error):
             raise
-        if advice := damaged_base(model):  # which PiSSA, for one, cannot decompose
+        # PiSSA, for one, cannot decompose NaN.
+        if isinstance(error, RuntimeError) and (advice := damaged_base(model)):
             raise UserError(f"{type(model).__name__} cannot be adapted: {advice}") from error
         raise UserError(
             f"the adapter {type(config).__name__} does not fit {type(model).__name__}: {error}\n"

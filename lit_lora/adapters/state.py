@@ -43,13 +43,17 @@ def warn_of_left_out(model: PeftModel) -> None:
         and not {ADAPTER_NAME, "new_tokens"}.intersection(name.split("."))
     ]
     others = [name for name in model.active_adapters if name != ADAPTER_NAME]
-    if trained:
-        found = f"{len(trained)} other trained tensors, the first is {trained[0]}"
-    elif others:
-        found = f"the adapter {others[0]}, which is active too"
-    else:
+    if not trained and not others:
         return
-    rank_zero_warn(
-        f"the adapter's files hold the adapter {ADAPTER_NAME!r} alone, without {found}; checkpoints hold all that is trained. "
-        f"Write another adapter with save_pretrained(folder, selected_adapters=[name]) of the adapted model"
-    )
+    found = []
+    if trained:
+        found.append(
+            f"{len(trained)} other trained tensors, the first is {trained[0]}; checkpoints hold all that is trained"
+        )
+    if others:
+        found.append(
+            f"the adapter {others[0]}, which is active too; write it with save_pretrained(folder, selected_adapters=[name]) of "
+            f"the adapted model"
+        )
+    for one in found:
+        rank_zero_warn(f"the adapter's files hold the adapter {ADAPTER_NAME!r} alone, without {one}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
@@ -18,19 +19,26 @@ from lit_lora.errors import UserError
 from lit_lora.redact import redact_urls
 
 _SECONDS_TO_END = 30
-_SECONDS_TO_ASK = 5
-"""How long a process waits for another that may have told the same mistake."""
+_SECONDS_TO_ASK, _SECONDS_OF_FIRST = 5, 1
+"""How long a process waits for another that may have told the same mistake; how long the others of a node wait for the first,
+whose output may be the only one that is shown."""
 
 
 class EndOnError(Callback):
     """Prints the error of one of several processes at once, and ends that process within 30 seconds.
 
-    A user's mistake that all processes find alike is printed by one of them.
+    A user's mistake that all processes of a node find alike is printed by one of them, the first if it has it too.
 
     The other processes may wait for the failed one in a collective call, and its own cleanup (moving the model to the CPU, a
     checkpoint callback's ``save_on_exception``, closing NCCL) may wait for them. Then no process ends, and the launcher, which
     would end all processes after the first failure, sees none. Use the callback in programs that end after an error.
+
+    Args:
+        explain: Function from Lightning's message about a wrong value to what is printed. Defaults to the message itself.
     """
+
+    def __init__(self, explain: Callable[[str], str] = str) -> None:
+        self._explain = explain
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.world_size == 1 or not isinstance(
@@ -40,30 +48,36 @@ class EndOnError(Callback):
         faulthandler.dump_traceback_later(_SECONDS_TO_END, exit=True)
         process = f"process {trainer.global_rank} of {trainer.world_size}"
         if isinstance(exception, UserError | MisconfigurationException) or is_config_mistake(exception):
-            _tell_once(str(exception), f"error in {process}")
+            message = str(exception)
+            if isinstance(exception, MisconfigurationException):
+                message = self._explain(message)
+            _tell_once(message, f"error in {process}", trainer)
             mark_told(exception)
             return
         error = redact_urls(f"{type(exception).__name__}: {exception}")
         print(f"lit-lora: {process} failed: {error}", file=sys.stderr, flush=True)
 
 
-def _tell_once(message: str, title: str) -> None:
-    """Print a message unless another process has printed the same."""
+def _tell_once(message: str, title: str, trainer: Trainer) -> None:
+    """Print a message unless another process of this node has printed the same."""
     told: list[str] = []
     if distributed.is_initialized():
         # The store of a machine that is gone may not answer.
-        asks = Thread(target=_ask, args=(message, title, told), daemon=True)
+        key = f"lit_lora of node {trainer.node_rank}: {message}"
+        asks = Thread(target=_ask, args=(key, message, title, told, trainer.local_rank == 0), daemon=True)
         asks.start()
         asks.join(2 * _SECONDS_TO_ASK)
     if not told:
         print_error(message, title)
 
 
-def _ask(message: str, title: str, told: list[str]) -> None:
+def _ask(key: str, message: str, title: str, told: list[str], is_first: bool) -> None:
     """Print a message for all processes, or wait until another has done so, and note that it is told."""
-    key = f"lit_lora: {message}"
     with suppress(RuntimeError):  # the store is gone, or the other process ended before it printed
         store = _get_default_store()
+        if not is_first:
+            with suppress(distributed.DistStoreError):  # the first has not found this
+                store.wait([f"{key} begun"], timedelta(seconds=_SECONDS_OF_FIRST))
         if store.add(f"{key} begun", 1) == 1:
             print_error(message, title)
             told.append(title)

@@ -61,7 +61,9 @@ class LitLoraFSDP(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        if shard_size != "node":
+        if isinstance(shard_size, str) and shard_size != "node":
+            raise UserError(f"shard_size={shard_size!r} is neither a number of processes nor node")
+        if not isinstance(shard_size, str):
             check_whole(1, shard_size=shard_size)
         self.shard_size = shard_size
         self.cpu_offload = cpu_offload

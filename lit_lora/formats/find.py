@@ -141,7 +141,7 @@ def _check_floats(part: AdapterFiles, path: Path) -> None:
     if part.config.get("peft_type") not in ("LORA", "LOHA", "LOKR"):
         return  # others save indices
     for name, tensor in part.state.items():
-        if not tensor.is_floating_point():
+        if tensor.ndim > 1 and not tensor.is_floating_point():  # not the counts of BatchNorm
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise UserError(
                 f"the adapter {path} holds {visible(name, 120)} as {dtype}, and adapters are read from floats alone; "

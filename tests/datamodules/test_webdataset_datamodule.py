@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+from lit_lora.callbacks import AdapterCheckpoint
 from lit_lora.datamodules import Plan, ShardIndex, ShardSet, WebDatasetDataModule
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
 from lit_lora.datamodules.batches.chunks import Chunks
@@ -120,6 +122,19 @@ def _fit(folder, data, callbacks=(), ckpt_path=None, model=None, **options):
 
 def _save_each_step(folder):
     return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+@pytest.mark.parametrize(("saving", "told"), [(ModelCheckpoint, True), (AdapterCheckpoint, False)])
+def test_other_batches_are_told_where_no_callback_tells_what_changes(saving, told, tmp_path, make_shards, caplog):
+    paths = make_shards(9)
+    for batch_size, steps in ((2, 1), (3, 2)):
+        save = saving(tmp_path / "saved", filename="last", every_n_train_steps=1, enable_version_counter=False)
+        last = tmp_path / "saved" / "last.ckpt"
+        data = _data(paths, batch_size=batch_size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _fit(tmp_path, data, [save], last if last.exists() else None, max_steps=steps)
+    assert ("the global batch has 3 samples, and had 2" in caplog.text) == told
 
 
 # Twelve training samples make six batches a pass.

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
 from lit_lora.console import report
@@ -16,14 +18,13 @@ from lit_lora.errors import UserError
 def store(monkeypatch: pytest.MonkeyPatch) -> distributed.Store:
     store = distributed.HashStore()
     monkeypatch.setattr(end_on_error, "_get_default_store", lambda: store)
-    monkeypatch.setattr(end_on_error, "_SECONDS_TO_ASK", 0.01)
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(end_on_error.faulthandler, "dump_traceback_later", lambda *_args, **_options: None)
     return store
 
 
-def fail(rank: int, error: Exception) -> int:
-    trainer: Any = SimpleNamespace(world_size=2, global_rank=rank)
+def fail(rank: int, error: Exception, node: int = 0) -> int:
+    trainer: Any = SimpleNamespace(world_size=2, global_rank=rank, local_rank=rank, node_rank=node)
     EndOnError().on_exception(trainer, trainer, error)
     return report(error)
 
@@ -31,16 +32,31 @@ def fail(rank: int, error: Exception) -> int:
 def test_a_mistake_of_all_processes_is_printed_once_and_others_with_their_process(
     store: distributed.Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fail(1, UserError("too small")) == fail(0, UserError("too small")) == 2
-    assert capsys.readouterr().err == "lit-lora: error in process 1 of 2\ntoo small\n"
+    with ThreadPoolExecutor() as pool:
+        later = pool.submit(fail, 1, UserError("too small"))
+        assert fail(0, UserError("too small")) == later.result() == 2
+    assert capsys.readouterr().err == "lit-lora: error in process 0 of 2\ntoo small\n"
+    fail(0, UserError("too small"), node=1)  # whose console may be another one
+    assert capsys.readouterr().err == "lit-lora: error in process 0 of 2\ntoo small\n"
     fail(0, UserError("bad sample"))
     assert capsys.readouterr().err == "lit-lora: error in process 0 of 2\nbad sample\n"
 
 
-def test_a_mistake_is_printed_if_the_process_that_was_to_print_it_has_ended(
-    store: distributed.Store, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_of_one_process_is_printed_without_the_first(
+    store: distributed.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store.add("lit_lora: too small begun", 1)
+    monkeypatch.setattr(end_on_error, "_SECONDS_OF_FIRST", 0.01)
+    trainer: Any = SimpleNamespace(world_size=2, global_rank=1, local_rank=1, node_rank=0)
+    end = EndOnError(lambda message: f"{message}; use another")
+    end.on_exception(trainer, trainer, MisconfigurationException("no such device"))
+    assert capsys.readouterr().err == "lit-lora: error in process 1 of 2\nno such device; use another\n"
+
+
+def test_a_mistake_is_printed_if_the_process_that_was_to_print_it_has_ended(
+    store: distributed.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(end_on_error, "_SECONDS_TO_ASK", 0.01)
+    store.add("lit_lora of node 0: too small begun", 1)
     fail(1, UserError("too small"))
     assert capsys.readouterr().err == "lit-lora: error in process 1 of 2\ntoo small\n"
 

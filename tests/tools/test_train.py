@@ -344,12 +344,16 @@ def test_options_of_a_class_are_given_with_or_without_init_args() -> None:
         "x",
         "--model.adapter.class_path=FromFile",
         "--data.buckets.divisor=8",
+        "--model.optimizer.dict_kwargs.x=1",
+        '--model.objective.init_args={"prior": null}',
     ]
     assert split_arguments(["a", *short])[1] == {
         "data.init_args.batch_size": 3,
         "model.adapter.init_args.path": "x",
         "model.adapter.class_path": "FromFile",
         "data.init_args.buckets.divisor": 8,
+        "model.optimizer.dict_kwargs.x": 1,
+        "model.objective.init_args": {"prior": None},
     }
 
 

@@ -65,16 +65,14 @@ def make_config(
     decoder |= {"captions": {"prefix": prefix}} if prefix else {}
     kind = data["decoder"].get("class_path")  # of editing pairs
     data["decoder"] = {"class_path": kind, "init_args": decoder} if kind else decoder
-    for key, value in given.items():
-        set_key(config, key, value)
+    set_keys(config, given)
     return config
 
 
 def template_with(base: Base, given: Mapping[str, Any]) -> dict[str, Any]:
     """The shipped config of a base with values that the user gives, by config key."""
     config = copy.deepcopy(base.template)
-    for key, value in given.items():
-        set_key(config, key, value)
+    set_keys(config, given)
     return config
 
 
@@ -99,16 +97,29 @@ def comments_of(choices: Sequence[Choice], cached: str | None) -> dict[str, str]
     }
 
 
+def set_keys(config: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Set values at dotted paths of a config: classes first, since another class does not keep the options of the one before."""
+    for key in sorted(values, key=lambda key: key.removesuffix(".class_path").count(".")):
+        set_key(config, key, values[key])
+
+
 def set_key(config: dict[str, Any], key: str, value: Any) -> None:
-    """Set a value at a dotted path of a config; another class does not keep the options of the one before."""
+    """Set a value at a dotted path of a config; a class may also be the value of the option that it is given for."""
     *parents, last = key.split(".")
     for name in parents:
         if not isinstance(config.get(name), dict):
             config[name] = {"class_path": config[name]} if isinstance(config.get(name), str) else {}
         config = config[name]
-    if last == "class_path" and config.get(last) != value:
+    if isinstance(value, str) and isinstance(config.get(last), dict) and "class_path" in config[last]:
+        config, last = config[last], "class_path"
+    if last == "class_path" and _class_name(config.get(last)) != _class_name(value):
         config.pop("init_args", None)
     config[last] = value
+
+
+def _class_name(path: object) -> str:
+    """The name of a class, by which a config may call it as well as by its path."""
+    return str(path).rpartition(".")[2]
 
 
 def write_yaml(config: Mapping[str, Any], comments: Mapping[str, str], depth: int = 0, path: str = "") -> str:

@@ -205,6 +205,8 @@ def test_class_names_of_a_changed_file_count(tmp_path):
         source = CaptionSource("cls", class_names=str(names))
         found.append((source.texts({"cls": b"1"}), str(source.description()), described(Captions([source]))))
     assert [texts for texts, *_ in found] == [["fox"], ["owl"]]
+    names.unlink()  # which a run that goes on does not notice
+    assert source.texts({"cls": b"1"}) == ["owl"]
     assert found[0][1] != found[1][1]  # of a cache
     assert found[0][2] != found[1][2]  # which a resumed run compares
 

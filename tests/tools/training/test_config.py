@@ -68,8 +68,16 @@ def test_what_is_given_wins() -> None:
 def test_another_class_comes_without_the_options_of_the_one_before() -> None:
     expected = {"class_path": "FromFile", "init_args": {"path": "x"}}
     for key in ("model.adapter", "model.adapter.class_path"):
-        given: dict[str, Any] = {key: "FromFile", "model.adapter.init_args.path": "x"}
+        given: dict[str, Any] = {"model.adapter.init_args.path": "x", key: "FromFile"}
         assert _config(**given)["model"]["adapter"] == expected
+
+
+@pytest.mark.parametrize("name", ["LoraConfig", "peft.LoraConfig"])
+@pytest.mark.parametrize("key", ["model.adapter", "model.adapter.class_path"])
+def test_the_same_class_keeps_its_options(key: str, name: str) -> None:
+    adapter = _config(**{"model.adapter.init_args.r": 3, key: name})["model"]["adapter"]
+    assert adapter["class_path"] == name
+    assert adapter["init_args"] == _config()["model"]["adapter"]["init_args"] | {"r": 3}
 
 
 @pytest.mark.parametrize("base", base_names())
