@@ -45,15 +45,14 @@ def warn_of_left_out(model: PeftModel) -> None:
     others = [name for name in model.active_adapters if name != ADAPTER_NAME]
     if not trained and not others:
         return
-    found = []
-    if trained:
-        found.append(
-            f"{len(trained)} other trained tensors, the first is {trained[0]}; checkpoints hold all that is trained"
-        )
+    beside = (
+        f"{len(trained)} other trained tensors, the first is {trained[0]}"
+        if trained
+        else f"the adapter {others[0]}, which is active too"
+    )
+    advice = "checkpoints hold all that is trained"
     if others:
-        found.append(
-            f"the adapter {others[0]}, which is active too; write it with save_pretrained(folder, selected_adapters=[name]) of "
-            f"the adapted model"
+        advice += (
+            f"; write {others[0]} with save_pretrained(folder, selected_adapters=[{others[0]!r}]) of the adapted model"
         )
-    for one in found:
-        rank_zero_warn(f"the adapter's files hold the adapter {ADAPTER_NAME!r} alone, without {one}")
+    rank_zero_warn(f"the adapter's files hold the adapter {ADAPTER_NAME!r} alone, without {beside}; {advice}")
