@@ -1,7 +1,7 @@
 """Runs with options drawn by chance that are stopped at any moment and resumed end as if nothing had happened.
 
-The seed is drawn anew each time and printed. ``LIT_LORA_RESUME_SEED`` sets it, ``LIT_LORA_RESUMES`` is the number of runs:
-``LIT_LORA_RESUMES=100 pytest -n 0 -s tests/test_random_resumes.py``.
+``LIT_LORA_RESUMES=100 pytest -n 0 -s tests/test_random_resumes.py`` draws 100 runs with a new seed, which is printed and which
+``LIT_LORA_RESUME_SEED`` sets. Without it the same few runs are tested each time.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ from tests.helpers import differences
 pytestmark = pytest.mark.slow
 
 RUNS = int(os.environ.get("LIT_LORA_RESUMES", 2))
-SEED = int(os.environ.get("LIT_LORA_RESUME_SEED") or int.from_bytes(os.urandom(4), "big"))
+_NEW = int.from_bytes(os.urandom(4), "big") if "LIT_LORA_RESUMES" in os.environ else 0
+SEED = int(os.environ.get("LIT_LORA_RESUME_SEED") or _NEW)
 
 ADAPTERS: dict[str, Callable[[], peft.PeftConfig]] = {
     "lora": lambda: peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v"]),
