@@ -202,6 +202,8 @@ def test_mistakes_are_one_error(
     [
         ("--rank", "0", "model.adapter.init_args.r=0 is too small"),
         ("--lr", "fast", "lr='fast' is not a number"),
+        ("--rank", "3.5", "r=3.5 is a float; write a whole number of at least 1"),
+        ("--rank", "null", "r=None is not a number"),
         ("--trainer.max_stepz", "5", "there is no option --trainer.max_stepz; did you mean --trainer.max_steps?"),
         ("--time", "soon", "trainer.max_time='soon' is no duration; give days, hours, minutes and seconds, such as"),
         ("--model.base_dtype", "float17", "float17"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_least, check_whole
 from lit_lora.tools.training.base import Base
 from lit_lora.tools.training.images import Images
 
@@ -100,15 +100,15 @@ def given_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings among the values that the user gives by config key, by the names of :class:`Settings`.
 
     Raises:
-        UserError: If a value is no number, or too small.
+        UserError: If a value is no number or no whole one, or too small.
     """
     found = {name: given[key] for key, name in KEYS.items() if key in given}
     for key, name in KEYS.items():
         if name in found:
-            kind = int | float if name == "lr" else int
-            if not isinstance(found[name], kind) or isinstance(found[name], bool):
-                raise UserError(f"{key}={found[name]!r} is not a number; give one, or leave it out")
-            check_least({"val_samples": 0, "lr": 0}.get(name, 1), **{key: found[name]})
+            value, least = found[name], {"val_samples": 0, "lr": 0}.get(name, 1)
+            if value is None or (name == "lr" and (not isinstance(value, int | float) or isinstance(value, bool))):
+                raise UserError(f"{key}={value!r} is not a number; give one, or leave it out")
+            (check_least if name == "lr" else check_whole)(least, **{key: value})
     return found
 
 
