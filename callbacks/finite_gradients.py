@@ -139,7 +139,7 @@ class FiniteGradients(Callback):
     def _error(self, trainer: Trainer, pl_module: LightningModule, where: str) -> UserError:
         rates = {group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups}
         rate = ", ".join(f"{float(lr):g}" for lr in sorted(rates))
-        # The weights of the base are looked at here alone: reading all of them at each start would take seconds.
+        # The weights of the base are looked at after an error alone: reading all of them at each start would take seconds.
         trained = {name: value for name, value in pl_module.named_parameters() if value.requires_grad}
         other = "remove samples that cause it"
         if names := non_finite_names(trained):

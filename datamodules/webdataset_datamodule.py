@@ -17,7 +17,7 @@ from lit_lora.datamodules.batches.chunks import Chunks
 from lit_lora.datamodules.batches.cursor import Cursor
 from lit_lora.datamodules.batches.listed_samples import ListedSamples
 from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE, Plan
-from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
+from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint, tell_other_batches
 from lit_lora.datamodules.caching.of_run import is_cacheable
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
@@ -252,14 +252,8 @@ class WebDatasetDataModule(LightningDataModule):
         if state is not None:
             with naming_checkpoint(self.trainer):
                 loader.load_state_dict(state)
-            size, earlier = loader.plan.global_batch_size, state["segments"][-2]
-            if resumed and size != earlier and self._rank == 0 and not self._changes_are_told:
-                _log.warning(
-                    "the global batch has %d samples, and had %d before this run was resumed, so that the rest of the data is "
-                    "divided into other batches; change batch_size or the number of processes to keep its size",
-                    size,
-                    earlier,
-                )
+            if resumed and self._rank == 0:
+                tell_other_batches(state, loader.plan, self.trainer)
         if before is not None:
             loader.bad_samples |= before.bad_samples
             loader.wordless = before.wordless
@@ -393,12 +387,6 @@ class WebDatasetDataModule(LightningDataModule):
     @property
     def _rank(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_rank
-
-    @property
-    def _changes_are_told(self) -> bool:
-        """Whether a callback such as ``AdapterCheckpoint`` tells what a resumed run changes, the samples in a step among it."""
-        callbacks: list[Any] = [] if self.trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
-        return any(getattr(callback, "tells_changes", False) for callback in callbacks)
 
     @property
     def _world_size(self) -> int:

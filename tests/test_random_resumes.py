@@ -247,6 +247,7 @@ def fit(
     shards: Path,
     folder: Path,
     seen: dict[str, Any],
+    trainer_options: dict[str, Any],
     num_workers: int,
     *callbacks: Callback,
 ) -> None:
@@ -288,23 +289,20 @@ def fit(
     own += [ScheduleFree()] if drawn.optimizer == "schedule-free" else []
     own += [RankBudget(mean_rank=1.5, stop=0.7, prunings=3)] if drawn.budget else []
     value, algorithm = drawn.clip
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
-        default_root_dir=folder,
-        logger=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        callbacks=own,
-        max_steps=drawn.steps,
-        max_epochs=drawn.epochs,
-        accumulate_grad_batches=drawn.accumulate,
-        gradient_clip_val=value,
-        gradient_clip_algorithm=algorithm if value else None,
-        val_check_interval=drawn.val_every and drawn.val_every * drawn.accumulate,
-        check_val_every_n_epoch=None if drawn.val_every else 1,
-        num_sanity_val_steps=0,
-    )
+    of_run: dict[str, Any] = {
+        "default_root_dir": folder,
+        "enable_checkpointing": True,
+        "callbacks": own,
+        "max_steps": drawn.steps,
+        "max_epochs": drawn.epochs,
+        "accumulate_grad_batches": drawn.accumulate,
+        "gradient_clip_val": value,
+        "gradient_clip_algorithm": algorithm if value else None,
+        "val_check_interval": drawn.val_every and drawn.val_every * drawn.accumulate,
+        "check_val_every_n_epoch": None if drawn.val_every else 1,
+        "num_sanity_val_steps": 0,
+    }
+    trainer = Trainer(**trainer_options | of_run)
     resumes = (folder / "saved" / "last.ckpt").exists()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -324,7 +322,11 @@ def saved(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("number", range(RUNS))
 def test_a_run_that_is_resumed_equals_one_that_was_never_stopped(
-    number: int, sd_folder: Path, encode_image: Callable[..., bytes], tmp_path: Path
+    number: int,
+    sd_folder: Path,
+    encode_image: Callable[..., bytes],
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     r = random.Random(f"{SEED} {number}")
     for trial in range(20):
@@ -340,7 +342,7 @@ def test_a_run_that_is_resumed_equals_one_that_was_never_stopped(
             pack_folder(images, shards / name, samples_per_shard=per_shard)
         expected: dict[str, Any] = {}
         try:
-            fit(drawn, sd_folder, shards, tmp_path / f"whole-{trial}", expected, 0)
+            fit(drawn, sd_folder, shards, tmp_path / f"whole-{trial}", expected, trainer_options, 0)
         except (UserError, MisconfigurationException) as error:  # options that do not go together
             if expected:  # these are refused before the first step
                 raise
@@ -356,10 +358,10 @@ def test_a_run_that_is_resumed_equals_one_that_was_never_stopped(
         hook, calls = r.choice(HOOKS), r.randint(1, batches)
         print(f"  stopped at call {calls} of {hook}")
         try:
-            fit(drawn, sd_folder, shards, parts, found, r.choice([0, 1, 2]), Stop(hook, calls))
+            fit(drawn, sd_folder, shards, parts, found, trainer_options, r.choice([0, 1, 2]), Stop(hook, calls))
         except StopError:
             continue
         break  # it has ended before
-    fit(drawn, sd_folder, shards, parts, found, r.choice([0, 1, 2]))
+    fit(drawn, sd_folder, shards, parts, found, trainer_options, r.choice([0, 1, 2]))
     assert not list(differences(found, expected))[:20]
     assert not list(differences(saved(parts), saved(tmp_path / f"whole-{trial}")))[:20]

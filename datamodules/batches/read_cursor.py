@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -10,6 +11,8 @@ from lit_lora.datamodules.batches.cursor import Cursor, Segment
 from lit_lora.datamodules.batches.plan import MAX_PASSES, Plan
 from lit_lora.errors import UserError
 from lit_lora.redact import redact
+
+_log = logging.getLogger(__name__)
 
 _MAX_BATCHES = 2**40
 _MAX_SEGMENTS = 1000
@@ -41,6 +44,25 @@ def read_cursor(state: Mapping[str, Any], plan: Plan) -> Cursor:
     if taken > most:
         refuse_position("segments", f"{taken} batches in this round", f"at most {most}")
     return cursor
+
+
+def tell_other_batches(state: Mapping[str, Any], plan: Plan, trainer: Any) -> None:
+    """Tell that a resumed run has global batches of another size, unless a callback such as ``AdapterCheckpoint`` tells it.
+
+    Args:
+        state: State of the loader that was resumed, which :func:`read_cursor` has checked.
+        plan: Plan of the run that continues.
+        trainer: Its trainer, or None.
+    """
+    size, earlier = plan.global_batch_size, state["segments"][-2]
+    if size == earlier or any(getattr(one, "tells_changes", False) for one in getattr(trainer, "callbacks", ())):
+        return
+    _log.warning(
+        "the global batch has %d samples, and had %d before this run was resumed, so that the rest of the data is divided into "
+        "other batches; change batch_size or the number of processes to keep its size",
+        size,
+        earlier,
+    )
 
 
 def read_count(state: Mapping[str, Any], name: str, most: int) -> int:

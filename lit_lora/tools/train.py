@@ -23,7 +23,8 @@ _OF_FIT = ("--trainer.", "--model.", "--data.", "--seed_everything")
 _LONG = {f"--{name}": f"--{path}" for name, path in SHORT.items()}
 
 _CLASSES = re.compile(
-    r"(--(?:data|model\.(?:family|adapter|text_adapter|optimizer|lr_scheduler|objective|quantization)))\.(?!(?:init_args|dict_kwargs)(?:\.|$)|class_path$)"
+    r"(--(?:data|model\.(?:family|adapter|text_adapter|optimizer|lr_scheduler|objective|quantization)))\."
+    r"(?!(?:init_args|dict_kwargs)(?:\.|$)|class_path$)"
 )
 """Keys whose values are classes; before the names of their options, ``init_args`` may be left out."""
 

@@ -108,7 +108,8 @@ def given_settings(given: Mapping[str, Any]) -> dict[str, Any]:
             value, least = found[name], {"val_samples": 0, "lr": 0}.get(name, 1)
             if value is None or (name == "lr" and (not isinstance(value, int | float) or isinstance(value, bool))):
                 raise UserError(f"{key}={value!r} is not a number; give one, or leave it out")
-            (check_least if name == "lr" else check_whole)(least, **{key: value})
+            check = check_least if name == "lr" else check_whole
+            check(least, **{key: value})
     return found
 
 

@@ -100,10 +100,10 @@ def comments_of(choices: Sequence[Choice], cached: str | None) -> dict[str, str]
 def set_keys(config: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Set values at dotted paths of a config: classes first, since another class does not keep the options of the one before."""
     for key in sorted(values, key=lambda key: key.removesuffix(".class_path").count(".")):
-        set_key(config, key, values[key])
+        _set_key(config, key, values[key])
 
 
-def set_key(config: dict[str, Any], key: str, value: Any) -> None:
+def _set_key(config: dict[str, Any], key: str, value: Any) -> None:
     """Set a value at a dotted path of a config; a class may also be the value of the option that it is given for."""
     *parents, last = key.split(".")
     for name in parents:
