@@ -18,7 +18,7 @@ from lit_lora.adapters import ADAPTER_NAME, adapter_state, method_of, plain_conf
 from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.parameter_groups import plain_name
 from lit_lora.adapters.rank_selection import select_components
-from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
+from lit_lora.adapters.ranked_layer import RankedLayer, check_prunable, note_ranks
 from lit_lora.blocks import compile_for_any_rank
 from lit_lora.byte_sizes import parse_bytes
 from lit_lora.callbacks.changed_ranks import ChangedRanks
@@ -71,7 +71,7 @@ class RankBudget(ChangedRanks):
     Raises:
         UserError: If not exactly one budget is given, or a value is outside its range; when training starts, if the adapter is
             not LoRA, the budget is below ``min_rank`` in each layer or not below the ranks at the start, the number of optimizer
-            steps is unknown.
+            steps is unknown; after the first step, if the optimizer does not keep one value for each weight.
     """
 
     def __init__(
@@ -117,6 +117,8 @@ class RankBudget(ChangedRanks):
         self._schedule: dict[int, float] = {}
         self._total_steps = 0
         self._step = 0
+        self._checked = False
+        """Whether the optimizers' states are known to be such that they can be pruned; they exist after the first step."""
         self._early: dict[str, Tensor] = {}
         """Derivatives of this step by the layer's path, where gradients do not last until the optimizer step."""
         self._hooks: list[RemovableHandle] = []
@@ -167,7 +169,7 @@ class RankBudget(ChangedRanks):
         if self._scores is not None:
             self._scores = self._scores.to(self.layers[0].b.device)
         self._above = self._used() > final
-        self._step = trainer.global_step
+        self._step, self._checked = trainer.global_step, False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._above:
@@ -194,6 +196,9 @@ class RankBudget(ChangedRanks):
     ) -> None:
         if trainer.global_step == self._step:
             return
+        if not self._checked and self._above:
+            check_prunable(self.layers, trainer.optimizers)
+            self._checked = True
         self._step = trainer.global_step
         due = min((budget for step, budget in self._schedule.items() if step <= self._step), default=math.inf)
         # Without a step that was scored, a pruning waits for the next.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -211,11 +213,21 @@ def ranked_layers(module: nn.Module, user: str = "RankBudget") -> list[RankedLay
 
 
 def note_ranks(layers: Sequence[RankedLayer]) -> None:
-    """Write the layers' ranks and alphas into their config, as ``rank_pattern`` and ``alpha_pattern``."""
+    """Write the layers' ranks and alphas into their config, as ``rank_pattern`` and ``alpha_pattern``.
+
+    A config that has these ranks stays as it is, so that a run that resumes has the same.
+    """
     for config in {id(layer.config): layer.config for layer in layers}.values():
         own = [layer for layer in layers if layer.config is config]
+        if all(layer.rank == _rank_of(config, layer.name) for layer in own):
+            continue
         config.rank_pattern = layer_patterns({layer.name: layer.rank for layer in own})
         config.alpha_pattern = layer_patterns({layer.name: layer.layer.lora_alpha[ADAPTER_NAME] for layer in own})
+
+
+def _rank_of(config: LoraConfig, name: str) -> int:
+    """The rank that a config gives to a layer."""
+    return int(config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r))
 
 
 def match_checkpoint(
@@ -301,17 +313,34 @@ def _project_state(optimizer: Optimizer, projected: ProjectedParameter) -> None:
     if projected.before not in optimizer.state:
         return
     state: dict[str, Any] = optimizer.state.pop(projected.before)
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() <= 1:
-            continue
-        if value.shape != projected.shape or not value.is_floating_point():
-            raise UserError(
-                f"{type(optimizer).__name__} keeps {name} as {tuple(value.shape)} of {value.dtype} for weights of the shape "
-                f"{tuple(projected.shape)}, so that RankBudget cannot prune it with the ranks; use an optimizer with one value "
-                f"for each element, such as torch.optim.AdamW"
-            )
+    for name, value in _elementwise(optimizer, state, projected.shape):
         state[name] = projected.of_state(value)
     optimizer.state[projected.parameter] = state
+
+
+def check_prunable(layers: Sequence[RankedLayer], optimizers: Sequence[Optimizer]) -> None:
+    """Check that the optimizers' states of layers can be pruned with their ranks.
+
+    Raises:
+        UserError: If a state is not one value for each element.
+    """
+    for layer in layers:
+        for parameter, optimizer in itertools.product((layer.a, layer.b), optimizers):
+            if parameter in optimizer.state:
+                _elementwise(optimizer, optimizer.state[parameter], full_shape(parameter))
+
+
+def _elementwise(optimizer: Optimizer, state: Mapping[str, Any], shape: torch.Size) -> list[tuple[str, Tensor]]:
+    """The entries of a parameter's state that have one value for each of its elements; the others are numbers."""
+    tensors = [(name, value) for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1]
+    for name, value in tensors:
+        if value.shape != shape or not value.is_floating_point():
+            raise UserError(
+                f"{type(optimizer).__name__} keeps {name} as {tuple(value.shape)} of {value.dtype} for weights of the shape "
+                f"{tuple(shape)}, so that RankBudget cannot prune it with the ranks; use an optimizer with one value for each "
+                f"element, such as torch.optim.AdamW"
+            )
+    return tensors
 
 
 def _swap(optimizer: Optimizer, before: nn.Parameter, now: nn.Parameter) -> None:

@@ -230,7 +230,8 @@ class ModelFamily(PipelineParts, ABC):
         """
         if pixel_values.dtype == torch.uint8:
             pixel_values = pixel_values.float() / 127.5 - 1
-        encoded = self.vae.encode(pixel_values.to(self.vae.dtype))
+        # Not vae.dtype of diffusers, which goes through all modules of the VAE at each call.
+        encoded = self.vae.encode(pixel_values.to(next(self.vae.parameters()).dtype))
         if not hasattr(encoded, "latent_dist"):  # a deterministic autoencoder
             return encoded.latent, torch.zeros_like(encoded.latent)
         return encoded.latent_dist.mean, encoded.latent_dist.std

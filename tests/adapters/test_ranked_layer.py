@@ -181,6 +181,16 @@ def test_ranks_in_the_config_are_those_of_each_layer() -> None:
     assert config.alpha_pattern == {"conv": 1.5, "inner.proj": 3.0, "^proj": 4.5}
 
 
+def test_ranks_that_the_config_has_are_not_written_again() -> None:
+    pattern = {"proj": 2}
+    model = adapted(rank_pattern=pattern)
+    note_ranks(ranked_layers(model))
+    assert model.peft_config["default"].rank_pattern == pattern
+    ranked_layers(model)[1].keep(torch.eye(2)[:, :1], [])
+    note_ranks(ranked_layers(model))
+    assert model.peft_config["default"].rank_pattern == {"conv": 4, "inner.proj": 1, "^proj": 2}
+
+
 def test_alpha_of_rslora_grows_with_the_root_of_the_rank() -> None:
     layer = ranked_layers(adapted(use_rslora=True))[0]
     layer.keep(torch.eye(4)[:, :1], [])

@@ -7,7 +7,7 @@ import pytest
 import schedulefree
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from lit_lora.callbacks import AdapterEMA, ScheduleFree
 from lit_lora.errors import UserError
@@ -150,3 +150,39 @@ def test_only_trainable_parameters_are_copied(trainer_options: dict[str, Any], t
     ema = AdapterEMA()
     Trainer(callbacks=[ema], **trainer_options | {"max_steps": 1}).fit(Counting(), loader_of([torch.zeros(1)]))  # type: ignore[list-item]
     assert ema.state_dict()["shadow_params"].numel() == 1
+
+
+class UnfreezesLater(LightningModule):
+    """Its second parameter is in the optimizer from the start, and trained from the third step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+        self.second.requires_grad_(False)
+        self.values: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == 2:
+            self.second.requires_grad_(True)
+        return self.first.sum() + self.second.sum()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.values.append(self.second.detach().clone())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([self.first, self.second], lr=1.0)
+
+
+def test_parameters_of_the_optimizer_that_are_unfrozen_later(trainer_options: dict[str, Any]) -> None:
+    module, ema = UnfreezesLater(), AdapterEMA(0.5)
+    trainer = Trainer(callbacks=[ema], **trainer_options | {"max_steps": 5})
+    trainer.fit(module, loader_of([torch.zeros(1)] * 5))  # type: ignore[list-item]
+    # It is averaged from the step on after which it is first seen to be trained.
+    average = module.values[2]
+    for number, value in enumerate(module.values[2:], 3):
+        decay = min(0.5, number / (9 + number))
+        average = decay * average + (1 - decay) * value
+    with ema.averaged(module):
+        assert torch.allclose(module.second, average)
+        assert not torch.equal(module.second, module.values[-1])
+    assert torch.equal(module.second, module.values[-1])

@@ -170,6 +170,28 @@ def test_resuming_is_exact(
         assert one.read_bytes() == two.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_resumes_whose_ranks_eva_left_as_they_were(
+    sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    def fit_one(module: LoraDiffusion, folder: Path, resume: Path | None = None) -> None:
+        saving = AdapterCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        own: list[Callback] = [EvaInitialization(steps=2, rho=1), saving]
+        options = trainer_options | {"max_steps": 4, "enable_checkpointing": True, "callbacks": own}
+        made = make_batches(4)
+        Trainer(**options).fit(module, loader_of(made[3:] + made[:3] if resume else made), ckpt_path=resume)
+
+    def module() -> LoraDiffusion:
+        pattern = {"to_q": 2, "to_v": 1}
+        return diffusion(sd_folder, adapter=LoraConfig(r=3, target_modules=["to_q", "to_v"], rank_pattern=pattern))
+
+    whole, resumed = module(), module()
+    fit_one(whole, tmp_path / "one")
+    fit_one(resumed, tmp_path / "two", resume=tmp_path / "one" / "step=3.ckpt")
+    for (name, a), (_, b) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
 def test_the_files_draw_the_same_in_plain_diffusers(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -225,6 +225,15 @@ def test_resuming_at_any_step_is_exact(
     ).read_bytes()
 
 
+def test_an_optimizer_that_cannot_be_pruned_is_refused_after_the_first_step(
+    sd_folder: Path, trainer_options: dict[str, Any]
+) -> None:
+    module = module_of(sd_folder, optimizer=lambda p: torch.optim.Adafactor(p))
+    with pytest.raises(UserError, match=r"Adafactor keeps row_var as .* so that RankBudget cannot prune it"):
+        fit(module, trainer_options, RankBudget(mean_rank=2, start=0.8, stop=0.9))
+    assert module.trainer.global_step == 1
+
+
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 def test_a_longer_run_keeps_the_schedule_of_its_checkpoint(
     sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
