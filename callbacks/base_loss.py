@@ -45,7 +45,7 @@ class BaseLoss(Callback):
             advice = f"set monitor to one of {logged}" if logged else "there are no validation data"
             rank_zero_warn(f"BaseLoss measured nothing, since the sanity check logged no {self.monitor}: {advice}")
             return
-        self.base = float(found)
+        self.base, self.least = float(found), None  # not of a fit before, in the same process
         # With those of its parts, as val/loss_q1.
         found_all = {
             name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(self.monitor)

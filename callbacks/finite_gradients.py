@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError, check_whole
 from lit_lora.finite import any_non_finite, any_non_finite_gradient, damaged_base, non_finite_names, tensors_in
-from lit_lora.loops import accumulating
+from lit_lora.loops import accumulating, begins_anew
 from lit_lora.skipped_step import skip_step_where
 from lit_lora.visible import visible
 
@@ -61,6 +61,10 @@ class FiniteGradients(Callback):
         """The trainer's :class:`FiniteGradients`; None if it has none."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return next((callback for callback in callbacks if isinstance(callback, cls)), None)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and begins_anew(trainer):
+            self.skipped = 0  # a checkpoint's number is restored after this
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.streak, self._step, self._unread = 0, None, []

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from lit_lora.adapters import check_finite, check_sharded_training, method_of, same_adapter
 from lit_lora.adapters.in_place import AdapterInPlace, adapt_in_place, adapter_in
 from lit_lora.adapters.names import PREFIX
+from lit_lora.adapters.state import warn_of_left_out
 from lit_lora.adapters.targets import described_presets
 from lit_lora.blocks import outermost_blocks
 from lit_lora.callbacks.checkpoint_files import adapter_folders
@@ -107,8 +108,8 @@ class LoraInjection(Callback):
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter to a folder for ``peft.PeftModel.from_pretrained``.
 
-        A folder with an older adapter is replaced atomically. If the weights are sharded over several processes, all of them
-        must call this method; the first one writes.
+        A folder with an older adapter is replaced atomically, and a warning names what was trained in the part beside it. If the
+        weights are sharded over several processes, all of them must call this method; the first one writes.
 
         Args:
             folder: Folder to write.
@@ -118,6 +119,7 @@ class LoraInjection(Callback):
         """
         if self._in_place is None:
             raise UserError("there is no adapter yet: call save_adapter after trainer.fit, in the same process")
+        warn_of_left_out(self._in_place.model)
         state, config = self._in_place.files()
         if self.update_statistics:
             state = dict(state) | {f"{PREFIX}{name}": value for name, value in _statistics(self._in_place.root)}

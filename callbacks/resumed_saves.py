@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Set as AbstractSet
 from pathlib import Path
@@ -21,7 +22,24 @@ from lit_lora.callbacks.checkpoint_files import (
     warn_if_nothing_is_saved,
     warn_of_future,
 )
+from lit_lora.loops import begins_anew
 from lit_lora.run_checks import check_averages
+
+_OF_ONE_RUN = (
+    "best_k_models",
+    "best_model_path",
+    "best_model_score",
+    "current_score",
+    "kth_best_model_path",
+    "kth_value",
+    "last_model_path",
+    "_defer_save_until_validation",
+    "_earlier_best",
+    "_last_checkpoint_saved",
+    "_last_global_step_saved",
+    "_replaced",
+)
+"""What a ``ModelCheckpoint`` knows of the checkpoints that it has saved."""
 
 
 class ResumedSaves(ModelCheckpoint):
@@ -29,7 +47,8 @@ class ResumedSaves(ModelCheckpoint):
 
     ``ckpt_path="last"`` finds the newest checkpoint, also of earlier runs. A run that is resumed from it removes the checkpoint
     which that one was to replace, and brings ``last`` up to it. A run that is resumed in another folder begins to look for the
-    best checkpoint anew; its end tells if that of the folders before is better.
+    best checkpoint anew; its end tells if that of the folders before is better. So does a second fit with the same callback,
+    which would otherwise save nothing at the step of the last save before, and remove checkpoints of the first.
     """
 
     _replaced = ""
@@ -37,11 +56,24 @@ class ResumedSaves(ModelCheckpoint):
     _found: AbstractSet[str] = frozenset()
     """The checkpoints that ``ckpt_path="last"`` has found."""
     _trains = False
+    _fresh: dict[str, Any] | None = None
+    """What the callback knew before its first run."""
+    _folders: tuple[Any, Any] = (None, None)
+    """The ``dirpath`` that was given, and the one that became of it."""
     _earlier_best: tuple[str, Tensor] | None = None
     """The best checkpoint in the folders of the runs before, and its score."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._fresh is None:
+            self._fresh = {name: copy.copy(getattr(self, name)) for name in _OF_ONE_RUN}
+        elif stage == "fit" and begins_anew(trainer):
+            vars(self).update({name: copy.copy(value) for name, value in self._fresh.items()})
+            if trainer.ckpt_path is None and self.dirpath == self._folders[1]:
+                self.dirpath = self._folders[0]
+        given = self.dirpath
         super().setup(trainer, pl_module, stage)
+        if given != self.dirpath:
+            self._folders = given, self.dirpath
         self._trains = False
         if stage == "fit":
             warn_if_nothing_is_saved(self)

@@ -106,6 +106,7 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
     yield "trainer.gradient_clip_val", described(trainer.gradient_clip_val or 0)
     if trainer.gradient_clip_val:
         yield "trainer.gradient_clip_algorithm", str(trainer.gradient_clip_algorithm or "norm")
+    yield "trainer.overfit_batches", described(getattr(trainer, "overfit_batches", 0))
     datamodule: Any = getattr(trainer, "datamodule", None)
     batches, processes = trainer.accumulate_grad_batches, trainer.world_size
     # With its factors: the division of the data into batches and dropout's random numbers depend on them, too.
@@ -116,6 +117,9 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
         yield "batches in an optimizer step", f"{batches * processes} ({factors})"
     if hasattr(datamodule, "resolution"):
         yield "data.resolution", described(datamodule.resolution)
+    if hasattr(datamodule, "chunks"):
+        for name in ("passes", "steps"):  # the chunks themselves are a part of the position in the data
+            yield f"data.chunks.{name}", described(getattr(datamodule.chunks, name))
     if isinstance(digest := getattr(datamodule, "validation_digest", None), str) and digest:
         yield "validation samples, on which best scores and early stopping depend,", digest
     if hasattr(datamodule, "decoder"):  # the position in the data has checks of its own

@@ -117,7 +117,7 @@ class SampleImages(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = self._shown = trainer.global_step
-        self.latest = None
+        self.latest, self._saved = None, (-1, [])
         if trainer.global_step == 0:
             self._draw(trainer, pl_module)
 

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lit_lora.datamodules.batches.buckets import check_resolution
 from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE
 from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
+from lit_lora.datamodules.decoding.captions import warn_of_changed_names
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
@@ -134,6 +135,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
             raise UserError("WebDatasetStreamDataModule has no data to test on; validate instead")
         if stage != "fit" and not self.val_shards:
             raise UserError(f"there is no data to {TrainerFn(stage).value} on; set val_shards and val_batches")
+        warn_of_changed_names([self.decoder])
         if stage == "fit":
             self._train = _expand(self.train_shards)
         if self.val_shards:

@@ -18,6 +18,11 @@ def accumulating(trainer: Trainer) -> bool:
     return trainer.state.fn == TrainerFn.FITTING and trainer.fit_loop._should_accumulate()
 
 
+def begins_anew(trainer: Trainer) -> bool:
+    """Whether a fit that is set up begins with its first step or a checkpoint, and not where the trainer's last fit has ended."""
+    return trainer.global_step == 0 or trainer.ckpt_path is not None
+
+
 @contextmanager
 def within_epoch(trainer: Trainer) -> Iterator[None]:
     """Context in which Lightning's count of epochs is as in the hooks where it saves checkpoints itself.

@@ -55,6 +55,23 @@ def test_the_loss_of_each_quarter_is_the_mean_of_its_samples(
     assert logged(curves, "val", 0) == logged(curves, "val", 1) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_each_of_several_loaders_logs_its_own_quarters(
+    stage: str, sd_module: LoraDiffusion, trainer_options: dict[str, Any]
+) -> None:
+    batches = [make_batches(3, seed=seed) for seed in (5, 6)]
+    trainer = Trainer(**trainer_options)
+    found = getattr(trainer, stage)(sd_module, [loader_of(of_loader) for of_loader in batches], verbose=False)
+    sd_module.eval()
+    kind = stage.removesuffix("idate")
+    for number, of_loader in enumerate(batches):
+        expected = quarters_of(sd_module, of_loader, VALIDATION_SEED)
+        logged = {q: trainer.callback_metrics[f"{kind}/loss_q{q}/dataloader_idx_{number}"].item() for q in expected}
+        assert logged == pytest.approx(expected, rel=1e-5)
+        assert f"{kind}/loss/dataloader_idx_{number}" in found[number]
+    assert f"{kind}/loss_q1" not in trainer.callback_metrics
+
+
 def test_a_quarter_without_samples_is_not_logged(
     sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:

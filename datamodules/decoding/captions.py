@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +108,17 @@ class CaptionSource:
         if self._names is not None:
             values["class_names"] = self._names_digest
         return values
+
+    def warn_of_change(self) -> None:
+        """Warn if the file with the names was changed after the source was made, which keeps the names of then."""
+        if isinstance(self.class_names, str):
+            with suppress(UserError):  # a file that is gone is no longer needed
+                if _read_lines(self.class_names) != self._names:
+                    warnings.warn(
+                        f"class_names: {self.class_names} was changed after it was read, and the names of then are used; make a "
+                        "new datamodule for the new ones",
+                        stacklevel=2,
+                    )
 
     def described_contents(self) -> dict[str, str]:
         """What a resumed run compares beside the options: the names in the file."""
@@ -281,6 +293,13 @@ class Captions:
         caption = source.template.replace("{}", text)
         # Of an image that has the prefix alone, no separator stays at its end.
         return (self.prefix if caption else self.prefix.removesuffix(self.separator)) + caption + self.suffix
+
+
+def warn_of_changed_names(decoders: Iterable[object]) -> None:
+    """Warn of files with class names that were changed after the decoders' sources of captions were made."""
+    captions = {id(found): found for one in decoders if isinstance(found := getattr(one, "captions", None), Captions)}
+    for source in (source for found in captions.values() for source in found.sources):
+        source.warn_of_change()
 
 
 def _generator(seed: int, name: str, slot: int) -> np.random.Generator:

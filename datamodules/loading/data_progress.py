@@ -37,12 +37,17 @@ class DataProgress(Callback):
             self._has_started = True  # the tuner's short runs start again and again
             self._remember(loader)
             # Lightning does not call the start of an epoch that is gone on with.
-            _set_length(trainer, loader, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+            _set_length(trainer, loader, done)
+            if isinstance(loader, RestartingLoader):
+                loader.goes_on = 0 < done < trainer.fit_loop.max_batches
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loader = _loader(trainer)
         if loader is not None:
             _set_length(trainer, loader, done=0)
+            if isinstance(loader, RestartingLoader):
+                loader.goes_on = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

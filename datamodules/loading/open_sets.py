@@ -17,6 +17,7 @@ from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.batches.repeats import Repeats
 from lit_lora.datamodules.caching.of_run import cache_of_run, decoder_of_run
 from lit_lora.datamodules.caching.open_cache import OpenCache
+from lit_lora.datamodules.decoding.captions import warn_of_changed_names
 from lit_lora.datamodules.decoding.marked_decoder import MarkedDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
@@ -77,6 +78,7 @@ class OpenSets:
                 the run needs, or samples of two sets cannot be in one batch.
         """
         check_shares(sets)
+        warn_of_changed_names(decoders)
         tables = [open_table(one.shards) for one in sets]
         table = SampleTable.join(tables)
         twice = next((location for location, number in Counter(table.locations).items() if number > 1), None)

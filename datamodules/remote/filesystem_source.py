@@ -64,7 +64,7 @@ class FilesystemSource(RemoteSource):
             info = filesystem.info(path)
             start = start if str(info) == self._info else 0
             file = filesystem.open(path, "rb", block_size=_BLOCK_BYTES)
-        self._info, self.version = str(info), _version(info)
+        self._info, self.version, self.state = str(info), _version(info), _state(info)
         with file:
             yield Stream(start, info.get("size"), self._pieces(file, start))
 
@@ -87,6 +87,11 @@ class FilesystemSource(RemoteSource):
         with self._translated():
             filesystem, path = self._filesystem
             return _version(filesystem.info(path))
+
+    def current_state(self) -> str | None:
+        with self._translated():
+            filesystem, path = self._filesystem
+            return _state(filesystem.info(path))
 
     def list_tars(self) -> list[str]:
         """The sorted locations of the ``*.tar`` files in this folder or that match this glob."""
@@ -166,6 +171,11 @@ def _version(info: Mapping[str, Any]) -> str | None:
     """The ETag of an object, which S3 and Google Cloud Storage state."""
     etag = info.get("ETag") or info.get("etag")
     return str(etag) if etag else None
+
+
+def _state(info: Mapping[str, Any]) -> str | None:
+    stated = [info.get(name) for name in ("mtime", "LastModified", "updated", "last_modified")]
+    return _version(info) or next((str(value) for value in stated if value is not None), None)
 
 
 @cache

@@ -48,7 +48,7 @@ class HttpSource(RemoteSource):
             fits = response.status_code == 200 or (first == start and read == self._read)
             if fits:
                 self._read = read
-                self.version = _strong(read[0])
+                self.version, self.state = _strong(read[0]), _state(response)
                 yield Stream(first, total, self._pieces(response))
                 return
         if start == 0:
@@ -84,6 +84,10 @@ class HttpSource(RemoteSource):
     def current_version(self) -> str | None:
         with self._get({"Range": "bytes=0-0"}) as response:
             return _strong(response.headers.get("ETag"))
+
+    def current_state(self) -> str | None:
+        with self._get({"Range": "bytes=0-0"}) as response:
+            return _state(response)
 
     def _range_from(self, start: int) -> dict[str, str]:
         if start == 0:
@@ -143,6 +147,10 @@ class HttpSource(RemoteSource):
 def _strong(etag: str | None) -> str | None:
     """An ETag that changes with each byte; None for a weak one (``W/…``), which may stay the same."""
     return None if not etag or etag.startswith("W/") else etag
+
+
+def _state(response: requests.Response) -> str | None:
+    return response.headers.get("ETag") or response.headers.get("Last-Modified")
 
 
 def _place(response: requests.Response) -> tuple[int, int | None]:

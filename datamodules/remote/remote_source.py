@@ -75,6 +75,9 @@ class RemoteSource(ABC):
     version: str | None = None
     """Version of the object that :meth:`open` read; None if the storage does not state one."""
 
+    state: str | None = None
+    """The same, or the time of change where the storage states that alone, which two quick changes may share."""
+
     def __init__(self, location: str, timeout: float) -> None:
         self.location = location
         self.timeout = timeout
@@ -98,6 +101,10 @@ class RemoteSource(ABC):
     @abstractmethod
     def current_version(self) -> str | None:
         """A text that changes with the object's bytes; None if the storage does not state one."""
+
+    @abstractmethod
+    def current_state(self) -> str | None:
+        """What :attr:`state` would be if the object were read now."""
 
     def error(self, reason: str, action: str, missing: bool = False) -> RemoteError:
         """A :class:`RemoteError` that names the object."""

@@ -20,9 +20,11 @@ from lit_lora.redact import redact
 __all__ = [
     "RemoteError",
     "RetryPolicy",
+    "current_state",
     "exists",
     "fetch",
     "fetch_changed",
+    "fetch_state",
     "is_remote",
     "list_tars",
     "object_size",
@@ -131,6 +133,31 @@ def fetch_changed(
         return known
     _fetch(source, path, None, policy, most)
     return source.version
+
+
+def fetch_state(location: str, path: Path, size: int, policy: RetryPolicy = _DEFAULT) -> str | None:
+    """Copy an object of known size like :func:`fetch`.
+
+    Returns:
+        What the storage states of the object that was copied: see :func:`current_state`.
+
+    Raises:
+        RemoteError: As for :func:`fetch`.
+        OSError: If the local file cannot be written.
+    """
+    source = _source(location, policy)
+    _fetch(source, path, size, policy, None)
+    return source.state
+
+
+def current_state(location: str, policy: RetryPolicy = _DEFAULT) -> str | None:
+    """ETag of an object, or its time of change; None if the storage states neither. It differs once the object was replaced.
+
+    Raises:
+        RemoteError: If the object is missing or forbidden, or if all attempts fail.
+    """
+    source = _source(location, policy)
+    return _retry(source, policy, source.current_state)
 
 
 def read_range(location: str, offset: int, size: int, policy: RetryPolicy = _DEFAULT) -> bytes:

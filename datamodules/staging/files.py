@@ -27,6 +27,11 @@ def local_name(location: str) -> str:
     return f"{hashlib.sha256(plain.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}-{base}"
 
 
+def state_path(shard: Path) -> Path:
+    """File beside a local copy with what the storage stated of the shard that was copied."""
+    return shard.with_name(f"state-{shard.name[:16]}")
+
+
 def slot_path(folder: Path, number: int) -> Path:
     """Folder for the shards of one job."""
     return folder / f"lit_lora-slot-{number}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.indexing.scan import walk_members
-from lit_lora.datamodules.remote.transfer import RemoteError, fetch
+from lit_lora.datamodules.remote.transfer import RemoteError, current_state, fetch_state
 from lit_lora.datamodules.staging.config import StagerConfig
 from lit_lora.datamodules.staging.files import (
     JOB_GLOB,
@@ -27,6 +28,7 @@ from lit_lora.datamodules.staging.files import (
     local_name,
     passed_path,
     read_job,
+    state_path,
     write_job,
 )
 from lit_lora.datamodules.staging.plan import StagingPlan
@@ -37,6 +39,7 @@ from lit_lora.files import remove_unfinished, sync
 from lit_lora.machine import host, is_alive
 from lit_lora.redact import redact
 
+_LOG = logging.getLogger("lit_lora")
 _POLL_S = 0.1
 _THREADS = 4
 _TRIALS = 20
@@ -47,8 +50,9 @@ _IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
 class _Staging:
     """Keeps the shards of the current visit, and of as many later visits as fit the budget, in a slot.
 
-    A file with the name and size of a shard is complete, since it is checked before it gets that name. The total size of the
-    complete shards and of the shards that are being fetched never exceeds the budget.
+    A file with the name and size of a shard is complete, since it is checked before it gets that name. A copy of an earlier run
+    is used if the storage states the same of the shard as when it was copied. The total size of the complete shards and of the
+    shards that are being fetched never exceeds the budget.
     """
 
     def __init__(self, config: StagerConfig, slot: StagerSlot) -> None:
@@ -60,6 +64,10 @@ class _Staging:
         self._running: dict[Future[None], int] = {}
         slot.clean()
         self._complete = slot.files()
+        self._unchecked = set(self._complete)
+        """Copies of earlier runs that were not yet compared with their source."""
+        self._states: dict[str, str | None] = {}
+        """What the storage stated of the shards that this run has copied or compared."""
         self._first = -1
         self._visits = range(0)
         self._wanted: dict[str, int] = {}
@@ -88,11 +96,14 @@ class _Staging:
         for name, shard in self._wanted.items():
             if len(self._running) == _THREADS:
                 break
-            if name in self._complete or shard in running:
+            if shard in running or (name in self._complete and name not in self._unchecked):
                 continue
-            if not self._make_room(self._config.sizes[shard]):
+            if name in self._unchecked:
+                self._unchecked.remove(name)
+                del self._complete[name]
+            elif not self._make_room(self._config.sizes[shard]):
                 break
-            self._running[self._pool.submit(self._fetch, shard)] = shard
+            self._running[self._pool.submit(self._bring, shard)] = shard
         self._peak = max(self._peak, self.size())
 
     def rest(self, closed: threading.Event) -> None:
@@ -147,6 +158,7 @@ class _Staging:
     def _evict(self, name: str) -> None:
         self._slot.remove(name)
         del self._complete[name]
+        self._unchecked.discard(name)
 
     def _check_disk(self) -> None:
         """Raise an error at the start if the disk is smaller than the budget."""
@@ -154,12 +166,33 @@ class _Staging:
         if shutil.disk_usage(self._slot.path).free < missing:
             raise UserError(_too_little_disk(self._config, self.size()))
 
-    def _fetch(self, shard: int) -> None:
+    def _bring(self, shard: int) -> None:
+        """Copy a shard, unless there is a copy of it as it is now."""
+        location, name = self._config.locations[shard], self._names[shard]
+        path = self._slot.path / name
+        before = self._states.get(name)
+        if path.exists():
+            stated = current_state(location)
+            with suppress(OSError):  # a copy of which nothing is known
+                before = state_path(path).read_text()
+                if before == (stated or ""):
+                    self._states[name] = stated
+                    return
+            self._slot.remove(name)
+        self._states[name] = state = self._fetch(shard, path)
+        if before and state and before != state:
+            _LOG.warning(
+                "%s was replaced since it was last copied to %s; it was copied again: its members have the names and sizes in "
+                "the index, but may hold other images or captions",
+                redact(location),
+                path.parent,
+            )
+
+    def _fetch(self, shard: int, path: Path) -> str | None:
         location, size = self._config.locations[shard], self._config.sizes[shard]
-        path = self._slot.path / self._names[shard]
         part = path.with_name(path.name + ".part")
         for again in (True, False):
-            fetch(location, part, size)
+            state = fetch_state(location, part, size)
             try:
                 _check_tar(part)
                 break
@@ -167,8 +200,10 @@ class _Staging:
                 part.unlink()
                 if not again:
                     raise RemoteError(f"{redact(location)} cannot be staged: {error}") from None
+        state_path(path).write_text(state or "")
         part.replace(path)
         sync(path.parent)
+        return state
 
 
 def serve(config: StagerConfig, closed: threading.Event) -> int:

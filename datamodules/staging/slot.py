@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from lit_lora.datamodules.staging.files import PASSED_NAME, SHARD_NAME, slot_path
+from lit_lora.datamodules.staging.files import PASSED_NAME, SHARD_NAME, slot_path, state_path
 from lit_lora.machine import host, is_alive
 
 _ORPHAN_WAIT_S = 10.0
@@ -83,7 +83,8 @@ class StagerSlot:
     def remove(self, name: str) -> None:
         """Remove a shard if it exists."""
         assert SHARD_NAME.fullmatch(name)
-        (self.path / name).unlink(missing_ok=True)
+        for path in (self.path / name, state_path(self.path / name)):
+            path.unlink(missing_ok=True)
 
     def _take(self, parent: int) -> bool:
         if not os.path.lexists(self.path):

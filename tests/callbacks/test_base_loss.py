@@ -31,8 +31,10 @@ def test_the_loss_of_the_base_is_measured_before_the_first_step(
     base_loss = BaseLoss()
     trainer = _trainer(tmp_path, base_loss)
     alone = trainer.validate(sd_module, data, verbose=False)[0]["val/loss"]
+    base_loss.least = 0.0  # of a fit before, with the same callback
     trainer.fit(sd_module, data)
     assert base_loss.base == pytest.approx(alone, rel=1e-6)
+    assert base_loss.least
     out = capsys.readouterr().out
     assert f"step 0: val/loss {alone:.4f}, that of the base" in out
     assert "step 2: val/loss" in out

@@ -57,6 +57,8 @@ def test_a_bad_step_changes_nothing_and_is_counted(bad: float, trainer_options: 
     assert module.weight.tolist() == [0.25, 0.25]
     assert guard.skipped == 1
     assert trainer.callback_metrics["train/skipped_steps"] == 1
+    fit(Product(), batches(0.25), trainer_options, guard)
+    assert guard.skipped == 0, "a second fit counts its own"
 
 
 def test_gradients_alone_can_be_bad(trainer_options: dict[str, Any]) -> None:

@@ -524,6 +524,16 @@ def test_it_tells_how_to_load_the_adapter(
     PeftModel.from_pretrained(Classifier(), tmp_path / "mine")
 
 
+def test_files_tell_that_they_lack_a_second_adapter(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    injection = LoraInjection(LoraConfig(**CONV))
+    Trainer(**trainer_options | {"max_steps": 1}, callbacks=[injection]).fit(Classifier(), images())
+    targets = injection.model.peft_config["default"].target_modules
+    injection.model.add_adapter("style", LoraConfig(**CONV | {"target_modules": targets}))
+    injection.model.base_model.set_adapter(["default", "style"])
+    with pytest.warns(UserWarning, match=r"without \d+ other trained tensors, .* write style with save_pretrained"):
+        injection.save_adapter(tmp_path / "mine")
+
+
 def test_a_checkpoint_of_another_adapter_is_refused(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     fit(tmp_path, trainer_options, Classifier(), LoraInjection(LoraConfig(**CONV)), images())
     other = LoraInjection(LoraConfig(**CONV | {"lora_alpha": 4}))

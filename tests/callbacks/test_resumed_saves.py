@@ -117,3 +117,28 @@ def test_a_resumed_run_saves_at_the_steps_of_one_that_was_not(trainer_options: d
     run(tmp_path / "parts", 8)
     found = [sorted(path.name for path in (tmp_path / name).glob("*.ckpt")) for name in ("whole", "parts")]
     assert found[0] == found[1] == ["last.ckpt", *(f"step={step}.ckpt" for step in (2, 4, 6, 8))]
+
+
+@pytest.mark.parametrize("monitor", ["score", None])
+def test_a_second_fit_with_the_same_callback_saves_what_a_new_one_would(
+    monitor: str | None, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its steps are those of the first, and its scores are worse."""
+    saving = AdapterCheckpoint(monitor=monitor, mode="max", filename="{step}", every_n_train_steps=2)
+    options: dict[str, Any] = trainer_options | {"enable_checkpointing": True, "callbacks": [saving], "max_steps": 2}
+    options |= {"num_sanity_val_steps": 0, "val_check_interval": 1, "limit_val_batches": 1}
+    for number, score in enumerate([0.9, 0.1]):
+        trainer = Trainer(**options | {"default_root_dir": tmp_path / str(number)})
+        trainer.fit(Scored([score] * 2), loader_of(BATCHES), loader_of(BATCHES))
+    paths = [tmp_path / str(number) / "checkpoints" / "step=2.ckpt" for number in range(2)]
+    assert all(path.exists() for path in paths)
+    assert saving.best_model_path == str(paths[1])
+    assert monitor is None or saving.best_model_score == pytest.approx(0.1)
+    # The same trainer goes on from an earlier step with a checkpoint, and saves again at one that it has saved at.
+    paths[1].rename(tmp_path / "two.ckpt")
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    for _ in range(2):
+        trainer.fit(Scored([0.5] * 4), loader_of(BATCHES), loader_of(BATCHES), ckpt_path=tmp_path / "two.ckpt")
+        last = tmp_path / "1" / "checkpoints" / "step=4.ckpt"
+        assert last.exists()
+        last.unlink()

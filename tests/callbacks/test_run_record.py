@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, LoraInjection, RankBudget
-from lit_lora.datamodules import ImageDecoder, WebDatasetDataModule
+from lit_lora.datamodules import Chunks, ImageDecoder, WebDatasetDataModule
 from lit_lora.described import described
 from lit_lora.families import Flux, StableDiffusion
 from lit_lora.formats.learned_settings import learned_settings
@@ -95,11 +95,13 @@ def test_what_samples_are_is_compared(
     sd_folder: Path, session_shards: Path, trainer_options: dict[str, Any], tmp_path: Path
 ) -> None:
     def run(steps: int, resume: Path | None = None, **options: Any) -> None:
+        more: dict[str, Any] = {"chunks": Chunks(passes=options.pop("passes", 1)), "val_samples": 2, "num_workers": 0}
+        of_run = {"max_steps": steps, "overfit_batches": options.pop("overfit_batches", 0)}
         decoder = ImageDecoder(center_crop=True, **options)
-        data = WebDatasetDataModule(str(session_shards), decoder=decoder, resolution=16, val_samples=2, num_workers=0)
+        data = WebDatasetDataModule(str(session_shards), decoder=decoder, resolution=16, **more)
         saving = AdapterCheckpoint(tmp_path, save_last=True, save_top_k=0, enable_version_counter=False)
         options = trainer_options | {"enable_checkpointing": True, "callbacks": [saving], "val_check_interval": 1}
-        trainer = Trainer(**options | {"max_steps": steps})
+        trainer = Trainer(**options | of_run)
         trainer.fit(diffusion(sd_folder), data, ckpt_path=resume)
 
     run(1)
@@ -107,6 +109,9 @@ def test_what_samples_are_is_compared(
     told = r"decoder\.random_flip False in the checkpoint, True here; data\.decoder\.mask None in the checkpoint, alpha here"
     with pytest.warns(UserWarning, match=told):
         run(3, tmp_path / "last.ckpt", random_flip=True, mask="alpha")
+    told = r"overfit_batches 0 in the checkpoint, 2 here; data\.chunks\.passes 1 in the checkpoint, 2 here"
+    with pytest.warns(UserWarning, match=told):
+        run(4, tmp_path / "last.ckpt", random_flip=True, mask="alpha", passes=2, overfit_batches=2)
 
 
 def test_options_of_the_family_are_compared() -> None:

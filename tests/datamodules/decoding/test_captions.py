@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 
-from lit_lora.datamodules.decoding.captions import MAX_JSON_BYTES, MAX_TEXT_BYTES, Captions, CaptionSource
+from lit_lora.datamodules.decoding.captions import (
+    MAX_JSON_BYTES,
+    MAX_TEXT_BYTES,
+    Captions,
+    CaptionSource,
+    warn_of_changed_names,
+)
 from lit_lora.datamodules.decoding.decode import BadSampleError
+from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.described import described
 from lit_lora.errors import UserError
 
@@ -203,9 +210,14 @@ def test_class_names_of_a_changed_file_count(tmp_path):
     for text in ("hen\nfox\n", "hen\nowl\n"):
         names.write_text(text)
         source = CaptionSource("cls", class_names=str(names))
+        source.warn_of_change()  # of which there was none
         found.append((source.texts({"cls": b"1"}), str(source.description()), described(Captions([source]))))
     assert [texts for texts, *_ in found] == [["fox"], ["owl"]]
+    names.write_text("hen\nfox\n")
+    with pytest.warns(UserWarning, match=r"names\.txt was changed after it was read, and the names of then are used"):
+        warn_of_changed_names([ImageDecoder(captions=Captions([source])), object()])
     names.unlink()  # which a run that goes on does not notice
+    source.warn_of_change()
     assert source.texts({"cls": b"1"}) == ["owl"]
     assert found[0][1] != found[1][1]  # of a cache
     assert found[0][2] != found[1][2]  # which a resumed run compares

@@ -143,6 +143,16 @@ def test_overfitting_ends_no_chunk(fit):
     assert not watcher.seen
 
 
+@pytest.mark.parametrize("step", [3, 4, 5])
+def test_overfitting_is_resumed_within_its_epoch(fit, tmp_path, step):
+    def save():
+        return AdapterCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+
+    whole, _ = fit([save()], overfit_batches=3, max_epochs=3)
+    resumed, _ = fit([save()], tmp_path / f"step={step}.ckpt", overfit_batches=3, max_epochs=3)
+    assert resumed.keys == whole.keys[2 * step :]
+
+
 class Epochs(Callback):
     """The batches of each epoch, and after which of them there was validation."""
 

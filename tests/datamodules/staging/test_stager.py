@@ -49,7 +49,9 @@ class Data:
         return Stager(folder, seed=SEED, shuffle=True, job=job, **options)
 
     def requested(self):
-        return sorted(request.path.rpartition("/")[2] for request in self.server.requests)
+        """Names of the shards that were copied, once for each request."""
+        asked = [request for request in self.server.requests if request.headers.get("Range") != "bytes=0-0"]
+        return sorted(request.path.rpartition("/")[2] for request in asked)
 
     def is_staged(self, stager, visit):
         return all(
@@ -369,6 +371,41 @@ def test_file_of_another_size_is_fetched_again(data, stage):
         assert data.is_staged(stager, 0)
 
 
+@pytest.mark.parametrize("remote", [True, False])
+def test_shard_that_was_replaced_after_it_was_copied(data, stage, remote, capfd):
+    """Another image of the same number of bytes: names and sizes are those in the index."""
+    with closing(data.stager(stage, remote=remote)) as stager:
+        stager.start(0)
+        stager.wait(0)
+    shard, kept = data.chunks[stager._plan.chunk(0)][:2]
+    path = data.paths[shard]
+    path.write_bytes(path.read_bytes().replace(b"caption", b"another"))
+    os.utime(path, (0, 0))
+    data.server.requests.clear()
+    with closing(data.stager(stage, remote=remote)) as stager:
+        stager.start(0)
+        stager.wait(0)
+        assert data.is_staged(stager, 0)
+    assert f"{stager._locations[shard]} was replaced since it was last copied" in capfd.readouterr().err
+    assert data.paths[kept].name not in data.requested()
+
+
+def test_shard_that_is_replaced_between_two_visits(data, stage, capfd):
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        stager.wait(0)
+        first = data.chunks[stager._plan.chunk(0)]
+        for number in first:
+            path = data.paths[number]
+            path.write_bytes(path.read_bytes().replace(b"caption", b"another"))
+            os.utime(path, (0, 0))
+        again = next(visit for visit in range(4, 8) if stager._plan.chunk(visit) == stager._plan.chunk(0))
+        for visit in range(again + 1):
+            stager.wait(visit)
+            stager.passed(visit)
+    assert capfd.readouterr().err.count("was replaced since it was last copied") == len(first)
+
+
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -512,7 +549,7 @@ def test_the_reason_is_told_once_though_the_disk_is_full(data, stage, monkeypatc
     """Even the few bytes of the reason find no room until the shards that are being fetched have made some."""
     started = threading.Event()
 
-    def fetch(location, path, size):
+    def fetch_state(location, path, size):
         path.write_bytes(b"the first bytes")
         if started.is_set():
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -524,7 +561,7 @@ def test_the_reason_is_told_once_though_the_disk_is_full(data, stage, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
         write_job(path, **values)
 
-    monkeypatch.setattr(process_module, "fetch", fetch)
+    monkeypatch.setattr(process_module, "fetch_state", fetch_state)
     monkeypatch.setattr(process_module, "write_job", write)
     stage.mkdir()
     shards = data.shards()
