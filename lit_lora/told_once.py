@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 # torch is imported late: a mistake in a config is told before it is needed.
 
@@ -61,7 +61,7 @@ def tell_once_on_node(message: str, tell: Callable[[], None]) -> None:
     if threading.current_thread() is threading.main_thread():
         # torchrun stops all processes when the first one ends, and this one is to end with its own exit status.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
         address, port, node, rank, restart = (
