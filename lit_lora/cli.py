@@ -174,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from lit_lora import console
 
     if command not in (*TRAINER_COMMANDS, *TOOLS):
-        console.print_error(_unknown(command))
+        console.print_mistake(_unknown(command))
         return 2
     console.quiet_libraries()
     try:

@@ -33,6 +33,8 @@ _ADVICE = {
     r"lit_lora\.quantization\.base\.Quantization": "quantizations are Int8, W8A8, FP8, NF4 and Dense",
     r"No supported gpu backend|accelerator is not available": "leave trainer.accelerator out, or set it to auto, which trains on "
     "the device that this machine has, or to cpu",
+    r"does not match the world size": "give trainer.devices the processes that torchrun or srun starts on each node "
+    "(--nproc_per_node, --ntasks-per-node), and trainer.num_nodes the nodes",
     r"path string: PriorPreservation$": "PriorPreservation belongs to an objective, as its prior",
 }
 """Advice to add to errors that match a pattern."""

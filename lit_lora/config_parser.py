@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_lora.config_errors import derived, explain
-from lit_lora.console import print_error
+from lit_lora.console import print_mistake
 from lit_lora.help_screen import HelpScreen
 from lit_lora.lazy import public_names
 from lit_lora.option_names import option_names
@@ -40,7 +40,7 @@ class Parser(LightningArgumentParser):
         return super().add_class_arguments(theclass, nested_key, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print_error(explain(message, option_names(self._actions), self._of_class), "config error")
+        print_mistake(explain(message, option_names(self._actions), self._of_class), "config error")
         self.exit(2)
 
     def dump(self, cfg: Any, *arguments: Any, **options: Any) -> str:

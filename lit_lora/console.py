@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lit_lora.errors import UserError
 from lit_lora.redact import redact_urls
+from lit_lora.told_once import tell_once_on_node
 from lit_lora.visible import visible_lines
 
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
@@ -91,6 +92,11 @@ def print_error(message: str, title: str = "error") -> None:
     print(_titled(message, title), file=sys.stderr, flush=True)
 
 
+def print_mistake(message: str, title: str = "error") -> None:
+    """Print a mistake of the user's that ends this process, once for all processes of a node that torchrun started."""
+    tell_once_on_node(message, lambda: print_error(message, title))
+
+
 def plain_warnings() -> None:
     """Show warnings as errors are shown, without the line of code that gave them, and Lightning's messages in lines that fit.
 
@@ -158,11 +164,11 @@ def report(error: Exception) -> int:
         return end_quietly()
     if isinstance(error, UserError) or is_config_mistake(error):
         if not _is_told(error):
-            print_error(str(error))
+            print_mistake(str(error))
         return 2
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         where = error.filename or ("the logs of TensorBoard" if _raised_in(error, "tensorboard") else "a file")
-        print_error(
+        print_mistake(
             f"cannot write {where}: {error.strerror}; free some space or name another folder. What is complete is kept"
         )
         return 2

@@ -217,6 +217,10 @@ class ToolCLI(LitLoraCLI):
     function: ClassVar[Callable[..., Any]]
     parts: ClassVar[frozenset[str]]
 
+    def __init__(self, *classes: Any, **options: Any) -> None:
+        # Nothing is saved, so that no hyperparameters are, and writing out the config for them takes time.
+        super().__init__(*classes, load_from_checkpoint_support=False, **options)
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         summary = (inspect.getdoc(self.function) or "").partition("\n\n")[0]
         return super().init_parser(**_parser_options(self.command, summary), **kwargs)

@@ -23,6 +23,9 @@ _BETA2 = "betas[1]"
 _REPLAYED = ("ends of phases", "lr_lambdas")
 """Ends of the names of constants that a schedule takes from a checkpoint unless it is replayed."""
 
+_OWN_STEPS = "the module's own lr_scheduler_step may step it by other rules"
+"""Why a schedule is not replayed that its module steps itself."""
+
 _PROGRESS = (
     "last_epoch",
     "base_lrs",
@@ -107,7 +110,7 @@ class ResumedOptimizers:
         self._saved = settings(checkpoint.get("optimizer_states", []), checkpoint.get("lr_schedulers", []))
         self._keep = keep
         self._wanted: Settings = {}
-        self._replayed: list[ReplayedSchedule | None] = []
+        self._replayed: list[ReplayedSchedule | str] = []
 
     def compare(self, trainer: Trainer) -> None:
         """Warn of settings that differ, once the trainer has its optimizers and before their state is restored.
@@ -127,7 +130,7 @@ class ResumedOptimizers:
             # A module that steps its schedules itself may do it by other rules.
             plain = not is_overridden("lr_scheduler_step", trainer.lightning_module)
             schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-            self._replayed = [ReplayedSchedule.of(one) if plain else None for one in schedules]
+            self._replayed = [ReplayedSchedule.of(one) if plain else _OWN_STEPS for one in schedules]
         own = own_settings(trainer)
         changed = {key: value for key, value in own.items() if key in self._saved and self._saved[key] != value}
         if not changed:
@@ -146,13 +149,16 @@ class ResumedOptimizers:
 
     def apply(self, trainer: Trainer) -> None:
         """Apply the run's settings, if they are wanted, once the checkpoint is restored."""
-        apply_settings(trainer, self._wanted)
+        anew = {number for number, one in enumerate(self._replayed) if isinstance(one, ReplayedSchedule)}
+        apply_settings(
+            trainer, {key: self._wanted[key] for key in self._wanted if key.group is not None or key.number not in anew}
+        )
         for number, replayed in enumerate(self._replayed):
             schedule = trainer.lr_scheduler_configs[number].scheduler
-            constants = [key for key in self._wanted if key.group is None and key.number == number]
-            if replayed is not None:
+            if isinstance(replayed, ReplayedSchedule):
                 replayed.hand_over(schedule)
                 continue
+            constants = [key for key in self._wanted if key.group is None and key.number == number]
             for key in [] if isinstance(schedule, ReduceLROnPlateau) else constants:
                 told = (
                     "stays as in the checkpoint"
@@ -160,7 +166,7 @@ class ResumedOptimizers:
                     else f"applies from the next step on, which {type(schedule).__name__} computes from the learning rate that "
                     f"the checkpoint has"
                 )
-                rank_zero_warn(f"{key} {told}")
+                rank_zero_warn(f"{key} {told}, since {replayed}")
 
 
 def settings(optimizer_states: list[dict[str, Any]], scheduler_states: list[dict[str, Any]]) -> Settings:

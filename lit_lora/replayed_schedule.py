@@ -27,14 +27,14 @@ class ReplayedSchedule:
     """
 
     @classmethod
-    def of(cls, schedule: Any) -> ReplayedSchedule | None:
-        """The copy of a schedule; None if it cannot be copied, or its rates depend on more than its settings and its steps."""
-        if not _depends_on_steps_alone(schedule):
-            return None
+    def of(cls, schedule: Any) -> ReplayedSchedule | str:
+        """The copy of a schedule, or why there is none: its rates depend on more than settings and steps, or copying fails."""
+        if other := _depends_on(schedule):
+            return f"its learning rates may depend on {other}"
         try:
             return cls(schedule)
-        except Exception:  # what a schedule of one's own holds may be anything
-            return None
+        except Exception as error:  # what a schedule of one's own holds may be anything
+            return f"it cannot be copied ({type(error).__name__}: {error})"
 
     def __init__(self, schedule: Any) -> None:
         groups = [
@@ -83,13 +83,16 @@ class ReplayedSchedule:
             one._last_lr = [group["lr"] for group in groups]
 
 
-def _depends_on_steps_alone(schedule: Any) -> bool:
-    return all(
-        isinstance(one, LRScheduler)
-        and not isinstance(one, ReduceLROnPlateau)
-        and not any(isinstance(value, nn.Module) for value in vars(one).values())
-        for one in _parts(schedule)
-    )
+def _depends_on(schedule: Any) -> str:
+    """What the rates of a schedule may depend on beside its settings and its steps; empty if nothing."""
+    for one in _parts(schedule):
+        if isinstance(one, ReduceLROnPlateau):
+            return "what it has measured"
+        if not isinstance(one, LRScheduler):
+            return f"what {type(one).__name__}, no schedule of torch, has seen"
+        if module := next((name for name, value in vars(one).items() if isinstance(value, nn.Module)), None):
+            return f"the module that it keeps as {module}"
+    return ""
 
 
 def cycled(group: dict[str, Any]) -> tuple[str, ...]:

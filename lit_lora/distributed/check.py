@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from difflib import get_close_matches
+
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.optim import ASGD, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from lit_lora.errors import UserError
@@ -16,6 +18,8 @@ _NO_DEEPSPEED = (
     "Lightning's own DeepSpeed strategy makes the frozen base float32 and writes checkpoints that only it can read; use strategy "
     "lit_lora_deepspeed_stage_2, or stage_1 or stage_3"
 )
+
+_NAMES = "auto, ddp, ddp_find_unused_parameters_true, lit_lora_fsdp and lit_lora_deepspeed_stage_1, _2 and _3"
 
 
 def is_ours(strategy: object) -> bool:
@@ -35,12 +39,19 @@ def check_strategy_name(name: object) -> None:
         name: Value of ``trainer.strategy``; values other than names are accepted.
 
     Raises:
-        UserError: If the strategy needs a replacement, which the message names.
+        UserError: If no strategy has the name, or it needs a replacement, which the message names.
     """
-    if isinstance(name, str) and name.startswith("fsdp"):
+    if not isinstance(name, str):
+        return
+    if name.startswith("fsdp"):
         raise UserError(_NO_FSDP)
-    if isinstance(name, str) and name.startswith("deepspeed"):
+    if name.startswith("deepspeed"):
         raise UserError(_NO_DEEPSPEED)
+    if name != "auto" and name not in StrategyRegistry:
+        known = [one for one in StrategyRegistry.available_strategies() if not one.startswith(("fsdp", "deepspeed"))]
+        close = get_close_matches(name, ["auto", *known], n=1)
+        meant = f"did you mean {close[0]}? Others" if close else "the strategies"
+        raise UserError(f"trainer.strategy={name!r} is not known; {meant} are {_NAMES}")
 
 
 def check_strategy(strategy: object) -> None:

@@ -6,7 +6,6 @@ import faulthandler
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import timedelta
 from threading import Thread
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,11 +16,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 from lit_lora.console import is_config_mistake, mark_told, print_error
 from lit_lora.errors import UserError
 from lit_lora.redact import redact_urls
+from lit_lora.told_once import SECONDS_TO_ASK, tell_once, tell_once_on_node
 
 _SECONDS_TO_END = 30
-_SECONDS_TO_ASK, _SECONDS_OF_FIRST = 5, 1
-"""How long a process waits for another that may have told the same mistake; how long the others of a node wait for the first,
-whose output may be the only one that is shown."""
 
 
 class EndOnError(Callback):
@@ -34,7 +31,7 @@ class EndOnError(Callback):
     would end all processes after the first failure, sees none. Use the callback in programs that end after an error.
 
     Args:
-        explain: Function from Lightning's message about a wrong value to what is printed. Defaults to the message itself.
+        explain: Function from a library's message about a wrong value to what is printed. Defaults to the message itself.
     """
 
     def __init__(self, explain: Callable[[str], str] = str) -> None:
@@ -49,7 +46,7 @@ class EndOnError(Callback):
         process = f"process {trainer.global_rank} of {trainer.world_size}"
         if isinstance(exception, UserError | MisconfigurationException) or is_config_mistake(exception):
             message = str(exception)
-            if isinstance(exception, MisconfigurationException):
+            if not isinstance(exception, UserError):
                 message = self._explain(message)
             _tell_once(message, f"error in {process}", trainer)
             mark_told(exception)
@@ -60,28 +57,20 @@ class EndOnError(Callback):
 
 def _tell_once(message: str, title: str, trainer: Trainer) -> None:
     """Print a message unless another process of this node has printed the same."""
-    told: list[str] = []
-    if distributed.is_initialized():
-        # The store of a machine that is gone may not answer.
+    if not distributed.is_initialized():
+        tell_once_on_node(message, lambda: print_error(message, title))
+        return
+    told: list[bool] = []
+
+    def ask() -> None:
         key = f"lit_lora of node {trainer.node_rank}: {message}"
-        asks = Thread(target=_ask, args=(key, message, title, told, trainer.local_rank == 0), daemon=True)
-        asks.start()
-        asks.join(2 * _SECONDS_TO_ASK)
+        with suppress(RuntimeError):  # the store is gone
+            if tell_once(_get_default_store(), key, lambda: print_error(message, title), trainer.local_rank == 0):
+                told.append(True)
+
+    # The store of a machine that is gone may not answer.
+    asks = Thread(target=ask, daemon=True)
+    asks.start()
+    asks.join(2 * SECONDS_TO_ASK)
     if not told:
         print_error(message, title)
-
-
-def _ask(key: str, message: str, title: str, told: list[str], is_first: bool) -> None:
-    """Print a message for all processes, or wait until another has done so, and note that it is told."""
-    with suppress(RuntimeError):  # the store is gone, or the other process ended before it printed
-        store = _get_default_store()
-        if not is_first:
-            with suppress(distributed.DistStoreError):  # the first has not found this
-                store.wait([f"{key} begun"], timedelta(seconds=_SECONDS_OF_FIRST))
-        if store.add(f"{key} begun", 1) == 1:
-            print_error(message, title)
-            told.append(title)
-            store.set(f"{key} done", title)
-        else:
-            store.wait([f"{key} done"], timedelta(seconds=_SECONDS_TO_ASK))
-            told.append(title)

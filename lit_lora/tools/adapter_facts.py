@@ -17,7 +17,9 @@ from lit_lora.tools.adapter_screen import layer_name
 from lit_lora.visible import visible
 
 _WIDTH = 80
-_LABEL = 12
+_MARGIN = " " * 12
+_PATHS = ("file", "base")
+"""Labels of what is copied whole."""
 _MOST_CHARACTERS = 400
 _MOST_VALUES, _WIDEST_NAME = 20, 60
 
@@ -55,7 +57,7 @@ def as_lines(facts: AdapterFacts, path: Path, format_name: str, size: int, each_
         "parameters": f"{facts.parameters:,}",
         "size": format_bytes(size),
     }
-    lines = [line for label, value in values.items() for line in _wrapped(label, value)]
+    lines = [*_aligned(list(values.items()))]
     if facts.layers:
         lines += ["", *format_table([_HEAD, *_rows(facts.layers, each_layer)])]
     if facts.metadata:
@@ -89,11 +91,11 @@ def _rows(layers: Sequence[LayerFacts], each_layer: bool) -> Iterator[tuple[str,
 def _metadata(metadata: Mapping[str, str]) -> Iterator[str]:
     """The entries of the metadata; one that is a JSON object, as of settings or tags, has a line for each of its values."""
     parts = {key: _object(value) for key, value in metadata.items()}
-    yield from _aligned({key: value for key, value in metadata.items() if not parts[key]}, "  ")
+    yield from _aligned(_shown({key: value for key, value in metadata.items() if not parts[key]}), "  ")
     for key, values in parts.items():
         if values:
-            yield f"  {visible(key, 60)}"
-            yield from _aligned(dict(list(values.items())[:_MOST_VALUES]), "    ")
+            yield f"  {visible(key, _WIDEST_NAME)}"
+            yield from _aligned(_shown(values)[:_MOST_VALUES], "    ")
             if len(values) > _MOST_VALUES:
                 yield f"    and {len(values) - _MOST_VALUES} more"
 
@@ -109,16 +111,20 @@ def _object(text: str) -> dict[str, str]:
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in found.items()}
 
 
-def _aligned(values: Mapping[str, str], indent: str) -> Iterator[str]:
+def _shown(values: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names and values of a file as they can be shown, cut where they are very long."""
+    return [(visible(name, _WIDEST_NAME), visible(value, _MOST_CHARACTERS)) for name, value in values.items()]
+
+
+def _aligned(values: Sequence[tuple[str, str]], indent: str = "") -> Iterator[str]:
     """Names and values in two columns; a value that is too wide for its column begins on a line of its own."""
-    width = max((len(visible(name, _WIDEST_NAME)) for name in values), default=0) + len(indent) + 2
-    for name, value in values.items():
-        label, shown = indent + visible(name, _WIDEST_NAME), visible(value, _MOST_CHARACTERS)
-        if width + len(shown) <= _WIDTH:
-            yield (label.ljust(width) + shown).rstrip()
+    width = max((len(name) for name, _ in values), default=0) + len(indent) + 2
+    for name, value in values:
+        if width + len(value) <= _WIDTH or name in _PATHS:
+            yield ((indent + name).ljust(width) + value).rstrip()
         else:
-            yield label
-            yield from textwrap.wrap(shown, _WIDTH, initial_indent=" " * _LABEL, subsequent_indent=" " * _LABEL)
+            yield indent + name
+            yield from textwrap.wrap(value, _WIDTH, initial_indent=_MARGIN, subsequent_indent=_MARGIN)
 
 
 def _tokens(facts: AdapterFacts) -> str:
@@ -139,9 +145,3 @@ def _norm(values: Sequence[float | None]) -> str:
     """The norm of several layers together."""
     known = [value for value in values if value is not None]
     return f"{math.hypot(*known):.4g}" if known else ""
-
-
-def _wrapped(label: str, value: str) -> list[str]:
-    if label in ("file", "base"):  # a path is copied whole
-        return [label.ljust(_LABEL) + value]
-    return textwrap.wrap(value, _WIDTH, initial_indent=label.ljust(_LABEL), subsequent_indent=" " * _LABEL) or [label]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
-from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP, check_strategy, shards_weights
+from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP, check_strategy, check_strategy_name, shards_weights
 from lit_lora.distributed.check import check_elementwise
 from lit_lora.distributed.collectives import time_limit
 from lit_lora.errors import UserError
@@ -32,6 +32,14 @@ def test_optimizers_that_cannot_step_shards_are_refused() -> None:
     check_elementwise(rprop)
     with pytest.raises(UserError, match="Rprop uses an operation that torch does not have for sharded tensors"):
         check_elementwise(rprop, tensors=True)
+
+
+@pytest.mark.parametrize(("name", "told"), [("dpp", "did you mean ddp?"), ("fdsp", "; the strategies are auto, ddp, ")])
+def test_an_unknown_name_is_told_with_those_that_work(name: str, told: str) -> None:
+    with pytest.raises(UserError, match=f"strategy='{name}' is not known; ") as error:
+        check_strategy_name(name)
+    assert told in str(error.value)
+    assert "deepspeed_stage_2_offload" not in str(error.value)
 
 
 def test_names_are_known_to_lightning() -> None:

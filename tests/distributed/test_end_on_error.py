@@ -8,6 +8,7 @@ import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import distributed
 
+from lit_lora import told_once
 from lit_lora.console import report
 from lit_lora.distributed import end_on_error
 from lit_lora.distributed.end_on_error import EndOnError
@@ -45,7 +46,7 @@ def test_a_mistake_of_all_processes_is_printed_once_and_others_with_their_proces
 def test_a_mistake_of_one_process_is_printed_without_the_first(
     store: distributed.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(end_on_error, "_SECONDS_OF_FIRST", 0.01)
+    monkeypatch.setattr(told_once, "SECONDS_OF_FIRST", 0.01)
     trainer: Any = SimpleNamespace(world_size=2, global_rank=1, local_rank=1, node_rank=0)
     end = EndOnError(lambda message: f"{message}; use another")
     end.on_exception(trainer, trainer, MisconfigurationException("no such device"))
@@ -55,7 +56,7 @@ def test_a_mistake_of_one_process_is_printed_without_the_first(
 def test_a_mistake_is_printed_if_the_process_that_was_to_print_it_has_ended(
     store: distributed.Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(end_on_error, "_SECONDS_TO_ASK", 0.01)
+    monkeypatch.setattr(told_once, "SECONDS_TO_ASK", 0.01)
     store.add("lit_lora of node 0: too small begun", 1)
     fail(1, UserError("too small"))
     assert capsys.readouterr().err == "lit-lora: error in process 1 of 2\ntoo small\n"

@@ -123,7 +123,7 @@ def test_says_which_process_is_planned(plan: Plan) -> None:
     assert "each of 4 processes, FSDP2:\n         1/4 of" in plan(trainer__strategy="lit_lora_fsdp", **several)[1]
     options = {"trainer__strategy": "lit_lora.distributed.LitLoraFSDP", "trainer__strategy__shard_size": 2}
     assert "each of 4 processes, FSDP2:\n         1/2 of" in plan(**options, **several)[1]
-    with pytest.raises(UserError, match="strategy='ddpp' is not known; choose auto or one of ddp"):
+    with pytest.raises(UserError, match="strategy='ddpp' is not known; did you mean ddp"):
         plan(trainer__strategy="ddpp", **several)
 
 

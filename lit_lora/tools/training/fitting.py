@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,11 @@ from lightning.pytorch.callbacks import Timer
 
 from lit_lora.callbacks.run_report import RunReport
 from lit_lora.callbacks.step_progress import StepProgress
+from lit_lora.distributed import check_strategy_name
 from lit_lora.errors import UserError
 from lit_lora.lightning_cli import LitLoraCLI, ToolCLI, build_cli, run
 from lit_lora.tools.training.config import write_yaml
+from lit_lora.trainer_options import check_trainer_options
 
 
 def _nothing() -> None:
@@ -28,6 +31,17 @@ class _PartsCLI(ToolCLI):
     command = "lit-lora train"
     function = staticmethod(_nothing)
     parts = frozenset()
+
+
+class _CheckCLI(_PartsCLI):
+    """Parses a config and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        trainer = self.config["trainer"]
+        check_strategy_name(trainer["strategy"])
+        with warnings.catch_warnings():  # the options that are not chosen yet may make them false
+            warnings.simplefilter("ignore")
+            check_trainer_options(trainer)
 
 
 class _FitCLI(LitLoraCLI):
@@ -49,10 +63,27 @@ def parts(arguments: Sequence[str]) -> LitLoraCLI:
 
 def parts_of(config: Mapping[str, Any]) -> LitLoraCLI:
     """Module and datamodule of a config that is in no file."""
+    with _in_file(config) as path:
+        return parts(["fit", "--config", path])
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check names and types of the keys of a config that is in no file, and the trainer's options, without building the parts.
+
+    Raises:
+        UserError: If an option of the trainer cannot work.
+        SystemExit: If a key or a value is wrong, after a message.
+    """
+    with _in_file(config) as path:
+        build_cli(["fit", "--config", path], run=False, cli_class=_CheckCLI)
+
+
+@contextmanager
+def _in_file(config: Mapping[str, Any]) -> Iterator[str]:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(write_yaml(config, {}))
         file.flush()
-        return parts(["fit", "--config", file.name])
+        yield file.name
 
 
 def check_machine(trainer: Mapping[str, Any]) -> None:

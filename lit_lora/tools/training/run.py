@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from lit_lora.tools.training.captions import caption_rule, rule_of_folders, rule
 from lit_lora.tools.training.choices import AS_GIVEN, Choice, Settings, choose, given_settings
 from lit_lora.tools.training.config import comments_of, make_config, template_with, write_yaml
 from lit_lora.tools.training.data import OneFolder, SeveralSets, TrainingData
-from lit_lora.tools.training.fitting import check_machine, fit, out_of_time, parts, parts_of, resuming
+from lit_lora.tools.training.fitting import check_config, check_machine, fit, out_of_time, parts, parts_of, resuming
 from lit_lora.tools.training.memory import HOST_MARGIN, Fit, first_guess, fit_memory, free_memory, in_files
 from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim, forget_settings, has_trained
 from lit_lora.tools.training.results import newest_checkpoint, newest_run, record, recorded, results_of
@@ -95,7 +94,7 @@ def _is_replaced(key: str, given: Mapping[str, Any]) -> bool:
 
 
 def _check_given(base: Base, given: Mapping[str, Any]) -> None:
-    """Check names and types of keys of the config before images are packed."""
+    """Check names and types of keys of the config, and the trainer's options, before images are packed."""
     given_settings(given)
     try:
         Timer(given.get("trainer.max_time"))
@@ -104,8 +103,7 @@ def _check_given(base: Base, given: Mapping[str, Any]) -> None:
             f"trainer.max_time={given['trainer.max_time']!r} is no duration; give days, hours, minutes and seconds, such as "
             "00:01:30:00"
         ) from error
-    with suppress(UserError):  # what fits together is known when the other settings are chosen
-        parts_of(template_with(base, given))
+    check_config(template_with(base, given))
 
 
 def _with_options(sets: SourceSets, request: Request) -> SourceSets:

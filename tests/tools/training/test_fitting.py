@@ -11,7 +11,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_lora.tools.training.fitting import fit, out_of_time, resuming
+from lit_lora.errors import UserError
+from lit_lora.tools.training import fitting
+from lit_lora.tools.training.fitting import check_config, fit, out_of_time, resuming
 
 
 @pytest.mark.parametrize(("seconds", "over"), [(None, False), (60, False), (0, True)])
@@ -45,3 +47,20 @@ def test_a_run_that_a_signal_stops_says_how_to_go_on(
     with pytest.raises(SIGTERMException):
         fit(["fit", "--config", "configs/demo.yaml", "--data.init_args.batch_size=2", *options])
     assert "last.ckpt; the same command goes on\n" in capsys.readouterr().err
+
+
+def test_a_config_is_checked_without_building_its_parts(
+    session_shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fitting._CheckCLI, "instantiate_trainer", None)  # whatever builds the parts ends with it
+    data = {"class_path": "WebDatasetDataModule", "init_args": {"train_shards": str(session_shards)}}
+    family = {"class_path": "StableDiffusion", "init_args": {"pretrained_model_name_or_path": "nowhere"}}
+    config = {"model": {"family": family, "adapter": "LoraConfig"}, "data": data}
+    check_config(config)
+    with pytest.raises(UserError, match="accumulate_grad_batches=0 is too small"):
+        check_config(config | {"trainer": {"accumulate_grad_batches": 0}})
+    with pytest.raises(UserError, match="did you mean ddp"):
+        check_config(config | {"trainer": {"strategy": "dpp"}})
+    with pytest.raises(SystemExit):
+        check_config(config | {"trainer": {"max_stepz": 2}})
+    assert "max_stepz" in capsys.readouterr().err
