@@ -29,6 +29,7 @@ from lit_lora.embedded import base_path
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
 from tests.families.tiny import MODULES, VARIANTS
+from tests.garbage import collect_seldom
 from tests.helpers import tiny_unet
 from tests.quick_configs import read_classes_once
 from tests.tiny_pipelines import tiny_clip_config, tiny_vae, write_flux, write_sd3
@@ -50,9 +51,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Collecting garbage among all that the libraries hold takes a second each time."""
     gc.collect()
-    gc.freeze()
+    collect_seldom()
 
 
 @pytest.fixture(autouse=True)

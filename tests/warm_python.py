@@ -6,7 +6,6 @@ Importing them takes a new interpreter about eight seconds of the processor, mor
 from __future__ import annotations
 
 import faulthandler
-import gc
 import inspect
 import multiprocessing
 import multiprocessing.process
@@ -20,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+
+from tests.garbage import collect_seldom
 
 _LIBRARIES = ("lit_lora.lightning_cli", "lit_lora.families", "lit_lora.datamodules.webdataset_datamodule")
 """Imported before the first fork; no module of tests, since some read the environment when they are imported."""
@@ -102,7 +103,7 @@ def _run(
     faulthandler.enable()  # where a crash happened
     from lightning.fabric.utilities.rank_zero import _get_rank, rank_zero_only
 
-    gc.freeze()  # collecting what the libraries hold takes a second, and copies their memory
+    collect_seldom()  # freezing also keeps the libraries' memory from being copied
     os.environ.clear()
     os.environ.update(environment)
     if threads := environment.get("OMP_NUM_THREADS"):

@@ -74,6 +74,10 @@ def _gpu(name: str, gigabytes: int, half: float, single: float, bandwidth: float
     return Device(name, gigabytes * 10**9, half * 1e12, single * 1e12, bandwidth * 1e9)
 
 
+_SMALLEST_MATRIX, _LARGEST_MATRIX = 192, 1536
+_MEASURABLE = 0.01
+"""Seconds."""
+
 # From the vendors' data sheets: GB, TFLOP/s of bfloat16 with float32 accumulation, TFLOP/s of float32, GB/s.
 _GPUS = (
     _gpu("T4", 16, 65, 8.1, 320),
@@ -151,14 +155,25 @@ def _this_gpu(device: torch.device | int = 0) -> Device:
 
 @cache
 def _this_cpu() -> Device:
-    """The CPU of this machine, with rates from two short measurements."""
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(768, 768, dtype=dtype)
-        rates[dtype] = 2 * 768**3 / _shortest(lambda m=matrix: m @ m) / COMPUTE_UTILISATION  # type: ignore[misc]
+    """The CPU of this machine, with rates from short measurements."""
+    single, half = (_flops(dtype) / COMPUTE_UTILISATION for dtype in (torch.float32, torch.bfloat16))
     values = torch.ones(1 << 22)
     bandwidth = 2 * values.nbytes / _shortest(values.clone) / BANDWIDTH_UTILISATION
-    return Device("cpu", None, rates[torch.bfloat16], rates[torch.float32], bandwidth)
+    return Device("cpu", None, half, single, bandwidth)
+
+
+def _flops(dtype: torch.dtype) -> float:
+    """Operations per second of multiplying matrices, of the first size that takes long enough to be measured.
+
+    Processors without instructions for bfloat16 take seconds for sizes that keep many cores busy for a few milliseconds.
+    """
+    size = _SMALLEST_MATRIX
+    while True:
+        matrix = torch.ones(size, size, dtype=dtype)
+        seconds = _shortest(lambda m=matrix: m @ m)  # type: ignore[misc]
+        if seconds >= _MEASURABLE or size >= _LARGEST_MATRIX:
+            return 2 * size**3 / seconds
+        size *= 2
 
 
 def _shortest(function: Callable[[], object]) -> float:
