@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 import time
 from contextlib import ExitStack
@@ -15,19 +16,21 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from lit_lora.batch_size import batch_size
+from lit_lora.callbacks.base_loss import BaseLoss
 from lit_lora.callbacks.step_metrics import learning_rate
 from lit_lora.errors import check_least
 from lit_lora.parameters import trainable_parameters
 from lit_lora.progress_bar import messages_above_bar
+from lit_lora.report_text import format_next
 
 
 class StepProgress(ProgressBar):
     """One progress bar over all optimizer steps of a fit, with loss, gradient norm, lr, images per second and the time left.
 
     Where the output is neither a terminal nor a notebook, as in the log of a batch job, a line comes now and then in place of the
-    bar. At the start it prints what is trained on what, and at the end where the checkpoints are. It works with any
-    LightningModule. ``lit-lora fit`` uses it in place of Lightning's bars, unless the config has a progress bar; with
-    ``trainer.enable_progress_bar: false`` it prints neither bar nor lines about steps.
+    bar. At the start it prints what is trained on what, after each validation its loss (unless ``BaseLoss`` does), and at the
+    end where the checkpoints are. It works with any LightningModule. ``lit-lora fit`` uses it in place of Lightning's bars,
+    unless the config has a progress bar; with ``trainer.enable_progress_bar: false`` it prints neither bar nor lines about steps.
 
     Args:
         refresh_seconds: Seconds between two updates of the bar; reading the loss waits for the GPU. Defaults to 1.
@@ -99,6 +102,15 @@ class StepProgress(ProgressBar):
             self._refreshed = now
             self._show(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # ``BaseLoss`` prints it beside the base's.
+        others = any(isinstance(one, BaseLoss) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        if not self._training or not self.shows_steps or others:
+            return
+        for name in ("val/loss", "val_loss"):
+            if (loss := trainer.callback_metrics.get(name)) is not None:
+                self.print(f"step {trainer.global_step:,}: {name} {float(loss):.4f}")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._training:
             self._show(trainer, pl_module)
@@ -112,6 +124,9 @@ class StepProgress(ProgressBar):
         if self._ended and self.lists_files:  # here, where the last checkpoint is written
             for line in _files(trainer):
                 self.print(line)
+            if hasattr(pl_module, "family") and (adapters := _adapters(trainer)):
+                adapter = shlex.quote(str(adapters[-1]))
+                self.print(format_next("lit-lora sample --prompts TEXT", f"--adapter {adapter}"))
         self._ended = False
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -199,17 +214,28 @@ def _summary(trainer: Trainer, pl_module: LightningModule, steps: int | None) ->
     return lines
 
 
-def _files(trainer: Trainer) -> list[str]:
-    """Where the run's checkpoints and adapters are."""
-    lines = []
+def _checkpoints(trainer: Trainer) -> list[tuple[str, Path]]:
+    """The last and the best checkpoint of each callback that saves some."""
+    found = []
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
             last, best = callback.last_model_path, callback.best_model_path
             if best == last or (callback.monitor is None and last):
                 best = ""
-            for name, path in (("last", last), ("best", best)):
-                if path:
-                    folder = Path(path).with_suffix(".adapter")
-                    lines.append(f"{name:8} {path}")
-                    lines += [f"adapter  {folder}"] if folder.exists() else []
+            found += [(name, Path(path)) for name, path in (("last", last), ("best", best)) if path]
+    return found
+
+
+def _files(trainer: Trainer) -> list[str]:
+    """Where the run's checkpoints and adapters are."""
+    lines = []
+    for name, path in _checkpoints(trainer):
+        lines.append(f"{name:8} {path}")
+        lines += [f"adapter  {folder}"] if (folder := path.with_suffix(".adapter")).exists() else []
     return lines
+
+
+def _adapters(trainer: Trainer) -> list[Path]:
+    """The adapters of the run's checkpoints, the best one last."""
+    folders = [path.with_suffix(".adapter") for _, path in _checkpoints(trainer)]
+    return [folder for folder in folders if folder.exists()]

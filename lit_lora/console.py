@@ -36,6 +36,9 @@ _NO_ANSWER = re.compile(
 )
 """Errors of torch, gloo and NCCL when another process is gone or silent, or does not come at the start."""
 
+_ADVICE_OF_GLOO = re.compile(r"^\[[^\]]*\] |\.? This is typically caused by .*|\.$")
+"""The place in gloo's code, and its guesses about the reason."""
+
 _NO_MEMORY = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc")
 """What torch and the system say when the host's memory runs out."""
 
@@ -109,7 +112,8 @@ def plain_warnings() -> None:
 
 class _FittingLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(_fitting(super().format(record).split("\n")))
+        lines = super().format(record).strip("\n").split("\n")
+        return "\n".join(_fitting([line for line in lines if line.strip("-") or not line]))
 
 
 def _format_warning(
@@ -173,7 +177,8 @@ def report(error: Exception) -> int:
         )
         return 2
     if message := out_of_memory(error) or other_process_lost(error):
-        print_error(message)
+        if not _is_told(error):
+            print_error(message)
     else:
         print_fault(error)
     return 1
@@ -214,8 +219,9 @@ def other_process_lost(error: BaseException) -> str | None:
     """A sentence about an error that means that another process of the run gave no answer; None for other errors."""
     if not isinstance(error, RuntimeError) or not _NO_ANSWER.search(str(error)):
         return None
+    found = _ADVICE_OF_GLOO.sub("", str(error).splitlines()[0])[-120:]
     return (
-        f"another process of this run has ended, or did not answer within the time limit ({str(error).splitlines()[0][-120:]})."
+        f"another process of this run has ended, or did not answer within the time limit ({found})."
         "\nIts own output tells why. If it was only slow or stopped, raise the timeout of the strategy, as in trainer.strategy:"
         ' {class_path: DDPStrategy, init_args: {timeout: "1:00:00"}}; then resume with --ckpt_path last'
     )

@@ -40,6 +40,15 @@ def format_reason(line: str, indent: int = 5) -> str:
     return textwrap.fill(line, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
+def format_next(*words: str) -> str:
+    """The next command of use, which a shell takes as it is: a line for its beginning, and one for each further option.
+
+    Args:
+        *words: Name of the command, then its options, each with its values as one shell-quoted text.
+    """
+    return "\n".join(["", "Next:", " \\\n  ".join(words)])
+
+
 def format_written(shards: int, resumed: int, samples: int, size: int, left_out: int, reports: str) -> str:
     """A summary of written shards, in four lines.
 

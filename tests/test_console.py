@@ -96,6 +96,13 @@ def test_another_process_that_gives_no_answer(text: str, capsys: pytest.CaptureF
     assert "unexpected" not in printed
 
 
+def test_of_what_gloo_says_the_cause_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    cause = "Read error [127.0.0.1]:3501: Connection reset by peer"
+    guesses = ". This is typically caused by a remote worker hanging. Check the logs of the remote worker. GLHF!"
+    console.report(RuntimeError(f"[/gloo/transport/tcp/pair.cc:545] {cause}{guesses}"))
+    assert f"within the time limit ({cause}).\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EPERM, errno.EBUSY])
 def test_what_cannot_be_written_is_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Busy is a folder on which a disk is mounted, and which cannot be replaced by another one."""
@@ -178,7 +185,9 @@ def test_messages_of_lightning_and_of_the_package_fit_the_terminal(
     console.quiet_libraries()
     console.plain_warnings()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    logging.getLogger("lightning.pytorch.some.module").warning("word " * 12)
+    logging.getLogger("lightning.pytorch.some.module").warning(
+        "-" * 100 + "\n" + "word " * 12 + "\n" + "-" * 100 + "\n"
+    )
     logging.getLogger("lit_lora.some.module").warning("word " * 12)
     wrapped = ["word word word word word word"] * 2
     assert [line.strip() for line in stream.stream.getvalue().splitlines()] == wrapped

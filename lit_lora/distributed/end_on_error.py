@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
-from lit_lora.console import is_config_mistake, mark_told, print_error
+from lit_lora.console import is_config_mistake, mark_told, other_process_lost, out_of_memory, print_error
 from lit_lora.errors import UserError
 from lit_lora.redact import redact_urls
 from lit_lora.told_once import SECONDS_TO_ASK, tell_once, tell_once_on_node
@@ -49,6 +49,10 @@ class EndOnError(Callback):
             if not isinstance(exception, UserError):
                 message = self._explain(message)
             _tell_once(message, f"error in {process}", trainer)
+            mark_told(exception)
+            return
+        if known := out_of_memory(exception) or other_process_lost(exception):
+            print_error(known, f"error in {process}")
             mark_told(exception)
             return
         error = redact_urls(f"{type(exception).__name__}: {exception}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,9 +17,12 @@ from torchvision.transforms.v2.functional import to_pil_image
 from lit_lora.errors import UserError
 from lit_lora.files import check_place
 from lit_lora.folder_lock import only_run_in
+from lit_lora.formats import format_named
 from lit_lora.formats.find import adapter_files
 from lit_lora.prompts import Prompt, prompt_groups, read_prompts
+from lit_lora.report_text import format_next
 from lit_lora.sampling import image_grid
+from lit_lora.tools.adapter_input import read_input
 from lit_lora.tools.drawing import Drawer, ScaledAdapter
 from lit_lora.tools.drawn_image import FORMATS, DrawnImage, write_image
 from lit_lora.tools.labelled_grid import labelled_grid
@@ -70,6 +74,8 @@ def draw_samples(options: SampleOptions) -> None:
             drawer.adapt(column.adapters)
             drawn.append(_draw(drawer, prompts, options.guidance_rescale))
         _write(drawn, [column.name for column in columns], target, options)
+    if following := _next(options, columns):
+        print(following)
 
 
 def columns_of(options: SampleOptions) -> list[Column]:
@@ -183,6 +189,22 @@ def _write(drawn: Sequence[Sequence[DrawnImage]], names: Sequence[str], target: 
     told = f", in place of {replaced} of {'that name' if replaced == 1 else 'these names'}" if replaced else ""
     told += f", beside {others} that were there" if others > 0 else ""
     print(f"{len(images)} {'image' if len(images) == 1 else 'images'}: {target}{told}")
+
+
+def _next(options: SampleOptions, columns: Sequence[Column]) -> str:
+    """The next command for an adapter: comparing its scales, and then its file for other programs; empty if there is none."""
+    if len(options.adapters) != 1:
+        return ""
+    path = _adapter_of(options.adapters[0])
+    if len(columns) == 1:
+        prompts = [options.prompts] if isinstance(options.prompts, str) else options.prompts or []
+        words = ["lit-lora sample --scales 0 0.5 1 --out scales.png", f"--prompts {shlex.join(prompts)}"]
+        words += [f"--base {shlex.quote(options.base)}"] if options.base else []
+        return format_next(*words, f"--adapter {shlex.quote(path)}")
+    if not Path(path).is_dir() or format_named("kohya").why_not(read_input(path, options.family)):
+        return ""
+    output = shlex.quote(f"{Path(path).stem}.safetensors")
+    return format_next("lit-lora adapter convert --format kohya", shlex.quote(path), output)
 
 
 def _grid(drawn: Sequence[Sequence[DrawnImage]], names: Sequence[str], columns: int) -> Image.Image:

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_lora.callbacks import AdapterCheckpoint, RunReport, StepMetrics, StepProgress
+from lit_lora.callbacks import AdapterCheckpoint, BaseLoss, RunReport, StepMetrics, StepProgress
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
@@ -77,6 +77,8 @@ def test_the_screen_of_a_run(
         f"last     {Path.cwd() / 'ck' / 'last.ckpt'}",
         f"adapter  {Path.cwd() / 'ck' / 'last.adapter'}",
     ]
+    following = ["Next:", "lit-lora sample --prompts TEXT \\", f"  --adapter {Path.cwd() / 'ck' / 'last.adapter'}"]
+    assert lines[-3:] == following
     bars = [line for line in lines if line.startswith("step ")]
     assert re.match(r"step 4/4 .*loss \d\S*, grad \d\S*, lr \S+, [\d.]+ img/s, 00:00 left$", bars[-1])
     assert all(len(bar) <= columns for bar in bars)
@@ -89,6 +91,27 @@ def test_a_module_that_knows_nothing_of_images(
     printed = capsys.readouterr().err
     assert "trains   Number: 3 parameters\nlength   3 steps\n" in printed
     assert re.search(r"step 3/3, lr 0.5", printed)
+
+
+class Validated(Number):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", torch.tensor(0.25))
+
+
+@pytest.mark.parametrize("beside_base", [False, True])
+def test_each_validation_loss_is_printed_once(
+    beside_base: bool, trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callbacks = [StepProgress(), *([BaseLoss("val_loss")] if beside_base else [])]
+    checks = {"num_sanity_val_steps": -1, "limit_val_batches": 1, "max_epochs": 2, "enable_progress_bar": True}
+    loaders = loader_of([{"x": torch.zeros(2)}] * 2)
+    trainer = Trainer(**trainer_options | checks | {"callbacks": callbacks})
+    trainer.fit(Validated(), loaders, loaders)
+    ends = ", +0.0% against the base" if beside_base else ""
+    printed = [line for line in capsys.readouterr().err.splitlines() if "val_loss" in line]
+    assert [line for line in printed if not line.startswith("step 0")] == [
+        f"step {step}: val_loss 0.2500{ends}" for step in (2, 4)
+    ] + (["val_loss never fell below that of the base, 0.2500: 0.2500 at best"] if beside_base else [])
 
 
 @pytest.mark.parametrize(("seconds", "steps"), [(0, [1, 2, 3, 4]), (1e9, [4])])

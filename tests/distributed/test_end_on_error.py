@@ -71,3 +71,15 @@ def test_a_mistake_is_printed_if_no_store_answers(
     monkeypatch.setattr(end_on_error, "_get_default_store", lost)
     fail(1, UserError("too small"))
     assert capsys.readouterr().err == "lit-lora: error in process 1 of 2\ntoo small\n"
+
+
+def test_the_end_of_another_process_is_printed_once(
+    store: distributed.Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = RuntimeError("[/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:3501: Connection reset by peer")
+    trainer: Any = SimpleNamespace(world_size=2, global_rank=0, local_rank=0, node_rank=0)
+    EndOnError().on_exception(trainer, trainer, lost)
+    assert report(lost) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("lit-lora: error in process 0 of 2\nanother process of this run has ended")
+    assert printed.count("Connection reset") == printed.count("another process") == 1

@@ -29,7 +29,7 @@ from lit_lora.formats.find import read_adapter
 from lit_lora.formats.quantized_base import quantized_metadata
 from lit_lora.quantization import NF4
 from lit_lora.tools.sample import SampleOptions, sample_arguments
-from lit_lora.tools.sampling import columns_of
+from lit_lora.tools.sampling import _next, columns_of
 from tests.families.folders import FOLDERS
 from tests.helpers import save_adapter
 
@@ -446,6 +446,25 @@ def test_a_link_is_compared_and_not_combined_with_what_it_leads_to(tmp_path: Pat
     assert len(columns_of(options)) == 2
     with pytest.raises(UserError, match=r"last.adapter is given more than once"):
         columns_of(replace(options, combine=True))
+
+
+def test_the_next_command_of_an_adapter(strong: Path) -> None:
+    one = SampleOptions(adapter=str(strong), prompts=["a star", "it's blue"])
+    assert _next(one, columns_of(one)).splitlines() == [
+        "",
+        "Next:",
+        "lit-lora sample --scales 0 0.5 1 --out scales.png \\",
+        """  --prompts 'a star' 'it'"'"'s blue' \\""",
+        f"  --adapter {strong}",
+    ]
+    several = replace(one, scales=[0, 1])
+    assert _next(several, columns_of(several)).splitlines()[2:] == [
+        "lit-lora adapter convert --format kohya \\",
+        f"  {strong} \\",
+        f"  {strong.stem}.safetensors",
+    ]
+    base = SampleOptions(base="embedded", prompts="a star")
+    assert _next(base, columns_of(base)) == ""
 
 
 def test_names_tell_adapters_apart() -> None:
