@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tests.warm_imports  # noqa: F401  # isort: skip  # before all others, since they import the same libraries
+
 import gc
 import io
 import shutil
@@ -50,7 +52,12 @@ def pytest_configure() -> None:
     read_classes_once()
 
 
+def pytest_collectstart() -> None:
+    gc.disable()  # what is collected stays until the end
+
+
 def pytest_collection_finish() -> None:
+    gc.enable()
     gc.collect()
     collect_seldom()
 

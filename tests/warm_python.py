@@ -21,15 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from tests.garbage import collect_seldom
+from tests.warm_imports import LIBRARIES
 
-_LIBRARIES = ("lit_lora.lightning_cli", "lit_lora.families", "lit_lora.datamodules.webdataset_datamodule")
-"""Imported before the first fork; no module of tests, since some read the environment when they are imported."""
+_IMPORTED = ("tests.warm_imports", *LIBRARIES)
+"""Before the first fork; no other module of tests, since some read the environment when they are imported.
+
+The libraries themselves are named too, for tests that are run from another folder, where the server does not find the first.
+"""
 
 
 def warm_context() -> ForkServerContext:
     """Starts processes that have imported the libraries already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(_LIBRARIES))
+    context.set_forkserver_preload(list(_IMPORTED))
     return context
 
 
