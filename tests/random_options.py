@@ -167,16 +167,18 @@ class Options:
         averaged = optimizer == "schedule-free"  # by the optimizer itself
         val_samples, chunks = r.choice([0, 2, 3]), r.choice([1, 1, 2, 3])
         sets, prior = often(0.2), often(0.4)
+        start = r.choice([None, None, None, *STARTS]) if is_lora else None
+        quantization = r.choice([None, None, Int8, NF4, FP8, W8A8])
         return cls(
             family=family,
             adapter=adapter,
-            start=r.choice([None, None, None, *STARTS]) if is_lora else None,
+            start=start if quantization or start != "loftq" else None,
             base_adapter=often(0.15),
-            groups=is_lora and often(0.2),
+            groups=is_lora and optimizer != "prodigy" and often(0.2),
             optimizer=optimizer,
             schedule=None if averaged or often(0.3) else r.choice(list(SCHEDULES)),
-            objective=r.choice([None, *objectives]),
-            quantization=r.choice([None, None, Int8, NF4, FP8, W8A8]),
+            objective=r.choice([*objectives] if sets and prior else [None, *objectives]),
+            quantization=quantization,
             base_dtype=r.choice(["float32", "bfloat16"]),
             caption_dropout=r.choice([0, 0.5]),
             memory={

@@ -22,6 +22,10 @@ _WRAPPERS = re.compile(rf"^family\.|base_model\.model\.|\.{ADAPTER_NAME}(?=\.|$)
 """What :class:`~lit_lora.LoraDiffusion` and PEFT put into the names of parameters."""
 
 
+_ONE_RATE = ("prodigyopt", "dadaptation")
+"""Packages of optimizers that stop in their first step if groups have other learning rates than each other's."""
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
     """Learning rate and weight decay of the trained parameters whose names match a pattern.
@@ -75,7 +79,7 @@ def make_optimizer(
         groups: Groups; without any, the optimizer gets the parameters.
 
     Raises:
-        UserError: If a group has no parameter, or the optimizer does not have the setting.
+        UserError: If a group has no parameter, the optimizer does not have the setting, or it has one learning rate for all groups.
     """
     named = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad}
     if not groups:
@@ -100,7 +104,17 @@ def make_optimizer(
                     f"{type(optimizer).__name__}, which is null; give the optimizer an lr, or leave lr_ratio out"
                 )
             made["lr"] = made["lr"] * group.lr_ratio
+    _check_one_rate(optimizer)
     return optimizer
+
+
+def _check_one_rate(optimizer: Optimizer) -> None:
+    rates = sorted({group["lr"] for group in optimizer.param_groups if group["lr"]})
+    if type(optimizer).__module__.partition(".")[0] in _ONE_RATE and len(rates) > 1:
+        raise UserError(
+            f"{type(optimizer).__name__} finds one step size for all parameters, and the lr of parameter_groups are {rates}; give "
+            f"all groups the same lr, or 0 to those that are not to be trained"
+        )
 
 
 def make_schedule(make: LRSchedulerCallable, optimizer: Optimizer, steps: int = -1) -> LRSchedulerConfigType:

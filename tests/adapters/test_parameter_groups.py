@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Trainer
 from peft import LoraConfig
 from peft.optimizers import create_loraplus_optimizer
+from prodigyopt import Prodigy
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer, Rprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, PolynomialLR
@@ -120,11 +121,20 @@ def test_lora_plus_is_that_of_peft() -> None:
             lambda: make_optimizer(partial(Adafactor, lr=None), nn.Linear(1, 1), [ParameterGroup("bias", lr_ratio=2)]),
             "lr_ratio=2 multiplies the lr of Adafactor, which is null",
         ),
+        (
+            lambda: make_optimizer(Prodigy, nn.Linear(1, 1), [ParameterGroup("bias", lr_ratio=2)]),
+            r"Prodigy finds one step size for all parameters, and the lr of parameter_groups are \[1.0, 2.0\]",
+        ),
     ],
 )
 def test_groups_that_cannot_be(make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_prodigy_takes_groups_that_are_not_trained() -> None:
+    optimizer = make_optimizer(Prodigy, nn.Linear(1, 1), [ParameterGroup("bias", lr=0)])
+    assert [group["lr"] for group in optimizer.param_groups] == [0, 1.0]
 
 
 def test_all_parameters_may_be_in_groups() -> None:
