@@ -79,7 +79,7 @@ def make_optimizer(
         groups: Groups; without any, the optimizer gets the parameters.
 
     Raises:
-        UserError: If a group has no parameter, the optimizer does not have the setting, or it has one learning rate for all groups.
+        UserError: If a group has no parameter, or the optimizer does not have the setting or takes one learning rate alone.
     """
     named = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad}
     if not groups:
@@ -112,8 +112,8 @@ def _check_one_rate(optimizer: Optimizer) -> None:
     rates = sorted({group["lr"] for group in optimizer.param_groups if group["lr"]})
     if type(optimizer).__module__.partition(".")[0] in _ONE_RATE and len(rates) > 1:
         raise UserError(
-            f"{type(optimizer).__name__} finds one step size for all parameters, and the lr of parameter_groups are {rates}; give "
-            f"all groups the same lr, or 0 to those that are not to be trained"
+            f"{type(optimizer).__name__} finds one step size for all parameters, and the lr of parameter_groups are {rates}; "
+            f"give all groups the same lr, or 0 to those that are not to be trained"
         )
 
 

@@ -51,7 +51,11 @@ class EndOnError(Callback):
             _tell_once(message, f"error in {process}", trainer)
             mark_told(exception)
             return
-        if known := out_of_memory(exception) or other_process_lost(exception):
+        if lost := other_process_lost(exception):
+            print_error(lost, f"{process} ends")  # the error is the other's
+            mark_told(exception)
+            return
+        if known := out_of_memory(exception):
             print_error(known, f"error in {process}")
             mark_told(exception)
             return

@@ -81,5 +81,5 @@ def test_the_end_of_another_process_is_printed_once(
     EndOnError().on_exception(trainer, trainer, lost)
     assert report(lost) == 1
     printed = capsys.readouterr().err
-    assert printed.startswith("lit-lora: error in process 0 of 2\nanother process of this run has ended")
+    assert printed.startswith("lit-lora: process 0 of 2 ends\nanother process of this run has ended")
     assert printed.count("Connection reset") == printed.count("another process") == 1
