@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lit_lora.adapters.ranked_layer import layer_ranks
 from lit_lora.batch_size import batch_size
+from lit_lora.byte_sizes import format_bytes
 from lit_lora.distributed.collectives import gather
 from lit_lora.early_stopping import stopped_early
 from lit_lora.errors import UserError
@@ -327,7 +328,7 @@ def _table(report: Mapping[str, Any]) -> str:
         lines.append(format_reason(f"ended by early stopping: {report['stopped_early']}"))
     if report["gpu_energy_note"]:
         lines.append(f"no GPU energy: {report['gpu_energy_note']}")
-    lines.append(f"peak memory {report['peak_memory'] / 2**20:,.1f} MiB ({report['peak_memory_of']})")
+    lines.append(f"peak memory {format_bytes(report['peak_memory'])} ({report['peak_memory_of']})")
     lines.append(f"trained parameters {report['adapter_parameters']:,}")
     if ranks := report["adapter_ranks"].values():
         span = f"{min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.4g} on average"

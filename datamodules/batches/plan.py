@@ -199,8 +199,9 @@ class Plan:
         counts = self.chunks.counts[chunk]
         where = "" if self.num_chunks == 1 else f" of chunk {chunk}, one of {self.num_chunks},"
         where += "" if len(counts) == 1 else f" in {len(counts)} buckets, at most {counts.max()} in one,"
+        samples, do = ("sample", "does") if counts.sum() == 1 else ("samples", "do")
         return (
-            f"{counts.sum()} samples{where} do not fill one batch of {self.global_batch_size}"
+            f"{counts.sum()} {samples}{where} {do} not fill one batch of {self.global_batch_size}"
             " (batch_size times the number of processes);"
             " lower batch_size, use fewer processes, chunks or buckets, add data, or set chunks.leftovers to pad"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,11 +74,15 @@ class Comparison:
     @property
     def total(self) -> Distance:
         """The distance of the common layers together."""
-        found = self.layers.values()
-        first, second, difference = (
-            math.hypot(*(getattr(one, name) for one in found)) for name in ("first", "second", "difference")
-        )
-        return Distance(first, second, difference, sum(one.inner for one in found))
+        return together(self.layers.values())
+
+
+def together(distances: Collection[Distance]) -> Distance:
+    """The distance of the updates of several layers together, without ranks."""
+    first, second, difference = (
+        math.hypot(*(getattr(one, name) for one in distances)) for name in ("first", "second", "difference")
+    )
+    return Distance(first, second, difference, sum(one.inner for one in distances))
 
 
 @one_thread()

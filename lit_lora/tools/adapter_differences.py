@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lit_lora.adapter_tools.compare import Comparison, Distance
-from lit_lora.report_text import format_table
-from lit_lora.tools.adapter_screen import layer_name
+from lit_lora.adapter_tools.compare import Comparison, Distance, together
+from lit_lora.tools.adapter_screen import by_kind, layer_table, span
 from lit_lora.visible import visible
 
 _MOST_LISTED = 10
@@ -35,8 +34,13 @@ def as_json(found: Comparison) -> str:
     )
 
 
-def as_lines(found: Comparison) -> list[str]:
-    """The differences as text of 80 columns."""
+def as_lines(found: Comparison, each_layer: bool = False) -> list[str]:
+    """The differences as text of 80 columns.
+
+    Args:
+        found: The differences.
+        each_layer: Whether to list every layer instead of one line for all layers of a kind; off by default.
+    """
     lines: list[str] = []
     for entry, values in found.config.items():
         lines += [
@@ -47,11 +51,13 @@ def as_lines(found: Comparison) -> list[str]:
         lines += _only(which, names)
     if lines:
         lines.append("")
-    rows = [("layer", "ranks", "distance", "cosine")]
-    rows += [_row(layer_name(name), one) for name, one in found.layers.items()]
+    rows = []
+    for kind, names in by_kind(found.layers, each_layer).items():
+        distances = [found.layers[name] for name in names]
+        rows.append((kind, str(len(names)), _ranks(distances), *_numbers(together(distances))))
     if found.layers:
-        rows.append(_row("total", found.total))
-    return [*lines, *format_table(rows)]
+        rows.append(("all", str(len(found.layers)), "", *_numbers(found.total)))
+    return [*lines, *layer_table(("layers", "count", "ranks", "distance", "cosine"), rows)]
 
 
 def _only(which: str, names: list[str]) -> Iterator[str]:
@@ -62,6 +68,14 @@ def _only(which: str, names: list[str]) -> Iterator[str]:
         yield f"  and {len(names) - _MOST_LISTED} more"
 
 
-def _row(name: str, one: Distance) -> tuple[str, str, str, str]:
-    ranks = "" if one.ranks is None else str(one.ranks[0]) if len(set(one.ranks)) == 1 else "{} | {}".format(*one.ranks)
-    return (name, ranks, f"{one.relative:.4f}", "" if math.isnan(one.cosine) else f"{one.cosine:.4f}")
+def _ranks(distances: Sequence[Distance]) -> str:
+    """The ranks of layers in both adapters."""
+    pairs = [one.ranks for one in distances if one.ranks is not None]
+    if not pairs:
+        return ""
+    first, second = (span(ranks) for ranks in zip(*pairs, strict=True))
+    return first if first == second else f"{first} | {second}"
+
+
+def _numbers(one: Distance) -> tuple[str, str]:
+    return f"{one.relative:.4f}", "" if math.isnan(one.cosine) else f"{one.cosine:.4f}"

@@ -20,6 +20,7 @@ def extract(
     format: Format | None = None,  # noqa: A002
     variant: str | None = None,
     overwrite: bool = False,
+    layers: bool = False,
 ) -> None:
     """Make a LoRA of the difference between a fine-tuned model and its base.
 
@@ -37,6 +38,7 @@ def extract(
         variant: Variant of the weight files of both models, such as fp16; defaults to the files without a variant, or else to the
             only variant that a part has.
         overwrite: Whether to replace an existing output.
+        layers: Whether to list every layer instead of one line for all layers of a kind.
 
     Raises:
         UserError: If the models cannot be read or compared, the size is too small, or the output cannot be written.
@@ -53,4 +55,4 @@ def extract(
     weights = ModelWeights(tuned, variant), ModelWeights(base, variant)
     extracted = extract_adapter(*weights, budget, max_rank, written.size)
     written.write(extracted.adapter)
-    print("\n".join(extracted_lines(extracted, written.target)))
+    print("\n".join(extracted_lines(extracted, written.target, layers)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -12,8 +11,7 @@ from pathlib import Path
 
 from lit_lora.adapter_tools.describe import AdapterFacts, LayerFacts
 from lit_lora.byte_sizes import format_bytes
-from lit_lora.report_text import format_table
-from lit_lora.tools.adapter_screen import layer_name
+from lit_lora.tools.adapter_screen import by_kind, layer_table, span
 from lit_lora.visible import visible
 
 _WIDTH = 80
@@ -59,7 +57,7 @@ def as_lines(facts: AdapterFacts, path: Path, format_name: str, size: int, each_
     }
     lines = [*_aligned(list(values.items()))]
     if facts.layers:
-        lines += ["", *format_table([_HEAD, *_rows(facts.layers, each_layer)])]
+        lines += ["", *layer_table(_HEAD, list(_rows(facts.layers, each_layer)))]
     if facts.metadata:
         lines += ["", "metadata", *_metadata(dict(sorted(facts.metadata.items())))]
     return lines
@@ -69,15 +67,12 @@ _HEAD = ("layers", "count", "rank", "alpha", "norm")
 
 
 def _rows(layers: Sequence[LayerFacts], each_layer: bool) -> Iterator[tuple[str, ...]]:
-    kinds: dict[str, list[LayerFacts]] = {}
-    for one in layers:
-        name = one.name if one.part == "denoiser" else f"{one.part}.{one.name}"
-        # Blocks are numbered; other numbers, as in "to_out.0", tell layers of one block apart.
-        kind = name if each_layer else re.sub(r"(?<=s\.)\d+(?=\.)|(?<=_blocks\.)\d+(?=\.)", "*", name)
-        kinds.setdefault(kind, []).append(one)
-    for kind, found in kinds.items():
+    named = {one.name if one.part == "denoiser" else f"{one.part}.{one.name}": one for one in layers}
+    kinds = by_kind(named, each_layer)
+    for kind, names in kinds.items():
+        found = [named[name] for name in names]
         yield (
-            layer_name(kind),
+            kind,
             str(len(found)),
             _span([one.rank for one in found]),
             _span([one.alpha for one in found]),
@@ -135,10 +130,7 @@ def _tokens(facts: AdapterFacts) -> str:
 
 def _span(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    lowest, highest = min(known), max(known)
-    return f"{lowest:g}" if lowest == highest else f"{lowest:g}-{highest:g}"
+    return span(known) if known else ""
 
 
 def _norm(values: Sequence[float | None]) -> str:

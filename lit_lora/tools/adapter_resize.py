@@ -18,6 +18,7 @@ def resize(
     format: Format | None = None,  # noqa: A002
     family: str | None = None,
     overwrite: bool = False,
+    layers: bool = False,
 ) -> None:
     """Lower the ranks of a LoRA or DoRA, layer by layer, with the least loss.
 
@@ -33,6 +34,7 @@ def resize(
         format: Format to write; defaults to PEFT's and diffusers' files in a folder, and to diffusers' for a file.
         family: Model family of the base, such as StableDiffusionXL; defaults to the family that the input tells.
         overwrite: Whether to replace an existing output.
+        layers: Whether to list every layer instead of one line for all layers of a kind.
 
     Raises:
         UserError: If the input is no LoRA or DoRA, the ranks would rise, the size is too small, or the output cannot be written.
@@ -50,4 +52,4 @@ def resize(
     adapter = read_input(input, family)
     resized = resize_adapter(adapter, input, budget, written.size, keep_on_disk(written.target.parent))
     written.write(resized.adapter)
-    print("\n".join(resized_lines(resized, written.target)))
+    print("\n".join(resized_lines(resized, written.target, layers)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lit_lora.adapter_tools.extract import Extracted
@@ -15,18 +16,39 @@ from lit_lora.formats.lora import layers_of
 from lit_lora.report_text import format_table
 from lit_lora.visible import visible
 
-_NAME_WIDTH = 48
-_NUMBERS_WIDTH = 32
+_WIDTH = 80
+_PATH_WIDTH = 48
 _MOST_LISTED = 10
 _START = 16
 """Characters of a shortened name before the gap: they tell the blocks of a UNet, and its end tells the layer."""
 
 
-def layer_name(name: str) -> str:
-    """The name of a layer, shortened in the middle so that a table has room for numbers."""
-    shown = visible(name)
-    width = max(_NAME_WIDTH, shutil.get_terminal_size().columns - _NUMBERS_WIDTH)
-    return shown if len(shown) <= width else f"{shown[:_START]}…{shown[_START + 1 - width :]}"
+_BLOCK = re.compile(r"(?<=s\.)\d+(?=\.)")
+"""Number of a block; other numbers, as in ``to_out.0``, tell layers of one block apart."""
+
+
+def by_kind(names: Iterable[str], each: bool = False) -> dict[str, list[str]]:
+    """Names of layers by kind, which is the name with a star for the numbers of blocks, or by themselves if ``each`` is true."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name if each else _BLOCK.sub("*", name), []).append(name)
+    return kinds
+
+
+def layer_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table of layers; names are shortened in the middle so that it fits into 80 columns, or into the terminal.
+
+    Args:
+        head: Names of the columns.
+        rows: For each line the name of a layer or of a kind, and its numbers.
+    """
+    numbers = sum(2 + max(map(len, column)) for column in list(zip(head, *rows, strict=True))[1:])
+    width = max(_WIDTH, shutil.get_terminal_size().columns) - numbers
+    return format_table([head, *((_shortened(visible(name), width), *others) for name, *others in rows)])
+
+
+def _shortened(name: str, width: int) -> str:
+    return name if len(name) <= width else f"{name[:_START]}…{name[_START + 1 - width :]}"
 
 
 def share(value: float) -> str:
@@ -34,31 +56,49 @@ def share(value: float) -> str:
     return f"{100 * min(value, 0.9999):.2f} %" if value < 1 - 1e-9 else "100 %"
 
 
-def resized_lines(resized: Resized, target: Path) -> list[str]:
-    """A table of a resized adapter's layers, and where it was written."""
-    rows = [("layer", "rank", "kept")]
-    for name, one in resized.layers.items():
-        rank = str(one.before) if one.before == one.after else f"{one.before} → {one.after}"
-        rows.append((layer_name(name), rank, share(one.kept)))
-    before, after = (sum(getattr(one, when) for one in resized.layers.values()) for when in ("before", "after"))
-    rows.append((f"{len(resized.layers)} layers", f"{before} → {after}", share(resized.kept)))
-    return [*format_table(rows), "", f"written  {visible(target)}"]
+def resized_lines(resized: Resized, target: Path, each_layer: bool = False) -> list[str]:
+    """A table of a resized adapter's layers, and where it was written.
+
+    Args:
+        resized: The adapter.
+        target: Where it was written.
+        each_layer: Whether to list every layer instead of one line for all layers of a kind; off by default.
+    """
+    rows = []
+    for kind, names in by_kind(resized.layers, each_layer).items():
+        found = Resized(resized.adapter, {name: resized.layers[name] for name in names})
+        before, after = (span(getattr(one, when) for one in found.layers.values()) for when in ("before", "after"))
+        rank = before if before == after else f"{before} → {after}"
+        rows.append((kind, str(len(names)), rank, share(found.kept)))
+    total, left = (sum(getattr(one, when) for one in resized.layers.values()) for when in ("before", "after"))
+    rows.append(("all, and the sum of ranks", str(len(resized.layers)), f"{total} → {left}", share(resized.kept)))
+    return [*layer_table(("layers", "count", "rank", "kept"), rows), "", f"written  {visible(target)}"]
 
 
 def merged_lines(sources: Sequence[NamedAdapter], merged: AdapterFiles, target: Path) -> list[str]:
     """A table of merged adapters, and where the result was written."""
     rows = [("adapter", "weight", "layers", "ranks")]
     for one in sources:
-        rows.append((visible(one.path, _NAME_WIDTH), f"{one.weight:g}", *_layers_and_ranks(one.adapter)))
+        rows.append((visible(one.path, _PATH_WIDTH), f"{one.weight:g}", *_layers_and_ranks(one.adapter)))
     rows.append(("merged", "", *_layers_and_ranks(merged)))
     return [*format_table(rows), "", f"written  {visible(target)}"]
 
 
-def extracted_lines(extracted: Extracted, target: Path) -> list[str]:
-    """A table of an extracted adapter's layers, what it lacks, and where it was written."""
-    rows = [("layer", "rank", "error")]
-    rows += [(layer_name(name), str(extracted.ranks[name]), share(error)) for name, error in extracted.errors.items()]
-    lines = [*format_table(rows), ""]
+def extracted_lines(extracted: Extracted, target: Path, each_layer: bool = False) -> list[str]:
+    """A table of an extracted adapter's layers, what it lacks, and where it was written.
+
+    Args:
+        extracted: The adapter.
+        target: Where it was written.
+        each_layer: Whether to list every layer instead of one line for all layers of a kind, with the largest of their errors;
+            off by default.
+    """
+    rows = []
+    for kind, names in by_kind(extracted.errors, each_layer).items():
+        ranks = span(extracted.ranks[name] for name in names)
+        rows.append((kind, str(len(names)), ranks, share(max(extracted.errors[name] for name in names))))
+    error = "error" if each_layer else "largest error"
+    lines = [*layer_table(("layers", "count", "rank", error), rows), ""]
     if extracted.unchanged:
         lines.append(f"{extracted.unchanged} layers are equal in both models")
     if extracted.left_out:
@@ -79,7 +119,8 @@ def _layers_and_ranks(adapter: AdapterFiles) -> tuple[str, str]:
     return str(ranks.total()), span(ranks)
 
 
-def span(ranks: Counter[int]) -> str:
-    """The ranks that occur: one number, or the lowest and the highest."""
-    lowest, highest = min(ranks), max(ranks)
-    return str(lowest) if lowest == highest else f"{lowest} to {highest}"
+def span(values: Iterable[float]) -> str:
+    """The values that occur: one number, or the lowest and the highest."""
+    found = set(values)
+    lowest, highest = min(found), max(found)
+    return f"{lowest:g}" if lowest == highest else f"{lowest:g}-{highest:g}"

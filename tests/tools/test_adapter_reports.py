@@ -112,8 +112,13 @@ def test_diff(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[: lines.index("")][-2:] == ["1 only in the first adapter", "  conv_in"]
     assert "target_modules" in lines
     total = lines[-1].split()
-    assert total[0] == "total"
+    assert total[0] == "all"
     assert float(total[-2]) > 0.5
+    assert sum("up_blocks.*.atte" in line for line in lines) == 4
+    assert main(["adapter", "diff", *folders, "--layers"]) == 0
+    each = shown(capsys)
+    assert each[-1].split() == total
+    assert int(total[1]) == len(each) - each.index("") - 3
     assert main(["adapter", "diff", folders[0], folders[0], "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["total"]["distance"] < 1e-6

@@ -26,14 +26,19 @@ def folder(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_screen_fits_and_adds_up(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["adapter", "resize", str(folder), str(tmp_path / "out"), "--energy", "0.9"]) == 0
+    command = ["adapter", "resize", str(folder), str(tmp_path / "out"), "--energy", "0.9"]
+    assert main(command) == 0
+    kinds = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in kinds if line.startswith("down_blocks.*.resnets.*.conv1 ")] == ["2"]
+    assert main([*command, "--layers", "--overwrite"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["layer", "rank", "kept"]
-    assert max(map(len, lines[:9])) <= 80
-    assert lines[8].startswith("7 layers")
+    assert lines[0].split() == kinds[0].split() == ["layers", "count", "rank", "kept"]
+    assert max(map(len, [*lines[:9], *kinds[:-1]])) <= 80
+    assert lines[8].split() == kinds[-3].split()
+    assert lines[8].startswith("all, and the sum of ranks")
     assert "28 → " in lines[8]
     ranks = [int(line.split("→")[-1].split()[0]) if "→" in line else 4 for line in lines[1:8]]
-    assert lines[8].split()[4] == str(sum(ranks))
+    assert lines[8].split("→")[1].split()[0] == str(sum(ranks))
     assert 7 < sum(ranks) < 28
     assert lines[-1] == f"written  {tmp_path / 'out'}"
     found = {path.name for path in (tmp_path / "out").iterdir()}

@@ -61,7 +61,7 @@ kinds = st.fixed_dictionaries(
 
 def _plan(chunks, size, **kind):
     if kind["leftovers"] == "drop" and (chunks.counts < size).all(axis=1).any():
-        with pytest.raises(UserError, match="do not fill one batch"):
+        with pytest.raises(UserError, match="not fill one batch"):
             Plan(chunks, size, **kind)
         return None
     return Plan(chunks, size, **kind)
@@ -259,6 +259,8 @@ def test_too_few_samples():
         UserError, match=r"7 samples do not fill one batch of 8 .*lower batch_size, use fewer processes"
     ):
         Plan(OneChunk(7), 8)
+    with pytest.raises(UserError, match="1 sample does not fill one batch of 2"):
+        Plan(OneChunk(1), 2)
     with pytest.raises(UserError, match="6 samples of chunk 0, one of 2, do not fill one batch of 8"):
         Plan(Chunked(((0,) * 6, (0,) * 6), 1), 8)
     with pytest.raises(UserError, match="no samples"):
