@@ -129,7 +129,7 @@ class LitLoraCLI(LightningCLI):
         """Do nothing: Lightning would let the checkpoint's hyperparameters override the user's config."""
 
     def instantiate_classes(self) -> None:
-        check_strategy_name(self._get(self.config, "trainer.strategy"))
+        self.check_strategy()
         check_trainer_options(self._get(self.config, "trainer") or {})
         try:
             super().instantiate_classes()
@@ -143,6 +143,10 @@ class LitLoraCLI(LightningCLI):
             if told := two_of_a_kind(str(error)):
                 raise UserError(told) from error
             raise
+
+    def check_strategy(self) -> None:
+        """Refuse the name of a strategy that no trainer can be built with."""
+        check_strategy_name(self._get(self.config, "trainer.strategy"))
 
     def before_fit(self) -> None:
         """Check that outputs can be written and the checkpoint can be read; add the callbacks that end a run in order."""
@@ -237,6 +241,9 @@ class ToolCLI(LitLoraCLI):
         for action in parser._actions:
             if action.dest in (*ignored, "must_resume"):
                 action.help = argparse.SUPPRESS
+
+    def check_strategy(self) -> None:
+        """Check nothing: no trainer is built, and the machine of a cache need not have that of the training."""
 
     def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
         """Build no trainer."""

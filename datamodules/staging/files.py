@@ -15,6 +15,7 @@ from lit_lora.machine import host
 from lit_lora.redact import redact
 
 SHARD_NAME = re.compile(r"[0-9a-f]{16}-.+")
+STATE_NAME = re.compile(r"state-[0-9a-f]{16}")
 PASSED_NAME = re.compile(r"passed-[\w.-]+-\d+(\.[0-9a-f]{8}-\d+-[0-9a-f]{8})?")
 JOB_GLOB = "lit_lora-job-*.json"
 _JOB_FORMAT = "lit_lora.stager_job"

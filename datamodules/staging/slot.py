@@ -10,7 +10,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from lit_lora.datamodules.staging.files import PASSED_NAME, SHARD_NAME, slot_path, state_path
+from lit_lora.datamodules.staging.files import PASSED_NAME, SHARD_NAME, STATE_NAME, slot_path, state_path
 from lit_lora.machine import host, is_alive
 
 _ORPHAN_WAIT_S = 10.0
@@ -61,12 +61,14 @@ class StagerSlot:
             }
 
     def clean(self) -> None:
-        """Remove unfinished files, also while downloads rename some of them."""
+        """Remove unfinished files, and what tells the state of shards that are gone, also while downloads rename some files."""
+        states = {state_path(self.path / name).name for name in self.files()}
         with os.scandir(self.path) as entries:
             for entry in entries:
                 name = entry.name.removesuffix(".part")
                 unfinished = SHARD_NAME.fullmatch(name) and name != entry.name
-                if (unfinished or PASSED_NAME.fullmatch(name)) and entry.is_file(follow_symlinks=False):
+                left = STATE_NAME.fullmatch(name) and name not in states
+                if (unfinished or left or PASSED_NAME.fullmatch(name)) and entry.is_file(follow_symlinks=False):
                     with suppress(FileNotFoundError):
                         os.unlink(entry.path)
 

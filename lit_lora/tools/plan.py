@@ -18,6 +18,7 @@ from lit_lora.byte_sizes import format_bytes, parse_bytes
 from lit_lora.callbacks.rank_budget import RankBudget
 from lit_lora.datamodules.batches.buckets import MAX_RESOLUTION
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
+from lit_lora.distributed import check_strategy_name
 from lit_lora.errors import UserError, check_least, check_most
 from lit_lora.files import check_place
 from lit_lora.lightning_cli import ToolCLI, build_cli
@@ -217,9 +218,10 @@ def _processes(trainer: Any) -> Processes:
     """The processes of a run and what each holds, from the config of its trainer.
 
     Raises:
-        UserError: If the options of the strategy exclude each other.
+        UserError: If no strategy has the name, or its options exclude each other.
     """
     strategy = trainer["strategy"]
+    check_strategy_name(strategy)
     if isinstance(strategy, str) and strategy != "auto":
         strategy = StrategyRegistry.get(strategy)
     elif isinstance(strategy, Mapping | Namespace):

@@ -91,6 +91,15 @@ def test_files_that_a_download_renames_while_they_are_cleaned_up(tmp_path, monke
     assert sorted(path.name for path in slot.path.iterdir()) == ["0123456789abcdef-0.tar", "lock"]
 
 
+def test_the_states_of_shards_that_are_gone_are_removed(tmp_path):
+    slot = StagerSlot.claim(tmp_path, os.getpid())
+    kept = ["0123456789abcdef-0.tar", "state-0123456789abcdef"]
+    for name in (*kept, "state-fedcba9876543210"):
+        (slot.path / name).touch()
+    slot.clean()
+    assert sorted(path.name for path in slot.path.iterdir()) == [*kept[:1], "lock", *kept[1:]]
+
+
 def test_what_an_owner_left_is_removed_unless_there_is_another(tmp_path):
     with _held(tmp_path, host=host(), pid=os.getpid(), parent=os.getpid()) as release:
         slot = StagerSlot(tmp_path, 0)
