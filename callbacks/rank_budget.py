@@ -197,8 +197,7 @@ class RankBudget(ChangedRanks):
         if trainer.global_step == self._step:
             return
         if not self._checked and self._above:
-            check_prunable(self.layers, trainer.optimizers)
-            self._checked = True
+            self._checked = check_prunable(self.layers, trainer.optimizers)
         self._step = trainer.global_step
         due = min((budget for step, budget in self._schedule.items() if step <= self._step), default=math.inf)
         # Without a step that was scored, a pruning waits for the next.

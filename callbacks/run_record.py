@@ -117,9 +117,10 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
         yield "batches in an optimizer step", f"{batches * processes} ({factors})"
     if hasattr(datamodule, "resolution"):
         yield "data.resolution", described(datamodule.resolution)
-    if hasattr(datamodule, "chunks"):
-        for name in ("passes", "steps"):  # the chunks themselves are a part of the position in the data
-            yield f"data.chunks.{name}", described(getattr(datamodule.chunks, name))
+    chunks = getattr(datamodule, "chunks", None)
+    for name in ("passes", "steps"):  # the chunks themselves are a part of the position in the data
+        if hasattr(chunks, name):
+            yield f"data.chunks.{name}", described(getattr(chunks, name))
     if isinstance(digest := getattr(datamodule, "validation_digest", None), str) and digest:
         yield "validation samples, on which best scores and early stopping depend,", digest
     if hasattr(datamodule, "decoder"):  # the position in the data has checks of its own

@@ -107,8 +107,8 @@ class StepProgress(ProgressBar):
         others = any(isinstance(one, BaseLoss) for one in trainer.callbacks)  # type: ignore[attr-defined]
         if not self._training or not self.shows_steps or others:
             return
-        for name in ("val/loss", "val_loss"):
-            if (loss := trainer.callback_metrics.get(name)) is not None:
+        for name, loss in trainer.callback_metrics.items():
+            if name.partition("/dataloader_idx_")[0] in ("val/loss", "val_loss"):
                 self.print(f"step {trainer.global_step:,}: {name} {float(loss):.4f}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,7 +214,7 @@ def _summary(trainer: Trainer, pl_module: LightningModule, steps: int | None) ->
     return lines
 
 
-def _checkpoints(trainer: Trainer) -> list[tuple[str, Path]]:
+def _checkpoints(trainer: Trainer) -> list[tuple[str, str]]:
     """The last and the best checkpoint of each callback that saves some."""
     found = []
     for callback in trainer.checkpoint_callbacks:
@@ -222,7 +222,7 @@ def _checkpoints(trainer: Trainer) -> list[tuple[str, Path]]:
             last, best = callback.last_model_path, callback.best_model_path
             if best == last or (callback.monitor is None and last):
                 best = ""
-            found += [(name, Path(path)) for name, path in (("last", last), ("best", best)) if path]
+            found += [(name, path) for name, path in (("last", last), ("best", best)) if path]
     return found
 
 
@@ -231,11 +231,14 @@ def _files(trainer: Trainer) -> list[str]:
     lines = []
     for name, path in _checkpoints(trainer):
         lines.append(f"{name:8} {path}")
-        lines += [f"adapter  {folder}"] if (folder := path.with_suffix(".adapter")).exists() else []
+        lines += [f"adapter  {folder}"] if (folder := _adapter_of(path)).exists() else []
     return lines
 
 
 def _adapters(trainer: Trainer) -> list[Path]:
     """The adapters of the run's checkpoints, the best one last."""
-    folders = [path.with_suffix(".adapter") for _, path in _checkpoints(trainer)]
-    return [folder for folder in folders if folder.exists()]
+    return [folder for _, path in _checkpoints(trainer) if (folder := _adapter_of(path)).exists()]
+
+
+def _adapter_of(checkpoint: str) -> Path:
+    return Path(checkpoint).with_suffix(".adapter")

@@ -36,7 +36,7 @@ _NO_ANSWER = re.compile(
 )
 """Errors of torch, gloo and NCCL when another process is gone or silent, or does not come at the start."""
 
-_ADVICE_OF_GLOO = re.compile(r"^\[[^\]]*\] |\.? This is typically caused by .*|\.$")
+_ADVICE_OF_GLOO = re.compile(r"^\[/[^\]]*\] |\.? This is typically caused by .*|\.$")
 """The place in gloo's code, and its guesses about the reason."""
 
 _NO_MEMORY = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc")

@@ -111,13 +111,14 @@ class CaptionSource:
 
     def warn_of_change(self) -> None:
         """Warn if the file with the names was changed after the source was made, which keeps the names of then."""
+        from lightning.pytorch.utilities import rank_zero_warn
+
         if isinstance(self.class_names, str):
             with suppress(UserError):  # a file that is gone is no longer needed
                 if _read_lines(self.class_names) != self._names:
-                    warnings.warn(
+                    rank_zero_warn(
                         f"class_names: {self.class_names} was changed after it was read, and the names of then are used; make a "
-                        "new datamodule for the new ones",
-                        stacklevel=2,
+                        "new datamodule for the new ones"
                     )
 
     def described_contents(self) -> dict[str, str]:

@@ -172,7 +172,14 @@ class _Staging:
         path = self._slot.path / name
         before = self._states.get(name)
         if path.exists():
-            stated = current_state(location)
+            try:
+                stated = current_state(location)
+            except RemoteError as error:
+                if error.missing:
+                    raise
+                _LOG.warning("%s; the copy in %s is used as it is", error, path.parent)  # it may be all that is needed
+                self._states[name] = before
+                return
             with suppress(OSError):  # a copy of which nothing is known
                 before = state_path(path).read_text()
                 if before == (stated or ""):
@@ -182,8 +189,8 @@ class _Staging:
         self._states[name] = state = self._fetch(shard, path)
         if before and state and before != state:
             _LOG.warning(
-                "%s was replaced since it was last copied to %s; it was copied again: its members have the names and sizes in "
-                "the index, but may hold other images or captions",
+                "the storage states another version of %s than when it was last copied to %s; it was copied again: its members "
+                "have the names and sizes in the index, but may hold other images or captions",
                 redact(location),
                 path.parent,
             )

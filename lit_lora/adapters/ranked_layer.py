@@ -318,16 +318,22 @@ def _project_state(optimizer: Optimizer, projected: ProjectedParameter) -> None:
     optimizer.state[projected.parameter] = state
 
 
-def check_prunable(layers: Sequence[RankedLayer], optimizers: Sequence[Optimizer]) -> None:
+def check_prunable(layers: Sequence[RankedLayer], optimizers: Sequence[Optimizer]) -> bool:
     """Check that the optimizers' states of layers can be pruned with their ranks.
+
+    Returns:
+        Whether there are states; a skipped step makes none.
 
     Raises:
         UserError: If a state is not one value for each element.
     """
+    found = False
     for layer in layers:
         for parameter, optimizer in itertools.product((layer.a, layer.b), optimizers):
             if parameter in optimizer.state:
                 _elementwise(optimizer, optimizer.state[parameter], full_shape(parameter))
+                found = True
+    return found
 
 
 def _elementwise(optimizer: Optimizer, state: Mapping[str, Any], shape: torch.Size) -> list[tuple[str, Tensor]]:

@@ -74,7 +74,7 @@ def _ranks(distances: Sequence[Distance]) -> str:
     if not pairs:
         return ""
     first, second = (span(ranks) for ranks in zip(*pairs, strict=True))
-    return first if first == second else f"{first} | {second}"
+    return first if all(one == other for one, other in pairs) else f"{first} | {second}"
 
 
 def _numbers(one: Distance) -> tuple[str, str]:

@@ -198,7 +198,8 @@ def _next(options: SampleOptions, columns: Sequence[Column]) -> str:
     path = _adapter_of(options.adapters[0])
     if len(columns) == 1:
         prompts = [options.prompts] if isinstance(options.prompts, str) else options.prompts or []
-        words = ["lit-lora sample --scales 0 0.5 1 --out scales.png", f"--prompts {shlex.join(prompts)}"]
+        words = ["lit-lora sample --scales 0 0.5 1 --out scales.png"]
+        words += [f"--prompts {shlex.join(prompts)}"] if prompts else []
         words += [f"--base {shlex.quote(options.base)}"] if options.base else []
         return format_next(*words, f"--adapter {shlex.quote(path)}")
     if not Path(path).is_dir() or format_named("kohya").why_not(read_input(path, options.family)):

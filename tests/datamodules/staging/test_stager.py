@@ -373,7 +373,7 @@ def test_file_of_another_size_is_fetched_again(data, stage):
 
 @pytest.mark.parametrize("remote", [True, False])
 def test_shard_that_was_replaced_after_it_was_copied(data, stage, remote, capfd):
-    """Another image of the same number of bytes: names and sizes are those in the index."""
+    """Another caption of the same number of bytes: names and sizes are those in the index."""
     with closing(data.stager(stage, remote=remote)) as stager:
         stager.start(0)
         stager.wait(0)
@@ -386,8 +386,21 @@ def test_shard_that_was_replaced_after_it_was_copied(data, stage, remote, capfd)
         stager.start(0)
         stager.wait(0)
         assert data.is_staged(stager, 0)
-    assert f"{stager._locations[shard]} was replaced since it was last copied" in capfd.readouterr().err
+        assert b"another" in (stage / "lit_lora-slot-0" / local_name(stager._locations[shard])).read_bytes()
+    assert f"another version of {stager._locations[shard]} than when it was last copied" in capfd.readouterr().err
     assert data.paths[kept].name not in data.requested()
+
+
+def test_copies_are_used_while_the_server_refuses(data, stage, capfd):
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        stager.wait(1)
+    data.server.fault = lambda path: 403
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        stager.wait(0)
+        assert data.is_staged(stager, 0)
+    assert "is used as it is" in capfd.readouterr().err
 
 
 def test_shard_that_is_replaced_between_two_visits(data, stage, capfd):
@@ -403,7 +416,7 @@ def test_shard_that_is_replaced_between_two_visits(data, stage, capfd):
         for visit in range(again + 1):
             stager.wait(visit)
             stager.passed(visit)
-    assert capfd.readouterr().err.count("was replaced since it was last copied") == len(first)
+    assert capfd.readouterr().err.count("than when it was last copied") == len(first)
 
 
 @pytest.mark.parametrize(
