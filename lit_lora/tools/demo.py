@@ -152,9 +152,10 @@ def _accuracy(classifier: SVC, images: list[Image.Image]) -> float:
 
 def _fit(folder: Path, steps: int) -> Any:
     """Train as ``lit-lora fit --config configs/demo.yaml`` does, and write the adapter's files to ``adapter``."""
-    from lit_lora.lightning_cli import LitLoraCLI, run
+    from lit_lora.lightning_cli import run
+    from lit_lora.tools.training.fitting import FitCLI
 
-    class DemoCLI(LitLoraCLI):
+    class DemoCLI(FitCLI):
         goes_on = "start lit-lora demo again"
 
     with as_file(files("lit_lora.configs") / "demo.yaml") as config:

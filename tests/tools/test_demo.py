@@ -31,7 +31,9 @@ def test_the_demo_from_end_to_end_and_again(
     with Image.open(tmp_path / "samples.png") as image:
         assert image.size == (2 * (10 * 34 + 2) + 12, 2 * 34 + 2)
     assert list(tmp_path.glob("lightning_logs/version_1/events*"))
-    assert f"lit-lora sample --adapter {adapter}" in capsys.readouterr().out
+    console = capsys.readouterr()
+    assert f"lit-lora sample --adapter {adapter}" in console.out
+    assert (console.out + console.err).count("Next:") == 2  # once in each run
 
 
 def test_the_classifier_reads_scans_through_the_same_path_as_generated_images() -> None:

@@ -44,8 +44,8 @@ class _CheckCLI(_PartsCLI):
             check_trainer_options(trainer)
 
 
-class _FitCLI(LitLoraCLI):
-    """``lit-lora fit`` with the last lines of ``lit-lora train``: other lists of files, another way to go on."""
+class FitCLI(LitLoraCLI):
+    """``lit-lora fit`` for commands that end with lines of their own: no list of files, another way to go on."""
 
     goes_on = "the same command goes on"
 
@@ -113,7 +113,7 @@ def fit(arguments: Sequence[str]) -> Trainer:
         arguments: ``["fit", "--config", …]``.
     """
     with _started_as(arguments):
-        return run(arguments, _FitCLI).trainer
+        return run(arguments, FitCLI).trainer
 
 
 def out_of_time(trainer: Trainer) -> bool:
