@@ -18,6 +18,7 @@ from lit_lora.datamodules.remote.remote_source import (
     RETRIED_STATUS,
     RemoteError,
     RemoteSource,
+    Stated,
     Stream,
     TransientError,
 )
@@ -64,7 +65,7 @@ class FilesystemSource(RemoteSource):
             info = filesystem.info(path)
             start = start if str(info) == self._info else 0
             file = filesystem.open(path, "rb", block_size=_BLOCK_BYTES)
-        self._info, self.version, self.state = str(info), _version(info), _state(info)
+        self._info, self.stated = str(info), _stated(info)
         with file:
             yield Stream(start, info.get("size"), self._pieces(file, start))
 
@@ -83,15 +84,10 @@ class FilesystemSource(RemoteSource):
     def ranged_size(self) -> int | None:
         return self.size()
 
-    def current_version(self) -> str | None:
+    def current(self) -> Stated:
         with self._translated():
             filesystem, path = self._filesystem
-            return _version(filesystem.info(path))
-
-    def current_state(self) -> str | None:
-        with self._translated():
-            filesystem, path = self._filesystem
-            return _state(filesystem.info(path))
+            return _stated(filesystem.info(path))
 
     def list_tars(self) -> list[str]:
         """The sorted locations of the ``*.tar`` files in this folder or that match this glob."""
@@ -173,9 +169,10 @@ def _version(info: Mapping[str, Any]) -> str | None:
     return str(etag) if etag else None
 
 
-def _state(info: Mapping[str, Any]) -> str | None:
-    stated = [info.get(name) for name in ("mtime", "LastModified", "updated", "last_modified")]
-    return _version(info) or next((str(value) for value in stated if value is not None), None)
+def _stated(info: Mapping[str, Any]) -> Stated:
+    version = _version(info)
+    times = [info.get(name) for name in ("mtime", "LastModified", "updated", "last_modified")]
+    return Stated(version, version or next((str(value) for value in times if value is not None), None))
 
 
 @cache

@@ -18,6 +18,7 @@ from lit_lora.datamodules.remote.remote_source import (
     RETRIED_STATUS,
     RemoteError,
     RemoteSource,
+    Stated,
     Stream,
     TransientError,
 )
@@ -48,7 +49,7 @@ class HttpSource(RemoteSource):
             fits = response.status_code == 200 or (first == start and read == self._read)
             if fits:
                 self._read = read
-                self.version, self.state = _strong(read[0]), _state(response)
+                self.stated = _stated(response)
                 yield Stream(first, total, self._pieces(response))
                 return
         if start == 0:
@@ -81,20 +82,15 @@ class HttpSource(RemoteSource):
         with self._get({"Range": "bytes=0-0"}) as response:
             return _place(response)[1] if response.status_code == 206 else None
 
-    def current_version(self) -> str | None:
+    def current(self) -> Stated:
         with self._get({"Range": "bytes=0-0"}) as response:
-            return _strong(response.headers.get("ETag"))
-
-    def current_state(self) -> str | None:
-        with self._get({"Range": "bytes=0-0"}) as response:
-            return _state(response)
+            return _stated(response)
 
     def _range_from(self, start: int) -> dict[str, str]:
         if start == 0:
             return {}
         headers = {"Range": f"bytes={start}-"}
-        etag = _strong(self._read[0]) if self._read else None
-        if etag:  # weak ETags are not allowed here (RFC 9110, 13.1.5)
+        if etag := self.stated.version:  # weak ETags are not allowed here (RFC 9110, 13.1.5)
             headers["If-Range"] = etag
         return headers
 
@@ -149,8 +145,9 @@ def _strong(etag: str | None) -> str | None:
     return None if not etag or etag.startswith("W/") else etag
 
 
-def _state(response: requests.Response) -> str | None:
-    return response.headers.get("ETag") or response.headers.get("Last-Modified")
+def _stated(response: requests.Response) -> Stated:
+    etag = response.headers.get("ETag")
+    return Stated(_strong(etag), etag or response.headers.get("Last-Modified"))
 
 
 def _place(response: requests.Response) -> tuple[int, int | None]:

@@ -61,6 +61,18 @@ class Stream(NamedTuple):
     pieces: Iterator[bytes]
 
 
+class Stated(NamedTuple):
+    """What a storage states of an object beside its size.
+
+    Attributes:
+        version: A text that changes with the object's bytes; None if the storage does not state one.
+        state: The same, or the time of change where the storage states that alone, which two quick changes may share.
+    """
+
+    version: str | None
+    state: str | None
+
+
 class RemoteSource(ABC):
     """An object in some kind of storage.
 
@@ -72,11 +84,8 @@ class RemoteSource(ABC):
         timeout: Seconds without a response or without data after which an attempt fails.
     """
 
-    version: str | None = None
-    """Version of the object that :meth:`open` read; None if the storage does not state one."""
-
-    state: str | None = None
-    """The same, or the time of change where the storage states that alone, which two quick changes may share."""
+    stated: Stated = Stated(None, None)
+    """What the storage stated of the object that :meth:`open` read."""
 
     def __init__(self, location: str, timeout: float) -> None:
         self.location = location
@@ -99,12 +108,8 @@ class RemoteSource(ABC):
         """Size of the object in bytes if :meth:`read` transfers no more than it returns; otherwise None."""
 
     @abstractmethod
-    def current_version(self) -> str | None:
-        """A text that changes with the object's bytes; None if the storage does not state one."""
-
-    @abstractmethod
-    def current_state(self) -> str | None:
-        """What :attr:`state` would be if the object were read now."""
+    def current(self) -> Stated:
+        """What :attr:`stated` would be if the object were read now."""
 
     def error(self, reason: str, action: str, missing: bool = False) -> RemoteError:
         """A :class:`RemoteError` that names the object."""

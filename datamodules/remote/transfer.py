@@ -129,10 +129,10 @@ def fetch_changed(
         OSError: If the local file cannot be written.
     """
     source = _source(location, policy)
-    if known is not None and _retry(source, policy, source.current_version) == known:
+    if known is not None and _retry(source, policy, source.current).version == known:
         return known
     _fetch(source, path, None, policy, most)
-    return source.version
+    return source.stated.version
 
 
 def fetch_state(location: str, path: Path, size: int, policy: RetryPolicy = _DEFAULT) -> str | None:
@@ -147,7 +147,7 @@ def fetch_state(location: str, path: Path, size: int, policy: RetryPolicy = _DEF
     """
     source = _source(location, policy)
     _fetch(source, path, size, policy, None)
-    return source.state
+    return source.stated.state
 
 
 def current_state(location: str, policy: RetryPolicy = _DEFAULT) -> str | None:
@@ -157,7 +157,7 @@ def current_state(location: str, policy: RetryPolicy = _DEFAULT) -> str | None:
         RemoteError: If the object is missing or forbidden, or if all attempts fail.
     """
     source = _source(location, policy)
-    return _retry(source, policy, source.current_state)
+    return _retry(source, policy, source.current).state
 
 
 def read_range(location: str, offset: int, size: int, policy: RetryPolicy = _DEFAULT) -> bytes:
