@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 
 from lit_lora.adapter_tools.lora_layer import LoraLayer
 from lit_lora.adapters.names import PREFIX
-from lit_lora.adapters.patterns import MOST_PATTERNS, grouped_patterns
+from lit_lora.adapters.patterns import MOST_PATTERNS, grouped_patterns, pattern_value
 from lit_lora.errors import UserError
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.lora import layers_of, only
@@ -86,13 +85,13 @@ def lora_layers(adapter: AdapterFiles, path: object) -> dict[str, Layers]:
         alphas = config.get("alpha_pattern") or {}
         for layer, tensors in layers_of(part.state, str(path)).items():
             rank = len(tensors["lora_A.weight"])
-            told = ranks.get(get_pattern_key(list(ranks), layer), config.get("r"))
+            told = pattern_value(ranks, layer, config.get("r"))
             if told != rank:
                 raise UserError(
                     f"{path} is damaged: its config tells rank {told} for {layer}, and the tensors have rank {rank}; export it "
                     f"again"
                 )
-            alpha = alphas.get(get_pattern_key(list(alphas), layer), config.get("lora_alpha", rank))
+            alpha = pattern_value(alphas, layer, config.get("lora_alpha", rank))
             parts[name][layer] = LoraLayer(
                 tensors["lora_A.weight"],
                 tensors["lora_B.weight"],

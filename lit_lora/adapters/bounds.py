@@ -14,9 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import nn
 
+from lit_lora.adapters.patterns import pattern_value
 from lit_lora.errors import UserError, check_least, check_texts
 
 MATCH_SECONDS = 20.0
@@ -95,7 +95,7 @@ def _check_ranks(config: PeftConfig, model: nn.Module, default: int) -> None:
         dimensions = _dimensions(layer)
         if dimensions is None:
             continue
-        rank = ranks.get(get_pattern_key(list(ranks), name), default)
+        rank = pattern_value(ranks, name, default)
         most = max(*dimensions, _HARMLESS_RANK)
         if type(rank) is not int or rank <= most:
             continue

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from peft.utils.other import get_pattern_key
 
 MOST_PATTERNS = 256
 """Number of patterns up to which each layer has its own. PEFT compares every layer with every pattern, and Python keeps 512
@@ -35,6 +37,11 @@ def grouped_patterns(values: Mapping[str, V]) -> dict[str, V]:
     for name, value in values.items():
         groups.setdefault(value, []).append(name)
     return {f"^(?:{'|'.join(map(re.escape, names))})": value for value, names in sorted(groups.items())}
+
+
+def pattern_value(patterns: Mapping[str, V], layer: str, default: Any) -> Any:
+    """The value that patterns give to a layer, as PEFT reads them; the default if none matches."""
+    return patterns.get(get_pattern_key(list(patterns), layer), default)
 
 
 def _pattern_keys(names: Iterable[str]) -> dict[str, str]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -20,7 +19,7 @@ from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.inject import ADAPTER_NAME
 from lit_lora.adapters.names import tuner_layers
 from lit_lora.adapters.parameter_groups import plain_name
-from lit_lora.adapters.patterns import layer_patterns
+from lit_lora.adapters.patterns import layer_patterns, pattern_value
 from lit_lora.distributed.collectives import full_shape, full_tensor, gradient_of, shard_like
 from lit_lora.distributed.resized import resize_parameter
 from lit_lora.errors import UserError
@@ -227,7 +226,7 @@ def note_ranks(layers: Sequence[RankedLayer]) -> None:
 
 def _rank_of(config: LoraConfig, name: str) -> int:
     """The rank that a config gives to a layer."""
-    return int(config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r))
+    return int(pattern_value(config.rank_pattern, name, config.r))
 
 
 def match_checkpoint(

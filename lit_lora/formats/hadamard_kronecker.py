@@ -10,11 +10,11 @@ from typing import Any
 
 from peft import LoHaConfig, LoKrConfig
 from peft.tuners.lokr.layer import factorization
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from lit_lora.adapters import plain_config
 from lit_lora.adapters.names import PREFIX
+from lit_lora.adapters.patterns import pattern_value
 from lit_lora.errors import UserError
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.lora import only, plain_number, targets
@@ -42,14 +42,14 @@ def alphas_of(contents: AdapterFiles) -> dict[str, float]:
     """The alpha of each layer of LoHa or LoKr."""
     alphas = contents.config.get("alpha_pattern") or {}
     default = contents.config["alpha"]
-    return {layer: float(alphas.get(get_pattern_key(list(alphas), layer), default)) for layer in groups_of(contents)}
+    return {layer: float(pattern_value(alphas, layer, default)) for layer in groups_of(contents)}
 
 
 def ranks_of(contents: AdapterFiles) -> dict[str, int]:
     """The rank of each layer of LoHa or LoKr in its config, by which PEFT divides alpha."""
     ranks = contents.config.get("rank_pattern") or {}
     default = contents.config["r"]
-    return {layer: int(ranks.get(get_pattern_key(list(ranks), layer), default)) for layer in groups_of(contents)}
+    return {layer: int(pattern_value(ranks, layer, default)) for layer in groups_of(contents)}
 
 
 def why_not_exact(contents: AdapterFiles) -> str:
@@ -130,7 +130,7 @@ def _tells_alphas(config: Mapping[str, Any], groups: Mapping[str, Mapping[str, T
     alphas = config.get("alpha_pattern") or {}
     return all(
         math.isclose(
-            alphas.get(get_pattern_key(list(alphas), layer), config.get("alpha", 0)),
+            pattern_value(alphas, layer, config.get("alpha", 0)),
             float(group["alpha"]),
             rel_tol=5e-3,
         )

@@ -11,11 +11,11 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from lit_lora.adapters import plain_config
 from lit_lora.adapters.names import PREFIX
+from lit_lora.adapters.patterns import pattern_value
 from lit_lora.errors import UserError
 from lit_lora.formats.base import AdapterFiles
 
@@ -98,7 +98,7 @@ def effective_alpha(config: Mapping[str, Any], layer: str, rank: int) -> float:
         rank: Rank of the layer.
     """
     alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), layer), config.get("lora_alpha", rank))
+    alpha = pattern_value(alphas, layer, config.get("lora_alpha", rank))
     return float(alpha) * (math.sqrt(rank) if config.get("use_rslora") else 1)
 
 
@@ -138,7 +138,7 @@ def fits(config: Mapping[str, Any], layers: Mapping[str, Mapping[str, Tensor]], 
     ranks = config.get("rank_pattern") or {}
     for layer, tensors in layers.items():
         rank = len(tensors["lora_A.weight"])
-        if ranks.get(get_pattern_key(list(ranks), layer), config.get("r")) != rank:
+        if pattern_value(ranks, layer, config.get("r")) != rank:
             return False
         if not math.isclose(effective_alpha(config, layer, rank), alphas.get(layer, rank), rel_tol=5e-3):
             return False
@@ -161,7 +161,7 @@ def own_ranks(config: Mapping[str, Any] | None) -> Callable[[str], int] | None:
 
     def rank(layer: str) -> int:
         targets = made.target_modules == "all-linear" or bool(check_target_module_exists(made, layer))
-        return int(ranks.get(get_pattern_key(list(ranks), layer), made.r)) if targets else 0
+        return int(pattern_value(ranks, layer, made.r)) if targets else 0
 
     return rank
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from lit_lora.adapters import ADAPTER_NAME, load_adapter
 from lit_lora.adapters.names import PREFIX, tuner_layers
+from lit_lora.adapters.patterns import pattern_value
 from lit_lora.errors import UserError
 from lit_lora.formats.base import AdapterFiles
 from lit_lora.formats.lora import adapted_layer
@@ -109,7 +109,7 @@ def _config_of(layer: str, config: Mapping[str, Any], alpha: str) -> dict[str, A
 
     def value(option: str, pattern: str) -> Any:
         values = config.get(pattern) or {}
-        return values.get(get_pattern_key(list(values), layer), config.get(option))
+        return pattern_value(values, layer, config.get(option))
 
     own = {"r": value("r", "rank_pattern"), alpha: value(alpha, "alpha_pattern"), "target_modules": ["layer"]}
     patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
