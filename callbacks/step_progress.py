@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from lit_lora.batch_size import batch_size
 from lit_lora.callbacks.base_loss import BaseLoss
+from lit_lora.callbacks.checkpoint_files import adapter_folders
 from lit_lora.callbacks.step_metrics import learning_rate
 from lit_lora.errors import check_least
 from lit_lora.parameters import trainable_parameters
@@ -231,14 +232,10 @@ def _files(trainer: Trainer) -> list[str]:
     lines = []
     for name, path in _checkpoints(trainer):
         lines.append(f"{name:8} {path}")
-        lines += [f"adapter  {folder}"] if (folder := _adapter_of(path)).exists() else []
+        lines += [f"adapter  {folder}"] if (folder := adapter_folders(path)[0]).exists() else []
     return lines
 
 
 def _adapters(trainer: Trainer) -> list[Path]:
     """The adapters of the run's checkpoints, the best one last."""
-    return [folder for _, path in _checkpoints(trainer) if (folder := _adapter_of(path)).exists()]
-
-
-def _adapter_of(checkpoint: str) -> Path:
-    return Path(checkpoint).with_suffix(".adapter")
+    return [folder for _, path in _checkpoints(trainer) if (folder := adapter_folders(path)[0]).exists()]

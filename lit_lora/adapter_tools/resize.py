@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,8 +51,13 @@ class Resized:
     @property
     def kept(self) -> float:
         """Share of the energy of all layers that is kept."""
-        total = sum(one.energy for one in self.layers.values())
-        return sum(one.kept * one.energy for one in self.layers.values()) / total if total > 0 else 1.0
+        return kept_share(self.layers.values())
+
+
+def kept_share(layers: Collection[ResizedLayer]) -> float:
+    """Share of the energy of several layers together that is kept."""
+    total = sum(one.energy for one in layers)
+    return sum(one.kept * one.energy for one in layers) / total if total > 0 else 1.0
 
 
 @one_thread()

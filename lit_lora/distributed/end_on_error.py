@@ -13,10 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
-from lit_lora.console import is_config_mistake, mark_told, other_process_lost, out_of_memory, print_error
+from lit_lora.console import is_config_mistake, mark_told, other_process_lost, out_of_memory, print_error, print_mistake
 from lit_lora.errors import UserError
 from lit_lora.redact import redact_urls
-from lit_lora.told_once import SECONDS_TO_ASK, tell_once, tell_once_on_node
+from lit_lora.told_once import SECONDS_TO_ASK, tell_once
 
 _SECONDS_TO_END = 30
 
@@ -51,12 +51,9 @@ class EndOnError(Callback):
             _tell_once(message, f"error in {process}", trainer)
             mark_told(exception)
             return
-        if lost := other_process_lost(exception):
-            print_error(lost, f"{process} ends")  # the error is the other's
-            mark_told(exception)
-            return
-        if known := out_of_memory(exception):
-            print_error(known, f"error in {process}")
+        lost = other_process_lost(exception)  # then the error is the other's
+        if known := lost or out_of_memory(exception):
+            print_error(known, f"{process} ends" if lost else f"error in {process}")
             mark_told(exception)
             return
         error = redact_urls(f"{type(exception).__name__}: {exception}")
@@ -66,7 +63,7 @@ class EndOnError(Callback):
 def _tell_once(message: str, title: str, trainer: Trainer) -> None:
     """Print a message unless another process of this node has printed the same."""
     if not distributed.is_initialized():
-        tell_once_on_node(message, lambda: print_error(message, title))
+        print_mistake(message, title)
         return
     told: list[bool] = []
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lit_lora.adapter_tools.compare import Comparison, Distance, together
-from lit_lora.tools.adapter_screen import by_kind, layer_table, span
+from lit_lora.tools.adapter_screen import both_ranks, by_kind, layer_table
 from lit_lora.visible import visible
 
 _MOST_LISTED = 10
@@ -71,10 +71,7 @@ def _only(which: str, names: list[str]) -> Iterator[str]:
 def _ranks(distances: Sequence[Distance]) -> str:
     """The ranks of layers in both adapters."""
     pairs = [one.ranks for one in distances if one.ranks is not None]
-    if not pairs:
-        return ""
-    first, second = (span(ranks) for ranks in zip(*pairs, strict=True))
-    return first if all(one == other for one, other in pairs) else f"{first} | {second}"
+    return both_ranks(pairs, " | ") if pairs else ""
 
 
 def _numbers(one: Distance) -> tuple[str, str]:

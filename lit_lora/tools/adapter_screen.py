@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lit_lora.adapter_tools.extract import Extracted
 from lit_lora.adapter_tools.named_adapter import NamedAdapter
-from lit_lora.adapter_tools.resize import Resized
+from lit_lora.adapter_tools.resize import Resized, kept_share
 from lit_lora.formats import AdapterFiles
 from lit_lora.formats.lora import layers_of
 from lit_lora.report_text import format_table
@@ -66,10 +66,9 @@ def resized_lines(resized: Resized, target: Path, each_layer: bool = False) -> l
     """
     rows = []
     for kind, names in by_kind(resized.layers, each_layer).items():
-        found = Resized(resized.adapter, {name: resized.layers[name] for name in names})
-        before, after = (span(getattr(one, when) for one in found.layers.values()) for when in ("before", "after"))
-        rank = before if before == after else f"{before} → {after}"
-        rows.append((kind, str(len(names)), rank, share(found.kept)))
+        found = [resized.layers[name] for name in names]
+        ranks = both_ranks([(one.before, one.after) for one in found], " → ")
+        rows.append((kind, str(len(names)), ranks, share(kept_share(found))))
     total, left = (sum(getattr(one, when) for one in resized.layers.values()) for when in ("before", "after"))
     rows.append(("all, and the sum of ranks", str(len(resized.layers)), f"{total} → {left}", share(resized.kept)))
     return [*layer_table(("layers", "count", "rank", "kept"), rows), "", f"written  {visible(target)}"]
@@ -117,6 +116,12 @@ def _layers_and_ranks(adapter: AdapterFiles) -> tuple[str, str]:
     for part in adapter.parts.values():
         ranks.update(len(one["lora_A.weight"]) for one in layers_of(part.state, "").values())
     return str(ranks.total()), span(ranks)
+
+
+def both_ranks(pairs: Sequence[tuple[int, int]], between: str) -> str:
+    """The first and the second ranks of layers; the first alone if no layer has another second one."""
+    first, second = (span(ranks) for ranks in zip(*pairs, strict=True))
+    return first if all(one == other for one, other in pairs) else f"{first}{between}{second}"
 
 
 def span(values: Iterable[float]) -> str:

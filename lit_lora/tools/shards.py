@@ -125,7 +125,9 @@ def _pack_lines(summary: PackSummary) -> list[str]:
 
 def _next(option: str, value: str) -> str:
     """The next command, over two lines, since a path may be long."""
-    return f"\nNext:\nlit-lora fit --config configs/sd15.yaml \\\n  {option} {shlex.quote(value)}"
+    from lit_lora.report_text import format_next
+
+    return format_next("lit-lora fit --config configs/sd15.yaml", f"{option} {shlex.quote(value)}")
 
 
 def index(shards: str | list[str], jobs: int = 1) -> None:
