@@ -115,7 +115,7 @@ def _layers_and_ranks(adapter: AdapterFiles) -> tuple[str, str]:
     ranks: Counter[int] = Counter()
     for part in adapter.parts.values():
         ranks.update(len(one["lora_A.weight"]) for one in layers_of(part.state, "").values())
-    return str(ranks.total()), span(ranks)
+    return str(ranks.total()), span(ranks, " to ")
 
 
 def both_ranks(pairs: Sequence[tuple[int, int]], between: str) -> str:
@@ -124,8 +124,8 @@ def both_ranks(pairs: Sequence[tuple[int, int]], between: str) -> str:
     return first if all(one == other for one, other in pairs) else f"{first}{between}{second}"
 
 
-def span(values: Iterable[float]) -> str:
+def span(values: Iterable[float], between: str = "-") -> str:
     """The values that occur: one number, or the lowest and the highest."""
     found = set(values)
     lowest, highest = min(found), max(found)
-    return f"{lowest:g}" if lowest == highest else f"{lowest:g}-{highest:g}"
+    return f"{lowest:g}" if lowest == highest else f"{lowest:g}{between}{highest:g}"
