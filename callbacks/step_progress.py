@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -40,6 +40,9 @@ class StepProgress(ProgressBar):
     Raises:
         UserError: If one of them is negative.
     """
+
+    reads_all_metrics: ClassVar[bool] = True
+    """Whether it shows what is logged without ``prog_bar=True`` too; see :func:`lit_lora.progress_bar.shows_logged`."""
 
     def __init__(self, refresh_seconds: float = 1.0, line_seconds: float = 30.0) -> None:
         super().__init__()
@@ -156,10 +159,10 @@ class StepProgress(ProgressBar):
         return [f"{tqdm.format_interval(seconds)} left"]
 
     def _figures(self, trainer: Trainer, pl_module: LightningModule) -> str:
-        metrics: dict[str, Any] = self.get_metrics(trainer, pl_module)
+        metrics = trainer.callback_metrics
         loss = next((float(metrics[name]) for name in ("train/loss", "train_loss", "loss") if name in metrics), None)
         figures = [] if loss is None else [f"loss {loss:.4g}"]
-        if (norm := trainer.callback_metrics.get("train/gradient_norm")) is not None:  # of StepMetrics
+        if (norm := metrics.get("train/gradient_norm")) is not None:  # of StepMetrics
             figures.append(f"grad {float(norm):.2g}")
         if self._lr is not None:
             figures.append(f"lr {self._lr:.2g}")

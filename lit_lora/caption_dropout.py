@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_lora.draws import Draws
 from lit_lora.families import Batch
+from lit_lora.to_device import to_device
 
 
 def drop_captions(batch: Batch, draws: Draws, probability: float) -> Batch:
@@ -19,10 +20,11 @@ def drop_captions(batch: Batch, draws: Draws, probability: float) -> Batch:
     """
     if not probability:
         return batch
-    dropped = draws.uniform("caption dropout") < probability
+    # Drawn on the CPU, which would have to wait for the GPU's.
+    dropped = Draws(draws.seed, draws.slots).uniform("caption dropout") < probability
     if "text_embeddings" in batch:
-        empty = batch["empty_text_embeddings"]
-        embeddings = {name: _replace(v, dropped, empty[name]) for name, v in batch["text_embeddings"].items()}
+        empty, rows = batch["empty_text_embeddings"], to_device(dropped, draws.device)
+        embeddings = {name: _replace(v, rows, empty[name]) for name, v in batch["text_embeddings"].items()}
         return {**batch, "text_embeddings": embeddings}
     captions = ["" if drop else caption for caption, drop in zip(batch["caption"], dropped.tolist(), strict=True)]
     return {**batch, "caption": captions}

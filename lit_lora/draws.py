@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_lora.to_device import to_device
+
 
 def seed_of(*parts: int | str) -> int:
     """Derive a 63-bit seed from numbers and names; it is the same on every platform."""
@@ -40,24 +42,19 @@ class Draws:
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Standard normal values, float32, ``(B, *shape)``."""
         values = [torch.randn(tuple(shape), generator=g) for g in self._generators(name)]
-        return self._to_device(torch.stack(values))
+        return to_device(torch.stack(values), self.device)
 
     def uniform(self, name: str) -> Tensor:
         """Uniform values in [0, 1), float32, ``(B,)``."""
-        return self._to_device(torch.stack([torch.rand((), generator=g) for g in self._generators(name)]))
+        return to_device(torch.stack([torch.rand((), generator=g) for g in self._generators(name)]), self.device)
 
     def integers(self, name: str, high: int) -> Tensor:
         """Integers in [0, high), int64, ``(B,)``."""
         values = [torch.randint(high, (), generator=g) for g in self._generators(name)]
-        return self._to_device(torch.stack(values))
+        return to_device(torch.stack(values), self.device)
 
     def _generators(self, name: str) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed_of(self.seed, name, slot)) for slot in self.slots]
-
-    def _to_device(self, values: Tensor) -> Tensor:
-        if self.device.type == "cuda":
-            values = values.pin_memory()
-        return values.to(self.device, non_blocking=True)
 
 
 def slots_of(batch: Mapping[str, Any], batch_number: int, trainer: Any) -> list[int]:

@@ -45,6 +45,7 @@ from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
 from lit_lora.optimizer_settings import check_clipping
+from lit_lora.progress_bar import shows_logged
 from lit_lora.quantization import Dense, Quantization
 from lit_lora.run_checks import check_arguments, check_data, check_run, warn_if_never_validated
 from lit_lora.sampling import SamplingOptions
@@ -218,7 +219,7 @@ class LoraDiffusion(LightningModule):
         draws = Draws(self.seed, slots_of(batch, self.trainer.fit_loop.total_batch_idx, self.trainer), self.device)
         losses, _ = self.losses(drop_captions(batch, draws, self.caption_dropout), draws, self._by_time)
         loss = losses.mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(losses), sync_dist=True)
+        self.log("train/loss", loss, prog_bar=shows_logged(self.trainer), batch_size=len(losses), sync_dist=True)
         penalty = self.family.adapted.penalty()
         return loss if penalty is None else loss + penalty
 

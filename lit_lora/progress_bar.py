@@ -1,4 +1,4 @@
-"""Messages of others beside a progress bar."""
+"""What a progress bar shows, and messages of others beside it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lightning.pytorch import Trainer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+
+def shows_logged(trainer: Trainer) -> bool:
+    """Whether the trainer has a progress bar that shows only what is logged with ``prog_bar=True``, as Lightning's bars do.
+
+    Lightning reads such values in each step, and waits for the GPU to compute them; so they are logged for such a bar alone.
+    """
+    bar = trainer.progress_bar_callback
+    return bar is not None and not getattr(bar, "reads_all_metrics", False)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from lit_lora.families.source import ModelSource
 from lit_lora.objectives import DDPM, Objective
 from lit_lora.quantization import Dense
 from lit_lora.sampling import generate, text_prompts
+from lit_lora.to_device import to_device
 
 _DISTILLED = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|schnell)(?![a-z])", re.IGNORECASE)
 """Words in the names of models that are distilled to few steps."""
@@ -351,7 +352,7 @@ class ModelFamily(PipelineParts, ABC):
         tell_cut_captions(tokenizer, texts, encoded.attention_mask, captions, self.encoders)
         if self.new_tokens and torch.is_grad_enabled() and tokenizer is self.encoders["tokenizer"]:
             self.token_uses.count(tokenizer, captions, encoded.input_ids, self.new_tokens)
-        return encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
+        return to_device(encoded.input_ids, self.device), to_device(encoded.attention_mask, self.device)
 
     @contextmanager
     def _vae_in_its_own_dtype(self) -> Iterator[None]:
@@ -387,7 +388,10 @@ class ModelFamily(PipelineParts, ABC):
         if config.get("latents_mean") is None or config.get("latents_std") is None:
             return float(config.get("shift_factor") or 0.0), scale
         shape = (1, -1, *[1] * (latents.ndim - 2))
-        mean, std = (latents.new_tensor(config[name]).view(shape) for name in ("latents_mean", "latents_std"))
+        mean, std = (
+            to_device(torch.tensor(config[name], dtype=latents.dtype).view(shape), latents.device)
+            for name in ("latents_mean", "latents_std")
+        )
         return mean, scale / std
 
 

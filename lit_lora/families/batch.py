@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from lit_lora.errors import UserError
+from lit_lora.to_device import to_device
 
 Batch = Mapping[str, Any]
 """A batch of ``B`` samples, as a datamodule gives it:
@@ -64,4 +65,4 @@ def target_size(batch: Batch) -> Tensor:
         size: Tensor = batch["target_size"]
         return size
     pixel_values = batch["pixel_values"]
-    return torch.tensor([pixel_values.shape[-2:]], device=pixel_values.device).expand(len(pixel_values), 2)
+    return to_device(torch.tensor([pixel_values.shape[-2:]]), pixel_values.device).expand(len(pixel_values), 2)

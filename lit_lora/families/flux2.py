@@ -28,6 +28,7 @@ from lit_lora.families.packed import PackedFamily
 from lit_lora.families.packing import positions
 from lit_lora.families.without_parts import without_parts
 from lit_lora.objectives import FlowMatching, Objective
+from lit_lora.to_device import to_device
 
 _MOST_TOKENS = 512
 _MISTRAL_LAYERS = (10, 20, 30)
@@ -239,7 +240,7 @@ class Flux2(PackedFamily):
             return_tensors="pt",
         )
         tell_cut_captions(processor.tokenizer, texts, encoded.attention_mask, captions, add_special_tokens=False)
-        return encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device)
+        return to_device(encoded.input_ids, self.device), to_device(encoded.attention_mask, self.device)
 
     def _qwen_tokens(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask of captions as a user's messages, int64 ``(B, max_sequence_length)`` each."""

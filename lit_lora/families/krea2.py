@@ -19,6 +19,7 @@ from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.families.qwen_vae import AFTER_PROMPT, BEFORE_PROMPT, DROPPED_TOKENS, QwenVAEFamily
 from lit_lora.families.without_parts import without_parts
 from lit_lora.objectives import FlowMatching, Objective
+from lit_lora.to_device import to_device
 
 _SUFFIX_TOKENS = 5
 """Number of tokens of ``AFTER_PROMPT``."""
@@ -146,8 +147,8 @@ class Krea2(QwenVAEFamily):
         )
         tell_cut_captions(tokenizer, texts, encoded.attention_mask, captions)
         suffix = tokenizer([AFTER_PROMPT] * len(captions), return_tensors="pt")
-        ids = torch.cat([encoded.input_ids, suffix.input_ids], dim=1).to(self.device)
-        mask = torch.cat([encoded.attention_mask, suffix.attention_mask], dim=1).bool().to(self.device)
+        ids = to_device(torch.cat([encoded.input_ids, suffix.input_ids], dim=1), self.device)
+        mask = to_device(torch.cat([encoded.attention_mask, suffix.attention_mask], dim=1).bool(), self.device)
         positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)  # padding takes none
         states = self.encoders["text_encoder"](
             input_ids=ids,

@@ -21,5 +21,5 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
 
 def positions(rows: int, columns: int, device: torch.device) -> Tensor:
     """Positions of the tokens, each (0, row, column): float32 ``(rows * columns, 3)``."""
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float().to(device)
+    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(-1, 3).float()

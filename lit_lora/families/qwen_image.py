@@ -18,6 +18,7 @@ from lit_lora.families.native_layers import NativeLayer, single_layers
 from lit_lora.families.qwen_vae import AFTER_PROMPT, BEFORE_PROMPT, DROPPED_TOKENS, QwenVAEFamily
 from lit_lora.families.without_parts import without_parts
 from lit_lora.objectives import FlowMatching, Objective
+from lit_lora.to_device import to_device
 
 _MOST_TOKENS = 1024
 
@@ -127,14 +128,15 @@ class QwenImage(QwenVAEFamily):
             truncation=True,
             max_length=_MOST_TOKENS + DROPPED_TOKENS,
             return_tensors="pt",
-        ).to(self.device)
+        )
         if encoded.attention_mask.shape[1] >= longest + DROPPED_TOKENS:
             read = encoded.attention_mask[:, : longest + DROPPED_TOKENS]
             tell_cut_captions(self.encoders["tokenizer"], texts, read, captions)
         # Without the head, whose logits for all words of the vocabulary are large.
         encoder = self.encoders["text_encoder"].model
-        hidden = encoder(encoded.input_ids, attention_mask=encoded.attention_mask, use_cache=False).last_hidden_state
-        mask = encoded.attention_mask[:, DROPPED_TOKENS:][:, :longest].bool()
+        ids, read = to_device(encoded.input_ids, self.device), to_device(encoded.attention_mask, self.device)
+        hidden = encoder(ids, attention_mask=read, use_cache=False).last_hidden_state
+        mask = read[:, DROPPED_TOKENS:][:, :longest].bool()
         hidden = hidden[:, DROPPED_TOKENS:][:, :longest].masked_fill(~mask.unsqueeze(-1), 0)
         missing = longest - mask.shape[1]
         return {"encoder_hidden_states": F.pad(hidden, (0, 0, 0, missing)), "mask": F.pad(mask, (0, missing))}

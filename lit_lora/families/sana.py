@@ -15,6 +15,7 @@ from lit_lora.errors import check_whole
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.objectives import FlowMatching, Objective
+from lit_lora.to_device import to_device
 
 _INSTRUCTION: list[str] = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
 """Lines that tell Gemma, before the caption, what to make of it."""
@@ -82,7 +83,7 @@ class Sana(ModelFamily):
         hidden, mask = self._read(captions, instruction)
         if instruction and "" in captions:
             plain, plain_mask = self._read([""] * len(captions), "")
-            empty = torch.tensor([not caption for caption in captions], device=mask.device)
+            empty = to_device(torch.tensor([not caption for caption in captions]), mask.device)
             hidden = torch.where(empty[:, None, None], plain, hidden)
             mask = torch.where(empty[:, None], plain_mask, mask)
         return {"encoder_hidden_states": hidden, "mask": mask}
@@ -120,5 +121,7 @@ class Sana(ModelFamily):
         total = len(tokenizer.encode(instruction)) + length - 2 if instruction else length
         ids, mask = self.masked_tokens(tokenizer, texts, total, captions)
         hidden = self.encoders["text_encoder"](ids, attention_mask=mask)[0]
-        selected = [0, *range(total - length + 1, total)]
-        return hidden[:, selected], mask[:, selected]
+        hidden, mask = (
+            torch.cat([values[:, :1], values[:, total - length + 1 : total]], dim=1) for values in (hidden, mask)
+        )
+        return hidden, mask

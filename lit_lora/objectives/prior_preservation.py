@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_lora.errors import UserError, check_above
+from lit_lora.to_device import to_device
 
 _LOOKED_AT = 1000
 """Number of samples after which both kinds of images should have been seen."""
@@ -64,7 +65,7 @@ class PriorPreservation:
             )
         of_class = self._of_class(batch)
         self._count(of_class, batch["key"])
-        return torch.tensor([self.weight if one else 1.0 for one in of_class], device=device)
+        return to_device(torch.tensor([self.weight if one else 1.0 for one in of_class]), device)
 
     def _of_class(self, batch: Mapping[str, Any]) -> list[bool]:
         if self.class_keys is not None:

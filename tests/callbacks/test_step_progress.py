@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_lora.callbacks import AdapterCheckpoint, BaseLoss, RunReport, StepMetrics, StepProgress
@@ -82,6 +83,20 @@ def test_the_screen_of_a_run(
     bars = [line for line in lines if line.startswith("step ")]
     assert re.match(r"step 4/4 .*loss \d\S*, grad \d\S*, lr \S+, [\d.]+ img/s, 00:00 left$", bars[-1])
     assert all(len(bar) <= columns for bar in bars)
+
+
+@pytest.mark.parametrize(("bar", "takes_what_is_logged_for_bars"), [(StepProgress, False), (TQDMProgressBar, True)])
+def test_the_loss_is_logged_for_the_bar_only_if_it_reads_no_other_metrics(
+    bar: type[ProgressBar],
+    takes_what_is_logged_for_bars: bool,
+    sd_module: LoraDiffusion,
+    trainer_options: dict[str, Any],
+) -> None:
+    options = trainer_options | {"callbacks": [bar()], "max_steps": 1, "enable_progress_bar": True}
+    trainer = Trainer(**options)
+    trainer.fit(sd_module, loader_of(make_batches(1)))
+    assert ("train/loss" in trainer.progress_bar_metrics) == takes_what_is_logged_for_bars
+    assert "train/loss" in trainer.callback_metrics
 
 
 def test_a_module_that_knows_nothing_of_images(
