@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_lora.adapters import adapter_configs, without_compiling
@@ -146,3 +147,5 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
         elif isinstance(callback, LoraInjection):
             for name in ("quantization", "update_statistics"):
                 yield f"{name} of LoraInjection", described(getattr(callback, name))
+        elif isinstance(callback, GradientAccumulationScheduler):
+            yield "scheduling of GradientAccumulationScheduler", described(callback.scheduling)
