@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_lora.adapters import adapter_configs, without_compiling
@@ -35,6 +36,7 @@ _OF_RESULTS = (
     "model.memory.vae_tiling",
     "model.memory.text_encoder_quantization",
     "quantization of",
+    "the base's scheduler",
 )
 """Beginnings of settings on which also losses and images of a trained adapter depend."""
 
@@ -136,6 +138,9 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
         for name in _OF_THE_MEMORY:
             yield f"model.memory.{name}", described(getattr(module.memory, name))
         yield from learned_settings(module).items()
+        for name, value in module.family.scheduler_config.items():
+            if not name.startswith("_"):
+                yield f"the base's scheduler.{name}", described(value)
     for path, config in adapter_configs(module).items():
         for name, value in training_fields(config).items():
             yield f"{name} of {path}", described(value)
@@ -146,3 +151,5 @@ def _settings(trainer: Trainer, module: Any) -> Iterator[tuple[str, str]]:
         elif isinstance(callback, LoraInjection):
             for name in ("quantization", "update_statistics"):
                 yield f"{name} of LoraInjection", described(getattr(callback, name))
+        elif isinstance(callback, GradientAccumulationScheduler):
+            yield "scheduling of GradientAccumulationScheduler", described(callback.scheduling)

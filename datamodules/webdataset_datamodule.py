@@ -22,6 +22,7 @@ from lit_lora.datamodules.caching.of_run import is_cacheable
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
+from lit_lora.datamodules.indexing.same_shards import tell_validated_training
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.data_progress import add_data_progress
 from lit_lora.datamodules.loading.dataset import ShardDataset
@@ -163,6 +164,8 @@ class WebDatasetDataModule(LightningDataModule):
             self._split_train(self._open(self.training_sets))
         if stage != "test" and self.val_shards:
             self._val = self._evaluation_data(self.val_shards)
+            if stage == "fit":
+                tell_validated_training(self.train_samples.table.locations, self._val.table.locations)
         if stage == "fit":
             self._prepare_training()
         self.validation_digest = "" if self._val is None else str(self._val)  # a resumed run compares it

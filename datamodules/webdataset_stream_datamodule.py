@@ -17,6 +17,7 @@ from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkp
 from lit_lora.datamodules.decoding.captions import warn_of_changed_names
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
+from lit_lora.datamodules.indexing.same_shards import tell_validated_training
 from lit_lora.datamodules.indexing.shard_paths import expand_braces, find_shards
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.set_up import set_up
@@ -140,6 +141,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
             self._train = _expand(self.train_shards)
         if self.val_shards:
             self._val = _expand(self.val_shards)
+            tell_validated_training(self._train, self._val)
         self.validation_digest = self._validation_digest()  # a resumed run compares it
 
     def _validation_digest(self) -> str:

@@ -32,12 +32,12 @@ def _wrong_numbers(
 
 
 def check_least(least: float, **values: float | None) -> None:
-    """Refuse values below a bound; None means that an option is not set.
+    """Refuse values below a bound, and NaN; None means that an option is not set.
 
     Raises:
         UserError: If a value is below the bound.
     """
-    for name, value in _wrong_numbers(values, lambda value: value < least):
+    for name, value in _wrong_numbers(values, lambda value: not value >= least):
         raise UserError(f"{name}={value} is too small; it must be at least {least}")
 
 
@@ -64,7 +64,7 @@ def check_above(bound: float, **values: float | None) -> None:
 
 
 def check_most(most: float, because: str = "", /, **values: float | None) -> None:
-    """Refuse values above a bound; None means that an option is not set.
+    """Refuse values above a bound, and NaN; None means that an option is not set.
 
     Args:
         most: The bound.
@@ -74,7 +74,7 @@ def check_most(most: float, because: str = "", /, **values: float | None) -> Non
     Raises:
         UserError: If a value is above the bound.
     """
-    for name, value in _wrong_numbers(values, lambda value: value > most):
+    for name, value in _wrong_numbers(values, lambda value: not value <= most):
         raise UserError(f"{name}={value} is too large; it must be at most {most}{because}")
 
 

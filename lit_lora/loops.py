@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_lora.errors import UserError
@@ -120,14 +121,20 @@ def resume_epoch(trainer: Trainer) -> bool:
 
     A checkpoint that was saved after the last batch of an epoch begins the next epoch. Lightning by itself takes that one for
     the same epoch, counts one too many and leaves out ``on_train_epoch_start``; with ``max_epochs`` it trains an epoch less.
-    Plateau schedulers take the step that was due after the checkpoint was saved.
+    Plateau schedulers take the step that was due after the checkpoint was saved, and gradients are accumulated over as many
+    batches as ``GradientAccumulationScheduler`` has for the epoch.
 
     Returns:
         Whether an epoch begins, so that :func:`begin_pass` must be called in its ``on_train_epoch_start``.
     """
     fit_loop: Any = trainer.fit_loop
     loop = fit_loop.epoch_loop
-    if not fit_loop.is_resuming or loop.val_loop.restarted_mid_evaluation:
+    if not fit_loop.is_resuming:
+        return False
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):  # it looks at the epoch in on_train_epoch_start alone
+            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+    if loop.val_loop.restarted_mid_evaluation:
         return False
     fit_loop._restarting = False  # else plateau schedulers would miss the end of this epoch
     if not loop._num_ready_batches_reached():

@@ -191,7 +191,7 @@ def _from_file(path: Path) -> list[Prompt]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".txt":
-            lines = [line.strip() for line in text.splitlines()]
+            lines = [line.strip() for line in text.split("\n")]  # splitlines() parts at more than line ends
             return [Prompt(line) for line in lines if line and not line.startswith("#")]
         entries = load_json(text) if path.suffix.lower() == ".json" else load_yaml(text)
     except OSError as error:

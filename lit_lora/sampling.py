@@ -49,7 +49,7 @@ class SamplingOptions:
             noise, for which the paper uses 0.7. For Stable Diffusion 1.x, 2.x and XL. Defaults to 0.
 
     Raises:
-        UserError: If ``num_inference_steps`` is below 1, or ``guidance_rescale`` outside [0, 1].
+        UserError: If ``num_inference_steps`` is below 1, ``guidance_scale`` below 0, or ``guidance_rescale`` outside [0, 1].
     """
 
     num_inference_steps: int = 25
@@ -58,7 +58,7 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         check_whole(1, num_inference_steps=self.num_inference_steps)
-        check_least(0, guidance_rescale=self.guidance_rescale)
+        check_least(0, guidance_scale=self.guidance_scale, guidance_rescale=self.guidance_rescale)
         check_most(1, guidance_rescale=self.guidance_rescale)
 
 
@@ -145,7 +145,8 @@ def generate(
             compute where they are.
 
     Raises:
-        UserError: If the pipeline cannot rescale its guided predictions or takes no negative prompts, or an image holds NaN.
+        UserError: If the pipeline cannot rescale its guided predictions, takes no negative prompts, or has a scheduler with fewer
+            steps, or an image holds NaN.
     """
     check_guidance_rescale(type(pipeline), guidance_rescale)
     check_negative_prompts(type(pipeline), negative_prompts, guidance_scale, guided)
@@ -174,6 +175,14 @@ def generate(
                     f"an image from {prompts[start]!r} on holds NaN: the weights of base or adapter are NaN or Inf, or values "
                     f"overflow in {pipeline.dtype}; use another checkpoint, or bfloat16 or float32"
                 ) from warning
+            except ValueError as error:
+                if "num_inference_steps" not in str(error):
+                    raise
+                steps = pipeline.scheduler.config.num_train_timesteps
+                raise UserError(
+                    f"num_inference_steps={num_inference_steps} is too large for {type(pipeline.scheduler).__name__}; draw with "
+                    f"at most {steps} steps"
+                ) from error
     return images
 
 

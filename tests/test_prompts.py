@@ -35,6 +35,12 @@ def test_files_hold_texts_and_entries(tmp_path: Path) -> None:
     assert star.filled(seed=9, negative_prompt="x", height=16) == Prompt("a blue star", "blurry", 3, 32, 16, 8, 2)
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_line_ends_part_prompts(mark: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(f"a{mark}red seven\r\na blue star\r# none\n".encode())
+    assert read_prompts(str(tmp_path / "a.txt")) == [Prompt(f"a{mark}red seven"), Prompt("a blue star")]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -49,6 +55,7 @@ def test_files_hold_texts_and_entries(tmp_path: Path) -> None:
         ("a.yaml", "- a\n- {prompt: b, sed: 1}", "entry 2 of .* has the unknown setting sed; choose from prompt, neg"),
         ("a.yaml", "- {prompt: b, seed: x}", "entry 1 of .*: seed='x' of a prompt is no int"),
         ("a.yaml", "- {prompt: b, steps: 0}", "entry 1 of .*: steps=0 is too small"),
+        ("a.json", '[{"prompt": "b", "guidance_scale": NaN}]', "entry 1 of .*: guidance_scale=nan is too small"),
         ("a.txt", "# only a comment\n", "there are no prompts"),
         (
             "a.yaml",

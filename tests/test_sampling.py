@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2Pipeline, FluxPipeline, StableDiffusionXLPipeline
+from diffusers import Flux2Pipeline, FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 from lit_lora.errors import UserError
@@ -22,6 +23,20 @@ def test_there_is_at_least_one_denoising_step() -> None:
     assert SamplingOptions(num_inference_steps=1).num_inference_steps == 1
     with pytest.raises(UserError, match="num_inference_steps=0 is too small; it must be at least 1"):
         SamplingOptions(num_inference_steps=0)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_guidance_that_is_no_scale(value: float) -> None:
+    with pytest.raises(UserError, match=f"guidance_scale={value} is too small; it must be at least 0"):
+        SamplingOptions(guidance_scale=value)
+
+
+def test_more_steps_than_the_scheduler_has(sd_folder: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
+    with pytest.raises(
+        UserError, match="num_inference_steps=1001 is too large for DDIMScheduler; draw with at most 1000 "
+    ):
+        generate(pipeline, ["a"], [0], num_inference_steps=1001, guidance_scale=1.0, height=16, width=16)
 
 
 def test_what_a_pipeline_gets() -> None:

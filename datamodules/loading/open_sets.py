@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,12 @@ from lit_lora.datamodules.decoding.captions import warn_of_changed_names
 from lit_lora.datamodules.decoding.marked_decoder import MarkedDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.open_table import open_table
+from lit_lora.datamodules.indexing.same_shards import check_named_once
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.dataset import ShardDataset
 from lit_lora.datamodules.loading.shard_reader import ShardReader
 from lit_lora.datamodules.shard_set import MOST_REPEATS, ShardSet, check_shares
 from lit_lora.errors import UserError
-from lit_lora.redact import redact
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +80,7 @@ class OpenSets:
         warn_of_changed_names(decoders)
         tables = [open_table(one.shards) for one in sets]
         table = SampleTable.join(tables)
-        twice = next((location for location, number in Counter(table.locations).items() if number > 1), None)
-        if twice is not None:
-            raise UserError(f"{redact(twice)} is named more than once; name each shard once")
+        check_named_once(table.locations)
         caches = [
             cache_of_run(of_set, decoder, identity, resolution, buckets)
             for of_set, decoder in zip(tables, decoders, strict=True)

@@ -106,7 +106,7 @@ class SampleOptions:
         if not self.prompts:
             raise UserError('give --prompts: texts such as "a red seven on white" "a blue star", or a file of prompts')
         check_least(1, count=self.count, steps=self.steps, columns=self.columns)
-        check_least(0, seed=self.seed, guidance_rescale=self.guidance_rescale)
+        check_least(0, seed=self.seed, guidance_scale=self.guidance_scale, guidance_rescale=self.guidance_rescale)
         check_most(1, guidance_rescale=self.guidance_rescale)
         check_most(MOST_SEED, seed=self.seed)
         if not (self.base or self.adapter):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
@@ -166,6 +167,22 @@ def test_a_run_goes_on_from_every_checkpoint(
     tmp_path: Path,
 ) -> None:
     assert_goes_on(fit, tmp_path, saves=saves, scheduler=scheduler, **options, **end)
+
+
+@pytest.mark.parametrize("options", [NO_VALIDATION, {"val_check_interval": 2}])
+def test_gradients_are_accumulated_over_as_many_batches_as_the_epoch_has(
+    options: dict[str, Any], fit: Callable[..., tuple[Line, KeepAll]], tmp_path: Path
+) -> None:
+    def accumulating(folder: Path, **others: Any) -> tuple[Line, KeepAll]:
+        return fit(folder, GradientAccumulationScheduler({1: 3, 2: 2}), **others)
+
+    assert_goes_on(accumulating, tmp_path, **options, **EPOCHS)
+    _, checkpoints = fit(tmp_path / "first", GradientAccumulationScheduler({1: 3}), **options, **EPOCHS)
+    resumed = {"resume": checkpoints.saved()[-2], **options, **EPOCHS}
+    with pytest.warns(
+        UserWarning, match=r"scheduling of GradientAccumulationScheduler .*1: 3.* in the checkpoint, .*1: 2"
+    ):
+        fit(tmp_path / "second", GradientAccumulationScheduler({1: 2}), **resumed)
 
 
 class Pass(IterableDataset[Tensor]):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -140,6 +141,21 @@ def test_a_resumed_run_tells_of_another_base(sd_folder: Path, trainer_options: d
         trainer = fit(diffusion(moved), trainer_options, tmp_path, 3, resume=last)
     with pytest.warns(UserWarning, match=rf"the base's denoiser {moved} .* in the checkpoint, {sd_folder} "):
         trainer.validate(diffusion(sd_folder), loader_of(make_batches(1)), ckpt_path=last, verbose=False)
+
+
+def test_another_schedule_of_the_base_is_told(
+    shallow_sd_folder: Path, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(shallow_sd_folder, tmp_path / "base"))
+    fit(diffusion(base), trainer_options, tmp_path)
+    file = base / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02, "_diffusers_version": "0.1"}))
+    last = tmp_path / "last.ckpt"
+    told = r"checkpoint was made with: the base's scheduler.beta_end 0.012 in the checkpoint, 0.02 here. Those"
+    with pytest.warns(UserWarning, match=told):
+        trainer = fit(diffusion(base), trainer_options, tmp_path, 1, resume=last)
+    with pytest.warns(UserWarning, match=told):
+        trainer.validate(diffusion(base), loader_of(make_batches(1)), ckpt_path=last, verbose=False)
 
 
 def test_validation_tells_of_what_changes_its_result(
