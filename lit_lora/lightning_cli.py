@@ -6,7 +6,8 @@ import argparse
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from glob import glob
 from importlib import import_module
 from pathlib import Path
@@ -132,17 +133,24 @@ class LitLoraCLI(LightningCLI):
         self.check_strategy()
         check_trainer_options(self._get(self.config, "trainer") or {})
         try:
-            super().instantiate_classes()
+            with self.mistakes_told():
+                super().instantiate_classes()
+        except RuntimeError as error:
+            if told := two_of_a_kind(str(error)):
+                raise UserError(told) from error
+            raise
+
+    @contextmanager
+    def mistakes_told(self) -> Iterator[None]:
+        """A context in which errors of classes that cannot be built are those of the config."""
+        try:
+            yield
         except (UserError, MisconfigurationException):
             raise
         except (TypeError, ValueError, ImportError) as error:
             if null := null_options(self.config.get(self.subcommand or "", self.config)):
                 raise UserError(f"{null[0]} is null; leave it out, or give its options") from error
             raise UserError(reasons(str(error)) or f"a part of the config cannot be built: {error}") from None
-        except RuntimeError as error:
-            if told := two_of_a_kind(str(error)):
-                raise UserError(told) from error
-            raise
 
     def check_strategy(self) -> None:
         """Refuse the name of a strategy that no trainer can be built with."""
