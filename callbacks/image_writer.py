@@ -26,7 +26,7 @@ class ImageWriter(BasePredictionWriter):
     """Writes the images of ``predict`` as ``NUMBER-KEY.png``, each with its caption in ``NUMBER-KEY.txt``.
 
     With several dataloaders the names begin with the dataloader's number. Files of these names are replaced; the end of a
-    run warns of other images that the folder held before.
+    run says where its images are, and warns of other images that the folder held before.
 
     Args:
         output_dir: Folder for the files; created if missing.
@@ -52,9 +52,13 @@ class ImageWriter(BasePredictionWriter):
             self._lock = lock
             self._before = self._images() if trainer.is_global_zero else set()
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.strategy.barrier()  # the other processes write too
-        if left := sorted(image.name for image in self._before & self._images()) if self._before else []:
+    def _tell(self) -> None:
+        """Say where the images are, and warn of others there."""
+        there = self._images()
+        written = len(there - self._before)
+        # Not through the log: above the bar of rich is what is printed.
+        print(f"{written:,} {'image' if written == 1 else 'images'} with captions: {self.output_dir}", flush=True)
+        if left := sorted(image.name for image in there & self._before):
             rank_zero_warn(
                 f"{self.output_dir} also holds {len(left):,} images from before this run, such as {left[0]}; remove them or name "
                 f"another output_dir, lest they are taken for images of this run"
@@ -64,6 +68,10 @@ class ImageWriter(BasePredictionWriter):
         self._release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict":
+            trainer.strategy.barrier()  # the other processes write too
+            if trainer.is_global_zero:
+                self._tell()
         self._release()
 
     def _images(self) -> set[_Image]:

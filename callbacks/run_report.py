@@ -32,6 +32,8 @@ from lit_lora.run_folder import run_folder
 
 _JOULES_PER_KWH = 3.6e6
 
+_NO_GPU = "the run is not on an NVIDIA GPU"
+
 Figures = dict[str, Any]
 
 
@@ -236,7 +238,7 @@ class _GpuEnergy:
     def _read(self) -> int | None:
         """Energy in millijoules since the driver was loaded; None without a counter."""
         if self.uuid is None:
-            self.note = "the run is not on an NVIDIA GPU"
+            self.note = _NO_GPU
             return None
         try:
             import pynvml
@@ -326,7 +328,7 @@ def _table(report: Mapping[str, Any]) -> str:
     lines += [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
     if report["stopped_early"]:
         lines.append(format_reason(f"ended by early stopping: {report['stopped_early']}"))
-    if report["gpu_energy_note"]:
+    if report["gpu_energy_note"] and (report["gpu_energy_note"] != _NO_GPU or report["prices"]["per_kwh"] is not None):
         lines.append(f"no GPU energy: {report['gpu_energy_note']}")
     lines.append(f"peak memory {format_bytes(report['peak_memory'])} ({report['peak_memory_of']})")
     lines.append(f"trained parameters {report['adapter_parameters']:,}")

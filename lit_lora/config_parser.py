@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import SUPPRESS
 from inspect import isabstract
 from typing import Any, NoReturn
@@ -38,6 +39,12 @@ class Parser(LightningArgumentParser):
                 f"{self.description}, whose classes are {', '.join(derived(theclass, sorted(public_names())))}"
             )
         return super().add_class_arguments(theclass, nested_key, *args, **options)
+
+    def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
+        """Parse arguments; jsonargparse 4.47 gives the parser of a class ``--option=None`` for a null of the command line."""
+        if self._of_class and args is not None:
+            args = [re.sub(r"=None$", "=null", one) for one in args]
+        return super().parse_args(args, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         print_mistake(explain(message, option_names(self._actions), self._of_class), "config error")

@@ -166,9 +166,10 @@ def report(error: Exception) -> int:
     """Print an error that has ended a command, and return the exit status: 2 for a mistake of the user's, otherwise 1."""
     if isinstance(error, BrokenPipeError):
         return end_quietly()
-    if isinstance(error, UserError) or is_config_mistake(error):
+    taken = port_taken(error)
+    if taken or isinstance(error, UserError) or is_config_mistake(error):
         if not _is_told(error):
-            print_mistake(str(error))
+            print_mistake(taken or str(error))
         return 2
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         where = error.filename or ("the logs of TensorBoard" if _raised_in(error, "tensorboard") else "a file")
@@ -213,6 +214,15 @@ def out_of_memory(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":
         return f"{text.splitlines()[0]}\nlit-lora plan --config … shows what makes the run fit"
     return None
+
+
+def port_taken(error: BaseException) -> str | None:
+    """A sentence about an error that means that the port at which processes meet is taken; None for other errors."""
+    found = re.search(r"port: (\d+).*EADDRINUSE", str(error)) if isinstance(error, RuntimeError) else None
+    return found and (
+        f"port {found[1]} of this machine, at which the processes of the run are to meet, is taken, perhaps by another run; set "
+        "MASTER_PORT to another"
+    )
 
 
 def other_process_lost(error: BaseException) -> str | None:

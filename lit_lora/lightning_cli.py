@@ -6,8 +6,8 @@ import argparse
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from glob import glob
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -43,7 +43,7 @@ from lit_lora.config_files import shipped_config
 from lit_lora.config_parser import Parser
 from lit_lora.console import print_error
 from lit_lora.datamodules.remote.transfer import is_remote
-from lit_lora.distributed import check_strategy_name
+from lit_lora.distributed import check_ranks, check_strategy_name
 from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.dropped_options import dropped_options
 from lit_lora.early_stopping import ResumedEarlyStopping
@@ -52,6 +52,7 @@ from lit_lora.files import writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
 from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
+from lit_lora.run_folder import what_is_last
 from lit_lora.save_config import SaveConfig
 from lit_lora.trainer_options import check_trainer_options
 
@@ -132,17 +133,24 @@ class LitLoraCLI(LightningCLI):
         self.check_strategy()
         check_trainer_options(self._get(self.config, "trainer") or {})
         try:
-            super().instantiate_classes()
+            with self.mistakes_told():
+                super().instantiate_classes()
+        except RuntimeError as error:
+            if told := two_of_a_kind(str(error)):
+                raise UserError(told) from error
+            raise
+
+    @contextmanager
+    def mistakes_told(self) -> Iterator[None]:
+        """A context in which errors of classes that cannot be built are those of the config."""
+        try:
+            yield
         except (UserError, MisconfigurationException):
             raise
         except (TypeError, ValueError, ImportError) as error:
             if null := null_options(self.config.get(self.subcommand or "", self.config)):
                 raise UserError(f"{null[0]} is null; leave it out, or give its options") from error
             raise UserError(reasons(str(error)) or f"a part of the config cannot be built: {error}") from None
-        except RuntimeError as error:
-            if told := two_of_a_kind(str(error)):
-                raise UserError(told) from error
-            raise
 
     def check_strategy(self) -> None:
         """Refuse the name of a strategy that no trainer can be built with."""
@@ -150,6 +158,7 @@ class LitLoraCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Check that outputs can be written and the checkpoint can be read; add the callbacks that end a run in order."""
+        check_ranks(self.trainer.strategy)
         writable_folder(self.trainer.default_root_dir)
         for logger in self.trainer.loggers:
             if logger.save_dir:
@@ -191,6 +200,7 @@ class LitLoraCLI(LightningCLI):
 
     def before_validate(self) -> None:
         """Check the checkpoint; tell what runs without one; add the callback that ends a failed process."""
+        check_ranks(self.trainer.strategy)
         self._read_safely()
         self.trainer.callbacks.insert(0, EndOnError(explain))  # type: ignore[attr-defined]
         if not self._get(self.config, "ckpt_path") and self.model.saved is None:
@@ -309,7 +319,7 @@ def _say_if_none_is_last(trainer: Trainer, required: bool) -> None:
             warnings.filterwarnings("ignore", ".*but there is no last checkpoint available")
             path = select(*args, **kwargs)
         if path is None:
-            found = _what_is_last(trainer)
+            found = what_is_last(trainer)
             if required:
                 raise UserError(f"ckpt_path=last: {found}; name a checkpoint, or set must_resume to false")
             if trainer.is_global_zero:
@@ -341,26 +351,6 @@ def _save_adapters(trainer: Trainer, configured: Sequence[str]) -> None:
             "nothing saves what is trained: set trainer.enable_checkpointing to true, or add the callback AdapterCheckpoint",
             "warning",
         )
-
-
-def _what_is_last(trainer: Trainer) -> str:
-    """Where no checkpoint was found, and why."""
-    folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-    folder = next((str(folder) for folder in folders if folder), None)
-    searched = Path(folder or trainer.log_dir or trainer.default_root_dir)
-    has_versions = folder is None and isinstance(trainer.logger, TensorBoardLogger | CSVLogger)
-    if has_versions:  # the log folder is this run's own, and new
-        searched = searched.parent / "version_*" / "checkpoints"
-    links = [Path(found) for found in sorted(glob(str(searched / "*.ckpt")), reverse=True)]
-    dangling = [link for link in links if link.is_symlink() and not link.exists()]
-    if dangling:
-        return f"{dangling[0]} points to {os.readlink(dangling[0])}, which is gone"
-    found = f"there is no checkpoint to resume from in {searched}"
-    if folder is None and getattr(trainer, "fast_dev_run", False):
-        found += "; trainer.fast_dev_run has no logger, in whose folders the checkpoints of runs are: give the checkpoint's path"
-    elif folder is None and trainer.logger and not has_versions:
-        found += f", where {type(trainer.logger).__name__} gives each run a folder of its own: set AdapterCheckpoint's dirpath"
-    return found
 
 
 def _claim_version(logger: TensorBoardLogger | CSVLogger) -> None:

@@ -175,6 +175,14 @@ def test_lightnings_table_of_layers_is_shown_where_nothing_else_tells_what_is_tr
     assert any(isinstance(callback, ModelSummary) for callback in cli.trainer.callbacks) == shown  # type: ignore[attr-defined]
 
 
+def test_null_turns_off_an_option_within_an_option() -> None:
+    data = ["--data.init_args.train_shards", "nowhere"]
+    given = ["--data.init_args.chunks", "{count: 2, staging: {dir: d}}", "--data.init_args.decoder.mask", "alpha"]
+    null = ["--data.init_args.chunks.staging", "null", "--data.init_args.decoder.mask=null"]
+    cli: LitLoraCLI = build_cli(["fit", "--config", "configs/demo.yaml", *data, *given, *null], run=False)
+    assert (cli.datamodule.chunks.count, cli.datamodule.chunks.staging, cli.datamodule.decoder.mask) == (2, None, None)
+
+
 @pytest.mark.filterwarnings("ignore:.*are left out, since a later list replaces it")
 def test_a_callback_may_stand_alone(tmp_path: Path) -> None:
     one = ["--trainer.callbacks", "LearningRateMonitor", "--trainer.default_root_dir", str(tmp_path)]

@@ -47,6 +47,18 @@ def test_a_mistake_is_its_message(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert capsys.readouterr().err == "lit-lora: error\ncannot read https://host/a.tar: gone\n"
 
 
+def test_a_port_that_is_taken_is_a_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(RuntimeError) as error:
+        torch.distributed.TCPStore("localhost", taken.port, is_master=True, wait_for_workers=False)
+    assert fails_with(error.value, monkeypatch) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(
+        f"lit-lora: error\nport {taken.port} of this machine, at which the processes of the run are to meet"
+    )
+    assert told.endswith("set MASTER_PORT to another\n")
+
+
 def test_a_fault_is_a_short_message_and_a_log(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -69,8 +69,8 @@ class DataProgress(Callback):
             self._remember(loader)
             pass_number, position = divmod(number, loader.plan.num_chunks)
             rank_zero_info(
-                f"finished chunk {position + 1} of {loader.plan.num_chunks} in pass {pass_number + 1}"
-                f" (chunk {chunk} of the plan) at step {trainer.global_step}"
+                f"finished chunk {position + 1} of {loader.plan.num_chunks} in pass {pass_number + 1} at step"
+                f" {trainer.global_step} (number {chunk} in lit-lora shards plan)"
             )
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 getattr(callback, "on_train_chunk_end", _nothing)(trainer, pl_module, chunk)

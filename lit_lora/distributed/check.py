@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.optim import ASGD, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
@@ -72,6 +73,29 @@ def check_strategy(strategy: object) -> None:
         )
     if isinstance(strategy, DeepSpeedStrategy) and not ours:
         raise UserError(_NO_DEEPSPEED)
+
+
+def check_ranks(strategy: Any) -> None:
+    """Check that the numbers of this process and its node are among those that a run has; torch would wait for the others.
+
+    Args:
+        strategy: Strategy of the trainer.
+
+    Raises:
+        UserError: If one is not.
+    """
+    environment = getattr(strategy, "cluster_environment", None)
+    if environment is None:
+        return
+    for name, number, count in (
+        ("process", environment.global_rank(), environment.world_size()),
+        ("node", environment.node_rank(), getattr(strategy, "num_nodes", 1)),
+    ):
+        if number >= count:
+            raise UserError(
+                f"this is {name} {number} of a run with {count}, whose numbers are 0 to {count - 1}: give each {name} its own "
+                f"(RANK and WORLD_SIZE of processes, NODE_RANK and trainer.num_nodes of nodes), or have torchrun or srun do it"
+            )
 
 
 def check_elementwise(optimizer: Optimizer, tensors: bool = False) -> None:

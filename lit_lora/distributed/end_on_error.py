@@ -13,7 +13,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
-from lit_lora.console import is_config_mistake, mark_told, other_process_lost, out_of_memory, print_error, print_mistake
+from lit_lora.console import (
+    is_config_mistake,
+    mark_told,
+    other_process_lost,
+    out_of_memory,
+    port_taken,
+    print_error,
+    print_mistake,
+)
 from lit_lora.errors import UserError
 from lit_lora.redact import redact_urls
 from lit_lora.told_once import SECONDS_TO_ASK, tell_once
@@ -52,7 +60,7 @@ class EndOnError(Callback):
             mark_told(exception)
             return
         lost = other_process_lost(exception)  # then the error is the other's
-        if known := lost or out_of_memory(exception):
+        if known := lost or out_of_memory(exception) or port_taken(exception):
             print_error(known, f"{process} ends" if lost else f"error in {process}")
             mark_told(exception)
             return

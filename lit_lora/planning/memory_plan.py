@@ -83,7 +83,7 @@ class MemoryPlan(PlannedMemory):
             ["needed", format_bytes(self.needed)],
             *([["host", f"{format_bytes(self.host_bytes)} of weights wait in host memory"]] if self.host_bytes else []),
             ["adapter", f"{self.adapter_parameters:,} parameters in a file of {format_bytes(self.adapter_file_bytes)}"],
-            ["step", f"{self.flops_per_step / 1e12:.2f} TFLOP, about {format_duration(self.seconds_per_step)}"],
+            ["step", f"{_flop(self.flops_per_step)}, about {format_duration(self.seconds_per_step)}"],
             ["", f"(estimated at {share})"],
         ]
         if cache is not None:
@@ -93,6 +93,10 @@ class MemoryPlan(PlannedMemory):
         if self.device != "cpu":
             lines.append(["note", "modeled for GPUs; two plans were within 4 % of runs on an H100"])
         return "\n".join([*format_table(rows), "", *(f"{label:<8} {value}" for label, value in lines)])
+
+
+def _flop(operations: int) -> str:
+    return f"{operations / 1e12:.2f} TFLOP" if operations >= 1e11 else f"{operations / 1e9:.2f} GFLOP"
 
 
 def _mb(size: int) -> str:

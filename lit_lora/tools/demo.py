@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import tempfile
 import time
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lit_lora.byte_sizes import format_bytes
 from lit_lora.embedded import DIGITS
 from lit_lora.errors import UserError
+from lit_lora.report_text import format_duration, format_next, format_reason
 
 if TYPE_CHECKING:
     import numpy as np
@@ -195,18 +198,26 @@ def _write(
 
 def _summary(folder: Path, report: dict[str, Any]) -> str:
     share = report["trainable_parameters"] / report["total_parameters"]
-    return f"""
-The classifier recognised the prompted digit in {report["accuracy_before"]:.0%} of {report["images_judged"]} images from the \
-base model and in {report["accuracy_after"]:.0%} with the adapter. Its accuracy on unseen scans is \
-{report["classifier_accuracy"]:.0%}.
-{report["trainable_parameters"]:,} parameters ({share:.0%} of all) were trained in {report["steps"]} steps; the demo took \
-{report["seconds"]:.0f} s. The adapter has {report["adapter_bytes"] / 1e6:.1f} MB.
-
-  before and after  {folder / "samples.png"}
-  adapter           {folder / "adapter"}
-  figures           {folder / "report.json"}
-  training curves   tensorboard --logdir {folder}
-
-Next: generate images with the adapter
-  lit-lora sample --adapter {folder / "adapter"} --prompts "a handwritten seven" --count 8 --guidance_scale {GUIDANCE_SCALE}
-or train on a folder of your own images: lit-lora train FOLDER --base sdxl"""
+    paragraphs = (
+        f"The classifier recognised the prompted digit in {report['accuracy_before']:.0%} of {report['images_judged']} images "
+        f"from the base model and in {report['accuracy_after']:.0%} with the adapter. Its accuracy on unseen scans is "
+        f"{report['classifier_accuracy']:.0%}.",
+        f"{report['trainable_parameters']:,} parameters ({share:.0%} of all) were trained in {report['steps']} steps; the demo "
+        f"took {format_duration(report['seconds'])}. The adapter has {format_bytes(report['adapter_bytes'])}.",
+    )
+    adapter = f"--adapter {shlex.quote(str(folder / 'adapter'))}"
+    options = f"--count 8 --guidance_scale {GUIDANCE_SCALE}"
+    lines = (
+        "",
+        *(format_reason(paragraph, indent=0) for paragraph in paragraphs),
+        "",
+        f"  before and after  {folder / 'samples.png'}",
+        f"  adapter           {folder / 'adapter'}",
+        f"  figures           {folder / 'report.json'}",
+        f"  training curves   tensorboard --logdir {folder}",
+        format_next('lit-lora sample --prompts "a handwritten seven"', options, adapter),
+        "",
+        "or train on a folder of your own images:",
+        "lit-lora train FOLDER --base sdxl",
+    )
+    return "\n".join(lines)

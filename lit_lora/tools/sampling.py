@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,9 @@ from lit_lora.tools.drawing import Drawer, ScaledAdapter
 from lit_lora.tools.drawn_image import FORMATS, DrawnImage, write_image
 from lit_lora.tools.labelled_grid import labelled_grid
 from lit_lora.tools.sample import SampleOptions
+
+_OF_ONE_COMMAND = ("adapter", "prompts", "scales", "combine", "out", "format", "columns")
+"""Options that the next command has with other values, or that have no effect there."""
 
 
 class Column(NamedTuple):
@@ -200,12 +204,23 @@ def _next(options: SampleOptions, columns: Sequence[Column]) -> str:
         prompts = [options.prompts] if isinstance(options.prompts, str) else options.prompts or []
         words = ["lit-lora sample --scales 0 0.5 1 --out scales.png"]
         words += [f"--prompts {shlex.join(prompts)}"] if prompts else []
-        words += [f"--base {shlex.quote(options.base)}"] if options.base else []
-        return format_next(*words, f"--adapter {shlex.quote(path)}")
+        return format_next(*words, *_given(options), f"--adapter {shlex.quote(path)}")
     if not Path(path).is_dir() or format_named("kohya").why_not(read_input(path, options.family)):
         return ""
+    family = [f"--family {shlex.quote(options.family)}"] if options.family else []
     output = shlex.quote(f"{Path(path).stem}.safetensors")
-    return format_next("lit-lora adapter convert --format kohya", shlex.quote(path), output)
+    return format_next("lit-lora adapter convert --format kohya", *family, shlex.quote(path), output)
+
+
+def _given(options: SampleOptions) -> list[str]:
+    """The options that were given and hold for the next command too, such as seed and size."""
+    values = {field.name: getattr(options, field.name) for field in fields(options)}
+    given = {field.name for field in fields(options) if values[field.name] != field.default}
+    return [
+        f"--{name} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
+        for name, value in values.items()
+        if name in given and name not in _OF_ONE_COMMAND
+    ]
 
 
 def _grid(drawn: Sequence[Sequence[DrawnImage]], names: Sequence[str], columns: int) -> Image.Image:

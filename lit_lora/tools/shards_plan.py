@@ -143,9 +143,9 @@ def _time(data: WebDatasetDataModule, plan: Plan, shown: int, processes: int, im
     with _torch_threads(1):
         rate = measure_reading(dataset, plan)
     readers = max(1, data.num_workers) * processes
-    who = _count(readers, "loader thread reads", "loader threads read")
+    who = "1 loader thread reads" if readers == 1 else f"{readers:,} loader threads each read"
     return (
-        f"at least {format_duration(shown / rate / readers)} a pass: {who} {rate:.0f} images/s each "
+        f"at least {format_duration(shown / rate / readers)} a pass: {who} {rate:.0f} images/s "
         "(--images_per_second, the speed of training, gives an estimate)"
     )
 

@@ -70,7 +70,9 @@ def test_counted_figures(fit, capsys):
     assert (taken["time_cost"], taken["energy_cost"]) == (None, None)
     out = capsys.readouterr().out
     assert "Run report (finished)" in out
-    assert "no GPU energy: the run is not on an NVIDIA GPU" in out
+    assert "no GPU energy" not in out
+    fit(report=RunReport(price_per_kwh=0.3))
+    assert "no GPU energy: the run is not on an NVIDIA GPU" in capsys.readouterr().out
 
 
 def test_durations_have_one_form(fit):

@@ -144,7 +144,9 @@ def test_a_module_that_cannot_draw_is_refused(trainer_options: dict[str, Any]) -
         Trainer(**trainer_options, callbacks=[SampleImages(["a star"])]).fit(BoringModel())
 
 
-def test_image_writer(sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path) -> None:
+def test_image_writer(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sd_module.sampling = SamplingOptions(num_inference_steps=2)
     batch = make_batches(1)[0]
     batch["weight"] = torch.tensor([1.0, 0.0])
@@ -153,6 +155,7 @@ def test_image_writer(sd_module: LoraDiffusion, trainer_options: dict[str, Any],
     Trainer(**trainer_options, callbacks=[writer]).predict(sd_module, loader_of([batch]), return_predictions=False)
     assert sorted(p.name for p in (tmp_path / "drawn").iterdir()) == ["000000-_x.png", "000000-_x.txt"]
     assert (tmp_path / "drawn" / "000000-_x.txt").read_text() == "a red seven on white\n"
+    assert capsys.readouterr().out.endswith(f"1 image with captions: {tmp_path / 'drawn'}\n")
 
 
 def test_images_of_an_earlier_run_are_told(

@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
-from lit_lora.distributed import LitLoraDeepSpeed, LitLoraFSDP, check_strategy, check_strategy_name, shards_weights
+from lit_lora.distributed import (
+    LitLoraDeepSpeed,
+    LitLoraFSDP,
+    check_ranks,
+    check_strategy,
+    check_strategy_name,
+    shards_weights,
+)
 from lit_lora.distributed.check import check_elementwise
 from lit_lora.distributed.collectives import time_limit
 from lit_lora.errors import UserError
@@ -21,6 +29,23 @@ from tests.distributed.scenarios import STRATEGIES
 def test_stock_strategies_are_refused_with_the_replacement(made: Any) -> None:
     with pytest.raises(UserError, match="use strategy lit_lora_fsdp"):
         check_strategy(made())
+
+
+def test_numbers_of_processes_and_nodes_that_a_run_does_not_have_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "GROUP_RANK": "0", "NODE_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    of_torchrun = DDPStrategy(cluster_environment=TorchElasticEnvironment())
+    check_ranks(of_torchrun)
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(
+        UserError, match=r"this is process 2 of a run with 2, whose numbers are 0 to 1: .*RANK and WORLD_SIZE"
+    ):
+        check_ranks(of_torchrun)
+    by_hand = DDPStrategy(cluster_environment=LightningEnvironment())
+    with pytest.raises(UserError, match=r"this is node 1 of a run with 1, .*trainer.num_nodes"):
+        check_ranks(by_hand)
+    by_hand.num_nodes = 2
+    check_ranks(by_hand)
 
 
 def test_optimizers_that_cannot_step_shards_are_refused() -> None:

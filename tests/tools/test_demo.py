@@ -32,7 +32,14 @@ def test_the_demo_from_end_to_end_and_again(
         assert image.size == (2 * (10 * 34 + 2) + 12, 2 * 34 + 2)
     assert list(tmp_path.glob("lightning_logs/version_1/events*"))
     console = capsys.readouterr()
-    assert f"lit-lora sample --adapter {adapter}" in console.out
+    ending = console.out[console.out.rindex("The classifier") :]
+    assert max(len(line) for line in ending.splitlines() if str(tmp_path) not in line) <= 80
+    following = """
+Next:
+lit-lora sample --prompts "a handwritten seven" \\
+  --count 8 --guidance_scale 2.0 \\
+"""
+    assert f"{following}  --adapter {adapter}\n" in ending
     assert (console.out + console.err).count("Next:") == 2  # once in each run
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from lit_lora.formats import write_adapter
 from lit_lora.formats.find import read_adapter
 from lit_lora.formats.quantized_base import quantized_metadata
 from lit_lora.quantization import NF4
+from lit_lora.tools import run_tool
 from lit_lora.tools.sample import SampleOptions, sample_arguments
 from lit_lora.tools.sampling import _next, columns_of
 from tests.families.folders import FOLDERS
@@ -457,6 +459,20 @@ def test_the_next_command_of_an_adapter(strong: Path) -> None:
         """  --prompts 'a star' 'it'"'"'s blue' \\""",
         f"  --adapter {strong}",
     ]
+    settings = replace(
+        one, seed=7, steps=4, height=64, negative_prompt="it's dark", base_adapters=["a b"], columns=2, out="x"
+    )
+    assert _next(settings, columns_of(settings)).splitlines()[4:] == [
+        """  --negative_prompt 'it'"'"'s dark' \\""",
+        "  --seed 7 \\",
+        "  --steps 4 \\",
+        "  --height 64 \\",
+        """  --base_adapters '["a b"]' \\""",
+        f"  --adapter {strong}",
+    ]
+    words = shlex.split(_next(settings, columns_of(settings)).replace("\\\n", "").partition("lit-lora sample ")[2])
+    read = run_tool(SampleOptions, sample_arguments(words), "lit-lora sample", return_instance=True)
+    assert read == replace(settings, scales=[0, 0.5, 1], out="scales.png", columns=4)
     several = replace(one, scales=[0, 1])
     assert _next(several, columns_of(several)).splitlines()[2:] == [
         "lit-lora adapter convert --format kohya \\",

@@ -85,7 +85,7 @@ def test_staging_buckets_and_padding(plan, tmp_path):
     assert f"padded {padded} samples of weight 0 that fill up batches ({padded / 42:.2%})" in out
     two = sum(sorted(data.train_samples.chunk_bytes.tolist())[-2:])
     assert f"disk peak {two / 1000:.1f} kB for two chunks" in out
-    assert re.search(r"time at least [\d.]+ .* a pass: 2 loader threads read \d+ images/s each \(", out)
+    assert re.search(r"time at least [\d.]+ .* a pass: 2 loader threads each read \d+ images/s \(", out)
     rows = [line.split() for line in out.split("\n\n")[2].splitlines()[1:]]
     assert sum(int(row[3]) for row in rows) == 42
     assert sum(int(row[-1]) for row in rows) == padded

@@ -169,6 +169,7 @@ def _reasons(
     shapes = "images keep about their aspect ratio" if settings.buckets else "all images are about square"
     if base.is_embedded:
         shapes = f"{base.name} draws squares; the rest is cut off"
+    usual_rank = "usual; 32 for more than 1,000 images" if settings.rank == 16 else "usual for more than 1,000 images"
     data = "data.init_args"
     return (
         Choice(
@@ -196,7 +197,7 @@ def _reasons(
             why("steps", f"{passes:.3g} passes{repeated}: 400 x the root of the images"),
             "trainer.max_steps",
         ),
-        Choice("rank", f"{settings.rank}", why("rank", "16; 32 for more than 1,000 images"), "model.adapter"),
+        Choice("rank", f"{settings.rank}", why("rank", usual_rank), "model.adapter"),
         Choice(
             "rate",
             f"{settings.lr:g}",

@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import ArgumentParser
 from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
+from peft import PeftConfig
 
 from lit_lora.callbacks.run_report import RunReport
 from lit_lora.callbacks.step_progress import StepProgress
@@ -34,7 +36,7 @@ class _PartsCLI(ToolCLI):
 
 
 class _CheckCLI(_PartsCLI):
-    """Parses a config and builds nothing."""
+    """Parses a config, and builds configs of adapters alone."""
 
     def instantiate_classes(self) -> None:
         trainer = self.config["trainer"]
@@ -42,6 +44,11 @@ class _CheckCLI(_PartsCLI):
         with warnings.catch_warnings():  # the options that are not chosen yet may make them false
             warnings.simplefilter("ignore")
             check_trainer_options(trainer)
+        with self.mistakes_told():  # PEFT checks options together when its config is made
+            for given in filter(None, (self.config["model"]["adapter"], self.config["model"]["text_adapter"])):
+                parser = ArgumentParser()
+                parser.add_subclass_arguments(PeftConfig, "adapter")
+                parser.instantiate_classes(parser.parse_object({"adapter": given}))
 
 
 class FitCLI(LitLoraCLI):

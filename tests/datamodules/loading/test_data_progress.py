@@ -77,8 +77,8 @@ def test_hooks_see_the_end_of_each_chunk(fit, caplog):
     assert module.chunks == chunks
     assert watcher.seen == list(zip(chunks, (4, 8, 12, 16, 20, 24), strict=True))
     lines = [record.getMessage() for record in caplog.records if "chunk" in record.getMessage()]
-    assert lines[0] == f"finished chunk 1 of 3 in pass 1 (chunk {chunks[0]} of the plan) at step 4"
-    assert lines[-1] == f"finished chunk 3 of 3 in pass 2 (chunk {chunks[5]} of the plan) at step 24"
+    assert lines[0] == f"finished chunk 1 of 3 in pass 1 at step 4 (number {chunks[0]} in lit-lora shards plan)"
+    assert lines[-1] == f"finished chunk 3 of 3 in pass 2 at step 24 (number {chunks[5]} in lit-lora shards plan)"
 
 
 def test_metrics(fit, tmp_path):

@@ -174,6 +174,12 @@ def test_the_newest_version_is_the_run(tmp_path: Path) -> None:
     (tmp_path / "lightning_logs" / "version_11").mkdir()  # empty
     newest = tmp_path / "lightning_logs" / "version_10"
     assert run_of(tmp_path) == run_of(tmp_path / "lightning_logs") == run_of(newest) == newest
+    for number, option in (("11", "verbose: true"), ("12", "return_predictions: null")):  # of validate and of predict
+        later = tmp_path / "lightning_logs" / f"version_{number}"
+        later.mkdir(exist_ok=True)
+        (later / "events.out.tfevents.1").touch()
+        (later / "config.yaml").write_text(f"trainer:\n  max_steps: 2\n{option}\n")
+    assert run_of(tmp_path) == newest
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

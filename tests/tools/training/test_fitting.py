@@ -64,3 +64,7 @@ def test_a_config_is_checked_without_building_its_parts(
     with pytest.raises(SystemExit):
         check_config(config | {"trainer": {"max_stepz": 2}})
     assert "max_stepz" in capsys.readouterr().err
+    for name in ("adapter", "text_adapter"):  # PEFT finds wrong what it gets when its config is made
+        adapter = {"class_path": "LoraConfig", "init_args": {"layers_pattern": "blocks"}}
+        with pytest.raises(UserError, match="`layers_to_transform` must also be specified"):
+            check_config(config | {"model": config["model"] | {name: adapter}})
