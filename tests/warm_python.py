@@ -23,8 +23,8 @@ from typing import Any
 from tests.garbage import collect_seldom
 from tests.warm_imports import LIBRARIES
 
-_IMPORTED = ("tests.warm_imports", *LIBRARIES)
-"""Before the first fork; no other module of tests, since some read the environment when they are imported.
+_IMPORTED = ("tests.warm_imports", *LIBRARIES, "tests.warm_configs")
+"""Before the first fork; no further module of tests, since some read the environment when they are imported.
 
 The libraries themselves are named too, for tests that are run from another folder, where the server does not find the first.
 """

@@ -59,6 +59,12 @@ ADAPTERS: dict[str, Callable[[], PeftConfig]] = {
 }
 
 
+@pytest.fixture(scope="session")
+def sd_folder(deep_sd_folder: Path) -> Path:
+    """Plans are compared with measured peaks, to which blocks that halve and double the resolution belong."""
+    return deep_sd_folder
+
+
 def module_for(folder: Path, family: type[ModelFamily] = StableDiffusion, **options: Any) -> LoraDiffusion:
     adapter = options.pop("adapter", None) or LoraConfig(r=2, lora_alpha=2)
     return LoraDiffusion(family(str(folder)), adapter, **({"base_dtype": "float32"} | options))

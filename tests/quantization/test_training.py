@@ -93,7 +93,7 @@ def test_draws(base: Quantization, sd_folder: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["bitsandbytes", "torchao"])
 @pytest.mark.filterwarnings("ignore:OptimState8bit does not implement:UserWarning")
 def test_eight_bit_optimizers_train_and_resume(
-    optimizer: str, sd_folder: Path, tmp_path: Path, trainer_options: dict[str, Any]
+    optimizer: str, deep_sd_folder: Path, tmp_path: Path, trainer_options: dict[str, Any]
 ) -> None:
     import importlib
 
@@ -101,7 +101,7 @@ def test_eight_bit_optimizers_train_and_resume(
     trainer_options["enable_checkpointing"] = True
 
     def module() -> LoraDiffusion:
-        made = _module(sd_folder, Int8())
+        made = _module(deep_sd_folder, Int8())
         # Layers whose lora_A is large enough to be kept in eight bits. torchao compiles a step for each shape, hence alike ones.
         layers = ["mid_block.resnets.0.conv1", "mid_block.resnets.1.conv1"]
         made.adapter = LoraConfig(r=16, lora_alpha=16, target_modules=layers)
