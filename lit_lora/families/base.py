@@ -388,10 +388,8 @@ class ModelFamily(PipelineParts, ABC):
         if config.get("latents_mean") is None or config.get("latents_std") is None:
             return float(config.get("shift_factor") or 0.0), scale
         shape = (1, -1, *[1] * (latents.ndim - 2))
-        mean, std = (
-            to_device(torch.tensor(config[name], dtype=latents.dtype).view(shape), latents.device)
-            for name in ("latents_mean", "latents_std")
-        )
+        statistics = torch.tensor([config["latents_mean"], config["latents_std"]], dtype=latents.dtype)
+        mean, std = to_device(statistics.view(2, *shape), latents.device)
         return mean, scale / std
 
 
