@@ -2,7 +2,7 @@
 
 As on a real GPU, an operation on tensors of two devices fails, unless one of them is a single number, and a value comes to the
 CPU only by a copy, for which the CPU may have to wait. Such waits are counted. Streams and events do nothing; kernels of CUDA,
-autocast, and tensors that a parameter swaps through ``.data`` are not pretended.
+autocast, and parameters that go to the other device through ``.data`` are not pretended.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.device("cuda", 0)
 
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 
 
@@ -38,6 +40,9 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         for name in ("Event", "Stream", "current_stream"):
             stack.enter_context(patch.object(torch.cuda, name, _Done))
         stack.enter_context(patch.object(torch.cuda, "stream", lambda _: nullcontext()))
+        # Random numbers are drawn on the CPU, whose state is kept too where the GPU's is.
+        stack.enter_context(patch.object(torch.cuda, "get_rng_state", lambda *_: torch.get_rng_state()))
+        stack.enter_context(patch.object(torch.cuda, "set_rng_state", lambda *_: None))
         # Others are chosen by the device, in torch's own code.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         # torch.tensor(…, device=…) is then made on the CPU, and copied where the mode sees it.
@@ -133,6 +138,9 @@ class PretendedGPU(TorchDispatchMode):
 
     def compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of an operation, on the device where it would be."""
+        if torch.is_inference_mode_enabled() and func.has_kernel_for_dispatch_key(_COMPOSITE):
+            with self:  # torch only takes it apart outside of inference mode
+                return func.decompose(*args, **kwargs)
         name = func.overloadpacket.__name__
         if name == "_pin_memory":
             return args[0]
@@ -163,12 +171,14 @@ class PretendedGPU(TorchDispatchMode):
 
 
 class _AskedForMeta(TorchFunctionMode):
-    """Notes whether Python code asks for the device ``meta``."""
+    """Notes whether Python code asks for the device ``meta``, and gives a tensor the values of the one that is set as its data."""
 
     now = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func == Tensor.data.__set__ and isinstance(args[0], OnGPU):  # type: ignore[attr-defined]
+            args[0].values = args[1].values
         before, self.now = self.now, any(_is_meta(value) for value in (*args, *kwargs.values()))
         try:
             return func(*args, **kwargs)

@@ -230,6 +230,19 @@ def fit(
         trainer.fit(module, data, ckpt_path="last" if resumes else None)
 
 
+def fit_in_parts(r: random.Random, batches: int, drawn: Options, *options: Any) -> None:
+    """Train a run of so many batches, which is stopped and resumed at moments drawn by chance; see :func:`fit`."""
+    for _ in range(drawn.stops):
+        hook, calls = r.choice(HOOKS), r.randint(1, batches)
+        print(f"  stopped at call {calls} of {hook}")
+        try:
+            fit(drawn, *options, r.choice([0, 1, 2]), Stop(hook, calls))
+        except StopError:
+            continue
+        break  # it has ended before
+    fit(drawn, *options, r.choice([0, 1, 2]))
+
+
 def saved(folder: Path) -> dict[str, Any]:
     """All adapters of a run, and its last checkpoint but for paths and times."""
     files = {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
@@ -272,14 +285,6 @@ def test_a_run_that_is_resumed_equals_one_that_was_never_stopped(
     found: dict[str, Any] = {}
     batches = sum(name.startswith("batch") for name in expected)
     parts = tmp_path / "parts"
-    for _ in range(drawn.stops):
-        hook, calls = r.choice(HOOKS), r.randint(1, batches)
-        print(f"  stopped at call {calls} of {hook}")
-        try:
-            fit(drawn, base, shards, parts, found, trainer_options, r.choice([0, 1, 2]), Stop(hook, calls))
-        except StopError:
-            continue
-        break  # it has ended before
-    fit(drawn, base, shards, parts, found, trainer_options, r.choice([0, 1, 2]))
+    fit_in_parts(r, batches, drawn, base, shards, parts, found, trainer_options)
     assert not list(differences(found, expected))[:20]
     assert not list(differences(saved(parts), saved(tmp_path / f"whole-{trial}")))[:20]

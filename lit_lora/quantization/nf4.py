@@ -84,7 +84,7 @@ class NF4(Quantization):
         else:
             weight = _look_up(data, stored["weight_levels"].to(dtype))
             weight.view(-1, self.block_size).mul_(scale.to(dtype)[:, None])
-        return weight[:count].view(shape)
+        return weight.view(-1)[:count].view(shape)
 
     def _store_scale(self, scale: Tensor) -> dict[str, Tensor]:
         """The scales, or with double quantization their 8-bit differences from the mean, scaled by group."""
