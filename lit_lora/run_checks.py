@@ -104,11 +104,18 @@ def check_data(module: LoraDiffusion) -> None:
     decoders = getattr(datamodule, "decoders", None) or [getattr(datamodule, "decoder", None)]
     _check_pairs(family, decoders)
     masks = any(getattr(decoder, "mask", None) is not None for decoder in decoders)
-    if module.objective.prior is None and any(one.prior for one in getattr(datamodule, "training_sets", ())):
-        raise UserError(
-            "a set of train_sets has prior: true, and the objective has no prior; set model.objective.init_args.prior to "
-            "lit_lora.objectives.PriorPreservation, or remove prior from the set"
-        )
+    if any(one.prior for one in getattr(datamodule, "training_sets", ())):
+        prior = module.objective.prior
+        if prior is None:
+            raise UserError(
+                "a set of train_sets has prior: true, and the objective has no prior; set model.objective.init_args.prior to "
+                "lit_lora.objectives.PriorPreservation, or remove prior from the set"
+            )
+        if prior.class_keys is not None:
+            raise UserError(
+                f"a set of train_sets has prior: true, and class_keys={prior.class_keys!r} of the objective's prior would count "
+                "instead; remove class_keys, or prior from the set"
+            )
     if masks or module.objective.prior is not None:
         size = next(iter(sizes), (family.default_size, family.default_size))
         check_counting(module.objective, family.latent_shape(*size), masks)

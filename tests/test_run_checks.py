@@ -3,17 +3,19 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
-from peft import LoHaConfig, OFTConfig
+from peft import LoHaConfig, LoraConfig, OFTConfig
 
-from lit_lora.datamodules import WebDatasetDataModule
+from lit_lora.datamodules import ShardSet, WebDatasetDataModule
 from lit_lora.errors import UserError
-from lit_lora.families import StableDiffusion
+from lit_lora.families import StableDiffusion, prepare
 from lit_lora.module import LoraDiffusion
-from lit_lora.run_checks import check_run
+from lit_lora.objectives import DDPM, PriorPreservation
+from lit_lora.run_checks import check_data, check_run
 from tests.helpers import loader_of, make_batches
 
 
@@ -97,3 +99,25 @@ def test_ddp_needs_a_gradient_of_each_layer(
         else nullcontext()
     ):
         check_run(module, stage)
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        (None, "prior: true, and the objective has no prior; set model.objective.init_args.prior"),
+        (
+            PriorPreservation("class/*"),
+            r"prior: true, and class_keys='class/\*' of the objective's prior would count instead",
+        ),
+        (PriorPreservation(), None),
+    ],
+)
+def test_sets_of_class_images_are_those_that_the_objective_asks_for(
+    prior: PriorPreservation | None, message: str | None, sd_folder: Path
+) -> None:
+    module: Any = LoraDiffusion(StableDiffusion(str(sd_folder)), LoraConfig(r=2), DDPM(prior=prior))
+    prepare(module.family, module.objective)
+    data = WebDatasetDataModule(train_sets=[ShardSet("a"), ShardSet("b", prior=True)], resolution=16)
+    module._trainer = SimpleNamespace(datamodule=data, training=False)
+    with nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_data(module)

@@ -113,6 +113,17 @@ class Validated(Number):
         self.log("val_loss", torch.tensor(0.25))
 
 
+def test_no_step_spans_two_passes(
+    session_shards: Path, trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight batches are three steps; the last one's gradient is two thirds of the others', as docs/memory.md says."""
+    module = Validated()
+    data = WebDatasetDataModule(str(session_shards), batch_size=4, resolution=16, num_workers=0)
+    fit(module, data, tmp_path, trainer_options, max_steps=6, accumulate_grad_batches=3)
+    assert "data     32 samples, 12 in a step, 2 passes\n" in capsys.readouterr().err
+    torch.testing.assert_close(module.weight.detach(), torch.full((3,), -0.5 * 2 * (1 + 1 + 2 / 3)))
+
+
 @pytest.mark.parametrize("beside_base", [False, True])
 def test_each_validation_loss_is_printed_once(
     beside_base: bool, trainer_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
