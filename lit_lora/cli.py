@@ -142,8 +142,12 @@ _WITH_CONFIGS = ("plan", "cache", "shards plan")
 _GO_ON = ("train", "cache", "prior", "shards pack", "shards index")
 """Commands that keep what they have done when they are interrupted."""
 
-_AFTER_TRAINING = {"train": "the same command goes on", "demo": "start it again"}
-"""How tools go on that were interrupted while they trained."""
+_AFTER_TRAINING = {
+    "train": "the same command goes on",
+    "demo": "start it again",
+    "fit": "resume from the last saved checkpoint with --ckpt_path last",
+}
+"""How commands go on that were interrupted while they trained."""
 
 _MAY_BE_EMPTY = ("--prompts", "--negative_prompt", "--trigger")
 """Options of tools for texts; others name a file, a folder or a choice."""
@@ -188,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         # Lightning has ended the run and exits; what the last checkpoint has is kept.
-        return _interrupted(error.__context__, _AFTER_TRAINING.get(command, "resume with --ckpt_path last"))
+        return _interrupted(error.__context__, _AFTER_TRAINING.get(command, ""))
     except Exception as error:
         return console.report(error)
 

@@ -62,6 +62,12 @@ for _module in dict.fromkeys(public_names().values()):
 _MAX_SEED = 2**32 - 1
 """The highest seed that NumPy takes."""
 
+_HELP = {
+    "ckpt_path": "Path or URL of a checkpoint, which fit resumes from; last is the newest one of the run's folder.",
+    "weights_only": argparse.SUPPRESS,  # no checkpoint is ever unpickled
+}
+"""Help of options in place of Lightning's, which tells of what is not here."""
+
 CLI = TypeVar("CLI", bound="LitLoraCLI")
 
 
@@ -100,6 +106,7 @@ class LitLoraCLI(LightningCLI):
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_default_arguments_to_parser(parser)
+        parser._actions[-1].help = "Seed of the global random number generators; true draws one."
         parser.add_argument(
             "--must_resume",
             type=bool,
@@ -112,6 +119,8 @@ class LitLoraCLI(LightningCLI):
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser._action_groups[-1].title = "Options of the run"
+        for action in parser._actions:
+            action.help = _HELP.get(action.dest, action.help)
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

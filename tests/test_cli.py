@@ -692,6 +692,28 @@ def test_an_interrupted_command_says_whether_it_goes_on(
 @pytest.mark.parametrize(
     ("command", "told"),
     [
+        ("fit", "lit-lora: interrupted; resume from the last saved checkpoint with --ckpt_path last\n"),
+        ("train", "lit-lora: interrupted; the same command goes on\n"),
+        ("predict", "lit-lora: interrupted\n"),
+    ],
+)
+def test_a_run_that_lightning_ends_after_ctrl_c_says_how_it_goes_on(
+    command: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ended_by_lightning(arguments: list[str]) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr("lit_lora.cli._run", ended_by_lightning)
+    assert main([command]) == 130
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
         (["train", "images"], "lit-lora: terminated; the same command goes on\n"),
         (["adapter", "merge", "a", "b"], "lit-lora: terminated\n"),
     ],
@@ -732,7 +754,7 @@ def test_interrupted_training_says_how_to_go_on(config: Callable[..., Path], tmp
     finally:
         process.kill()
     error = (tmp_path / "errors").read_text()
-    assert error.endswith("lit-lora: interrupted; resume with --ckpt_path last\n")
+    assert error.endswith("lit-lora: interrupted; resume from the last saved checkpoint with --ckpt_path last\n")
     assert "Traceback" not in error
 
 

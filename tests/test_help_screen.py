@@ -46,6 +46,10 @@ def test_the_help_of_each_command_fits(
     assert {len(line) - len(line.lstrip()) for line in usage[1:]} <= {column, 8}, "options stand below one another"
     takes_configs = command[0] in (*TRAINER_COMMANDS, "plan", "cache") or command == ["shards", "plan"]
     assert any("--print_config" in line for line in lines) == takes_configs
+    text = " ".join(" ".join(lines).split())
+    assert "Model Registry" not in text
+    assert "weights_only" not in text, "it has no effect"
+    assert ("Seed of the global random number generators; true draws one." in text) == takes_configs
 
 
 def help_of(parser: ArgumentParser, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -31,6 +31,15 @@ _ACTIONS = {
     410: "check the name",
 }
 _WRONG_RANGE = "the server answered with a range that was not requested"
+_WORDS = {
+    "NewConnectionError": "no connection to the server",
+    "NameResolutionError": "the server's name is not found",
+    "ConnectTimeoutError": "the server does not answer",
+    "ReadTimeoutError": "the server does not answer",
+    "ProtocolError": "the connection broke",
+    "IncompleteRead": "the connection broke",
+}
+"""What names of exceptions of urllib3 mean."""
 _PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
@@ -121,7 +130,7 @@ class HttpSource(RemoteSource):
             try:
                 piece = read(PIECE_BYTES)
             except urllib3.exceptions.HTTPError as error:
-                raise TransientError(type(error).__name__) from None
+                raise TransientError(_words(error)) from None
             waited = time.monotonic() - before
             if not piece:
                 return
@@ -132,12 +141,18 @@ class HttpSource(RemoteSource):
         """Convert an exception to an error of this package by its type, since the message contains the URL."""
         inner = error.args[0] if error.args else None
         inner = getattr(inner, "reason", inner)
-        name = type(inner if isinstance(inner, Exception) else error).__name__
+        reason = _words(inner if isinstance(inner, Exception) else error)
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return self.error("the certificate of the server is not trusted", "check the address or the certificates")
         if isinstance(error, _PASSING):
-            return TransientError(name)
-        return self.error(name, "check the URL")
+            return TransientError(reason)
+        return self.error(reason, "check the URL")
+
+
+def _words(error: Exception) -> str:
+    """What an exception means, by its type, or the name of its type."""
+    name = type(error).__name__
+    return _WORDS.get(name, name)
 
 
 def _strong(etag: str | None) -> str | None:

@@ -173,7 +173,8 @@ class Stager:
         while self._read_job()["ready"] < visit:
             if time.monotonic() >= next_log:
                 next_log += _LOG_EVERY_S
-                self._log_progress(visit)
+                if self._local_rank == 0:  # the others wait for the same shards
+                    self._log_progress(visit)
             time.sleep(_POLL_S)
         missing = [shard for shard, present in self._presence(visit).items() if not present]
         if missing:

@@ -21,7 +21,7 @@ def convert(
     family: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an adapter in another file format; what the input is, the names of its tensors tell.
+    """Write an adapter in another file format; that of the input is found from the names of its tensors.
 
     Args:
         input: Adapter file (.safetensors), or folder with an adapter.

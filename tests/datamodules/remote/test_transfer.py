@@ -235,8 +235,8 @@ def test_final_errors_are_not_retried(server, target, status, message):
     [
         (503, "HTTP status 503"),
         (429, "HTTP status 429"),
-        ("drop", "ProtocolError"),
-        ("truncate", r"IncompleteRead|ProtocolError"),
+        ("drop", "the connection broke"),
+        ("truncate", "the connection broke"),
         ("short", "it has 2999990 bytes, but 3000000 in its index"),
     ],
 )
@@ -251,7 +251,7 @@ def test_fails_after_all_attempts(server, target, fault, reason):
 
 def test_no_server(server, target):
     server.close()
-    with pytest.raises(RemoteError, match=r"NewConnectionError \(3 attempts in a row\); check the network"):
+    with pytest.raises(RemoteError, match=r"no connection to the server \(3 attempts in a row\); check the network"):
         fetch(f"{server.url}/a.tar", target, None, QUICK)
     assert _nothing_left(target)
 
@@ -592,7 +592,7 @@ def test_header_that_comes_byte_by_byte(server, target):
 
 def test_silent_server(server, target):
     server.fault = "silent"
-    with pytest.raises(RemoteError, match=r"(?i)timeout.* \(2 attempts in a row\)"):
+    with pytest.raises(RemoteError, match=r"the server does not answer \(2 attempts in a row\)"):
         fetch(f"{server.url}/a.tar", target, policy=IMPATIENT)
 
 
