@@ -33,15 +33,14 @@ def warn_of_left_out(model: PeftModel) -> None:
     Args:
         model: Adapted model, whose embeddings of new tokens have files of their own.
     """
-    # AdaLoRA's files hold parts of its tensors; biases have no adapter's name.
-    written = {id(value) for value in adapter_tensors(model).values()}
-    trained = [
-        name
+    # Biases have no adapter's name; their values are looked for only if there are any, which takes time at every save.
+    beside_adapter = {
+        name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        and id(parameter) not in written
-        and not {ADAPTER_NAME, "new_tokens"}.intersection(name.split("."))
-    ]
+        if parameter.requires_grad and not {ADAPTER_NAME, "new_tokens"}.intersection(name.split("."))
+    }
+    written = {id(value) for value in adapter_tensors(model).values()} if beside_adapter else set()
+    trained = [name for name, parameter in beside_adapter.items() if id(parameter) not in written]
     others = [name for name in model.active_adapters if name != ADAPTER_NAME]
     if not trained and not others:
         return

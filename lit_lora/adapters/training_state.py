@@ -88,8 +88,12 @@ def _persistent_buffers(module: nn.Module) -> tuple[dict[str, Tensor], dict[str,
 
 
 def _is_base(module: nn.Module) -> bool:
-    parameters = list(module.parameters())
-    return bool(parameters) and not any(p.requires_grad for p in parameters)
+    has_parameters = False
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            return False
+        has_parameters = True
+    return has_parameters
 
 
 def _fingerprint(buffer: Tensor) -> Tensor:

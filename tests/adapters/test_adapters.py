@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 
 from lit_lora.adapters import adapter_keys, check_adapter_config, check_adapter_state, inject, plain_config
+from lit_lora.adapters.state import warn_of_left_out
 from lit_lora.errors import UserError
 from lit_lora.families import StableDiffusion
 from lit_lora.module import LoraDiffusion
@@ -148,6 +149,15 @@ def test_initialisations_that_need_more_than_a_config(unet: UNet2DConditionModel
 def test_biases_of_a_bfloat16_base_are_refused(unet: UNet2DConditionModel) -> None:
     with pytest.raises(UserError, match="bias='all' trains weights of the base"):
         inject(unet.to(torch.bfloat16), peft.LoraConfig(r=2, bias="all"), TARGETS)
+
+
+def test_only_what_the_files_leave_out_is_told(unet: UNet2DConditionModel) -> None:
+    """Biases are in the files under the names of the base."""
+    model = inject(unet, peft.LoraConfig(r=2, bias="all"), TARGETS)
+    warn_of_left_out(model)
+    model.get_base_model().conv_in.weight.requires_grad_()
+    with pytest.warns(UserWarning, match=r"without 1 other trained tensors, the first is \S+\.conv_in\.weight"):
+        warn_of_left_out(model)
 
 
 def test_whatever_is_trained_is_float32(sd_folder: Path) -> None:
