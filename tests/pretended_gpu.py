@@ -171,7 +171,7 @@ class PretendedGPU(TorchDispatchMode):
 
 
 class _AskedForMeta(TorchFunctionMode):
-    """Notes whether Python code asks for the device ``meta``, and gives a tensor the values of the one that is set as its data."""
+    """Notes whether Python code asks for the device ``meta``; gives a tensor the values of the one that is set as its data."""
 
     now = False
 
