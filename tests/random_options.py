@@ -130,7 +130,7 @@ class Options:
     prior: bool
     text: bool
     tokens: bool
-    accumulate: int
+    accumulate: dict[int, int]
     clip: tuple[float | None, str]
     ema: float | None
     budget: bool
@@ -192,7 +192,7 @@ class Options:
             prior=sets and prior,
             text=unet and cached != "latents and text" and often(0.2),
             tokens=unet and cached != "latents and text" and often(0.2),
-            accumulate=1 if in_backward else r.choice([1, 1, 2, 3]),
+            accumulate={0: 1} if in_backward else r.choice([{0: 1}, {0: 2}, {0: 3}, {0: 1, 1: 3}]),  # by epochs
             clip=(None if in_backward else r.choice([None, 1.0]), r.choice(["norm", "value"])),
             ema=None if averaged else r.choice([None, 0.9]),
             budget=is_lora and not in_backward and optimizer not in SHARED and often(0.4),

@@ -17,6 +17,7 @@ import peft
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 from torch import nn
@@ -209,6 +210,9 @@ def fit(
     own += [ScheduleFree()] if drawn.optimizer == "schedule-free" else []
     own += [STARTS[drawn.start]()] if drawn.start else []
     own += [RankBudget(mean_rank=1.5, stop=0.7, prunings=3)] if drawn.budget else []
+    batches = drawn.accumulate[0]
+    if len(drawn.accumulate) > 1:
+        own += [GradientAccumulationScheduler(drawn.accumulate)]
     value, algorithm = drawn.clip
     of_run: dict[str, Any] = {
         "default_root_dir": folder,
@@ -216,10 +220,10 @@ def fit(
         "callbacks": own,
         "max_steps": drawn.steps,
         "max_epochs": drawn.epochs,
-        "accumulate_grad_batches": drawn.accumulate,
+        "accumulate_grad_batches": batches,
         "gradient_clip_val": value,
         "gradient_clip_algorithm": algorithm if value else None,
-        "val_check_interval": drawn.val_every and drawn.val_every * drawn.accumulate,
+        "val_check_interval": drawn.val_every and drawn.val_every * batches,
         "check_val_every_n_epoch": None if drawn.val_every else 1,
         "num_sanity_val_steps": 0,
     }
