@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lit_lora.cli import main
 from lit_lora.run_folder import run_folder
+from tests.helpers import processes
 from tests.job_run import write_job
 from tests.shared_logger import SharedLogger
 
@@ -23,19 +24,24 @@ CALLBACKS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_run_has_its_own_folder_in_one_save_dir(
-    processes: int, sd_folder: Path, make_shards: Any, tmp_path: Path
+    count: int, sd_folder: Path, make_shards: Any, tmp_path: Path
 ) -> None:
     make_shards(8)
     logger = {"class_path": "tests.shared_logger.SharedLogger", "init_args": {"save_dir": str(tmp_path / "logs")}}
-    strategy = "ddp_fork" if processes > 1 else "auto"
-    options = {"processes": processes, "strategy": strategy, "logger": logger, "max_epochs": -1}
+    strategy = "ddp" if count > 1 else "auto"
+    options = {"processes": count, "strategy": strategy, "logger": logger, "max_epochs": -1}
     config = write_job(tmp_path / "run", sd_folder, tmp_path / "shards", *CALLBACKS, **options)
+    output = tmp_path / "output"
+    output.mkdir()
     written: list[Path] = []
     for number, seed in enumerate((1, 2)):
-        arguments = ["--model.seed", str(seed), "--trainer.max_steps", "2"]
-        assert main(["fit", "--config", str(config), *arguments]) == 0
+        arguments = ["fit", "--config", str(config), "--model.seed", str(seed), "--trainer.max_steps", "2"]
+        if count > 1:
+            processes(["-m", "lit_lora.cli", *arguments], count, output)
+        else:
+            assert main(arguments) == 0
         found = sorted((tmp_path / "logs").iterdir())
         assert [path.name for path in found] == ["project"]
         runs = sorted(found[0].iterdir(), key=lambda path: path.stat().st_mtime)
