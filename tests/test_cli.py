@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import runpy
 import signal
 import sys
 import time
@@ -392,6 +393,16 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"lit-lora {__version__}\n"
+
+
+def test_the_package_runs_as_the_command_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit_lora", "fitt"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("lit_lora", run_name="__main__")
+    assert ended.value.code == 2
+    assert "did you mean" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
