@@ -16,6 +16,7 @@ from lit_lora.errors import UserError, check_whole
 from lit_lora.finite import any_non_finite, any_non_finite_gradient, damaged_base, non_finite_names, tensors_in
 from lit_lora.loops import accumulating, begins_anew
 from lit_lora.skipped_step import skip_step_where
+from lit_lora.to_device import to_device
 from lit_lora.visible import visible
 
 _SCALER_STEPS = 16
@@ -87,7 +88,7 @@ class FiniteGradients(Callback):
         flags = [any_non_finite(step.losses), any_non_finite_gradient(gradients)]
         if (backward := getattr(pl_module, "take_non_finite", _nothing)()) is not None:
             flags.append(backward)
-        bad = torch.stack([flag.to(pl_module.device) for flag in flags]).any()
+        bad = torch.stack([to_device(flag, pl_module.device) for flag in flags]).any()
         if trainer.world_size > 1:
             number = bad.float()
             distributed.all_reduce(number, distributed.ReduceOp.MAX)

@@ -13,9 +13,9 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     ends. From page-locked memory the copy takes its turn on the GPU, and the CPU goes on.
 
     Args:
-        values: Tensor on the CPU.
+        values: Tensor on the CPU, or on the device already.
         device: Where it is needed.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and not values.is_cuda:
         values = values.pin_memory()
     return values.to(device, non_blocking=True)

@@ -102,9 +102,11 @@ class OnGPU(Tensor):
         return torch.tensor(data, dtype=dtype or self.dtype, device=GPU, **options)
 
     def __getitem__(self, key: Any) -> Any:
-        # Torch's own code would make a list a tensor on ``meta``.
+        # Torch's own code would make numbers a tensor on ``meta``.
         keys = key if isinstance(key, tuple) else (key,)
-        return super().__getitem__(tuple(torch.tensor(k, device=GPU) if isinstance(k, list) else k for k in keys))
+        return super().__getitem__(
+            tuple(torch.tensor([*k], device=GPU) if isinstance(k, list | range) else k for k in keys)
+        )
 
     def __deepcopy__(self, memo: Any) -> Any:
         copied = OnGPU(self.values.detach().clone(), self.requires_grad)

@@ -18,6 +18,7 @@ from lit_lora.adapters import method_of
 from lit_lora.errors import UserError
 from lit_lora.finite import any_non_finite_gradient
 from lit_lora.skipped_step import skip_step_where
+from lit_lora.to_device import to_device
 
 
 class OptimizerInBackward:
@@ -85,7 +86,7 @@ class OptimizerInBackward:
         """Step the parameters whose gradients are complete; the step is skipped if one of them is not finite."""
         complete = [parameter for parameters in self._complete.values() for parameter in parameters]
         bad = any_non_finite_gradient([parameter.grad for parameter in complete if parameter.grad is not None])
-        self.non_finite = self.non_finite.to(bad.device) | bad
+        self.non_finite = to_device(self.non_finite, bad.device) | bad
         groups = self.optimizer.param_groups  # looked up each time, because loading a checkpoint replaces them
         chosen = {number: groups[number] for number in self._complete}
         members = {number: group["params"] for number, group in chosen.items()}
