@@ -24,7 +24,7 @@ from lit_lora.batch_size import batch_size
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.distributed.collectives import gather
 from lit_lora.early_stopping import stopped_early
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_least
 from lit_lora.files import atomic_file
 from lit_lora.profiling.meter import meter_of
 from lit_lora.report_text import format_duration, format_reason
@@ -72,9 +72,7 @@ class RunReport(Callback):
     def __init__(
         self, price_per_hour: float | None = None, price_per_kwh: float | None = None, output_dir: str | None = None
     ) -> None:
-        for name, price in (("price_per_hour", price_per_hour), ("price_per_kwh", price_per_kwh)):
-            if price is not None and price < 0:
-                raise UserError(f"{name} must be at least 0, not {price}; leave it out for a report without costs")
+        check_least(0, price_per_hour=price_per_hour, price_per_kwh=price_per_kwh)
         self.price_per_hour = price_per_hour
         self.price_per_kwh = price_per_kwh
         self.output_dir = output_dir

@@ -208,9 +208,7 @@ def _summary(trainer: Trainer, pl_module: LightningModule, steps: int | None) ->
     if make_plan is not None:
         plan = make_plan()
         batch = plan.global_batch_size * trainer.accumulate_grad_batches
-        in_pass = math.ceil(
-            plan.batches_per_round.sum() / trainer.accumulate_grad_batches
-        )  # steps: none spans two passes
+        in_pass = math.ceil(plan.batches_per_pass / trainer.accumulate_grad_batches)  # since no step spans two passes
         passes = "" if steps is None else f", {steps / in_pass:.3g} passes"
         samples = "sample" if plan.num_samples == 1 else "samples"
         lines.append(f"data     {plan.num_samples:,} {samples}, {batch} in a step{passes}")

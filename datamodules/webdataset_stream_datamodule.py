@@ -141,7 +141,8 @@ class WebDatasetStreamDataModule(LightningDataModule):
             self._train = _expand(self.train_shards)
         if self.val_shards:
             self._val = _expand(self.val_shards)
-            tell_validated_training(self._train, self._val)
+            if stage == "fit":
+                tell_validated_training(self._train, self._val)
         self.validation_digest = self._validation_digest()  # a resumed run compares it
 
     def _validation_digest(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from argparse import SUPPRESS
+from argparse import SUPPRESS, Action
 from inspect import isabstract
 from typing import Any, NoReturn
 
@@ -43,7 +43,8 @@ class Parser(LightningArgumentParser):
     def parse_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
         """Parse arguments; jsonargparse 4.47 gives the parser of a class ``--option=None`` for a null of the command line."""
         if self._of_class and args is not None:
-            args = [re.sub(r"=None$", "=null", one) for one in args]
+            texts = {f"{name}=None" for one in self._actions if _is_text(one) for name in one.option_strings}
+            args = [one if one in texts else re.sub(r"^(--[^=]+=)None$", r"\1null", one) for one in args]
         return super().parse_args(args, *others, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -70,3 +71,8 @@ class Parser(LightningArgumentParser):
         for name, path in classes.items():
             if name not in subcfg and (name in plain or subdefaults[name].get("class_path") != path):
                 subcfg[name] = {"class_path": path}
+
+
+def _is_text(action: Action) -> bool:
+    """Whether an option takes any text, so that None is one."""
+    return getattr(action, "_typehint", action.type) is str

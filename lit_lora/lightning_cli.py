@@ -52,7 +52,7 @@ from lit_lora.files import writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
 from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
-from lit_lora.run_folder import what_is_last
+from lit_lora.run_folder import why_none_is_last
 from lit_lora.save_config import SaveConfig
 from lit_lora.trainer_options import check_trainer_options
 
@@ -63,7 +63,7 @@ _MAX_SEED = 2**32 - 1
 """The highest seed that NumPy takes."""
 
 _HELP = {
-    "ckpt_path": "Path or URL of a checkpoint, which fit resumes from; last is the newest one of the run's folder.",
+    "ckpt_path": "Path or URL of the checkpoint to resume from or to read; last is the newest one of the run's folder.",
     "weights_only": argparse.SUPPRESS,  # no checkpoint is ever unpickled
 }
 """Help of options in place of Lightning's, which tells of what is not here."""
@@ -328,7 +328,7 @@ def _say_if_none_is_last(trainer: Trainer, required: bool) -> None:
             warnings.filterwarnings("ignore", ".*but there is no last checkpoint available")
             path = select(*args, **kwargs)
         if path is None:
-            found = what_is_last(trainer)
+            found = why_none_is_last(trainer)
             if required:
                 raise UserError(f"ckpt_path=last: {found}; name a checkpoint, or set must_resume to false")
             if trainer.is_global_zero:

@@ -71,7 +71,7 @@ def format_written(shards: int, resumed: int, samples: int, size: int, left_out:
 
 def format_duration(seconds: float) -> str:
     """A duration in its two largest units: ``2 d 3 h``, ``12 min 5 s``, ``0.8 s``, ``4 ms``."""
-    if 0 < seconds < 0.1:
+    if 0 < seconds < 0.0995:
         return f"{1000 * seconds:.2g} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"

@@ -26,7 +26,7 @@ def run_folder(trainer: Trainer) -> str:
     return folder
 
 
-def what_is_last(trainer: Trainer) -> str:
+def why_none_is_last(trainer: Trainer) -> str:
     """Where no checkpoint to resume from was found, and why."""
     folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     folder = next((str(folder) for folder in folders if folder), None)

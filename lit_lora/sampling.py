@@ -178,7 +178,10 @@ def generate(
             except ValueError as error:
                 if "num_inference_steps" not in str(error):
                     raise
-                steps = pipeline.scheduler.config.num_train_timesteps
+                config = pipeline.scheduler.config
+                steps = (
+                    config.get("original_inference_steps") or config.num_train_timesteps
+                )  # the former of LCM and TCD
                 raise UserError(
                     f"num_inference_steps={num_inference_steps} is too large for {type(pipeline.scheduler).__name__}; draw with "
                     f"at most {steps} steps"

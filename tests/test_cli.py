@@ -184,6 +184,13 @@ def test_null_turns_off_an_option_within_an_option() -> None:
     assert (cli.datamodule.chunks.count, cli.datamodule.chunks.staging, cli.datamodule.decoder.mask) == (2, None, None)
 
 
+@pytest.mark.parametrize("prefix", ["None", "a=None"])
+def test_a_text_is_not_taken_for_null(prefix: str) -> None:
+    data = ["--data.init_args.train_shards", "nowhere", "--data.init_args.decoder.captions.prefix", prefix]
+    cli: LitLoraCLI = build_cli(["fit", "--config", "configs/demo.yaml", *data], run=False)
+    assert cli.datamodule.decoder.captions.prefix == prefix
+
+
 @pytest.mark.filterwarnings("ignore:.*are left out, since a later list replaces it")
 def test_a_callback_may_stand_alone(tmp_path: Path) -> None:
     one = ["--trainer.callbacks", "LearningRateMonitor", "--trainer.default_root_dir", str(tmp_path)]

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2Pipeline, FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    Flux2Pipeline,
+    FluxPipeline,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
 
 from lit_lora.errors import UserError
@@ -31,12 +38,13 @@ def test_guidance_that_is_no_scale(value: float) -> None:
         SamplingOptions(guidance_scale=value)
 
 
-def test_more_steps_than_the_scheduler_has(sd_folder: Path) -> None:
+@pytest.mark.parametrize(("kind", "most"), [(DDIMScheduler, 1000), (LCMScheduler, 50)])
+def test_more_steps_than_the_scheduler_has(kind: Any, most: int, sd_folder: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
-    with pytest.raises(
-        UserError, match="num_inference_steps=1001 is too large for DDIMScheduler; draw with at most 1000 "
-    ):
-        generate(pipeline, ["a"], [0], num_inference_steps=1001, guidance_scale=1.0, height=16, width=16)
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+    told = f"num_inference_steps={most + 1} is too large for {kind.__name__}; draw with at most {most} steps"
+    with pytest.raises(UserError, match=told):
+        generate(pipeline, ["a"], [0], num_inference_steps=most + 1, guidance_scale=1.0, height=16, width=16)
 
 
 def test_what_a_pipeline_gets() -> None:

@@ -55,7 +55,7 @@ def tell_validated_training(training: Sequence[str], validation: Sequence[str]) 
     if both:
         _log.warning(
             "%d of %d shards to validate on are trained on too, first %s: their loss does not tell what is learned for other"
-            " images; name other val_shards, or hold samples out by val_samples",
+            " images; name other val_shards",
             len(both),
             len(validation),
             redact(both[0]),

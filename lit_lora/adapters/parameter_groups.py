@@ -56,9 +56,7 @@ class ParameterGroup:
             raise UserError(
                 f"parameter group {self.pattern!r} has both lr={self.lr} and lr_ratio={self.lr_ratio}; give one"
             )
-        for name, value in given.items():
-            if value < 0:
-                raise UserError(f"parameter group {self.pattern!r}: {name}={value} must be at least 0")
+        check_least(0, **{f"parameter group {self.pattern!r}: {name}": value for name, value in given.items()})
 
 
 def plain_name(name: str) -> str:

@@ -134,9 +134,9 @@ class QwenImage(QwenVAEFamily):
             tell_cut_captions(self.encoders["tokenizer"], texts, read, captions)
         # Without the head, whose logits for all words of the vocabulary are large.
         encoder = self.encoders["text_encoder"].model
-        ids, read = to_device(encoded.input_ids, self.device), to_device(encoded.attention_mask, self.device)
-        hidden = encoder(ids, attention_mask=read, use_cache=False).last_hidden_state
-        mask = read[:, DROPPED_TOKENS:][:, :longest].bool()
+        ids, whole_mask = to_device(encoded.input_ids, self.device), to_device(encoded.attention_mask, self.device)
+        hidden = encoder(ids, attention_mask=whole_mask, use_cache=False).last_hidden_state
+        mask = whole_mask[:, DROPPED_TOKENS:][:, :longest].bool()
         hidden = hidden[:, DROPPED_TOKENS:][:, :longest].masked_fill(~mask.unsqueeze(-1), 0)
         missing = longest - mask.shape[1]
         return {"encoder_hidden_states": F.pad(hidden, (0, 0, 0, missing)), "mask": F.pad(mask, (0, missing))}

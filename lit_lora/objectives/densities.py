@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.draws import Draws
-from lit_lora.errors import UserError
+from lit_lora.errors import UserError, check_above
 
 
 class TimestepDensity(ABC):
@@ -51,8 +51,7 @@ class LogitNormal(TimestepDensity):
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise UserError(f"LogitNormal: std={self.std} is too small; it must be above 0")
+        check_above(0, std=self.std)
 
     def times(self, draws: Draws) -> Tensor:
         return torch.sigmoid(self.mean + self.std * draws.normal("timestep", ()))

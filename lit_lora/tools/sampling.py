@@ -214,12 +214,10 @@ def _next(options: SampleOptions, columns: Sequence[Column]) -> str:
 
 def _given(options: SampleOptions) -> list[str]:
     """The options that were given and hold for the next command too, such as seed and size."""
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    given = {field.name for field in fields(options) if values[field.name] != field.default}
     return [
-        f"--{name} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
-        for name, value in values.items()
-        if name in given and name not in _OF_ONE_COMMAND
+        f"--{field.name} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
+        for field in fields(options)
+        if (value := getattr(options, field.name)) != field.default and field.name not in _OF_ONE_COMMAND
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from lit_lora.datamodules.batches.plan_report import (
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.datamodules.staging.make_stager import checked_budget
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
-from lit_lora.errors import UserError, check_least
+from lit_lora.errors import UserError, check_above, check_least
 from lit_lora.lightning_cli import ToolCLI, build_cli
 from lit_lora.report_text import format_duration, format_reason, format_table
 
@@ -34,7 +35,8 @@ def shards_plan(arguments: list[str]) -> None:
         raise UserError(f"data is a {type(data).__name__}, which does not plan its batches; use a WebDatasetDataModule")
     if options["processes"] is None:
         options["processes"] = processes_of(cli.config["trainer"])
-    print(describe(data, max_steps=cli.config["trainer"]["max_steps"], **options))
+    trainer = cli.config["trainer"]
+    print(describe(data, max_steps=trainer["max_steps"], accumulate=trainer["accumulate_grad_batches"], **options))
 
 
 def describe(
@@ -42,6 +44,7 @@ def describe(
     processes: int | None = None,
     images_per_second: float | None = None,
     max_steps: int = -1,
+    accumulate: int = 1,
 ) -> str:
     """Describe the data of a run: chunks, batches, dropped or padded samples, disk space and time.
 
@@ -51,6 +54,7 @@ def describe(
         images_per_second: Training speed of all processes together, from the progress bar of an earlier run, which gives
             the time of a pass. Defaults to the measured speed of reading and decoding, which gives a lower bound.
         max_steps: Optimizer steps of the run; -1 for no limit.
+        accumulate: Batches of each process in a step; defaults to 1.
 
     Returns:
         The description as text.
@@ -59,8 +63,7 @@ def describe(
         UserError: If the shards are missing or damaged, or the run could not start for another reason.
     """
     check_least(1, processes=processes)
-    if images_per_second is not None and images_per_second <= 0:
-        raise UserError(f"images_per_second={images_per_second} is too small; it must be above 0")
+    check_above(0, images_per_second=images_per_second)
     data.prepare_data()
     data.setup("fit")
     processes = processes or 1
@@ -77,7 +80,9 @@ def describe(
         ["dropped" if plan.leftovers == "drop" else "padded", _share(plan)],
     ]
     if max_steps > 0:
-        lines.append(["steps", f"{max_steps:,}, or {max_steps / plan.batches_per_pass:.2f} passes"])
+        lines.append(
+            ["steps", f"{max_steps:,}, or {max_steps / math.ceil(plan.batches_per_pass / accumulate):.2f} passes"]
+        )
     lines.append(["disk peak", _disk(data, sizes)])
     lines.append(["time", _time(data, plan, shown, processes, images_per_second)])
     blocks = [[format_reason(f"{label:<15} {value}", indent=16) for label, value in lines]]
@@ -91,7 +96,7 @@ def describe(
 class _PlanCLI(ToolCLI):
     command = "lit-lora shards plan"
     function = staticmethod(describe)
-    parts = frozenset({"data", "max_steps"})
+    parts = frozenset({"data", "max_steps", "accumulate"})
 
     def instantiate_classes(self) -> None:
         parser = ArgumentParser()

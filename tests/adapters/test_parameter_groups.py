@@ -104,7 +104,7 @@ def test_lora_plus_is_that_of_peft() -> None:
     [
         (lambda: ParameterGroup("*"), "'\\*' sets nothing"),
         (lambda: ParameterGroup("*", lr=1, lr_ratio=2), "has both lr=1 and lr_ratio=2"),
-        (lambda: ParameterGroup("*", weight_decay=-1), "weight_decay=-1 must be at least 0"),
+        (lambda: ParameterGroup("*", weight_decay=-1), "weight_decay=-1 is too small; it must be at least 0"),
         (
             lambda: make_optimizer(ADAMW, nn.Linear(1, 1), [ParameterGroup("lora*", lr=1)]),
             r"matches no trained parameter.*weight",

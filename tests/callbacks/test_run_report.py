@@ -131,7 +131,7 @@ def test_cost(fit):
     assert taken["time_cost"] == pytest.approx(taken["wall_seconds"] / 100)
     assert taken["energy_cost"] is None  # there is a price, but no counter
     for name in ("price_per_hour", "price_per_kwh"):
-        with pytest.raises(UserError, match=f"{name} must be at least 0, not -1"):
+        with pytest.raises(UserError, match=f"{name}=-1 is too small; it must be at least 0"):
             RunReport(**{name: -1})
 
 

@@ -22,7 +22,7 @@ _TRACES = (
 )
 """What shows that a folder is that of a run."""
 
-_OF_READING = re.compile(r"^(verbose|return_predictions):", re.MULTILINE)
+_WITHOUT_TRAINING = re.compile(r"^(verbose|return_predictions):", re.MULTILINE)
 
 
 def write_page(run: Path, out: Path | None = None) -> Path:
@@ -71,13 +71,13 @@ def run_of(path: Path) -> Path:
             f"run={str(path)!r} is no run's folder: it has no logs, samples, checkpoints or report.json, nor has a version "
             f"in it; name the folder of lit-lora train, or a version of fit such as runs/NAME/lightning_logs/version_0"
         )
-    return max(versions, key=lambda one: (not _only_reads(one), number_of(one)))
+    return max(versions, key=lambda one: (_trains(one), number_of(one)))
 
 
-def _only_reads(folder: Path) -> bool:
-    """Whether a version is of validate, test or predict, which log too: their configs have an option that those of fit lack."""
+def _trains(folder: Path) -> bool:
+    """Whether a version is not of validate, test or predict, which log too: their configs have options that those of fit lack."""
     config = folder / "config.yaml"
-    return config.is_file() and _OF_READING.search(config.read_text(encoding="utf-8", errors="replace")) is not None
+    return not config.is_file() or not _WITHOUT_TRAINING.search(config.read_text(encoding="utf-8", errors="replace"))
 
 
 def _is_run(folder: Path) -> bool:

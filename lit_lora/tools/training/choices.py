@@ -157,7 +157,7 @@ def _reasons(
     # A pass ends with a batch of each bucket that may not be full; which of them lose images to validation is not known here.
     learned = count * images.repeats / len(images)
     batches = sum(math.ceil(one * learned / settings.batch_size) for one in counts)
-    passes = settings.steps * settings.accumulate / max(1, batches)
+    passes = settings.steps / math.ceil(max(1, batches) / settings.accumulate)  # since no step spans two passes
     repeated = "" if images.repeats == 1 else " with the repeats of the sets"
     edge = settings.resolution
 

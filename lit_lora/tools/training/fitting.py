@@ -75,10 +75,12 @@ def parts_of(config: Mapping[str, Any]) -> LitLoraCLI:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check names and types of the keys of a config that is in no file, and the trainer's options, without building the parts.
+    """Check names and types of the keys of a config that is in no file, and the options of trainer and adapters.
+
+    Only the configs of adapters are built.
 
     Raises:
-        UserError: If an option of the trainer cannot work.
+        UserError: If an option of the trainer or of an adapter cannot work.
         SystemExit: If a key or a value is wrong, after a message.
     """
     with _in_file(config) as path:
