@@ -73,6 +73,20 @@ class Parser(LightningArgumentParser):
                 subcfg[name] = {"class_path": path}
 
 
+def parser_options(command: str, description: str) -> dict[str, Any]:
+    """Options of a command's parser; its usage is one line, where the list of all options would fill a screen."""
+    return {"prog": command, "usage": f"{command} --config FILE [options]", "description": description}
+
+
+RUNS = {
+    "fit": parser_options("lit-lora fit", "Train an adapter."),
+    "validate": parser_options("lit-lora validate", "Compute the loss on the validation shards."),
+    "test": parser_options("lit-lora test", "Compute the loss on the test shards."),
+    "predict": parser_options("lit-lora predict", "Draw an image for each caption of the validation shards."),
+}
+"""Options of the parsers of the commands that run a trainer."""
+
+
 def _is_text(action: Action) -> bool:
     """Whether an option takes any text, so that None is one."""
     return getattr(action, "_typehint", action.type) is str

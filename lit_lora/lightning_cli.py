@@ -40,7 +40,7 @@ from lit_lora.checkpoint_io import SafeCheckpointIO, read_checkpoint
 from lit_lora.class_help import with_named_class
 from lit_lora.config_errors import explain, null_options, reasons, two_of_a_kind
 from lit_lora.config_files import shipped_config
-from lit_lora.config_parser import Parser
+from lit_lora.config_parser import RUNS, Parser, parser_options
 from lit_lora.console import print_error
 from lit_lora.datamodules.remote.transfer import is_remote
 from lit_lora.distributed import check_ranks, check_strategy_name
@@ -52,6 +52,7 @@ from lit_lora.files import writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
 from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
+from lit_lora.report_text import format_table
 from lit_lora.run_folder import why_none_is_last
 from lit_lora.save_config import SaveConfig
 from lit_lora.trainer_options import check_trainer_options
@@ -64,6 +65,7 @@ _MAX_SEED = 2**32 - 1
 
 _HELP = {
     "ckpt_path": "Path or URL of the checkpoint to resume from or to read; last is the newest one of the run's folder.",
+    "verbose": "Show the results as Lightning's table, with all digits.",
     "weights_only": argparse.SUPPRESS,  # no checkpoint is ever unpickled
 }
 """Help of options in place of Lightning's, which tells of what is not here."""
@@ -119,6 +121,8 @@ class LitLoraCLI(LightningCLI):
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser._action_groups[-1].title = "Options of the run"
+        if subcommand in ("validate", "test"):
+            parser.set_defaults(verbose=False)
         for action in parser._actions:
             action.help = _HELP.get(action.dest, action.help)
         return parser
@@ -219,6 +223,15 @@ class LitLoraCLI(LightningCLI):
 
     before_test = before_validate
 
+    def after_validate(self) -> None:
+        """Print the results."""
+        if self.trainer.is_global_zero and not self._get(self.config, "verbose"):
+            rows = [[name, f"{float(value):.4g}"] for name, value in self.trainer.callback_metrics.items()]
+            for line in format_table(rows):
+                print(line)
+
+    after_test = after_validate
+
     def before_predict(self) -> None:
         """Check the checkpoint; tell what runs without one, and that nothing writes the images."""
         self.before_validate()
@@ -246,7 +259,7 @@ class ToolCLI(LitLoraCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         summary = (inspect.getdoc(self.function) or "").partition("\n\n")[0]
-        return super().init_parser(**_parser_options(self.command, summary), **kwargs)
+        return super().init_parser(**parser_options(self.command, summary), **kwargs)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         self._names = parser.add_function_arguments(self.function, skip=set(self.parts))
@@ -293,7 +306,7 @@ def build_cli(arguments: Sequence[str], run: bool = True, cli_class: type[CLI] =
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_callback=SaveConfig,
-            parser_kwargs={} if not run else _PARSERS,
+            parser_kwargs={} if not run else RUNS,
             seed_everything_default=0,
             args=arguments if run else arguments[1:],
             run=run,
@@ -375,19 +388,6 @@ def _claim_version(logger: TensorBoardLogger | CSVLogger) -> None:
             if not folder.is_dir():
                 return
             logger._version = None
-
-
-def _parser_options(command: str, description: str) -> dict[str, Any]:
-    """Options of a command's parser; its usage is one line, where the list of all options would fill a screen."""
-    return {"prog": command, "usage": f"{command} --config FILE [options]", "description": description}
-
-
-_PARSERS = {
-    "fit": _parser_options("lit-lora fit", "Train an adapter."),
-    "validate": _parser_options("lit-lora validate", "Compute the loss on the validation shards."),
-    "test": _parser_options("lit-lora test", "Compute the loss on the test shards."),
-    "predict": _parser_options("lit-lora predict", "Draw an image for each caption of the validation shards."),
-}
 
 
 def _config_and_path(argument: str) -> list[str]:

@@ -270,12 +270,16 @@ def test_config_with_an_equals_sign(config: Callable[..., Path]) -> None:
     assert cli.datamodule.batch_size == 3
 
 
-def test_fit_validate_test_predict(config: Callable[..., Path], tmp_path: Path, shards: Path) -> None:
+def test_fit_validate_test_predict(
+    config: Callable[..., Path], tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = config()
     assert main(["fit", "--config", str(path)]) == 0
     last = tmp_path / "ck" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4
+    capsys.readouterr()
     assert main(["validate", "--config", str(path), "--ckpt_path", str(last)]) == 0
+    assert re.search(r"^val/loss +\d\.\d+\nval/loss_q\d +\d\.\d+$", capsys.readouterr().out, re.MULTILINE)
     test_shards = ["--data.init_args.test_shards", str(shards)]
     assert main(["test", "--config", str(path), "--ckpt_path", str(last), *test_shards]) == 0
     out = tmp_path / "drawn"
