@@ -74,6 +74,21 @@ def test_the_pretended_gpu_shows_what_a_gpu_would() -> None:
     assert sorted(gpu.waits.values()) == [1, 2]  # that of item, those of the copies there and back
 
 
+def test_the_pretended_gpu_multiplies_complex_numbers() -> None:
+    """Their gradients have conjugates, which torch computes late."""
+    numbers = torch.polar(torch.rand(3, 2), torch.rand(3, 2))
+
+    def gradient(values: Tensor) -> Tensor:
+        values.requires_grad_()
+        (values * numbers.to(values.device)).imag.sum().backward()
+        assert values.grad is not None
+        return values.grad.cpu()
+
+    expected = gradient(torch.ones(3, 2, dtype=torch.complex64))
+    with pretended_gpu():
+        assert torch.equal(gradient(torch.ones(3, 2, dtype=torch.complex64, device=GPU)), expected)
+
+
 class Waits(Callback):
     """Keeps the places where the third step waited, the first that is like all that follow."""
 
