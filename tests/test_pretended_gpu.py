@@ -18,7 +18,6 @@ import peft
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,7 +30,6 @@ from lit_lora import (
     LoraDiffusion,
     StepMetrics,
     StepProgress,
-    UserError,
     WebDatasetDataModule,
 )
 from lit_lora.datamodules.packing.pack import pack_folder
@@ -39,7 +37,7 @@ from tests.families.folders import FOLDERS
 from tests.helpers import differences
 from tests.pretended_gpu import GPU, OneGPU, PretendedGPU, pretended_gpu
 from tests.random_options import FAMILIES, Options
-from tests.test_random_resumes import fit, fit_in_parts, write_adapter, write_shards
+from tests.random_runs import train_in_parts, train_whole
 
 pytestmark = pytest.mark.slow
 
@@ -150,40 +148,24 @@ def test_a_run_that_is_resumed_on_a_gpu_equals_one_on_the_cpu(
     tmp_path: Path,
 ) -> None:
     r = random.Random(f"{SEED} {number}")
-    for trial in range(20):
-        drawn, folder = Options.draw(r), tmp_path / f"data-{trial}"
-        drawn.base_dtype, drawn.memory["offload_blocks"] = "float32", False
-        drawn.steps = min(drawn.steps, 5)
-        drawn.convolutions = drawn.convolutions.replace("packed", "plain")  # for CPUs
-        print(f"\nLIT_LORA_GPU_SEED={SEED}, {number}: {drawn}")
-        kind, fixture = FAMILIES[drawn.family]
-        base: Path = request.getfixturevalue(fixture)
-        expected: dict[str, Any] = {}
-        try:
-            if drawn.base_adapter:
-                write_adapter(base, kind, folder / "adapter")
-            shards = write_shards(drawn, base, folder, r, encode_image)
-            with sdpa_kernel(SDPBackend.MATH):
-                fit(drawn, base, shards, tmp_path / f"cpu-{trial}", expected, trainer_options, 0)
-        except (UserError, MisconfigurationException) as error:  # options that do not go together
-            if expected:  # these are refused before the first step
-                raise
-            print(f"  refused: {error}")
-            continue
-        break
-    else:
-        pytest.fail("nothing but options that are refused")
-    found: dict[str, Any] = {}
+    called = f"LIT_LORA_GPU_SEED={SEED}, {number}"
+    with sdpa_kernel(SDPBackend.MATH):
+        whole = train_whole(r, called, _for_a_gpu, request, encode_image, trainer_options, tmp_path)
     del trainer_options["accelerator"]
     with pretended_gpu():
-        on_gpu = trainer_options | {"strategy": OneGPU()}
-        batches = sum(name.startswith("batch") for name in expected)
-        fit_in_parts(r, batches, drawn, base, shards, tmp_path / "gpu", found, on_gpu)
+        found = train_in_parts(r, whole, tmp_path / "gpu", trainer_options | {"strategy": OneGPU()})
         found = {name: _on_cpu(values) for name, values in found.items()}
     # Optimizers compute in another order on a GPU; quantized inputs and signs of gradients make more of it.
-    losses = [{name: _loss(values) for name, values in run.items()} for run in (found, expected)]
+    losses = [{name: _loss(values) for name, values in run.items()} for run in (found, whole.seen)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-5)
-    assert not list(differences(_batches(found), _batches(expected)))[:20]
+    assert not list(differences(_batches(found), _batches(whole.seen)))[:20]
+
+
+def _for_a_gpu(drawn: Options) -> None:
+    """Leave out what the pretended GPU cannot do and what is for CPUs alone."""
+    drawn.base_dtype, drawn.memory["offload_blocks"] = "float32", False
+    drawn.convolutions = drawn.convolutions.replace("packed", "plain")
+    drawn.steps = min(drawn.steps, 5)
 
 
 def _loss(values: Any) -> float:
