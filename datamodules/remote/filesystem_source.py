@@ -21,6 +21,7 @@ from lit_lora.datamodules.remote.remote_source import (
     Stated,
     Stream,
     TransientError,
+    in_words,
 )
 from lit_lora.errors import UserError
 
@@ -198,10 +199,10 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _describe(error: Exception) -> str:
-    """Type of an error, and its S3 or system error code."""
+    """What an error means, or its type with its S3 or system error code."""
     answer = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     if isinstance(answer, dict) and "Error" in answer:
         return f"{type(error).__name__} ({answer['Error'].get('Code')})"
     if isinstance(error, OSError) and error.errno:
         return f"{type(error).__name__} ({os.strerror(error.errno)})"
-    return type(error).__name__
+    return in_words(error)

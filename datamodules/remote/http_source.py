@@ -21,6 +21,7 @@ from lit_lora.datamodules.remote.remote_source import (
     Stated,
     Stream,
     TransientError,
+    in_words,
 )
 
 _MISSING = {404, 410}
@@ -31,15 +32,6 @@ _ACTIONS = {
     410: "check the name",
 }
 _WRONG_RANGE = "the server answered with a range that was not requested"
-_WORDS = {
-    "NewConnectionError": "no connection to the server",
-    "NameResolutionError": "the server's name is not found",
-    "ConnectTimeoutError": "the server does not answer",
-    "ReadTimeoutError": "the server does not answer",
-    "ProtocolError": "the connection broke",
-    "IncompleteRead": "the connection broke",
-}
-"""What names of exceptions of urllib3 mean."""
 _PASSING = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
@@ -130,7 +122,7 @@ class HttpSource(RemoteSource):
             try:
                 piece = read(PIECE_BYTES)
             except urllib3.exceptions.HTTPError as error:
-                raise TransientError(_words(error)) from None
+                raise TransientError(in_words(error)) from None
             waited = time.monotonic() - before
             if not piece:
                 return
@@ -141,18 +133,12 @@ class HttpSource(RemoteSource):
         """Convert an exception to an error of this package by its type, since the message contains the URL."""
         inner = error.args[0] if error.args else None
         inner = getattr(inner, "reason", inner)
-        reason = _words(inner if isinstance(inner, Exception) else error)
+        reason = in_words(inner if isinstance(inner, Exception) else error)
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return self.error("the certificate of the server is not trusted", "check the address or the certificates")
         if isinstance(error, _PASSING):
             return TransientError(reason)
         return self.error(reason, "check the URL")
-
-
-def _words(error: Exception) -> str:
-    """What an exception means, by its type, or the name of its type."""
-    name = type(error).__name__
-    return _WORDS.get(name, name)
 
 
 def _strong(etag: str | None) -> str | None:

@@ -19,6 +19,25 @@ RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 TRY_LATER = "check the network and the server, then start again"
 
 
+_WORDS = {
+    "NewConnectionError": "no connection to the server",
+    "EndpointConnectionError": "no connection to the server",
+    "NameResolutionError": "the server's name is not found",
+    "ConnectTimeoutError": "the server does not answer",
+    "ReadTimeoutError": "the server does not answer",
+    "ProtocolError": "the connection broke",
+    "IncompleteRead": "the connection broke",
+    "ConnectionClosedError": "the connection broke",
+}
+"""What names of exceptions of urllib3 and botocore mean."""
+
+
+def in_words(error: Exception) -> str:
+    """What an exception means, by its type, or the name of its type."""
+    name = type(error).__name__
+    return _WORDS.get(name, name)
+
+
 class RemoteError(UserError):
     """A remote shard cannot be read. The message contains no credentials.
 

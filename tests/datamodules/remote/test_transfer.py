@@ -546,6 +546,16 @@ def test_s3(s3, target):
 
 
 @pytest.mark.slow
+def test_no_s3_server(monkeypatch, target):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with s3_server(monkeypatch, "train"):
+        pass
+    with pytest.raises(RemoteError, match=r"no connection to the server \(3 attempts in a row\); check the network"):
+        fetch("s3://train/shards/a.tar", target, None, QUICK)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # the next test has another server
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_s3_in_forked_processes(s3):
     """Forked processes lack the parent's connections, event loop and threads."""
