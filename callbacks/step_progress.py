@@ -20,6 +20,7 @@ from lit_lora.callbacks.base_loss import BaseLoss
 from lit_lora.callbacks.checkpoint_files import adapter_folders
 from lit_lora.callbacks.step_metrics import learning_rate
 from lit_lora.errors import check_least
+from lit_lora.loops import passes_in
 from lit_lora.parameters import trainable_parameters
 from lit_lora.progress_bar import messages_above_bar
 from lit_lora.report_text import format_next
@@ -208,8 +209,9 @@ def _summary(trainer: Trainer, pl_module: LightningModule, steps: int | None) ->
     if make_plan is not None:
         plan = make_plan()
         batch = plan.global_batch_size * trainer.accumulate_grad_batches
-        in_pass = math.ceil(plan.batches_per_pass / trainer.accumulate_grad_batches)  # since no step spans two passes
-        passes = "" if steps is None else f", {steps / in_pass:.3g} passes"
+        passes = ""
+        if steps is not None:
+            passes = f", {passes_in(steps, plan.batches_per_pass, trainer.accumulate_grad_batches):.3g} passes"
         samples = "sample" if plan.num_samples == 1 else "samples"
         lines.append(f"data     {plan.num_samples:,} {samples}, {batch} in a step{passes}")
     if steps is not None:

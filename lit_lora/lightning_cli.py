@@ -43,7 +43,8 @@ from lit_lora.config_files import shipped_config
 from lit_lora.config_parser import RUNS, Parser, parser_options
 from lit_lora.console import print_error
 from lit_lora.datamodules.remote.transfer import is_remote
-from lit_lora.distributed import check_ranks, check_strategy_name
+from lit_lora.distributed import check_strategy_name
+from lit_lora.distributed.check import check_ranks
 from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.dropped_options import dropped_options
 from lit_lora.early_stopping import ResumedEarlyStopping

@@ -116,6 +116,17 @@ def is_over(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop._is_training_done)
 
 
+def passes_in(steps: int, batches: int, accumulate: int) -> float:
+    """Passes through the data in a number of optimizer steps, none of which spans two passes.
+
+    Args:
+        steps: Number of optimizer steps.
+        batches: Batches of each process in a pass.
+        accumulate: Batches of each process in a step.
+    """
+    return steps / math.ceil(batches / accumulate)
+
+
 def resume_epoch(trainer: Trainer) -> bool:
     """Make Lightning go on where a checkpoint was saved; to be called in ``on_train_start``, with the metrics restored.
 

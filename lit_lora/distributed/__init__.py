@@ -14,22 +14,13 @@ if TYPE_CHECKING:
     from lit_lora.distributed.strategies import (
         LitLoraDeepSpeed,
         LitLoraFSDP,
-        check_ranks,
         check_strategy,
         check_strategy_name,
         is_ours,
         shards_weights,
     )
 
-__all__ = [
-    "LitLoraDeepSpeed",
-    "LitLoraFSDP",
-    "check_ranks",
-    "check_strategy",
-    "check_strategy_name",
-    "is_ours",
-    "shards_weights",
-]
+__all__ = ["LitLoraDeepSpeed", "LitLoraFSDP", "check_strategy", "check_strategy_name", "is_ours", "shards_weights"]
 
 __getattr__ = lazy_names(__name__, dict.fromkeys(__all__, "lit_lora.distributed.strategies"))
 

@@ -2,19 +2,11 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lit_lora.distributed.check import check_ranks, check_strategy, check_strategy_name, is_ours, shards_weights
+from lit_lora.distributed.check import check_strategy, check_strategy_name, is_ours, shards_weights
 from lit_lora.distributed.deepspeed import LitLoraDeepSpeed
 from lit_lora.distributed.fsdp import LitLoraFSDP
 
-__all__ = [
-    "LitLoraDeepSpeed",
-    "LitLoraFSDP",
-    "check_ranks",
-    "check_strategy",
-    "check_strategy_name",
-    "is_ours",
-    "shards_weights",
-]
+__all__ = ["LitLoraDeepSpeed", "LitLoraFSDP", "check_strategy", "check_strategy_name", "is_ours", "shards_weights"]
 
 if "lit_lora_fsdp" not in StrategyRegistry:
     StrategyRegistry.register("lit_lora_fsdp", LitLoraFSDP, description="FSDP2 for adapters")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from lit_lora.datamodules.staging.make_stager import checked_budget
 from lit_lora.datamodules.webdataset_datamodule import WebDatasetDataModule
 from lit_lora.errors import UserError, check_above, check_least
 from lit_lora.lightning_cli import ToolCLI, build_cli
+from lit_lora.loops import passes_in
 from lit_lora.report_text import format_duration, format_reason, format_table
 
 
@@ -80,9 +80,8 @@ def describe(
         ["dropped" if plan.leftovers == "drop" else "padded", _share(plan)],
     ]
     if max_steps > 0:
-        lines.append(
-            ["steps", f"{max_steps:,}, or {max_steps / math.ceil(plan.batches_per_pass / accumulate):.2f} passes"]
-        )
+        passes = passes_in(max_steps, plan.batches_per_pass, accumulate)
+        lines.append(["steps", f"{max_steps:,}, or {passes:.2f} passes"])
     lines.append(["disk peak", _disk(data, sizes)])
     lines.append(["time", _time(data, plan, shown, processes, images_per_second)])
     blocks = [[format_reason(f"{label:<15} {value}", indent=16) for label, value in lines]]

@@ -14,12 +14,11 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from lit_lora.distributed import (
     LitLoraDeepSpeed,
     LitLoraFSDP,
-    check_ranks,
     check_strategy,
     check_strategy_name,
     shards_weights,
 )
-from lit_lora.distributed.check import check_elementwise
+from lit_lora.distributed.check import check_elementwise, check_ranks
 from lit_lora.distributed.collectives import time_limit
 from lit_lora.errors import UserError
 from tests.distributed.scenarios import STRATEGIES

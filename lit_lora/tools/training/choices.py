@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets
 from lit_lora.errors import UserError, check_least, check_whole
+from lit_lora.loops import passes_in
 from lit_lora.tools.training.base import Base
 from lit_lora.tools.training.images import Images
 
@@ -157,7 +158,7 @@ def _reasons(
     # A pass ends with a batch of each bucket that may not be full; which of them lose images to validation is not known here.
     learned = count * images.repeats / len(images)
     batches = sum(math.ceil(one * learned / settings.batch_size) for one in counts)
-    passes = settings.steps / math.ceil(max(1, batches) / settings.accumulate)  # since no step spans two passes
+    passes = passes_in(settings.steps, max(1, batches), settings.accumulate)
     repeated = "" if images.repeats == 1 else " with the repeats of the sets"
     edge = settings.resolution
 
