@@ -65,6 +65,7 @@ def find_base(base: str | None) -> Base:
         raise UserError(f"give --base: {names}; or a folder, hub id or .safetensors file of such a model")
     if base in base_names():
         template = _template(_OF_EMBEDDED if base == NAME else base)
+        template["trainer"].pop("accelerator", None)  # the demo's, which any machine repeats
         return Base(base, template, template["data"]["init_args"]["resolution"])
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     if not is_hub_id and not Path(base).expanduser().exists():

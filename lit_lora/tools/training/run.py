@@ -62,7 +62,7 @@ def train_adapter(request: Request) -> None:
     check_alone(request)
     names = [one.stem if one.suffix == ".toml" else os.path.basename(os.path.realpath(one)) for one in request.folders]
     out = Path(request.out or Path("runs", f"{'-'.join(names)}-{base.name}"))
-    device = find_device(request.device) if request.device else default_device("auto")
+    device = _device_of(request)
     sets = find_sets(request.folders if request.has_sets else folder, out)
     if request.sources is not None and not base.takes_sources:
         raise UserError(
@@ -87,6 +87,17 @@ def train_adapter(request: Request) -> None:
     with only_run_in(out, "train"):
         claim(out, request)
         _Training(request, base, out, device, data).run()
+
+
+def _device_of(request: Request) -> Device:
+    """The device to plan for: as given, or the one that the trainer will use."""
+    accelerator = request.given.get("trainer.accelerator", "auto")
+    if request.device is None:
+        return default_device(accelerator)
+    device = find_device(request.device)
+    if device.is_cuda and accelerator == "cpu":
+        raise UserError(f"device={request.device!r} is a GPU, and trainer.accelerator is cpu; leave one of them out")
+    return device
 
 
 def _is_replaced(key: str, given: Mapping[str, Any]) -> bool:
