@@ -55,6 +55,8 @@ _NOISY_LOGGERS = (
 _NO_NEWS = (
     "\N{ELECTRIC LIGHT BULB}",
     "TPU available",
+    "You are using a CUDA device",
+    "LOCAL_RANK:",
     "`Trainer(val_check_interval=1)`",
     "`Trainer.fit` stopped: `max_steps=",
     "Restoring states from the checkpoint path",
@@ -70,7 +72,8 @@ def quiet_libraries() -> None:
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger(_SEED_LOGGER).setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    for name in ("utilities.rank_zero", "accelerators.cuda"):
+        logging.getLogger(f"lightning.pytorch.{name}").addFilter(_is_news)
     own = logging.getLogger("lit_lora")
     if not any(isinstance(one, _OwnMessages) for one in own.handlers):
         own.addHandler(_OwnMessages())

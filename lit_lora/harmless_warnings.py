@@ -16,6 +16,7 @@ _HARMLESS = (
     r"Couldn't infer the batch indices fetched from your dataloader",  # batches tell their slots and keys
     r"The .*dataloader.* does not have many workers",  # num_workers has a default and a reason
     r"Checkpoint directory .* exists and is not empty",  # of a run that is resumed
+    r"The AccumulateGrad node's stream does not match",  # Lightning makes DDP's nodes on a stream of its own
     r"The number of training batches .* is smaller than the logging interval",  # steps are logged across passes
 )
 """Warnings of Lightning, torch and PEFT that need no action from the user."""

@@ -204,3 +204,21 @@ def test_messages_of_lightning_and_of_the_package_fit_the_terminal(
     wrapped = ["word word word word word word"] * 2
     assert [line.strip() for line in stream.stream.getvalue().splitlines()] == wrapped
     assert [line.strip() for line in capsys.readouterr().err.splitlines()] == ["lit-lora: warning", *wrapped]
+
+
+@pytest.mark.parametrize(
+    ("logger", "message", "shown"),
+    [
+        ("utilities.rank_zero", "You are using a CUDA device ('H100') that has Tensor Cores.", False),
+        ("accelerators.cuda", "LOCAL_RANK: 0 - CUDA_VISIBLE_DEVICES: [0]", False),
+        ("utilities.rank_zero", "GPU available: True (cuda), used: True", True),
+        ("accelerators.cuda", "another message", True),
+    ],
+)
+def test_what_lightning_says_of_each_gpu_is_no_news(
+    logger: str, message: str, shown: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    console.quiet_libraries()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        logging.getLogger(f"lightning.pytorch.{logger}").info(message)
+    assert (message in caplog.messages) == shown

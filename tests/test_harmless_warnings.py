@@ -16,6 +16,7 @@ def test_only_what_nobody_can_act_on_is_ignored() -> None:
             warnings.warn(
                 "Couldn't infer the batch indices fetched from your dataloader: `RestartingLoader`", stacklevel=1
             )
+            warnings.warn("The AccumulateGrad node's stream does not match the stream of the node", stacklevel=1)
             warnings.warn("something else", stacklevel=1)
         with pytest.raises(KeyError), harmless_ignored():
             raise KeyError

@@ -136,9 +136,8 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 _init_process_group = distributed.init_process_group
 
 
-def _with_gloo(*args: Any, **options: Any) -> None:
-    del options["device_id"]
-    _init_process_group("cpu:gloo,cuda:gloo", **options)
+def _with_gloo(backend: str | None = None, *args: Any, device_id: object = None, **options: Any) -> None:
+    _init_process_group("gloo", *args, **options)
 
 
 distributed.init_process_group = _with_gloo  # type: ignore[assignment]
