@@ -241,7 +241,7 @@ class _GpuEnergy:
         try:
             import pynvml
         except ImportError:
-            self.note = 'the driver\'s library is not installed: pip install "lit_lora[energy]"'
+            self.note = 'not installed: pip install "lit_lora[energy]"'
             return None
         try:
             pynvml.nvmlInit()

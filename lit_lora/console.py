@@ -215,8 +215,13 @@ def out_of_memory(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(text)):
         return "the host's memory ran out; lower batch_size or num_workers, or quantize the base"
     if type(error).__name__ == "OutOfMemoryError":
-        return f"{text.splitlines()[0]}\nlit-lora plan --config … shows what makes the run fit"
+        return f"{gpu_memory(error)}\nlit-lora plan --config … shows what makes the run fit"
     return None
+
+
+def gpu_memory(error: BaseException) -> str:
+    """What torch says of a GPU whose memory ran out, without its advice about fragments, which help a run seldom."""
+    return str(error).splitlines()[0].partition(" If reserved but unallocated")[0]
 
 
 def port_taken(error: BaseException) -> str | None:

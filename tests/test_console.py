@@ -222,3 +222,9 @@ def test_what_lightning_says_of_each_gpu_is_no_news(
     with caplog.at_level(logging.INFO, "lightning.pytorch"):
         logging.getLogger(f"lightning.pytorch.{logger}").info(message)
     assert (message in caplog.messages) == shown
+
+
+def test_memory_of_a_gpu_that_ran_out_is_told_without_torchs_advice() -> None:
+    text = "CUDA out of memory. 1.07 MiB is free. If reserved but unallocated memory is large try setting X. See https://a/b#c)"
+    told = console.out_of_memory(torch.OutOfMemoryError(text))
+    assert told == "CUDA out of memory. 1.07 MiB is free.\nlit-lora plan --config … shows what makes the run fit"

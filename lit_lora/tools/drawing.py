@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 import lit_lora
 from lit_lora.adapters import load_adapter
 from lit_lora.adapters.names import tuner_layers
+from lit_lora.console import gpu_memory
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, ModelSource, check_edits, family_of_source
 from lit_lora.formats import AdapterFiles
@@ -204,7 +205,7 @@ class Drawer:
         except torch.OutOfMemoryError as error:
             if not further:
                 raise UserError(
-                    f"{str(error).splitlines()[0]} All that can wait in host memory does; draw smaller images with --height and "
+                    f"{gpu_memory(error)} All that can wait in host memory does; draw smaller images with --height and "
                     f"--width, or on the CPU with --device cpu"
                 ) from error
         # Outside of the handler, whose error keeps what was on the GPU.

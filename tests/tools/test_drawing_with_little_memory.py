@@ -50,7 +50,9 @@ class Small:
     def use(self, what: Any) -> None:
         self.used.append(what)
         if len(self.used) <= self.refused:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2 GiB. If reserved but unallocated memory is large try setting more"
+            )
 
 
 def make_small(kind: type[Any], refused: int, monkeypatch: pytest.MonkeyPatch) -> Small:
