@@ -6,6 +6,7 @@ seed, which is printed and which ``LIT_LORA_GPU_SEED`` sets. Without it the same
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections import Counter
@@ -30,6 +31,7 @@ from lit_lora import (
     StepProgress,
     WebDatasetDataModule,
 )
+from lit_lora.cli import main
 from lit_lora.datamodules.packing.pack import pack_folder
 from tests.families.folders import FOLDERS
 from tests.gpu_waits import gpu_waits
@@ -111,6 +113,20 @@ def test_no_step_waits_for_the_gpu(
     # Models of transformers ask whether a mask hides anything, and make tensors of the sizes of images.
     ours = [place for place in waits.places.elements() if not place.startswith("transformers/")]
     assert len(ours) == (name in LENGTHS), ours
+
+
+def test_train_runs_on_the_gpu_that_it_plans_for(encode_image: Callable[..., bytes], tmp_path: Path) -> None:
+    images, out = tmp_path / "images", tmp_path / "run"
+    images.mkdir()
+    for number in range(4):
+        (images / f"{number}.png").write_bytes(encode_image(32, 32, "PNG", seed=number))
+    train = ["train", str(images), "--base", "embedded", "--trigger", "a star", "--steps", "4", "--out", str(out)]
+    torch.cuda.reset_peak_memory_stats()
+    assert main(train) == 0
+    plan = json.loads((out / "memory_plan.json").read_text())
+    assert plan["device"] == torch.cuda.get_device_name()
+    measured = json.loads(next(out.rglob("report.json")).read_text())["peak_memory"]
+    assert plan["peak"] == pytest.approx(measured, rel=0.1)
 
 
 @pytest.mark.parametrize("number", range(RUNS))
