@@ -47,9 +47,9 @@ class Slice:
     code: tuple[str, ...] = _MEASURED
 
 
-def _tests(name: str, chosen: str) -> Slice:
-    command = ("-m", "pytest", "tests/test_cuda.py", "-q", "-rfE", "-n", "0", "--tb=short", "-p", "no:cacheprovider")
-    return Slice(name, (*command, "-k", chosen), (*_MEASURED, "tests/test_cuda.py"))
+def _tests(name: str, chosen: str, file: str = "tests/test_cuda.py") -> Slice:
+    command = ("-m", "pytest", file, "-q", "-rfE", "-n", "0", "--tb=short", "-p", "no:cacheprovider")
+    return Slice(name, (*command, "-k", chosen), (*_MEASURED, file))
 
 
 def _memory(name: str, *rows: str) -> Slice:
@@ -92,6 +92,7 @@ SLICES = (
     _tests("tests", "not strategies and not deepspeed and not compiled"),
     _tests("tests_strategies", "strategies or compiled"),
     _tests("tests_deepspeed", "deepspeed"),
+    _tests("tests_steps", "", "tests/test_cuda_steps.py"),
     _memory("memory_sdxl_checkpointing", *(f"LoRA, {base} base, checkpointing" for base in ("bf16", "int8", "nf4"))),
     _speed("speed_sdxl", "sdxl", 1024, "cached", "cached, int8", "cached, nf4"),
     _speed("speed_flux", "flux_dev", 512, "nf4, checkpointing", "nf4, least", options=("--steps", "8")),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import made_once
-from tests.pretended_cuda import build, command, environment, missing
+from tests.pretended_cuda import build, environment, missing
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +38,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_what_needs_a_gpu_passes_on_a_pretended_one(file: str, selected: str, libraries: Path) -> None:
     ended = subprocess.run(
-        command("pytest", "-n", "0", "-q", "-k", selected, str(Path(__file__).with_name(file))),
+        [sys.executable, "-m", "pytest", "-n", "0", "-q", "-k", selected, str(Path(__file__).with_name(file))],
         cwd=Path(__file__).parents[1],
         env=environment(libraries),
         capture_output=True,
@@ -53,7 +53,7 @@ def test_what_needs_a_gpu_passes_on_a_pretended_one(file: str, selected: str, li
 def test_its_own_values_and_refusals(libraries: Path) -> None:
     """Memory is counted by torch's allocator, and tensors on two devices are refused."""
     code = """
-import tests.pretended_cuda.kernels, torch
+import torch
 there = torch.arange(12.0, device="cuda").view(3, 4)
 assert (there[1:, 1] * 2).tolist() == [10.0, 18.0]
 before = torch.cuda.memory_allocated()
@@ -73,3 +73,36 @@ for refused, words in ((lambda: layer(torch.ones(4)), "same device"), (lambda: t
 """
     ended = subprocess.run([sys.executable, "-c", code], env=environment(libraries), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
+
+
+def test_without_computing_the_same_memory_is_taken(libraries: Path) -> None:
+    code = """
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+layers = [nn.Conv2d(4, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(), nn.Flatten(2), nn.Linear(4096, 64), nn.LayerNorm(64)]
+layers = nn.Sequential(*layers).cuda()
+optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
+for _ in range(2):
+    with torch.autocast("cuda", torch.bfloat16):
+        x = layers(torch.ones(8, 4, 64, 64, device="cuda")).view(8, 2, 16, 64)
+        loss = F.scaled_dot_product_attention(x, x, x).float().square().mean()
+    loss.backward()
+    nn.utils.clip_grad_norm_(layers.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+print(torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), loss.isfinite().item())
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment(libraries) | {"LIT_LORA_CUDA_COMPUTES": computes},
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+        for computes in ("1", "0")
+    ]
+    assert found[0] == found[1]
+    assert int(found[0].split()[0]) > 10_000_000

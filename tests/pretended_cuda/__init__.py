@@ -9,20 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 HERE = Path(__file__).parent
-
-_START = """
-import runpy, sys
-import tests.pretended_cuda.kernels
-del sys.argv[0]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
 
 
 def missing() -> str:
@@ -41,27 +33,24 @@ def build(folder: Path) -> None:
     compiler = ["g++", "-shared", "-fPIC", "-O1", "-w", *(f"-I{path}" for path in _headers())]
     commands = (
         [*compiler, "-x", "c", str(HERE / "driver.c"), "-o", str(folder / "libcuda.so.1")],
-        [*compiler, "-x", "c", str(HERE / "runtime.c"), "-o", str(folder / "runtime.so")],
-        [*compiler, "-std=c++20", str(HERE / "kernels.cpp"), *of_torch, "-o", str(folder / "kernels.so")],
+        [*compiler, "-x", "c", str(HERE / "runtime.c"), "-o", str(folder / "libruntime.so")],
+        [*compiler, "-std=c++20", str(HERE / "kernels.cpp"), *of_torch, "-o", str(folder / "libkernels.so")],
     )
     for command in commands:
         subprocess.run(command, check=True)
-
-
-def command(module: str, *arguments: str) -> list[str]:
-    """The command that runs a module on the pretended GPU, in the environment of :func:`environment`."""
-    return [sys.executable, "-c", _START, module, *arguments]
+    # Python imports it when it starts.
+    (folder / "sitecustomize.py").write_text("import tests.pretended_cuda.kernels\n")
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The environment of :func:`command`, with the libraries in a folder."""
+    """The environment in which Python has the pretended GPU, from the folder of :func:`build`."""
     root = str(HERE.parents[1])
     # Without what tells tests of the worker that they run in.
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
-        "LD_PRELOAD": str(folder / "runtime.so"),
+        "LD_PRELOAD": str(folder / "libruntime.so"),
         "LD_LIBRARY_PATH": ":".join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
-        "LIT_LORA_CUDA_KERNELS": str(folder / "kernels.so"),
-        "PYTHONPATH": ":".join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "LIT_LORA_CUDA_KERNELS": str(folder / "libkernels.so"),
+        "PYTHONPATH": ":".join(filter(None, [str(folder), root, os.environ.get("PYTHONPATH")])),
     }
 
 

@@ -3,6 +3,9 @@
 // Each takes the place of the one that torch has for CUDA. It calls the operation with tensors of the CPU that share the memory
 // of its arguments, and puts what is new into memory of the device. What is above the kernels stays as it is: autograd, autocast,
 // the checks of arguments.
+//
+// With LIT_LORA_CUDA_COMPUTES=0 operations on large tensors only take the memory of their results, which hold zeros: what a run of
+// any size allocates can be measured in seconds.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -11,8 +14,9 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
-#include <map>
 #include <set>
 #include <string>
 #include <utility>
@@ -41,6 +45,9 @@ const std::set<std::string> MIXED = {
     "aten::copy_",         "aten::index",        "aten::index_put", "aten::index_put_",   "aten::_index_put_impl_",
     "aten::_unsafe_index", "aten::_foreach_copy_", "aten::_fused_adam_", "aten::_fused_adamw_"};
 
+const bool COMPUTES = !std::getenv("LIT_LORA_CUDA_COMPUTES") || std::strcmp(std::getenv("LIT_LORA_CUDA_COMPUTES"), "0");
+const int64_t LARGE = 1 << 16;  // elements
+
 // Whether the CPU would wait: for what the operation finds, or because a copy has no leave to go on.
 bool waits(const std::string& name, const std::vector<IValue>& given) {
   if (name == "aten::nonzero" || name == "aten::equal" || name == "aten::masked_select") return true;
@@ -57,19 +64,31 @@ Tensor as_cpu(const Tensor& there) {
 Tensor as_cuda(const Tensor& here) {
   auto options = here.options().device(at::kCUDA, 0).requires_grad(false).pinned_memory(false);
   Tensor there = at::empty_strided(here.sizes(), here.strides(), options);
-  if (here.numel()) as_cpu(there).copy_(here);
+  if (here.numel() && !here.is_meta()) as_cpu(there).copy_(here);
   return there;
 }
 
 // A result on the device: a view of an argument, or a new tensor.
 Tensor placed(const Tensor& result, const Pairs& pairs) {
-  if (!result.defined() || !result.device().is_cpu()) return result;
+  if (!result.defined() || result.is_cuda()) return result;
   for (const auto& [there, here] : pairs) {
     if (!result.numel() || here.storage().unsafeGetStorageImpl() != result.storage().unsafeGetStorageImpl()) continue;
     const int64_t offset = there.storage_offset() + result.storage_offset() - here.storage_offset();
     return there.as_strided(result.sizes(), result.strides(), offset);
   }
   return as_cuda(result);
+}
+
+// Whether only the shapes of an operation's results are computed.
+bool is_large(const std::vector<IValue>& given) {
+  auto large = [](const Tensor& one) { return one.defined() && one.is_cuda() && one.numel() > LARGE; };
+  for (const IValue& value : given) {
+    if (value.isTensor() && large(value.toTensor())) return true;
+    if (value.isTensorList())
+      for (const Tensor& one : value.toTensorVector())
+        if (large(one)) return true;
+  }
+  return false;
 }
 
 void on_cpu(const c10::OperatorHandle& op, Stack* stack) {
@@ -79,18 +98,24 @@ void on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   const auto& returns = schema.returns();
   const size_t first = stack->size() - arguments.size();
   const std::vector<IValue> given(stack->begin() + first, stack->end());
+  const bool shapes = !COMPUTES && is_large(given);
+  const auto device = shapes ? at::kMeta : at::kCPU;
   Pairs pairs, resized;
   bool cuda = false, cpu_asked = false, cpu_tensor = false, cuda_tensor = false;
 
   auto converted = [&](const Tensor& one, bool written) {
     if (!one.defined() || !one.is_cuda()) {
       cpu_tensor |= one.defined() && one.dim();
-      return one;
+      return one.defined() && shapes ? at::empty_strided(one.sizes(), one.strides(), one.options().device(device)) : one;
     }
     cuda = true;
     cuda_tensor |= one.dim() > 0;
     const bool grows = written && !one.numel();  // an output that gets its size from the operation
-    Tensor here = grows ? at::empty({0}, one.options().device(at::kCPU)) : as_cpu(one);
+    Tensor here;
+    if (grows)
+      here = at::empty({0}, one.options().device(device));
+    else
+      here = shapes ? at::empty_strided(one.sizes(), one.strides(), one.options().device(device)) : as_cpu(one);
     (grows ? resized : pairs).emplace_back(one, here);
     return here;
   };
@@ -112,7 +137,7 @@ void on_cpu(const c10::OperatorHandle& op, Stack* stack) {
     } else if (value.isDevice()) {
       cuda |= value.toDevice().is_cuda();
       cpu_asked |= !value.toDevice().is_cuda();
-      value = c10::Device(at::kCPU);
+      value = c10::Device(device);
     } else if (value.isGenerator() && value.toGenerator().defined() && value.toGenerator().device().is_cuda()) {
       value = at::detail::getDefaultCPUGenerator();
     } else if (arguments[i].name() == "pin_memory" && value.isBool()) {
@@ -123,11 +148,18 @@ void on_cpu(const c10::OperatorHandle& op, Stack* stack) {
       !cpu_tensor || !cuda_tensor || MIXED.count(schema.name()),
       "Expected all tensors to be on the same device, but ", schema.name(), " got some on the CPU and some on cuda:0");
   if (cuda && waits(schema.name(), given)) c10::cuda::warn_or_error_on_sync();
-  op.callBoxed(stack);
+  const bool only_written = std::all_of(
+      returns.begin(), returns.end(), [](const auto& one) { return one.alias_info() && one.alias_info()->isWrite(); });
+  if (shapes && only_written && resized.empty()) {
+    stack->resize(first);
+    for (size_t j = 0; j < returns.size(); j++) stack->emplace_back();
+  } else {
+    op.callBoxed(stack);
+  }
 
   for (const auto& [there, here] : resized) {
     there.resize_(here.sizes());
-    as_cpu(there).copy_(here);
+    if (!shapes) as_cpu(there).copy_(here);
   }
   for (size_t j = 0; j < returns.size(); j++) {
     IValue& value = (*stack)[stack->size() - returns.size() + j];

@@ -15,8 +15,10 @@ from torch import Tensor, distributed
 torch.ops.load_library(os.environ["LIT_LORA_CUDA_KERNELS"])
 
 _here, _there = torch.ops.pretended_cuda.as_cpu, torch.ops.pretended_cuda.as_cuda
+_COMPUTES = os.environ.get("LIT_LORA_CUDA_COMPUTES") != "0"
+
 _aten = torch.ops.aten
-_attention = torch.library.Library("aten", "IMPL", "CUDA")
+_own = torch.library.Library("aten", "IMPL", "CUDA")
 
 
 @contextmanager
@@ -36,19 +38,23 @@ def _of_cuda(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator for the kernel of an operation that the CPU has under another name."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        _attention.impl(name, function)
+        _own.impl(name, function)
         return function
 
     return register
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *options: Any, scale: float | None) -> list[Tensor]:
+    if not _COMPUTES:
+        return [torch.empty_like(q), torch.empty(q.shape[:-1], device=q.device)]
     bias = None if bias is None else _here(bias)
     forward = _aten._scaled_dot_product_flash_attention_for_cpu
     return [_there(one) for one in forward(_here(q), _here(k), _here(v), *options, attn_mask=bias, scale=scale)]
 
 
 def _gradients(tensors: tuple[Tensor, ...], bias: Tensor | None, *options: Any, scale: float | None) -> list[Tensor]:
+    if not _COMPUTES:
+        return [torch.empty_like(one) for one in tensors[1:4]]
     bias = None if bias is None else _here(bias)
     backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
     return [_there(one) for one in backward(*map(_here, tensors), *options, attn_mask=bias, scale=scale)]

@@ -13,6 +13,8 @@
 #include <sys/mman.h>
 #include <time.h>
 
+enum { LARGE = 1 << 18 }; /* bytes */
+
 typedef struct {
   char *start;
   size_t bytes;
@@ -23,10 +25,12 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Block *blocks;
 static size_t count, room, used, total = 24ull << 30;
 static const char *name = "Pretended GPU";
+static int computes = 1;  /* see kernels.cpp */
 static __thread cudaError_t last;
 
 __attribute__((constructor)) static void read_environment(void) {
   if (getenv("LIT_LORA_CUDA_BYTES")) total = strtoull(getenv("LIT_LORA_CUDA_BYTES"), NULL, 10);
+  if (getenv("LIT_LORA_CUDA_COMPUTES")) computes = strcmp(getenv("LIT_LORA_CUDA_COMPUTES"), "0");
   if (getenv("LIT_LORA_CUDA_NAME")) name = getenv("LIT_LORA_CUDA_NAME");
 }
 
@@ -115,6 +119,7 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, c
 }
 
 static cudaError_t copied(void *to, const void *from, size_t bytes) {
+  if (!computes && bytes > LARGE) return cudaSuccess;
   memmove(to, from, bytes);
   return cudaSuccess;
 }
@@ -123,7 +128,10 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpy
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
   return copied(to, from, bytes);
 }
-cudaError_t cudaMemset(void *pointer, int value, size_t bytes) { return memset(pointer, value, bytes), cudaSuccess; }
+cudaError_t cudaMemset(void *pointer, int value, size_t bytes) {
+  if (computes || bytes <= LARGE) memset(pointer, value, bytes);
+  return cudaSuccess;
+}
 cudaError_t cudaMemsetAsync(void *pointer, int value, size_t bytes, cudaStream_t stream) {
   return cudaMemset(pointer, value, bytes);
 }
