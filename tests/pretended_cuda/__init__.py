@@ -47,6 +47,7 @@ def environment(folder: Path) -> dict[str, str]:
     root = str(HERE.parents[1])
     # Without what tells tests of the worker that they run in.
     return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {
+        "CUDA_VISIBLE_DEVICES": "0",
         "LD_PRELOAD": str(folder / "libruntime.so"),
         "LD_LIBRARY_PATH": ":".join(filter(None, [str(folder), os.environ.get("LD_LIBRARY_PATH")])),
         "LIT_LORA_CUDA_KERNELS": str(folder / "libkernels.so"),
