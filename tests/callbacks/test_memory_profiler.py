@@ -114,6 +114,14 @@ def near(size: int) -> Any:
     return pytest.approx(size, abs=24 * MIB)
 
 
+@pytest.fixture
+def nothing_freed_before():
+    """Returns to the system what earlier tests have freed, which new tensors would take without the process growing."""
+    gc.collect()
+    ProcessMeter(CPU).reset()
+
+
+@pytest.mark.usefixtures("nothing_freed_before")
 def test_phases_and_kinds(fit):
     report = fit(validation=data(1), num_sanity_val_steps=0)
     phases = report["phases"]
@@ -444,12 +452,11 @@ def test_a_phase_records_its_highest_peak_and_its_last_end():
     assert (memory.end, memory.kinds, memory.step, memory.count) == ({"allocated": 2}, {"activations": 30}, 1, 3)
 
 
+@pytest.mark.usefixtures("nothing_freed_before")
 def test_the_meter_returns_freed_memory_to_the_system():
     meter = ProcessMeter(CPU)
     if meter.keeps_freed:
         pytest.skip("this C library decides by itself when to return memory")
-    gc.collect()
-    meter.reset()  # what earlier tests have freed would take the blocks, or be freed meanwhile
     before = meter.current()["resident"]
     blocks = [bytearray(b"x" * 50_000) for _ in range(1000)]
     kept = blocks[::50]  # free blocks between them are not at the end of the heap
