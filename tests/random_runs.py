@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from collections.abc import Callable
@@ -51,6 +52,15 @@ from tests.random_options import (
     STARTS,
     Options,
 )
+
+
+def runs_and_seed(runs: str, seed: str, usual: int) -> tuple[int, int]:
+    """How many runs are drawn, and from which seed: what the environment variables of these names say.
+
+    Without ``runs`` these are the same ``usual`` ones each time, and with it others each time, unless ``seed`` is given.
+    """
+    new = int.from_bytes(os.urandom(4), "big") if runs in os.environ else 0
+    return int(os.environ.get(runs, usual)), int(os.environ.get(seed) or new)
 
 
 class StopError(Exception):

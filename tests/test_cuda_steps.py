@@ -7,7 +7,6 @@ seed, which is printed and which ``LIT_LORA_GPU_SEED`` sets. Without it the same
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -37,13 +36,11 @@ from tests.families.folders import FOLDERS
 from tests.gpu_waits import gpu_waits
 from tests.helpers import differences
 from tests.random_options import FAMILIES, Options
-from tests.random_runs import train_in_parts, train_whole
+from tests.random_runs import runs_and_seed, train_in_parts, train_whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-RUNS = int(os.environ.get("LIT_LORA_GPU_RUNS", 1))
-_NEW = int.from_bytes(os.urandom(4), "big") if "LIT_LORA_GPU_RUNS" in os.environ else 0
-SEED = int(os.environ.get("LIT_LORA_GPU_SEED") or _NEW)
+RUNS, SEED = runs_and_seed("LIT_LORA_GPU_RUNS", "LIT_LORA_GPU_SEED", usual=1)
 
 LENGTHS = {"ZImage", "QwenImage", "Krea2"}
 """Families whose denoiser gets the captions' own lengths, for which a step waits once."""

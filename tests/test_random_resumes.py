@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +14,11 @@ from typing import Any
 import pytest
 
 from tests.helpers import differences
-from tests.random_runs import saved, train_in_parts, train_whole
+from tests.random_runs import runs_and_seed, saved, train_in_parts, train_whole
 
 pytestmark = pytest.mark.slow
 
-RUNS = int(os.environ.get("LIT_LORA_RESUMES", 2))
-_NEW = int.from_bytes(os.urandom(4), "big") if "LIT_LORA_RESUMES" in os.environ else 0
-SEED = int(os.environ.get("LIT_LORA_RESUME_SEED") or _NEW)
+RUNS, SEED = runs_and_seed("LIT_LORA_RESUMES", "LIT_LORA_RESUME_SEED", usual=2)
 
 
 @pytest.mark.parametrize("number", range(RUNS))

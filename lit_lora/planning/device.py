@@ -126,6 +126,11 @@ def default_device(accelerator: str) -> Device:
     return _this_gpu()
 
 
+def chosen_device(name: str | None, accelerator: str) -> Device:
+    """The device of this name; without a name, the :func:`default_device` of a trainer with this ``accelerator``."""
+    return default_device(accelerator) if name is None else find_device(name)
+
+
 def device_of(root_device: torch.device) -> Device:
     """The device of a trainer with this root device."""
     return _this_gpu(root_device) if root_device.type == "cuda" else _this_cpu()

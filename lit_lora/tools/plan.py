@@ -27,7 +27,7 @@ from lit_lora.planning.batch_search import largest_batch
 from lit_lora.planning.cache_plan import plan_cache
 from lit_lora.planning.changes import ChangedRun, cheapest_changes
 from lit_lora.planning.data_options import cacheable, data_option, image_size
-from lit_lora.planning.device import Device, default_device, find_device
+from lit_lora.planning.device import Device, chosen_device
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.planning.planned_memory import PlannedMemory
@@ -92,7 +92,7 @@ def print_plan(
         raise UserError(f"json={json!r} is a folder; name a file, such as {os.path.join(json, 'memory_plan.json')}")
     if json is not None:
         check_place(json)
-    found = find_device(device) if device is not None else default_device(trainer["accelerator"])
+    found = chosen_device(device, trainer["accelerator"])
     memory = memory_of(device_memory, found)
     if search and memory is None:
         raise UserError("search=true needs device_memory, for example 12GB, or a GPU as device")

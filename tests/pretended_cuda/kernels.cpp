@@ -4,8 +4,8 @@
 // of its arguments, and puts what is new into memory of the device. What is above the kernels stays as it is: autograd, autocast,
 // the checks of arguments.
 //
-// With LIT_LORA_CUDA_COMPUTES=0 operations on large tensors only take the memory of their results, which hold zeros: what a run of
-// any size allocates can be measured in seconds.
+// With LIT_LORA_CUDA_COMPUTES=0 operations on large tensors only take the memory of their results, whose values mean nothing: what
+// a run of any size allocates can be measured in seconds.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -61,6 +61,9 @@ Tensor as_cpu(const Tensor& there) {
   return at::from_blob(data, there.sizes(), there.strides(), options);
 }
 
+// What has its shape and strides, and no values.
+Tensor as_meta(const Tensor& one) { return at::empty_strided(one.sizes(), one.strides(), one.options().device(at::kMeta)); }
+
 Tensor as_cuda(const Tensor& here) {
   auto options = here.options().device(at::kCUDA, 0).requires_grad(false).pinned_memory(false);
   Tensor there = at::empty_strided(here.sizes(), here.strides(), options);
@@ -79,7 +82,7 @@ Tensor placed(const Tensor& result, const Pairs& pairs) {
   return as_cuda(result);
 }
 
-// Whether only the shapes of an operation's results are computed.
+// Whether some argument on the device is large.
 bool is_large(const std::vector<IValue>& given) {
   auto large = [](const Tensor& one) { return one.defined() && one.is_cuda() && one.numel() > LARGE; };
   for (const IValue& value : given) {
@@ -106,16 +109,12 @@ void on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   auto converted = [&](const Tensor& one, bool written) {
     if (!one.defined() || !one.is_cuda()) {
       cpu_tensor |= one.defined() && one.dim();
-      return one.defined() && shapes ? at::empty_strided(one.sizes(), one.strides(), one.options().device(device)) : one;
+      return one.defined() && shapes ? as_meta(one) : one;
     }
     cuda = true;
     cuda_tensor |= one.dim() > 0;
     const bool grows = written && !one.numel();  // an output that gets its size from the operation
-    Tensor here;
-    if (grows)
-      here = at::empty({0}, one.options().device(device));
-    else
-      here = shapes ? at::empty_strided(one.sizes(), one.strides(), one.options().device(device)) : as_cpu(one);
+    Tensor here = grows ? at::empty({0}, one.options().device(device)) : shapes ? as_meta(one) : as_cpu(one);
     (grows ? resized : pairs).emplace_back(one, here);
     return here;
   };
@@ -179,25 +178,22 @@ void on_cpu(const c10::OperatorHandle& op, Stack* stack) {
   }
 }
 
-// Replaces the kernels that operations of a namespace have for CUDA, and returns their number.
-int64_t replace(const std::string& space) {
+// Replaces the kernels that operations of a namespace have for CUDA.
+void replace(const std::string& space) {
   static std::vector<torch::Library*> kept;
   kept.push_back(new torch::Library(torch::Library::IMPL, space, c10::DispatchKey::CUDA, __FILE__, __LINE__));
-  int64_t count = 0;
   for (const auto& name : c10::Dispatcher::singleton().getAllOpNames()) {
     const auto op = c10::Dispatcher::singleton().findOp(name);
     if (!op || !op->hasSchema() || name.getNamespace() != space || REAL.count(name.name)) continue;
     if (!WHOLE.count(name.name) && !op->hasKernelForDispatchKey(c10::DispatchKey::CUDA)) continue;
     kept.back()->impl(c10::toString(name).c_str(), torch::CppFunction::makeFromBoxedFunction<&on_cpu>());
-    count++;
   }
-  return count;
 }
 
 }  // namespace
 
 TORCH_LIBRARY(pretended_cuda, library) {
-  library.def("replace(str space) -> int", replace);
+  library.def("replace(str space) -> ()", replace);
   library.def("as_cpu(Tensor there) -> Tensor", as_cpu);
   library.def("as_cuda(Tensor here) -> Tensor", as_cuda);
 }

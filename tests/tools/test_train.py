@@ -167,6 +167,7 @@ def test_it_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"--trigger": ""}, "give --trigger"),
         ({"--device_memory": "much"}, "device_memory='much' is not a byte size"),
         ({"--device": "abacus"}, "device='abacus' is not known"),
+        ({"--device": "RTX 3060", "--trainer.accelerator": "cpu"}, "is a GPU, and trainer.accelerator is cpu"),
         ({"--captions": "words"}, "captions"),
         ({"--out": "."}, "which is no run of train; name another folder with --out"),
         ({"--trainer.max_steps": "many"}, "trainer.max_steps: 'many' is not an int"),

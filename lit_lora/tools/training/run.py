@@ -24,7 +24,7 @@ from lit_lora.errors import UserError, check_above
 from lit_lora.files import atomic_file
 from lit_lora.folder_lock import only_run_in
 from lit_lora.machine import available_memory
-from lit_lora.planning.device import Device, default_device, find_device, is_here
+from lit_lora.planning.device import Device, chosen_device, is_here
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
 from lit_lora.tools.cache import cache_shards
@@ -92,9 +92,7 @@ def train_adapter(request: Request) -> None:
 def _device_of(request: Request) -> Device:
     """The device to plan for: as given, or the one that the trainer will use."""
     accelerator = request.given.get("trainer.accelerator", "auto")
-    if request.device is None:
-        return default_device(accelerator)
-    device = find_device(request.device)
+    device = chosen_device(request.device, accelerator)
     if device.is_cuda and accelerator == "cpu":
         raise UserError(f"device={request.device!r} is a GPU, and trainer.accelerator is cpu; leave one of them out")
     return device
