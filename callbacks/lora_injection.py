@@ -34,7 +34,7 @@ from lit_lora.formats import AdapterFiles, PeftFormat
 from lit_lora.loops import number_of_steps
 from lit_lora.parameters import trainable_parameters
 from lit_lora.quantization import Quantization
-from lit_lora.run_checks import check_averages
+from lit_lora.run_checks import check_other_callbacks
 
 
 class LoraInjection(Callback):
@@ -219,7 +219,7 @@ class LoraInjection(Callback):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot train an adapter, before anything is built."""
-        check_averages(trainer, StochasticWeightAveraging)
+        check_other_callbacks(trainer, StochasticWeightAveraging)
         strategy: Any = trainer.strategy
         check_strategy(strategy)
         check_sharded_training(self.adapter, strategy)

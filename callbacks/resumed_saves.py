@@ -23,7 +23,7 @@ from lit_lora.callbacks.checkpoint_files import (
     warn_of_future,
 )
 from lit_lora.loops import begins_anew
-from lit_lora.run_checks import check_averages
+from lit_lora.run_checks import check_other_callbacks
 
 _OF_ONE_RUN = (
     "best_k_models",
@@ -77,7 +77,7 @@ class ResumedSaves(ModelCheckpoint):
         self._trains = False
         if stage == "fit":
             warn_if_nothing_is_saved(self)
-            check_averages(trainer, StochasticWeightAveraging, WeightAveraging)
+            check_other_callbacks(trainer, StochasticWeightAveraging, WeightAveraging)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from peft import PeftConfig
@@ -47,7 +48,7 @@ from lit_lora.objectives import Objective
 from lit_lora.optimizer_settings import check_clipping
 from lit_lora.progress_bar import shows_logged
 from lit_lora.quantization import Dense, Quantization
-from lit_lora.run_checks import check_arguments, check_data, check_run, warn_if_never_validated
+from lit_lora.run_checks import check_arguments, check_data, check_other_callbacks, check_run, warn_if_never_validated
 from lit_lora.sampling import SamplingOptions
 from lit_lora.text_training import TextTraining
 
@@ -157,6 +158,8 @@ class LoraDiffusion(LightningModule):
         check_run(self, stage)
 
     def configure_callbacks(self) -> list[Callback]:
+        # The first hook of a run: before those callbacks begin.
+        check_other_callbacks(self.trainer, StochasticWeightAveraging)
         return self._by_time.attached(self.trainer)
 
     def configure_model(self) -> None:

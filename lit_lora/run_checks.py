@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_warn
@@ -63,23 +63,30 @@ def check_arguments(
         raise UserError(f"base_dtype={base_dtype!r} is none of {', '.join(_BASE_DTYPES)}")
 
 
-def check_averages(trainer: Trainer, *kinds: type[Callback]) -> None:
-    """Refuse Lightning's averages of a whole module.
+def check_other_callbacks(trainer: Trainer, *averages: type[Callback]) -> None:
+    """Refuse callbacks of Lightning that change the frozen base or copy it.
 
-    They copy the module before its adapter is there, or with its frozen base, which would be in all checkpoints.
+    Averages copy the module before its adapter is there, or with its frozen base, which would be in all checkpoints.
+    ``ModelPruning`` sets weights of the base to zero, which no checkpoint of an adapter holds.
 
     Args:
         trainer: Trainer of the run.
-        *kinds: Classes of callbacks to refuse.
+        *averages: Classes of averages to refuse.
 
     Raises:
         UserError: If the trainer has such a callback.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, kinds):
+        name = type(callback).__name__
+        if isinstance(callback, averages):
             raise UserError(
-                f"{type(callback).__name__} copies the whole module, before its adapter is there or with its frozen base; use "
+                f"{name} copies the whole module, before its adapter is there or with its frozen base; use "
                 f"lit_lora.AdapterEMA, which averages what is trained"
+            )
+        if isinstance(callback, ModelPruning):
+            raise UserError(
+                f"{name} sets weights of the frozen base to zero, which no checkpoint of an adapter holds; leave it out, or use "
+                f"lit_lora.RankBudget, which prunes the adapter's ranks"
             )
 
 
@@ -162,7 +169,6 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
             f"model.base_dtype to 'bfloat16'"
         )
 
-    check_averages(trainer, StochasticWeightAveraging)
     check_lr_finder(trainer, module)
     check_guidance_rescale(module.family.pipeline_class, module.sampling.guidance_rescale)
     strategy = trainer.strategy

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from peft import LoraConfig
 
@@ -77,6 +77,21 @@ def test_an_average_that_would_miss_the_adapter_is_refused(
 ) -> None:
     with pytest.raises(UserError, match="StochasticWeightAveraging copies the whole module"):
         Trainer(**trainer_options | {"max_epochs": 2}, callbacks=[swa()]).fit(sd_module, [])
+
+
+@pytest.mark.parametrize("make", [AdapterCheckpoint, INJECTION], ids=["checkpoint", "injection"])
+def test_pruning_of_the_base_is_refused(make: Any, trainer_options: dict[str, Any]) -> None:
+    pruning = ModelPruning("l1_unstructured", parameter_names=["weight"])
+    options = trainer_options | {"enable_checkpointing": make is AdapterCheckpoint}
+    with pytest.raises(
+        UserError, match=r"ModelPruning sets weights of the frozen base to zero, .* lit_lora\.RankBudget"
+    ):
+        Trainer(**options, callbacks=[pruning, make()]).fit(BoringModel())
+
+
+def test_pruning_of_the_wrapped_base_is_refused(sd_module: LoraDiffusion, trainer_options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="ModelPruning sets weights of the frozen base to zero"):
+        Trainer(**trainer_options, callbacks=[ModelPruning("l1_unstructured")]).fit(sd_module, [])
 
 
 def test_an_average_with_checkpoints_of_the_whole_module_works(trainer_options: dict[str, Any], tmp_path: Path) -> None:
