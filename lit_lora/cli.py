@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from lit_lora.first_imports import first_imports
+from lit_lora.own_process import check_process, open_standard_streams
 from lit_lora.signals import Terminated, ending_on_sigterm
 
 USAGE = """usage: lit-lora COMMAND [options]
@@ -165,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: If a signal stops ``fit``, with 128 plus the signal's number (143 for SIGTERM).
     """
+    open_standard_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -182,6 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     console.quiet_libraries()
     try:
+        check_process()
         status = _run(arguments)
         sys.stdout.flush()  # here, where a closed pipe can still be told from a fault
         return status
