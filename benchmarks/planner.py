@@ -163,7 +163,7 @@ def _full(setting: dict[str, Any], options: argparse.Namespace, batch_size: int,
             )
 
         def training_step(self, batch: dict[str, Any], batch_idx: int = 0) -> Any:
-            timesteps = torch.full((batch_size,), 500)
+            timesteps = torch.full((batch_size,), 500, device=batch["noisy"].device)
             prediction = self.unet(batch["noisy"], timesteps, batch["text"]).sample
             return F.mse_loss(prediction, batch["noisy"])
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pkgutil import resolve_name
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import lit_lora.quantization
@@ -106,8 +109,28 @@ def module_options(setting: Mapping[str, Any], beside: Collection[str] = ()) -> 
 
 
 def draw_weights(module: LoraDiffusion, cached: bool) -> LoraDiffusion:
-    """Let a module draw its weights instead of reading them, those of the denoiser alone with data from a cache."""
+    """Let a module draw its weights instead of reading them.
+
+    With data from a cache only the denoiser's are drawn, one by one, so that a large model needs no more memory than in training.
+    """
     own: Any = module
+    if not cached:
+        own.family.load = partial(own.family.load, weights=False)
     own.dispensable_parts = lambda: {"vae", "text"} if cached else set()
-    own.family.load = partial(own.family.load, weights=False)
+    # The source is frozen.
+    vars(own.family.source)["file_of"] = lambda part: SimpleNamespace(open=_drawn)
     return module
+
+
+def _drawn(model: nn.Module, names: Sequence[str]) -> Callable[[str], Tensor]:
+    """Draws each weight of a model by its name, about as large as PyTorch's layers draw theirs."""
+    shapes = {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.state_dict().items())}
+
+    def draw(name: str) -> Tensor:
+        shape = shapes[name]
+        if len(shape) < 2:
+            return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        bound = math.prod(shape[1:]) ** -0.5
+        return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound)
+
+    return draw
