@@ -241,7 +241,7 @@ class _GpuEnergy:
         try:
             import pynvml
         except ImportError:
-            self.note = 'not installed: pip install "lit_lora[energy]"'
+            self.note = 'pynvml is not installed: pip install "lit_lora[energy]"'
             return None
         try:
             pynvml.nvmlInit()

@@ -50,15 +50,23 @@ def test_what_needs_a_gpu_passes_on_a_pretended_one(file: str, selected: str, li
     assert "skipped" not in ended.stdout
 
 
-def test_its_own_values_and_refusals(libraries: Path) -> None:
+@pytest.mark.parametrize("segments", ["", "expandable_segments:True"], ids=["segments", "expandable segments"])
+def test_its_own_values_and_refusals(segments: str, libraries: Path) -> None:
     """Memory is counted by torch's allocator, and tensors on two devices are refused."""
     code = """
-import torch
+import os, torch
 there = torch.arange(12.0, device="cuda").view(3, 4)
 assert (there[1:, 1] * 2).tolist() == [10.0, 18.0]
 before = torch.cuda.memory_allocated()
 held = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
 assert torch.cuda.memory_allocated() - before == 1 << 20
+assert {one["is_expandable"] for one in torch.cuda.memory_snapshot()} == {bool(os.environ["PYTORCH_CUDA_ALLOC_CONF"])}
+large = torch.full((30_000_000,), 3, dtype=torch.uint8, device="cuda")
+assert large[-1].item() == 3
+unused = torch.cuda.mem_get_info()[0]
+del large
+torch.cuda.empty_cache()
+assert torch.cuda.mem_get_info()[0] - unused >= 30_000_000
 layer = torch.nn.Linear(4, 4).cuda()
 with torch.autocast("cuda", torch.bfloat16):
     assert layer(there).dtype == torch.bfloat16
@@ -71,7 +79,8 @@ for refused, words in ((lambda: layer(torch.ones(4)), "same device"), (lambda: t
     else:
         raise AssertionError(words)
 """
-    ended = subprocess.run([sys.executable, "-c", code], env=environment(libraries), capture_output=True, text=True)
+    own = environment(libraries) | {"PYTORCH_CUDA_ALLOC_CONF": segments}
+    ended = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
 
 

@@ -13,6 +13,8 @@ from lit_lora.visible import visible
 
 _MOST_LISTED = 10
 _VALUE_WIDTH = 74
+_ROUNDING = 1e-9
+"""Below it a distance is that of rounding: the updates are computed in float64."""
 
 
 def as_json(found: Comparison) -> str:
@@ -49,6 +51,8 @@ def as_lines(found: Comparison, each_layer: bool = False) -> list[str]:
         ]
     for which, names in (("first", found.only_first), ("second", found.only_second)):
         lines += _only(which, names)
+    if not lines and found.total.relative < _ROUNDING and not each_layer:
+        return [f"the adapters are equal: {len(found.layers)} layers"]
     if lines:
         lines.append("")
     rows = []

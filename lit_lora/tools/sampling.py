@@ -203,7 +203,8 @@ def _next(options: SampleOptions, columns: Sequence[Column]) -> str:
     if len(columns) == 1:
         prompts = [options.prompts] if isinstance(options.prompts, str) else options.prompts or []
         words = ["lit-lora sample --scales 0 0.5 1 --out scales.png"]
-        words += [f"--prompts {shlex.join(prompts)}"] if prompts else []
+        if prompts:
+            words.append(_option("prompts", prompts[0]) if len(prompts) == 1 else f"--prompts {shlex.join(prompts)}")
         return format_next(*words, *_given(options), f"--adapter {shlex.quote(path)}")
     if not Path(path).is_dir() or format_named("kohya").why_not(read_input(path, options.family)):
         return ""
@@ -215,10 +216,15 @@ def _next(options: SampleOptions, columns: Sequence[Column]) -> str:
 def _given(options: SampleOptions) -> list[str]:
     """The options that were given and hold for the next command too, such as seed and size."""
     return [
-        f"--{field.name} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"
+        _option(field.name, value if isinstance(value, str) else json.dumps(value))
         for field in fields(options)
         if (value := getattr(options, field.name)) != field.default and field.name not in _OF_ONE_COMMAND
     ]
+
+
+def _option(name: str, value: str) -> str:
+    """An option as words of a command line, where a value may begin like an option."""
+    return f"--{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
 
 
 def _grid(drawn: Sequence[Sequence[DrawnImage]], names: Sequence[str], columns: int) -> Image.Image:

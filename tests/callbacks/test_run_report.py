@@ -273,7 +273,7 @@ def test_a_gpu_without_a_counter(fit, driver):
 
 def test_no_library_for_the_driver(fit, driver, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert fit()["gpu_energy_note"] == 'not installed: pip install "lit_lora[energy]"'
+    assert fit()["gpu_energy_note"] == 'pynvml is not installed: pip install "lit_lora[energy]"'
 
 
 def test_processes_that_share_a_gpu_count_it_once():

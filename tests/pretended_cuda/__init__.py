@@ -33,6 +33,7 @@ def build(folder: Path) -> None:
     compiler = ["g++", "-shared", "-fPIC", "-O1", "-w", *(f"-I{path}" for path in _headers())]
     commands = (
         [*compiler, "-x", "c", str(HERE / "driver.c"), "-o", str(folder / "libcuda.so.1")],
+        [*compiler, "-x", "c", str(HERE / "nvml.c"), "-o", str(folder / "libnvidia-ml.so.1")],
         [*compiler, "-x", "c", str(HERE / "runtime.c"), "-o", str(folder / "libruntime.so")],
         [*compiler, "-std=c++20", str(HERE / "kernels.cpp"), *of_torch, "-o", str(folder / "libkernels.so")],
     )

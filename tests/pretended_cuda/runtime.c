@@ -2,10 +2,13 @@
  *
  * The library is loaded before the real runtime and takes its place in torch's libraries, so that their allocators, statistics,
  * streams and events are the real ones. Launching a kernel fails: kernels.cpp computes in their place.
+ * So is what torch asks of the driver for expandable segments.
  * LIT_LORA_CUDA_BYTES is the memory of the device, and LIT_LORA_CUDA_NAME its name.
  */
 #define _GNU_SOURCE
+#include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -115,6 +118,61 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, c
   attributes->type = find(pointer).type;
   if (attributes->type != cudaMemoryTypeUnregistered) attributes->devicePointer = (void *)pointer;
   if (attributes->type == cudaMemoryTypeHost) attributes->hostPointer = (void *)pointer;
+  return cudaSuccess;
+}
+
+/* Memory in pieces at the addresses that the caller chooses, of the driver: what expandable segments are made of. */
+
+CUresult cuMemAddressReserve(CUdeviceptr *start, size_t bytes, size_t alignment, CUdeviceptr wanted, unsigned long long flags) {
+  void *made = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  return *start = (CUdeviceptr)made, made == MAP_FAILED ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
+}
+
+CUresult cuMemAddressFree(CUdeviceptr start, size_t bytes) {
+  return munmap((void *)start, bytes) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+
+CUresult cuMemCreate(CUmemGenericAllocationHandle *piece, size_t bytes, const CUmemAllocationProp *of, unsigned long long flags) {
+  if (used + bytes > total) return CUDA_ERROR_OUT_OF_MEMORY;
+  __atomic_add_fetch(&used, bytes, __ATOMIC_RELAXED);
+  return *piece = bytes, CUDA_SUCCESS;
+}
+
+CUresult cuMemRelease(CUmemGenericAllocationHandle piece) {
+  return __atomic_sub_fetch(&used, piece, __ATOMIC_RELAXED), CUDA_SUCCESS;
+}
+
+CUresult cuMemMap(CUdeviceptr start, size_t bytes, size_t offset, CUmemGenericAllocationHandle piece, unsigned long long flags) {
+  add((void *)start, bytes, cudaMemoryTypeDevice);
+  __atomic_sub_fetch(&used, bytes, __ATOMIC_RELAXED); /* counted where it was created */
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemSetAccess(CUdeviceptr start, size_t bytes, const CUmemAccessDesc *access, size_t count) {
+  return mprotect((void *)start, bytes, PROT_READ | PROT_WRITE) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+
+CUresult cuMemUnmap(CUdeviceptr start, size_t bytes) {
+  __atomic_add_fetch(&used, take_out((void *)start), __ATOMIC_RELAXED);
+  mmap((void *)start, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGet(CUdevice *device, int number) { return *device = number, CUDA_SUCCESS; }
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) { return *value = 0, CUDA_SUCCESS; }
+CUresult cuMemGetAllocationGranularity(size_t *bytes, const CUmemAllocationProp *of, CUmemAllocationGranularity_flags which) {
+  return *bytes = 2 << 20, CUDA_SUCCESS;
+}
+
+static CUresult not_done(void) { return CUDA_ERROR_NOT_SUPPORTED; }
+
+/* Functions of the driver that torch must find but does not call stand for all that are missing. */
+cudaError_t cudaGetDriverEntryPointByVersion(
+    const char *symbol, void **function, unsigned version, unsigned long long flags,
+    enum cudaDriverEntryPointQueryResult *status) {
+  *function = dlsym(RTLD_DEFAULT, symbol);
+  if (!*function) *function = (void *)not_done;
+  if (status) *status = cudaDriverEntryPointSuccess;
   return cudaSuccess;
 }
 

@@ -119,6 +119,8 @@ def test_diff(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     each = shown(capsys)
     assert each[-1].split() == total
     assert int(total[1]) == len(each) - each.index("") - 3
+    assert main(["adapter", "diff", folders[0], folders[0]]) == 0
+    assert shown(capsys) == [f"the adapters are equal: {int(total[1]) + 1} layers"]
     assert main(["adapter", "diff", folders[0], folders[0], "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["total"]["distance"] < 1e-6

@@ -473,6 +473,10 @@ def test_the_next_command_of_an_adapter(strong: Path) -> None:
     words = shlex.split(_next(settings, columns_of(settings)).replace("\\\n", "").partition("lit-lora sample ")[2])
     read = run_tool(SampleOptions, sample_arguments(words), "lit-lora sample", return_instance=True)
     assert read == replace(settings, scales=[0, 0.5, 1], out="scales.png", columns=4)
+    dashes = replace(one, prompts=["-5 degrees"], negative_prompt="- blur")
+    words = shlex.split(_next(dashes, columns_of(dashes)).replace("\\\n", "").partition("lit-lora sample ")[2])
+    read = run_tool(SampleOptions, sample_arguments(words), "lit-lora sample", return_instance=True)
+    assert read == replace(dashes, prompts="-5 degrees", scales=[0, 0.5, 1], out="scales.png")
     several = replace(one, scales=[0, 1])
     assert _next(several, columns_of(several)).splitlines()[2:] == [
         "lit-lora adapter convert --format kohya \\",
