@@ -164,6 +164,16 @@ def test_position_out_of_bounds(dataset, name, value, message):
         PlannedLoader(dataset, _plan(13, 4)).load_state_dict(state | {name: value})
 
 
+def test_the_last_position_of_batches_of_one_sample_is_within_bounds(dataset):
+    plan = _plan(3, 1, passes_per_chunk=2)
+    loader = PlannedLoader(dataset, plan)
+    list(islice(loader, 5))
+    again = PlannedLoader(dataset, plan)
+    again.load_state_dict(loader.state_dict())
+    (last,) = _seen(loader)
+    assert _seen(again) == [last]
+
+
 @pytest.mark.parametrize("state", [None, [], 3, "x", {}])
 def test_state_that_is_none(dataset, state):
     with pytest.raises(UserError, match=r"must be a dict|the checkpoint has seed None"):
