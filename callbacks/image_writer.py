@@ -40,6 +40,8 @@ class ImageWriter(BasePredictionWriter):
         self.output_dir = Path(output_dir)
         self._lock: FolderLock | None = None
         self._before: set[_Image] = set()
+        self._drawn = 0
+        """Images of this process in the loader's earlier batches, of which the last may be smaller than the others."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -94,8 +96,11 @@ class ImageWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         count = len(prediction)
-        first = (batch_idx * trainer.world_size + trainer.global_rank) * count
-        slots = batch.get("slot", range(first, first + count))
+        self._drawn = self._drawn if batch_idx else 0
+        # As Lightning deals samples out: the processes' last batches may have different sizes.
+        places = range(self._drawn, self._drawn + count)
+        slots = batch.get("slot", [place * trainer.world_size + trainer.global_rank for place in places])
+        self._drawn += count
         keys = batch.get("key", [""] * count)
         weights = batch["weight"].tolist() if "weight" in batch else [1.0] * count
         for image, slot, key, caption, weight in zip(prediction, slots, keys, batch["caption"], weights, strict=True):

@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from lit_lora.draws import Draws, seed_of
+from lit_lora.draws import Draws, seed_of, slots_of
 
 
 def test_a_sample_draws_the_same_in_any_batch() -> None:
@@ -40,3 +42,10 @@ def test_seed_of_is_pinned() -> None:
     # A change here would change every run's data order and noise.
     assert seed_of(0, "noise", 1) == 6545564728581758268
     assert 0 <= seed_of("x") < 2**63
+
+
+def test_samples_without_numbers_are_counted_over_the_processes() -> None:
+    trainers = [SimpleNamespace(world_size=2, global_rank=rank) for rank in (0, 1)]
+    batch = {"caption": ["a", "b"]}
+    assert [slots_of(batch, 3, trainer) for trainer in trainers] == [[12, 13], [14, 15]]
+    assert slots_of(batch | {"slot": (5, 9)}, 3, trainers[1]) == [5, 9]

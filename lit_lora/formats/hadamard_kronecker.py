@@ -157,6 +157,11 @@ def _check(layer: str, group: Mapping[str, Tensor], kind: str, path: Path) -> No
                 missing |= {f"{matrix}_a", f"{matrix}_b"} - names
     if missing:
         raise UserError(f"{path} is incomplete: it has no {min(missing)} of {layer}; copy or export it again")
+    for name, value in sorted(group.items()):
+        if value.numel() != 1 if name == "alpha" else value.ndim < 2 or 0 in value.shape:
+            raise UserError(
+                f"{path} is damaged: {name} of {layer} has the shape {tuple(value.shape)}; copy or export it again"
+            )
 
 
 def _factor(groups: Mapping[str, Mapping[str, Tensor]], path: Path) -> int:

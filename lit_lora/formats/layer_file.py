@@ -237,10 +237,10 @@ def _lora_layer(name: str, group: Group, path: Path) -> LoraFactors:
             f"which share no rank; export it again"
         )
     magnitude = group.get("dora_scale")
-    if magnitude is not None and len(magnitude) != len(up):
+    if magnitude is not None and not (magnitude.numel() == len(up) == magnitude.shape[:1].numel()):
         raise UserError(
-            f"{path}: dora_scale of {name} has the shape {tuple(magnitude.shape)}: magnitudes of inputs, while PEFT's DoRA has "
-            f"magnitudes of the {len(up)} outputs; merge it with the base"
+            f"{path}: dora_scale of {name} has the shape {tuple(magnitude.shape)}, while PEFT's DoRA has one magnitude for each "
+            f"of the {len(up)} outputs; merge it with the base if these are magnitudes of inputs, or export it again"
         )
     alpha = group.get("alpha")
     if alpha is not None and alpha.numel() != 1:

@@ -99,6 +99,11 @@ def test_lora_plus_is_that_of_peft() -> None:
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+def test_groups_of_an_optimizer_without_weight_decay() -> None:
+    optimizer = make_optimizer(partial(Rprop, lr=0.1), nn.Linear(1, 1), [ParameterGroup("bias", lr_ratio=2)])
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

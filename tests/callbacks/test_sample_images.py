@@ -176,6 +176,20 @@ def test_images_of_an_earlier_run_are_told(
         predict("a")
 
 
+def test_a_smaller_last_batch_overwrites_no_image(
+    sd_module: LoraDiffusion, trainer_options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Batches that do not number their samples, as a plain loader gives them."""
+    sd_module.sampling = SamplingOptions(num_inference_steps=1)
+    numbered = {name: entry for name, entry in make_batches(1)[0].items() if name not in ("slot", "key")}
+    batches = [numbered | {"caption": ["a", "b"]}, {name: entry[:1] for name, entry in numbered.items()}]
+    trainer = Trainer(**trainer_options, callbacks=[ImageWriter(str(tmp_path / "drawn"))])
+    for _ in range(2):  # each run counts from 0
+        trainer.predict(sd_module, loader_of(batches), return_predictions=False)
+        drawn = sorted(path.name for path in (tmp_path / "drawn").glob("*.png"))
+        assert drawn == ["000000-.png", "000001-.png", "000002-.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

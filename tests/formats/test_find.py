@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -154,8 +155,10 @@ KOHYA = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         (
             {"dora_scale": torch.ones(1, 6)},
             None,
-            "magnitudes of inputs, while PEFT's DoRA has magnitudes of the 4 outputs",
+            r"dora_scale of .* has the shape \(1, 6\), while PEFT's DoRA has one magnitude for each of the 4 outputs",
         ),
+        ({"dora_scale": torch.tensor(1.0)}, None, r"has the shape \(\), while"),
+        ({"dora_scale": torch.ones(4, 2)}, None, r"has the shape \(4, 2\), while"),
         ({"hada_w1_a": torch.ones(4, 2)}, None, "has hada_w1_a, and other layers have LoRA|lora_down"),
         ({}, Flux, "is not an adapter of Flux, which has no layer lora_unet_down_blocks"),
     ],
@@ -172,6 +175,27 @@ def test_bad_files_of_kohya(
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=expected):
         read_adapter(tmp_path / "a.safetensors", family)
+
+
+@pytest.mark.parametrize(
+    ("method", "tensor", "shape"),
+    [
+        ("hada", "hada_w1_b", ()),
+        ("hada", "hada_w2_a", (0, 2)),
+        ("hada", "alpha", (2,)),
+        ("lokr", "lokr_w1", ()),
+        ("lokr", "lokr_w2_a", (4,)),
+        ("lokr", "lokr_w2_b", (0, 3)),
+    ],
+)
+def test_damaged_shapes_of_lycoris(method: str, tensor: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"lokr_w1": (2, 2), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 3)}
+    if method == "hada":
+        shapes = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 6), "hada_w2_a": (4, 2), "hada_w2_b": (2, 6)}
+    shapes |= {"alpha": (), tensor: shape}
+    save_file({f"{KOHYA}.{name}": torch.ones(one) for name, one in shapes.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=rf"is damaged: {tensor} of .* has the shape {re.escape(str(shape))}"):
+        read_adapter(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

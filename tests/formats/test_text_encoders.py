@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lit_lora.adapters import load_adapter
 from lit_lora.cli import main
-from lit_lora.families import Flux, StableDiffusion, StableDiffusion3, StableDiffusionXL
+from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from lit_lora.formats import AdapterFiles, format_named
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.layer_names import places
 from lit_lora.formats.text_encoders import for_encoder
 from tests.formats.adapters import FAMILIES, encoder_adapter, loaded, trained
 
@@ -132,3 +133,16 @@ def test_a_base_without_the_encoder(
 def test_families_know_their_encoders() -> None:
     for family in (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux):
         assert family.kohya_encoders.keys() <= family.encoder_classes.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        (StableDiffusion, {"clip_l": "text_encoder", "clip_h": "text_encoder"}),
+        (StableDiffusionXL, {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2"}),
+        (Flux, {"clip_l": "text_encoder", "clip_h": "text_encoder", "t5xxl": "text_encoder_2"}),
+    ],
+)
+def test_names_of_encoders_in_files_of_comfyui(family: type[ModelFamily], expected: dict[str, str]) -> None:
+    names = {name: place.part for name, place in places(family, {}).items() if name.startswith("text_encoders.")}
+    assert {name.split(".")[1]: part for name, part in names.items()} == expected

@@ -169,6 +169,19 @@ def test_zero_terminal_snr(base: str) -> None:
     assert SCHEDULE["prediction_type"] == "epsilon"
 
 
+@pytest.mark.parametrize(
+    ("config", "refusal"),
+    [
+        ({"prediction_type": "flow_prediction"}, "the DDIMScheduler is configured for flow matching"),
+        ({"use_flow_sigmas": True}, r"configured for flow matching .*use_flow_sigmas True"),
+        ({"timestep_type": "continuous"}, "the DDIMScheduler has timestep_type 'continuous', not 'discrete'"),
+    ],
+)
+def test_schedules_of_another_kind_are_refused(config: dict[str, Any], refusal: str) -> None:
+    with pytest.raises(UserError, match=refusal):
+        DDPM().prepare(SCHEDULE | config)
+
+
 def test_zero_terminal_snr_needs_another_prediction_than_epsilon() -> None:
     with pytest.raises(UserError, match="zero_terminal_snr is on, and epsilon cannot be learned from pure noise"):
         DDPM("epsilon", zero_terminal_snr=True)

@@ -199,10 +199,17 @@ def test_steps_per_chunk(chunks, size, kind, steps):
         assert plan.remaining(cursor) == len(middle) - number - 1
 
 
+def test_samples_per_pass_of_chunks_that_are_gone_through_a_different_number_of_times():
+    chunks = Chunked(((0,) * 9, (0,) * 20), 1)  # rounds of 2 and 5 batches of 4 show 8 and 20 samples
+    assert Plan(chunks, 4, steps_per_chunk=5).samples_per_pass == 2.5 * 8 + 20
+    assert Plan(chunks, 4, passes_per_chunk=3).samples_per_pass == 3 * (8 + 20)
+
+
 def test_slots_tell_passes_and_repeats_apart():
     plan = Plan(OneChunk(5), 5, passes_per_chunk=2)
     slots = [_shown(_pass(plan, number)) for number in range(3)]
     assert len({slot for some in slots for slot in some}) == 30
+    assert min(slot for some in slots for slot in some) == 0  # draws take no negative seed
     assert all(sorted(slot % 5 for slot in some) == sorted(2 * list(range(5))) for some in slots)
 
 

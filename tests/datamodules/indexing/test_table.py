@@ -3,6 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
+from lit_lora.datamodules.batches.repeats import Repeats
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.table import SampleTable
@@ -71,3 +73,16 @@ def test_samples_that_lack_something(make_shards, tmp_path, write_tar, encode_im
         table.check_complete("caption", ("txt", "json"))
     with pytest.raises(UserError, match=r"5 of 5 samples have no caption \(.json\)"):
         table.check_complete("caption", ("json",))
+
+
+def test_digests_are_those_that_checkpoints_and_caches_of_earlier_versions_hold(write_tar, tmp_path):
+    """With others, nobody could resume from a checkpoint, and all caches would be made again."""
+    members = {"a.jpg": b"no image", "a.txt": b"caption", "b.jpg": b"none", "b.txt": b""}
+    table = _table([write_tar(tmp_path / "shard-0.tar", members)])
+    assert table.digest == 7563437879351457871
+    assert table.key_digest == 26588490
+    assert table.shard_digest(0) == "blake2b:8f11e720b9700f49523c7c4a8a4ee97a"
+    repeats = Repeats(np.array([2.5]), np.array([0]))
+    assert repeats.digest == 4961310266008125253
+    assert Bucketing.of(512, None).digest == 5261350623426643340
+    assert Bucketing.of(512, AspectRatioBuckets()).digest == 7378723322244163757

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lit_lora.datamodules import Plan
+from lit_lora.datamodules.batches.plan import MAX_PASSES
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.indexing.index import ShardIndex
 from lit_lora.datamodules.indexing.table import SampleTable
@@ -162,6 +163,24 @@ def test_position_out_of_bounds(dataset, name, value, message):
     PlannedLoader(dataset, _plan(13, 4)).load_state_dict(state)
     with pytest.raises(UserError, match=message):
         PlannedLoader(dataset, _plan(13, 4)).load_state_dict(state | {name: value})
+
+
+def test_a_repeat_whose_slots_would_exceed_64_bits(dataset):
+    loader = PlannedLoader(dataset, _plan(13, 4))
+    state = loader.state_dict() | {"pass_batches": 2**40, "visit_batches": 2**40}
+    most = 2**63 // (13 * MAX_PASSES) - 1
+    with pytest.raises(UserError, match=rf"repeat is {most + 1}, but must be an integer in \[0, {most}\]"):
+        loader.load_state_dict(state | {"repeat": most + 1})
+
+
+def test_the_last_position_of_batches_of_one_sample_is_within_bounds(dataset):
+    plan = _plan(3, 1, passes_per_chunk=2)
+    loader = PlannedLoader(dataset, plan)
+    list(islice(loader, 5))
+    again = PlannedLoader(dataset, plan)
+    again.load_state_dict(loader.state_dict())
+    (last,) = _seen(loader)
+    assert _seen(again) == [last]
 
 
 @pytest.mark.parametrize("state", [None, [], 3, "x", {}])
