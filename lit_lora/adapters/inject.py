@@ -18,7 +18,7 @@ from lit_lora.console import out_of_memory
 from lit_lora.errors import UserError
 from lit_lora.finite import damaged_base
 from lit_lora.parameters import trainable_parameters
-from lit_lora.quantization.frozen_layer import quantized_layers
+from lit_lora.quantization.frozen_layer import quantized_layers, weights_asked_for_again
 
 ADAPTER_NAME = "default"
 
@@ -62,7 +62,7 @@ def inject(model: nn.Module, config: PeftConfig, default_targets: tuple[str, ...
     _check_alpha(config)
     model.requires_grad_(False)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), weights_asked_for_again():
             warnings.filterwarnings("ignore", ".*did not match any targeted module")  # an error here
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
             adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME)

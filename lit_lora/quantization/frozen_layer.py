@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input
 
 from lit_lora.quantization.base import Quantization, Stored
+
+_last_restored: ContextVar[dict[FrozenLayer, Tensor] | None] = ContextVar("_last_restored", default=None)
+"""The layer whose weight was asked for last, and the weight, in :func:`weights_asked_for_again`."""
+
+
+@contextmanager
+def weights_asked_for_again() -> Iterator[None]:
+    """A context in which :attr:`FrozenLayer.weight` is restored once while the same layer is asked again and again.
+
+    PEFT asks each layer some twenty times for its weight when it injects an adapter, mostly for the device.
+    """
+    token = _last_restored.set({})
+    try:
+        yield
+    finally:
+        _last_restored.reset(token)
 
 
 class FrozenLayer(nn.Module):
@@ -39,7 +57,15 @@ class FrozenLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         dense = self._parameters.get("weight")
-        return self.restored(self.weight_dtype) if dense is None else dense
+        if dense is not None:
+            return dense
+        kept = _last_restored.get()
+        if kept is None:
+            return self.restored(self.weight_dtype)
+        if self not in kept:
+            kept.clear()  # before the next is restored, so that there is never more than one
+            kept[self] = self.restored(self.weight_dtype)
+        return kept[self]
 
     def stored(self) -> Stored:
         """The tensors that hold the weight."""

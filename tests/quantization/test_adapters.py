@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -15,6 +16,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily, StableDiffusion
 from lit_lora.parameters import trainable_parameters
 from lit_lora.quantization import FP8, NF4, W8A8, Dense, Int8, Quantization, sharded_parts
+from lit_lora.quantization.base import Stored
 from tests.helpers import save_adapter
 
 LINEAR = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -211,3 +213,20 @@ def test_what_cannot_be_put_in_before_the_weights(config: PeftConfig, message: s
     family.load(torch.bfloat16, without=("vae", "text", "denoiser"), quantization=NF4())
     with pytest.raises(UserError, match=message):
         family.load_adapted(config, lambda module: None)
+
+
+@pytest.mark.parametrize("adapter", ["LoRA", "DoRA", "LoHa"])
+def test_injection_does_not_restore_a_weight_again_and_again(
+    adapter: str, sd_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Stored] = []
+
+    def dequantize(self: NF4, stored: Stored, *arguments: Any) -> torch.Tensor:
+        asked.append(stored)
+        return restore(self, stored, *arguments)
+
+    restore = NF4.dequantize
+    monkeypatch.setattr(NF4, "dequantize", dequantize)
+    adapted = [layer for layer in _family(sd_folder, NF4(), adapter).denoiser.modules() if hasattr(layer, "base_layer")]
+    # Twice where PEFT asks another layer in between.
+    assert 0 < len(asked) <= 2 * len(adapted)
