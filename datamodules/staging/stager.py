@@ -199,9 +199,9 @@ class Stager:
         try:
             write_text(passed_path(self._slot, self._job_name, self._local_rank), str(visit))
         except OSError as error:
-            raise UserError(
-                f"cannot write to {self._slot}: {error.strerror}; free disk space, then start again"
-            ) from error
+            removed = isinstance(error, FileNotFoundError)
+            how = "leave the folder alone while a run uses it" if removed else "free disk space, then start again"
+            raise UserError(f"cannot write to {self._slot}: {error.strerror}; {how}") from error
 
     def close(self) -> None:
         """End the staging process, in local rank 0; the staged shards remain."""

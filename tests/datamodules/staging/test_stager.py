@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,16 @@ def _size_watched(folder, sizes):
     finally:
         done.set()
         thread.join()
+
+
+def test_a_folder_that_is_removed_while_it_is_used_is_told(data, stage):
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        stager.wait(0)
+        stager._process.kill()
+        shutil.rmtree(stage)
+        with pytest.raises(UserError, match="No such file or directory; leave the folder alone while a run uses it"):
+            stager.passed(0)
 
 
 @pytest.mark.parametrize("remote", [True, False])
