@@ -178,7 +178,11 @@ def _full(setting: dict[str, Any], options: argparse.Namespace, batch_size: int,
         meter.assign(model.parameters(), "adapter")
         inputs = batch()
         simulate_step(
-            meter, list(model.parameters()), lambda: model.training_step(inputs), lambda _: model.configure_optimizers()
+            meter,
+            list(model.parameters()),
+            lambda: model.training_step(inputs),
+            lambda _: model.configure_optimizers(),
+            freed_after_step=False,
         )
     planned = max(sum(kinds.values()) for kinds in meter.peaks.values())
 

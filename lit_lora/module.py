@@ -42,6 +42,7 @@ from lit_lora.log_mean import log_mean
 from lit_lora.loss_by_time import LossByTime
 from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.encoder_offload import EncoderOffload
+from lit_lora.memory.freed_gradients import free_gradients
 from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.objectives import Objective
@@ -153,6 +154,7 @@ class LoraDiffusion(LightningModule):
         self._configured, self._encoder_offload, self._by_time = False, EncoderOffload(), LossByTime()
         self._reader: Node | None = None
         self._in_backward: OptimizerInBackward | None = None
+        self._stepped = False
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
@@ -234,6 +236,12 @@ class LoraDiffusion(LightningModule):
         step = self.trainer.global_step + 1
         super().optimizer_step(*args, **kwargs)
         self.family.adapted.after_step(step)
+        self._stepped = True
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if self._stepped:  # and not within accumulated batches
+            free_gradients(self.trainer)
+        self._stepped = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["adapter_methods"] = self.family.adapted.state()

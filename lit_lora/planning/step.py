@@ -40,8 +40,9 @@ def simulate_step(
     offload_activations: bool = False,
     cuda: bool = False,
     share: Share = _ALL,
+    freed_after_step: bool = True,
 ) -> object:
-    """Simulate a step from the middle of a run, where optimizer state and gradients of the previous step exist.
+    """Simulate a step from the middle of a run, where the optimizer's state exists.
 
     Args:
         meter: Meter that records the phases ``forward``, ``backward`` and ``optimizer``; it is not active yet.
@@ -54,6 +55,8 @@ def simulate_step(
         offload_activations: Whether tensors saved for the backward pass are kept in host memory.
         cuda: Whether the optimizer updates all parameters at once, as torch does on CUDA by default.
         share: What the process has of gradients and optimizer state; defaults to all.
+        freed_after_step: Whether gradients are freed after the optimizer's step, as by ``LoraDiffusion``; Lightning itself keeps
+            them for the next forward pass. Defaults to True.
 
     Returns:
         An object that keeps the optimizer's state alive.
@@ -73,6 +76,8 @@ def simulate_step(
     if in_backward:
         _forget_gradients(trained)
     with meter, _saved_on_host() if offload_activations else nullcontext():
+        if freed_after_step and not accumulate:
+            _forget_gradients([*trained, *stepped])
         meter.begin("forward")
         value = loss()
         if not accumulate:
