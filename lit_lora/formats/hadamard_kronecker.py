@@ -158,7 +158,8 @@ def _check(layer: str, group: Mapping[str, Tensor], kind: str, path: Path) -> No
     if missing:
         raise UserError(f"{path} is incomplete: it has no {min(missing)} of {layer}; copy or export it again")
     for name, value in sorted(group.items()):
-        if value.numel() != 1 if name == "alpha" else value.ndim < 2 or 0 in value.shape:
+        fits = value.numel() == 1 if name == "alpha" else value.ndim >= 2 and 0 not in value.shape
+        if not fits:
             raise UserError(
                 f"{path} is damaged: {name} of {layer} has the shape {tuple(value.shape)}; copy or export it again"
             )
