@@ -44,6 +44,9 @@ examples
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
+_OF_SHARDS = ("pack", "index", "check", "info")
+_OF_ADAPTER = ("info", "check", "diff", "convert", "resize", "merge", "extract", "push")
+
 
 def _train(arguments: list[str]) -> None:
     from lit_lora.distributed.processes import end_with_parent
@@ -96,7 +99,7 @@ def _shards(arguments: list[str]) -> None:
         return
     from lit_lora.tools import run_tool, shards
 
-    commands = {name: getattr(shards, name) for name in ("pack", "index", "check", "info")}
+    commands = {name: getattr(shards, name) for name in _OF_SHARDS}
     epilog = (
         "A fifth subcommand takes the options of lit-lora fit: lit-lora shards plan --config FILE describes the data of a run"
         " before it starts."
@@ -111,8 +114,7 @@ def _adapter(arguments: list[str]) -> None:
     from lit_lora.tools import run_tool
     from lit_lora.tools.adapter_arguments import adapter_arguments
 
-    names = ("info", "check", "diff", "convert", "resize", "merge", "extract", "push")
-    commands = {name: getattr(import_module(f"lit_lora.tools.adapter_{name}"), name) for name in names}
+    commands = {name: getattr(import_module(f"lit_lora.tools.adapter_{name}"), name) for name in _OF_ADAPTER}
     with given_back():
         run_tool(commands, adapter_arguments(arguments), "lit-lora adapter")
 
@@ -211,8 +213,10 @@ def _interrupted(error: KeyboardInterrupt, how: str) -> int:
 def _unknown(command: str) -> str:
     from difflib import get_close_matches
 
-    near = get_close_matches(command, (*TRAINER_COMMANDS, *TOOLS), 1)
-    meant = f"did you mean {near[0]}? " if near else ""
+    whole = [f"shards {command}"] if command in _OF_SHARDS else []
+    whole += [f"adapter {command}"] if command in _OF_ADAPTER else []
+    near = whole or get_close_matches(command, (*TRAINER_COMMANDS, *TOOLS), 1)
+    meant = f"did you mean {' or '.join(near)}? " if near else ""
     return f"unknown command {command!r}; {meant}lit-lora --help lists all commands"
 
 

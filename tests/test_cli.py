@@ -499,6 +499,8 @@ def test_arguments_that_a_tool_does_not_have(command: list[str], told: str, caps
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown command 'fti'; did you mean fit? lit-lora --help lists all commands" in failure(capsys, "fti")
     assert "unknown command 'xyz'; lit-lora --help" in failure(capsys, "xyz")
+    assert "unknown command 'pack'; did you mean shards pack?" in failure(capsys, "pack", "images", "shards")
+    assert "unknown command 'check'; did you mean shards check or adapter check?" in failure(capsys, "check")
 
 
 class TestMistakes:
