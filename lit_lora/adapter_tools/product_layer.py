@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.formats import AdapterFiles
-from lit_lora.formats.hadamard_kronecker import alphas_of, groups_of, ranks_of
+from lit_lora.formats.hadamard_kronecker import alphas_of, check_shapes, groups_of, ranks_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,11 @@ def product_layers(contents: AdapterFiles) -> Iterator[tuple[str, ProductLayer]]
 
     Args:
         contents: A part of an adapter.
+
+    Raises:
+        UserError: If the tensors of a layer do not fit together.
     """
     alphas, ranks = alphas_of(contents), ranks_of(contents)
     for name, group in groups_of(contents).items():
+        check_shapes(name, group, "the adapter")
         yield name, ProductLayer(group, ranks[name], alphas[name])

@@ -22,6 +22,9 @@ from lit_lora.formats.lora import only, plain_number, targets
 METHODS = ("LOHA", "LOKR")
 """PEFT's names of these methods."""
 
+_LEFT = {"hada_w1_a", "hada_w2_a", "lokr_w1_a", "lokr_w2_a"}
+"""Names of the left ones of two matrices that are multiplied, in Tucker form with a core between them."""
+
 _Groups = dict[str, dict[str, Tensor]]
 
 
@@ -157,11 +160,36 @@ def _check(layer: str, group: Mapping[str, Tensor], kind: str, path: Path) -> No
                 missing |= {f"{matrix}_a", f"{matrix}_b"} - names
     if missing:
         raise UserError(f"{path} is incomplete: it has no {min(missing)} of {layer}; copy or export it again")
+    check_shapes(layer, group, path)
+
+
+def check_shapes(layer: str, group: Mapping[str, Tensor], path: Path | str) -> None:
+    """Check that the tensors of a layer fit together.
+
+    Args:
+        layer: Name of the layer, for errors.
+        group: Its tensors by LyCORIS' names.
+        path: File that holds them, for errors.
+
+    Raises:
+        UserError: If one has an impossible shape, or two that are multiplied share no rank.
+    """
     for name, value in sorted(group.items()):
         fits = value.numel() == 1 if name == "alpha" else value.ndim >= 2 and 0 not in value.shape
         if not fits:
             raise UserError(
                 f"{path} is damaged: {name} of {layer} has the shape {tuple(value.shape)}; copy or export it again"
+            )
+    for name in sorted(group.keys() & _LEFT):
+        left, right = group[name], group.get(f"{name[:-1]}b")
+        core = group.get(name.removesuffix("_a").replace("_w", "_t"))
+        if right is None:
+            continue
+        rank = left.shape[1] if core is None else core.shape[1]
+        if rank != right.shape[0] or (core is not None and core.shape[0] != left.shape[0]):
+            raise UserError(
+                f"{path} is damaged: {name} and {name[:-1]}b of {layer} have the shapes {tuple(left.shape)} and "
+                f"{tuple(right.shape)}, which share no rank; copy or export it again"
             )
 
 

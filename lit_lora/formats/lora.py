@@ -59,7 +59,8 @@ def layers_of(state: Mapping[str, Tensor], path: Path | str) -> dict[str, dict[s
         path: File that holds them, for errors.
 
     Raises:
-        UserError: If a tensor is none of these, or a layer lacks one of the first two, or their ranks differ.
+        UserError: If a tensor is none of these, a layer lacks one of the first two, their ranks differ, or its magnitudes are
+            not those of its outputs.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
@@ -77,6 +78,12 @@ def layers_of(state: Mapping[str, Tensor], path: Path | str) -> dict[str, dict[s
             raise UserError(
                 f"{path} is damaged: lora_A and lora_B of {layer} have the shapes {tuple(down.shape)} and {tuple(up.shape)}, "
                 f"which share no rank; export it again"
+            )
+        magnitude = tensors.get("lora_magnitude_vector")
+        if magnitude is not None and magnitude.numel() != len(up):
+            raise UserError(
+                f"{path} is damaged: lora_magnitude_vector of {layer} has the shape {tuple(magnitude.shape)}, and the layer has "
+                f"{len(up)} outputs; export it again"
             )
     return layers
 

@@ -11,7 +11,7 @@ from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.families.native_layers import NativeLayer
 from lit_lora.formats.base import AdapterFiles
-from lit_lora.formats.hadamard_kronecker import METHODS, alphas_of, config_of, groups_of, why_not_exact
+from lit_lora.formats.hadamard_kronecker import METHODS, alphas_of, check_shapes, config_of, groups_of, why_not_exact
 from lit_lora.formats.layer_file import Group, LayerFile, alpha_tensor
 from lit_lora.formats.layer_names import TENSOR, Place, underscored
 from lit_lora.formats.lora import why_no_plain_lora
@@ -55,6 +55,7 @@ class LycorisFormat(LayerFile):
         prefix = _PREFIX if part == "denoiser" else f"{family.kohya_encoders[part]}_"
         alphas = alphas_of(contents)
         for layer, group in groups_of(contents).items():
+            check_shapes(layer, group, "the adapter")
             name = prefix + underscored(layer if part == "denoiser" else nested(layer))
             yield name, {**group, "alpha": alpha_tensor(alphas[layer], next(iter(group.values())))}
 

@@ -15,12 +15,14 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from benchmarks.process_memory import resident
+from lit_lora.adapter_tools.product_layer import product_layers
 from lit_lora.adapters import plain_config
 from lit_lora.errors import UserError
 from lit_lora.families import Flux, ModelFamily, StableDiffusion, StableDiffusion3, StableDiffusionXL
 from lit_lora.files import sync
 from lit_lora.formats import AdapterFiles, write_adapter
 from lit_lora.formats.find import read_adapter
+from lit_lora.formats.lora import layers_of
 from tests.formats.adapters import loaded, trained
 from tests.formats.test_formats import adapter_for, same
 
@@ -196,6 +198,52 @@ def test_damaged_shapes_of_lycoris(method: str, tensor: str, shape: tuple[int, .
     save_file({f"{KOHYA}.{name}": torch.ones(one) for name, one in shapes.items()}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=rf"is damaged: {tensor} of .* has the shape {re.escape(str(shape))}"):
         read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"hada_w1_b": (3, 6)},
+        {"hada_w2_a": (4, 1)},
+        {"hada_t1": (2, 3, 1, 1), "hada_t2": (2, 2, 1, 1), "hada_w1_a": (2, 4), "hada_w2_a": (2, 4)},
+    ],
+)
+def test_factors_of_loha_share_their_rank(shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    shapes = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 6), "hada_w2_a": (4, 2), "hada_w2_b": (2, 6), "alpha": ()} | shapes
+    save_file({f"{KOHYA}.{name}": torch.ones(one) for name, one in shapes.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"is damaged: hada_w[12]_a and hada_w[12]_b of .*, which share no rank"):
+        read_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("method", "tensor", "value", "error"),
+    [
+        (
+            "lora",
+            "lora_magnitude_vector",
+            torch.ones(3),
+            r"lora_magnitude_vector of mid.to_q has the shape \(3,\), .* 4 outputs",
+        ),
+        ("lora", "lora_magnitude_vector", torch.tensor(1.0), r"has the shape \(\)"),
+        (
+            "loha",
+            "hada_w1_a",
+            torch.ones(4, 1),
+            "hada_w1_a and hada_w1_b of mid.to_q have the shapes .*, which share no rank",
+        ),
+    ],
+)
+def test_damaged_shapes_of_peft(method: str, tensor: str, value: torch.Tensor, error: str) -> None:
+    shapes = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 6), "hada_w2_a": (4, 2), "hada_w2_b": (2, 6)}
+    if method == "lora":
+        shapes = {"lora_A.weight": (2, 6), "lora_B.weight": (4, 2)}
+    state = {name: torch.ones(one) for name, one in shapes.items()} | {tensor: value}
+    state = {f"base_model.model.mid.to_q.{name}": one for name, one in state.items()}
+    with pytest.raises(UserError, match=error):
+        if method == "lora":
+            layers_of(state, "a")
+        else:
+            list(product_layers(AdapterFiles(state, {"peft_type": "LOHA", "r": 2, "alpha": 2})))
 
 
 @pytest.mark.parametrize(
