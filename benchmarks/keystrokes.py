@@ -1,9 +1,10 @@
 """Minutes that a person's hands need from images to the start of training: ``python benchmarks/keystrokes.py``.
 
-Computed, not timed, by the Keystroke-Level Model (Card, Moran and Newell 1980, "The keystroke-level model for user performance
-time with interactive systems", table 1): times of an average typist for a key, for pointing, for the hand's way between keyboard
-and mouse, and for thinking of what to do next. Each tool has the shortest way that its instructions show; what they show is
-pasted, and only what differs is typed. Reading, downloads and waiting are not counted, nor are mistakes.
+Computed, not timed, by the Keystroke-Level Model (Card, Moran and Newell 1980, "The keystroke-level model for user
+performance time with interactive systems"): times of an average typist (40 words a minute) for a key or a click, for
+pointing, for the hand's way between keyboard and mouse, and for thinking of what to do next. Each tool has the shortest way
+that its instructions show; what they show is pasted, and only what differs is typed. Reading, downloads and waiting are not
+counted, nor are mistakes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 KEY, POINT, HAND, THINK = 0.28, 1.10, 0.40, 1.35
-"""Seconds of the model's operators K (an average skilled typist), P, H and M."""
+"""Seconds of the model's operators K (an average typist who is no secretary, 40 words a minute), P, H and M."""
 
 FOLDER, TRIGGER, BASE = "my_images", "sks dog", "stabilityai/stable-diffusion-xl-base-1.0"
 NAME, PROMPT = "my_lora", "a photo of sks dog"
@@ -33,8 +34,8 @@ class Effort:
 
     @property
     def seconds(self) -> float:
-        """The model's time: the hand goes to the mouse and back for each target."""
-        return self.keys * KEY + self.points * (POINT + 2 * HAND) + self.thoughts * THINK
+        """The model's time: for each target the hand goes to the mouse, points, clicks and goes back."""
+        return self.keys * KEY + self.points * (POINT + KEY + 2 * HAND) + self.thoughts * THINK
 
 
 def typed(text: str, values: int = 1) -> Effort:

@@ -200,6 +200,7 @@ class LoraDiffusion(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": make_schedule(self.lr_scheduler, optimizer, steps)}
 
     def on_fit_start(self) -> None:
+        self._stepped = False  # an earlier run may have ended with an error in the midst of a batch
         if self.memory.optimizer_in_backward:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self._in_backward = OptimizerInBackward(optimizer, float(self.trainer.gradient_clip_val or 0))

@@ -17,10 +17,21 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is not None:
             continue
         null = os.open(os.devnull, os.O_RDWR)
-        if null != number:
+        if null != number and _is_closed(number):
             os.dup2(null, number)
             os.close(null)
-        setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 open until the end
+            null = number
+        os.set_inheritable(null, True)  # or a child's files would take the number
+        stream = open(null, mode, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115 open until the end
+        setattr(sys, name, stream)
+
+
+def _is_closed(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return True
+    return False
 
 
 def check_process() -> None:

@@ -30,6 +30,15 @@ def test_files_do_not_take_the_numbers_of_closed_streams(tmp_path: Path) -> None
     assert (tmp_path / "data").read_text() == ""
 
 
+def test_processes_that_are_started_have_the_streams_too(tmp_path: Path) -> None:
+    child = "import sys; sys.exit(sys.stdout is None or sys.stderr is None)"
+    code = (
+        "import subprocess, sys; from lit_lora.own_process import open_standard_streams; open_standard_streams()\n"
+        f"sys.exit(subprocess.run([sys.executable, '-c', '{child}']).returncode)"
+    )
+    assert run(f'{sys.executable} -c "{code}" >&- 2>&-', tmp_path).returncode == 0
+
+
 def test_python_without_docstrings_is_refused(tmp_path: Path) -> None:
     result = run(f"PYTHONOPTIMIZE=2 {COMMAND} shards info missing", tmp_path)
     assert result.returncode == 2

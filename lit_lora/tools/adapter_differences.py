@@ -51,7 +51,8 @@ def as_lines(found: Comparison, each_layer: bool = False) -> list[str]:
         ]
     for which, names in (("first", found.only_first), ("second", found.only_second)):
         lines += _only(which, names)
-    if not lines and found.total.relative < _ROUNDING and not each_layer:
+    equal = all(one.relative < _ROUNDING for one in found.layers.values())
+    if equal and found.layers and not lines and not each_layer:
         return [f"the adapters are equal: {len(found.layers)} layers"]
     if lines:
         lines.append("")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_the_models_times() -> None:
     assert typed("ab").seconds == pytest.approx(3 * 0.28 + 1.35)
-    assert changed("abc", "d").seconds == pytest.approx(4 * 0.28 + 2 * (1.1 + 2 * 0.4 + 1.35))
+    assert changed("abc", "d").seconds == pytest.approx(4 * 0.28 + 2 * (1.1 + 0.28 + 2 * 0.4 + 1.35))
     assert (chosen(1) + chosen(1)).seconds == pytest.approx(chosen(2).seconds)
 
 
