@@ -114,11 +114,12 @@ def draw_weights(module: LoraDiffusion, cached: bool) -> LoraDiffusion:
     With data from a cache only the denoiser's are drawn, one by one, so that a large model needs no more memory than in training.
     """
     own: Any = module
-    if not cached:
-        own.family.load = partial(own.family.load, weights=False)
     own.dispensable_parts = lambda: {"vae", "text"} if cached else set()
-    # The source is frozen.
-    vars(own.family.source)["file_of"] = lambda part: SimpleNamespace(open=_drawn)
+    if cached:
+        # As an attribute: the source is a frozen dataclass.
+        vars(own.family.source)["file_of"] = lambda part: SimpleNamespace(open=_drawn)
+    else:
+        own.family.load = partial(own.family.load, weights=False)
     return module
 
 

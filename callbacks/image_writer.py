@@ -41,7 +41,7 @@ class ImageWriter(BasePredictionWriter):
         self._lock: FolderLock | None = None
         self._before: set[_Image] = set()
         self._drawn = 0
-        """Images of this process in the loader's earlier batches, of which the last may be smaller than the others."""
+        """Images that this process has drawn of the loader: batches differ in size where the last is smaller."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -96,7 +96,8 @@ class ImageWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         count = len(prediction)
-        self._drawn = self._drawn if batch_idx else 0
+        if batch_idx == 0:
+            self._drawn = 0
         # As Lightning deals samples out: the processes' last batches may have different sizes.
         places = range(self._drawn, self._drawn + count)
         slots = batch.get("slot", [place * trainer.world_size + trainer.global_rank for place in places])

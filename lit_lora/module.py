@@ -39,6 +39,7 @@ from lit_lora.formats.from_file import FromFile
 from lit_lora.formats.info import AdapterInfo
 from lit_lora.formats.of_family import files_of
 from lit_lora.log_mean import log_mean
+from lit_lora.loops import accumulating
 from lit_lora.loss_by_time import LossByTime
 from lit_lora.memory.activation_offload import ActivationOffload
 from lit_lora.memory.encoder_offload import EncoderOffload
@@ -154,7 +155,6 @@ class LoraDiffusion(LightningModule):
         self._configured, self._encoder_offload, self._by_time = False, EncoderOffload(), LossByTime()
         self._reader: Node | None = None
         self._in_backward: OptimizerInBackward | None = None
-        self._stepped = False
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
@@ -200,7 +200,6 @@ class LoraDiffusion(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": make_schedule(self.lr_scheduler, optimizer, steps)}
 
     def on_fit_start(self) -> None:
-        self._stepped = False  # an earlier run may have ended with an error in the midst of a batch
         if self.memory.optimizer_in_backward:
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
             self._in_backward = OptimizerInBackward(optimizer, float(self.trainer.gradient_clip_val or 0))
@@ -237,12 +236,10 @@ class LoraDiffusion(LightningModule):
         step = self.trainer.global_step + 1
         super().optimizer_step(*args, **kwargs)
         self.family.adapted.after_step(step)
-        self._stepped = True
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        if self._stepped:  # and not within accumulated batches
+        if not accumulating(self.trainer):
             free_gradients(self.trainer)
-        self._stepped = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["adapter_methods"] = self.family.adapted.state()

@@ -237,7 +237,7 @@ def _lora_layer(name: str, group: Group, path: Path) -> LoraFactors:
             f"which share no rank; export it again"
         )
     magnitude = group.get("dora_scale")
-    if magnitude is not None and not (magnitude.numel() == len(up) == magnitude.shape[:1].numel()):
+    if magnitude is not None and not (magnitude.ndim and len(magnitude) == magnitude.numel() == len(up)):
         raise UserError(
             f"{path}: dora_scale of {name} has the shape {tuple(magnitude.shape)}, while PEFT's DoRA has one magnitude for each "
             f"of the {len(up)} outputs; merge it with the base if these are magnitudes of inputs, or export it again"

@@ -1,4 +1,6 @@
-/* What torch's expandable segments ask of NVML: whether GPUs share memory between machines. They do not, and the rest is not done. */
+/* What torch's expandable segments ask of NVML: whether GPUs share memory between machines. They do not.
+ * The other functions are found and not called.
+ */
 
 enum { NOT_SUPPORTED = 3 };
 

@@ -2,7 +2,7 @@
  *
  * The library is loaded before the real runtime and takes its place in torch's libraries, so that their allocators, statistics,
  * streams and events are the real ones. Launching a kernel fails: kernels.cpp computes in their place.
- * So is what torch asks of the driver for expandable segments.
+ * The driver's functions for expandable segments are here too.
  * LIT_LORA_CUDA_BYTES is the memory of the device, and LIT_LORA_CUDA_NAME its name.
  */
 #define _GNU_SOURCE
@@ -166,7 +166,7 @@ CUresult cuMemGetAllocationGranularity(size_t *bytes, const CUmemAllocationProp 
 
 static CUresult not_done(void) { return CUDA_ERROR_NOT_SUPPORTED; }
 
-/* Functions of the driver that torch must find but does not call stand for all that are missing. */
+/* not_done stands for the driver's other functions, which torch must find but does not call. */
 cudaError_t cudaGetDriverEntryPointByVersion(
     const char *symbol, void **function, unsigned version, unsigned long long flags,
     enum cudaDriverEntryPointQueryResult *status) {
