@@ -70,6 +70,8 @@ class SampleImages(Callback):
         check_whole(1, every_n_steps=every_n_steps, num_inference_steps=num_inference_steps, columns=columns)
         check_whole(1, height=height, width=width)
         check_whole(0, seed=seed)
+        self.given = [prompts] if isinstance(prompts, str) else prompts
+        """Texts and files of prompts, as they were given."""
         self.prompts = [prompt.filled(seed=seed + i) for i, prompt in enumerate(read_prompts(prompts))]
         self.every_n_steps = every_n_steps
         self.seed = seed

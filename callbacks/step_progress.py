@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import shlex
 import sys
+import textwrap
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,12 +20,14 @@ from tqdm import tqdm
 from lit_lora.batch_size import batch_size
 from lit_lora.callbacks.base_loss import BaseLoss
 from lit_lora.callbacks.checkpoint_files import adapter_folders
+from lit_lora.callbacks.sample_images import SampleImages
 from lit_lora.callbacks.step_metrics import learning_rate
 from lit_lora.errors import check_least
 from lit_lora.loops import passes_in
 from lit_lora.parameters import trainable_parameters
 from lit_lora.progress_bar import messages_above_bar
-from lit_lora.report_text import format_next
+from lit_lora.report_text import format_next, format_option
+from lit_lora.visible import visible
 
 
 class StepProgress(ProgressBar):
@@ -57,6 +61,7 @@ class StepProgress(ProgressBar):
         self._bar: tqdm[Any] | None = None
         self._training = False
         self._ended = False
+        self._caption = ""
         self._above = ExitStack()
         """Has messages of others printed above the bar while there is one."""
 
@@ -102,6 +107,7 @@ class StepProgress(ProgressBar):
         now = time.monotonic()
         self._seconds += now - self._start
         self._samples += (batch_size(batch) or 0) * trainer.world_size
+        self._caption = self._caption or _first_caption(batch)
         between = self.line_seconds if self._bar is None else self.refresh_seconds
         if now - self._refreshed >= between or trainer.global_step == self._total:
             self._refreshed = now
@@ -131,7 +137,8 @@ class StepProgress(ProgressBar):
                 self.print(line)
             if hasattr(pl_module, "family") and (adapters := _adapters(trainer)):
                 adapter = shlex.quote(str(adapters[-1]))
-                self.print(format_next("lit-lora sample --prompts TEXT", f"--adapter {adapter}"))
+                prompt = format_option("prompts", _prompt(trainer) or self._caption or "what to draw")
+                self.print(format_next("lit-lora sample", prompt, f"--adapter {adapter}"))
         self._ended = False
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -244,3 +251,16 @@ def _files(trainer: Trainer) -> list[str]:
 def _adapters(trainer: Trainer) -> list[Path]:
     """The adapters of the run's checkpoints, the best one last."""
     return [folder for _, path in _checkpoints(trainer) if (folder := adapter_folders(path)[0]).exists()]
+
+
+def _prompt(trainer: Trainer) -> str:
+    """What the run's samples are drawn for: the first prompt, or the file of prompts; empty if there are no samples."""
+    samples = SampleImages.of(trainer)
+    return samples.given[0] if samples else ""
+
+
+def _first_caption(batch: Any) -> str:
+    """The beginning of a batch's first caption as one line; empty if there is none."""
+    captions = batch.get("caption") if isinstance(batch, Mapping) else None
+    texts = [one for one in captions if isinstance(one, str)] if isinstance(captions, list | tuple) else []
+    return visible(textwrap.shorten(texts[0], 64, placeholder="")) if texts else ""

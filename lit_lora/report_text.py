@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Sequence
 
@@ -38,6 +39,11 @@ def format_reason(line: str, indent: int = 5) -> str:
         indent: Number of spaces before the lines after the first; defaults to 5.
     """
     return textwrap.fill(line, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def format_option(name: str, value: str) -> str:
+    """An option as words of a command line that a shell takes as they are, where a value may begin like an option."""
+    return f"--{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
 
 
 def format_next(*words: str) -> str:

@@ -21,7 +21,7 @@ from lit_lora.folder_lock import only_run_in
 from lit_lora.formats import format_named
 from lit_lora.formats.find import adapter_files
 from lit_lora.prompts import Prompt, prompt_groups, read_prompts
-from lit_lora.report_text import format_next
+from lit_lora.report_text import format_next, format_option
 from lit_lora.sampling import image_grid
 from lit_lora.tools.adapter_input import read_input
 from lit_lora.tools.drawing import Drawer, ScaledAdapter
@@ -204,7 +204,9 @@ def _next(options: SampleOptions, columns: Sequence[Column]) -> str:
         prompts = [options.prompts] if isinstance(options.prompts, str) else options.prompts or []
         words = ["lit-lora sample --scales 0 0.5 1 --out scales.png"]
         if prompts:
-            words.append(_option("prompts", prompts[0]) if len(prompts) == 1 else f"--prompts {shlex.join(prompts)}")
+            words.append(
+                format_option("prompts", prompts[0]) if len(prompts) == 1 else f"--prompts {shlex.join(prompts)}"
+            )
         return format_next(*words, *_given(options), f"--adapter {shlex.quote(path)}")
     if not Path(path).is_dir() or format_named("kohya").why_not(read_input(path, options.family)):
         return ""
@@ -216,15 +218,10 @@ def _next(options: SampleOptions, columns: Sequence[Column]) -> str:
 def _given(options: SampleOptions) -> list[str]:
     """The options that were given and hold for the next command too, such as seed and size."""
     return [
-        _option(field.name, value if isinstance(value, str) else json.dumps(value))
+        format_option(field.name, value if isinstance(value, str) else json.dumps(value))
         for field in fields(options)
         if (value := getattr(options, field.name)) != field.default and field.name not in _OF_ONE_COMMAND
     ]
-
-
-def _option(name: str, value: str) -> str:
-    """An option as words of a command line, where a value may begin like an option."""
-    return f"--{name}{'=' if value.startswith('-') else ' '}{shlex.quote(value)}"
 
 
 def _grid(drawn: Sequence[Sequence[DrawnImage]], names: Sequence[str], columns: int) -> Image.Image:

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_lora.callbacks import AdapterCheckpoint, BaseLoss, RunReport, StepMetrics, StepProgress
+from lit_lora.callbacks import AdapterCheckpoint, BaseLoss, RunReport, SampleImages, StepMetrics, StepProgress
 from lit_lora.datamodules import WebDatasetDataModule
 from lit_lora.errors import UserError
 from lit_lora.module import LoraDiffusion
@@ -78,11 +78,40 @@ def test_the_screen_of_a_run(
         f"last     {Path.cwd() / 'ck' / 'last.ckpt'}",
         f"adapter  {Path.cwd() / 'ck' / 'last.adapter'}",
     ]
-    following = ["Next:", "lit-lora sample --prompts TEXT \\", f"  --adapter {Path.cwd() / 'ck' / 'last.adapter'}"]
-    assert lines[-3:] == following
+    *following, prompt, adapter = lines[-4:]
+    assert [*following, adapter] == ["Next:", "lit-lora sample \\", f"  --adapter {Path.cwd() / 'ck' / 'last.adapter'}"]
+    assert re.fullmatch(r"  --prompts 'caption 00\d\d' \\", prompt), prompt  # a caption of the data
     bars = [line for line in lines if line.startswith("step ")]
     assert re.match(r"step 4/4 .*loss \d\S*, grad \d\S*, lr \S+, [\d.]+ img/s, 00:00 left$", bars[-1])
     assert all(len(bar) <= columns for bar in bars)
+
+
+@pytest.mark.parametrize(
+    ("caption", "prompts", "option"),
+    [
+        ("a cat", [], "--prompts 'a cat'"),
+        ("a\ncat\x1b " + "on a mat " * 20, [], r"--prompts 'a cat\x1b " + "on a mat " * 6 + "on'"),
+        ("-5 degrees", [], "--prompts='-5 degrees'"),
+        ("", [], "--prompts 'what to draw'"),
+        ("a cat", ["a dog's tail", "a mouse"], """--prompts 'a dog'"'"'s tail'"""),
+    ],
+)
+def test_the_next_command_draws_what_was_trained(
+    caption: str,
+    prompts: list[str],
+    option: str,
+    sd_module: LoraDiffusion,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    callbacks = [StepProgress(), AdapterCheckpoint(tmp_path, save_last=True)]
+    if prompts:
+        callbacks.append(SampleImages(prompts, num_inference_steps=1))
+    batch = make_batches(1)[0]
+    batch["caption"] = [caption] * len(batch["caption"])
+    fit(sd_module, loader_of([batch]), tmp_path, trainer_options | {"callbacks": callbacks}, max_steps=1)
+    assert f"Next:\nlit-lora sample \\\n  {option} \\\n  --adapter {tmp_path}/last.adapter\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("bar", "takes_what_is_logged_for_bars"), [(StepProgress, False), (TQDMProgressBar, True)])

@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.prompts import Prompt, read_prompts
-from lit_lora.report_text import format_duration
+from lit_lora.report_text import format_duration, format_option
 from lit_lora.tools.run_page import PLAN
 from lit_lora.tools.run_page.charts import Line, line_chart, stacked_bars
 from lit_lora.tools.run_page.facts import RunFacts
@@ -187,8 +187,8 @@ def _usage(facts: RunFacts) -> str:
     prompt = next((one.prompt for one in _prompts(facts)), "a prompt")
     folder = shlex.quote(str(facts.adapter.parent))
     commands = [
-        f"lit-lora sample --adapter {shlex.quote(str(facts.adapter))} --prompts {shlex.quote(prompt)} --count 4",
-        f"lit-lora sample --adapter {folder}/*.adapter --scales 0 0.7 1 --prompts {shlex.quote(prompt)} --out table.png",
+        f"lit-lora sample --adapter {shlex.quote(str(facts.adapter))} {format_option('prompts', prompt)} --count 4",
+        f"lit-lora sample --adapter {folder}/*.adapter --scales 0 0.7 1 {format_option('prompts', prompt)} --out table.png",
     ]
     text = "<p>Draw with it, and compare all checkpoints with the base:</p>" + _code("\n".join(commands))
     if found := re.search(r"```python\n(.*?)```", facts.card, re.DOTALL):

@@ -10,7 +10,7 @@ from pathlib import Path
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.packing.left_out import count_files, format_reasons
 from lit_lora.datamodules.packing.pack import PackSummary
-from lit_lora.report_text import format_note, format_reason
+from lit_lora.report_text import format_next, format_note, format_option, format_reason
 from lit_lora.tools.training.choices import Choice
 from lit_lora.visible import visible
 
@@ -38,8 +38,8 @@ def ending(results: Mapping[str, str], prompt: str) -> str:
     folder = results["folder"]
     lines = [f"  {name:7}  {path}" for name, path in results.items() if name != "folder"]
     adapter = shlex.quote(str(Path(folder, results.get("best") or results["adapter"])))
-    command = f"lit-lora sample --prompts {shlex.quote(prompt)} --count 4 --adapter \\\n  {adapter}"
-    return "\n".join(["", f"results in {folder}", *lines, "", "Next:", command])
+    following = format_next("lit-lora sample --count 4", format_option("prompts", prompt), f"--adapter {adapter}")
+    return "\n".join(["", f"results in {folder}", *lines, following])
 
 
 def packed_lines(name: str, packed: PackSummary, apart: Path | None = None) -> list[str]:
