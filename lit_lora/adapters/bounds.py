@@ -40,20 +40,21 @@ for number, pattern in enumerate(patterns):
 
 
 def check_bounds(config: PeftConfig, model: nn.Module) -> None:
-    """Check an adapter's ranks and regular expressions before memory is reserved and names are matched.
+    """Check an adapter's ranks, dropouts and regular expressions before memory is reserved and names are matched.
 
     Args:
         config: Config with target modules.
         model: Model into which the adapter goes.
 
     Raises:
-        UserError: If a pattern is no text, a regular expression is wrong or does not end, or a rank is below 1 or exceeds both
-            the dimensions of a layer and ``_HARMLESS_RANK``.
+        UserError: If a pattern is no text, a regular expression is wrong or does not end, a dropout is not in [0, 1), or a rank
+            is below 1 or exceeds both the dimensions of a layer and ``_HARMLESS_RANK``.
     """
     names = [name for name, _ in model.named_modules()]
     for option in ("rank_pattern", "alpha_pattern"):
         check_texts(option, getattr(config, option, None) or ())
     _check_patterns([*_patterns(config)], names)
+    _check_dropouts(config)
     rank = getattr(config, "init_r", None) or getattr(config, "r", None)
     if type(rank) is not int or isinstance(config, LoKrConfig):  # LoKr takes a large rank as "no decomposition"
         return
@@ -84,6 +85,15 @@ def warn_of_idle_rank(config: PeftConfig, model: nn.Module) -> None:
             f"r={options.r} is above {most}, the highest rank that an adapted layer can have ({name} has {sizes[name][0]} inputs "
             f"and {sizes[name][1]} outputs); the rest only takes memory: set r to at most {most}"
         )
+
+
+def _check_dropouts(config: PeftConfig) -> None:
+    """Refuse dropouts that are no probabilities, or drop all: PEFT takes them in some methods, which then learn nothing."""
+    for name, value in vars(config).items():
+        if name.endswith("dropout"):
+            check_least(0, **{name: value})
+            if value is not None and value >= 1:
+                raise UserError(f"{name}={value} drops all, so that nothing is learned; it must be below 1")
 
 
 def _check_ranks(config: PeftConfig, model: nn.Module, default: int) -> None:

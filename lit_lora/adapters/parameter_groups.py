@@ -77,11 +77,12 @@ def make_optimizer(
         groups: Groups; without any, the optimizer gets the parameters.
 
     Raises:
-        UserError: If a group has no parameter, or the optimizer does not have the setting or takes one learning rate alone.
+        UserError: If the optimizer refuses a value; if a group has no parameter, or the optimizer does not have the setting or
+            takes one learning rate alone.
     """
     named = {plain_name(name): p for name, p in module.named_parameters() if p.requires_grad}
     if not groups:
-        return make(list(named.values()))
+        return _made(make, list(named.values()))
     divided = _divide(named, groups)
     settings: list[dict[str, Any]] = [
         {"params": parameters}
@@ -89,7 +90,7 @@ def make_optimizer(
         | ({"weight_decay": group.weight_decay} if group and group.weight_decay is not None else {})
         for group, parameters in divided
     ]
-    optimizer = make(settings)
+    optimizer = _made(make, settings)
     for (group, _), made in zip(divided, optimizer.param_groups, strict=True):
         if group is None:
             continue
@@ -104,6 +105,13 @@ def make_optimizer(
             made["lr"] = made["lr"] * group.lr_ratio
     _check_one_rate(optimizer)
     return optimizer
+
+
+def _made(make: Callable[[Any], Optimizer], parameters: Any) -> Optimizer:
+    try:
+        return make(parameters)
+    except ValueError as error:
+        raise UserError(f"the optimizer refuses a value: {error}; correct model.optimizer") from error
 
 
 def _check_one_rate(optimizer: Optimizer) -> None:

@@ -37,10 +37,17 @@ def model():
             peft.LoraConfig(target_modules=["0"], rank_pattern={"0": 0}),
             r"rank_pattern\['0'\]=0 is too small; it must be at least 1",
         ),
+        (
+            peft.LoraConfig(lora_dropout=1.5),
+            r"lora_dropout=1.5 drops all, so that nothing is learned; it must be below 1",
+        ),
+        (peft.LoraConfig(lora_dropout=-0.5), r"lora_dropout=-0.5 is too small; it must be at least 0"),
+        (peft.LoHaConfig(rank_dropout=1.0), r"rank_dropout=1.0 drops all"),
+        (peft.LoKrConfig(module_dropout=float("nan")), "module_dropout=nan is too small"),
         (peft.VeraConfig(r=10**6), "r=1000000 of VeraConfig is too large; it must be at most 65536"),
     ],
 )
-def test_rank_above_the_dimensions(model, config, message):
+def test_options_out_of_bounds(model, config, message):
     with pytest.raises(UserError, match=message):
         inject(model, config, ("0", "1"))
 

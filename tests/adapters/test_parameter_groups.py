@@ -137,6 +137,12 @@ def test_groups_that_cannot_be(make: Any, message: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("groups", [[], [ParameterGroup("weight", lr=1.0)]])
+def test_an_optimizer_that_refuses_a_value(groups: list[ParameterGroup]) -> None:
+    with pytest.raises(UserError, match=r"refuses a value: Invalid beta .* 1: 1.5; correct model.optimizer"):
+        make_optimizer(partial(AdamW, betas=(0.9, 1.5)), nn.Linear(1, 1), groups)
+
+
 def test_prodigy_takes_groups_that_are_not_trained() -> None:
     optimizer = make_optimizer(Prodigy, nn.Linear(1, 1), [ParameterGroup("bias", lr=0)])
     assert [group["lr"] for group in optimizer.param_groups] == [0, 1.0]

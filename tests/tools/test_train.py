@@ -67,7 +67,7 @@ def test_a_folder_becomes_an_adapter_and_the_same_command_resumes(
     assert results["folder"] == str(run)
     assert {"adapter", "best", "card", "report", "figures", "samples"} <= results.keys()
     assert all((run / path).exists() for name, path in results.items() if name != "folder")
-    assert f"--adapter \\\n  {run / results['best']}" in shown.out
+    assert f"--adapter {run / results['best']}" in shown.out
     lines = [*shown.out.splitlines(), *shown.err.replace("\r", "\n").splitlines()]
     assert [line for line in lines if len(line) > 80 and str(tmp_path) not in line] == []
     assert "written:" not in shown.out, "files are listed once, at the end"
@@ -278,6 +278,22 @@ def test_a_config_for_another_machine_can_be_written(
     assert not (tmp_path / "out").exists()
     assert main([*command, "--trainer.accelerator", "gpu", "--dry_run"]) == 0
     assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["trainer"]["accelerator"] == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--model.adapter.target_modules=[to_qq]", "target_modules: 'to_qq' matches no layer of UNet2DConditionModel"),
+        ("--model.optimizer.betas=[0.9,1.5]", "the optimizer refuses a value: Invalid beta parameter at index 1: 1.5"),
+        ("--model.parameter_groups=[{pattern: 'x*', lr: 1e-3}]", "x*"),
+    ],
+)
+def test_options_of_the_model_are_checked_before_images_are_packed(
+    option: str, message: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, option]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "shards").exists()
 
 
 def test_a_link_to_itself_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,13 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Timer
 from peft import PeftConfig
 
+from lit_lora.adapters.parameter_groups import make_optimizer
 from lit_lora.callbacks.run_report import RunReport
 from lit_lora.callbacks.step_progress import StepProgress
 from lit_lora.distributed import check_strategy_name
 from lit_lora.errors import UserError
 from lit_lora.lightning_cli import LitLoraCLI, ToolCLI, build_cli, run
+from lit_lora.planning.fake_module import build, fake_tensors
 from lit_lora.tools.training.config import write_yaml
 from lit_lora.trainer_options import check_trainer_options
 
@@ -85,6 +87,17 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     with _in_file(config) as path:
         build_cli(["fit", "--config", path], run=False, cli_class=_CheckCLI)
+
+
+def check_model(config: Mapping[str, Any]) -> None:
+    """Build the model of a config that is in no file, without its weights, and its optimizer, which check their options together.
+
+    Raises:
+        UserError: If the adapter does not fit the base, or the optimizer refuses an option.
+    """
+    module = parts_of(config).model
+    with fake_tensors():
+        make_optimizer(module.optimizer, build(module, without=()), module.parameter_groups)
 
 
 @contextmanager

@@ -36,7 +36,16 @@ from lit_lora.tools.training.captions import caption_rule, rule_of_folders, rule
 from lit_lora.tools.training.choices import AS_GIVEN, Choice, Settings, choose, given_settings
 from lit_lora.tools.training.config import comments_of, make_config, template_with, write_yaml
 from lit_lora.tools.training.data import OneFolder, SeveralSets, TrainingData
-from lit_lora.tools.training.fitting import check_config, check_machine, fit, out_of_time, parts, parts_of, resuming
+from lit_lora.tools.training.fitting import (
+    check_config,
+    check_machine,
+    check_model,
+    fit,
+    out_of_time,
+    parts,
+    parts_of,
+    resuming,
+)
 from lit_lora.tools.training.memory import HOST_MARGIN, Fit, first_guess, fit_memory, free_memory, in_files
 from lit_lora.tools.training.request import CONFIG, PACKED, Request, claim, forget_settings, has_trained
 from lit_lora.tools.training.results import newest_checkpoint, newest_run, record, recorded, results_of
@@ -149,6 +158,8 @@ class _Training:
     def run(self) -> None:
         """Do what is left to do: a run that was stopped goes on."""
         print(f"output   {self.out}")
+        if not self.config.exists() and any(key.startswith("model.") for key in self.given):
+            check_model(template_with(self.base, self.given))
         before = None if has_trained(self.out) else self._unpack()
         try:
             print("\n".join(self.data.pack()))
