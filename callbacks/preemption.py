@@ -25,9 +25,13 @@ from lit_lora.distributed.collectives import time_limit
 from lit_lora.loops import accumulating, is_over, more_is_due, validated_in_epoch
 from lit_lora.signals import ONE_SIGNAL_SECONDS, end_at_once
 
+_STOPPING = (
+    f"\nlit-lora: saving after this step; Ctrl-C again, after {ONE_SIGNAL_SECONDS:.0f} s, stops at once\n".encode()
+)
+
 
 class Preemption(Callback):
-    """Saves a checkpoint and ends the fit of any LightningModule on SIGTERM; ``ckpt_path="last"`` resumes it.
+    """Saves a checkpoint and ends the fit of any LightningModule on SIGTERM or Ctrl-C; ``ckpt_path="last"`` resumes it.
 
     The resumed run equals one that was not stopped as far as :class:`AdapterCheckpoint` says, which depends on the loader.
 
@@ -35,8 +39,9 @@ class Preemption(Callback):
     The end of an epoch is completed first; so are validation and sampling. The checkpoint is the ``last`` of the trainer's
     :class:`AdapterCheckpoint`, or of its first ``ModelCheckpoint``, regardless of its ``save_last`` and ``save_weights_only``;
     without such a callback nothing is saved. One line on the console says where the checkpoint is.
-    The exit status is 128 plus the number of the signal, so 143 for SIGTERM. A second signal of the same kind, three seconds or
-    more after the first, ends the process at once.
+    The exit status is 128 plus the number of the signal, so 143 for SIGTERM and 130 for Ctrl-C. A second signal of the same kind,
+    three seconds or more after the first, ends the process at once; so does Ctrl-C before the first step, when there is nothing
+    to save.
 
     Under SLURM the ``requeue_signal`` of the plugin (SIGUSR1; ``#SBATCH --signal=USR1@120`` sends it two minutes before the time
     limit) stops the run in the same way and requeues the job, unless the plugin has ``auto_requeue=False``. SIGTERM, which
@@ -53,6 +58,9 @@ class Preemption(Callback):
         self._previous: dict[int, Any] = {}
         self._group: Any = None
         self._first_step = 0
+        self._process = 0
+        self._tells = False
+        self._has_trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -74,6 +82,7 @@ class Preemption(Callback):
             self._stop_if_asked(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._has_trained = trainer.global_step > self._first_step
         # A checkpoint between two optimizer steps would lose the accumulated gradients, and so their samples.
         if not accumulating(trainer) and not more_is_due(trainer) and not is_over(trainer):
             self._stop_if_asked(trainer)
@@ -94,7 +103,8 @@ class Preemption(Callback):
         number = self._agree()
         if not number:
             return
-        done = [f"stopped by {signal.Signals(number).name} at step {trainer.global_step}"]
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        done = [f"stopped by {name} at step {trainer.global_step}"]
         if path := _save_last(trainer):
             done.append(f"saved {path}; {self.advice}")
         else:
@@ -110,7 +120,12 @@ class Preemption(Callback):
     def _listen(self, trainer: Trainer) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in {signal.SIGTERM, _requeue_signal(trainer) or signal.SIGTERM}:
+        self._process, self._tells = os.getpid(), trainer.is_global_zero
+        numbers = {signal.SIGTERM, _requeue_signal(trainer) or signal.SIGTERM}
+        # Not where it is ignored, as in the background of a script, or somebody else's.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            numbers.add(signal.SIGINT)
+        for number in numbers:
             before = signal.signal(number, self._receive)
             self._previous.setdefault(number, before)
 
@@ -121,12 +136,21 @@ class Preemption(Callback):
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
         self._received = {}
-        self._group = None
+        self._group, self._has_trained = None, False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if now - self._received.setdefault(number, now) > ONE_SIGNAL_SECONDS:
-            end_at_once(number)
+        again = now - self._received.setdefault(number, now) > ONE_SIGNAL_SECONDS
+        if number != signal.SIGINT:
+            if again:
+                end_at_once(number)
+        elif (
+            os.getpid() == self._process
+        ):  # a terminal's Ctrl-C reaches the loader's processes too, which are still needed
+            if again or not self._has_trained:
+                signal.default_int_handler(number, frame)
+            if self._tells and self._received[number] == now:
+                os.write(2, _STOPPING)  # print() cannot be called while it is being called
 
     def _agree(self) -> int:
         """Number of a signal that any process has received, equal on all processes; 0 for none."""

@@ -44,12 +44,12 @@ class RunReport(Callback):
     checkpoints hold the figures up to them.
 
     ``report.json`` has ``schema`` (1), ``status`` (finished, interrupted, failed), ``stopped_early`` (what ``EarlyStopping``
-    found that ended the run, or null), ``world_size``, ``processes`` (the
-    number of processes in the figures: after an error each process reports only its own, in ``report-rank1.json`` and so on
-    for all but the first), ``this_run``, ``total`` and ``runs`` (number of runs in ``total``), ``peak_memory`` (bytes of the
-    process with the highest peak in this run), ``peak_memory_of`` (``allocated`` or ``resident``, see :class:`MemoryProfiler`),
-    ``adapter_parameters`` (number of trained parameters), ``adapter_ranks`` (rank of each LoRA layer by its name; empty for
-    other adapters), ``gpu_energy_note`` and ``prices``. ``this_run`` and ``total`` have
+    found that ended the run, or null), ``world_size``, ``processes`` (the number of processes in the figures: after an error
+    each process writes only its own, to ``report-rank1.json`` and so on for all but the first, which alone prints a table),
+    ``this_run``, ``total`` and ``runs`` (number of runs in ``total``), ``peak_memory`` (bytes of the process with the highest
+    peak in this run), ``peak_memory_of`` (``allocated`` or ``resident``, see :class:`MemoryProfiler`), ``adapter_parameters``
+    (number of trained parameters), ``adapter_ranks`` (rank of each LoRA layer by its name; empty for other adapters),
+    ``gpu_energy_note`` and ``prices``. ``this_run`` and ``total`` have
 
     - ``wall_seconds`` from setup to the end, and ``train_seconds``, the part of them after the model was loaded;
     - ``cpu_seconds`` of all threads, and of child processes that have ended;
@@ -196,10 +196,12 @@ class RunReport(Callback):
         name = "report.json" if trainer.is_global_zero else f"report-rank{trainer.global_rank}.json"
         with atomic_file(self._folder / name) as part:
             part.write_text(json.dumps(report, indent=1) + "\n")
+        if not trainer.is_global_zero:
+            return  # its table beside the first process's would only hide that one
         lines = [_table(report)]
         if self.lists_files:
             lines.append(f"written: {self._folder / name}")
-            if trainer.is_global_zero and self.output_dir is None:
+            if self.output_dir is None:
                 lines.append(f"as a page: lit-lora report {shlex.quote(str(self._folder))}")
         with tqdm.external_write_mode():  # a bar that an exception ends is still there
             print("\n".join(lines), flush=True)

@@ -264,5 +264,5 @@ def warn_if_never_validated(trainer: Trainer) -> None:
         return
     if (reason := never_validates(trainer)) is not None:
         held_out = getattr(datamodule, "val_samples", 0)
-        lost = f"; the {held_out} samples that val_samples holds out are not trained on either" if held_out else ""
+        lost = f"; what val_samples={held_out} holds out is not trained on either" if held_out else ""
         rank_zero_warn(f"this run has validation data and never validates, since {reason}{lost}")

@@ -778,7 +778,11 @@ def test_interrupted_training_says_how_to_go_on(config: Callable[..., Path], tmp
     finally:
         process.kill()
     error = (tmp_path / "errors").read_text()
-    assert error.endswith("lit-lora: interrupted; resume from the last saved checkpoint with --ckpt_path last\n")
+    last = tmp_path / "ck" / "last.ckpt"
+    found = re.search(r"stopped by Ctrl-C at step (\d+); saved (.*); resume with --ckpt_path last\n$", error)
+    assert found
+    assert found[2] == str(last)
+    assert torch.load(last, weights_only=True)["global_step"] == int(found[1])
     assert "Traceback" not in error
 
 

@@ -72,7 +72,10 @@ class ToolParser(ArgumentParser):
 
             message = explain(message)
         message = in_full(message) or message
-        if unknown := _ABSENT.match(message):
+        unknown = _ABSENT.match(message)
+        if unknown and any(action.dest == unknown[1] and not action.option_strings for action in self._actions):
+            message = f"{unknown[1]} is given without --{unknown[1]}: {command} {unknown[1].upper()}"
+        elif unknown:
             message = no_option(
                 unknown[1],
                 option_names(self._actions) | self.further,

@@ -68,9 +68,12 @@ def fit_line(options: dict[str, Any], *callbacks: Callback, resume: str | None =
     return trainer
 
 
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     accumulated: int,
+    number: int,
+    name: str,
     sd_folder: Path,
     make_shards: Callable[..., list[Path]],
     trainer_options: dict[str, Any],
@@ -97,12 +100,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
     expected = fit("whole")
     with pytest.raises(SIGTERMException) as stopped:
-        fit("stopped", Signal(before_batch=3))  # with accumulation the first batch of a step
-    assert stopped.value.code == 143
+        fit("stopped", Signal(3, number))  # with accumulation the first batch of a step
+    assert stopped.value.code == 128 + number
     last = tmp_path / "stopped" / "last.ckpt"
     step = 4 if accumulated == 1 else 2
     assert torch.load(last, weights_only=True)["global_step"] == step
-    line = f"lit-lora: stopped by SIGTERM at step {step}; saved {last}; resume with --ckpt_path last\n"
+    line = f"lit-lora: stopped by {name} at step {step}; saved {last}; resume with --ckpt_path last\n"
     assert line in capsys.readouterr().err
     got = fit("stopped", resume="last")
     assert all(torch.equal(got[name], expected[name]) for name in expected)
@@ -214,6 +217,53 @@ def test_a_signal_in_the_sanity_check_stops_after_the_first_step(
     with pytest.raises(SIGTERMException):
         fit_line(trainer_options, AdapterCheckpoint(tmp_path), Preemption(), Signal(before_batch=None))
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 1
+
+
+def test_ctrl_c_before_the_first_step_stops_at_once(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fit_line(trainer_options, AdapterCheckpoint(tmp_path), Preemption(), Signal(0, signal.SIGINT))
+    assert isinstance(stopped.value.__context__, KeyboardInterrupt)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+class Twice(Callback):
+    """Sends Ctrl-C before the third batch, and again some seconds later."""
+
+    def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds, self.monkeypatch = seconds, monkeypatch
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            now = time.monotonic() + self.seconds
+            self.monkeypatch.setattr(time, "monotonic", lambda: now)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [(0.5, True), (4.0, False)])
+def test_a_second_ctrl_c_stops_at_once_unless_it_is_the_same_one(
+    seconds: float,
+    saved: bool,
+    trainer_options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fit_line(trainer_options, AdapterCheckpoint(tmp_path), Preemption(), Twice(seconds, monkeypatch))
+    assert (tmp_path / "last.ckpt").exists() == isinstance(stopped.value, SIGTERMException) == saved
+    assert capfd.readouterr().err.count("lit-lora: saving after this step; Ctrl-C again, after 3 s, stops at once") == 1
+
+
+def test_ctrl_c_that_is_ignored_stays_so(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    """As in the background of a shell script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        trainer = fit_line(trainer_options, AdapterCheckpoint(tmp_path), Preemption(), Signal(2, signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert trainer.global_step == 6
 
 
 @pytest.mark.parametrize("stopped", [False, True])

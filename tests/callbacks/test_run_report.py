@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader, Dataset
 
 import lit_lora.callbacks.run_report as run_report
@@ -172,6 +173,20 @@ def test_runs_that_do_not_finish(fit, error, raised, status):
         fit(callbacks=[Stop(error)])
     assert fit.report["status"] == status
     assert fit.report["this_run"]["samples"] == 4
+
+
+class Second(SingleDeviceStrategy):
+    """As if this were the second process of a run."""
+
+    is_global_zero = False
+
+
+def test_only_the_first_process_prints_after_an_error(fit, tmp_path, capsys):
+    with pytest.raises(ZeroDivisionError):
+        fit(callbacks=[Stop(ZeroDivisionError())], strategy=Second())
+    (written,) = tmp_path.glob("report-rank*.json")
+    assert json.loads(written.read_text())["status"] == "failed"
+    assert "report" not in capsys.readouterr().out
 
 
 def test_a_report_that_cannot_be_written_hides_no_error(fit, tmp_path):
