@@ -49,9 +49,8 @@ def find_shards(specs: str | Iterable[str]) -> list[Path]:
             paths += found
             missing += no_files
         if len(paths) == before:
-            raise UserError(
-                f"{visible(spec)} matches no shards; name *.tar files or a folder that contains some{_compressed_in(spec)}"
-            )
+            advice = _folders_of_shards(spec) or "a folder that contains some"
+            raise UserError(f"{visible(spec)} matches no shards; name *.tar files or {advice}{_compressed_in(spec)}")
     if missing:
         other = next((path for path in missing if path.exists()), None)
         if other is not None:
@@ -136,6 +135,12 @@ def _has_own_shards(folder: Path) -> bool:
         return any(map(_is_shard, os.listdir(folder))) and not any(folder.glob("cache*.json"))
     except OSError:  # one that may not be read is not meant to be
         return False
+
+
+def _folders_of_shards(folder: str) -> str:
+    """The first folder in this one that contains shards, as advice; empty if there is none."""
+    found = sorted({path.parent for path in Path(folder).glob("*/*.tar")}) if os.path.isdir(folder) else []
+    return f"one of the {len(found)} folders in it that contain some, such as {visible(found[0])}" if found else ""
 
 
 def _compressed_in(folder: str | Path) -> str:

@@ -343,6 +343,19 @@ def test_an_argument_that_is_missing_is_named(
     assert f"{missing} is missing; lit-lora {command} --help shows all" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [(["train", "--folder", "a"], "lit-lora train FOLDER"), (["prior", "--out", "a"], "lit-lora prior OUT")],
+)
+def test_an_argument_that_is_given_as_an_option(
+    arguments: list[str], command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    name = arguments[1].removeprefix("--")
+    assert capsys.readouterr().err == f"lit-lora: error\n{name} is given without --{name}: {command}\n"
+
+
 def test_keys_of_the_config_are_told_from_own_options() -> None:
     arguments = ["a", "--base", "sdxl", "--trainer.max_steps", "5", "--dry_run", "--model.optimizer.init_args.lr=1e-4"]
     own, given = split_arguments([*arguments, "--data.init_args.buckets", "null", "--seed_everything=3", "--rank=7"])

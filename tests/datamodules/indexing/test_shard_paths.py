@@ -56,6 +56,12 @@ def test_missing(folder):
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="empty matches no shards"):
         find_shards("empty")
+    (folder / "above" / "a").mkdir(parents=True)
+    (folder / "above" / "a" / "c.tar").touch()
+    with pytest.raises(
+        UserError, match=r"name \*.tar files or one of the 1 folders in it that contain some, such as above/a"
+    ):
+        find_shards("above")
 
 
 def test_unbalanced_braces(folder):
