@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_lora.draws import slots_of
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, writable_folder
 from lit_lora.folder_lock import FolderLock
@@ -40,8 +41,6 @@ class ImageWriter(BasePredictionWriter):
         self.output_dir = Path(output_dir)
         self._lock: FolderLock | None = None
         self._before: set[_Image] = set()
-        self._drawn = 0
-        """Images that this process has drawn of the loader: batches differ in size where the last is smaller."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -96,12 +95,7 @@ class ImageWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         count = len(prediction)
-        if batch_idx == 0:
-            self._drawn = 0
-        # As Lightning deals samples out: the processes' last batches may have different sizes.
-        places = range(self._drawn, self._drawn + count)
-        slots = batch.get("slot", [place * trainer.world_size + trainer.global_rank for place in places])
-        self._drawn += count
+        slots = slots_of(batch, batch_idx, trainer, dataloader_idx)
         keys = batch.get("key", [""] * count)
         weights = batch["weight"].tolist() if "weight" in batch else [1.0] * count
         for image, slot, key, caption, weight in zip(prediction, slots, keys, batch["caption"], weights, strict=True):

@@ -57,16 +57,37 @@ class Draws:
         return [torch.Generator().manual_seed(seed_of(self.seed, name, slot)) for slot in self.slots]
 
 
-def slots_of(batch: Mapping[str, Any], batch_number: int, trainer: Any) -> list[int]:
-    """Slots of a batch's samples; they are counted here if the datamodule does not number its samples.
+def slots_of(batch: Mapping[str, Any], batch_number: int, trainer: Any, loader_number: int = 0) -> list[int]:
+    """Slots of a batch's samples, no two of which are equal; they are counted here if the datamodule does not number its samples.
 
     Args:
         batch: Batch with ``caption``, the captions of its samples.
         batch_number: Number of batches of each process before this one.
-        trainer: Trainer of the run.
+        trainer: Trainer of the run, in one of its loops.
+        loader_number: Number of the batch's dataloader; defaults to 0.
     """
     if "slot" in batch:
         return list(batch["slot"])
     count = len(batch["caption"])
-    first = (batch_number * trainer.world_size + trainer.global_rank) * count
+    first = (batch_number * trainer.world_size + trainer.global_rank) * _places(trainer, loader_number, count)
     return list(range(first, first + count))
+
+
+def _places(trainer: Any, loader_number: int, count: int) -> int:
+    """Number of slots that are kept for each batch of a loader: its batch size, since its last batch may be smaller."""
+    if trainer.training:
+        loaders = trainer.train_dataloader
+    elif trainer.testing:
+        loaders = trainer.test_dataloaders
+    elif trainer.predicting:
+        loaders = trainer.predict_dataloaders
+    else:
+        loaders = trainer.val_dataloaders
+    loader = loaders[loader_number] if isinstance(loaders, list | tuple) else loaders
+    # Lightning's loaders of predictions have a sampler of batches alone.
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) and size >= count else _MOST_IN_BATCH
+
+
+_MOST_IN_BATCH = 1 << 20
+"""Slots of a batch of a loader that does not tell its batch size, as one with a sampler of batches."""

@@ -265,7 +265,7 @@ class LoraDiffusion(LightningModule):
         """Draw one image for each caption, in the size of the batch's images, and from the sources of editing pairs."""
         check_batch(self.family, batch, values=False)
         height, width = target_size(batch)[0].tolist()
-        seeds = [self.seed + slot for slot in slots_of(batch, batch_idx, self.trainer)]
+        seeds = [self.seed + slot for slot in slots_of(batch, batch_idx, self.trainer, dataloader_idx)]
         return self.generate(batch["caption"], seeds, height=height, width=width, **source_images(batch))
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int] | None = None, **options: Any) -> list[Image.Image]:

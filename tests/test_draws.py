@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,31 @@ def test_seed_of_is_pinned() -> None:
 
 
 def test_samples_without_numbers_are_counted_over_the_processes() -> None:
-    trainers = [SimpleNamespace(world_size=2, global_rank=rank) for rank in (0, 1)]
+    trainers = [_trainer(rank, SimpleNamespace(batch_size=2)) for rank in (0, 1)]
     batch = {"caption": ["a", "b"]}
     assert [slots_of(batch, 3, trainer) for trainer in trainers] == [[12, 13], [14, 15]]
     assert slots_of(batch | {"slot": (5, 9)}, 3, trainers[1]) == [5, 9]
+
+
+@pytest.mark.parametrize("size", [4, None])
+def test_smaller_batches_share_no_number(size: int | None) -> None:
+    """The last one may be smaller, or those of a sampler of batches are of any size."""
+    trainers = [_trainer(rank, SimpleNamespace(batch_size=size)) for rank in (0, 1)]
+    batches = [{"caption": [""] * count} for count in (4, 4, 1)]
+    found = [slot for i, batch in enumerate(batches) for trainer in trainers for slot in slots_of(batch, i, trainer)]
+    assert len({*found}) == len(found) == 18
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize("stage", ["testing", "predicting", "validating"])
+def test_the_size_is_that_of_the_loader(stage: str) -> None:
+    loaders = [SimpleNamespace(batch_size=2), SimpleNamespace(batch_size=8)]
+    name = {"testing": "test", "predicting": "predict", "validating": "val"}[stage]
+    trainer = _trainer(0, None, training=False, **{stage: True, f"{name}_dataloaders": loaders})
+    assert slots_of({"caption": ["a"]}, 3, trainer, 1) == [48]
+    assert slots_of({"caption": ["a"]}, 3, trainer) == [12]
+
+
+def _trainer(rank: int, loader: Any, **options: Any) -> SimpleNamespace:
+    stage = {"training": True, "testing": False, "predicting": False, "train_dataloader": loader}
+    return SimpleNamespace(**{"world_size": 2, "global_rank": rank} | stage | options)

@@ -12,6 +12,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from lit_lora.callbacks import AdapterCheckpoint, AdapterEMA, ImageWriter, SampleImages
 from lit_lora.datamodules.packing.pack import pack_folder
@@ -181,13 +182,25 @@ def test_a_smaller_last_batch_overwrites_no_image(
 ) -> None:
     """Batches that do not number their samples, as a plain loader gives them."""
     sd_module.sampling = SamplingOptions(num_inference_steps=1)
-    numbered = {name: entry for name, entry in make_batches(1)[0].items() if name not in ("slot", "key")}
-    batches = [numbered | {"caption": ["a", "b"]}, {name: entry[:1] for name, entry in numbered.items()}]
+
+    def collate(captions: list[str]) -> dict[str, Any]:
+        return {"caption": captions, "pixel_values": torch.zeros(len(captions), 3, 16, 16)}
+
+    loader: Any = DataLoader(["a", "b", "c"], batch_size=2, collate_fn=collate)  # type: ignore[arg-type]
+    seeds: list[int] = []
+    draw = sd_module.generate
+
+    def generate(prompts: list[str], given: list[int], **options: Any) -> list[Image.Image]:
+        seeds.extend(given)
+        return draw(prompts, given, **options)
+
+    sd_module.generate = generate  # type: ignore[method-assign]
     trainer = Trainer(**trainer_options, callbacks=[ImageWriter(str(tmp_path / "drawn"))])
     for _ in range(2):  # each run counts from 0
-        trainer.predict(sd_module, loader_of(batches), return_predictions=False)
+        trainer.predict(sd_module, loader, return_predictions=False)
         drawn = sorted(path.name for path in (tmp_path / "drawn").glob("*.png"))
         assert drawn == ["000000-.png", "000001-.png", "000002-.png"]
+    assert seeds == [0, 1, 2] * 2  # so the number of an image's file is that of its seed
 
 
 @pytest.mark.parametrize(
