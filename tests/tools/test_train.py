@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.accelerators import CUDAAccelerator, MPSAccelerator
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
 from lit_lora.cli import main
@@ -294,6 +295,29 @@ def test_options_of_the_model_are_checked_before_images_are_packed(
     assert main([*command, option]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out" / "shards").exists()
+
+
+@pytest.mark.parametrize(("error", "told"), [(SystemExit(1), 1), (SIGTERMException(130), 0)])
+def test_what_is_kept_is_told_once(
+    error: SystemExit,
+    told: int,
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """After a signal the callback Preemption has said where the checkpoint is."""
+
+    def ended(arguments: list[str]) -> None:
+        last = tmp_path / "out" / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+        last.parent.mkdir(parents=True)
+        last.touch()
+        raise error
+
+    monkeypatch.setattr("lit_lora.tools.training.run.fit", ended)
+    with pytest.raises(SystemExit):
+        main([*command, "--cache", "false"])
+    assert capsys.readouterr().out.count("kept     ") == told
 
 
 def test_a_link_to_itself_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

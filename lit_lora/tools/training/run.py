@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.packing.pack_plan import MANIFEST, OtherShardsError
@@ -280,8 +281,9 @@ class _Training:
             arguments += resuming(started, self.out)
         try:
             trainer = fit(arguments)
-        except SystemExit:
-            if kept := newest_checkpoint(self.out):
+        except SystemExit as error:
+            told = isinstance(error, SIGTERMException)  # Preemption says where it saved
+            if not told and (kept := newest_checkpoint(self.out)):
                 print(f"kept     {kept}")
             raise
         _write_report(self.out)
