@@ -16,6 +16,7 @@ from lit_lora.callbacks import AdapterCheckpoint, FiniteGradients, LoraInjection
 from lit_lora.callbacks.finite_gradients import check_trained
 from lit_lora.errors import UserError
 from lit_lora.memory.options import MemoryOptions
+from lit_lora.module import LoraDiffusion
 from tests.helpers import Classifier, diffusion_module, loader_of, make_batches
 
 NAN = float("nan")
@@ -151,6 +152,15 @@ def test_the_error_names_frozen_weights_that_are_bad(trainer_options: dict[str, 
         fit(Scaled(), batches(1.0), trainer_options, FiniteGradients(patience=1))
 
 
+def test_the_error_names_trained_weights_that_are_bad(trainer_options: dict[str, Any]) -> None:
+    module = Product()
+    module.weight.data[1] = NAN
+    with pytest.raises(
+        UserError, match="resume from an earlier checkpoint: 1 trained tensors hold NaN or Inf, such as weight"
+    ):
+        fit(module, batches(1.0), trainer_options, FiniteGradients(patience=1))
+
+
 def test_checkpoints_are_of_good_steps_only(trainer_options: dict[str, Any], tmp_path: Path) -> None:
     checkpoints = AdapterCheckpoint(tmp_path, every_n_train_steps=1, save_last=True, enable_version_counter=False)
     with pytest.warns(UserWarning, match="is skipped"), pytest.raises(UserError, match="training has diverged"):
@@ -182,9 +192,32 @@ def test_a_checkpoint_that_is_due_at_a_bad_step_comes_with_the_next(
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 3
 
 
-def test_steps_in_the_backward_pass(sd_folder: Path, trainer_options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("of_gradients", [False, True])
+def test_steps_in_the_backward_pass(
+    of_gradients: bool, sd_folder: Path, trainer_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     good, bad = make_batches(2)
-    bad["pixel_values"] = torch.full_like(bad["pixel_values"], NAN, dtype=torch.float32)
+    if of_gradients:  # the loss stays finite
+
+        class Spoilt(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, loss: Tensor) -> Tensor:
+                return loss.clone()
+
+            @staticmethod
+            def backward(ctx: Any, *gradients: Tensor) -> Any:
+                return gradients[0] * NAN
+
+        step = LoraDiffusion.training_step
+
+        def spoilt(module: LoraDiffusion, batch: dict[str, Any], batch_idx: int) -> Tensor:
+            loss = step(module, batch, batch_idx)
+            return Spoilt.apply(loss) if batch["key"] == bad["key"] else loss  # type: ignore[no-any-return, no-untyped-call]
+
+        bad["key"] = ["bad"] * len(bad["key"])
+        monkeypatch.setattr(LoraDiffusion, "training_step", spoilt)
+    else:
+        bad["pixel_values"] = torch.full_like(bad["pixel_values"], NAN, dtype=torch.float32)
 
     def trained(*given: dict[str, Any]) -> list[Tensor]:
         config = LoraConfig(r=2, lora_alpha=2, target_modules=["to_q"])
