@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from lit_lora.callbacks import AdapterCheckpoint, FiniteGradients, LoraInjection
 from lit_lora.callbacks.finite_gradients import check_trained
 from lit_lora.errors import UserError
+from lit_lora.memory.optimizer_in_backward import OptimizerInBackward
 from lit_lora.memory.options import MemoryOptions
 from lit_lora.module import LoraDiffusion
 from tests.helpers import Classifier, diffusion_module, loader_of, make_batches
@@ -197,6 +199,8 @@ def test_steps_in_the_backward_pass(
     of_gradients: bool, sd_folder: Path, trainer_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good, bad = make_batches(2)
+    # Steps are taken within the pass, as with many parameters.
+    monkeypatch.setattr("lit_lora.module.OptimizerInBackward", partial(OptimizerInBackward, bucket_bytes=1))
     if of_gradients:  # the loss stays finite
 
         class Spoilt(torch.autograd.Function):
