@@ -18,11 +18,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from lit_lora.errors import UserError
+from lit_lora.files import remedy
 from lit_lora.redact import redact_urls
 from lit_lora.told_once import tell_once_on_node
 from lit_lora.visible import visible_lines
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
+_CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EBUSY,
+    errno.ESTALE,
+)
 
 _VERSIONS = ("lit_lora", "torch", "lightning", "diffusers", "peft", "transformers")
 
@@ -177,7 +187,7 @@ def report(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         where = error.filename or ("the logs of TensorBoard" if _raised_in(error, "tensorboard") else "a file")
         print_mistake(
-            f"cannot write {where}: {error.strerror}; free some space or name another folder. What is complete is kept"
+            f"cannot write {where}: {error.strerror}; {remedy(error)}, or name another folder. What is complete is kept"
         )
         return 2
     if message := out_of_memory(error) or other_process_lost(error):

@@ -24,6 +24,18 @@ _ABANDONED_S = 86_400.0
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
+_REMEDIES = {
+    "free some space": _FULL,
+    "raise the limit of a file's size (ulimit -f)": (errno.EFBIG,),
+    "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+    "change the permissions there": (errno.EACCES, errno.EPERM, errno.EBADF),
+    "the disk is mounted for reading only: mount it for writing": (errno.EROFS,),
+    "another disk is mounted there: unmount it": (errno.EBUSY,),
+    "the network disk has lost the file: mount it again": (errno.ESTALE,),
+    "leave the folder alone while a run uses it": (errno.ENOENT,),
+    "a file has the name of a folder there: remove it": (errno.ENOTDIR, errno.EEXIST),
+    "a folder has the name of the file: remove it": (errno.EISDIR,),
+}
 
 
 @contextmanager
@@ -194,6 +206,11 @@ def _takes_files(folder: Path) -> bool:
         if error.errno not in _FULL:  # a full disk is told by the write itself, which names its file
             raise
     return True
+
+
+def remedy(error: OSError) -> str:
+    """The next action after an error that ended a write, such as "free some space"."""
+    return next((todo for todo, numbers in _REMEDIES.items() if error.errno in numbers), "check the disk")
 
 
 def check_regular(path: str | Path) -> os.stat_result:

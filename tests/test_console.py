@@ -115,11 +115,20 @@ def test_of_what_gloo_says_the_cause_is_told(capsys: pytest.CaptureFixture[str])
     assert f"within the time limit ({cause}).\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EPERM, errno.EBUSY])
-def test_what_cannot_be_written_is_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("number", "todo"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EROFS, "the disk is mounted for reading only: mount it for writing"),
+        (errno.EPERM, "change the permissions there"),
+        (errno.EBUSY, "another disk is mounted there: unmount it"),
+        (errno.ESTALE, "the network disk has lost the file: mount it again"),
+    ],
+)
+def test_what_cannot_be_written_is_one_message(number: int, todo: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Busy is a folder on which a disk is mounted, and which cannot be replaced by another one."""
     assert console.report(OSError(number, os.strerror(number), "adapter")) == 2
-    assert f"cannot write adapter: {os.strerror(number)}; free some space or name another" in capsys.readouterr().err
+    assert f"cannot write adapter: {os.strerror(number)}; {todo}, or name another" in capsys.readouterr().err
 
 
 def test_what_a_library_finds_wrong_in_the_config_is_a_mistake() -> None:
