@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -82,6 +83,7 @@ def test_a_fault_is_a_short_message_and_a_log(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("unable to mmap 6898224 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
         OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     ],
 )
 def test_the_hosts_memory(
@@ -89,6 +91,11 @@ def test_the_hosts_memory(
 ) -> None:
     assert fails_with(error, monkeypatch) == 1
     assert "the host's memory ran out; lower batch_size" in capsys.readouterr().err
+
+
+def test_a_limit_of_the_hosts_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (3_000_000_000, -1))
+    assert "ran out; raise the limit of 3.0 GB (ulimit -v), lower" in str(console.out_of_memory(MemoryError()))
 
 
 @pytest.mark.parametrize(
