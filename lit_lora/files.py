@@ -174,7 +174,12 @@ def writable_folder(path: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise UserError(f"{path} is a file, not a folder; name another folder") from error
+        found = (
+            f"a symbolic link to {os.readlink(path)}, where no folder is"
+            if path.is_symlink()
+            else "a file, not a folder"
+        )
+        raise UserError(f"{path} is {found}; name another folder") from error
     except OSError as error:
         raise UserError(f"cannot create the folder {path}: {error.strerror}; name another folder") from error
     if not os.access(path, os.W_OK | os.X_OK) or not _takes_files(path):

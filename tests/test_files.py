@@ -89,6 +89,9 @@ def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(UserError, match=r"link is a symbolic link to gone, where no folder is; name another folder"):
+        writable_folder(tmp_path / "link")
     with pytest.raises(UserError, match=r"file is a file, not a folder; name another folder"):
         writable_folder(tmp_path / "file")
 
