@@ -15,8 +15,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Timer
 
 from lit_lora.byte_sizes import format_bytes
-from lit_lora.datamodules.packing.pack_plan import MANIFEST, OtherShardsError
+from lit_lora.datamodules.indexing.manifest import MANIFEST
 from lit_lora.datamodules.packing.pack_plan import PLAN as PLAN_OF_SHARDS
+from lit_lora.datamodules.packing.pack_plan import OtherShardsError
 from lit_lora.datamodules.packing.pack_sets import find_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets, given_to_each, with_class_images
 from lit_lora.early_stopping import stopped_early
