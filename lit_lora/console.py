@@ -190,9 +190,9 @@ def report(error: Exception) -> int:
         return 2
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         where = error.filename or ("the logs of TensorBoard" if _raised_in(error, "tensorboard") else "a file")
-        print_mistake(
-            f"cannot write {where}: {error.strerror}; {remedy(error)}, or name another folder. What is complete is kept"
-        )
+        denied = isinstance(error, PermissionError)  # perhaps to read
+        told = f"{error.strerror}: {where}" if denied else f"cannot write {where}: {error.strerror}"
+        print_mistake(f"{told}; {remedy(error)}, or name another folder. What is complete is kept")
         return 2
     if message := out_of_memory(error) or other_process_lost(error):
         if not _is_told(error):

@@ -127,7 +127,6 @@ def test_of_what_gloo_says_the_cause_is_told(capsys: pytest.CaptureFixture[str])
     [
         (errno.ENOSPC, "free some space"),
         (errno.EROFS, "the disk is mounted for reading only: mount it for writing"),
-        (errno.EPERM, "change the permissions there"),
         (errno.EBUSY, "another disk is mounted there: unmount it"),
         (errno.ESTALE, "the network disk has lost the file: mount it again"),
     ],
@@ -136,6 +135,11 @@ def test_what_cannot_be_written_is_one_message(number: int, todo: str, capsys: p
     """Busy is a folder on which a disk is mounted, and which cannot be replaced by another one."""
     assert console.report(OSError(number, os.strerror(number), "adapter")) == 2
     assert f"cannot write adapter: {os.strerror(number)}; {todo}, or name another" in capsys.readouterr().err
+
+
+def test_a_permission_that_is_missing_is_not_called_a_write(capsys: pytest.CaptureFixture[str]) -> None:
+    assert console.report(OSError(errno.EACCES, "Permission denied", "images/1.png")) == 2
+    assert "error\nPermission denied: images/1.png; change the permissions there, or" in capsys.readouterr().err
 
 
 def test_what_a_library_finds_wrong_in_the_config_is_a_mistake() -> None:
