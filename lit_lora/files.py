@@ -236,6 +236,18 @@ def check_regular(path: str | Path) -> os.stat_result:
     return found
 
 
+def check_readable(path: str | Path) -> None:
+    """Refuse a file that may not be read, which safetensors calls missing, and anything but a regular file.
+
+    Raises:
+        OSError: If the file is missing or may not be read.
+        UserError: If it is not a regular file.
+    """
+    check_regular(path)
+    if not os.access(path, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
 def _name_file(error: OSError, part: Path, path: Path) -> None:
     """Have an error name the file that was to be written: writing itself raises errors without a name."""
     if error.errno is not None and (error.filename is None or str(error.filename).startswith(str(part))):

@@ -14,6 +14,7 @@ from lit_lora.files import (
     atomic_file,
     atomic_folder,
     check_place,
+    check_readable,
     check_regular,
     remove_unfinished,
     restore_replaced,
@@ -144,6 +145,14 @@ def test_others_may_read_what_safetensors_writes(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "folder/b")] == [0o644, 0o644]
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    check_readable(tmp_path / "file")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read all
+    with pytest.raises(PermissionError, match=r"Permission denied: .*file"):
+        check_readable(tmp_path / "file")
 
 
 def test_only_regular_files(tmp_path: Path) -> None:
