@@ -38,7 +38,9 @@ def check_types(owner: type[object], values: Mapping[str, object]) -> None:
     """
     for name, hint in _hints(owner).items():  # type: ignore[arg-type]  # mypy takes no class for hashable
         if name in values and not _fits(values[name], hint):
-            raise UserError(f"{name}={_shown(values[name])} is {_problem(values[name], hint)}; give {_described(hint)}")
+            raise UserError(
+                f"{name}={_shown(values[name])} is {_problem(values[name], hint)}; write {_described(hint)}"
+            )
 
 
 @cache
@@ -123,4 +125,4 @@ def _problem(value: object, hint: Any) -> str:
     if isinstance(value, float | np.floating) and not math.isfinite(value):
         return "not finite"
     is_choice = any(get_origin(one) is Literal for one in (hint, *get_args(hint)))
-    return "unknown" if is_choice and isinstance(value, str) else f"of type {type(value).__name__}"
+    return "unknown" if is_choice and isinstance(value, str) else f"a {type(value).__name__}"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 import lit_lora
 from lit_lora import UserError
@@ -18,28 +19,33 @@ from lit_lora.argument_types import _hints, check_types
 from lit_lora.lazy import public_names
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
-    (lambda: lit_lora.MemoryOptions(vae_tiling="false"), r"vae_tiling='false' is of type str; give True or False"),
-    (lambda: lit_lora.CordaInitialization(mode="fast"), r"mode='fast' is unknown; give 'ipm' or 'kpm'"),
-    (lambda: lit_lora.FP8(skip="up_blocks.*"), r"skip='up_blocks.\*' is of type str; give a list, each item a text"),
-    (lambda: lit_lora.AdapterEMA(decay="0.9"), r"decay='0.9' is of type str; give a finite number"),
-    (lambda: lit_lora.LogitNormal(mean=math.nan), r"mean=nan is not finite; give a finite number"),
-    (lambda: lit_lora.MinSNR(gamma=np.float32(math.inf)), r"gamma=.*inf.* is not finite; give a finite number"),
-    (lambda: lit_lora.PseudoHuber(c=torch.tensor(0.1)), r"c=tensor\(0.1\S*\) is of type Tensor; give a finite number"),
-    (lambda: lit_lora.EvaInitialization(steps=None), r"steps=None is of type NoneType; give a whole number"),
-    (lambda: lit_lora.EvaInitialization(steps=True), r"steps=True is of type bool; give a whole number"),
+    (lambda: lit_lora.MemoryOptions(vae_tiling="false"), r"vae_tiling='false' is a str; write True or False"),
+    (lambda: lit_lora.CordaInitialization(mode="fast"), r"mode='fast' is unknown; write 'ipm' or 'kpm'"),
+    (lambda: lit_lora.FP8(skip="up_blocks.*"), r"skip='up_blocks.\*' is a str; write a list, each item a text"),
+    (lambda: lit_lora.AdapterEMA(decay="0.9"), r"decay='0.9' is a str; write a finite number"),
+    (lambda: lit_lora.LogitNormal(mean=math.nan), r"mean=nan is not finite; write a finite number"),
+    (lambda: lit_lora.MinSNR(gamma=np.float32(math.inf)), r"gamma=.*inf.* is not finite; write a finite number"),
+    (lambda: lit_lora.PseudoHuber(c=torch.tensor(0.1)), r"c=tensor\(0.1\S*\) is a Tensor; write a finite number"),
+    (lambda: lit_lora.EvaInitialization(steps=None), r"steps=None is a NoneType; write a whole number"),
+    (lambda: lit_lora.EvaInitialization(steps=True), r"steps=True is a bool; write a whole number"),
     (
         lambda: lit_lora.DDPM(criterion=lit_lora.PseudoHuber),
         r"criterion=the class PseudoHuber .* an object of Criterion",
     ),
     (
         lambda: lit_lora.DDPM(timestep_range=(0.5,)),
-        r"timestep_range=\(0.5,\) is of type tuple; give 2 values, each a finite",
+        r"timestep_range=\(0.5,\) is a tuple; write 2 values, each a finite",
     ),
-    (lambda: lit_lora.Chunks(staging="/disk"), r"staging='/disk' is of type str; give an object of Staging or None"),
-    (lambda: lit_lora.LitLoraDeepSpeed(offload_optimizer="no"), r"offload_optimizer='no' is of type str; give True or"),
+    (lambda: lit_lora.Chunks(staging="/disk"), r"staging='/disk' is a str; write an object of Staging or None"),
+    (lambda: lit_lora.AdapterInfo(tags="portrait"), r"tags='portrait' is a str; write a list, each item a text"),
+    (
+        lambda: lit_lora.LoraInjection(LoraConfig(target_modules=["a"]), also_train="head"),
+        r"also_train='head' is a str; write a list, each item a text",
+    ),
+    (lambda: lit_lora.LitLoraDeepSpeed(offload_optimizer="no"), r"offload_optimizer='no' is a str; write True or"),
     (
         lambda: lit_lora.RunReport(price_per_kwh=math.inf),
-        r"price_per_kwh=inf is not finite; give a finite number or None",
+        r"price_per_kwh=inf is not finite; write a finite number or None",
     ),
 ]
 

@@ -36,7 +36,7 @@ def test_guidance_that_is_no_scale() -> None:
     with pytest.raises(UserError, match=r"guidance_scale=-1.0 is too small; it must be at least 0"):
         SamplingOptions(guidance_scale=-1.0)
     for value in (float("nan"), float("inf")):
-        with pytest.raises(UserError, match=f"guidance_scale={value} is not finite; give a finite number"):
+        with pytest.raises(UserError, match=f"guidance_scale={value} is not finite; write a finite number"):
             SamplingOptions(guidance_scale=value)
 
 
