@@ -25,6 +25,7 @@ from lit_lora.adapters import (
     keep_only_adapter,
     unfreeze,
 )
+from lit_lora.argument_types import check_types
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.callbacks.checkpoint_files import (
     adapter_folders,
@@ -104,6 +105,7 @@ class AdapterCheckpoint(ResumedSaves):
         info: AdapterInfo | None = None,
         **kwargs: Any,
     ) -> None:
+        check_types(AdapterCheckpoint, locals())
         super().__init__(*args, **kwargs)
         for name in formats:
             format_named(name)

@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from lit_lora.adapters import parameters_without_compiling, without_compiling
 from lit_lora.adapters.ranked_layer import ProjectedParameter
+from lit_lora.argument_types import check_types
 from lit_lora.callbacks.schedule_free import schedule_free_optimizers
 from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.errors import UserError
@@ -41,6 +42,7 @@ class AdapterEMA(Callback):
     """
 
     def __init__(self, decay: float = 0.999) -> None:
+        check_types(AdapterEMA, locals())
         if not 0 <= decay < 1:
             raise UserError(f"decay must be in [0, 1), not {decay}")
         self.decay = decay

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError
 from lit_lora.formats.from_file import FromFile
 
@@ -25,6 +26,7 @@ class BaseLoss(Callback):
     """
 
     def __init__(self, monitor: str = "val/loss") -> None:
+        check_types(BaseLoss, locals())
         self.monitor = monitor
         self.base: float | None = None
         """The base's loss; None before it is measured."""

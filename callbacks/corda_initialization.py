@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters.ranked_layer import RankedLayer
+from lit_lora.argument_types import check_types
 from lit_lora.callbacks.layer_rows import input_rows
 from lit_lora.callbacks.rebased_initialization import (
     LayerSum,
@@ -44,6 +45,7 @@ class CordaInitialization(RebasedInitialization):
     """
 
     def __init__(self, steps: int = 4, mode: Literal["ipm", "kpm"] = "ipm") -> None:
+        check_types(CordaInitialization, locals())
         super().__init__(steps)
         self.mode: Literal["ipm", "kpm"] = mode
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, note_ranks
+from lit_lora.argument_types import check_types
 from lit_lora.callbacks.first_steps import FirstSteps
 from lit_lora.callbacks.layer_rows import input_rows
 from lit_lora.distributed.collectives import broadcast, full_shape, full_tensor
@@ -48,6 +49,7 @@ class EvaInitialization(FirstSteps):
     """
 
     def __init__(self, steps: int = 4, rho: float = 2.0) -> None:
+        check_types(EvaInitialization, locals())
         super().__init__(steps)
         check_least(1, rho=rho)
         self.rho = rho

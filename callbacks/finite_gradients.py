@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
+from lit_lora.argument_types import check_types
 from lit_lora.distributed.collectives import gather
 from lit_lora.errors import UserError, check_whole
 from lit_lora.finite import any_non_finite, any_non_finite_gradient, damaged_base, non_finite_names, tensors_in
@@ -48,6 +49,7 @@ class FiniteGradients(Callback):
     """
 
     def __init__(self, patience: int = 5) -> None:
+        check_types(FiniteGradients, locals())
         check_whole(1, patience=patience)
         self.patience = patience
         self.skipped = 0

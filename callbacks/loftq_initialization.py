@@ -13,6 +13,7 @@ from torch import Tensor
 from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.methods.lora import leave_out
 from lit_lora.adapters.ranked_layer import RankedLayer
+from lit_lora.argument_types import check_types
 from lit_lora.callbacks.changed_ranks import ChangedRanks
 from lit_lora.callbacks.eva_initialization import EvaInitialization
 from lit_lora.callbacks.first_values import check_no_start, check_untrained
@@ -43,6 +44,7 @@ class LoftqInitialization(ChangedRanks):
     """
 
     def __init__(self, files_for: Literal["quantized", "original"] = "quantized") -> None:
+        check_types(LoftqInitialization, locals())
         super().__init__()
         self.files_for: Literal["quantized", "original"] = files_for
         self._done = False

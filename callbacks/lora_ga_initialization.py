@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_lora.adapters.ranked_layer import RankedLayer
+from lit_lora.argument_types import check_types
 from lit_lora.callbacks.layer_rows import input_rows, output_rows
 from lit_lora.callbacks.rebased_initialization import (
     LayerSum,
@@ -56,6 +57,7 @@ class LoraGaInitialization(RebasedInitialization):
         scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable",
         stable_gamma: int = 16,
     ) -> None:
+        check_types(LoraGaInitialization, locals())
         super().__init__(steps)
         check_whole(1, stable_gamma=stable_gamma)
         self.config = LoraGAConfig(direction=direction, scale=scale, stable_gamma=stable_gamma)

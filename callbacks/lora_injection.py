@@ -23,6 +23,7 @@ from lit_lora.adapters.in_place import AdapterInPlace, adapt_in_place, adapter_i
 from lit_lora.adapters.names import PREFIX
 from lit_lora.adapters.state import warn_of_left_out
 from lit_lora.adapters.targets import described_presets
+from lit_lora.argument_types import check_types
 from lit_lora.blocks import outermost_blocks
 from lit_lora.callbacks.checkpoint_files import adapter_folders
 from lit_lora.callbacks.injected_optimizers import check_optimizers
@@ -75,6 +76,7 @@ class LoraInjection(Callback):
     ) -> None:
         check_kind(PeftConfig, 'peft.LoraConfig(target_modules="attention")', adapter=adapter)
         check_kind(Quantization, "NF4()", quantization=quantization)
+        check_types(LoraInjection, locals())
         if not any(getattr(adapter, name, None) for name in ("target_modules", "target_parameters")):
             raise UserError(f"adapter: {type(adapter).__name__} needs target_modules; {described_presets()}")
         self.adapter = adapter

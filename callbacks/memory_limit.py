@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_lora.argument_types import check_types
 from lit_lora.byte_sizes import parse_bytes
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.callbacks.sample_images import SampleImages
@@ -34,6 +35,7 @@ class MemoryLimit(Callback):
     """
 
     def __init__(self, limit: str) -> None:
+        check_types(MemoryLimit, locals())
         self.limit = limit
         self._allowed = parse_bytes("limit", limit)
 

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_lora.argument_types import check_types
 from lit_lora.callbacks.logged_image import log_image
 from lit_lora.callbacks.planned_advice import planned_advice
 from lit_lora.distributed.collectives import gather
@@ -82,6 +83,7 @@ class MemoryProfiler(Callback):
     """
 
     def __init__(self, every_n_steps: int = 50, output_dir: str | None = None, snapshot_entries: int = 0) -> None:
+        check_types(MemoryProfiler, locals())
         check_whole(1, every_n_steps=every_n_steps)
         check_whole(0, snapshot_entries=snapshot_entries)
         self.every_n_steps = every_n_steps

@@ -19,6 +19,7 @@ from lit_lora.adapters.in_place import peft_models
 from lit_lora.adapters.parameter_groups import plain_name
 from lit_lora.adapters.rank_selection import select_components
 from lit_lora.adapters.ranked_layer import RankedLayer, check_prunable, note_ranks
+from lit_lora.argument_types import check_types
 from lit_lora.blocks import compile_for_any_rank
 from lit_lora.byte_sizes import parse_bytes
 from lit_lora.callbacks.changed_ranks import ChangedRanks
@@ -85,6 +86,7 @@ class RankBudget(ChangedRanks):
         prunings: int = 10,
         min_rank: int = 1,
     ) -> None:
+        check_types(RankBudget, locals())
         super().__init__()
         check_whole(1, prunings=prunings, min_rank=min_rank, parameters=parameters)
         given = {"mean_rank": mean_rank, "parameters": parameters, "share": share, "file_size": file_size}

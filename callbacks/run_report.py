@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_lora.adapters.ranked_layer import layer_ranks
+from lit_lora.argument_types import check_types
 from lit_lora.batch_size import batch_size
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.distributed.collectives import gather
@@ -72,6 +73,7 @@ class RunReport(Callback):
     def __init__(
         self, price_per_hour: float | None = None, price_per_kwh: float | None = None, output_dir: str | None = None
     ) -> None:
+        check_types(RunReport, locals())
         check_least(0, price_per_hour=price_per_hour, price_per_kwh=price_per_kwh)
         self.price_per_hour = price_per_hour
         self.price_per_kwh = price_per_kwh

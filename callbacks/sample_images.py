@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import save_image
 
+from lit_lora.argument_types import check_types
 from lit_lora.callbacks.adapter_ema import AdapterEMA
 from lit_lora.callbacks.logged_image import log_image
 from lit_lora.callbacks.schedule_free import learned_weights
@@ -65,6 +66,7 @@ class SampleImages(Callback):
         width: int | None = None,
         columns: int = 4,
     ) -> None:
+        check_types(SampleImages, locals())
         if not prompts:
             raise UserError("SampleImages needs at least one prompt")
         check_whole(1, every_n_steps=every_n_steps, num_inference_steps=num_inference_steps, columns=columns)

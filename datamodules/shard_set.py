@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lit_lora.argument_types import check_types
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.errors import UserError
 from lit_lora.redact import redact
@@ -40,6 +41,7 @@ class ShardSet:
     share: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not self.shards:
             raise UserError("a set of train_sets has no shards; name a folder of shards, or remove the set")
         if not 0 < self.repeats <= MOST_REPEATS:  # also refuses NaN

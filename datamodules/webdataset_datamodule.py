@@ -11,6 +11,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_lora.argument_types import check_types
 from lit_lora.datamodules.batches.buckets import AspectRatioBuckets, Bucketing
 from lit_lora.datamodules.batches.chunked_samples import ChunkedSamples
 from lit_lora.datamodules.batches.chunks import Chunks
@@ -106,6 +107,7 @@ class WebDatasetDataModule(LightningDataModule):
         check_kind(AspectRatioBuckets, "AspectRatioBuckets(divisor=64)", buckets=buckets)
         check_kind(SampleDecoder, "ImageDecoder()", decoder=decoder)
         check_kind(Chunks, "Chunks(count=10)", chunks=chunks)
+        check_types(WebDatasetDataModule, locals())
         check_whole(0, val_samples=val_samples, num_workers=num_workers, max_bad_samples=max_bad_samples, seed=seed)
         check_whole(1, batch_size=batch_size)
         check_most(MAX_BATCH_SIZE, batch_size=batch_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import zlib
@@ -11,6 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_lora.argument_types import check_types
 from lit_lora.datamodules.batches.buckets import check_resolution
 from lit_lora.datamodules.batches.plan import MAX_BATCH_SIZE
 from lit_lora.datamodules.batches.read_cursor import loader_state, naming_checkpoint
@@ -94,6 +96,7 @@ class WebDatasetStreamDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         check_kind(SampleDecoder, "ImageDecoder()", decoder=decoder)
+        check_types(WebDatasetStreamDataModule, locals())
         check_whole(1, batches_per_epoch=batches_per_epoch, batch_size=batch_size)
         check_resolution(resolution)
         check_most(MAX_BATCH_SIZE, batch_size=batch_size)
@@ -225,7 +228,8 @@ class WebDatasetStreamDataModule(LightningDataModule):
 
 
 def _listed(shards: str | list[str] | None) -> list[str]:
-    return [shards] if isinstance(shards, str) else list(shards or [])
+    given = [shards] if isinstance(shards, str | os.PathLike) else shards or []
+    return [os.fspath(one) for one in given]
 
 
 def _is_url(spec: str) -> bool:

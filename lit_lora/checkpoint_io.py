@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from lit_lora.argument_types import check_types
 from lit_lora.byte_sizes import format_bytes
 from lit_lora.datamodules.remote.transfer import fetch, is_remote, object_size
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file
+from lit_lora.files import atomic_file, remedy
 from lit_lora.redact import redact
 
 _MAX_BYTES = 64 * 2**30
@@ -42,6 +43,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(self, max_bytes: int = _MAX_BYTES) -> None:
+        check_types(SafeCheckpointIO, locals())
         self.max_bytes = max_bytes
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -107,6 +109,8 @@ def read_checkpoint(path: str, map_location: Any, shown: str | None = None) -> d
             f"ckpt_path: {shown} cannot be read safely: {reason}. Only tensors and plain values are read; save the checkpoint "
             f"without other objects"
         ) from error
+    except PermissionError as error:
+        raise UserError(f"ckpt_path: {shown} cannot be read: {error.strerror}; {remedy(error)}") from error
     except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as error:
         raise UserError(
             f"ckpt_path: {shown} is damaged or no checkpoint ({_first_line(error)}); name another checkpoint"

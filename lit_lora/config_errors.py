@@ -51,7 +51,7 @@ _HOW_TO_WRITE = ("Not a valid subclass of", "a class path (str)", "a dict with")
 _REQUIRED = re.compile(r"Option '(?:(?:fit|validate|test|predict)\.)?([\w.]+)' is required but not provided")
 _TWICE = re.compile(r"more than one stateful callback of type `(\w+)`")
 _NO_OPTION = re.compile(
-    r"(?:Unrecognized arguments: --|Subcommand '\w+' does not accept option '|Option '|Group ')([\w.]+)"
+    r"(?:Unrecognized arguments: --([\w.]+)|(?:Subcommand '\w+' does not accept option '|Option '|Group ')([^']+))"
     r"(?:' is not accepted|' does not accept option '([\w.]+))?"
 )
 _NESTED = re.compile(r"""["']*NestedArg\(key='([\w.]+)', val='?(.*?)'?\)["']*$""")
@@ -114,6 +114,9 @@ def _wrong_name(message: str, options: Sequence[str], owner: str) -> str | None:
 
 def _no_option(path: str, options: Sequence[str], owner: str, dashes: str) -> str:
     """A sentence about an option that is not there."""
+    if ":" in path:
+        name, _, value = path.partition(":")
+        return f"{path} is read as the name of an option; write a space after the colon, as in {name}: {value}"
     part = path.rpartition(".")[0]
     beside = [name for there, _, name in (option.rpartition(".") for option in options) if there == part]
     listed = f"the options there are {', '.join(beside)}" if 0 < len(beside) <= _FEW else None

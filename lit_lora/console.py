@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import re
+import resource
 import shutil
 import sys
 import tempfile
@@ -17,12 +18,23 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from lit_lora.byte_sizes import format_bytes
 from lit_lora.errors import UserError
+from lit_lora.files import remedy
 from lit_lora.redact import redact_urls
 from lit_lora.told_once import tell_once_on_node
 from lit_lora.visible import visible_lines
 
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EBUSY)
+_CANNOT_WRITE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EBUSY,
+    errno.ESTALE,
+)
 
 _VERSIONS = ("lit_lora", "torch", "lightning", "diffusers", "peft", "transformers")
 
@@ -39,7 +51,9 @@ _NO_ANSWER = re.compile(
 _ADVICE_OF_GLOO = re.compile(r"^\[/[^\]]*\] |\.? This is typically caused by .*|\.$")
 """The place in gloo's code, and its guesses about the reason."""
 
-_NO_MEMORY = re.compile("DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc")
+_NO_MEMORY = re.compile(
+    "DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc|failed to map segment"
+)
 """What torch and the system say when the host's memory runs out."""
 
 _pythons_format = warnings.formatwarning
@@ -176,9 +190,9 @@ def report(error: Exception) -> int:
         return 2
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
         where = error.filename or ("the logs of TensorBoard" if _raised_in(error, "tensorboard") else "a file")
-        print_mistake(
-            f"cannot write {where}: {error.strerror}; free some space or name another folder. What is complete is kept"
-        )
+        denied = isinstance(error, PermissionError)  # perhaps to read
+        told = f"{error.strerror}: {where}" if denied else f"cannot write {where}: {error.strerror}"
+        print_mistake(f"{told}; {remedy(error)}, or name another folder. What is complete is kept")
         return 2
     if message := out_of_memory(error) or other_process_lost(error):
         if not _is_told(error):
@@ -212,8 +226,12 @@ def is_config_mistake(error: BaseException) -> bool:
 def out_of_memory(error: BaseException) -> str | None:
     """A sentence about an error that means that memory of the host or of the GPU ran out; None for other errors."""
     text = str(error)
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError) and _NO_MEMORY.search(text)):
-        return "the host's memory ran out; lower batch_size or num_workers, or quantize the base"
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError | ImportError) and _NO_MEMORY.search(text)
+    ):
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        limited = "" if limit == resource.RLIM_INFINITY else f"raise the limit of {format_bytes(limit)} (ulimit -v), "
+        return f"the host's memory ran out; {limited}lower batch_size or num_workers, or quantize the base"
     if type(error).__name__ == "OutOfMemoryError":
         return f"{gpu_memory(error)}\nlit-lora plan --config … shows what makes the run fit"
     return None

@@ -24,6 +24,18 @@ _ABANDONED_S = 86_400.0
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT)
+_REMEDIES = {
+    "free some space": _FULL,
+    "raise the limit of a file's size (ulimit -f)": (errno.EFBIG,),
+    "raise the limit of open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+    "change the permissions there": (errno.EACCES, errno.EPERM, errno.EBADF),
+    "the disk is mounted for reading only: mount it for writing": (errno.EROFS,),
+    "another disk is mounted there: unmount it": (errno.EBUSY,),
+    "the network disk has lost the file: mount it again": (errno.ESTALE,),
+    "leave the folder alone while a run uses it": (errno.ENOENT,),
+    "a file has the name of a folder there: remove it": (errno.ENOTDIR, errno.EEXIST),
+    "a folder has the name of the file: remove it": (errno.EISDIR,),
+}
 
 
 @contextmanager
@@ -162,7 +174,12 @@ def writable_folder(path: str | Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise UserError(f"{path} is a file, not a folder; name another folder") from error
+        found = (
+            f"a symbolic link to {os.readlink(path)}, where no folder is"
+            if path.is_symlink()
+            else "a file, not a folder"
+        )
+        raise UserError(f"{path} is {found}; name another folder") from error
     except OSError as error:
         raise UserError(f"cannot create the folder {path}: {error.strerror}; name another folder") from error
     if not os.access(path, os.W_OK | os.X_OK) or not _takes_files(path):
@@ -196,6 +213,11 @@ def _takes_files(folder: Path) -> bool:
     return True
 
 
+def remedy(error: OSError) -> str:
+    """The next action after an error that ended a write, such as "free some space"."""
+    return next((todo for todo, numbers in _REMEDIES.items() if error.errno in numbers), "check the disk")
+
+
 def check_regular(path: str | Path) -> os.stat_result:
     """Refuse anything but a regular file, since opening or reading a pipe, a device or a socket may never end.
 
@@ -212,6 +234,18 @@ def check_regular(path: str | Path) -> os.stat_result:
         kind = kinds.get(stat.S_IFMT(found.st_mode), "a device")
         raise UserError(f"{path} is {kind}, not a regular file; name a file, or remove it")
     return found
+
+
+def check_readable(path: str | Path) -> None:
+    """Refuse a file that may not be read, which safetensors calls missing, and anything but a regular file.
+
+    Raises:
+        OSError: If the file is missing or may not be read.
+        UserError: If it is not a regular file.
+    """
+    check_regular(path)
+    if not os.access(path, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def _name_file(error: OSError, part: Path, path: Path) -> None:

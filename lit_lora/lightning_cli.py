@@ -49,7 +49,7 @@ from lit_lora.distributed.end_on_error import EndOnError
 from lit_lora.dropped_options import dropped_options
 from lit_lora.early_stopping import ResumedEarlyStopping
 from lit_lora.errors import UserError, check_least, check_most
-from lit_lora.files import writable_folder
+from lit_lora.files import remedy, writable_folder
 from lit_lora.harmless_warnings import harmless_ignored
 from lit_lora.lazy import public_names
 from lit_lora.module import LoraDiffusion
@@ -329,7 +329,8 @@ def run(arguments: Sequence[str], cli_class: type[LitLoraCLI] = LitLoraCLI) -> L
     except MisconfigurationException as error:
         raise UserError(explain(str(error))) from error
     except (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
-        raise UserError(f"{error.strerror}: {error.filename}") from error
+        todo = f"; {remedy(error)}" if isinstance(error, PermissionError) else ""
+        raise UserError(f"{error.strerror}: {error.filename}{todo}") from error
 
 
 def _say_if_none_is_last(trainer: Trainer, required: bool) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_lora.adapters import check_finite, check_loaded, check_saved_configs
 from lit_lora.adapters.input_dtype import keep_input_dtype
 from lit_lora.adapters.parameter_groups import ParameterGroup, make_optimizer, make_schedule
+from lit_lora.argument_types import check_types
 from lit_lora.caption_dropout import drop_captions
 from lit_lora.denoiser_options import apply_options
 from lit_lora.described import described
@@ -130,6 +131,7 @@ class LoraDiffusion(LightningModule):
     ) -> None:
         super().__init__()
         check_arguments(family, adapter, text_adapter, objective, optimizer, quantization, base_dtype)
+        check_types(LoraDiffusion, locals())
         check_whole(0, seed=seed)
         if not 0 <= caption_dropout <= 1:
             raise UserError(f"caption_dropout={caption_dropout} is not a probability; it must lie in [0, 1]")

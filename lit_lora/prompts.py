@@ -114,8 +114,8 @@ def read_prompts(prompts: str | Sequence[str]) -> list[Prompt]:
     Raises:
         UserError: If there are none, a file cannot be read or has another ending, or an entry has unknown or wrong settings.
     """
-    given = [prompts] if isinstance(prompts, str) else prompts
-    found = [prompt for one in given for prompt in _of_text(one, is_alone=len(given) == 1)]
+    given = [prompts] if isinstance(prompts, str | os.PathLike) else prompts
+    found = [prompt for one in given for prompt in _of_text(os.fspath(one), is_alone=len(given) == 1)]
     if not found:
         raise UserError("there are no prompts; give at least one")
     for text in dict.fromkeys(text for one in found for text in (one.prompt, one.negative_prompt) if text):

@@ -146,6 +146,23 @@ def _check_pairs(family: ModelFamily, decoders: Sequence[object]) -> None:
             )
 
 
+def check_precision(precision: str, base_dtype: str) -> None:
+    """Check that a trainer's precision leaves the adapter in float32.
+
+    Args:
+        precision: Precision of the trainer.
+        base_dtype: Name of the base's dtype, for the message.
+
+    Raises:
+        UserError: If the adapter would have another dtype.
+    """
+    if precision.endswith("-true") and precision != "32-true":
+        raise UserError(
+            f"trainer.precision={precision!r} would cast the adapter and its optimizer state too; leave it at 32-true and "
+            f"set model.base_dtype, which is {base_dtype!r} now"
+        )
+
+
 def check_run(module: LoraDiffusion, stage: str) -> None:
     """Check that precision, strategy and device can train a module with its options.
 
@@ -158,11 +175,7 @@ def check_run(module: LoraDiffusion, stage: str) -> None:
     """
     trainer = module.trainer
     precision = str(trainer.precision)
-    if precision.endswith("-true") and precision != "32-true":
-        raise UserError(
-            f"trainer.precision={precision!r} would cast the adapter and its optimizer state too; leave it at 32-true and "
-            f"set model.base_dtype, which is {str(module.base_dtype).removeprefix('torch.')!r} now"
-        )
+    check_precision(precision, str(module.base_dtype).removeprefix("torch."))
     if module.base_dtype == torch.float16 and stage == "fit" and precision != "16-mixed":
         raise UserError(
             f"model.base_dtype='float16' needs a scaled loss: set trainer.precision to '16-mixed' (it is {precision!r}), or "

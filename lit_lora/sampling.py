@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor
 from torchvision.utils import make_grid
 
+from lit_lora.argument_types import check_types
 from lit_lora.cut_prompts import cut_prompts_told
 from lit_lora.errors import UserError, check_least, check_most, check_whole
 from lit_lora.unknown_tokens import warn_of_unknown_tokens
@@ -57,6 +58,7 @@ class SamplingOptions:
     guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_whole(1, num_inference_steps=self.num_inference_steps)
         check_least(0, guidance_scale=self.guidance_scale, guidance_rescale=self.guidance_rescale)
         check_most(1, guidance_rescale=self.guidance_rescale)

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError
 
 
@@ -31,6 +32,7 @@ class TrackioLogger(Logger):
     """
 
     def __init__(self, project: str, name: str | None = None, space_id: str | None = None) -> None:
+        check_types(TrackioLogger, locals())
         super().__init__()
         try:
             self._trackio = import_module("trackio")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -93,6 +95,16 @@ def write_bad(kind: str, path: Path) -> Path:
     elif kind != "absent":
         torch.save({"dict": {"a": 1}, "list": [1, 2], "tensor": torch.zeros(2), "none": None}[kind], path)
     return path
+
+
+def test_a_checkpoint_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    (tmp_path / "x.ckpt").write_bytes(b"")
+    monkeypatch.setattr(torch, "load", denied)
+    with pytest.raises(UserError, match=r"x.ckpt cannot be read: Permission denied; change the permissions there$"):
+        read_checkpoint(str(tmp_path / "x.ckpt"), "cpu")
 
 
 @pytest.mark.parametrize(

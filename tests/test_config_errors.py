@@ -88,6 +88,10 @@ def console(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
         (["--model.optimizer", "nowhere.AdamW"], "there is no module nowhere; install it, or correct the path"),
         (["--model.optimizer.init_args.lr", "fast"], "lr of AdamW: 'fast' is not a float or Tensor"),
         (["--model.adapter.init_args.r", "many"], "r of LoraConfig: 'many' is not an int"),
+        (
+            ["--data.train_sets", "[{shards:/a/b}]"],
+            "shards:/a/b is read as the name of an option; write a space after the colon, as in shards: /a/b",
+        ),
         (["--model.optimizer.init_args.lrr", "1"], "there is no option lrr of AdamW; did you mean lr?"),
         (
             ["--model.adapter.init_args.zzzz", "1"],

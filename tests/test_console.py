@@ -4,6 +4,7 @@ import errno
 import io
 import logging
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -82,6 +83,7 @@ def test_a_fault_is_a_short_message_and_a_log(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
         RuntimeError("unable to mmap 6898224 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
         OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     ],
 )
 def test_the_hosts_memory(
@@ -89,6 +91,11 @@ def test_the_hosts_memory(
 ) -> None:
     assert fails_with(error, monkeypatch) == 1
     assert "the host's memory ran out; lower batch_size" in capsys.readouterr().err
+
+
+def test_a_limit_of_the_hosts_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (3_000_000_000, -1))
+    assert "ran out; raise the limit of 3.0 GB (ulimit -v), lower" in str(console.out_of_memory(MemoryError()))
 
 
 @pytest.mark.parametrize(
@@ -115,11 +122,24 @@ def test_of_what_gloo_says_the_cause_is_told(capsys: pytest.CaptureFixture[str])
     assert f"within the time limit ({cause}).\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EPERM, errno.EBUSY])
-def test_what_cannot_be_written_is_one_message(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("number", "todo"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EROFS, "the disk is mounted for reading only: mount it for writing"),
+        (errno.EBUSY, "another disk is mounted there: unmount it"),
+        (errno.ESTALE, "the network disk has lost the file: mount it again"),
+    ],
+)
+def test_what_cannot_be_written_is_one_message(number: int, todo: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Busy is a folder on which a disk is mounted, and which cannot be replaced by another one."""
     assert console.report(OSError(number, os.strerror(number), "adapter")) == 2
-    assert f"cannot write adapter: {os.strerror(number)}; free some space or name another" in capsys.readouterr().err
+    assert f"cannot write adapter: {os.strerror(number)}; {todo}, or name another" in capsys.readouterr().err
+
+
+def test_a_permission_that_is_missing_is_not_called_a_write(capsys: pytest.CaptureFixture[str]) -> None:
+    assert console.report(OSError(errno.EACCES, "Permission denied", "images/1.png")) == 2
+    assert "error\nPermission denied: images/1.png; change the permissions there, or" in capsys.readouterr().err
 
 
 def test_what_a_library_finds_wrong_in_the_config_is_a_mistake() -> None:

@@ -14,6 +14,7 @@ from lit_lora.files import (
     atomic_file,
     atomic_folder,
     check_place,
+    check_readable,
     check_regular,
     remove_unfinished,
     restore_replaced,
@@ -89,6 +90,9 @@ def test_a_folder_under_a_file_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(UserError, match=r"link is a symbolic link to gone, where no folder is; name another folder"):
+        writable_folder(tmp_path / "link")
     with pytest.raises(UserError, match=r"file is a file, not a folder; name another folder"):
         writable_folder(tmp_path / "file")
 
@@ -141,6 +145,14 @@ def test_others_may_read_what_safetensors_writes(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "folder/b")] == [0o644, 0o644]
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    check_readable(tmp_path / "file")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read all
+    with pytest.raises(PermissionError, match=r"Permission denied: .*file"):
+        check_readable(tmp_path / "file")
 
 
 def test_only_regular_files(tmp_path: Path) -> None:

@@ -32,7 +32,10 @@ def test_pack(tmp_path: Path, encode_image: Callable[..., bytes], capsys: pytest
     arguments = ["shards", "pack", str(images), str(out), "--samples_per_shard", "40"]
     with largest_file(20_000):
         assert main(arguments) == 2
-    assert f"cannot write {out}/shard-000000.tar: File too large; free some space" in capsys.readouterr().err
+    assert (
+        f"cannot write {out}/shard-000000.tar: File too large; raise the limit of a file's size"
+        in capsys.readouterr().err
+    )
     assert [path.name for path in out.iterdir()] == ["plan.json"]
     assert main(arguments) == 0
 
@@ -93,6 +96,6 @@ def test_logs_of_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str])
             logger.experiment.flush()
     assert console.report(caught.value) == 2
     printed = capsys.readouterr().err
-    assert "cannot write the logs of TensorBoard: File too large; free some space" in printed
+    assert "cannot write the logs of TensorBoard: File too large; raise the limit of a file's size" in printed
     assert "Traceback" not in printed
     shutil.rmtree(tmp_path / "lightning_logs")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_lora.argument_types import check_types
 from lit_lora.draws import seed_of
 from lit_lora.errors import UserError, check_most, check_whole
 
@@ -52,6 +53,7 @@ class AspectRatioBuckets:
     max_upscaling: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_whole(1, **{"buckets.divisor": self.divisor})
         if not 1 <= self.max_aspect_ratio <= 16:
             raise UserError(f"buckets.max_aspect_ratio={self.max_aspect_ratio} must be in [1, 16]")

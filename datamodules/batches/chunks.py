@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lit_lora.argument_types import check_types
 from lit_lora.datamodules.batches.plan import MAX_PASSES, Leftovers
 from lit_lora.datamodules.staging.staging import Staging
-from lit_lora.errors import UserError, check_exclusive, check_most, check_whole
+from lit_lora.errors import check_exclusive, check_most, check_whole
 
 _MAX_STEPS = 1 << 31
 
@@ -40,14 +41,13 @@ class Chunks:
     staging: Staging | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_whole(1, **{"chunks.count": self.count, "chunks.samples": self.samples})
         check_whole(1, **{"chunks.passes": self.passes, "chunks.steps": self.steps})
         check_most(MAX_PASSES, **{"chunks.passes": self.passes})
         check_most(_MAX_STEPS, **{"chunks.steps": self.steps})
         check_exclusive(**{"chunks.count": self.count if self.count > 1 else None, "chunks.samples": self.samples})
         check_exclusive(**{"chunks.passes": self.passes if self.passes > 1 else None, "chunks.steps": self.steps})
-        if self.leftovers not in ("drop", "pad"):
-            raise UserError(f"chunks.leftovers={self.leftovers!r} is unknown; choose drop or pad")
 
     def number(self, num_samples: int) -> int:
         """The number of chunks for a data set of ``num_samples`` samples."""

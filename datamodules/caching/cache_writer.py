@@ -126,7 +126,7 @@ class CacheWriter:
             self._checked.add(path.parent)
         if path.exists():
             return self._resume(range(first, end), path, progress)
-        record = SourceRecord.of(self.table, shard, path)
+        record = SourceRecord.of(self.table, shard, path, self.description.checksum())
         record.write(path)  # before the shard, so that no shard is without one
         bad: list[BadSampleReport] = []
         index = write_shard(path, self._unchanged(record, shard, range(first, end), bad, progress), tarfile.PAX_FORMAT)
@@ -162,7 +162,7 @@ class CacheWriter:
                 + (", or touch it if the samples are the same" if record is None else "")
             )
         if record is not None and not is_remote(location) and not record.has_times_of(Path(location)):
-            SourceRecord.of(self.table, shard, path).write(path)
+            SourceRecord.of(self.table, shard, path, record.cache).write(path)
 
     def _unchanged(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,13 @@ class CacheDescription:
         """Write the description to a folder."""
         with atomic_file(Path(folder) / name) as part:
             part.write_text(json.dumps(self._document(), indent=2) + "\n", encoding="utf-8")
+
+    def checksum(self) -> str:
+        """A checksum of the description without what is not set, so that fields of later versions do not change it."""
+        parts = {name: part for name, part in self._document().items() if isinstance(part, dict)}
+        stated = {name: {key: value for key, value in part.items() if value} for name, part in parts.items()}
+        text = json.dumps(stated, sort_keys=True)
+        return "blake2b:" + hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def differences(self, other: CacheDescription) -> list[str]:
         """The fields in which ``other`` differs, each with both values; an empty list if the descriptions are equal."""

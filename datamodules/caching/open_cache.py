@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lit_lora.datamodules.caching.empty_caption import parse_empty
 from lit_lora.datamodules.caching.latent_cache import DESCRIPTION, EMPTY, CacheDescription
-from lit_lora.datamodules.caching.sources import warn_of_changed_sources
+from lit_lora.datamodules.caching.sources import SourceRecord, looked_at, warn_of_changed_sources
 from lit_lora.datamodules.indexing.open_table import fetch_small, folder_and_name, inside, remote_copy
 from lit_lora.datamodules.indexing.scan import CACHED_EXTENSION
 from lit_lora.datamodules.indexing.table import SampleTable
@@ -44,7 +45,8 @@ def open_cache(table: SampleTable) -> OpenCache | None:
         The cache; None if the shards hold images.
 
     Raises:
-        UserError: If the shards belong to different caches, or the description or embeddings of a cache cannot be read.
+        UserError: If the shards belong to different caches, also within a folder, or the description or embeddings of a cache
+            cannot be read.
     """
     are_cached: dict[str, bool] = {}
     for location, first_sample in zip(table.locations, table.starts.tolist(), strict=False):
@@ -58,6 +60,9 @@ def open_cache(table: SampleTable) -> OpenCache | None:
         raise UserError(f"{redact(cached)} is a cache and {redact(others)} holds images; name only shards of one kind")
     warn_of_changed_sources(table.locations)
     caches = [_open(folder) for folder in are_cached]
+    _refuse_shards_of_others(
+        table.locations, {one: cache.description for one, cache in zip(are_cached, caches, strict=True)}
+    )
     for other in caches[1:]:
         if differences := caches[0].description.differences(other.description):
             raise UserError(
@@ -66,6 +71,21 @@ def open_cache(table: SampleTable) -> OpenCache | None:
                 + "\ntrain on one of them"
             )
     return caches[0]
+
+
+def _refuse_shards_of_others(locations: Sequence[str], caches: Mapping[str, CacheDescription]) -> None:
+    """Refuse shards that were copied into the folder of another cache, whose latents another VAE may have made.
+
+    Of many shards it looks at some; those on other storage have no record here.
+    """
+    checksums = {folder: description.checksum() for folder, description in caches.items()}
+    for location in looked_at([location for location in locations if not is_remote(location)]):
+        record, folder = SourceRecord.read(Path(location)), folder_and_name(location)[0]
+        if record is not None and record.cache not in (None, checksums[folder]):
+            raise UserError(
+                f"{redact(location)} is a shard of another cache than {redact(folder)}/{DESCRIPTION} describes: other encoders, "
+                f"sizes or captions made it; move it to a folder of its own cache, or remove it and run lit-lora cache again"
+            )
 
 
 def _open(folder: str) -> OpenCache:

@@ -36,6 +36,8 @@ class SourceRecord:
         mtime_ns: Its modification time in nanoseconds; None if it was not on a local disk.
         content: Checksum of its bytes; None if it was not on a local disk.
         index: Checksum of its index: keys, offsets and sizes of all members.
+        cache: :meth:`~lit_lora.datamodules.caching.latent_cache.CacheDescription.checksum` of the cache that the cached shard was
+            made for; None in caches of earlier versions.
     """
 
     path: str | None
@@ -43,23 +45,25 @@ class SourceRecord:
     mtime_ns: int | None
     content: str | None
     index: str
+    cache: str | None = None
 
     @classmethod
-    def of(cls, table: SampleTable, shard: int, cached: Path) -> SourceRecord:
+    def of(cls, table: SampleTable, shard: int, cached: Path, cache: str | None) -> SourceRecord:
         """The record of a shard.
 
         Args:
             table: Table with the shard.
             shard: Number of the shard in the table.
             cached: Cached shard.
+            cache: Checksum of the cache's description.
         """
         location, index = table.locations[shard], table.shard_digest(shard)
         if is_remote(location):
-            return cls(None, int(table.shard_size[shard]), None, None, index)
+            return cls(None, int(table.shard_size[shard]), None, None, index, cache)
         source = Path(location).absolute()
         stat = source.stat()
         path = os.path.relpath(source, cached.parent.absolute())
-        return cls(path, stat.st_size, stat.st_mtime_ns, _checksum(source), index)
+        return cls(path, stat.st_size, stat.st_mtime_ns, _checksum(source), index, cache)
 
     @classmethod
     def read(cls, cached: Path) -> SourceRecord | None:
@@ -110,16 +114,21 @@ def is_newer(source: str, cached: Path) -> bool:
     return not is_remote(source) and Path(source).stat().st_mtime_ns > cached.stat().st_mtime_ns
 
 
+def looked_at(locations: Sequence[str]) -> Sequence[str]:
+    """Some of many shards, evenly spread, which are looked at when training starts."""
+    return locations[:: math.ceil(len(locations) / _LOOKED_AT) or 1]
+
+
 @rank_zero_only
 def warn_of_changed_sources(locations: Sequence[str]) -> None:
     """Warn of cached shards whose sources, where they can be found, are not those that the cache was made from.
 
-    Of many shards it looks at some, evenly spread. A source with another time counts as changed only if its content differs.
+    Of many shards it looks at some. A source with another time counts as changed only if its content differs.
 
     Args:
         locations: Locations of cached shards.
     """
-    some = locations[:: math.ceil(len(locations) / _LOOKED_AT) or 1]
+    some = looked_at(locations)
     changed: list[Path] = []
     others: list[tuple[Path, SourceRecord]] = []
     for source, cached, record in _sources(some):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lit_lora.argument_types import check_types
 from lit_lora.datamodules.decoding.decode import BadSampleError, decode_text
 from lit_lora.datamodules.decoding.wildcards import drawn_alternatives
 from lit_lora.draws import seed_of
@@ -59,10 +60,7 @@ class CaptionSource:
     weight: float | None = None
 
     def __post_init__(self) -> None:
-        if self.extension not in _EXTENSIONS:
-            raise UserError(
-                f"extension={self.extension!r} cannot hold captions; choose one of {', '.join(_EXTENSIONS)}"
-            )
+        check_types(type(self), vars(self))
         if not all(self.key.split(".")):
             raise UserError(f"key={self.key!r} has an empty part; separate names by single dots, as in captions.en")
         if self.template.count("{}") != 1:
@@ -183,6 +181,7 @@ class Captions:
     wildcards: bool = False
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not self.sources:
             raise UserError("sources is empty; add at least one source of captions, as {extension: txt}")
         weighted = sum(source.weight is not None for source in self.sources)

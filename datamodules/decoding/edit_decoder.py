@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 # The annotations of the inherited constructor are looked up in this module.
+from lit_lora.argument_types import check_types
 from lit_lora.datamodules.decoding.captions import Captions  # noqa: F401
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.mask import MaskSource  # noqa: F401
@@ -34,6 +35,9 @@ class EditDecoder(ImageDecoder):
     """
 
     pairs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
 
     @property
     def required(self) -> dict[str, tuple[str, ...]]:

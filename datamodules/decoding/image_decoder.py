@@ -10,6 +10,7 @@ import torch
 from PIL import ImageColor
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.decoding.decode import BadSampleError, check_pixels, decode_rgb
 from lit_lora.datamodules.decoding.framing import Framing
@@ -52,6 +53,7 @@ class ImageDecoder(SampleDecoder):
     _seed: int = 0  # private, since it is not an option: the datamodule sets it
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if self.background is not None:
             try:
                 ImageColor.getrgb(self.background)

@@ -21,7 +21,7 @@ from lit_lora.datamodules.indexing.sparse_copy import check_stated_size, copy_ta
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.remote.transfer import Limit, RemoteError, fetch_changed, is_remote, ranged_size
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file, check_regular, remove_unfinished
+from lit_lora.files import atomic_file, check_regular, remedy, remove_unfinished
 from lit_lora.redact import redact
 
 _SMALL_BYTES = 16 << 20
@@ -222,7 +222,7 @@ def _writing_copy(location: str, copy: Path) -> Iterator[None]:
         raise UserError(f"{redact(location)} is not a readable index ({error}); copy the right file there") from error
     except OSError as error:
         raise UserError(
-            f"cannot write the copy of {redact(location)} to {copy}: {error.strerror}; make room"
+            f"cannot write the copy of {redact(location)} to {copy}: {error.strerror}; {remedy(error)}"
         ) from error
 
 

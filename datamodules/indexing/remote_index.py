@@ -16,7 +16,7 @@ from lit_lora.datamodules.indexing.open_table import folder_and_name, inside, re
 from lit_lora.datamodules.remote.transfer import fetch, list_tars, object_size
 from lit_lora.distributed.jobs import check_workers
 from lit_lora.errors import UserError
-from lit_lora.files import remove_unfinished, writable_folder
+from lit_lora.files import remedy, remove_unfinished, writable_folder
 from lit_lora.redact import redact
 
 
@@ -97,6 +97,6 @@ def _try_to_index(location: str, workspace: Path) -> ShardIndex | str:
     except UserError as error:
         return str(error)
     except OSError as error:
-        return f"cannot copy {redact(location)} to {path}: {error.strerror}; make room"
+        return f"cannot copy {redact(location)} to {path}: {error.strerror}; {remedy(error)}"
     finally:
         path.unlink(missing_ok=True)

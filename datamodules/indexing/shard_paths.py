@@ -13,6 +13,7 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from lit_lora.datamodules.indexing.hidden_files import is_hidden
+from lit_lora.datamodules.indexing.manifest import MANIFEST, missing_shards
 from lit_lora.datamodules.indexing.tar_headers import is_compressed_tar
 from lit_lora.errors import UserError
 from lit_lora.files import check_regular
@@ -101,6 +102,12 @@ def _match(pattern: str) -> tuple[list[Path], list[Path]]:
         tars = sorted((entry for entry in listed if _is_tar(entry.name)), key=lambda entry: entry.name)
         # The listing tells what is a file; asking for each of 100,000 takes longer.
         found, no_files = [path / entry.name for entry in tars], [path / e.name for e in tars if not e.is_file()]
+        if lost := missing_shards(path, {entry.name for entry in listed}):
+            warnings.warn(
+                f"{visible(path)} lacks {len(lost)} of the shards that its {MANIFEST} lists, first {visible(lost[0])}, whose "
+                f"samples are not read; copy them too, or remove {MANIFEST} if they are not wanted",
+                stacklevel=3,
+            )
         if found and (others := _folders_with_shards(path, listed)):
             warnings.warn(
                 f"{visible(path)}: shards in its folders are not read, such as those in {visible(others[0].name)}; name these "

@@ -18,7 +18,7 @@ from lit_lora.datamodules.indexing.safetensors_map import header_length, parse_h
 from lit_lora.datamodules.indexing.shard_rows import SIZES, checksum, word_starts
 from lit_lora.datamodules.remote.transfer import read_range
 from lit_lora.errors import UserError
-from lit_lora.files import atomic_file
+from lit_lora.files import atomic_file, remedy
 from lit_lora.redact import redact
 
 MAX_INDEX_BYTES = 64 << 30
@@ -137,8 +137,7 @@ class SparseCopy:
                 data, offset = data[written:], offset + written
         except OSError as error:
             raise UserError(
-                f"cannot write the copy of {redact(self.location)} to {self._file}: {error.strerror}; make room, or let this user"
-                " write the file"
+                f"cannot write the copy of {redact(self.location)} to {self._file}: {error.strerror}; {remedy(error)}"
             ) from error
 
     def _changed(self) -> UserError:

@@ -303,7 +303,7 @@ def _image(folder: Path, value: Any) -> dict[str, bytes]:
         if not image_extension(path.name):
             raise BadSampleError(NOT_AN_IMAGE)
         paths = {image_extension(path.name): path, **images_beside(path)}
-        return {end: read_file(path) for end, path in paths.items()}
+        return {end: read_file(path, end) for end, path in paths.items()}
     raise BadSampleError("has no image")
 
 

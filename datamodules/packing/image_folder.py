@@ -122,7 +122,7 @@ class ImageFolder(PackInput):
 
     def members(self, sample: int) -> dict[str, bytes]:
         paths = _paths(self.folder, self.names[sample], int(self.sides[sample]))
-        members = {extension: read_file(path) for extension, path in paths.items()}
+        members = {extension: read_file(path, extension) for extension, path in paths.items()}
         if self.template is None:
             return members if members.keys() & CAPTIONS else members | {"txt": (self.fallback or "").encode()}
         return members | {"txt": self.template.caption(self.names[sample], self.folder)}
@@ -222,8 +222,12 @@ class _Scan:
         self.digest.update(f"{file}\t{stamp}\n".encode("utf-8", "surrogateescape"))
 
 
-def read_file(path: Path) -> bytes:
-    """Read a file.
+def read_file(path: Path, extension: str) -> bytes:
+    """Read a file of a sample.
+
+    Args:
+        path: Path of the file.
+        extension: Its extension in the shard; a file that is not the sample's image is named in the error.
 
     Raises:
         BadSampleError: If the file cannot be read.
@@ -231,7 +235,12 @@ def read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BadSampleError(f"cannot be read ({error.strerror})") from error
+        raise _unreadable(path, extension, error) from error
+
+
+def _unreadable(path: Path, extension: str, error: OSError) -> BadSampleError:
+    named = "" if extension in IMAGE_FILES else f"{path.name} "
+    return BadSampleError(f"{named}cannot be read ({error.strerror}){other_spelling(path)}")
 
 
 def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
@@ -248,8 +257,7 @@ def stat_files(paths: dict[str, Path]) -> tuple[int, str]:
         try:
             stat = check_regular(path)
         except OSError as error:
-            named = "" if extension in IMAGE_FILES else f"{path.name} "
-            raise BadSampleError(f"{named}cannot be read ({error.strerror}){other_spelling(path)}") from error
+            raise _unreadable(path, extension, error) from error
         except UserError as error:
             raise BadSampleError(str(error)) from error
         if stat.st_size == 0 and extension in IMAGE_FILES:

@@ -147,7 +147,7 @@ class ImageTable(PackInput):
         row = file.row(int(self.start[sample]))
         source = _source_of(row, columns.source, PurePosixPath(file.path.relative_to(self.folder)).parent, False)
         paths = _paths(self.folder, image, source)
-        return {end: read_file(path) for end, path in paths.items()} | columns.texts(row)
+        return {end: read_file(path, end) for end, path in paths.items()} | columns.texts(row)
 
     def select(self, samples: NDArray[np.int64]) -> ImageTable:
         return replace(

@@ -23,13 +23,14 @@ from lit_lora.datamodules.decoding.source_image import decode_source
 from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.datamodules.indexing.extensions import MASK_EXTENSION, SOURCE_EXTENSIONS
 from lit_lora.datamodules.indexing.index import ShardIndex
+from lit_lora.datamodules.indexing.manifest import write_manifest
 from lit_lora.datamodules.indexing.scan import image_size
 from lit_lora.datamodules.packing.caption_template import CaptionTemplate
 from lit_lora.datamodules.packing.find_input import find_input
 from lit_lora.datamodules.packing.image_formats import IMAGE_FILES, to_shard_format
 from lit_lora.datamodules.packing.input import PackInput
 from lit_lora.datamodules.packing.left_out import BadFile, count_files, list_first, write_left_out
-from lit_lora.datamodules.packing.pack_plan import MANIFEST, claim, remove_left_overs, write_json
+from lit_lora.datamodules.packing.pack_plan import claim, remove_left_overs, write_json
 from lit_lora.datamodules.packing.remarks import notes_of, remarks
 from lit_lora.datamodules.packing.write_shard import write_shard
 from lit_lora.distributed.jobs import run_jobs
@@ -327,14 +328,7 @@ def _conclude(out: Path, done: list[_Shard], samples: PackInput, bad: list[BadFi
     write_json(out / "sizes.json", {shard.path.name: shard.samples for shard in kept})
     DataIndex.load_or_build([shard.path for shard in kept])
     count, size = sum(shard.samples for shard in kept), sum(shard.size for shard in kept)
-    manifest = {
-        "format": "lit_lora.shards",
-        "version": 1,
-        "samples": count,
-        "bytes": size,
-        "shards": [{"name": s.path.name, "samples": s.samples, "bytes": s.size} for s in kept],
-    }
-    write_json(out / MANIFEST, manifest)
+    write_manifest(out, ((shard.path.name, shard.samples, shard.size) for shard in kept))
     resumed = sum(shard.resumed for shard in kept)
     notes = [*samples.notes, *notes_of([remark for shard in done for remark in shard.remarks])]
     return PackSummary(out, len(kept), resumed, count, size, bad, list(samples.skipped), notes)

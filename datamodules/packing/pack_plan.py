@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME
+from lit_lora.datamodules.indexing.manifest import MANIFEST
 from lit_lora.errors import UserError
 from lit_lora.files import atomic_file, remove_parts
 from lit_lora.visible import visible
-
-MANIFEST = "manifest.json"
-"""The file that is written when all shards are complete."""
 
 PLAN = "plan.json"
 """The file that tells what the shards are made of."""

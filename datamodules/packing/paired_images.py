@@ -108,7 +108,7 @@ class PairedImages(PackInput):
         file = self.files[sample]
         members = self.targets.members(sample)
         check_source(str(self.folder / file), members)
-        return {**members, source_member(file): read_file(self.folder / file)}
+        return {**members, source_member(file): read_file(self.folder / file, source_member(file))}
 
     def select(self, samples: NDArray[np.int64]) -> PairedImages:
         return replace(

@@ -35,7 +35,7 @@ from lit_lora.datamodules.staging.plan import StagingPlan
 from lit_lora.datamodules.staging.slot import StagerSlot
 from lit_lora.distributed.processes import end_with
 from lit_lora.errors import UserError
-from lit_lora.files import remove_unfinished, sync
+from lit_lora.files import remedy, remove_unfinished, sync
 from lit_lora.machine import host, is_alive
 from lit_lora.redact import redact
 
@@ -307,7 +307,7 @@ def _check_tar(path: Path) -> None:
 def _describe(error: OSError, config: StagerConfig, size: int) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _too_little_disk(config, size)
-    return f"cannot stage shards in {config.folder}: {error.strerror}; choose another chunks.staging.dir"
+    return f"cannot stage shards in {config.folder}: {error.strerror}; {remedy(error)}, or choose another chunks.staging.dir"
 
 
 def _too_little_disk(config: StagerConfig, size: int) -> str:

@@ -30,7 +30,7 @@ from lit_lora.datamodules.staging.files import (
 from lit_lora.datamodules.staging.plan import StagingPlan
 from lit_lora.datamodules.staging.slot import StagerSlot
 from lit_lora.errors import UserError
-from lit_lora.files import writable_folder
+from lit_lora.files import remedy, writable_folder
 from lit_lora.machine import is_alive
 from lit_lora.redact import redact
 
@@ -192,16 +192,16 @@ class Stager:
         """Report that this process no longer needs the shards of this visit and of earlier ones.
 
         Raises:
-            UserError: If the disk is full or has been removed.
+            UserError: If the folder can no longer be written.
         """
         assert self._slot is not None, "start() comes first"
         self._passed = visit
         try:
             write_text(passed_path(self._slot, self._job_name, self._local_rank), str(visit))
         except OSError as error:
-            removed = isinstance(error, FileNotFoundError)
-            how = "leave the folder alone while a run uses it" if removed else "free disk space, then start again"
-            raise UserError(f"cannot write to {self._slot}: {error.strerror}; {how}") from error
+            raise UserError(
+                f"cannot write to {self._slot}: {error.strerror}; {remedy(error)}, then start again"
+            ) from error
 
     def close(self) -> None:
         """End the staging process, in local rank 0; the staged shards remain."""

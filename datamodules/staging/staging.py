@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lit_lora.argument_types import check_types
 from lit_lora.byte_sizes import parse_bytes
 from lit_lora.errors import UserError
 
@@ -25,6 +26,7 @@ class Staging:
     budget: int | str | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not self.dir:
             raise UserError("chunks.staging.dir is empty; name a folder on a local disk")
         if self.budget is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_lora.adapter_tools.lora_layer import narrowed
 from lit_lora.errors import UserError
-from lit_lora.files import check_regular
+from lit_lora.files import check_readable
 from lit_lora.mapped import to_bytes
 from lit_lora.quantization.weight_change import Rounding
 
@@ -40,7 +40,7 @@ def shapes_in(files: Iterable[Path]) -> dict[Path, Shapes]:
     found = {}
     for file in files:
         try:
-            check_regular(file)
+            check_readable(file)
             with safe_open(file, framework="pt") as opened:
                 found[file] = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:

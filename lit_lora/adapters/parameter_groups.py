@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, PolynomialLR, ReduceLROnPlateau
 
 from lit_lora.adapters.inject import ADAPTER_NAME
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError, check_least
 
 _WRAPPERS = re.compile(rf"^family\.|base_model\.model\.|\.{ADAPTER_NAME}(?=\.|$)")
@@ -49,6 +50,7 @@ class ParameterGroup:
     weight_decay: float | None = None
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         given = {name: value for name, value in vars(self).items() if name != "pattern" and value is not None}
         if not given:
             raise UserError(f"parameter group {self.pattern!r} sets nothing; give lr, lr_ratio or weight_decay")

@@ -28,6 +28,7 @@ from torch.distributed import default_pg_timeout
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lit_lora.argument_types import check_types
 from lit_lora.distributed.check import check_elementwise
 from lit_lora.distributed.collectives import full_tensor
 from lit_lora.distributed.deepspeed_config import complete_config, read_config
@@ -69,6 +70,7 @@ class LitLoraDeepSpeed(DeepSpeedStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
+        check_types(LitLoraDeepSpeed, locals())
         if find_spec("deepspeed") is None:
             raise UserError(
                 'this strategy is DeepSpeed\'s: pip install "lit_lora[deepspeed]", or use lit_lora_fsdp or ddp'

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lit_lora.argument_types import check_types
 from lit_lora.distributed.check import check_elementwise
 from lit_lora.distributed.collectives import full_tensor, shard_like
 from lit_lora.distributed.optimizer_states import map_states
@@ -55,6 +56,7 @@ class LitLoraFSDP(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = default_pg_timeout,
     ) -> None:
+        check_types(LitLoraFSDP, locals())
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,

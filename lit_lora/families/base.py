@@ -14,6 +14,7 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from PIL import Image
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.draws import Draws
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.cut_captions import tell_cut_captions
@@ -78,6 +79,7 @@ class ModelFamily(PipelineParts, ABC):
         vae: str | None = None,
         config: str | None = None,
     ) -> None:
+        check_types(ModelFamily, locals())
         super().__init__()
         self.source = ModelSource(pretrained_model_name_or_path, revision, variant, vae, config)
         self._forget()

@@ -13,6 +13,7 @@ from diffusers import ChromaPipeline, ChromaTransformer2DModel, DiffusionPipelin
 from torch import Tensor, nn
 from transformers import T5EncoderModel, T5TokenizerFast
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_most, check_whole
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.native_layers import NativeLayer, single_layers
@@ -87,6 +88,7 @@ class Chroma(PackedFamily):
         max_sequence_length: int = _MOST_TOKENS,
         **options: Any,
     ) -> None:
+        check_types(Chroma, locals())
         super().__init__(pretrained_model_name_or_path, **options)
         check_whole(1, max_sequence_length=max_sequence_length)
         check_most(_MOST_TOKENS, max_sequence_length=max_sequence_length)

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError, check_least, check_most, check_whole
 from lit_lora.families.base import EncodingSteps, encoded
 from lit_lora.families.batch import Batch, Conditioning
@@ -103,6 +104,7 @@ class Flux(PackedFamily):
         max_sequence_length: int = _MOST_TOKENS,
         **options: Any,
     ) -> None:
+        check_types(Flux, locals())
         super().__init__(pretrained_model_name_or_path, **options)
         check_least(0, train_guidance_scale=train_guidance_scale)
         check_whole(1, max_sequence_length=max_sequence_length)

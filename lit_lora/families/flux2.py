@@ -20,6 +20,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from torch import Tensor, nn
 from transformers import Mistral3ForConditionalGeneration, PixtralProcessor, Qwen2Tokenizer, Qwen3ForCausalLM
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_least, check_most, check_whole
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.cut_captions import tell_cut_captions
@@ -125,6 +126,7 @@ class Flux2(PackedFamily):
         max_sequence_length: int = _MOST_TOKENS,
         **options: Any,
     ) -> None:
+        check_types(Flux2, locals())
         super().__init__(pretrained_model_name_or_path, **options)
         check_least(0, train_guidance_scale=train_guidance_scale)
         check_whole(1, max_sequence_length=max_sequence_length)

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, Krea2Pipeline, Krea2Transformer2DModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3VLModel
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_whole
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.cut_captions import tell_cut_captions
@@ -88,6 +89,7 @@ class Krea2(QwenVAEFamily):
         max_sequence_length: int = 512,
         **options: Any,
     ) -> None:
+        check_types(Krea2, locals())
         super().__init__(pretrained_model_name_or_path, **options)
         check_whole(_SUFFIX_TOKENS + 1, max_sequence_length=max_sequence_length)
         self.max_sequence_length = max_sequence_length

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipelin
 from torch import Tensor, nn
 from transformers import T5EncoderModel, T5TokenizerFast
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_whole
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning, target_size
@@ -76,6 +77,7 @@ class PixArtSigma(ModelFamily):
         max_sequence_length: int = 300,
         **options: Any,
     ) -> None:
+        check_types(PixArtSigma, locals())
         super().__init__(pretrained_model_name_or_path, **options)
         check_whole(1, max_sequence_length=max_sequence_length)
         self.max_sequence_length = max_sequence_length

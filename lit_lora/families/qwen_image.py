@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_most, check_whole
 from lit_lora.families.batch import Batch, Conditioning
 from lit_lora.families.cut_captions import tell_cut_captions
@@ -76,6 +77,7 @@ class QwenImage(QwenVAEFamily):
         max_sequence_length: int = 512,
         **options: Any,
     ) -> None:
+        check_types(QwenImage, locals())
         super().__init__(pretrained_model_name_or_path, **options)
         check_whole(1, max_sequence_length=max_sequence_length)
         check_most(_MOST_TOKENS, max_sequence_length=max_sequence_length)

@@ -11,6 +11,7 @@ from diffusers import AutoencoderDC, DiffusionPipeline, SanaPipeline, SanaTransf
 from torch import Tensor, nn
 from transformers import Gemma2Model, GemmaTokenizerFast
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_whole
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
@@ -61,6 +62,7 @@ class Sana(ModelFamily):
         max_sequence_length: int = 300,
         **options: Any,
     ) -> None:
+        check_types(Sana, locals())
         super().__init__(pretrained_model_name_or_path, **options)
         check_whole(2, max_sequence_length=max_sequence_length)
         self.complex_human_instruction = complex_human_instruction

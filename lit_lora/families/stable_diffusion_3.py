@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_whole
 from lit_lora.families.base import EncodingSteps, ModelFamily, encoded
 from lit_lora.families.batch import Batch, Conditioning
@@ -99,6 +100,7 @@ class StableDiffusion3(ModelFamily):
         max_sequence_length: int = 256,
         **options: Any,
     ) -> None:
+        check_types(StableDiffusion3, locals())
         super().__init__(pretrained_model_name_or_path, **options)
         check_whole(1, max_sequence_length=max_sequence_length)
         self.t5 = t5

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, ZImagePipeline, ZImageTransformer2DMode
 from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen3Model
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_whole
 from lit_lora.families.base import ModelFamily
 from lit_lora.families.batch import Batch, Conditioning
@@ -77,6 +78,7 @@ class ZImage(ModelFamily):
         max_sequence_length: int = 512,
         **options: Any,
     ) -> None:
+        check_types(ZImage, locals())
         super().__init__(pretrained_model_name_or_path, **options)
         check_whole(1, max_sequence_length=max_sequence_length)
         self.max_sequence_length = max_sequence_length

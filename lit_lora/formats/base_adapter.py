@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_lora.adapters.same_config import function_fields
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles
@@ -41,6 +42,7 @@ class BaseAdapter:
     drop_text_encoders: bool = False
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not self.path:
             raise UserError("base_adapters: an entry has no path; name the file or folder of an adapter")
         if not math.isfinite(self.weight) or self.weight == 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_lora.errors import UserError
-from lit_lora.files import check_regular
+from lit_lora.files import check_readable
 from lit_lora.formats.tensor_file import TensorFile
 
 DIFFUSERS = "learned_embeds"
@@ -77,7 +77,7 @@ def _open(path: Path) -> TensorFile:
     if path.suffix == ".safetensors":
         return TensorFile.open(path)
     try:
-        check_regular(path)
+        check_readable(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; name the file of an embedding") from error
     except OSError as error:
@@ -94,7 +94,7 @@ def _open(path: Path) -> TensorFile:
 def _pickled(path: Path) -> dict[str, Tensor] | None:
     """The tensors of an embedding that torch has saved, read without running code of the file; None for other contents."""
     try:
-        check_regular(path)
+        check_readable(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError):
         return None

@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 
 from lit_lora.adapters import set_adapter_state
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError
 from lit_lora.families import ModelFamily
 from lit_lora.formats.base import AdapterFiles
@@ -63,6 +64,7 @@ class FromFile(PeftConfig):
     inference_mode: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         super().__post_init__()
         if not self.path:
             raise UserError("FromFile needs a path: the file or folder of the adapter to go on with")

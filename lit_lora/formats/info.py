@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError
 
 
@@ -32,7 +33,8 @@ class AdapterInfo:
     tags: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.trigger_words, str) or not all(word.strip() for word in self.trigger_words):
+        check_types(type(self), vars(self))
+        if not all(word.strip() for word in self.trigger_words):
             raise UserError(f"trigger_words={self.trigger_words!r} should be a list of words that are not empty")
 
     @property

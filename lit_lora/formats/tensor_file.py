@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_lora.errors import UserError
-from lit_lora.files import check_regular
+from lit_lora.files import check_readable, remedy
 from lit_lora.mapped import release, to_bytes
 
 _NAMES = {
@@ -55,10 +55,10 @@ class TensorFile:
             path: File to read.
 
         Raises:
-            UserError: If the file is missing, incomplete or no safetensors file.
+            UserError: If the file is missing, not readable, incomplete or no safetensors file.
         """
         try:
-            check_regular(path)
+            check_readable(path)
             with safe_open(path, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
                 return cls(path, tensors, opened.metadata() or {})
@@ -66,6 +66,8 @@ class TensorFile:
             raise UserError(
                 f"{path} does not exist; name a safetensors file or a folder with one, or copy it again"
             ) from error
+        except PermissionError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}; {remedy(error)}") from error
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"cannot read {path}: {error}; an adapter is a safetensors file, or a folder with one: copy or export it again"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lit_lora.argument_types import check_types
 from lit_lora.quantization import Quantization
 
 
@@ -39,6 +40,9 @@ class MemoryOptions:
     offload_activations: bool = False
     optimizer_in_backward: bool = False
     text_encoder_quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
 
     @property
     def offloads(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError
 
 
@@ -27,6 +28,7 @@ class Contrast:
     weight: float = 0.05
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not 0 < self.weight < 1:
             raise UserError(f"weight={self.weight} of Contrast must lie between 0 and 1; the paper has 0.05")
 

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError, check_least
 from lit_lora.objectives.base import NoisySample, Objective, check_timestep_range
@@ -87,6 +88,7 @@ class DDPM(Objective):
         zero_terminal_snr: bool = False,
         prior: PriorPreservation | None = None,
     ) -> None:
+        check_types(DDPM, locals())
         super().__init__()
         check_least(0, input_perturbation=input_perturbation)
         check_timestep_range(*timestep_range)

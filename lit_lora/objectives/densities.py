@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError, check_above
 
@@ -51,6 +52,7 @@ class LogitNormal(TimestepDensity):
     std: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_above(0, std=self.std)
 
     def times(self, draws: Draws) -> Tensor:
@@ -72,6 +74,7 @@ class Mode(TimestepDensity):
     scale: float = 1.29
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not -1 <= self.scale <= 2 / (math.pi - 2):
             raise UserError(f"Mode: scale={self.scale} is out of range; it must lie in [-1, {2 / (math.pi - 2):.4f}]")
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.draws import Draws
 from lit_lora.errors import UserError
 from lit_lora.objectives.base import NoisySample, Objective, check_timestep_range
@@ -81,6 +82,7 @@ class FlowMatching(Objective):
         contrast: Contrast | None = None,
         prior: PriorPreservation | None = None,
     ) -> None:
+        check_types(FlowMatching, locals())
         super().__init__()
         if shift is not None and not shift > 0:
             raise UserError(f"shift={shift} is too small; it must be above 0: 1 for no shift, null for the base's own")

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError, check_above
 from lit_lora.to_device import to_device
 
@@ -38,6 +39,7 @@ class PriorPreservation:
     """
 
     def __init__(self, class_keys: str | None = None, weight: float = 1.0) -> None:
+        check_types(PriorPreservation, locals())
         check_above(0, weight=weight)
         if class_keys == "":
             raise UserError("class_keys is empty; give a glob pattern of the keys of class images, such as class/*")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError
 
 Stored = Mapping[str, Tensor]
@@ -31,6 +32,7 @@ class Quantization(ABC):
     """
 
     def __init__(self, skip: Sequence[str] = ()) -> None:
+        check_types(Quantization, locals())
         self.skip = tuple(skip)
 
     def __repr__(self) -> str:

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from lit_lora.argument_types import check_types
 from lit_lora.quantization.scaled import Scaled
 
 
@@ -23,6 +24,7 @@ class FP8(Scaled):
     rounds: ClassVar[bool] = False
 
     def __init__(self, format: Literal["e4m3fn", "e5m2"] = "e4m3fn", skip: Sequence[str] = ()) -> None:  # noqa: A002
+        check_types(FP8, locals())
         super().__init__(skip)
         self.format = format
         self.dtype: torch.dtype = getattr(torch, f"float8_{format}")

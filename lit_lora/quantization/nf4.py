@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import UserError, check_whole
 from lit_lora.quantization.base import Quantization, Stored
 
@@ -45,6 +46,7 @@ class NF4(Quantization):
     """
 
     def __init__(self, block_size: int = 64, double_quant: bool = True, skip: Sequence[str] = ()) -> None:
+        check_types(NF4, locals())
         super().__init__(skip)
         check_whole(2, block_size=block_size)
         if block_size % 2:

@@ -8,6 +8,7 @@ import posixpath
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -22,6 +23,7 @@ from lit_lora.datamodules.caching.sources import record_path
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
+from lit_lora.datamodules.indexing.manifest import MANIFEST, write_manifest
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport, list_reports
@@ -327,11 +329,12 @@ def _claim(folder: Path, description: CacheDescription, paths: list[Path]) -> No
         (folder / EMPTY).unlink(missing_ok=True)
     if not all(path.exists() for path in paths):
         description.write(folder, UNFINISHED)
-        (folder / DESCRIPTION).unlink(missing_ok=True)
+        for name in (DESCRIPTION, MANIFEST):
+            (folder / name).unlink(missing_ok=True)
 
 
 def _remove_left_overs(folder: Path, paths: list[Path]) -> None:
-    beside = (DESCRIPTION, UNFINISHED, EMPTY, INDEX_NAME, _BAD)
+    beside = (DESCRIPTION, UNFINISHED, EMPTY, INDEX_NAME, MANIFEST, _BAD)
     remove_parts([*paths, *map(record_path, paths), *(folder / name for name in beside)])
 
 
@@ -369,7 +372,10 @@ def _complete(targets: Mapping[Path, int], description: CacheDescription) -> Non
         paths = [path for path in targets if path.parent == folder and path.exists()]
         if not paths:
             raise UserError(f"all samples of {folder} are bad; see {folder / _BAD}")
-        DataIndex.load_or_build(paths)
+        index = DataIndex.load_or_build(paths)
+        counts = [end - first for first, end in pairwise(index.sample_start.tolist())]
+        rows = zip(index.names, counts, index.shard_size.tolist(), strict=True)
+        write_manifest(folder, (row for row in rows if (folder / row[0]).exists()))
         description.write(folder)
         (folder / UNFINISHED).unlink(missing_ok=True)
         _remove_left_overs(folder, paths)  # once more: the processes of a killed run end a moment after it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -134,6 +135,12 @@ def test_what_is_no_adapter_is_one_error(kind: str, folder: Path, tmp_path: Path
         path, expected = tmp_path, "it holds none"
     with pytest.raises(UserError, match=expected):
         read_adapter(path)
+
+
+def test_a_file_that_may_not_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read all
+    with pytest.raises(UserError, match=r"cannot read .*safetensors: Permission denied; change the permissions there$"):
+        read_adapter(folder)
 
 
 def test_another_family(folder: Path) -> None:

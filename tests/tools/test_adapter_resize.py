@@ -107,6 +107,8 @@ def test_results_wait_on_the_disk(
     command = ["adapter", "resize", str(folder), str(tmp_path / "new" / "out"), "--rank", "2"]
     with largest_file(20):
         assert main(command) == 2
-    assert f"cannot write {tmp_path / 'new'}: File too large; free some space" in capsys.readouterr().err
+    assert (
+        f"cannot write {tmp_path / 'new'}: File too large; raise the limit of a file's size" in capsys.readouterr().err
+    )
     assert not [*(tmp_path / "new").iterdir()]
     assert main(command) == 0

@@ -376,6 +376,11 @@ def test_shards_that_are_added_later(sd_folder: Path, shards: Path) -> None:
     summary = cache_shards(module_for(StableDiffusion, sd_folder), data_for(shards))
     assert summary[:3] == (4, 3, 18)
     assert len(open_table(str(shards / "cache"))) == 18
+    (shards / "cache" / "shard-000003.tar").unlink()
+    with pytest.warns(
+        UserWarning, match=r"cache lacks 1 of the shards that its manifest.json lists, first shard-000003.tar"
+    ):
+        open_table(str(shards / "cache"))
 
 
 def test_the_rest_of_a_cache_in_another_precision(sd_folder: Path, shards: Path) -> None:

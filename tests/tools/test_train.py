@@ -209,6 +209,7 @@ def test_mistakes_are_one_error(
         ("--trainer.max_stepz", "5", "there is no option --trainer.max_stepz; did you mean --trainer.max_steps?"),
         ("--time", "soon", "trainer.max_time='soon' is no duration; give days, hours, minutes and seconds, such as"),
         ("--model.base_dtype", "float17", "float17"),
+        ("--trainer.precision", "bf16-true", "would cast the adapter and its optimizer state too; leave it at 32-true"),
         ("--trainer.accelerator", "tpu", "cannot train with trainer.accelerator='tpu', trainer.devices=1: Requirement"),
         ("--trainer.devices", "0", "this machine cannot train with trainer.devices=0: "),
         ("--trainer.num_nodes", "0", "Leave them out to train on the device that it has, or add --dry_run"),

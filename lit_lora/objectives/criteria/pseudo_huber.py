@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_above
 from lit_lora.objectives.criteria.base import Criterion
 from lit_lora.objectives.noise_level import NoiseLevel
@@ -28,6 +29,7 @@ class PseudoHuber(Criterion):
     c: float = 0.1
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_above(0, c=self.c)
 
     def threshold(self, level: NoiseLevel) -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.draws import Draws
 from lit_lora.errors import check_above
 from lit_lora.objectives.noises.base import NoiseKind
@@ -28,6 +29,7 @@ class OffsetNoise(NoiseKind):
     scale: float = 0.1
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_above(0, scale=self.scale)
 
     def apply(self, noise: Tensor, draws: Draws) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.draws import Draws, seed_of
 from lit_lora.errors import UserError, check_whole
 from lit_lora.objectives.noises.base import NoiseKind
@@ -37,6 +38,7 @@ class PyramidNoise(NoiseKind):
     levels: int = 6
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         if not 0 < self.discount <= 1:
             raise UserError(f"PyramidNoise: discount={self.discount} is out of range; it must lie in (0, 1]")
         check_whole(1, levels=self.levels)

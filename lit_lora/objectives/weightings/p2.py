@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_above, check_least
 from lit_lora.objectives.weightings.snr_weighting import SNRWeighting
 
@@ -28,6 +29,7 @@ class P2(SNRWeighting):
     k: float = 1.0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_least(0, gamma=self.gamma)
         check_above(0, k=self.k)
 

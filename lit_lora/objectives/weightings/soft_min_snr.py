@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lit_lora.argument_types import check_types
 from lit_lora.errors import check_above
 from lit_lora.objectives.weightings.snr_weighting import SNRWeighting
 
@@ -27,6 +28,7 @@ class SoftMinSNR(SNRWeighting):
     gamma: float = 4.0
 
     def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
         check_above(0, gamma=self.gamma)
 
     def of_sample(self, snr: Tensor) -> Tensor:

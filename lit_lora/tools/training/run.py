@@ -16,8 +16,9 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_lora.byte_sizes import format_bytes
-from lit_lora.datamodules.packing.pack_plan import MANIFEST, OtherShardsError
+from lit_lora.datamodules.indexing.manifest import MANIFEST
 from lit_lora.datamodules.packing.pack_plan import PLAN as PLAN_OF_SHARDS
+from lit_lora.datamodules.packing.pack_plan import OtherShardsError
 from lit_lora.datamodules.packing.pack_sets import find_sets
 from lit_lora.datamodules.packing.source_sets import SourceSets, given_to_each, with_class_images
 from lit_lora.early_stopping import stopped_early
@@ -28,6 +29,7 @@ from lit_lora.machine import available_memory
 from lit_lora.planning.device import Device, chosen_device, is_here
 from lit_lora.planning.memory_plan import MemoryPlan
 from lit_lora.planning.plan_run import plan
+from lit_lora.run_checks import check_precision
 from lit_lora.tools.cache import cache_shards
 from lit_lora.tools.plan import memory_of, run_of_config
 from lit_lora.tools.run_page import PLAN
@@ -122,7 +124,11 @@ def _check_given(base: Base, given: Mapping[str, Any]) -> None:
             f"trainer.max_time={given['trainer.max_time']!r} is no duration; give days, hours, minutes and seconds, such as "
             "00:01:30:00"
         ) from error
-    check_config(template_with(base, given))
+    template = template_with(base, given)
+    check_precision(
+        str(template["trainer"].get("precision", "32-true")), template["model"].get("base_dtype", "bfloat16")
+    )
+    check_config(template)
 
 
 def _with_options(sets: SourceSets, request: Request) -> SourceSets:

@@ -17,7 +17,7 @@ from lit_lora.errors import UserError
         ({"steps": 0}, r"chunks\.steps=0 is too small"),
         ({"count": 3, "samples": 10}, r"chunks\.count=3 and chunks\.samples=10 exclude each other"),
         ({"passes": 2, "steps": 10}, r"chunks\.passes=2 and chunks\.steps=10 exclude each other"),
-        ({"leftovers": "keep"}, r"chunks\.leftovers='keep' is unknown; choose drop or pad"),
+        ({"leftovers": "keep"}, r"leftovers='keep' is unknown; write 'drop' or 'pad'"),
     ],
 )
 def test_options_are_checked(options, message):

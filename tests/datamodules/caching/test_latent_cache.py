@@ -38,6 +38,19 @@ def test_written_and_read(description, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["cache.json"]
 
 
+def test_the_checksum_tells_caches_apart_and_stays(tmp_path):
+    """Cached shards hold it, so neither reading the description nor a field that is not set may change it."""
+    DESCRIPTION.write(tmp_path)
+    assert (
+        CacheDescription.read(tmp_path).checksum()
+        == DESCRIPTION.checksum()
+        == "blake2b:4c77c3cc0d57700597f894d68bd07602"
+    )
+    assert replace(DESCRIPTION, mask=None, vae_tiling=False).checksum() == DESCRIPTION.checksum()
+    changes = [{"vae": "other"}, {"encoders": "other"}, {"resolution": 256}, {"mask": "alpha"}, {"captions": {}}]
+    assert len({replace(DESCRIPTION, **change).checksum() for change in [{}, *changes]}) == 6
+
+
 def test_what_is_cached():
     assert DESCRIPTION.cached == {"latents", "text"}
     assert replace(DESCRIPTION, encoders=None, captions=None).cached == {"latents"}

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from lit_lora.datamodules.caching.latent_cache import CacheDescription
 from lit_lora.datamodules.caching.open_cache import open_cache
+from lit_lora.datamodules.caching.sources import SourceRecord
 from lit_lora.datamodules.decoding.captions import Captions
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.errors import UserError
@@ -111,6 +112,18 @@ def test_several_caches(make_cache):
     other = make_cache("other", replace(DESCRIPTION, resolution=32))
     with pytest.raises(UserError, match=r"latents.resolution: 16 in the cache, 32 here"):
         open_cache(open_table([str(one), str(other)]))
+
+
+def test_a_shard_in_the_folder_of_another_cache(make_cache):
+    folder = make_cache("one")
+    record = SourceRecord(None, 1, None, None, "index", DESCRIPTION.checksum())
+    record.write(folder / "shard-0.tar")
+    replace(record, cache=None).write(folder / "shard-1.tar")  # of an earlier version
+    assert open_cache(open_table(str(folder))).description == DESCRIPTION
+    replace(record, cache=replace(DESCRIPTION, vae="other").checksum()).write(folder / "shard-1.tar")
+    told = rf"{folder}/shard-1.tar is a shard of another cache than {folder}/cache.json describes.*, or remove it"
+    with pytest.raises(UserError, match=told):
+        open_cache(open_table(str(folder)))
 
 
 def test_cache_and_images_do_not_mix(make_cache, make_shards):

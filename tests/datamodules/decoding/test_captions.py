@@ -238,7 +238,7 @@ def test_description_identifies_the_captions(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"extension": "caption"}, "extension='caption' cannot hold captions; choose one of txt, json, cls"),
+        ({"extension": "caption"}, "extension='caption' is unknown; write 'txt' or 'json' or 'cls'"),
         ({"extension": "json", "key": "a..b"}, r"key='a\.\.b' has an empty part"),
         ({"template": "a fox"}, "contains {} 0 times; write it once"),
         ({"template": "{} {}"}, "contains {} 2 times"),

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,6 +265,19 @@ def test_shard_of_bad_files_alone_is_left_out(damaged, tmp_path):
     assert (
         [shard["name"] for shard in manifest["shards"]] == list(_files(out)) == ["shard-000001.tar", "shard-000002.tar"]
     )
+
+
+def test_a_caption_that_cannot_be_read_is_named(folder, tmp_path, monkeypatch):
+    read = Path.read_bytes
+
+    def denied(path):
+        if path.suffix == ".txt":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(UserError, match=r"img.0.jpg: img.0.txt cannot be read \(Permission denied\)"):
+        pack_folder(folder, tmp_path / "out")
 
 
 def test_too_many_bad_files_are_all_named_at_once(damaged, tmp_path):

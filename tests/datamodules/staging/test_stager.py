@@ -569,7 +569,31 @@ def test_disk_that_is_full_is_told_apart_from_other_errors(tmp_path):
     config = StagerConfig(str(tmp_path), 10**9, [], [], [], 0, True, "job", 1, 0, 1, True)
     full = _describe(OSError(errno.ENOSPC, "No space left"), config, 5 * 10**8)
     assert "500.0 MB of the budget of 1.0 GB are staged, but only" in full
-    assert "cannot stage shards in" in _describe(OSError(errno.EROFS, "Read-only file system"), config, 0)
+    read_only = _describe(OSError(errno.EROFS, "Read-only file system"), config, 0)
+    assert "Read-only file system; the disk is mounted for reading only" in read_only
+    assert "space" not in read_only
+
+
+@pytest.mark.parametrize(
+    ("number", "todo"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EACCES, "change the permissions there"),
+        (errno.EIO, "check the disk"),
+        (errno.ENOTDIR, "a file has the name of a folder there"),
+        (errno.ESTALE, "the network disk has lost the file: mount it again"),
+    ],
+)
+def test_what_a_process_cannot_report_has_its_own_remedy(data, stage, monkeypatch, number, todo):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    with closing(data.stager(stage)) as stager:
+        stager.start(0)
+        stager.wait(0)
+        monkeypatch.setattr("lit_lora.datamodules.staging.stager.write_text", refuse)
+        with pytest.raises(UserError, match=f"{os.strerror(number)}; {todo}.*, then start again"):
+            stager.passed(0)
 
 
 def test_the_reason_is_told_once_though_the_disk_is_full(data, stage, monkeypatch, capsys):
