@@ -50,8 +50,9 @@ def find_shards(specs: str | Iterable[str]) -> list[Path]:
             paths += found
             missing += no_files
         if len(paths) == before:
-            advice = _folders_of_shards(spec) or "a folder that contains some"
-            raise UserError(f"{visible(spec)} matches no shards; name *.tar files or {advice}{_compressed_in(spec)}")
+            raise UserError(
+                f"{visible(spec)} matches no shards; name *.tar files or {_advice(spec)}{_compressed_in(spec)}"
+            )
     if missing:
         other = next((path for path in missing if path.exists()), None)
         if other is not None:
@@ -144,10 +145,14 @@ def _has_own_shards(folder: Path) -> bool:
         return False
 
 
-def _folders_of_shards(folder: str) -> str:
-    """The first folder in this one that contains shards, as advice; empty if there is none."""
-    found = sorted({path.parent for path in Path(folder).glob("*/*.tar")}) if os.path.isdir(folder) else []
-    return f"one of the {len(found)} folders in it that contain some, such as {visible(found[0])}" if found else ""
+def _advice(spec: str) -> str:
+    """What to name in place of what matches no shards: a folder in it that has some, if there is one."""
+    try:
+        with os.scandir(spec) as entries:
+            found = _folders_with_shards(Path(spec), [*entries])
+    except OSError:  # no folder
+        found = []
+    return f"a folder in it that contains some, such as {visible(found[0])}" if found else "a folder that contains some"
 
 
 def _compressed_in(folder: str | Path) -> str:

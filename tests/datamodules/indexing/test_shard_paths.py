@@ -58,9 +58,7 @@ def test_missing(folder):
         find_shards("empty")
     (folder / "above" / "a").mkdir(parents=True)
     (folder / "above" / "a" / "c.tar").touch()
-    with pytest.raises(
-        UserError, match=r"name \*.tar files or one of the 1 folders in it that contain some, such as above/a"
-    ):
+    with pytest.raises(UserError, match=r"name \*.tar files or a folder in it that contains some, such as above/a"):
         find_shards("above")
 
 
