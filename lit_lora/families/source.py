@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -182,6 +183,9 @@ class ModelSource:
         except (OSError, ValueError, json.JSONDecodeError) as error:
             file = None if isinstance(error, UserError) else self.file_of(part)
             beside = "" if file is None else f"; {file.path} has no weights of it"
+            files = sorted(Path(source.location, folder).iterdir()) if source.is_local else []
+            if denied := next((one for one in files if not os.access(one, os.R_OK)), None):
+                beside = f"; {denied} may not be read: change its permissions"  # safetensors calls it missing
             raise UserError(f"cannot load {part!r} of {source.location!r}: {error}{beside}") from error
 
     def variant_of(self, part: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -33,6 +34,20 @@ def test_a_part_that_is_listed_and_missing_is_an_error(sd3_folder: Path, tmp_pat
     shutil.rmtree(folder / "text_encoder_3")
     with pytest.raises(UserError, match="has no folder 'text_encoder_3'"):
         StableDiffusion3(str(folder)).load(torch.float32)
+
+
+def test_weights_that_may_not_be_read(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("No such file or directory")  # as safetensors says
+
+    source = ModelSource(str(sd3_folder))
+    with pytest.raises(UserError, match=r"cannot load 'vae' of .*No such file or directory$"):
+        source.load("vae", missing)
+    monkeypatch.setattr(os, "access", lambda path, _: not str(path).endswith(".safetensors"))
+    with pytest.raises(
+        UserError, match=r"cannot load 'vae' of .*vae/\S+.safetensors may not be read: change its permissions$"
+    ):
+        source.load("vae", missing)
 
 
 def test_without_an_index_the_folder_tells(sd3_folder: Path, tmp_path: Path) -> None:

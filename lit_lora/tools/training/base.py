@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -70,6 +71,8 @@ def find_base(base: str | None) -> Base:
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     if not is_hub_id and not Path(base).expanduser().exists():
         raise UserError(f"base={base!r} is no folder, no file, and none of the known names: {names}")
+    if not is_hub_id and not os.access(Path(base).expanduser(), os.R_OK):
+        raise UserError(f"base={base!r} may not be read; change its permissions")
     return _found(base, names)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,12 @@ def test_the_family_of_a_folder_is_found(sdxl_folder: Path) -> None:
     assert family["init_args"]["pretrained_model_name_or_path"] == str(sdxl_folder)
     assert (base.name, base.size) == ("sdxl", 16)
     assert find_base("sdxl").template["model"]["family"] != family, "each call has a config of its own"
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may read all
+    with pytest.raises(UserError, match=f"base='{tmp_path}' may not be read; change its permissions"):
+        find_base(str(tmp_path))
 
 
 @pytest.mark.parametrize(
