@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lit_lora.datamodules.indexing.data_index import DataIndex
 from lit_lora.files import atomic_file
 
 MANIFEST = "manifest.json"
@@ -26,6 +28,13 @@ def write_manifest(folder: Path, rows: Iterable[tuple[str, int, int]]) -> None:
     totals = {key: sum(shard[key] for shard in shards) for key in ("samples", "bytes")}
     with atomic_file(folder / MANIFEST) as part:
         part.write_text(json.dumps(_FORMAT | totals | {"shards": shards}, indent=2) + "\n", encoding="utf-8")
+
+
+def rows_of(folder: Path, index: DataIndex) -> list[tuple[str, int, int]]:
+    """Name, number of samples and size of each shard of an index that is in the folder."""
+    counts = [end - first for first, end in pairwise(index.sample_start.tolist())]
+    rows = zip(index.names, counts, index.shard_size.tolist(), strict=True)
+    return [row for row in rows if (folder / row[0]).exists()]
 
 
 def missing_shards(folder: Path, names: Collection[str]) -> list[str]:

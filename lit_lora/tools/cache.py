@@ -8,7 +8,6 @@ import posixpath
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -23,7 +22,7 @@ from lit_lora.datamodules.caching.sources import record_path
 from lit_lora.datamodules.decoding.image_decoder import ImageDecoder
 from lit_lora.datamodules.decoding.sample_decoder import SampleDecoder
 from lit_lora.datamodules.indexing.data_index import INDEX_NAME, DataIndex
-from lit_lora.datamodules.indexing.manifest import MANIFEST, write_manifest
+from lit_lora.datamodules.indexing.manifest import MANIFEST, rows_of, write_manifest
 from lit_lora.datamodules.indexing.open_table import open_table
 from lit_lora.datamodules.indexing.table import SampleTable
 from lit_lora.datamodules.loading.bad_samples import BadSampleReport, list_reports
@@ -372,10 +371,7 @@ def _complete(targets: Mapping[Path, int], description: CacheDescription) -> Non
         paths = [path for path in targets if path.parent == folder and path.exists()]
         if not paths:
             raise UserError(f"all samples of {folder} are bad; see {folder / _BAD}")
-        index = DataIndex.load_or_build(paths)
-        counts = [end - first for first, end in pairwise(index.sample_start.tolist())]
-        rows = zip(index.names, counts, index.shard_size.tolist(), strict=True)
-        write_manifest(folder, (row for row in rows if (folder / row[0]).exists()))
+        write_manifest(folder, rows_of(folder, DataIndex.load_or_build(paths)))
         description.write(folder)
         (folder / UNFINISHED).unlink(missing_ok=True)
         _remove_left_overs(folder, paths)  # once more: the processes of a killed run end a moment after it
