@@ -288,6 +288,7 @@ def test_a_config_for_another_machine_can_be_written(
         ("--model.adapter.target_modules=[to_qq]", "target_modules: 'to_qq' matches no layer of UNet2DConditionModel"),
         ("--model.optimizer.betas=[0.9,1.5]", "the optimizer refuses a value: Invalid beta parameter at index 1: 1.5"),
         ("--model.parameter_groups=[{pattern: 'x*', lr: 1e-3}]", "x*"),
+        ("--model.new_tokens={<a>: 1}", "text encoders are trained, and --cache encodes the captions before that; add"),
     ],
 )
 def test_options_of_the_model_are_checked_before_images_are_packed(

@@ -89,13 +89,20 @@ def check_config(config: Mapping[str, Any]) -> None:
         build_cli(["fit", "--config", path], run=False, cli_class=_CheckCLI)
 
 
-def check_model(config: Mapping[str, Any]) -> None:
+def check_model(config: Mapping[str, Any], cached: bool) -> None:
     """Build the model of a config that is in no file, without its weights, and its optimizer, which check their options together.
 
+    Args:
+        config: The config.
+        cached: Whether captions are encoded before training.
+
     Raises:
-        UserError: If the adapter does not fit the base, or the optimizer refuses an option.
+        UserError: If the adapter does not fit the base, the optimizer refuses an option, or text encoders are to be trained on
+            captions that are encoded before.
     """
     module = parts_of(config).model
+    if cached and module.text_training:
+        raise UserError("text encoders are trained, and --cache encodes the captions before that; add --cache false")
     with fake_tensors():
         make_optimizer(module.optimizer, build(module, without=()), module.parameter_groups)
 

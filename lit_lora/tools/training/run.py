@@ -166,7 +166,7 @@ class _Training:
         """Do what is left to do: a run that was stopped goes on."""
         print(f"output   {self.out}")
         if not self.config.exists() and any(key.startswith("model.") for key in self.given):
-            check_model(template_with(self.base, self.given))
+            check_model(template_with(self.base, self.given), self.data.cached)
         before = None if has_trained(self.out) else self._unpack()
         try:
             print("\n".join(self.data.pack()))
