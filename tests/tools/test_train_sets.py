@@ -62,6 +62,9 @@ def test_several_folders_with_their_own_splits(
     assert Counter(shown["training_step"]) == expected
     validation = [*(f"avalidation{n}" for n in range(2)), *(f"btest{n}" for n in range(3))]
     assert Counter(shown["validation_step"]) == Counter(validation * 2), "before the first step, and after the last"
+    tars = {path.parent for path in (tmp_path / "out").rglob("*.tar")}
+    assert tars
+    assert all((folder / "manifest.json").exists() for folder in tars)
 
 
 @pytest.mark.slow

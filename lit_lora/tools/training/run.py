@@ -165,8 +165,12 @@ class _Training:
     def run(self) -> None:
         """Do what is left to do: a run that was stopped goes on."""
         print(f"output   {self.out}")
-        if not self.config.exists() and any(key.startswith("model.") for key in self.given):
-            check_model(template_with(self.base, self.given), self.data.cached)
+        given = (
+            self.request.given
+        )  # what a dataset.toml gives is known when it is packed, as is whether sets can be cached
+        if not self.config.exists() and any(key.startswith("model.") for key in given):
+            cached = isinstance(self.data, OneFolder) and self.data.cached
+            check_model(template_with(self.base, given), cached)
         before = None if has_trained(self.out) else self._unpack()
         try:
             print("\n".join(self.data.pack()))
