@@ -133,7 +133,8 @@ class Preemption(Callback):
         connector: Any = trainer._signal_connector
         vars(connector).pop("register_signal_handlers", None)
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            if signal.getsignal(number) == self._receive:  # Lightning ignores Ctrl-C while it shuts down
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
         self._received = {}
         self._group, self._has_trained = None, False

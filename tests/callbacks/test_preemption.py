@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,13 @@ from tests.job_run import write_job
 from tests.warm_python import WarmPython
 
 SLOW_SCRIPT = Path(__file__).parent / "slow_step_script.py"
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Lightning leaves Ctrl-C ignored once it has ended a run."""
+    yield
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Signal(Callback):
@@ -224,7 +231,7 @@ def test_ctrl_c_before_the_first_step_stops_at_once(trainer_options: dict[str, A
         fit_line(trainer_options, AdapterCheckpoint(tmp_path), Preemption(), Signal(0, signal.SIGINT))
     assert isinstance(stopped.value.__context__, KeyboardInterrupt)
     assert not list(tmp_path.rglob("*.ckpt"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by Lightning, since Ctrl-C is often pressed many times
 
 
 class Twice(Callback):
@@ -254,6 +261,11 @@ def test_a_second_ctrl_c_stops_at_once_unless_it_is_the_same_one(
         fit_line(trainer_options, AdapterCheckpoint(tmp_path), Preemption(), Twice(seconds, monkeypatch))
     assert (tmp_path / "last.ckpt").exists() == isinstance(stopped.value, SIGTERMException) == saved
     assert capfd.readouterr().err.count("lit-lora: saving after this step; Ctrl-C again, after 3 s, stops at once") == 1
+
+
+def test_ctrl_c_after_a_run_is_as_before(trainer_options: dict[str, Any], tmp_path: Path) -> None:
+    fit_line(trainer_options, AdapterCheckpoint(tmp_path), Preemption())
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_that_is_ignored_stays_so(trainer_options: dict[str, Any], tmp_path: Path) -> None:
