@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lit_lora.to_device import to_device
 
+_MOST_IN_BATCH = 1 << 20
+"""Slots of a batch of a loader that does not tell its batch size, as one of ready-made batches."""
+
 
 def seed_of(*parts: int | str) -> int:
     """Derive a 63-bit seed from numbers and names; it is the same on every platform."""
@@ -87,7 +90,3 @@ def _places(trainer: Any, loader_number: int, count: int) -> int:
     # Lightning's loaders of predictions have a sampler of batches alone.
     size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     return size if isinstance(size, int) and size >= count else _MOST_IN_BATCH
-
-
-_MOST_IN_BATCH = 1 << 20
-"""Slots of a batch of a loader that does not tell its batch size, as one with a sampler of batches."""
